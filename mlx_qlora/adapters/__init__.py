@@ -1,0 +1,1 @@
+"""The adapter in every format that others read."""

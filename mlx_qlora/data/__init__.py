@@ -1,0 +1,1 @@
+"""A file becomes rows, then token ids and labels, then batches."""

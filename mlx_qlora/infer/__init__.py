@@ -1,0 +1,1 @@
+"""What the adapter does: text and scores."""

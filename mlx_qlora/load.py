@@ -1,0 +1,53 @@
+"""A source becomes a model and its tokenizer."""
+
+from pathlib import Path
+
+from mlx_qlora import backend
+from mlx_qlora.adapters.peft import load_adapter
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.model.weights import load_model, open_checkpoint
+
+
+def load(
+    source: str | Path,
+    quantize: QuantConfig | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    *,
+    dtype: str = "auto",
+    frozen_matmul: str = "auto",
+) -> tuple[LlamaForCausalLM, Tokenizer]:
+    """Loads a frozen model and its tokenizer.
+
+    Args:
+        source: a hub id (`org/name`), a folder of Hugging Face safetensors (dense, or quantised
+            by MLX), a `*.gguf` file, or the built-in name `smollm2-135m`.
+        quantize: quantises dense weights while loading, tensor by tensor; None keeps the files'
+            own precision. Weights that are quantised already stay as they are.
+        adapter: a PEFT folder to attach.
+        revision: branch, tag or commit of a hub repository.
+        dtype: of the computation: `auto` (bfloat16 on a GPU, float32 on a CPU) or a name.
+        frozen_matmul: how quantised weights are multiplied: `auto`, or `quantized`, `dequantize`
+            or `resident` as explained in `mlx_qlora.backend`.
+
+    Returns:
+        The model, evaluated, and the tokenizer.
+
+    Raises:
+        SourceError: the source cannot be found or fetched.
+        WeightsError: its files are damaged, or of an unsupported architecture.
+        TokenizerError: its tokenizer is missing or damaged.
+        AdapterError: the adapter is damaged or belongs to another model.
+        ConfigError: an unknown dtype or strategy, or a group size that does not fit.
+    """
+    chosen_dtype = backend.compute_dtype(dtype)
+    chosen_matmul = backend.frozen_matmul(frozen_matmul)
+    checkpoint = open_checkpoint(resolve(source, revision))
+    tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
+    model = load_model(checkpoint, quantize, chosen_dtype, chosen_matmul)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model, tokenizer

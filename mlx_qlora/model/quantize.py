@@ -1,0 +1,171 @@
+"""Frozen weights, dense or packed: which matrices are quantised, and how they are multiplied.
+
+MLX's affine quantisation stores a row in groups: w = scale * q + bias, q an unsigned integer of
+`bits` bits. QLoRA (Dettmers et al. 2023, arXiv 2305.14314) keeps such weights frozen and sends
+gradients through them to small trainable matrices.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qlora.backend import FrozenMatmul
+from mlx_qlora.errors import ConfigError
+
+# What mx.quantize accepts. The floating-point modes each have exactly one shape.
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How matrices are quantised: `bits` per weight in groups of `group_size` along a row.
+
+    Raises:
+        ConfigError: a combination that MLX has no kernel for.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode == "affine":
+            if self.bits not in AFFINE_BITS:
+                raise ConfigError(f"bits must be one of {AFFINE_BITS}; got {self.bits!r}")
+            if self.group_size not in AFFINE_GROUPS:
+                got = f"got {self.group_size!r}"
+                raise ConfigError(f"group_size must be one of {AFFINE_GROUPS}; {got}")
+        elif self.mode not in FLOAT_MODES:
+            legal = ", ".join(("affine", *FLOAT_MODES))
+            raise ConfigError(f"mode must be one of {legal}; got {self.mode!r}")
+        elif (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
+            bits, group = FLOAT_MODES[self.mode]
+            raise ConfigError(f"mode {self.mode} needs bits={bits} and group_size={group}")
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix of this shape divides into whole groups."""
+        return len(shape) == 2 and shape[1] % self.group_size == 0
+
+
+class FrozenMatrix(nn.Module):
+    """A matrix W that is never trained: dense, or packed by `mx.quantize`.
+
+    `weight` is (rows, columns), or uint32 with `scales` (and, for affine, `biases`) beside it.
+    `Linear` and `Embedding` below are its two uses.
+
+    Attributes:
+        quant: how `weight` is packed, or None if it is dense.
+        dtype: what `weight` has, or what it has once dequantised.
+        matmul: the backend's strategy for a packed matrix.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((rows, columns))
+        self.quant: QuantConfig | None = None
+        self.dtype = mx.float32
+        self.matmul: FrozenMatmul = "quantized"
+        self._resident: mx.array | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of W, whatever its packing."""
+        rows, columns = self.weight.shape
+        if self.quant is not None:
+            # 32 // bits would be wrong for 3, 5 and 6 bits; the scales know.
+            columns = self["scales"].shape[-1] * self.quant.group_size
+        return rows, columns
+
+    def packed(self) -> tuple[mx.array, ...]:
+        """The arrays that `mx.quantize` made: weight, scales and, for affine, biases."""
+        return tuple(self[name] for name in ("weight", "scales", "biases") if name in self)
+
+    def dense(self) -> mx.array:
+        """W as a dense matrix in the compute dtype."""
+        if self._resident is not None:
+            return self._resident
+        if self.quant is None:
+            return self.weight
+        return unpack(self.packed(), self.quant, self.dtype)
+
+    def make_resident(self) -> None:
+        """Keeps a dequantised copy, if the strategy asks for one."""
+        if self.quant is not None and self.matmul == "resident":
+            self._resident = unpack(self.packed(), self.quant, self.dtype)
+            mx.eval(self._resident)
+
+    def multiply(self, x: mx.array) -> mx.array:
+        """x (..., columns) -> x @ W.T (..., rows), in x's dtype."""
+        if self.quant is None or self._resident is not None:
+            return x @ self.dense().T
+        if self.matmul == "quantized":
+            q = self.quant
+            weight, scales, *biases = self.packed()
+            return mx.quantized_matmul(
+                x, weight, scales, *biases, group_size=q.group_size, bits=q.bits, mode=q.mode
+            )
+        return _dequantize_and_multiply(x, self.packed(), self.quant)
+
+
+class Linear(FrozenMatrix):
+    """y = x @ W.T + bias, frozen.
+
+    Args:
+        d_in: columns of W.
+        d_out: rows of W.
+        bias: whether there is a bias (d_out,).
+    """
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
+        super().__init__(d_out, d_in)
+        if bias:
+            self.bias = mx.zeros((d_out,))
+
+    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
+        """x (..., d_in) -> (..., d_out). The key is for `LoRALinear`, which stands in its place."""
+        y = self.multiply(x)
+        return y + self.bias if "bias" in self else y
+
+
+class Embedding(FrozenMatrix):
+    """Rows of W by token id; with tied weights, W also is the output head."""
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Tokens (B, T) int -> (B, T, D)."""
+        if self.quant is None or self._resident is not None:
+            return self.dense()[tokens]
+        rows = tuple(part[tokens] for part in self.packed())
+        return unpack(rows, self.quant, self.dtype)
+
+
+def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
+    """Quantises a dense matrix; the inverse of `unpack` up to rounding."""
+    return tuple(
+        mx.quantize(dense, group_size=quant.group_size, bits=quant.bits, mode=quant.mode)
+    )
+
+
+def unpack(packed: tuple[mx.array, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:
+    """Dequantises to `dtype`."""
+    return mx.dequantize(
+        *packed, group_size=quant.group_size, bits=quant.bits, mode=quant.mode, dtype=dtype
+    )
+
+
+def _dequantize_and_multiply(
+    x: mx.array, packed: tuple[mx.array, ...], quant: QuantConfig
+) -> mx.array:
+    """x @ W.T that dequantises again in the backward, so that no dense copy outlives its use."""
+
+    @mx.custom_function
+    def multiply(x: mx.array) -> mx.array:
+        return x @ unpack(packed, quant, x.dtype).T
+
+    @multiply.vjp
+    def multiply_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
+        return dy @ unpack(packed, quant, dy.dtype)
+
+    return multiply(x)

@@ -1,0 +1,104 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) with Llama 3.1's frequency scaling.
+
+Feature pair i of a head turns by `position / period[i]` radians, with period[i] = theta^(2i / Hd).
+Llama 3.1 stretches the slow pairs so that a model trained on 8,192 tokens reads 131,072.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_qlora.errors import WeightsError
+
+SUPPORTED = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """The base `theta` and how it is scaled.
+
+    Attributes:
+        theta: base of the geometric series of periods.
+        rope_type: `default`, `linear` (positions divided by `factor`) or `llama3`.
+        factor: how much longer the stretched context is.
+        low_freq_factor: llama3: pairs with wavelength above original / low are stretched fully.
+        high_freq_factor: llama3: pairs with wavelength below original / high are kept.
+        original_max_position_embeddings: llama3: context length before stretching, in tokens.
+    """
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
+    """Reads both spellings: `rope_theta` + `rope_scaling`, and v5's `rope_parameters`.
+
+    A reader that knows only the first falls back to theta = 10000 on the second without a word,
+    and every logit is slightly wrong.
+
+    Args:
+        config: a Hugging Face `config.json` as a dict.
+
+    Raises:
+        WeightsError: a rope type that we do not support, or a missing or unknown parameter.
+    """
+    given = dict(config.get("rope_scaling") or {})
+    given.update(config.get("rope_parameters") or {})
+    rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    if rope_type not in SUPPORTED:
+        raise WeightsError(
+            f"config.json: rope_type {rope_type!r} is not supported; supported: "
+            f"{', '.join(SUPPORTED)}"
+        )
+
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }[rope_type]
+    missing = [name for name in needed if name not in given]
+    unknown = [name for name in given if name not in needed and given[name] is not None]
+    if missing or (unknown and rope_type != "default"):
+        problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
+        raise WeightsError(f"config.json: the {rope_type} rope scaling {problem}")
+    return RopeConfig(float(theta), rope_type, **{name: given[name] for name in needed})
+
+
+def rope_periods(head_dim: int, rope: RopeConfig) -> mx.array:
+    """The periods of all feature pairs, in tokens per radian.
+
+    Args:
+        head_dim: Hd, the size of one attention head.
+        rope: base and scaling.
+
+    Returns:
+        float32 (Hd / 2,), what `mx.fast.rope` calls `freqs`.
+    """
+    periods = rope.theta ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
+    if rope.rope_type == "linear":
+        return periods * rope.factor
+    if rope.rope_type == "llama3":
+        return periods * _llama3_stretch(2 * math.pi * periods, rope)
+    return periods
+
+
+def _llama3_stretch(wavelengths: mx.array, rope: RopeConfig) -> mx.array:
+    """By how much each period grows: 1 for fast pairs, `factor` for slow ones, smooth between."""
+    turns = rope.original_max_position_embeddings / wavelengths  # turns within the old context
+    spread = rope.high_freq_factor - rope.low_freq_factor
+    kept = mx.clip((turns - rope.low_freq_factor) / spread, 0, 1)
+    # Frequencies, not periods, are what Llama 3.1 interpolates between.
+    return 1 / (kept + (1 - kept) / rope.factor)

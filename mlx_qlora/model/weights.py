@@ -1,0 +1,306 @@
+"""Files -> a frozen model, one tensor at a time.
+
+Everything that can be wrong with the files is found from their headers first, and reported at
+once. Then each tensor is read, cast or quantised, and put in its place before the next is read,
+so the peak is the finished model plus one tensor, not the whole dense checkpoint.
+"""
+
+import json
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_qlora.backend import FrozenMatmul
+from mlx_qlora.errors import ConfigError, WeightsError, listing
+from mlx_qlora.model.gguf import read_gguf
+from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
+
+FLOATS = ("F32", "F16", "BF16")
+# Old Llama 2 checkpoints store a buffer that every reader computes itself.
+IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class Checkpoint:
+    """A model's files, opened: what they hold is known, but no tensor is in its place.
+
+    Attributes:
+        files: where they lie.
+        config: a Hugging Face `config.json` as a dict.
+        found: tensor name -> header entry.
+        packing: path of each matrix that the files hold quantised -> how.
+        shards: dicts of name -> array; arrays of safetensors are not read until used.
+        metadata: a GGUF's own key-value pairs, its tokenizer among them; None for a folder.
+    """
+
+    files: ModelFiles
+    config: dict[str, Any]
+    found: dict[str, TensorInfo]
+    packing: dict[str, QuantConfig]
+    shards: list[dict[str, mx.array]]
+    metadata: dict[str, Any] | None = None
+
+
+def open_checkpoint(files: ModelFiles) -> Checkpoint:
+    """Opens a folder of safetensors or a GGUF file.
+
+    Raises:
+        WeightsError: files that are damaged, incomplete, or quantised in a way we cannot read.
+    """
+    if files.path.is_file():
+        gguf = read_gguf(files.path)
+        found = {
+            name: TensorInfo(files.path, tuple(array.shape), "F16")
+            for name, array in gguf.tensors.items()
+        }
+        packing = _packing_in_gguf(gguf.tensors)
+        files = replace(files, hf_id=files.hf_id or gguf.hf_id)
+        return Checkpoint(files, gguf.config, found, packing, [gguf.tensors], gguf.metadata)
+    config = _read_config(files.path)
+    found = _read_headers(files.path)
+    packing = _packing_in_config(config, found)
+    shards: list[Any] = [mx.load(str(file)) for file in _files(found)]
+    return Checkpoint(files, config, found, packing, shards)
+
+
+def load_model(
+    checkpoint: Checkpoint, quantize: QuantConfig | None, dtype: mx.Dtype, matmul: FrozenMatmul
+) -> LlamaForCausalLM:
+    """Builds a model and moves a checkpoint's tensors into it, which uses the checkpoint up.
+
+    Args:
+        checkpoint: the files, opened.
+        quantize: packs every matrix that the files hold dense, embedding and head included, as
+            MLX's converters do; matrices that are packed already stay as they are.
+        dtype: of everything that is not packed, and of the scales of what is.
+        matmul: how packed matrices will be multiplied.
+
+    Returns:
+        A frozen model, evaluated.
+
+    Raises:
+        WeightsError: an unsupported architecture, or tensors that do not fit it.
+        ConfigError: `quantize` does not divide a matrix's columns.
+    """
+    model = LlamaForCausalLM(LlamaConfig.from_hf(checkpoint.config))
+    model.hf_config = checkpoint.config
+    model.source = checkpoint.files
+    _check_tensors(model, checkpoint, quantize)
+    _fill(model, checkpoint, quantize, dtype, matmul)
+    return model
+
+
+# ---- what the files hold -----------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from None
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and "quantization" not in config:
+        raise WeightsError(
+            f"{path}: weights quantised by {method!r} cannot be read; use the original 16-bit "
+            "repository (we quantise while loading) or one in MLX's format"
+        )
+    return config
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Name -> header entry over all shards; checks that every file is as long as it says."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightsError(f"{index} cannot be read: {error!r}") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise WeightsError(f"{index} names shards that are not there: {', '.join(missing)}")
+        shards = [folder / name for name in names]
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+    found: dict[str, TensorInfo] = {}
+    for shard in checkpoint.shards:
+        for name, entry in read_safetensors_header(shard, WeightsError).items():
+            if not name.endswith(IGNORED_ENDINGS):
+                found[name] = TensorInfo(shard, tuple(entry["shape"]), entry["dtype"])
+    return found
+
+
+def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any]:
+    """The header of a safetensors file, after checking that the file is complete.
+
+    Args:
+        path: the file.
+        error: what to raise if it is damaged: a class from `mlx_qlora.errors`.
+
+    Returns:
+        Tensor name -> {"dtype", "shape", "data_offsets"}, without the file's metadata.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
+    if size < end:
+        raise error(f"{path} is truncated: {size:,} of {end:,} bytes; fetch or write it again")
+    return header
+
+
+def _files(found: dict[str, TensorInfo]) -> list[Path]:
+    return sorted({info.file for info in found.values()})
+
+
+def _packing_in_config(
+    config: dict[str, Any], found: dict[str, TensorInfo]
+) -> dict[str, QuantConfig]:
+    """Matrix path -> how the file packs it, from MLX's `quantization` entry and its overrides."""
+    entry = config.get("quantization") or {}
+    packing = {}
+    for name in found:
+        if name.endswith(".scales"):
+            path = name.removesuffix(".scales")
+            chosen = entry.get(path) if isinstance(entry.get(path), dict) else entry
+            try:
+                mode = chosen.get("mode") or "affine"
+                packing[path] = QuantConfig(chosen["bits"], chosen["group_size"], mode)
+            except (KeyError, ConfigError) as error:
+                raise WeightsError(
+                    f"config.json: `quantization` does not say how {path} is packed: {error}"
+                ) from None
+    return packing
+
+
+def _packing_in_gguf(tensors: dict[str, mx.array]) -> dict[str, QuantConfig]:
+    packing = {}
+    for name, scales in tensors.items():
+        if name.endswith(".scales"):
+            path = name.removesuffix(".scales")
+            words = tensors[f"{path}.weight"].shape[-1]
+            packing[path] = QuantConfig(bits=words // scales.shape[-1], group_size=32)
+    return packing
+
+
+def _check_tensors(
+    model: LlamaForCausalLM, checkpoint: Checkpoint, quantize: QuantConfig | None
+) -> None:
+    """Compares names, shapes and dtypes with the model's; reports all differences in one error."""
+    found, packing = checkpoint.found, checkpoint.packing
+    expected = _expected_shapes(model, packing)
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    for name, info in found.items():
+        where = f"{name} in {info.file.name}"
+        if name not in expected:
+            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+                problems.append(f"{where} belongs to no module of this architecture")
+        elif info.shape != expected[name]:
+            problems.append(f"{where} has shape {info.shape}; config.json asks {expected[name]}")
+        elif name.rpartition(".")[0] not in packing and info.dtype not in FLOATS:
+            problems.append(f"{where} has dtype {info.dtype}; supported: {', '.join(FLOATS)}")
+    if problems:
+        raise WeightsError(f"{checkpoint.files.path} does not hold this model:\n{listing(problems)}")
+
+    if quantize is not None:
+        for path, matrix in _matrices(model).items():
+            if path not in packing and not quantize.fits(matrix.shape):
+                raise ConfigError(
+                    f"group_size {quantize.group_size} does not divide the {matrix.shape[1]} "
+                    f"columns of {path}; choose a smaller group_size"
+                )
+
+
+def _expected_shapes(
+    model: LlamaForCausalLM, packing: dict[str, QuantConfig]
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, array in tree_flatten(model.parameters()):
+        path, _, leaf = name.rpartition(".")
+        quant = packing.get(path)
+        if quant is None or leaf == "bias":
+            shapes[name] = tuple(array.shape)
+            continue
+        rows, columns = array.shape
+        groups = columns // quant.group_size
+        shapes[name] = (rows, columns * quant.bits // 32)
+        shapes[f"{path}.scales"] = (rows, groups)
+        if quant.mode == "affine":
+            shapes[f"{path}.biases"] = (rows, groups)
+    return shapes
+
+
+# ---- one tensor at a time ----------------------------------------------------------------------
+
+
+def _fill(
+    model: LlamaForCausalLM,
+    checkpoint: Checkpoint,
+    quantize: QuantConfig | None,
+    dtype: mx.Dtype,
+    matmul: FrozenMatmul,
+) -> None:
+    packing = checkpoint.packing
+    modules = dict(model.named_modules())
+    matrices = _matrices(model)
+    for path, matrix in matrices.items():
+        matrix.quant, matrix.matmul, matrix.dtype = packing.get(path), matmul, dtype
+    for shard in checkpoint.shards:
+        for name in list(shard):
+            path, _, leaf = name.rpartition(".")
+            array = shard.pop(name)  # the reference must go, or the file's copy would stay
+            if path not in modules or name.endswith(IGNORED_ENDINGS):
+                continue
+            if path in matrices and leaf == "weight" and path not in packing and quantize:
+                _pack_into(matrices[path], array, quantize, dtype)
+            else:
+                modules[path][leaf] = _cast(array, dtype)
+                mx.eval(modules[path][leaf])
+            del array
+    model.freeze()
+    for matrix in matrices.values():
+        matrix.make_resident()
+
+
+def _pack_into(
+    matrix: FrozenMatrix, dense: mx.array, quant: QuantConfig, dtype: mx.Dtype
+) -> None:
+    # Scales and biases are found in float32: half-precision arithmetic would cost accuracy.
+    parts = pack(dense.astype(mx.float32), quant)
+    del dense
+    for name, part in zip(("weight", "scales", "biases"), parts):
+        matrix[name] = _cast(part, dtype)
+    matrix.quant = quant
+    mx.eval(matrix.packed())
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Floats take the compute dtype, once: one float32 scale would widen every activation."""
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _matrices(model: nn.Module) -> dict[str, FrozenMatrix]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, FrozenMatrix)}

@@ -1,0 +1,1 @@
+"""A batch becomes gradients, then new weights, then a run."""

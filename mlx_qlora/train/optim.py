@@ -1,0 +1,131 @@
+"""Learning rate, gradient clipping and AdamW: functions of (config, step), all in float32.
+
+AdamW is that of Loshchilov & Hutter 2019 (arXiv 1711.05101), bias correction included. The
+weights, both moments and the gradient each are one flat buffer, so an update is one fused pass,
+however many LoRA matrices there are.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+
+
+def learning_rate(
+    step: int, peak: float, warmup_steps: int, total_steps: int, schedule: str = "cosine"
+) -> float:
+    """The learning rate of one optimiser step.
+
+    Args:
+        step: from 1 to total_steps.
+        peak: the rate at the end of the warmup.
+        warmup_steps: n; step k <= n trains at peak * k / n, so that no batch meets a rate of 0.
+        total_steps: the last step; cosine and linear end at 0 there.
+        schedule: one of SCHEDULES.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant_with_warmup":
+        return peak
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class AdamW:
+    """The trainable weights with their moments, and the update that moves them.
+
+    Args:
+        weights: tree of float32 arrays, `model.trainable_parameters()`.
+        beta1: decay of the mean of gradients.
+        beta2: decay of the mean of squared gradients.
+        epsilon: added to the root, after bias correction, as in the paper and in torch.
+        weight_decay: decoupled; applied to every LoRA matrix, as torch does without groups.
+        max_grad_norm: the gradient's global norm is clipped to this; None leaves it.
+
+    Attributes:
+        weights: (P,) float32, all weights one after the other.
+        mean: (P,) float32, first moment.
+        square: (P,) float32, second moment.
+        step: optimiser steps taken.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Any],
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        leaves = tree_flatten(weights)
+        self.names = [name for name, _ in leaves]
+        self.shapes = [array.shape for _, array in leaves]
+        self.weights = flatten(weights)
+        self.mean = mx.zeros_like(self.weights)
+        self.square = mx.zeros_like(self.weights)
+        self.step = 0
+        self.beta1, self.beta2 = beta1, beta2
+
+        def update(
+            weights: mx.array, mean: mx.array, square: mx.array, grad: mx.array, facts: mx.array
+        ) -> tuple[mx.array, ...]:
+            rate, n_tokens, correction1, correction2 = facts
+            grad = grad / n_tokens
+            norm = mx.sqrt(grad.square().sum())
+            if max_grad_norm is not None:
+                # 1e-6 as in torch.nn.utils.clip_grad_norm_, for equal trajectories.
+                grad = grad * mx.minimum(max_grad_norm / (norm + 1e-6), 1)
+            mean = beta1 * mean + (1 - beta1) * grad
+            square = beta2 * square + (1 - beta2) * grad.square()
+            root = mx.sqrt(square) / mx.sqrt(correction2) + epsilon
+            weights = weights * (1 - rate * weight_decay) - rate / correction1 * mean / root
+            return weights, mean, square, norm
+
+        self._update = mx.compile(update)
+
+    def update(self, grads: dict[str, Any], n_tokens: int, rate: float) -> mx.array:
+        """Moves the weights by one step.
+
+        Args:
+            grads: tree of gradients of the loss sum over all micro-batches of the step.
+            n_tokens: supervised tokens of the step; the only division by them is here.
+            rate: this step's learning rate.
+
+        Returns:
+            The gradient's global norm before clipping, a lazy float32 scalar.
+        """
+        self.step += 1
+        # An array, because a Python number would be baked into the compiled update.
+        facts = mx.array(
+            [rate, max(n_tokens, 1), 1 - self.beta1**self.step, 1 - self.beta2**self.step],
+            mx.float32,
+        )
+        self.weights, self.mean, self.square, norm = self._update(
+            self.weights, self.mean, self.square, flatten(grads), facts
+        )
+        return norm
+
+    def tree(self, flat: mx.array | None = None) -> dict[str, Any]:
+        """The weights (or another buffer of their size) in the model's tree."""
+        return tree_unflatten(list(self.named(self.weights if flat is None else flat).items()))
+
+    def named(self, flat: mx.array) -> dict[str, mx.array]:
+        """Name -> its part of a flat buffer, in its own shape."""
+        parts, start = {}, 0
+        for name, shape in zip(self.names, self.shapes):
+            size = math.prod(shape)
+            parts[name] = flat[start : start + size].reshape(shape)
+            start += size
+        return parts
+
+
+def flatten(tree: dict[str, Any]) -> mx.array:
+    """All leaves of a tree, in its order, as one (P,) float32 buffer."""
+    leaves = [array.reshape(-1).astype(mx.float32) for _, array in tree_flatten(tree)]
+    return mx.concatenate(leaves)
