@@ -12,3 +12,86 @@ from mlx_qlora._version import __version__ as __version__
 from mlx_qlora.backend import load_fast_blas
 
 load_fast_blas()
+
+# Public name -> the module that defines it.
+_HOME = {
+    "AdapterError": "errors",
+    "Batch": "data.batches",
+    "CheckpointingConfig": "train.checkpoint",
+    "ConfigError": "errors",
+    "DataConfig": "data.examples",
+    "DataError": "errors",
+    "Examples": "data.examples",
+    "GenerationConfig": "infer.generate",
+    "LoggingConfig": "train.metrics",
+    "LoraConfig": "model.lora",
+    "ModelConfig": "load",
+    "QuantConfig": "model.quantize",
+    "RunConfig": "config",
+    "SourceError": "errors",
+    "TokenizerError": "errors",
+    "TrainResult": "train.loop",
+    "TrainingConfig": "train.loop",
+    "UserError": "errors",
+    "WeightsError": "errors",
+    "add_lora": "model.lora",
+    "evaluate": "infer.evaluate",
+    "fine_tune": "run",
+    "generate": "infer.generate",
+    "load": "load",
+    "load_adapter": "adapters.peft",
+    "loss_and_grads": "train.step",
+    "make_batches": "data.batches",
+    "plan": "planner",
+    "read_examples": "data.examples",
+    "save_adapter": "adapters.peft",
+}
+
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_qlora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mlx_qlora.{_HOME[name]}"), name)
+    globals()[name] = value  # also wins over a sub-module of the same name, such as `load`
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a notebook."""
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
+    from mlx_qlora.adapters.peft import load_adapter as load_adapter
+    from mlx_qlora.adapters.peft import save_adapter as save_adapter
+    from mlx_qlora.config import RunConfig as RunConfig
+    from mlx_qlora.data.batches import Batch as Batch
+    from mlx_qlora.data.batches import make_batches as make_batches
+    from mlx_qlora.data.examples import DataConfig as DataConfig
+    from mlx_qlora.data.examples import Examples as Examples
+    from mlx_qlora.data.examples import read_examples as read_examples
+    from mlx_qlora.errors import AdapterError as AdapterError
+    from mlx_qlora.errors import ConfigError as ConfigError
+    from mlx_qlora.errors import DataError as DataError
+    from mlx_qlora.errors import SourceError as SourceError
+    from mlx_qlora.errors import TokenizerError as TokenizerError
+    from mlx_qlora.errors import UserError as UserError
+    from mlx_qlora.errors import WeightsError as WeightsError
+    from mlx_qlora.infer.evaluate import evaluate as evaluate
+    from mlx_qlora.infer.generate import GenerationConfig as GenerationConfig
+    from mlx_qlora.infer.generate import generate as generate
+    from mlx_qlora.load import ModelConfig as ModelConfig
+    from mlx_qlora.load import load as load
+    from mlx_qlora.model.lora import LoraConfig as LoraConfig
+    from mlx_qlora.model.lora import add_lora as add_lora
+    from mlx_qlora.model.quantize import QuantConfig as QuantConfig
+    from mlx_qlora.planner import plan as plan
+    from mlx_qlora.run import fine_tune as fine_tune
+    from mlx_qlora.train.checkpoint import CheckpointingConfig as CheckpointingConfig
+    from mlx_qlora.train.loop import TrainingConfig as TrainingConfig
+    from mlx_qlora.train.loop import TrainResult as TrainResult
+    from mlx_qlora.train.metrics import LoggingConfig as LoggingConfig
+    from mlx_qlora.train.step import loss_and_grads as loss_and_grads

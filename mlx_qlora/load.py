@@ -1,14 +1,50 @@
 """A source becomes a model and its tokenizer."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_qlora import backend
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.fields import check_choices, option
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and in what precision."""
+
+    source: str | None = option(
+        None, "hub id (org/name), folder, .gguf file, or the built-in smollm2-135m"
+    )
+    revision: str | None = option(None, "branch, tag or commit of a hub repository")
+    adapter: str | None = option(
+        None, "PEFT folder to go on training from; its config then stands for `lora`"
+    )
+    base_model_name_or_path: str | None = option(
+        None, "the original Hugging Face repository, where the model's files do not name it"
+    )
+    bits: int | None = option(
+        4, "quantise to this while loading; null keeps the files' precision, as quantised files do"
+    )
+    group_size: int = option(64, "weights that share one scale")
+    mode: str = option("affine", "how: integers with a scale and a bias, or a float format",
+                       choices=("affine", "mxfp4", "mxfp8", "nvfp4"))
+    dtype: str = option("auto", "of the computation; auto is bfloat16 on a GPU, float32 on a CPU",
+                        choices=("auto", "float32", "bfloat16", "float16"))
+    frozen_matmul: str = option("auto", "how quantised weights are multiplied; see backend.py",
+                                choices=("auto", "quantized", "dequantize", "resident"))
+
+    def __post_init__(self) -> None:
+        check_choices("model", self)
+        self.quantize()
+
+    def quantize(self) -> QuantConfig | None:
+        """How dense weights are packed while loading."""
+        return None if self.bits is None else QuantConfig(self.bits, self.group_size, self.mode)
 
 
 def load(

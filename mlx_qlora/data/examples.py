@@ -50,7 +50,7 @@ class Example:
         tokens: (n,) int32.
         learned: (n,) bool; whether a token is supervised when it stands as the next one.
         line: where the row came from, counted from 1.
-        digest: a hash of the row's content, for splitting and for the run's record.
+        digest: a hash of the row's content, for splitting.
     """
 
     tokens: np.ndarray
@@ -101,8 +101,12 @@ class Examples(Sequence[Example]):
 
     @property
     def digest(self) -> str:
-        """A hash of all rows in their order."""
-        return hashlib.sha256(b"".join(e.digest for e in self._examples)).hexdigest()
+        """A hash of what would be trained: all tokens and labels, in order."""
+        hashed = hashlib.sha256()
+        for example in self._examples:
+            hashed.update(np.int64(len(example)).tobytes())
+            hashed.update(example.tokens.tobytes() + example.learned.tobytes())
+        return hashed.hexdigest()
 
     def split(self, shares: Sequence[float], seed: int = 0) -> list["Examples"]:
         """Divides by a hash of (seed, content) of each row.

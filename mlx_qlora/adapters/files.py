@@ -1,0 +1,54 @@
+"""Writing a folder so that a reader never sees half of it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Lends an empty folder beside the target and, if the block succeeds, moves it into place.
+
+    A folder that did not exist appears whole, by one rename. Into an existing one the files are
+    moved one by one, each by a rename; files of other names are left alone. If the block fails
+    nothing has changed.
+
+    Args:
+        folder: where the files shall be; its parent is made if need be.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=folder.parent))
+    staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if not folder.exists():
+            staging.rename(folder)
+        else:
+            for file in sorted(f for f in staging.rglob("*") if f.is_file()):
+                target = folder / file.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Makes a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

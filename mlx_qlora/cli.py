@@ -1,0 +1,196 @@
+"""The command line: the only place that parses arguments, prints errors and exits.
+
+Every option but a handful of shorthands is a config field, made from its one declaration.
+"""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlx_qlora._version import __version__
+from mlx_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_qlora.config import RunConfig
+
+# flag -> (field, what its value is called)
+SHORTHANDS = {
+    "--model": ("model.source", "SOURCE"),
+    "--adapter": ("model.adapter", "DIR"),
+    "--data": ("data.path", "FILE"),
+    "--output-dir": ("checkpointing.output_dir", "DIR"),
+    "--max-steps": ("training.max_steps", "N"),
+    "--batch-size": ("training.per_device_train_batch_size", "N"),
+    "--learning-rate": ("training.learning_rate", "RATE"),
+    "--max-length": ("data.max_length", "N"),
+}
+OF_COMMAND = {
+    "train": tuple(SHORTHANDS),
+    "plan": ("--model", "--batch-size", "--max-length"),
+    "generate": ("--model", "--adapter"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 2 the user's input is wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"mlx-qlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def train_main() -> int:
+    """`python -m mlx_qlora.train ...` is `mlx-qlora train ...`."""
+    return main(["train", *sys.argv[1:]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx-qlora", description="Fine-tune Llama models with QLoRA, in pure MLX."
+    )
+    parser.add_argument("--version", action="version", version=f"mlx-qlora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, help in (
+        ("train", _train, "fine-tune a model and leave a PEFT adapter"),
+        ("plan", _plan, "predict the memory that a run needs"),
+        ("generate", _generate, "let a model, with or without an adapter, continue a prompt"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=_fields_help(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("--config", metavar="FILE", help="YAML with the fields below")
+        for flag in OF_COMMAND[name]:
+            field, value = SHORTHANDS[flag]
+            command.add_argument(flag, dest=field, metavar=value, help=f"short for {field}=")
+        command.add_argument(
+            "overrides", nargs="*", metavar="section.field=value", help="any field below"
+        )
+        command.add_argument(
+            "--print-config", action="store_true", help="print the resolved YAML and stop"
+        )
+        if name == "generate":
+            command.add_argument("--prompt", required=True, help="text, or - for standard input")
+            command.add_argument("--raw", action="store_true", help="do not use the chat template")
+            command.add_argument("--seed", type=int, help="the same seed gives the same text")
+    return parser
+
+
+def _fields_help() -> str:
+    """Every field with its type, default and one line, by section."""
+    from mlx_qlora.config import SECTIONS, type_name
+
+    lines = []
+    for section, config in SECTIONS.items():
+        hints = typing.get_type_hints(config)
+        lines += ["", f"{section}:"]
+        for field in dataclasses.fields(config):
+            default = getattr(config(), field.name)
+            choices = field.metadata["choices"]
+            kind = " | ".join(map(str, choices)) if choices else type_name(hints[field.name])
+            shown = "null" if default is None else str(default)
+            lines.append(f"  {section}.{field.name}  ({kind}; default {shown})")
+            lines.append(f"      {field.metadata['help']}")
+    return "fields:" + "\n".join(lines)
+
+
+def _config(args: argparse.Namespace) -> "RunConfig":
+    """The file, then the shorthands, then the overrides; later ones win."""
+    from mlx_qlora.config import build, read_yaml, set_override
+
+    values: dict[str, dict[str, Any]] = read_yaml(args.config) if args.config else {}
+    for field, _ in SHORTHANDS.values():
+        if (value := getattr(args, field, None)) is not None:
+            set_override(values, f"{field}={value}")
+    for assignment in args.overrides:
+        set_override(values, assignment)
+    return build(values)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.run import run
+
+    run(config, Console())
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from mlx_qlora.planner import plan
+
+    print(plan(_source(config), config))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from mlx_qlora.infer.generate import generate
+    from mlx_qlora.load import load
+
+    how = config.generation
+    model = config.model
+    llama, tokenizer = load(
+        _source(config),
+        model.quantize(),
+        model.adapter,
+        model.revision,
+        dtype=model.dtype,
+        frozen_matmul=model.frozen_matmul,
+    )
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    is_chat = tokenizer.chat_template is not None and not args.raw
+    prompt = [{"role": "user", "content": text}] if is_chat else text
+    answer = generate(
+        llama,
+        tokenizer,
+        prompt,
+        how.max_new_tokens,
+        how.temperature,
+        how.top_p,
+        how.top_k,
+        how.repetition_penalty,
+        args.seed,
+    )
+    print(answer)
+    return 0
+
+
+def _source(config: "RunConfig") -> str:
+    from mlx_qlora.errors import ConfigError
+
+    if config.model.source is None:
+        raise ConfigError("model.source is missing; name a model with --model SOURCE")
+    return config.model.source
+
+
+def _print_config(config: "RunConfig") -> int:
+    from mlx_qlora.config import to_yaml
+
+    print(to_yaml(config), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

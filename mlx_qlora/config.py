@@ -1,0 +1,177 @@
+"""A run, written down: the sections, YAML, and `section.field=value`.
+
+Every section is a dataclass that lives beside the code that reads it; this file only puts them
+together. A field that does not exist, a value of the wrong type and a pair that excludes each
+other are errors before anything else happens.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlx_qlora.data.examples import DataConfig
+from mlx_qlora.errors import ConfigError, did_you_mean
+from mlx_qlora.infer.generate import GenerationConfig
+from mlx_qlora.load import ModelConfig
+from mlx_qlora.model.lora import LoraConfig
+from mlx_qlora.train.checkpoint import CheckpointingConfig
+from mlx_qlora.train.loop import TrainingConfig
+from mlx_qlora.train.metrics import LoggingConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+SECTIONS: dict[str, type] = {
+    section.name: typing.get_type_hints(RunConfig)[section.name]
+    for section in dataclasses.fields(RunConfig)
+}
+
+
+def build(values: dict[str, dict[str, Any]]) -> RunConfig:
+    """A RunConfig from section -> field -> value; what is not given keeps its default.
+
+    Raises:
+        ConfigError: an unknown section or field (the message names the nearest real one), or a
+            value of the wrong type or out of range.
+    """
+    sections = {}
+    for name, fields in values.items():
+        if name not in SECTIONS:
+            known = f"sections are {', '.join(SECTIONS)}"
+            raise ConfigError(f"unknown section {name!r}{did_you_mean(name, SECTIONS)}; {known}")
+        if not isinstance(fields, dict):
+            raise ConfigError(f"section {name} must hold fields, got {fields!r}")
+        hints = typing.get_type_hints(SECTIONS[name])
+        for key in fields:
+            if key not in hints:
+                raise ConfigError(f"unknown field {name}.{key}{_hint(name, key)}")
+        typed = {k: coerce(v, hints[k], f"{name}.{k}") for k, v in fields.items()}
+        sections[name] = SECTIONS[name](**typed)
+    return RunConfig(**sections)
+
+
+def _hint(section: str, key: str) -> str:
+    """The nearest field in this section or, as people forget where a field lives, in another."""
+    if hint := did_you_mean(key, typing.get_type_hints(SECTIONS[section])):
+        return hint
+    everywhere = {f.name: s for s, c in SECTIONS.items() for f in dataclasses.fields(c)}
+    if key in everywhere:
+        return f"; did you mean {everywhere[key]}.{key}?"
+    return did_you_mean(key, everywhere) or f"; see --help for the fields of {section}"
+
+
+def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value from a YAML file.
+
+    Raises:
+        ConfigError: no such file, or no YAML with sections in it.
+    """
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold sections such as `training:`")
+    return {name: fields if fields is not None else {} for name, fields in content.items()}
+
+
+def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
+    """Puts one `section.field=value` into section -> field -> value; the value is read as YAML.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    place, equals, text = assignment.partition("=")
+    section, dot, key = place.partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"expected section.field=value, got {assignment!r}")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    values.setdefault(section.strip(), {})[key.strip()] = value
+
+
+def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value of every field, resolved."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `--config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+# ---- types -------------------------------------------------------------------------------------
+
+
+def coerce(value: Any, annotation: Any, name: str) -> Any:
+    """The value as its field's type.
+
+    YAML reads `2e-4` as a string (it wants 2.0e-4), so numbers may come as text; nothing else is
+    converted.
+
+    Raises:
+        ConfigError: it does not fit, naming the field, the type and the value.
+    """
+    members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    for member in members:
+        fits, converted = _convert(value, member)
+        if fits:
+            return converted
+    raise ConfigError(f"{name} must be {type_name(annotation)}; got {value!r}")
+
+
+def type_name(annotation: Any) -> str:
+    """A type as `--help` and messages show it."""
+    if _is_union(annotation):
+        return " or ".join(type_name(member) for member in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    if typing.get_origin(annotation) is list:
+        return f"list of {type_name(typing.get_args(annotation)[0])}"
+    return {int: "int", float: "number", bool: "true/false", str: "text"}[annotation]
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
+    if kind is type(None):
+        return value is None, None
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, (list, tuple)):
+            return False, None
+        parts = [_convert(item, typing.get_args(kind)[0]) for item in value]
+        return all(fits for fits, _ in parts), [converted for _, converted in parts]
+    if kind is float:
+        if isinstance(value, bool):
+            return False, None
+        try:
+            return True, float(value)
+        except (TypeError, ValueError):
+            return False, None
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, kind), value

