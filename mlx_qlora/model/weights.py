@@ -139,7 +139,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     else:
         shards = sorted(folder.glob("*.safetensors"))
     found: dict[str, TensorInfo] = {}
-    for shard in checkpoint.shards:
+    for shard in shards:
         for name, entry in read_safetensors_header(shard, WeightsError).items():
             if not name.endswith(IGNORED_ENDINGS):
                 found[name] = TensorInfo(shard, tuple(entry["shape"]), entry["dtype"])

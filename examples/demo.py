@@ -1,0 +1,105 @@
+"""The demo: teach SmolLM2-135M (4-bit) to write docstrings, on the spot, and check that it did.
+
+Run as: make demo        (or: python examples/demo.py --output-dir outputs/demo)
+
+The model comes from a PyPI package, the data from this machine's own Python library. It takes a
+few minutes on two CPU cores and seconds on a Mac, and fails if the test loss did not fall by at
+least a quarter.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import docstring_data
+from rich.console import Console
+
+import mlx_qlora as mq
+from mlx_qlora.data.examples import train_validation_test
+from mlx_qlora.report import write_report
+
+MODEL = "smollm2-135m"
+LEAST_FALL = 0.25  # of the test loss; more than twice as much is usual
+TEST_ROWS, VALIDATION_ROWS, SAMPLES = 64, 32, 3
+
+
+def main() -> int:
+    """Runs the demo; returns 1 if the model did not learn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", default="outputs/demo", type=Path)
+    parser.add_argument("--max-steps", default=40, type=int)
+    args = parser.parse_args()
+    console = Console()
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    data = args.output_dir / "docstrings.jsonl"
+    console.print(f"made      {docstring_data.write(data):,} rows from Python's own library")
+    config = mq.RunConfig(
+        model=mq.ModelConfig(source=MODEL),
+        lora=mq.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05),
+        data=mq.DataConfig(path=str(data), max_length=192),
+        training=mq.TrainingConfig(
+            learning_rate=1e-3,
+            warmup_steps=5,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=1,
+        ),
+        checkpointing=mq.CheckpointingConfig(
+            output_dir=str(args.output_dir), eval_steps=20, save_steps=20
+        ),
+        logging=mq.LoggingConfig(logging_steps=5),
+    )
+    model, tokenizer = mq.load(MODEL)
+    train, validation, test = train_validation_test(config.data, tokenizer, config.training.seed)
+    assert validation and test
+    test = test[:TEST_ROWS]
+    console.print(f"data      {train.report.kept:,} rows fit {config.data.max_length} tokens")
+    console.print(mq.plan(MODEL, config))
+
+    before, texts_before = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
+    console.print(f"before    test loss {before.loss:.3f}")
+    result = mq.fine_tune(model, tokenizer, train, validation[:VALIDATION_ROWS], config)
+    after, texts_after = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
+
+    samples = []
+    for example, old, new in zip(test, texts_before, texts_after):
+        prompt, reference = prompt_and_reference(tokenizer, example)
+        samples.append({"prompt": prompt, "before": old, "after": new, "reference": reference})
+        console.rule(f"line {example.line} of {data.name}")
+        console.print(prompt, markup=False, highlight=False)
+        for name, text in (("before", old), ("after", new), ("reference", reference)):
+            console.print(f"[bold]{name}:[/bold] ", end="")
+            console.print(text.strip(), markup=False, highlight=False)
+    console.rule()
+    report = write_report(result, config, {"before": before, "after": after}, samples)
+
+    fall = 1 - after.loss / before.loss
+    console.print(
+        f"test loss {before.loss:.3f} -> {after.loss:.3f} ({fall:.0%} lower), perplexity "
+        f"{before.perplexity:.1f} -> {after.perplexity:.1f}; see {report}"
+    )
+    if fall < LEAST_FALL:
+        print(f"FAILED: the test loss fell by {fall:.1%}, not {LEAST_FALL:.0%}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def answers(model, tokenizer, test) -> list[str]:
+    """Greedy answers to the first few test rows."""
+    prompts = [prompt_and_reference(tokenizer, example)[0] for example in test[:SAMPLES]]
+    return [
+        mq.generate(model, tokenizer, p, max_new_tokens=40, temperature=0, repetition_penalty=1.0)
+        for p in prompts
+    ]
+
+
+def prompt_and_reference(tokenizer, example) -> tuple[str, str]:
+    """What stood before the learned tokens, and the learned tokens without the ending one."""
+    start = int(example.learned.argmax())
+    prompt, reference = example.tokens[:start].tolist(), example.tokens[start:-1].tolist()
+    return tokenizer.decode(prompt), tokenizer.decode(reference)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
