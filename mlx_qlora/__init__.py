@@ -25,7 +25,7 @@ _HOME = {
     "GenerationConfig": "infer.generate",
     "LoggingConfig": "train.metrics",
     "LoraConfig": "model.lora",
-    "ModelConfig": "load",
+    "ModelConfig": "source",
     "QuantConfig": "model.quantize",
     "RunConfig": "config",
     "SourceError": "errors",
@@ -38,7 +38,7 @@ _HOME = {
     "evaluate": "infer.evaluate",
     "fine_tune": "run",
     "generate": "infer.generate",
-    "load": "load",
+    "load": "source",
     "load_adapter": "adapters.peft",
     "loss_and_grads": "train.step",
     "make_batches": "data.batches",
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mlx_qlora' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"mlx_qlora.{_HOME[name]}"), name)
-    globals()[name] = value  # also wins over a sub-module of the same name, such as `load`
+    globals()[name] = value
     return value
 
 
@@ -83,8 +83,8 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.infer.evaluate import evaluate as evaluate
     from mlx_qlora.infer.generate import GenerationConfig as GenerationConfig
     from mlx_qlora.infer.generate import generate as generate
-    from mlx_qlora.load import ModelConfig as ModelConfig
-    from mlx_qlora.load import load as load
+    from mlx_qlora.source import ModelConfig as ModelConfig
+    from mlx_qlora.source import load as load
     from mlx_qlora.model.lora import LoraConfig as LoraConfig
     from mlx_qlora.model.lora import add_lora as add_lora
     from mlx_qlora.model.quantize import QuantConfig as QuantConfig

@@ -14,6 +14,7 @@ matmul takes over its symbols and is some 70 times faster.
 import ctypes
 import ctypes.util
 import functools
+import importlib.metadata
 import os
 import platform
 import sys
@@ -102,10 +103,9 @@ def _provide_libgfortran(site_packages: Path) -> None:
         return
     except OSError:
         pass
-    bundled = site_packages / "mlx_cpu.libs"
-    for helper in bundled.glob("libquadmath-*"):
+    for helper in site_packages.glob("mlx_*.libs/libquadmath-*"):
         ctypes.CDLL(str(helper))
-    for runtime in bundled.glob("libgfortran-*"):
+    for runtime in site_packages.glob("mlx_*.libs/libgfortran-*"):
         hashed = runtime.name.encode() + b"\0"
         plain = b"libgfortran.so.5".ljust(len(hashed), b"\0")
         with open(os.memfd_create("libgfortran.so.5"), "wb") as in_memory:
@@ -118,10 +118,13 @@ def _provide_libgfortran(site_packages: Path) -> None:
 
 
 def _has_gpu_wheel() -> bool:
-    import importlib.metadata
-
-    names = {str(d.metadata["Name"]) for d in importlib.metadata.distributions()}
-    return bool(names & {"mlx-cuda-12", "mlx-cuda-13"})
+    for name in ("mlx-cuda-12", "mlx-cuda-13"):
+        try:
+            importlib.metadata.version(name)
+            return True
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return False
 
 
 # ---- device ------------------------------------------------------------------------------------
@@ -133,6 +136,14 @@ def backend() -> Backend:
     import mlx.core as mx
 
     if mx.default_device() == mx.Device(mx.cpu):
+        if _has_gpu_wheel():
+            # Both wheels write the same libmlx.so, and pip cannot leave mlx-cpu out.
+            warnings.warn(
+                "a CUDA wheel of MLX is installed but MLX computes on the CPU: the last one "
+                "installed wins. Remedy: pip uninstall -y mlx-cpu && "
+                "pip install --force-reinstall --no-deps mlx-cuda-13",
+                stacklevel=2,
+            )
         return Backend("cpu", mx.float32, "resident")
     if mx.metal.is_available():
         return Backend("metal", mx.bfloat16, "quantized")
@@ -172,8 +183,6 @@ def facts() -> dict[str, Any]:
         Chip, cores, memory in bytes, operating system, Python and MLX versions, the device, its
         compute dtype and frozen-matmul strategy, and the BLAS that multiplies on the CPU.
     """
-    import importlib.metadata
-
     import mlx.core as mx
 
     info = mx.device_info()

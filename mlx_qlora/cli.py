@@ -147,7 +147,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.print_config:
         return _print_config(config)
     from mlx_qlora.infer.generate import generate
-    from mlx_qlora.load import load
+    from mlx_qlora.source import load
 
     how = config.generation
     model = config.model

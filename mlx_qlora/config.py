@@ -17,8 +17,8 @@ import yaml
 from mlx_qlora.data.examples import DataConfig
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.infer.generate import GenerationConfig
-from mlx_qlora.load import ModelConfig
 from mlx_qlora.model.lora import LoraConfig
+from mlx_qlora.source import ModelConfig
 from mlx_qlora.train.checkpoint import CheckpointingConfig
 from mlx_qlora.train.loop import TrainingConfig
 from mlx_qlora.train.metrics import LoggingConfig

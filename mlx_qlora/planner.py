@@ -86,7 +86,9 @@ def plan_checkpoint(checkpoint: Checkpoint, config: RunConfig, longest: int | No
     layers = check_recompute(training.recompute, n_layers)
     recomputed = layers_to_recompute(llama, tokens) if layers == "auto" else int(layers)
 
-    per_layer = activation_bytes(llama, tokens, itemsize) + _scores_bytes(llama, tokens * T, itemsize)
+    per_layer = activation_bytes(llama, tokens, itemsize) + _scores_bytes(
+        llama, tokens * T, itemsize
+    )
     kept = per_layer * min(n_layers, n_layers - recomputed + 1)
     inputs = recomputed * tokens * llama.hidden_size * itemsize
     supervised = tokens if config.data.train_on == "all" else tokens // 4

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -49,7 +48,9 @@ def run(config: RunConfig, console: Console) -> TrainResult:
 
     console.print(f"data      {examples.report}", highlight=False)
     parts = (len(examples), len(validation or ()), len(test or ()))
-    console.print("          {:,} train, {:,} validation, {:,} test".format(*parts), highlight=False)
+    console.print(
+        "          {:,} train, {:,} validation, {:,} test".format(*parts), highlight=False
+    )
     longest = max(len(example) for example in examples)
     predicted = plan_checkpoint(checkpoint, config, longest)
     console.print(f"plan\n{_indent(str(predicted))}", highlight=False)
@@ -199,5 +200,3 @@ def _print_scores(console: Console, before: Scores, after: Scores) -> None:
 
 def _indent(text: str) -> str:
     return "\n".join(f"          {line}" for line in text.splitlines())
-
-

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import load_file, save_file
 
 from mlx_qlora._version import __version__
@@ -21,6 +20,7 @@ from mlx_qlora.errors import AdapterError, ConfigError, listing
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers, target_paths
 from mlx_qlora.model.weights import read_safetensors_header
+from mlx_qlora.tree import flat, nested
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,7 +44,11 @@ FIXED = {
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+# Where an adapter began does not matter, unless the base was changed to begin there.
+KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 # ---- out ---------------------------------------------------------------------------------------
@@ -106,7 +110,7 @@ def original_base(model: LlamaForCausalLM) -> str:
 
 def adapter_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     """PEFT key -> float32 array, for every LoRA weight."""
-    return {PREFIX + name: np.array(w) for name, w in tree_flatten(model.trainable_parameters())}
+    return {PREFIX + name: np.array(w) for name, w in flat(model.trainable_parameters()).items()}
 
 
 def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
@@ -187,6 +191,8 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
             compute, or its tensors are not those of this model; all bad tensors are listed.
         ConfigError: the model already has LoRA layers.
     """
+    if lora_layers(model):
+        raise ConfigError("the model already has LoRA layers; load it again to attach an adapter")
     folder = Path(folder).expanduser()
     lora = read_peft_config(folder)
     header = read_safetensors_header(folder / WEIGHTS, AdapterError)
@@ -196,11 +202,13 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         raise AdapterError(f"{folder / CONFIG} is for another model: {error}") from None
     _check_tensors(model, folder, lora, paths, header)
 
-    arrays = mx.load(str(folder / WEIGHTS))
-    assert isinstance(arrays, dict)
+    try:
+        arrays: Any = mx.load(str(folder / WEIGHTS))
+    except (RuntimeError, ValueError) as error:  # offsets that do not fit the shapes
+        raise AdapterError(f"{folder / WEIGHTS} is damaged: {error}") from None
     add_lora(model, lora)
-    weights = [(name.removeprefix(PREFIX), a.astype(mx.float32)) for name, a in arrays.items()]
-    model.update(tree_unflatten(weights))
+    weights = {name.removeprefix(PREFIX): a.astype(mx.float32) for name, a in arrays.items()}
+    model.update(nested(weights))
     mx.eval(model.trainable_parameters())
     return model
 
@@ -219,33 +227,46 @@ def read_peft_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"{folder} is no PEFT adapter: it has no {WEIGHTS}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} must hold a JSON object, not a {type(config).__name__}")
     unsupported = [
         f"{name} is {config[name]!r}; supported: {value!r}"
         for name, value in FIXED.items()
         if name in config and (config[name] or None) != (value or None)
     ]
+    if (begun := config.get("init_lora_weights")) not in KEEP_THE_BASE:
+        unsupported.append(f"init_lora_weights is {begun!r}, which needs a changed base model")
     for name in ("peft_type", "r", "lora_alpha", "target_modules"):
         if config.get(name) is None:
             unsupported.append(f"{name} is missing")
     if unsupported:
         raise AdapterError(f"{path} describes an adapter we cannot run:\n{listing(unsupported)}")
+    targets, layers = config["target_modules"], _as_list(config.get("layers_to_transform"))
+    if not (isinstance(targets, str) or _holds(targets, str)):
+        raise AdapterError(f"{path}: target_modules must be text or a list of it; got {targets!r}")
+    if not (layers is None or _holds(layers, int)):
+        raise AdapterError(f"{path}: layers_to_transform must hold integers; got {layers!r}")
     try:
         return LoraConfig(
             r=config["r"],
             lora_alpha=config["lora_alpha"],
             lora_dropout=config.get("lora_dropout", 0.0),
-            target_modules=config["target_modules"],
-            layers_to_transform=_as_list(config.get("layers_to_transform")),
+            target_modules=targets,
+            layers_to_transform=layers,
             use_rslora=config.get("use_rslora", False),
         )
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"{path}: {error}") from None
 
 
-def _as_list(value: Any) -> list[int] | None:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
+
+
+def _holds(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def _check_tensors(
@@ -266,10 +287,10 @@ def _check_tensors(
     for name, entry in header.items():
         if name not in expected:
             problems.append(f"{name} belongs to no target of this model")
-        elif entry["shape"] != expected[name]:
-            problems.append(f"{name} has shape {entry['shape']}, not {expected[name]}")
-        elif entry["dtype"] not in ("F32", "F16", "BF16"):
-            problems.append(f"{name} has dtype {entry['dtype']}")
+        elif entry.get("shape") != expected[name]:
+            problems.append(f"{name} has shape {entry.get('shape')}, not {expected[name]}")
+        elif entry.get("dtype") not in ("F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {entry.get('dtype')}")
     if problems:
         raise AdapterError(
             f"{folder / WEIGHTS} is damaged or for another model:\n{listing(problems)}"

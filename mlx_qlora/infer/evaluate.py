@@ -9,6 +9,7 @@ from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.loss import supervised_targets, token_losses
+from mlx_qlora.tree import number
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def evaluate(
     for batch in make_batches(examples, batch_size, shuffle=False):
         positions, targets, n_tokens = supervised_targets(batch)
         losses, right = token_losses(model, model.model(batch.tokens), positions, targets)
-        nats += losses.sum().item()
-        hits += int(right.sum().item())
+        nats += number(losses.sum())
+        hits += int(number(right.sum()))
         count += n_tokens
     loss = nats / count
     return Scores(loss, math.exp(min(loss, 700)), hits / count, count)

@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.rope import RopeConfig, rope_periods
+from mlx_qlora.tree import number
 
 # ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX reads.
 SUPPORTED_TYPES = {
@@ -78,7 +79,9 @@ def read_gguf(path: Path) -> GGUF:
             would not read as it is (the message names types and tensors).
     """
     _check_tensors(path)
-    loaded, metadata = mx.load(str(path), return_metadata=True)  # pyright: ignore
+    loaded: Any
+    metadata: Any
+    loaded, metadata = mx.load(str(path), return_metadata=True)
     factors = loaded.pop("rope_freqs.weight", None)
     config = _hf_config(path, metadata, tied="output.weight" not in loaded)
     if factors is not None:
@@ -216,7 +219,7 @@ def _llama3_scaling(path: Path, factors: mx.array, theta: float) -> dict[str, An
     """The parameters behind a tensor of factors: its largest is `factor`, the rest is checked."""
     scaling = {
         "rope_type": "llama3",
-        "factor": float(factors.max().item()),
+        "factor": number(factors.max()),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

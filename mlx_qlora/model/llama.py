@@ -211,7 +211,16 @@ class LlamaForCausalLM(nn.Module):
 
     Args:
         config: the sizes. Weights are zeros that cost no memory until a loader fills them.
+
+    Attributes:
+        hf_config: the `config.json` that the loader read, as a dict.
+        source: the loader's record of where the weights came from (a `hub.ModelFiles`).
+        lora_config: the `LoraConfig` of the LoRA layers, once `add_lora` has put them in.
     """
+
+    hf_config: dict[str, Any]
+    source: Any
+    lora_config: Any
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

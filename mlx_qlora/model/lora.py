@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.fields import check_choices, option, require
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
+from mlx_qlora.tree import flat, nested
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -36,7 +36,7 @@ class LoraConfig:
         ALL_SEVEN, 'names or path endings of linears, "all-linear", or one regex on the whole path'
     )
     layers_to_transform: list[int] | None = option(
-        None, "indices of the layers that get updates; null means all"
+        None, "indices of the layers that get updates; null or an empty list means all"
     )
     bias: str = option("none", "biases stay frozen", choices=("none",))
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
@@ -137,7 +137,7 @@ def add_lora(model: LlamaForCausalLM, config: LoraConfig, seed: int = 0) -> Llam
         B = mx.zeros((d_out, config.r), mx.float32)
         layer = LoRALinear(linears[path], A, B, config.scale, config.lora_dropout)
         wrapped.append((path, layer))
-    model.update_modules(tree_unflatten(wrapped))
+    model.update_modules(nested(dict(wrapped)))
     model.lora_config = config
     return model
 
@@ -146,7 +146,8 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
     """The paths of the linears that a config targets, by PEFT's rules, in the model's order.
 
     A list matches names or path endings, a string is a regex on the whole path, and "all-linear"
-    means every linear of the layers. The output head is not offered: it stays frozen.
+    means every linear of the layers. A path named whole is taken whatever `layers_to_transform`
+    says. The output head is not offered: it stays frozen.
 
     Raises:
         ConfigError: a target, or a layer index, that matches nothing.
@@ -165,6 +166,13 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
             raise ConfigError(f"lora.target_modules: {wanted!r} is no regex: {error}") from None
         if not matched:
             raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")
+        # PEFT would adapt these too. In its tree a tied model has an lm_head as well.
+        modules = {path for path, _ in model.named_modules()} | {"lm_head"}
+        if beyond := sorted(p for p in modules.difference(paths) if re.fullmatch(wanted, p)):
+            raise ConfigError(
+                f"lora.target_modules: {wanted!r} also matches {beyond[-1]}, which cannot have an "
+                f"update; {exists}"
+            )
     else:
         endings = [name.rpartition(".")[2] for name in names]
         for target in wanted:
@@ -173,13 +181,14 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
                 raise ConfigError(f"lora.target_modules: {target!r} matches nothing{hint}; {exists}")
         matched = [path for path in paths if any(_ends_with(path, target) for target in wanted)]
 
-    if config.layers_to_transform is None:
+    if not config.layers_to_transform:
         return matched
     n = len(model.layers)
     for index in config.layers_to_transform:
         rule = f"name layers from 0 to {n - 1}"
         require(0 <= index < n, "lora.layers_to_transform", rule, index)
-    return [path for path in matched if int(path.split(".")[2]) in config.layers_to_transform]
+    layers = [path for path in matched if int(path.split(".")[2]) in config.layers_to_transform]
+    return [path for path in matched if path in layers or path in wanted]
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
@@ -189,7 +198,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 
 def trainable_count(model: nn.Module) -> int:
     """How many numbers training will change."""
-    return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    return sum(array.size for array in flat(model.trainable_parameters()).values())
 
 
 def _linears(model: LlamaForCausalLM) -> list[tuple[str, Linear]]:

@@ -6,6 +6,7 @@ gradients through them to small trainable matrices.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,9 +104,14 @@ class FrozenMatrix(nn.Module):
             return x @ self.dense().T
         if self.matmul == "quantized":
             q = self.quant
-            weight, scales, *biases = self.packed()
             return mx.quantized_matmul(
-                x, weight, scales, *biases, group_size=q.group_size, bits=q.bits, mode=q.mode
+                x,
+                self.weight,
+                self["scales"],
+                self.get("biases"),
+                group_size=q.group_size,
+                bits=q.bits,
+                mode=q.mode,
             )
         return _dequantize_and_multiply(x, self.packed(), self.quant)
 
@@ -160,12 +166,12 @@ def _dequantize_and_multiply(
 ) -> mx.array:
     """x @ W.T that dequantises again in the backward, so that no dense copy outlives its use."""
 
-    @mx.custom_function
-    def multiply(x: mx.array) -> mx.array:
+    def forward(x: mx.array) -> mx.array:
         return x @ unpack(packed, quant, x.dtype).T
 
-    @multiply.vjp
-    def multiply_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
+    def backward(x: mx.array, dy: mx.array, y: mx.array) -> mx.array:
         return dy @ unpack(packed, quant, dy.dtype)
 
+    multiply: Any = mx.custom_function(forward)
+    multiply.vjp(backward)
     return multiply(x)

@@ -46,10 +46,14 @@ def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
         config: a Hugging Face `config.json` as a dict.
 
     Raises:
-        WeightsError: a rope type that we do not support, or a missing or unknown parameter.
+        WeightsError: a rope type that we do not support, or a missing, unknown or senseless
+            parameter.
     """
-    given = dict(config.get("rope_scaling") or {})
-    given.update(config.get("rope_parameters") or {})
+    given: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise WeightsError(f"config.json: {name} must be an object; got {config[name]!r}")
+        given.update(config.get(name) or {})
     rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
     theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
@@ -69,11 +73,18 @@ def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
             "original_max_position_embeddings",
         ),
     }[rope_type]
-    missing = [name for name in needed if name not in given]
+    missing = [name for name in needed if given.get(name) is None]
     unknown = [name for name in given if name not in needed and given[name] is not None]
     if missing or (unknown and rope_type != "default"):
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
         raise WeightsError(f"config.json: the {rope_type} rope scaling {problem}")
+
+    numbers = {"rope_theta": theta, **{name: given[name] for name in needed}}
+    for name, number in numbers.items():
+        if not isinstance(number, (int, float)) or not number > 0:
+            raise WeightsError(f"config.json: {name} must be a positive number; got {number!r}")
+    if rope_type == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
+        raise WeightsError("config.json: high_freq_factor must be larger than low_freq_factor")
     return RopeConfig(float(theta), rope_type, **{name: given[name] for name in needed})
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_qlora.backend import FrozenMatmul
 from mlx_qlora.errors import ConfigError, WeightsError, listing
@@ -21,6 +20,7 @@ from mlx_qlora.model.gguf import read_gguf
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
+from mlx_qlora.tree import flat
 
 FLOATS = ("F32", "F16", "BF16")
 # Old Llama 2 checkpoints store a buffer that every reader computes itself.
@@ -185,7 +185,8 @@ def _packing_in_config(
     for name in found:
         if name.endswith(".scales"):
             path = name.removesuffix(".scales")
-            chosen = entry.get(path) if isinstance(entry.get(path), dict) else entry
+            override = entry.get(path)
+            chosen = override if isinstance(override, dict) else entry
             try:
                 mode = chosen.get("mode") or "affine"
                 packing[path] = QuantConfig(chosen["bits"], chosen["group_size"], mode)
@@ -238,7 +239,7 @@ def _expected_shapes(
     model: LlamaForCausalLM, packing: dict[str, QuantConfig]
 ) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in flat(model.parameters()).items():
         path, _, leaf = name.rpartition(".")
         quant = packing.get(path)
         if quant is None or leaf == "bias":

@@ -132,10 +132,10 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> Ru
     weights = load_file(path / "adapter_model.safetensors")
     moments = load_file(path / "optimizer.safetensors")
     optimizer.weights = _concatenate(
-        weights[f"base_model.model.{name}"] for name in optimizer.names
+        weights[f"base_model.model.{name}"] for name in optimizer.shapes
     )
     for theirs, ours in MOMENTS.items():
-        parts = (moments[f"{name}.{theirs}"] for name in optimizer.names)
+        parts = (moments[f"{name}.{theirs}"] for name in optimizer.shapes)
         setattr(optimizer, ours, _concatenate(parts))
     saved = json.loads((path / "resume_state.json").read_text())
     optimizer.step = saved["step"]

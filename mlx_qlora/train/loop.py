@@ -30,6 +30,7 @@ from mlx_qlora.train.checkpoint import (
 from mlx_qlora.train.metrics import LoggingConfig, Metrics
 from mlx_qlora.train.optim import SCHEDULES, AdamW, learning_rate
 from mlx_qlora.train.step import Engine, add_grads, validation_loss
+from mlx_qlora.tree import number
 
 DEFAULT_STEPS = 1000
 
@@ -248,7 +249,7 @@ def train_step(
     assert total is not None
     norm = optimizer.update(total, supervised, rate)
     mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
-    return nats.item() / max(supervised, 1), norm.item(), tokens
+    return number(nats) / max(supervised, 1), number(norm), tokens
 
 
 def dropout_key(seed: int, micro_batch: int) -> mx.array:

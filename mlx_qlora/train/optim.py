@@ -9,7 +9,8 @@ import math
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_qlora.tree import flat, nested
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -63,9 +64,7 @@ class AdamW:
         weight_decay: float = 0.01,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        leaves = tree_flatten(weights)
-        self.names = [name for name, _ in leaves]
-        self.shapes = [array.shape for _, array in leaves]
+        self.shapes = {name: array.shape for name, array in flat(weights).items()}
         self.weights = flatten(weights)
         self.mean = mx.zeros_like(self.weights)
         self.square = mx.zeros_like(self.weights)
@@ -111,21 +110,21 @@ class AdamW:
         )
         return norm
 
-    def tree(self, flat: mx.array | None = None) -> dict[str, Any]:
+    def tree(self, buffer: mx.array | None = None) -> dict[str, Any]:
         """The weights (or another buffer of their size) in the model's tree."""
-        return tree_unflatten(list(self.named(self.weights if flat is None else flat).items()))
+        return nested(self.named(self.weights if buffer is None else buffer))
 
-    def named(self, flat: mx.array) -> dict[str, mx.array]:
+    def named(self, buffer: mx.array) -> dict[str, mx.array]:
         """Name -> its part of a flat buffer, in its own shape."""
         parts, start = {}, 0
-        for name, shape in zip(self.names, self.shapes):
+        for name, shape in self.shapes.items():
             size = math.prod(shape)
-            parts[name] = flat[start : start + size].reshape(shape)
+            parts[name] = buffer[start : start + size].reshape(shape)
             start += size
         return parts
 
 
 def flatten(tree: dict[str, Any]) -> mx.array:
     """All leaves of a tree, in its order, as one (P,) float32 buffer."""
-    leaves = [array.reshape(-1).astype(mx.float32) for _, array in tree_flatten(tree)]
+    leaves = [array.reshape(-1).astype(mx.float32) for array in flat(tree).values()]
     return mx.concatenate(leaves)

@@ -7,13 +7,14 @@ it alike. It takes the trainable weights as arguments and leaves the model as it
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_qlora.backend import backend
 from mlx_qlora.data.batches import Batch, Batches
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.train.loss import supervised_targets, token_losses
+from mlx_qlora.tree import flat, number
 
 Recompute = int | str  # "none", "all", "auto", or how many layers
 
@@ -59,7 +60,7 @@ class Engine:
     def __init__(
         self, model: LlamaForCausalLM, recompute: Recompute = "auto", compiled: bool = True
     ) -> None:
-        if not tree_flatten(model.trainable_parameters()):
+        if not flat(model.trainable_parameters()):
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
         self.model = model
         self.recompute = check_recompute(recompute, len(model.layers))
@@ -93,7 +94,7 @@ class Engine:
         return self._compiled[layers]
 
 
-class bound:  # noqa: N801 - reads as a phrase: `with bound(model, weights):`
+class bound:
     """Lends a model other trainable weights, tracers included, and takes them back after.
 
     Without the second half a traced function would leave its tracers in the module.
@@ -122,7 +123,7 @@ def validation_loss(model: LlamaForCausalLM, batches: Batches) -> tuple[float, i
     for batch in batches:
         positions, targets, n_tokens = supervised_targets(batch)
         losses, _ = token_losses(model, model.model(batch.tokens), positions, targets)
-        nats += losses.sum().item()
+        nats += number(losses.sum())
         count += n_tokens
     return nats / max(count, 1), count
 

@@ -1,0 +1,113 @@
+"""AdamW and the schedule against float64 written from the papers, and against torch."""
+
+import itertools
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_qlora.train.optim import AdamW, flatten, learning_rate
+
+RATES = [1e-2, 3e-3, 0.0, 5e-2]
+
+
+def adamw_float64(weights, gradients, n_tokens, beta1, beta2, epsilon, decay, max_norm):
+    """Loshchilov & Hutter 2019, algorithm 2, after clipping by the global norm."""
+    w, m, v = weights.astype(np.float64), 0.0, 0.0
+    norms = []
+    for t, (gradient, tokens, rate) in enumerate(zip(gradients, n_tokens, RATES), 1):
+        g = gradient.astype(np.float64) / tokens
+        norms.append(math.sqrt((g**2).sum()))
+        if max_norm is not None:
+            g = g * min(1.0, max_norm / (norms[-1] + 1e-6))
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        w = w - rate * decay * w - rate * m_hat / (np.sqrt(v_hat) + epsilon)
+    return w, norms
+
+
+@pytest.mark.parametrize("max_norm", [1.0, None, 1e-3])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_four_steps_equal_the_paper_in_float64(max_norm, decay):
+    random = np.random.default_rng(0)
+    tree = {"a": {"weight": mx.array(random.normal(size=(3, 5)).astype(np.float32))}}
+    tree["b"] = {"weight": mx.array(random.normal(size=(4,)).astype(np.float32))}
+    optimizer = AdamW(tree, 0.8, 0.95, 1e-6, decay, max_norm)
+    gradients = [random.normal(size=19).astype(np.float32) * 50 for _ in RATES]
+    n_tokens = [7, 1, 100, 13]
+    expected, norms = adamw_float64(
+        np.array(flatten(tree)), gradients, n_tokens, 0.8, 0.95, 1e-6, decay, max_norm
+    )
+    for gradient, tokens, rate, norm in zip(gradients, n_tokens, RATES, norms):
+        grads = optimizer.tree(mx.array(gradient))
+        measured = optimizer.update(grads, tokens, rate)
+        assert measured.item() == pytest.approx(norm, rel=1e-6)
+    np.testing.assert_allclose(np.array(optimizer.weights), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_the_first_step_moves_every_weight_by_the_rate():
+    """What bias correction is for; without it the first step would be 3.16 rates long."""
+    optimizer = AdamW({"w": mx.zeros(4)}, weight_decay=0.0, max_grad_norm=None)
+    optimizer.update({"w": mx.array([1.0, -2.0, 1e-3, -50.0])}, 1, 0.01)
+    np.testing.assert_allclose(np.array(optimizer.weights), [-0.01, 0.01, -0.01, 0.01], rtol=1e-4)
+
+
+def test_state_stays_float32_whatever_the_gradients_are():
+    optimizer = AdamW({"w": mx.ones(4)})
+    optimizer.update({"w": mx.ones(4, dtype=mx.bfloat16)}, 1, 1e-3)
+    for state in (optimizer.weights, optimizer.mean, optimizer.square):
+        assert state.dtype == mx.float32
+
+
+def test_small_steps_are_not_lost_to_rounding():
+    """A bfloat16 weight of 1 would not move under a hundred steps of 1e-4 and decay."""
+    optimizer = AdamW({"w": mx.ones(1)}, weight_decay=0.1)
+    for _ in range(100):
+        optimizer.update({"w": mx.ones(1)}, 1, 1e-4)
+    assert optimizer.weights.item() == pytest.approx(1 - 100 * 1e-4 * 1.1, abs=2e-4)
+
+
+def test_tree_and_named_give_the_same_weights_back():
+    tree = {"x": [{"weight": mx.arange(6.0).reshape(2, 3)}, {"weight": mx.arange(4.0)}]}
+    optimizer = AdamW(tree)
+    again = optimizer.tree()
+    assert mx.array_equal(again["x"][0]["weight"], tree["x"][0]["weight"])
+    assert mx.array_equal(again["x"][1]["weight"], tree["x"][1]["weight"])
+    assert list(optimizer.named(optimizer.weights)) == ["x.0.weight", "x.1.weight"]
+
+
+# ---- schedule ----------------------------------------------------------------------------------
+
+
+def test_warmup_step_k_of_n_trains_at_k_nths_and_cosine_ends_at_zero():
+    rates = [learning_rate(k, 2.0, 4, 12) for k in range(1, 13)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[7] == pytest.approx(1.0)  # half of the way from 4 to 12
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+
+
+def test_linear_and_constant_schedules():
+    assert learning_rate(8, 2.0, 4, 12, "linear") == pytest.approx(1.0)
+    assert learning_rate(12, 2.0, 4, 12, "linear") == 0.0
+    assert learning_rate(12, 2.0, 4, 12, "constant_with_warmup") == 2.0
+    assert learning_rate(2, 2.0, 4, 12, "constant_with_warmup") == 1.0
+
+
+def test_schedule_is_that_of_transformers_one_step_ahead():
+    """Hugging Face trains its first step at rate 0; ours starts where its second does."""
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 4, 12)
+    for k in range(1, 13):
+        optimizer.step()
+        schedule.step()
+        assert learning_rate(k, 2.0, 4, 12) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+
+
+def test_no_warmup_starts_below_the_peak_and_a_run_of_warmup_alone_is_possible():
+    assert learning_rate(1, 2.0, 0, 10) == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi / 10)))
+    assert learning_rate(3, 2.0, 10, 3) == pytest.approx(0.6)

@@ -1,0 +1,208 @@
+"""RoPE's periods against the formulas in float64 and against transformers' own tables."""
+
+import copy
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_qlora.errors import WeightsError
+from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
+
+LLAMA31 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+KNOWN = {  # published models -> (head size, v4 config)
+    "llama 2": (128, {"rope_theta": 10000.0, "rope_scaling": None}),
+    "llama 3": (128, {"rope_theta": 500000.0}),
+    "llama 3.1": (128, {"rope_theta": 500000.0, "rope_scaling": LLAMA31 | {"rope_type": "llama3"}}),
+    "llama 3.2": (
+        64,
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA31 | {"rope_type": "llama3", "factor": 32.0},
+        },
+    ),
+    "linear": (64, {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "smollm2": (64, {"rope_theta": 100000}),
+}
+
+
+def in_v5_spelling(config: dict[str, Any]) -> dict[str, Any]:
+    scaling = dict(config.get("rope_scaling") or {})
+    rope_type = scaling.pop("type", None) or scaling.pop("rope_type", "default")
+    theta = config["rope_theta"]
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **scaling}}
+
+
+def exact_periods(head_dim: int, rope: RopeConfig) -> np.ndarray:
+    """Pair by pair in float64, as Llama 3.1's reference code decides by wavelength."""
+    periods = []
+    for i in range(head_dim // 2):
+        frequency = rope.theta ** (-2 * i / head_dim)
+        if rope.rope_type == "linear":
+            frequency /= rope.factor
+        elif rope.rope_type == "llama3":
+            old = rope.original_max_position_embeddings
+            wavelength = 2 * math.pi / frequency
+            if wavelength > old / rope.low_freq_factor:
+                frequency /= rope.factor
+            elif wavelength >= old / rope.high_freq_factor:
+                smooth = (old / wavelength - rope.low_freq_factor) / (
+                    rope.high_freq_factor - rope.low_freq_factor
+                )
+                frequency = (1 - smooth) * frequency / rope.factor + smooth * frequency
+        periods.append(1 / frequency)
+    return np.array(periods)
+
+
+def transformers_periods(head_dim: int, config: dict[str, Any]) -> np.ndarray:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    given = copy.deepcopy(in_v5_spelling(config))
+    table = LlamaRotaryEmbedding(
+        LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, **given)
+    )
+    assert table.attention_scaling == 1.0
+    return 1 / table.inv_freq.double().numpy()
+
+
+# ---- periods -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_periods_equal_the_float64_formula(name: str) -> None:
+    head_dim, config = KNOWN[name]
+    rope = rope_from_hf(config)
+    ours = rope_periods(head_dim, rope)
+    assert ours.dtype == mx.float32
+    np.testing.assert_allclose(np.array(ours), exact_periods(head_dim, rope), rtol=3e-6)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_periods_equal_transformers(name: str) -> None:
+    head_dim, config = KNOWN[name]
+    ours = np.array(rope_periods(head_dim, rope_from_hf(config)))
+    np.testing.assert_allclose(ours, transformers_periods(head_dim, config), rtol=3e-6)
+
+
+def test_transformers_init_functions_agree_with_the_oracle_above() -> None:
+    """The two oracles are one: ROPE_INIT_FUNCTIONS by name, not through the Llama module."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for name in ("llama 3.1", "llama 3.2", "linear"):
+        head_dim, config = KNOWN[name]
+        rope = rope_from_hf(config)
+        hf = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, **in_v5_spelling(config))
+        frequencies, _ = ROPE_INIT_FUNCTIONS[rope.rope_type](hf, "cpu")
+        exact = exact_periods(head_dim, rope)
+        np.testing.assert_allclose(1 / frequencies.double().numpy(), exact, rtol=3e-6)
+
+
+@given(
+    half=st.integers(1, 64),
+    theta=st.floats(100.0, 1e6),
+    factor=st.floats(1.0, 64.0),
+    low=st.floats(0.25, 2.0),
+    spread=st.floats(0.5, 8.0),
+    old=st.integers(64, 16384),
+)
+@settings(max_examples=60, deadline=None)
+def test_llama3_periods_equal_the_formula_for_any_parameters(
+    half: int, theta: float, factor: float, low: float, spread: float, old: int
+) -> None:
+    rope = RopeConfig(theta, "llama3", factor, low, low + spread, old)
+    ours = np.array(rope_periods(2 * half, rope))
+    np.testing.assert_allclose(ours, exact_periods(2 * half, rope), rtol=5e-5)
+
+
+def test_llama_31_keeps_fast_pairs_and_stretches_slow_ones_by_factor() -> None:
+    scaled = rope_periods(128, rope_from_hf(KNOWN["llama 3.1"][1]))
+    plain = rope_periods(128, rope_from_hf(KNOWN["llama 3"][1]))
+    stretch = np.array(scaled / plain)
+    wavelengths = 2 * np.pi * np.array(plain)
+    np.testing.assert_array_equal(stretch[wavelengths < 2048], 1)
+    np.testing.assert_allclose(stretch[wavelengths > 8192], 8, rtol=1e-6)
+    between = stretch[(wavelengths > 2048) & (wavelengths < 8192)]
+    assert len(between) >= 5 and (np.diff(between) > 0).all()
+    assert 1 < between[0] and between[-1] < 8
+
+
+# ---- the two spellings in config.json ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_both_spellings_give_the_same_rope(name: str) -> None:
+    _, config = KNOWN[name]
+    rope = rope_from_hf(config)
+    assert rope_from_hf(in_v5_spelling(config)) == rope
+    assert rope.theta == config["rope_theta"]
+    assert rope.rope_type != "default" or name in ("llama 2", "llama 3", "smollm2")
+
+
+def test_reading_a_config_changes_nothing_in_it() -> None:
+    for _, config in KNOWN.values():
+        for spelling in (config, in_v5_spelling(config)):
+            before = copy.deepcopy(spelling)
+            rope_from_hf(spelling)
+            assert spelling == before
+
+
+def test_llama_31_is_read_in_full() -> None:
+    assert rope_from_hf(KNOWN["llama 3.1"][1]) == RopeConfig(
+        500000.0, "llama3", 8.0, 1.0, 4.0, 8192
+    )
+
+
+def test_a_config_without_rope_is_llama_1() -> None:
+    assert rope_from_hf({}) == RopeConfig(10000.0, "default")
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope", "su", "nonsense"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_an_unsupported_rope_type_is_refused_by_name(rope_type: str, key: str) -> None:
+    with pytest.raises(WeightsError, match=f"config.json.*{rope_type}.*supported: default, linear"):
+        rope_from_hf({"rope_theta": 1e4, key: {"rope_type": rope_type, "factor": 2.0}})
+
+
+@pytest.mark.parametrize("name", LLAMA31)
+def test_a_missing_llama3_parameter_is_refused_by_name(name: str) -> None:
+    scaling = {key: value for key, value in LLAMA31.items() if key != name}
+    with pytest.raises(WeightsError, match=f"config.json: the llama3 rope scaling lacks {name}$"):
+        rope_from_hf({"rope_scaling": {"rope_type": "llama3", **scaling}})
+
+
+def test_an_unknown_scaling_parameter_is_refused_by_name() -> None:
+    scaling = {"rope_type": "llama3", **LLAMA31, "attention_factor": 2.0}
+    with pytest.raises(WeightsError, match="config.json.*llama3.*unknown attention_factor"):
+        rope_from_hf({"rope_scaling": scaling})
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"rope_scaling": "llama3"}, "rope_scaling"),
+        ({"rope_parameters": [1, 2]}, "rope_parameters"),
+        ({"rope_theta": "10k"}, "rope_theta"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": "4x"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA31, "factor": None}}, "factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA31, "high_freq_factor": 1.0}},
+            "high_freq_factor",
+        ),
+    ],
+)
+def test_a_malformed_value_is_refused_by_name(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(WeightsError, match=f"config.json.*{named}"):
+        rope_from_hf(config)
