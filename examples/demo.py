@@ -55,7 +55,7 @@ def main() -> int:
     assert validation and test
     test = test[:TEST_ROWS]
     console.print(f"data      {train.report.kept:,} rows fit {config.data.max_length} tokens")
-    console.print(mq.plan(MODEL, config))
+    console.print(str(mq.plan(MODEL, config)), highlight=False)
 
     before, texts_before = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
     console.print(f"before    test loss {before.loss:.3f}")

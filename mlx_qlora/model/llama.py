@@ -52,9 +52,12 @@ class LlamaConfig:
         """
         problems = _unsupported(config)
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*sizes, "vocab_size"):
+        derivable = [n for n in ("num_key_value_heads", "head_dim") if config.get(n) is not None]
+        for name in (*sizes, "vocab_size", *derivable):
             if not isinstance(config.get(name), int) or config[name] < 1:
                 problems.append(f"{name} must be a positive integer; got {config.get(name)!r}")
+        if not isinstance(config.get("rms_norm_eps", 1e-6), (int, float)):
+            problems.append(f"rms_norm_eps must be a number; got {config['rms_norm_eps']!r}")
         if problems:
             raise WeightsError(f"config.json describes no Llama we can run:\n{listing(problems)}")
         heads = config["num_attention_heads"]
@@ -64,10 +67,13 @@ class LlamaConfig:
                 f"config.json: num_attention_heads ({heads}) must be a multiple of "
                 f"num_key_value_heads ({kv_heads})"
             )
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        if head_dim % 2:
+            raise WeightsError(f"config.json: head_dim must be even for RoPE; got {head_dim}")
         return cls(
             **{name: config[name] for name in (*sizes, "vocab_size")},
             num_key_value_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=head_dim,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=rope_from_hf(config),
             tie_word_embeddings=config.get("tie_word_embeddings", False),

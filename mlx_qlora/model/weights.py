@@ -66,7 +66,9 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     if files.path.is_file():
         gguf = read_gguf(files.path)
         found = {
-            name: TensorInfo(files.path, tuple(array.shape), "F16")
+            name: TensorInfo(
+                files.path, tuple(array.shape), "U32" if array.dtype == mx.uint32 else "F16"
+            )
             for name, array in gguf.tensors.items()
         }
         packing = _packing_in_gguf(gguf.tensors)
@@ -75,7 +77,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     config = _read_config(files.path)
     found = _read_headers(files.path)
     packing = _packing_in_config(config, found)
-    shards: list[Any] = [mx.load(str(file)) for file in _files(found)]
+    shards = [_open_safetensors(file) for file in _files(found)]
     return Checkpoint(files, config, found, packing, shards)
 
 
@@ -115,6 +117,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} cannot be read: it holds no JSON object")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and "quantization" not in config:
         raise WeightsError(
@@ -129,8 +133,8 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(n) for n in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index} cannot be read: {error!r}") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -138,6 +142,8 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         shards = [folder / name for name in names]
     else:
         shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise WeightsError(f"{folder} holds no *.safetensors file; no other format is read")
     found: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, entry in read_safetensors_header(shard, WeightsError).items():
@@ -164,12 +170,21 @@ def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+        entries = [(t["data_offsets"][1], t["dtype"], tuple(t["shape"])) for t in header.values()]
+        end = 8 + length + max((end for end, _, _ in entries), default=0)
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
     if size < end:
         raise error(f"{path} is truncated: {size:,} of {end:,} bytes; fetch or write it again")
     return header
+
+
+def _open_safetensors(path: Path) -> dict[str, mx.array]:
+    """Name -> array, which is not read until it is used."""
+    try:
+        return mx.load(str(path))  # pyright: ignore[reportReturnType]
+    except RuntimeError as error:  # sizes that contradict each other, or a dtype MLX lacks
+        raise WeightsError(f"{path} cannot be read: {error}; fetch or write it again") from None
 
 
 def _files(found: dict[str, TensorInfo]) -> list[Path]:
@@ -185,12 +200,12 @@ def _packing_in_config(
     for name in found:
         if name.endswith(".scales"):
             path = name.removesuffix(".scales")
-            override = entry.get(path)
-            chosen = override if isinstance(override, dict) else entry
             try:
+                override = entry.get(path)
+                chosen = override if isinstance(override, dict) else entry
                 mode = chosen.get("mode") or "affine"
                 packing[path] = QuantConfig(chosen["bits"], chosen["group_size"], mode)
-            except (KeyError, ConfigError) as error:
+            except (KeyError, AttributeError, ConfigError) as error:
                 raise WeightsError(
                     f"config.json: `quantization` does not say how {path} is packed: {error}"
                 ) from None
@@ -221,8 +236,8 @@ def _check_tensors(
                 problems.append(f"{where} belongs to no module of this architecture")
         elif info.shape != expected[name]:
             problems.append(f"{where} has shape {info.shape}; config.json asks {expected[name]}")
-        elif name.rpartition(".")[0] not in packing and info.dtype not in FLOATS:
-            problems.append(f"{where} has dtype {info.dtype}; supported: {', '.join(FLOATS)}")
+        elif info.dtype not in (legal := _legal_dtypes(name, packing)):
+            problems.append(f"{where} has dtype {info.dtype}; supported: {', '.join(legal)}")
     if problems:
         raise WeightsError(f"{checkpoint.files.path} does not hold this model:\n{listing(problems)}")
 
@@ -252,6 +267,16 @@ def _expected_shapes(
         if quant.mode == "affine":
             shapes[f"{path}.biases"] = (rows, groups)
     return shapes
+
+
+def _legal_dtypes(name: str, packing: dict[str, QuantConfig]) -> tuple[str, ...]:
+    path, _, leaf = name.rpartition(".")
+    quant = packing.get(path)
+    if quant is not None and leaf == "weight":
+        return ("U32",)
+    if quant is not None and leaf == "scales" and quant.mode != "affine":
+        return ("U8",)
+    return FLOATS
 
 
 # ---- one tensor at a time ----------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""`mq.load` on a whole model folder, and the public names. Also home of the folder's maker."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import (
+    LLAMA3_ROPE,
+    make_hf_model,
+    our_logits,
+    random_tokens,
+    randomise_lora,
+    save_hf,
+    torch_logits,
+)
+
+import mlx_qlora as mq
+
+TOKENS = random_tokens(2, 21)
+CORPUS = [
+    "### Instruction:\nName a colour.\n\n### Response:\nBlue.",
+    "### Input:\nthe quick brown fox jumps over the lazy dog",
+    "What is the capital of France? The capital of France is Paris.",
+]
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path, *, bos: bool = True, chat: bool = False) -> Path:
+    """A byte-level BPE of 320 ids, such as TINY's models have, trained on a few lines."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|bos|>", "<|eos|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|eos|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"bos_token": "<|bos|>"} if bos else {}
+    config |= {"chat_template": CHAT} if chat else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_model(folder: Path, *, chat: bool = False, seed: int = 0, **changes: Any) -> Path:
+    """A whole tiny model as the hub has it: config, safetensors and tokenizer."""
+    save_hf(make_hf_model(seed, **{"rope_parameters": LLAMA3_ROPE, **changes}), folder)
+    return write_tokenizer(folder, chat=chat)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("load") / "model")
+
+
+# ---- load --------------------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_its_model_and_tokenizer(folder: Path) -> None:
+    model, tokenizer = mq.load(folder)
+    wanted = torch_logits(make_hf_model(rope_parameters=LLAMA3_ROPE), TOKENS)
+    assert np.abs(our_logits(model, TOKENS) - wanted).max() < 1e-5
+    assert tokenizer.vocab_size <= model.config.vocab_size
+    assert tokenizer.decode(tokenizer.encode("The fox: Zoë?")) == "The fox: Zoë?"
+    assert tokenizer.adds_bos and tokenizer.bos_id == 0 and tokenizer.eos_id == 1
+    again, _ = mq.load(str(folder))
+    np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(model, TOKENS))
+
+
+def test_an_adapter_is_attached(folder: Path, tmp_path: Path) -> None:
+    model, _ = mq.load(folder)
+    mq.add_lora(model, mq.LoraConfig(r=4))
+    randomise_lora(model)
+    mq.save_adapter(model, tmp_path / "a")
+    for adapter in (tmp_path / "a", str(tmp_path / "a")):
+        again, _ = mq.load(folder, adapter=adapter)
+        np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(model, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("quant", "most"),
+    [
+        (mq.QuantConfig(bits=8, group_size=32), 0.05),
+        (mq.QuantConfig(bits=4, group_size=32), 1.0),
+        (mq.QuantConfig(bits=3, group_size=32), 2.0),
+    ],
+)
+def test_quantised_weights_are_those_of_mx_quantize_under_every_strategy(
+    folder: Path, quant: mq.QuantConfig, most: float
+) -> None:
+    dense, _ = mq.load(folder)
+    logits = {}
+    for matmul in ("auto", "quantized", "dequantize", "resident"):
+        model, _ = mq.load(folder, quantize=quant, frozen_matmul=matmul, dtype="float32")
+        up = model.layers[1].mlp.up_proj
+        assert up.quant == quant
+        packed = mx.quantize(dense.layers[1].mlp.up_proj.weight, quant.group_size, quant.bits)
+        for ours, theirs in zip(up.packed(), packed):
+            np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+        logits[matmul] = our_logits(model, TOKENS)
+    error = np.abs(logits["resident"] - our_logits(dense, TOKENS)).mean()
+    assert 0 < error < most
+    for matmul, values in logits.items():
+        assert np.abs(values - logits["resident"]).max() < 2e-5, matmul
+
+
+def test_the_dtype_is_the_one_asked_for(folder: Path) -> None:
+    for name in ("float32", "bfloat16", "float16"):
+        model, _ = mq.load(folder, dtype=name, quantize=mq.QuantConfig(4, 32))
+        assert str(model(mx.array(TOKENS)).dtype) == f"mlx.core.{name}"
+
+
+def test_wrong_requests_are_the_user_s_errors(folder: Path, tmp_path: Path) -> None:
+    for how, words in (
+        ({"dtype": "float8"}, "model.dtype must be one of auto"),
+        ({"frozen_matmul": "fast"}, "model.frozen_matmul must be one of auto"),
+        ({"quantize": mq.QuantConfig(4, 128)}, "group_size 128 does not divide the 64 columns"),
+    ):
+        with pytest.raises(mq.ConfigError, match=words):
+            mq.load(folder, **how)
+    with pytest.raises(mq.SourceError, match="no such file or folder"):
+        mq.load(tmp_path / "missing")
+    with pytest.raises(mq.AdapterError, match="no such folder"):
+        mq.load(folder, adapter=tmp_path / "missing")
+    with pytest.raises(mq.SourceError, match="hub repositories only"):
+        mq.load(folder, revision="main")
+
+
+# ---- public names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", mq.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(mq, name) is not None
+    assert name in dir(mq)
+
+
+def test_names_are_what_they_say_even_where_a_module_has_the_same_name() -> None:
+    import mlx_qlora.load  # the module must not take the function's place
+
+    assert callable(mq.load) and mq.load.__name__ == "load"
+    from mlx_qlora import load
+
+    assert callable(load)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = mq.lod
+    with pytest.raises(ImportError):
+        from mlx_qlora import nothing  # noqa: F401
+    assert not hasattr(mq, "train_fast")
+
+
+def test_every_error_is_a_user_error_and_a_value_error() -> None:
+    names = [name for name in mq.__all__ if name.endswith("Error")]
+    assert len(names) == 7
+    for name in names:
+        assert issubclass(getattr(mq, name), mq.UserError)
+        assert issubclass(getattr(mq, name), ValueError)
