@@ -38,5 +38,7 @@ def _parse(line: bytes) -> Any:
         return DataError(f"not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} at column {error.colno}")
+    except ValueError as error:  # Python refuses integers of thousands of digits
+        return DataError(f"not JSON: {error}")
     except RecursionError:
         return DataError("not JSON: nested too deeply")

@@ -33,7 +33,8 @@ class GenerationConfig:
         require(self.top_k >= 0, f"{field}top_k", "be at least 0", self.top_k)
         penalty = self.repetition_penalty
         require(penalty > 0, f"{field}repetition_penalty", "be above 0", penalty)
-        require(self.max_new_tokens >= 1, f"{field}max_new_tokens", "be at least 1", 0)
+        most = self.max_new_tokens
+        require(most >= 1, f"{field}max_new_tokens", "be at least 1", most)
 
 
 def generate(
@@ -159,9 +160,10 @@ def filtered(logprobs: mx.array, how: GenerationConfig) -> mx.array:
     ranked = mx.take_along_axis(logprobs, order, axis=-1)
     ranks = mx.arange(logprobs.shape[-1])
     keep = ranks < (how.top_k or logprobs.shape[-1])
-    chances = mx.softmax(mx.where(keep, ranked, -mx.inf), axis=-1)
-    # A token stays while those before it have not yet made up top_p: the likeliest always does.
-    keep = keep & (mx.cumsum(chances, axis=-1) - chances < how.top_p)
+    if how.top_p < 1:  # at 1 all stay; a rounded sum would drop some
+        chances = mx.softmax(mx.where(keep, ranked, -mx.inf), axis=-1)
+        # A token stays while those before it have not made up top_p: the likeliest always does.
+        keep = keep & (mx.cumsum(chances, axis=-1) - chances < how.top_p)
     places = mx.argsort(order, axis=-1)
     return mx.where(mx.take_along_axis(keep, places, axis=-1), logprobs, -mx.inf)
 

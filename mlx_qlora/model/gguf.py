@@ -81,7 +81,10 @@ def read_gguf(path: Path) -> GGUF:
     _check_tensors(path)
     loaded: Any
     metadata: Any
-    loaded, metadata = mx.load(str(path), return_metadata=True)
+    try:
+        loaded, metadata = mx.load(str(path), return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged ({error}); download it again") from None
     factors = loaded.pop("rope_freqs.weight", None)
     config = _hf_config(path, metadata, tied="output.weight" not in loaded)
     if factors is not None:
@@ -107,7 +110,7 @@ def _check_tensors(path: Path) -> None:
     try:
         with path.open("rb") as file:
             tensors, data_start = _read_header(file)
-    except (struct.error, UnicodeDecodeError, OverflowError, KeyError, MemoryError):
+    except (struct.error, ValueError, TypeError, OverflowError, KeyError, MemoryError, OSError):
         raise WeightsError(f"{path} is damaged or truncated; download it again") from None
     if tensors is None:
         raise WeightsError(f"{path} is not a GGUF file (version 2 or 3)")
@@ -193,16 +196,25 @@ def _hf_config(path: Path, metadata: dict[str, Any], tied: bool) -> dict[str, An
     scaling = read("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise WeightsError(f"{path}: rope scaling {scaling!r} is not supported")
-    heads = read("attention.head_count")
+
+    def count(key: str, default: Any = None) -> int:
+        value = read(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise WeightsError(f"{path}: llama.{key} must be a positive integer; got {value!r}")
+        return value
+
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise WeightsError(f"{path}: the metadata lacks tokenizer.ggml.tokens")
+    heads = count("attention.head_count")
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": read("embedding_length"),
-        "num_hidden_layers": read("block_count"),
+        "hidden_size": count("embedding_length"),
+        "num_hidden_layers": count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": read("attention.head_count_kv", heads),
-        "head_dim": read("attention.key_length", read("embedding_length") // heads),
-        "intermediate_size": read("feed_forward_length"),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
+        "head_dim": count("attention.key_length", count("embedding_length") // heads),
+        "intermediate_size": count("feed_forward_length"),
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "rms_norm_eps": read("attention.layer_norm_rms_epsilon"),
         "rope_theta": read("rope.freq_base", 10000.0),
@@ -247,6 +259,8 @@ def _undo_permute(rows: mx.array, heads: int) -> mx.array:
 
     Whole rows move, so packed weights, scales and biases are treated alike.
     """
+    if rows.shape[0] % (2 * heads):
+        return rows  # no shape of this model, as the loader is about to say
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 

@@ -1,0 +1,164 @@
+"""From a config to an output folder, through the public calls and the command line's `run`."""
+
+import io
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import random_tokens, torch_logits
+from rich.console import Console
+from tiny_folder import write_rows, write_tokenizer
+
+import mlx_qlora as mq
+from mlx_qlora.config import build, read_yaml
+from mlx_qlora.run import run
+
+LAYOUT = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "metrics.jsonl",
+    "mlx/adapter_config.json",
+    "mlx/adapters.safetensors",
+    "plots/grad_norm.svg",
+    "plots/learning_rate.svg",
+    "plots/loss.svg",
+    "plots/peak_memory_bytes.svg",
+    "plots/tokens_per_second.svg",
+    "report.html",
+    "run.yaml",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_args.json",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One real run of the whole path on a tiny model; (folder, model folder, result, printed)."""
+    from conftest import LLAMA3_ROPE, make_hf_model
+
+    folder = tmp_path_factory.mktemp("run")
+    make_hf_model(rope_parameters=LLAMA3_ROPE).save_pretrained(folder / "model")
+    write_tokenizer(folder / "model")
+    rows = write_rows(folder / "rows.jsonl", 60)
+    values = {
+        "model": {"source": str(folder / "model"), "bits": 4, "group_size": 32},
+        "data": {"path": str(rows), "max_length": 64},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "training": {
+            "max_steps": 12,
+            "warmup_steps": 2,
+            "learning_rate": 1e-2,
+            "gradient_accumulation_steps": 1,
+        },
+        "checkpointing": {"output_dir": str(folder / "out"), "save_steps": 6, "eval_steps": 6},
+        "logging": {"logging_steps": 4},
+    }
+    printed = io.StringIO()
+    result = run(build(values), Console(file=printed, width=160))
+    return folder, values, result, printed.getvalue()
+
+
+def test_the_output_folder_is_the_promised_one(finished):
+    out = finished[0] / "out"
+    files = sorted(
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if path.is_file() and not path.relative_to(out).parts[0].startswith("checkpoint-")
+    )
+    assert files == LAYOUT
+    assert sorted(path.name for path in (out / "checkpoint-12").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "resume_state.json",
+        "trainer_state.json",
+    ]
+
+
+def test_data_plan_progress_and_scores_are_printed(finished):
+    for part in ("60 rows read, 60 kept, 0 refused", "predicted peak", "step 12/12", "test      loss"):
+        assert part in finished[3], finished[3]
+
+
+def test_the_run_learned(finished):
+    losses = [r["loss"] for r in finished[2].log_history if "loss" in r]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_record_repeats_the_run(finished):
+    folder, values, _, _ = finished
+    recorded = read_yaml(folder / "out" / "run.yaml")
+    assert build(recorded) == build(values)
+    record = json.loads((folder / "out" / "training_args.json").read_text())
+    assert record["versions"]["mlx-qlora"] == mq.__version__
+    assert record["config"]["training"]["max_steps"] == 12
+    assert len(record["fingerprint"]["data"]) == 64
+
+    recorded["checkpointing"]["output_dir"] = str(folder / "again")
+    run(build(recorded), Console(file=io.StringIO()))
+    for name in ("adapter_model.safetensors", "checkpoint-6/optimizer.safetensors"):
+        assert (folder / "out" / name).read_bytes() == (folder / "again" / name).read_bytes()
+
+
+def test_the_adapter_on_disk_is_the_trained_one(finished):
+    """Our loader and PEFT agree on the folder that the run left."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, values, _, _ = finished
+    tokens = random_tokens(2, 20)
+    model, _ = mq.load(folder / "model", adapter=folder / "out")
+    base, _ = mq.load(folder / "model")
+    ours = np.array(model(mx.array(tokens)))
+    assert np.abs(ours - np.array(base(mx.array(tokens)))).max() > 1e-2
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32").eval()
+    theirs = PeftModel.from_pretrained(theirs, folder / "out")
+    np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-5)
+
+
+def test_an_adapter_can_be_trained_on_and_its_own_config_stands(finished, tmp_path):
+    folder, values, _, _ = finished
+    more = {**values, "model": {**values["model"], "adapter": str(folder / "out")}}
+    more["lora"] = {"r": 2}  # gives way to the adapter's
+    more["checkpointing"] = {"output_dir": str(tmp_path / "more"), "save_steps": 6}
+    more["training"] = {**values["training"], "max_steps": 2, "learning_rate": 1e-6}
+    run(build(more), Console(file=io.StringIO()))
+    assert read_yaml(tmp_path / "more" / "run.yaml")["lora"]["r"] == 4
+    config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    first, _ = mq.load(folder / "model", adapter=folder / "out")
+    second, _ = mq.load(folder / "model", adapter=tmp_path / "more")
+    tokens = mx.array(random_tokens(1, 12))
+    assert mx.abs(first(tokens) - second(tokens)).max().item() < 1e-2
+
+
+def test_a_notebook_can_do_the_same_with_its_own_objects(finished, tmp_path):
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model", quantize=mq.QuantConfig(bits=8, group_size=32))
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=2, warmup_steps=1, learning_rate=1e-2),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")),
+    )
+    result = mq.fine_tune(
+        model, tokenizer, examples, config=config, console=Console(file=io.StringIO())
+    )
+    assert result.eval_loss is None and result.steps == 2
+    scores = mq.evaluate(model, tokenizer, examples)
+    assert scores.n_tokens == examples.report.supervised
+
+
+def test_an_unknown_base_is_refused_before_training(finished, tmp_path):
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model")
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    model.source = type(model.source)(folder / "model", None, None, "some-4bit-copy")
+    config = mq.RunConfig(checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")))
+    with pytest.raises(mq.AdapterError, match="model.base_model_name_or_path=org/name"):
+        mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    assert not (tmp_path / "out").exists()
