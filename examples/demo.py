@@ -46,7 +46,10 @@ def main() -> int:
             gradient_accumulation_steps=1,
         ),
         checkpointing=mq.CheckpointingConfig(
-            output_dir=str(args.output_dir), eval_steps=20, save_steps=20
+            output_dir=str(args.output_dir),
+            eval_steps=20,
+            save_steps=20,
+            resume_from_checkpoint="none",
         ),
         logging=mq.LoggingConfig(logging_steps=5),
     )

@@ -62,6 +62,7 @@ def load_fast_blas() -> str | None:
     wanted = os.environ.get("MLX_QLORA_BLAS")
     if wanted == "none":
         return None
+    _provide_libgfortran()
     for candidate in [wanted] if wanted else _openblas_candidates():
         try:
             # RTLD_GLOBAL puts the symbols in front of those that libmlx.so was linked with.
@@ -85,13 +86,12 @@ def _openblas_candidates() -> Iterator[str]:
     for folder in map(Path, sys.path):
         library = folder / "cmeel.prefix" / "lib" / "libopenblas.so.0"
         if library.is_file():
-            _provide_libgfortran(folder)
             yield str(library)
     if system := ctypes.util.find_library("openblas"):
         yield system
 
 
-def _provide_libgfortran(site_packages: Path) -> None:
+def _provide_libgfortran() -> None:
     """Makes `libgfortran.so.5`, which OpenBLAS asks for by that name, loadable without root.
 
     A bare Linux has no Fortran runtime, but MLX's wheel bundles one, renamed to
@@ -103,9 +103,13 @@ def _provide_libgfortran(site_packages: Path) -> None:
         return
     except OSError:
         pass
-    for helper in site_packages.glob("mlx_*.libs/libquadmath-*"):
-        ctypes.CDLL(str(helper))
-    for runtime in site_packages.glob("mlx_*.libs/libgfortran-*"):
+    bundled = [library for folder in sys.path for library in Path(folder).glob("mlx_*.libs/lib*")]
+    for helper in bundled:
+        if helper.name.startswith("libquadmath-"):
+            ctypes.CDLL(str(helper))
+    for runtime in bundled:
+        if not runtime.name.startswith("libgfortran-"):
+            continue
         hashed = runtime.name.encode() + b"\0"
         plain = b"libgfortran.so.5".ljust(len(hashed), b"\0")
         with open(os.memfd_create("libgfortran.so.5"), "wb") as in_memory:

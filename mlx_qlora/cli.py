@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 2 the user's input is wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    args = parser.parse_args(argv)
+    # argparse stops collecting section.field=value at the first flag that follows one.
+    args, late = parser.parse_known_args(argv)
+    if unknown := [word for word in late if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += late
     try:
         return args.run(args)
     except UserError as error:

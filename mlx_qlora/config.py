@@ -86,17 +86,23 @@ def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise ConfigError(f"config file {path} is not YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"config file {path} must hold sections such as `training:`")
-    return {name: fields if fields is not None else {} for name, fields in content.items()}
+    for name, fields in content.items():
+        if not isinstance(fields, (dict, type(None))):
+            raise ConfigError(f"config file {path}: section {name} must hold fields")
+    return {str(name): fields or {} for name, fields in content.items()}
 
 
 def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
-    """Puts one `section.field=value` into section -> field -> value; the value is read as YAML.
+    """Puts one `section.field=value` into section -> field -> value.
+
+    The value is read as YAML, but for a field of text that YAML takes for something else: a
+    folder may be called 2026-11-22.
 
     Raises:
         ConfigError: not of that form.
@@ -105,11 +111,15 @@ def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
     section, dot, key = place.partition(".")
     if not (equals and dot and section and key):
         raise ConfigError(f"expected section.field=value, got {assignment!r}")
+    section, key = section.strip(), key.strip()
     try:
         value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
-    values.setdefault(section.strip(), {})[key.strip()] = value
+    hint = typing.get_type_hints(SECTIONS[section]).get(key) if section in SECTIONS else None
+    if hint and not _fits(value, hint) and _fits(text, hint):
+        value = text
+    values.setdefault(section, {})[key] = value
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -134,8 +144,7 @@ def coerce(value: Any, annotation: Any, name: str) -> Any:
     Raises:
         ConfigError: it does not fit, naming the field, the type and the value.
     """
-    members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    for member in members:
+    for member in _members(annotation):
         fits, converted = _convert(value, member)
         if fits:
             return converted
@@ -151,6 +160,14 @@ def type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is list:
         return f"list of {type_name(typing.get_args(annotation)[0])}"
     return {int: "int", float: "number", bool: "true/false", str: "text"}[annotation]
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    return any(_convert(value, member)[0] for member in _members(annotation))
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if _is_union(annotation) else (annotation,)
 
 
 def _is_union(annotation: Any) -> bool:
@@ -170,7 +187,7 @@ def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
             return False, None
         try:
             return True, float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False, None
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool), value

@@ -28,6 +28,7 @@ from mlx_qlora.model.weights import load_model, open_checkpoint
 from mlx_qlora.planner import plan_checkpoint
 from mlx_qlora.report import write_report
 from mlx_qlora.train.loop import TrainResult, train
+from mlx_qlora.train.metrics import say
 
 
 def run(config: RunConfig, console: Console) -> TrainResult:
@@ -46,14 +47,12 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     examples, validation, test = train_validation_test(config.data, tokenizer, config.training.seed)
     _check_writable(Path(config.checkpointing.output_dir))
 
-    console.print(f"data      {examples.report}", highlight=False)
-    parts = (len(examples), len(validation or ()), len(test or ()))
-    console.print(
-        "          {:,} train, {:,} validation, {:,} test".format(*parts), highlight=False
-    )
+    say(console, f"data      {examples.report}")
+    sizes = [len(part or ()) for part in (examples, validation, test)]
+    say(console, "          {:,} train, {:,} validation, {:,} test".format(*sizes))
     longest = max(len(example) for example in examples)
     predicted = plan_checkpoint(checkpoint, config, longest)
-    console.print(f"plan\n{_indent(str(predicted))}", highlight=False)
+    say(console, f"plan\n{_indent(str(predicted))}")
 
     model = load_model(
         checkpoint,
@@ -109,10 +108,10 @@ def fine_tune(
         add_lora(model, config.lora, config.training.seed)
     else:  # the record shall say what is trained, and that is the attached adapter
         config = dataclasses.replace(config, lora=model.lora_config)
-    console.print(
+    say(
+        console,
         f"training  {trainable_count(model):,} parameters of {base} on "
         f"{backend.facts()['chip']} ({backend.backend().device})",
-        highlight=False,
     )
 
     fingerprint = {
@@ -137,10 +136,10 @@ def fine_tune(
     tokenizer.save(output)
     write_report(result, config, {})
     minutes = result.seconds / 60
-    console.print(
+    say(
+        console,
         f"done      {minutes:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
         f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {output}",
-        highlight=False,
     )
     return result
 
@@ -190,11 +189,11 @@ def _check_writable(output: Path) -> None:
 
 def _print_scores(console: Console, before: Scores, after: Scores) -> None:
     change = (after.loss - before.loss) / before.loss
-    console.print(
+    say(
+        console,
         f"test      loss {before.loss:.4f} -> {after.loss:.4f} ({change:+.1%}), perplexity "
         f"{before.perplexity:.2f} -> {after.perplexity:.2f}, token accuracy "
         f"{before.token_accuracy:.1%} -> {after.token_accuracy:.1%} ({after.n_tokens:,} tokens)",
-        highlight=False,
     )
 
 

@@ -35,14 +35,14 @@ import json, time, warnings
 warnings.simplefilter("error")
 import mlx_qlora
 import mlx.core as mx
+from mlx_qlora.backend import facts
 a = mx.random.normal((512, 512))
 mx.eval(a @ a)
 times = []
-for _ in range(3):
+for _ in range(30 if "reference" not in facts()["blas"] else 5):
     start = time.perf_counter()
     mx.eval(a @ a)
     times.append(time.perf_counter() - start)
-from mlx_qlora.backend import facts
 print(json.dumps([min(times), facts()["blas"]]))
 """
 
@@ -50,8 +50,11 @@ print(json.dumps([min(times), facts()["blas"]]))
 @pytest.mark.skipif(
     not ON_LINUX or mx.default_device() != mx.Device(mx.cpu), reason="MLX's own BLAS is fast here"
 )
-def test_importing_the_package_makes_matmuls_at_least_5_times_faster() -> None:
-    """The factor is some 70; 5 leaves room for a busy machine."""
+def test_importing_the_package_makes_matmuls_at_least_5_times_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The factor is some 70; some 30 with one thread, which a busy machine disturbs less."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     fast, name = fresh(MATMUL_SECONDS)
     slow, no_name = fresh(MATMUL_SECONDS, blas="none")
     assert "openblas" in name.lower()
@@ -72,9 +75,7 @@ print(json.dumps([[str(w.message), w.category.__name__] for w in caught]))
 
 @pytest.mark.skipif(not ON_LINUX, reason="only Linux chooses a BLAS")
 @pytest.mark.parametrize("kind", ["missing", "text", "another library"])
-def test_a_blas_that_cannot_be_loaded_warns_once_with_the_remedy(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_blas_that_cannot_be_loaded_warns_once_with_the_remedy(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "libblas.so"
     if kind == "text":
         path.write_text("not a library")

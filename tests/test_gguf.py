@@ -413,9 +413,7 @@ def test_rope_factors_of_no_llama_3_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
-    path = write_gguf(
-        tmp_path / "tiny.gguf", make_hf_model(), metadata={"attention.key_length": 8}
-    )
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), metadata={"attention.key_length": 8})
     message = refusal(path)
     assert "model.layers.0.self_attn.v_proj.weight in tiny.gguf has shape (32, 64)" in message
 

@@ -1,6 +1,7 @@
 """The Llama tree against transformers' LlamaForCausalLM on the same weights, in float32."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def cached_logits(
     starts = np.cumsum([0, *pieces])
     parts = [
         np.array(model(mx.array(tokens[:, a:b]), cache=cache))
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        for a, b in itertools.pairwise(starts)
     ]
     return np.concatenate(parts, axis=1)
 

@@ -1,5 +1,6 @@
 """`mq.load` on a whole model folder, and the public names. Also home of the folder's maker."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from conftest import (
 )
 
 import mlx_qlora as mq
+from mlx_qlora.model.hub import resolve
 
 ROOT = Path(__file__).parents[1]
 TOKENS = random_tokens(2, 21)
@@ -71,6 +73,18 @@ def write_model(folder: Path, *, chat: bool = False, seed: int = 0, **changes: A
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     (folder / "config.json").write_text(json.dumps(config))
     return write_tokenizer(folder, chat=chat)
+
+
+@functools.cache
+def hf_smollm2() -> Any:
+    """SmolLM2 as transformers dequantises it from the GGUF, in float32; takes seconds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = resolve("smollm2-135m").path
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
+from test_load import hf_smollm2
 
 from mlx_qlora.adapters import peft as ours_peft
 from mlx_qlora.adapters.peft import load_adapter, save_adapter
@@ -146,24 +147,20 @@ def test_peft_merges_our_adapter_to_the_same_logits(base: Path, tmp_path: Path) 
 def test_peft_on_transformers_smollm2_computes_our_logits(
     smollm2_files: ModelFiles, smollm2: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     ours = load_model(open_checkpoint(smollm2_files), None, mx.float32, "resident")
     add_lora(ours, LoraConfig())
     randomise_lora(ours, scale=0.01)
     save_adapter(ours, tmp_path / "a")
-    path = smollm2_files.path
-    plain = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
-    tokens = random_tokens(1, 24, vocab=49152)
+    plain = hf_smollm2()
+    tokens = random_tokens(1, 8, vocab=49152)
     without = torch_logits(plain, tokens)
     base = largest(our_logits(smollm2[0], tokens), without)
     with silence():
         theirs = PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     logits = torch_logits(theirs, tokens)
+    theirs.unload()
     assert largest(logits, without) > 0.5
     # SmolLM2 magnifies rounding: logits reach 30, and torch's own float32 is 1e-4 from float64.
     assert base < 5e-4

@@ -50,9 +50,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict[st
 
 
 def mlx_quantize(weight: mx.array, quant: QuantConfig) -> list[mx.array]:
-    return list(
-        mx.quantize(weight, group_size=quant.group_size, bits=quant.bits, mode=quant.mode)
-    )
+    return list(mx.quantize(weight, group_size=quant.group_size, bits=quant.bits, mode=quant.mode))
 
 
 def mlx_dequantize(parts: list[mx.array], quant: QuantConfig) -> mx.array:
@@ -249,7 +247,7 @@ print(json.dumps({
 
 
 def write_sharded_llama(folder: Path) -> tuple[int, int]:
-    """A bfloat16 Llama of 38 million weights, a shard per layer; (weights, weights in the largest)."""
+    """A bfloat16 Llama, a shard per layer; its (38 million) weights, and its largest tensor's."""
     D, F, V, layers = 512, 2048, 4096, 8
     shapes = {
         "input_layernorm": (D,), "post_attention_layernorm": (D,),

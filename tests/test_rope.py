@@ -102,7 +102,9 @@ def test_transformers_init_functions_agree_with_the_oracle_above() -> None:
     for name in ("llama 3.1", "llama 3.2", "linear"):
         head_dim, config = KNOWN[name]
         rope = rope_from_hf(config)
-        hf = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, **in_v5_spelling(config))
+        hf = LlamaConfig(
+            head_dim=head_dim, max_position_embeddings=131072, **in_v5_spelling(config)
+        )
         frequencies, _ = ROPE_INIT_FUNCTIONS[rope.rope_type](hf, "cpu")
         exact = exact_periods(head_dim, rope)
         np.testing.assert_allclose(1 / frequencies.double().numpy(), exact, rtol=3e-6)
@@ -183,7 +185,7 @@ def test_a_missing_llama3_parameter_is_refused_by_name(name: str) -> None:
 
 def test_an_unknown_scaling_parameter_is_refused_by_name() -> None:
     scaling = {"rope_type": "llama3", **LLAMA31, "attention_factor": 2.0}
-    with pytest.raises(WeightsError, match="config.json.*llama3.*unknown attention_factor"):
+    with pytest.raises(WeightsError, match=r"config.json.*llama3.*unknown attention_factor"):
         rope_from_hf({"rope_scaling": scaling})
 
 

@@ -231,6 +231,18 @@ def test_offsets_that_do_not_fit_the_shape_are_refused(folder: Path) -> None:
     assert "model.safetensors" in message and "lm_head.weight" in message
 
 
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("F64", 8), ("F8_E4M3", 1)])
+def test_floats_that_we_do_not_read_are_refused(dtype: str, bytes_each: int, folder: Path) -> None:
+    def retype(header: dict[str, Any]) -> None:
+        entry = header["lm_head.weight"]
+        start = entry["data_offsets"][0]
+        entry.update(dtype=dtype, data_offsets=[start, start + 320 * 64 * bytes_each])
+
+    edited_header(folder, retype)
+    message = refusal(folder)
+    assert "model.safetensors" in message and dtype in message
+
+
 def test_shards_that_the_index_names_and_that_are_missing_are_listed(
     hf_tiny: tuple[Any, Path], tmp_path: Path
 ) -> None:
@@ -245,7 +257,9 @@ def test_shards_that_the_index_names_and_that_are_missing_are_listed(
     assert shards[1].name in message and shards[2].name in message
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+)
 def test_an_index_that_is_none_is_refused(text: str, folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
@@ -351,7 +365,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_key_value_heads": -2}, "num_key_value_heads must be a positive integer; got -2"),
     ({"head_dim": 16.0}, "head_dim must be a positive integer; got 16.0"),
     ({"head_dim": 15}, "head_dim must be even for RoPE; got 15"),
-    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number; got '1e-5'"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number; got -1.0"),
     (
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
         "rope_type 'yarn' is not supported; supported: default, linear, llama3",
@@ -388,7 +403,11 @@ def test_all_problems_of_a_config_are_reported_at_once(folder: Path) -> None:
     change_config(folder, hidden_act="gelu", model_type="qwen2", vocab_size=None)
     head, *problems = refusal(folder).splitlines()
     assert "config.json" in head
-    assert [problem.split()[0] for problem in problems] == ["model_type", "hidden_act", "vocab_size"]
+    assert [problem.split()[0] for problem in problems] == [
+        "model_type",
+        "hidden_act",
+        "vocab_size",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "not JSON", '{"model_type": "llama"', "[1]", "\xff"])
@@ -427,7 +446,8 @@ def test_a_quantization_entry_that_says_too_little_is_refused(
 def test_sizes_that_the_weights_do_not_have_are_refused(folder: Path) -> None:
     change_config(folder, vocab_size=TINY["vocab_size"] + 1, num_hidden_layers=3)
     message = refusal(folder)
-    assert "lm_head.weight in model.safetensors has shape (320, 64); config.json asks (321, 64)" in (
-        message
+    assert (
+        "lm_head.weight in model.safetensors has shape (320, 64); config.json asks (321, 64)"
+        in (message)
     )
     assert "model.layers.2.input_layernorm.weight is missing" in message

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.fields import require
 
 IGNORE = -100  # a label that is not learned; the value that Hugging Face and torch use
 
@@ -53,7 +54,11 @@ def make_batches(
         batch_size: B, rows per batch; the last batch of an epoch may have fewer and is kept.
         seed: decides the order.
         shuffle: False keeps the examples' own order, for evaluation.
+
+    Raises:
+        ConfigError: a batch size below 1.
     """
+    require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
     return Batches(examples, batch_size, seed, shuffle)
 
 
@@ -115,8 +120,9 @@ def collate(examples: list[Example]) -> Batch:
 def padded_width(n: int) -> int:
     """The smallest width >= n that is a multiple of an eighth of the power of two above it.
 
-    At least 64. Each width compiles a graph of its own, and Metal cannot hold thousands of them;
-    this set grows with the logarithm of the length, and wastes an eighth at most.
+    A multiple of 64, too. Each width compiles a graph of its own, and Metal cannot hold thousands
+    of them; this set grows with the logarithm of the length, and wastes less than 64 tokens or a
+    fifth of the width, whichever is more.
     """
     step = max(64, (1 << max(n - 1, 1).bit_length()) // 8)
     return -(-n // step) * step

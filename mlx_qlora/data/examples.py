@@ -178,8 +178,9 @@ def _tokenize(row: Any, line: int, tokenizer: Tokenizer, config: DataConfig) -> 
     if config.train_on == "response":
         learned[: len(context)] = False
     learned[0] = False  # nothing stands before the first token to predict it from
-    content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return Example(tokens, learned, line, hashlib.sha256(content).digest())
+    content = json.dumps(dict(row), sort_keys=True, ensure_ascii=False, default=str)
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+    return Example(tokens, learned, line, digest)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -114,6 +114,8 @@ def generate_tokens(
     """Yields new token ids, without end but for `how.max_new_tokens`."""
     from mlx_lm.generate import generate_step
 
+    if seed is not None:
+        require(0 <= seed < 2**64, "seed", "be in [0, 2**64)", seed)
     key = mx.random.key(seed) if seed is not None else mx.random.split(mx.random.key(_entropy()))[0]
     penalise = repetition_processor(how.repetition_penalty)
     steps = generate_step(
@@ -159,7 +161,7 @@ def filtered(logprobs: mx.array, how: GenerationConfig) -> mx.array:
     order = mx.argsort(-logprobs, axis=-1)
     ranked = mx.take_along_axis(logprobs, order, axis=-1)
     ranks = mx.arange(logprobs.shape[-1])
-    keep = ranks < (how.top_k or logprobs.shape[-1])
+    keep = mx.broadcast_to(ranks < (how.top_k or logprobs.shape[-1]), logprobs.shape)
     if how.top_p < 1:  # at 1 all stay; a rounded sum would drop some
         chances = mx.softmax(mx.where(keep, ranked, -mx.inf), axis=-1)
         # A token stays while those before it have not made up top_p: the likeliest always does.

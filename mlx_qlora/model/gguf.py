@@ -87,6 +87,9 @@ def read_gguf(path: Path) -> GGUF:
         raise WeightsError(f"{path} is damaged ({error}); download it again") from None
     factors = loaded.pop("rope_freqs.weight", None)
     config = _hf_config(path, metadata, tied="output.weight" not in loaded)
+    last = f"blk.{config['num_hidden_layers'] - 1}.attn_norm.weight"
+    if last not in loaded:
+        raise WeightsError(f"{path} is incomplete: {last} is missing; download it again")
     if factors is not None:
         config["rope_scaling"] = _llama3_scaling(path, factors, config["rope_theta"])
 
@@ -126,9 +129,11 @@ def _check_tensors(path: Path) -> None:
             f"{path} has tensors of types we do not read (supported: {supported}). Use another "
             f"quantisation of the model, or its safetensors:\n{listing(problems, most=5)}"
         )
-    for name, size, kind, offset in tensors:
+    for name, shape, kind, offset in tensors:
         _, block_bytes, block_weights = SUPPORTED_TYPES[kind]
-        end = data_start + offset + size // block_weights * block_bytes
+        if not shape or not all(shape) or shape[0] % block_weights:
+            raise WeightsError(f"{path} is damaged: {name} has shape {shape}; download it again")
+        end = data_start + offset + math.prod(shape) // block_weights * block_bytes
         if end > path.stat().st_size:
             raise WeightsError(
                 f"{path} is truncated: {name} ends at byte {end} of {path.stat().st_size}; "
@@ -136,8 +141,8 @@ def _check_tensors(path: Path) -> None:
             )
 
 
-def _read_header(file: BinaryIO) -> tuple[list[tuple[str, int, int, int]] | None, int]:
-    """The (name, weights, type, offset) of every tensor, and where the data begins.
+def _read_header(file: BinaryIO) -> tuple[list[tuple[str, list[int], int, int]] | None, int]:
+    """The (name, shape, type, offset) of every tensor, and where the data begins.
 
     Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
@@ -172,7 +177,7 @@ def _read_header(file: BinaryIO) -> tuple[list[tuple[str, int, int, int]] | None
     for _ in range(tensor_count):
         name = text()
         shape = [number("Q") for _ in range(number("I"))]
-        tensors.append((name, math.prod(shape), number("I"), number("Q")))
+        tensors.append((name, shape, number("I"), number("Q")))
     alignment = pairs.get("general.alignment") or 32
     return tensors, -(-file.tell() // alignment) * alignment
 
@@ -199,7 +204,7 @@ def _hf_config(path: Path, metadata: dict[str, Any], tied: bool) -> dict[str, An
 
     def count(key: str, default: Any = None) -> int:
         value = read(key, default)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or not 1 <= value < 2**31:
             raise WeightsError(f"{path}: llama.{key} must be a positive integer; got {value!r}")
         return value
 

@@ -56,8 +56,9 @@ class LlamaConfig:
         for name in (*sizes, "vocab_size", *derivable):
             if not isinstance(config.get(name), int) or config[name] < 1:
                 problems.append(f"{name} must be a positive integer; got {config.get(name)!r}")
-        if not isinstance(config.get("rms_norm_eps", 1e-6), (int, float)):
-            problems.append(f"rms_norm_eps must be a number; got {config['rms_norm_eps']!r}")
+        eps = config.get("rms_norm_eps", 1e-6)
+        if not isinstance(eps, (int, float)) or not eps > 0:
+            problems.append(f"rms_norm_eps must be a positive number; got {eps!r}")
         if problems:
             raise WeightsError(f"config.json describes no Llama we can run:\n{listing(problems)}")
         heads = config["num_attention_heads"]
@@ -74,7 +75,7 @@ class LlamaConfig:
             **{name: config[name] for name in (*sizes, "vocab_size")},
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=eps,
             rope=rope_from_hf(config),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=config.get("attention_bias", False),

@@ -215,8 +215,8 @@ def _packing_in_config(
 def _packing_in_gguf(tensors: dict[str, mx.array]) -> dict[str, QuantConfig]:
     packing = {}
     for name, scales in tensors.items():
-        if name.endswith(".scales"):
-            path = name.removesuffix(".scales")
+        path = name.removesuffix(".scales")
+        if path != name and f"{path}.weight" in tensors:
             words = tensors[f"{path}.weight"].shape[-1]
             packing[path] = QuantConfig(bits=words // scales.shape[-1], group_size=32)
     return packing
@@ -239,7 +239,9 @@ def _check_tensors(
         elif info.dtype not in (legal := _legal_dtypes(name, packing)):
             problems.append(f"{where} has dtype {info.dtype}; supported: {', '.join(legal)}")
     if problems:
-        raise WeightsError(f"{checkpoint.files.path} does not hold this model:\n{listing(problems)}")
+        raise WeightsError(
+            f"{checkpoint.files.path} does not hold this model:\n{listing(problems)}"
+        )
 
     if quantize is not None:
         for path, matrix in _matrices(model).items():
@@ -311,9 +313,7 @@ def _fill(
         matrix.make_resident()
 
 
-def _pack_into(
-    matrix: FrozenMatrix, dense: mx.array, quant: QuantConfig, dtype: mx.Dtype
-) -> None:
+def _pack_into(matrix: FrozenMatrix, dense: mx.array, quant: QuantConfig, dtype: mx.Dtype) -> None:
     # Scales and biases are found in float32: half-precision arithmetic would cost accuracy.
     parts = pack(dense.astype(mx.float32), quant)
     del dense

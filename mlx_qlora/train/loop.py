@@ -27,7 +27,7 @@ from mlx_qlora.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mlx_qlora.train.metrics import LoggingConfig, Metrics
+from mlx_qlora.train.metrics import LoggingConfig, Metrics, say
 from mlx_qlora.train.optim import SCHEDULES, AdamW, learning_rate
 from mlx_qlora.train.step import Engine, add_grads, validation_loss
 from mlx_qlora.tree import number
@@ -173,7 +173,7 @@ def train(
     state = RunState(fingerprint=fingerprint)
     if resumed := checkpoint_to_resume(checkpointing, fingerprint):
         state = load_checkpoint(resumed, model, optimizer)
-        console.print(f"continuing from {resumed}", highlight=False)
+        say(console, f"continuing from {resumed}")
 
     output = Path(checkpointing.output_dir)
     forget_after(output / "metrics.jsonl", state.step)

@@ -24,6 +24,11 @@ class LoggingConfig:
         require(steps >= 1, "logging.logging_steps", "be at least 1", steps)
 
 
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: not wrapped at 80 columns where nobody has a terminal."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Metrics:
     """Writes `metrics.jsonl` and shows the progress.
 
@@ -92,7 +97,7 @@ class Metrics:
         if step % self.every and step != self.total_steps:
             return None
         if not self.console.is_terminal:
-            self.console.print(f"step {step}/{self.total_steps}  {figures}", highlight=False)
+            say(self.console, f"step {step}/{self.total_steps}  {figures}")
         record = {
             "step": step,
             "epoch": round(epoch, 4),
@@ -111,7 +116,7 @@ class Metrics:
         self.window.started += seconds
         record = {"step": step, "epoch": round(epoch, 4), "eval_loss": loss}
         record["eval_runtime"] = round(seconds, 3)
-        self.console.print(f"step {step}: validation loss {loss:.4f}", highlight=False)
+        say(self.console, f"step {step}: validation loss {loss:.4f}")
         self.write(record)
         return record
 

@@ -1,0 +1,281 @@
+"""YAML, overrides and the dataclasses say the same thing, and what is wrong is named."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_qlora.config import (
+    SECTIONS,
+    RunConfig,
+    build,
+    read_yaml,
+    set_override,
+    to_dict,
+    to_yaml,
+)
+from mlx_qlora.errors import ConfigError
+
+# Every field with a value that is legal and not its default.
+OTHER: dict[str, dict[str, Any]] = {
+    "model": {
+        "source": "org/name: with # odd 'characters'",
+        "revision": "2026-11-22",
+        "adapter": "no",
+        "base_model_name_or_path": "null",
+        "bits": 8,
+        "group_size": 32,
+        "mode": "mxfp8",
+        "dtype": "bfloat16",
+        "frozen_matmul": "resident",
+    },
+    "lora": {
+        "r": 3,
+        "lora_alpha": 4.5,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "1.mlp.up_proj"],
+        "layers_to_transform": [0, 5],
+        "use_rslora": True,
+    },
+    "data": {
+        "path": "~/données.jsonl",
+        "validation_path": "v.jsonl",
+        "test_path": "1e5",
+        "split": [0.5, 0.25, 0.25],
+        "train_on": "all",
+        "max_length": 77,
+    },
+    "training": {
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 7,
+        "max_steps": 12,
+        "num_train_epochs": 1.5,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 5,
+        "max_grad_norm": None,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "gradient_checkpointing": True,
+        "seed": 9,
+    },
+    "checkpointing": {
+        "output_dir": "2026",
+        "save_steps": 3,
+        "eval_steps": 4,
+        "save_total_limit": 1,
+        "resume_from_checkpoint": "none",
+    },
+    "logging": {"logging_steps": 2},
+    "generation": {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": 5,
+    },
+}
+FIELDS = [(s, f.name) for s, c in SECTIONS.items() for f in dataclasses.fields(c)]
+
+
+def read_back(config: RunConfig, tmp_path: Path) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    return build(read_yaml(path))
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_every_field_survives_yaml(tmp_path: Path, section: str, field: str) -> None:
+    if (section, field) == ("lora", "bias"):  # has one legal value
+        assert read_back(RunConfig(), tmp_path).lora.bias == "none"
+        return
+    values = {section: {field: OTHER[section][field]}}
+    if field == "mode":
+        values["model"] |= {"bits": 8, "group_size": 32}
+    config = build(values)
+    assert getattr(getattr(config, section), field) == OTHER[section][field]
+    assert config != RunConfig()
+    assert read_back(config, tmp_path) == config
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_every_field_can_be_set_from_the_command_line(section: str, field: str) -> None:
+    value = OTHER[section].get(field)
+    if field in ("mode", "bias"):
+        return
+    text = {None: "null", True: "true"}.get(value) if value in (None, True) else str(value)
+    if (section, field) == ("model", "base_model_name_or_path"):
+        text = "'null'"  # the word itself, and not nothing
+    values: dict[str, Any] = {}
+    set_override(values, f"{section}.{field}={text}")
+    assert getattr(getattr(build(values), section), field) == value
+
+
+def test_defaults_are_the_contract_s(tmp_path: Path) -> None:
+    config = RunConfig()
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    wanted: dict[str, dict[str, Any]] = {
+        "model": {"bits": 4, "group_size": 64, "mode": "affine", "dtype": "auto", "source": None},
+        "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": seven},
+        "data": {"split": [0.8, 0.1, 0.1], "train_on": "response", "max_length": 2048},
+        "training": {
+            **{"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 100},
+            **{"max_steps": 1000, "num_train_epochs": None, "max_grad_norm": 1.0},
+            **{"per_device_train_batch_size": 6, "gradient_accumulation_steps": 3},
+            **{"weight_decay": 0.01, "gradient_checkpointing": "auto"},
+        },
+        "checkpointing": {
+            **{"save_steps": 500, "eval_steps": 500, "save_total_limit": 3},
+            **{"resume_from_checkpoint": "auto", "output_dir": "outputs"},
+        },
+        "generation": {
+            **{"temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1},
+            **{"max_new_tokens": 512},
+        },
+    }
+    for section, fields in wanted.items():
+        for field, value in fields.items():
+            assert getattr(getattr(config, section), field) == value, field
+    assert (config.lora.bias, config.lora.use_rslora) == ("none", False)
+    assert read_back(config, tmp_path) == config
+    assert list(to_dict(config)) == list(SECTIONS)
+    assert build({}) == config
+
+
+@pytest.mark.parametrize("text", ["2e-4", "2.0e-4", "0.0002", "2E-04"])
+def test_a_rate_may_be_written_in_any_way(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"training:\n  learning_rate: {text}\n")
+    assert build(read_yaml(path)).training.learning_rate == 2e-4
+    values: dict[str, Any] = {}
+    set_override(values, f"training.learning_rate={text}")
+    assert build(values).training.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"trainng": {}}, ["unknown section 'trainng'", "did you mean 'training'"]),
+        ({"x": {}}, ["unknown section 'x'", "sections are model, lora, data"]),
+        ({"training": {"learning_rat": 1}}, ["training.learning_rat", "'learning_rate'"]),
+        ({"training": {"lora_alpha": 1}}, ["training.lora_alpha", "did you mean lora.lora_alpha?"]),
+        ({"training": {"output_dir": "x"}}, ["did you mean checkpointing.output_dir?"]),
+        ({"lora": {"zzz": 1}}, ["unknown field lora.zzz", "--help"]),
+        ({"lora": 5}, ["section lora must hold fields, got 5"]),
+        ({"lora": {"r": "16"}}, ["lora.r must be int; got '16'"]),
+        ({"lora": {"r": True}}, ["lora.r must be int; got True"]),
+        ({"lora": {"r": 2.0}}, ["lora.r must be int; got 2.0"]),
+        ({"lora": {"r": None}}, ["lora.r must be int; got None"]),
+        ({"lora": {"use_rslora": 1}}, ["lora.use_rslora must be true/false; got 1"]),
+        ({"lora": {"use_rslora": "yes"}}, ["lora.use_rslora must be true/false; got 'yes'"]),
+        ({"lora": {"target_modules": [1]}}, ["list of text or text; got [1]"]),
+        ({"model": {"source": 5}}, ["model.source must be text or null; got 5"]),
+        ({"model": {"bits": "four"}}, ["model.bits must be int or null; got 'four'"]),
+        ({"model": {"bits": 7}}, ["bits must be one of"]),
+        ({"model": {"mode": "nf4"}}, ["model.mode must be one of 'affine'"]),
+        ({"data": {"split": 0.8}}, ["data.split must be list of number; got 0.8"]),
+        ({"training": {"learning_rate": "fast"}}, ["training.learning_rate must be number"]),
+        ({"training": {"learning_rate": True}}, ["training.learning_rate must be number"]),
+        ({"training": {"learning_rate": 10**400}}, ["training.learning_rate must be number"]),
+        ({"training": {"learning_rate": 0}}, ["training.learning_rate must be above 0"]),
+        ({"training": {"lr_scheduler_type": "cos"}}, ["training.lr_scheduler_type must be one of"]),
+        ({"training": {"gradient_checkpointing": "some"}}, ["training.gradient_checkpointing"]),
+        ({"training": {"max_steps": 0}}, ["training.max_steps must be at least 1; got 0"]),
+        ({"training": {"adam_beta1": 1.0}}, ["training.adam_beta1 must be in [0, 1)"]),
+        (
+            {"training": {"max_steps": 5, "num_train_epochs": 1}},
+            ["training.max_steps and training.num_train_epochs exclude each other", "5 and 1.0"],
+        ),
+        ({"checkpointing": {"save_steps": 0}}, ["checkpointing.save_steps must be at least 1"]),
+        ({"checkpointing": {"output_dir": ""}}, ["checkpointing.output_dir must name a folder"]),
+        ({"logging": {"logging_steps": 0}}, ["logging.logging_steps must be at least 1"]),
+        ({"generation": {"top_p": 2}}, ["generation.top_p must be in (0, 1]"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_right(
+    values: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_either_steps_or_epochs_decide_the_length() -> None:
+    assert build({"training": {"num_train_epochs": 2}}).training.max_steps is None
+    assert build({"training": {"max_steps": 5}}).training.num_train_epochs is None
+
+
+def test_a_later_override_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("lora: {r: 4, lora_alpha: 8}\ntraining:\n")
+    values = read_yaml(path)
+    for assignment in ("lora.r=5", " lora . r = 6 ", "training.seed=3", "data.path=a=b.jsonl"):
+        set_override(values, assignment)
+    config = build(values)
+    assert (config.lora.r, config.lora.lora_alpha, config.training.seed) == (6, 8, 3)
+    assert config.data.path == "a=b.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("model.source=2026-11-22", "2026-11-22"),
+        ("model.source=2026-13-45", "2026-13-45"),
+        ("model.source=007", "007"),
+        ("model.source=true", "true"),
+        ("model.source=a: b", "a: b"),
+        ("model.source=[x", "[x"),
+        ("model.source=~", None),
+        ("model.source=null", None),
+        ("model.source=", ""),
+        ("lora.target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("lora.target_modules=all-linear", "all-linear"),
+        ("lora.layers_to_transform=[0,1]", [0, 1]),
+        ("training.gradient_checkpointing=false", False),
+        ("training.gradient_checkpointing=3", 3),
+        ("training.gradient_checkpointing=auto", "auto"),
+        ("model.bits=null", None),
+    ],
+)
+def test_an_override_is_read_as_its_field_s_type(assignment: str, value: Any) -> None:
+    values: dict[str, Any] = {}
+    set_override(values, assignment)
+    section, field = assignment.split("=")[0].split(".")
+    assert getattr(getattr(build(values), section), field) == value
+
+
+@pytest.mark.parametrize("text", ["lora.r", "r=5", "=5", "lora.=5", ".r=5", "lora"])
+def test_an_override_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected section\.field=value"):
+        set_override({}, text)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"- a\n- b\n", "must hold sections such as"),
+        (b"text", "must hold sections such as"),
+        (b"lora: [1, 2]\n", "section lora must hold fields"),
+        (b"lora: {r: 4\n", "is not YAML"),
+        (b"data: {path: 2026-13-45}\n", "is not YAML"),
+        (b"lora: !!python/object/apply:os.system [ls]\n", "is not YAML"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_config_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert words in str(caught.value) and "run.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_named_and_an_empty_one_is_the_defaults(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing.yaml cannot be read"):
+        read_yaml(tmp_path / "missing.yaml")
+    (tmp_path / "empty.yaml").touch()
+    assert build(read_yaml(tmp_path / "empty.yaml")) == RunConfig()

@@ -1,0 +1,81 @@
+"""Scores against the definition in numpy, float64, from the model's own logits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import our_logits, randomise_lora
+from test_load import write_model
+
+import mlx_qlora as mq
+
+ROWS = [
+    {"instruction": f"Repeat the word fox {n} times.", "output": " ".join(["fox"] * n)}
+    for n in range(1, 12)
+]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    model, tokenizer = mq.load(write_model(tmp_path_factory.mktemp("evaluate") / "model"))
+    mq.add_lora(model, mq.LoraConfig(r=4, lora_dropout=0.5))
+    randomise_lora(model)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("train_on", ["response", "all"])
+def test_scores_are_the_means_over_all_supervised_tokens(
+    tuned: tuple[Any, Any], train_on: str
+) -> None:
+    model, tokenizer = tuned
+    examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig(train_on=train_on))
+    nats, hits = [], []
+    for example in examples:  # one row at a time, without padding
+        logits = our_logits(model, example.tokens[None, :-1])[0].astype(np.float64)
+        chances = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        for t in range(len(example) - 1):
+            if example.learned[t + 1]:
+                nats.append(-chances[t, example.tokens[t + 1]])
+                hits.append(logits[t].argmax() == example.tokens[t + 1])
+    scores = mq.evaluate(model, tokenizer, examples)
+    assert scores.n_tokens == len(nats)
+    assert scores.loss == pytest.approx(np.mean(nats), rel=1e-6)
+    assert scores.perplexity == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+    assert scores.token_accuracy == pytest.approx(np.mean(hits))
+    assert (train_on == "response") == (len(nats) < sum(len(e) - 1 for e in examples))
+
+
+def test_scores_do_not_depend_on_the_batch_size_and_repeat_exactly(tuned: tuple[Any, Any]) -> None:
+    model, tokenizer = tuned
+    examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
+    wanted = mq.evaluate(model, tokenizer, examples, batch_size=8)
+    assert mq.evaluate(model, tokenizer, examples, batch_size=8) == wanted
+    for size in (1, 3, 100):
+        scores = mq.evaluate(model, tokenizer, examples, batch_size=size)
+        assert scores.loss == pytest.approx(wanted.loss, rel=1e-6)
+        assert scores.token_accuracy == wanted.token_accuracy
+        assert scores.n_tokens == wanted.n_tokens
+
+
+def test_a_model_that_always_says_the_right_token_has_accuracy_1(tuned: tuple[Any, Any]) -> None:
+    model, tokenizer = tuned
+    examples = mq.read_examples(ROWS[:1], tokenizer, mq.DataConfig())
+    example = examples[0]
+    best = our_logits(model, example.tokens[None, :-1])[0].argmax(axis=-1)
+    example.tokens[-1] = best[-1]  # teach the data what the model says
+    example.learned[:-1] = False
+    scores = mq.evaluate(model, tokenizer, examples)
+    assert (scores.token_accuracy, scores.n_tokens) == (1.0, 1)
+
+
+def test_sets_that_cannot_be_scored_are_refused(tuned: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = tuned
+    examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
+    with pytest.raises(mq.DataError, match="no examples to evaluate"):
+        mq.evaluate(model, tokenizer, examples[:0])
+    with pytest.raises(mq.ConfigError, match="batch_size must be at least 1; got 0"):
+        mq.evaluate(model, tokenizer, examples, batch_size=0)
+    smaller, _ = mq.load(write_model(tmp_path / "small", vocab_size=200))
+    with pytest.raises(mq.DataError, match="the tokenizer has 320 ids, the model 200"):
+        mq.evaluate(smaller, tokenizer, examples)
