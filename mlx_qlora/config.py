@@ -186,7 +186,9 @@ def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
         if isinstance(value, bool):
             return False, None
         try:
-            return True, float(value)
+            number = float(value)
+            # 32 stays 32: a resolved config must read back to the same text, and hash.
+            return True, value if isinstance(value, int) else number
         except (TypeError, ValueError, OverflowError):
             return False, None
     if kind is int:

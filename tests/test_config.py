@@ -106,7 +106,7 @@ def test_every_field_can_be_set_from_the_command_line(section: str, field: str) 
     value = OTHER[section].get(field)
     if field in ("mode", "bias"):
         return
-    text = {None: "null", True: "true"}.get(value) if value in (None, True) else str(value)
+    text = "null" if value is None else str(value)
     if (section, field) == ("model", "base_model_name_or_path"):
         text = "'null'"  # the word itself, and not nothing
     values: dict[str, Any] = {}
@@ -187,7 +187,7 @@ def test_a_rate_may_be_written_in_any_way(tmp_path: Path, text: str) -> None:
         ({"training": {"adam_beta1": 1.0}}, ["training.adam_beta1 must be in [0, 1)"]),
         (
             {"training": {"max_steps": 5, "num_train_epochs": 1}},
-            ["training.max_steps and training.num_train_epochs exclude each other", "5 and 1.0"],
+            ["training.max_steps and training.num_train_epochs exclude each other", "5 and 1"],
         ),
         ({"checkpointing": {"save_steps": 0}}, ["checkpointing.save_steps must be at least 1"]),
         ({"checkpointing": {"output_dir": ""}}, ["checkpointing.output_dir must name a folder"]),
@@ -275,7 +275,7 @@ def test_a_file_that_holds_no_config_is_named(tmp_path: Path, content: bytes, wo
 
 
 def test_a_missing_file_is_named_and_an_empty_one_is_the_defaults(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="missing.yaml cannot be read"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read"):
         read_yaml(tmp_path / "missing.yaml")
     (tmp_path / "empty.yaml").touch()
     assert build(read_yaml(tmp_path / "empty.yaml")) == RunConfig()

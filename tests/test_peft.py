@@ -365,7 +365,8 @@ def test_a_config_that_we_would_compute_differently_is_refused_naming_every_reas
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "5", "null", '"text"', "\x00\xff", '{"peft_type": "LORA"', "[" * 100_000]
+    "text",
+    ["", "{", "[]", "5", "null", '"text"', "\x00\xff", '{"peft_type": "LORA"', "[" * 100_000],
 )
 def test_a_config_that_is_no_object_is_refused(base: Path, tmp_path: Path, text: str) -> None:
     save_adapter(adapted(base), tmp_path / "a")
@@ -480,9 +481,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_weights_file_is_refused_by_name(
-    base: Path, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_weights_file_is_refused_by_name(base: Path, tmp_path: Path, damage: str) -> None:
     save_adapter(adapted(base), tmp_path / "a")
     path = tmp_path / "a" / WEIGHTS
     path.write_bytes(DAMAGE[damage](path.read_bytes()))

@@ -81,7 +81,8 @@ def test_the_output_folder_is_the_promised_one(finished):
 
 
 def test_data_plan_progress_and_scores_are_printed(finished):
-    for part in ("60 rows read, 60 kept, 0 refused", "predicted peak", "step 12/12", "test      loss"):
+    rows, plan, progress = "60 rows read, 60 kept, 0 refused", "predicted peak", "step 12/12"
+    for part in (rows, plan, progress, "test      loss"):
         assert part in finished[3], finished[3]
 
 
@@ -110,7 +111,7 @@ def test_the_adapter_on_disk_is_the_trained_one(finished):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, values, _, _ = finished
+    folder, _, _, _ = finished
     tokens = random_tokens(2, 20)
     model, _ = mq.load(folder / "model", adapter=folder / "out")
     base, _ = mq.load(folder / "model")
@@ -159,6 +160,6 @@ def test_an_unknown_base_is_refused_before_training(finished, tmp_path):
     examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
     model.source = type(model.source)(folder / "model", None, None, "some-4bit-copy")
     config = mq.RunConfig(checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")))
-    with pytest.raises(mq.AdapterError, match="model.base_model_name_or_path=org/name"):
+    with pytest.raises(mq.AdapterError, match=r"model\.base_model_name_or_path=org/name"):
         mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
     assert not (tmp_path / "out").exists()

@@ -23,9 +23,7 @@ def fill(form: str, **texts: str) -> str:
 
 
 @given(st.text(), st.text(min_size=1), st.text())
-def test_a_row_is_exactly_one_of_the_two_forms(
-    instruction: str, input: str, output: str
-) -> None:
+def test_a_row_is_exactly_one_of_the_two_forms(instruction: str, input: str, output: str) -> None:
     instruction, output = "x" + instruction, "y" + output
     row = {"instruction": instruction, "input": input, "output": output}
     assert "".join(alpaca_row(row)) == fill(WITH, **row)
@@ -33,7 +31,9 @@ def test_a_row_is_exactly_one_of_the_two_forms(
     assert "".join(alpaca_row(row)) == fill(WITHOUT, **row)
 
 
-@pytest.mark.parametrize("text", ["{input}", "{}", "{0}", "{{", "%s", "$x", "{instruction!r}", "\\n"])
+@pytest.mark.parametrize(
+    "text", ["{input}", "{}", "{0}", "{{", "%s", "$x", "{instruction!r}", "\\n"]
+)
 def test_braces_and_other_marks_are_text(text: str) -> None:
     row = {"instruction": text, "input": text, "output": text}
     prompt, response = alpaca_row(row)

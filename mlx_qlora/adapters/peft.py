@@ -165,12 +165,22 @@ def _model_card(config: dict[str, Any]) -> str:
     front = [f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", "tags:"]
     if not Path(base).is_absolute():
         front.append(f"- base_model:adapter:{base}")
-    return "\n".join(
-        ["---", *front, "- lora", "- mlx-qlora", "---", ""]
-        + [f"A LoRA adapter for `{base}`, trained with mlx-qlora {__version__}.", ""]
-        + ["```python", "from peft import AutoPeftModelForCausalLM", ""]
-        + ['model = AutoPeftModelForCausalLM.from_pretrained("this folder")', "```", ""]
-    )
+    lines = [
+        "---",
+        *front,
+        "- lora",
+        "- mlx-qlora",
+        "---",
+        "",
+        f"A LoRA adapter for `{base}`, trained with mlx-qlora {__version__}.",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 # ---- in ----------------------------------------------------------------------------------------

@@ -178,7 +178,8 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
         for target in wanted:
             if not any(_ends_with(path, target) for path in paths):
                 hint = did_you_mean(target, endings)
-                raise ConfigError(f"lora.target_modules: {target!r} matches nothing{hint}; {exists}")
+                problem = f"lora.target_modules: {target!r} matches nothing{hint}"
+                raise ConfigError(f"{problem}; {exists}")
         matched = [path for path in paths if any(_ends_with(path, target) for target in wanted)]
 
     if not config.layers_to_transform:
