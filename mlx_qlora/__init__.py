@@ -83,13 +83,13 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.infer.evaluate import evaluate as evaluate
     from mlx_qlora.infer.generate import GenerationConfig as GenerationConfig
     from mlx_qlora.infer.generate import generate as generate
-    from mlx_qlora.source import ModelConfig as ModelConfig
-    from mlx_qlora.source import load as load
     from mlx_qlora.model.lora import LoraConfig as LoraConfig
     from mlx_qlora.model.lora import add_lora as add_lora
     from mlx_qlora.model.quantize import QuantConfig as QuantConfig
     from mlx_qlora.planner import plan as plan
     from mlx_qlora.run import fine_tune as fine_tune
+    from mlx_qlora.source import ModelConfig as ModelConfig
+    from mlx_qlora.source import load as load
     from mlx_qlora.train.checkpoint import CheckpointingConfig as CheckpointingConfig
     from mlx_qlora.train.loop import TrainingConfig as TrainingConfig
     from mlx_qlora.train.loop import TrainResult as TrainResult

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora._version import __version__
-from mlx_qlora.errors import UserError
+from mlx_qlora.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
@@ -87,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
             "--print-config", action="store_true", help="print the resolved YAML and stop"
         )
         if name == "generate":
-            command.add_argument("--prompt", required=True, help="text, or - for standard input")
+            ask = command.add_mutually_exclusive_group()
+            ask.add_argument("--prompt", metavar="TEXT", help="what to answer; - is standard input")
+            ask.add_argument(
+                "--instruction", metavar="TEXT", help="asked as instruction rows are in training"
+            )
+            command.add_argument("--input", metavar="TEXT", help="goes with --instruction")
             command.add_argument("--raw", action="store_true", help="do not use the chat template")
             command.add_argument("--seed", type=int, help="the same seed gives the same text")
     return parser
@@ -153,6 +158,10 @@ def _generate(args: argparse.Namespace) -> int:
     from mlx_qlora.infer.generate import generate
     from mlx_qlora.source import load
 
+    if args.prompt is None and args.instruction is None:
+        raise ConfigError("nothing to answer: pass --prompt TEXT, or --instruction TEXT")
+    if args.input and args.instruction is None:
+        raise ConfigError("--input goes with --instruction")
     how = config.generation
     model = config.model
     llama, tokenizer = load(
@@ -163,13 +172,10 @@ def _generate(args: argparse.Namespace) -> int:
         dtype=model.dtype,
         frozen_matmul=model.frozen_matmul,
     )
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    is_chat = tokenizer.chat_template is not None and not args.raw
-    prompt = [{"role": "user", "content": text}] if is_chat else text
     answer = generate(
         llama,
         tokenizer,
-        prompt,
+        _prompt(args, tokenizer.chat_template is not None),
         how.max_new_tokens,
         how.temperature,
         how.top_p,
@@ -181,9 +187,17 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _source(config: "RunConfig") -> str:
-    from mlx_qlora.errors import ConfigError
+def _prompt(args: argparse.Namespace, can_chat: bool) -> str | list[dict[str, str]]:
+    """The question in the form that the model was taught."""
+    from mlx_qlora.data.template import alpaca_prompt
 
+    if args.instruction is not None:
+        return alpaca_prompt(args.instruction, args.input or "")
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    return [{"role": "user", "content": text}] if can_chat and not args.raw else text
+
+
+def _source(config: "RunConfig") -> str:
     if config.model.source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
     return config.model.source

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
 from mlx_qlora.model.weights import load_model, open_checkpoint
 from mlx_qlora.planner import plan_checkpoint
 from mlx_qlora.report import write_report
+from mlx_qlora.train.checkpoint import RunState, checkpoint_to_resume
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import say
 
@@ -42,10 +44,10 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     """
     if config.model.source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
+    _check_writable(Path(config.checkpointing.output_dir))
     checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     examples, validation, test = train_validation_test(config.data, tokenizer, config.training.seed)
-    _check_writable(Path(config.checkpointing.output_dir))
 
     say(console, f"data      {examples.report}")
     sizes = [len(part or ()) for part in (examples, validation, test)]
@@ -118,6 +120,7 @@ def fine_tune(
         "config": _config_hash(config),
         "data": _hash(train_examples.digest + (validation.digest if validation else "")),
     }
+    resumed = checkpoint_to_resume(config.checkpointing, fingerprint)  # refuses before we write
     output = Path(config.checkpointing.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_record(output, config, fingerprint)
@@ -129,7 +132,8 @@ def fine_tune(
         config.checkpointing,
         config.logging,
         base,
-        fingerprint,
+        RunState(fingerprint=fingerprint),
+        resumed,
         console,
     )
     save_adapter(model, output, base)
@@ -175,16 +179,13 @@ def _check_writable(output: Path) -> None:
     Raises:
         ConfigError: naming the folder.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "may not be written to" if there.is_dir() else "is a file"
         raise ConfigError(
-            f"checkpointing.output_dir: {output} cannot be written to ({error.strerror}); "
+            f"checkpointing.output_dir: {output} cannot be made: {there} {reason}; "
             "choose another with --output-dir"
-        ) from None
+        )
 
 
 def _print_scores(console: Console, before: Scores, after: Scores) -> None:

@@ -31,12 +31,21 @@ class ModelConfig:
         4, "quantise to this while loading; null keeps the files' precision, as quantised files do"
     )
     group_size: int = option(64, "weights that share one scale")
-    mode: str = option("affine", "how: integers with a scale and a bias, or a float format",
-                       choices=("affine", "mxfp4", "mxfp8", "nvfp4"))
-    dtype: str = option("auto", "of the computation; auto is bfloat16 on a GPU, float32 on a CPU",
-                        choices=("auto", "float32", "bfloat16", "float16"))
-    frozen_matmul: str = option("auto", "how quantised weights are multiplied; see backend.py",
-                                choices=("auto", "quantized", "dequantize", "resident"))
+    mode: str = option(
+        "affine",
+        "how: integers with a scale and a bias, or a float format",
+        choices=("affine", "mxfp4", "mxfp8", "nvfp4"),
+    )
+    dtype: str = option(
+        "auto",
+        "of the computation; auto is bfloat16 on a GPU, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    frozen_matmul: str = option(
+        "auto",
+        "how quantised weights are multiplied; see backend.py",
+        choices=("auto", "quantized", "dequantize", "resident"),
+    )
 
     def __post_init__(self) -> None:
         check_choices("model", self)

@@ -15,7 +15,12 @@ from rich.console import Console
 from mlx_qlora.data.examples import DataReport, Example, Examples
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.train.checkpoint import CheckpointingConfig, checkpoints
+from mlx_qlora.train.checkpoint import (
+    CheckpointingConfig,
+    RunState,
+    checkpoint_to_resume,
+    checkpoints,
+)
 from mlx_qlora.train.loop import TrainingConfig, dropout_key, train
 from mlx_qlora.train.metrics import LoggingConfig
 
@@ -46,18 +51,20 @@ def start(folder: Path, output: Path, console: Console | None = None, **changes)
         gradient_accumulation_steps=2,
     )
     output.mkdir(exist_ok=True)
+    checkpointing = CheckpointingConfig(
+        output_dir=str(output),
+        **{"save_steps": 3, "eval_steps": 4, "save_total_limit": 10, **changes},
+    )
     result = train(
         model,
         make_examples(),
         make_examples(6, seed=9),
         training,
-        CheckpointingConfig(
-            output_dir=str(output),
-            **{"save_steps": 3, "eval_steps": 4, "save_total_limit": 10, **changes},
-        ),
+        checkpointing,
         LoggingConfig(logging_steps=1),
         "org/base",
-        FINGERPRINT,
+        RunState(fingerprint=FINGERPRINT),
+        checkpoint_to_resume(checkpointing, FINGERPRINT),
         console or Console(file=io.StringIO()),
     )
     return model, result

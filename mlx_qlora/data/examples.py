@@ -50,7 +50,7 @@ class Example:
         tokens: (n,) int32.
         learned: (n,) bool; whether a token is supervised when it stands as the next one.
         line: where the row came from, counted from 1.
-        digest: a hash of the row's content, for splitting.
+        digest: a hash of the prompt and the response, for splitting.
     """
 
     tokens: np.ndarray
@@ -178,8 +178,9 @@ def _tokenize(row: Any, line: int, tokenizer: Tokenizer, config: DataConfig) -> 
     if config.train_on == "response":
         learned[: len(context)] = False
     learned[0] = False  # nothing stands before the first token to predict it from
-    content = json.dumps(dict(row), sort_keys=True, ensure_ascii=False, default=str)
-    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+    # The texts alone: rows that differ only in an id are copies, and must not part in `split`.
+    content = json.dumps([prompt, response]).encode()
+    digest = hashlib.sha256(content).digest()
     return Example(tokens, learned, line, digest)
 
 

@@ -149,9 +149,7 @@ class Embedding(FrozenMatrix):
 
 def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
     """Quantises a dense matrix; the inverse of `unpack` up to rounding."""
-    return tuple(
-        mx.quantize(dense, group_size=quant.group_size, bits=quant.bits, mode=quant.mode)
-    )
+    return tuple(mx.quantize(dense, group_size=quant.group_size, bits=quant.bits, mode=quant.mode))
 
 
 def unpack(packed: tuple[mx.array, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:

@@ -23,7 +23,6 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
-    checkpoint_to_resume,
     load_checkpoint,
     save_checkpoint,
 )
@@ -135,7 +134,8 @@ def train(
     checkpointing: CheckpointingConfig,
     logging: LoggingConfig,
     base: str,
-    fingerprint: dict[str, str],
+    state: RunState,
+    resumed: Path | None,
     console: Console,
 ) -> TrainResult:
     """Trains the model's LoRA weights in place.
@@ -148,11 +148,12 @@ def train(
         checkpointing: where files go and when.
         logging: how often figures are written.
         base: the original Hugging Face repository, for the adapter in each checkpoint.
-        fingerprint: name -> hash of the config and the data; only an equal one is resumed.
+        state: of a run that has not begun; it carries the fingerprint into the checkpoints.
+        resumed: the checkpoint to go on from, or None to begin at step 1.
         console: where the live line goes.
 
-    Raises:
-        ConfigError: the checkpoint to resume was made by another run.
+    Returns:
+        What the run was; the model holds the trained weights.
     """
     started, trained_tokens = time.perf_counter(), 0
     batch_size, seed = training.per_device_train_batch_size, training.seed
@@ -170,8 +171,7 @@ def train(
         training.weight_decay,
         training.max_grad_norm,
     )
-    state = RunState(fingerprint=fingerprint)
-    if resumed := checkpoint_to_resume(checkpointing, fingerprint):
+    if resumed is not None:
         state = load_checkpoint(resumed, model, optimizer)
         say(console, f"continuing from {resumed}")
 
