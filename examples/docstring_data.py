@@ -25,7 +25,7 @@ def first_sentence(docstring: str) -> str | None:
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])\s", paragraph)[0]
     is_prose = re.match(r"[A-Z][a-z]+ ", sentence) and sentence.endswith(".")
-    return sentence if is_prose and 15 <= len(sentence) <= 160 else None
+    return sentence if is_prose and 15 <= len(sentence) <= 80 else None
 
 
 def without_docstring(source: str, function: FunctionNode) -> str:
@@ -41,7 +41,7 @@ def without_docstring(source: str, function: FunctionNode) -> str:
     return "\n".join(line[function.col_offset :] for line in kept)
 
 
-def rows(longest_source: int = 1500) -> Iterator[dict[str, str]]:
+def rows(longest_source: int = 4000) -> Iterator[dict[str, str]]:
     """Yields instruction / input / output rows, in the order of the library's files."""
     library = Path(sysconfig.get_paths()["stdlib"])
     seen = set()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import randomise_lora
 from safetensors.numpy import load_file, save_file
-from test_load import write_model, write_tokenizer
+from tiny_folder import write_model, write_tokenizer
 
 import mlx_qlora as mq
 from mlx_qlora.cli import main

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import our_logits, randomise_lora
-from test_load import write_model
+from tiny_folder import write_model
 
 import mlx_qlora as mq
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_load import write_tokenizer
+from tiny_folder import write_tokenizer
 
 from mlx_qlora.data.batches import IGNORE, collate
 from mlx_qlora.data.examples import (

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import random_tokens, torch_logits
-from test_load import hf_smollm2, write_model
+from tiny_folder import hf_smollm2, write_model
 
 import mlx_qlora as mq
 from mlx_qlora.infer.generate import (

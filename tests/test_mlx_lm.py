@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import our_logits, random_tokens, randomise_lora
 from safetensors.numpy import load_file
-from test_load import write_model
+from tiny_folder import write_model
 
 import mlx_qlora as mq
 from mlx_qlora.model.lora import lora_layers

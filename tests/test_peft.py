@@ -26,7 +26,7 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
-from test_load import hf_smollm2
+from tiny_folder import hf_smollm2
 
 from mlx_qlora.adapters import peft as ours_peft
 from mlx_qlora.adapters.peft import load_adapter, save_adapter

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import random_tokens, torch_logits
 from rich.console import Console
-from tiny_folder import write_rows, write_tokenizer
+from tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml
@@ -38,11 +38,8 @@ LAYOUT = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One real run of the whole path on a tiny model; (folder, model folder, result, printed)."""
-    from conftest import LLAMA3_ROPE, make_hf_model
-
     folder = tmp_path_factory.mktemp("run")
-    make_hf_model(rope_parameters=LLAMA3_ROPE).save_pretrained(folder / "model")
-    write_tokenizer(folder / "model")
+    write_model(folder / "model")
     rows = write_rows(folder / "rows.jsonl", 60)
     values = {
         "model": {"source": str(folder / "model"), "bits": 4, "group_size": 32},

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
+from mlx_qlora.model.swiglu import swiglu
 
 # MLX's fused attention has no gradient for this few queries on Metal; see `causal_mask`.
 FEWEST_FUSED_QUERIES = 9
@@ -161,7 +162,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, keys: list[Any]) -> mx.array:
         """x (B, T, D) -> (B, T, D); `keys` are the dropout keys of gate, up and down."""
-        gated = nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1])
+        gated = swiglu(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]))
         return self.down_proj(gated, keys[2])
 
 

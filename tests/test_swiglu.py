@@ -1,0 +1,55 @@
+"""The hand-written derivative and the fast sigmoid against float64."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_qlora.model.swiglu import sigmoid, swiglu
+
+
+def inputs(spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return tuple(random.normal(size=(40, 33)).astype(np.float32) * s for s in (spread, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_value_and_gradients_equal_float64(spread):
+    gate, up, dy = inputs(spread)
+    g, u, d = (x.astype(np.float64) for x in (gate, up, dy))
+    s = 1 / (1 + np.exp(-g))
+    y, (d_gate, d_up) = mx.vjp(swiglu, [mx.array(gate), mx.array(up)], [mx.array(dy)])
+    for ours, exact in (
+        (y[0], g * s * u),
+        (d_gate, d * u * (s + g * s * (1 - s))),
+        (d_up, d * g * s),
+    ):
+        np.testing.assert_allclose(np.array(ours), exact, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_dtype_is_kept_and_mlx_agrees(dtype):
+    gate, up, _ = (mx.array(x).astype(dtype) for x in inputs(3.0))
+    ours = swiglu(gate, up)
+    assert ours.dtype == dtype
+    tolerance = {mx.float32: 1e-5, mx.bfloat16: 6e-2, mx.float16: 1e-2}[dtype]
+    assert mx.abs(ours - nn.silu(gate) * up).max().item() < tolerance
+
+
+def test_sigmoid_saturates_without_overflow():
+    x = mx.array([-1e4, -200.0, -88.0, 0.0, 88.0, 200.0, 1e4])
+    y = sigmoid(x)
+    assert mx.isfinite(y).all().item()
+    np.testing.assert_allclose(np.array(y), [0, 0, 0, 0.5, 1, 1, 1], atol=1e-30)
+
+
+def test_gradients_survive_compile_and_checkpoint():
+    gate, up, dy = (mx.array(x) for x in inputs(2.0))
+
+    def loss(gate, up):
+        return (swiglu(gate, up) * dy).sum()
+
+    plain = mx.grad(loss, (0, 1))(gate, up)
+    for other in (mx.compile(mx.grad(loss, (0, 1))), mx.grad(mx.checkpoint(loss), (0, 1))):
+        for a, b in zip(plain, other(gate, up)):
+            assert mx.allclose(a, b, atol=1e-6).item()
