@@ -103,7 +103,7 @@ def test_a_process_that_fails_says_one_line_and_exits_with_2() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", [["train", "--nonsense"], ["nothing"], [], ["generate"]])
+@pytest.mark.parametrize("words", [["train", "--nonsense"], ["nothing"], []])
 def test_words_that_no_command_has_exit_with_2(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,7 +257,7 @@ def unknown_field(words: dict[str, str], tmp: Path) -> str:
 def file_for_output(words: dict[str, str], tmp: Path) -> str:
     (tmp / "file").write_text("mine")
     words["--output-dir"] = str(tmp / "file")
-    return "file cannot be written to"
+    return "file is a file; choose another with --output-dir"
 
 
 def too_long(words: dict[str, str], tmp: Path) -> str:
@@ -332,3 +332,35 @@ def test_a_tokenizer_alone_is_no_model(tmp_path: Path, capsys: pytest.CaptureFix
     write_tokenizer(tmp_path / "model")
     assert main(["plan", "--model", str(tmp_path / "model")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "--model", "smollm2-135m"], "nothing to answer: pass --prompt TEXT"),
+        (["generate", "--prompt", "x", "--input", "y"], "--input goes with --instruction"),
+    ],
+)
+def test_generate_says_what_it_lacks(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate_asks_an_instruction_as_training_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_model(tmp_path / "model", chat=True))
+    how = ["generation.temperature=0", "generation.max_new_tokens=6", "model.bits=null"]
+    asked = ["--instruction", "count", "--input", "7"]
+    assert main(["generate", "--model", folder, *asked, *how]) == 0
+    answer = capsys.readouterr().out
+    model, tokenizer = mq.load(folder)
+    prompt = "### Instruction:\ncount\n\n### Input:\n7\n\n### Response:\n"
+    expected = mq.generate(model, tokenizer, prompt, max_new_tokens=6, temperature=0)
+    assert answer == expected + "\n"
+    assert main(["generate", "--model", folder, "--prompt", prompt, "--raw", *how]) == 0
+    assert capsys.readouterr().out == answer
+    assert main(["generate", "--model", folder, "--prompt", prompt, *how]) == 0
+    assert capsys.readouterr().out != answer, "without --raw the chat template goes around it"

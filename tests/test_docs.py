@@ -9,6 +9,7 @@ import pytest
 
 import mlx_qlora as mq
 from mlx_qlora import cli
+from mlx_qlora.config import to_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,8 +45,10 @@ def test_every_make_target_in_the_readme_exists():
 
 
 @pytest.mark.parametrize("command", [c for c in readme_commands() if "mlx" in c.split()[0]])
-def test_every_mlx_qlora_command_in_the_readme_parses(command, capsys):
+def test_every_mlx_qlora_command_in_the_readme_parses(command, capsys, tmp_path, monkeypatch):
     """Resolved, not run: flags, fields and values are all real."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(to_yaml(mq.RunConfig()))
     words = shlex.split(command)
     assert words[0] == "mlx-qlora", command
     assert cli.main([*words[1:], "--print-config"]) == 0, capsys.readouterr().err

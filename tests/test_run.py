@@ -28,7 +28,6 @@ LAYOUT = [
     "plots/tokens_per_second.svg",
     "report.html",
     "run.yaml",
-    "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "training_args.json",
