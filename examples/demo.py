@@ -27,7 +27,7 @@ def main() -> int:
     """Runs the demo; returns 1 if the model did not learn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", default="outputs/demo", type=Path)
-    parser.add_argument("--max-steps", default=40, type=int)
+    parser.add_argument("--max-steps", default=30, type=int)
     args = parser.parse_args()
     console = Console()
 
@@ -47,8 +47,8 @@ def main() -> int:
         ),
         checkpointing=mq.CheckpointingConfig(
             output_dir=str(args.output_dir),
-            eval_steps=20,
-            save_steps=20,
+            eval_steps=15,
+            save_steps=15,
             resume_from_checkpoint="none",
         ),
         logging=mq.LoggingConfig(logging_steps=5),
