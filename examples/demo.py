@@ -3,8 +3,7 @@
 Run as: make demo        (or: python examples/demo.py --output-dir outputs/demo)
 
 The model comes from a PyPI package, the data from this machine's own Python library. It takes a
-few minutes on two CPU cores and seconds on a Mac, and fails if the test loss did not fall by at
-least a quarter.
+few minutes on two CPU cores, and fails if the test loss did not fall by at least a quarter.
 """
 
 import argparse

@@ -5,25 +5,18 @@
      "quantized"   Metal: `mx.quantized_matmul` reads the packed weight directly;
      "dequantize"  CUDA: dequantise, then a dense matmul (the quantised backward kernel is naive);
      "resident"    CPU: dequantised once and kept; `quantized_matmul` is 40-70x slower there.
-
-On Linux it also decides which BLAS multiplies. MLX's CPU wheel links the reference BLAS
-(about 2 GFLOP/s on one thread); an OpenBLAS loaded into the global namespace before the first
-matmul takes over its symbols and is some 70 times faster.
 """
 
-import ctypes
-import ctypes.util
 import functools
 import importlib.metadata
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mlx_qlora import blas
 from mlx_qlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,8 +24,6 @@ if TYPE_CHECKING:
 
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
 Device = Literal["metal", "cuda", "cpu"]
-
-_blas_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,103 +35,13 @@ class Backend:
     frozen_matmul: FrozenMatmul
 
 
-# ---- BLAS on Linux -----------------------------------------------------------------------------
-
-
-def load_fast_blas() -> str | None:
-    """Loads an OpenBLAS over MLX's reference BLAS; must run before MLX's first matmul.
-
-    Does nothing but on Linux. `MLX_QLORA_BLAS=PATH` names another library with the CBLAS
-    symbols, and `MLX_QLORA_BLAS=none` keeps MLX's own.
-
-    Returns:
-        The path or name of the library that was loaded, or None.
-    """
-    global _blas_path
-    if not sys.platform.startswith("linux") or _blas_path:
-        return _blas_path
-    wanted = os.environ.get("MLX_QLORA_BLAS")
-    if wanted == "none":
-        return None
-    _provide_libgfortran()
-    for candidate in [wanted] if wanted else _openblas_candidates():
-        try:
-            # RTLD_GLOBAL puts the symbols in front of those that libmlx.so was linked with.
-            ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL).cblas_sgemm  # noqa: B018
-        except (OSError, AttributeError):
-            continue
-        _blas_path = candidate
-        return candidate
-    if not _has_gpu_wheel():
-        problem = f"MLX_QLORA_BLAS={wanted} could not be loaded" if wanted else "no OpenBLAS found"
-        warnings.warn(
-            f"{problem}: matmuls on this CPU will be some 70 times slower. "
-            "Remedy: pip install cmeel-openblas",
-            stacklevel=3,
-        )
-    return None
-
-
-def _openblas_candidates() -> Iterator[str]:
-    """The packaged OpenBLAS first: it is the same on every machine; then the system's."""
-    for folder in map(Path, sys.path):
-        library = folder / "cmeel.prefix" / "lib" / "libopenblas.so.0"
-        if library.is_file():
-            yield str(library)
-    if system := ctypes.util.find_library("openblas"):
-        yield system
-
-
-def _provide_libgfortran() -> None:
-    """Makes `libgfortran.so.5`, which OpenBLAS asks for by that name, loadable without root.
-
-    A bare Linux has no Fortran runtime, but MLX's wheel bundles one, renamed to
-    `libgfortran-<hash>.so.5.0.0`. The loader matches a needed library against the names that
-    loaded ones carry inside (DT_SONAME), so a copy in memory with its plain name satisfies it.
-    """
-    try:
-        ctypes.CDLL("libgfortran.so.5")
-        return
-    except OSError:
-        pass
-    bundled = [library for folder in sys.path for library in Path(folder).glob("mlx_*.libs/lib*")]
-    for helper in bundled:
-        if helper.name.startswith("libquadmath-"):
-            ctypes.CDLL(str(helper))
-    for runtime in bundled:
-        if not runtime.name.startswith("libgfortran-"):
-            continue
-        hashed = runtime.name.encode() + b"\0"
-        plain = b"libgfortran.so.5".ljust(len(hashed), b"\0")
-        with open(os.memfd_create("libgfortran.so.5"), "wb") as in_memory:
-            in_memory.write(runtime.read_bytes().replace(hashed, plain))
-            in_memory.flush()
-            try:
-                ctypes.CDLL(f"/proc/self/fd/{in_memory.fileno()}")
-            except OSError:
-                continue  # the OpenBLAS that needs it will fail to load, and the caller says so
-
-
-def _has_gpu_wheel() -> bool:
-    for name in ("mlx-cuda-12", "mlx-cuda-13"):
-        try:
-            importlib.metadata.version(name)
-            return True
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return False
-
-
-# ---- device ------------------------------------------------------------------------------------
-
-
 @functools.cache
 def backend() -> Backend:
     """The backend that MLX computes on in this process."""
     import mlx.core as mx
 
     if mx.default_device() == mx.Device(mx.cpu):
-        if _has_gpu_wheel():
+        if blas.has_gpu_wheel():
             # Both wheels write the same libmlx.so, and pip cannot leave mlx-cpu out.
             warnings.warn(
                 "a CUDA wheel of MLX is installed but MLX computes on the CPU: the last one "
@@ -193,9 +94,9 @@ def facts() -> dict[str, Any]:
     memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     chosen = backend()
     if sys.platform == "darwin":
-        blas = "Accelerate"
+        multiplies = "Accelerate"
     else:
-        blas = _blas_path or "reference BLAS (slow; pip install cmeel-openblas)"
+        multiplies = blas.loaded() or "reference BLAS (slow; pip install cmeel-openblas)"
     return {
         "chip": str(info.get("device_name") or platform.processor()),
         "cores": os.cpu_count(),
@@ -207,5 +108,5 @@ def facts() -> dict[str, Any]:
         "device": chosen.device,
         "compute_dtype": str(chosen.compute_dtype).removeprefix("mlx.core."),
         "frozen_matmul": chosen.frozen_matmul,
-        "blas": blas,
+        "blas": multiplies,
     }

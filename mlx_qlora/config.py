@@ -59,8 +59,8 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
             raise ConfigError(f"section {name} must hold fields, got {fields!r}")
         hints = typing.get_type_hints(SECTIONS[name])
         for key in fields:
-            if key not in hints:
-                raise ConfigError(f"unknown field {name}.{key}{_hint(name, key)}")
+            if str(key) not in hints:
+                raise ConfigError(f"unknown field {name}.{key}{_hint(name, str(key))}")
         typed = {k: coerce(v, hints[k], f"{name}.{k}") for k, v in fields.items()}
         sections[name] = SECTIONS[name](**typed)
     return RunConfig(**sections)
@@ -101,8 +101,8 @@ def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
 def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
     """Puts one `section.field=value` into section -> field -> value.
 
-    The value is read as YAML, but for a field of text that YAML takes for something else: a
-    folder may be called 2026-11-22.
+    The value is read as YAML, but plain text stays as it is typed: a folder may be called
+    2026-11-22, and YAML would cut "rows #1.jsonl" short.
 
     Raises:
         ConfigError: not of that form.
@@ -117,7 +117,8 @@ def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
     except (yaml.YAMLError, ValueError):
         value = text
     hint = typing.get_type_hints(SECTIONS[section]).get(key) if section in SECTIONS else None
-    if hint and not _fits(value, hint) and _fits(text, hint):
+    is_text = isinstance(value, str) and not text.startswith(("'", '"'))
+    if hint and _fits(text, hint) and (is_text or not _fits(value, hint)):
         value = text
     values.setdefault(section, {})[key] = value
 

@@ -33,6 +33,10 @@ class DataError(UserError):
     """A data file is missing or empty, or a row cannot be used."""
 
 
+class TrainingError(UserError):
+    """A run cannot go on: it has diverged."""
+
+
 class AdapterError(UserError):
     """An adapter is damaged, incomplete, or belongs to another model."""
 

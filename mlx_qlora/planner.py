@@ -4,8 +4,10 @@ The figures come from the headers of the model's files and from the config; no w
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_qlora import backend
+from mlx_qlora.adapters.peft import read_peft_config
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import padded_width
 from mlx_qlora.errors import ConfigError
@@ -76,7 +78,9 @@ def plan_checkpoint(checkpoint: Checkpoint, config: RunConfig, longest: int | No
     llama = LlamaConfig.from_hf(checkpoint.config)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
     base, resident = _base_bytes(model, checkpoint, config)
-    trainable = _trainable(model, config.lora)
+    adapter = config.model.adapter
+    lora = read_peft_config(Path(adapter).expanduser()) if adapter else config.lora
+    trainable = _trainable(model, lora)
 
     training = config.training
     T = padded_width(min(longest or config.data.max_length, config.data.max_length) - 1)
@@ -84,11 +88,9 @@ def plan_checkpoint(checkpoint: Checkpoint, config: RunConfig, longest: int | No
     itemsize = backend.compute_dtype(config.model.dtype).size
     n_layers = llama.num_hidden_layers
     layers = check_recompute(training.recompute, n_layers)
-    recomputed = layers_to_recompute(llama, tokens) if layers == "auto" else int(layers)
-
-    per_layer = activation_bytes(llama, tokens, itemsize) + _scores_bytes(
-        llama, tokens * T, itemsize
-    )
+    shape = training.per_device_train_batch_size, T
+    recomputed = layers_to_recompute(llama, *shape, itemsize) if layers == "auto" else int(layers)
+    per_layer = activation_bytes(llama, *shape, itemsize)
     kept = per_layer * min(n_layers, n_layers - recomputed + 1)
     inputs = recomputed * tokens * llama.hidden_size * itemsize
     supervised = tokens if config.data.train_on == "all" else tokens // 4
@@ -136,13 +138,6 @@ def _trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
         return trainable_count(add_lora(model, lora))
     except ConfigError as error:
         raise ConfigError(f"the plan cannot be made: {error}") from None
-
-
-def _scores_bytes(llama: LlamaConfig, token_pairs: int, itemsize: int) -> int:
-    """Attention scores and probabilities, T x T per head, where no fused kernel avoids them."""
-    if backend.backend().device != "cpu":
-        return 0
-    return 2 * llama.num_attention_heads * token_pairs * itemsize
 
 
 def _advice(parts: dict[str, int]) -> str:

@@ -10,13 +10,20 @@ import importlib.metadata
 import json
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from mlx_qlora import backend
 from mlx_qlora._version import __version__
-from mlx_qlora.adapters.peft import load_adapter, original_base, save_adapter
+from mlx_qlora.adapters.peft import (
+    adapter_tensors,
+    load_adapter,
+    original_base,
+    read_peft_config,
+    save_adapter,
+)
 from mlx_qlora.config import RunConfig, to_dict, to_yaml
 from mlx_qlora.data.examples import Examples, train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,10 +32,11 @@ from mlx_qlora.infer.evaluate import Scores, evaluate
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
+from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import load_model, open_checkpoint
 from mlx_qlora.planner import plan_checkpoint
 from mlx_qlora.report import write_report
-from mlx_qlora.train.checkpoint import RunState, checkpoint_to_resume
+from mlx_qlora.train.checkpoint import RunState, checkpoint_to_resume, is_ours
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import say
 
@@ -36,16 +44,20 @@ from mlx_qlora.train.metrics import say
 def run(config: RunConfig, console: Console) -> TrainResult:
     """Loads, plans, trains, and leaves an output folder.
 
-    Everything that can be wrong with the input is found in this order, cheapest first: the
-    output folder, the model's files, the data, the plan. Only then is the model loaded.
+    What can be wrong with the input is found cheapest first: the output folder, the model's
+    files, the adapter, the data, the plan. Only then is the model loaded.
 
     Raises:
         UserError: any of its kinds.
     """
     if config.model.source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
-    _check_writable(Path(config.checkpointing.output_dir))
+    check_output(Path(config.checkpointing.output_dir))
     checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
+    if config.model.base_model_name_or_path is None:
+        original_base(checkpoint.files)
+    if config.model.adapter is not None:
+        read_peft_config(Path(config.model.adapter).expanduser())
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     examples, validation, test = train_validation_test(config.data, tokenizer, config.training.seed)
 
@@ -64,6 +76,7 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     )
     if config.model.adapter is not None:
         load_adapter(model, config.model.adapter)
+    prepare(model, examples, validation, config)
     before = evaluate(model, tokenizer, test) if test else None
     result = fine_tune(model, tokenizer, examples, validation, config, console=console)
     if test and before:
@@ -105,22 +118,13 @@ def fine_tune(
     console = console or Console(stderr=True)
     if not len(train_examples):
         raise DataError("there are no examples to train on")
-    base = config.model.base_model_name_or_path or original_base(model)
-    if not lora_layers(model):
-        add_lora(model, config.lora, config.training.seed)
-    else:  # the record shall say what is trained, and that is the attached adapter
-        config = dataclasses.replace(config, lora=model.lora_config)
+    prepared = prepare(model, train_examples, validation, config)
+    config, base, fingerprint = prepared.config, prepared.base, prepared.fingerprint
     say(
         console,
         f"training  {trainable_count(model):,} parameters of {base} on "
         f"{backend.facts()['chip']} ({backend.backend().device})",
     )
-
-    fingerprint = {
-        "config": _config_hash(config),
-        "data": _hash(train_examples.digest + (validation.digest if validation else "")),
-    }
-    resumed = checkpoint_to_resume(config.checkpointing, fingerprint)  # refuses before we write
     output = Path(config.checkpointing.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_record(output, config, fingerprint)
@@ -133,7 +137,7 @@ def fine_tune(
         config.logging,
         base,
         RunState(fingerprint=fingerprint),
-        resumed,
+        prepared.resumed,
         console,
     )
     save_adapter(model, output, base)
@@ -146,6 +150,61 @@ def fine_tune(
         f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {output}",
     )
     return result
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin: nothing about it is in doubt, and nothing has been written.
+
+    Attributes:
+        config: with what the model itself says in the place of what the user left out.
+        base: the original Hugging Face repository.
+        fingerprint: name -> hash of what decides the weights: config, data and model.
+        resumed: the checkpoint to go on from, or None.
+    """
+
+    config: RunConfig
+    base: str
+    fingerprint: dict[str, str]
+    resumed: Path | None
+
+
+def prepare(
+    model: LlamaForCausalLM, examples: Examples, validation: Examples | None, config: RunConfig
+) -> Prepared:
+    """Gives the model its LoRA layers, and checks what only now can be checked.
+
+    Raises:
+        AdapterError: nothing says what the original base is.
+        ConfigError: a target that matches nothing, a checkpoint of another run to resume, or an
+            output folder with files of others that a run would overwrite.
+    """
+    check_output(Path(config.checkpointing.output_dir))
+    source = getattr(model, "source", None)
+    base = config.model.base_model_name_or_path or original_base(source)
+    if not lora_layers(model):
+        add_lora(model, config.lora, config.training.seed)
+    else:  # the record shall say what is trained, and that is the attached adapter
+        config = dataclasses.replace(config, lora=model.lora_config)
+    if config.model.source is None and source is not None:
+        named = dataclasses.replace(config.model, source=str(source.source))
+        config = dataclasses.replace(config, model=named)
+
+    digest = hashlib.sha256(base.encode())
+    for name, matrix in model.named_modules():
+        if isinstance(matrix, FrozenMatrix):
+            digest.update(f"{name} {matrix.shape} {matrix.quant} {matrix.dtype}".encode())
+    digest.update(str(getattr(source, "path", "")).encode())
+    for weight in adapter_tensors(model).values():
+        digest.update(weight.tobytes())
+    fingerprint = {
+        "config": _config_hash(config),
+        "data": _hash(examples.digest + (validation.digest if validation else "")),
+        "model": digest.hexdigest(),
+    }
+    return Prepared(
+        config, base, fingerprint, checkpoint_to_resume(config.checkpointing, fingerprint)
+    )
 
 
 def write_record(output: Path, config: RunConfig, fingerprint: dict[str, str]) -> None:
@@ -173,11 +232,11 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_writable(output: Path) -> None:
-    """Refuses an output folder that cannot be written to, before any time is spent.
+def check_output(output: Path) -> None:
+    """Refuses an output folder that cannot be written to, or that holds files of others.
 
     Raises:
-        ConfigError: naming the folder.
+        ConfigError: naming the folder, and the file that a run would overwrite.
     """
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -185,6 +244,15 @@ def _check_writable(output: Path) -> None:
         raise ConfigError(
             f"checkpointing.output_dir: {output} cannot be made: {there} {reason}; "
             "choose another with --output-dir"
+        )
+    card = output / "README.md"
+    foreign = [path for path in output.glob("checkpoint-*") if not is_ours(path)]
+    if card.is_file() and "mlx-qlora" not in card.read_text(encoding="utf-8", errors="replace"):
+        foreign.append(card)
+    if foreign:
+        raise ConfigError(
+            f"checkpointing.output_dir: {foreign[-1]} is not from mlx-qlora and would be "
+            "overwritten; choose another folder with --output-dir"
         )
 
 

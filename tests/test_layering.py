@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "mlx_qlora"
 # From the ground up. Files of one floor may import each other, but not in a circle.
 FLOORS = [
     {"_version", "errors", "fields", "tree"},
+    {"blas"},
     {"backend"},
     {"model"},
     {"data"},

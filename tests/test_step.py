@@ -10,7 +10,7 @@ from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.loss import padded_count, supervised_targets, token_losses
-from mlx_qlora.train.step import Engine, add_grads, check_recompute, loss_and_grads, validation_loss
+from mlx_qlora.train.step import Engine, add_grads, check_recompute, loss_and_grads, score
 
 
 @pytest.fixture
@@ -202,9 +202,9 @@ def test_a_model_without_lora_and_a_wrong_recompute_are_refused(hf_tiny, model):
             check_recompute(wrong, 2)
 
 
-def test_validation_loss_is_the_mean_over_all_tokens(model):
+def test_scores_add_up_over_batches(model):
     batches = [a_batch(seed=s) for s in (1, 2)]
-    loss, n = validation_loss(model, batches)
+    nats, _, n = score(model, batches)
     sums = [loss_and_grads(model, b)[:2] for b in batches]
     assert n == sum(count for _, count in sums)
-    assert loss == pytest.approx(sum(s.item() for s, _ in sums) / n, rel=1e-6)
+    assert nats == pytest.approx(sum(s.item() for s, _ in sums), rel=1e-6)

@@ -9,25 +9,34 @@ from pathlib import Path
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Lends an empty folder beside the target and, if the block succeeds, moves it into place.
+def staged(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """Lends an empty folder on the target's disk and, if the block succeeds, moves it into place.
 
     A folder that did not exist appears whole, by one rename. Into an existing one the files are
-    moved one by one, each by a rename; files of other names are left alone. If the block fails
-    nothing has changed.
+    moved one by one, each by a rename, and files of other names are left alone; or, with
+    `replace`, the old folder is set aside, and removed once the new one stands in its place.
+    If the block fails nothing has changed.
 
     Args:
         folder: where the files shall be; its parent is made if need be.
+        replace: whether an existing folder makes way as a whole.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=folder.parent))
+    # Inside an existing folder: its parent may be another disk, or not ours to write to.
+    home = folder if folder.exists() and not replace else folder.parent
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=home))
     staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
     try:
         yield staging
         for file in staging.rglob("*"):
             if file.is_file():
                 _flush(file)
-        if not folder.exists():
+        if replace and folder.exists():
+            aside = staging.with_suffix(".old")
+            folder.rename(aside)
+            staging.rename(folder)
+            shutil.rmtree(aside)
+        elif not folder.exists():
             staging.rename(folder)
         else:
             for file in sorted(f for f in staging.rglob("*") if f.is_file()):

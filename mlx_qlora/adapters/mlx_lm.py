@@ -41,7 +41,7 @@ def write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
 
     written = load_file(folder / "adapters.safetensors")
     same = written.keys() == tensors.keys() and all(
-        np.array_equal(written[name], array) for name, array in tensors.items()
+        written[name].tobytes() == array.tobytes() for name, array in tensors.items()
     )
     if not same:
         raise AdapterError(f"{folder}: what was read back is not what was written")

@@ -17,6 +17,7 @@ from mlx_qlora._version import __version__
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.mlx_lm import write_mlx_lm
 from mlx_qlora.errors import AdapterError, ConfigError, listing
+from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers, target_paths
 from mlx_qlora.model.weights import read_safetensors_header
@@ -81,7 +82,7 @@ def save_adapter(
     """
     if not lora_layers(model):
         raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
-    base = base_model_name_or_path or original_base(model)
+    base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
     tensors = adapter_tensors(model)
     with staged(folder) as staging:
@@ -91,13 +92,12 @@ def save_adapter(
     return folder
 
 
-def original_base(model: LlamaForCausalLM) -> str:
-    """The Hugging Face repository that the model's files are a copy of.
+def original_base(source: ModelFiles | None) -> str:
+    """The Hugging Face repository that a model's files are a copy of.
 
     Raises:
         AdapterError: they do not say, so the user must.
     """
-    source = getattr(model, "source", None)
     if source is None or source.hf_id is None:
         what = source.source if source else "this model"
         raise AdapterError(
@@ -106,6 +106,12 @@ def original_base(model: LlamaForCausalLM) -> str:
             "(in Python: save_adapter(model, folder, base_model_name_or_path=...))"
         )
     return source.hf_id
+
+
+def _revision_of(model: LlamaForCausalLM, base: str) -> str | None:
+    """The commit of the base, if the model's files are the base itself and not a copy of it."""
+    source = getattr(model, "source", None)
+    return source.revision if source is not None and source.source == base else None
 
 
 def adapter_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
@@ -136,7 +142,7 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.r,
-        "revision": None,
+        "revision": _revision_of(model, base),
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": False,

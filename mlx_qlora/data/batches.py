@@ -5,12 +5,14 @@ is what resuming rests on.
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.errors import DataError
 from mlx_qlora.fields import require
 
 IGNORE = -100  # a label that is not learned; the value that Hugging Face and torch use
@@ -57,8 +59,11 @@ def make_batches(
 
     Raises:
         ConfigError: a batch size below 1.
+        DataError: no examples.
     """
     require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
+    if not len(examples):
+        raise DataError("there are no examples to make batches of")
     return Batches(examples, batch_size, seed, shuffle)
 
 
@@ -72,14 +77,16 @@ class Batches:
         self.shuffle = shuffle
         self._epoch_order = functools.lru_cache(maxsize=2)(self._order)
 
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the first epoch."""
+        return (self[index] for index in range(len(self)))
+
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
         """The batch at a global index; index // len is the epoch."""
         epoch, position = divmod(index, len(self))
-        if epoch and not self.shuffle:
-            raise IndexError(index)  # ends `for batch in batches` after one pass
         return collate([self.examples[i] for i in self._epoch_order(epoch)[position]])
 
     def _order(self, epoch: int) -> list[np.ndarray]:

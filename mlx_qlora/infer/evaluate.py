@@ -8,8 +8,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.loss import supervised_targets, token_losses
-from mlx_qlora.tree import number
+from mlx_qlora.train.step import score
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,6 @@ def evaluate(
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
         )
-    nats, hits, count = 0.0, 0, 0
-    for batch in make_batches(examples, batch_size, shuffle=False):
-        positions, targets, n_tokens = supervised_targets(batch)
-        losses, right = token_losses(model, model.model(batch.tokens), positions, targets)
-        nats += number(losses.sum())
-        hits += int(number(right.sum()))
-        count += n_tokens
+    nats, hits, count = score(model, make_batches(examples, batch_size, shuffle=False))
     loss = nats / count
     return Scores(loss, math.exp(min(loss, 700)), hits / count, count)

@@ -164,11 +164,16 @@ def _dequantize_and_multiply(
 ) -> mx.array:
     """x @ W.T that dequantises again in the backward, so that no dense copy outlives its use."""
 
+    def dense_after(array: mx.array) -> mx.array:
+        # Tied to the array, or a compiler would see two equal dequantisations and keep the first
+        # one's result for the second: a dense copy of every matrix at once.
+        return unpack(tuple(mx.depends(list(packed), [array])), quant, array.dtype)
+
     def forward(x: mx.array) -> mx.array:
-        return x @ unpack(packed, quant, x.dtype).T
+        return x @ dense_after(x).T
 
     def backward(x: mx.array, dy: mx.array, y: mx.array) -> mx.array:
-        return dy @ unpack(packed, quant, dy.dtype)
+        return dy @ dense_after(dy)
 
     multiply: Any = mx.custom_function(forward)
     multiply.vjp(backward)

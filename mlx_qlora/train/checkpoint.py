@@ -5,9 +5,10 @@ none. It holds tensors as safetensors and everything else as JSON; there is no p
 """
 
 import json
+import os
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class CheckpointingConfig:
             value = getattr(self, name)
             require(value >= 1, f"checkpointing.{name}", "be at least 1", value)
         require(bool(self.output_dir), "checkpointing.output_dir", "name a folder", "nothing")
+        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
 
 
 @dataclass
@@ -52,11 +54,13 @@ class RunState:
         step: optimiser steps done; with the config, it says which batch comes next.
         fingerprint: name -> hash of the config and of the data; a run goes on only from its own.
         log_history: what `trainer_state.json` shows, in Hugging Face's terms.
+        open_losses: of the steps since the last logged record, whose mean is the next one's.
     """
 
     step: int = 0
     fingerprint: dict[str, str] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    open_losses: list[float] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -75,17 +79,25 @@ def save_checkpoint(
         for theirs, ours in MOMENTS.items()
         for name, array in optimizer.named(getattr(optimizer, ours)).items()
     }
-    if folder.exists():
-        shutil.rmtree(folder)  # of an earlier run that this one was told not to resume
-    with staged(folder) as staging:
+    with staged(folder, replace=True) as staging:
         write_peft(staging, adapter_tensors(model), peft_config(model, base))
         save_file(moments, staging / "optimizer.safetensors")
         _write_json(staging / "trainer_state.json", trainer_state)
-        resume = {"step": state.step, "fingerprint": state.fingerprint}
-        _write_json(staging / "resume_state.json", {**resume, "log_history": state.log_history})
+        _write_json(staging / "resume_state.json", asdict(state))
     for old in checkpoints(output)[: -config.save_total_limit]:
         shutil.rmtree(old)
     return folder
+
+
+def forget_checkpoints_after(output: Path, step: int) -> None:
+    """Removes the checkpoints that a run which goes on from `step` will write anew.
+
+    Otherwise those of an abandoned run would count as the newest, be kept in the place of this
+    run's, and be resumed.
+    """
+    for path in checkpoints(output):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -93,9 +105,14 @@ def checkpoints(output: Path) -> list[Path]:
     found = []
     for path in output.glob("checkpoint-*"):
         numbered = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if numbered and (path / "resume_state.json").is_file():
+        if numbered and is_ours(path):
             found.append((int(numbered[1]), path))
     return [path for _, path in sorted(found)]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint that this library wrote."""
+    return (path / "resume_state.json").is_file()
 
 
 def checkpoint_to_resume(config: CheckpointingConfig, fingerprint: dict[str, str]) -> Path | None:
@@ -115,9 +132,12 @@ def checkpoint_to_resume(config: CheckpointingConfig, fingerprint: dict[str, str
         path = found[-1]
     else:
         path = Path(wanted).expanduser()
-        if not (path / "resume_state.json").is_file():
+        if not is_ours(path):
             raise ConfigError(f"checkpointing.resume_from_checkpoint: {path} is no checkpoint")
-    theirs = json.loads((path / "resume_state.json").read_text())["fingerprint"]
+    try:
+        theirs = dict(json.loads((path / "resume_state.json").read_text())["fingerprint"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is damaged: resume_state.json; delete the folder") from None
     changed = [name for name in fingerprint if theirs.get(name) != fingerprint[name]]
     if changed:
         raise ConfigError(
@@ -140,7 +160,7 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> Ru
     saved = json.loads((path / "resume_state.json").read_text())
     optimizer.step = saved["step"]
     model.update(optimizer.tree())
-    return RunState(saved["step"], saved["fingerprint"], saved["log_history"])
+    return RunState(**saved)
 
 
 def _concatenate(parts: Any) -> mx.array:

@@ -5,6 +5,7 @@ run that is stopped and continued takes the same steps as one that was not.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +18,19 @@ from rich.console import Console
 from mlx_qlora.backend import backend
 from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.fields import check_choices, option, require
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
+    forget_checkpoints_after,
     load_checkpoint,
     save_checkpoint,
 )
 from mlx_qlora.train.metrics import LoggingConfig, Metrics, say
 from mlx_qlora.train.optim import SCHEDULES, AdamW, learning_rate
-from mlx_qlora.train.step import Engine, add_grads, validation_loss
+from mlx_qlora.train.step import Engine, add_grads, score
 from mlx_qlora.tree import number
 
 DEFAULT_STEPS = 1000
@@ -72,10 +74,11 @@ class TrainingConfig:
             require(value is None or value >= 1, f"training.{name}", "be at least 1", value)
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"training.{name}", "be above 0", value)
+            legal = value is None or 0 < value < math.inf
+            require(legal, f"training.{name}", "be above 0 and finite", value)
         for name in ("warmup_steps", "weight_decay", "seed"):
             value = getattr(self, name)
-            require(value >= 0, f"training.{name}", "be at least 0", value)
+            require(0 <= value < 2**63, f"training.{name}", "be at least 0", value)
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"training.{name}", "be in [0, 1)", value)
@@ -176,8 +179,9 @@ def train(
         say(console, f"continuing from {resumed}")
 
     output = Path(checkpointing.output_dir)
+    forget_checkpoints_after(output, state.step)
     forget_after(output / "metrics.jsonl", state.step)
-    metrics = Metrics(output / "metrics.jsonl", total_steps, state.step, logging, console)
+    metrics = Metrics(output / "metrics.jsonl", total_steps, state, logging, console)
     with metrics:
         for step in range(state.step + 1, total_steps + 1):
             rate = learning_rate(
@@ -188,6 +192,11 @@ def train(
                 training.lr_scheduler_type,
             )
             loss, norm, tokens = train_step(engine, optimizer, batches, training, step, rate)
+            if not math.isfinite(loss + norm):
+                raise TrainingError(
+                    f"step {step}: loss {loss}, gradient norm {norm}: the run has diverged. "
+                    "Nothing of this step was saved; lower training.learning_rate and start again"
+                )
             model.update(optimizer.tree())
             state.step = step
             trained_tokens += tokens
@@ -200,10 +209,11 @@ def train(
             is_last = step == total_steps
             if held_out and (is_last or step % checkpointing.eval_steps == 0):
                 before = time.perf_counter()
-                held_out_loss, _ = validation_loss(model, held_out)
+                nats, _, count = score(model, held_out)
                 seconds = time.perf_counter() - before
-                state.log_history.append(metrics.validation(step, epoch, held_out_loss, seconds))
+                state.log_history.append(metrics.validation(step, epoch, nats / count, seconds))
             if is_last or step % checkpointing.save_steps == 0:
+                state.open_losses = list(metrics.window.losses)
                 shown = trainer_state(state, training, checkpointing, logging, batches)
                 save_checkpoint(model, optimizer, state, shown, base, checkpointing)
 
@@ -267,7 +277,13 @@ def forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in lines:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line of a run that died, or not ours
     path.write_text("".join(kept), encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.fields import option, require
+from mlx_qlora.train.checkpoint import RunState
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Metrics:
     Args:
         path: the JSONL file, opened for appending; each line is a dict with `step`.
         total_steps: optimiser steps of the whole run.
-        start_step: steps that an earlier part of the run has done.
+        state: of the run; its steps are done, and its open losses begin the first record.
         config: how often.
         console: where the live line goes; on anything but a terminal it becomes plain lines.
     """
@@ -44,7 +45,7 @@ class Metrics:
         self,
         path: Path,
         total_steps: int,
-        start_step: int,
+        state: RunState,
         config: LoggingConfig,
         console: Console,
     ) -> None:
@@ -53,6 +54,7 @@ class Metrics:
         self.console = console
         self.file = path.open("a", encoding="utf-8")
         self.window = Window()
+        self.window.losses = list(state.open_losses)
         self.live = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -64,11 +66,11 @@ class Metrics:
             # Wide enough that one slow step does not make the ETA jump.
             speed_estimate_period=300,
         )
-        self.task = self.live.add_task("", total=total_steps, completed=start_step)
+        self.task = self.live.add_task("", total=total_steps, completed=state.step)
 
     def __enter__(self) -> "Metrics":
         self.live.start()
-        self.window = Window()
+        self.window.started = time.perf_counter()
         return self
 
     def __exit__(self, *_: Any) -> None:

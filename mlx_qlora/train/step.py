@@ -4,13 +4,14 @@
 it alike. It takes the trainable weights as arguments and leaves the model as it found it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_qlora.backend import backend
-from mlx_qlora.data.batches import Batch, Batches
+from mlx_qlora import backend
+from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.train.loss import supervised_targets, token_losses
@@ -74,7 +75,9 @@ class Engine:
         positions, targets, n_tokens = supervised_targets(batch)
         layers = self.recompute
         if layers == "auto":
-            layers = layers_to_recompute(self.model.config, batch.tokens.size)
+            B, T = batch.tokens.shape
+            itemsize = self.model.model.embed_tokens.dtype.size
+            layers = layers_to_recompute(self.model.config, B, T, itemsize)
         differentiate = self._function(int(layers))
         loss, grads = differentiate(weights, batch.tokens, positions, targets, dropout_key)
         return loss, n_tokens, grads
@@ -117,15 +120,16 @@ def add_grads(total: dict[str, Any] | None, grads: dict[str, Any]) -> dict[str, 
     return grads if total is None else tree_map(mx.add, total, grads)
 
 
-def validation_loss(model: LlamaForCausalLM, batches: Batches) -> tuple[float, int]:
-    """The mean loss over a whole set, without dropout, and how many tokens it is over."""
-    nats, count = 0.0, 0
+def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> tuple[float, int, int]:
+    """Sum of nats, right first choices and supervised tokens over batches, without dropout."""
+    nats, hits, count = 0.0, 0, 0
     for batch in batches:
         positions, targets, n_tokens = supervised_targets(batch)
-        losses, _ = token_losses(model, model.model(batch.tokens), positions, targets)
+        losses, right = token_losses(model, model.model(batch.tokens), positions, targets)
         nats += number(losses.sum())
+        hits += int(number(right.sum()))
         count += n_tokens
-    return nats / max(count, 1), count
+    return nats, hits, count
 
 
 # ---- recompute ---------------------------------------------------------------------------------
@@ -148,22 +152,23 @@ def check_recompute(recompute: Recompute, n_layers: int) -> int | str:
     )
 
 
-def layers_to_recompute(config: LlamaConfig, n_tokens: int) -> int:
+def layers_to_recompute(config: LlamaConfig, B: int, T: int, itemsize: int) -> int:
     """How many layers must be recomputed for the others' activations to fit in half of memory."""
-    from mlx_qlora.backend import facts
-
-    budget = facts()["working_set_bytes"] / 2
-    per_layer = activation_bytes(config, n_tokens, backend().compute_dtype.size)
-    kept = int(budget // per_layer)
+    budget = backend.facts()["working_set_bytes"] / 2
+    kept = int(budget // activation_bytes(config, B, T, itemsize))
     return max(0, config.num_hidden_layers - kept)
 
 
-def activation_bytes(config: LlamaConfig, n_tokens: int, itemsize: int) -> int:
+def activation_bytes(config: LlamaConfig, B: int, T: int, itemsize: int) -> int:
     """What one layer keeps for its backward, in bytes.
 
     Two norms and the residual in and out (4 D), queries and attention output (2 H Hd), keys and
-    values (2 K Hd), and gate, silu(gate), up and their product (4 F), for each token.
+    values (2 K Hd), and gate, its sigmoid, up and the product (4 F), for each token; and, where no
+    fused kernel avoids them, attention scores and probabilities, T x T per head.
     """
     D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    return n_tokens * itemsize * (4 * D + 2 * H * Hd + 2 * K * Hd + 4 * F)
+    device = backend.backend().device
+    unfused = device == "cpu" or (device == "cuda" and T % 128 != 0)
+    scores = 2 * H * T if unfused else 0
+    return B * T * itemsize * (4 * D + 2 * H * Hd + 2 * K * Hd + 4 * F + scores)
