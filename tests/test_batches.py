@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_qlora.data.batches import IGNORE, Batch, collate, make_batches, padded_width
 from mlx_qlora.data.examples import DataReport, Example, Examples
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, DataError
 
 sizes = st.integers(1, 20)
 lengths = st.lists(st.integers(2, 300), min_size=1, max_size=90)
@@ -118,3 +118,8 @@ def test_widths_are_few_never_too_small_and_waste_is_bounded() -> None:
 def test_a_batch_size_below_1_is_refused(size: int) -> None:
     with pytest.raises(ConfigError, match=f"batch_size must be at least 1; got {size}"):
         make_batches(made([4]), size)
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(DataError, match="no examples to make batches of"):
+        make_batches(made([5, 6])[:0])

@@ -279,3 +279,17 @@ def test_a_missing_file_is_named_and_an_empty_one_is_the_defaults(tmp_path: Path
         read_yaml(tmp_path / "missing.yaml")
     (tmp_path / "empty.yaml").touch()
     assert build(read_yaml(tmp_path / "empty.yaml")) == RunConfig()
+
+
+@pytest.mark.parametrize("path", ["rows #1.jsonl", "&a out", "a: b", "*x", "[draft] rows.jsonl"])
+def test_a_path_is_kept_as_it_is_typed(path: str) -> None:
+    values: dict[str, dict[str, Any]] = {}
+    set_override(values, f"data.path={path}")
+    assert build(values).data.path == path
+    set_override(values, 'data.path="quoted"')
+    assert build(values).data.path == "quoted"
+
+
+def test_a_yaml_word_that_is_no_text_can_be_misspelt_too() -> None:
+    with pytest.raises(ConfigError, match=r"unknown field training\.True"):
+        build({"training": {True: 5}})

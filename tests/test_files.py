@@ -90,3 +90,27 @@ def test_an_empty_existing_folder_is_filled(tmp_path: Path) -> None:
     with staged(tmp_path / "out") as staging:
         (staging / "a").write_text("1")
     assert contents(tmp_path) == {"out/a": "1"}
+
+
+def test_an_existing_folder_is_staged_inside_itself(tmp_path: Path) -> None:
+    """Its parent may be another disk: a rename across disks fails after all the work is done."""
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    with staged(folder) as staging:
+        assert staging.parent == folder
+        (staging / "a").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_replace_swaps_the_whole_folder_and_a_failure_keeps_the_old(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(OSError), staged(folder, replace=True) as staging:
+        (staging / "new").write_text("new")
+        raise OSError("disk full")
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    with staged(folder, replace=True) as staging:
+        (staging / "new").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlx_qlora.data.examples import DataReport, Example, Examples
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
@@ -40,6 +40,7 @@ def make_examples(n: int = 22, seed: int = 0) -> Examples:
 
 def start(folder: Path, output: Path, console: Console | None = None, **changes):
     """One run on a fresh tiny model; returns (model, result)."""
+    logging = changes.pop("logging", LoggingConfig(logging_steps=1))
     model = load_folder(folder)
     add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=1)
     training = TrainingConfig(
@@ -61,7 +62,7 @@ def start(folder: Path, output: Path, console: Console | None = None, **changes)
         make_examples(6, seed=9),
         training,
         checkpointing,
-        LoggingConfig(logging_steps=1),
+        logging,
         "org/base",
         RunState(fingerprint=FINGERPRINT),
         checkpoint_to_resume(checkpointing, FINGERPRINT),
@@ -208,3 +209,64 @@ def test_steps_and_epochs_exclude_each_other():
     assert TrainingConfig().max_steps == 1000
     assert TrainingConfig(num_train_epochs=2.0).max_steps is None
     assert dataclasses.replace(TrainingConfig(), seed=1).max_steps == 1000
+
+
+# ---- what must not happen to a folder ----------------------------------------------------------
+
+
+def test_a_run_that_starts_anew_keeps_its_own_checkpoints_not_the_abandoned_ones(hf_tiny, tmp_path):
+    start(hf_tiny[1], tmp_path / "out", max_steps=12, save_steps=4)
+    start(
+        hf_tiny[1],
+        tmp_path / "out",
+        max_steps=3,
+        save_steps=1,
+        save_total_limit=2,
+        resume_from_checkpoint="none",
+    )
+    assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_diverged_run_stops_and_leaves_the_last_good_checkpoint(hf_tiny, tmp_path, monkeypatch):
+    from mlx_qlora.train import loop
+
+    real = loop.train_step
+
+    def poisoned(*args):
+        loss, norm, tokens = real(*args)
+        return (float("nan") if args[4] == 5 else loss), norm, tokens
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(TrainingError, match=r"step 5: loss nan.*lower training\.learning_rate"):
+        start(hf_tiny[1], tmp_path / "out", save_steps=1)
+    assert [p.name for p in checkpoints(tmp_path / "out")][-1] == "checkpoint-4"
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "NaN" not in line][-1] == 4
+    assert not any("NaN" in line for line in lines)
+
+
+def test_log_records_of_a_resumed_run_are_those_of_an_unbroken_one(hf_tiny, tmp_path):
+    """Logged every 4 steps, stopped after 3: the mean at step 4 is over all four."""
+    logging = LoggingConfig(logging_steps=4)
+    _, whole = start(hf_tiny[1], tmp_path / "whole", logging=logging)
+    start(hf_tiny[1], tmp_path / "parts", logging=logging)
+    for name in ("checkpoint-6", "checkpoint-8"):
+        (tmp_path / "parts" / name / "resume_state.json").unlink()
+    _, resumed = start(hf_tiny[1], tmp_path / "parts", logging=logging)
+    pairs = [(r["step"], r["loss"]) for r in whole.log_history if "loss" in r]
+    assert [(r["step"], r["loss"]) for r in resumed.log_history if "loss" in r] == pairs
+
+
+def test_a_damaged_checkpoint_and_lines_of_other_tools_are_no_tracebacks(hf_tiny, tmp_path):
+    start(hf_tiny[1], tmp_path / "out")
+    with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3}\nnot json\n')
+    start(hf_tiny[1], tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-8" / "resume_state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"checkpoint-8 is damaged.*delete the folder"):
+        start(hf_tiny[1], tmp_path / "out")
+
+
+def test_a_home_folder_is_expanded_once_for_all_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CheckpointingConfig(output_dir="~/x").output_dir == str(tmp_path / "x")

@@ -328,3 +328,31 @@ def test_a_group_size_that_does_not_divide_is_refused_by_name(
     with pytest.raises(ConfigError, match=f"{message}choose a smaller group_size$"):
         load_folder(folder, QuantConfig(4, group_size))
     assert load_folder(folder, QuantConfig(4, 32)).lm_head.quant == QuantConfig(4, 32)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dequantised_copies_do_not_outlive_their_use(compiled: bool) -> None:
+    """Sixteen matrices in a row need no more than a few dense ones, compiled or not."""
+    side, dense_bytes = 512, 512 * 512 * 4
+    matrices = []
+    for i in range(16):
+        matrix = Linear(side, side)
+        matrix.quant, matrix.matmul, matrix.dtype = QuantConfig(), "dequantize", mx.float32
+        w = mx.random.normal((side, side), key=mx.random.key(i)) / side**0.5
+        for name, part in zip(("weight", "scales", "biases"), pack(w, matrix.quant)):
+            matrix[name] = part
+        mx.eval(matrix.packed())
+        matrices.append(matrix)
+
+    def loss(x: mx.array) -> mx.array:
+        for matrix in matrices:
+            x = matrix(x)
+        return x.sum()
+
+    x = mx.ones((8, side))
+    gradient = mx.compile(mx.grad(loss)) if compiled else mx.grad(loss)
+    mx.eval(gradient(x))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(gradient(x))
+    assert mx.get_peak_memory() - before < 9 * dense_bytes

@@ -159,3 +159,62 @@ def test_an_unknown_base_is_refused_before_training(finished, tmp_path):
     with pytest.raises(mq.AdapterError, match=r"model\.base_model_name_or_path=org/name"):
         mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_another_base_is_not_resumed(finished, tmp_path):
+    """Same config, same data, other weights: the finished adapter must not be handed back."""
+    from tiny_folder import write_model
+
+    folder, _, _, _ = finished
+    other = write_model(tmp_path / "model", seed=5)
+    model, tokenizer = mq.load(other, quantize=mq.QuantConfig(group_size=32))
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    out = tmp_path / "out"
+    for source, expected in ((folder / "model", None), (other, "made from another model")):
+        model, _ = mq.load(source, quantize=mq.QuantConfig(group_size=32))
+        config = mq.RunConfig(
+            training=mq.TrainingConfig(max_steps=1),
+            checkpointing=mq.CheckpointingConfig(output_dir=str(out)),
+            model=mq.ModelConfig(source="the same", base_model_name_or_path="org/base"),
+        )
+        if expected is None:
+            mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+            kept = (out / "run.yaml").read_bytes()
+            continue
+        with pytest.raises(mq.ConfigError, match=expected):
+            mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    assert (out / "run.yaml").read_bytes() == kept
+
+
+@pytest.mark.parametrize("name", ["README.md", "checkpoint-4/pytorch_model.bin"])
+def test_files_of_others_are_never_overwritten(finished, tmp_path, name):
+    _, values, _, _ = finished
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("my project")
+    values = {**values, "checkpointing": {"output_dir": str(tmp_path / "out")}}
+    with pytest.raises(mq.ConfigError, match="is not from mlx-qlora and would be overwritten"):
+        run(build(values), Console(quiet=True))
+    assert path.read_text() == "my project"
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
+
+
+def test_a_notebook_run_records_the_model_it_used(finished, tmp_path):
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model")
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=1),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")),
+    )
+    mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    assert read_yaml(tmp_path / "out" / "run.yaml")["model"]["source"] == str(folder / "model")
+
+
+def test_the_plan_counts_the_adapter_that_will_be_trained(finished):
+    folder, _, _, _ = finished
+    adapted = build({"model": {"adapter": str(folder / "out")}, "lora": {"r": 64}})
+    assert (
+        mq.plan(str(folder / "model"), adapted).trainable
+        == mq.plan(str(folder / "model"), build({"lora": {"r": 4}})).trainable
+    )
