@@ -93,6 +93,11 @@ class TrainingConfig:
             return "all" if self.gradient_checkpointing else "none"
         return self.gradient_checkpointing
 
+    def rate(self, step: int, total_steps: int) -> float:
+        """The learning rate of one optimiser step, counted from 1."""
+        peak, warmup = self.learning_rate, self.warmup_steps
+        return learning_rate(step, peak, warmup, total_steps, self.lr_scheduler_type)
+
     def micro_batches(self, batches_per_epoch: int) -> int:
         """Micro-batches of the whole run; the last step may have fewer than the others."""
         if self.max_steps is not None:
@@ -184,19 +189,9 @@ def train(
     metrics = Metrics(output / "metrics.jsonl", total_steps, state, logging, console)
     with metrics:
         for step in range(state.step + 1, total_steps + 1):
-            rate = learning_rate(
-                step,
-                training.learning_rate,
-                training.warmup_steps,
-                total_steps,
-                training.lr_scheduler_type,
-            )
+            rate = training.rate(step, total_steps)
             loss, norm, tokens = train_step(engine, optimizer, batches, training, step, rate)
-            if not math.isfinite(loss + norm):
-                raise TrainingError(
-                    f"step {step}: loss {loss}, gradient norm {norm}: the run has diverged. "
-                    "Nothing of this step was saved; lower training.learning_rate and start again"
-                )
+            refuse_divergence(step, loss, norm)
             model.update(optimizer.tree())
             state.step = step
             trained_tokens += tokens
@@ -260,6 +255,19 @@ def train_step(
     norm = optimizer.update(total, supervised, rate)
     mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
     return number(nats) / max(supervised, 1), number(norm), tokens
+
+
+def refuse_divergence(step: int, loss: float, norm: float) -> None:
+    """Stops a run whose weights are no numbers, before they replace a good checkpoint.
+
+    Raises:
+        TrainingError: the loss or the gradient norm is not finite.
+    """
+    if not math.isfinite(loss + norm):
+        raise TrainingError(
+            f"step {step}: loss {loss}, gradient norm {norm}: the run has diverged. "
+            "Nothing of this step was saved; lower training.learning_rate and start again"
+        )
 
 
 def dropout_key(seed: int, micro_batch: int) -> mx.array:
