@@ -277,3 +277,37 @@ def test_the_digest_changes_with_any_token_label_or_order(tokenizer: Tokenizer) 
     }
     assert len(digests) == 5
     assert read_examples(rows(5), tokenizer, DataConfig()).digest == base.digest
+
+
+@pytest.mark.parametrize(
+    ("rows", "form"),
+    [
+        ([{"prompt": "Count: ", "completion": "one two"}], "prompt_completion"),
+        ([{"text": "one two three"}], "text"),
+        ([7, {"question": 1}, {"text": "one two three"}], "text"),
+    ],
+)
+def test_other_formats_are_detected_stated_and_learned(
+    tokenizer: Tokenizer, rows: list[Any], form: str
+) -> None:
+    examples = read_examples(rows, tokenizer, DataConfig())
+    assert examples.report.format == form and f"rows ({form}): " in str(examples.report)
+    (example,) = examples
+    learned = tokenizer.decode(example.tokens[example.learned].tolist())
+    wanted = rows[-1].get("completion") or rows[-1]["text"]
+    assert learned.endswith(tokenizer.decode([tokenizer.eos_id]))
+    assert wanted.strip().endswith(
+        learned.removesuffix(tokenizer.decode([tokenizer.eos_id])).strip()
+    )
+    assert len(examples.report.refused) == len(rows) - 1
+
+
+def test_one_format_to_a_file_and_a_named_one_is_not_guessed(tokenizer: Tokenizer) -> None:
+    rows = [{"text": "first"}, {"prompt": "a", "completion": "b"}]
+    assert read_examples(rows, tokenizer, DataConfig()).report.refused == [
+        (2, "field 'text' is missing")
+    ]
+    named = DataConfig(format="prompt_completion")
+    assert read_examples(rows, tokenizer, named).report.refused == [
+        (1, "field 'prompt' is missing")
+    ]

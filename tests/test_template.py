@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_qlora.data.template import alpaca_prompt, alpaca_row
+from mlx_qlora.data.template import (
+    alpaca_prompt,
+    alpaca_row,
+    completion_row,
+    detect_format,
+    text_row,
+)
 from mlx_qlora.errors import DataError
 
 WITH = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
@@ -86,3 +92,29 @@ def test_a_row_that_cannot_be_used_says_why(row: Any, words: str) -> None:
     with pytest.raises(DataError) as caught:
         alpaca_row(row)
     assert str(caught.value) == words
+
+
+# ---- other rows --------------------------------------------------------------------------------
+
+
+def test_prompt_and_completion_are_taken_as_they_are() -> None:
+    assert completion_row({"prompt": " a ", "completion": "b\n"}) == (" a ", "b\n")
+    assert text_row({"text": "all of it"}) == ("", "all of it")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "a", "output": "b", "text": "c"}, "alpaca"),
+        ({"output": "b"}, "alpaca"),
+        ({"prompt": "a", "completion": "b", "text": "c"}, "prompt_completion"),
+        ({"text": "c", "meta": 1}, "text"),
+    ],
+)
+def test_the_fields_tell_the_format(row: dict[str, object], expected: str) -> None:
+    assert detect_format(row) == expected
+
+
+def test_a_row_of_no_format_says_which_there_are() -> None:
+    with pytest.raises(DataError, match="instruction, output; prompt, completion; text"):
+        detect_format({"question": "a"})

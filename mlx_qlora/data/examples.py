@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qlora.data.formats import read_jsonl
-from mlx_qlora.data.template import alpaca_row
+from mlx_qlora.data.formats import read_rows
+from mlx_qlora.data.template import FORMATS, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, listing
 from mlx_qlora.fields import check_choices, option, require
@@ -23,9 +23,14 @@ from mlx_qlora.fields import check_choices, option, require
 class DataConfig:
     """Where the rows are and how they become tokens and labels."""
 
-    path: str | None = option(None, "JSONL file with instruction, input (optional) and output")
+    path: str | None = option(None, "JSONL, JSON or CSV file of rows, also gzipped")
     validation_path: str | None = option(None, "validation rows; null takes them from `split`")
     test_path: str | None = option(None, "test rows; null takes them from `split`")
+    format: str = option(
+        "auto",
+        "the fields of a row: instruction, input, output; prompt, completion; or text",
+        choices=("auto", *FORMATS),
+    )
     split: list[float] = option(
         [0.8, 0.1, 0.1], "shares of `path` that are trained, validated and tested"
     )
@@ -67,6 +72,7 @@ class DataReport:
     """What became of the rows: how many were read and kept, and why others were refused."""
 
     source: str
+    format: str = "auto"
     read: int = 0
     kept: int = 0
     tokens: int = 0
@@ -76,7 +82,7 @@ class DataReport:
     def __str__(self) -> str:
         share = self.supervised / max(self.tokens, 1)
         text = (
-            f"{self.source}: {self.read:,} rows read, {self.kept:,} kept, "
+            f"{self.source} ({self.format}): {self.read:,} rows read, {self.kept:,} kept, "
             f"{len(self.refused):,} refused; {self.tokens:,} tokens, {share:.0%} supervised"
         )
         if self.refused:
@@ -131,7 +137,7 @@ def read_examples(
     """Reads, renders and tokenises all rows of one source.
 
     Args:
-        source: the path of a JSONL file, or rows as dicts.
+        source: the path of a JSONL, JSON or CSV file, or rows as dicts.
         tokenizer: the model's.
         config: template, lengths and what is learned.
 
@@ -142,10 +148,10 @@ def read_examples(
         DataError: the file is missing or empty, or no row of it can be used.
     """
     if isinstance(source, (str, Path)):
-        report = DataReport(str(source))
-        rows = read_jsonl(Path(source).expanduser())
+        report = DataReport(str(source), config.format)
+        rows = read_rows(Path(source).expanduser())
     else:
-        report = DataReport("rows")
+        report = DataReport("rows", config.format)
         rows = enumerate(source, 1)
 
     kept = []
@@ -154,7 +160,11 @@ def read_examples(
         try:
             if isinstance(row, DataError):
                 raise row
-            example = _tokenize(row, line, tokenizer, config)
+            if report.format == "auto" and isinstance(row, Mapping):
+                report.format = detect_format(row)  # one format to a file: the first row's
+            form = "alpaca" if report.format == "auto" else report.format
+            prompt, response = FORMATS[form](row)
+            example = _tokenize(prompt, response, line, tokenizer, config)
         except DataError as reason:
             report.refused.append((line, str(reason)))
             continue
@@ -167,8 +177,9 @@ def read_examples(
     return Examples(kept, report)
 
 
-def _tokenize(row: Any, line: int, tokenizer: Tokenizer, config: DataConfig) -> Example:
-    prompt, response = alpaca_row(row)
+def _tokenize(
+    prompt: str, response: str, line: int, tokenizer: Tokenizer, config: DataConfig
+) -> Example:
     context, answer = encode_pair(tokenizer, prompt, response)
     n = len(context) + len(answer)
     if n > config.max_length:
