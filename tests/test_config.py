@@ -43,6 +43,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "validation_path": "v.jsonl",
         "test_path": "1e5",
         "split": [0.5, 0.25, 0.25],
+        "format": "text",
         "train_on": "all",
         "max_length": 77,
     },
