@@ -169,7 +169,7 @@ def train(
     held_out = make_batches(validation, batch_size, shuffle=False) if validation else None
     total_steps = training.total_steps(len(batches))
 
-    # On a CPU compiling costs a C++ compiler run per kernel and saves nothing.
+    # On a CPU compiling saves next to nothing and may wait for a C++ compiler; see docs/log.md.
     engine = Engine(model, training.recompute, compiled=backend().device != "cpu")
     optimizer = AdamW(
         model.trainable_parameters(),
