@@ -30,7 +30,7 @@ from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
 from mlx_qlora.infer.evaluate import Scores, evaluate
 from mlx_qlora.model.hub import resolve
-from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import load_model, open_checkpoint
@@ -62,6 +62,7 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     examples, validation, test = train_validation_test(config.data, tokenizer, config.training.seed)
 
     say(console, f"data      {examples.report}")
+    check_lengths(LlamaConfig.from_hf(checkpoint.config), examples, validation)
     sizes = [len(part or ()) for part in (examples, validation, test)]
     say(console, "          {:,} train, {:,} validation, {:,} test".format(*sizes))
     longest = max(len(example) for example in examples)
@@ -176,10 +177,12 @@ def prepare(
 
     Raises:
         AdapterError: nothing says what the original base is.
-        ConfigError: a target that matches nothing, a checkpoint of another run to resume, or an
-            output folder with files of others that a run would overwrite.
+        ConfigError: a target that matches nothing, rows longer than the model's context, a
+            checkpoint of another run to resume, or an output folder with files of others that a
+            run would overwrite.
     """
     check_output(Path(config.checkpointing.output_dir))
+    check_lengths(model.config, examples, validation)
     source = getattr(model, "source", None)
     base = config.model.base_model_name_or_path or original_base(source)
     if not lora_layers(model):
@@ -230,6 +233,21 @@ def _config_hash(config: RunConfig) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
+    """Refuses rows that are longer than the model has positions for.
+
+    Raises:
+        ConfigError: naming the length, the limit and the field that keeps such rows out.
+    """
+    longest = max(len(example) for part in parts for example in part or ())
+    most = llama.max_position_embeddings
+    if longest > most:
+        raise ConfigError(
+            f"data.max_length lets in a row of {longest} tokens, and the model was made for "
+            f"{most}; set data.max_length={most}"
+        )
 
 
 def check_output(output: Path) -> None:

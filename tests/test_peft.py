@@ -581,3 +581,14 @@ def test_every_peft_option_that_changes_the_arithmetic_is_known_to_us() -> None:
     ours |= {"use_rslora", "init_lora_weights"}
     theirs = set(PeftConfig().to_dict())
     assert theirs - harmless - ours <= set(ours_peft.FIXED)
+
+
+def test_the_revision_is_the_bases_own_and_never_a_copys(tmp_path: Path) -> None:
+    """AutoPeftModel loads the base at this revision, so a copy's commit would be a wrong one."""
+    model = load_folder(save_hf(make_hf_model(), tmp_path / "model"))
+    add_lora(model, LoraConfig(r=2))
+    for source, revision in (("org/base", "c0ffee"), ("org/base-4bit", None)):
+        model.source = ModelFiles(tmp_path / "model", "org/base", "c0ffee", source)
+        save_adapter(model, tmp_path / "adapter")
+        written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert (written["base_model_name_or_path"], written["revision"]) == ("org/base", revision)

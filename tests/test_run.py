@@ -218,3 +218,22 @@ def test_the_plan_counts_the_adapter_that_will_be_trained(finished):
         mq.plan(str(folder / "model"), adapted).trainable
         == mq.plan(str(folder / "model"), build({"lora": {"r": 4}})).trainable
     )
+
+
+def test_rows_beyond_the_models_context_are_refused_before_loading(finished, tmp_path):
+    from tiny_folder import write_model
+
+    folder, values, _, _ = finished
+    short = write_model(tmp_path / "model", max_position_embeddings=8)
+    values = {
+        **values,
+        "model": {**values["model"], "source": str(short)},
+        "checkpointing": {"output_dir": str(tmp_path / "out")},
+    }
+    with pytest.raises(mq.ConfigError, match=r"was made for 8; set data\.max_length=8"):
+        run(build(values), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+    model, tokenizer = mq.load(short)
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    with pytest.raises(mq.ConfigError, match="was made for 8"):
+        mq.fine_tune(model, tokenizer, examples, console=Console(quiet=True))
