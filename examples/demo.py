@@ -14,7 +14,7 @@ import docstring_data
 from rich.console import Console
 
 import mlx_qlora as mq
-from mlx_qlora.data.examples import train_validation_test
+from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.report import write_report
 
 MODEL = "smollm2-135m"

@@ -18,7 +18,7 @@ _HOME = {
     "Batch": "data.batches",
     "CheckpointingConfig": "train.checkpoint",
     "ConfigError": "errors",
-    "DataConfig": "data.examples",
+    "DataConfig": "data.read",
     "DataError": "errors",
     "Examples": "data.examples",
     "GenerationConfig": "infer.generate",
@@ -42,7 +42,7 @@ _HOME = {
     "loss_and_grads": "train.step",
     "make_batches": "data.batches",
     "plan": "planner",
-    "read_examples": "data.examples",
+    "read_examples": "data.read",
     "save_adapter": "adapters.peft",
 }
 
@@ -69,9 +69,9 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.config import RunConfig as RunConfig
     from mlx_qlora.data.batches import Batch as Batch
     from mlx_qlora.data.batches import make_batches as make_batches
-    from mlx_qlora.data.examples import DataConfig as DataConfig
     from mlx_qlora.data.examples import Examples as Examples
-    from mlx_qlora.data.examples import read_examples as read_examples
+    from mlx_qlora.data.read import DataConfig as DataConfig
+    from mlx_qlora.data.read import read_examples as read_examples
     from mlx_qlora.errors import AdapterError as AdapterError
     from mlx_qlora.errors import ConfigError as ConfigError
     from mlx_qlora.errors import DataError as DataError

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mlx_qlora.data.examples import DataConfig
+from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.infer.generate import GenerationConfig
 from mlx_qlora.model.lora import LoraConfig

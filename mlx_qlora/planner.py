@@ -9,7 +9,8 @@ from pathlib import Path
 from mlx_qlora import backend
 from mlx_qlora.adapters.peft import read_peft_config
 from mlx_qlora.config import RunConfig
-from mlx_qlora.data.batches import padded_width
+from mlx_qlora.data.batches import packed_width, padded_width
+from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -73,8 +74,10 @@ def plan(source: str, config: RunConfig | None = None) -> Plan:
     return plan_checkpoint(open_checkpoint(resolve(source, config.model.revision)), config)
 
 
-def plan_checkpoint(checkpoint: Checkpoint, config: RunConfig, longest: int | None = None) -> Plan:
-    """The plan for opened files; `longest` is the longest row of the data, if that is known."""
+def plan_checkpoint(
+    checkpoint: Checkpoint, config: RunConfig, examples: Examples | None = None
+) -> Plan:
+    """The plan for opened files, and for the examples of a run if they are known."""
     llama = LlamaConfig.from_hf(checkpoint.config)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
     base, resident = _base_bytes(model, checkpoint, config)
@@ -83,7 +86,7 @@ def plan_checkpoint(checkpoint: Checkpoint, config: RunConfig, longest: int | No
     trainable = _trainable(model, lora)
 
     training = config.training
-    T = padded_width(min(longest or config.data.max_length, config.data.max_length) - 1)
+    T = _width(config, examples)
     tokens = training.per_device_train_batch_size * T
     itemsize = backend.compute_dtype(config.model.dtype).size
     n_layers = llama.num_hidden_layers
@@ -109,6 +112,17 @@ def plan_checkpoint(checkpoint: Checkpoint, config: RunConfig, longest: int | No
     if sum(parts.values()) > memory:
         advice = _advice(parts)
     return Plan(parts, memory, trainable, recomputed, advice)
+
+
+def _width(config: RunConfig, examples: Examples | None) -> int:
+    """T, the positions of a row."""
+    if examples is None:
+        return padded_width(config.data.max_length - 1)
+    lengths = examples.lengths
+    if not config.data.packing:
+        return padded_width(int(lengths.max()) - 1)
+    most = max(config.data.max_length, int(lengths.max()))
+    return packed_width(lengths, config.training.per_device_train_batch_size, most)
 
 
 def _base_bytes(

@@ -25,7 +25,8 @@ from mlx_qlora.adapters.peft import (
     save_adapter,
 )
 from mlx_qlora.config import RunConfig, to_dict, to_yaml
-from mlx_qlora.data.examples import Examples, train_validation_test
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import read_template, train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
 from mlx_qlora.infer.evaluate import Scores, evaluate
@@ -59,14 +60,16 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     if config.model.adapter is not None:
         read_peft_config(Path(config.model.adapter).expanduser())
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
-    examples, validation, test = train_validation_test(config.data, tokenizer, config.training.seed)
+    seed = config.training.seed
+    examples, validation, test = train_validation_test(config.data, tokenizer, seed, console)
 
-    say(console, f"data      {examples.report}")
+    parts = [part for part in (examples, validation, test) if part]
+    for report in {id(part.report): part.report for part in parts}.values():
+        say(console, f"data      {report}")
     check_lengths(LlamaConfig.from_hf(checkpoint.config), examples, validation)
     sizes = [len(part or ()) for part in (examples, validation, test)]
     say(console, "          {:,} train, {:,} validation, {:,} test".format(*sizes))
-    longest = max(len(example) for example in examples)
-    predicted = plan_checkpoint(checkpoint, config, longest)
+    predicted = plan_checkpoint(checkpoint, config, examples)
     say(console, f"plan\n{_indent(str(predicted))}")
 
     model = load_model(
@@ -119,6 +122,7 @@ def fine_tune(
     console = console or Console(stderr=True)
     if not len(train_examples):
         raise DataError("there are no examples to train on")
+    tokenizer = with_template(tokenizer, config)
     prepared = prepare(model, train_examples, validation, config)
     config, base, fingerprint = prepared.config, prepared.base, prepared.fingerprint
     say(
@@ -133,6 +137,7 @@ def fine_tune(
         model,
         train_examples,
         validation,
+        config.data,
         config.training,
         config.checkpointing,
         config.logging,
@@ -228,6 +233,8 @@ def _config_hash(config: RunConfig) -> str:
     """A hash of what decides the weights; where files go and how often do not."""
     decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
     decides["training"].pop("gradient_checkpointing")
+    data = config.data  # which rows there are is the data's own hash; how they are laid out is not
+    decides["data"] = {"packing": data.packing, "max": data.max_length, "shuffle": data.shuffle}
     return _hash(json.dumps(decides, sort_keys=True))
 
 
@@ -241,13 +248,20 @@ def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
     Raises:
         ConfigError: naming the length, the limit and the field that keeps such rows out.
     """
-    longest = max(len(example) for part in parts for example in part or ())
+    longest = max(int(part.lengths.max()) for part in parts if part)
     most = llama.max_position_embeddings
     if longest > most:
         raise ConfigError(
             f"data.max_length lets in a row of {longest} tokens, and the model was made for "
             f"{most}; set data.max_length={most}"
         )
+
+
+def with_template(tokenizer: Tokenizer, config: RunConfig) -> Tokenizer:
+    """The tokenizer with the chat template that the data is written by: it is saved with it."""
+    if config.data.template in ("auto", "alpaca", "chat"):
+        return tokenizer
+    return tokenizer.with_chat_template(read_template(config.data.template))
 
 
 def check_output(output: Path) -> None:

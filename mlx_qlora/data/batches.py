@@ -1,24 +1,30 @@
 """Examples become batches, in an order that is a function of (seed, epoch) and nothing else.
 
 Any batch of a run can be made again from its index, without replaying the ones before it; that
-is what resuming rests on.
+is what resuming rests on. Rows form one stream, epoch after epoch, of which a batch is the next
+few: so the same rows make up a step, however many micro-batches and processes share it.
 """
 
 import functools
+import math
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.data.packing import pack
 from mlx_qlora.errors import DataError
 from mlx_qlora.fields import require
 
 IGNORE = -100  # a label that is not learned; the value that Hugging Face and torch use
 
-# Rows of similar length share a batch: examples are sorted within windows of this many batches.
+# Unpacked rows of similar length share a batch: they are sorted within windows of so many batches.
 WINDOW = 32
+AHEAD = 2  # batches that are made while the device works
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,13 @@ class Batch:
         labels: (B, T) int32; labels[b, t] is the token to predict after tokens[b, t], or IGNORE.
         documents: (N, 3) int32 on the host: row, start and end of each document; what lies
             outside all of them is padding. Not given, every row is one document.
-        lines: the source line of each document, to name rows in messages.
+        places: the file and line of each document, to name rows in messages.
     """
 
     tokens: mx.array
     labels: mx.array
     documents: np.ndarray | None = None
-    lines: tuple[int, ...] = ()
+    places: tuple[str, ...] = ()
 
     @functools.cached_property
     def real_tokens(self) -> int:
@@ -45,83 +51,248 @@ class Batch:
             return self.tokens.size
         return int((self.documents[:, 2] - self.documents[:, 1]).sum())
 
+    @functools.cached_property
+    def packed(self) -> bool:
+        """Whether a row holds more than the document that begins it."""
+        return self.documents is not None and bool(self.documents[:, 1].any())
+
 
 def make_batches(
-    examples: Examples, batch_size: int = 6, seed: int = 0, shuffle: bool = True
+    examples: Examples,
+    batch_size: int = 6,
+    seed: int = 0,
+    shuffle: bool = True,
+    packing: bool = True,
+    max_length: int | None = None,
+    *,
+    epochs: float | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> "Batches":
     """Batches in a resumable, seeded order.
 
     Args:
         examples: what to train on.
-        batch_size: B, rows per batch; the last batch of an epoch may have fewer and is kept.
-        seed: decides the order.
+        batch_size: B, rows per batch.
+        seed: decides what is packed together and the order.
         shuffle: False keeps the examples' own order, for evaluation.
+        packing: several examples share a row of `max_length`; False gives each a row of its own,
+            as wide as the longest of its batch.
+        max_length: most tokens of an example, for packing; the longest one's if not given.
+        epochs: after so many passes the batches end, the last one with the rows that are left;
+            None never ends.
+        rank: of this process, which gets every `world_size`-th row of the stream.
+        world_size: processes that share the rows; each of them has batches of B.
 
     Raises:
-        ConfigError: a batch size below 1.
-        DataError: no examples.
+        DataError: there are no examples.
+        ConfigError: a value that makes no sense.
     """
     require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
+    require(0 <= rank < world_size, "rank", f"be from 0 to {world_size - 1}", rank)
+    require(epochs is None or epochs > 0, "epochs", "be above 0", epochs)
     if not len(examples):
         raise DataError("there are no examples to make batches of")
-    return Batches(examples, batch_size, seed, shuffle)
+    longest = int(examples.lengths.max())
+    wanted = longest if max_length is None else max_length
+    require(wanted >= longest, "max_length", f"hold the longest example, {longest}", max_length)
+    width = packed_width(examples.lengths, batch_size * world_size, wanted) if packing else None
+    return Batches(examples, batch_size, seed, shuffle, width, epochs, rank, world_size)
 
 
 class Batches:
-    """All batches of a run: `batches[i]` for any i >= 0; `len` is the batches of one epoch."""
+    """A stream of batches, reachable at any index; see `make_batches`.
 
-    def __init__(self, examples: Examples, batch_size: int, seed: int, shuffle: bool) -> None:
-        self.examples = examples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
+    Attributes:
+        rows_per_epoch: R, rows of one pass, over all processes.
+        stop: index of the batch behind the last one; None if there is no last one.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        width: int | None,
+        epochs: float | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.examples, self.batch_size, self.seed, self.shuffle = (
+            examples,
+            batch_size,
+            seed,
+            shuffle,
+        )
+        self.width, self.rank, self.world_size = width, rank, world_size
+        self._lengths = np.array(examples.lengths)
+        self._packed = self._pack()
+        self.rows_per_epoch = len(examples) if self._packed is None else len(self._packed)
+        self._end = None if epochs is None else max(1, round(epochs * self.rows_per_epoch))
+        self.stop = None if self._end is None else -(-self._end // self.step)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._order)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches of the first epoch."""
-        return (self[index] for index in range(len(self)))
+    @property
+    def step(self) -> int:
+        """Rows of the stream that one batch of every process takes."""
+        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
+        """Batches of one pass."""
+        return -(-self.rows_per_epoch // self.step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over the examples, the last batch with the rows that are left."""
+        return (as_batch(self._layout(i, self.rows_per_epoch)) for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Batch:
-        """The batch at a global index; index // len is the epoch."""
-        epoch, position = divmod(index, len(self))
-        return collate([self.examples[i] for i in self._epoch_order(epoch)[position]])
+        """The batch at an index of the stream."""
+        if self.stop is not None and not 0 <= index < self.stop:
+            raise IndexError(f"there are {self.stop} batches; got index {index}")
+        return as_batch(self._layout(index, self._end))
 
-    def _order(self, epoch: int) -> list[np.ndarray]:
-        """Which examples make up each batch of an epoch.
+    def epoch(self, index: int) -> float:
+        """How many passes are done before the batch at an index."""
+        rows = index * self.step if self._end is None else min(index * self.step, self._end)
+        return rows / self.rows_per_epoch
 
-        Shuffled, then sorted by length within windows so that little is padded, then the batches
-        shuffled, so that lengths do not come in waves.
+    def ahead(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches from `start` to `stop`, each made while the ones before are trained."""
+        # The thread reads and copies; MLX is left to the thread that computes.
+        with ThreadPoolExecutor(1) as pool:
+            waiting: deque[Future[Layout]] = deque()
+            for index in range(start, stop):
+                waiting.append(pool.submit(self._layout, index, self._end))
+                if len(waiting) > AHEAD:
+                    yield as_batch(waiting.popleft().result())
+            while waiting:
+                yield as_batch(waiting.popleft().result())
+
+    @functools.cached_property
+    def useful_share(self) -> float:
+        """Positions of a pass that are not padding, 0 to 1."""
+        real = int((self._lengths - 1).sum())
+        if self.width is not None:
+            return real / (self.rows_per_epoch * self.width)
+        rows = self._lengths[self._epoch_order(0)] - 1
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        return real / sum(len(batch) * padded_width(int(batch.max())) for batch in batches)
+
+    # ---- order ---------------------------------------------------------------------------------
+
+    def _pack(self) -> list[np.ndarray] | None:
+        """Documents of each row; made once, as each epoch only shuffles the rows."""
+        if self.width is None:
+            return None
+        positions = self._lengths - 1  # the last token of a document is only a label
+        if self.shuffle:
+            return pack(positions, self.width, np.random.default_rng([self.seed, 0x9AC4]))
+        return _in_order(positions, self.width)
+
+    def _layout(self, index: int, end: int | None) -> "Layout":
+        first = index * self.step
+        last = first + self.step if end is None else min(first + self.step, end)
+        rows = [self._row(i) for i in range(first + self.rank, last, self.world_size)]
+        return lay_out(rows, self.width)
+
+    def _row(self, index: int) -> list[Example]:
+        """The documents of a row, by its place in the stream."""
+        epoch, place = divmod(index, self.rows_per_epoch)
+        row = self._epoch_order(epoch)[place]
+        documents = [row] if self._packed is None else self._packed[row]
+        return [self.examples[int(i)] for i in documents]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, one behind the other.
+
+        Packed rows are all of one width, and simply shuffled. Others are shuffled, then sorted by
+        length within windows so that little is padded, then the batches shuffled, so that lengths
+        do not come in waves.
         """
-        n, B = len(self.examples), self.batch_size
+        R, size = self.rows_per_epoch, self.step
         if not self.shuffle:
-            return [np.arange(start, min(start + B, n)) for start in range(0, n, B)]
+            return np.arange(R)
         random = np.random.default_rng([self.seed, epoch])
-        lengths = np.array([len(example) for example in self.examples])
-        shuffled = random.permutation(n)
-        batches = []
-        for start in range(0, n, WINDOW * B):
-            window = shuffled[start : start + WINDOW * B]
-            window = window[np.argsort(lengths[window], kind="stable")]
-            batches += [window[i : i + B] for i in range(0, len(window), B)]
-        return [batches[i] for i in random.permutation(len(batches))]
+        shuffled = random.permutation(R)
+        if self._packed is not None:
+            return shuffled
+        # An epoch may begin within a batch: its first rows complete the one that is open.
+        lead = min(-(epoch * R) % size, R)
+        rest, batches = shuffled[lead:], []
+        for start in range(0, len(rest), WINDOW * size):
+            window = rest[start : start + WINDOW * size]
+            window = window[np.argsort(self._lengths[window], kind="stable")]
+            batches += [window[i : i + size] for i in range(0, len(window), size)]
+        short = [batches.pop()] if batches and len(batches[-1]) < size else []
+        mixed = [batches[i] for i in random.permutation(len(batches))]
+        return np.concatenate([shuffled[:lead], *mixed, *short])
 
 
-def collate(examples: list[Example]) -> Batch:
-    """Puts one example in each row, right-padded to a width from a small fixed set."""
-    T = padded_width(max(len(example) for example in examples) - 1)
-    tokens = np.zeros((len(examples), T), np.int32)
-    labels = np.full((len(examples), T), IGNORE, np.int32)
-    documents = np.zeros((len(examples), 3), np.int32)
-    for row, example in enumerate(examples):
-        n = len(example) - 1  # the last token is only a label: nothing is predicted after it
-        tokens[row, :n] = example.tokens[:-1]
-        labels[row, :n] = np.where(example.learned[1:], example.tokens[1:], IGNORE)
-        documents[row] = row, 0, n
-    lines = tuple(example.line for example in examples)
-    return Batch(mx.array(tokens), mx.array(labels), documents, lines)
+def _in_order(lengths: np.ndarray, width: int) -> list[np.ndarray]:
+    """Rows of documents that stand one behind the other in the file, too."""
+    rows, first, used = [], 0, 0
+    for i, n in enumerate(lengths.tolist()):
+        if used + n > width:
+            rows.append(np.arange(first, i))
+            first, used = i, 0
+        used += n
+    return [*rows, np.arange(first, len(lengths))]
+
+
+# ---- arrays ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch before it is MLX's: the same fields as numpy arrays."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    documents: np.ndarray
+    places: tuple[str, ...]
+
+
+def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
+    """Puts documents side by side in rows, right-padded to `width` or to one from a small set."""
+    return as_batch(lay_out(rows, width))
+
+
+def as_batch(layout: Layout) -> Batch:
+    """Hands the arrays to MLX."""
+    return Batch(mx.array(layout.tokens), mx.array(layout.labels), layout.documents, layout.places)
+
+
+def lay_out(rows: list[list[Example]], width: int | None) -> Layout:
+    """As `collate`, on the host.
+
+    No rows make a batch of one row of padding: a process that has nothing to do still takes part.
+    """
+    used = [sum(len(example) - 1 for example in row) for row in rows]
+    T = width or padded_width(max(used, default=1))
+    tokens = np.zeros((max(1, len(rows)), T), np.int32)
+    labels = np.full(tokens.shape, IGNORE, np.int32)
+    documents, places = [], []
+    for b, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example) - 1  # the last token is only a label
+            tokens[b, start:end] = example.tokens[:-1]
+            labels[b, start:end] = np.where(example.learned[1:], example.tokens[1:], IGNORE)
+            documents.append((b, start, end))
+            places.append(example.place)
+            start = end
+    return Layout(tokens, labels, np.array(documents, np.int32).reshape(-1, 3), tuple(places))
+
+
+def packed_width(lengths: np.ndarray, rows: int, max_length: int) -> int:
+    """The width of packed rows: `max_length`, or less if all examples would fill fewer rows.
+
+    A small data set in few wide rows would be mostly padding.
+    """
+    positions = int((lengths - 1).sum())
+    needed = max(int(lengths.max()) - 1, math.ceil(positions / rows))
+    return padded_width(min(max_length - 1, needed))
 
 
 def padded_width(n: int) -> int:

@@ -44,8 +44,8 @@ class Codec(Protocol):
     size: int
     specials: dict[str, int]  # control tokens: text can spell them, decode can skip them
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added around it."""
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, nothing added around it."""
         ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -66,9 +66,11 @@ class TokenizersCodec:
         added = backend.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it matched whole."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, special tokens in it matched whole."""
+        # Faster than one by one, even for one: no offsets are kept.
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Text of ids."""
@@ -98,8 +100,11 @@ class SplitCodec:
         self.specials = specials
         self.size = max(plain_size, 1 + max(self._tokens, default=-1))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it matched whole."""
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, special tokens in it matched whole."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for n, part in enumerate(self._pattern.split(text)):
             if n % 2:

@@ -1,13 +1,50 @@
-"""A row becomes a prompt and the response to learn.
+"""What a row says becomes text: stretches of context, and stretches to learn.
 
 The two Alpaca forms below are Stanford's without its preamble; a row without `input` leaves the
-whole Input block out.
+whole Input block out. Chats are written by a chat template, and where the learned stretches are
+is found by construction: what the template writes before an answer must be a prefix of what it
+writes with it, and that of the whole conversation.
 """
 
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from mlx_qlora.errors import DataError
+from mlx_qlora.data.chat_template import GENERATED, can_mark, render_template
+from mlx_qlora.data.rows import Chat, Instruction, Pair, Said
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import DataError, TokenizerError
+
+Segments = list[tuple[str, bool]]  # (text, whether it is learned), in order
+
+# Templates that write today's date would give a row other tokens tomorrow, and a run that goes
+# on then would have other data. This day is the one that Llama 3.1's template falls back to.
+ROW_DATE = (2024, 7, 26)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How rows are written.
+
+    Attributes:
+        name: "alpaca", "chat", a file's name, or "auto": alpaca for instructions, texts as they
+            are, the chat template for messages.
+        source: the Jinja source that writes chats; None if the model has none.
+    """
+
+    name: str
+    source: str | None
+
+    def segments(self, said: Said, tokenizer: Tokenizer) -> Segments:
+        """The text of one row, in stretches.
+
+        Raises:
+            DataError: the template refuses the row, or does not show which part is learned.
+        """
+        if isinstance(said, Pair) and (self.name in ("auto", "alpaca") or not said.prompt):
+            return [(said.prompt, False), (said.completion, True)]
+        if isinstance(said, Instruction) and self.name in ("auto", "alpaca"):
+            return [(alpaca_prompt(said.instruction, said.input), False), (said.output, True)]
+        return chat_segments(_as_chat(said), self.source, tokenizer)
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -16,64 +53,72 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
 
-def alpaca_row(row: Any) -> tuple[str, str]:
-    """(prompt, response) of an instruction / input / output row.
+def _as_chat(said: Said) -> Chat:
+    """An instruction or a pair as one question and its answer."""
+    if isinstance(said, Chat):
+        return said
+    if isinstance(said, Instruction):
+        question = f"{said.instruction}\n\n{said.input}" if said.input else said.instruction
+        answer = said.output
+    else:
+        question, answer = said.prompt, said.completion
+    return Chat([_message("user", question), _message("assistant", answer)], [False, True])
+
+
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+# ---- chats -------------------------------------------------------------------------------------
+
+
+def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segments:
+    """The stretches of a chat, found by prefixes or, where those fail, by generation markers.
 
     Raises:
-        DataError: the reason for which the row cannot be used.
+        DataError: the template refuses the messages, or shows neither.
     """
-    instruction, output = text_of(row, "instruction"), text_of(row, "output")
-    return alpaca_prompt(instruction, text_of(row, "input", optional=True)), output
+    if source is None:
+        raise DataError("the model has no chat template: set data.template to alpaca or to a file")
+
+    def render(messages: list[dict[str, Any]], **how: Any) -> str:
+        try:
+            return render_template(
+                source, messages, chat.tools, tokenizer.special_tokens, date=ROW_DATE, **how
+            )
+        except TokenizerError as error:
+            raise DataError(f"the chat template refuses it: {error}") from None
+
+    whole = render(chat.messages)
+    segments: Segments = []
+    at = 0
+    for i, learned in enumerate(chat.learned):
+        if not learned:
+            continue
+        before = render(chat.messages[:i], add_generation_prompt=True)
+        after = whole if i + 1 == len(chat.messages) else render(chat.messages[: i + 1])
+        if not (whole.startswith(after) and after.startswith(before) and at <= len(before)):
+            return _marked_segments(chat, source, render(chat.messages, mark=True))
+        segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
+        at = len(after)
+    return segments
 
 
-def completion_row(row: Any) -> tuple[str, str]:
-    """(prompt, response) of a prompt / completion row, both taken as they are."""
-    return text_of(row, "prompt"), text_of(row, "completion")
-
-
-def text_row(row: Any) -> tuple[str, str]:
-    """A text row has no prompt: all of it is learned."""
-    return "", text_of(row, "text")
-
-
-FORMATS: dict[str, Callable[[Any], tuple[str, str]]] = {
-    "alpaca": alpaca_row,
-    "prompt_completion": completion_row,
-    "text": text_row,
-}
-
-
-def detect_format(row: Mapping[str, Any]) -> str:
-    """The format whose fields a row has.
-
-    Raises:
-        DataError: it has those of none.
-    """
-    fields = row.keys()
-    if fields & {"instruction", "output"}:
-        return "alpaca"
-    if fields & {"prompt", "completion"}:
-        return "prompt_completion"
-    if "text" in fields:
-        return "text"
-    raise DataError("has the fields of no format: instruction, output; prompt, completion; text")
-
-
-def text_of(row: Any, field: str, optional: bool = False) -> str:
-    """A field that must be text.
-
-    Raises:
-        DataError: the row is no object, or the field is missing, empty or of another type.
-    """
-    if not isinstance(row, Mapping):
-        raise DataError(f"not an object but {type(row).__name__}")
-    value = row.get(field)
-    if optional and value is None:
-        return ""
-    if field not in row:
-        raise DataError(f"field {field!r} is missing")
-    if not isinstance(value, str):
-        raise DataError(f"field {field!r} must be a string, not {type(value).__name__}")
-    if not optional and not value.strip():
-        raise DataError(f"field {field!r} is empty")
-    return value
+def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
+    """The stretches that the template itself marks as the assistant's words."""
+    if not can_mark(source):
+        raise DataError(
+            "the chat template writes a turn differently once others follow, and has no "
+            "{% generation %} markers: where the answers begin cannot be known"
+        )
+    texts = marked.split(GENERATED)
+    answers = [
+        learned for m, learned in zip(chat.messages, chat.learned) if m["role"] == "assistant"
+    ]
+    if len(texts) != 2 * len(answers) + 1:
+        raise DataError(
+            f"the chat template marks {len(texts) // 2} answers of the {len(answers)} there are"
+        )
+    segments = [(text, i % 2 == 1 and answers[i // 2]) for i, text in enumerate(texts)]
+    last = max(i for i, (_, learned) in enumerate(segments) if learned)
+    return segments[: last + 1]

@@ -7,14 +7,17 @@ besides (BOS, EOS, template, what to save) is assembled once, from the same conf
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.data.chat_template import compile_template
+from mlx_qlora.data.chat_template import render_template
 from mlx_qlora.data.codecs import (
     NAMED_TOKENS,
     Codec,
@@ -62,6 +65,7 @@ class Tokenizer:
     source: Path
     _codec: Codec
     _built_files: Callable[[], dict[str, str]] | None  # None: `source` has files to copy
+    _own_template: bool = False  # True: the template is not the one that `source` ships
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; text that spells a special token becomes that token.
@@ -69,11 +73,11 @@ class Tokenizer:
         Adds neither BOS nor EOS. Half of a surrogate pair, which JSON can hold and UTF-8 cannot,
         is read as U+FFFD.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._codec.encode(text)
+        return self._codec.encode_batch([_whole_characters(text)])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, as `encode` gives them; on several threads where the codec can."""
+        return self._codec.encode_batch([_whole_characters(text) for text in texts])
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
@@ -106,18 +110,32 @@ class Tokenizer:
                 "instruct model, or put the template in a chat_template.jinja beside the tokenizer"
             )
         try:
-            return compile_template(self.chat_template).render(
-                messages=messages,
-                tools=tools,
-                documents=None,
+            return render_template(
+                self.chat_template,
+                messages,
+                tools,
+                self.special_tokens,
                 add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
             )
-        except Exception as error:  # the template is the user's code: whatever it raises is input
+        except TokenizerError as error:
             raise TokenizerError(
                 f"{self.source}: the chat template fails on these messages: {error}; give it the "
                 "roles and fields that it expects, or correct the template"
             ) from error
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template, which `save` then writes too."""
+        return replace(self, chat_template=source, _own_template=True)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a text becomes."""
+        decides = (self._codec, self.bos_id, self.eos_id, sorted(self.eos_ids), self.adds_bos)
+        return hashlib.blake2b(pickle.dumps(decides), digest_size=16).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process needs: everything but the files to save."""
+        return {**self.__dict__, "_built_files": None}
 
     def save(self, folder: Path) -> None:
         """Writes what the base ships, so that `folder` encodes alike here and in transformers.
@@ -133,10 +151,21 @@ class Tokenizer:
         if self._built_files is not None:
             for name, text in self._built_files().items():
                 (folder / name).write_text(text, encoding="utf-8")
-            return
-        for path in (self.source / name for name in _SHIPPED):
-            if path.exists() and path.resolve() != (folder / path.name).resolve():
-                shutil.copyfile(path, folder / path.name)
+        else:
+            for path in (self.source / name for name in _SHIPPED):
+                if path.exists() and path.resolve() != (folder / path.name).resolve():
+                    shutil.copyfile(path, folder / path.name)
+        if self._own_template and self.chat_template is not None:
+            # transformers prefers this file to the template in tokenizer_config.json.
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer:

@@ -10,6 +10,8 @@ from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.step import score
 
+WIDTH = 512  # tokens in a row of several examples
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -48,6 +50,7 @@ def evaluate(
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
         )
-    nats, hits, count = score(model, make_batches(examples, batch_size, shuffle=False))
+    width = max(WIDTH, int(examples.lengths.max()))
+    nats, hits, count = score(model, make_batches(examples, batch_size, max_length=width))
     loss = nats / count
     return Scores(loss, math.exp(min(loss, 700)), hits / count, count)

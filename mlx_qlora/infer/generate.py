@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.data.examples import encode_prompt
+from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.fields import option, require

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.quantize import Embedding, Linear
@@ -118,16 +119,42 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: list[Any]) -> mx.array:
         """x (B, T, D) -> (B, T, D); `keys` are the dropout keys of q, k, v and o."""
         B, T, _ = x.shape
-        q = self.q_proj(x, keys[0]).reshape(B, T, self.H, self.Hd).swapaxes(1, 2)  # (B, H, T, Hd)
-        k = self.k_proj(x, keys[1]).reshape(B, T, self.K, self.Hd).swapaxes(1, 2)
-        v = self.v_proj(x, keys[2]).reshape(B, T, self.K, self.Hd).swapaxes(1, 2)
+        q = self.q_proj(x, keys[0]).reshape(B, T, self.H, self.Hd)
+        k = self.k_proj(x, keys[1]).reshape(B, T, self.K, self.Hd)
+        v = self.v_proj(x, keys[2]).reshape(B, T, self.K, self.Hd)
+        if isinstance(mask, Stretches):
+            out = self.attend_documents(q, k, v, mask)
+        else:
+            out = self.attend(q, k, v, mask, cache)
+        return self.o_proj(out.reshape(B, T, -1), keys[3])
 
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        """q (B, T, H, Hd), k and v (B, T, K, Hd) -> (B, T, H, Hd)."""
+        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))  # (B, H, T, Hd), (B, K, T, Hd)
         offset = 0 if cache is None else cache.offset
         q, k = self.rotate(q, offset), self.rotate(k, offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        out = _attend(q, k, v, self.Hd**-0.5, mask, cache)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1), keys[3])
+        return _attend(q, k, v, self.Hd**-0.5, mask, cache).swapaxes(1, 2)
+
+    def attend_documents(
+        self, q: mx.array, k: mx.array, v: mx.array, stretches: "Stretches"
+    ) -> mx.array:
+        """As `attend`, where rows hold several documents: each as if it stood alone.
+
+        Positions start anew with each document, and no score between two of them is ever
+        computed; a mask would have to be T x T.
+        """
+        # Split, not sliced: its gradient joins the parts again, a slice's fills a row with zeros.
+        parts = [mx.split(part.flatten(0, 1), stretches.borders) for part in (q, k, v)]
+        outs = []
+        for is_document, *qkv in zip(stretches.documents, *parts):
+            if is_document:
+                q1, k1, v1 = (part[None] for part in qkv)
+                outs.append(self.attend(q1, k1, v1, causal_mask(q1.shape[1]), None)[0])
+            else:
+                outs.append(mx.zeros_like(qkv[0]))  # padding: read by nobody, but a number
+        return mx.concatenate(outs)
 
     def rotate(self, x: mx.array, offset: Any) -> mx.array:
         """RoPE in Hugging Face's layout: pair i is (i, i + Hd / 2), not (2i, 2i + 1)."""
@@ -166,6 +193,32 @@ class MLP(nn.Module):
         return self.down_proj(gated, keys[2])
 
 
+@dataclass(frozen=True)
+class Stretches:
+    """Where documents and padding alternate in the flattened (B * T,) positions of a batch.
+
+    Attributes:
+        borders: positions at which a stretch ends and the next one begins.
+        documents: for each stretch, whether it is a document.
+    """
+
+    borders: list[int]
+    documents: list[bool]
+
+    @classmethod
+    def of(cls, documents: np.ndarray, B: int, T: int) -> "Stretches":
+        """From (N, 3) of row, start and end, in order."""
+        starts, kinds, at = [], [], 0
+        for row, start, end in documents.tolist():
+            if row * T + start > at:
+                starts, kinds = [*starts, at], [*kinds, False]
+            starts, kinds = [*starts, row * T + start], [*kinds, True]
+            at = row * T + end
+        if at < B * T:
+            starts, kinds = [*starts, at], [*kinds, False]
+        return cls(starts[1:], kinds)
+
+
 class DecoderLayer(nn.Module):
     """Two sentences: normalise, attend, add; normalise, mix, add."""
 
@@ -200,12 +253,16 @@ class LlamaModel(nn.Module):
         cache: list[Any] | None = None,
         dropout_key: mx.array | None = None,
         recompute: int = 0,
+        documents: np.ndarray | None = None,
     ) -> mx.array:
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
         n = len(self.layers)
         caches = cache or [None] * n
         keys = [None] * n if dropout_key is None else list(mx.random.split(dropout_key, n))
-        mask = causal_mask(tokens.shape[1], caches[0])
+        if documents is None:
+            mask = causal_mask(tokens.shape[1], caches[0])
+        else:
+            mask = Stretches.of(documents, *tokens.shape)
 
         h = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
@@ -245,6 +302,7 @@ class LlamaForCausalLM(nn.Module):
         *,
         dropout_key: mx.array | None = None,
         recompute: int = 0,
+        documents: np.ndarray | None = None,
     ) -> mx.array:
         """The logits of every position.
 
@@ -254,11 +312,13 @@ class LlamaForCausalLM(nn.Module):
             dropout_key: draws the LoRA dropout masks; None turns dropout off.
             recompute: how many layers forget their activations in the forward and compute them
                 again in the backward. The result does not depend on it.
+            documents: (N, 3) int of row, start and end, in order, where rows hold several
+                documents: each is attended to as if it stood alone, its positions from 0 on.
 
         Returns:
             (B, T, V), in the compute dtype.
         """
-        return self.logits(self.model(tokens, cache, dropout_key, recompute))
+        return self.logits(self.model(tokens, cache, dropout_key, recompute, documents))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""

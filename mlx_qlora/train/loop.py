@@ -8,6 +8,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from rich.console import Console
 
 from mlx_qlora.backend import backend
-from mlx_qlora.data.batches import Batches, make_batches
+from mlx_qlora.data.batches import Batch, Batches, make_batches
 from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.fields import check_choices, option, require
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -98,15 +100,16 @@ class TrainingConfig:
         peak, warmup = self.learning_rate, self.warmup_steps
         return learning_rate(step, peak, warmup, total_steps, self.lr_scheduler_type)
 
-    def micro_batches(self, batches_per_epoch: int) -> int:
+    def micro_batches(self, batches: Batches) -> int:
         """Micro-batches of the whole run; the last step may have fewer than the others."""
         if self.max_steps is not None:
             return self.max_steps * self.gradient_accumulation_steps
-        return max(1, round((self.num_train_epochs or 0) * batches_per_epoch))
+        assert batches.stop is not None
+        return batches.stop
 
-    def total_steps(self, batches_per_epoch: int) -> int:
+    def total_steps(self, batches: Batches) -> int:
         """Optimiser steps of the whole run."""
-        return -(-self.micro_batches(batches_per_epoch) // self.gradient_accumulation_steps)
+        return -(-self.micro_batches(batches) // self.gradient_accumulation_steps)
 
 
 @dataclass
@@ -138,6 +141,7 @@ def train(
     model: LlamaForCausalLM,
     examples: Examples,
     validation: Examples | None,
+    data: DataConfig,
     training: TrainingConfig,
     checkpointing: CheckpointingConfig,
     logging: LoggingConfig,
@@ -152,6 +156,7 @@ def train(
         model: with LoRA layers.
         examples: to learn from.
         validation: to measure the loss on at `eval_steps` and at the end; None measures nothing.
+        data: how examples share rows, and whether they are shuffled.
         training: how long and how fast.
         checkpointing: where files go and when.
         logging: how often figures are written.
@@ -164,10 +169,9 @@ def train(
         What the run was; the model holds the trained weights.
     """
     started, trained_tokens = time.perf_counter(), 0
-    batch_size, seed = training.per_device_train_batch_size, training.seed
-    batches = make_batches(examples, batch_size, seed)
-    held_out = make_batches(validation, batch_size, shuffle=False) if validation else None
-    total_steps = training.total_steps(len(batches))
+    batches = batches_of(examples, data, training)
+    held_out = batches_of(validation, data, training) if validation else None
+    total_steps = training.total_steps(batches)
 
     # On a CPU compiling saves next to nothing and may wait for a C++ compiler; see docs/log.md.
     engine = Engine(model, training.recompute, compiled=backend().device != "cpu")
@@ -187,17 +191,19 @@ def train(
     forget_checkpoints_after(output, state.step)
     forget_after(output / "metrics.jsonl", state.step)
     metrics = Metrics(output / "metrics.jsonl", total_steps, state, logging, console)
+    first = state.step * training.gradient_accumulation_steps
+    stream = enumerate(batches.ahead(first, training.micro_batches(batches)), first)
     with metrics:
         for step in range(state.step + 1, total_steps + 1):
             rate = training.rate(step, total_steps)
-            loss, norm, tokens = train_step(engine, optimizer, batches, training, step, rate)
+            share = list(islice(stream, training.gradient_accumulation_steps))
+            loss, norm, tokens = train_step(engine, optimizer, share, training.seed, rate)
             refuse_divergence(step, loss, norm)
             model.update(optimizer.tree())
             state.step = step
             trained_tokens += tokens
 
-            seen = min(step * training.gradient_accumulation_steps, _micro(training, batches))
-            epoch = seen / len(batches)
+            epoch = batches.epoch(share[-1][0] + 1)
             record = metrics.train_step(step, epoch, loss, norm, rate, tokens)
             if record:
                 state.log_history.append(record)
@@ -226,28 +232,36 @@ def train(
     )
 
 
+def batches_of(examples: Examples, data: DataConfig, training: TrainingConfig) -> Batches:
+    """The batches of a run, or of its validation."""
+    return make_batches(
+        examples,
+        training.per_device_train_batch_size,
+        training.seed,
+        data.shuffle,
+        data.packing,
+        max(data.max_length, int(examples.lengths.max())),
+        epochs=training.num_train_epochs,
+    )
+
+
 def train_step(
     engine: Engine,
     optimizer: AdamW,
-    batches: Batches,
-    training: TrainingConfig,
-    step: int,
+    micro_batches: list[tuple[int, Batch]],
+    seed: int,
     rate: float,
 ) -> tuple[float, float, int]:
-    """One optimiser step over its micro-batches.
+    """One optimiser step over its micro-batches, each with its index in the run.
 
     Returns:
         Mean nats per supervised token, the gradient's norm before clipping, and how many real
         tokens were gone through.
     """
-    first = (step - 1) * training.gradient_accumulation_steps
-    last = min(first + training.gradient_accumulation_steps, _micro(training, batches))
     weights = optimizer.tree()
     total, nats, supervised, tokens = None, mx.array(0.0), 0, 0
-    for index in range(first, last):
-        batch = batches[index]
-        key = dropout_key(training.seed, index)
-        loss, n_tokens, grads = engine(weights, batch, key)
+    for index, batch in micro_batches:
+        loss, n_tokens, grads = engine(weights, batch, dropout_key(seed, index))
         total, nats = add_grads(total, grads), nats + loss
         supervised, tokens = supervised + n_tokens, tokens + batch.real_tokens
         mx.eval(total, nats)  # or the graphs of all micro-batches would be alive at once
@@ -274,10 +288,6 @@ def dropout_key(seed: int, micro_batch: int) -> mx.array:
     """The key of one micro-batch, from nothing but the run's seed and its index."""
     entropy = np.random.SeedSequence([seed, micro_batch]).generate_state(1, np.uint64)
     return mx.random.key(int(entropy[0]))
-
-
-def _micro(training: TrainingConfig, batches: Batches) -> int:
-    return training.micro_batches(len(batches))
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -320,9 +330,9 @@ def trainer_state(
             for record in state.log_history
         ],
         "logging_steps": logging.logging_steps,
-        "max_steps": training.total_steps(len(batches)),
+        "max_steps": training.total_steps(batches),
         "num_input_tokens_seen": 0,
-        "num_train_epochs": -(-training.micro_batches(len(batches)) // len(batches)),
+        "num_train_epochs": math.ceil(batches.epoch(training.micro_batches(batches))),
         "save_steps": checkpointing.save_steps,
         "stateful_callbacks": {},
         "total_flos": 0,

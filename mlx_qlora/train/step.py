@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 
 from mlx_qlora import backend
@@ -78,23 +79,27 @@ class Engine:
             B, T = batch.tokens.shape
             itemsize = self.model.model.embed_tokens.dtype.size
             layers = layers_to_recompute(self.model.config, B, T, itemsize)
-        differentiate = self._function(int(layers))
+        differentiate = self._function(int(layers), batch.documents if batch.packed else None)
         loss, grads = differentiate(weights, batch.tokens, positions, targets, dropout_key)
         return loss, n_tokens, grads
 
-    def _function(self, layers: int) -> Any:
-        """The gradient function for a number of recomputed layers, made once."""
-        if layers not in self._compiled:
+    def _function(self, layers: int, documents: np.ndarray | None) -> Any:
+        """The gradient function for a number of recomputed layers, compiled once.
 
-            def loss_sum(weights: Any, tokens: Any, positions: Any, targets: Any, key: Any) -> Any:
-                with bound(self.model, weights):
-                    hidden = self.model.model(tokens, None, key, layers)
-                    nats, _ = token_losses(self.model, hidden, positions, targets)
-                return nats.sum()
+        Packed rows are not compiled: hardly two batches have documents of the same lengths, so
+        each would be a graph of its own.
+        """
 
-            differentiate = mx.value_and_grad(loss_sum)
-            self._compiled[layers] = mx.compile(differentiate) if self._compile else differentiate
-        return self._compiled[layers]
+        def loss_sum(weights: Any, tokens: Any, positions: Any, targets: Any, key: Any) -> Any:
+            with bound(self.model, weights):
+                hidden = self.model.model(tokens, None, key, layers, documents)
+                nats, _ = token_losses(self.model, hidden, positions, targets)
+            return nats.sum()
+
+        differentiate = mx.value_and_grad(loss_sum)
+        if documents is not None or not self._compile:
+            return differentiate
+        return self._compiled.setdefault(layers, mx.compile(differentiate))
 
 
 class bound:
@@ -125,7 +130,9 @@ def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> tuple[float, int
     nats, hits, count = 0.0, 0, 0
     for batch in batches:
         positions, targets, n_tokens = supervised_targets(batch)
-        losses, right = token_losses(model, model.model(batch.tokens), positions, targets)
+        documents = batch.documents if batch.packed else None
+        hidden = model.model(batch.tokens, documents=documents)
+        losses, right = token_losses(model, hidden, positions, targets)
         nats += number(losses.sum())
         hits += int(number(right.sum()))
         count += n_tokens

@@ -1,0 +1,339 @@
+"""A source of rows becomes examples, and the three parts of a run.
+
+Every row is either kept as it will be trained or refused with its line and the reason.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlx_qlora.data.encode import TRUNCATION
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.files import RowFile, find_files
+from mlx_qlora.data.formats import Rows, hub_dataset, parse, raw_rows
+from mlx_qlora.data.rows import FORMATS, detect_format
+from mlx_qlora.data.store import VERSION, Piece, cached, forget_unused, in_memory, on_disk
+from mlx_qlora.data.summary import DataReport, FileReport, write_refused
+from mlx_qlora.data.template import ROW_DATE, Template
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.data.workers import Chunk, Recipe, chunks, default_workers, encode_chunks
+from mlx_qlora.errors import ConfigError, DataError
+from mlx_qlora.fields import check_choices, option, require
+
+PEEKED = 100  # rows that are looked at to find a file's format
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows are and how they become tokens and labels."""
+
+    path: str | None = option(
+        None,
+        "rows: a JSONL, JSON, CSV or Parquet file (also .gz), a folder or a glob of them, or a "
+        "data set on the hub as owner/name[/config][:split]",
+    )
+    validation_path: str | None = option(None, "validation rows; null takes them from `split`")
+    test_path: str | None = option(None, "test rows; null takes them from `split`")
+    split: list[float] = option(
+        [0.8, 0.1, 0.1], "shares of `path` that are trained, validated and tested"
+    )
+    format: str = option(
+        "auto", "the fields of a row; auto finds it for each file", choices=("auto", *FORMATS)
+    )
+    template: str = option(
+        "auto",
+        "how a row is written: alpaca, chat (the model's chat template), a file with a chat "
+        "template; auto takes alpaca for instructions and chat for messages",
+    )
+    train_on: str = option(
+        "response", "learn the response alone, or all tokens", choices=("response", "all")
+    )
+    max_length: int = option(2048, "most tokens in a row; also the width of packed rows")
+    truncation: str = option(
+        "left-context",
+        "of longer rows: cut what stands before the first answer, cut the end (right), refuse "
+        "them (drop), or stop (error)",
+        choices=TRUNCATION,
+    )
+    packing: bool = option(True, "put several rows side by side, so that little is padded")
+    shuffle: bool = option(True, "train in another order each epoch; false keeps the file's")
+    strict: bool = option(False, "stop if any row is refused")
+    refused_path: str | None = option(None, "write refused rows, with reasons, to this JSONL file")
+    num_workers: int | None = option(
+        None, "processes that tokenise; null takes the performance cores"
+    )
+    cache_dir: str | None = option(
+        "~/.cache/mlx-qlora",
+        "where tokens of files are kept for the next run; null keeps none. May be deleted",
+    )
+
+    def __post_init__(self) -> None:
+        check_choices("data", self)
+        require(self.max_length >= 2, "data.max_length", "be at least 2", self.max_length)
+        shares = self.split
+        legal = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+        require(legal and shares[0] > 0, "data.split", "be three shares that sum to 1", shares)
+        workers = self.num_workers
+        require(workers is None or workers >= 0, "data.num_workers", "be at least 0", workers)
+        if self.template == "alpaca" and self.format in ("messages", "sharegpt"):
+            raise ConfigError(
+                f"data.template=alpaca cannot write rows of data.format={self.format}; "
+                "set data.template=chat"
+            )
+
+
+def read_examples(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    config: DataConfig | None = None,
+    *,
+    console: Console | None = None,
+) -> Examples:
+    """Reads, renders and tokenises all rows of one source.
+
+    Args:
+        source: a path as `data.path` takes it, or rows as dicts. Of a folder that names its parts
+            the training files are read.
+        tokenizer: the model's.
+        config: template, lengths and what is learned; its own paths are not read.
+        console: where a progress bar goes if there is much to do; none if not given.
+
+    Returns:
+        The kept rows; `.report` says what was refused and why, by line.
+
+    Raises:
+        DataError: the source is missing, or no row of it can be used; with `strict`, if any
+            cannot.
+        ConfigError: a template that cannot be read, or that does not fit the rows.
+    """
+    config = config or DataConfig()
+    if isinstance(source, (str, Path)):
+        _begin_refused(config)
+        return read_files(str(source), find_files(source)["train"], tokenizer, config, console)
+    report = DataReport("rows")
+    recipe = _recipe(config, tokenizer, report)
+    found: list[tuple[str, Rows]] = [("rows", enumerate(source, 1))]
+    store = in_memory(_pieces(found, report, tokenizer, recipe, config))
+    report.measure(store)
+    _check_kept(report, config)
+    return Examples(store, report)
+
+
+def read_files(
+    source: str,
+    files: list[RowFile],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    console: Console | None = None,
+) -> Examples:
+    """As `read_examples`, for files that are found already; their tokens are cached."""
+    report = DataReport(source)
+    recipe = _recipe(config, tokenizer, report)
+    entry = store = None
+    if config.cache_dir is not None:
+        folder = Path(config.cache_dir).expanduser() / "tokens"
+        entry = folder / _cache_key(files, tokenizer, recipe, config)
+        store = cached(entry)
+    report.cached = store is not None
+    if store is None:
+        with _Bar(console, sum(file.size for file in files)) as bar:
+            found = [(file.name, raw_rows(file)) for file in files]
+            pieces = _pieces(found, report, tokenizer, recipe, config, bar)
+            about: dict[str, Any] = {}
+            store = on_disk(entry, _then_tell(pieces, report, about), about)
+        if entry is not None:
+            forget_unused(entry.parent)
+    else:
+        report.restore(store.about)
+        for told, file in zip(report.files, files):  # the same content may lie elsewhere today
+            told.name = file.name
+    report.measure(store)
+    if config.refused_path is not None:
+        write_refused(report, files, Path(config.refused_path).expanduser())
+    _check_kept(report, config)
+    return Examples(store, report)
+
+
+def _recipe(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Recipe:
+    name, source = config.template, tokenizer.chat_template
+    if name not in ("auto", "alpaca", "chat"):
+        name, source = "chat", read_template(config.template)
+    elif name == "chat" and source is None:
+        raise ConfigError(
+            "data.template=chat, but the model has no chat template; name a file with one"
+        )
+    report.template = config.template
+    return Recipe(Template(name, source), config.train_on, config.max_length, config.truncation)
+
+
+def read_template(path: str) -> str:
+    """The text of a file with a chat template.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.template must be auto, alpaca, chat or a file with a chat template; {path!r} "
+            f"cannot be read: {error}"
+        ) from None
+
+
+def _cache_key(
+    files: list[RowFile], tokenizer: Tokenizer, recipe: Recipe, config: DataConfig
+) -> str:
+    contents = [
+        str(getattr(hub_dataset(file), "_fingerprint", file.path))
+        if file.kind == "hub"
+        else file.content_hash()
+        for file in files
+    ]
+    decides = (VERSION, ROW_DATE, recipe, config.format, tokenizer.special_tokens)
+    text = repr((decides, tokenizer.fingerprint, contents))
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def _pieces(
+    found: list[tuple[str, Rows]],
+    report: DataReport,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    config: DataConfig,
+    bar: "_Bar | None" = None,
+) -> Iterator[Piece]:
+    """The pieces of all files in order; the report is filled in on the way."""
+
+    def work() -> Iterator[Chunk]:
+        for number, (name, rows) in enumerate(found):
+            peeked = list(islice(rows, PEEKED))
+            form = config.format if config.format != "auto" else _format_of(peeked)
+            if recipe.template.name == "alpaca" and form in ("messages", "sharegpt"):
+                raise ConfigError(
+                    f"{name} holds {form}, which data.template=alpaca cannot write; "
+                    "set data.template=chat"
+                )
+            report.files.append(FileReport(name, form))
+            yield from chunks(number, name, form, chain(peeked, rows))
+
+    n_workers = default_workers() if config.num_workers is None else config.num_workers
+    for made in encode_chunks(work(), tokenizer, recipe, n_workers):
+        file = report.files[made.chunk.file]
+        file.read += made.read
+        file.kept += len(made.piece.rows)
+        file.refused += made.refused
+        if bar is not None:
+            bar.advance(made.chunk.size)
+        yield made.piece
+
+
+def _format_of(peeked: list[tuple[int, Any]]) -> str:
+    """The format of the first row that has one; "auto" leaves it to each row."""
+    for _, raw in peeked:
+        try:
+            row = parse(raw)
+            if isinstance(row, Mapping):
+                return detect_format(row)
+        except DataError:
+            continue
+    return "auto"
+
+
+def _then_tell(
+    pieces: Iterator[Piece], report: DataReport, about: dict[str, Any]
+) -> Iterator[Piece]:
+    yield from pieces
+    about.update(report.as_dict())
+
+
+def _begin_refused(config: DataConfig) -> None:
+    """Empties the file of refused rows, which each source that is read then adds to."""
+    if config.refused_path is not None:
+        try:
+            Path(config.refused_path).expanduser().write_text("", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"data.refused_path: {config.refused_path} cannot be written: {error.strerror}"
+            ) from None
+
+
+def _check_kept(report: DataReport, config: DataConfig) -> None:
+    if not report.kept:
+        empty = "" if report.read else ": it holds no row at all"
+        raise DataError(f"no usable row in {report}{empty}")
+    if config.strict and report.refused:
+        raise DataError(
+            f"data.strict: {report.source} has {len(report.refused):,} rows that cannot be used:\n"
+            f"{report.refusals(20)}"
+        )
+
+
+class _Bar:
+    """A progress bar by bytes, for what takes longer than a moment."""
+
+    LEAST = 4 << 20
+
+    def __init__(self, console: Console | None, size: int) -> None:
+        shown = console is not None and console.is_terminal and size >= self.LEAST
+        columns = (TextColumn("tokenising"), BarColumn(bar_width=20), TimeRemainingColumn())
+        self._live = Progress(*columns, console=console, disable=not shown, transient=True)
+        self._task = self._live.add_task("", total=size)
+
+    def __enter__(self) -> "_Bar":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._live.stop()
+
+    def advance(self, size: int) -> None:
+        """Some bytes of the files are done."""
+        self._live.advance(self._task, size)
+
+
+# ---- the parts of a run ------------------------------------------------------------------------
+
+
+def train_validation_test(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, console: Console | None = None
+) -> tuple[Examples, Examples | None, Examples | None]:
+    """The three parts of a run's data: files where they are named, `split` for the others.
+
+    Raises:
+        ConfigError: no training file is named.
+        DataError: a file cannot be used, or nothing is left to train on.
+    """
+    if config.path is None:
+        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
+    found = find_files(config.path)
+    named = {"validation": config.validation_path, "test": config.test_path}
+    for part, path in named.items():
+        if path is not None:
+            found[part] = find_files(path)["train"]
+
+    _begin_refused(config)
+    shares = list(config.split)
+    for i, part in enumerate(named, 1):
+        if found[part]:
+            shares[i] = 0.0  # files of its own: this part of `split` is trained instead
+    shares[0] = 1.0 - shares[1] - shares[2]
+    whole = read_files(config.path, found["train"], tokenizer, config, console)
+    parts = whole.split(shares, seed)
+    if not len(parts[0]):
+        raise DataError(
+            f"{config.path}: no row is left to train on; raise data.split's first share"
+        )
+    for i, (part, path) in enumerate(named.items(), 1):
+        if found[part]:
+            name = path or ", ".join(file.name for file in found[part])
+            parts[i] = read_files(name, found[part], tokenizer, config, console)
+    train, validation, test = (part if len(part) else None for part in parts)
+    assert train is not None
+    return train, validation, test
