@@ -16,7 +16,7 @@ from mlx_qlora.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
 
-# flag -> (field, what its value is called)
+# flag -> (field, what its value is called; None for a flag that says true)
 SHORTHANDS = {
     "--model": ("model.source", "SOURCE"),
     "--adapter": ("model.adapter", "DIR"),
@@ -26,10 +26,13 @@ SHORTHANDS = {
     "--batch-size": ("training.per_device_train_batch_size", "N"),
     "--learning-rate": ("training.learning_rate", "RATE"),
     "--max-length": ("data.max_length", "N"),
+    "--strict": ("data.strict", None),
+    "--refused": ("data.refused_path", "FILE"),
 }
 OF_COMMAND = {
     "train": tuple(SHORTHANDS),
     "plan": ("--model", "--batch-size", "--max-length"),
+    "inspect": ("--model", "--data", "--max-length", "--strict", "--refused"),
     "generate": ("--model", "--adapter"),
 }
 
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, help in (
         ("train", _train, "fine-tune a model and leave a PEFT adapter"),
         ("plan", _plan, "predict the memory that a run needs"),
+        ("inspect", _inspect, "read data as a run would, and say what would be trained"),
         ("generate", _generate, "let a model, with or without an adapter, continue a prompt"),
     ):
         command = commands.add_parser(
@@ -79,7 +83,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", metavar="FILE", help="YAML with the fields below")
         for flag in OF_COMMAND[name]:
             field, value = SHORTHANDS[flag]
-            command.add_argument(flag, dest=field, metavar=value, help=f"short for {field}=")
+            how: dict[str, Any] = {"metavar": value, "help": f"short for {field}="}
+            if value is None:
+                how = {"action": "store_const", "const": "true", "help": f"short for {field}=true"}
+            command.add_argument(flag, dest=field, **how)
+        if name == "inspect":
+            command.add_argument(
+                "file", nargs="?", metavar="FILE", help="the rows; the same as --data"
+            )
+            command.add_argument(
+                "--show",
+                type=int,
+                default=0,
+                metavar="N",
+                help="print N rows as the model sees them",
+            )
         command.add_argument(
             "overrides", nargs="*", metavar="section.field=value", help="any field below"
         )
@@ -148,6 +166,24 @@ def _plan(args: argparse.Namespace) -> int:
     from mlx_qlora.planner import plan
 
     print(plan(_source(config), config))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    if args.file is not None and "=" in args.file:  # argparse gives the first word to FILE
+        args.overrides, args.file = [args.file, *args.overrides], None
+    if args.file is not None:
+        args.overrides = [f"data.path={args.file}", *args.overrides]
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.inspection import inspect_data
+
+    if args.show < 0:
+        raise ConfigError(f"--show must be at least 0; got {args.show}")
+    inspect_data(config, Console(), args.show)
     return 0
 
 

@@ -113,6 +113,23 @@ def smollm2(smollm2_files: ModelFiles) -> tuple[LlamaForCausalLM, Tokenizer]:
     return load_model(checkpoint, None, mx.float32, "resident"), tokenizer
 
 
+@pytest.fixture(scope="session")
+def llama31() -> Tokenizer:
+    """Llama 3.1's tokenizer with its chat template."""
+    import llama31
+
+    return load_tokenizer(llama31.folder())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tests neither read nor fill the user's cache of tokens."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield
+
+
 @pytest.fixture
 def no_warnings():
     """Turns every warning of any library into a failure, beyond what pytest is configured to."""

@@ -4,6 +4,7 @@ Every row is either kept as it will be trained or refused with its line and the 
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -69,8 +70,9 @@ class DataConfig:
         None, "processes that tokenise; null takes the performance cores"
     )
     cache_dir: str | None = option(
-        "~/.cache/mlx-qlora",
-        "where tokens of files are kept for the next run; null keeps none. May be deleted",
+        "auto",
+        "folder that keeps the tokens of files for the next run, and may be deleted at any time; "
+        "auto is ~/.cache/mlx-qlora, null keeps none",
     )
 
     def __post_init__(self) -> None:
@@ -137,8 +139,8 @@ def read_files(
     recipe = _recipe(config, tokenizer, report)
     entry = store = None
     if config.cache_dir is not None:
-        folder = Path(config.cache_dir).expanduser() / "tokens"
-        entry = folder / _cache_key(files, tokenizer, recipe, config)
+        key = _cache_key(files, tokenizer, recipe, config)
+        entry = cache_folder(config.cache_dir) / "tokens" / key
         store = cached(entry)
     report.cached = store is not None
     if store is None:
@@ -158,6 +160,13 @@ def read_files(
         write_refused(report, files, Path(config.refused_path).expanduser())
     _check_kept(report, config)
     return Examples(store, report)
+
+
+def cache_folder(name: str) -> Path:
+    """The folder that `data.cache_dir` names."""
+    if name != "auto":
+        return Path(name).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-qlora"
 
 
 def _recipe(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Recipe:

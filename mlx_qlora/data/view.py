@@ -1,0 +1,89 @@
+"""Data as a person looks at it: how long rows are, and rows as the model will see them."""
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mlx_qlora.data.batches import IGNORE, Batch, Batches
+from mlx_qlora.data.summary import DataReport
+from mlx_qlora.data.tokenizer import Tokenizer
+
+BAR = 40  # characters of the longest bar
+SUPERVISED, CONTEXT, PADDING, NOTE = "bold green", "default", "dim red", "dim cyan"
+
+
+def histogram(report: DataReport) -> str:
+    """One line for each step of length, with a bar for how many rows have it."""
+    most = max((n for _, _, n in report.histogram), default=1)
+    shown = [(f"{low:,}-{high:,}", n) for low, high, n in report.histogram]
+    wide = max((len(span) for span, _ in shown), default=0)
+    return "\n".join(
+        f"{span:>{wide}} {'█' * round(BAR * n / most) or '▏' * bool(n):<{BAR}} {n:>7,}"
+        for span, n in shown
+    )
+
+
+def epoch(batches: Batches) -> str:
+    """What one pass over the data is."""
+    rows, real = batches.rows_per_epoch, int((batches.examples.lengths - 1).sum())
+    kind = f"rows of {batches.width:,} positions" if batches.width else "rows of their own width"
+    return (
+        f"{real:,} tokens in {rows:,} {kind}, {len(batches):,} batches of {batches.batch_size}; "
+        f"{batches.useful_share:.1%} of the positions are used"
+    )
+
+
+def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> RenderableType:
+    """The first rows of the first batches, token by token as they are trained.
+
+    Args:
+        batches: of the run.
+        tokenizer: to write ids as text again.
+        count: how many rows.
+        colour: False puts ⟦ ⟧ around what is supervised, where no colour can say it.
+    """
+    shown: list[Text] = []
+    for number, batch in enumerate(batches):
+        for b in range(batch.tokens.shape[0]):
+            if len(shown) == count:
+                return Group(*shown)
+            title = f"batch {number + 1}, row {b + 1}"
+            shown.append(_row(batch, b, tokenizer, title, colour))
+    return Group(*shown)
+
+
+def _row(batch: Batch, b: int, tokenizer: Tokenizer, title: str, colour: bool) -> Text:
+    assert batch.documents is not None
+    tokens, labels = np.array(batch.tokens[b]), np.array(batch.labels[b])
+    text = Text()
+    documents = [(d, p) for d, p in zip(batch.documents.tolist(), batch.places) if d[0] == b]
+    used = sum(end - start for (_, start, end), _ in documents)
+    text.append(f"{title}: {used} of {len(tokens)} positions used\n", NOTE)
+    for (_, start, end), place in documents:
+        inside = labels[start:end]
+        n_learned = int((inside != IGNORE).sum())
+        text.append(f"{place}: {end - start + 1} tokens, {n_learned} supervised\n", NOTE)
+        # A label is the token to predict next: the document's own tokens are its first token,
+        # and behind each position either that label or, where none is learned, the next input.
+        following = np.append(tokens[start + 1 : end], 0)
+        ids = [int(tokens[start]), *np.where(inside != IGNORE, inside, following).tolist()]
+        learned = [False, *(inside != IGNORE).tolist()]
+        for is_learned, run in _runs(ids, learned):
+            words = tokenizer.decode(run)
+            marked = words if colour or not is_learned else f"⟦{words}⟧"
+            text.append(marked, SUPERVISED if is_learned else CONTEXT)
+        text.append("\n")
+    if used < len(tokens):
+        text.append(f"{len(tokens) - used} x padding\n", PADDING)
+    return text
+
+
+def _runs(ids: list[int], learned: list[bool]) -> list[tuple[bool, list[int]]]:
+    """Neighbours that are both learned, or both not, together: a character may span tokens."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, is_learned in zip(ids, learned):
+        if runs and runs[-1][0] == is_learned:
+            runs[-1][1].append(token)
+        else:
+            runs.append((is_learned, [token]))
+    return runs
