@@ -36,8 +36,9 @@ format: $(VENV)/.lint ## Let ruff rewrite what it can
 bench: $(VENV)/.base ## Measure this machine: training speed and memory of a real model
 	$(BIN)/python benchmarks/train_speed.py
 
-docs: $(VENV)/.base ## Write the reference of all fields, docs/fields.md
+docs: $(VENV)/.base ## Write what docs show of the program: all fields, and screens
 	$(BIN)/python docs/make_fields.py
+	$(BIN)/python docs/make_screens.py
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -36,7 +36,7 @@ def main() -> int:
     config = mq.RunConfig(
         model=mq.ModelConfig(source=MODEL),
         lora=mq.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0),
-        data=mq.DataConfig(path=str(data), max_length=96),
+        data=mq.DataConfig(path=str(data), max_length=96, truncation="drop"),
         training=mq.TrainingConfig(
             learning_rate=2e-3,
             warmup_steps=5,

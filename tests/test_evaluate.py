@@ -9,6 +9,7 @@ from conftest import our_logits, randomise_lora
 from tiny_folder import write_model
 
 import mlx_qlora as mq
+from mlx_qlora.data.examples import Example
 
 ROWS = [
     {"instruction": f"Repeat the word fox {n} times.", "output": " ".join(["fox"] * n)}
@@ -60,12 +61,11 @@ def test_scores_do_not_depend_on_the_batch_size_and_repeat_exactly(tuned: tuple[
 
 def test_a_model_that_always_says_the_right_token_has_accuracy_1(tuned: tuple[Any, Any]) -> None:
     model, tokenizer = tuned
-    examples = mq.read_examples(ROWS[:1], tokenizer, mq.DataConfig())
-    example = examples[0]
-    best = our_logits(model, example.tokens[None, :-1])[0].argmax(axis=-1)
-    example.tokens[-1] = best[-1]  # teach the data what the model says
-    example.learned[:-1] = False
-    scores = mq.evaluate(model, tokenizer, examples)
+    tokens = mq.read_examples(ROWS[:1], tokenizer, mq.DataConfig())[0].tokens
+    best = our_logits(model, tokens[None, :-1])[0].argmax(axis=-1)
+    tokens[-1] = best[-1]  # teach the data what the model says
+    learned = np.arange(len(tokens)) == len(tokens) - 1
+    scores = mq.evaluate(model, tokenizer, mq.Examples.of([Example(tokens, learned)]))
     assert (scores.token_accuracy, scores.n_tokens) == (1.0, 1)
 
 

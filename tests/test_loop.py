@@ -12,7 +12,8 @@ from conftest import load_folder
 from mlx.utils import tree_flatten
 from rich.console import Console
 
-from mlx_qlora.data.examples import DataReport, Example, Examples
+from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.checkpoint import (
@@ -34,13 +35,14 @@ def make_examples(n: int = 22, seed: int = 0) -> Examples:
     for line in range(1, n + 1):
         length = int(random.integers(8, 30))
         tokens = ((random.integers(0, 4) + 3 * np.arange(length)) % 320).astype(np.int32)
-        made.append(Example(tokens, np.arange(length) >= length // 2, line, bytes([line])))
-    return Examples(made, DataReport("made"))
+        made.append(Example(tokens, np.arange(length) >= length // 2, line))
+    return Examples.of(made)
 
 
 def start(folder: Path, output: Path, console: Console | None = None, **changes):
     """One run on a fresh tiny model; returns (model, result)."""
     logging = changes.pop("logging", LoggingConfig(logging_steps=1))
+    data = changes.pop("data", DataConfig(packing=False))
     model = load_folder(folder)
     add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=1)
     training = TrainingConfig(
@@ -60,6 +62,7 @@ def start(folder: Path, output: Path, console: Console | None = None, **changes)
         model,
         make_examples(),
         make_examples(6, seed=9),
+        data,
         training,
         checkpointing,
         logging,
@@ -76,26 +79,28 @@ def weights_of(model) -> dict[str, np.ndarray]:
 
 
 def test_a_run_learns_and_says_so(hf_tiny, tmp_path):
-    _, result = start(hf_tiny[1], tmp_path / "out", max_steps=30)
+    _, result = start(hf_tiny[1], tmp_path / "out", max_steps=45)
     losses = [r["loss"] for r in result.log_history if "loss" in r]
-    assert result.steps == len(losses) == 30
+    assert result.steps == len(losses) == 45
     assert np.mean(losses[-3:]) < 0.5 * losses[0]
     assert result.eval_loss < 0.7 * losses[0]
     assert result.train_loss == losses[-1]
     assert result.tokens_per_second > 0
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stopped_after", [3, 6])
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(
-    hf_tiny, tmp_path, stopped_after
+    hf_tiny, tmp_path, stopped_after, packing
 ):
-    whole, whole_result = start(hf_tiny[1], tmp_path / "whole")
-    start(hf_tiny[1], tmp_path / "parts")
+    data = DataConfig(packing=packing)
+    whole, whole_result = start(hf_tiny[1], tmp_path / "whole", data=data)
+    start(hf_tiny[1], tmp_path / "parts", data=data)
     for path in checkpoints(tmp_path / "parts"):  # as if the run had died after this one
         if int(path.name.split("-")[1]) > stopped_after:
             (path / "resume_state.json").unlink()
     printed = io.StringIO()
-    resumed, result = start(hf_tiny[1], tmp_path / "parts", Console(file=printed))
+    resumed, result = start(hf_tiny[1], tmp_path / "parts", Console(file=printed), data=data)
     assert f"checkpoint-{stopped_after}" in printed.getvalue()
     ours, theirs = weights_of(resumed), weights_of(whole)
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
@@ -155,13 +160,13 @@ def test_transformers_reads_the_trainer_state_and_peft_the_adapter(hf_tiny, tmp_
 
 
 def test_epochs_train_every_row_and_the_last_step_may_be_short(hf_tiny, tmp_path):
-    """22 rows in threes are 8 micro-batches an epoch; 1.5 epochs are 12, in 6 steps of 2."""
+    """1.5 epochs of 22 rows are 33, in 11 micro-batches of 3 and 6 steps of 2."""
     _, result = start(hf_tiny[1], tmp_path / "a", max_steps=None, num_train_epochs=1.5)
     assert result.steps == 6
     assert result.log_history[-1]["epoch"] == 1.5
     _, result = start(hf_tiny[1], tmp_path / "b", max_steps=None, num_train_epochs=0.4)
-    assert result.steps == 2  # 3 micro-batches: one step of 2, one of 1
-    assert result.log_history[-1]["epoch"] == pytest.approx(3 / 8)
+    assert result.steps == 2  # 9 rows, 3 micro-batches: one step of 2, one of 1
+    assert result.log_history[-1]["epoch"] == pytest.approx(9 / 22, abs=1e-4)
 
 
 def test_plain_lines_replace_the_live_one_off_a_terminal(hf_tiny, tmp_path):

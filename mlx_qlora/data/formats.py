@@ -58,7 +58,7 @@ def parse(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _DECODER.decode(raw.decode("utf-8"))
+        return _DECODER.decode(raw.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:

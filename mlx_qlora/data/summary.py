@@ -105,7 +105,7 @@ class DataReport:
         if self.truncated:
             text += f"; {self.truncated:,} cut to max_length"
         if self.duplicates:
-            text += f"; {self.duplicates:,} copies of other rows"
+            text += f"; {self.duplicates:,} say the same as an earlier row"
         return f"{text}\n{self.refusals()}" if refused else text
 
     def as_dict(self) -> dict[str, Any]:

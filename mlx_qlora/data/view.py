@@ -28,7 +28,7 @@ def epoch(batches: Batches) -> str:
     rows, real = batches.rows_per_epoch, int((batches.examples.lengths - 1).sum())
     kind = f"rows of {batches.width:,} positions" if batches.width else "rows of their own width"
     return (
-        f"{real:,} tokens in {rows:,} {kind}, {len(batches):,} batches of {batches.batch_size}; "
+        f"{real:,} tokens in {rows:,} {kind}, {batches.batch_size} to a batch; "
         f"{batches.useful_share:.1%} of the positions are used"
     )
 

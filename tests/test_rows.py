@@ -1,0 +1,335 @@
+"""Rows of every format, and every reason to refuse one."""
+
+import json
+from collections import UserDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_qlora.data.files import RowFile
+from mlx_qlora.data.formats import read_rows
+from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row
+from mlx_qlora.errors import DataError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": [1, "é"]}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+nonempty = st.text(min_size=1).filter(str.strip)
+
+
+def refusal(row: Any, form: str = "auto") -> str:
+    with pytest.raises(DataError) as caught:
+        read_row(row, form)
+    return str(caught.value)
+
+
+def chat(*messages: Any, **fields: Any) -> Chat:
+    said = read_row({"messages": list(messages), **fields}, "messages")
+    assert isinstance(said, Chat)
+    return said
+
+
+# ---- which format ------------------------------------------------------------------------------
+
+TELLING = [
+    ("messages", ["messages"]),
+    ("sharegpt", ["conversations"]),
+    ("alpaca", ["instruction", "output"]),
+    ("prompt_completion", ["prompt", "completion"]),
+    ("text", ["text"]),
+]
+
+
+@given(st.sets(st.sampled_from([field for _, fields in TELLING for field in fields]), min_size=1))
+def test_the_surest_field_of_a_row_tells_its_format(fields: set[str]) -> None:
+    wanted = next(form for form, telling in TELLING if fields & set(telling))
+    assert detect_format({field: None for field in fields} | {"id": 7}) == wanted
+
+
+def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
+    formats = "messages; conversations; instruction, output; prompt, completion; text"
+    said = f"has the fields of no format: {formats} (it has: "
+    assert refusal({"question": 1, "answer": 2}) == said + "answer, question)"
+    assert refusal({}) == said + "none)"
+    assert refusal({str(i): i for i in range(9)}) == said + "0, 1, 2, 3, 4, 5)"
+
+
+def test_a_named_format_is_not_guessed() -> None:
+    row = {"messages": [USER, ANSWER], "text": "all"}
+    assert read_row(row, "text") == Pair("", "all")
+    assert read_row(row, "auto") == Chat([USER, ANSWER], [False, True])
+
+
+@pytest.mark.parametrize("row", [[1], "text", None, 3, True])
+def test_a_row_that_is_no_object_is_refused(row: Any) -> None:
+    assert refusal(row) == f"not an object but {type(row).__name__}"
+
+
+def test_a_row_that_could_not_be_read_keeps_its_reason() -> None:
+    assert refusal(DataError("not JSON: bad")) == "not JSON: bad"
+
+
+# ---- texts -------------------------------------------------------------------------------------
+
+
+@given(nonempty, st.text(), nonempty)
+def test_texts_are_taken_as_they_are(first: str, middle: str, last: str) -> None:
+    row = UserDict(instruction=first, input=middle, output=last, id=7)
+    assert read_row(row, "alpaca") == Instruction(first, middle, last)
+    pair = {"prompt": first, "completion": last}
+    assert read_row(pair, "prompt_completion") == Pair(first, last)
+    assert read_row({"text": last}, "text") == Pair("", last)
+
+
+@pytest.mark.parametrize("more", [{}, {"input": None}, {"input": ""}])
+def test_input_may_be_left_out(more: dict[str, Any]) -> None:
+    row = {"instruction": "a", "output": "b", **more}
+    assert read_row(row, "auto") == Instruction("a", "", "b")
+
+
+@pytest.mark.parametrize(
+    ("form", "fields"),
+    [
+        ("alpaca", ["instruction", "output"]),
+        ("prompt_completion", ["prompt", "completion"]),
+        ("text", ["text"]),
+    ],
+)
+def test_each_text_must_be_there_a_string_and_not_blank(form: str, fields: list[str]) -> None:
+    for field in fields:
+        row: dict[str, Any] = dict.fromkeys(fields, "x")
+        for value, kind in [(1, "int"), (None, "NoneType"), ({}, "dict")]:
+            reason = f"field {field!r} must be a string, not {kind}"
+            assert refusal({**row, field: value}, form) == reason
+        for value in ("", " \n\t"):
+            assert refusal({**row, field: value}, form) == f"field {field!r} is empty"
+        del row[field]
+        assert refusal(row, form) == f"field {field!r} is missing"
+
+
+def test_input_must_be_a_string() -> None:
+    row = {"instruction": "a", "input": ["x"], "output": "b"}
+    assert refusal(row) == "field 'input' must be a string, not list"
+
+
+# ---- messages ----------------------------------------------------------------------------------
+
+roles = st.sampled_from(["system", "user", "assistant", "tool", "ipython"])
+weights = st.sampled_from([None, 0, 1])
+
+
+@given(st.lists(st.tuples(roles, nonempty, weights), min_size=1))
+def test_a_chat_ends_at_the_last_message_of_the_assistant_that_has_a_weight(
+    turns: list[tuple[str, str, int | None]],
+) -> None:
+    messages = [
+        {"role": r, "content": c} | ({} if w is None else {"weight": w}) for r, c, w in turns
+    ]
+    learned = [role == "assistant" and weight != 0 for role, _, weight in turns]
+    if not any(learned):
+        unwanted = any(weight == 0 for _, _, weight in turns)
+        why = "is not to be learned" if unwanted else "is missing"
+        assert refusal({"messages": messages}) == (
+            f"no supervised token: a message of the assistant {why}"
+        )
+        return
+    end = max(i for i, is_learned in enumerate(learned) if is_learned) + 1
+    plain = [{"role": role, "content": content} for role, content, _ in turns]
+    assert chat(*messages) == Chat(plain[:end], learned[:end])
+
+
+def test_a_row_is_not_changed_by_reading_it() -> None:
+    row = {"messages": [USER, {**ANSWER, "weight": 1, "tool_calls": [CALL], "name": None}]}
+    before = json.dumps(row)
+    read_row(row, "auto")
+    assert json.dumps(row) == before
+
+
+def test_more_fields_of_a_message_are_kept_for_the_template() -> None:
+    said = chat({**USER, "name": "Ann"}, {**ANSWER, "reasoning_content": "hm"})
+    assert said.messages == [{**USER, "name": "Ann"}, {**ANSWER, "reasoning_content": "hm"}]
+
+
+def test_the_text_parts_of_a_content_are_joined() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image_url": None}]
+    assert chat({"role": "user", "content": parts}, ANSWER).messages[0]["content"] == "a b"
+
+
+def test_calls_get_their_arguments_as_an_object() -> None:
+    text = {**CALL, "function": {"name": "add", "arguments": '{"a": [1, "\\u00e9"]}'}}
+    bare = {"name": "add", "arguments": {"a": [1, "é"]}}
+    for written, wanted in [(CALL, CALL), (text, CALL), (bare, bare)]:
+        said = chat(USER, {"role": "assistant", "content": None, "tool_calls": [written]})
+        assert said.messages[1] == {"role": "assistant", "content": "", "tool_calls": [wanted]}
+    for empty in ({"arguments": ""}, {}):
+        said = chat(USER, {**ANSWER, "tool_calls": [{"function": {"name": "now", **empty}}]})
+        (call,) = said.messages[1]["tool_calls"]
+        assert call == {"function": {"name": "now", "arguments": {}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_may_be_schemas_or_their_json_text(tools: Any) -> None:
+    assert chat(USER, ANSWER, tools=tools).tools == [TOOL]
+
+
+@pytest.mark.parametrize("none", [None, [], "[]", "null"])
+def test_no_tools_are_none(none: Any) -> None:
+    assert chat(USER, ANSWER, tools=none).tools is None
+    assert chat(USER, ANSWER).tools is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("[", "field 'tools' is not JSON"),
+        ('{"a": 1}', "field 'tools' must be a list of JSON schemas"),
+        ({"a": 1}, "field 'tools' must be a list of JSON schemas"),
+        (["add"], "field 'tools' must be a list of JSON schemas"),
+        (7, "field 'tools' must be a list of JSON schemas"),
+    ],
+)
+def test_other_tools_are_refused(tools: Any, reason: str) -> None:
+    assert refusal({"messages": [USER, ANSWER], "tools": tools}) == reason
+    assert refusal({"conversations": [USER, ANSWER], "tools": tools}) == reason
+
+
+def test_nulls_that_parquet_fills_in_are_no_fields(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows = [
+        {"messages": [USER, calls], "tools": None},
+        {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "weight": 1}], "tools": "[]"},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (_, first), (_, second) = read_rows(RowFile("a", "parquet", tmp_path / "a.parquet"))
+    assert first["messages"][0]["tool_calls"] is None and first["tools"] is None
+    made = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
+    assert read_row(first, "auto") == Chat(
+        [USER, {"role": "assistant", "content": "", "tool_calls": [made]}], [False, True]
+    )
+    assert read_row(second, "auto") == Chat([{**USER, "name": "Ann"}, ANSWER], [False, True])
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("Hi", "messages[1] is not an object but str"),
+        (None, "messages[1] is not an object but NoneType"),
+        ({"content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
+        ({"role": "", "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
+        ({"role": ["user"], "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
+        ({"role": "user"}, "messages[1] has no content (field 'content', or 'value')"),
+        ({**USER, "content": " \n"}, "messages[1] has no content (field 'content', or 'value')"),
+        ({**USER, "content": []}, "messages[1] has no content (field 'content', or 'value')"),
+        ({**USER, "content": 5}, "messages[1] must have text as content, not int"),
+        ({**USER, "content": {"a": 1}}, "messages[1] must have text as content, not dict"),
+        ({**USER, "content": [IMAGE]}, "messages[1] has content that is not text"),
+        ({**USER, "content": ["a"]}, "messages[1] has content that is not text"),
+        ({**USER, "content": [{"type": "text"}]}, "field 'text' is missing"),
+        ({**ANSWER, "tool_calls": "add"}, "messages[1].tool_calls must be a list of calls"),
+        ({**ANSWER, "tool_calls": ["add"]}, "messages[1].tool_calls has a call without a name"),
+        ({**ANSWER, "tool_calls": [{}]}, "messages[1].tool_calls has a call without a name"),
+        (
+            {**ANSWER, "tool_calls": [{"name": "add", "arguments": "{a"}]},
+            "messages[1].tool_calls has arguments that are not JSON",
+        ),
+    ],
+)
+def test_a_message_that_cannot_be_used_is_named_by_its_place(message: Any, reason: str) -> None:
+    assert refusal({"messages": [USER, message, ANSWER]}) == reason
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_a_field_of_messages_must_be_a_list_of_some(field: str) -> None:
+    form = {"messages": "messages", "conversations": "sharegpt"}[field]
+    assert refusal({}, form) == f"field {field!r} is missing"
+    assert refusal({field: []}, form) == f"field {field!r} is empty"
+    for value, kind in [("Hi", "str"), (None, "NoneType"), ({"role": "user"}, "dict")]:
+        assert refusal({field: value}, form) == (
+            f"field {field!r} must be a list of messages, not {kind}"
+        )
+
+
+# ---- ShareGPT ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("human", "user"),
+        ("user", "user"),
+        ("gpt", "assistant"),
+        ("chatgpt", "assistant"),
+        ("bot", "assistant"),
+        ("model", "assistant"),
+        ("assistant", "assistant"),
+        ("function", "tool"),
+        ("observation", "tool"),
+        ("tool", "tool"),
+        ("system", "system"),
+        ("narrator", "narrator"),
+    ],
+)
+def test_the_names_of_sharegpt_become_roles(name: str, role: str) -> None:
+    row = {"conversations": [{"from": name, "value": "a"}, {"from": "gpt", "value": "b"}]}
+    said = read_row(row, "auto")
+    assert said == Chat(
+        [{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}],
+        [role == "assistant", True],
+    )
+
+
+def test_system_and_tools_may_stand_beside_a_conversation() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": None}]
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"conversations": turns, "system": "Be brief.", "tools": json.dumps([TOOL])}
+    system = {"role": "system", "content": "Be brief."}
+    assert read_row(row, "auto") == Chat([system, *plain], [False, False, True], [TOOL])
+    for none in ("", None):
+        assert read_row({"conversations": turns, "system": none}, "auto") == Chat(
+            plain, [False, True]
+        )
+    reason = "field 'system' must be a string, not int"
+    assert refusal({"conversations": turns, "system": 1}) == reason
+
+
+def test_a_conversation_may_use_the_other_field_names() -> None:
+    row = {"conversations": [USER, ANSWER]}
+    assert read_row(row, "sharegpt") == Chat([USER, ANSWER], [False, True])
+    row = {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    assert read_row(row, "messages") == Chat([USER, ANSWER], [False, True])
+
+
+# ---- prompt and completion as messages ---------------------------------------------------------
+
+
+def test_of_a_prompt_of_messages_only_the_completion_is_learned() -> None:
+    row = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, ANSWER], "tools": [TOOL]}
+    assert read_row(row, "auto") == Chat(
+        [USER, ANSWER, USER, ANSWER, USER, ANSWER], [False, False, False, True, False, True], [TOOL]
+    )
+
+
+def test_a_completion_without_an_answer_is_refused() -> None:
+    reason = "no supervised token: a message of the assistant is not to be learned"
+    assert refusal({"prompt": [USER, ANSWER], "completion": [USER]}) == reason
+
+
+def test_a_text_beside_a_list_of_messages_is_refused() -> None:
+    assert refusal({"prompt": [USER], "completion": "Ho"}) == (
+        "field 'completion' must be a list of messages, not str"
+    )
+    assert refusal({"prompt": "Hi", "completion": [ANSWER]}) == (
+        "field 'prompt' must be a list of messages, not str"
+    )
+    assert refusal({"prompt": [USER]}) == "field 'completion' is missing"
