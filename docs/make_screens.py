@@ -14,16 +14,17 @@ from mlx_qlora.config import build
 from mlx_qlora.inspection import inspect_data
 
 DOCS = Path(__file__).parent
-SHOWN: dict = {"model": {"source": "smollm2-135m"}, "data": {"path": "rows.jsonl", "cache_dir": None}}
-BLOCK = re.compile(r"(\$ mlx-qlora inspect rows\.jsonl --model smollm2-135m --show 1\n).*?(```)", re.S)
+COMMAND = "mlx-qlora inspect rows.jsonl --model smollm2-135m --show 1"
+CONFIG = {"model": {"source": "smollm2-135m"}, "data": {"path": "rows.jsonl", "cache_dir": None}}
+BLOCK = re.compile(rf"(\$ {re.escape(COMMAND)}\n).*?(```)", re.DOTALL)
 
 
 def screen(console: Console) -> None:
-    """Prints what `mlx-qlora inspect rows.jsonl --model smollm2-135m --show 1` prints."""
+    """Prints what COMMAND prints."""
     before = Path.cwd()
     os.chdir(DOCS / "screens")
     try:
-        inspect_data(build(SHOWN), console, show=1)
+        inspect_data(build(CONFIG), console, show=1)
     finally:
         os.chdir(before)
 

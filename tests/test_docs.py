@@ -19,6 +19,13 @@ def test_the_field_reference_is_current():
     assert (ROOT / "docs" / "fields.md").read_text(encoding="utf-8") == page, "run `make docs`"
 
 
+def test_the_screens_are_what_the_command_prints_today():
+    page = runpy.run_path(str(ROOT / "docs" / "make_screens.py"))["page"]
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert "3 refused" in text
+    assert page(text) == text, "run `make docs`"
+
+
 def test_the_architecture_names_every_module():
     text = (ROOT / "docs" / "architecture.md").read_text()
     for path in (ROOT / "mlx_qlora").rglob("*.py"):

@@ -239,7 +239,7 @@ def test_a_diverged_run_stops_and_leaves_the_last_good_checkpoint(hf_tiny, tmp_p
 
     def poisoned(*args):
         loss, norm, tokens = real(*args)
-        return (float("nan") if args[4] == 5 else loss), norm, tokens
+        return (float("nan") if args[1].step == 5 else loss), norm, tokens
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(TrainingError, match=r"step 5: loss nan.*lower training\.learning_rate"):

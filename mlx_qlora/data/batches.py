@@ -148,8 +148,9 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         """The batch at an index of the stream."""
-        if self.stop is not None and not 0 <= index < self.stop:
-            raise IndexError(f"there are {self.stop} batches; got index {index}")
+        if index < 0 or (self.stop is not None and index >= self.stop):
+            last = "no end" if self.stop is None else f"{self.stop} batches"
+            raise IndexError(f"the stream has {last}; got index {index}")
         return as_batch(self._layout(index, self._end))
 
     def epoch(self, index: int) -> float:

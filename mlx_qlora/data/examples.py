@@ -84,6 +84,11 @@ class Examples(Sequence[Example]):
         return self._store.rows["length"][self._rows]
 
     @property
+    def contents(self) -> np.ndarray:
+        """(n,) uint64: a hash of what each row says; copies have the same."""
+        return self._store.rows["said"][self._rows]
+
+    @property
     def digest(self) -> str:
         """A hash of what would be trained: all tokens and labels, in order."""
         made = self._store.rows["made"][self._rows]
@@ -95,7 +100,7 @@ class Examples(Sequence[Example]):
         Adding rows to a file does not move the others between the parts, and copies of a row land
         in the same part; the shares are therefore met only on average.
         """
-        where = _uniform(self._store.rows["said"][self._rows], seed)
+        where = _uniform(self.contents, seed)
         parts = np.searchsorted(np.cumsum(shares)[:-1], where, "right")
         return [
             Examples(self._store, self.report, self._rows[parts == i]) for i in range(len(shares))

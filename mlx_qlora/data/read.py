@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -343,6 +344,7 @@ def train_validation_test(
         if found[part]:
             name = path or ", ".join(file.name for file in found[part])
             parts[i] = read_files(name, found[part], tokenizer, config, console)
+            parts[i].report.leaked = int(np.isin(parts[i].contents, parts[0].contents).sum())
     train, validation, test = (part if len(part) else None for part in parts)
     assert train is not None
     return train, validation, test

@@ -38,6 +38,7 @@ class DataReport:
         tokens: of the kept rows.
         supervised: tokens that are learned.
         duplicates: kept rows that say the same as an earlier one.
+        leaked: kept rows of a validation or test file that are trained, too.
         truncated: kept rows that were cut to `max_length`.
         longest: tokens of the longest kept row.
         histogram: (shortest, longest, rows) of lengths in equal steps.
@@ -50,6 +51,7 @@ class DataReport:
     tokens: int = 0
     supervised: int = 0
     duplicates: int = 0
+    leaked: int = 0
     truncated: int = 0
     longest: int = 0
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
@@ -106,6 +108,8 @@ class DataReport:
             text += f"; {self.truncated:,} cut to max_length"
         if self.duplicates:
             text += f"; {self.duplicates:,} say the same as an earlier row"
+        if self.leaked:
+            text += f"; {self.leaked:,} are among the training rows, too"
         return f"{text}\n{self.refusals()}" if refused else text
 
     def as_dict(self) -> dict[str, Any]:

@@ -137,6 +137,12 @@ def encode_chunks(
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        except loky.BrokenProcessPool:
+            raise DataError(
+                "a process that tokenises was killed, probably for want of memory; set "
+                "data.num_workers=0, or a smaller number than "
+                f"{n_workers}"
+            ) from None
         finally:
             for future in ahead:
                 future.cancel()
