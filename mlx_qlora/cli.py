@@ -5,9 +5,11 @@ Every option but a handful of shorthands is a config field, made from its one de
 
 import argparse
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora._version import __version__
@@ -15,6 +17,7 @@ from mlx_qlora.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
+    from mlx_qlora.data.tokenizer import Tokenizer
 
 # flag -> (field, what its value is called; None for a flag that says true)
 SHORTHANDS = {
@@ -170,7 +173,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    if args.file is not None and "=" in args.file:  # argparse gives the first word to FILE
+    if args.file is not None and re.match(
+        r"\w+\.\w+=", args.file
+    ):  # argparse gives the first word to FILE
         args.overrides, args.file = [args.file, *args.overrides], None
     if args.file is not None:
         args.overrides = [f"data.path={args.file}", *args.overrides]
@@ -208,10 +213,11 @@ def _generate(args: argparse.Namespace) -> int:
         dtype=model.dtype,
         frozen_matmul=model.frozen_matmul,
     )
+    template, tokenizer = _as_taught(config, tokenizer)
     answer = generate(
         llama,
         tokenizer,
-        _prompt(args, tokenizer.chat_template is not None),
+        _prompt(args, tokenizer.chat_template is not None, template),
         how.max_new_tokens,
         how.temperature,
         how.top_p,
@@ -223,12 +229,31 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace, can_chat: bool) -> str | list[dict[str, str]]:
+def _as_taught(config: "RunConfig", tokenizer: "Tokenizer") -> "tuple[str, Tokenizer]":
+    """`data.template` of the run that made the adapter, and its chat template if it had its own."""
+    from mlx_qlora.config import build, read_yaml
+
+    template = config.data.template
+    if config.model.adapter is None:
+        return template, tokenizer
+    adapter = Path(config.model.adapter).expanduser()
+    if template == "auto" and (adapter / "run.yaml").is_file():
+        template = build({"data": read_yaml(adapter / "run.yaml").get("data", {})}).data.template
+    if (adapter / "chat_template.jinja").is_file():
+        source = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+        tokenizer = tokenizer.with_chat_template(source)
+    return template, tokenizer
+
+
+def _prompt(args: argparse.Namespace, can_chat: bool, template: str) -> str | list[dict[str, str]]:
     """The question in the form that the model was taught."""
-    from mlx_qlora.data.template import alpaca_prompt
+    from mlx_qlora.data.template import alpaca_prompt, chat_question
 
     if args.instruction is not None:
-        return alpaca_prompt(args.instruction, args.input or "")
+        if template in ("auto", "alpaca"):
+            return alpaca_prompt(args.instruction, args.input or "")
+        question = chat_question(args.instruction, args.input or "")
+        return [{"role": "user", "content": question}]
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     return [{"role": "user", "content": text}] if can_chat and not args.raw else text
 

@@ -9,6 +9,7 @@ from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.train.loop import batches_of
 from mlx_qlora.train.metrics import say
@@ -34,6 +35,7 @@ def inspect_data(config: RunConfig, console: Console, show: int = 0) -> Examples
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     parts = train_validation_test(config.data, tokenizer, config.training.seed, console)
     train = parts[0]
+    check_lengths(LlamaConfig.from_hf(checkpoint.config), *parts)
 
     for report in {id(part.report): part.report for part in parts if part}.values():
         say(console, f"data      {report}")
@@ -44,6 +46,21 @@ def inspect_data(config: RunConfig, console: Console, show: int = 0) -> Examples
     say(console, f"epoch     {view.epoch(batches)}")
     if show:
         console.print()
-        colour = console.color_system is not None
+        colour = console.color_system is not None and not console.no_color
         console.print(view.rows(batches, tokenizer, show, colour), soft_wrap=True)
     return train
+
+
+def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
+    """Refuses rows that are longer than the model has positions for.
+
+    Raises:
+        ConfigError: naming the length, the limit and the field that keeps such rows out.
+    """
+    longest = max(int(part.lengths.max()) for part in parts if part)
+    most = llama.max_position_embeddings
+    if longest > most:
+        raise ConfigError(
+            f"data.max_length lets in a row of {longest} tokens, and the model was made for "
+            f"{most}; set data.max_length={most}"
+        )

@@ -26,10 +26,11 @@ from mlx_qlora.adapters.peft import (
 )
 from mlx_qlora.config import RunConfig, to_dict, to_yaml
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.read import read_template, train_validation_test
+from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
 from mlx_qlora.infer.evaluate import Scores, evaluate
+from mlx_qlora.inspection import check_lengths
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
@@ -66,7 +67,7 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     parts = [part for part in (examples, validation, test) if part]
     for report in {id(part.report): part.report for part in parts}.values():
         say(console, f"data      {report}")
-    check_lengths(LlamaConfig.from_hf(checkpoint.config), examples, validation)
+    check_lengths(LlamaConfig.from_hf(checkpoint.config), examples, validation, test)
     sizes = [len(part or ()) for part in (examples, validation, test)]
     say(console, "          {:,} train, {:,} validation, {:,} test".format(*sizes))
     predicted = plan_checkpoint(checkpoint, config, examples)
@@ -122,7 +123,7 @@ def fine_tune(
     console = console or Console(stderr=True)
     if not len(train_examples):
         raise DataError("there are no examples to train on")
-    tokenizer = with_template(tokenizer, config)
+    tokenizer = with_template(tokenizer, train_examples)
     prepared = prepare(model, train_examples, validation, config)
     config, base, fingerprint = prepared.config, prepared.base, prepared.fingerprint
     say(
@@ -242,26 +243,10 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
-    """Refuses rows that are longer than the model has positions for.
-
-    Raises:
-        ConfigError: naming the length, the limit and the field that keeps such rows out.
-    """
-    longest = max(int(part.lengths.max()) for part in parts if part)
-    most = llama.max_position_embeddings
-    if longest > most:
-        raise ConfigError(
-            f"data.max_length lets in a row of {longest} tokens, and the model was made for "
-            f"{most}; set data.max_length={most}"
-        )
-
-
-def with_template(tokenizer: Tokenizer, config: RunConfig) -> Tokenizer:
+def with_template(tokenizer: Tokenizer, examples: Examples) -> Tokenizer:
     """The tokenizer with the chat template that the data is written by: it is saved with it."""
-    if config.data.template in ("auto", "alpaca", "chat"):
-        return tokenizer
-    return tokenizer.with_chat_template(read_template(config.data.template))
+    source = examples.report.chat_template
+    return tokenizer if source is None else tokenizer.with_chat_template(source)
 
 
 def check_output(output: Path) -> None:

@@ -116,9 +116,9 @@ def smollm2(smollm2_files: ModelFiles) -> tuple[LlamaForCausalLM, Tokenizer]:
 @pytest.fixture(scope="session")
 def llama31() -> Tokenizer:
     """Llama 3.1's tokenizer with its chat template."""
-    import llama31
+    import llama31_instruct
 
-    return load_tokenizer(llama31.folder())
+    return load_tokenizer(llama31_instruct.folder())
 
 
 @pytest.fixture(autouse=True, scope="session")

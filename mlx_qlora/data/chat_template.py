@@ -58,7 +58,7 @@ def render_template(
 
 def can_mark(source: str) -> bool:
     """Whether a template marks the assistant's words."""
-    return re.search(r"\{%-?\s*generation\b", source) is not None
+    return re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
 
 @functools.lru_cache(maxsize=16)

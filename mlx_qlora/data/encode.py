@@ -103,12 +103,15 @@ def _one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 def _without_tail(tokenizer: Tokenizer, joint: list[int], tail: str, text: str) -> list[int]:
     """Token ids of a text, from those of it behind the tail of what stands before it.
 
-    A SentencePiece model would open a text of its own with a space. Where one token would
-    straddle the border between the two, the text is tokenised alone.
+    Where one token would straddle the border between the two, the text is tokenised behind a
+    line break instead, which hardly a token straddles. Alone would be wrong: a SentencePiece
+    model opens a text of its own with a space.
     """
-    behind = _encode_tail(tokenizer, tail)
-    if joint[: len(behind)] == behind:
-        return joint[len(behind) :]
+    for before, ids in ((tail, joint), ("\n", None)):
+        behind = _encode_tail(tokenizer, before)
+        ids = tokenizer.encode(before + text) if ids is None else ids
+        if ids[: len(behind)] == behind:
+            return ids[len(behind) :]
     return tokenizer.encode(text)
 
 
@@ -140,13 +143,15 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     n = len(row.ids)
     excess = n - max_length
     if excess > 0 and truncation == "right":
-        row = Encoded(row.ids[:max_length], row.learned[:max_length], row.context, excess)
+        # Context behind the last learned id would teach nothing.
+        end = max(np.flatnonzero(row.learned[:max_length]), default=-1) + 1
+        row = Encoded(row.ids[:end], row.learned[:end], row.context, n - end)
     elif excess > 0 and truncation == "left-context":
         start = int(row.ids[0] == tokenizer.bos_id)
-        if start + excess > row.context:
+        if row.context - excess < max(start, 1):  # the first token of all is never learned
             raise DataError(
                 f"{n} tokens, of which {n - row.context} from the first answer on: longer than "
-                f"max_length {max_length}"
+                f"max_length {max_length}; truncation=right would cut the end"
             )
         kept = np.r_[:start, start + excess : n]
         learned = row.learned[kept]
@@ -154,7 +159,8 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
         row = Encoded(row.ids[kept], learned, row.context - excess, excess)
     elif excess > 0:
         kind = TooLong if truncation == "error" else DataError
-        raise kind(f"{n} tokens, longer than max_length {max_length}")
+        remedy = "; shorten it, or set data.truncation" * (kind is TooLong)
+        raise kind(f"{n} tokens, longer than max_length {max_length}{remedy}")
     if not row.learned.any():
         where = f" within max_length {max_length}" if row.cut else ""
         raise DataError(f"no supervised token{where}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_qlora.data.store import ROW, Piece, TokenStore, hash64, in_memory
 from mlx_qlora.data.summary import DataReport, FileReport
+from mlx_qlora.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,12 @@ class Examples(Sequence[Example]):
 
         Adding rows to a file does not move the others between the parts, and copies of a row land
         in the same part; the shares are therefore met only on average.
+
+        Raises:
+            ConfigError: the shares do not sum to 1.
         """
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")
         where = _uniform(self.contents, seed)
         parts = np.searchsorted(np.cumsum(shares)[:-1], where, "right")
         return [

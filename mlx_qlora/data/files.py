@@ -8,10 +8,12 @@ import glob
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mlx_qlora.errors import DataError, listing
+from mlx_qlora.errors import ConfigError, DataError, listing
 
 KINDS = ("jsonl", "ndjson", "json", "csv", "parquet")
 PART_NAMES = {
@@ -24,32 +26,60 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.%\[\]:+-]+))?")
 
 @dataclass(frozen=True)
 class RowFile:
-    """One file of rows, or one split of a data set on the hub.
+    """One file of rows, one split of a data set on the hub, or rows in memory.
 
     Attributes:
         name: what messages call it.
-        kind: one of KINDS, or "hub".
-        path: the file; for the hub, its id, config and split in one word.
+        kind: one of KINDS, "hub" or "memory".
+        path: the file; for the hub, its id, config and split in one word; or the rows.
         compressed: whether gzip is around it.
     """
 
     name: str
     kind: str
-    path: Path | str
+    path: Any
     compressed: bool = False
 
     @property
     def size(self) -> int:
         """Bytes on disk; 0 where that is not known."""
-        return Path(self.path).stat().st_size if self.kind != "hub" else 0
+        return Path(self.path).stat().st_size if self.kind in KINDS else 0
 
     def content_hash(self) -> str:
-        """A hash of every byte, read in pieces."""
-        hashed = hashlib.blake2b(self.kind.encode(), digest_size=16)
-        with open(self.path, "rb") as file:
+        """A hash of every byte, read in pieces, and of how they are read."""
+        how = f"{self.kind} {self.compressed}".encode()
+        hashed = hashlib.blake2b(how, digest_size=16)
+        with readable(self.name), open(self.path, "rb") as file:
             while piece := file.read(1 << 20):
                 hashed.update(piece)
         return hashed.hexdigest()
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turns what the system says of a file into an error of the user's input.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data {name} cannot be read: {error.strerror or error}") from None
+
+
+def user_path(text: str | Path, field: str) -> Path:
+    """A path as a person writes it, `~` included.
+
+    Raises:
+        ConfigError: it is empty, or names the home of nobody.
+    """
+    if not str(text):
+        raise ConfigError(f"{field} is empty; name a file or folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{field}: there is no home folder for {text}") from None
 
 
 def find_files(path: str | Path) -> dict[str, list[RowFile]]:
@@ -66,8 +96,11 @@ def find_files(path: str | Path) -> dict[str, list[RowFile]]:
     Raises:
         DataError: nothing is there, or nothing that holds rows.
     """
-    text = str(path)
-    place = Path(text).expanduser()
+    with readable(str(path)):
+        return _find(str(path), user_path(path, "data.path"))
+
+
+def _find(text: str, place: Path) -> dict[str, list[RowFile]]:
     if place.is_dir():
         return _by_part(place)
     if place.exists():
@@ -78,7 +111,8 @@ def find_files(path: str | Path) -> dict[str, list[RowFile]]:
         if not files:
             raise DataError(f"data {text} matches no file; correct the pattern")
         return _all_train(files)
-    if (named := HUB_ID.fullmatch(text)) and not kind_of(place):
+    named = HUB_ID.fullmatch(text)
+    if named and not kind_of(place) and not Path(place.parts[0]).exists():
         return _all_train([RowFile(text, "hub", "|".join(part or "" for part in named.groups()))])
     raise DataError(f"data file {text} is missing; give the path of a file or folder of rows")
 
@@ -98,7 +132,7 @@ def _row_file(path: Path, name: str) -> RowFile:
         raise DataError(f"data file {name}: {ending} ending; known: {known}, each also .gz")
     compressed = path.suffix.lower() == ".gz"
     if not path.stat().st_size:
-        raise DataError(f"data file {name} is empty")
+        raise DataError(f"data file {name} is empty; write the rows to it again")
     return RowFile(name, kind, path, compressed)
 
 
@@ -108,21 +142,25 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
         known = ", ".join(f".{kind}" for kind in KINDS)
         raise DataError(f"data folder {folder} holds no file of rows; known endings: {known}")
     files = [_row_file(path, str(path)) for path in paths]
-    parts = {name: [f for f in files if _part(f.path) == name] for name in PART_NAMES}
-    if not parts["train"]:
+    part_of = {file.name: _part(file.path.relative_to(folder)) for file in files}
+    if not any(part_of.values()):
         return _all_train(files)
-    if others := [f.name for f in files if _part(f.path) is None]:
+    parts = {name: [f for f in files if part_of[f.name] == name] for name in PART_NAMES}
+    others = [file.name for file in files if part_of[file.name] is None]
+    if others or not parts["train"]:
+        problem = "others that are for nothing" if others else "none to train on"
         raise DataError(
-            f"data folder {folder} has files for training by name, and others that are for "
-            f"nothing:\n{listing(others, most=5)}\nrename or remove them, or name one file"
+            f"data folder {folder} has files whose names say what they are for, and {problem}:\n"
+            f"{listing(others or [f.name for f in files], most=5)}\n"
+            "rename or remove them, or name the files one by one (data.path, data.test_path, ...)"
         )
     return parts
 
 
-def _part(path: Path | str) -> str | None:
-    """The part that a file's name says it is for: `train-00001.parquet` is for training."""
-    word = re.split(r"[._-]", Path(path).name.lower())[0]
-    return next((part for part, words in PART_NAMES.items() if word in words), None)
+def _part(path: Path) -> str | None:
+    """The part that a name says a file is for: `train-00001.parquet`, or `test/rows.jsonl`."""
+    words = [re.split(r"[._-]", name.lower())[0] for name in path.parts]
+    return next((part for part, known in PART_NAMES.items() if set(known) & set(words)), None)
 
 
 def _visible(folder: Path) -> Iterator[Path]:

@@ -14,11 +14,12 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
-from mlx_qlora.data.files import RowFile
+from mlx_qlora.data.files import RowFile, readable
 from mlx_qlora.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
+LONGEST_ITEM = 1 << 28  # characters; beyond this an item is taken for one that never ends
 
 Rows = Iterator[tuple[int, Any]]
 
@@ -38,19 +39,46 @@ def read_rows(file: RowFile) -> Rows:
 def raw_rows(file: RowFile) -> Rows:
     """As `read_rows`, but JSON lines stay bytes, for `parse` to read where there is time.
 
-    Parquet and the hub have no lines: their rows are counted.
+    Where rows have no lines of their own they are counted; see `unit_of`.
     """
-    if file.kind == "hub":
-        yield from enumerate(hub_dataset(file), 1)
+    if file.kind == "memory":
+        yield from enumerate(file.path, 1)
+    elif file.kind == "hub":
+        yield from ((n, _without_nulls(row)) for n, row in enumerate(hub_dataset(file), 1))
     elif file.kind == "parquet":
         yield from _parquet_rows(file)
     else:
-        opener: Any = gzip.open if file.compressed else open
         try:
-            with opener(file.path, "rb") as stream:
+            with readable(file.name), _open(file) as stream:
                 yield from _text_rows(file, stream)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (EOFError, zlib.error) as error:
             raise DataError(f"data file {file.name} is damaged: {error}") from None
+        except csv.Error as error:
+            raise DataError(f"data file {file.name}, line 1: {error}") from None
+
+
+def unit_of(file: RowFile) -> str:
+    """What the numbers of a file's rows count: "line", or "row" where many share a line."""
+    if file.kind in ("jsonl", "ndjson", "csv"):
+        return "line"
+    if file.kind != "json":
+        return "row"
+    try:
+        with readable(file.name), _open(file) as stream:
+            return "row" if _is_array(stream) else "line"
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"data file {file.name} is damaged: {error}") from None
+
+
+def _open(file: RowFile) -> Any:
+    return gzip.open(file.path) if file.compressed else open(file.path, "rb")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row of a table without the fields that were null because another row has them."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def parse(raw: Any) -> Any:
@@ -58,7 +86,7 @@ def parse(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _DECODER.decode(raw.decode("utf-8").rstrip("\r\n"))
+        return _STRICT.decode(raw.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
@@ -91,9 +119,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON allows a name twice and Python keeps the last: half of such a row would be lost."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"field {twice!r} appears twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise DataError(f"field {twice[:40]!r} appears twice")
     return made
 
 
@@ -101,7 +129,7 @@ def _constant(name: str) -> None:
     raise DataError(f"not JSON: {name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _is_array(file: IO[bytes]) -> bool:
@@ -112,53 +140,91 @@ def _is_array(file: IO[bytes]) -> bool:
 
 
 def _array_rows(file: IO[bytes]) -> Rows:
-    """The items of one JSON array, read piece by piece.
+    """The items of one JSON array, counted from 1 and read piece by piece.
 
     After an item that is no JSON nothing more can be found.
     """
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, at, line, counted, ended = "", 0, 1, 0, False
+    text = Pieces(file)
+    number = 1
+    text.skip(" \t\r\n")
+    text.at += 1  # the bracket
+    while True:
+        text.skip(" \t\r\n")
+        if text.here() == "]":
+            break
+        item = text.item()
+        yield number, item if isinstance(item, DataError) else parse(item.encode())
+        if isinstance(item, DataError):
+            return
+        number += 1
+        text.skip(" \t\r\n")
+        if text.here() not in (",", "]"):
+            cut = "a comma is missing" if text.here() else text.end
+            yield number, DataError(f"not JSON, and all after it is lost: {cut}")
+            return
+        text.at += text.here() == ","
+    text.at += 1
+    text.skip(" \t\r\n")
+    if text.here():
+        yield number, DataError("what stands behind the end of the array is lost")
 
-    def more(size: int) -> None:
-        nonlocal text, at, line, counted, ended
-        line, counted = line + text.count("\n", counted, at), 0
-        piece = file.read(size)
-        ended = not piece
-        text, at = text[at:] + decode(piece, ended), 0
 
-    try:
-        more(PIECE)
-        at = text.index("[") + 1
+class Pieces:
+    """The text of a file, of which only the part around `at` is in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._ended = self._broken = False
+        self.text, self.at = "", 0
+
+    def _read(self, size: int) -> None:
+        piece = self._file.read(size)
+        self._ended = not piece
+        try:
+            more = self._decode(piece, self._ended)
+        except UnicodeDecodeError as error:  # what stands before it is good
+            more = error.object[: error.start].decode("utf-8", "ignore")
+            self._ended = self._broken = True
+        self.text, self.at = self.text[self.at :] + more, 0
+
+    @property
+    def end(self) -> str:
+        """Why there is no more text."""
+        return "not UTF-8" if self._broken else "the file is cut short"
+
+    def here(self) -> str:
+        """The character at `at`; empty at the end of the file."""
+        while self.at >= len(self.text) and not self._ended:
+            self._read(PIECE)
+        return self.text[self.at : self.at + 1]
+
+    def skip(self, signs: str) -> None:
+        """Moves behind all of some signs."""
+        while (sign := self.here()) and sign in signs:
+            self.at += 1
+
+    def item(self) -> "str | DataError":
+        """The text of the JSON value at `at`, which moves behind it."""
         while True:
-            while text[at : at + 1] in (" ", "\t", "\r", "\n", ",") or (at >= len(text)):
-                if at < len(text):
-                    at += 1
-                elif ended:
-                    break
-                else:
-                    more(PIECE)
-            line, counted = line + text.count("\n", counted, at), at
-            if text[at : at + 1] in ("]", ""):
-                if at >= len(text):
-                    yield line, DataError("the array is not closed: the file is cut short")
-                return
             try:
-                row, end = _DECODER.raw_decode(text, at)
-                # The end of a piece may cut a number short; and an item may be longer than one.
-                if end >= len(text) and not ended:
-                    raise ValueError("cut")
-            except DataError as reason:  # JSON, but not as we want it: its end can be found
-                row, end = reason, json.JSONDecoder().raw_decode(text, at)[1]
-            except (ValueError, RecursionError) as error:
-                if not ended:
-                    more(max(PIECE, len(text)))
-                    continue
-                yield line, DataError(f"not JSON, and all after it is lost: {error}")
-                return
-            yield line, row
-            at = end
-    except UnicodeDecodeError:
-        yield line, DataError("not UTF-8: nothing after it can be read")
+                _, end = _LENIENT.raw_decode(self.text, self.at)
+                # The end of a piece may cut a number short: "-7" of "-7.5".
+                behind = self.text[end : end + 1]
+                whole = self.text[end - 1] in '}]"' or (behind and behind in ",] \t\r\n")
+                if whole or self._ended:
+                    found, self.at = self.text[self.at : end], end
+                    return found
+            except RecursionError:
+                return DataError("not JSON, and all after it is lost: nested too deeply")
+            except ValueError as error:
+                if self._ended or len(self.text) > LONGEST_ITEM:
+                    reason = self.end if self._broken else getattr(error, "msg", error)
+                    return DataError(f"not JSON, and all after it is lost: {reason}")
+            self._read(max(PIECE, len(self.text)))
+
+
+_LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)  # only to find where a value ends
 
 
 def _csv_rows(file: IO[bytes]) -> Rows:
@@ -167,7 +233,12 @@ def _csv_rows(file: IO[bytes]) -> Rows:
     # A generator of text and not a TextIOWrapper, which would close the file a second time.
     text = (line.decode("utf-8", "surrogateescape") for line in file)
     reader = csv.reader(text, strict=True)
-    header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+    try:
+        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+    except csv.Error as error:
+        raise csv.Error(f"no header: {error}") from None
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise csv.Error(f"the header names {twice[0]!r} twice; give each column its own name")
     while True:
         line = reader.line_num + 1
         try:
@@ -175,7 +246,8 @@ def _csv_rows(file: IO[bytes]) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, DataError(f"not CSV: {error}")
+            lost = f"; lines {line} to {reader.line_num} are lost" * (reader.line_num > line)
+            yield line, DataError(f"not CSV: {error}{lost}")
             continue
         if not values:
             continue
@@ -198,11 +270,11 @@ def _parquet_rows(file: RowFile) -> Rows:
         raise DataError(f"{file.name} needs pyarrow: pip install 'mlx-qlora[parquet]'") from None
     number = 0
     try:
-        with gzip.open(file.path) if file.compressed else open(file.path, "rb") as stream:
+        with _open(file) as stream:
             for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, _without_nulls(row)
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         after = f" after row {number}" if number else ""
         raise DataError(f"data file {file.name} is damaged{after}: {error}") from None
@@ -226,7 +298,8 @@ def hub_dataset(file: RowFile) -> Any:
     try:
         return datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:  # its own kinds, and those of the packages below it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        told = error.__cause__ or error  # "An error occurred while generating the dataset"
+        reason = (str(told).strip() or repr(told)).splitlines()[0]
         raise DataError(
             f"data {file.name} is no file, and the hub's data set of that name cannot be loaded: "
             f"{reason}"

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.data.encode import TRUNCATION
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.files import RowFile, find_files
-from mlx_qlora.data.formats import Rows, hub_dataset, parse, raw_rows
+from mlx_qlora.data.files import RowFile, find_files, user_path
+from mlx_qlora.data.formats import hub_dataset, parse, raw_rows, unit_of
 from mlx_qlora.data.rows import FORMATS, detect_format
 from mlx_qlora.data.store import VERSION, Piece, cached, forget_unused, in_memory, on_disk
 from mlx_qlora.data.summary import DataReport, FileReport, write_refused
@@ -117,39 +117,53 @@ def read_examples(
     """
     config = config or DataConfig()
     if isinstance(source, (str, Path)):
-        _begin_refused(config)
-        return read_files(str(source), find_files(source)["train"], tokenizer, config, console)
-    report = DataReport("rows")
-    recipe = _recipe(config, tokenizer, report)
-    found: list[tuple[str, Rows]] = [("rows", enumerate(source, 1))]
-    store = in_memory(_pieces(found, report, tokenizer, recipe, config))
-    report.measure(store)
-    _check_kept(report, config)
-    return Examples(store, report)
+        wanted = str(source), find_files(source)["train"]
+    else:
+        wanted = "rows", [RowFile("rows", "memory", list(source))]
+    return _read_all([wanted], tokenizer, config, console)[0]
 
 
-def read_files(
+def _read_all(
+    wanted: list[tuple[str, list[RowFile]]],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    console: Console | None,
+) -> list[Examples]:
+    """Examples of each (name, files); what was refused of all of them is written to one file."""
+    refused_path = None
+    if config.refused_path is not None:
+        refused_path = user_path(config.refused_path, "data.refused_path")
+        _spare_the_data(refused_path, wanted)
+    made = [_read_files(name, files, tokenizer, config, console) for name, files in wanted]
+    if refused_path is not None:
+        write_refused(refused_path, [(m.report, files) for m, (_, files) in zip(made, wanted)])
+    for examples in made:
+        _check_kept(examples.report, config)
+    return made
+
+
+def _read_files(
     source: str,
     files: list[RowFile],
     tokenizer: Tokenizer,
     config: DataConfig,
-    console: Console | None = None,
+    console: Console | None,
 ) -> Examples:
-    """As `read_examples`, for files that are found already; their tokens are cached."""
     report = DataReport(source)
     recipe = _recipe(config, tokenizer, report)
+    in_files = all(file.kind != "memory" for file in files)
     entry = store = None
-    if config.cache_dir is not None:
+    if config.cache_dir is not None and in_files:
         key = _cache_key(files, tokenizer, recipe, config)
         entry = cache_folder(config.cache_dir) / "tokens" / key
         store = cached(entry)
     report.cached = store is not None
     if store is None:
         with _Bar(console, sum(file.size for file in files)) as bar:
-            found = [(file.name, raw_rows(file)) for file in files]
-            pieces = _pieces(found, report, tokenizer, recipe, config, bar)
+            pieces = _pieces(files, report, tokenizer, recipe, config, bar)
             about: dict[str, Any] = {}
-            store = on_disk(entry, _then_tell(pieces, report, about), about)
+            told = _then_tell(pieces, report, about)
+            store = on_disk(entry, told, about) if in_files else in_memory(told)
         if entry is not None:
             forget_unused(entry.parent)
     else:
@@ -157,23 +171,21 @@ def read_files(
         for told, file in zip(report.files, files):  # the same content may lie elsewhere today
             told.name = file.name
     report.measure(store)
-    if config.refused_path is not None:
-        write_refused(report, files, Path(config.refused_path).expanduser())
-    _check_kept(report, config)
     return Examples(store, report)
 
 
 def cache_folder(name: str) -> Path:
     """The folder that `data.cache_dir` names."""
     if name != "auto":
-        return Path(name).expanduser()
+        return user_path(name, "data.cache_dir")
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-qlora"
 
 
 def _recipe(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Recipe:
     name, source = config.template, tokenizer.chat_template
     if name not in ("auto", "alpaca", "chat"):
-        name, source = "chat", read_template(config.template)
+        name = "chat"
+        source = report.chat_template = read_template(config.template)
     elif name == "chat" and source is None:
         raise ConfigError(
             "data.template=chat, but the model has no chat template; name a file with one"
@@ -189,7 +201,7 @@ def read_template(path: str) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return user_path(path, "data.template").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.template must be auto, alpaca, chat or a file with a chat template; {path!r} "
@@ -212,26 +224,27 @@ def _cache_key(
 
 
 def _pieces(
-    found: list[tuple[str, Rows]],
+    files: list[RowFile],
     report: DataReport,
     tokenizer: Tokenizer,
     recipe: Recipe,
     config: DataConfig,
-    bar: "_Bar | None" = None,
+    bar: "_Bar",
 ) -> Iterator[Piece]:
     """The pieces of all files in order; the report is filled in on the way."""
 
     def work() -> Iterator[Chunk]:
-        for number, (name, rows) in enumerate(found):
+        for number, file in enumerate(files):
+            rows = raw_rows(file)
             peeked = list(islice(rows, PEEKED))
             form = config.format if config.format != "auto" else _format_of(peeked)
             if recipe.template.name == "alpaca" and form in ("messages", "sharegpt"):
                 raise ConfigError(
-                    f"{name} holds {form}, which data.template=alpaca cannot write; "
+                    f"{file.name} holds {form}, which data.template=alpaca cannot write; "
                     "set data.template=chat"
                 )
-            report.files.append(FileReport(name, form))
-            yield from chunks(number, name, form, chain(peeked, rows))
+            report.files.append(FileReport(file.name, form, unit_of(file)))
+            yield from chunks(number, file.name, form, chain(peeked, rows))
 
     n_workers = default_workers() if config.num_workers is None else config.num_workers
     for made in encode_chunks(work(), tokenizer, recipe, n_workers):
@@ -239,8 +252,7 @@ def _pieces(
         file.read += made.read
         file.kept += len(made.piece.rows)
         file.refused += made.refused
-        if bar is not None:
-            bar.advance(made.chunk.size)
+        bar.advance(made.chunk.size)
         yield made.piece
 
 
@@ -263,15 +275,20 @@ def _then_tell(
     about.update(report.as_dict())
 
 
-def _begin_refused(config: DataConfig) -> None:
-    """Empties the file of refused rows, which each source that is read then adds to."""
-    if config.refused_path is not None:
-        try:
-            Path(config.refused_path).expanduser().write_text("", encoding="utf-8")
-        except OSError as error:
+def _spare_the_data(refused: Path, wanted: list[tuple[str, list[RowFile]]]) -> None:
+    """Refuses to write refused rows over the data, or where the next run would read them.
+
+    Raises:
+        ConfigError: naming the path.
+    """
+    place = refused.resolve()
+    for name, files in wanted:
+        paths = [Path(file.path).resolve() for file in files if isinstance(file.path, Path)]
+        folder = Path(name).expanduser().resolve()
+        if place in paths or (folder.is_dir() and folder in place.parents):
             raise ConfigError(
-                f"data.refused_path: {config.refused_path} cannot be written: {error.strerror}"
-            ) from None
+                f"data.refused_path: {refused} is among the rows of {name}; name another file"
+            )
 
 
 def _check_kept(report: DataReport, config: DataConfig) -> None:
@@ -328,22 +345,23 @@ def train_validation_test(
         if path is not None:
             found[part] = find_files(path)["train"]
 
-    _begin_refused(config)
     shares = list(config.split)
     for i, part in enumerate(named, 1):
         if found[part]:
             shares[i] = 0.0  # files of its own: this part of `split` is trained instead
     shares[0] = 1.0 - shares[1] - shares[2]
-    whole = read_files(config.path, found["train"], tokenizer, config, console)
-    parts = whole.split(shares, seed)
+    wanted = {part: (config.path, files) for part, files in found.items() if files}
+    wanted |= {part: (path, found[part]) for part, path in named.items() if path is not None}
+    read = dict(zip(wanted, _read_all(list(wanted.values()), tokenizer, config, console)))
+
+    parts = read["train"].split(shares, seed)
     if not len(parts[0]):
         raise DataError(
             f"{config.path}: no row is left to train on; raise data.split's first share"
         )
-    for i, (part, path) in enumerate(named.items(), 1):
-        if found[part]:
-            name = path or ", ".join(file.name for file in found[part])
-            parts[i] = read_files(name, found[part], tokenizer, config, console)
+    for i, part in enumerate(named, 1):
+        if part in read:
+            parts[i] = read[part]
             parts[i].report.leaked = int(np.isin(parts[i].contents, parts[0].contents).sum())
     train, validation, test = (part if len(part) else None for part in parts)
     assert train is not None

@@ -16,8 +16,11 @@ Message = dict[str, Any]
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
 ROLES = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
-    **{"model": "assistant", "function": "tool", "observation": "tool"},
+    **{"model": "assistant", "function_call": "assistant"},
+    **{"function": "tool", "observation": "tool"},
 }
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,11 @@ def read_messages(row: Mapping[str, Any]) -> Chat:
 def read_sharegpt(row: Mapping[str, Any]) -> Chat:
     """Field `conversations` with `from` and `value`; `system` and `tools` may stand beside it."""
     messages = _messages_of(row, "conversations")
-    if system := text_of(row, "system", optional=True):
-        messages = [{"role": "system", "content": system}, *messages]
+    system = {"role": "system", "content": text_of(row, "system", optional=True)}
+    if system["content"] and system != messages[0]:
+        if messages[0]["role"] == "system":
+            raise DataError("field 'system' says something else than the system message")
+        messages = [system, *messages]
     return _chat(messages, _tools_of(row))
 
 
@@ -119,7 +125,7 @@ def detect_format(row: Mapping[str, Any]) -> str:
     for name, fields in TELLING.items():
         if fields & row.keys():
             return name
-    has = ", ".join(sorted(map(str, row))[:6]) or "none"
+    has = ", ".join(repr(name)[:40] for name in list(row)[:6]) or "none"
     raise DataError(
         "has the fields of no format: messages; conversations; instruction, output; "
         f"prompt, completion; text (it has: {has})"
@@ -175,24 +181,33 @@ def _message(value: Any, where: str) -> Message:
     """One message with `role` and `content`, from OpenAI's fields or ShareGPT's."""
     if not isinstance(value, Mapping):
         raise DataError(f"{where} is not an object but {type(value).__name__}")
-    rest = {k: v for k, v in value.items() if v is not None}  # Parquet fills in absent fields
+    if not all(isinstance(key, str) for key in value):
+        raise DataError(f"{where} has a field whose name is no text")
+    rest = {k: v for k, v in value.items() if v is not None}
+    if "function_call" in rest:
+        raise DataError(f"{where} has OpenAI's old field 'function_call'; write 'tool_calls'")
     role = rest.pop("role", None) or rest.pop("from", None)
     content = rest.pop("content", None)
     content = rest.pop("value", None) if content is None else content
     if not isinstance(role, str) or not role:
         raise DataError(f"{where} has no role (field 'role', or 'from')")
-    if "tool_calls" in rest:
-        rest["tool_calls"] = _tool_calls(rest["tool_calls"], where)
-    content = _content(content, where, optional="tool_calls" in rest)
-    return {"role": ROLES.get(role, role), "content": content, **rest}
+    role = ROLES.get(role.lower(), role.lower())
+    if role not in KNOWN_ROLES:
+        raise DataError(f"{where} has the role {role[:40]!r}; known: {', '.join(KNOWN_ROLES)}")
+    if calls := rest.pop("tool_calls", None):
+        rest["tool_calls"] = _tool_calls(calls, where)
+    content = _content(content, where, bool(calls) or role in MAY_BE_EMPTY)
+    return {"role": role, "content": content, **rest}
 
 
 def _content(content: Any, where: str, optional: bool) -> str:
     if isinstance(content, (list, tuple)):  # OpenAI's parts; only text is known to a Llama
-        kinds = {part.get("type") if isinstance(part, Mapping) else None for part in content}
-        if kinds - {"text"}:
+        parts = [part for part in content if isinstance(part, Mapping)]
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        known = [text for text in texts if isinstance(text, str)]
+        if len(known) < len(content):
             raise DataError(f"{where} has content that is not text")
-        content = "".join(text_of(part, "text") for part in content)
+        content = "".join(known)
     if content is None:
         content = ""
     if not isinstance(content, str):
@@ -213,10 +228,9 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(f"{where}.tool_calls has a call without a name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError:
-                raise DataError(f"{where}.tool_calls has arguments that are not JSON") from None
+            arguments = _json(arguments or "{}", f"{where}.tool_calls has arguments that are")
+        if not isinstance(arguments, Mapping):
+            raise DataError(f"{where}.tool_calls has arguments that are no object")
         function = {**function, "arguments": arguments}
         made.append({**call, "function": function} if "function" in call else function)
     return made
@@ -224,11 +238,10 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def _tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     tools = row.get("tools")
-    if isinstance(tools, str):  # a column of Parquet or CSV cannot hold schemas of many shapes
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise DataError("field 'tools' is not JSON") from None
+    if row.get("functions"):
+        raise DataError("has OpenAI's old field 'functions'; write 'tools'")
+    if isinstance(tools, str) and tools:  # a column of a table cannot hold schemas of many shapes
+        tools = _json(tools, "field 'tools' is")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -236,9 +249,19 @@ def _tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return tools
 
 
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(f"{what} not JSON") from None
+
+
 def _chat(messages: list[Message], tools: list[dict[str, Any]] | None) -> Chat:
     """A chat up to the last message to learn; OpenAI's `weight` 0 takes one out."""
     weights = [message.pop("weight", 1) for message in messages]
+    for i, weight in enumerate(weights):
+        if isinstance(weight, str) or weight not in (0, 1):
+            raise DataError(f"messages[{i}] has the weight {weight!r}; 0 and 1 are known")
     learned = [m["role"] == "assistant" and w != 0 for m, w in zip(messages, weights)]
     if True not in learned:
         reason = "is not to be learned" if 0 in weights else "is missing"

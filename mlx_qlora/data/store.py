@@ -6,6 +6,7 @@ is written beside its place and renamed into it, and carries checksums, so that 
 time do not harm each other and a damaged one is found.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_qlora._version import __version__
 from mlx_qlora.errors import DataError
 
-VERSION = 1  # of these files and of what `encode` makes of a row; part of every cache key
+# Of these files and of what a row is made into; part of every cache key.
+VERSION = f"1, mlx-qlora {__version__}"
 KEPT_DAYS = 30  # an entry that no run has used for so long is removed
 
 ROW = np.dtype(
@@ -119,9 +122,8 @@ def on_disk(folder: Path | None, pieces: Iterable[Piece], about: dict[str, Any])
         staging = Path(tempfile.mkdtemp(prefix="staging-", dir=where))
         try:
             _write(staging, pieces, about)
-            if folder is not None:
-                _move_into_place(staging, folder)
-                return _open(folder)
+            if folder is not None and (made := _move_into_place(staging, folder)):
+                return made
             store = _open(staging)
             weakref.finalize(store, shutil.rmtree, staging, True)
             return store
@@ -129,9 +131,10 @@ def on_disk(folder: Path | None, pieces: Iterable[Piece], about: dict[str, Any])
             shutil.rmtree(staging, ignore_errors=True)
             raise
     except OSError as error:
+        place = error.filename or folder or tempfile.gettempdir()
         raise DataError(
-            f"the tokens cannot be written to {error.filename or folder}: {error.strerror}; free "
-            "some space there, or set data.cache_dir to another folder"
+            f"the tokens cannot be written to {place}: {error.strerror or error}; free some space "
+            "there, or set data.cache_dir to another folder"
         ) from None
 
 
@@ -146,35 +149,72 @@ def _write(folder: Path, pieces: Iterable[Piece], about: dict[str, Any]) -> None
             file.write(content)
             rows.append(piece.rows)
     np.save(folder / "rows.npy", np.concatenate(rows))
-    checksums = {"tokens.bin": checksum, "rows.npy": _checksum(folder / "rows.npy")}
-    text = json.dumps({"version": VERSION, "checksums": checksums, "about": about})
+    told = json.dumps(about)
+    checksums = {
+        "tokens.bin": checksum,
+        "rows.npy": _checksum(folder / "rows.npy"),
+        "about": zlib.crc32(told.encode()),
+    }
+    text = json.dumps({"version": VERSION, "checksums": checksums, "about": told})
     (folder / "about.json").write_text(text, encoding="utf-8")
 
 
-def _move_into_place(staging: Path, folder: Path) -> None:
-    try:
-        os.rename(staging, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(staging)  # another run has made the same entry meanwhile
+def _move_into_place(staging: Path, folder: Path) -> TokenStore | None:
+    """The store in its place; None if something that is no entry stands there and stays."""
+    for _ in range(2):
+        try:
+            os.rename(staging, folder)
+            return _open(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        if (theirs := cached(folder)) is not None:  # another run has made the same meanwhile
+            shutil.rmtree(staging)
+            return theirs
+    return None
 
 
 def cached(folder: Path) -> TokenStore | None:
-    """The store of a cache entry; None if there is none. A damaged entry is removed."""
+    """The store of a cache entry; None if there is none. A damaged entry is removed.
+
+    One that appears meanwhile is not: only what was read and found wrong is.
+    """
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        whole = all(_checksum(folder / name) == sum for name, sum in about["checksums"].items())
-        if whole and about["version"] == VERSION:
-            os.utime(folder)
-            return _open(folder)
+        text = (folder / "about.json").read_text(encoding="utf-8")
     except FileNotFoundError:
-        if not folder.exists():
+        if not folder.exists() or (folder / "about.json").exists():
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, UnicodeDecodeError):
         pass
-    shutil.rmtree(folder, ignore_errors=True)
+    else:
+        if _is_whole(folder, text):
+            _touch(folder)
+            return _open(folder)
+    aside = folder.with_name(f"staging-{folder.name}-{os.getpid()}-{time.time_ns()}")
+    with contextlib.suppress(OSError):
+        os.rename(folder, aside)  # at once: another run may make the entry anew
+        shutil.rmtree(aside)
     return None
+
+
+def _is_whole(folder: Path, text: str) -> bool:
+    """Whether the files of an entry are those that its `about.json` tells of."""
+    try:
+        made = json.loads(text)
+        checksums = {
+            "tokens.bin": _checksum(folder / "tokens.bin"),
+            "rows.npy": _checksum(folder / "rows.npy"),
+            "about": zlib.crc32(made["about"].encode()),
+        }
+        return checksums == made["checksums"] and made["version"] == VERSION
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _touch(folder: Path) -> None:
+    """Notes that an entry was used; one that others own, or that is read-only, serves as well."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
 
 
 def forget_unused(folder: Path) -> None:
@@ -189,7 +229,7 @@ def forget_unused(folder: Path) -> None:
 
 
 def _open(folder: Path) -> TokenStore:
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))["about"]
+    about = json.loads(json.loads((folder / "about.json").read_text(encoding="utf-8"))["about"])
     return TokenStore(
         TokenFile(folder / "tokens.bin"), np.load(folder / "rows.npy", mmap_mode="r"), about
     )

@@ -1,6 +1,8 @@
 """What became of the rows: the figures of a source, and every refusal with its line and reason."""
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,14 @@ SHOWN = 5  # refusals in a text
 
 @dataclass
 class FileReport:
-    """One file: its format, how many rows were read and kept, and (line, reason) of the others."""
+    """One file: its format, how many rows were read and kept, and (line, reason) of the others.
+
+    `unit` is what the numbers count: "line", or "row" where many rows share a line.
+    """
 
     name: str
     format: str
+    unit: str = "line"
     read: int = 0
     kept: int = 0
     refused: list[tuple[int, str]] = field(default_factory=list)
@@ -43,6 +49,7 @@ class DataReport:
         longest: tokens of the longest kept row.
         histogram: (shortest, longest, rows) of lengths in equal steps.
         cached: whether the tokens came from the cache.
+        chat_template: source of the template file that rows were written by; None for none.
     """
 
     source: str
@@ -56,6 +63,7 @@ class DataReport:
     longest: int = 0
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
     cached: bool = False
+    chat_template: str | None = field(default=None, repr=False)
 
     @property
     def read(self) -> int:
@@ -92,7 +100,7 @@ class DataReport:
         """The refused rows, one to a line, with the file's name if there are several."""
         lines = []
         for file in self.files:
-            where = f"{file.name}, line" if len(self.files) > 1 else "line"
+            where = f"{file.name}, {file.unit}" if len(self.files) > 1 else file.unit
             lines += [f"{where} {line}: {why}" for line, why in file.refused]
         return listing(lines, most)
 
@@ -133,32 +141,45 @@ def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     return [(i * step + 1, (i + 1) * step, int(n)) for i, n in enumerate(counts)]
 
 
-def write_refused(report: DataReport, files: list[RowFile], path: Path) -> None:
-    """Adds every refused row to a JSONL file: where it stood, why, and what it was.
+def write_refused(path: Path, read: list[tuple[DataReport, list[RowFile]]]) -> None:
+    """Writes every refused row to a JSONL file: where it stood, why, and what it was.
 
     Args:
-        report: of the files.
-        files: read once more, as nobody keeps rows that cannot be used.
-        path: of the file to add to.
+        path: of the file to write; it appears whole or not at all.
+        read: the reports, and the files that each is of. The files are read once more, as nobody
+            keeps rows that cannot be used.
 
     Raises:
         DataError: the file cannot be written.
     """
-    reasons = {file.name: dict(file.refused) for file in report.files}
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(path, "a", encoding="utf-8") as out:
-            for file in files:
-                for line, raw in raw_rows(file) if reasons[file.name] else ():
-                    if line in reasons[file.name]:
-                        reason = reasons[file.name][line]
-                        row = {"file": file.name, "line": line, "reason": reason, "row": _text(raw)}
-                        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with open(partial, "w", encoding="utf-8") as out:
+            for report, files in read:
+                for told, file in zip(report.files, files):
+                    for row in _refused(told, file):
+                        out.write(json.dumps(row) + "\n")
+        os.replace(partial, path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise DataError(f"data.refused_path: {path} cannot be written: {error.strerror}") from None
+
+
+def _refused(told: FileReport, file: RowFile) -> Iterator[dict[str, Any]]:
+    reasons = dict(told.refused)
+    for line, raw in raw_rows(file) if reasons else ():
+        if line in reasons:
+            where = {"file": file.name, told.unit: line}
+            yield {**where, "reason": reasons[line], "row": _text(raw)}
 
 
 def _text(raw: Any) -> Any:
     """A raw row as JSON can hold it; bytes that are no UTF-8 are escaped."""
     if isinstance(raw, bytes):
         return raw.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    return None if isinstance(raw, DataError) else json.loads(json.dumps(raw, default=str))
+    if isinstance(raw, DataError):
+        return None
+    try:
+        return json.loads(json.dumps(raw, default=str, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):  # what JSON cannot hold
+        return repr(raw)[:10_000]

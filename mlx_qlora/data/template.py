@@ -6,6 +6,8 @@ is found by construction: what the template writes before an answer must be a pr
 writes with it, and that of the whole conversation.
 """
 
+import itertools
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,8 @@ class Template:
             return [(said.prompt, False), (said.completion, True)]
         if isinstance(said, Instruction) and self.name in ("auto", "alpaca"):
             return [(alpaca_prompt(said.instruction, said.input), False), (said.output, True)]
+        if self.name == "alpaca":
+            raise DataError("data.template=alpaca cannot write messages; set data.template=chat")
         return chat_segments(_as_chat(said), self.source, tokenizer)
 
 
@@ -53,13 +57,17 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
 
+def chat_question(instruction: str, input: str = "") -> str:
+    """An instruction as the user of a chat puts it."""
+    return f"{instruction}\n\n{input}" if input else instruction
+
+
 def _as_chat(said: Said) -> Chat:
     """An instruction or a pair as one question and its answer."""
     if isinstance(said, Chat):
         return said
     if isinstance(said, Instruction):
-        question = f"{said.instruction}\n\n{said.input}" if said.input else said.instruction
-        answer = said.output
+        question, answer = chat_question(said.instruction, said.input), said.output
     else:
         question, answer = said.prompt, said.completion
     return Chat([_message("user", question), _message("assistant", answer)], [False, True])
@@ -90,13 +98,20 @@ def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segme
             raise DataError(f"the chat template refuses it: {error}") from None
 
     whole = render(chat.messages)
+    refuse_unwritten(chat, whole)
     segments: Segments = []
     at = 0
     for i, learned in enumerate(chat.learned):
         if not learned:
             continue
-        before = render(chat.messages[:i], add_generation_prompt=True)
         after = whole if i + 1 == len(chat.messages) else render(chat.messages[: i + 1])
+        if i:
+            before = render(chat.messages[:i], add_generation_prompt=True)
+        else:  # templates want a message: what two different first answers have in common
+            other = "B" if chat.messages[0]["content"].lstrip().startswith("A") else "A"
+            same = zip(after, render([{**chat.messages[0], "content": other}]))
+            n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
+            before = after[:n]
         if not (whole.startswith(after) and after.startswith(before) and at <= len(before)):
             return _marked_segments(chat, source, render(chat.messages, mark=True))
         segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
@@ -108,8 +123,9 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     """The stretches that the template itself marks as the assistant's words."""
     if not can_mark(source):
         raise DataError(
-            "the chat template writes a turn differently once others follow, and has no "
-            "{% generation %} markers: where the answers begin cannot be known"
+            "what the chat template writes before an answer is not how it begins the text with "
+            "the answer or with all turns, and it has no {% generation %} markers: where the "
+            "answers begin cannot be known"
         )
     texts = marked.split(GENERATED)
     answers = [
@@ -122,3 +138,36 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     segments = [(text, i % 2 == 1 and answers[i // 2]) for i, text in enumerate(texts)]
     last = max(i for i, (_, learned) in enumerate(segments) if learned)
     return segments[: last + 1]
+
+
+def refuse_unwritten(chat: Chat, whole: str) -> None:
+    """Refuses a chat of which the template leaves something out.
+
+    Many templates know no tools, and Llama 3.1's writes no text beside a call: the row would
+    teach other words than it says.
+
+    Raises:
+        DataError: naming the first message, or the tool, that is not in the text.
+    """
+    for i, message in enumerate(chat.messages):
+        if not _is_written(message["content"], whole):
+            role = message["role"]
+            raise DataError(f"the chat template does not write what messages[{i}] ({role}) says")
+        for call in message.get("tool_calls", ()):
+            function = call.get("function", call)
+            if not all(name in whole for name in (function["name"], *function["arguments"])):
+                raise DataError(f"the chat template does not write the call in messages[{i}]")
+    for tool in chat.tools or ():
+        name = tool.get("function", tool).get("name")
+        if isinstance(name, str) and name not in whole:
+            raise DataError(f"the chat template does not write the tool {name!r}")
+
+
+def _is_written(content: str, whole: str) -> bool:
+    """Whether the last line of a text is there, as it is or as JSON.
+
+    The last line alone: templates cut thoughts from the front of an answer, and trim.
+    """
+    said = content.rpartition("</think>")[2].strip()
+    line = (said.splitlines() or [""])[-1].strip()
+    return line in whole or json.dumps(line, ensure_ascii=False)[1:-1] in whole

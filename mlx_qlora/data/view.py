@@ -11,6 +11,9 @@ from mlx_qlora.data.tokenizer import Tokenizer
 BAR = 40  # characters of the longest bar
 SUPERVISED, CONTEXT, PADDING, NOTE = "bold green", "default", "dim red", "dim cyan"
 
+# Signs that a terminal would swallow or turn into spaces are shown as their Unicode pictures.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {127: 0x2421}
+
 
 def histogram(report: DataReport) -> str:
     """One line for each step of length, with a bar for how many rows have it."""
@@ -65,11 +68,13 @@ def _row(batch: Batch, b: int, tokenizer: Tokenizer, title: str, colour: bool) -
         text.append(f"{place}: {end - start + 1} tokens, {n_learned} supervised\n", NOTE)
         # A label is the token to predict next: the document's own tokens are its first token,
         # and behind each position either that label or, where none is learned, the next input.
-        following = np.append(tokens[start + 1 : end], 0)
+        following = np.append(tokens[start + 1 : end], IGNORE)
         ids = [int(tokens[start]), *np.where(inside != IGNORE, inside, following).tolist()]
         learned = [False, *(inside != IGNORE).tolist()]
+        if ids[-1] == IGNORE:  # not learned, and no input: the batch does not hold it
+            ids, learned = ids[:-1], learned[:-1]
         for is_learned, run in _runs(ids, learned):
-            words = tokenizer.decode(run)
+            words = tokenizer.decode(run).translate(PICTURES)
             marked = words if colour or not is_learned else f"⟦{words}⟧"
             text.append(marked, SUPERVISED if is_learned else CONTEXT)
         text.append("\n")

@@ -25,6 +25,7 @@ from mlx_qlora.errors import DataError
 
 CHUNK_BYTES = 1 << 20  # of raw rows that a worker gets at once
 CHUNK_ROWS = 4096
+LONGEST_REASON = 300  # characters
 # So much is done here first: starting workers for less would take longer than the work.
 BEFORE_WORKERS = 4 * CHUNK_BYTES
 
@@ -99,7 +100,11 @@ def chunks(file: int, name: str, form: str, rows: Iterable[tuple[int, Any]]) -> 
 
 
 def _rough_size(row: Any) -> int:
-    return sum(len(str(value)) for value in row.values()) if isinstance(row, dict) else 100
+    if isinstance(row, dict):
+        return sum(map(_rough_size, row.values()))
+    if isinstance(row, list):
+        return sum(map(_rough_size, row))
+    return len(row) if isinstance(row, str) else 8
 
 
 def encode_chunks(
@@ -174,7 +179,9 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, recipe: Recipe) -> Made:
             segments = recipe.template.segments(said, tokenizer)
             written.append((line, hash64(_content(said)), segments))
         except DataError as reason:
-            refused.append((line, str(reason)))
+            refused.append((line, _one_line(reason)))
+        except RecursionError:
+            refused.append((line, "nested too deeply"))
 
     encoded = encode_rows(tokenizer, [segments for _, _, segments in written])
     tokens, rows, start = [np.zeros(0, np.int32)], [], 0
@@ -184,7 +191,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, recipe: Recipe) -> Made:
         except TooLong as reason:
             raise DataError(f"{chunk.name}, line {line}: {reason}") from None
         except DataError as reason:
-            refused.append((line, str(reason)))
+            refused.append((line, _one_line(reason)))
             continue
         stored = np.where(row.learned, ~row.ids, row.ids)
         supervised = int(np.count_nonzero(row.learned))
@@ -208,4 +215,14 @@ _ENCODER = json.JSONEncoder(sort_keys=True, default=str)
 
 def _content(said: Said) -> bytes:
     """What a row says and no more: rows that differ only in an id are copies of each other."""
-    return _ENCODER.encode([type(said).__name__, vars(said)]).encode()
+    try:
+        return _ENCODER.encode([type(said).__name__, vars(said)]).encode()
+    except (TypeError, ValueError) as error:  # names that are no text, numbers of many digits
+        raise DataError(f"holds what JSON cannot: {error}") from None
+
+
+def _one_line(reason: Exception) -> str:
+    """A reason without what a row, or a template, may have put into it: line breaks, escapes."""
+    text = " ".join(str(reason).split())
+    text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."

@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM end a run after a checkpoint; a second one ends it at once."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+WATCHED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal, and has saved what it had.
+
+    Attributes:
+        signum: of the signal; the exit code is 128 + signum.
+        checkpoint: where the run goes on from; None if no step was done yet.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path | None) -> None:
+        self.signum = signum
+        self.checkpoint = checkpoint
+        name = signal.Signals(signum).name
+        kept = f"saved {checkpoint}" if checkpoint else "no step was done yet"
+        super().__init__(f"stopped by {name}; {kept}. The same command goes on from there")
+
+
+class Interruption:
+    """Within it a first signal is only noted, and the next one has its usual effect.
+
+    Only the main thread may set handlers: elsewhere (a run in a thread of a notebook) signals
+    keep their usual effect.
+
+    Attributes:
+        signum: of the signal that came; None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in WATCHED:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            # None: the handler was set by code that is not Python's, and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
