@@ -30,7 +30,7 @@ _HOME = {
     "SourceError": "errors",
     "TokenizerError": "errors",
     "TrainResult": "train.loop",
-    "TrainingConfig": "train.loop",
+    "TrainingConfig": "train.config",
     "UserError": "errors",
     "WeightsError": "errors",
     "add_lora": "model.lora",
@@ -90,7 +90,7 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.source import ModelConfig as ModelConfig
     from mlx_qlora.source import load as load
     from mlx_qlora.train.checkpoint import CheckpointingConfig as CheckpointingConfig
-    from mlx_qlora.train.loop import TrainingConfig as TrainingConfig
+    from mlx_qlora.train.config import TrainingConfig as TrainingConfig
     from mlx_qlora.train.loop import TrainResult as TrainResult
     from mlx_qlora.train.metrics import LoggingConfig as LoggingConfig
     from mlx_qlora.train.step import loss_and_grads as loss_and_grads

@@ -110,3 +110,41 @@ def facts() -> dict[str, Any]:
         "frozen_matmul": chosen.frozen_matmul,
         "blas": multiplies,
     }
+
+
+def limit_memory() -> None:
+    """Keeps MLX's memory where the machine can serve it; the one place that sets its limits.
+
+    On Metal the working set is wired, so that macOS does not page weights out between steps. The
+    cache of freed buffers is bounded everywhere: batches of many shapes would fill memory with it.
+    """
+    import mlx.core as mx
+
+    working_set = facts()["working_set_bytes"]
+    if backend().device == "metal":
+        mx.set_wired_limit(working_set)
+    mx.set_cache_limit(working_set // 8)
+
+
+# What Metal, CUDA and the C++ library say when memory is at an end.
+OUT_OF_MEMORY = (
+    *("Insufficient Memory", "OutOfMemory", "out of memory", "Unable to allocate"),
+    *("Attempting to allocate", "bad_alloc", "cudaErrorMemoryAllocation"),
+)
+WATCHDOG = ("ImpactingInteractivity", "CallbackErrorTimeout")
+
+
+def is_out_of_memory(reason: str) -> bool:
+    """Whether an error of MLX says that memory is at an end."""
+    return any(words in reason for words in OUT_OF_MEMORY)
+
+
+def hint(reason: str) -> str:
+    """What a user can do about an error of the device; empty where nothing is known."""
+    if any(words in reason for words in WATCHDOG):  # mlx#3267: macOS protects the display
+        return (
+            ". macOS stops work that keeps the display waiting: set the environment variable "
+            "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, or lower training.per_device_train_batch_size "
+            "or data.max_length"
+        )
+    return ""

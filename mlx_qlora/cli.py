@@ -6,6 +6,7 @@ Every option but a handful of shorthands is a config field, made from its one de
 import argparse
 import dataclasses
 import re
+import signal
 import sys
 import typing
 from collections.abc import Sequence
@@ -54,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mlx-qlora: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        if str(stop):  # a run that saved what it had says so
+            print(f"mlx-qlora: {stop}", file=sys.stderr)
+        return 128 + getattr(stop, "signum", signal.SIGINT)
 
 
 def train_main() -> int:

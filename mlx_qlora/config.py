@@ -20,7 +20,7 @@ from mlx_qlora.infer.generate import GenerationConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.source import ModelConfig
 from mlx_qlora.train.checkpoint import CheckpointingConfig
-from mlx_qlora.train.loop import TrainingConfig
+from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.metrics import LoggingConfig
 
 

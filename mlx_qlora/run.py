@@ -12,6 +12,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -38,7 +39,14 @@ from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import load_model, open_checkpoint
 from mlx_qlora.planner import plan_checkpoint
 from mlx_qlora.report import write_report
-from mlx_qlora.train.checkpoint import RunState, checkpoint_to_resume, is_ours
+from mlx_qlora.train.advice import advise
+from mlx_qlora.train.checkpoint import (
+    RunState,
+    checkpoint_to_resume,
+    disk_errors,
+    is_ours,
+    locked,
+)
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import say
 
@@ -125,15 +133,37 @@ def fine_tune(
         raise DataError("there are no examples to train on")
     tokenizer = with_template(tokenizer, train_examples)
     prepared = prepare(model, train_examples, validation, config)
-    config, base, fingerprint = prepared.config, prepared.base, prepared.fingerprint
+    config, base = prepared.config, prepared.base
     say(
         console,
         f"training  {trainable_count(model):,} parameters of {base} on "
         f"{backend.facts()['chip']} ({backend.backend().device})",
     )
     output = Path(config.checkpointing.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_record(output, config, fingerprint)
+    for damage in prepared.damaged:
+        say(console, f"warning   {damage}: the checkpoint before it is used")
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with locked(output), disk_errors(output):
+        write_record(output, config, prepared.state.fingerprint)
+        result = _train(model, tokenizer, train_examples, validation, prepared, console)
+    say(console, _summary(result))
+    for advice in advise(result.log_history):
+        say(console, f"advice    {advice}")
+    return result
+
+
+def _train(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    train_examples: Examples,
+    validation: Examples | None,
+    prepared: "Prepared",
+    console: Console,
+) -> TrainResult:
+    """Trains, and leaves the adapter, the tokenizer and the report."""
+    config, base = prepared.config, prepared.base
+    output = Path(config.checkpointing.output_dir)
     result = train(
         model,
         train_examples,
@@ -143,20 +173,21 @@ def fine_tune(
         config.checkpointing,
         config.logging,
         base,
-        RunState(fingerprint=fingerprint),
+        prepared.state,
         prepared.resumed,
         console,
     )
     save_adapter(model, output, base)
     tokenizer.save(output)
     write_report(result, config, {})
-    minutes = result.seconds / 60
-    say(
-        console,
-        f"done      {minutes:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
-        f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {output}",
-    )
     return result
+
+
+def _summary(result: TrainResult) -> str:
+    return (
+        f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
+        f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
+    )
 
 
 @dataclass(frozen=True)
@@ -166,14 +197,16 @@ class Prepared:
     Attributes:
         config: with what the model itself says in the place of what the user left out.
         base: the original Hugging Face repository.
-        fingerprint: name -> hash of what decides the weights: config, data and model.
+        state: of a run that has not begun, with the hashes of what decides the weights.
         resumed: the checkpoint to go on from, or None.
+        damaged: what is wrong with newer checkpoints, which are passed over.
     """
 
     config: RunConfig
     base: str
-    fingerprint: dict[str, str]
+    state: RunState
     resumed: Path | None
+    damaged: list[str]
 
 
 def prepare(
@@ -206,14 +239,15 @@ def prepare(
     digest.update(str(getattr(source, "path", "")).encode())
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
+    decides = deciding_values(config)
     fingerprint = {
-        "config": _config_hash(config),
+        "config": _hash(json.dumps(decides, sort_keys=True)),
         "data": _hash(examples.digest + (validation.digest if validation else "")),
         "model": digest.hexdigest(),
     }
-    return Prepared(
-        config, base, fingerprint, checkpoint_to_resume(config.checkpointing, fingerprint)
-    )
+    state = RunState(fingerprint=fingerprint, config=decides)
+    resumed, damaged = checkpoint_to_resume(config.checkpointing, state)
+    return Prepared(config, base, state, resumed, damaged)
 
 
 def write_record(output: Path, config: RunConfig, fingerprint: dict[str, str]) -> None:
@@ -230,13 +264,13 @@ def write_record(output: Path, config: RunConfig, fingerprint: dict[str, str]) -
     (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
-def _config_hash(config: RunConfig) -> str:
-    """A hash of what decides the weights; where files go and how often do not."""
+def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What decides the weights; where files go and how often, and what memory asks for, do not."""
     decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
-    decides["training"].pop("gradient_checkpointing")
-    data = config.data  # which rows there are is the data's own hash; how they are laid out is not
-    decides["data"] = {"packing": data.packing, "max": data.max_length, "shuffle": data.shuffle}
-    return _hash(json.dumps(decides, sort_keys=True))
+    for name in ("gradient_checkpointing", "compile", "max_skipped_steps"):
+        del decides["training"][name]
+    data = to_dict(config)["data"]  # which rows there are is told by the hash of the data
+    return {**decides, "data": {name: data[name] for name in ("packing", "max_length", "shuffle")}}
 
 
 def _hash(text: str) -> str:

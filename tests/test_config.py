@@ -37,6 +37,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "1.mlp.up_proj"],
         "layers_to_transform": [0, 5],
         "use_rslora": True,
+        "loraplus_lr_ratio": 16.0,
     },
     "data": {
         "path": "~/données.jsonl",
@@ -69,6 +70,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "adam_beta2": 0.95,
         "adam_epsilon": 1e-6,
         "gradient_checkpointing": True,
+        "compile": True,
+        "max_skipped_steps": 2,
         "seed": 9,
     },
     "checkpointing": {
@@ -76,6 +79,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "save_steps": 3,
         "eval_steps": 4,
         "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 2,
         "resume_from_checkpoint": "none",
     },
     "logging": {"logging_steps": 2},

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.errors import ConfigError, TrainingError
+from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
@@ -22,7 +22,9 @@ from mlx_qlora.train.checkpoint import (
     checkpoint_to_resume,
     checkpoints,
 )
-from mlx_qlora.train.loop import TrainingConfig, dropout_key, train
+from mlx_qlora.train.config import TrainingConfig
+from mlx_qlora.train.loop import train
+from mlx_qlora.train.update import dropout_keys
 from mlx_qlora.train.metrics import LoggingConfig
 
 FINGERPRINT = {"config": "c", "data": "d"}
@@ -68,7 +70,7 @@ def start(folder: Path, output: Path, console: Console | None = None, **changes)
         logging,
         "org/base",
         RunState(fingerprint=FINGERPRINT),
-        checkpoint_to_resume(checkpointing, FINGERPRINT),
+        checkpoint_to_resume(checkpointing, RunState(fingerprint=FINGERPRINT))[0],
         console or Console(file=io.StringIO()),
     )
     return model, result
@@ -123,12 +125,10 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(
 
 def test_a_checkpoint_of_another_run_is_refused_and_none_starts_anew(hf_tiny, tmp_path):
     start(hf_tiny[1], tmp_path / "out")
-    path = tmp_path / "out" / "checkpoint-8" / "resume_state.json"
-    state = json.loads(path.read_text())
-    state["fingerprint"]["data"] = "other"
-    path.write_text(json.dumps(state))
+    config = CheckpointingConfig(output_dir=str(tmp_path / "out"))
+    another = RunState(fingerprint={**FINGERPRINT, "data": "other"})
     with pytest.raises(ConfigError, match=r"made from another data.*resume_from_checkpoint=none"):
-        start(hf_tiny[1], tmp_path / "out")
+        checkpoint_to_resume(config, another)
     _, result = start(hf_tiny[1], tmp_path / "out", resume_from_checkpoint="none")
     assert result.log_history[0]["step"] == 1
     with pytest.raises(ConfigError, match="is no checkpoint"):
@@ -185,9 +185,9 @@ def test_the_live_line_shows_eta_on_a_terminal(hf_tiny, tmp_path):
     assert "eta" in printed.getvalue() and "tok/s" in printed.getvalue()
 
 
-def test_dropout_keys_depend_on_seed_and_micro_batch_alone():
-    assert mx.array_equal(dropout_key(3, 14), dropout_key(3, 14))
-    keys = {tuple(np.array(dropout_key(s, m)).tolist()) for s in range(5) for m in range(50)}
+def test_dropout_keys_depend_on_seed_and_row_alone():
+    assert mx.array_equal(dropout_keys(3, (14, 15))[1:], dropout_keys(3, (15,)))
+    keys = {np.array(dropout_keys(s, (r,))).tobytes() for s in range(5) for r in range(50)}
     assert len(keys) == 250
 
 
@@ -199,7 +199,7 @@ def test_dropout_keys_depend_on_seed_and_micro_batch_alone():
         ("per_device_train_batch_size", 0, "at least 1"),
         ("adam_beta2", 1.0, r"in \[0, 1\)"),
         ("lr_scheduler_type", "cosin", "one of 'cosine', 'linear', 'constant_with_warmup'"),
-        ("gradient_checkpointing", "sometimes", "known word"),
+        ("gradient_checkpointing", "sometimes", "true, false or auto"),
         ("num_train_epochs", -1.0, "above 0"),
     ],
 )
@@ -232,24 +232,6 @@ def test_a_run_that_starts_anew_keeps_its_own_checkpoints_not_the_abandoned_ones
     assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_a_diverged_run_stops_and_leaves_the_last_good_checkpoint(hf_tiny, tmp_path, monkeypatch):
-    from mlx_qlora.train import loop
-
-    real = loop.train_step
-
-    def poisoned(*args):
-        loss, norm, tokens = real(*args)
-        return (float("nan") if args[1].step == 5 else loss), norm, tokens
-
-    monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(TrainingError, match=r"step 5: loss nan.*lower training\.learning_rate"):
-        start(hf_tiny[1], tmp_path / "out", save_steps=1)
-    assert [p.name for p in checkpoints(tmp_path / "out")][-1] == "checkpoint-4"
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if "NaN" not in line][-1] == 4
-    assert not any("NaN" in line for line in lines)
-
-
 def test_log_records_of_a_resumed_run_are_those_of_an_unbroken_one(hf_tiny, tmp_path):
     """Logged every 4 steps, stopped after 3: the mean at step 4 is over all four."""
     logging = LoggingConfig(logging_steps=4)
@@ -262,14 +244,20 @@ def test_log_records_of_a_resumed_run_are_those_of_an_unbroken_one(hf_tiny, tmp_
     assert [(r["step"], r["loss"]) for r in resumed.log_history if "loss" in r] == pairs
 
 
-def test_a_damaged_checkpoint_and_lines_of_other_tools_are_no_tracebacks(hf_tiny, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_lines_of_other_tools_are_dropped(
+    hf_tiny, tmp_path
+):
     start(hf_tiny[1], tmp_path / "out")
     with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3}\nnot json\n')
-    start(hf_tiny[1], tmp_path / "out")
     (tmp_path / "out" / "checkpoint-8" / "resume_state.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"checkpoint-8 is damaged.*delete the folder"):
-        start(hf_tiny[1], tmp_path / "out")
+    config = CheckpointingConfig(output_dir=str(tmp_path / "out"))
+    path, damaged = checkpoint_to_resume(config, RunState(fingerprint=FINGERPRINT))
+    assert path == tmp_path / "out" / "checkpoint-6"
+    assert damaged == [f"{tmp_path / 'out' / 'checkpoint-8' / 'resume_state.json'} is damaged"]
+    _, result = start(hf_tiny[1], tmp_path / "out")
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.log_history
 
 
 def test_a_home_folder_is_expanded_once_for_all_files(monkeypatch, tmp_path):

@@ -82,11 +82,18 @@ def test_supervised_counts_come_from_a_small_set():
 def test_token_accuracy_counts_the_first_choices(model):
     batch = a_batch()
     positions, targets, n = supervised_targets(batch)
-    _, hits = token_losses(model, model.model(batch.tokens), positions, targets)
+    _, chosen = token_losses(model, model.model(batch.tokens), positions, targets)
     choices = our_logits(model, np.array(batch.tokens)).argmax(-1)
     labels = np.array(batch.labels)
-    assert hits.sum().item() == (choices == labels)[labels != IGNORE].sum()
-    assert n <= len(targets)
+    assert np.array(chosen)[:n].tolist() == choices[labels != IGNORE].tolist()
+    wanted, previous = labels != IGNORE, np.roll(labels != IGNORE, 1, axis=1)
+    previous[:, 0] = False
+    pairs = wanted & previous
+    total = score(model, [batch])
+    assert total.hits == (choices == labels)[wanted].sum()
+    assert (total.tokens, total.pairs) == (wanted.sum(), pairs.sum())
+    assert total.repeated == (choices == np.roll(choices, 1, axis=1))[pairs].sum()
+    assert total.repeated_targets == (labels == np.roll(labels, 1, axis=1))[pairs].sum()
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -131,7 +138,7 @@ def test_a_checkpoint_that_draws_its_own_dropout_is_wrong(model):
 
     def run(x, weights):
         layer.update(weights)
-        drawn = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)  # from the global state
+        drawn = mx.random.randint(0, 2**31 - 1, (2, 2)).astype(mx.uint32)  # from the global state
         return layer(x, "causal", None, drawn)
 
     weights = layer.trainable_parameters()
@@ -204,7 +211,8 @@ def test_a_model_without_lora_and_a_wrong_recompute_are_refused(hf_tiny, model):
 
 def test_scores_add_up_over_batches(model):
     batches = [a_batch(seed=s) for s in (1, 2)]
-    nats, _, n = score(model, batches)
+    total = score(model, batches)
+    nats, n = total.nats, total.tokens
     sums = [loss_and_grads(model, b)[:2] for b in batches]
     assert n == sum(count for _, count in sums)
     assert nats == pytest.approx(sum(s.item() for s, _ in sums), rel=1e-6)

@@ -1,10 +1,11 @@
 """What a row says as text, byte for byte, and which stretches of it are learned."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_folder import CHAT, write_tokenizer
 
@@ -19,14 +20,21 @@ WITHOUT = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
 FORGETFUL = (
     "{% for m in messages %}[{{ m.role }}]"
     "{% if m.role == 'assistant' %}"
-    "{{ m.content if loop.last else m.content.split('/')[-1] }};"
+    "{{ m.content if loop.last else m.content.split('\\n')[-1] }};"
     "{% else %}{{ m.content }};{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 MARKED = FORGETFUL.replace("{{ m.content if", "{% generation %}{{ m.content if").replace(
     "[-1] }};", "[-1] }};{% endgeneration %}"
 )
-TURNS = [("system", "s"), ("user", "u"), ("assistant", "t/a"), ("user", "v"), ("assistant", "w/b")]
+MESSAGES = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "Two."}]
+TURNS = [
+    ("system", "s"),
+    ("user", "u"),
+    ("assistant", "t\na"),
+    ("user", "v"),
+    ("assistant", "w\nb"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,7 @@ def fill(form: str, **texts: str) -> str:
     return "".join(parts)
 
 
+@settings(deadline=None)
 @given(st.text(), st.text(min_size=1), st.text())
 def test_a_row_is_exactly_one_of_the_two_forms(
     tokenizer: Tokenizer, instruction: str, input: str, output: str
@@ -123,15 +132,23 @@ def test_whitespace_is_kept(tokenizer: Tokenizer) -> None:
 # ---- which template writes what ----------------------------------------------------------------
 
 
-def test_auto_writes_each_kind_in_its_own_way(tokenizer: Tokenizer) -> None:
-    auto = Template("auto", CHAT)
-    assert auto.segments(Instruction("a", "", "b"), tokenizer) == [
+@pytest.mark.parametrize("name", ["auto", "alpaca"])
+def test_instructions_and_texts_are_written_without_the_chat_template(
+    tokenizer: Tokenizer, name: str
+) -> None:
+    plain = Template(name, CHAT)
+    assert plain.segments(Instruction("a", "", "b"), tokenizer) == [
         (alpaca_prompt("a"), False),
         ("b", True),
     ]
-    assert auto.segments(Pair(" a ", "b\n"), tokenizer) == [(" a ", False), ("b\n", True)]
-    assert auto.segments(Pair("", "all of it"), tokenizer) == [("", False), ("all of it", True)]
-    assert merged(auto.segments(chat(("user", "a"), ("assistant", "b")), tokenizer)) == [
+    assert plain.segments(Pair(" a ", "b\n"), tokenizer) == [(" a ", False), ("b\n", True)]
+    assert plain.segments(Pair("", "all of it"), tokenizer) == [("", False), ("all of it", True)]
+
+
+@pytest.mark.parametrize("name", ["auto", "chat"])
+def test_messages_are_written_by_the_chat_template(tokenizer: Tokenizer, name: str) -> None:
+    said = chat(("user", "a"), ("assistant", "b"))
+    assert merged(Template(name, CHAT).segments(said, tokenizer)) == [
         ("<|user|>a<|eos|><|assistant|>", False),
         ("b<|eos|>", True),
     ]
@@ -166,8 +183,10 @@ def test_the_template_of_the_recipe_counts_and_not_the_model_s(tokenizer: Tokeni
         ("<user>a<|eos|><assistant>", False),
         ("b<|eos|>", True),
     ]
-    with pytest.raises(DataError, match="the model has no chat template: set data.template"):
+    with pytest.raises(DataError, match="the model has no chat template"):
         Template("auto", None).segments(chat(("user", "a"), ("assistant", "b")), tokenizer)
+    with pytest.raises(DataError, match="alpaca cannot write messages; set"):
+        Template("alpaca", CHAT).segments(chat(("user", "a"), ("assistant", "b")), tokenizer)
 
 
 # ---- chats -------------------------------------------------------------------------------------
@@ -175,13 +194,14 @@ def test_the_template_of_the_recipe_counts_and_not_the_model_s(tokenizer: Tokeni
 
 @st.composite
 def chats(draw: Any) -> Chat:
-    """Any roles in any order after a first question, some answers not to be learned."""
+    """Any roles in any order, some answers not to be learned."""
     roles = draw(st.lists(st.sampled_from(["user", "assistant", "tool"]), max_size=6))
-    turns = [(role, draw(st.text(max_size=8))) for role in ["user", *roles, "assistant"]]
+    turns = [(role, draw(st.text(max_size=8))) for role in [*roles, "assistant"]]
     learned = [role == "assistant" and draw(st.booleans()) for role, _ in turns[:-1]]
     return chat(*turns, learned=[*learned, True])
 
 
+@settings(deadline=None)
 @given(chats())
 def test_answers_and_the_ends_of_their_turns_are_learned_and_nothing_else(
     tokenizer: Tokenizer, said: Chat
@@ -196,36 +216,57 @@ def test_answers_and_the_ends_of_their_turns_are_learned_and_nothing_else(
     assert "".join(text for text, _ in segments) == whole
 
 
+@pytest.mark.parametrize("answer", ["b", "A", "Apple", " A", "<|assistant|>", "<"])
+def test_a_chat_may_begin_with_an_answer(tokenizer: Tokenizer, answer: str) -> None:
+    source = "{{ raise_exception('no message') if not messages }}" + CHAT
+    said = chat(("assistant", answer), ("user", "go on"), ("assistant", "c"))
+    assert merged(Template("chat", source).segments(said, tokenizer)) == [
+        ("<|assistant|>", False),
+        (f"{answer}<|eos|>", True),
+        ("<|user|>go on<|eos|><|assistant|>", False),
+        ("c<|eos|>", True),
+    ]
+
+
 def test_what_a_template_writes_behind_the_last_answer_is_no_part_of_the_row(
     tokenizer: Tokenizer,
 ) -> None:
     marked = MARKED + "(end)"
     segments = merged(Template("chat", marked).segments(chat(*TURNS), tokenizer))
-    assert segments[-1] == ("w/b;", True)
+    assert segments[-1] == ("w\nb;", True)
 
 
 @pytest.mark.parametrize(
     ("learned", "expected"),
     [
         (
-            [False, False, True, False, True],
+            (True, True, True),
             [
                 ("[system]s;[user]u;[assistant]", False),
                 ("a;", True),
                 ("[user]v;[assistant]", False),
-                ("w/b;", True),
+                ("b;", True),
+                ("[user]x;[assistant]", False),
+                ("y\nc;", True),
             ],
         ),
         (
-            [False, False, False, False, True],
-            [("[system]s;[user]u;[assistant]a;[user]v;[assistant]", False), ("w/b;", True)],
+            (False, True, True),
+            [
+                ("[system]s;[user]u;[assistant]a;[user]v;[assistant]", False),
+                ("b;", True),
+                ("[user]x;[assistant]", False),
+                ("y\nc;", True),
+            ],
         ),
     ],
 )
 def test_a_template_that_rewrites_earlier_turns_is_followed_by_its_markers(
-    tokenizer: Tokenizer, learned: list[bool], expected: Segments
+    tokenizer: Tokenizer, learned: tuple[bool, ...], expected: Segments
 ) -> None:
-    said = chat(*TURNS, learned=learned)
+    turns = [*TURNS, ("user", "x"), ("assistant", "y\nc")]
+    answers = iter(learned)
+    said = chat(*turns, learned=[role == "assistant" and next(answers) for role, _ in turns])
     assert merged(Template("chat", MARKED).segments(said, tokenizer)) == expected
 
 
@@ -237,10 +278,18 @@ def test_without_markers_such_a_template_is_refused_but_for_single_answers(
         template.segments(chat(*TURNS), tokenizer)
     assert merged(template.segments(chat(*TURNS[:3]), tokenizer)) == [
         ("[system]s;[user]u;[assistant]", False),
-        ("t/a;", True),
+        ("t\na;", True),
     ]
     last_alone = chat(*TURNS, learned=[False] * 4 + [True])
-    assert merged(template.segments(last_alone, tokenizer))[-1] == ("w/b;", True)
+    assert merged(template.segments(last_alone, tokenizer))[-1] == ("w\nb;", True)
+
+
+def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused(tokenizer: Tokenizer) -> None:
+    source = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    with pytest.raises(DataError, match="where the answers begin cannot be known"):
+        Template("chat", source).segments(Pair("a", "b"), tokenizer)
+    segments = Template("chat", source).segments(Pair("a", "<think>b"), tokenizer)
+    assert segments[-1] == ("b<|eos|>", True)
 
 
 def test_markers_for_another_number_of_answers_are_refused(tokenizer: Tokenizer) -> None:
@@ -283,37 +332,13 @@ def test_tools_and_special_tokens_reach_the_template(tokenizer: Tokenizer) -> No
     ]
 
 
-# ---- real templates ----------------------------------------------------------------------------
-
-
-def head(role: str) -> str:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-
-def test_the_hub_s_llama_learns_what_it_would_have_generated(llama31: Tokenizer) -> None:
-    turns = [
-        *[("system", "Be brief."), ("user", " hi "), ("assistant", " Hello. ")],
-        *[("user", "bye"), ("assistant", "Bye.")],
-    ]
-    template = Template("auto", llama31.chat_template)
-    assert merged(template.segments(chat(*turns), llama31)) == [
-        (
-            f"<|begin_of_text|>{head('system')}Be brief.<|eot_id|>"
-            f"{head('user')}hi<|eot_id|>{head('assistant')}",
-            False,
-        ),
-        ("Hello.<|eot_id|>", True),
-        (f"{head('user')}bye<|eot_id|>{head('assistant')}", False),
-        ("Bye.<|eot_id|>", True),
-    ]
-
-
 def test_a_call_of_a_tool_is_learned_and_what_the_tool_says_is_not(tokenizer: Tokenizer) -> None:
     """The words in which Llama 3.1's template writes a call."""
     source = (
         "{%- for m in messages %}{{ '<|' + m.role + '|>' }}"
         "{%- if 'tool_calls' in m %}{%- set call = m.tool_calls[0].function %}"
-        """{{- '{"name": "' + call.name + '", "parameters": ' + (call.arguments | tojson) + '}' }}"""
+        """{{- '{"name": "' + call.name + '", "parameters": ' }}"""
+        "{{- (call.arguments | tojson) + '}' }}"
         "{%- else %}{{- m.content }}{%- endif %}{{- '<|eot|>' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|assistant|>' }}{%- endif %}"
     )
@@ -334,6 +359,49 @@ def test_a_call_of_a_tool_is_learned_and_what_the_tool_says_is_not(tokenizer: To
         ("<|tool|>2<|eot|><|assistant|>", False),
         ("Two.<|eot|>", True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
+            "does not write what messages[0] (system) says",
+        ),
+        (
+            {"messages": [*MESSAGES, {"role": "tool", "content": "2"}, *MESSAGES[1:]]},
+            "does not write what messages[2] (tool) says",
+        ),
+        (
+            {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [{"name": "add"}]}]},
+            "does not write the call in messages[1]",
+        ),
+        (
+            {"messages": MESSAGES, "tools": [{"function": {"name": "add"}}]},
+            "does not write the tool 'add'",
+        ),
+    ],
+)
+def test_a_row_of_which_the_template_leaves_something_out_is_refused(
+    tokenizer: Tokenizer, row: dict[str, Any], words: str
+) -> None:
+    deaf = CHAT.replace(
+        "{% for m in messages %}",
+        "{% for m in messages if m['role'] in ('user', 'assistant') %}",
+    )
+    with pytest.raises(DataError) as caught:
+        Template("chat", deaf).segments(read_row(row, "auto"), tokenizer)
+    assert str(caught.value) == f"the chat template {words}"
+    assert Template("chat", deaf).segments(read_row({"messages": MESSAGES}, "auto"), tokenizer)
+
+
+def test_what_a_template_trims_or_writes_as_json_is_not_left_out(tokenizer: Tokenizer) -> None:
+    said = chat(("user", " a\n"), ("assistant", 'thought\n"é"\n'))
+    for written, text in (("content.strip()", 'thought\n"é"'), ("content | tojson", None)):
+        source = CHAT.replace("m['content']", f"m.{written}")
+        segments = merged(Template("chat", source).segments(said, tokenizer))
+        expected = text or json.dumps(said.messages[1]["content"], ensure_ascii=False)
+        assert segments[-1] == (f"{expected}<|eos|>", True)
 
 
 def test_a_folder_s_own_template_file_is_the_one_that_is_used(tmp_path: Path) -> None:

@@ -28,9 +28,8 @@ def staged(folder: Path, replace: bool = False) -> Iterator[Path]:
     staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
     try:
         yield staging
-        for file in staging.rglob("*"):
-            if file.is_file():
-                _flush(file)
+        for path in (staging, *staging.rglob("*")):
+            _flush(path)
         if replace and folder.exists():
             aside = staging.with_suffix(".old")
             folder.rename(aside)

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -37,12 +37,14 @@ class Batch:
         documents: (N, 3) int32 on the host: row, start and end of each document; what lies
             outside all of them is padding. Not given, every row is one document.
         places: the file and line of each document, to name rows in messages.
+        rows: the number of each row in the run's stream, from which its dropout is drawn.
     """
 
     tokens: mx.array
     labels: mx.array
     documents: np.ndarray | None = None
     places: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @functools.cached_property
     def real_tokens(self) -> int:
@@ -68,6 +70,7 @@ def make_batches(
     epochs: float | None = None,
     rank: int = 0,
     world_size: int = 1,
+    rows_per_step: int | None = None,
 ) -> "Batches":
     """Batches in a resumable, seeded order.
 
@@ -83,21 +86,28 @@ def make_batches(
             None never ends.
         rank: of this process, which gets every `world_size`-th row of the stream.
         world_size: processes that share the rows; each of them has batches of B.
+        rows_per_step: rows of an optimiser step, over its micro-batches and all processes. Runs
+            in which it is the same take the same rows in each step, whatever makes it up.
 
     Raises:
         DataError: there are no examples.
         ConfigError: a value that makes no sense.
     """
     require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
+    require(world_size >= 1, "world_size", "be at least 1", world_size)
     require(0 <= rank < world_size, "rank", f"be from 0 to {world_size - 1}", rank)
-    require(epochs is None or epochs > 0, "epochs", "be above 0", epochs)
+    legal = epochs is None or 0 < epochs < math.inf
+    require(legal, "epochs", "be above 0 and finite", epochs)
+    require(seed >= 0, "seed", "be at least 0", seed)
+    together = rows_per_step or batch_size * world_size
     if not len(examples):
         raise DataError("there are no examples to make batches of")
     longest = int(examples.lengths.max())
     wanted = longest if max_length is None else max_length
     require(wanted >= longest, "max_length", f"hold the longest example, {longest}", max_length)
-    width = packed_width(examples.lengths, batch_size * world_size, wanted) if packing else None
-    return Batches(examples, batch_size, seed, shuffle, width, epochs, rank, world_size)
+    width = packed_width(examples.lengths, together, wanted) if packing else None
+    shared = rank, world_size, together
+    return Batches(examples, batch_size, seed, shuffle, width, epochs, *shared)
 
 
 class Batches:
@@ -118,6 +128,7 @@ class Batches:
         epochs: float | None = None,
         rank: int = 0,
         world_size: int = 1,
+        rows_per_step: int = 1,
     ) -> None:
         self.examples, self.batch_size, self.seed, self.shuffle = (
             examples,
@@ -126,6 +137,7 @@ class Batches:
             shuffle,
         )
         self.width, self.rank, self.world_size = width, rank, world_size
+        self.rows_per_step = rows_per_step
         self._lengths = np.array(examples.lengths)
         self._packed = self._pack()
         self.rows_per_epoch = len(examples) if self._packed is None else len(self._packed)
@@ -177,8 +189,12 @@ class Batches:
         if self.width is not None:
             return real / (self.rows_per_epoch * self.width)
         rows = self._lengths[self._epoch_order(0)] - 1
-        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        return real / sum(len(batch) * padded_width(int(batch.max())) for batch in batches)
+        shares = [
+            rows[first : first + self.step][rank :: self.world_size]
+            for first in range(0, len(rows), self.step)
+            for rank in range(self.world_size)
+        ]
+        return real / sum(len(rows) * padded_width(int(rows.max())) for rows in shares if len(rows))
 
     # ---- order ---------------------------------------------------------------------------------
 
@@ -194,8 +210,8 @@ class Batches:
     def _layout(self, index: int, end: int | None) -> "Layout":
         first = index * self.step
         last = first + self.step if end is None else min(first + self.step, end)
-        rows = [self._row(i) for i in range(first + self.rank, last, self.world_size)]
-        return lay_out(rows, self.width)
+        rows = range(first + self.rank, last, self.world_size)
+        return replace(lay_out([self._row(i) for i in rows], self.width), rows=tuple(rows))
 
     def _row(self, index: int) -> list[Example]:
         """The documents of a row, by its place in the stream."""
@@ -208,17 +224,17 @@ class Batches:
         """The rows of an epoch, one behind the other.
 
         Packed rows are all of one width, and simply shuffled. Others are shuffled, then sorted by
-        length within windows so that little is padded, then the batches shuffled, so that lengths
-        do not come in waves.
+        length within windows so that little is padded, then steps shuffled, so that lengths do
+        not come in waves.
         """
-        R, size = self.rows_per_epoch, self.step
+        R, size = self.rows_per_epoch, self.rows_per_step
         if not self.shuffle:
             return np.arange(R)
         random = np.random.default_rng([self.seed, epoch])
         shuffled = random.permutation(R)
         if self._packed is not None:
             return shuffled
-        # An epoch may begin within a batch: its first rows complete the one that is open.
+        # An epoch may begin within a step: its first rows complete the one that is open.
         lead = min(-(epoch * R) % size, R)
         rest, batches = shuffled[lead:], []
         for start in range(0, len(rest), WINDOW * size):
@@ -252,6 +268,7 @@ class Layout:
     labels: np.ndarray
     documents: np.ndarray
     places: tuple[str, ...]
+    rows: tuple[int, ...] = ()
 
 
 def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
@@ -261,7 +278,30 @@ def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
 
 def as_batch(layout: Layout) -> Batch:
     """Hands the arrays to MLX."""
-    return Batch(mx.array(layout.tokens), mx.array(layout.labels), layout.documents, layout.places)
+    arrays = mx.array(layout.tokens), mx.array(layout.labels)
+    return Batch(*arrays, layout.documents, layout.places, layout.rows)
+
+
+def halves(batch: Batch) -> list[Batch]:
+    """The upper and the lower rows of a batch of at least two, as two batches."""
+    B, T = batch.tokens.shape
+    documents = batch.documents
+    if documents is None:
+        documents = np.array([(b, 0, T) for b in range(B)], np.int32)
+    made = []
+    for rows in (range(B // 2), range(B // 2, B)):
+        mine = (documents[:, 0] >= rows.start) & (documents[:, 0] < rows.stop)
+        part = slice(rows.start, rows.stop)
+        made.append(
+            Batch(
+                batch.tokens[part],
+                batch.labels[part],
+                documents[mine] - np.array([rows.start, 0, 0], np.int32),
+                tuple(p for p, is_mine in zip(batch.places, mine) if is_mine),
+                batch.rows[part],
+            )
+        )
+    return made
 
 
 def lay_out(rows: list[list[Example]], width: int | None) -> Layout:

@@ -63,7 +63,7 @@ class Examples(Sequence[Example]):
             pieces.append(Piece(stored, np.array([row], ROW)))
         store = in_memory(pieces)
         counts = np.bincount(store.rows["file"], minlength=len(files)).tolist()
-        told = [FileReport(name, "made", n, n) for name, n in zip(files, counts)]
+        told = [FileReport(name, "made", read=n, kept=n) for name, n in zip(files, counts)]
         report = DataReport(source, told)
         report.measure(store)
         return cls(store, report)

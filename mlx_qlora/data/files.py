@@ -105,14 +105,15 @@ def _find(text: str, place: Path) -> dict[str, list[RowFile]]:
         return _by_part(place)
     if place.exists():
         return _all_train([_row_file(place, text)])
-    if glob.has_magic(text):
+    named = HUB_ID.fullmatch(text)
+    on_hub = named and not kind_of(place) and not Path(place.parts[0]).exists()
+    if glob.has_magic(text) and not (on_hub and ":" in text):
         found = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
         files = [_row_file(match, str(match)) for match in found if match.is_file()]
         if not files:
             raise DataError(f"data {text} matches no file; correct the pattern")
         return _all_train(files)
-    named = HUB_ID.fullmatch(text)
-    if named and not kind_of(place) and not Path(place.parts[0]).exists():
+    if named and on_hub:
         return _all_train([RowFile(text, "hub", "|".join(part or "" for part in named.groups()))])
     raise DataError(f"data file {text} is missing; give the path of a file or folder of rows")
 

@@ -8,6 +8,7 @@ so that one bad row does not hide the good ones.
 import codecs
 import csv
 import gzip
+import itertools
 import json
 import sys
 import zlib
@@ -231,10 +232,12 @@ def _csv_rows(file: IO[bytes]) -> Rows:
     """Rows of a CSV file as dicts by its header; a quoted field may hold line breaks."""
     csv.field_size_limit(sys.maxsize)
     # A generator of text and not a TextIOWrapper, which would close the file a second time.
-    text = (line.decode("utf-8", "surrogateescape") for line in file)
+    start = file.read(len(BOM))
+    lines = itertools.chain([start.removeprefix(BOM) + file.readline()], file)
+    text = (line.decode("utf-8", "surrogateescape") for line in lines)
     reader = csv.reader(text, strict=True)
     try:
-        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+        header = next(reader, [])
     except csv.Error as error:
         raise csv.Error(f"no header: {error}") from None
     if twice := [name for name in header if header.count(name) > 1]:

@@ -3,6 +3,7 @@
 Every row is either kept as it will be trained or refused with its line and the reason.
 """
 
+import fnmatch
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -285,7 +286,8 @@ def _spare_the_data(refused: Path, wanted: list[tuple[str, list[RowFile]]]) -> N
     for name, files in wanted:
         paths = [Path(file.path).resolve() for file in files if isinstance(file.path, Path)]
         folder = Path(name).expanduser().resolve()
-        if place in paths or (folder.is_dir() and folder in place.parents):
+        inside = folder.is_dir() and folder in place.parents
+        if place in paths or inside or fnmatch.fnmatch(str(place), str(folder)):
             raise ConfigError(
                 f"data.refused_path: {refused} is among the rows of {name}; name another file"
             )

@@ -122,11 +122,10 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """What a cache entry must keep of it; the other figures are measured again."""
-        return {"files": [vars(file) for file in self.files], "template": self.template}
+        return {"files": [vars(file) for file in self.files]}
 
     def restore(self, about: dict[str, Any]) -> None:
         """Takes back what `as_dict` gave, after a way through JSON."""
-        self.template = about["template"]
         self.files = [
             FileReport(**{**file, "refused": [(line, why) for line, why in file["refused"]]})
             for file in about["files"]
@@ -169,7 +168,7 @@ def _refused(told: FileReport, file: RowFile) -> Iterator[dict[str, Any]]:
     reasons = dict(told.refused)
     for line, raw in raw_rows(file) if reasons else ():
         if line in reasons:
-            where = {"file": file.name, told.unit: line}
+            where = {"file": file.name, "line": line}
             yield {**where, "reason": reasons[line], "row": _text(raw)}
 
 

@@ -112,7 +112,8 @@ def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segme
             same = zip(after, render([{**chat.messages[0], "content": other}]))
             n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
             before = after[:n]
-        if not (whole.startswith(after) and after.startswith(before) and at <= len(before)):
+        begun = whole.startswith(after) and after.startswith(before) and at <= len(before)
+        if not begun or before == after:
             return _marked_segments(chat, source, render(chat.messages, mark=True))
         segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
         at = len(after)

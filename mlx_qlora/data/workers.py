@@ -189,7 +189,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, recipe: Recipe) -> Made:
         try:
             row = _fitted(row, tokenizer, recipe)
         except TooLong as reason:
-            raise DataError(f"{chunk.name}, line {line}: {reason}") from None
+            raise DataError(f"{chunk.name}:{line}: {reason}") from None
         except DataError as reason:
             refused.append((line, _one_line(reason)))
             continue

@@ -51,6 +51,6 @@ def evaluate(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
         )
     width = max(WIDTH, int(examples.lengths.max()))
-    nats, hits, count = score(model, make_batches(examples, batch_size, max_length=width))
-    loss = nats / count
-    return Scores(loss, math.exp(min(loss, 700)), hits / count, count)
+    total = score(model, make_batches(examples, batch_size, max_length=width))
+    loss, n = total.nats / total.tokens, total.tokens
+    return Scores(loss, math.exp(min(loss, 700)), total.hits / n, n)

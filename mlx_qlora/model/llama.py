@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
+from mlx_qlora.model.dropout import row_keys, split_keys
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
 from mlx_qlora.model.swiglu import swiglu
@@ -232,8 +233,8 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, mask: Any, cache: Any = None, dropout_key: mx.array | None = None
     ) -> mx.array:
-        """x (B, T, D) -> (B, T, D); one dropout key serves the layer's seven linears."""
-        keys = [None] * 7 if dropout_key is None else list(mx.random.split(dropout_key, 7))
+        """x (B, T, D) -> (B, T, D); a row's dropout key (B, 2) serves the layer's seven linears."""
+        keys = [None] * 7 if dropout_key is None else split_keys(dropout_key, 7)
         h = x + self.self_attn(self.input_layernorm(x), mask, cache, keys[:4])
         return h + self.mlp(self.post_attention_layernorm(h), keys[4:])
 
@@ -258,7 +259,9 @@ class LlamaModel(nn.Module):
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
         n = len(self.layers)
         caches = cache or [None] * n
-        keys = [None] * n if dropout_key is None else list(mx.random.split(dropout_key, n))
+        keys: list[Any] = [None] * n
+        if dropout_key is not None:
+            keys = split_keys(row_keys(dropout_key, tokens.shape[0]), n)
         if documents is None:
             mask = causal_mask(tokens.shape[1], caches[0])
         else:
@@ -309,7 +312,8 @@ class LlamaForCausalLM(nn.Module):
         Args:
             tokens: (B, T) int, right-padded if rows differ in length.
             cache: one mlx-lm cache per layer, while generating.
-            dropout_key: draws the LoRA dropout masks; None turns dropout off.
+            dropout_key: draws the LoRA dropout masks: one (2,) for the batch, or one for each
+                row (B, 2); None turns dropout off.
             recompute: how many layers forget their activations in the forward and compute them
                 again in the backward. The result does not depend on it.
             documents: (N, 3) int of row, start and end, in order, where rows hold several

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.fields import check_choices, option, require
+from mlx_qlora.model.dropout import kept
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 from mlx_qlora.tree import flat, nested
@@ -40,6 +41,9 @@ class LoraConfig:
     )
     bias: str = option("none", "biases stay frozen", choices=("none",))
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
+    loraplus_lr_ratio: float = option(
+        1.0, "lora_B learns at this many times learning_rate (LoRA+, arXiv 2402.12354)"
+    )
 
     def __post_init__(self) -> None:
         check_choices("lora", self)
@@ -47,6 +51,9 @@ class LoraConfig:
         require(self.lora_alpha > 0, "lora.lora_alpha", "be above 0", self.lora_alpha)
         in_range = 0 <= self.lora_dropout < 1
         require(in_range, "lora.lora_dropout", "be in [0, 1)", self.lora_dropout)
+        ratio = self.loraplus_lr_ratio
+        legal = 0 < ratio < math.inf
+        require(legal, "lora.loraplus_lr_ratio", "be above 0 and finite", ratio)
         require(bool(self.target_modules), "lora.target_modules", "not be empty", "nothing")
         if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
             object.__setattr__(self, "target_modules", list(self.target_modules))
@@ -95,13 +102,17 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout."""
+        """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout.
+
+        One key (2,) draws for all of x, keys (B, 2) for each of x's B rows.
+        """
         y = self.base_layer(x)
         A = self.lora_A.weight.astype(x.dtype)
         B = self.lora_B.weight.astype(x.dtype)
         if dropout_key is not None and self.dropout > 0:
-            kept = mx.random.bernoulli(1 - self.dropout, x.shape, dropout_key)
-            x = mx.where(kept, x * (1 / (1 - self.dropout)), 0)
+            x = mx.where(
+                kept(dropout_key, 1 - self.dropout, x.shape), x * (1 / (1 - self.dropout)), 0
+            )
         return mx.addmm(y, self.scale * (x @ A.T), B.T)
 
 

@@ -5,7 +5,8 @@ run that is stopped and continued takes the same steps as one that was not.
 """
 
 import json
-import math
+import os
+import statistics
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,103 +14,37 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from rich.console import Console
 
-from mlx_qlora.backend import backend
-from mlx_qlora.data.batches import Batch, Batches, make_batches
+from mlx_qlora import backend
+from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.errors import ConfigError, TrainingError
-from mlx_qlora.fields import check_choices, option, require
+from mlx_qlora.errors import TrainingError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
-    forget_checkpoints_after,
+    best_eval,
+    checkpoints,
+    disk_errors,
     load_checkpoint,
+    load_weights,
+    remove_leftovers,
     save_checkpoint,
 )
+from mlx_qlora.train.config import TrainingConfig
+from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.metrics import LoggingConfig, Metrics, say
-from mlx_qlora.train.optim import SCHEDULES, AdamW, learning_rate
-from mlx_qlora.train.step import Engine, add_grads, score
-from mlx_qlora.tree import number
+from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.outcome import Outcome
+from mlx_qlora.train.step import Engine, score
+from mlx_qlora.train.trainer_state import trainer_state
+from mlx_qlora.train.update import Update
 
-DEFAULT_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How long and how fast to learn; names and defaults as Hugging Face users know them."""
-
-    learning_rate: float = option(2e-4, "the rate at the end of the warmup")
-    lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
-    warmup_steps: int = option(100, "steps over which the rate grows from 0")
-    max_steps: int | None = option(
-        None, f"optimiser steps; {DEFAULT_STEPS} if num_train_epochs is not given either"
-    )
-    num_train_epochs: float | None = option(None, "passes over the data, instead of max_steps")
-    per_device_train_batch_size: int = option(6, "rows in a micro-batch")
-    gradient_accumulation_steps: int = option(3, "micro-batches in an optimiser step")
-    max_grad_norm: float | None = option(1.0, "clip the gradient to this norm; null never clips")
-    weight_decay: float = option(0.01, "decoupled, on every LoRA matrix")
-    adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients")
-    adam_beta2: float = option(0.999, "decay of AdamW's mean of squared gradients")
-    adam_epsilon: float = option(1e-8, "keeps AdamW's division from 0")
-    gradient_checkpointing: bool | int | str = option(
-        "auto", "recompute activations: true, false, auto (as memory asks), or how many layers"
-    )
-    seed: int = option(0, "draws the adapter, the order of rows, the split and the dropout")
-
-    def __post_init__(self) -> None:
-        check_choices("training", self)
-        if self.max_steps is None and self.num_train_epochs is None:
-            object.__setattr__(self, "max_steps", DEFAULT_STEPS)
-        elif self.max_steps is not None and self.num_train_epochs is not None:
-            raise ConfigError(
-                "training.max_steps and training.num_train_epochs exclude each other; "
-                f"got {self.max_steps} and {self.num_train_epochs}"
-            )
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "max_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"training.{name}", "be at least 1", value)
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"):
-            value = getattr(self, name)
-            legal = value is None or 0 < value < math.inf
-            require(legal, f"training.{name}", "be above 0 and finite", value)
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            value = getattr(self, name)
-            require(0 <= value < 2**63, f"training.{name}", "be at least 0", value)
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"training.{name}", "be in [0, 1)", value)
-        word = self.gradient_checkpointing
-        if isinstance(word, str):
-            require(word == "auto", "training.gradient_checkpointing", "be a known word", word)
-
-    @property
-    def recompute(self) -> str | int:
-        """`gradient_checkpointing` in the engine's words."""
-        if isinstance(self.gradient_checkpointing, bool):
-            return "all" if self.gradient_checkpointing else "none"
-        return self.gradient_checkpointing
-
-    def rate(self, step: int, total_steps: int) -> float:
-        """The learning rate of one optimiser step, counted from 1."""
-        peak, warmup = self.learning_rate, self.warmup_steps
-        return learning_rate(step, peak, warmup, total_steps, self.lr_scheduler_type)
-
-    def micro_batches(self, batches: Batches) -> int:
-        """Micro-batches of the whole run; the last step may have fewer than the others."""
-        if self.max_steps is not None:
-            return self.max_steps * self.gradient_accumulation_steps
-        assert batches.stop is not None
-        return batches.stop
-
-    def total_steps(self, batches: Batches) -> int:
-        """Optimiser steps of the whole run."""
-        return -(-self.micro_batches(batches) // self.gradient_accumulation_steps)
+# A step's loss this many times above the median of the last ones, and this far above their usual
+# spread, is called a spike.
+SPIKE, SPREADS, REMEMBERED = 1.5, 8.0, 20
 
 
 @dataclass
@@ -120,11 +55,14 @@ class TrainResult:
         output_dir: where its files are.
         steps: optimiser steps of the whole run.
         train_loss: mean nats per supervised token over the last log window.
-        eval_loss: the last validation loss, if there was a validation set.
+        eval_loss: the last validation loss, if there was a validation set; the best one, if the
+            run ended with the best weights.
         log_history: every logged record, in order.
         seconds: wall time of this process's part, validation and checkpoints included.
         tokens_per_second: real tokens trained per second of that time.
         peak_memory_bytes: MLX's peak.
+        best_step: step of the best validation loss, if there was one.
+        stopped_early: whether patience ended the run before its last step.
     """
 
     output_dir: Path
@@ -135,6 +73,8 @@ class TrainResult:
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
+    best_step: int | None = None
+    stopped_early: bool = False
 
 
 def train(
@@ -167,176 +107,267 @@ def train(
 
     Returns:
         What the run was; the model holds the trained weights.
+
+    Raises:
+        TrainingError: the run cannot go on; the last checkpoint is whole.
+        Interrupted: a signal came, and what was done is saved.
     """
-    started, trained_tokens = time.perf_counter(), 0
-    batches = batches_of(examples, data, training)
-    held_out = batches_of(validation, data, training) if validation else None
-    total_steps = training.total_steps(batches)
-
-    # On a CPU compiling saves next to nothing and may wait for a C++ compiler; see docs/log.md.
-    engine = Engine(model, training.recompute, compiled=backend().device != "cpu")
-    optimizer = AdamW(
-        model.trainable_parameters(),
-        training.adam_beta1,
-        training.adam_beta2,
-        training.adam_epsilon,
-        training.weight_decay,
-        training.max_grad_norm,
-    )
+    started, done_before = time.perf_counter(), state.tokens
+    backend.limit_memory()
+    run = Run(model, examples, validation, data, training, checkpointing, logging, base, console)
     if resumed is not None:
-        state = load_checkpoint(resumed, model, optimizer)
+        state = load_checkpoint(resumed, model, run.optimizer)
+        done_before = state.tokens
         say(console, f"continuing from {resumed}")
+    with Interruption() as interruption, disk_errors(run.output), run.begin(state):
+        if state.step and run.owes_validation():
+            run.after_step(interruption)
+        accumulation = training.gradient_accumulation_steps
+        stream = run.batches.ahead(state.step * accumulation, training.micro_batches(run.batches))
+        while not run.is_done() and interruption.signum is None:
+            share = list(islice(stream, accumulation))
+            rate = training.rate(state.step + 1, run.total_steps)
+            outcome = run.update(interruption).step(share, rate)
+            if outcome is None:
+                break  # a signal came within the step: it will be taken again
+            run.note(outcome, rate, sum(len(batch.rows) for batch in share))
+            run.after_step(interruption)
+        if interruption.signum is not None:
+            raise Interrupted(interruption.signum, run.save_if_new())
+        run.end()
+    return run.result(time.perf_counter() - started, state.tokens - done_before)
 
-    output = Path(checkpointing.output_dir)
-    forget_checkpoints_after(output, state.step)
-    forget_after(output / "metrics.jsonl", state.step)
-    metrics = Metrics(output / "metrics.jsonl", total_steps, state, logging, console)
-    first = state.step * training.gradient_accumulation_steps
-    stream = enumerate(batches.ahead(first, training.micro_batches(batches)), first)
-    with metrics:
-        for step in range(state.step + 1, total_steps + 1):
-            rate = training.rate(step, total_steps)
-            share = list(islice(stream, training.gradient_accumulation_steps))
-            loss, norm, tokens = train_step(engine, optimizer, share, training.seed, rate)
-            refuse_divergence(step, loss, norm)
-            model.update(optimizer.tree())
-            state.step = step
-            trained_tokens += tokens
 
-            epoch = batches.epoch(share[-1][0] + 1)
-            record = metrics.train_step(step, epoch, loss, norm, rate, tokens)
-            if record:
-                state.log_history.append(record)
-            is_last = step == total_steps
-            if held_out and (is_last or step % checkpointing.eval_steps == 0):
-                before = time.perf_counter()
-                nats, _, count = score(model, held_out)
-                seconds = time.perf_counter() - before
-                state.log_history.append(metrics.validation(step, epoch, nats / count, seconds))
-            if is_last or step % checkpointing.save_steps == 0:
-                state.open_losses = list(metrics.window.losses)
-                shown = trainer_state(state, training, checkpointing, logging, batches)
-                save_checkpoint(model, optimizer, state, shown, base, checkpointing)
+class Run:
+    """The parts of a run, and what happens between its steps."""
 
-    seconds = time.perf_counter() - started
-    history = state.log_history
-    return TrainResult(
-        output_dir=output,
-        steps=total_steps,
-        train_loss=[r["loss"] for r in history if "loss" in r][-1],
-        eval_loss=([r["eval_loss"] for r in history if "eval_loss" in r] or [None])[-1],
-        log_history=history,
-        seconds=seconds,
-        tokens_per_second=trained_tokens / seconds,
-        peak_memory_bytes=mx.get_peak_memory(),
-    )
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        examples: Examples,
+        validation: Examples | None,
+        data: DataConfig,
+        training: TrainingConfig,
+        checkpointing: CheckpointingConfig,
+        logging: LoggingConfig,
+        base: str,
+        console: Console,
+    ) -> None:
+        self.model, self.base, self.console = model, base, console
+        self.training, self.checkpointing, self.logging = training, checkpointing, logging
+        self.output = Path(checkpointing.output_dir)
+        self.batches = batches_of(examples, data, training)
+        self.held_out = batches_of(validation, data, training) if validation else None
+        self.total_steps = training.total_steps(self.batches)
+        compiled = training.compile
+        if compiled == "auto":  # on a CPU it saves next to nothing; see docs/log.md
+            compiled = backend.backend().device != "cpu"
+        self.engine = Engine(model, training.recompute, compiled=bool(compiled))
+        self.optimizer = AdamW(
+            model.trainable_parameters(),
+            training.adam_beta1,
+            training.adam_beta2,
+            training.adam_epsilon,
+            training.weight_decay,
+            training.max_grad_norm,
+            model.lora_config.loraplus_lr_ratio,
+        )
+        self._update: Update | None = None
+
+    def begin(self, state: RunState) -> Metrics:
+        """Clears what a run that goes on from here will write anew, and opens the metrics."""
+        self.state = state
+        remove_leftovers(self.output, state.step)
+        rewrite_metrics(self.output / "metrics.jsonl", state.log_history)
+        self.metrics = Metrics(
+            self.output / "metrics.jsonl", self.total_steps, state, self.logging, self.console
+        )
+        return self.metrics
+
+    def update(self, interruption: Interruption) -> Update:
+        """The taker of steps, made once: it remembers how far batches had to be halved."""
+        if self._update is None:
+            self._update = Update(
+                self.engine,
+                self.optimizer,
+                self.training.seed,
+                lambda: interruption.signum is not None,
+                self.console,
+            )
+        return self._update
+
+    def note(self, outcome: Outcome, rate: float, rows: int) -> None:
+        """Counts a step, and writes what it was where that is due.
+
+        Raises:
+            TrainingError: too many steps in a row moved nothing.
+        """
+        state = self.state
+        state.step += 1
+        state.rows += rows
+        state.tokens += outcome.tokens
+        state.updates = self.optimizer.step
+        epoch = state.rows / self.batches.rows_per_epoch
+        if outcome.finite:
+            self.model.update(self.optimizer.tree())
+            state.skipped_in_a_row = 0
+            self._watch_for_spikes(outcome, epoch)
+            state.recent_losses = [*state.recent_losses, outcome.loss][-REMEMBERED:]
+        else:
+            self._skip(outcome, epoch)
+        record = self.metrics.train_step(state.step, epoch, outcome, rate)
+        if record:
+            state.log_history.append(record)
+        state.open_losses = list(self.metrics.window.losses)
+
+    def _skip(self, outcome: Outcome, epoch: float) -> None:
+        state = self.state
+        state.skipped_in_a_row += 1
+        what = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
+        rows = list(outcome.suspects)
+        record = {"step": state.step, "epoch": round(epoch, 4), "skipped": what, "rows": rows}
+        state.log_history.append(self.metrics.event(record))
+        shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+        say(self.console, f"step {state.step}: {what}: skipped. Rows: {shown}")
+        if state.skipped_in_a_row >= self.training.max_skipped_steps:
+            raise TrainingError(
+                f"step {state.step}: {what}, the {state.skipped_in_a_row}th step in a row that "
+                f"moved nothing (training.max_skipped_steps). {self._kept()}; lower "
+                f"training.learning_rate, or look at these rows: {shown}"
+            )
+
+    def _watch_for_spikes(self, outcome: Outcome, epoch: float) -> None:
+        recent = self.state.recent_losses
+        if len(recent) < REMEMBERED // 2:
+            return
+        usual = statistics.median(recent)
+        spread = statistics.median(abs(loss - usual) for loss in recent)
+        if outcome.loss > max(SPIKE * usual, usual + SPREADS * spread):
+            step = self.state.step
+            record = {"step": step, "epoch": round(epoch, 4), "spike": outcome.loss}
+            self.state.log_history.append(self.metrics.event({**record, "usual": usual}))
+            say(
+                self.console,
+                f"warning: step {step}: loss {outcome.loss:.3f}, where {usual:.3f} was usual; if "
+                "this happens often, lower training.learning_rate",
+            )
+
+    def owes_validation(self) -> bool:
+        """Whether this step's validation is due and was not done: a signal came before it."""
+        step, history = self.state.step, self.state.log_history
+        done = any(record["step"] == step and "eval_loss" in record for record in history)
+        return (
+            self.held_out is not None and self._is_due(self.checkpointing.eval_steps) and not done
+        )
+
+    def after_step(self, interruption: Interruption) -> None:
+        """Validation and checkpoint, where they are due."""
+        best = False
+        if self.held_out is not None and self._is_due(self.checkpointing.eval_steps):
+            best = self.validate(interruption)
+            if interruption.signum is not None:
+                return  # half a validation counts for nothing: it is done when the run goes on
+        due = self._is_due(self.checkpointing.save_steps) or self.is_done()
+        if due or (best and self.checkpointing.load_best_model_at_end):
+            self.save()
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total_steps
+
+    def validate(self, interruption: Interruption) -> bool:
+        """Measures the validation loss; returns whether it is the best so far."""
+        assert self.held_out is not None
+        before = time.perf_counter()
+        batches = (batch for batch in self.held_out if interruption.signum is None)
+        total = score(self.model, batches)
+        if interruption.signum is not None:
+            return False
+        state, seconds = self.state, time.perf_counter() - before
+        epoch = state.rows / self.batches.rows_per_epoch
+        state.log_history.append(self.metrics.validation(state.step, epoch, total, seconds))
+        best = best_eval(state.log_history)
+        return best is not None and best[0] == state.step
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step."""
+        shown = trainer_state(
+            self.state, self.training, self.checkpointing, self.logging.logging_steps, self.batches
+        )
+        return save_checkpoint(
+            self.model, self.optimizer, self.state, shown, self.base, self.checkpointing
+        )
+
+    def save_if_new(self) -> Path | None:
+        """The checkpoint of this step, written if it is not there; None before the first step."""
+        path = self.output / f"checkpoint-{self.state.step}"
+        return path if path.exists() else self.save() if self.state.step else None
+
+    def is_done(self) -> bool:
+        """Whether the last step is done, or patience is at its end."""
+        return self.state.step >= self.total_steps or self.out_of_patience()
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `early_stopping_patience` validations were all worse than the best."""
+        patience = self.checkpointing.early_stopping_patience
+        steps = [r["step"] for r in self.state.log_history if "eval_loss" in r]
+        best = best_eval(self.state.log_history)
+        return patience is not None and best is not None and steps[::-1].index(best[0]) >= patience
+
+    def end(self) -> None:
+        """Puts the best weights in the place of the last, if that is asked for."""
+        best = best_eval(self.state.log_history)
+        if self.out_of_patience() and self.state.step < self.total_steps:
+            say(self.console, f"stopped early at step {self.state.step}: no better validation loss")
+        if not self.checkpointing.load_best_model_at_end or best is None:
+            return
+        if best[0] != self.state.step:
+            load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
+        say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
+
+    def _kept(self) -> str:
+        there = checkpoints(self.output)
+        return f"{there[-1]} is the last checkpoint" if there else "No checkpoint was written yet"
+
+    def result(self, seconds: float, tokens: int) -> TrainResult:
+        """What the run was."""
+        history = self.state.log_history
+        best = best_eval(history)
+        ends_with_best = self.checkpointing.load_best_model_at_end and best is not None
+        evals = [best[1]] if ends_with_best and best else []
+        evals = evals or [r["eval_loss"] for r in history if "eval_loss" in r][-1:]
+        losses = [r["loss"] for r in history if "loss" in r]
+        return TrainResult(
+            output_dir=self.output,
+            steps=self.state.step,
+            train_loss=losses[-1] if losses else float("nan"),
+            eval_loss=evals[0] if evals else None,
+            log_history=history,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_memory_bytes=mx.get_peak_memory(),
+            best_step=best[0] if best else None,
+            stopped_early=self.state.step < self.total_steps,
+        )
 
 
 def batches_of(examples: Examples, data: DataConfig, training: TrainingConfig) -> Batches:
     """The batches of a run, or of its validation."""
+    rows = training.per_device_train_batch_size
     return make_batches(
         examples,
-        training.per_device_train_batch_size,
+        rows,
         training.seed,
         data.shuffle,
         data.packing,
         max(data.max_length, int(examples.lengths.max())),
         epochs=training.num_train_epochs,
+        rows_per_step=rows * training.gradient_accumulation_steps,
     )
 
 
-def train_step(
-    engine: Engine,
-    optimizer: AdamW,
-    micro_batches: list[tuple[int, Batch]],
-    seed: int,
-    rate: float,
-) -> tuple[float, float, int]:
-    """One optimiser step over its micro-batches, each with its index in the run.
-
-    Returns:
-        Mean nats per supervised token, the gradient's norm before clipping, and how many real
-        tokens were gone through.
-    """
-    weights = optimizer.tree()
-    total, nats, supervised, tokens = None, mx.array(0.0), 0, 0
-    for index, batch in micro_batches:
-        loss, n_tokens, grads = engine(weights, batch, dropout_key(seed, index))
-        total, nats = add_grads(total, grads), nats + loss
-        supervised, tokens = supervised + n_tokens, tokens + batch.real_tokens
-        mx.eval(total, nats)  # or the graphs of all micro-batches would be alive at once
-    assert total is not None
-    norm = optimizer.update(total, supervised, rate)
-    mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
-    return number(nats) / max(supervised, 1), number(norm), tokens
-
-
-def refuse_divergence(step: int, loss: float, norm: float) -> None:
-    """Stops a run whose weights are no numbers, before they replace a good checkpoint.
-
-    Raises:
-        TrainingError: the loss or the gradient norm is not finite.
-    """
-    if not math.isfinite(loss + norm):
-        raise TrainingError(
-            f"step {step}: loss {loss}, gradient norm {norm}: the run has diverged. "
-            "Nothing of this step was saved; lower training.learning_rate and start again"
-        )
-
-
-def dropout_key(seed: int, micro_batch: int) -> mx.array:
-    """The key of one micro-batch, from nothing but the run's seed and its index."""
-    entropy = np.random.SeedSequence([seed, micro_batch]).generate_state(1, np.uint64)
-    return mx.random.key(int(entropy[0]))
-
-
-def forget_after(path: Path, step: int) -> None:
-    """Drops lines of `metrics.jsonl` beyond a step: they will be written again, once."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line of a run that died, or not ours
-    path.write_text("".join(kept), encoding="utf-8")
-
-
-def trainer_state(
-    state: RunState,
-    training: TrainingConfig,
-    checkpointing: CheckpointingConfig,
-    logging: LoggingConfig,
-    batches: Batches,
-) -> dict[str, Any]:
-    """`trainer_state.json` with exactly the keys that transformers' TrainerState accepts."""
-    train_keys = ("loss", "grad_norm", "learning_rate", "epoch", "step")
-    eval_keys = ("eval_loss", "eval_runtime", "epoch", "step")
-    return {
-        "best_global_step": None,
-        "best_metric": None,
-        "best_model_checkpoint": None,
-        "epoch": state.log_history[-1]["epoch"] if state.log_history else 0.0,
-        "eval_steps": checkpointing.eval_steps,
-        "global_step": state.step,
-        "is_hyper_param_search": False,
-        "is_local_process_zero": True,
-        "is_world_process_zero": True,
-        "log_history": [
-            {k: record[k] for k in (eval_keys if "eval_loss" in record else train_keys)}
-            for record in state.log_history
-        ],
-        "logging_steps": logging.logging_steps,
-        "max_steps": training.total_steps(batches),
-        "num_input_tokens_seen": 0,
-        "num_train_epochs": math.ceil(batches.epoch(training.micro_batches(batches))),
-        "save_steps": checkpointing.save_steps,
-        "stateful_callbacks": {},
-        "total_flos": 0,
-        "train_batch_size": training.per_device_train_batch_size,
-        "trial_name": None,
-        "trial_params": None,
-    }
+def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """Makes `metrics.jsonl` what it was at a checkpoint: lines may be too many, cut, or lost."""
+    partial = path.with_name(f".{path.name}.partial")
+    lines = [json.dumps(record) + "\n" for record in history]
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, path)

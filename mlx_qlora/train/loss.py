@@ -41,7 +41,7 @@ def padded_count(n: int) -> int:
 def token_losses(
     model: LlamaForCausalLM, hidden: mx.array, positions: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The loss of each supervised token, and whether the model's first choice was right.
+    """The loss of each supervised token, and the model's first choice there.
 
     Args:
         model: whose head is used.
@@ -50,7 +50,7 @@ def token_losses(
         targets: (S,), with IGNORE for none.
 
     Returns:
-        nats (S,) float32, 0 where there is no target; hits (S,) bool.
+        nats (S,) float32, 0 where there is no target; first choices (S,) uint32.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])[positions]
     logits = model.logits(rows).astype(mx.float32)  # (S, V)
@@ -59,4 +59,4 @@ def token_losses(
     legal = mx.where(real, targets, 0)[:, None]
     chosen = mx.take_along_axis(logits, legal, axis=-1)[:, 0]
     nats = mx.where(real, mx.logsumexp(logits, axis=-1) - chosen, 0)
-    return nats, real & (mx.argmax(logits, axis=-1) == targets)
+    return nats, mx.argmax(logits, axis=-1)

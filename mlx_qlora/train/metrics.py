@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.fields import option, require
 from mlx_qlora.train.checkpoint import RunState
+from mlx_qlora.train.outcome import Outcome
+from mlx_qlora.train.step import Score
 
 
 @dataclass(frozen=True)
@@ -78,25 +80,23 @@ class Metrics:
         self.file.close()
 
     def train_step(
-        self, step: int, epoch: float, loss: float, grad_norm: float, rate: float, tokens: int
+        self, step: int, epoch: float, outcome: Outcome, rate: float
     ) -> dict[str, Any] | None:
         """Notes one optimiser step; returns what was written, or None between log steps.
 
         Args:
             step: from 1.
             epoch: how many times the data has been seen, as a fraction.
-            loss: mean nats per supervised token of this step.
-            grad_norm: before clipping.
+            outcome: of the step; the loss of one that was skipped is left out of the means.
             rate: learning rate of this step.
-            tokens: real tokens (no padding) that this step went through.
         """
-        self.window.add(loss, tokens)
+        self.window.add(outcome)
         figures = (
-            f"loss {loss:.4f}  lr {rate:.2e}  grad {grad_norm:.2f}  "
+            f"loss {outcome.loss:.4f}  lr {rate:.2e}  grad {outcome.grad_norm:.2f}  "
             f"{self.window.tokens_per_second:,.0f} tok/s  {_gb(mx.get_peak_memory())}"
         )
         self.live.update(self.task, completed=step, description=figures)
-        if step % self.every and step != self.total_steps:
+        if (step % self.every and step != self.total_steps) or not self.window.losses:
             return None
         if not self.console.is_terminal:
             say(self.console, f"step {step}/{self.total_steps}  {figures}")
@@ -104,28 +104,35 @@ class Metrics:
             "step": step,
             "epoch": round(epoch, 4),
             "loss": self.window.mean_loss,
-            "grad_norm": grad_norm,
+            "grad_norm": self.window.grad_norm,
             "learning_rate": rate,
             "tokens_per_second": round(self.window.tokens_per_second, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
         }
-        self.write(record)
         self.window = Window()
-        return record
+        return self.event(record)
 
-    def validation(self, step: int, epoch: float, loss: float, seconds: float) -> dict[str, Any]:
+    def validation(self, step: int, epoch: float, total: Score, seconds: float) -> dict[str, Any]:
         """Notes one pass over the validation set, and keeps its time out of tokens/s."""
         self.window.started += seconds
-        record = {"step": step, "epoch": round(epoch, 4), "eval_loss": loss}
-        record["eval_runtime"] = round(seconds, 3)
+        loss, pairs = total.nats / total.tokens, max(total.pairs, 1)
         say(self.console, f"step {step}: validation loss {loss:.4f}")
-        self.write(record)
-        return record
+        record = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "eval_loss": loss,
+            "eval_token_accuracy": total.hits / total.tokens,
+            "eval_repetition": total.repeated / pairs,
+            "eval_reference_repetition": total.repeated_targets / pairs,
+            "eval_runtime": round(seconds, 3),
+        }
+        return self.event(record)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Appends one line, at once readable by others."""
+    def event(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Appends a record as one line, at once readable by others, and returns it."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        return record
 
 
 class Window:
@@ -134,12 +141,15 @@ class Window:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.losses: list[float] = []
+        self.grad_norm = 0.0
         self.tokens = 0
 
-    def add(self, loss: float, tokens: int) -> None:
+    def add(self, outcome: Outcome) -> None:
         """Adds one optimiser step."""
-        self.losses.append(loss)
-        self.tokens += tokens
+        self.tokens += outcome.tokens
+        if outcome.finite:
+            self.losses.append(outcome.loss)
+            self.grad_norm = outcome.grad_norm
 
     @property
     def mean_loss(self) -> float:

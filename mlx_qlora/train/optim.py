@@ -47,12 +47,14 @@ class AdamW:
         epsilon: added to the root, after bias correction, as in the paper and in torch.
         weight_decay: decoupled; applied to every LoRA matrix, as torch does without groups.
         max_grad_norm: the gradient's global norm is clipped to this; None leaves it.
+        lr_ratio: lora_B learns at this many times the learning rate (LoRA+, Hayou et al. 2024,
+            arXiv 2402.12354); its decay is as much stronger, as in PEFT's optimiser.
 
     Attributes:
         weights: (P,) float32, all weights one after the other.
         mean: (P,) float32, first moment.
         square: (P,) float32, second moment.
-        step: optimiser steps taken.
+        step: updates made; a skipped one is none.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class AdamW:
         epsilon: float = 1e-8,
         weight_decay: float = 0.01,
         max_grad_norm: float | None = 1.0,
+        lr_ratio: float = 1.0,
     ) -> None:
         self.shapes = {name: array.shape for name, array in flat(weights).items()}
         self.weights = flatten(weights)
@@ -70,41 +73,50 @@ class AdamW:
         self.square = mx.zeros_like(self.weights)
         self.step = 0
         self.beta1, self.beta2 = beta1, beta2
+        ratios = mx.array(1.0) if lr_ratio == 1 else _ratios(self.shapes, lr_ratio)
 
         def update(
             weights: mx.array, mean: mx.array, square: mx.array, grad: mx.array, facts: mx.array
         ) -> tuple[mx.array, ...]:
-            rate, n_tokens, correction1, correction2 = facts
+            rate, n_tokens, correction1, correction2, nats = facts
             grad = grad / n_tokens
             norm = mx.sqrt(grad.square().sum())
+            # Before clipping, which would make a finite number of an infinite one. A moment that
+            # has once been NaN stays so: nothing moves where anything is not finite.
+            finite = mx.isfinite(norm) & mx.isfinite(nats)
             if max_grad_norm is not None:
                 # 1e-6 as in torch.nn.utils.clip_grad_norm_, for equal trajectories.
                 grad = grad * mx.minimum(max_grad_norm / (norm + 1e-6), 1)
-            mean = beta1 * mean + (1 - beta1) * grad
-            square = beta2 * square + (1 - beta2) * grad.square()
-            root = mx.sqrt(square) / mx.sqrt(correction2) + epsilon
-            weights = weights * (1 - rate * weight_decay) - rate / correction1 * mean / root
-            return weights, mean, square, norm
+            new_mean = beta1 * mean + (1 - beta1) * grad
+            new_square = beta2 * square + (1 - beta2) * grad.square()
+            root = mx.sqrt(new_square) / mx.sqrt(correction2) + epsilon
+            rates = rate * ratios
+            moved = weights * (1 - rates * weight_decay) - rates / correction1 * new_mean / root
+            news, olds = (moved, new_mean, new_square), (weights, mean, square)
+            return *(mx.where(finite, new, old) for new, old in zip(news, olds)), norm
 
         self._update = mx.compile(update)
 
-    def update(self, grads: dict[str, Any], n_tokens: int, rate: float) -> mx.array:
-        """Moves the weights by one step.
+    def update(
+        self, grads: dict[str, Any], n_tokens: int, rate: float, nats: mx.array | float = 0.0
+    ) -> mx.array:
+        """Moves the weights by one step; not, if the gradient or the loss is not finite.
 
         Args:
             grads: tree of gradients of the loss sum over all micro-batches of the step.
             n_tokens: supervised tokens of the step; the only division by them is here.
             rate: this step's learning rate.
+            nats: the loss sum.
 
         Returns:
-            The gradient's global norm before clipping, a lazy float32 scalar.
+            The gradient's global norm before clipping, a lazy float32 scalar. If it or `nats`
+            turns out not to be finite, take the step back with `step -= 1`.
         """
         self.step += 1
         # An array, because a Python number would be baked into the compiled update.
-        facts = mx.array(
-            [rate, max(n_tokens, 1), 1 - self.beta1**self.step, 1 - self.beta2**self.step],
-            mx.float32,
-        )
+        corrections = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        facts = mx.array([rate, max(n_tokens, 1), *corrections], mx.float32)
+        facts = mx.concatenate([facts, mx.array(nats, mx.float32).reshape(1)])
         self.weights, self.mean, self.square, norm = self._update(
             self.weights, self.mean, self.square, flatten(grads), facts
         )
@@ -122,6 +134,15 @@ class AdamW:
             parts[name] = buffer[start : start + size].reshape(shape)
             start += size
         return parts
+
+
+def _ratios(shapes: dict[str, tuple[int, ...]], lr_ratio: float) -> mx.array:
+    """(P,) float32: lr_ratio for every number of a lora_B, 1 for the others."""
+    parts = [
+        mx.full((math.prod(shape),), lr_ratio if ".lora_B." in name else 1.0)
+        for name, shape in shapes.items()
+    ]
+    return mx.concatenate(parts)
 
 
 def flatten(tree: dict[str, Any]) -> mx.array:

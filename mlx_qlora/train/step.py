@@ -5,6 +5,7 @@ it alike. It takes the trainable weights as arguments and leaves the model as it
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -32,7 +33,9 @@ def loss_and_grads(
     Args:
         model: with LoRA layers.
         batch: tokens and labels.
-        dropout_key: `mx.random.key(...)` that draws the dropout masks; None turns dropout off.
+        dropout_key: `mx.random.key(...)` that draws the dropout masks, or one key for each row
+            (B, 2): rows with the same keys have the same gradients however they are batched.
+            None turns dropout off.
         recompute: which layers are computed again in the backward instead of keeping their
             activations: "none", "all", "auto" (as memory asks), or how many. The result does not
             depend on it.
@@ -125,18 +128,44 @@ def add_grads(total: dict[str, Any] | None, grads: dict[str, Any]) -> dict[str, 
     return grads if total is None else tree_map(mx.add, total, grads)
 
 
-def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> tuple[float, int, int]:
-    """Sum of nats, right first choices and supervised tokens over batches, without dropout."""
-    nats, hits, count = 0.0, 0, 0
+@dataclass
+class Score:
+    """Sums over the supervised tokens of some batches.
+
+    Attributes:
+        nats: of the targets.
+        hits: targets that were the model's first choice.
+        tokens: how many targets there are.
+        pairs: targets whose predecessor is a target of the same document, too.
+        repeated: pairs of which the model's first choices are the same token.
+        repeated_targets: pairs that are the same token in the data.
+    """
+
+    nats: float = 0.0
+    hits: int = 0
+    tokens: int = 0
+    pairs: int = 0
+    repeated: int = 0
+    repeated_targets: int = 0
+
+
+def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
+    """Scores a model on batches, without dropout."""
+    total = Score()
     for batch in batches:
-        positions, targets, n_tokens = supervised_targets(batch)
+        positions, targets, n = supervised_targets(batch)
         documents = batch.documents if batch.packed else None
         hidden = model.model(batch.tokens, documents=documents)
-        losses, right = token_losses(model, hidden, positions, targets)
-        nats += number(losses.sum())
-        hits += int(number(right.sum()))
-        count += n_tokens
-    return nats, hits, count
+        losses, choices = token_losses(model, hidden, positions, targets)
+        total.nats += number(losses.sum())
+        at, chosen, wanted = (np.array(values)[:n] for values in (positions, choices, targets))
+        follows = np.diff(at) == 1
+        total.hits += int((chosen == wanted).sum())
+        total.tokens += n
+        total.pairs += int(follows.sum())
+        total.repeated += int((follows & (chosen[1:] == chosen[:-1])).sum())
+        total.repeated_targets += int((follows & (wanted[1:] == wanted[:-1])).sum())
+    return total
 
 
 # ---- recompute ---------------------------------------------------------------------------------

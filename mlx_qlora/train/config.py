@@ -1,0 +1,92 @@
+"""How long and how fast to learn."""
+
+import math
+from dataclasses import dataclass
+
+from mlx_qlora.data.batches import Batches
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.fields import check_choices, option, require
+from mlx_qlora.train.optim import SCHEDULES, learning_rate
+
+DEFAULT_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast to learn; names and defaults as Hugging Face users know them."""
+
+    learning_rate: float = option(2e-4, "the rate at the end of the warmup")
+    lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
+    warmup_steps: int = option(100, "steps over which the rate grows from 0")
+    max_steps: int | None = option(
+        None, f"optimiser steps; {DEFAULT_STEPS} if num_train_epochs is not given either"
+    )
+    num_train_epochs: float | None = option(None, "passes over the data, instead of max_steps")
+    per_device_train_batch_size: int = option(6, "rows in a micro-batch")
+    gradient_accumulation_steps: int = option(3, "micro-batches in an optimiser step")
+    max_grad_norm: float | None = option(1.0, "clip the gradient to this norm; null never clips")
+    weight_decay: float = option(0.01, "decoupled, on every LoRA matrix")
+    adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients")
+    adam_beta2: float = option(0.999, "decay of AdamW's mean of squared gradients")
+    adam_epsilon: float = option(1e-8, "keeps AdamW's division from 0")
+    gradient_checkpointing: bool | int | str = option(
+        "auto", "recompute activations: true, false, auto (as memory asks), or how many layers"
+    )
+    compile: bool | str = option(
+        "auto", "fuse operations with mx.compile: true, false, or auto (on a GPU)"
+    )
+    max_skipped_steps: int = option(
+        5, "stop after so many steps in a row whose loss or gradient is not finite"
+    )
+    seed: int = option(0, "draws the adapter, the order of rows, the split and the dropout")
+
+    def __post_init__(self) -> None:
+        check_choices("training", self)
+        if self.max_steps is None and self.num_train_epochs is None:
+            object.__setattr__(self, "max_steps", DEFAULT_STEPS)
+        elif self.max_steps is not None and self.num_train_epochs is not None:
+            raise ConfigError(
+                "training.max_steps and training.num_train_epochs exclude each other; "
+                f"got {self.max_steps} and {self.num_train_epochs}"
+            )
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "max_steps", "max_skipped_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"training.{name}", "be at least 1", value)
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"):
+            value = getattr(self, name)
+            legal = value is None or 0 < value < math.inf
+            require(legal, f"training.{name}", "be above 0 and finite", value)
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            value = getattr(self, name)
+            require(0 <= value < 2**63, f"training.{name}", "be at least 0", value)
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"training.{name}", "be in [0, 1)", value)
+        for name in ("gradient_checkpointing", "compile"):
+            word = getattr(self, name)
+            legal = not isinstance(word, str) or word == "auto"
+            require(legal, f"training.{name}", "be true, false or auto", word)
+
+    @property
+    def recompute(self) -> str | int:
+        """`gradient_checkpointing` in the engine's words."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "all" if self.gradient_checkpointing else "none"
+        return self.gradient_checkpointing
+
+    def rate(self, step: int, total_steps: int) -> float:
+        """The learning rate of one optimiser step, counted from 1."""
+        peak, warmup = self.learning_rate, self.warmup_steps
+        return learning_rate(step, peak, warmup, total_steps, self.lr_scheduler_type)
+
+    def micro_batches(self, batches: Batches) -> int:
+        """Micro-batches of the whole run; the last step may have fewer than the others."""
+        if self.max_steps is not None:
+            return self.max_steps * self.gradient_accumulation_steps
+        assert batches.stop is not None
+        return batches.stop
+
+    def total_steps(self, batches: Batches) -> int:
+        """Optimiser steps of the whole run."""
+        return -(-self.micro_batches(batches) // self.gradient_accumulation_steps)

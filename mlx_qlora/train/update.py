@@ -1,0 +1,124 @@
+"""One optimiser step: micro-batches to gradients to an update, or to the reason for none.
+
+What can go wrong in a step is met here. Numbers that are not finite move nothing. A batch that
+does not fit into memory is halved and accumulated: the sums, and each row's dropout, are the same.
+"""
+
+import gc
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+
+from mlx_qlora import backend
+from mlx_qlora.data.batches import Batch, halves
+from mlx_qlora.errors import TrainingError
+from mlx_qlora.train.metrics import say
+from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.outcome import Outcome
+from mlx_qlora.train.step import Engine, add_grads
+from mlx_qlora.tree import number
+
+
+class Update:
+    """Takes optimiser steps.
+
+    Args:
+        engine: differentiates.
+        optimizer: holds the weights and moves them.
+        seed: of the run, for the dropout.
+        stopped: asked after each micro-batch; True gives the step up.
+        console: where it is said that micro-batches were halved.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: AdamW,
+        seed: int,
+        stopped: Callable[[], bool],
+        console: Console,
+    ) -> None:
+        self.engine, self.optimizer, self.seed = engine, optimizer, seed
+        self.stopped, self.console = stopped, console
+        self.parts = 1  # a micro-batch is computed in so many
+
+    def step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
+        """One step, or None if it was given up; then nothing has moved.
+
+        Raises:
+            TrainingError: a single row does not fit into memory, or the device gave up.
+        """
+        while True:
+            optimizer = self.optimizer
+            before = optimizer.weights, optimizer.mean, optimizer.square, optimizer.step
+            try:
+                return self._step(micro_batches, rate)
+            except (RuntimeError, MemoryError) as error:
+                optimizer.weights, optimizer.mean, optimizer.square, optimizer.step = before
+                reason = str(error)
+            # Outside of the handler, whose traceback would keep the arrays of the step alive.
+            self._shrink(max(batch.tokens.shape[0] for batch in micro_batches), reason)
+
+    def _step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
+        weights = self.optimizer.tree()
+        total, nats, supervised, tokens = None, mx.array(0.0), 0, 0
+        losses: list[tuple[Batch, mx.array]] = []
+        for whole in micro_batches:
+            for batch in split(whole, self.parts):
+                keys = dropout_keys(self.seed, batch.rows)
+                loss, n_tokens, grads = self.engine(weights, batch, keys)
+                total, nats = add_grads(total, grads), nats + loss
+                supervised, tokens = supervised + n_tokens, tokens + batch.real_tokens
+                losses.append((batch, loss))
+                mx.eval(total, nats)  # or the graphs of all micro-batches would be alive at once
+            if self.stopped():
+                return None
+        assert total is not None
+        norm = self.optimizer.update(total, supervised, rate, nats)
+        optimizer = self.optimizer
+        mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
+
+        outcome = Outcome(number(nats) / max(supervised, 1), number(norm), tokens)
+        if outcome.finite:
+            return outcome
+        optimizer.step -= 1  # AdamW counts updates, and this was none
+        bad = [batch for batch, loss in losses if not math.isfinite(number(loss))]
+        suspects = [place for batch in bad or micro_batches for place in batch.places]
+        return Outcome(outcome.loss, outcome.grad_norm, tokens, tuple(suspects))
+
+    def _shrink(self, rows: int, reason: str) -> None:
+        """Halves what is computed at once, if that can help."""
+        if not backend.is_out_of_memory(reason):
+            raise TrainingError(f"the device gave up: {reason}{backend.hint(reason)}")
+        gc.collect()
+        mx.clear_cache()
+        if self.parts >= rows:
+            raise TrainingError(
+                "out of memory with a single row; lower data.max_length, set "
+                f"training.gradient_checkpointing=true, or lower lora.r ({reason})"
+            )
+        self.parts *= 2
+        say(
+            self.console,
+            f"out of memory: micro-batches of {rows} rows are computed in {self.parts} parts from "
+            "here on; the result is the same",
+        )
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in at least `parts` batches of fewer rows, as far as it has rows."""
+    made = [batch]
+    while len(made) < parts and any(part.tokens.shape[0] > 1 for part in made):
+        made = [
+            half for part in made for half in (halves(part) if part.tokens.shape[0] > 1 else [part])
+        ]
+    return made
+
+
+def dropout_keys(seed: int, rows: tuple[int, ...]) -> mx.array:
+    """(B, 2): the key of each row, from nothing but the run's seed and the row's number."""
+    states = [np.random.SeedSequence([seed, row]).generate_state(2) for row in rows or (0,)]
+    return mx.array(np.stack(states).astype(np.uint32))
