@@ -53,9 +53,10 @@ def test_the_surest_field_of_a_row_tells_its_format(fields: set[str]) -> None:
 def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
     formats = "messages; conversations; instruction, output; prompt, completion; text"
     said = f"has the fields of no format: {formats} (it has: "
-    assert refusal({"question": 1, "answer": 2}) == said + "answer, question)"
+    assert refusal({"question": 1, "answer": 2}) == said + "'question', 'answer')"
     assert refusal({}) == said + "none)"
-    assert refusal({str(i): i for i in range(9)}) == said + "0, 1, 2, 3, 4, 5)"
+    assert refusal({i: i for i in range(9)}) == said + "0, 1, 2, 3, 4, 5)"
+    assert refusal({"a\nb": 1, "k" * 99: 1}) == said + r"'a\nb', '" + "k" * 39 + ")"
 
 
 def test_a_named_format_is_not_guessed() -> None:
@@ -118,7 +119,7 @@ def test_input_must_be_a_string() -> None:
 
 # ---- messages ----------------------------------------------------------------------------------
 
-roles = st.sampled_from(["system", "user", "assistant", "tool", "ipython"])
+roles = st.sampled_from(["system", "developer", "user", "assistant", "tool", "ipython"])
 weights = st.sampled_from([None, 0, 1])
 
 
@@ -140,6 +141,27 @@ def test_a_chat_ends_at_the_last_message_of_the_assistant_that_has_a_weight(
     end = max(i for i, is_learned in enumerate(learned) if is_learned) + 1
     plain = [{"role": role, "content": content} for role, content, _ in turns]
     assert chat(*messages) == Chat(plain[:end], learned[:end])
+
+
+@pytest.mark.parametrize("weight", [2, -1, 0.5, float("nan"), "0", "1", "", [], {}])
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_weight_other_than_0_and_1_is_refused(weight: Any, i: int) -> None:
+    messages: list[Any] = [dict(USER), dict(ANSWER), USER, ANSWER]
+    messages[i]["weight"] = weight
+    reason = f"messages[{i}] has the weight {weight!r}; 0 and 1 are known"
+    assert refusal({"messages": messages}) == reason
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "ipython"])
+@pytest.mark.parametrize(
+    ("fields", "content"),
+    [({}, ""), ({"content": None}, ""), ({"content": []}, ""), ({"content": " \n"}, " \n")],
+)
+def test_what_the_system_or_a_tool_says_may_be_empty(
+    role: str, fields: dict[str, Any], content: str
+) -> None:
+    said = chat({"role": role, **fields}, USER, ANSWER)
+    assert said.messages == [{"role": role, "content": content}, USER, ANSWER]
 
 
 def test_a_row_is_not_changed_by_reading_it() -> None:
@@ -171,12 +193,44 @@ def test_calls_get_their_arguments_as_an_object() -> None:
         assert call == {"function": {"name": "now", "arguments": {}}}
 
 
+def test_an_empty_list_of_calls_is_none() -> None:
+    assert chat(USER, {**ANSWER, "tool_calls": []}).messages == [USER, ANSWER]
+    assert refusal({"messages": [USER, {"role": "assistant", "tool_calls": []}]}) == (
+        "messages[1] has no content (field 'content', or 'value')"
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWER]},
+        {"conversations": [USER, ANSWER]},
+        {"prompt": [USER], "completion": [ANSWER]},
+    ],
+)
+def test_openai_s_old_fields_for_calls_are_refused(row: dict[str, Any]) -> None:
+    reason = "has OpenAI's old field 'functions'; write 'tools'"
+    assert refusal({**row, "functions": [TOOL["function"]]}) == reason
+    wanted = read_row(row, "auto")
+    for none in (None, []):
+        assert read_row({**row, "functions": none}, "auto") == wanted
+    *_, (field, messages) = row.items()
+    for old in ({"name": "add", "arguments": "{}"}, "add", {}):
+        called = {**row, field: [*messages[:-1], {**ANSWER, "function_call": old}]}
+        assert refusal(called) == (
+            f"{field}[{len(messages) - 1}] has OpenAI's old field 'function_call'; "
+            "write 'tool_calls'"
+        )
+    called = {**row, field: [*messages[:-1], {**ANSWER, "function_call": None}]}
+    assert read_row(called, "auto") == wanted
+
+
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
 def test_tools_may_be_schemas_or_their_json_text(tools: Any) -> None:
     assert chat(USER, ANSWER, tools=tools).tools == [TOOL]
 
 
-@pytest.mark.parametrize("none", [None, [], "[]", "null"])
+@pytest.mark.parametrize("none", [None, [], "", "[]", "null"])
 def test_no_tools_are_none(none: Any) -> None:
     assert chat(USER, ANSWER, tools=none).tools is None
     assert chat(USER, ANSWER).tools is None
@@ -186,6 +240,7 @@ def test_no_tools_are_none(none: Any) -> None:
     ("tools", "reason"),
     [
         ("[", "field 'tools' is not JSON"),
+        ("[" * 100_000, "field 'tools' is not JSON"),
         ('{"a": 1}', "field 'tools' must be a list of JSON schemas"),
         ({"a": 1}, "field 'tools' must be a list of JSON schemas"),
         (["add"], "field 'tools' must be a list of JSON schemas"),
@@ -209,7 +264,7 @@ def test_nulls_that_parquet_fills_in_are_no_fields(tmp_path: Path) -> None:
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (_, first), (_, second) = read_rows(RowFile("a", "parquet", tmp_path / "a.parquet"))
-    assert first["messages"][0]["tool_calls"] is None and first["tools"] is None
+    assert first == {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
     made = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
     assert read_row(first, "auto") == Chat(
         [USER, {"role": "assistant", "content": "", "tool_calls": [made]}], [False, True]
@@ -225,23 +280,37 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
     [
         ("Hi", "messages[1] is not an object but str"),
         (None, "messages[1] is not an object but NoneType"),
+        ({1: "a", **USER}, "messages[1] has a field whose name is no text"),
         ({"content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": "", "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": ["user"], "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": "user"}, "messages[1] has no content (field 'content', or 'value')"),
         ({**USER, "content": " \n"}, "messages[1] has no content (field 'content', or 'value')"),
         ({**USER, "content": []}, "messages[1] has no content (field 'content', or 'value')"),
+        ({**ANSWER, "content": ""}, "messages[1] has no content (field 'content', or 'value')"),
         ({**USER, "content": 5}, "messages[1] must have text as content, not int"),
         ({**USER, "content": {"a": 1}}, "messages[1] must have text as content, not dict"),
         ({**USER, "content": [IMAGE]}, "messages[1] has content that is not text"),
         ({**USER, "content": ["a"]}, "messages[1] has content that is not text"),
-        ({**USER, "content": [{"type": "text"}]}, "field 'text' is missing"),
+        ({**USER, "content": [{"type": "text"}]}, "messages[1] has content that is not text"),
+        (
+            {**USER, "content": [{"type": ["text"], "text": "a"}]},
+            "messages[1] has content that is not text",
+        ),
         ({**ANSWER, "tool_calls": "add"}, "messages[1].tool_calls must be a list of calls"),
         ({**ANSWER, "tool_calls": ["add"]}, "messages[1].tool_calls has a call without a name"),
         ({**ANSWER, "tool_calls": [{}]}, "messages[1].tool_calls has a call without a name"),
         (
             {**ANSWER, "tool_calls": [{"name": "add", "arguments": "{a"}]},
             "messages[1].tool_calls has arguments that are not JSON",
+        ),
+        (
+            {**ANSWER, "tool_calls": [{"name": "add", "arguments": "[" * 100_000}]},
+            "messages[1].tool_calls has arguments that are not JSON",
+        ),
+        (
+            {**ANSWER, "tool_calls": [{"name": "add", "arguments": "[1]"}]},
+            "messages[1].tool_calls has arguments that are no object",
         ),
     ],
 )
@@ -260,7 +329,7 @@ def test_a_field_of_messages_must_be_a_list_of_some(field: str) -> None:
         )
 
 
-# ---- ShareGPT ----------------------------------------------------------------------------------
+# ---- ShareGPT, and roles -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,11 +342,17 @@ def test_a_field_of_messages_must_be_a_list_of_some(field: str) -> None:
         ("bot", "assistant"),
         ("model", "assistant"),
         ("assistant", "assistant"),
+        ("function_call", "assistant"),
         ("function", "tool"),
         ("observation", "tool"),
         ("tool", "tool"),
+        ("ipython", "ipython"),
         ("system", "system"),
-        ("narrator", "narrator"),
+        ("developer", "developer"),
+        ("Human", "user"),
+        ("GPT", "assistant"),
+        ("ASSISTANT", "assistant"),
+        ("System", "system"),
     ],
 )
 def test_the_names_of_sharegpt_become_roles(name: str, role: str) -> None:
@@ -287,6 +362,16 @@ def test_the_names_of_sharegpt_become_roles(name: str, role: str) -> None:
         [{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}],
         [role == "assistant", True],
     )
+
+
+@pytest.mark.parametrize("role", ["narrator", "Critic", "users", "r" * 50])
+def test_a_role_that_no_template_knows_is_refused(role: str) -> None:
+    known = "system, developer, user, assistant, tool, ipython"
+    reason = f"has the role {role.lower()[:40]!r}; known: {known}"
+    turn = {"role": role, "content": "a"}
+    assert refusal({"messages": [USER, turn, ANSWER]}) == f"messages[1] {reason}"
+    turn = {"from": role, "value": "a"}
+    assert refusal({"conversations": [turn, ANSWER]}) == f"conversations[0] {reason}"
 
 
 def test_system_and_tools_may_stand_beside_a_conversation() -> None:
@@ -301,6 +386,16 @@ def test_system_and_tools_may_stand_beside_a_conversation() -> None:
         )
     reason = "field 'system' must be a string, not int"
     assert refusal({"conversations": turns, "system": 1}) == reason
+
+
+def test_a_system_message_and_a_field_beside_it_must_agree() -> None:
+    turns = [{"from": "system", "value": "Be brief."}, USER, ANSWER]
+    system = {"role": "system", "content": "Be brief."}
+    for field in ({}, {"system": "Be brief."}, {"system": ""}):
+        wanted = Chat([system, USER, ANSWER], [False, False, True])
+        assert read_row({"conversations": turns, **field}, "auto") == wanted
+    reason = "field 'system' says something else than the system message"
+    assert refusal({"conversations": turns, "system": "Be long."}) == reason
 
 
 def test_a_conversation_may_use_the_other_field_names() -> None:

@@ -1,0 +1,178 @@
+"""Dropout: each row has masks of its own, which no batching and no recomputing changes."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import load_folder, random_tokens, randomise_lora
+from mlx.utils import tree_flatten
+
+from mlx_qlora.data.batches import IGNORE, Batch, halves
+from mlx_qlora.model import lora
+from mlx_qlora.model.dropout import kept, row_keys, split_keys
+from mlx_qlora.model.llama import Stretches
+from mlx_qlora.model.lora import LoraConfig, add_lora
+from mlx_qlora.train.step import Engine, add_grads, loss_and_grads
+from mlx_qlora.train.update import dropout_keys
+
+T = 24
+KEYS = dropout_keys(3, (5, 6, 7, 8))  # (4, 2), of four rows of a stream
+# Two documents in the first row, one that fills the second, padding behind the others.
+DOCUMENTS = np.array(
+    [(0, 0, 10), (0, 10, 24), (1, 0, 24), (2, 0, 9), (2, 9, 20), (3, 0, 15)], np.int32
+)
+
+
+@pytest.fixture
+def model(hf_tiny):
+    ours = load_folder(hf_tiny[1])
+    add_lora(ours, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3), seed=5)
+    randomise_lora(ours)
+    return ours
+
+
+def a_batch(packed: bool) -> Batch:
+    """Four rows, whose supervised counts differ."""
+    tokens = random_tokens(4, T + 1, seed=2)
+    labels = tokens[:, 1:].copy()
+    for row, unlearned in zip(labels, (16, 3, 9, 0)):
+        row[:unlearned] = IGNORE
+    if packed:
+        outside = np.ones((4, T), bool)
+        for row, start, end in DOCUMENTS:
+            outside[row, start : end - 1] = False
+        labels[outside] = IGNORE
+    return Batch(mx.array(tokens[:, :-1]), mx.array(labels), DOCUMENTS if packed else None)
+
+
+def single_rows(batch: Batch) -> list[Batch]:
+    return [row for half in halves(batch) for row in halves(half)]
+
+
+def gap(first, second) -> float:
+    """The largest difference of two gradient trees, relative to the largest gradient."""
+    pairs = list(zip(tree_flatten(first), tree_flatten(second)))
+    assert all(a[0] == b[0] for a, b in pairs)
+    largest = max(mx.abs(a).max().item() for (_, a), _ in pairs)
+    return max(mx.abs(a - b).max().item() for (_, a), (_, b) in pairs) / largest
+
+
+# ---- masks -------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_same_mask_alone_in_halves_and_in_the_batch():
+    whole = kept(KEYS, 0.7, (4, T, 32))
+    in_halves = [kept(KEYS[rows], 0.7, (2, T, 32)) for rows in (slice(0, 2), slice(2, 4))]
+    alone = [kept(key, 0.7, (T, 32)) for key in KEYS]
+    assert mx.array_equal(whole, mx.concatenate(in_halves)).item()
+    assert mx.array_equal(whole, mx.stack(alone)).item()
+
+
+def test_keys_of_rows_are_split_row_by_row():
+    whole = split_keys(KEYS, 7)
+    for i in range(4):
+        alone = split_keys(KEYS[i : i + 1], 7)
+        assert all(mx.array_equal(a[i], b[0]).item() for a, b in zip(whole, alone))
+
+
+def test_one_key_becomes_a_key_for_each_row_and_keys_of_rows_stay():
+    made = row_keys(mx.random.key(1), 4)
+    assert made.shape == (4, 2)
+    assert len({tuple(key) for key in made.tolist()}) == 4
+    assert mx.array_equal(row_keys(KEYS, 4), KEYS).item()
+
+
+def test_no_key_is_used_twice_or_after_it_was_split(model, monkeypatch):
+    drawn, split = [], []
+
+    def note_kept(keys, probability, shape):
+        drawn.extend(map(tuple, keys.tolist()))
+        return kept(keys, probability, shape)
+
+    def note_split(keys, n):
+        split.extend(map(tuple, keys.tolist()))
+        return split_keys(keys, n)
+
+    monkeypatch.setattr(lora, "kept", note_kept)
+    monkeypatch.setattr("mlx_qlora.model.llama.split_keys", note_split)
+    for rows in ((0, 1, 2, 3), (4, 5, 6, 7)):
+        model(a_batch(packed=False).tokens, dropout_key=dropout_keys(0, rows))
+    n_rows, n_layers = 8, 2
+    assert len(drawn) == n_rows * n_layers * 7
+    assert len(split) == n_rows * (1 + n_layers)
+    assert len({*drawn, *split}) == len(drawn) + len(split)
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.7, 0.9])
+def test_inputs_are_kept_at_the_rate_and_rows_independently(probability):
+    n = 256 * 256
+    masks = np.array(kept(KEYS, probability, (4, 256, 256))).reshape(4, n).astype(float)
+    five_sigmas = 5 * np.sqrt(probability * (1 - probability) / n)
+    assert np.abs(masks.mean(1) - probability).max() < five_sigmas
+    correlations = np.corrcoef(masks)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 5 / np.sqrt(n)
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "all", 1])
+def test_recomputing_and_compiling_change_no_gradient(model, recompute, compiled, packed):
+    batch = a_batch(packed)
+    loss, n, grads = loss_and_grads(model, batch, KEYS, "none")
+    engine = Engine(model, recompute, compiled)
+    again, again_n, again_grads = engine(model.trainable_parameters(), batch, KEYS)
+    assert again_n == n
+    assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert gap(grads, again_grads) < 1e-5
+
+
+def test_a_checkpoint_that_draws_its_own_masks_is_wrong_on_packed_rows_too(model):
+    """The control: the same comparison, with keys from the global state within the layer."""
+    h, layer = mx.random.normal((4, T, 64)), model.layers[0]
+    documents = Stretches.of(DOCUMENTS, 4, T)
+    before = layer.trainable_parameters()
+
+    def gradients(draws: bool, checkpointed: bool):
+        def run(x, weights):
+            layer.update(weights)
+            keys = mx.random.randint(0, 2**31 - 1, (4, 2)).astype(mx.uint32) if draws else KEYS
+            return layer(x, documents, None, keys)
+
+        forward = mx.checkpoint(run) if checkpointed else run
+        mx.random.seed(0)
+        grads = mx.grad(lambda weights: forward(h, weights).square().sum())(before)
+        layer.update(before)
+        return grads
+
+    assert gap(gradients(True, False), gradients(True, True)) > 1e-2
+    assert gap(gradients(False, False), gradients(False, True)) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("parts", [halves, single_rows])
+def test_gradients_of_parts_add_up_to_those_of_the_batch(model, parts, packed):
+    batch = a_batch(packed)
+    loss, n, whole = loss_and_grads(model, batch, KEYS)
+
+    def gap_with(keys_of) -> float:
+        grads, nats, count, row = None, 0.0, 0, 0
+        for part in parts(batch):
+            B = part.tokens.shape[0]
+            part_loss, part_n, part_grads = loss_and_grads(model, part, keys_of(row, B))
+            grads, nats = add_grads(grads, part_grads), nats + part_loss.item()
+            count, row = count + part_n, row + B
+        assert (count, row) == (n, 4)
+        if keys_of is own_keys:
+            assert nats == pytest.approx(loss.item(), rel=1e-6)
+        return gap(whole, grads)
+
+    def own_keys(row: int, B: int) -> mx.array:
+        return KEYS[row : row + B]
+
+    def keys_of_the_first_rows(row: int, B: int) -> mx.array:
+        return KEYS[:B]
+
+    assert gap_with(own_keys) < 1e-5
+    assert gap_with(keys_of_the_first_rows) > 1e-2
