@@ -26,7 +26,7 @@ def main() -> int:
     """Runs the demo; returns 1 if the model did not learn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", default="outputs/demo", type=Path)
-    parser.add_argument("--max-steps", default=30, type=int)
+    parser.add_argument("--max-steps", default=36, type=int)
     args = parser.parse_args()
     console = Console()
 
