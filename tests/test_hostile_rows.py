@@ -15,7 +15,7 @@ from tiny_folder import CHAT, write_tokenizer
 from mlx_qlora.data import formats, summary, view
 from mlx_qlora.data.batches import make_batches
 from mlx_qlora.data.examples import Example, Examples
-from mlx_qlora.data.files import RowFile
+from mlx_qlora.data.files import RowFile, find_files
 from mlx_qlora.data.formats import read_rows
 from mlx_qlora.data.read import DataConfig, read_examples, train_validation_test
 from mlx_qlora.data.summary import DataReport, FileReport, write_refused
@@ -353,3 +353,31 @@ def test_every_control_sign_but_the_line_break_has_a_picture() -> None:
     codes = [*(code for code in range(32) if code != 10), 127]
     assert sorted(view.PICTURES) == codes
     assert "".join(map(chr, codes)).translate(view.PICTURES) == "␀␁␂␃␄␅␆␇␈␉␋␌␍␎␏␐␑␒␓␔␕␖␗␘␙␚␛␜␝␞␟␡"
+
+
+@pytest.mark.parametrize("tools", [[{"function": "add"}], [{"function": None}], [{}], ["add"]])
+def test_tools_without_a_name_refuse_the_row_and_no_other(tools, tokenizer):
+    report = read_examples([CHAT, {**CHAT, "tools": tools}], tokenizer).report
+    assert report.refused == [(2, "field 'tools' must be a list of JSON schemas, each with a name")]
+
+
+def test_a_chat_with_tools_that_begins_with_the_assistant_is_refused(tokenizer):
+    chat = {"messages": CHAT["messages"][1:], "tools": [{"name": "add"}]}
+    report = read_examples([CHAT, chat], tokenizer).report
+    assert report.refused == [
+        (2, "has tools but begins with the assistant; put the user's question first")
+    ]
+
+
+def test_a_file_whose_path_names_two_parts_is_refused(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "train.jsonl").write_text(GOOD)
+    with pytest.raises(DataError, match=r"is for train and for test by its name; rename it"):
+        find_files(tmp_path)
+
+
+def test_refused_rows_that_cannot_be_written_are_an_error_of_the_user(tokenizer, tmp_path):
+    (tmp_path / "file.txt").write_text("")
+    config = DataConfig(refused_path=str(tmp_path / "file.txt" / "refused.jsonl"))
+    with pytest.raises(DataError, match=r"data\.refused_path: .* cannot be written"):
+        read_examples([CHAT], tokenizer, config)

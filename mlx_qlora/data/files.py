@@ -160,8 +160,11 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
 
 def _part(path: Path) -> str | None:
     """The part that a name says a file is for: `train-00001.parquet`, or `test/rows.jsonl`."""
-    words = [re.split(r"[._-]", name.lower())[0] for name in path.parts]
-    return next((part for part, known in PART_NAMES.items() if set(known) & set(words)), None)
+    words = {re.split(r"[._-]", name.lower())[0] for name in path.parts}
+    named = [part for part, known in PART_NAMES.items() if words.intersection(known)]
+    if len(named) > 1:
+        raise DataError(f"data file {path} is for {' and for '.join(named)} by its name; rename it")
+    return named[0] if named else None
 
 
 def _visible(folder: Path) -> Iterator[Path]:

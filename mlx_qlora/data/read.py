@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.data.encode import TRUNCATION
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.files import RowFile, find_files, user_path
+from mlx_qlora.data.files import KINDS, RowFile, find_files, user_path
 from mlx_qlora.data.formats import hub_dataset, parse, raw_rows, unit_of
 from mlx_qlora.data.rows import FORMATS, detect_format
 from mlx_qlora.data.store import VERSION, Piece, cached, forget_unused, in_memory, on_disk
@@ -284,10 +284,13 @@ def _spare_the_data(refused: Path, wanted: list[tuple[str, list[RowFile]]]) -> N
     """
     place = refused.resolve()
     for name, files in wanted:
+        if files[0].kind not in KINDS:
+            continue
         paths = [Path(file.path).resolve() for file in files if isinstance(file.path, Path)]
         folder = Path(name).expanduser().resolve()
         inside = folder.is_dir() and folder in place.parents
-        if place in paths or inside or fnmatch.fnmatch(str(place), str(folder)):
+        matched = fnmatch.fnmatch(place.name, folder.name) and place.parent == folder.parent
+        if place in paths or inside or matched:
             raise ConfigError(
                 f"data.refused_path: {refused} is among the rows of {name}; name another file"
             )

@@ -186,6 +186,9 @@ def _message(value: Any, where: str) -> Message:
     rest = {k: v for k, v in value.items() if v is not None}
     if "function_call" in rest:
         raise DataError(f"{where} has OpenAI's old field 'function_call'; write 'tool_calls'")
+    weight = rest.get("weight", 1)
+    if not isinstance(weight, (int, float)) or weight not in (0, 1):
+        raise DataError(f"{where} has the weight {repr(weight)[:40]}; 0 and 1 are known")
     role = rest.pop("role", None) or rest.pop("from", None)
     content = rest.pop("content", None)
     content = rest.pop("value", None) if content is None else content
@@ -229,7 +232,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _json(arguments or "{}", f"{where}.tool_calls has arguments that are")
-        if not isinstance(arguments, Mapping):
+        if not isinstance(arguments, Mapping) or not all(isinstance(k, str) for k in arguments):
             raise DataError(f"{where}.tool_calls has arguments that are no object")
         function = {**function, "arguments": arguments}
         made.append({**call, "function": function} if "function" in call else function)
@@ -244,9 +247,14 @@ def _tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         tools = _json(tools, "field 'tools' is")
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError("field 'tools' must be a list of JSON schemas")
+    if not isinstance(tools, list) or not all(map(_is_schema, tools)):
+        raise DataError("field 'tools' must be a list of JSON schemas, each with a name")
     return tools
+
+
+def _is_schema(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _json(text: str, what: str) -> Any:
@@ -259,9 +267,6 @@ def _json(text: str, what: str) -> Any:
 def _chat(messages: list[Message], tools: list[dict[str, Any]] | None) -> Chat:
     """A chat up to the last message to learn; OpenAI's `weight` 0 takes one out."""
     weights = [message.pop("weight", 1) for message in messages]
-    for i, weight in enumerate(weights):
-        if isinstance(weight, str) or weight not in (0, 1):
-            raise DataError(f"messages[{i}] has the weight {weight!r}; 0 and 1 are known")
     learned = [m["role"] == "assistant" and w != 0 for m, w in zip(messages, weights)]
     if True not in learned:
         reason = "is not to be learned" if 0 in weights else "is missing"

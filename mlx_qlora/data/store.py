@@ -193,8 +193,18 @@ def cached(folder: Path) -> TokenStore | None:
     aside = folder.with_name(f"staging-{folder.name}-{os.getpid()}-{time.time_ns()}")
     with contextlib.suppress(OSError):
         os.rename(folder, aside)  # at once: another run may make the entry anew
+        if _is_whole(aside, _text_of(aside)):
+            os.rename(aside, folder)  # it has, while the damaged one was read
+            return cached(folder)
         shutil.rmtree(aside)
     return None
+
+
+def _text_of(folder: Path) -> str:
+    try:
+        return (folder / "about.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _is_whole(folder: Path, text: str) -> bool:

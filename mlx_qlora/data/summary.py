@@ -1,5 +1,6 @@
 """What became of the rows: the figures of a source, and every refusal with its line and reason."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -160,8 +161,10 @@ def write_refused(path: Path, read: list[tuple[DataReport, list[RowFile]]]) -> N
                         out.write(json.dumps(row) + "\n")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise DataError(f"data.refused_path: {path} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _refused(told: FileReport, file: RowFile) -> Iterator[dict[str, Any]]:

@@ -97,6 +97,10 @@ def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segme
         except TokenizerError as error:
             raise DataError(f"the chat template refuses it: {error}") from None
 
+    roles = [message["role"] for message in chat.messages]
+    if chat.tools and next(role for role in roles if role != "system") == "assistant":
+        # Llama 3.1's template writes tools into the first turn, whoever's it is, as the user's.
+        raise DataError("has tools but begins with the assistant; put the user's question first")
     whole = render(chat.messages)
     refuse_unwritten(chat, whole)
     segments: Segments = []

@@ -13,6 +13,7 @@ SUPERVISED, CONTEXT, PADDING, NOTE = "bold green", "default", "dim red", "dim cy
 
 # Signs that a terminal would swallow or turn into spaces are shown as their Unicode pictures.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {127: 0x2421}
+PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # some terminals act on these, too
 
 
 def histogram(report: DataReport) -> str:
