@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mlx_qlora import backend
 from mlx_qlora._version import __version__
+from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.peft import (
     adapter_tensors,
     load_adapter,
@@ -46,6 +47,7 @@ from mlx_qlora.train.checkpoint import (
     disk_errors,
     is_ours,
     locked,
+    restore_set_aside,
 )
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import say
@@ -140,11 +142,15 @@ def fine_tune(
         f"{backend.facts()['chip']} ({backend.backend().device})",
     )
     output = Path(config.checkpointing.output_dir)
-    for damage in prepared.damaged:
-        say(console, f"warning   {damage}: the checkpoint before it is used")
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output), disk_errors(output):
+        # Again, now that no other run can be writing there.
+        restore_set_aside(output)
+        found = checkpoint_to_resume(config.checkpointing, prepared.state)
+        prepared = dataclasses.replace(prepared, resumed=found[0], damaged=found[1])
+        for damage in prepared.damaged:
+            say(console, f"warning   {damage}: the checkpoint before it is used")
         write_record(output, config, prepared.state.fingerprint)
         result = _train(model, tokenizer, train_examples, validation, prepared, console)
     say(console, _summary(result))
@@ -236,7 +242,7 @@ def prepare(
     for name, matrix in model.named_modules():
         if isinstance(matrix, FrozenMatrix):
             digest.update(f"{name} {matrix.shape} {matrix.quant} {matrix.dtype}".encode())
-    digest.update(str(getattr(source, "path", "")).encode())
+    digest.update(sample_of(source.path) if source is not None else b"")
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
     decides = deciding_values(config)
@@ -260,8 +266,10 @@ def write_record(output: Path, config: RunConfig, fingerprint: dict[str, str]) -
         "machine": backend.facts(),
         "fingerprint": fingerprint,
     }
-    (output / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (output / "training_args.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    with staged(output) as staging:
+        (staging / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+        text = json.dumps(record, indent=2) + "\n"
+        (staging / "training_args.json").write_text(text, encoding="utf-8")
 
 
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -269,8 +277,27 @@ def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
     decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
     for name in ("gradient_checkpointing", "compile", "max_skipped_steps"):
         del decides["training"][name]
+    for name in ("source", "revision", "adapter"):  # where it lies; what it is, is hashed
+        del decides["model"][name]
     data = to_dict(config)["data"]  # which rows there are is told by the hash of the data
     return {**decides, "data": {name: data[name] for name in ("packing", "max_length", "shuffle")}}
+
+
+def sample_of(path: Path) -> bytes:
+    """A hash of the sizes of a model's weight files and of pieces all over them.
+
+    Reading all of a large model would take longer than anybody waits.
+    """
+    hashed = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files:
+        size = file.stat().st_size
+        hashed.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for piece in range(64):
+                stream.seek(size * piece // 64)
+                hashed.update(stream.read(1024))
+    return hashed.digest()
 
 
 def _hash(text: str) -> str:

@@ -500,6 +500,15 @@ def test_stops_within_a_validation_and_after_every_step_change_no_bit(
     assert_same(go(folder, out), whole)
 
 
+def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behind(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    with at_step(4, stop), pytest.raises(Interrupted):
+        go(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3"))
+    assert steps_in(copy) == [3, 4]
+    assert_same(go(folder, copy), whole)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_removed(
     folder: Path, whole: Finished, copy: Path
 ) -> None:

@@ -39,10 +39,12 @@ def pause(at):
     counts[at] += 1
     print(at, counts[at], flush=True)
     if (at, counts[at]) == (place, number):
-        handler = signal.getsignal(signal.SIGTERM)
+        handler, until = signal.getsignal(signal.SIGTERM), time.monotonic() + 60
         print("waiting", flush=True)
         while signal.getsignal(signal.SIGTERM) == handler:
             time.sleep(0.001)
+            if time.monotonic() > until:
+                sys.exit("no signal was noted")
         print("noted", flush=True)
         time.sleep(seconds_after)
 
@@ -115,11 +117,11 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(
 @BOTH
 def test_a_second_signal_stops_at_once(name: str, alone: crash.LeftAlone, tmp_path: Path) -> None:
     words = crash.command(alone.inputs, tmp_path)
-    process, _ = paused(words, "micro-batch", 21, seconds_after=600)
+    process, _ = paused(words, "micro-batch", 21, seconds_after=60)
     process.send_signal(signal.Signals[name])
     read_until(process, "noted")
     process.send_signal(signal.Signals[name])
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=30)
     assert process.returncode == {"SIGINT": 130, "SIGTERM": -signal.SIGTERM}[name]
     assert said == ""
     there = sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*"))

@@ -191,16 +191,11 @@ def test_bfloat16_follows_float32_on_the_demos_data(tmp_path, smollm2_files):
     rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     words = ["train", "--model", str(model), "--data", str(rows), *QUIET, *TINY, *batch_of(8, 1)]
     words += ["--max-steps", "10", "--max-length", "96", "data.truncation=drop"]
-    words += ["--learning-rate", "3e-2"]
-    wide = losses(tmp_path / "float32", *words, "model.dtype=float32")
-    assert wide[-1] < 0.9 * wide[0]
-    for number, matmul in enumerate(("dequantize", "resident")):
-        how = ["model.dtype=bfloat16", f"model.frozen_matmul={matmul}"]
-        narrow = losses(tmp_path / str(number), *words, *how)
-        assert narrow.tolist() != wide.tolist()
-        print(matmul, np.abs(narrow / wide - 1).max(), narrow-wide, wide)
-        assert np.abs(narrow / wide - 1).max() < 2e-2
-        assert 0
+    wide = losses(tmp_path / "float32", *words)
+    how = ["model.dtype=bfloat16", "model.frozen_matmul=dequantize"]
+    narrow = losses(tmp_path / "bfloat16", *words, *how)
+    assert wide[-1] < 0.95 * wide[0]
+    assert 0 < np.abs(narrow / wide - 1).max() < 1e-2
 
 
 if __name__ == "__main__":

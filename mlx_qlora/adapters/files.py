@@ -1,7 +1,9 @@
 """Writing a folder so that a reader never sees half of it."""
 
+import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +30,18 @@ def staged(folder: Path, replace: bool = False) -> Iterator[Path]:
     staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
     try:
         yield staging
-        for path in (staging, *staging.rglob("*")):
+        for path in (*staging.rglob("*"), staging):
+            if path.is_file():  # safetensors makes files that only their owner may read
+                path.chmod(0o666 & ~_umask())
             _flush(path)
         if replace and folder.exists():
             aside = staging.with_suffix(".old")
             folder.rename(aside)
-            staging.rename(folder)
+            try:
+                staging.rename(folder)
+            except OSError:
+                aside.rename(folder)
+                raise
             shutil.rmtree(aside)
         elif not folder.exists():
             staging.rename(folder)
@@ -42,6 +50,8 @@ def staged(folder: Path, replace: bool = False) -> Iterator[Path]:
                 target = folder / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
+            for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+                _flush(place)
         _flush(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -51,7 +61,10 @@ def _flush(path: Path) -> None:
     """Makes a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        if sys.platform == "darwin":  # where fsync alone leaves bytes in the drive's cache
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

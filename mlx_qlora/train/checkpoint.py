@@ -7,6 +7,7 @@ has its checksum in `resume_state.json`, which begins with its own.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -76,6 +77,7 @@ class RunState:
         config: the values behind the config's hash, to show what differs.
         log_history: every record of `metrics.jsonl`.
         open_losses: of the steps since the last logged record, whose mean is the next one's.
+        open_grad_norm: the last one of those steps.
         recent_losses: of the last steps, against which a spike is measured.
         skipped_in_a_row: steps just before this one that moved nothing.
     """
@@ -88,6 +90,7 @@ class RunState:
     config: dict[str, Any] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
     open_losses: list[float] = field(default_factory=list)
+    open_grad_norm: float = 0.0
     recent_losses: list[float] = field(default_factory=list)
     skipped_in_a_row: int = 0
 
@@ -144,13 +147,22 @@ def _rotate(output: Path, state: RunState, limit: int) -> None:
     best = best_eval([r for r in state.log_history if r["step"] in steps])
     for path in found[:-limit]:
         if best is None or step_of(path) != best[0]:
-            shutil.rmtree(path)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint, which a run that is killed meanwhile leaves under another name."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def best_eval(history: list[dict[str, Any]]) -> tuple[int, float] | None:
     """(step, loss) of the best validation; the first of equals."""
     evals = [(r["eval_loss"], r["step"]) for r in history if "eval_loss" in r]
-    return min(evals)[::-1] if evals else None
+    finite = [pair for pair in evals if math.isfinite(pair[0])]
+    return min(finite)[::-1] if finite else None
 
 
 @contextmanager
@@ -224,10 +236,18 @@ def remove_leftovers(output: Path, step: int) -> None:
     """
     for path in checkpoints(output):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            _discard(path)
     for path in output.glob(".checkpoint-*"):
-        if path.suffix in (".tmp", ".old"):
+        if path.suffix in (".tmp", ".old", ".gone"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def restore_set_aside(output: Path) -> None:
+    """Puts back a checkpoint that was set aside for another one, if that never came."""
+    for aside in output.glob(".checkpoint-*.old"):
+        name = re.match(r"\.(checkpoint-\d+)-", aside.name)
+        if name and not (output / name[1]).exists():
+            aside.rename(output / name[1])
 
 
 # ---- in ----------------------------------------------------------------------------------------
@@ -240,7 +260,7 @@ def read_state(path: Path) -> dict[str, Any]:
         ConfigError: naming the file that is damaged or missing.
     """
     try:
-        text = (path / STATE).read_text(encoding="utf-8")
+        text = (path / STATE).read_bytes().decode()
         begun = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
         if begun is None or hashlib.sha256(text[begun.end() :].encode()).hexdigest() != begun[1]:
             raise ConfigError(f"{path / STATE} is damaged")

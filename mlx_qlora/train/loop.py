@@ -4,6 +4,7 @@ Read `train` first: it is the whole story. Every step is a function of (config, 
 run that is stopped and continued takes the same steps as one that was not.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -20,7 +21,7 @@ from mlx_qlora import backend
 from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.errors import TrainingError
+from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
@@ -219,6 +220,7 @@ class Run:
         if record:
             state.log_history.append(record)
         state.open_losses = list(self.metrics.window.losses)
+        state.open_grad_norm = self.metrics.window.grad_norm
 
     def _skip(self, outcome: Outcome, epoch: float) -> None:
         state = self.state
@@ -320,9 +322,15 @@ class Run:
             say(self.console, f"stopped early at step {self.state.step}: no better validation loss")
         if not self.checkpointing.load_best_model_at_end or best is None:
             return
-        if best[0] != self.state.step:
-            load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
-        say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
+        try:
+            if best[0] != self.state.step:
+                load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
+            say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
+        except ConfigError as error:  # it was not saved by this run, or damaged since
+            say(
+                self.console,
+                f"warning   step {best[0]} was best, but {error}: the last weights stay",
+            )
 
     def _kept(self) -> str:
         there = checkpoints(self.output)
@@ -369,5 +377,10 @@ def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     """Makes `metrics.jsonl` what it was at a checkpoint: lines may be too many, cut, or lost."""
     partial = path.with_name(f".{path.name}.partial")
     lines = [json.dumps(record) + "\n" for record in history]
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text("".join(lines), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

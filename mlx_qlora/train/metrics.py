@@ -57,6 +57,7 @@ class Metrics:
         self.file = path.open("a", encoding="utf-8")
         self.window = Window()
         self.window.losses = list(state.open_losses)
+        self.window.grad_norm = state.open_grad_norm
         self.live = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),

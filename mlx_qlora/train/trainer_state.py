@@ -22,6 +22,8 @@ def trainer_state(
     """Exactly the keys that transformers' `TrainerState` accepts, and records as it writes them."""
     best = best_eval(state.log_history)
     folder = Path(checkpointing.output_dir) / f"checkpoint-{best[0]}" if best else None
+    if folder and best and best[0] != state.step and not folder.exists():
+        folder = None  # its step was validated, and not saved
     records = []
     for record in state.log_history:
         keys = EVAL_KEYS if "eval_loss" in record else TRAIN_KEYS
