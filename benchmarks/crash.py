@@ -2,12 +2,12 @@
 
 Run as: python benchmarks/crash.py --kills 50 --seed 0
 
-Each trial is the real command in a process of its own, on a tiny model that this file makes, on a
-CPU: 36 steps with dropout, packing, accumulation, validation and the best weights at the end. The
-process gets SIGKILL, the same command is given again, one to three times in a row, and then it is
-left alone. Half of the trials are killed at a random moment. The others kill themselves at a call
-that changes the disk: before a file is opened for writing, before it is flushed, before a rename,
-before something is removed, or with half of a safetensors file written.
+Each trial is the real command in a process of its own, on a tiny model that this file makes: 36
+steps with dropout, packing, accumulation, validation and the best weights at the end. The process
+gets SIGKILL, the same command is given again, one to three times in a row, and then it is left
+alone. Half of the trials are killed at a random moment. The others kill themselves at a call that
+changes the disk: before a file is opened for writing, before it is flushed, before a rename, before
+something is removed, or with half of a safetensors file written.
 
 The claim that is asserted, of every trial: it went on from its newest checkpoint; the adapter, the
 checkpoints' weights and moments and every recorded loss are those of the run that was left alone;
@@ -55,7 +55,7 @@ def main() -> None:
     results = {
         "processes_killed": sum(len(trial.killed) for trial in trials),
         "identical": sum(not trial.problems for trial in trials),
-        "tidy": sum(not trial.litter for trial in trials),
+        "tidy": sum(not trial.problems + trial.litter for trial in trials),
         "seconds": round(time.perf_counter() - began, 1),
     }
     from mlx_qlora import backend
@@ -409,7 +409,7 @@ def show(trials: list[Trial]) -> None:
             len(some),
             sum(len(trial.killed) for trial in some),
             sum(not trial.problems for trial in some),
-            sum(not trial.litter for trial in some),
+            sum(not trial.problems + trial.litter for trial in some),
         )
         table.add_row(kind or "all", *map(str, counts))
     Console().print(table)

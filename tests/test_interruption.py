@@ -141,12 +141,12 @@ def test_a_signal_during_validation_leaves_it_to_the_next_process(
     assert evals == [6]
 
     words = crash.command(alone.inputs, tmp_path)
-    killed = crash.start(words, crash.killing(tmp_path, crash.Moment("rename", 3)))
+    killed = crash.start(words, crash.killing(tmp_path, crash.Moment("rename", 5)))
     printed, _ = killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert "step 12: validation loss" in printed
     assert not (tmp_path / "out" / "checkpoint-12").exists(), "the kill is between the renames"
-    resumes(alone, tmp_path, 8)
+    resumes(alone, tmp_path, 12)
 
 
 # ---- in Python ---------------------------------------------------------------------------------

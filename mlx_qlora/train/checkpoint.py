@@ -128,7 +128,7 @@ def save_checkpoint(
             text = json.dumps(trainer_state, indent=2) + "\n"
             (staging / "trainer_state.json").write_text(text, encoding="utf-8")
             _write_state(staging, state)
-        _rotate(output, state, config.save_total_limit)
+        rotate(output, state, config.save_total_limit)
     return folder
 
 
@@ -140,7 +140,7 @@ def _write_state(folder: Path, state: RunState) -> None:
     (folder / STATE).write_text(f'{{"sha256": "{own}",{body}', encoding="utf-8")
 
 
-def _rotate(output: Path, state: RunState, limit: int) -> None:
+def rotate(output: Path, state: RunState, limit: int) -> None:
     """Removes all but the newest checkpoints and the best of those that there are."""
     found = checkpoints(output)
     steps = {step_of(path) for path in found}
@@ -237,7 +237,7 @@ def remove_leftovers(output: Path, step: int) -> None:
     for path in checkpoints(output):
         if step_of(path) > step:
             _discard(path)
-    for path in output.glob(".checkpoint-*"):
+    for path in (*output.glob(".checkpoint-*"), *output.glob(f".{output.name}-*")):
         if path.suffix in (".tmp", ".old", ".gone"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -32,6 +32,7 @@ from mlx_qlora.train.checkpoint import (
     load_checkpoint,
     load_weights,
     remove_leftovers,
+    rotate,
     save_checkpoint,
 )
 from mlx_qlora.train.config import TrainingConfig
@@ -179,6 +180,7 @@ class Run:
         """Clears what a run that goes on from here will write anew, and opens the metrics."""
         self.state = state
         remove_leftovers(self.output, state.step)
+        rotate(self.output, state, self.checkpointing.save_total_limit)
         rewrite_metrics(self.output / "metrics.jsonl", state.log_history)
         self.metrics = Metrics(
             self.output / "metrics.jsonl", self.total_steps, state, self.logging, self.console
