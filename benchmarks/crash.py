@@ -16,6 +16,7 @@ of power cuts.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -157,11 +158,12 @@ class Moment:
     Attributes:
         kind: RANDOM, or one of CALLS.
         at: for RANDOM, lines of progress to wait for and, as a fraction, how much of the time
-            between two of them; otherwise which of the process's calls of that kind, from 1.
+            between two of them; otherwise which of the process's calls of that kind, from 1, or
+            the path that it is about.
     """
 
     kind: str
-    at: float
+    at: float | str
 
 
 class LeftAlone:
@@ -303,11 +305,11 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 def killing(place: Path, moment: Moment | None) -> list[str]:
     """What Python runs to be killed at one of its calls; None only counts them."""
-    kind, number = (moment.kind, int(moment.at)) if moment else ("none", 0)
-    return [__file__, "child", str(place), kind, str(number)]
+    kind, at = (moment.kind, moment.at) if moment else ("none", 0)
+    return [__file__, "child", str(place), kind, str(at)]
 
 
-def child(place: str, kind: str, number: str, *words: str) -> None:
+def child(place: str, kind: str, at: str, *words: str) -> None:
     """The command line, with a look at every call that changes something in `place`.
 
     Python tells its audit hooks of a call just before it is made, whoever makes it.
@@ -316,11 +318,12 @@ def child(place: str, kind: str, number: str, *words: str) -> None:
 
     calls: list[tuple[str, str]] = []
     removing, opened = False, ""
+    full_flush = getattr(fcntl, "F_FULLFSYNC", "none")  # what macOS has for fsync
 
     def is_the_one(call: str, path: str) -> bool:
         path = re.sub(r"-\w{8}\.tmp", ".tmp", path)  # without what is drawn at random
         calls.append((call, path.removeprefix(place + os.sep)))
-        return call == kind and sum(name == kind for name, _ in calls) == int(number)
+        return call == kind and at in (calls[-1][1], str(sum(name == kind for name, _ in calls)))
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -334,6 +337,9 @@ def child(place: str, kind: str, number: str, *words: str) -> None:
         elif event == "open" and here:
             opened = path
             if details[2] & (os.O_WRONLY | os.O_RDWR) and is_the_one("open", path):
+                die()
+        elif event == "fcntl.fcntl" and details[1] == full_flush:
+            if is_the_one("fsync", opened):
                 die()
         elif event == "os.rename" and here:
             if is_the_one("rename", str(details[1])):

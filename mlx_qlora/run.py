@@ -233,6 +233,9 @@ def prepare(
     if not lora_layers(model):
         add_lora(model, config.lora, config.training.seed)
     else:  # the record shall say what is trained, and that is the attached adapter
+        # An adapter's file does not carry LoRA+'s ratio, which is of the training alone.
+        ratio = config.lora.loraplus_lr_ratio
+        model.lora_config = dataclasses.replace(model.lora_config, loraplus_lr_ratio=ratio)
         config = dataclasses.replace(config, lora=model.lora_config)
     if config.model.source is None and source is not None:
         named = dataclasses.replace(config.model, source=str(source.source))

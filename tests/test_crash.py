@@ -23,13 +23,13 @@ def test_six_of_six_killed_runs_end_identically_and_leave_nothing_behind(alone: 
         [Moment(RANDOM, 4.5), Moment(RANDOM, 4.5)],
         [Moment(RANDOM, 12.3)],
         [  # with half of a checkpoint's moments on disk; then before a checkpoint gets its name
-            alone.moment("half a file", "out/.checkpoint-8.tmp/optimizer.safetensors"),
-            Moment("rename", 5),
+            Moment("half a file", "out/.checkpoint-8.tmp/optimizer.safetensors"),
+            Moment("rename", "out/checkpoint-18"),
         ],
         [Moment("remove", 7)],  # the six files of an old checkpoint are gone, its folder is not
         [  # the last checkpoint has its name, the oldest is not removed; then amid the adapter
             alone.moment("rename", "out/checkpoint-36", then=1),
-            Moment("rename", 6),
+            Moment("rename", "out/adapter_model.safetensors"),
         ],
     ]
     trials = crash.run_trials(alone, moments)

@@ -62,9 +62,16 @@ def gap(first, second) -> float:
 def test_a_row_has_the_same_mask_alone_in_halves_and_in_the_batch():
     whole = kept(KEYS, 0.7, (4, T, 32))
     in_halves = [kept(KEYS[rows], 0.7, (2, T, 32)) for rows in (slice(0, 2), slice(2, 4))]
-    alone = [kept(key, 0.7, (T, 32)) for key in KEYS]
+    alone = [kept(KEYS[i : i + 1], 0.7, (1, T, 32)) for i in range(4)]
     assert mx.array_equal(whole, mx.concatenate(in_halves)).item()
-    assert mx.array_equal(whole, mx.stack(alone)).item()
+    assert mx.array_equal(whole, mx.concatenate(alone)).item()
+
+
+def test_a_row_s_mask_does_not_depend_on_how_wide_it_is_padded():
+    narrow, wide = kept(KEYS, 0.7, (4, T, 32)), kept(KEYS, 0.7, (4, 2 * T, 32))
+    assert mx.array_equal(narrow, wide[:, :T]).item()
+    positions = np.array(wide).reshape(-1, 32)
+    assert len(np.unique(positions, axis=0)) == len(positions), "no two positions drop alike"
 
 
 def test_keys_of_rows_are_split_row_by_row():

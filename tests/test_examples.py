@@ -242,8 +242,8 @@ def test_a_long_row_is_cut_as_its_policy_says(
         if isinstance(wanted, str):
             with pytest.raises(DataError) as caught:
                 read_examples([row], tokenizer, config)
-            assert f" 1: {wanted}" in str(caught.value)
-            assert str(caught.value).startswith("rows, ") == (truncation == "error")
+            assert f"1: {wanted}" in str(caught.value)
+            assert str(caught.value).startswith("rows:1: ") == (truncation == "error")
             continue
         examples = read_examples([row], tokenizer, config)
         assert (examples[0].tokens.tolist(), examples[0].learned.tolist()) == wanted
@@ -274,7 +274,7 @@ def test_a_row_longer_than_max_length_is_refused_by_line(
     assert len(read_examples(path, tokenizer, replace(config, max_length=n))) == 5
     with pytest.raises(DataError) as caught:
         read_examples(path, tokenizer, replace(config, truncation="error"))
-    words = f"{path}, line 3: {n} tokens, longer than max_length {n - 1}; shorten it, or set"
+    words = f"{path}:3: {n} tokens, longer than max_length {n - 1}; shorten it, or set"
     assert str(caught.value).startswith(words)
 
 
@@ -1029,6 +1029,6 @@ def test_what_failed_leaves_no_entry(
     path = write_rows(tmp_path / "a.jsonl", [*rows(3), {"instruction": "x", "output": "y " * 99}])
     config = replace(cached, truncation="error", max_length=60)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"line 4: .* longer than max_length 60"):
+        with pytest.raises(DataError, match=r"a\.jsonl:4: .* longer than max_length 60"):
             read_examples(path, tokenizer, config)
     assert not [place for place in Path(cached.cache_dir or "").rglob("*") if place.is_file()]

@@ -351,19 +351,20 @@ def test_signs_that_a_terminal_acts_on_are_shown_as_their_pictures(
 
 def test_every_control_sign_but_the_line_break_has_a_picture() -> None:
     codes = [*(code for code in range(32) if code != 10), 127]
-    assert sorted(view.PICTURES) == codes
+    assert sorted(view.PICTURES) == [*codes, *range(0x80, 0xA0)]
+    assert {view.PICTURES[code] for code in range(0x80, 0xA0)} == {0xFFFD}
     assert "".join(map(chr, codes)).translate(view.PICTURES) == "␀␁␂␃␄␅␆␇␈␉␋␌␍␎␏␐␑␒␓␔␕␖␗␘␙␚␛␜␝␞␟␡"
 
 
 @pytest.mark.parametrize("tools", [[{"function": "add"}], [{"function": None}], [{}], ["add"]])
 def test_tools_without_a_name_refuse_the_row_and_no_other(tools, tokenizer):
-    report = read_examples([CHAT, {**CHAT, "tools": tools}], tokenizer).report
+    report = read_examples([TURNS, {**TURNS, "tools": tools}], tokenizer).report
     assert report.refused == [(2, "field 'tools' must be a list of JSON schemas, each with a name")]
 
 
 def test_a_chat_with_tools_that_begins_with_the_assistant_is_refused(tokenizer):
-    chat = {"messages": CHAT["messages"][1:], "tools": [{"name": "add"}]}
-    report = read_examples([CHAT, chat], tokenizer).report
+    chat = {"messages": TURNS["messages"][1:], "tools": [{"name": "add"}]}
+    report = read_examples([TURNS, chat], tokenizer).report
     assert report.refused == [
         (2, "has tools but begins with the assistant; put the user's question first")
     ]
@@ -380,4 +381,4 @@ def test_refused_rows_that_cannot_be_written_are_an_error_of_the_user(tokenizer,
     (tmp_path / "file.txt").write_text("")
     config = DataConfig(refused_path=str(tmp_path / "file.txt" / "refused.jsonl"))
     with pytest.raises(DataError, match=r"data\.refused_path: .* cannot be written"):
-        read_examples([CHAT], tokenizer, config)
+        read_examples([TURNS], tokenizer, config)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from rich.console import Console
 
@@ -141,7 +142,8 @@ def test_a_signal_during_validation_leaves_it_to_the_next_process(
     assert evals == [6]
 
     words = crash.command(alone.inputs, tmp_path)
-    killed = crash.start(words, crash.killing(tmp_path, crash.Moment("rename", 5)))
+    moment = crash.Moment("rename", "out/checkpoint-12")
+    killed = crash.start(words, crash.killing(tmp_path, moment))
     printed, _ = killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert "step 12: validation loss" in printed
@@ -267,6 +269,27 @@ def test_a_run_in_a_thread_sets_no_handlers(
     thread.join(60)
     assert within == usual_handlers
     assert results[0].steps == 4
+
+
+def test_a_model_of_the_main_thread_is_trained_in_another(begin: Any) -> None:
+    model, tokenizer = mq.load("smollm2-135m")
+    made: list[Any] = []
+    tokens = mx.array([tokenizer.encode("one two three four five six seven eight nine ten")])
+    thread = threading.Thread(target=lambda: made.append(mx.isfinite(model(tokens)).all().item()))
+    thread.start()
+    thread.join(60)
+    assert made == [True]
+
+
+def test_an_ignored_signal_stays_ignored(usual_handlers: list[Any]) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.signum is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_signal_has_the_effect_that_it_had_before(usual_handlers: list[Any]) -> None:

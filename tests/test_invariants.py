@@ -119,7 +119,6 @@ def test_the_committed_trajectory_learns_and_another_seed_leaves_it(command, tmp
     assert np.abs(other - committed).mean() > 1e-2
 
 
-@pytest.mark.slow
 def test_unpacked_runs_are_the_same_however_they_are_computed(command, tmp_path):
     """Rows that stand alone are compiled, which packed ones are not."""
     alone = [*command, "data.packing=false"]
@@ -135,7 +134,6 @@ def test_unpacked_runs_are_the_same_however_they_are_computed(command, tmp_path)
         assert_same(losses(tmp_path / str(number), *alone, *how), plain)
 
 
-@pytest.mark.slow
 def test_packing_changes_nothing_where_each_step_sees_all_rows(command, tmp_path):
     rows = write_counts(tmp_path / "rows.jsonl", 12)
     words = [*command, "--data", str(rows), "lora.lora_dropout=0"]
@@ -151,7 +149,6 @@ def test_packing_changes_nothing_where_each_step_sees_all_rows(command, tmp_path
 # ---- to the bit --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_same_command_or_its_run_yaml_alone_leaves_the_same_bits(command, tmp_path):
     words = [*command, *batch_of(4, 2), "--max-steps", "6", "checkpointing.save_steps=3"]
     first = losses(tmp_path / "first", *words)

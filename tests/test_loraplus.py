@@ -158,7 +158,6 @@ def our_losses(model, output: Path) -> list[float]:
     return [record["loss"] for record in result.log_history]
 
 
-@pytest.mark.slow
 def test_a_whole_run_is_that_of_torch_and_peft(hf_tiny, tmp_path):
     model = adapted(hf_tiny[1])
     adapter = save_adapter(model, tmp_path / "adapter", "org/base")

@@ -241,10 +241,10 @@ def test_no_tools_are_none(none: Any) -> None:
     [
         ("[", "field 'tools' is not JSON"),
         ("[" * 100_000, "field 'tools' is not JSON"),
-        ('{"a": 1}', "field 'tools' must be a list of JSON schemas"),
-        ({"a": 1}, "field 'tools' must be a list of JSON schemas"),
-        (["add"], "field 'tools' must be a list of JSON schemas"),
-        (7, "field 'tools' must be a list of JSON schemas"),
+        ('{"a": 1}', "field 'tools' must be a list of JSON schemas, each with a name"),
+        ({"a": 1}, "field 'tools' must be a list of JSON schemas, each with a name"),
+        (["add"], "field 'tools' must be a list of JSON schemas, each with a name"),
+        (7, "field 'tools' must be a list of JSON schemas, each with a name"),
     ],
 )
 def test_other_tools_are_refused(tools: Any, reason: str) -> None:

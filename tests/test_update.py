@@ -239,8 +239,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(model, error, too_man
     assert same_to_rounding(halved, whole)
     assert halved.optimizer.step == whole.optimizer.step == 2
     assert printed.getvalue().splitlines() == [
-        f"out of memory: micro-batches of 4 rows are computed in {n} parts from here on; the "
-        "result is the same"
+        f"out of memory: of 4 rows at most {4 // n} are computed at once from here on; the result "
+        "is the same"
         for n in (2, 4)
         if n <= parts
     ]
@@ -446,7 +446,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(hf_tiny, tmp_path, monkeypa
     monkeypatch.setattr(loop, "Engine", poisoning(0, 4, 12, 16, 20))  # of steps 1, 2, 4, 5 and 6
     out = tmp_path / "out"
     message = (
-        r"^step 6: loss nan, gradient norm nan, the 3\w\w step in a row that moved nothing "
+        r"^step 6: loss nan, gradient norm nan: 3 steps in a row have moved nothing "
         rf"\(training\.max_skipped_steps\)\. {re.escape(str(out))}/checkpoint-3 is the last "
         r"checkpoint; lower training\.learning_rate, or look at these rows: rows:\d+, rows:\d+$"
     )
@@ -469,7 +469,7 @@ def test_no_checkpoint_yet_is_said_too(hf_tiny, tmp_path, monkeypatch):
 
 def test_a_rate_at_which_numbers_overflow_ends_the_run(hf_tiny, tmp_path):
     """Nothing is simulated here."""
-    with pytest.raises(TrainingError, match=r"the 3\w\w step in a row that moved nothing"):
+    with pytest.raises(TrainingError, match="3 steps in a row have moved nothing"):
         start(hf_tiny[1], tmp_path / "out", learning_rate=1e30)
     assert [r["step"] for r in lines_of(tmp_path / "out") if "skipped" in r] == [2, 3, 4]
 

@@ -232,8 +232,7 @@ def _csv_rows(file: IO[bytes]) -> Rows:
     """Rows of a CSV file as dicts by its header; a quoted field may hold line breaks."""
     csv.field_size_limit(sys.maxsize)
     # A generator of text and not a TextIOWrapper, which would close the file a second time.
-    start = file.read(len(BOM))
-    lines = itertools.chain([start.removeprefix(BOM) + file.readline()], file)
+    lines = itertools.chain([file.readline().removeprefix(BOM)], file)
     text = (line.decode("utf-8", "surrogateescape") for line in lines)
     reader = csv.reader(text, strict=True)
     try:

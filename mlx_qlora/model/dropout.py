@@ -1,9 +1,9 @@
-"""Dropout masks, drawn for each row of a batch from a key of its own.
+"""Dropout masks, drawn for each position of a row from a key of its own.
 
-A row then has the same mask in whatever batch it stands: the same rows give the same gradients
-as one batch, as several micro-batches and on several processes, and a layer that is computed
-again in the backward drops what it dropped before. Keys are split, never used twice (Salmon et
-al. 2011; the scheme of JAX).
+A row then has the same mask in whatever batch it stands, however wide that is padded: the same
+rows give the same gradients as one batch, as several micro-batches and on several processes, and
+a layer that is computed again in the backward drops what it dropped before. Keys are split, never
+used twice (Salmon et al. 2011; the scheme of JAX).
 """
 
 import mlx.core as mx
@@ -26,8 +26,13 @@ def kept(keys: mx.array, probability: float, shape: tuple[int, ...]) -> mx.array
     Args:
         keys: (2,) for one draw, or (B, 2).
         probability: that an input is kept.
-        shape: (B, ...) with keys (B, 2); any with a single key.
+        shape: (B, T, d) with keys (B, 2); any with a single key.
     """
     if keys.ndim == 1:
         return mx.random.bernoulli(probability, shape, keys)
-    return mx.vmap(lambda key: mx.random.bernoulli(probability, shape[1:], key))(keys)
+    T, d = shape[1:]
+    # One draw for a whole row would depend on T, and with it on the batch's longest row.
+    steps = mx.stack([mx.zeros((T,), mx.uint32), mx.arange(T, dtype=mx.uint32)], axis=1)
+    positions = (keys[:, None] + steps).reshape(-1, 2)  # (B * T, 2)
+    drawn = mx.vmap(lambda key: mx.random.bernoulli(probability, (d,), key))(positions)
+    return drawn.reshape(shape)

@@ -116,6 +116,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, self.K * Hd, bias)
         self.o_proj = Linear(self.H * Hd, D, bias)
         self._rope_periods = rope_periods(Hd, config.rope)
+        mx.eval(self._rope_periods)  # lazy, it could be computed in the thread that made it alone
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: list[Any]) -> mx.array:
         """x (B, T, D) -> (B, T, D); `keys` are the dropout keys of q, k, v and o."""

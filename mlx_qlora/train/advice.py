@@ -39,14 +39,11 @@ class Advice:
 
 def advise(history: History) -> list[Advice]:
     """All advice that a history gives, the most urgent first."""
-    rules: list[Callable[[History], Advice | None]] = [
-        diverged,
-        overfitted,
-        underfitted,
-        repeats_itself,
-    ]
-    found = [rule(history) for rule in rules]
-    return [advice for advice in found if advice is not None]
+    rules: list[Callable[[History], Advice | None]] = [diverged, overfitted, repeats_itself]
+    found = [advice for rule in rules if (advice := rule(history)) is not None]
+    # Its remedies are the opposite of the others', which are the surer ones.
+    hardly = None if found else underfitted(history)
+    return [hardly] if hardly else found
 
 
 def diverged(history: History) -> Advice | None:
@@ -56,7 +53,7 @@ def diverged(history: History) -> Advice | None:
     if skipped:
         return Advice(
             "divergence",
-            f"{skipped} steps were skipped because their loss or gradient was no number",
+            f"steps skipped because their loss or gradient was no number: {skipped}",
             "look at the rows named in metrics.jsonl, or lower training.learning_rate",
         )
     if len(losses) < FEWEST:
@@ -89,7 +86,7 @@ def overfitted(history: History) -> Advice | None:
         "overfitting",
         f"the validation loss was best at step {best_step} ({best:.3f}) and is {last:.3f} at step "
         f"{last_step}, while the training loss went on falling",
-        f"use checkpoint-{best_step} (checkpointing.load_best_model_at_end=true), train for fewer "
+        f"end with step {best_step} (checkpointing.load_best_model_at_end=true), train for fewer "
         "steps, raise lora.lora_dropout, lower lora.r, or add data",
     )
 

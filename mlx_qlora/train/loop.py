@@ -40,9 +40,9 @@ from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.metrics import LoggingConfig, Metrics, say
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
-from mlx_qlora.train.step import Engine, score
+from mlx_qlora.train.step import Engine, Score, score
 from mlx_qlora.train.trainer_state import trainer_state
-from mlx_qlora.train.update import Update
+from mlx_qlora.train.update import Update, split
 
 # A step's loss this many times above the median of the last ones, and this far above their usual
 # spread, is called a spike.
@@ -129,7 +129,10 @@ def train(
         while not run.is_done() and interruption.signum is None:
             share = list(islice(stream, accumulation))
             rate = training.rate(state.step + 1, run.total_steps)
-            outcome = run.update(interruption).step(share, rate)
+            try:
+                outcome = run.update(interruption).step(share, rate)
+            except TrainingError as error:
+                raise TrainingError(f"{error}. {run.kept()}") from None
             if outcome is None:
                 break  # a signal came within the step: it will be taken again
             run.note(outcome, rate, sum(len(batch.rows) for batch in share))
@@ -235,8 +238,8 @@ class Run:
         say(self.console, f"step {state.step}: {what}: skipped. Rows: {shown}")
         if state.skipped_in_a_row >= self.training.max_skipped_steps:
             raise TrainingError(
-                f"step {state.step}: {what}, the {state.skipped_in_a_row}th step in a row that "
-                f"moved nothing (training.max_skipped_steps). {self._kept()}; lower "
+                f"step {state.step}: {what}: {state.skipped_in_a_row} steps in a row have moved "
+                f"nothing (training.max_skipped_steps). {self.kept()}; lower "
                 f"training.learning_rate, or look at these rows: {shown}"
             )
 
@@ -282,8 +285,7 @@ class Run:
         """Measures the validation loss; returns whether it is the best so far."""
         assert self.held_out is not None
         before = time.perf_counter()
-        batches = (batch for batch in self.held_out if interruption.signum is None)
-        total = score(self.model, batches)
+        total = self._score(self.held_out, interruption)
         if interruption.signum is not None:
             return False
         state, seconds = self.state, time.perf_counter() - before
@@ -291,6 +293,17 @@ class Run:
         state.log_history.append(self.metrics.validation(state.step, epoch, total, seconds))
         best = best_eval(state.log_history)
         return best is not None and best[0] == state.step
+
+    def _score(self, held_out: Batches, interruption: Interruption) -> Score:
+        """The sums over a pass, of smaller batches where they do not fit into memory."""
+        update = self.update(interruption)
+        while True:
+            batches = (part for whole in held_out for part in split(whole, update.parts))
+            try:
+                return score(self.model, (b for b in batches if interruption.signum is None))
+            except (RuntimeError, MemoryError) as error:
+                reason = str(error) or "out of memory"
+            update.shrink(held_out.batch_size, reason)
 
     def save(self) -> Path:
         """Writes a checkpoint of this step."""
@@ -334,7 +347,8 @@ class Run:
                 f"warning   step {best[0]} was best, but {error}: the last weights stay",
             )
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """What there is to go on from, for messages."""
         there = checkpoints(self.output)
         return f"{there[-1]} is the last checkpoint" if there else "No checkpoint was written yet"
 

@@ -58,9 +58,9 @@ class Update:
                 return self._step(micro_batches, rate)
             except (RuntimeError, MemoryError) as error:
                 optimizer.weights, optimizer.mean, optimizer.square, optimizer.step = before
-                reason = str(error)
+                reason = str(error) or "out of memory"  # Python's own MemoryError has no words
             # Outside of the handler, whose traceback would keep the arrays of the step alive.
-            self._shrink(max(batch.tokens.shape[0] for batch in micro_batches), reason)
+            self.shrink(max(batch.tokens.shape[0] for batch in micro_batches), reason)
 
     def _step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
         weights = self.optimizer.tree()
@@ -89,8 +89,12 @@ class Update:
         suspects = [place for batch in bad or micro_batches for place in batch.places]
         return Outcome(outcome.loss, outcome.grad_norm, tokens, tuple(suspects))
 
-    def _shrink(self, rows: int, reason: str) -> None:
-        """Halves what is computed at once, if that can help."""
+    def shrink(self, rows: int, reason: str) -> None:
+        """Halves what is computed at once, if that can help.
+
+        Raises:
+            TrainingError: it cannot.
+        """
         if not backend.is_out_of_memory(reason):
             raise TrainingError(f"the device gave up: {reason}{backend.hint(reason)}")
         gc.collect()
@@ -103,8 +107,8 @@ class Update:
         self.parts *= 2
         say(
             self.console,
-            f"out of memory: micro-batches of {rows} rows are computed in {self.parts} parts from "
-            "here on; the result is the same",
+            f"out of memory: of {rows} rows at most {-(-rows // self.parts)} are computed at once "
+            "from here on; the result is the same",
         )
 
 
