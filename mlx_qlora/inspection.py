@@ -11,7 +11,7 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import open_checkpoint
-from mlx_qlora.train.loop import batches_of
+from mlx_qlora.train.config import batches_of
 from mlx_qlora.train.metrics import say
 
 

@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import load_folder, random_tokens, randomise_lora
+from conftest import random_tokens
 from mlx.utils import tree_flatten
+from test_step import model  # noqa: F401
 
 from mlx_qlora.data.batches import IGNORE, Batch, halves
 from mlx_qlora.model import lora
 from mlx_qlora.model.dropout import kept, row_keys, split_keys
 from mlx_qlora.model.llama import Stretches
-from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.step import Engine, add_grads, loss_and_grads
 from mlx_qlora.train.update import dropout_keys
 
@@ -20,14 +20,6 @@ KEYS = dropout_keys(3, (5, 6, 7, 8))  # (4, 2), of four rows of a stream
 DOCUMENTS = np.array(
     [(0, 0, 10), (0, 10, 24), (1, 0, 24), (2, 0, 9), (2, 9, 20), (3, 0, 15)], np.int32
 )
-
-
-@pytest.fixture
-def model(hf_tiny):
-    ours = load_folder(hf_tiny[1])
-    add_lora(ours, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3), seed=5)
-    randomise_lora(ours)
-    return ours
 
 
 def a_batch(packed: bool) -> Batch:

@@ -17,8 +17,8 @@ from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.checkpoint import CheckpointingConfig, RunState
-from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.loop import batches_of, train
+from mlx_qlora.train.config import TrainingConfig, batches_of
+from mlx_qlora.train.loop import train
 from mlx_qlora.train.metrics import LoggingConfig
 from mlx_qlora.train.optim import AdamW
 

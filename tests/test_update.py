@@ -15,6 +15,7 @@ import pytest
 from conftest import load_folder, random_tokens, randomise_lora
 from mlx.utils import tree_map
 from rich.console import Console
+from test_loop import make_examples
 
 from mlx_qlora import backend
 from mlx_qlora.data.batches import IGNORE, Batch
@@ -349,17 +350,6 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
 # ---- whole runs --------------------------------------------------------------------------------
 
 
-def make_examples(n: int = 24, seed: int = 0) -> Examples:
-    """Counting by threes from a few starts; the second half of each row is learned."""
-    random = np.random.default_rng(seed)
-    made = []
-    for line in range(1, n + 1):
-        length = int(random.integers(8, 30))
-        tokens = ((random.integers(0, 4) + 3 * np.arange(length)) % 320).astype(np.int32)
-        made.append(Example(tokens, np.arange(length) >= length // 2, line))
-    return Examples.of(made)
-
-
 def noise(n: int, seed: int) -> Examples:
     """Tokens drawn from eight: once a model knows which, it can learn no more."""
     drawn = np.random.default_rng(seed).integers(100, 108, (n, 32)).astype(np.int32)
@@ -372,7 +362,7 @@ def start(
     """A run of steps of 2 micro-batches of 2 rows: step k has rows 4 k - 4 to 4 k - 1."""
     model = load_folder(folder)
     add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=1)
-    examples = changes.pop("examples", (make_examples(), make_examples(6, seed=9)))
+    examples = changes.pop("examples", (make_examples(24), make_examples(6, seed=9)))
     training = TrainingConfig(
         max_steps=changes.pop("max_steps", 8),
         learning_rate=changes.pop("learning_rate", 1e-2),
@@ -417,7 +407,7 @@ def test_a_skipped_step_is_recorded_with_its_rows(hf_tiny, tmp_path, monkeypatch
     from transformers import TrainerState
 
     batches = loop.batches_of(
-        make_examples(),
+        make_examples(24),
         DataConfig(packing=False),
         TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2),
     )

@@ -1,9 +1,11 @@
-"""How long and how fast to learn."""
+"""How long and how fast to learn, and the batches that follow from it."""
 
 import math
 from dataclasses import dataclass
 
-from mlx_qlora.data.batches import Batches
+from mlx_qlora.data.batches import Batches, make_batches
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.fields import check_choices, option, require
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
@@ -90,3 +92,18 @@ class TrainingConfig:
     def total_steps(self, batches: Batches) -> int:
         """Optimiser steps of the whole run."""
         return -(-self.micro_batches(batches) // self.gradient_accumulation_steps)
+
+
+def batches_of(examples: Examples, data: DataConfig, training: TrainingConfig) -> Batches:
+    """The batches of a run, or of its validation."""
+    rows = training.per_device_train_batch_size
+    return make_batches(
+        examples,
+        rows,
+        training.seed,
+        data.shuffle,
+        data.packing,
+        max(data.max_length, int(examples.lengths.max())),
+        epochs=training.num_train_epochs,
+        rows_per_step=rows * training.gradient_accumulation_steps,
+    )

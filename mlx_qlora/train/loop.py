@@ -4,9 +4,6 @@ Read `train` first: it is the whole story. Every step is a function of (config, 
 run that is stopped and continued takes the same steps as one that was not.
 """
 
-import contextlib
-import json
-import os
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -18,7 +15,7 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import backend
-from mlx_qlora.data.batches import Batches, make_batches
+from mlx_qlora.data.batches import Batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError, TrainingError
@@ -35,9 +32,9 @@ from mlx_qlora.train.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from mlx_qlora.train.config import TrainingConfig
+from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.interruption import Interrupted, Interruption
-from mlx_qlora.train.metrics import LoggingConfig, Metrics, say
+from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics, say
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.train.step import Engine, Score, score
@@ -372,31 +369,3 @@ class Run:
             best_step=best[0] if best else None,
             stopped_early=self.state.step < self.total_steps,
         )
-
-
-def batches_of(examples: Examples, data: DataConfig, training: TrainingConfig) -> Batches:
-    """The batches of a run, or of its validation."""
-    rows = training.per_device_train_batch_size
-    return make_batches(
-        examples,
-        rows,
-        training.seed,
-        data.shuffle,
-        data.packing,
-        max(data.max_length, int(examples.lengths.max())),
-        epochs=training.num_train_epochs,
-        rows_per_step=rows * training.gradient_accumulation_steps,
-    )
-
-
-def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """Makes `metrics.jsonl` what it was at a checkpoint: lines may be too many, cut, or lost."""
-    partial = path.with_name(f".{path.name}.partial")
-    lines = [json.dumps(record) + "\n" for record in history]
-    try:
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise

@@ -1,6 +1,8 @@
 """What a run says while it runs: one JSON line per event, and one live line for the person."""
 
+import contextlib
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +163,19 @@ class Window:
     def tokens_per_second(self) -> float:
         """Real tokens per second of training time."""
         return self.tokens / max(time.perf_counter() - self.started, 1e-9)
+
+
+def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """Makes `metrics.jsonl` what it was at a checkpoint: lines may be too many, cut, or lost."""
+    partial = path.with_name(f".{path.name}.partial")
+    lines = [json.dumps(record) + "\n" for record in history]
+    try:
+        partial.write_text("".join(lines), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def _gb(n_bytes: int) -> str:
