@@ -39,7 +39,7 @@ _HOME = {
     "generate": "infer.generate",
     "load": "source",
     "load_adapter": "adapters.peft",
-    "loss_and_grads": "train.step",
+    "loss_and_grads": "train.engine",
     "make_batches": "data.batches",
     "plan": "planner",
     "read_examples": "data.read",
@@ -91,6 +91,6 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.source import load as load
     from mlx_qlora.train.checkpoint import CheckpointingConfig as CheckpointingConfig
     from mlx_qlora.train.config import TrainingConfig as TrainingConfig
+    from mlx_qlora.train.engine import loss_and_grads as loss_and_grads
     from mlx_qlora.train.loop import TrainResult as TrainResult
     from mlx_qlora.train.metrics import LoggingConfig as LoggingConfig
-    from mlx_qlora.train.step import loss_and_grads as loss_and_grads

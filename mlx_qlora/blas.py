@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ def load_fast_blas() -> str | None:
 def loaded() -> str | None:
     """The path or name of the BLAS that took MLX's own's place, or None."""
     return _loaded
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Lets the loaded OpenBLAS use n threads for a matmul; does nothing to another BLAS."""
+    library = ctypes.CDLL(_loaded) if _loaded else None
+    if library is None or not hasattr(library, "openblas_set_num_threads"):
+        yield
+        return
+    before = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(n)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)
 
 
 def _rebind(library: ctypes.CDLL) -> bool:

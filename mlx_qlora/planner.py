@@ -17,7 +17,7 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint
-from mlx_qlora.train.step import activation_bytes, check_recompute, layers_to_recompute
+from mlx_qlora.train.memory import NOTHING, check_recompute, choose_levels, kept_bytes
 
 FLOAT32 = 4
 
@@ -89,13 +89,13 @@ def plan_checkpoint(
     T = _width(config, examples)
     tokens = training.per_device_train_batch_size * T
     itemsize = backend.compute_dtype(config.model.dtype).size
-    n_layers = llama.num_hidden_layers
-    layers = check_recompute(training.recompute, n_layers)
-    shape = training.per_device_train_batch_size, T
-    recomputed = layers_to_recompute(llama, *shape, itemsize) if layers == "auto" else int(layers)
-    per_layer = activation_bytes(llama, *shape, itemsize)
-    kept = per_layer * min(n_layers, n_layers - recomputed + 1)
-    inputs = recomputed * tokens * llama.hidden_size * itemsize
+    levels = check_recompute(training.recompute, llama.num_hidden_layers)
+    if isinstance(levels, str):
+        budget = backend.facts()["working_set_bytes"] // 2
+        levels = choose_levels(llama, tokens, itemsize, budget)
+    recomputed = sum(level != NOTHING for level in levels)
+    kept = tokens * sum(kept_bytes(llama, level, itemsize) for level in levels)
+    inputs = 0
     supervised = tokens if config.data.train_on == "all" else tokens // 4
     parts = {"base weights": base}
     if resident:

@@ -42,7 +42,7 @@ from mlx_qlora.train.checkpoint import (
 )
 from mlx_qlora.train.interruption import Interrupted
 from mlx_qlora.train.loop import Run, TrainResult
-from mlx_qlora.train.step import Score
+from mlx_qlora.train.score import Score
 
 STEPS = 8
 SETTINGS: dict[str, Any] = {

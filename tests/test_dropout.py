@@ -11,7 +11,7 @@ from mlx_qlora.data.batches import IGNORE, Batch, halves
 from mlx_qlora.model import lora
 from mlx_qlora.model.dropout import kept, row_keys, split_keys
 from mlx_qlora.model.llama import Stretches
-from mlx_qlora.train.step import Engine, add_grads, loss_and_grads
+from mlx_qlora.train.engine import Engine, add_grads, loss_and_grads
 from mlx_qlora.train.update import dropout_keys
 
 T = 24

@@ -20,7 +20,7 @@ from mlx_qlora.data import packing
 from mlx_qlora.data.batches import IGNORE, Batch, collate, make_batches
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.train.step import add_grads, loss_and_grads
+from mlx_qlora.train.engine import add_grads, loss_and_grads
 
 Rows = list[list[int]]  # positions of each document of each row
 WIDTH = 48

@@ -10,7 +10,9 @@ from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.loss import padded_count, supervised_targets, token_losses
-from mlx_qlora.train.step import Engine, add_grads, check_recompute, loss_and_grads, score
+from mlx_qlora.train.engine import Engine, add_grads, loss_and_grads
+from mlx_qlora.train.memory import check_recompute
+from mlx_qlora.train.score import score
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.step import score
+from mlx_qlora.train.score import score
 
 WIDTH = 512  # tokens in a row of several examples
 

@@ -20,19 +20,26 @@ def split_keys(keys: mx.array, n: int) -> list[mx.array]:
     return [children[:, i] for i in range(n)]
 
 
-def kept(keys: mx.array, probability: float, shape: tuple[int, ...]) -> mx.array:
-    """Which inputs are kept: bool of `shape`, the first axis for rows.
+def position_keys(keys: mx.array, row: mx.array, column: mx.array) -> mx.array:
+    """Keys of rows (B, 2) become keys of positions (N, 2).
 
     Args:
-        keys: (2,) for one draw, or (B, 2).
+        keys: (B, 2) uint32.
+        row: (N,) int, which of the rows a position comes from.
+        column: (N,) int, its place in the row.
+    """
+    # One draw for a whole row would depend on its width, and with it on the batch's longest row.
+    return keys[row] + mx.stack([mx.zeros_like(column), column], axis=1).astype(mx.uint32)
+
+
+def kept(keys: mx.array, probability: float, shape: tuple[int, ...]) -> mx.array:
+    """Which inputs are kept: bool of `shape`.
+
+    Args:
+        keys: (2,) for one draw, or one for each position (N, 2).
         probability: that an input is kept.
-        shape: (B, T, d) with keys (B, 2); any with a single key.
+        shape: (N, d) with keys (N, 2); any with a single key.
     """
     if keys.ndim == 1:
         return mx.random.bernoulli(probability, shape, keys)
-    T, d = shape[1:]
-    # One draw for a whole row would depend on T, and with it on the batch's longest row.
-    steps = mx.stack([mx.zeros((T,), mx.uint32), mx.arange(T, dtype=mx.uint32)], axis=1)
-    positions = (keys[:, None] + steps).reshape(-1, 2)  # (B * T, 2)
-    drawn = mx.vmap(lambda key: mx.random.bernoulli(probability, (d,), key))(positions)
-    return drawn.reshape(shape)
+    return mx.vmap(lambda key: mx.random.bernoulli(probability, shape[1:], key))(keys)

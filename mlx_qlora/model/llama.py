@@ -8,6 +8,7 @@ Axes: B batch, T tokens, D hidden, H heads, K key-value heads, Hd head size, F M
 V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,15 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
-from mlx_qlora.model.dropout import row_keys, split_keys
+from mlx_qlora.model.attention import Cached, Documents
+from mlx_qlora.model.dropout import position_keys, row_keys, split_keys
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
 from mlx_qlora.model.swiglu import swiglu
 
-# MLX's fused attention has no gradient for this few queries on Metal; see `causal_mask`.
-FEWEST_FUSED_QUERIES = 9
+Context = Documents | Cached  # what the tokens of a forward attend to
+Keys = Sequence[mx.array | None]  # of the seven linears of a layer
+NO_KEYS: Keys = [None] * 7
 
 
 @dataclass(frozen=True)
@@ -115,68 +118,16 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, self.K * Hd, bias)
         self.v_proj = Linear(D, self.K * Hd, bias)
         self.o_proj = Linear(self.H * Hd, D, bias)
-        self._rope_periods = rope_periods(Hd, config.rope)
-        mx.eval(self._rope_periods)  # lazy, it could be computed in the thread that made it alone
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any, keys: list[Any]) -> mx.array:
-        """x (B, T, D) -> (B, T, D); `keys` are the dropout keys of q, k, v and o."""
-        B, T, _ = x.shape
-        q = self.q_proj(x, keys[0]).reshape(B, T, self.H, self.Hd)
-        k = self.k_proj(x, keys[1]).reshape(B, T, self.K, self.Hd)
-        v = self.v_proj(x, keys[2]).reshape(B, T, self.K, self.Hd)
-        if isinstance(mask, Stretches):
-            out = self.attend_documents(q, k, v, mask)
-        else:
-            out = self.attend(q, k, v, mask, cache)
-        return self.o_proj(out.reshape(B, T, -1), keys[3])
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
-        """q (B, T, H, Hd), k and v (B, T, K, Hd) -> (B, T, H, Hd)."""
-        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))  # (B, H, T, Hd), (B, K, T, Hd)
-        offset = 0 if cache is None else cache.offset
-        q, k = self.rotate(q, offset), self.rotate(k, offset)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        return _attend(q, k, v, self.Hd**-0.5, mask, cache).swapaxes(1, 2)
-
-    def attend_documents(
-        self, q: mx.array, k: mx.array, v: mx.array, stretches: "Stretches"
-    ) -> mx.array:
-        """As `attend`, where rows hold several documents: each as if it stood alone.
-
-        Positions start anew with each document, and no score between two of them is ever
-        computed; a mask would have to be T x T.
-        """
-        # Split, not sliced: its gradient joins the parts again, a slice's fills a row with zeros.
-        parts = [mx.split(part.flatten(0, 1), stretches.borders) for part in (q, k, v)]
-        outs = []
-        for is_document, *qkv in zip(stretches.documents, *parts):
-            if is_document:
-                q1, k1, v1 = (part[None] for part in qkv)
-                outs.append(self.attend(q1, k1, v1, causal_mask(q1.shape[1]), None)[0])
-            else:
-                outs.append(mx.zeros_like(qkv[0]))  # padding: read by nobody, but a number
-        return mx.concatenate(outs)
-
-    def rotate(self, x: mx.array, offset: Any) -> mx.array:
-        """RoPE in Hugging Face's layout: pair i is (i, i + Hd / 2), not (2i, 2i + 1)."""
-        return mx.fast.rope(
-            x,
-            self.Hd,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self._rope_periods,
-        )
-
-
-def _attend(q: mx.array, k: Any, v: Any, scale: float, mask: Any, cache: Any) -> mx.array:
-    if hasattr(cache, "bits"):  # mlx-lm's quantised cache: k and v are packed triples
-        from mlx_lm.models.base import scaled_dot_product_attention
-
-        return scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    def project(
+        self, x: mx.array, context: Context, keys: Keys
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x (..., D) -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
+        heads = *x.shape[:-1], -1, self.Hd
+        q = self.q_proj(x, keys[0]).reshape(heads)
+        k = self.k_proj(x, keys[1]).reshape(heads)
+        v = self.v_proj(x, keys[2]).reshape(heads)
+        return context.rotate(q), context.rotate(k), v
 
 
 class MLP(nn.Module):
@@ -189,40 +140,13 @@ class MLP(nn.Module):
         self.up_proj = Linear(D, F, config.mlp_bias)
         self.down_proj = Linear(F, D, config.mlp_bias)
 
-    def __call__(self, x: mx.array, keys: list[Any]) -> mx.array:
-        """x (B, T, D) -> (B, T, D); `keys` are the dropout keys of gate, up and down."""
-        gated = swiglu(self.gate_proj(x, keys[0]), self.up_proj(x, keys[1]))
-        return self.down_proj(gated, keys[2])
-
-
-@dataclass(frozen=True)
-class Stretches:
-    """Where documents and padding alternate in the flattened (B * T,) positions of a batch.
-
-    Attributes:
-        borders: positions at which a stretch ends and the next one begins.
-        documents: for each stretch, whether it is a document.
-    """
-
-    borders: list[int]
-    documents: list[bool]
-
-    @classmethod
-    def of(cls, documents: np.ndarray, B: int, T: int) -> "Stretches":
-        """From (N, 3) of row, start and end, in order."""
-        starts, kinds, at = [], [], 0
-        for row, start, end in documents.tolist():
-            if row * T + start > at:
-                starts, kinds = [*starts, at], [*kinds, False]
-            starts, kinds = [*starts, row * T + start], [*kinds, True]
-            at = row * T + end
-        if at < B * T:
-            starts, kinds = [*starts, at], [*kinds, False]
-        return cls(starts[1:], kinds)
-
 
 class DecoderLayer(nn.Module):
-    """Two sentences: normalise, attend, add; normalise, mix, add."""
+    """Two sentences: normalise, attend, add; normalise, mix, add.
+
+    They are cut into four pieces between which the training engine keeps what its backward needs.
+    `keys` are the dropout keys of the layer's seven linears, each (N, 2) or None.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -231,13 +155,33 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, mask: Any, cache: Any = None, dropout_key: mx.array | None = None
+    def __call__(self, x: mx.array, context: Context, keys: Keys = NO_KEYS) -> mx.array:
+        """x (..., D) -> (..., D)."""
+        q, k, v = self.project(x, context, keys)
+        h = self.add_attention(x, context.attend(q, k, v), keys)
+        gate, up = self.widen(h, keys)
+        return self.add_mlp(h, gate, up, keys)
+
+    def project(
+        self, x: mx.array, context: Context, keys: Keys
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x (..., D) -> q (..., H, Hd), k and v (..., K, Hd)."""
+        return self.self_attn.project(self.input_layernorm(x), context, keys)
+
+    def add_attention(self, x: mx.array, out: mx.array, keys: Keys) -> mx.array:
+        """x (..., D) and what the heads found (..., H, Hd) -> h (..., D)."""
+        return x + self.self_attn.o_proj(out.flatten(-2), keys[3])
+
+    def widen(self, h: mx.array, keys: Keys) -> tuple[mx.array, mx.array]:
+        """h (..., D) -> gate and up (..., F)."""
+        x = self.post_attention_layernorm(h)
+        return self.mlp.gate_proj(x, keys[4]), self.mlp.up_proj(x, keys[5])
+
+    def add_mlp(
+        self, h: mx.array, gate: mx.array, up: mx.array, keys: Keys, compiled: bool = False
     ) -> mx.array:
-        """x (B, T, D) -> (B, T, D); a row's dropout key (B, 2) serves the layer's seven linears."""
-        keys = [None] * 7 if dropout_key is None else split_keys(dropout_key, 7)
-        h = x + self.self_attn(self.input_layernorm(x), mask, cache, keys[:4])
-        return h + self.mlp(self.post_attention_layernorm(h), keys[4:])
+        """h (..., D), gate and up (..., F) -> (..., D)."""
+        return h + self.mlp.down_proj(swiglu(gate, up, compiled), keys[6])
 
 
 class LlamaModel(nn.Module):
@@ -248,31 +192,61 @@ class LlamaModel(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._rope_periods = rope_periods(config.head_dim, config.rope)
+        mx.eval(self._rope_periods)  # lazy, it could be computed in the thread that made it alone
 
     def __call__(
         self,
         tokens: mx.array,
         cache: list[Any] | None = None,
         dropout_key: mx.array | None = None,
-        recompute: int = 0,
         documents: np.ndarray | None = None,
     ) -> mx.array:
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
-        n = len(self.layers)
-        caches = cache or [None] * n
-        keys: list[Any] = [None] * n
-        if dropout_key is not None:
-            keys = split_keys(row_keys(dropout_key, tokens.shape[0]), n)
-        if documents is None:
-            mask = causal_mask(tokens.shape[1], caches[0])
-        else:
-            mask = Stretches.of(documents, *tokens.shape)
+        if cache is not None:
+            mask = cache[0].make_mask(tokens.shape[1], return_array=False, window_size=None)
+            h = self.embed_tokens(tokens)
+            for layer, own in zip(self.layers, cache):
+                h = layer(h, Cached(mask, own, self._rope_periods))
+            return self.norm(h)
 
+        B, T = tokens.shape
+        if documents is None:  # each row is one
+            documents = np.array([(b, 0, T) for b in range(B)], np.int32)
+        context = self.documents(documents, B * T, T)
+        keys = self.dropout_keys(dropout_key, B, context)
+        return self.hidden(tokens.reshape(-1), context, keys).reshape(B, T, -1)
+
+    def hidden(
+        self, tokens: mx.array, documents: Documents, keys: list[Keys] | None = None
+    ) -> mx.array:
+        """Tokens (N,) of documents, one behind the other -> (N, D); no keys mean no dropout."""
         h = self.embed_tokens(tokens)
-        for i, layer in enumerate(self.layers):
-            forward = recomputed(layer) if i < recompute else layer
-            h = forward(h, mask, caches[i], keys[i])
+        for layer, own in zip(self.layers, keys or [NO_KEYS] * len(self.layers)):
+            h = layer(h, documents, own)
         return self.norm(h)
+
+    def documents(
+        self, documents: np.ndarray, N: int | None = None, T: int | None = None
+    ) -> Documents:
+        """What `Documents.of` makes of them, for this model."""
+        return Documents.of(documents, self._rope_periods, N, T)
+
+    def dropout_keys(self, key: mx.array | None, B: int, documents: Documents) -> list[Keys]:
+        """For each layer the keys of its seven linears, one for each position.
+
+        Args:
+            key: one (2,) for a batch, or one for each of its rows (B, 2); None means no dropout.
+            B: rows of the batch.
+            documents: which row and column each position comes from.
+        """
+        n = len(self.layers)
+        if key is None:
+            return [NO_KEYS] * n
+        return [
+            [position_keys(own, documents.row, documents.column) for own in split_keys(layer, 7)]
+            for layer in split_keys(row_keys(key, B), n)
+        ]
 
 
 class LlamaForCausalLM(nn.Module):
@@ -305,7 +279,6 @@ class LlamaForCausalLM(nn.Module):
         cache: list[Any] | None = None,
         *,
         dropout_key: mx.array | None = None,
-        recompute: int = 0,
         documents: np.ndarray | None = None,
     ) -> mx.array:
         """The logits of every position.
@@ -315,15 +288,13 @@ class LlamaForCausalLM(nn.Module):
             cache: one mlx-lm cache per layer, while generating.
             dropout_key: draws the LoRA dropout masks: one (2,) for the batch, or one for each
                 row (B, 2); None turns dropout off.
-            recompute: how many layers forget their activations in the forward and compute them
-                again in the backward. The result does not depend on it.
             documents: (N, 3) int of row, start and end, in order, where rows hold several
                 documents: each is attended to as if it stood alone, its positions from 0 on.
 
         Returns:
             (B, T, V), in the compute dtype.
         """
-        return self.logits(self.model(tokens, cache, dropout_key, recompute, documents))
+        return self.logits(self.model(tokens, cache, dropout_key, documents))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""
@@ -344,40 +315,3 @@ class LlamaForCausalLM(nn.Module):
         from mlx_lm.models.cache import KVCache
 
         return [KVCache() for _ in self.layers]
-
-
-def causal_mask(T: int, cache: Any = None) -> Any:
-    """The mask for T new tokens: the word "causal" where possible, because it costs no memory.
-
-    An array mask makes the backward build T x T scores on every backend. Right padding needs
-    none: a real token never looks to its right, and padding carries no label. Only for a handful
-    of queries without a cache is an array used, as Metal's fused backward refuses those.
-    """
-    if cache is not None:
-        return cache.make_mask(T, return_array=False, window_size=None)
-    if T < FEWEST_FUSED_QUERIES:
-        return mx.tril(mx.ones((T, T), dtype=mx.bool_))
-    return "causal"
-
-
-def recomputed(layer: DecoderLayer) -> Any:
-    """The layer, computed again in the backward instead of keeping its activations.
-
-    The dropout key is an argument, so the second run draws the first run's masks: a layer that
-    called `mx.random` without a key would differentiate another function than it computed.
-    """
-    trainable = layer.trainable_parameters()
-
-    def forward(x: mx.array, mask: Any, cache: Any, key: mx.array | None) -> mx.array:
-        def run(x: mx.array, weights: dict[str, Any]) -> mx.array:
-            before = layer.trainable_parameters()
-            layer.update(weights)
-            try:
-                return layer(x, mask, cache, key)
-            finally:
-                layer.update(before)
-
-        # Weights are arguments, not captures: mx.checkpoint has gradients for arguments alone.
-        return mx.checkpoint(run)(x, trainable)
-
-    return forward

@@ -104,7 +104,7 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
         """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout.
 
-        One key (2,) draws for all of x, keys (B, 2) for each of x's B rows.
+        One key (2,) draws for all of x, keys (N, 2) for each of x's N rows.
         """
         y = self.base_layer(x)
         A = self.lora_A.weight.astype(x.dtype)

@@ -5,6 +5,8 @@ MLX's affine quantisation stores a row in groups: w = scale * q + bias, q an uns
 gradients through them to small trainable matrices.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,17 +105,49 @@ class FrozenMatrix(nn.Module):
         if self.quant is None or self._resident is not None:
             return x @ self.dense().T
         if self.matmul == "quantized":
-            q = self.quant
-            return mx.quantized_matmul(
-                x,
-                self.weight,
-                self["scales"],
-                self.get("biases"),
-                group_size=q.group_size,
-                bits=q.bits,
-                mode=q.mode,
-            )
+            return _quantized_matmul(x, self.packed(), self.quant, transpose=True)
         return _dequantize_and_multiply(x, self.packed(), self.quant)
+
+    def multiply_back(self, dy: mx.array) -> mx.array:
+        """dy (..., rows) -> dy @ W (..., columns): the gradient of `multiply`."""
+        if self.quant is not None and self._resident is None and self.matmul == "quantized":
+            return _quantized_matmul(dy, self.packed(), self.quant, transpose=False)
+        return dy @ self.dense()
+
+    def lookup(self, indices: mx.array) -> mx.array:
+        """Some rows of W, dense: indices (...) int -> (..., columns)."""
+        if self.quant is None or self._resident is not None:
+            return self.dense()[indices]
+        return unpack(tuple(part[indices] for part in self.packed()), self.quant, self.dtype)
+
+    def rows(self, start: int, end: int) -> "FrozenMatrix":
+        """The matrix of some of the rows; dense once and for all, unless the kernel reads packed.
+
+        For the output head: the widest matrix of a small model, of which no dense copy may exist
+        as a whole.
+        """
+        part = FrozenMatrix(0, 0)
+        part.quant, part.dtype, part.matmul = self.quant, self.dtype, self.matmul
+        for name in ("weight", "scales", "biases"):
+            if name in self:
+                part[name] = self[name][start:end]
+        if self._resident is not None:
+            part._resident = self._resident[start:end]
+        elif self.quant is not None and self.matmul != "quantized":
+            part._resident = part.dense()
+        return part
+
+    @contextmanager
+    def dense_for_now(self) -> Iterator[None]:
+        """Shares one dequantised copy among the graphs that are built within, and forgets it."""
+        if self.quant is None or self._resident is not None or self.matmul == "quantized":
+            yield
+            return
+        self._resident = self.dense()
+        try:
+            yield
+        finally:
+            self._resident = None
 
 
 class Linear(FrozenMatrix):
@@ -140,11 +174,8 @@ class Embedding(FrozenMatrix):
     """Rows of W by token id; with tied weights, W also is the output head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Tokens (B, T) int -> (B, T, D)."""
-        if self.quant is None or self._resident is not None:
-            return self.dense()[tokens]
-        rows = tuple(part[tokens] for part in self.packed())
-        return unpack(rows, self.quant, self.dtype)
+        """Tokens (...) int -> (..., D)."""
+        return self.lookup(tokens)
 
 
 def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
@@ -156,6 +187,16 @@ def unpack(packed: tuple[mx.array, ...], quant: QuantConfig, dtype: mx.Dtype) ->
     """Dequantises to `dtype`."""
     return mx.dequantize(
         *packed, group_size=quant.group_size, bits=quant.bits, mode=quant.mode, dtype=dtype
+    )
+
+
+def _quantized_matmul(
+    x: mx.array, packed: tuple[mx.array, ...], quant: QuantConfig, transpose: bool
+) -> mx.array:
+    weight, scales, *biases = packed
+    bits, size, mode = quant.bits, quant.group_size, quant.mode
+    return mx.quantized_matmul(
+        x, weight, scales, *biases, transpose=transpose, group_size=size, bits=bits, mode=mode
     )
 
 

@@ -33,11 +33,12 @@ from mlx_qlora.train.checkpoint import (
     save_checkpoint,
 )
 from mlx_qlora.train.config import TrainingConfig, batches_of
+from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics, say
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
-from mlx_qlora.train.step import Engine, Score, score
+from mlx_qlora.train.score import Score, score
 from mlx_qlora.train.trainer_state import trainer_state
 from mlx_qlora.train.update import Update, split
 

@@ -1,62 +1,88 @@
-"""Next-token cross-entropy, in float32, as a sum over the supervised tokens.
+"""Next-token cross-entropy and its gradient, without ever holding the logits.
 
 A sum and not a mean: sums of micro-batches, of packed documents and of processes add up to the
 sum over all their tokens, so one division at the end of the step is exact.
+
+The head is frozen, so the only gradient is that of the hidden states,
+
+    d_hidden = softmax(hidden @ W.T) @ W - W[target],
+
+and it is made in the forward: the vocabulary goes by in pieces, whose weights are scaled anew
+when a larger logit turns up (Milakov & Gimelshein 2018, arXiv 1805.02867). A piece of the head is
+dequantised once for all tokens, and memory is that of (S, piece), not of (S, V).
 """
 
+from dataclasses import dataclass
+
 import mlx.core as mx
-import numpy as np
 
-from mlx_qlora.data.batches import IGNORE, Batch
-from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.backend import backend
+from mlx_qlora.model.exponentials import exp
+from mlx_qlora.model.quantize import FrozenMatrix
+
+# Bytes that the logits of a piece of the vocabulary may take. On a CPU they shall stay near its
+# caches; on a GPU there shall be few and large matmuls.
+CPU_PIECE, GPU_PIECE, NARROWEST = 8 << 20, 256 << 20, 1024
 
 
-def supervised_targets(batch: Batch) -> tuple[mx.array, mx.array, int]:
-    """Where a batch has something to learn, and what.
+@dataclass
+class Losses:
+    """What the head says of S tokens; what is not asked for is not computed.
 
-    The head is by far the widest matrix of a small model, and prompt tokens have no loss: logits
-    are computed at these positions only.
-
-    Returns:
-        positions (S,) int32 into the flattened (B * T,); targets (S,) int32, IGNORE where S was
-        rounded up so that few graphs are compiled; and how many targets are real.
+    Attributes:
+        nats: (S,) float32, the loss of each target.
+        choices: (S,) uint32, the head's first choices.
+        gradient: (S, D) float32, of the sum of the nats with respect to the hidden states.
     """
-    labels = np.array(batch.labels).reshape(-1)
-    positions = np.flatnonzero(labels != IGNORE)
-    n = len(positions)
-    S = padded_count(n)
-    padded = np.zeros(S, np.int32)
-    padded[:n] = positions
-    targets = np.full(S, IGNORE, np.int32)
-    targets[:n] = labels[positions]
-    return mx.array(padded), mx.array(targets), n
+
+    nats: mx.array
+    choices: mx.array
+    gradient: mx.array
 
 
-def padded_count(n: int) -> int:
-    """The smallest S >= n from a small fixed set: multiples of a quarter of the power of two."""
-    step = max(16, (1 << max(n - 1, 1).bit_length()) // 4)
-    return -(-max(n, 1) // step) * step
-
-
-def token_losses(
-    model: LlamaForCausalLM, hidden: mx.array, positions: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array]:
-    """The loss of each supervised token, and the model's first choice there.
+def cross_entropy(
+    head: FrozenMatrix, hidden: mx.array, targets: mx.array, differentiate: bool = True
+) -> Losses:
+    """The losses of some tokens.
 
     Args:
-        model: whose head is used.
-        hidden: (B, T, D).
-        positions: (S,) into the flattened (B * T,).
-        targets: (S,), with IGNORE for none.
-
-    Returns:
-        nats (S,) float32, 0 where there is no target; first choices (S,) uint32.
+        head: W (V, D), of whatever packing.
+        hidden: (S, D), in the compute dtype.
+        targets: (S,) int, from 0 to V - 1.
+        differentiate: whether the gradient will be asked for.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])[positions]
-    logits = model.logits(rows).astype(mx.float32)  # (S, V)
-    real = targets != IGNORE
-    # IGNORE is no row of the vocabulary: give the lookup a legal index, then drop its result.
-    legal = mx.where(real, targets, 0)[:, None]
-    chosen = mx.take_along_axis(logits, legal, axis=-1)[:, 0]
-    nats = mx.where(real, mx.logsumexp(logits, axis=-1) - chosen, 0)
-    return nats, mx.argmax(logits, axis=-1)
+    V, S = head.shape[0], hidden.shape[0]
+    top, total = mx.full((S, 1), -mx.inf), mx.zeros((S, 1))
+    wanted, choices = mx.zeros((S,)), mx.zeros((S,), mx.uint32)
+    mean_row = mx.zeros((S, head.shape[1]))  # of W, weighted; not yet divided by `total`
+    for start, end in pieces(V, S):
+        part = head.rows(start, end)
+        # Tied to the piece before: else the logits of all pieces could exist at once.
+        last = [total, mean_row] if differentiate else [total]
+        logits = part.multiply(mx.depends([hidden], last)[0]).astype(mx.float32)
+        highest = logits.max(axis=-1, keepdims=True)
+        choices = mx.where(
+            highest > top, mx.argmax(logits, -1, keepdims=True) + start, choices[:, None]
+        )[:, 0]
+        here = (targets >= start) & (targets < end)
+        legal = mx.clip(targets - start, 0, end - start - 1)
+        wanted = wanted + mx.take_along_axis(logits, legal[:, None], -1)[:, 0] * here
+
+        before, top = top, mx.maximum(top, highest)
+        weights, keep = exp(logits - top), exp(before - top)
+        total = total * keep + weights.sum(axis=-1, keepdims=True)
+        mean_row = mean_row * keep + part.multiply_back(weights.astype(hidden.dtype))
+    nats = (top + mx.log(total))[:, 0] - wanted
+    return Losses(nats, choices, mean_row / total - rows_of(head, targets))
+
+
+def pieces(V: int, S: int) -> list[tuple[int, int]]:
+    """First and last row of each piece of a vocabulary, for S tokens."""
+    budget = CPU_PIECE if backend().device == "cpu" else GPU_PIECE
+    width = max(NARROWEST, budget // (4 * max(S, 1)) // NARROWEST * NARROWEST)
+    return [(start, min(start + width, V)) for start in range(0, V, width)]
+
+
+def rows_of(head: FrozenMatrix, targets: mx.array) -> mx.array:
+    """The rows of W (S, D) that belong to some tokens, float32."""
+    return head.lookup(targets).astype(mx.float32)

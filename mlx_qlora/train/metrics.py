@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mlx_qlora.fields import option, require
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.outcome import Outcome
-from mlx_qlora.train.step import Score
+from mlx_qlora.train.score import Score
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from rich.console import Console
 from mlx_qlora import backend
 from mlx_qlora.data.batches import Batch, halves
 from mlx_qlora.errors import TrainingError
+from mlx_qlora.train.engine import Engine, add_grads
 from mlx_qlora.train.metrics import say
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
-from mlx_qlora.train.step import Engine, add_grads
 from mlx_qlora.tree import number
 
 

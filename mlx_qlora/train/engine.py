@@ -1,0 +1,347 @@
+"""Gradients of the LoRA weights, layer by layer.
+
+The forward keeps, of each layer, what lies between its four pieces (`DecoderLayer`): then the
+backward of a piece is MLX's own derivative of that piece, and because MLX computes only what is
+asked for, no frozen matrix is multiplied a second time. What a layer keeps is chosen by memory:
+
+    level     kept of a layer                       computed again in the backward
+    NOTHING   x, q, k, v, heads, h, gate, up        norms, RoPE's angles, the sigmoid
+    MLP       x, q, k, v, heads, h                  and gate and up
+    LAYER     x                                     and everything else
+
+A layer is evaluated before the next but one begins, so that at most two layers' temporary arrays
+exist at once; a graph of the whole step would keep what the order of its evaluation happens to
+leave over. Measured against `mx.checkpoint`: docs/log.md.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mlx_qlora.data.batches import Batch
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
+from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.train.loss import cross_entropy
+from mlx_qlora.train.memory import LAYER, NOTHING, Recompute, check_recompute, levels_for
+from mlx_qlora.train.parts import Part, cores_shared, parts_of
+from mlx_qlora.tree import flat, nested
+
+# Which linears a piece of a layer multiplies with.
+PIECES = {
+    "project": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "add_attention": ("self_attn.o_proj",),
+    "widen": ("mlp.gate_proj", "mlp.up_proj"),
+    "add_mlp": ("mlp.down_proj",),
+}
+Arrays = Sequence[mx.array]
+Pieces = Iterator[Arrays]  # what is to be computed next
+MOST_PIECES = 8
+
+
+def loss_and_grads(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    dropout_key: mx.array | None = None,
+    recompute: Recompute = "auto",
+) -> tuple[mx.array, int, dict[str, Any]]:
+    """The loss of one batch and its gradients, for use in a loop of your own.
+
+    Args:
+        model: with LoRA layers.
+        batch: tokens and labels.
+        dropout_key: `mx.random.key(...)` that draws the dropout masks, or one key for each row
+            (B, 2): rows with the same keys have the same gradients however they are batched.
+            None turns dropout off.
+        recompute: which layers are computed again in the backward instead of keeping their
+            activations: "none", "all", "auto" (as memory asks), or how many. The result does not
+            depend on it.
+
+    Returns:
+        loss_sum: float32 scalar, the sum of nats over supervised tokens.
+        n_tokens: how many tokens are supervised; divide once, by the sum over the whole step.
+        grads: tree of d(loss_sum) / d(LoRA weight), float32, shaped as
+            `model.trainable_parameters()`.
+
+    Raises:
+        ConfigError: the model has nothing to train, or `recompute` is none of the above.
+    """
+    engine = Engine(model, recompute, compiled=False)
+    return engine(model.trainable_parameters(), batch, dropout_key)
+
+
+@dataclass
+class Slot:
+    """Where a trainable weight lives."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+
+@dataclass
+class Kept:
+    """What the backward of a layer of a part starts from; None where it has to be made again."""
+
+    x: mx.array
+    qkv: Arrays | None = None
+    heads: tuple[mx.array, list[Any]] | None = None  # the output, and what its backward needs
+    h: mx.array | None = None
+    wide: Arrays | None = None
+
+
+@dataclass
+class Walk:
+    """One part on its way up and down the layers."""
+
+    part: Part
+    x: mx.array
+    dx: mx.array | None = None
+    kept: list[Kept] = field(default_factory=list)
+
+
+class Engine:
+    """Differentiates a model's loss with respect to its LoRA weights.
+
+    Args:
+        model: with LoRA layers.
+        recompute: as in `loss_and_grads`, or the level of each layer.
+        compiled: fuse elementwise operations with `mx.compile`.
+
+    Raises:
+        ConfigError: the model has nothing to train, or `recompute` is none of its words.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, recompute: Recompute = "auto", compiled: bool = True
+    ) -> None:
+        trainable = flat(model.trainable_parameters())
+        if not trainable:
+            raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
+        self.model, self.compiled = model, compiled
+        self.recompute = check_recompute(recompute, len(model.layers))
+        self.slots = [
+            {piece: _slots(layer, i, PIECES[piece], trainable) for piece in PIECES}
+            for i, layer in enumerate(model.layers)
+        ]
+        known = {slot.path for layer in self.slots for slots in layer.values() for slot in slots}
+        assert known == set(trainable), f"no gradient for {sorted(set(trainable) - known)}"
+        # Below the first layer that learns there is no backward at all.
+        self.first = next(i for i, layer in enumerate(self.slots) if any(layer.values()))
+
+    def __call__(
+        self, weights: dict[str, Any], batch: Batch, dropout_key: mx.array | None = None
+    ) -> tuple[mx.array, int, dict[str, Any]]:
+        """(loss_sum, n_tokens, grads) at the given LoRA weights."""
+        parts = parts_of(self.model, batch, dropout_key)
+        named = flat(weights)
+        grads: dict[str, mx.array] = {}
+        with lent(self.slots, named, self.model.model.embed_tokens.dtype), cores_shared(parts):
+            walks = [Walk(part, self._embed(part)) for part in parts]
+            levels = self._levels(sum(part.tokens.size for part in parts))
+            self._forward(walks, levels)
+            loss = self._losses(walks)
+            self._backward(walks, grads)
+        n_tokens = sum(part.targets.size for part in parts)
+        return (
+            loss,
+            n_tokens,
+            nested({p: grads.get(p, mx.zeros(w.shape)) for p, w in named.items()}),
+        )
+
+    def _levels(self, positions: int) -> list[int]:
+        if not isinstance(self.recompute, str):
+            return self.recompute
+        return levels_for(self.model, positions)
+
+    def _embed(self, part: Part) -> mx.array:
+        with mx.stream(part.stream):
+            return self.model.model.embed_tokens(part.tokens)
+
+    # ---- up --------------------------------------------------------------------------------------
+
+    def _forward(self, walks: list[Walk], levels: list[int]) -> None:
+        before: list[mx.array] = []
+        for i, layer in enumerate(self.model.layers):
+            with dense_for_now(layer):
+                in_turns(walks, [self._climb(layer, walk, i, levels[i]) for walk in walks])
+            mx.eval(before)  # of the layer before this one: the device always has some at hand
+            before = [walk.x for walk in walks]
+
+    def _climb(self, layer: DecoderLayer, walk: Walk, i: int, level: int) -> Pieces:
+        """One layer's forward; what is kept of it goes to the walk."""
+        x, keys, documents = walk.x, walk.part.keys[i], walk.part.documents
+        qkv = layer.project(x, documents, keys)
+        yield qkv
+        heads = documents.attend_and_note(*qkv)
+        yield [heads[0], *(note for note in heads[1] if note is not None)]
+        h = layer.add_attention(x, heads[0], keys)
+        wide = layer.widen(h, keys)
+        yield [h, *wide]
+        walk.x = layer.add_mlp(h, *wide, keys, self.compiled)
+        if i >= self.first:
+            kept = Kept(x)
+            if level != LAYER:
+                kept = Kept(x, qkv, heads, h, wide if level == NOTHING else None)
+            walk.kept.append(kept)
+        yield [walk.x]
+
+    def _losses(self, walks: list[Walk]) -> mx.array:
+        """The loss sum; and each walk's gradient at the last layer's output."""
+        model, losses = self.model.model, []
+        for walk in walks:
+            positions = walk.part.positions
+
+            def supervised(x: mx.array, at: mx.array = positions) -> mx.array:
+                return model.norm(x[at])
+
+            with mx.stream(walk.part.stream):
+                found = cross_entropy(self.model.head, supervised(walk.x), walk.part.targets)
+                gradient = found.gradient.astype(walk.x.dtype)
+                walk.dx = mx.vjp(supervised, [walk.x], [gradient])[1][0]
+                losses.append(found.nats.sum())
+        mx.eval(losses, [walk.dx for walk in walks])
+        return mx.stack(losses).sum() if losses else mx.array(0.0)
+
+    # ---- down ------------------------------------------------------------------------------------
+
+    def _backward(self, walks: list[Walk], grads: dict[str, mx.array]) -> None:
+        before: list[Any] = []
+        for i in reversed(range(self.first, len(self.model.layers))):
+            layer, slots = self.model.layers[i], self.slots[i]
+            descents = [Descent(layer, slots, walk, i, self.compiled) for walk in walks]
+            with dense_for_now(layer):
+                in_turns(walks, [descent.pieces(wants_dx=i > self.first) for descent in descents])
+            mx.eval(before)
+            for path in descents[0].grads if descents else ():
+                own = [descent.grads[path].astype(mx.float32) for descent in descents]
+                grads[path] = functools.reduce(mx.add, own)
+            before = [walk.dx for walk in walks] if i > self.first else []
+
+
+class Descent:
+    """One layer's backward for one part; `grads` has the gradients of its LoRA weights after."""
+
+    def __init__(
+        self, layer: DecoderLayer, slots: dict[str, list[Slot]], walk: Walk, i: int, compiled: bool
+    ) -> None:
+        self.layer, self.slots, self.walk, self.compiled = layer, slots, walk, compiled
+        self.documents, self.keys = walk.part.documents, walk.part.keys[i]
+        self.grads: dict[str, mx.array] = {}
+
+    def pieces(self, wants_dx: bool) -> Pieces:
+        """From the gradient of the layer's output, in the walk, to that of its input."""
+        layer, keys, documents, kept = self.layer, self.keys, self.documents, self.walk.kept.pop()
+        x, dy, compiled = kept.x, self.walk.dx, self.compiled
+        qkv = kept.qkv or layer.project(x, documents, keys)
+        heads, notes = kept.heads or documents.attend_and_note(*qkv)
+        h = kept.h if kept.h is not None else layer.add_attention(x, heads, keys)
+        wide = kept.wide or layer.widen(h, keys)
+        del kept
+        yield [*qkv, heads, *(note for note in notes if note is not None), h, *wide]
+
+        dh, *dwide = self.pull(
+            "add_mlp", lambda *a: layer.add_mlp(*a, keys, compiled), [h, *wide], [dy]
+        )
+        del wide
+        yield [*dwide, *self.grads.values()]
+        dh = dh + self.pull("widen", lambda h: layer.widen(h, keys), [h], dwide)[0]
+        del dwide
+        yield [dh, *self.grads.values()]
+        dx, dheads = self.pull(
+            "add_attention", lambda *a: layer.add_attention(*a, keys), [x, heads], [dh]
+        )
+        yield [dheads, *self.grads.values()]
+        dqkv = documents.pull(*qkv, heads, notes, dheads)
+        yield dqkv
+        project: Any = lambda x: layer.project(x, documents, keys)  # noqa: E731
+        dx = dx + self.pull("project", project, [x], dqkv)[0]
+        self.walk.dx = dx if wants_dx else None
+        yield [*self.grads.values(), *([dx] if wants_dx else [])]
+
+    def pull(
+        self, piece: str, forward: Callable[..., Any], inputs: Arrays, cotangents: Arrays
+    ) -> Arrays:
+        """Gradients of a piece's inputs; those of its weights go to `grads`."""
+        slots = self.slots[piece]
+        weights = [slot.module[slot.name] for slot in slots]
+        n = len(inputs)
+
+        def run(*arrays: mx.array) -> Any:
+            for slot, weight in zip(slots, arrays[n:]):
+                slot.module[slot.name] = weight
+            out = forward(*arrays[:n])
+            return list(out) if isinstance(out, tuple) else out
+
+        try:
+            _, gradients = mx.vjp(run, [*inputs, *weights], list(cotangents))
+        finally:  # or tracers would stay in the modules
+            for slot, weight in zip(slots, weights):
+                slot.module[slot.name] = weight
+        self.grads |= {slot.path: gradient for slot, gradient in zip(slots, gradients[n:])}
+        return gradients[:n]
+
+
+def add_grads(total: dict[str, Any] | None, grads: dict[str, Any]) -> dict[str, Any]:
+    """The sum over micro-batches; plain addition, because gradients are of sums."""
+    return grads if total is None else tree_map(mx.add, total, grads)
+
+
+@contextmanager
+def lent(
+    layers: list[dict[str, list[Slot]]], weights: dict[str, mx.array], dtype: mx.Dtype
+) -> Iterator[None]:
+    """Lends a model other LoRA weights, in the compute dtype, and takes them back after."""
+    slots = [slot for layer in layers for piece in layer.values() for slot in piece]
+    before = [slot.module[slot.name] for slot in slots]
+    for slot in slots:
+        slot.module[slot.name] = weights[slot.path].astype(dtype)
+    try:
+        yield
+    finally:
+        for slot, array in zip(slots, before):
+            slot.module[slot.name] = array
+
+
+def dense_for_now(layer: nn.Module) -> ExitStack:
+    """One dequantised copy of each of a layer's matrices, for all graphs built within."""
+    stack = ExitStack()
+    for module in layer.modules():
+        if isinstance(module, FrozenMatrix):
+            stack.enter_context(module.dense_for_now())
+    return stack
+
+
+def in_turns(walks: list[Walk], pieces: list[Pieces]) -> None:
+    """Starts the pieces of several walks, each in its stream, one of each at a time.
+
+    MLX hands at most some hundred operations to its streams in advance: all of one walk's first
+    would leave the other streams without work.
+    """
+    for _ in range(MOST_PIECES):
+        for walk, own in zip(walks, pieces):
+            with mx.stream(walk.part.stream):
+                mx.async_eval(next(own, []))
+
+
+def _slots(
+    layer: DecoderLayer, i: int, linears: tuple[str, ...], trainable: dict[str, mx.array]
+) -> list[Slot]:
+    """The trainable weights within some of a layer's linears."""
+    slots = []
+    for linear in linears:
+        prefix = f"model.layers.{i}."
+        for path in trainable:
+            if path.startswith(f"{prefix}{linear}."):
+                *owners, name = path.removeprefix(prefix).split(".")
+                module: Any = layer
+                for owner in owners:
+                    module = module[owner]
+                slots.append(Slot(path, module, name))
+    return slots
