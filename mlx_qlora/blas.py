@@ -74,12 +74,18 @@ def loaded() -> str | None:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Lets the loaded OpenBLAS use n threads for a matmul; does nothing to another BLAS."""
+    """Lets the loaded OpenBLAS use n threads for a matmul; does nothing to another BLAS.
+
+    Around a whole run, too: each change wakes OpenBLAS's threads, which then spin for a while.
+    """
     library = ctypes.CDLL(_loaded) if _loaded else None
     if library is None or not hasattr(library, "openblas_set_num_threads"):
         yield
         return
     before = library.openblas_get_num_threads()
+    if before == n:
+        yield
+        return
     library.openblas_set_num_threads(n)
     try:
         yield

@@ -17,7 +17,7 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint
-from mlx_qlora.train.memory import NOTHING, check_recompute, choose_levels, kept_bytes
+from mlx_qlora.train.memory import NOTHING, check_recompute, kept_bytes, schedule
 
 FLOAT32 = 4
 
@@ -90,11 +90,10 @@ def plan_checkpoint(
     tokens = training.per_device_train_batch_size * T
     itemsize = backend.compute_dtype(config.model.dtype).size
     levels = check_recompute(training.recompute, llama.num_hidden_layers)
-    if isinstance(levels, str):
-        budget = backend.facts()["working_set_bytes"] // 2
-        levels = choose_levels(llama, tokens, itemsize, budget)
-    recomputed = sum(level != NOTHING for level in levels)
-    kept = tokens * sum(kept_bytes(llama, level, itemsize) for level in levels)
+    lengths = [T] * training.per_device_train_batch_size
+    how = schedule(llama, lengths, itemsize, levels, backend.facts()["working_set_bytes"] / 2)
+    recomputed = sum(level != NOTHING for level in how.levels)
+    kept = kept_bytes(llama, how.levels, lengths, how.waves, itemsize)
     inputs = 0
     supervised = tokens if config.data.train_on == "all" else tokens // 4
     parts = {"base weights": base}

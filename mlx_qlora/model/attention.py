@@ -30,6 +30,27 @@ MOST_PADDING, MOST_IN_BLOCKS, MOST_FUSED = 0.1, 1024, 16384
 
 
 @dataclass(frozen=True)
+class Note:
+    """What the backward of an attention wants to know of its forward; None where it need not.
+
+    Attributes:
+        log_sum: (n, K, G, T, 1), of the exponentials of each query's scores.
+        total: (n, K, G, T, 1), the sum of its weights.
+        weights: the exponentials, less a common factor of each query; a block after the other.
+    """
+
+    log_sum: Any = None
+    total: Any = None
+    weights: list[mx.array] | None = None
+
+    def arrays(self) -> list[mx.array]:
+        """All that is noted, to be evaluated."""
+        if self.weights is not None:
+            return [self.total, *self.weights]
+        return [] if self.log_sum is None else [self.log_sum]
+
+
+@dataclass(frozen=True)
 class Group:
     """Documents of about the same length, attended to at once.
 
@@ -130,10 +151,12 @@ class Documents:
         return self.attend_and_note(q, k, v)[0]
 
     def attend_and_note(
-        self, q: mx.array, k: mx.array, v: mx.array
-    ) -> tuple[mx.array, list[mx.array | None]]:
-        """As `attend`; and of each group what `pull` wants to know, if anything."""
-        found = [attend_and_note(*map(group.gather, (q, k, v))) for group in self.groups]
+        self, q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
+    ) -> tuple[mx.array, list[Note]]:
+        """As `attend`; and of each group what `pull` wants to know."""
+        found = [
+            attend_and_note(*map(group.gather, (q, k, v)), keep_weights) for group in self.groups
+        ]
         return self._scatter([out for out, _ in found]), [note for _, note in found]
 
     def pull(
@@ -142,7 +165,7 @@ class Documents:
         k: mx.array,
         v: mx.array,
         out: mx.array,
-        notes: list[mx.array | None],
+        notes: list[Note],
         dout: mx.array,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Gradients of q, k and v, from what `attend_and_note` returned and its gradient."""
@@ -253,29 +276,36 @@ def _group_width(longest: int) -> int:
 # ---- documents of one length -------------------------------------------------------------------
 
 
-def attend_and_note(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array | None]:
+def attend_and_note(
+    q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
+) -> tuple[mx.array, Note]:
     """Causal attention of n documents.
 
     Args:
         q: (n, T, H, Hd).
         k: (n, T, K, Hd).
         v: (n, T, K, Hd).
+        keep_weights: whether the backward shall find the scores' exponentials: T / 2 numbers for
+            each position and head. Ignored where a fused kernel keeps none.
 
     Returns:
-        (n, T, H, Hd); and the log-sums of the scores, where `pull` makes use of them.
+        (n, T, H, Hd); and a note for `pull`.
     """
     if _has_fused_kernel(q.dtype):
-        return _fused(q, k, v), None
-    return _by_blocks(q, k, v)
+        return _fused(q, k, v), Note()
+    if keep_weights:
+        return _forward(q, k, v)
+    out, log_sum = _by_blocks(q, k, v)
+    return out, Note(log_sum)
 
 
 def pull(
-    q: mx.array, k: mx.array, v: mx.array, out: mx.array, note: mx.array | None, dout: mx.array
+    q: mx.array, k: mx.array, v: mx.array, out: mx.array, note: Note, dout: mx.array
 ) -> tuple[mx.array, ...]:
     """Gradients of q, k and v."""
-    if note is None:  # the kernel notes its log-sums itself, in a forward that is run again
+    if note.log_sum is None:  # the kernel notes its own, in a forward that is run again
         return tuple(mx.vjp(_fused, [q, k, v], [dout])[1])
-    return _backward((q, k, v), (dout, None), (out, note))
+    return _backward(q, k, v, out, note, dout)
 
 
 def _has_fused_kernel(dtype: mx.Dtype = mx.float32) -> bool:
@@ -293,11 +323,11 @@ def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return out.swapaxes(1, 2)
 
 
-def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-    """The output (n, T, H, Hd), and the log-sum (n, K, G, T, 1) of each query's scores."""
+def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Note]:
+    """The output (n, T, H, Hd), and everything that can be noted."""
     T, K, scale = q.shape[1], k.shape[2], q.shape[3] ** -0.5
     queries, keys, values = _by_head(q, K) * scale, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-    outs, log_sums = [], []
+    outs, log_sums, totals, kept = [], [], [], []
     for start, end in _blocks(T):
         block = _chained(queries[..., start:end, :], outs)
         scores, seen = _hide_future(_heads_joined(block) @ keys[..., :end], start, end)
@@ -307,24 +337,33 @@ def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]
         out = _heads_joined(weights) @ values[..., :end, :]
         outs.append(out.reshape(block.shape) / total)
         log_sums.append(top + mx.log(total))
-    return _by_token(mx.concatenate(outs, axis=3)), mx.concatenate(log_sums, axis=3)
+        totals.append(total)
+        kept.append(weights)
+    note = Note(mx.concatenate(log_sums, axis=3), mx.concatenate(totals, axis=3), kept)
+    return _by_token(mx.concatenate(outs, axis=3)), note
 
 
-def _backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
+def _backward(
+    q: mx.array, k: mx.array, v: mx.array, out: mx.array, note: Note, dout: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of q, k and v (Dao et al. 2022, appendix B.2)."""
-    (q, k, v), dout, (out, log_sum) = primals, cotangents[0], outputs
     T, K, scale = q.shape[1], k.shape[2], q.shape[3] ** -0.5
     queries, douts = _by_head(q, K) * scale, _by_head(dout, K)
     keys, values = k.swapaxes(1, 2), v.transpose(0, 2, 3, 1)
+    if note.weights is not None:
+        douts = douts / note.total  # in the place of the weights themselves, which are larger
     shares = (_by_head(out, K) * douts).sum(axis=-1, keepdims=True)  # (n, K, G, T, 1)
     dqs: list[mx.array] = []
     dk = dv = None
-    for start, end in reversed(_blocks(T)):
+    for i, (start, end) in reversed(list(enumerate(_blocks(T)))):
         part = slice(start, end)
         block, dblock = _heads_joined(queries[..., part, :]), _heads_joined(douts[..., part, :])
         block = _chained(block, dqs)
-        scores, seen = _hide_future(block @ keys[..., :end, :].swapaxes(2, 3), start, end)
-        weights = exp(scores - log_sum[..., part, :]) * seen
+        if note.weights is not None:
+            weights = note.weights[i]
+        else:
+            scores, seen = _hide_future(block @ keys[..., :end, :].swapaxes(2, 3), start, end)
+            weights = exp(scores - note.log_sum[..., part, :]) * seen
         dweights = (dblock @ values[..., :end]).reshape(weights.shape)
         dscores = _heads_joined(weights * (dweights - shares[..., part, :]))
         dqs.append((dscores @ keys[..., :end, :]).reshape(queries[..., part, :].shape))
@@ -335,8 +374,16 @@ def _backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx
     return dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
-_by_blocks: Any = mx.custom_function(_forward)
-_by_blocks.vjp(_backward)
+@mx.custom_function
+def _by_blocks(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    out, note = _forward(q, k, v)
+    return out, note.log_sum
+
+
+@_by_blocks.vjp
+def _by_blocks_back(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+    out, log_sum = outputs
+    return _backward(*primals, out, Note(log_sum), cotangents[0])
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:

@@ -178,10 +178,16 @@ class DecoderLayer(nn.Module):
         return self.mlp.gate_proj(x, keys[4]), self.mlp.up_proj(x, keys[5])
 
     def add_mlp(
-        self, h: mx.array, gate: mx.array, up: mx.array, keys: Keys, compiled: bool = False
+        self,
+        h: mx.array,
+        gate: mx.array,
+        up: mx.array,
+        keys: Keys,
+        s: mx.array | None = None,
+        compiled: bool = False,
     ) -> mx.array:
-        """h (..., D), gate and up (..., F) -> (..., D)."""
-        return h + self.mlp.down_proj(swiglu(gate, up, compiled), keys[6])
+        """h (..., D), gate and up (..., F) -> (..., D); `s` and `compiled` as in `swiglu`."""
+        return h + self.mlp.down_proj(swiglu(gate, up, s, compiled), keys[6])
 
 
 class LlamaModel(nn.Module):

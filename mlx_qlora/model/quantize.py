@@ -120,20 +120,27 @@ class FrozenMatrix(nn.Module):
             return self.dense()[indices]
         return unpack(tuple(part[indices] for part in self.packed()), self.quant, self.dtype)
 
-    def rows(self, start: int, end: int) -> "FrozenMatrix":
+    def rows(self, start: int, end: int, after: list[mx.array]) -> "FrozenMatrix":
         """The matrix of some of the rows; dense once and for all, unless the kernel reads packed.
 
         For the output head: the widest matrix of a small model, of which no dense copy may exist
         as a whole.
+
+        Args:
+            start: first row.
+            end: row behind the last one.
+            after: arrays to wait for, before anything is dequantised.
         """
         part = FrozenMatrix(0, 0)
         part.quant, part.dtype, part.matmul = self.quant, self.dtype, self.matmul
-        for name in ("weight", "scales", "biases"):
-            if name in self:
-                part[name] = self[name][start:end]
-        if self._resident is not None:
-            part._resident = self._resident[start:end]
-        elif self.quant is not None and self.matmul != "quantized":
+        if self.quant is None or self._resident is not None:
+            part.quant, part.weight = None, self.dense()[start:end]
+            return part
+        names = [name for name in ("weight", "scales", "biases") if name in self]
+        rows = mx.depends([self[name][start:end] for name in names], after)
+        for name, array in zip(names, rows):
+            part[name] = array
+        if self.matmul != "quantized":
             part._resident = part.dense()
         return part
 

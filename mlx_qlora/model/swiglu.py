@@ -1,7 +1,7 @@
 """silu(gate) * up, with its derivative written out (Shazeer 2020, arXiv 2002.05202).
 
-By hand because each exponential counts on a CPU, where MLX computes them one by one: the sigmoid
-is kept for the backward instead of being computed again.
+By hand because each exponential counts on a CPU: the sigmoid is an argument, so that who keeps it
+for the backward need not compute it again. Compiled, it never leaves the kernel.
 """
 
 from typing import Any
@@ -11,39 +11,55 @@ import mlx.core as mx
 from mlx_qlora.model.exponentials import sigmoid
 
 
-def swiglu(gate: mx.array, up: mx.array, compiled: bool = False) -> mx.array:
+def swiglu(
+    gate: mx.array, up: mx.array, s: mx.array | None = None, compiled: bool = False
+) -> mx.array:
     """gate, up (..., F) -> silu(gate) * up (..., F), in their dtype.
 
     Args:
         gate: (..., F).
         up: (..., F).
+        s: sigmoid(gate), if it is known.
         compiled: as one kernel each for the forward and the backward, whatever the shapes.
     """
-    return (_compiled if compiled else _plain)(gate, up)[0]
+    if compiled:
+        return _compiled(gate, up)
+    return _plain(gate, up, sigmoid(gate) if s is None else s)
 
 
-def _forward(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-    s = sigmoid(gate)
-    return gate * s * up, s  # the sigmoid is an output so that the backward finds it
+def _forward(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
+    return gate * s * up
 
 
-def _backward(gate: mx.array, up: mx.array, dy: mx.array, s: mx.array) -> tuple[mx.array, mx.array]:
+def _backward(gate: mx.array, up: mx.array, s: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
     dys = dy * s
     return dys * up * (1 + gate * (1 - s)), dys * gate
 
 
-def _with_gradient(forward: Any, backward: Any) -> Any:
-    function: Any = mx.custom_function(forward)
-
-    def vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
-        return backward(*primals, cotangents[0], outputs[1])
-
-    function.vjp(vjp)
-    return function
+@mx.custom_function
+def _plain(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
+    return _forward(gate, up, s)
 
 
-_plain = _with_gradient(_forward, _backward)
-# Shapeless is safe here and here alone: nothing but elementwise operations, no shape looked at.
-_compiled = _with_gradient(
-    mx.compile(_forward, shapeless=True), mx.compile(_backward, shapeless=True)
+@_plain.vjp
+def _plain_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
+    gate, up, s = primals
+    # The sigmoid's own share is in the gate's: to ask for it separately would count it twice.
+    return *_backward(gate, up, s, dy), mx.zeros_like(s)
+
+
+# Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
+_fused_forward = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
+_fused_backward = mx.compile(
+    lambda gate, up, dy: _backward(gate, up, sigmoid(gate), dy), shapeless=True
 )
+
+
+@mx.custom_function
+def _compiled(gate: mx.array, up: mx.array) -> mx.array:
+    return _fused_forward(gate, up)
+
+
+@_compiled.vjp
+def _compiled_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
+    return _fused_backward(*primals, dy)

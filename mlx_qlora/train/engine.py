@@ -4,33 +4,46 @@ The forward keeps, of each layer, what lies between its four pieces (`DecoderLay
 backward of a piece is MLX's own derivative of that piece, and because MLX computes only what is
 asked for, no frozen matrix is multiplied a second time. What a layer keeps is chosen by memory:
 
-    level     kept of a layer                       computed again in the backward
-    NOTHING   x, q, k, v, heads, h, gate, up        norms, RoPE's angles, the sigmoid
-    MLP       x, q, k, v, heads, h                  and gate and up
-    LAYER     x                                     and everything else
+    level          kept of a layer                      computed again in the backward
+    NOTHING        the rest, and all exponentials       norms
+    EXPONENTIALS   x, q, k, v, heads, h, gate, up       attention weights and sigmoid
+    MLP            x, q, k, v, heads, h                 and gate and up
+    LAYER          x                                    and everything else
 
 A layer is evaluated before the next but one begins, so that at most two layers' temporary arrays
 exist at once; a graph of the whole step would keep what the order of its evaluation happens to
 leave over. Measured against `mx.checkpoint`: docs/log.md.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 
+from mlx_qlora import backend
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.attention import Note
+from mlx_qlora.model.exponentials import sigmoid
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.train.loss import cross_entropy
-from mlx_qlora.train.memory import LAYER, NOTHING, Recompute, check_recompute, levels_for
-from mlx_qlora.train.parts import Part, cores_shared, parts_of
+from mlx_qlora.train.memory import (
+    LAYER,
+    MLP,
+    NOTHING,
+    Recompute,
+    Schedule,
+    check_recompute,
+    schedule,
+)
+from mlx_qlora.train.parts import Part, cores_shared, teaching_documents, waves_of
 from mlx_qlora.tree import flat, nested
 
 # Which linears a piece of a layer multiplies with.
@@ -91,9 +104,10 @@ class Kept:
 
     x: mx.array
     qkv: Arrays | None = None
-    heads: tuple[mx.array, list[Any]] | None = None  # the output, and what its backward needs
+    heads: tuple[mx.array, list[Note]] | None = None
     h: mx.array | None = None
     wide: Arrays | None = None
+    s: mx.array | None = None
 
 
 @dataclass
@@ -139,26 +153,34 @@ class Engine:
         self, weights: dict[str, Any], batch: Batch, dropout_key: mx.array | None = None
     ) -> tuple[mx.array, int, dict[str, Any]]:
         """(loss_sum, n_tokens, grads) at the given LoRA weights."""
-        parts = parts_of(self.model, batch, dropout_key)
-        named = flat(weights)
-        grads: dict[str, mx.array] = {}
-        with lent(self.slots, named, self.model.model.embed_tokens.dtype), cores_shared(parts):
-            walks = [Walk(part, self._embed(part)) for part in parts]
-            levels = self._levels(sum(part.tokens.size for part in parts))
-            self._forward(walks, levels)
-            loss = self._losses(walks)
-            self._backward(walks, grads)
-        n_tokens = sum(part.targets.size for part in parts)
+        documents = teaching_documents(batch)
+        named, grads, loss, n_tokens = flat(weights), {}, mx.array(0.0), 0
+        with lent(self.slots, named, self.model.model.embed_tokens.dtype):
+            how = self._schedule(documents)
+            for parts in waves_of(self.model, batch, documents, how.waves, dropout_key):
+                with cores_shared(parts):
+                    loss = loss + self._wave(parts, how.levels, grads)
+                n_tokens += sum(part.targets.size for part in parts)
         return (
             loss,
             n_tokens,
             nested({p: grads.get(p, mx.zeros(w.shape)) for p, w in named.items()}),
         )
 
-    def _levels(self, positions: int) -> list[int]:
-        if not isinstance(self.recompute, str):
-            return self.recompute
-        return levels_for(self.model, positions)
+    def _schedule(self, documents: np.ndarray) -> Schedule:
+        """How the documents are computed, with half of the memory that is free now."""
+        free = backend.facts()["working_set_bytes"] - mx.get_active_memory()
+        lengths = (documents[:, 2] - documents[:, 1]).tolist()
+        itemsize = self.model.model.embed_tokens.dtype.size
+        return schedule(self.model.config, lengths, itemsize, self.recompute, free / 2)
+
+    def _wave(self, parts: list[Part], levels: list[int], grads: dict[str, mx.array]) -> mx.array:
+        """The loss sum of some parts; their gradients are added to `grads`."""
+        walks = [Walk(part, self._embed(part)) for part in parts]
+        self._forward(walks, levels)
+        loss = self._losses(walks)
+        self._backward(walks, grads)
+        return loss
 
     def _embed(self, part: Part) -> mx.array:
         with mx.stream(part.stream):
@@ -179,17 +201,16 @@ class Engine:
         x, keys, documents = walk.x, walk.part.keys[i], walk.part.documents
         qkv = layer.project(x, documents, keys)
         yield qkv
-        heads = documents.attend_and_note(*qkv)
-        yield [heads[0], *(note for note in heads[1] if note is not None)]
+        learns = i >= self.first
+        heads = documents.attend_and_note(*qkv, keep_weights=learns and level == NOTHING)
+        yield [heads[0], *noted(heads[1])]
         h = layer.add_attention(x, heads[0], keys)
         wide = layer.widen(h, keys)
+        s = None if self.compiled else sigmoid(wide[0])
         yield [h, *wide]
-        walk.x = layer.add_mlp(h, *wide, keys, self.compiled)
-        if i >= self.first:
-            kept = Kept(x)
-            if level != LAYER:
-                kept = Kept(x, qkv, heads, h, wide if level == NOTHING else None)
-            walk.kept.append(kept)
+        walk.x = layer.add_mlp(h, *wide, keys, s, self.compiled)
+        if learns:
+            walk.kept.append(keep(level, x, qkv, heads, h, wide, s))
         yield [walk.x]
 
     def _losses(self, walks: list[Walk]) -> mx.array:
@@ -221,7 +242,8 @@ class Engine:
             mx.eval(before)
             for path in descents[0].grads if descents else ():
                 own = [descent.grads[path].astype(mx.float32) for descent in descents]
-                grads[path] = functools.reduce(mx.add, own)
+                own += [grads[path]] if path in grads else []
+                grads[path] = reduce(mx.add, own)
             before = [walk.dx for walk in walks] if i > self.first else []
 
 
@@ -243,13 +265,14 @@ class Descent:
         heads, notes = kept.heads or documents.attend_and_note(*qkv)
         h = kept.h if kept.h is not None else layer.add_attention(x, heads, keys)
         wide = kept.wide or layer.widen(h, keys)
+        s = kept.s
         del kept
-        yield [*qkv, heads, *(note for note in notes if note is not None), h, *wide]
+        yield [*qkv, heads, *noted(notes), h, *wide]
 
         dh, *dwide = self.pull(
-            "add_mlp", lambda *a: layer.add_mlp(*a, keys, compiled), [h, *wide], [dy]
+            "add_mlp", partial(layer.add_mlp, keys=keys, s=s, compiled=compiled), [h, *wide], [dy]
         )
-        del wide
+        del wide, s
         yield [*dwide, *self.grads.values()]
         dh = dh + self.pull("widen", lambda h: layer.widen(h, keys), [h], dwide)[0]
         del dwide
@@ -291,6 +314,20 @@ class Descent:
 def add_grads(total: dict[str, Any] | None, grads: dict[str, Any]) -> dict[str, Any]:
     """The sum over micro-batches; plain addition, because gradients are of sums."""
     return grads if total is None else tree_map(mx.add, total, grads)
+
+
+def keep(level: int, x: Any, qkv: Any, heads: Any, h: Any, wide: Any, s: Any) -> Kept:
+    """What of a layer's forward is kept."""
+    if level == LAYER:
+        return Kept(x)
+    if level == MLP:
+        return Kept(x, qkv, heads, h)
+    return Kept(x, qkv, heads, h, wide, s if level == NOTHING else None)
+
+
+def noted(notes: list[Note]) -> list[mx.array]:
+    """The arrays of some notes."""
+    return [array for note in notes for array in note.arrays()]
 
 
 @contextmanager

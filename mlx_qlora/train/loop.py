@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from mlx_qlora import backend
+from mlx_qlora import backend, blas
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
@@ -119,7 +119,12 @@ def train(
         state = load_checkpoint(resumed, model, run.optimizer)
         done_before = state.tokens
         say(console, f"continuing from {resumed}")
-    with Interruption() as interruption, disk_errors(run.output), run.begin(state):
+    with (
+        Interruption() as interruption,
+        disk_errors(run.output),
+        run.begin(state),
+        blas.threads(1),  # what parts side by side have; see there
+    ):
         if state.step and run.owes_validation():
             run.after_step(interruption)
         accumulation = training.gradient_accumulation_steps

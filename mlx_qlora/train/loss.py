@@ -20,7 +20,7 @@ from mlx_qlora.backend import backend
 from mlx_qlora.model.exponentials import exp
 from mlx_qlora.model.quantize import FrozenMatrix
 
-# Bytes that the logits of a piece of the vocabulary may take. On a CPU they shall stay near its
+# Bytes that a piece's logits, and its rows of W, may take. On a CPU they shall stay near its
 # caches; on a GPU there shall be few and large matmuls.
 CPU_PIECE, GPU_PIECE, NARROWEST = 8 << 20, 256 << 20, 1024
 
@@ -51,14 +51,14 @@ def cross_entropy(
         targets: (S,) int, from 0 to V - 1.
         differentiate: whether the gradient will be asked for.
     """
-    V, S = head.shape[0], hidden.shape[0]
+    S = hidden.shape[0]
     top, total = mx.full((S, 1), -mx.inf), mx.zeros((S, 1))
     wanted, choices = mx.zeros((S,)), mx.zeros((S,), mx.uint32)
     mean_row = mx.zeros((S, head.shape[1]))  # of W, weighted; not yet divided by `total`
-    for start, end in pieces(V, S):
-        part = head.rows(start, end)
+    for start, end in pieces(*head.shape, S):
         # Tied to the piece before: else the logits of all pieces could exist at once.
         last = [total, mean_row] if differentiate else [total]
+        part = head.rows(start, end, last)
         logits = part.multiply(mx.depends([hidden], last)[0]).astype(mx.float32)
         highest = logits.max(axis=-1, keepdims=True)
         choices = mx.where(
@@ -76,10 +76,10 @@ def cross_entropy(
     return Losses(nats, choices, mean_row / total - rows_of(head, targets))
 
 
-def pieces(V: int, S: int) -> list[tuple[int, int]]:
-    """First and last row of each piece of a vocabulary, for S tokens."""
+def pieces(V: int, D: int, S: int) -> list[tuple[int, int]]:
+    """First and last row of each piece of a head (V, D), for S tokens."""
     budget = CPU_PIECE if backend().device == "cpu" else GPU_PIECE
-    width = max(NARROWEST, budget // (4 * max(S, 1)) // NARROWEST * NARROWEST)
+    width = max(NARROWEST, budget // (4 * max(S, D)) // NARROWEST * NARROWEST)
     return [(start, min(start + width, V)) for start in range(0, V, width)]
 
 

@@ -1,12 +1,38 @@
-"""What a step keeps in memory, and how much of it has to be computed again for it to fit."""
+"""How a batch is computed so that it fits: how much of it at once, and what is computed again.
+
+Two things save memory. The documents of a batch can be computed one wave after the other, since
+the gradient is a sum over them: that costs nothing while a wave keeps the device busy. And a layer
+can keep less for its backward (the levels), which costs the time to compute that again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mlx_qlora import backend
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.llama import LlamaConfig
 
 # How much of a layer the backward computes again; what is kept stands in `engine`.
-NOTHING, MLP, LAYER = 0, 1, 2
+NOTHING, EXPONENTIALS, MLP, LAYER = LEVELS = 0, 1, 2, 3
 Recompute = int | str | list[int]  # how many layers, "none", "all", "auto", or each layer's level
+
+# Positions of a wave that keep a device busy, and those that it takes at once if memory allows:
+# beyond that speed gains nothing, and memory is better left to others.
+ENOUGH = {"cpu": 512, "metal": 2048, "cuda": 4096}
+AT_ONCE = {"cpu": 1024, "metal": 8192, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a batch is computed.
+
+    Attributes:
+        waves: how many, one after the other.
+        levels: what each layer computes again in the backward.
+    """
+
+    waves: int
+    levels: list[int]
 
 
 def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
@@ -16,7 +42,7 @@ def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
         ConfigError: neither a known word nor a number of layers that exists.
     """
     if isinstance(recompute, list):
-        assert len(recompute) == n_layers and set(recompute) <= {NOTHING, MLP, LAYER}
+        assert len(recompute) == n_layers and set(recompute) <= set(LEVELS)
         return recompute
     words = {"none": 0, "all": n_layers}
     layers = words.get(recompute) if isinstance(recompute, str) else recompute
@@ -30,39 +56,64 @@ def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
     )
 
 
-def kept_bytes(config: LlamaConfig, level: int, itemsize: int) -> int:
-    """What a layer keeps of one position for its backward, in bytes."""
+def schedule(
+    config: LlamaConfig,
+    lengths: Sequence[int],
+    itemsize: int,
+    recompute: list[int] | str,
+    budget: float,
+) -> Schedule:
+    """The schedule that computes least again and keeps within a budget, if one does.
+
+    Args:
+        config: sizes of the model.
+        lengths: of the batch's documents.
+        itemsize: bytes of a number in the compute dtype.
+        recompute: each layer's level, or "auto" to choose them.
+        budget: bytes for what the forward keeps.
+    """
+    waves = default_waves(lengths)
+    most = max(waves, min(-(-sum(lengths) // ENOUGH[backend.backend().device]), len(lengths)))
+    if not isinstance(recompute, str):
+        asks_for_memory = all(level == LAYER for level in recompute)
+        return Schedule(most if asks_for_memory else waves, recompute)
+    levels = [NOTHING] * config.num_hidden_layers
+    while waves < most and kept_bytes(config, levels, lengths, waves, itemsize) > budget:
+        waves += 1
+    # The MLP before the whole layer: its two matmuls free the most, and need no attention first.
+    for level in LEVELS[1:]:
+        for i in range(len(levels)):
+            if kept_bytes(config, levels, lengths, waves, itemsize) <= budget:
+                return Schedule(waves, levels)
+            levels[i] = level
+    return Schedule(waves, levels)
+
+
+def default_waves(lengths: Sequence[int]) -> int:
+    """How many waves a batch is computed in where memory is no matter."""
+    waves = -(-sum(lengths) // AT_ONCE[backend.backend().device])
+    return max(1, min(waves, len(lengths)))
+
+
+def kept_bytes(
+    config: LlamaConfig, levels: list[int], lengths: Sequence[int], waves: int, itemsize: int
+) -> int:
+    """What the forward of the largest wave keeps for the backward, in bytes."""
+    N = sum(lengths)
+    positions = max(-(-N // waves), max(lengths, default=0))
+    typical = sum(length**2 for length in lengths) // max(N, 1)
+    return sum(positions * layer_bytes(config, level, typical, itemsize) for level in levels)
+
+
+def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int) -> int:
+    """What a layer keeps of one position in a document of T, in bytes."""
     D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     kept = D
     if level <= MLP:
         kept += 2 * H * Hd + 2 * K * Hd + D  # q and heads, k and v, h
-    if level == NOTHING:
+    if level <= EXPONENTIALS:
         kept += 2 * F
+    if level == NOTHING and backend.backend().device == "cpu":
+        kept += F + H * T // 2  # the sigmoid, and attention weights up to the diagonal
     return kept * itemsize
-
-
-def levels_for(model: LlamaForCausalLM, positions: int) -> list[int]:
-    """Levels with which a batch of so many positions fits beside what is in memory now."""
-    import mlx.core as mx
-
-    free = backend.facts()["working_set_bytes"] - mx.get_active_memory()
-    itemsize = model.model.embed_tokens.dtype.size
-    return choose_levels(model.config, positions, itemsize, free // 2)
-
-
-def choose_levels(config: LlamaConfig, positions: int, itemsize: int, budget: int) -> list[int]:
-    """The levels that keep within a budget of bytes and compute as little as possible again.
-
-    The MLP first: for a layer it frees the most, and its matmuls need no attention before them.
-    """
-    n = config.num_hidden_layers
-    sizes = [positions * kept_bytes(config, level, itemsize) for level in (NOTHING, MLP, LAYER)]
-    levels, used = [NOTHING] * n, n * sizes[NOTHING]
-    for level in (MLP, LAYER):
-        for i in range(n):
-            if used <= budget:
-                return levels
-            used += sizes[level] - sizes[levels[i]]
-            levels[i] = level
-    return levels

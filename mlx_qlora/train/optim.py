@@ -1,15 +1,18 @@
 """Learning rate, gradient clipping and AdamW: functions of (config, step), all in float32.
 
 AdamW is that of Loshchilov & Hutter 2019 (arXiv 1711.05101), bias correction included. The
-weights, both moments and the gradient each are one flat buffer, so an update is one fused pass,
-however many LoRA matrices there are.
+weights, both moments and the gradient each are one flat buffer, so an update is a few fused
+passes, however many LoRA matrices there are.
 """
 
+import itertools
 import math
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_qlora.backend import backend
+from mlx_qlora.train.parts import cores, streams
 from mlx_qlora.tree import flat, nested
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -73,29 +76,32 @@ class AdamW:
         self.square = mx.zeros_like(self.weights)
         self.step = 0
         self.beta1, self.beta2 = beta1, beta2
-        ratios = mx.array(1.0) if lr_ratio == 1 else _ratios(self.shapes, lr_ratio)
+        self.max_grad_norm = max_grad_norm
+        self.ratios = mx.array(1.0) if lr_ratio == 1 else _ratios(self.shapes, lr_ratio)
 
-        def update(
-            weights: mx.array, mean: mx.array, square: mx.array, grad: mx.array, facts: mx.array
+        def move(
+            weights: mx.array,
+            mean: mx.array,
+            square: mx.array,
+            grad: mx.array,
+            ratios: mx.array,
+            factor: mx.array,
+            finite: mx.array,
+            rate: mx.array,
+            correction1: mx.array,
+            correction2: mx.array,
         ) -> tuple[mx.array, ...]:
-            rate, n_tokens, correction1, correction2, nats = facts
-            grad = grad / n_tokens
-            norm = mx.sqrt(grad.square().sum())
-            # Before clipping, which would make a finite number of an infinite one. A moment that
-            # has once been NaN stays so: nothing moves where anything is not finite.
-            finite = mx.isfinite(norm) & mx.isfinite(nats)
-            if max_grad_norm is not None:
-                # 1e-6 as in torch.nn.utils.clip_grad_norm_, for equal trajectories.
-                grad = grad * mx.minimum(max_grad_norm / (norm + 1e-6), 1)
+            grad = grad * factor
             new_mean = beta1 * mean + (1 - beta1) * grad
             new_square = beta2 * square + (1 - beta2) * grad.square()
             root = mx.sqrt(new_square) / mx.sqrt(correction2) + epsilon
             rates = rate * ratios
             moved = weights * (1 - rates * weight_decay) - rates / correction1 * new_mean / root
             news, olds = (moved, new_mean, new_square), (weights, mean, square)
-            return *(mx.where(finite, new, old) for new, old in zip(news, olds)), norm
+            return tuple(mx.where(finite, new, old) for new, old in zip(news, olds))
 
-        self._update = mx.compile(update)
+        # Shapeless is safe: nothing but elementwise operations, and no shape is looked at.
+        self._move = mx.compile(move, shapeless=True)
 
     def update(
         self, grads: dict[str, Any], n_tokens: int, rate: float, nats: mx.array | float = 0.0
@@ -113,13 +119,27 @@ class AdamW:
             turns out not to be finite, take the step back with `step -= 1`.
         """
         self.step += 1
-        # An array, because a Python number would be baked into the compiled update.
+        grad = flatten(grads)
+        norm = mx.sqrt(grad.square().sum()) / max(n_tokens, 1)
+        # Before clipping, which would make a finite number of an infinite one. A moment that has
+        # once been NaN stays so: nothing moves where anything is not finite.
+        finite = mx.isfinite(norm) & mx.isfinite(mx.array(nats, mx.float32))
+        factor = mx.array(1 / max(n_tokens, 1))
+        if self.max_grad_norm is not None:
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_, for equal trajectories.
+            factor = factor * mx.minimum(self.max_grad_norm / (norm + 1e-6), 1)
+        # Arrays, because Python numbers would be baked into the compiled update.
         corrections = 1 - self.beta1**self.step, 1 - self.beta2**self.step
-        facts = mx.array([rate, max(n_tokens, 1), *corrections], mx.float32)
-        facts = mx.concatenate([facts, mx.array(nats, mx.float32).reshape(1)])
-        self.weights, self.mean, self.square, norm = self._update(
-            self.weights, self.mean, self.square, flatten(grads), facts
-        )
+        facts = [factor, finite, *(mx.array(f, mx.float32) for f in (rate, *corrections))]
+
+        moved = []
+        for part, stream in zip(_slices(grad.size), itertools.cycle(streams(cores()))):
+            with mx.stream(stream):
+                olds = (buffer[part] for buffer in (self.weights, self.mean, self.square))
+                ratios = self.ratios if self.ratios.ndim == 0 else self.ratios[part]
+                moved.append(self._move(*olds, grad[part], ratios, *facts))
+                mx.async_eval(moved[-1])  # one after the other: few temporary arrays exist
+        self.weights, self.mean, self.square = map(mx.concatenate, zip(*moved))
         return norm
 
     def tree(self, buffer: mx.array | None = None) -> dict[str, Any]:
@@ -134,6 +154,12 @@ class AdamW:
             parts[name] = buffer[start : start + size].reshape(shape)
             start += size
         return parts
+
+
+def _slices(size: int) -> list[slice]:
+    """Of a buffer: on a CPU such that they stay near its caches, on a GPU few."""
+    step = 1 << 18 if backend().device == "cpu" else 1 << 26
+    return [slice(start, start + step) for start in range(0, size, step)]
 
 
 def _ratios(shapes: dict[str, tuple[int, ...]], lr_ratio: float) -> mx.array:

@@ -5,6 +5,7 @@ matmuls runs on one: documents are shared out, each part has a stream of its own
 the parts are the sum over the batch.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,26 +46,39 @@ class Part:
     stream: mx.Stream
 
 
-def parts_of(
-    model: LlamaForCausalLM, batch: Batch, dropout_key: mx.array | None = None
-) -> list[Part]:
-    """The parts of a batch; documents in which nothing is learned are in none of them.
+def teaching_documents(batch: Batch) -> np.ndarray:
+    """(n, 3) of row, start and end: the documents of a batch in which anything is learned."""
+    labels = np.array(batch.labels)
+    documents = batch.documents
+    if documents is None:  # each row is one
+        B, T = labels.shape
+        documents = np.array([(b, 0, T) for b in range(B)], np.int32)
+    teaches = [bool((labels[row, start:end] != IGNORE).any()) for row, start, end in documents]
+    return documents[np.array(teaches, bool)]
+
+
+def waves_of(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    documents: np.ndarray,
+    waves: int,
+    dropout_key: mx.array | None = None,
+) -> list[list[Part]]:
+    """The parts of a batch: some to be computed side by side, then some more.
 
     Args:
         model: whose layers will draw dropout.
         batch: tokens and labels.
+        documents: those of the batch's that are to be computed.
+        waves: how many there may be at most.
         dropout_key: (2,) for the batch or (B, 2) for its rows; None turns dropout off.
     """
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
-    B, T = tokens.shape
-    documents = batch.documents
-    if documents is None:  # each row is one
-        documents = np.array([(b, 0, T) for b in range(B)], np.int32)
-    teaches = [bool((labels[row, start:end] != IGNORE).any()) for row, start, end in documents]
-    shares = shared_out(documents[np.array(teaches, bool)])
-    streams = _streams(len(shares))
+    lengths = documents[:, 2] - documents[:, 1]
+    side_by_side = _side_by_side(lengths, waves)
+    shares = shared_out(documents, min(side_by_side * waves, len(documents)))
     parts = []
-    for share, stream in zip(shares, streams):
+    for share, stream in zip(shares, itertools.cycle(streams(side_by_side))):
         spans = [(row, slice(start, end)) for row, start, end in share.tolist()]
         ids = np.concatenate([tokens[row, span] for row, span in spans])
         wanted = np.concatenate([labels[row, span] for row, span in spans])
@@ -77,47 +91,52 @@ def parts_of(
             Part(
                 mx.array(np.pad(ids, (0, N - len(ids)))),
                 context,
-                model.model.dropout_keys(dropout_key, B, context),
+                model.model.dropout_keys(dropout_key, len(tokens), context),
                 mx.array(positions),
                 mx.array(wanted[positions]),
                 stream,
             )
         )
-    return parts
+    return [parts[i : i + side_by_side] for i in range(0, len(parts), side_by_side)]
 
 
-def shared_out(documents: np.ndarray) -> list[np.ndarray]:
-    """Documents (n, 3) in as many shares of like size as there is use for."""
-    if not len(documents):
-        return []
+def _side_by_side(lengths: np.ndarray, waves: int) -> int:
+    """How many parts of a wave are computed at the same time."""
+    busy = int(lengths.sum()) // waves // FEWEST_POSITIONS
+    return max(1, min(cores(), len(lengths) // waves, busy))
+
+
+def shared_out(documents: np.ndarray, n: int) -> list[np.ndarray]:
+    """Documents (m, 3) in n shares of like size."""
     lengths = documents[:, 2] - documents[:, 1]
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n = 1
-    if backend().device == "cpu":
-        n = max(1, min(most, len(documents), int(lengths.sum()) // FEWEST_POSITIONS))
-    owner, load = np.zeros(len(documents), int), np.zeros(n)
+    owner, load = np.zeros(len(documents), int), np.zeros(max(n, 1))
     for i in np.argsort(-lengths, kind="stable"):  # the longest first, to where there is least
         owner[i] = load.argmin()
         load[owner[i]] += lengths[i]
     return [documents[owner == share] for share in range(n)]
 
 
-_own_streams: list[mx.Stream] = []
+_more_streams: list[mx.Stream] = []
 
 
-def _streams(n: int) -> list[mx.Stream]:
+def streams(n: int) -> list[mx.Stream]:
     """The default stream and as many more of the same device as are wanted."""
-    default = mx.default_stream(mx.default_device())
-    while len(_own_streams) < n - 1:
-        _own_streams.append(mx.new_stream(mx.default_device()))
-    return [default, *_own_streams[: max(n - 1, 0)]]
+    device = mx.default_device()
+    while len(_more_streams) < n - 1:
+        _more_streams.append(mx.new_stream(device))
+    return [mx.default_stream(device), *_more_streams[: max(n - 1, 0)]]
+
+
+def cores() -> int:
+    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side."""
+    if backend().device != "cpu":
+        return 1
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 @contextmanager
 def cores_shared(parts: list[Part]) -> Iterator[None]:
-    """While several parts are computed, each matmul has its share of the cores."""
-    if len(parts) < 2:
-        yield
-        return
-    with blas.threads(max(1, (os.cpu_count() or 1) // len(parts))):
+    """While parts are computed side by side, each matmul has its share of the cores."""
+    with blas.threads(max(1, cores() // max(len(parts), 1))):
         yield

@@ -1,6 +1,6 @@
 """How well a model predicts some batches: sums over their supervised tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,7 +9,8 @@ import numpy as np
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.loss import cross_entropy
-from mlx_qlora.train.parts import cores_shared, parts_of
+from mlx_qlora.train.memory import default_waves
+from mlx_qlora.train.parts import cores_shared, teaching_documents, waves_of
 
 
 @dataclass
@@ -48,20 +49,22 @@ def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
     return total
 
 
-def _scored(model: LlamaForCausalLM, batch: Batch) -> list[tuple[np.ndarray, ...]]:
-    """Of each part: its supervised positions, their places in their documents, the first choices
-    there, the targets and the losses.
+def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]:
+    """Of each part: supervised positions, their places in their documents, and what is there.
+
+    What is there are the first choices, the targets and the losses.
     """
-    parts = parts_of(model, batch)
-    with cores_shared(parts):
+    documents = teaching_documents(batch)
+    lengths = (documents[:, 2] - documents[:, 1]).tolist()
+    for parts in waves_of(model, batch, documents, default_waves(lengths)):
         found = []
-        for part in parts:
-            with mx.stream(part.stream):
-                x = model.model.hidden(part.tokens, part.documents)
-                found.append(cross_entropy(model.head, x[part.positions], part.targets, False))
-        mx.eval([(losses.nats, losses.choices) for losses in found])
-    return [
-        (at := np.array(part.positions), np.array(part.documents.positions)[at])
-        + tuple(map(np.array, (losses.choices, part.targets, losses.nats)))
-        for part, losses in zip(parts, found)
-    ]
+        with cores_shared(parts):
+            for part in parts:
+                with mx.stream(part.stream):
+                    x = model.model.hidden(part.tokens, part.documents)
+                    found.append(cross_entropy(model.head, x[part.positions], part.targets, False))
+            mx.eval([(losses.nats, losses.choices) for losses in found])
+        for part, losses in zip(parts, found):
+            at = np.array(part.positions)
+            there = map(np.array, (losses.choices, part.targets, losses.nats))
+            yield [at, np.array(part.documents.positions)[at], *there]
