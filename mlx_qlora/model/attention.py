@@ -24,7 +24,7 @@ from mlx_qlora.model.exponentials import exp
 # Metal's fused attention has no gradient for fewer queries; cuDNN's wants multiples of 128.
 FEWEST_FUSED_QUERIES, CUDA_MULTIPLE = 9, 128
 # On a CPU: most queries of a block (docs/log.md has the speeds).
-BLOCK = 96
+BLOCK = 128
 # Documents share a group while little of it is padding and it is no larger than this.
 MOST_PADDING, MOST_IN_BLOCKS, MOST_FUSED = 0.1, 1024, 16384
 
