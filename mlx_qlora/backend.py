@@ -81,6 +81,14 @@ def frozen_matmul(name: str) -> FrozenMatmul:
     return name  # pyright: ignore[reportReturnType]
 
 
+def cores() -> int:
+    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side."""
+    if backend().device != "cpu":
+        return 1
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
 def facts() -> dict[str, Any]:
     """What a bug report needs to know about this machine, as plain data.
 

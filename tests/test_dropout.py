@@ -1,16 +1,14 @@
-"""Dropout: each row has masks of its own, which no batching and no recomputing changes."""
+"""Dropout: each position has a mask of its own, which no batching and no recomputing changes."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import random_tokens
-from mlx.utils import tree_flatten
-from test_step import model  # noqa: F401
+from test_engine import drawn_here, gap, model  # noqa: F401
 
 from mlx_qlora.data.batches import IGNORE, Batch, halves
 from mlx_qlora.model import lora
-from mlx_qlora.model.dropout import kept, row_keys, split_keys
-from mlx_qlora.model.llama import Stretches
+from mlx_qlora.model.dropout import kept, position_keys, row_keys, split_keys
 from mlx_qlora.train.engine import Engine, add_grads, loss_and_grads
 from mlx_qlora.train.update import dropout_keys
 
@@ -40,30 +38,52 @@ def single_rows(batch: Batch) -> list[Batch]:
     return [row for half in halves(batch) for row in halves(half)]
 
 
-def gap(first, second) -> float:
-    """The largest difference of two gradient trees, relative to the largest gradient."""
-    pairs = list(zip(tree_flatten(first), tree_flatten(second)))
-    assert all(a[0] == b[0] for a, b in pairs)
-    largest = max(mx.abs(a).max().item() for (_, a), _ in pairs)
-    return max(mx.abs(a - b).max().item() for (_, a), (_, b) in pairs) / largest
+def masks(keys: mx.array, probability: float, width: int, d: int) -> mx.array:
+    """(B, width, d): what is kept of rows that are padded to a width."""
+    B = keys.shape[0]
+    row, column = (mx.array(a.reshape(-1)) for a in np.indices((B, width), np.int32))
+    drawn = kept(position_keys(keys, row, column), probability, (B * width, d))
+    return drawn.reshape(B, width, d)
 
 
 # ---- masks -------------------------------------------------------------------------------------
 
 
 def test_a_row_has_the_same_mask_alone_in_halves_and_in_the_batch():
-    whole = kept(KEYS, 0.7, (4, T, 32))
-    in_halves = [kept(KEYS[rows], 0.7, (2, T, 32)) for rows in (slice(0, 2), slice(2, 4))]
-    alone = [kept(KEYS[i : i + 1], 0.7, (1, T, 32)) for i in range(4)]
+    whole = masks(KEYS, 0.7, T, 32)
+    in_halves = [masks(KEYS[rows], 0.7, T, 32) for rows in (slice(0, 2), slice(2, 4))]
+    alone = [masks(KEYS[i : i + 1], 0.7, T, 32) for i in range(4)]
     assert mx.array_equal(whole, mx.concatenate(in_halves)).item()
     assert mx.array_equal(whole, mx.concatenate(alone)).item()
 
 
 def test_a_row_s_mask_does_not_depend_on_how_wide_it_is_padded():
-    narrow, wide = kept(KEYS, 0.7, (4, T, 32)), kept(KEYS, 0.7, (4, 2 * T, 32))
+    narrow, wide = masks(KEYS, 0.7, T, 32), masks(KEYS, 0.7, 2 * T, 32)
     assert mx.array_equal(narrow, wide[:, :T]).item()
     positions = np.array(wide).reshape(-1, 32)
     assert len(np.unique(positions, axis=0)) == len(positions), "no two positions drop alike"
+
+
+def test_a_position_has_its_mask_wherever_it_stands_among_the_documents(model):
+    """The engine lays documents one behind the other, in parts, and leaves others out."""
+    whole_rows = model.model.documents(DOCUMENTS, 4 * T, T)
+    shuffled = model.model.documents(DOCUMENTS[[5, 1, 3]])
+    place = {at: i for i, at in enumerate(zip(*map(np.array, (whole_rows.row, whole_rows.column))))}
+    of_rows = model.model.dropout_keys(KEYS, 4, whole_rows)
+    of_some = model.model.dropout_keys(KEYS, 4, shuffled)
+    for row in range(4):  # padding says row 0, column 0, too
+        place |= {(row, c): row * T + c for c in range(T)}
+    here = [place[at] for at in zip(*map(np.array, (shuffled.row, shuffled.column)))]
+    assert len(here) == 15 + 14 + 9
+    for layer, some in zip(of_rows, of_some):
+        for keys, own in zip(layer, some):
+            assert np.array_equal(np.array(keys)[here], np.array(own))
+
+
+def test_a_single_key_draws_a_mask_of_any_shape():
+    drawn = kept(mx.random.key(3), 0.7, (2, 3, 500))
+    assert drawn.shape == (2, 3, 500)
+    assert abs(drawn.astype(mx.float32).mean().item() - 0.7) < 0.05
 
 
 def test_keys_of_rows_are_split_row_by_row():
@@ -96,7 +116,7 @@ def test_no_key_is_used_twice_or_after_it_was_split(model, monkeypatch):
     for rows in ((0, 1, 2, 3), (4, 5, 6, 7)):
         model(a_batch(packed=False).tokens, dropout_key=dropout_keys(0, rows))
     n_rows, n_layers = 8, 2
-    assert len(drawn) == n_rows * n_layers * 7
+    assert len(drawn) == n_rows * T * n_layers * 7
     assert len(split) == n_rows * (1 + n_layers)
     assert len({*drawn, *split}) == len(drawn) + len(split)
 
@@ -104,10 +124,10 @@ def test_no_key_is_used_twice_or_after_it_was_split(model, monkeypatch):
 @pytest.mark.parametrize("probability", [0.5, 0.7, 0.9])
 def test_inputs_are_kept_at_the_rate_and_rows_independently(probability):
     n = 256 * 256
-    masks = np.array(kept(KEYS, probability, (4, 256, 256))).reshape(4, n).astype(float)
+    drawn = np.array(masks(KEYS, probability, 256, 256)).reshape(4, n).astype(float)
     five_sigmas = 5 * np.sqrt(probability * (1 - probability) / n)
-    assert np.abs(masks.mean(1) - probability).max() < five_sigmas
-    correlations = np.corrcoef(masks)[np.triu_indices(4, 1)]
+    assert np.abs(drawn.mean(1) - probability).max() < five_sigmas
+    correlations = np.corrcoef(drawn)[np.triu_indices(4, 1)]
     assert np.abs(correlations).max() < 5 / np.sqrt(n)
 
 
@@ -129,15 +149,15 @@ def test_recomputing_and_compiling_change_no_gradient(model, recompute, compiled
 
 def test_a_checkpoint_that_draws_its_own_masks_is_wrong_on_packed_rows_too(model):
     """The control: the same comparison, with keys from the global state within the layer."""
-    h, layer = mx.random.normal((4, T, 64)), model.layers[0]
-    documents = Stretches.of(DOCUMENTS, 4, T)
+    h, layer = mx.random.normal((4 * T, 64)), model.layers[0]
+    documents = model.model.documents(DOCUMENTS, 4 * T, T)
+    given = model.model.dropout_keys(KEYS, 4, documents)[0]
     before = layer.trainable_parameters()
 
     def gradients(draws: bool, checkpointed: bool):
         def run(x, weights):
             layer.update(weights)
-            keys = mx.random.randint(0, 2**31 - 1, (4, 2)).astype(mx.uint32) if draws else KEYS
-            return layer(x, documents, None, keys)
+            return layer(x, documents, drawn_here(4 * T) if draws else given)
 
         forward = mx.checkpoint(run) if checkpointed else run
         mx.random.seed(0)

@@ -130,8 +130,8 @@ class Documents:
             mask = None if real.all() else mx.array(real[:, :, None, None].astype(np.float32))
             groups.append(Group(mx.array(index.reshape(-1)), len(members), width, mask))
         place[place < 0] = used
-        arrays = (mx.array(array) for array in (positions, row, column))
-        return cls(*arrays, periods, groups, mx.array(place))
+        positions, row, column, place = map(mx.array, (positions, row, column, place))
+        return cls(positions, row, column, periods, groups, place)
 
     @functools.cached_property
     def turns(self) -> tuple[mx.array, mx.array]:
@@ -144,7 +144,8 @@ class Documents:
         """RoPE of x (N, H, Hd), each document's positions from 0 on."""
         if _has_fused_kernel(x.dtype):
             return rope(x[:, :, None], self.positions, self.periods)[:, :, 0]
-        return _turn(x, *self.turns)  # the kernel's stand-in would make all angles anew each time
+        cosine, sine = self.turns
+        return _turn(x, cosine, sine)  # the kernel's stand-in would make all angles anew each time
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """q (N, H, Hd), k and v (N, K, Hd), rotated -> (N, H, Hd)."""
@@ -155,7 +156,8 @@ class Documents:
     ) -> tuple[mx.array, list[Note]]:
         """As `attend`; and of each group what `pull` wants to know."""
         found = [
-            attend_and_note(*map(group.gather, (q, k, v)), keep_weights) for group in self.groups
+            attend_and_note(group.gather(q), group.gather(k), group.gather(v), keep_weights)
+            for group in self.groups
         ]
         return self._scatter([out for out, _ in found]), [note for _, note in found]
 
@@ -174,7 +176,8 @@ class Documents:
             dout1 = group.gather(dout)
             if group.real is not None:
                 dout1 = dout1 * group.real.astype(dout.dtype)
-            grads.append(pull(*map(group.gather, (q, k, v, out)), note, dout1))
+            q1, k1, v1, out1 = map(group.gather, (q, k, v, out))
+            grads.append(pull(q1, k1, v1, out1, note, dout1))
         dq, dk, dv = (self._scatter(list(parts)) for parts in zip(*grads))
         return dq, dk, dv
 
@@ -239,16 +242,18 @@ def _swapped(x: mx.array) -> mx.array:
     return mx.concatenate([second, first], axis=-1)
 
 
-@mx.custom_function
-def _turn(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+def _turn_forth(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
     return x * cosine + _swapped(x) * sine
 
 
-@_turn.vjp
 def _turn_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
     """The inverse of a rotation is its transpose; the angles are no one's to learn."""
     _, cosine, sine = primals
     return dy * cosine - _swapped(dy) * sine, mx.zeros_like(cosine), mx.zeros_like(sine)
+
+
+_turn: Any = mx.custom_function(_turn_forth)
+_turn.vjp(_turn_back)
 
 
 def _alike(lengths: np.ndarray) -> list[np.ndarray]:
@@ -374,16 +379,19 @@ def _backward(
     return dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
-@mx.custom_function
-def _by_blocks(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+def _forward_plainly(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     out, note = _forward(q, k, v)
     return out, note.log_sum
 
 
-@_by_blocks.vjp
-def _by_blocks_back(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+def _backward_plainly(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
     out, log_sum = outputs
-    return _backward(*primals, out, Note(log_sum), cotangents[0])
+    q, k, v = primals
+    return _backward(q, k, v, out, Note(log_sum), cotangents[0])
+
+
+_by_blocks: Any = mx.custom_function(_forward_plainly)
+_by_blocks.vjp(_backward_plainly)
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:

@@ -36,30 +36,30 @@ def _backward(gate: mx.array, up: mx.array, s: mx.array, dy: mx.array) -> tuple[
     return dys * up * (1 + gate * (1 - s)), dys * gate
 
 
-@mx.custom_function
-def _plain(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
-    return _forward(gate, up, s)
-
-
-@_plain.vjp
 def _plain_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
     gate, up, s = primals
     # The sigmoid's own share is in the gate's: to ask for it separately would count it twice.
     return *_backward(gate, up, s, dy), mx.zeros_like(s)
 
 
+_plain: Any = mx.custom_function(_forward)
+_plain.vjp(_plain_back)
+
 # Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
-_fused_forward = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
-_fused_backward = mx.compile(
+_fused_forward: Any = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
+_fused_backward: Any = mx.compile(
     lambda gate, up, dy: _backward(gate, up, sigmoid(gate), dy), shapeless=True
 )
 
 
-@mx.custom_function
-def _compiled(gate: mx.array, up: mx.array) -> mx.array:
+def _compiled_forth(gate: mx.array, up: mx.array) -> mx.array:
     return _fused_forward(gate, up)
 
 
-@_compiled.vjp
 def _compiled_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
-    return _fused_backward(*primals, dy)
+    gate, up = primals
+    return _fused_backward(gate, up, dy)
+
+
+_compiled: Any = mx.custom_function(_compiled_forth)
+_compiled.vjp(_compiled_back)

@@ -199,10 +199,10 @@ class Engine:
     def _climb(self, layer: DecoderLayer, walk: Walk, i: int, level: int) -> Pieces:
         """One layer's forward; what is kept of it goes to the walk."""
         x, keys, documents = walk.x, walk.part.keys[i], walk.part.documents
-        qkv = layer.project(x, documents, keys)
+        q, k, v = qkv = layer.project(x, documents, keys)
         yield qkv
         learns = i >= self.first
-        heads = documents.attend_and_note(*qkv, keep_weights=learns and level == NOTHING)
+        heads = documents.attend_and_note(q, k, v, learns and level == NOTHING)
         yield [heads[0], *noted(heads[1])]
         h = layer.add_attention(x, heads[0], keys)
         wide = layer.widen(h, keys)
@@ -261,13 +261,14 @@ class Descent:
         """From the gradient of the layer's output, in the walk, to that of its input."""
         layer, keys, documents, kept = self.layer, self.keys, self.documents, self.walk.kept.pop()
         x, dy, compiled = kept.x, self.walk.dx, self.compiled
-        qkv = kept.qkv or layer.project(x, documents, keys)
-        heads, notes = kept.heads or documents.attend_and_note(*qkv)
+        assert dy is not None
+        q, k, v = kept.qkv or layer.project(x, documents, keys)
+        heads, notes = kept.heads or documents.attend_and_note(q, k, v)
         h = kept.h if kept.h is not None else layer.add_attention(x, heads, keys)
         wide = kept.wide or layer.widen(h, keys)
         s = kept.s
         del kept
-        yield [*qkv, heads, *noted(notes), h, *wide]
+        yield [q, k, v, heads, *noted(notes), h, *wide]
 
         dh, *dwide = self.pull(
             "add_mlp", partial(layer.add_mlp, keys=keys, s=s, compiled=compiled), [h, *wide], [dy]
@@ -278,10 +279,10 @@ class Descent:
         del dwide
         yield [dh, *self.grads.values()]
         dx, dheads = self.pull(
-            "add_attention", lambda *a: layer.add_attention(*a, keys), [x, heads], [dh]
+            "add_attention", partial(layer.add_attention, keys=keys), [x, heads], [dh]
         )
         yield [dheads, *self.grads.values()]
-        dqkv = documents.pull(*qkv, heads, notes, dheads)
+        dqkv = documents.pull(q, k, v, heads, notes, dheads)
         yield dqkv
         project: Any = lambda x: layer.project(x, documents, keys)  # noqa: E731
         dx = dx + self.pull("project", project, [x], dqkv)[0]

@@ -72,11 +72,12 @@ def schedule(
         recompute: each layer's level, or "auto" to choose them.
         budget: bytes for what the forward keeps.
     """
-    waves = default_waves(lengths)
-    most = max(waves, min(-(-sum(lengths) // ENOUGH[backend.backend().device]), len(lengths)))
+    waves, n = default_waves(lengths), max(len(lengths), 1)
+    most = max(waves, min(-(-sum(lengths) // ENOUGH[backend.backend().device]), n))
     if not isinstance(recompute, str):
         asks_for_memory = all(level == LAYER for level in recompute)
-        return Schedule(most if asks_for_memory else waves, recompute)
+        few = max(waves, min(most, n // backend.cores()))
+        return Schedule(few if asks_for_memory else waves, recompute)
     levels = [NOTHING] * config.num_hidden_layers
     while waves < most and kept_bytes(config, levels, lengths, waves, itemsize) > budget:
         waves += 1
@@ -91,8 +92,10 @@ def schedule(
 
 def default_waves(lengths: Sequence[int]) -> int:
     """How many waves a batch is computed in where memory is no matter."""
-    waves = -(-sum(lengths) // AT_ONCE[backend.backend().device])
-    return max(1, min(waves, len(lengths)))
+    at_once, n = AT_ONCE[backend.backend().device], max(len(lengths), 1)
+    # A wave should have a document for each core, unless it gets far too large by that.
+    most = max(n // backend.cores(), -(-sum(lengths) // (4 * at_once)))
+    return max(1, min(-(-sum(lengths) // at_once), most, n))
 
 
 def kept_bytes(

@@ -11,8 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.backend import backend
-from mlx_qlora.train.parts import cores, streams
+from mlx_qlora.backend import backend, cores
+from mlx_qlora.train.parts import streams
 from mlx_qlora.tree import flat, nested
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -101,7 +101,7 @@ class AdamW:
             return tuple(mx.where(finite, new, old) for new, old in zip(news, olds))
 
         # Shapeless is safe: nothing but elementwise operations, and no shape is looked at.
-        self._move = mx.compile(move, shapeless=True)
+        self._move: Any = mx.compile(move, shapeless=True)
 
     def update(
         self, grads: dict[str, Any], n_tokens: int, rate: float, nats: mx.array | float = 0.0
@@ -139,7 +139,9 @@ class AdamW:
                 ratios = self.ratios if self.ratios.ndim == 0 else self.ratios[part]
                 moved.append(self._move(*olds, grad[part], ratios, *facts))
                 mx.async_eval(moved[-1])  # one after the other: few temporary arrays exist
-        self.weights, self.mean, self.square = map(mx.concatenate, zip(*moved))
+        self.weights, self.mean, self.square = (
+            mx.concatenate(list(parts)) for parts in zip(*moved)
+        )
         return norm
 
     def tree(self, buffer: mx.array | None = None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the parts are the sum over the batch.
 """
 
 import itertools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import blas
-from mlx_qlora.backend import backend
+from mlx_qlora.backend import backend, cores
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.llama import Keys, LlamaForCausalLM
@@ -125,14 +124,6 @@ def streams(n: int) -> list[mx.Stream]:
     while len(_more_streams) < n - 1:
         _more_streams.append(mx.new_stream(device))
     return [mx.default_stream(device), *_more_streams[: max(n - 1, 0)]]
-
-
-def cores() -> int:
-    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side."""
-    if backend().device != "cpu":
-        return 1
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 @contextmanager
