@@ -1,17 +1,41 @@
-"""Gradients: against float64 differences, and against each other where the maths says equal."""
+"""The engine's gradients: against float64 differences, MLX's own, and each other where equal."""
+
+import dataclasses
+import importlib.util
+import itertools
+import threading
+from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_folder, our_logits, random_tokens, randomise_lora
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_qlora import backend
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.model import llama, swiglu
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.train.loss import padded_count, supervised_targets, token_losses
+from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
+from mlx_qlora.train import engine as engine_module
+from mlx_qlora.train import memory, parts
 from mlx_qlora.train.engine import Engine, add_grads, loss_and_grads
-from mlx_qlora.train.memory import check_recompute
+from mlx_qlora.train.loss import cross_entropy
+from mlx_qlora.train.memory import (
+    EXPONENTIALS,
+    LAYER,
+    LEVELS,
+    MLP,
+    NOTHING,
+    check_recompute,
+    kept_bytes,
+    schedule,
+)
+from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.score import score
 
 
@@ -37,6 +61,57 @@ def gap(first, second) -> float:
     assert all(a[0] == b[0] for a, b in pairs)
     largest = max(mx.abs(a).max().item() for (_, a), _ in pairs)
     return max(mx.abs(a - b).max().item() for (_, a), (_, b) in pairs) / largest
+
+
+def packed_batch(rows: list[list[int]], seed: int = 0, width: int | None = None) -> Batch:
+    """Rows of documents of so many positions, half of them learned; padding behind."""
+    width = width or max(map(sum, rows))
+    random = np.random.default_rng(seed)
+    tokens = random_tokens(len(rows), width + 1, seed=seed)
+    labels = np.full((len(rows), width), IGNORE, np.int32)
+    documents = []
+    for row, lengths in enumerate(rows):
+        start = 0
+        for n in lengths:
+            learned = random.random(n) < 0.5
+            learned[n // 2] = True
+            span = slice(start, start + n)
+            labels[row, span] = np.where(learned, tokens[row, 1:][span], IGNORE)
+            documents.append((row, start, start + n))
+            start += n
+    return Batch(mx.array(tokens[:, :-1]), mx.array(labels), np.array(documents, np.int32))
+
+
+def autodiff(model, batch: Batch, key: mx.array | None = None) -> tuple[float, Any]:
+    """Loss and gradients as MLX finds them, of all logits of all rows."""
+    weights = model.trainable_parameters()
+    learned = batch.labels != IGNORE
+
+    def loss(weights):
+        model.update(weights)
+        logits = model(batch.tokens, documents=batch.documents, dropout_key=key)
+        logits = logits.astype(mx.float32)
+        targets = mx.where(learned, batch.labels, 0)[..., None]
+        nats = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, targets, -1)[..., 0]
+        return mx.where(learned, nats, 0).sum()
+
+    value, grads = mx.value_and_grad(loss)(weights)
+    model.update(weights)
+    mx.eval(value, grads)
+    return value.item(), grads
+
+
+def drawn_here(N: int) -> list[mx.array]:
+    """Dropout keys from the global state: other ones whenever it is asked."""
+    return [mx.random.randint(0, 2**31 - 1, (N, 2)).astype(mx.uint32) for _ in range(7)]
+
+
+def tuned(folder, seed: int = 5, **changes: Any):
+    """The tiny model with LoRA layers, dropout 0.2."""
+    ours = load_folder(folder)
+    add_lora(ours, LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, **changes}), seed)
+    randomise_lora(ours)
+    return ours
 
 
 # ---- the loss ----------------------------------------------------------------------------------
@@ -76,18 +151,14 @@ def test_padding_positions_reach_neither_loss_nor_gradients(model):
     assert gap(grads, padded_grads) < 1e-5
 
 
-def test_supervised_counts_come_from_a_small_set():
-    assert len({padded_count(n) for n in range(1, 20_000)}) <= 48
-    assert all(n <= padded_count(n) <= n * 1.5 + 16 for n in range(1, 20_000))
-
-
 def test_token_accuracy_counts_the_first_choices(model):
     batch = a_batch()
-    positions, targets, n = supervised_targets(batch)
-    _, chosen = token_losses(model, model.model(batch.tokens), positions, targets)
-    choices = our_logits(model, np.array(batch.tokens)).argmax(-1)
     labels = np.array(batch.labels)
-    assert np.array(chosen)[:n].tolist() == choices[labels != IGNORE].tolist()
+    learned = np.flatnonzero(labels != IGNORE)
+    hidden = model.model(batch.tokens).reshape(labels.size, -1)[mx.array(learned)]
+    found = cross_entropy(model.head, hidden, mx.array(labels.reshape(-1)[learned]), False)
+    choices = our_logits(model, np.array(batch.tokens)).argmax(-1)
+    assert np.array(found.choices).tolist() == choices[labels != IGNORE].tolist()
     wanted, previous = labels != IGNORE, np.roll(labels != IGNORE, 1, axis=1)
     previous[:, 0] = False
     pairs = wanted & previous
@@ -135,13 +206,12 @@ def test_recompute_changes_nothing_with_dropout_on(model, recompute, compiled):
 
 def test_a_checkpoint_that_draws_its_own_dropout_is_wrong(model):
     """The control: what mx.checkpoint does to a layer that calls mx.random without a key."""
-    h = mx.random.normal((2, 16, 64))
-    layer = model.layers[0]
+    layer, rows = model.layers[0], np.array([(0, 0, 16), (1, 0, 16)], np.int32)
+    documents, h = model.model.documents(rows), mx.random.normal((32, 64))
 
     def run(x, weights):
         layer.update(weights)
-        drawn = mx.random.randint(0, 2**31 - 1, (2, 2)).astype(mx.uint32)  # from the global state
-        return layer(x, "causal", None, drawn)
+        return layer(x, documents, drawn_here(32))
 
     weights = layer.trainable_parameters()
     mx.random.seed(0)
@@ -218,3 +288,360 @@ def test_scores_add_up_over_batches(model):
     sums = [loss_and_grads(model, b)[:2] for b in batches]
     assert n == sum(count for _, count in sums)
     assert nats == pytest.approx(sum(s.item() for s, _ in sums), rel=1e-6)
+
+
+# ---- gradients against MLX's own ---------------------------------------------------------------
+
+ROWS = [[20, 9, 3], [30, 1], [17, 8, 5], [12, 12], [31], [2, 25]]
+SIZE = sum(map(sum, ROWS))
+LEVEL_LISTS = [
+    *([level, level] for level in LEVELS),
+    [LAYER, EXPONENTIALS],
+    [NOTHING, MLP],
+    [MLP, NOTHING],
+]
+
+
+@contextmanager
+def split_into(waves: int, cores: int, positions: int = SIZE):
+    """So many waves and cores; yields how many parts each wave had."""
+    device, seen = backend.backend().device, []
+    real = parts.waves_of
+
+    def waves_of(*args: Any) -> Any:
+        made = real(*args)
+        seen.extend(map(len, made))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in (memory.AT_ONCE, memory.ENOUGH):
+            patch.setitem(limit, device, -(-positions // waves))
+        patch.setattr(parts, "FEWEST_POSITIONS", 1)
+        patch.setattr(parts, "cores", lambda: cores)
+        machine = dataclasses.replace(memory.this_machine(), cores=cores)
+        patch.setattr(memory, "this_machine", lambda: machine)
+        patch.setattr(engine_module, "waves_of", waves_of)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def autodiffed(hf_tiny):
+    """A model, a batch, a key, and what MLX says of them."""
+    model, batch, key = tuned(hf_tiny[1]), packed_batch(ROWS, width=40), mx.random.key(3)
+    return model, batch, key, *autodiff(model, batch, key)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("waves", "cores"), [(1, 1), (1, 2), (2, 1), (5, 1), (5, 2)])
+@pytest.mark.parametrize("levels", LEVEL_LISTS, ids=str)
+def test_gradients_equal_mlx_s_own_whatever_is_kept(autodiffed, levels, waves, cores, compiled):
+    model, batch, key, nats, grads = autodiffed
+    with split_into(waves, cores) as seen:
+        loss, n, ours = Engine(model, levels, compiled)(model.trainable_parameters(), batch, key)
+        assert seen == [cores] * waves
+    assert n == (np.array(batch.labels) != IGNORE).sum()
+    assert loss.item() == pytest.approx(nats, rel=2e-6)
+    assert gap(grads, ours) < 1e-5
+
+
+def test_another_key_gives_other_gradients(autodiffed):
+    """The control: dropout is really on in the comparison above."""
+    model, batch, _, _, grads = autodiffed
+    assert gap(grads, loss_and_grads(model, batch, mx.random.key(4))[2]) > 1e-2
+
+
+def test_strategies_of_multiplying_a_packed_weight_give_equal_gradients(hf_tiny):
+    batch, key, found = packed_batch(ROWS), mx.random.key(3), []
+    for matmul in ("quantized", "dequantize", "resident"):
+        ours = load_folder(hf_tiny[1], QuantConfig(4, 32), matmul)
+        packed = [m for m in ours.modules() if isinstance(m, FrozenMatrix) and m.quant]
+        assert len(packed) >= 2 * 7 and all(m.matmul == matmul for m in packed)
+        add_lora(ours, LoraConfig(r=4, lora_dropout=0.2), seed=5)
+        randomise_lora(ours)
+        for levels in ([NOTHING, LAYER], [MLP, EXPONENTIALS]):
+            found.append(loss_and_grads(ours, batch, key, levels)[::2])
+        found.append(autodiff(ours, batch, key))
+    for loss, grads in found[1:]:
+        assert float(loss) == pytest.approx(found[0][0].item(), rel=2e-6)
+        assert gap(found[0][1], grads) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [0]},
+        {"target_modules": ["down_proj"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["up_proj", "v_proj"], "layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("levels", [[NOTHING, NOTHING], [LAYER, LAYER]], ids=str)
+def test_a_part_of_the_weights_learns_exactly_and_nothing_below_it_is_differentiated(
+    hf_tiny, monkeypatch, lora, levels
+):
+    model, batch, key = tuned(hf_tiny[1], **lora), packed_batch(ROWS), mx.random.key(3)
+    nats, grads = autodiff(model, batch, key)
+    differentiated = set()
+
+    class Descent(engine_module.Descent):
+        def __init__(self, layer, slots, walk, i, compiled):
+            differentiated.add(i)
+            super().__init__(layer, slots, walk, i, compiled)
+
+    monkeypatch.setattr(engine_module, "Descent", Descent)
+    loss, _, ours = loss_and_grads(model, batch, key, levels)
+    assert loss.item() == pytest.approx(nats, rel=2e-6)
+    assert gap(grads, ours) < 1e-5
+    assert differentiated == ({1} if lora.get("layers_to_transform") == [1] else {0, 1})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("levels", [[level, level] for level in LEVELS], ids=str)
+def test_gates_that_saturate_have_finite_and_equal_gradients(hf_tiny, levels, compiled):
+    """Below -88 e ** -x is infinite in float32, and its derivative times 0 would be NaN."""
+    model, batch = tuned(hf_tiny[1]), packed_batch(ROWS)
+    for layer in model.layers:
+        gate = layer.mlp.gate_proj.base_layer
+        gate.weight = gate.weight * 100
+    _, _, wanted = Engine(model, "none", compiled=True)(model.trainable_parameters(), batch)
+    loss, _, grads = Engine(model, levels, compiled)(model.trainable_parameters(), batch)
+    assert mx.isfinite(loss).item()
+    assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(wanted))
+    assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(grads))
+    assert gap(wanted, grads) < 1e-4
+
+
+def test_documents_with_nothing_to_learn_and_padding_are_not_computed(model, monkeypatch):
+    monkeypatch.setattr(parts, "GPU_MULTIPLE", 1)
+    batch, seen, look_up = packed_batch(ROWS, width=50), [], Embedding.__call__
+
+    def noting(self, tokens):
+        seen.append(tokens.size)
+        return look_up(self, tokens)
+
+    monkeypatch.setattr(Embedding, "__call__", noting)
+    loss, n, grads = loss_and_grads(model, batch, mx.random.key(1))
+    assert sum(seen) == SIZE < batch.tokens.size
+
+    labels, silent = np.array(batch.labels), batch.documents[[1, 3, 8]]
+    for row, start, end in silent:
+        labels[row, start:end] = IGNORE
+    fewer = Batch(batch.tokens, mx.array(labels), batch.documents)
+    seen.clear()
+    loss, n, grads = loss_and_grads(model, fewer, mx.random.key(1))
+    assert sum(seen) == SIZE - (silent[:, 2] - silent[:, 1]).sum()
+    nats, exact = autodiff(model, fewer, mx.random.key(1))
+    assert n == (labels != IGNORE).sum()
+    assert loss.item() == pytest.approx(nats, rel=2e-6)
+    assert gap(exact, grads) < 1e-5
+
+
+# ---- what a call leaves behind -----------------------------------------------------------------
+
+
+def all_arrays(model) -> dict[str, mx.array]:
+    arrays = dict(tree_flatten(model.parameters()))
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenMatrix):
+            arrays[f"{name}._resident"] = module._resident
+    return arrays
+
+
+# A piece's calls: 1 and 2 on the way up, 3 and more on the way down.
+@pytest.mark.parametrize(
+    ("piece", "calls"),
+    [
+        *(("project", n) for n in (1, 2, 3, 4, 5, 6)),
+        *((piece, n) for piece in ("add_attention", "widen") for n in (1, 2, 3, 4, 6)),
+        *(("add_mlp", n) for n in (1, 2, 3, 4)),
+    ],
+)
+def test_an_exception_in_the_middle_leaves_the_model_as_it_was(hf_tiny, monkeypatch, piece, calls):
+    model = load_folder(hf_tiny[1], QuantConfig(4, 32), "dequantize")
+    add_lora(model, LoraConfig(r=4, lora_dropout=0.2), seed=5)
+    randomise_lora(model)
+    batch, key, before = a_batch(B=1), mx.random.key(2), all_arrays(model)
+    expected = loss_and_grads(model, batch, key, "none")
+    doubled = {n: 2 * w for n, w in tree_flatten(model.trainable_parameters())}
+    real, left = getattr(llama.DecoderLayer, piece), [calls]
+
+    def failing(self, *args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("in the middle")
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
+        patch.setattr(llama.DecoderLayer, piece, failing)
+        loss_grads = Engine(model, "all", False)(tree_unflatten(list(doubled.items())), batch, key)
+        mx.eval(loss_grads)
+    after = all_arrays(model)
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    again = loss_and_grads(model, batch, key, "none")
+    assert again[0].item() == expected[0].item()
+    assert gap(expected[2], again[2]) == 0
+
+
+def test_memory_does_not_grow_over_batches_of_mixed_lengths(model):
+    engine, weights = Engine(model, "none"), model.trainable_parameters()
+    random = np.random.default_rng(0)
+    batches = [packed_batch([[150, 40], [90]])]
+    batches += [packed_batch([random.integers(1, 60, 3).tolist()] * 2, i) for i in range(29)]
+    active = []
+    for batch in batches:
+        found = engine(weights, batch, mx.random.key(0))
+        mx.eval(found)
+        del found
+        active.append(mx.get_active_memory())
+    one_layer = SIZE * 64 * 4
+    assert abs(active[29] - active[9]) < min(0.02 * active[9], one_layer)
+
+
+def test_what_worked_in_one_thread_works_in_the_next(autodiffed):
+    """MLX's streams belong to the thread that made them."""
+    model, batch, key, nats, grads = autodiffed
+    found, failures = [], []
+
+    def work() -> None:
+        try:
+            with split_into(1, 2) as seen:
+                loss, _, ours = loss_and_grads(model, batch, key)
+                mx.eval(loss, ours)
+                found.append((seen, loss.item(), gap(grads, ours)))
+        except RuntimeError as error:
+            failures.append(error)
+
+    work()
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(60)
+    assert not failures
+    for seen, loss, difference in found:
+        assert seen == [2] and loss == pytest.approx(nats, rel=2e-6) and difference < 1e-5
+    assert len(found) == 3
+
+
+# ---- how a batch is shared out -----------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 8))
+def test_documents_are_shared_out_evenly_each_to_one_and_in_order(lengths, n):
+    documents = np.array([(i, 7, 7 + length) for i, length in enumerate(lengths)], np.int32)
+    shares = parts.shared_out(documents, n)
+    assert len(shares) == n
+    loads = [int((share[:, 2] - share[:, 1]).sum()) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
+    assert max(loads) <= 4 / 3 * max(sum(lengths) / n, max(lengths)) + max(lengths) / 3
+    assert all((np.diff(share[:, 0]) > 0).all() for share in shares)
+    assert np.array_equal(np.sort(np.concatenate(shares)[:, 0]), np.arange(len(lengths)))
+
+
+SIZES = llama.LlamaConfig(
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=160,
+    vocab_size=320,
+)
+
+
+@pytest.mark.parametrize("lengths", [[100] * 12, [700, 20, 30, 500, 600, 90], [3000], [5] * 9])
+def test_a_schedule_saves_with_waves_first_then_level_by_level_and_keeps_its_budget(
+    monkeypatch, lengths
+):
+    device = backend.backend().device
+    monkeypatch.setitem(memory.AT_ONCE, device, 1000)
+    monkeypatch.setitem(memory.ENOUGH, device, 300)
+    N, n_layers = sum(lengths), SIZES.num_hidden_layers
+
+    def kept(made: memory.Schedule) -> int:
+        return kept_bytes(SIZES, made.levels, lengths, made.waves, 4)
+
+    roomy = schedule(SIZES, lengths, 4, "auto", 1e18)
+    assert roomy == memory.Schedule(memory.default_waves(lengths), [NOTHING] * n_layers)
+    tightest = schedule(SIZES, lengths, 4, "auto", 0)
+    assert tightest.levels == [LAYER] * n_layers
+    most = max(roomy.waves, min(-(-N // 300), len(lengths)))
+    assert tightest.waves == most
+    made = [roomy]
+    for budget in np.linspace(kept(roomy), kept(tightest), 200).tolist():
+        made.append(schedule(SIZES, lengths, 4, "auto", budget))
+        assert kept(made[-1]) <= budget
+        waves, levels = made[-1].waves, made[-1].levels
+        assert levels == [NOTHING] * n_layers or waves == most
+        assert levels == sorted(levels, reverse=True) and levels[0] - levels[-1] <= 1
+    for before, after in itertools.pairwise(made):
+        assert (after.waves, after.levels) >= (before.waves, before.levels)
+    assert len({tuple(m.levels) for m in made}) == 1 + 3 * n_layers
+
+
+@pytest.mark.parametrize(("device", "different"), [("cpu", 4), ("metal", 3), ("cuda", 3)])
+@pytest.mark.parametrize("T", [1, 100, 1000])
+def test_each_level_keeps_less_than_the_one_before(T, device, different):
+    """A fused kernel keeps no exponentials."""
+    sizes = [memory.layer_bytes(SIZES, level, T, 4, device) for level in LEVELS]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == different
+
+
+def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_waves(monkeypatch):
+    monkeypatch.setitem(memory.AT_ONCE, backend.backend().device, 1000)
+    monkeypatch.setitem(memory.ENOUGH, backend.backend().device, 300)
+    lengths = [100] * 20
+    for levels in ([LAYER, MLP, NOTHING, NOTHING], [LAYER] * 4):
+        made = schedule(SIZES, lengths, 4, levels, 0)
+        assert made.levels == levels
+        assert made.waves >= memory.default_waves(lengths)
+    assert made.waves == 7 > memory.default_waves(lengths) == 2
+
+
+# ---- compiling ---------------------------------------------------------------------------------
+
+
+def test_batches_of_mixed_lengths_are_traced_but_a_few_times(model, monkeypatch):
+    traced, differentiating, compile_, vjp_ = [], [], mx.compile, mx.vjp
+
+    def counting(fun, *args, **kwargs):
+        def traces(*inputs):
+            if not differentiating:  # within a transformation MLX compiles nothing
+                traced.append(fun)
+            return fun(*inputs)
+
+        return compile_(traces, *args, **kwargs)
+
+    def vjp(*args):
+        differentiating.append(True)
+        try:
+            return vjp_(*args)
+        finally:
+            differentiating.pop()
+
+    monkeypatch.setattr(mx, "compile", counting)
+    monkeypatch.setattr(mx, "vjp", vjp)
+    spec = importlib.util.spec_from_file_location("freshly_compiled", swiglu.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)  # the module itself may have met these shapes before
+    monkeypatch.setattr(llama, "swiglu", fresh.swiglu)
+    monkeypatch.setattr("mlx_qlora.train.optim._slices", in_slices_of_many_sizes)
+    engine, optimizer = Engine(model, compiled=True), AdamW(model.trainable_parameters())
+    random, shapes = np.random.default_rng(0), set()
+    for i in range(40):
+        rows = [random.integers(1, 40, random.integers(1, 4)).tolist() for _ in range(1 + i % 3)]
+        batch = packed_batch(rows, i)
+        if i % 2:
+            batch = Batch(batch.tokens, batch.labels)
+        shapes.add(batch.tokens.shape)
+        loss, n, grads = engine(optimizer.tree(), batch, mx.random.key(i))
+        mx.eval(optimizer.update(grads, n, 1e-3, loss), optimizer.weights)
+    assert len(shapes) > 20
+    assert 2 <= len(traced) <= 8
+
+
+def in_slices_of_many_sizes(size: int) -> list[slice]:
+    return [slice(0, 1000), slice(1000, 4000), slice(4000, size)]

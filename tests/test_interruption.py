@@ -19,8 +19,8 @@ import crash
 
 import mlx_qlora as mq
 from mlx_qlora.config import build
-from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.engine import Engine
+from mlx_qlora.train.interruption import Interrupted, Interruption
 
 BOTH = pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 # A real run that says when it is at a certain place, and stays there until a signal was noted. A

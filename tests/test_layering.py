@@ -10,6 +10,7 @@ FLOORS = [
     {"_version", "errors", "fields", "tree"},
     {"blas"},
     {"backend"},
+    {"machines"},
     {"model.exponentials"},
     {"model.attention"},
     {"model"},

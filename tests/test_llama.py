@@ -214,22 +214,25 @@ def test_nothing_widens_bfloat16(
     folder = save_hf(make_hf_model(**sizes), tmp_path)
     model = load_folder(folder, quantize, matmul, mx.bfloat16)
     seen: dict[str, mx.Dtype] = {}
+    pieces = {"project", "add_attention", "widen", "add_mlp"}
     for kind in {type(module) for _, module in model.named_modules()}:
-        if "__call__" in vars(kind):
-            monkeypatch.setattr(kind, "__call__", recording(kind, seen))
+        for name in {"__call__", *pieces} & vars(kind).keys():
+            monkeypatch.setattr(kind, name, recording(kind, name, seen))
     logits = model(mx.array(random_tokens(2, 12)))
     assert logits.dtype == mx.bfloat16
-    assert set(seen) >= {"Embedding", "Linear", "RMSNorm", "Attention", "MLP", "DecoderLayer"}
+    called = {f"{kind}.__call__" for kind in ("Embedding", "Linear", "RMSNorm", "DecoderLayer")}
+    assert set(seen) >= called | {f"DecoderLayer.{piece}" for piece in pieces}
     assert set(seen.values()) == {mx.bfloat16}, seen
 
 
-def recording(kind: type, seen: dict[str, mx.Dtype]) -> Any:
-    original = vars(kind).get("__call__")
+def recording(kind: type, name: str, seen: dict[str, mx.Dtype]) -> Any:
+    original, place = vars(kind)[name], f"{kind.__name__}.{name}"
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = original(self, *args, **kwargs)
-        if seen.get(kind.__name__, mx.bfloat16) == mx.bfloat16:  # the first that differs stays
-            seen[kind.__name__] = out.dtype
+        for array in out if isinstance(out, tuple) else [out]:
+            if seen.get(place, mx.bfloat16) == mx.bfloat16:  # the first that differs stays
+                seen[place] = array.dtype
         return out
 
     return call
@@ -277,10 +280,14 @@ def test_gradients_through_the_tree_equal_torchs(hf_tiny: tuple[Any, Path]) -> N
     hidden = oracle.model.embed_tokens(torch.from_numpy(tokens).long()).detach().requires_grad_()
     (oracle(inputs_embeds=hidden).logits * torch.from_numpy(weights)).sum().backward()
 
+    documents = model.model.documents(np.array([(0, 0, 20), (1, 0, 20)], np.int32))
+
     def loss(h: mx.array) -> mx.array:
+        h = h.flatten(0, 1)
         for layer in model.layers:
-            h = layer(h, "causal")
-        return (model.logits(model.model.norm(h)) * mx.array(weights)).sum()
+            h = layer(h, documents)
+        logits = model.logits(model.model.norm(h))
+        return (logits * mx.array(weights).flatten(0, 1)).sum()
 
     ours = np.array(mx.grad(loss)(mx.array(hidden.detach().numpy())))
     theirs = hidden.grad.numpy()

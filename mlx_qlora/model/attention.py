@@ -23,8 +23,8 @@ from mlx_qlora.model.exponentials import exp
 
 # Metal's fused attention has no gradient for fewer queries; cuDNN's wants multiples of 128.
 FEWEST_FUSED_QUERIES, CUDA_MULTIPLE = 9, 128
-# On a CPU: most queries of a block (docs/log.md has the speeds).
-BLOCK = 128
+# On a CPU: most and fewest queries of a block, and most scores of one (docs/log.md has speeds).
+BLOCK, SMALLEST_BLOCK, MOST_SCORES = 128, 16, 1 << 21
 # Documents share a group while little of it is padding and it is no larger than this.
 MOST_PADDING, MOST_IN_BLOCKS, MOST_FUSED = 0.1, 1024, 16384
 
@@ -330,10 +330,10 @@ def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Note]:
     """The output (n, T, H, Hd), and everything that can be noted."""
-    T, K, scale = q.shape[1], k.shape[2], q.shape[3] ** -0.5
+    K, scale = k.shape[2], q.shape[3] ** -0.5
     queries, keys, values = _by_head(q, K) * scale, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     outs, log_sums, totals, kept = [], [], [], []
-    for start, end in _blocks(T):
+    for start, end in _blocks(q):
         block = _chained(queries[..., start:end, :], outs)
         scores, seen = _hide_future(_heads_joined(block) @ keys[..., :end], start, end)
         top = scores.max(axis=-1, keepdims=True)
@@ -352,7 +352,7 @@ def _backward(
     q: mx.array, k: mx.array, v: mx.array, out: mx.array, note: Note, dout: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of q, k and v (Dao et al. 2022, appendix B.2)."""
-    T, K, scale = q.shape[1], k.shape[2], q.shape[3] ** -0.5
+    K, scale = k.shape[2], q.shape[3] ** -0.5
     queries, douts = _by_head(q, K) * scale, _by_head(dout, K)
     keys, values = k.swapaxes(1, 2), v.transpose(0, 2, 3, 1)
     if note.weights is not None:
@@ -360,7 +360,7 @@ def _backward(
     shares = (_by_head(out, K) * douts).sum(axis=-1, keepdims=True)  # (n, K, G, T, 1)
     dqs: list[mx.array] = []
     dk = dv = None
-    for i, (start, end) in reversed(list(enumerate(_blocks(T)))):
+    for i, (start, end) in reversed(list(enumerate(_blocks(q)))):
         part = slice(start, end)
         block, dblock = _heads_joined(queries[..., part, :]), _heads_joined(douts[..., part, :])
         block = _chained(block, dqs)
@@ -394,9 +394,14 @@ _by_blocks: Any = mx.custom_function(_forward_plainly)
 _by_blocks.vjp(_backward_plainly)
 
 
-def _blocks(T: int) -> list[tuple[int, int]]:
-    """First and last query of each block; blocks of about the same size."""
-    size = -(-T // -(-T // BLOCK))
+def _blocks(q: mx.array) -> list[tuple[int, int]]:
+    """First and last query of each block; blocks of about the same size.
+
+    The longer the documents, the fewer queries: so memory does not grow with T at all.
+    """
+    n, T, H, _ = q.shape
+    most = min(BLOCK, max(SMALLEST_BLOCK, MOST_SCORES // (n * H * T)))
+    size = -(-T // -(-T // most))
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 

@@ -8,8 +8,9 @@ can keep less for its backward (the levels), which costs the time to compute tha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_qlora import backend
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.machines import Machine, this_machine
+from mlx_qlora.model.attention import BLOCK
 from mlx_qlora.model.llama import LlamaConfig
 
 # How much of a layer the backward computes again; what is kept stands in `engine`.
@@ -62,6 +63,7 @@ def schedule(
     itemsize: int,
     recompute: list[int] | str,
     budget: float,
+    machine: Machine | None = None,
 ) -> Schedule:
     """The schedule that computes least again and keeps within a budget, if one does.
 
@@ -71,44 +73,54 @@ def schedule(
         itemsize: bytes of a number in the compute dtype.
         recompute: each layer's level, or "auto" to choose them.
         budget: bytes for what the forward keeps.
+        machine: that computes; this one if not given.
     """
-    waves, n = default_waves(lengths), max(len(lengths), 1)
-    most = max(waves, min(-(-sum(lengths) // ENOUGH[backend.backend().device]), n))
+    machine = machine or this_machine()
+    waves, n = default_waves(lengths, machine), max(len(lengths), 1)
+    most = max(waves, min(-(-sum(lengths) // ENOUGH[machine.device]), n))
     if not isinstance(recompute, str):
         asks_for_memory = all(level == LAYER for level in recompute)
-        few = max(waves, min(most, n // backend.cores()))
+        few = max(waves, min(most, n // machine.cores))
         return Schedule(few if asks_for_memory else waves, recompute)
     levels = [NOTHING] * config.num_hidden_layers
-    while waves < most and kept_bytes(config, levels, lengths, waves, itemsize) > budget:
+    while waves < most and kept_bytes(config, levels, lengths, waves, itemsize, machine) > budget:
         waves += 1
     # The MLP before the whole layer: its two matmuls free the most, and need no attention first.
     for level in LEVELS[1:]:
         for i in range(len(levels)):
-            if kept_bytes(config, levels, lengths, waves, itemsize) <= budget:
+            if kept_bytes(config, levels, lengths, waves, itemsize, machine) <= budget:
                 return Schedule(waves, levels)
             levels[i] = level
     return Schedule(waves, levels)
 
 
-def default_waves(lengths: Sequence[int]) -> int:
+def default_waves(lengths: Sequence[int], machine: Machine | None = None) -> int:
     """How many waves a batch is computed in where memory is no matter."""
-    at_once, n = AT_ONCE[backend.backend().device], max(len(lengths), 1)
+    machine = machine or this_machine()
+    at_once, n = AT_ONCE[machine.device], max(len(lengths), 1)
     # A wave should have a document for each core, unless it gets far too large by that.
-    most = max(n // backend.cores(), -(-sum(lengths) // (4 * at_once)))
+    most = max(n // machine.cores, -(-sum(lengths) // (4 * at_once)))
     return max(1, min(-(-sum(lengths) // at_once), most, n))
 
 
 def kept_bytes(
-    config: LlamaConfig, levels: list[int], lengths: Sequence[int], waves: int, itemsize: int
+    config: LlamaConfig,
+    levels: list[int],
+    lengths: Sequence[int],
+    waves: int,
+    itemsize: int,
+    machine: Machine | None = None,
 ) -> int:
     """What the forward of the largest wave keeps for the backward, in bytes."""
+    device = (machine or this_machine()).device
     N = sum(lengths)
     positions = max(-(-N // waves), max(lengths, default=0))
     typical = sum(length**2 for length in lengths) // max(N, 1)
-    return sum(positions * layer_bytes(config, level, typical, itemsize) for level in levels)
+    each = [layer_bytes(config, level, typical, itemsize, device) for level in LEVELS]
+    return positions * sum(each[level] for level in levels)
 
 
-def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int) -> int:
+def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: str) -> int:
     """What a layer keeps of one position in a document of T, in bytes."""
     D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
@@ -117,6 +129,6 @@ def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int) -> int:
         kept += 2 * H * Hd + 2 * K * Hd + D  # q and heads, k and v, h
     if level <= EXPONENTIALS:
         kept += 2 * F
-    if level == NOTHING and backend.backend().device == "cpu":
-        kept += F + H * T // 2  # the sigmoid, and attention weights up to the diagonal
+    if level == NOTHING and device == "cpu":
+        kept += F + H * (T + min(T, BLOCK)) // 2  # the sigmoid, and weights up to the diagonal
     return kept * itemsize

@@ -120,7 +120,7 @@ class AdamW:
         """
         self.step += 1
         grad = flatten(grads)
-        norm = mx.sqrt(grad.square().sum()) / max(n_tokens, 1)
+        norm = _norm(grad) / max(n_tokens, 1)
         # Before clipping, which would make a finite number of an infinite one. A moment that has
         # once been NaN stays so: nothing moves where anything is not finite.
         finite = mx.isfinite(norm) & mx.isfinite(mx.array(nats, mx.float32))
@@ -132,16 +132,18 @@ class AdamW:
         corrections = 1 - self.beta1**self.step, 1 - self.beta2**self.step
         facts = [factor, finite, *(mx.array(f, mx.float32) for f in (rate, *corrections))]
 
-        moved = []
+        buffers = self.weights, self.mean, self.square
+        moved: list[list[mx.array]] = []
         for part, stream in zip(_slices(grad.size), itertools.cycle(streams(cores()))):
             with mx.stream(stream):
-                olds = (buffer[part] for buffer in (self.weights, self.mean, self.square))
+                olds = (buffer[part] for buffer in buffers)
                 ratios = self.ratios if self.ratios.ndim == 0 else self.ratios[part]
-                moved.append(self._move(*olds, grad[part], ratios, *facts))
-                mx.async_eval(moved[-1])  # one after the other: few temporary arrays exist
-        self.weights, self.mean, self.square = (
-            mx.concatenate(list(parts)) for parts in zip(*moved)
-        )
+                moved.append(list(self._move(*olds, grad[part], ratios, *facts)))
+            mx.async_eval(moved[-1])
+            if len(moved) > cores():  # so that only few temporary arrays exist
+                mx.eval(moved[-1 - cores()])
+        del grad
+        self.square, self.mean, self.weights = (_joined(moved) for _ in buffers)
         return norm
 
     def tree(self, buffer: mx.array | None = None) -> dict[str, Any]:
@@ -160,8 +162,23 @@ class AdamW:
 
 def _slices(size: int) -> list[slice]:
     """Of a buffer: on a CPU such that they stay near its caches, on a GPU few."""
-    step = 1 << 18 if backend().device == "cpu" else 1 << 26
+    step = 1 << 19 if backend().device == "cpu" else 1 << 26
     return [slice(start, start + step) for start in range(0, size, step)]
+
+
+def _joined(moved: list[list[mx.array]]) -> mx.array:
+    """The last buffer's slices as one, while those of the others wait."""
+    parts = [news.pop() for news in moved]
+    if len(parts) == 1:
+        return parts[0]
+    whole = mx.concatenate(parts)
+    mx.eval(whole)
+    return whole
+
+
+def _norm(grad: mx.array) -> mx.array:
+    """Of the whole buffer, whose squares never exist all at once."""
+    return mx.sqrt(mx.stack([grad[part].square().sum() for part in _slices(grad.size)]).sum())
 
 
 def _ratios(shapes: dict[str, tuple[int, ...]], lr_ratio: float) -> mx.array:
