@@ -334,7 +334,7 @@ def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Note]:
     queries, keys, values = _by_head(q, K) * scale, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     outs, log_sums, totals, kept = [], [], [], []
     for start, end in _blocks(q):
-        block = _chained(queries[..., start:end, :], outs)
+        block = _chained(queries[..., start:end, :], outs[-1:])
         scores, seen = _hide_future(_heads_joined(block) @ keys[..., :end], start, end)
         top = scores.max(axis=-1, keepdims=True)
         weights = exp(scores - top) * seen
@@ -363,7 +363,7 @@ def _backward(
     for i, (start, end) in reversed(list(enumerate(_blocks(q)))):
         part = slice(start, end)
         block, dblock = _heads_joined(queries[..., part, :]), _heads_joined(douts[..., part, :])
-        block = _chained(block, dqs)
+        block = _chained(block, [*dqs[-1:], dk, dv] if dqs else [])
         if note.weights is not None:
             weights = note.weights[i]
         else:
@@ -422,9 +422,12 @@ def _heads_joined(x: mx.array) -> mx.array:
     return x.flatten(2, 3)
 
 
-def _chained(block: mx.array, before: list[mx.array]) -> mx.array:
-    """The block, to be computed after the one before: else the scores of many exist at once."""
-    return mx.depends([block], before[-1:])[0] if before else block
+def _chained(block: mx.array, before: list[Any]) -> mx.array:
+    """The block, to be computed after the one before: else the scores of many exist at once.
+
+    All of that one's results count: what waits for its turn keeps its scores alive.
+    """
+    return mx.depends([block], before)[0] if before else block
 
 
 def _hide_future(scores: mx.array, start: int, end: int) -> tuple[mx.array, mx.array]:

@@ -160,7 +160,7 @@ class DecoderLayer(nn.Module):
         q, k, v = self.project(x, context, keys)
         h = self.add_attention(x, context.attend(q, k, v), keys)
         gate, up = self.widen(h, keys)
-        return self.add_mlp(h, gate, up, keys)
+        return self.add_mlp(h, swiglu(gate, up), keys)
 
     def project(
         self, x: mx.array, context: Context, keys: Keys
@@ -177,17 +177,9 @@ class DecoderLayer(nn.Module):
         x = self.post_attention_layernorm(h)
         return self.mlp.gate_proj(x, keys[4]), self.mlp.up_proj(x, keys[5])
 
-    def add_mlp(
-        self,
-        h: mx.array,
-        gate: mx.array,
-        up: mx.array,
-        keys: Keys,
-        s: mx.array | None = None,
-        compiled: bool = False,
-    ) -> mx.array:
-        """h (..., D), gate and up (..., F) -> (..., D); `s` and `compiled` as in `swiglu`."""
-        return h + self.mlp.down_proj(swiglu(gate, up, s, compiled), keys[6])
+    def add_mlp(self, h: mx.array, gated: mx.array, keys: Keys) -> mx.array:
+        """h (..., D) and the product of gate and up (..., F) -> (..., D)."""
+        return h + self.mlp.down_proj(gated, keys[6])
 
 
 class LlamaModel(nn.Module):

@@ -20,46 +20,50 @@ def swiglu(
         gate: (..., F).
         up: (..., F).
         s: sigmoid(gate), if it is known.
-        compiled: as one kernel each for the forward and the backward, whatever the shapes.
+        compiled: as one kernel, whatever the shapes.
     """
     if compiled:
         return _compiled(gate, up)
-    return _plain(gate, up, sigmoid(gate) if s is None else s)
+    # The sigmoid's share of the derivative is in the gate's: its own would count twice, and is
+    # not a number where an exponential has no end.
+    return _with_gradient(gate, up, mx.stop_gradient(sigmoid(gate)) if s is None else s)
+
+
+def swiglu_back(
+    gate: mx.array,
+    up: mx.array,
+    dy: mx.array,
+    s: mx.array | None = None,
+    compiled: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """The gradients of gate and up; arguments as in `swiglu`.
+
+    A function of its own because MLX compiles nothing within `mx.vjp`.
+    """
+    if compiled:
+        return _compiled_back(gate, up, dy)
+    return _backward(gate, up, dy, sigmoid(gate) if s is None else s)
 
 
 def _forward(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
     return gate * s * up
 
 
-def _backward(gate: mx.array, up: mx.array, s: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+def _backward(gate: mx.array, up: mx.array, dy: mx.array, s: mx.array) -> tuple[mx.array, mx.array]:
     dys = dy * s
     return dys * up * (1 + gate * (1 - s)), dys * gate
 
 
-def _plain_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
+def _vjp(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
     gate, up, s = primals
-    # The sigmoid's own share is in the gate's: to ask for it separately would count it twice.
-    return *_backward(gate, up, s, dy), mx.zeros_like(s)
+    return *_backward(gate, up, dy, s), mx.zeros_like(s)
 
 
-_plain: Any = mx.custom_function(_forward)
-_plain.vjp(_plain_back)
+_with_gradient: Any = mx.custom_function(_forward)
+_with_gradient.vjp(_vjp)
 
 # Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
-_fused_forward: Any = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
-_fused_backward: Any = mx.compile(
-    lambda gate, up, dy: _backward(gate, up, sigmoid(gate), dy), shapeless=True
+_compiled: Any = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
+_compiled_back: Any = mx.compile(
+    lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
 )
-
-
-def _compiled_forth(gate: mx.array, up: mx.array) -> mx.array:
-    return _fused_forward(gate, up)
-
-
-def _compiled_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
-    gate, up = primals
-    return _fused_backward(gate, up, dy)
-
-
-_compiled: Any = mx.custom_function(_compiled_forth)
-_compiled.vjp(_compiled_back)

@@ -33,6 +33,7 @@ from mlx_qlora.model.attention import Note
 from mlx_qlora.model.exponentials import sigmoid
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.model.swiglu import swiglu, swiglu_back
 from mlx_qlora.train.loss import cross_entropy
 from mlx_qlora.train.memory import (
     LAYER,
@@ -208,7 +209,7 @@ class Engine:
         wide = layer.widen(h, keys)
         s = None if self.compiled else sigmoid(wide[0])
         yield [h, *wide]
-        walk.x = layer.add_mlp(h, *wide, keys, s, self.compiled)
+        walk.x = layer.add_mlp(h, swiglu(*wide, s, self.compiled), keys)
         if learns:
             walk.kept.append(keep(level, x, qkv, heads, h, wide, s))
         yield [walk.x]
@@ -265,15 +266,15 @@ class Descent:
         q, k, v = kept.qkv or layer.project(x, documents, keys)
         heads, notes = kept.heads or documents.attend_and_note(q, k, v)
         h = kept.h if kept.h is not None else layer.add_attention(x, heads, keys)
-        wide = kept.wide or layer.widen(h, keys)
+        gate, up = kept.wide or layer.widen(h, keys)
         s = kept.s
         del kept
-        yield [q, k, v, heads, *noted(notes), h, *wide]
+        yield [q, k, v, heads, *noted(notes), h, gate, up]
 
-        dh, *dwide = self.pull(
-            "add_mlp", partial(layer.add_mlp, keys=keys, s=s, compiled=compiled), [h, *wide], [dy]
-        )
-        del wide, s
+        gated = swiglu(gate, up, s, compiled)
+        dh, dgated = self.pull("add_mlp", partial(layer.add_mlp, keys=keys), [h, gated], [dy])
+        dwide = swiglu_back(gate, up, dgated, s, compiled)
+        del gate, up, s, gated, dgated
         yield [*dwide, *self.grads.values()]
         dh = dh + self.pull("widen", lambda h: layer.widen(h, keys), [h], dwide)[0]
         del dwide

@@ -13,6 +13,7 @@ dequantised once for all tokens, and memory is that of (S, piece), not of (S, V)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -27,17 +28,17 @@ CPU_PIECE, GPU_PIECE, NARROWEST = 8 << 20, 256 << 20, 1024
 
 @dataclass
 class Losses:
-    """What the head says of S tokens; what is not asked for is not computed.
+    """What the head says of S tokens.
 
     Attributes:
         nats: (S,) float32, the loss of each target.
-        choices: (S,) uint32, the head's first choices.
         gradient: (S, D) float32, of the sum of the nats with respect to the hidden states.
+        choices: (S,) uint32, the head's first choices.
     """
 
     nats: mx.array
-    choices: mx.array
-    gradient: mx.array
+    gradient: Any = None
+    choices: Any = None
 
 
 def cross_entropy(
@@ -49,31 +50,33 @@ def cross_entropy(
         head: W (V, D), of whatever packing.
         hidden: (S, D), in the compute dtype.
         targets: (S,) int, from 0 to V - 1.
-        differentiate: whether the gradient will be asked for.
+        differentiate: True for the gradient, False for the first choices.
     """
-    S = hidden.shape[0]
-    top, total = mx.full((S, 1), -mx.inf), mx.zeros((S, 1))
-    wanted, choices = mx.zeros((S,)), mx.zeros((S,), mx.uint32)
-    mean_row = mx.zeros((S, head.shape[1]))  # of W, weighted; not yet divided by `total`
+    S, D = hidden.shape
+    top, total, wanted = mx.full((S, 1), -mx.inf), mx.zeros((S, 1)), mx.zeros((S, 1))
+    choices, mean_row = mx.zeros((S, 1), mx.uint32), mx.zeros((S, D))  # the latter not yet divided
     for start, end in pieces(*head.shape, S):
-        # Tied to the piece before: else the logits of all pieces could exist at once.
-        last = [total, mean_row] if differentiate else [total]
+        # Tied to all that the piece before has to give: what waits would keep its logits alive.
+        last = [total, wanted, mean_row if differentiate else choices]
         part = head.rows(start, end, last)
         logits = part.multiply(mx.depends([hidden], last)[0]).astype(mx.float32)
         highest = logits.max(axis=-1, keepdims=True)
-        choices = mx.where(
-            highest > top, mx.argmax(logits, -1, keepdims=True) + start, choices[:, None]
-        )[:, 0]
         here = (targets >= start) & (targets < end)
         legal = mx.clip(targets - start, 0, end - start - 1)
-        wanted = wanted + mx.take_along_axis(logits, legal[:, None], -1)[:, 0] * here
+        wanted = wanted + mx.take_along_axis(logits, legal[:, None], -1) * here[:, None]
 
         before, top = top, mx.maximum(top, highest)
         weights, keep = exp(logits - top), exp(before - top)
         total = total * keep + weights.sum(axis=-1, keepdims=True)
-        mean_row = mean_row * keep + part.multiply_back(weights.astype(hidden.dtype))
-    nats = (top + mx.log(total))[:, 0] - wanted
-    return Losses(nats, choices, mean_row / total - rows_of(head, targets))
+        if differentiate:
+            mean_row = mean_row * keep + part.multiply_back(weights.astype(hidden.dtype))
+        else:
+            first = (mx.argmax(logits, -1, keepdims=True) + start).astype(mx.uint32)
+            choices = mx.where(highest > before, first, choices)
+    nats = (top + mx.log(total) - wanted)[:, 0]
+    if not differentiate:
+        return Losses(nats, choices=choices[:, 0])
+    return Losses(nats, mean_row / total - head.lookup(targets).astype(mx.float32))
 
 
 def pieces(V: int, D: int, S: int) -> list[tuple[int, int]]:
@@ -81,8 +84,3 @@ def pieces(V: int, D: int, S: int) -> list[tuple[int, int]]:
     budget = CPU_PIECE if backend().device == "cpu" else GPU_PIECE
     width = max(NARROWEST, budget // (4 * max(S, D)) // NARROWEST * NARROWEST)
     return [(start, min(start + width, V)) for start in range(0, V, width)]
-
-
-def rows_of(head: FrozenMatrix, targets: mx.array) -> mx.array:
-    """The rows of W (S, D) that belong to some tokens, float32."""
-    return head.lookup(targets).astype(mx.float32)

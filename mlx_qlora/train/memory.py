@@ -8,6 +8,8 @@ can keep less for its backward (the levels), which costs the time to compute tha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.machines import Machine, this_machine
 from mlx_qlora.model.attention import BLOCK
@@ -113,11 +115,27 @@ def kept_bytes(
 ) -> int:
     """What the forward of the largest wave keeps for the backward, in bytes."""
     device = (machine or this_machine()).device
-    N = sum(lengths)
-    positions = max(-(-N // waves), max(lengths, default=0))
-    typical = sum(length**2 for length in lengths) // max(N, 1)
+    positions, typical = largest_wave(lengths, waves)
     each = [layer_bytes(config, level, typical, itemsize, device) for level in LEVELS]
     return positions * sum(each[level] for level in levels)
+
+
+def largest_wave(lengths: Sequence[int], waves: int) -> tuple[int, int]:
+    """Positions of the largest wave, and the document length that most of them are in."""
+    array = np.array(lengths, int)
+    owner = shares(lengths, waves)
+    loads = np.bincount(owner, weights=array, minlength=1)
+    mine = array[owner == loads.argmax()]
+    return int(mine.sum()), int((mine**2).sum() // max(mine.sum(), 1))
+
+
+def shares(lengths: Sequence[int], n: int) -> np.ndarray:
+    """For each document which of n shares of like size it belongs to."""
+    owner, load = np.zeros(len(lengths), int), np.zeros(max(n, 1))
+    for i in np.argsort(-np.array(lengths, int), kind="stable"):
+        owner[i] = load.argmin()  # the longest first, to where there is least
+        load[owner[i]] += lengths[i]
+    return owner
 
 
 def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: str) -> int:

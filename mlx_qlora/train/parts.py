@@ -5,7 +5,7 @@ matmuls runs on one: documents are shared out, each part has a stream of its own
 the parts are the sum over the batch.
 """
 
-import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from mlx_qlora.backend import backend, cores
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.llama import Keys, LlamaForCausalLM
+from mlx_qlora.train.memory import shares
 
 # Fewer positions than this do not keep a core busy enough to be worth a stream.
 FEWEST_POSITIONS = 64
@@ -72,58 +73,59 @@ def waves_of(
         waves: how many there may be at most.
         dropout_key: (2,) for the batch or (B, 2) for its rows; None turns dropout off.
     """
+    made = []
+    for wave in shared_out(documents, waves):
+        lengths = wave[:, 2] - wave[:, 1]
+        busy = int(lengths.sum()) // FEWEST_POSITIONS
+        side_by_side = max(1, min(cores(), len(wave), busy))
+        some = zip(shared_out(wave, side_by_side), streams(side_by_side))
+        made.append([_part(model, batch, share, dropout_key, stream) for share, stream in some])
+    return made
+
+
+def _part(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    documents: np.ndarray,
+    dropout_key: mx.array | None,
+    stream: mx.Stream,
+) -> Part:
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
-    lengths = documents[:, 2] - documents[:, 1]
-    side_by_side = _side_by_side(lengths, waves)
-    shares = shared_out(documents, min(side_by_side * waves, len(documents)))
-    parts = []
-    for share, stream in zip(shares, itertools.cycle(streams(side_by_side))):
-        spans = [(row, slice(start, end)) for row, start, end in share.tolist()]
-        ids = np.concatenate([tokens[row, span] for row, span in spans])
-        wanted = np.concatenate([labels[row, span] for row, span in spans])
-        N = len(ids)
-        if backend().device != "cpu":
-            N += -N % GPU_MULTIPLE
-        context = model.model.documents(share, N)
-        positions = np.flatnonzero(wanted != IGNORE).astype(np.int32)
-        parts.append(
-            Part(
-                mx.array(np.pad(ids, (0, N - len(ids)))),
-                context,
-                model.model.dropout_keys(dropout_key, len(tokens), context),
-                mx.array(positions),
-                mx.array(wanted[positions]),
-                stream,
-            )
-        )
-    return [parts[i : i + side_by_side] for i in range(0, len(parts), side_by_side)]
-
-
-def _side_by_side(lengths: np.ndarray, waves: int) -> int:
-    """How many parts of a wave are computed at the same time."""
-    busy = int(lengths.sum()) // waves // FEWEST_POSITIONS
-    return max(1, min(cores(), len(lengths) // waves, busy))
+    spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
+    ids = np.concatenate([tokens[row, span] for row, span in spans])
+    wanted = np.concatenate([labels[row, span] for row, span in spans])
+    N = len(ids)
+    if backend().device != "cpu":
+        N += -N % GPU_MULTIPLE
+    context = model.model.documents(documents, N)
+    positions = np.flatnonzero(wanted != IGNORE).astype(np.int32)
+    return Part(
+        mx.array(np.pad(ids, (0, N - len(ids)))),
+        context,
+        model.model.dropout_keys(dropout_key, len(tokens), context),
+        mx.array(positions),
+        mx.array(wanted[positions]),
+        stream,
+    )
 
 
 def shared_out(documents: np.ndarray, n: int) -> list[np.ndarray]:
-    """Documents (m, 3) in n shares of like size."""
-    lengths = documents[:, 2] - documents[:, 1]
-    owner, load = np.zeros(len(documents), int), np.zeros(max(n, 1))
-    for i in np.argsort(-lengths, kind="stable"):  # the longest first, to where there is least
-        owner[i] = load.argmin()
-        load[owner[i]] += lengths[i]
-    return [documents[owner == share] for share in range(n)]
+    """Documents (m, 3) in at most n shares of like size."""
+    owner = shares((documents[:, 2] - documents[:, 1]).tolist(), n)
+    found = [documents[owner == share] for share in range(n)]
+    return [share for share in found if len(share)]
 
 
-_more_streams: list[mx.Stream] = []
+_own = threading.local()  # a stream belongs to the thread that made it
 
 
 def streams(n: int) -> list[mx.Stream]:
     """The default stream and as many more of the same device as are wanted."""
     device = mx.default_device()
-    while len(_more_streams) < n - 1:
-        _more_streams.append(mx.new_stream(device))
-    return [mx.default_stream(device), *_more_streams[: max(n - 1, 0)]]
+    more = _own.__dict__.setdefault("streams", [])
+    while len(more) < n - 1:
+        more.append(mx.new_stream(device))
+    return [mx.default_stream(device), *more[: max(n - 1, 0)]]
 
 
 @contextmanager
