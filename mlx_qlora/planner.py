@@ -1,6 +1,9 @@
-"""What a run will need, before it starts: predicted bytes by part, and what to change to fit.
+"""What a run will need, before it starts: bytes by part, how it will be computed, and how fast.
 
 The figures come from the headers of the model's files and from the config; no weight is loaded.
+The peak is the base plus the larger of two moments: the backward's beginning, when all that the
+forward kept is there, and the optimiser's update. `benchmarks/memory.py` compares with what a run
+then takes.
 """
 
 from dataclasses import dataclass
@@ -12,32 +15,53 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import packed_width, padded_width
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint
-from mlx_qlora.train.memory import NOTHING, check_recompute, kept_bytes, schedule
+from mlx_qlora.train.memory import (
+    EXPONENTIALS,
+    LAYER,
+    MLP,
+    Schedule,
+    adapter_bytes,
+    budget_for,
+    check_recompute,
+    kept_bytes,
+    schedule,
+    step_bytes,
+    update_bytes,
+    work_bytes,
+)
 
-FLOAT32 = 4
+LONGEST_CONTEXT = 1 << 20  # beyond this nobody asks
+LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted peak memory of a run, by part, in bytes.
+    """Predicted peak memory of a run, by part, in bytes, and how it will be computed.
 
     Attributes:
         parts: name -> bytes; their sum is `total_bytes`.
         memory_bytes: what the machine can give.
+        machine: its name.
         trainable: how many numbers are trained.
-        recomputed_layers: how many layers are computed again in the backward.
+        schedule: how a micro-batch is computed.
+        longest_context: the longest document that could be trained, everything recomputed.
+        tokens_per_second: to be expected, from the machine's matmul rate.
         advice: what to change, if it does not fit.
     """
 
     parts: dict[str, int]
     memory_bytes: int
+    machine: str
     trainable: int
-    recomputed_layers: int
+    schedule: Schedule
+    longest_context: int
+    tokens_per_second: float
     advice: str
 
     @property
@@ -50,86 +74,149 @@ class Plan:
         """Whether the prediction stays within the machine's memory."""
         return self.total_bytes <= self.memory_bytes
 
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers of which the backward computes matmuls again."""
+        return sum(level >= MLP for level in self.schedule.levels)
+
     def __str__(self) -> str:
         lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
         lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
-        lines.append(f"{'this machine has':<22}{self.memory_bytes / 1e9:8.2f} GB")
-        lines.append(f"trainable parameters  {self.trainable:,}")
+        lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
+        lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
+        lines.append(f"{'recomputed':<22}{self._recomputed()}")
+        if self.schedule.waves > 1:
+            lines.append(f"{'micro-batch':<22}computed in {self.schedule.waves} parts")
+        lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
+        lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
         return "\n".join([*lines, self.advice] if self.advice else lines)
 
+    def _recomputed(self) -> str:
+        levels = self.schedule.levels
+        counts = {level: levels.count(level) for level in LEVEL_NAMES}
+        shown = [f"{LEVEL_NAMES[level]} of {n} layers" for level, n in counts.items() if n]
+        return ", ".join(shown) or "nothing"
 
-def plan(source: str, config: RunConfig | None = None) -> Plan:
+
+def plan(source: str, config: RunConfig | None = None, machine_name: str | None = None) -> Plan:
     """Predicts what fine-tuning a model with this config needs.
 
     Args:
         source: as for `load`. A hub repository is fetched if it is not in the cache yet.
         config: of the run; the defaults if not given.
+        machine_name: another machine than this one, as CHIP-GB, for example `m4-max-64`.
 
     Raises:
         SourceError: the source cannot be found or fetched.
         WeightsError: its files are damaged or of an unsupported architecture.
-        ConfigError: a target that matches nothing.
+        ConfigError: a target that matches nothing, or an unknown machine.
     """
     config = config or RunConfig()
-    return plan_checkpoint(open_checkpoint(resolve(source, config.model.revision)), config)
+    where = machine(machine_name)
+    checkpoint = open_checkpoint(resolve(source, config.model.revision))
+    return plan_checkpoint(checkpoint, config, where=where)
 
 
 def plan_checkpoint(
-    checkpoint: Checkpoint, config: RunConfig, examples: Examples | None = None
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    examples: Examples | None = None,
+    where: Machine | None = None,
 ) -> Plan:
     """The plan for opened files, and for the examples of a run if they are known."""
+    where = where or this_machine()
     llama = LlamaConfig.from_hf(checkpoint.config)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
-    base, resident = _base_bytes(model, checkpoint, config)
+    itemsize = _itemsize(config, where)
+    base, resident = _base_bytes(model, checkpoint, config, where)
     adapter = config.model.adapter
     lora = read_peft_config(Path(adapter).expanduser()) if adapter else config.lora
     trainable = _trainable(model, lora)
 
     training = config.training
-    T = _width(config, examples)
-    tokens = training.per_device_train_batch_size * T
-    itemsize = backend.compute_dtype(config.model.dtype).size
     levels = check_recompute(training.recompute, llama.num_hidden_layers)
-    lengths = [T] * training.per_device_train_batch_size
-    how = schedule(llama, lengths, itemsize, levels, backend.facts()["working_set_bytes"] / 2)
-    recomputed = sum(level != NOTHING for level in how.levels)
-    kept = kept_bytes(llama, how.levels, lengths, how.waves, itemsize)
-    inputs = 0
-    supervised = tokens if config.data.train_on == "all" else tokens // 4
+    lengths, supervised = _documents(config, examples)
+    standing = base + resident + adapter_bytes(trainable)
+    budget = budget_for(llama, lengths, itemsize, standing, where)
+    how = schedule(llama, lengths, itemsize, levels, budget, where)
+
+    kept = kept_bytes(llama, how.levels, lengths, how.waves, itemsize, where)
+    work = work_bytes(llama, how, lengths, itemsize, where)
+    accumulates = training.gradient_accumulation_steps > 1
+    step = step_bytes(trainable, how.waves, accumulates)
+    update = update_bytes(trainable, where)
     parts = {"base weights": base}
     if resident:
         parts["dequantised copy"] = resident
-    parts |= {
-        "adapter": trainable * FLOAT32,
-        "AdamW moments": 2 * trainable * FLOAT32,
-        "gradients": 2 * trainable * FLOAT32,
-        "activations": kept + inputs,
-        "logits": 3 * supervised * llama.vocab_size * FLOAT32,
-    }
-    memory = backend.facts()["working_set_bytes"]
-    advice = ""
-    if sum(parts.values()) > memory:
-        advice = _advice(parts)
-    return Plan(parts, memory, trainable, recomputed, advice)
+    parts["adapter and AdamW"] = adapter_bytes(trainable)
+    if kept + work + step >= update:
+        parts |= {"gradients": step, "activations": kept, "working arrays": work}
+    else:
+        parts["optimiser's update"] = update
+    total = sum(parts.values())
+    flops = flops_per_token(llama, how.levels, lengths, supervised)
+    return Plan(
+        parts,
+        where.working_set_bytes,
+        where.name,
+        trainable,
+        how,
+        _longest_context(llama, itemsize, standing + step, where),
+        where.flops * where.reached / flops,
+        _advice(parts) if total > where.working_set_bytes else "",
+    )
 
 
-def _width(config: RunConfig, examples: Examples | None) -> int:
-    """T, the positions of a row."""
+def flops_per_token(
+    llama: LlamaConfig, levels: list[int], lengths: list[int], supervised: float
+) -> float:
+    """Multiplications and additions of a step, per position.
+
+    Two for each weight forward and two back, two more where the backward computes it again; the
+    head at supervised positions alone; attention up to the diagonal.
+    """
+    D, F = llama.hidden_size, llama.intermediate_size
+    Hd, H, K = llama.head_dim, llama.num_attention_heads, llama.num_key_value_heads
+    attention, mlp = D * Hd * (2 * H + 2 * K), 3 * D * F
+    typical = sum(n * n for n in lengths) / max(sum(lengths), 1)
+    scores = H * Hd * typical  # q @ k and p @ v, half of T each
+    total = 4.0 * llama.vocab_size * D * supervised
+    for level in levels:
+        total += 4 * (attention + mlp) + 2 * scores * 3.5
+        total += 2 * (2 / 3) * mlp if level >= MLP else 0
+        total += 2 * attention + 2 * scores if level == LAYER else 0
+    return total
+
+
+def _documents(config: RunConfig, examples: Examples | None) -> tuple[list[int], float]:
+    """Lengths of a micro-batch's documents, and which share of its positions is supervised."""
+    rows = config.training.per_device_train_batch_size
+    supervised = 1.0 if config.data.train_on == "all" else 0.25
     if examples is None:
-        return padded_width(config.data.max_length - 1)
-    lengths = examples.lengths
+        return [padded_width(config.data.max_length - 1)] * rows, supervised
+    lengths = sorted((examples.lengths - 1).tolist())
     if not config.data.packing:
-        return padded_width(int(lengths.max()) - 1)
-    most = max(config.data.max_length, int(lengths.max()))
-    return packed_width(lengths, config.training.per_device_train_batch_size, most)
+        return lengths[-rows:], supervised
+    most = max(config.data.max_length, int(examples.lengths.max()))
+    positions = rows * packed_width(examples.lengths, rows, most)
+    # Documents of the usual mixture, as many as fill the rows.
+    step = max(1, sum(lengths) // positions)
+    return lengths[::-1][::step] if step > 1 else lengths, supervised
+
+
+def _itemsize(config: RunConfig, where: Machine) -> int:
+    if config.model.dtype == "auto":
+        return where.itemsize
+    return backend.compute_dtype(config.model.dtype).size
 
 
 def _base_bytes(
-    model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig
+    model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig, where: Machine
 ) -> tuple[int, int]:
     """Bytes of the frozen weights as they will be kept, and of dequantised copies of them."""
-    itemsize = backend.compute_dtype(config.model.dtype).size
-    keeps_copy = backend.frozen_matmul(config.model.frozen_matmul) == "resident"
+    itemsize = _itemsize(config, where)
+    strategy = config.model.frozen_matmul
+    keeps_copy = strategy == "resident" or (strategy == "auto" and where.device == "cpu")
     quantize = config.model.quantize()
     base = resident = 0
     for path, module in model.named_modules():
@@ -153,12 +240,25 @@ def _trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
         raise ConfigError(f"the plan cannot be made: {error}") from None
 
 
+def _longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Machine) -> int:
+    """The longest document that fits alone, everything recomputed; a multiple of 64."""
+    all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
+    low, high = 0, LONGEST_CONTEXT // 64
+    while low < high:  # the need grows with the length
+        middle = (low + high + 1) // 2
+        lengths = [64 * middle]
+        need = standing + kept_bytes(llama, all_layers.levels, lengths, 1, itemsize, where)
+        need += work_bytes(llama, all_layers, lengths, itemsize, where)
+        low, high = (middle, high) if need <= where.working_set_bytes else (low, middle - 1)
+    return 64 * low
+
+
 def _advice(parts: dict[str, int]) -> str:
     largest = max(parts, key=lambda name: parts[name])
+    shorter = "lower data.max_length, or set training.gradient_checkpointing=true"
     remedies = {
-        "activations": "lower training.per_device_train_batch_size or data.max_length, or set "
-        "training.gradient_checkpointing=true",
-        "logits": "lower training.per_device_train_batch_size or data.max_length",
+        "activations": shorter,
+        "working arrays": shorter,
         "base weights": "quantise with model.bits=4, or choose a smaller model",
         "dequantised copy": "set model.frozen_matmul=dequantize",
     }

@@ -1,14 +1,20 @@
 """Plans made from headers alone, against what a model then really holds."""
 
+import dataclasses
+
 import mlx.core as mx
 import pytest
 from conftest import make_hf_model, save_hf
 
 import mlx_qlora as mq
 from mlx_qlora.config import RunConfig, build
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.planner import plan, plan_checkpoint
+from mlx_qlora.planner import flops_per_token, plan, plan_checkpoint
+from mlx_qlora.train.memory import LAYER, NOTHING
 from mlx_qlora.tree import flat
 
 
@@ -46,24 +52,77 @@ def test_llama_8b_counts_its_parameters_without_weights(checkpoint_files):
     )
 
 
-def test_what_does_not_fit_says_what_to_change(checkpoint_files, monkeypatch):
-    from mlx_qlora import backend
+def small(bytes_: int) -> Machine:
+    """A machine like this one, with less memory."""
+    return dataclasses.replace(this_machine(), name="small", working_set_bytes=bytes_)
 
-    facts = backend.facts()
-    monkeypatch.setattr(backend, "facts", lambda: facts | {"working_set_bytes": 10_000_000})
+
+def test_what_does_not_fit_says_what_to_change(checkpoint_files):
+    checkpoint = open_checkpoint(checkpoint_files)
     config = build({"training": {"gradient_checkpointing": False}, "data": {"max_length": 512}})
-    predicted = plan_checkpoint(open_checkpoint(checkpoint_files), config)
+    predicted = plan_checkpoint(checkpoint, config, where=small(10_000_000))
     assert not predicted.fits
-    assert "Largest part: activations; lower training.per_device" in str(predicted)
+    assert "Largest part: activations; lower data.max_length, or set" in str(predicted)
     recomputed = build({"training": {"gradient_checkpointing": True}, "data": {"max_length": 512}})
-    smaller = plan_checkpoint(open_checkpoint(checkpoint_files), recomputed)
-    assert smaller.parts["activations"] < predicted.parts["activations"]
+    smaller = plan_checkpoint(checkpoint, recomputed, where=small(10_000_000))
+    assert smaller.parts["activations"] < predicted.parts["activations"] / 4
+
+
+def test_auto_recomputes_more_the_less_memory_there_is(checkpoint_files):
+    checkpoint = open_checkpoint(checkpoint_files)
+    config = build({"data": {"max_length": 2048}})
+    plans = [plan_checkpoint(checkpoint, config, where=small(n << 20)) for n in (8000, 400, 200)]
+    work = [sum(plan.schedule.levels) for plan in plans]
+    assert work == sorted(work) and work[0] == 0 < work[-1]
+    contexts = [plan.longest_context for plan in plans]
+    assert contexts == sorted(contexts, reverse=True) and contexts[-1] < contexts[0]
+    speeds = [plan.tokens_per_second for plan in plans]
+    assert speeds[-1] < speeds[0]
+
+
+def test_longest_context_fits_and_a_longer_one_does_not(checkpoint_files):
+    checkpoint, where = open_checkpoint(checkpoint_files), small(400 << 20)
+    longest = plan_checkpoint(checkpoint, RunConfig(), where=where).longest_context
+    alone = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    alone |= {"gradient_accumulation_steps": 1}
+
+    def fits(T: int) -> bool:
+        config = build({"training": alone, "data": {"max_length": T + 1}})
+        return plan_checkpoint(checkpoint, config, where=where).fits
+
+    assert fits(longest // 2048 * 2048) and not fits(longest + 16384)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "gigabytes"),
+    [("m4-max-64", "metal", 51.5), ("M1-8", "metal", 5.7), ("h100-80", "cuda", 81.6)],
+)
+def test_machines_by_name(name, device, gigabytes):
+    found = machine(name)
+    assert (found.device, found.itemsize) == (device, 2)
+    assert found.working_set_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert found.flops > 1e12
+
+
+@pytest.mark.parametrize("name", ["m9-max-64", "m4-max", "m4-max-", "64", "m4 max 64"])
+def test_a_machine_that_is_none_is_refused(name):
+    with pytest.raises(ConfigError, match=r"--machine: .* is not CHIP-GB"):
+        machine(name)
+
+
+def test_flops_of_llama_8b_are_those_counted_by_hand():
+    llama = LlamaConfig(4096, 32, 32, 8, 128, 14336, 128256)
+    nothing = flops_per_token(llama, [NOTHING] * 32, [2048], 1.0)
+    everything = flops_per_token(llama, [LAYER] * 32, [2048], 1.0)
+    assert nothing == pytest.approx(32.2e9, rel=0.05)
+    down_proj = 2 * 32 * 4096 * 14336  # is never computed again: nothing asks for its output
+    assert everything == pytest.approx(46.7e9 - down_proj, rel=0.05)
 
 
 def test_plan_by_source_shows_every_part_and_the_total(smollm2_files):
     predicted = plan("smollm2-135m")
     shown = str(predicted)
-    for part in (*predicted.parts, "predicted peak", "this machine has", "trainable parameters"):
+    for part in (*predicted.parts, "predicted peak", "this machine", "longest context"):
         assert part in shown
     assert predicted.trainable == 4_884_480
     assert predicted.total_bytes == sum(predicted.parts.values())

@@ -94,6 +94,11 @@ class FrozenMatrix(nn.Module):
             return self.weight
         return unpack(self.packed(), self.quant, self.dtype)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Size of the dequantised copy, if there is one."""
+        return 0 if self._resident is None else self._resident.nbytes
+
     def make_resident(self) -> None:
         """Keeps a dequantised copy, if the strategy asks for one."""
         if self.quant is not None and self.matmul == "resident":

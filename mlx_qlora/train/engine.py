@@ -26,9 +26,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_qlora import backend
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.machines import this_machine
 from mlx_qlora.model.attention import Note
 from mlx_qlora.model.exponentials import sigmoid
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
@@ -41,6 +41,8 @@ from mlx_qlora.train.memory import (
     NOTHING,
     Recompute,
     Schedule,
+    adapter_bytes,
+    budget_for,
     check_recompute,
     schedule,
 )
@@ -141,6 +143,7 @@ class Engine:
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
         self.model, self.compiled = model, compiled
         self.recompute = check_recompute(recompute, len(model.layers))
+        self.standing = standing_bytes(model)
         self.slots = [
             {piece: _slots(layer, i, PIECES[piece], trainable) for piece in PIECES}
             for i, layer in enumerate(model.layers)
@@ -169,11 +172,11 @@ class Engine:
         )
 
     def _schedule(self, documents: np.ndarray) -> Schedule:
-        """How the documents are computed, with half of the memory that is free now."""
-        free = backend.facts()["working_set_bytes"] - mx.get_active_memory()
+        """How the documents are computed: as memory asks, and always the same for the same ones."""
         lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        itemsize = self.model.model.embed_tokens.dtype.size
-        return schedule(self.model.config, lengths, itemsize, self.recompute, free / 2)
+        config, itemsize = self.model.config, self.model.model.embed_tokens.dtype.size
+        budget = budget_for(config, lengths, itemsize, self.standing, this_machine())
+        return schedule(config, lengths, itemsize, self.recompute, budget)
 
     def _wave(self, parts: list[Part], levels: list[int], grads: dict[str, mx.array]) -> mx.array:
         """The loss sum of some parts; their gradients are added to `grads`."""
@@ -330,6 +333,14 @@ def keep(level: int, x: Any, qkv: Any, heads: Any, h: Any, wide: Any, s: Any) ->
 def noted(notes: list[Note]) -> list[mx.array]:
     """The arrays of some notes."""
     return [array for note in notes for array in note.arrays()]
+
+
+def standing_bytes(model: LlamaForCausalLM) -> int:
+    """What a run keeps in memory from its first step to its last."""
+    trainable = sum(weight.size for weight in flat(model.trainable_parameters()).values())
+    held = sum(array.nbytes for array in flat(model.parameters()).values())
+    matrices = (m for m in model.modules() if isinstance(m, FrozenMatrix))
+    return held + sum(m.resident_bytes for m in matrices) + adapter_bytes(trainable)
 
 
 @contextmanager

@@ -150,3 +150,57 @@ def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: 
     if level == NOTHING and device == "cpu":
         kept += F + H * (T + min(T, BLOCK)) // 2  # the sigmoid, and weights up to the diagonal
     return kept * itemsize
+
+
+# ---- what else there is -------------------------------------------------------------------------
+
+FLOAT32 = 4
+# How much of a machine's memory a plan may fill: a Mac and a desktop run other programs, too.
+FILLED = {"cpu": 0.5, "metal": 0.85, "cuda": 0.92}
+
+
+def adapter_bytes(trainable: int) -> int:
+    """The LoRA weights and AdamW's two moments, float32."""
+    return 3 * trainable * FLOAT32
+
+
+def step_bytes(trainable: int, waves: int, accumulates: bool) -> int:
+    """Gradients of what is being computed, and of the waves and micro-batches before it."""
+    return (1 + 2 * (waves > 1) + accumulates) * trainable * FLOAT32
+
+
+def update_bytes(trainable: int, machine: Machine) -> int:
+    """What the optimiser's update needs besides the weights and moments: new ones, gradients.
+
+    Measured on a CPU, where it goes slice by slice; on a GPU whole buffers are temporary.
+    """
+    parts = trainable * FLOAT32
+    return 6 * parts + min(4 * parts, 8 << 20) if machine.device == "cpu" else 10 * parts
+
+
+def work_bytes(
+    config: LlamaConfig, how: Schedule, lengths: Sequence[int], itemsize: int, machine: Machine
+) -> int:
+    """Arrays that come and go while layers are computed, of about two layers at once.
+
+    Fitted to measured peaks of models of many shapes (benchmarks/memory.py).
+    """
+    positions, typical = largest_wave(lengths, how.waves)
+    D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    if LAYER in how.levels or MLP in how.levels:
+        each = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
+        each += 1.2 * H * min(typical, BLOCK) if machine.device == "cpu" else 0
+    else:
+        each = 11 * F
+    return int(positions * each * itemsize)
+
+
+def budget_for(
+    config: LlamaConfig, lengths: Sequence[int], itemsize: int, standing: int, machine: Machine
+) -> float:
+    """Bytes that the forward may keep, beside what stands in memory and comes and goes."""
+    waves = default_waves(lengths, machine)
+    recomputing = Schedule(waves, [LAYER] * config.num_hidden_layers)
+    work = work_bytes(config, recomputing, lengths, itemsize, machine)
+    return FILLED[machine.device] * machine.working_set_bytes - standing - work
