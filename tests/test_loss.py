@@ -65,7 +65,6 @@ def assert_exact(head: FrozenMatrix, W, hidden, targets, tolerance: float = 2e-6
     largest = np.abs(hidden.astype(np.float64) @ W.T.astype(np.float64)).max()
     assert np.abs(np.array(found.nats) - nats).max() <= tolerance * max(largest, 1)
     assert np.abs(np.array(found.gradient) - gradient).max() <= 5 * tolerance * np.abs(W).max()
-    assert np.array(found.choices).tolist() == choices.tolist()
     plainly = cross_entropy(head, mx.array(hidden), mx.array(targets), differentiate=False)
     assert np.abs(np.array(plainly.nats) - nats).max() <= tolerance * max(largest, 1)
     assert np.array(plainly.choices).tolist() == choices.tolist()
@@ -152,7 +151,8 @@ def test_of_equal_logits_the_first_wins_within_a_piece_and_between_pieces(narrow
     assert all((logits[i, list(rows)] == logits[i].max()).all() for i, rows in enumerate(equal))
     found = cross_entropy(dense_head(W), mx.array(hidden), mx.array(some_targets(5)), False)
     assert np.array(found.choices).tolist() == [10, 47, 3, 100, 5]
-    same = cross_entropy(dense_head(np.ones((V, D))), mx.array(hidden), mx.array(some_targets(5)))
+    ones = dense_head(np.ones((V, D)))
+    same = cross_entropy(ones, mx.array(hidden), mx.array(some_targets(5)), False)
     assert np.array(same.choices).tolist() == [0] * 5
     np.testing.assert_allclose(np.array(same.nats), np.log(V), rtol=1e-6)
 
@@ -211,7 +211,7 @@ def test_no_more_than_a_few_pieces_of_the_logits_exist_at_once(monkeypatch, matm
 
     def found():
         losses = cross_entropy(head, hidden, targets)
-        return losses.nats, losses.choices, losses.gradient
+        return losses.nats, losses.gradient
 
     def naive():
         def nats(hidden):

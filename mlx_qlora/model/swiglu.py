@@ -23,7 +23,7 @@ def swiglu(
         compiled: as one kernel, whatever the shapes.
     """
     if compiled:
-        return _compiled(gate, up)
+        return _fused(gate, up)
     # The sigmoid's share of the derivative is in the gate's: its own would count twice, and is
     # not a number where an exponential has no end.
     return _with_gradient(gate, up, mx.stop_gradient(sigmoid(gate)) if s is None else s)
@@ -67,3 +67,5 @@ _compiled: Any = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), 
 _compiled_back: Any = mx.compile(
     lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
 )
+_fused: Any = mx.custom_function(lambda gate, up: _compiled(gate, up))
+_fused.vjp(lambda primals, dy, _: _compiled_back(*primals, dy))
