@@ -153,8 +153,7 @@ def predicted_beyond(
     here, config = this_machine(), model.config
     levels = memory.check_recompute(recompute, config.num_hidden_layers)
     how = memory.schedule(config, lengths, 4, levels, 0, here)
-    step = memory.kept_bytes(config, how.levels, lengths, how.waves, 4, here)
-    step += memory.work_bytes(config, how, lengths, 4, here)
+    step = sum(memory.activation_bytes(config, how, lengths, 4, here))
     step += memory.step_bytes(trainable, how.waves, False)
     update = memory.update_bytes(trainable, here)
     return memory.adapter_bytes(trainable) + max(step, update)

@@ -26,14 +26,13 @@ from mlx_qlora.train.memory import (
     LAYER,
     MLP,
     Schedule,
+    activation_bytes,
     adapter_bytes,
     budget_for,
     check_recompute,
-    kept_bytes,
     schedule,
     step_bytes,
     update_bytes,
-    work_bytes,
 )
 
 LONGEST_CONTEXT = 1 << 20  # beyond this nobody asks
@@ -140,8 +139,7 @@ def plan_checkpoint(
     budget = budget_for(llama, lengths, itemsize, standing, where)
     how = schedule(llama, lengths, itemsize, levels, budget, where)
 
-    kept = kept_bytes(llama, how.levels, lengths, how.waves, itemsize, where)
-    work = work_bytes(llama, how, lengths, itemsize, where)
+    kept, work = activation_bytes(llama, how, lengths, itemsize, where)
     accumulates = training.gradient_accumulation_steps > 1
     step = step_bytes(trainable, how.waves, accumulates)
     update = update_bytes(trainable, where)
@@ -247,8 +245,7 @@ def _longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Ma
     while low < high:  # the need grows with the length
         middle = (low + high + 1) // 2
         lengths = [64 * middle]
-        need = standing + kept_bytes(llama, all_layers.levels, lengths, 1, itemsize, where)
-        need += work_bytes(llama, all_layers, lengths, itemsize, where)
+        need = standing + sum(activation_bytes(llama, all_layers, lengths, itemsize, where))
         low, high = (middle, high) if need <= where.working_set_bytes else (low, middle - 1)
     return 64 * low
 

@@ -532,7 +532,8 @@ def test_what_worked_in_one_thread_works_in_the_next(autodiffed):
 def test_documents_are_shared_out_evenly_each_to_one_and_in_order(lengths, n):
     documents = np.array([(i, 7, 7 + length) for i, length in enumerate(lengths)], np.int32)
     shares = parts.shared_out(documents, n)
-    assert len(shares) == (n := min(n, len(lengths)))
+    n = min(n, len(lengths))
+    assert len(shares) == n
     loads = [int((share[:, 2] - share[:, 1]).sum()) for share in shares]
     assert max(loads) - min(loads) <= max(lengths)
     assert max(loads) <= 4 / 3 * max(sum(lengths) / n, max(lengths)) + max(lengths) / 3

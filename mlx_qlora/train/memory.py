@@ -178,21 +178,36 @@ def update_bytes(trainable: int, machine: Machine) -> int:
     return 6 * parts + min(4 * parts, 8 << 20) if machine.device == "cpu" else 10 * parts
 
 
-def work_bytes(
+def activation_bytes(
     config: LlamaConfig, how: Schedule, lengths: Sequence[int], itemsize: int, machine: Machine
+) -> tuple[int, int]:
+    """What is kept and what is worked with at the highest moment of the way down the layers."""
+    moments = []
+    for i, level in enumerate(how.levels):
+        kept = kept_bytes(config, how.levels[: i + 1], lengths, how.waves, itemsize, machine)
+        moments.append((kept, work_bytes(config, level, lengths, how.waves, itemsize, machine)))
+    return max(moments, key=sum)
+
+
+def work_bytes(
+    config: LlamaConfig,
+    level: int,
+    lengths: Sequence[int],
+    waves: int,
+    itemsize: int,
+    machine: Machine,
 ) -> int:
     """Arrays that come and go while layers are computed, of about two layers at once.
 
     Fitted to measured peaks of models of many shapes (benchmarks/memory.py).
     """
-    positions, typical = largest_wave(lengths, how.waves)
+    positions, typical = largest_wave(lengths, waves)
     D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    if LAYER in how.levels or MLP in how.levels:
+    each = 11.0 * F
+    if level >= MLP:
         each = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
         each += 1.2 * H * min(typical, BLOCK) if machine.device == "cpu" else 0
-    else:
-        each = 11 * F
     return int(positions * each * itemsize)
 
 
@@ -201,6 +216,5 @@ def budget_for(
 ) -> float:
     """Bytes that the forward may keep, beside what stands in memory and comes and goes."""
     waves = default_waves(lengths, machine)
-    recomputing = Schedule(waves, [LAYER] * config.num_hidden_layers)
-    work = work_bytes(config, recomputing, lengths, itemsize, machine)
+    work = work_bytes(config, LAYER, lengths, waves, itemsize, machine)
     return FILLED[machine.device] * machine.working_set_bytes - standing - work
