@@ -34,7 +34,7 @@ from mlx_qlora.model.exponentials import sigmoid
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.swiglu import swiglu, swiglu_back
-from mlx_qlora.train.loss import cross_entropy
+from mlx_qlora.train.loss import losses_by_piece
 from mlx_qlora.train.memory import (
     LAYER,
     MLP,
@@ -58,7 +58,6 @@ PIECES = {
 }
 Arrays = Sequence[mx.array]
 Pieces = Iterator[Arrays]  # what is to be computed next
-MOST_PIECES = 8
 
 
 def loss_and_grads(
@@ -219,20 +218,21 @@ class Engine:
 
     def _losses(self, walks: list[Walk]) -> mx.array:
         """The loss sum; and each walk's gradient at the last layer's output."""
-        model, losses = self.model.model, []
-        for walk in walks:
-            positions = walk.part.positions
-
-            def supervised(x: mx.array, at: mx.array = positions) -> mx.array:
-                return model.norm(x[at])
-
-            with mx.stream(walk.part.stream):
-                found = cross_entropy(self.model.head, supervised(walk.x), walk.part.targets)
-                gradient = found.gradient.astype(walk.x.dtype)
-                walk.dx = mx.vjp(supervised, [walk.x], [gradient])[1][0]
-                losses.append(found.nats.sum())
-        mx.eval(losses, [walk.dx for walk in walks])
+        losses: list[mx.array] = []
+        in_turns(walks, [self._lose(walk, losses) for walk in walks])
         return mx.stack(losses).sum() if losses else mx.array(0.0)
+
+    def _lose(self, walk: Walk, losses: list[mx.array]) -> Pieces:
+        def supervised(x: mx.array) -> mx.array:
+            return self.model.model.norm(x[walk.part.positions])
+
+        hidden, targets = supervised(walk.x), walk.part.targets
+        yield [hidden]
+        found = yield from losses_by_piece(self.model.head, hidden, targets, differentiate=True)
+        gradient = found.gradient.astype(walk.x.dtype)
+        walk.dx = mx.vjp(supervised, [walk.x], [gradient])[1][0]
+        losses.append(found.nats.sum())
+        yield [walk.dx, losses[-1]]
 
     # ---- down ------------------------------------------------------------------------------------
 
@@ -374,10 +374,15 @@ def in_turns(walks: list[Walk], pieces: list[Pieces]) -> None:
     MLX hands at most some hundred operations to its streams in advance: all of one walk's first
     would leave the other streams without work.
     """
-    for _ in range(MOST_PIECES):
-        for walk, own in zip(walks, pieces):
-            with mx.stream(walk.part.stream):
-                mx.async_eval(next(own, []))
+    going = dict(zip(range(len(walks)), pieces))
+    while going:
+        for i, own in list(going.items()):
+            with mx.stream(walks[i].part.stream):
+                arrays = next(own, None)
+                if arrays is None:
+                    del going[i]
+                else:
+                    mx.async_eval(arrays)
 
 
 def _slots(

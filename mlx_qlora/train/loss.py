@@ -12,6 +12,7 @@ when a larger logit turns up (Milakov & Gimelshein 2018, arXiv 1805.02867). A pi
 dequantised once for all tokens, and memory is that of (S, piece), not of (S, V).
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,18 @@ def cross_entropy(
         targets: (S,) int, from 0 to V - 1.
         differentiate: True for the gradient, False for the first choices.
     """
+    going = losses_by_piece(head, hidden, targets, differentiate)
+    while True:
+        try:
+            next(going)
+        except StopIteration as done:
+            return done.value
+
+
+def losses_by_piece(
+    head: FrozenMatrix, hidden: mx.array, targets: mx.array, differentiate: bool
+) -> Generator[list[mx.array], None, Losses]:
+    """As `cross_entropy`; yields after each piece what has to be computed before the next."""
     S, D = hidden.shape
     top, total, wanted = mx.full((S, 1), -mx.inf), mx.zeros((S, 1)), mx.zeros((S, 1))
     choices, mean_row = mx.zeros((S, 1), mx.uint32), mx.zeros((S, D))  # the latter not yet divided
@@ -73,6 +86,7 @@ def cross_entropy(
         else:
             first = (mx.argmax(logits, -1, keepdims=True) + start).astype(mx.uint32)
             choices = mx.where(highest > before, first, choices)
+        yield [top, total, wanted, mean_row if differentiate else choices]
     nats = (top + mx.log(total) - wanted)[:, 0]
     if not differentiate:
         return Losses(nats, choices=choices[:, 0])

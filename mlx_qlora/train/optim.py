@@ -178,7 +178,13 @@ def _joined(moved: list[list[mx.array]]) -> mx.array:
 
 def _norm(grad: mx.array) -> mx.array:
     """Of the whole buffer, whose squares never exist all at once."""
-    return mx.sqrt(mx.stack([grad[part].square().sum() for part in _slices(grad.size)]).sum())
+    mx.async_eval(grad)
+    squares = []
+    for part, stream in zip(_slices(grad.size), itertools.cycle(streams(cores()))):
+        with mx.stream(stream):
+            squares.append(grad[part].square().sum())
+        mx.async_eval(squares[-1])
+    return mx.sqrt(mx.stack(squares).sum())
 
 
 def _ratios(shapes: dict[str, tuple[int, ...]], lr_ratio: float) -> mx.array:
