@@ -46,7 +46,7 @@ from mlx_qlora.train.memory import default_waves
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.parts import cores, shared_out, streams, teaching_documents, waves_of
 
-MOST_TIMES_FLOOR = 1.6
+MOST_TIMES_FLOOR = 1.8
 REST = 0.1  # seconds between timings: OpenBLAS's threads spin for a while after a change
 IN_ADVANCE = 8  # products that a stream gets at a time; MLX takes some hundred in all
 DISTINCT_BYTES = 1e9  # of random weights, so that few layers' stay in a cache; at least two layers'
