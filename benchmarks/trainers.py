@@ -142,8 +142,8 @@ def mlx_lm(checkpointing: bool) -> Any:
         settings = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": linears}
         utils.linear_to_lora_layers(model, len(model.layers), settings)
 
-        # (ids, where the answer begins): mlx-lm learns from there to the end.
-        rows = [[(ids, learned.index(True) - 1) for ids, learned in batch] for batch in batches]
+        # (ids, where the answer begins): mlx-lm learns from there to the end, and a pad token.
+        rows = [[(ids, learned.index(True)) for ids, learned in batch] for batch in batches]
 
         def in_order(*_: Any, batch_size: int, max_seq_length: int, **__: Any) -> Iterator[Any]:
             for batch in [*rows, *rows]:
