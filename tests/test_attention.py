@@ -6,7 +6,9 @@ import pytest
 
 from mlx_qlora.backend import backend
 from mlx_qlora.model import attention
-from mlx_qlora.model.attention import Documents, Note, attend_and_note, pull, rope
+from mlx_qlora.model import documents as documents_module
+from mlx_qlora.model.attention import Note, attend_and_note, pull
+from mlx_qlora.model.documents import Documents, rope
 from mlx_qlora.model.rope import RopeConfig, rope_periods
 
 HD = 16
@@ -265,7 +267,7 @@ def test_rope_by_table_equals_the_kernel_and_float64_document_by_document(laid_o
     documents, spans = laid_out
     x = normal(size(documents), 6, HD)
     found = np.array(documents.rotate(mx.array(x)))
-    by_table = np.array(attention._turn(mx.array(x), *documents.turns))
+    by_table = np.array(documents_module._turn(mx.array(x), *documents.turns))
     for span in spans:
         kernel = rope(mx.array(x[span]).swapaxes(0, 1)[None], 0, PERIODS)[0].swapaxes(0, 1)
         for rotated in (found, by_table):
@@ -276,7 +278,7 @@ def test_rope_by_table_equals_the_kernel_and_float64_document_by_document(laid_o
 def test_gradients_of_rope_by_table_equal_the_kernel_s(laid_out):
     documents, spans = laid_out
     x, dy = (mx.array(normal(size(documents), 6, HD, seed=s)) for s in (0, 1))
-    found = mx.vjp(lambda x: attention._turn(x, *documents.turns), [x], [dy])[1][0]
+    found = mx.vjp(lambda x: documents_module._turn(x, *documents.turns), [x], [dy])[1][0]
     rotated = mx.vjp(documents.rotate, [x], [dy])[1][0]
     np.testing.assert_allclose(np.array(found), np.array(rotated), atol=2e-5)
     for span in spans:

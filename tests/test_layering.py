@@ -13,6 +13,7 @@ FLOORS = [
     {"machines"},
     {"model.exponentials"},
     {"model.attention"},
+    {"model.documents"},
     {"model"},
     {"data"},
     {"adapters"},

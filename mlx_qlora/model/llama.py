@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
-from mlx_qlora.model.attention import Cached, Documents
+from mlx_qlora.model.documents import Cached, Documents
 from mlx_qlora.model.dropout import position_keys, row_keys, split_keys
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods

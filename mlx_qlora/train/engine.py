@@ -11,8 +11,7 @@ asked for, no frozen matrix is multiplied a second time. What a layer keeps is c
     LAYER          x                                    and everything else
 
 A layer is evaluated before the next but one begins, so that at most two layers' temporary arrays
-exist at once; a graph of the whole step would keep what the order of its evaluation happens to
-leave over. Measured against `mx.checkpoint`: docs/log.md.
+exist at once (docs/log.md has the figures).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_qlora import blas
 from mlx_qlora.backend import backend, cores
 from mlx_qlora.data.batches import IGNORE, Batch
-from mlx_qlora.model.attention import Documents
+from mlx_qlora.model.documents import Documents
 from mlx_qlora.model.llama import Keys, LlamaForCausalLM
 from mlx_qlora.train.memory import shares
 
