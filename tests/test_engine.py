@@ -646,3 +646,22 @@ def test_batches_of_mixed_lengths_are_traced_but_a_few_times(model, monkeypatch)
 
 def in_slices_of_many_sizes(size: int) -> list[slice]:
     return [slice(0, 1000), slice(1000, 4000), slice(4000, size)]
+
+
+@pytest.mark.parametrize("level", [NOTHING, EXPONENTIALS, MLP, LAYER])
+def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
+    batch = a_batch(B=4, T=96)
+    engine = Engine(model, [level] * len(model.layers), compiled=False)
+    documents = parts.teaching_documents(batch)
+    (share,) = parts.waves_of(model, batch, documents, 1)
+    walks = [engine_module.Walk(part, engine._embed(part)) for part in share]
+    engine._forward(walks, engine.recompute)
+    held = {}
+    for kept in (kept for walk in walks for kept in walk.kept):
+        heads, notes = kept.heads or (None, [])
+        arrays = [kept.x, *(kept.qkv or ()), heads, kept.h, *(kept.wide or ()), kept.s]
+        arrays += [array for note in notes for array in note.arrays()]
+        held |= {id(array): array.nbytes for array in arrays if array is not None}
+    lengths = (documents[:, 2] - documents[:, 1]).tolist()
+    counted = kept_bytes(model.config, engine.recompute, lengths, 1, 4)
+    assert sum(held.values()) == pytest.approx(counted, rel=0.05)

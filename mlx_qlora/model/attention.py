@@ -79,7 +79,7 @@ def pull(
 
 
 def has_fused_kernel(dtype: mx.Dtype = mx.float32) -> bool:
-    """Whether MLX's own attention is used: on a GPU, and in 16 bits also on a CPU, unfused there."""
+    """Whether MLX's own attention is used: on a GPU, and for 16-bit numbers on a CPU, too."""
     return backend().device != "cpu" or dtype != mx.float32
 
 
