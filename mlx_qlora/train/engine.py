@@ -40,10 +40,10 @@ from mlx_qlora.train.memory import (
     NOTHING,
     Recompute,
     Schedule,
-    adapter_bytes,
     budget_for,
     check_recompute,
     schedule,
+    standing_bytes,
 )
 from mlx_qlora.train.parts import Part, cores_shared, teaching_documents, waves_of
 from mlx_qlora.tree import flat, nested
@@ -332,14 +332,6 @@ def keep(level: int, x: Any, qkv: Any, heads: Any, h: Any, wide: Any, s: Any) ->
 def noted(notes: list[Note]) -> list[mx.array]:
     """The arrays of some notes."""
     return [array for note in notes for array in note.arrays()]
-
-
-def standing_bytes(model: LlamaForCausalLM) -> int:
-    """What a run keeps in memory from its first step to its last."""
-    trainable = sum(weight.size for weight in flat(model.trainable_parameters()).values())
-    held = sum(array.nbytes for array in flat(model.parameters()).values())
-    matrices = (m for m in model.modules() if isinstance(m, FrozenMatrix))
-    return held + sum(m.resident_bytes for m in matrices) + adapter_bytes(trainable)
 
 
 @contextmanager

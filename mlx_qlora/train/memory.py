@@ -13,7 +13,9 @@ import numpy as np
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.machines import Machine, this_machine
 from mlx_qlora.model.attention import BLOCK
-from mlx_qlora.model.llama import LlamaConfig
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.tree import flat
 
 # How much of a layer the backward computes again; what is kept stands in `engine`.
 NOTHING, EXPONENTIALS, MLP, LAYER = LEVELS = 0, 1, 2, 3
@@ -162,6 +164,14 @@ FILLED = {"cpu": 0.5, "metal": 0.85, "cuda": 0.92}
 def adapter_bytes(trainable: int) -> int:
     """The LoRA weights and AdamW's two moments, float32."""
     return 3 * trainable * FLOAT32
+
+
+def standing_bytes(model: LlamaForCausalLM) -> int:
+    """What a run keeps in memory from its first step to its last."""
+    trainable = sum(weight.size for weight in flat(model.trainable_parameters()).values())
+    held = sum(array.nbytes for array in flat(model.parameters()).values())
+    matrices = (m for m in model.modules() if isinstance(m, FrozenMatrix))
+    return held + sum(m.resident_bytes for m in matrices) + adapter_bytes(trainable)
 
 
 def step_bytes(trainable: int, waves: int, accumulates: bool) -> int:
