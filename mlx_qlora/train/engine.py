@@ -194,7 +194,7 @@ class Engine:
         before: list[mx.array] = []
         for i, layer in enumerate(self.model.layers):
             with dense_for_now(layer):
-                in_turns(walks, [self._climb(layer, walk, i, levels[i]) for walk in walks])
+                side_by_side(walks, [self._climb(layer, walk, i, levels[i]) for walk in walks])
             mx.eval(before)  # of the layer before this one: the device always has some at hand
             before = [walk.x for walk in walks]
 
@@ -218,7 +218,7 @@ class Engine:
     def _losses(self, walks: list[Walk]) -> mx.array:
         """The loss sum; and each walk's gradient at the last layer's output."""
         losses: list[mx.array] = []
-        in_turns(walks, [self._lose(walk, losses) for walk in walks])
+        side_by_side(walks, [self._lose(walk, losses) for walk in walks])
         return mx.stack(losses).sum() if losses else mx.array(0.0)
 
     def _lose(self, walk: Walk, losses: list[mx.array]) -> Pieces:
@@ -241,7 +241,7 @@ class Engine:
             layer, slots = self.model.layers[i], self.slots[i]
             descents = [Descent(layer, slots, walk, i, self.compiled) for walk in walks]
             with dense_for_now(layer):
-                in_turns(walks, [descent.pieces(wants_dx=i > self.first) for descent in descents])
+                side_by_side(walks, [descent.pieces(wants_dx=i > self.first) for descent in descents])
             mx.eval(before)
             for path in descents[0].grads if descents else ():
                 own = [descent.grads[path].astype(mx.float32) for descent in descents]
@@ -359,21 +359,20 @@ def dense_for_now(layer: nn.Module) -> ExitStack:
     return stack
 
 
-def in_turns(walks: list[Walk], pieces: list[Pieces]) -> None:
+def side_by_side(walks: list[Walk], pieces: list[Pieces]) -> None:
     """Starts the pieces of several walks, each in its stream, one of each at a time.
 
     MLX hands at most some hundred operations to its streams in advance: all of one walk's first
-    would leave the other streams without work.
+    would leave the other streams without work. Of one graph it hands over those of all walks mixed.
     """
-    going = dict(zip(range(len(walks)), pieces))
+    going = list(zip(walks, pieces))
     while going:
-        for i, own in list(going.items()):
-            with mx.stream(walks[i].part.stream):
-                arrays = next(own, None)
-                if arrays is None:
-                    del going[i]
-                else:
-                    mx.async_eval(arrays)
+        found = []
+        for walk, own in going:
+            with mx.stream(walk.part.stream):
+                found.append(next(own, None))
+        going = [one for one, arrays in zip(going, found) if arrays is not None]
+        mx.async_eval([array for arrays in found for array in arrays or ()])
 
 
 def _slots(

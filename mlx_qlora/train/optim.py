@@ -75,7 +75,7 @@ class AdamW:
         self.mean = mx.zeros_like(self.weights)
         self.square = mx.zeros_like(self.weights)
         self.step = 0
-        self.beta1, self.beta2 = beta1, beta2
+        self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
         self.max_grad_norm = max_grad_norm
         self.ratios = mx.array(1.0) if lr_ratio == 1 else _ratios(self.shapes, lr_ratio)
 
@@ -87,16 +87,15 @@ class AdamW:
             ratios: mx.array,
             factor: mx.array,
             finite: mx.array,
+            decay: mx.array,
             rate: mx.array,
-            correction1: mx.array,
-            correction2: mx.array,
+            correction: mx.array,
         ) -> tuple[mx.array, ...]:
             grad = grad * factor
             new_mean = beta1 * mean + (1 - beta1) * grad
             new_square = beta2 * square + (1 - beta2) * grad.square()
-            root = mx.sqrt(new_square) / mx.sqrt(correction2) + epsilon
-            rates = rate * ratios
-            moved = weights * (1 - rates * weight_decay) - rates / correction1 * new_mean / root
+            change = rate * (new_mean / (mx.sqrt(new_square) * correction + epsilon))
+            moved = weights - ratios * (decay * weights + change)
             news, olds = (moved, new_mean, new_square), (weights, mean, square)
             return tuple(mx.where(finite, new, old) for new, old in zip(news, olds))
 
@@ -128,9 +127,14 @@ class AdamW:
         if self.max_grad_norm is not None:
             # 1e-6 as in torch.nn.utils.clip_grad_norm_, for equal trajectories.
             factor = factor * mx.minimum(self.max_grad_norm / (norm + 1e-6), 1)
-        # Arrays, because Python numbers would be baked into the compiled update.
-        corrections = 1 - self.beta1**self.step, 1 - self.beta2**self.step
-        facts = [factor, finite, *(mx.array(f, mx.float32) for f in (rate, *corrections))]
+        # Divided and rooted here, as a kernel would do it once for each weight; and arrays, because
+        # Python numbers would be baked into the compiled update.
+        numbers = (
+            rate * self.weight_decay,
+            rate / (1 - self.beta1**self.step),
+            1 / math.sqrt(1 - self.beta2**self.step),
+        )
+        facts = [factor, finite, *(mx.array(number, mx.float32) for number in numbers)]
 
         buffers = self.weights, self.mean, self.square
         moved: list[list[mx.array]] = []
