@@ -250,7 +250,7 @@ def our_step(model: Any) -> Callable[[Batch], None]:
     optimizer = AdamW(model.trainable_parameters())
 
     def step(batch: Batch) -> None:
-        loss, n, grads = engine(optimizer.tree(), batch)
+        loss, n, grads = engine(optimizer.named(optimizer.weights), batch)
         norm = optimizer.update(grads, n, RATE)
         mx.eval(loss, norm, optimizer.weights, optimizer.mean, optimizer.square)
 

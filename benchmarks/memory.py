@@ -130,7 +130,7 @@ def against_plan(
     batch = mq.Batch(mx.array(tokens), mx.array(np.where(learned, tokens, -100).astype(np.int32)))
     mx.reset_peak_memory()
     for _ in range(2):
-        loss, n, grads = engine(optimizer.tree(), batch)
+        loss, n, grads = engine(optimizer.named(optimizer.weights), batch)
         norm = optimizer.update(grads, n, 1e-4, loss)
         mx.eval(norm, optimizer.weights, optimizer.mean, optimizer.square)
         model.update(optimizer.tree())

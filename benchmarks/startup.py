@@ -106,7 +106,7 @@ def load_and_train(batch: Any) -> dict[str, float]:
     (rows,) = own_rows([batch[0]])
     with blas.threads(1):  # as around a run of the training loop
         for _ in range(2):
-            loss, n, grads = engine(optimizer.tree(), rows)
+            loss, n, grads = engine(optimizer.named(optimizer.weights), rows)
             norm = optimizer.update(grads, n, RATE)
             mx.eval(loss, norm, optimizer.weights, optimizer.mean, optimizer.square)
             times.append(time.perf_counter())

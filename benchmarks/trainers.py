@@ -66,7 +66,7 @@ def ours(recompute: str, frozen_matmul: str = "auto", packed: bool = False) -> A
         made = packed_batches(batches) if packed else own_rows(batches)
 
         def step(batch: mq.Batch) -> float:
-            loss, n, grads = engine(optimizer.tree(), batch)
+            loss, n, grads = engine(optimizer.named(optimizer.weights), batch)
             norm = optimizer.update(grads, n, RATE)
             mx.eval(loss, norm, optimizer.weights, optimizer.mean, optimizer.square)
             return loss.item() / n

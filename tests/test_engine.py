@@ -13,7 +13,7 @@ import pytest
 from conftest import load_folder, our_logits, random_tokens, randomise_lora
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_qlora import backend
 from mlx_qlora.data.batches import IGNORE, Batch
@@ -37,6 +37,7 @@ from mlx_qlora.train.memory import (
 )
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.score import score
+from mlx_qlora.tree import flat
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_gradients_equal_finite_differences(model):
         for sign in (1, -1):
             moved = dict(tree_flatten(weights))
             moved[name] = weight + sign * 2e-2 * direction
-            loss, _, _ = engine(tree_unflatten(list(moved.items())), batch, key)
+            loss, _, _ = engine(moved, batch, key)
             losses.append(loss.item())
         measured = (losses[0] - losses[1]) / 4e-2
         promised = (gradient * direction).sum().item()
@@ -199,7 +200,7 @@ def test_recompute_changes_nothing_with_dropout_on(model, recompute, compiled):
     batch, key = a_batch(), mx.random.key(8)
     loss, _, grads = loss_and_grads(model, batch, key, recompute="none")
     engine = Engine(model, recompute, compiled)
-    again, _, again_grads = engine(model.trainable_parameters(), batch, key)
+    again, _, again_grads = engine(flat(model.trainable_parameters()), batch, key)
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
     assert gap(grads, again_grads) < 1e-5
 
@@ -267,7 +268,7 @@ def test_bfloat16_compute_gives_float32_gradients_close_to_float32s(hf_tiny):
 def test_the_model_is_left_as_it_was(model):
     before = dict(tree_flatten(model.parameters()))
     engine = Engine(model, "all", compiled=True)
-    mx.eval(engine(model.trainable_parameters(), a_batch(), mx.random.key(0)))
+    mx.eval(engine(flat(model.trainable_parameters()), a_batch(), mx.random.key(0)))
     after = dict(tree_flatten(model.parameters()))
     assert before.keys() == after.keys()
     assert all(mx.array_equal(before[name], after[name]).item() for name in before)
@@ -337,7 +338,9 @@ def autodiffed(hf_tiny):
 def test_gradients_equal_mlx_s_own_whatever_is_kept(autodiffed, levels, waves, cores, compiled):
     model, batch, key, nats, grads = autodiffed
     with split_into(waves, cores) as seen:
-        loss, n, ours = Engine(model, levels, compiled)(model.trainable_parameters(), batch, key)
+        loss, n, ours = Engine(model, levels, compiled)(
+            flat(model.trainable_parameters()), batch, key
+        )
         assert seen == [cores] * waves
     assert n == (np.array(batch.labels) != IGNORE).sum()
     assert loss.item() == pytest.approx(nats, rel=2e-6)
@@ -405,8 +408,8 @@ def test_gates_that_saturate_have_finite_and_equal_gradients(hf_tiny, levels, co
     for layer in model.layers:
         gate = layer.mlp.gate_proj.base_layer
         gate.weight = gate.weight * 100
-    _, _, wanted = Engine(model, "none", compiled=True)(model.trainable_parameters(), batch)
-    loss, _, grads = Engine(model, levels, compiled)(model.trainable_parameters(), batch)
+    _, _, wanted = Engine(model, "none", compiled=True)(flat(model.trainable_parameters()), batch)
+    loss, _, grads = Engine(model, levels, compiled)(flat(model.trainable_parameters()), batch)
     assert mx.isfinite(loss).item()
     assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(wanted))
     assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(grads))
@@ -475,7 +478,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(hf_tiny, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
         patch.setattr(llama.DecoderLayer, piece, failing)
-        loss_grads = Engine(model, "all", False)(tree_unflatten(list(doubled.items())), batch, key)
+        loss_grads = Engine(model, "all", False)(doubled, batch, key)
         mx.eval(loss_grads)
     after = all_arrays(model)
     assert before.keys() == after.keys()
@@ -486,7 +489,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(hf_tiny, monkeypa
 
 
 def test_memory_does_not_grow_over_batches_of_mixed_lengths(model):
-    engine, weights = Engine(model, "none"), model.trainable_parameters()
+    engine, weights = Engine(model, "none"), flat(model.trainable_parameters())
     random = np.random.default_rng(0)
     batches = [packed_batch([[150, 40], [90]])]
     batches += [packed_batch([random.integers(1, 60, 3).tolist()] * 2, i) for i in range(29)]
@@ -638,7 +641,7 @@ def test_batches_of_mixed_lengths_are_traced_but_a_few_times(model, monkeypatch)
         if i % 2:
             batch = Batch(batch.tokens, batch.labels)
         shapes.add(batch.tokens.shape)
-        loss, n, grads = engine(optimizer.tree(), batch, mx.random.key(i))
+        loss, n, grads = engine(optimizer.named(optimizer.weights), batch, mx.random.key(i))
         mx.eval(optimizer.update(grads, n, 1e-3, loss), optimizer.weights)
     assert len(shapes) > 20
     assert 2 <= len(traced) <= 8

@@ -17,6 +17,7 @@ from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.engine import Engine, add_grads
 from mlx_qlora.train.optim import AdamW, learning_rate
+from mlx_qlora.tree import flat
 
 STEPS, ACCUMULATION, PEAK, WARMUP = 30, 4, 1e-2, 6
 
@@ -92,7 +93,7 @@ def our_run(folder: Path, recompute: Any, compiled: bool) -> tuple[np.ndarray, n
         grads, nats, n_tokens = None, 0.0, 0
         for tokens, labels in micro:
             batch = Batch(mx.array(tokens), mx.array(labels))
-            loss, n, g = engine(optimizer.tree(), batch)
+            loss, n, g = engine(optimizer.named(optimizer.weights), batch)
             grads, nats, n_tokens = add_grads(grads, g), nats + loss.item(), n_tokens + n
         rate = learning_rate(step, PEAK, WARMUP, STEPS)
         norms.append(optimizer.update(grads, n_tokens, rate).item())
@@ -133,6 +134,6 @@ def test_a_mean_of_means_would_fail_this_trajectory(golden):
     means = []
     for tokens, labels in uneven_batches()[0]:
         batch = Batch(mx.array(tokens), mx.array(labels))
-        loss, n, _ = engine(model.trainable_parameters(), batch)
+        loss, n, _ = engine(flat(model.trainable_parameters()), batch)
         means.append(loss.item() / n)
     assert abs(np.mean(means) - golden["losses"][0]) > 1e-3

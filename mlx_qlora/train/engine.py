@@ -87,7 +87,8 @@ def loss_and_grads(
         ConfigError: the model has nothing to train, or `recompute` is none of the above.
     """
     engine = Engine(model, recompute, compiled=False)
-    return engine(model.trainable_parameters(), batch, dropout_key)
+    loss, n_tokens, grads = engine(flat(model.trainable_parameters()), batch, dropout_key)
+    return loss, n_tokens, nested(grads)
 
 
 @dataclass
@@ -148,26 +149,28 @@ class Engine:
         ]
         known = {slot.path for layer in self.slots for slots in layer.values() for slot in slots}
         assert known == set(trainable), f"no gradient for {sorted(set(trainable) - known)}"
+        self.matrices = [
+            [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
+            for layer in model.layers
+        ]
         # Below the first layer that learns there is no backward at all.
         self.first = next(i for i, layer in enumerate(self.slots) if any(layer.values()))
 
     def __call__(
-        self, weights: dict[str, Any], batch: Batch, dropout_key: mx.array | None = None
-    ) -> tuple[mx.array, int, dict[str, Any]]:
-        """(loss_sum, n_tokens, grads) at the given LoRA weights."""
+        self, weights: dict[str, mx.array], batch: Batch, dropout_key: mx.array | None = None
+    ) -> tuple[mx.array, int, dict[str, mx.array]]:
+        """(loss_sum, n_tokens, grads) at the given LoRA weights; both by their paths."""
         documents = teaching_documents(batch)
-        named, grads, loss, n_tokens = flat(weights), {}, mx.array(0.0), 0
-        with lent(self.slots, named, self.model.model.embed_tokens.dtype):
+        grads: dict[str, mx.array] = {}
+        loss, n_tokens = mx.array(0.0), 0
+        with lent(self.slots, weights, self.model.model.embed_tokens.dtype):
             how = self._schedule(documents)
             for parts in waves_of(self.model, batch, documents, how.waves, dropout_key):
                 with cores_shared(parts):
                     loss = loss + self._wave(parts, how.levels, grads)
                 n_tokens += sum(part.targets.size for part in parts)
-        return (
-            loss,
-            n_tokens,
-            nested({p: grads.get(p, mx.zeros(w.shape)) for p, w in named.items()}),
-        )
+        # In the weights' order, and none left out.
+        return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}
 
     def _schedule(self, documents: np.ndarray) -> Schedule:
         """How the documents are computed: as memory asks, and always the same for the same ones."""
@@ -193,7 +196,7 @@ class Engine:
     def _forward(self, walks: list[Walk], levels: list[int]) -> None:
         before: list[mx.array] = []
         for i, layer in enumerate(self.model.layers):
-            with dense_for_now(layer):
+            with dense_for_now(self.matrices[i]):
                 side_by_side(walks, [self._climb(layer, walk, i, levels[i]) for walk in walks])
             mx.eval(before)  # of the layer before this one: the device always has some at hand
             before = [walk.x for walk in walks]
@@ -240,8 +243,10 @@ class Engine:
         for i in reversed(range(self.first, len(self.model.layers))):
             layer, slots = self.model.layers[i], self.slots[i]
             descents = [Descent(layer, slots, walk, i, self.compiled) for walk in walks]
-            with dense_for_now(layer):
-                side_by_side(walks, [descent.pieces(wants_dx=i > self.first) for descent in descents])
+            with dense_for_now(self.matrices[i]):
+                side_by_side(
+                    walks, [descent.pieces(wants_dx=i > self.first) for descent in descents]
+                )
             mx.eval(before)
             for path in descents[0].grads if descents else ():
                 own = [descent.grads[path].astype(mx.float32) for descent in descents]
@@ -315,8 +320,8 @@ class Descent:
         return gradients[:n]
 
 
-def add_grads(total: dict[str, Any] | None, grads: dict[str, Any]) -> dict[str, Any]:
-    """The sum over micro-batches; plain addition, because gradients are of sums."""
+def add_grads(total: Any, grads: Any) -> Any:
+    """The sum of two trees; plain addition, because gradients are of sums. None is nothing yet."""
     return grads if total is None else tree_map(mx.add, total, grads)
 
 
@@ -350,13 +355,13 @@ def lent(
             slot.module[slot.name] = array
 
 
-def dense_for_now(layer: nn.Module) -> ExitStack:
+@contextmanager
+def dense_for_now(matrices: list[FrozenMatrix]) -> Iterator[None]:
     """One dequantised copy of each of a layer's matrices, for all graphs built within."""
-    stack = ExitStack()
-    for module in layer.modules():
-        if isinstance(module, FrozenMatrix):
-            stack.enter_context(module.dense_for_now())
-    return stack
+    with ExitStack() as stack:
+        for matrix in matrices:
+            stack.enter_context(matrix.dense_for_now())
+        yield
 
 
 def side_by_side(walks: list[Walk], pieces: list[Pieces]) -> None:

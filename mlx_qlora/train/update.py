@@ -63,7 +63,7 @@ class Update:
             self.shrink(max(batch.tokens.shape[0] for batch in micro_batches), reason)
 
     def _step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
-        weights = self.optimizer.tree()
+        weights = self.optimizer.named(self.optimizer.weights)
         total, nats, supervised, tokens = None, mx.array(0.0), 0, 0
         losses: list[tuple[Batch, mx.array]] = []
         for whole in micro_batches:
