@@ -39,11 +39,11 @@ def single_rows(batch: Batch) -> list[Batch]:
     return [row for half in halves(batch) for row in halves(half)]
 
 
-def masks(keys: mx.array, probability: float, width: int, d: int) -> mx.array:
+def masks(keys: mx.array, dropout: float, width: int, d: int) -> mx.array:
     """(B, width, d): what is kept of rows that are padded to a width."""
     B = keys.shape[0]
     row, column = (mx.array(a.reshape(-1)) for a in np.indices((B, width), np.int32))
-    drawn = kept(position_keys(keys, row, column), probability, (B * width, d))
+    drawn = kept(position_keys(keys, row, column), dropout, (B * width, d))
     return drawn.reshape(B, width, d)
 
 
@@ -51,15 +51,15 @@ def masks(keys: mx.array, probability: float, width: int, d: int) -> mx.array:
 
 
 def test_a_row_has_the_same_mask_alone_in_halves_and_in_the_batch():
-    whole = masks(KEYS, 0.7, T, 32)
-    in_halves = [masks(KEYS[rows], 0.7, T, 32) for rows in (slice(0, 2), slice(2, 4))]
-    alone = [masks(KEYS[i : i + 1], 0.7, T, 32) for i in range(4)]
+    whole = masks(KEYS, 0.3, T, 32)
+    in_halves = [masks(KEYS[rows], 0.3, T, 32) for rows in (slice(0, 2), slice(2, 4))]
+    alone = [masks(KEYS[i : i + 1], 0.3, T, 32) for i in range(4)]
     assert mx.array_equal(whole, mx.concatenate(in_halves)).item()
     assert mx.array_equal(whole, mx.concatenate(alone)).item()
 
 
 def test_a_row_s_mask_does_not_depend_on_how_wide_it_is_padded():
-    narrow, wide = masks(KEYS, 0.7, T, 32), masks(KEYS, 0.7, 2 * T, 32)
+    narrow, wide = masks(KEYS, 0.3, T, 32), masks(KEYS, 0.3, 2 * T, 32)
     assert mx.array_equal(narrow, wide[:, :T]).item()
     positions = np.array(wide).reshape(-1, 32)
     assert len(np.unique(positions, axis=0)) == len(positions), "no two positions drop alike"
@@ -79,7 +79,7 @@ def test_a_position_has_its_mask_wherever_it_stands_among_the_documents(model):
 
 
 def test_a_single_key_draws_a_mask_of_any_shape():
-    drawn = kept(mx.random.key(3), 0.7, (2, 3, 500))
+    drawn = kept(mx.random.key(3), 0.3, (2, 3, 500))
     assert drawn.shape == (2, 3, 500)
     assert abs(drawn.astype(mx.float32).mean().item() - 0.7) < 0.05
 
@@ -101,9 +101,9 @@ def test_one_key_becomes_a_key_for_each_row_and_keys_of_rows_stay():
 def test_no_key_is_used_twice_or_after_it_was_split(model, monkeypatch):
     drawn, split = [], []
 
-    def note_kept(keys, probability, shape):
+    def note_kept(keys, dropout, shape):
         drawn.extend(map(tuple, keys.tolist()))
-        return kept(keys, probability, shape)
+        return kept(keys, dropout, shape)
 
     def note_split(keys, n):
         split.extend(map(tuple, keys.tolist()))
@@ -119,12 +119,17 @@ def test_no_key_is_used_twice_or_after_it_was_split(model, monkeypatch):
     assert len({*drawn, *split}) == len(drawn) + len(split)
 
 
-@pytest.mark.parametrize("probability", [0.5, 0.7, 0.9])
-def test_inputs_are_kept_at_the_rate_and_rows_independently(probability):
-    n = 256 * 256
-    drawn = np.array(masks(KEYS, probability, 256, 256)).reshape(4, n).astype(float)
-    five_sigmas = 5 * np.sqrt(probability * (1 - probability) / n)
-    assert np.abs(drawn.mean(1) - probability).max() < five_sigmas
+@pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("d", [256, 254])
+def test_inputs_are_kept_at_the_rate_and_rows_independently(dropout, d):
+    n = 256 * d
+    drawn = np.array(masks(KEYS, dropout, 256, d)).reshape(4, n).astype(float)
+    five_sigmas = 5 * np.sqrt(dropout * (1 - dropout) / n)
+    assert np.abs(drawn.mean(1) - (1 - dropout)).max() < five_sigmas
+    columns = drawn.reshape(4 * 256, d)
+    assert np.abs(columns.mean(0) - (1 - dropout)).max() < 6 * five_sigmas / 5 * np.sqrt(n / 1024)
+    neighbours = np.corrcoef(columns[:, :-1].ravel(), columns[:, 1:].ravel())[0, 1]
+    assert abs(neighbours) < 5 / np.sqrt(4 * n)
     correlations = np.corrcoef(drawn)[np.triu_indices(4, 1)]
     assert np.abs(correlations).max() < 5 / np.sqrt(n)
 

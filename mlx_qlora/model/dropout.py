@@ -6,7 +6,11 @@ a layer that is computed again in the backward drops what it dropped before. Key
 used twice (Salmon et al. 2011; the scheme of JAX).
 """
 
+import math
+
 import mlx.core as mx
+
+RANGE = 1 << 16
 
 
 def row_keys(key: mx.array, rows: int) -> mx.array:
@@ -32,14 +36,24 @@ def position_keys(keys: mx.array, row: mx.array, column: mx.array) -> mx.array:
     return keys[row] + mx.stack([mx.zeros_like(column), column], axis=1).astype(mx.uint32)
 
 
-def kept(keys: mx.array, probability: float, shape: tuple[int, ...]) -> mx.array:
+def threshold(dropout: float) -> int:
+    """A number of 16 random bits below it is dropped; so dropout is a multiple of 1 / 65,536."""
+    return min(round(dropout * RANGE), RANGE - 1)
+
+
+def kept(keys: mx.array, dropout: float, shape: tuple[int, ...]) -> mx.array:
     """Which inputs are kept: bool of `shape`.
 
     Args:
         keys: (2,) for one draw, or one for each position (N, 2).
-        probability: that an input is kept.
+        dropout: probability that an input is dropped, in [0, 1).
         shape: (N, d) with keys (N, 2); any with a single key.
     """
     if keys.ndim == 1:
-        return mx.random.bernoulli(probability, shape, keys)
-    return mx.vmap(lambda key: mx.random.bernoulli(probability, shape[1:], key))(keys)
+        return kept(keys[None], dropout, (1, math.prod(shape))).reshape(shape)
+    # Splitting a key is how MLX hands out bare random bits: of eight bytes, four numbers of 16
+    # bits. That is a third of what `bernoulli` costs on a CPU, which compares 32 as floats.
+    d = shape[1]
+    words = mx.vmap(lambda key: mx.random.split(key, -(-d // 4)))(keys)
+    numbers = words.reshape(len(keys), -1).view(mx.uint16)[:, :d]
+    return numbers >= mx.array(threshold(dropout), mx.uint16)

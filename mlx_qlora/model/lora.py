@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.fields import check_choices, option, require
-from mlx_qlora.model.dropout import kept
+from mlx_qlora.model.dropout import RANGE, kept, threshold
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 from mlx_qlora.tree import flat, nested
@@ -109,11 +109,11 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)
         A = self.lora_A.weight.astype(x.dtype)
         B = self.lora_B.weight.astype(x.dtype)
+        scale = self.scale
         if dropout_key is not None and self.dropout > 0:
-            x = mx.where(
-                kept(dropout_key, 1 - self.dropout, x.shape), x * (1 / (1 - self.dropout)), 0
-            )
-        return mx.addmm(y, self.scale * (x @ A.T), B.T)
+            x = x * kept(dropout_key, self.dropout, x.shape).astype(x.dtype)
+            scale /= 1 - threshold(self.dropout) / RANGE  # what is kept stands for what is not
+        return mx.addmm(y, scale * (x @ A.T), B.T)
 
 
 def add_lora(model: LlamaForCausalLM, config: LoraConfig, seed: int = 0) -> LlamaForCausalLM:
