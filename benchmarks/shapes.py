@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.backend import FrozenMatmul, backend
+from mlx_qlora.backend import FrozenMatmul, backend, frozen_matmul
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
 
@@ -44,9 +44,12 @@ def build(
     model = LlamaForCausalLM(config(name, layers))
     model.hf_config = {"model_type": "llama", **asdict(model.config)}
     dtype = backend().compute_dtype
-    for i, (path, module) in enumerate(sorted(model.named_modules())):
+    modules = sorted(model.named_modules())
+    size = sum(module.weight.size for _, module in modules if isinstance(module, FrozenMatrix))
+    chosen = frozen_matmul(matmul or "auto", size * dtype.size)
+    for i, (path, module) in enumerate(modules):
         if isinstance(module, FrozenMatrix):
-            _fill(module, mx.random.key(i), dtype, matmul or backend().frozen_matmul)
+            _fill(module, mx.random.key(i), dtype, chosen)
         elif path.endswith("norm"):
             module.weight = module.weight.astype(dtype)
     model.freeze()

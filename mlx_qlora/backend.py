@@ -3,8 +3,12 @@
 1. The compute dtype: bfloat16 on a GPU, float32 on a CPU (where 16-bit matmuls have no BLAS).
 2. How a frozen, quantised weight is multiplied:
      "quantized"   Metal: `mx.quantized_matmul` reads the packed weight directly;
-     "dequantize"  CUDA: dequantise, then a dense matmul (the quantised backward kernel is naive);
-     "resident"    CPU: dequantised once and kept; `quantized_matmul` is 40-70x slower there.
+     "resident"    CPU and CUDA: dequantised once and kept, where memory is large enough for that
+                   (`quantized_matmul` is 40-70x slower on a CPU, its backward is naive on CUDA);
+     "dequantize"  and where it is not: dequantised for each layer, then a dense matmul.
+
+The second follows from sizes and not from a stopwatch, because the choice shows in the last digits:
+a run that is resumed, or done again, has to make it alike. `benchmarks/frozen_matmul.py` measures.
 """
 
 import functools
@@ -24,15 +28,15 @@ if TYPE_CHECKING:
 
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
 Device = Literal["metal", "cuda", "cpu"]
+COPY_SHARE = 0.4  # of the memory that a dequantised copy may take; the rest is for training
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The machine's device and the choices made for it."""
+    """The machine's device, and the dtype that it computes in."""
 
     device: Device
     compute_dtype: "mx.Dtype"
-    frozen_matmul: FrozenMatmul
 
 
 @functools.cache
@@ -49,10 +53,10 @@ def backend() -> Backend:
                 "pip install --force-reinstall --no-deps mlx-cuda-13",
                 stacklevel=2,
             )
-        return Backend("cpu", mx.float32, "resident")
+        return Backend("cpu", mx.float32)
     if mx.metal.is_available():
-        return Backend("metal", mx.bfloat16, "quantized")
-    return Backend("cuda", mx.bfloat16, "dequantize")
+        return Backend("metal", mx.bfloat16)
+    return Backend("cuda", mx.bfloat16)
 
 
 def compute_dtype(name: str) -> "mx.Dtype":
@@ -71,10 +75,28 @@ def compute_dtype(name: str) -> "mx.Dtype":
     return known[name]
 
 
-def frozen_matmul(name: str) -> FrozenMatmul:
-    """How frozen quantised weights are multiplied: `auto` asks the backend."""
+def frozen_matmul(
+    name: str,
+    dense_bytes: int = 0,
+    device: Device | None = None,
+    working_set_bytes: int | None = None,
+) -> FrozenMatmul:
+    """How frozen quantised weights are multiplied.
+
+    Args:
+        name: a strategy, which is taken as it is, or `auto`.
+        dense_bytes: of a copy of all packed matrices in the compute dtype.
+        device: of another machine than this one.
+        working_set_bytes: of another machine than this one.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
     if name == "auto":
-        return backend().frozen_matmul
+        if (device or backend().device) == "metal":
+            return "quantized"
+        memory = facts()["working_set_bytes"] if working_set_bytes is None else working_set_bytes
+        return "resident" if dense_bytes <= COPY_SHARE * memory else "dequantize"
     if name not in ("quantized", "dequantize", "resident"):
         legal = "auto, quantized, dequantize, resident"
         raise ConfigError(f"model.frozen_matmul must be one of {legal}; got {name!r}")
@@ -94,7 +116,7 @@ def facts() -> dict[str, Any]:
 
     Returns:
         Chip, cores, memory in bytes, operating system, Python and MLX versions, the device, its
-        compute dtype and frozen-matmul strategy, and the BLAS that multiplies on the CPU.
+        compute dtype, and the BLAS that multiplies on the CPU.
     """
     import mlx.core as mx
 
@@ -115,7 +137,6 @@ def facts() -> dict[str, Any]:
         "mlx": importlib.metadata.version("mlx"),
         "device": chosen.device,
         "compute_dtype": str(chosen.compute_dtype).removeprefix("mlx.core."),
-        "frozen_matmul": chosen.frozen_matmul,
         "blas": multiplies,
     }
 

@@ -11,6 +11,7 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import open_checkpoint
+from mlx_qlora.planner import settled
 from mlx_qlora.train.config import batches_of
 from mlx_qlora.train.metrics import say
 
@@ -42,7 +43,7 @@ def inspect_data(config: RunConfig, console: Console, show: int = 0) -> Examples
         say(console, f"lengths\n{view.histogram(report)}")
     sizes = [len(part or ()) for part in parts]
     say(console, "split     {:,} train, {:,} validation, {:,} test".format(*sizes))
-    batches = batches_of(train, config.data, config.training)
+    batches = batches_of(train, config.data, settled(config, train).training)
     say(console, f"epoch     {view.epoch(batches)}")
     if show:
         console.print()

@@ -6,6 +6,7 @@ forward kept is there, and the optimiser's update. `benchmarks/memory.py` compar
 then takes.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.model.weights import Checkpoint, open_checkpoint
+from mlx_qlora.model.weights import Checkpoint, open_checkpoint, packed_size
 from mlx_qlora.train.memory import (
+    AT_ONCE,
     EXPONENTIALS,
     LAYER,
     MLP,
@@ -110,10 +112,26 @@ def plan(source: str, config: RunConfig | None = None, machine_name: str | None 
         WeightsError: its files are damaged or of an unsupported architecture.
         ConfigError: a target that matches nothing, or an unknown machine.
     """
-    config = config or RunConfig()
     where = machine(machine_name)
+    config = settled(config or RunConfig(), where=where)
     checkpoint = open_checkpoint(resolve(source, config.model.revision))
     return plan_checkpoint(checkpoint, config, where=where)
+
+
+def settled(
+    config: RunConfig, examples: Examples | None = None, where: Machine | None = None
+) -> RunConfig:
+    """The config with a number of rows, where it leaves that to the machine.
+
+    More than keeps the device busy would gain no speed, and take longer to stop. Memory is no
+    matter here: a micro-batch that is too large is computed in parts anyway.
+    """
+    longest = config.data.max_length
+    if examples is not None:
+        longest = min(longest, int(examples.lengths.max()))
+        longest = longest if config.data.packing else int(examples.lengths.mean())
+    most = AT_ONCE[(where or this_machine()).device] // max(longest, 1)
+    return dataclasses.replace(config, training=config.training.at_once(most))
 
 
 def plan_checkpoint(
@@ -124,6 +142,7 @@ def plan_checkpoint(
 ) -> Plan:
     """The plan for opened files, and for the examples of a run if they are known."""
     where = where or this_machine()
+    config = settled(config, examples, where)
     llama = LlamaConfig.from_hf(checkpoint.config)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
     itemsize = _itemsize(config, where)
@@ -188,7 +207,7 @@ def flops_per_token(
 
 def _documents(config: RunConfig, examples: Examples | None) -> tuple[list[int], float]:
     """Lengths of a micro-batch's documents, and which share of its positions is supervised."""
-    rows = config.training.per_device_train_batch_size
+    rows = config.training.rows
     supervised = 1.0 if config.data.train_on == "all" else 0.25
     if examples is None:
         return [padded_width(config.data.max_length - 1)] * rows, supervised
@@ -212,10 +231,10 @@ def _base_bytes(
     model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig, where: Machine
 ) -> tuple[int, int]:
     """Bytes of the frozen weights as they will be kept, and of dequantised copies of them."""
-    itemsize = _itemsize(config, where)
-    strategy = config.model.frozen_matmul
-    keeps_copy = strategy == "resident" or (strategy == "auto" and where.device == "cpu")
-    quantize = config.model.quantize()
+    itemsize, quantize = _itemsize(config, where), config.model.quantize()
+    dense = itemsize * packed_size(model, checkpoint, quantize)
+    memory = where.device, where.working_set_bytes
+    keeps_copy = backend.frozen_matmul(config.model.frozen_matmul, dense, *memory) == "resident"
     base = resident = 0
     for path, module in model.named_modules():
         if not isinstance(module, FrozenMatrix):

@@ -38,7 +38,7 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.planner import plan_checkpoint
+from mlx_qlora.planner import plan_checkpoint, settled
 from mlx_qlora.report import write_report
 from mlx_qlora.train.advice import advise
 from mlx_qlora.train.checkpoint import (
@@ -80,6 +80,7 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     check_lengths(LlamaConfig.from_hf(checkpoint.config), examples, validation, test)
     sizes = [len(part or ()) for part in (examples, validation, test)]
     say(console, "          {:,} train, {:,} validation, {:,} test".format(*sizes))
+    config = settled(config, examples)
     predicted = plan_checkpoint(checkpoint, config, examples)
     say(console, f"plan\n{_indent(str(predicted))}")
 
@@ -87,7 +88,7 @@ def run(config: RunConfig, console: Console) -> TrainResult:
         checkpoint,
         config.model.quantize(),
         backend.compute_dtype(config.model.dtype),
-        backend.frozen_matmul(config.model.frozen_matmul),
+        config.model.frozen_matmul,
     )
     if config.model.adapter is not None:
         load_adapter(model, config.model.adapter)
@@ -133,6 +134,7 @@ def fine_tune(
     console = console or Console(stderr=True)
     if not len(train_examples):
         raise DataError("there are no examples to train on")
+    config = settled(config, train_examples)
     tokenizer = with_template(tokenizer, train_examples)
     prepared = prepare(model, train_examples, validation, config)
     config, base = prepared.config, prepared.base

@@ -89,10 +89,10 @@ def load(
         ConfigError: an unknown dtype or strategy, or a group size that does not fit.
     """
     chosen_dtype = backend.compute_dtype(dtype)
-    chosen_matmul = backend.frozen_matmul(frozen_matmul)
+    backend.frozen_matmul(frozen_matmul)  # an unknown one is refused before anything is read
     checkpoint = open_checkpoint(resolve(source, revision))
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
-    model = load_model(checkpoint, quantize, chosen_dtype, chosen_matmul)
+    model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul)
     if adapter is not None:
         load_adapter(model, adapter)
     return model, tokenizer

@@ -152,13 +152,32 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 def test_the_device_decides_dtype_and_strategy() -> None:
     chosen = backend()
     assert chosen in (
-        Backend("cpu", mx.float32, "resident"),
-        Backend("metal", mx.bfloat16, "quantized"),
-        Backend("cuda", mx.bfloat16, "dequantize"),
+        Backend("cpu", mx.float32),
+        Backend("metal", mx.bfloat16),
+        Backend("cuda", mx.bfloat16),
     )
     assert (chosen.device == "cpu") == (mx.default_device() == mx.Device(mx.cpu))
     assert compute_dtype("auto") == chosen.compute_dtype
-    assert frozen_matmul("auto") == chosen.frozen_matmul
+
+
+@pytest.mark.parametrize(
+    ("device", "dense_bytes", "strategy"),
+    [
+        ("cpu", 4e9, "resident"),
+        ("cpu", 5e9, "dequantize"),
+        ("cuda", 4e9, "resident"),
+        ("cuda", 5e9, "dequantize"),
+        ("metal", 1e9, "quantized"),
+    ],
+)
+def test_a_dequantised_copy_is_kept_where_it_helps_and_fits(device, dense_bytes, strategy) -> None:
+    assert frozen_matmul("auto", int(dense_bytes), device, 10 * 1000**3) == strategy
+
+
+def test_this_machine_is_asked_where_no_other_is_named() -> None:
+    assert frozen_matmul("auto") == ("quantized" if backend().device == "metal" else "resident")
+    if backend().device != "metal":
+        assert frozen_matmul("auto", 1 << 60) == "dequantize"
 
 
 def test_a_named_choice_is_taken_as_it_is() -> None:
@@ -184,7 +203,7 @@ def test_facts_are_plain_data_with_these_keys() -> None:
     known = facts()
     kinds = {
         "chip": str, "cores": int, "memory_bytes": int, "working_set_bytes": int, "system": str,
-        "python": str, "mlx": str, "device": str, "compute_dtype": str, "frozen_matmul": str,
+        "python": str, "mlx": str, "device": str, "compute_dtype": str,
         "blas": str,
     }  # fmt: skip
     assert {key: type(value) for key, value in known.items()} == kinds

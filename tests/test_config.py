@@ -62,7 +62,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "warmup_steps": 7,
         "max_steps": 12,
         "num_train_epochs": 1.5,
-        "per_device_train_batch_size": 2,
+        "per_device_train_batch_size": "auto",
         "gradient_accumulation_steps": 5,
         "max_grad_norm": None,
         "weight_decay": 0.0,

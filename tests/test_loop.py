@@ -197,6 +197,7 @@ def test_dropout_keys_depend_on_seed_and_row_alone():
         ("learning_rate", 0.0, "above 0"),
         ("warmup_steps", -1, "at least 0"),
         ("per_device_train_batch_size", 0, "at least 1"),
+        ("per_device_train_batch_size", "most", "a number or auto"),
         ("adam_beta2", 1.0, r"in \[0, 1\)"),
         ("lr_scheduler_type", "cosin", "one of 'cosine', 'linear', 'constant_with_warmup'"),
         ("gradient_checkpointing", "sometimes", "true, false or auto"),

@@ -13,7 +13,7 @@ from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.planner import flops_per_token, plan, plan_checkpoint
+from mlx_qlora.planner import flops_per_token, plan, plan_checkpoint, settled
 from mlx_qlora.train.memory import LAYER, NOTHING
 from mlx_qlora.tree import flat
 
@@ -127,3 +127,36 @@ def test_plan_by_source_shows_every_part_and_the_total(smollm2_files):
     assert predicted.trainable == 4_884_480
     assert predicted.total_bytes == sum(predicted.parts.values())
     assert mq.plan is plan
+
+
+# ---- a batch size that is left to the machine ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "max_length", "accumulation", "rows"),
+    [
+        ("cpu", 2048, 3, 1),  # not even one keeps within what a CPU takes at once
+        ("cpu", 512, 3, 2),
+        ("metal", 2048, 3, 3),  # four would fit, but do not divide the 18 rows of a step
+        ("metal", 512, 3, 9),
+        ("cuda", 2048, 1, 6),
+        ("cuda", 64, 3, 18),
+    ],
+)
+def test_auto_takes_what_keeps_the_device_busy_of_the_same_rows_a_step(
+    device, max_length, accumulation, rows
+):
+    training = {
+        "per_device_train_batch_size": "auto",
+        "gradient_accumulation_steps": accumulation,
+    }
+    config = build({"training": training, "data": {"max_length": max_length}})
+    where = dataclasses.replace(this_machine(), device=device)
+    made = settled(config, where=where).training
+    assert made.per_device_train_batch_size == rows
+    assert made.rows * made.gradient_accumulation_steps == 6 * accumulation
+    assert settled(settled(config, where=where), where=where).training == made
+
+
+def test_a_number_of_rows_stays_as_it_is():
+    assert settled(RunConfig()) == RunConfig()

@@ -338,7 +338,7 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
 
     for device, wired in (("metal", [working_set]), ("cuda", []), ("cpu", [])):
         limits, caches = [], []
-        chosen = backend.Backend(device, mx.float32, "resident")
+        chosen = backend.Backend(device, mx.float32)
         with monkeypatch.context() as patch:
             patch.setattr(backend, "backend", lambda chosen=chosen: chosen)
             patch.setattr(mx, "set_wired_limit", limits.append)

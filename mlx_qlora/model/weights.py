@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.backend import FrozenMatmul
+from mlx_qlora.backend import FrozenMatmul, frozen_matmul
 from mlx_qlora.errors import ConfigError, WeightsError, listing
 from mlx_qlora.model.gguf import read_gguf
 from mlx_qlora.model.hub import ModelFiles
@@ -82,7 +82,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, quantize: QuantConfig | None, dtype: mx.Dtype, matmul: FrozenMatmul
+    checkpoint: Checkpoint, quantize: QuantConfig | None, dtype: mx.Dtype, matmul: str = "auto"
 ) -> LlamaForCausalLM:
     """Builds a model and moves a checkpoint's tensors into it, which uses the checkpoint up.
 
@@ -91,7 +91,7 @@ def load_model(
         quantize: packs every matrix that the files hold dense, embedding and head included, as
             MLX's converters do; matrices that are packed already stay as they are.
         dtype: of everything that is not packed, and of the scales of what is.
-        matmul: how packed matrices will be multiplied.
+        matmul: how packed matrices will be multiplied; see `mlx_qlora.backend`.
 
     Returns:
         A frozen model, evaluated.
@@ -104,8 +104,18 @@ def load_model(
     model.hf_config = checkpoint.config
     model.source = checkpoint.files
     _check_tensors(model, checkpoint, quantize)
-    _fill(model, checkpoint, quantize, dtype, matmul)
+    dense = dtype.size * packed_size(model, checkpoint, quantize)
+    _fill(model, checkpoint, quantize, dtype, frozen_matmul(matmul, dense))
     return model
+
+
+def packed_size(
+    model: LlamaForCausalLM, checkpoint: Checkpoint, quantize: QuantConfig | None
+) -> int:
+    """Numbers in all matrices that are packed in the files, or will be while they are loaded."""
+    matrices = _matrices(model).items()
+    packed = [m for path, m in matrices if checkpoint.packing.get(path) or quantize]
+    return sum(matrix.weight.size for matrix in packed)
 
 
 # ---- what the files hold -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """How long and how fast to learn, and the batches that follow from it."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from mlx_qlora.fields import check_choices, option, require
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
 
 DEFAULT_STEPS = 1000
+DEFAULT_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,11 @@ class TrainingConfig:
         None, f"optimiser steps; {DEFAULT_STEPS} if num_train_epochs is not given either"
     )
     num_train_epochs: float | None = option(None, "passes over the data, instead of max_steps")
-    per_device_train_batch_size: int = option(6, "rows in a micro-batch")
+    per_device_train_batch_size: int | str = option(
+        DEFAULT_ROWS,
+        f"rows in a micro-batch; auto: what keeps the device busy, of {DEFAULT_ROWS} x "
+        "gradient_accumulation_steps rows in a step",
+    )
     gradient_accumulation_steps: int = option(3, "micro-batches in an optimiser step")
     max_grad_norm: float | None = option(1.0, "clip the gradient to this norm; null never clips")
     weight_decay: float = option(0.01, "decoupled, on every LoRA matrix")
@@ -54,6 +60,9 @@ class TrainingConfig:
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
         for name in (*counts, "max_steps", "max_skipped_steps"):
             value = getattr(self, name)
+            if name == "per_device_train_batch_size" and isinstance(value, str):
+                require(value == "auto", f"training.{name}", "be a number or auto", value)
+                continue
             require(value is None or value >= 1, f"training.{name}", "be at least 1", value)
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"):
             value = getattr(self, name)
@@ -77,6 +86,29 @@ class TrainingConfig:
             return "all" if self.gradient_checkpointing else "none"
         return self.gradient_checkpointing
 
+    def at_once(self, most: int) -> "TrainingConfig":
+        """With numbers in the place of `per_device_train_batch_size: auto`.
+
+        A step has as many rows on every machine, so the same run is trained on all of them; how
+        many are computed at once is up to the machine.
+
+        Args:
+            most: rows that keep the device busy.
+        """
+        if self.per_device_train_batch_size != "auto":
+            return self
+        in_step = DEFAULT_ROWS * self.gradient_accumulation_steps
+        rows = max(n for n in range(1, in_step + 1) if in_step % n == 0 and n <= max(most, 1))
+        return dataclasses.replace(
+            self, per_device_train_batch_size=rows, gradient_accumulation_steps=in_step // rows
+        )
+
+    @property
+    def rows(self) -> int:
+        """`per_device_train_batch_size`, once it is a number."""
+        assert isinstance(self.per_device_train_batch_size, int), "at_once() first"
+        return self.per_device_train_batch_size
+
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of one optimiser step, counted from 1."""
         peak, warmup = self.learning_rate, self.warmup_steps
@@ -96,7 +128,7 @@ class TrainingConfig:
 
 def batches_of(examples: Examples, data: DataConfig, training: TrainingConfig) -> Batches:
     """The batches of a run, or of its validation."""
-    rows = training.per_device_train_batch_size
+    rows = training.rows
     return make_batches(
         examples,
         rows,

@@ -47,7 +47,7 @@ def trainer_state(
         "save_steps": checkpointing.save_steps,
         "stateful_callbacks": {},
         "total_flos": 0,
-        "train_batch_size": training.per_device_train_batch_size,
+        "train_batch_size": training.rows,
         "trial_name": None,
         "trial_params": None,
     }
