@@ -36,6 +36,7 @@ format: $(VENV)/.lint ## Let ruff rewrite what it can
 bench: $(VENV)/.bench ## Measure this machine: speed and memory, beside mlx-lm and torch + PEFT
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/matmul_floor.py
+	$(BIN)/python benchmarks/frozen_matmul.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/generate_speed.py
 	$(BIN)/python benchmarks/startup.py

@@ -33,17 +33,29 @@ _HOME = {
     "TrainingConfig": "train.config",
     "UserError": "errors",
     "WeightsError": "errors",
+    "active": "adapters.several",
+    "adapter_names": "adapters.several",
     "add_lora": "model.lora",
+    "attach": "adapters.several",
+    "combine": "adapters.several",
+    "detach": "adapters.several",
+    "disabled": "adapters.several",
     "evaluate": "infer.evaluate",
     "fine_tune": "run",
     "generate": "infer.generate",
     "load": "source",
-    "load_adapter": "adapters.peft",
+    "load_adapter": "adapters.load",
     "loss_and_grads": "train.engine",
     "make_batches": "data.batches",
+    "merge": "adapters.merge",
     "plan": "planner",
+    "push_to_hub": "adapters.push",
     "read_examples": "data.read",
     "save_adapter": "adapters.peft",
+    "save_gguf_adapter": "adapters.gguf",
+    "save_merged": "adapters.merge",
+    "save_portable": "adapters.portable",
+    "switch": "adapters.several",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -64,8 +76,20 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
-    from mlx_qlora.adapters.peft import load_adapter as load_adapter
+    from mlx_qlora.adapters.gguf import save_gguf_adapter as save_gguf_adapter
+    from mlx_qlora.adapters.load import load_adapter as load_adapter
+    from mlx_qlora.adapters.merge import merge as merge
+    from mlx_qlora.adapters.merge import save_merged as save_merged
     from mlx_qlora.adapters.peft import save_adapter as save_adapter
+    from mlx_qlora.adapters.portable import save_portable as save_portable
+    from mlx_qlora.adapters.push import push_to_hub as push_to_hub
+    from mlx_qlora.adapters.several import active as active
+    from mlx_qlora.adapters.several import adapter_names as adapter_names
+    from mlx_qlora.adapters.several import attach as attach
+    from mlx_qlora.adapters.several import combine as combine
+    from mlx_qlora.adapters.several import detach as detach
+    from mlx_qlora.adapters.several import disabled as disabled
+    from mlx_qlora.adapters.several import switch as switch
     from mlx_qlora.config import RunConfig as RunConfig
     from mlx_qlora.data.batches import Batch as Batch
     from mlx_qlora.data.batches import make_batches as make_batches

@@ -38,6 +38,9 @@ OF_COMMAND = {
     "plan": ("--model", "--batch-size", "--max-length"),
     "inspect": ("--model", "--data", "--max-length", "--strict", "--refused"),
     "generate": ("--model", "--adapter"),
+    "merge": ("--model", "--adapter"),
+    "export": ("--model", "--adapter"),
+    "push": (),
 }
 
 
@@ -77,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", _plan, "predict the memory and the speed of a run"),
         ("inspect", _inspect, "read data as a run would, and say what would be trained"),
         ("generate", _generate, "let a model, with or without an adapter, continue a prompt"),
+        ("merge", _merge, "fold an adapter into its model's weights, as a folder any tool opens"),
+        ("export", _export, "write an adapter in another format"),
+        ("push", _push, "upload an adapter or a merged model to the Hugging Face hub"),
     ):
         command = commands.add_parser(
             name,
@@ -93,37 +99,57 @@ def _parser() -> argparse.ArgumentParser:
             if value is None:
                 how = {"action": "store_const", "const": "true", "help": f"short for {field}=true"}
             command.add_argument(flag, dest=field, **how)
-        if name == "inspect":
-            command.add_argument(
-                "file", nargs="?", metavar="FILE", help="the rows; the same as --data"
-            )
-            command.add_argument(
-                "--show",
-                type=int,
-                default=0,
-                metavar="N",
-                help="print N rows as the model sees them",
-            )
-        if name == "plan":
-            command.add_argument(
-                "--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64"
-            )
+        _add_own_arguments(name, command)
         command.add_argument(
             "overrides", nargs="*", metavar="section.field=value", help="any field below"
         )
         command.add_argument(
             "--print-config", action="store_true", help="print the resolved YAML and stop"
         )
-        if name == "generate":
-            ask = command.add_mutually_exclusive_group()
-            ask.add_argument("--prompt", metavar="TEXT", help="what to answer; - is standard input")
-            ask.add_argument(
-                "--instruction", metavar="TEXT", help="asked as instruction rows are in training"
-            )
-            command.add_argument("--input", metavar="TEXT", help="goes with --instruction")
-            command.add_argument("--raw", action="store_true", help="do not use the chat template")
-            command.add_argument("--seed", type=int, help="the same seed gives the same text")
     return parser
+
+
+def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
+    """What a command is told besides fields."""
+    add = command.add_argument
+    if name == "inspect":
+        add("file", nargs="?", metavar="FILE", help="the rows; the same as --data")
+        show = "print N rows as the model sees them"
+        add("--show", type=int, default=0, metavar="N", help=show)
+    if name == "plan":
+        add("--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64")
+    if name == "generate":
+        ask = command.add_mutually_exclusive_group()
+        ask.add_argument("--prompt", metavar="TEXT", help="what to answer; - is standard input")
+        asked = "asked as instruction rows are in training"
+        ask.add_argument("--instruction", metavar="TEXT", help=asked)
+        add("--input", metavar="TEXT", help="goes with --instruction")
+        add("--raw", action="store_true", help="do not use the chat template")
+        add("--seed", type=int, help="the same seed gives the same text")
+    if name in ("merge", "export"):
+        add("--output-dir", dest="folder", required=True, metavar="DIR", help="where it goes")
+    if name == "merge":
+        original = "original 16-bit weights to merge into, instead of the dequantised ones"
+        add("--base", metavar="SOURCE", help=original)
+        kinds = ("bfloat16", "float16", "float32")
+        add("--save-dtype", default="bfloat16", choices=kinds, help="of the written weights")
+        again = "quantise the result, and report what that loses"
+        add("--requantize", type=int, metavar="BITS", help=again)
+    if name == "export":
+        form = command.add_mutually_exclusive_group()
+        for flag, meaning in (
+            ("portable", "one rank and scale 1, for tools that ignore rsLoRA and patterns"),
+            ("mlx", "for mlx-lm"),
+            ("gguf", "for llama.cpp and Ollama, with a Modelfile"),
+        ):
+            form.add_argument(
+                f"--{flag}", dest="form", action="store_const", const=flag, help=meaning
+            )
+    if name == "push":
+        add("folder", metavar="FOLDER", help="of a run, an export or a merged model")
+        add("repo_id", metavar="OWNER/NAME", help="repository on the hub; made if need be")
+        add("--public", action="store_true", help="let everybody read it")
+        add("--dry-run", action="store_true", help="list the files, upload nothing")
 
 
 def _fields_help() -> str:
@@ -233,6 +259,43 @@ def _generate(args: argparse.Namespace) -> int:
         args.seed,
     )
     print(answer)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.delivery import merge_adapter
+
+    console, bits = Console(), args.requantize
+    merge_adapter(config, args.folder, console, args.base, args.save_dtype, bits)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.delivery import export_adapter
+
+    export_adapter(config, args.folder, Console(), args.form or "peft")
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.delivery import push_folder
+
+    push_folder(args.folder, args.repo_id, Console(), args.public, args.dry_run)
     return 0
 
 

@@ -160,6 +160,9 @@ def type_name(annotation: Any) -> str:
         return "null"
     if typing.get_origin(annotation) is list:
         return f"list of {type_name(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is dict:
+        key, value = typing.get_args(annotation)
+        return f"map of {type_name(key)} to {type_name(value)}"
     return {int: "int", float: "number", bool: "true/false", str: "text"}[annotation]
 
 
@@ -183,6 +186,13 @@ def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
             return False, None
         parts = [_convert(item, typing.get_args(kind)[0]) for item in value]
         return all(fits for fits, _ in parts), [converted for _, converted in parts]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            return False, None
+        names, kinds = value.keys(), typing.get_args(kind)
+        parts = [_convert(item, kinds[1]) for item in value.values()]
+        fits = all(_convert(name, kinds[0])[0] for name in names) and all(fit for fit, _ in parts)
+        return fits, dict(zip(names, (converted for _, converted in parts)))
     if kind is float:
         if isinstance(value, bool):
             return False, None

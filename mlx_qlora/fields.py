@@ -4,6 +4,7 @@ The YAML file, the command line's flags and `--help`, and the record of a run ar
 these declarations; nothing else lists a field's name, type or default.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -14,8 +15,8 @@ from mlx_qlora.errors import ConfigError
 def option(default: Any, help: str, *, choices: Iterable[Any] | None = None) -> Any:
     """Declares a field with its default, its one line of help and, if closed, its legal values."""
     metadata = {"help": help, "choices": tuple(choices) if choices is not None else None}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_qlora import backend
-from mlx_qlora.adapters.peft import read_peft_config
+from mlx_qlora.adapters.load import read_adapter_config
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import packed_width, padded_width
 from mlx_qlora.data.examples import Examples
@@ -19,7 +19,7 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, add_lora, trainable_count
+from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint, packed_size
 from mlx_qlora.train.memory import (
@@ -148,7 +148,7 @@ def plan_checkpoint(
     itemsize = _itemsize(config, where)
     base, resident = _base_bytes(model, checkpoint, config, where)
     adapter = config.model.adapter
-    lora = read_peft_config(Path(adapter).expanduser()) if adapter else config.lora
+    lora = read_adapter_config(Path(adapter).expanduser()) if adapter else config.lora
     trainable = _trainable(model, lora)
 
     training = config.training
@@ -252,9 +252,15 @@ def _base_bytes(
 
 def _trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
     try:
-        return trainable_count(add_lora(model, lora))
+        paths = target_paths(model, lora)
     except ConfigError as error:
         raise ConfigError(f"the plan cannot be made: {error}") from None
+    modules = dict(model.named_modules())
+    shapes = ((path, modules[path].shape) for path in paths)
+    return sum(
+        lora.rank_of(path) * (rows + columns) + (rows if lora.use_dora else 0)
+        for path, (rows, columns) in shapes
+    )
 
 
 def _longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Machine) -> int:

@@ -18,12 +18,12 @@ from rich.console import Console
 
 from mlx_qlora import backend
 from mlx_qlora._version import __version__
+from mlx_qlora.adapters.card import model_card, read_facts
 from mlx_qlora.adapters.files import staged
+from mlx_qlora.adapters.load import load_adapter, read_adapter_config
 from mlx_qlora.adapters.peft import (
     adapter_tensors,
-    load_adapter,
     original_base,
-    read_peft_config,
     save_adapter,
 )
 from mlx_qlora.config import RunConfig, to_dict, to_yaml
@@ -69,7 +69,7 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     if config.model.base_model_name_or_path is None:
         original_base(checkpoint.files)
     if config.model.adapter is not None:
-        read_peft_config(Path(config.model.adapter).expanduser())
+        read_adapter_config(Path(config.model.adapter).expanduser())
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     seed = config.training.seed
     examples, validation, test = train_validation_test(config.data, tokenizer, seed, console)
@@ -153,7 +153,7 @@ def fine_tune(
         prepared = dataclasses.replace(prepared, resumed=found[0], damaged=found[1])
         for damage in prepared.damaged:
             say(console, f"warning   {damage}: the checkpoint before it is used")
-        write_record(output, config, prepared.state.fingerprint)
+        write_record(output, config, prepared.state.fingerprint, train_examples)
         result = _train(model, tokenizer, train_examples, validation, prepared, console)
     say(console, _summary(result))
     for advice in advise(result.log_history):
@@ -188,6 +188,9 @@ def _train(
     save_adapter(model, output, base)
     tokenizer.save(output)
     write_report(result, config, {})
+    with staged(output) as staging:  # now that there are figures to tell
+        card = model_card(read_facts(output))
+        (staging / "README.md").write_text(card, encoding="utf-8")
     return result
 
 
@@ -261,7 +264,9 @@ def prepare(
     return Prepared(config, base, state, resumed, damaged)
 
 
-def write_record(output: Path, config: RunConfig, fingerprint: dict[str, str]) -> None:
+def write_record(
+    output: Path, config: RunConfig, fingerprint: dict[str, str], examples: Examples
+) -> None:
     """Writes `run.yaml` and `training_args.json`: what is needed to repeat the run."""
     names = ("mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
     versions = {name: importlib.metadata.version(name) for name in names}
@@ -270,6 +275,7 @@ def write_record(output: Path, config: RunConfig, fingerprint: dict[str, str]) -
         "versions": {"mlx-qlora": __version__, "python": platform.python_version(), **versions},
         "machine": backend.facts(),
         "fingerprint": fingerprint,
+        "data": {"rows": len(examples), "tokens": int(examples.lengths.sum())},
     }
     with staged(output) as staging:
         (staging / "run.yaml").write_text(to_yaml(config), encoding="utf-8")

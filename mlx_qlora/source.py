@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_qlora import backend
-from mlx_qlora.adapters.peft import load_adapter
+from mlx_qlora.adapters.load import load_adapter
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.fields import check_choices, option
 from mlx_qlora.model.hub import resolve

@@ -154,16 +154,18 @@ def test_the_forward_is_the_papers_equation_in_float64() -> None:
 
 
 def test_the_scale_is_alpha_over_r_or_over_its_root() -> None:
-    assert LoraConfig(r=16, lora_alpha=32).scale == 2
-    assert LoraConfig(r=16, lora_alpha=8).scale == 0.5
-    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale == 8
-    assert LoraConfig(r=8, lora_alpha=16, use_rslora=True).scale == pytest.approx(16 / 8**0.5)
+    assert LoraConfig(r=16, lora_alpha=32).scale_of("q_proj") == 2
+    assert LoraConfig(r=16, lora_alpha=8).scale_of("q_proj") == 0.5
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale_of("q_proj") == 8
+    assert LoraConfig(r=8, lora_alpha=16, use_rslora=True).scale_of("q_proj") == pytest.approx(
+        16 / 8**0.5
+    )
 
 
 def test_the_config_s_scale_reaches_the_layers(hf_tiny: tuple[Any, Path]) -> None:
     for config in (LoraConfig(r=4, lora_alpha=6), LoraConfig(r=4, lora_alpha=6, use_rslora=True)):
         model = add_lora(load_folder(hf_tiny[1]), config)
-        assert {m.scale for _, m in lora_layers(model)} == {config.scale}
+        assert {m.scale for _, m in lora_layers(model)} == {config.scale_of("q_proj")}
 
 
 def test_a_16_bit_input_gives_a_16_bit_output_and_masters_stay_float32() -> None:

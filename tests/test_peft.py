@@ -29,7 +29,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_folder import hf_smollm2
 
 from mlx_qlora.adapters import peft as ours_peft
-from mlx_qlora.adapters.peft import load_adapter, save_adapter
+from mlx_qlora.adapters.load import load_adapter
+from mlx_qlora.adapters.peft import save_adapter
 from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
@@ -315,11 +316,13 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, ["use_dora is True"]),
+        ({"use_dora": "yes"}, ["use_dora must be true or false; got 'yes'"]),
+        ({"use_dora": True}, ["lora_magnitude_vector is missing"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save is ['lm_head']"]),
         ({"bias": "all"}, ["bias is 'all'; supported: 'none'"]),
-        ({"rank_pattern": {"q_proj": 8}}, ["rank_pattern is {'q_proj': 8}"]),
-        ({"alpha_pattern": {"q_proj": 8}}, ["alpha_pattern"]),
+        ({"rank_pattern": {"q_proj": "8"}}, ["rank_pattern must map text to numbers"]),
+        ({"rank_pattern": {"q_proj": 8}}, ["q_proj.lora_A.weight has shape"]),
+        ({"alpha_pattern": [8]}, ["alpha_pattern must map text to numbers; got [8]"]),
         ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
         ({"lora_bias": True}, ["lora_bias"]),
         ({"exclude_modules": ["q_proj"]}, ["exclude_modules"]),
@@ -346,8 +349,8 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"layers_to_transform": [7]}, ["layers from 0 to 1"]),
         ({"target_modules": ["W_pack"]}, ["another model", "'W_pack' matches nothing"]),
         (
-            {"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"], "r": ...},
-            ["use_dora", "bias", "modules_to_save", "r is missing"],
+            {"lora_bias": True, "bias": "all", "modules_to_save": ["lm_head"], "r": ...},
+            ["lora_bias", "bias", "modules_to_save", "r is missing"],
         ),
     ],
 )
@@ -578,7 +581,7 @@ def test_every_peft_option_that_changes_the_arithmetic_is_known_to_us() -> None:
         *("lora_ga_config", "velora_config"),  # how it was begun or trained, not what it computes
     }
     ours = {"r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform"}
-    ours |= {"use_rslora", "init_lora_weights"}
+    ours |= {"use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern"}
     theirs = set(PeftConfig().to_dict())
     assert theirs - harmless - ours <= set(ours_peft.FIXED)
 
@@ -592,3 +595,15 @@ def test_the_revision_is_the_bases_own_and_never_a_copys(tmp_path: Path) -> None
         save_adapter(model, tmp_path / "adapter")
         written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
         assert (written["base_model_name_or_path"], written["revision"]) == ("org/base", revision)
+
+
+def test_the_first_of_two_patterns_counts_in_the_file_too(base: Path, tmp_path: Path) -> None:
+    """Keys in another order would give some linears another rank."""
+    ranks = {"q_proj": 3, "model.layers.0.self_attn.q_proj": 5}
+    model = add_lora(load_folder(base), LoraConfig(r=2, rank_pattern=ranks))
+    randomise_lora(model)
+    save_adapter(model, tmp_path / "a", "org/base")
+    written = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert list(written["rank_pattern"]) == list(ranks)
+    again = load_adapter(load_folder(base), tmp_path / "a")
+    np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(model, TOKENS))

@@ -49,7 +49,8 @@ def test_loraplus_on_an_attached_adapter(hf_tiny, tmp_path):
     from conftest import load_folder
     from test_loraplus import adapted, counting
 
-    from mlx_qlora.adapters.peft import load_adapter, save_adapter
+    from mlx_qlora.adapters.load import load_adapter
+    from mlx_qlora.adapters.peft import save_adapter
     from mlx_qlora.config import build
     from mlx_qlora.run import prepare
 

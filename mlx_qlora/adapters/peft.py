@@ -5,23 +5,24 @@ tensors that it does not know. So both directions check the exact set of names a
 Format: PEFT's docs/source/developer_guides/checkpoint.md.
 """
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mlx_qlora._version import __version__
+from mlx_qlora.adapters.card import Facts, model_card
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.mlx_lm import write_mlx_lm
 from mlx_qlora.errors import AdapterError, ConfigError, listing
 from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.initial import changes_base
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers, target_paths
-from mlx_qlora.model.weights import read_safetensors_header
-from mlx_qlora.tree import flat, nested
+from mlx_qlora.model.lora import LoraConfig, lora_layers
+from mlx_qlora.tree import flat
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,12 +33,9 @@ FIXED = {
     "bias": "none",
     "fan_in_fan_out": False,
     "modules_to_save": None,
-    "use_dora": False,
     "use_qalora": False,
     "use_bdlora": False,
     "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "exclude_modules": None,
     "layers_pattern": None,
     "layer_replication": None,
@@ -115,8 +113,28 @@ def _revision_of(model: LlamaForCausalLM, base: str) -> str | None:
 
 
 def adapter_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    """PEFT key -> float32 array, for every LoRA weight."""
-    return {PREFIX + name: np.array(w) for name, w in flat(model.trainable_parameters()).items()}
+    """PEFT key -> float32 array, for every LoRA weight, as updates of the original base."""
+    tensors = {name: np.array(w) for name, w in flat(model.trainable_parameters()).items()}
+    for path, layer in lora_layers(model):
+        A, B = layer.update_of_the_base()
+        tensors |= {f"{path}.lora_A.weight": np.array(A), f"{path}.lora_B.weight": np.array(B)}
+    return {PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def written_config(model: LlamaForCausalLM) -> LoraConfig:
+    """The config of what `adapter_tensors` returns: twice the rank and the same scale, or as is."""
+    lora: LoraConfig = model.lora_config
+    if not changes_base(lora.init_lora_weights):
+        return lora
+    factor = math.sqrt(2) if lora.use_rslora else 2
+    return dataclasses.replace(
+        lora,
+        r=2 * lora.r,
+        lora_alpha=lora.lora_alpha * factor,
+        rank_pattern={key: 2 * r for key, r in lora.rank_pattern.items()},
+        alpha_pattern={key: alpha * factor for key, alpha in lora.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
 
 
 def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
@@ -125,37 +143,44 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
     r, lora_alpha and target_modules are always written: without them PEFT would fall back to
     defaults of its own and compute something else without a warning.
     """
-    lora: LoraConfig = model.lora_config
+    lora = written_config(model)
     targets = lora.target_modules
     if targets == "all-linear":  # PEFT would expand this anew, and may know other linears
         targets = sorted({path.rpartition(".")[2] for path, _ in lora_layers(model)})
-    alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
     return {
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in lora.alpha_pattern.items()},
         "base_model_name_or_path": base,
         "bias": lora.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_to_transform": lora.layers_to_transform,
-        "lora_alpha": alpha,
+        "lora_alpha": _whole(lora.lora_alpha),
         "lora_dropout": lora.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.r,
+        "rank_pattern": lora.rank_pattern,
         "revision": _revision_of(model, base),
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }
+
+
+def _whole(alpha: float) -> float:
+    """An int where it is one: Ollama reads nothing else."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def write_peft(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
     """Writes the three files of a PEFT adapter and reads them back."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(_model_card(config))
+    # Sorted on the outside alone: of two patterns that match, the first counts.
+    (folder / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(Facts(config)))
 
     written = load_file(folder / WEIGHTS)
     same = written.keys() == tensors.keys() and all(
@@ -166,67 +191,7 @@ def write_peft(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, A
         raise AdapterError(f"{folder}: what was read back is not what was written; nothing changed")
 
 
-def _model_card(config: dict[str, Any]) -> str:
-    base = config["base_model_name_or_path"]
-    front = [f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", "tags:"]
-    if not Path(base).is_absolute():
-        front.append(f"- base_model:adapter:{base}")
-    lines = [
-        "---",
-        *front,
-        "- lora",
-        "- mlx-qlora",
-        "---",
-        "",
-        f"A LoRA adapter for `{base}`, trained with mlx-qlora {__version__}.",
-        "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 # ---- in ----------------------------------------------------------------------------------------
-
-
-def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalLM:
-    """Attaches a PEFT adapter, ours or another's, to a model without one.
-
-    Args:
-        model: the base, frozen.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
-
-    Returns:
-        The same model, with LoRA layers, ready to generate or to be trained on.
-
-    Raises:
-        AdapterError: files are missing or damaged, the adapter uses an option that we do not
-            compute, or its tensors are not those of this model; all bad tensors are listed.
-        ConfigError: the model already has LoRA layers.
-    """
-    if lora_layers(model):
-        raise ConfigError("the model already has LoRA layers; load it again to attach an adapter")
-    folder = Path(folder).expanduser()
-    lora = read_peft_config(folder)
-    header = read_safetensors_header(folder / WEIGHTS, AdapterError)
-    try:
-        paths = target_paths(model, lora)
-    except ConfigError as error:
-        raise AdapterError(f"{folder / CONFIG} is for another model: {error}") from None
-    _check_tensors(model, folder, lora, paths, header)
-
-    try:
-        arrays: Any = mx.load(str(folder / WEIGHTS))
-    except (RuntimeError, ValueError) as error:  # offsets that do not fit the shapes
-        raise AdapterError(f"{folder / WEIGHTS} is damaged: {error}") from None
-    add_lora(model, lora)
-    weights = {name.removeprefix(PREFIX): a.astype(mx.float32) for name, a in arrays.items()}
-    model.update(nested(weights))
-    mx.eval(model.trainable_parameters())
-    return model
 
 
 def read_peft_config(folder: Path) -> LoraConfig:
@@ -262,6 +227,13 @@ def read_peft_config(folder: Path) -> LoraConfig:
     targets, layers = config["target_modules"], _as_list(config.get("layers_to_transform"))
     if not (isinstance(targets, str) or _holds(targets, str)):
         raise AdapterError(f"{path}: target_modules must be text or a list of it; got {targets!r}")
+    for name, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        pattern = config.get(name) or {}
+        if not (isinstance(pattern, dict) and _holds(list(pattern.values()), kinds)):
+            raise AdapterError(f"{path}: {name} must map text to numbers; got {pattern!r}")
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(name) or False, bool):
+            raise AdapterError(f"{path}: {name} must be true or false; got {config[name]!r}")
     if not (layers is None or _holds(layers, int)):
         raise AdapterError(f"{path}: layers_to_transform must hold integers; got {layers!r}")
     try:
@@ -271,7 +243,10 @@ def read_peft_config(folder: Path) -> LoraConfig:
             lora_dropout=config.get("lora_dropout", 0.0),
             target_modules=targets,
             layers_to_transform=layers,
-            use_rslora=config.get("use_rslora", False),
+            use_rslora=config.get("use_rslora") or False,
+            use_dora=config.get("use_dora") or False,
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
         )
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"{path}: {error}") from None
@@ -281,33 +256,5 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
-def _holds(value: Any, kind: type) -> bool:
+def _holds(value: Any, kind: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-def _check_tensors(
-    model: LlamaForCausalLM,
-    folder: Path,
-    lora: LoraConfig,
-    paths: list[str],
-    header: dict[str, Any],
-) -> None:
-    """Compares names, shapes and dtypes with what the config promises for this model."""
-    modules = dict(model.named_modules())
-    expected = {}
-    for path in paths:
-        d_out, d_in = modules[path].shape
-        expected[f"{PREFIX}{path}.lora_A.weight"] = [lora.r, d_in]
-        expected[f"{PREFIX}{path}.lora_B.weight"] = [d_out, lora.r]
-    problems = [f"{name} is missing" for name in expected if name not in header]
-    for name, entry in header.items():
-        if name not in expected:
-            problems.append(f"{name} belongs to no target of this model")
-        elif entry.get("shape") != expected[name]:
-            problems.append(f"{name} has shape {entry.get('shape')}, not {expected[name]}")
-        elif entry.get("dtype") not in ("F32", "F16", "BF16"):
-            problems.append(f"{name} has dtype {entry.get('dtype')}")
-    if problems:
-        raise AdapterError(
-            f"{folder / WEIGHTS} is damaged or for another model:\n{listing(problems)}"
-        )

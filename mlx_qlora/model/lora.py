@@ -1,22 +1,25 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen matrix plus a trainable low-rank update.
+"""Which linears of a model get a low-rank update, of what shape, and where it begins.
 
-The class and attribute names are PEFT's. A LoRA weight's path in the tree,
-`model.layers.0.self_attn.q_proj.lora_A.weight`, is its key in an adapter file after the prefix
-`base_model.model.`, and its shape there is its shape here.
+One linear's arithmetic is in `lora_linear` and `dora`, its beginning in `initial`. Field names and
+the rules of matching are PEFT's.
 """
 
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.fields import check_choices, option, require
-from mlx_qlora.model.dropout import RANGE, kept, threshold
+from mlx_qlora.model.dora import DoRALinear
+from mlx_qlora.model.initial import PLAIN, is_known, leave, start
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora_linear import LoRALinear
 from mlx_qlora.model.quantize import Linear
+from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.tree import flat, nested
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -41,6 +44,14 @@ class LoraConfig:
     )
     bias: str = option("none", "biases stay frozen", choices=("none",))
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
+    use_dora: bool = option(False, "train the length of each row as well (arXiv 2402.09353)")
+    init_lora_weights: bool | str = option(
+        True, "true, gaussian, pissa, pissa_niter_N, olora or loftq: where the update begins"
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "path endings or regexes -> a rank of their own, the first that matches"
+    )
+    alpha_pattern: dict[str, float] = option({}, "the same for lora_alpha")
     loraplus_lr_ratio: float = option(
         1.0, "lora_B learns at this many times learning_rate (LoRA+, arXiv 2402.12354)"
     )
@@ -49,12 +60,18 @@ class LoraConfig:
         check_choices("lora", self)
         require(isinstance(self.r, int) and self.r >= 1, "lora.r", "be at least 1", self.r)
         require(self.lora_alpha > 0, "lora.lora_alpha", "be above 0", self.lora_alpha)
+        finite = math.isfinite(self.lora_alpha)
+        require(finite, "lora.lora_alpha", "be finite", self.lora_alpha)
         in_range = 0 <= self.lora_dropout < 1
         require(in_range, "lora.lora_dropout", "be in [0, 1)", self.lora_dropout)
         ratio = self.loraplus_lr_ratio
         legal = 0 < ratio < math.inf
         require(legal, "lora.loraplus_lr_ratio", "be above 0 and finite", ratio)
         require(bool(self.target_modules), "lora.target_modules", "not be empty", "nothing")
+        known = "be true, gaussian, pissa, pissa_niter_N, olora or loftq"
+        begin = self.init_lora_weights
+        require(is_known(begin), "lora.init_lora_weights", known, begin)
+        self._check_patterns()
         if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
             object.__setattr__(self, "target_modules", list(self.target_modules))
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -63,94 +80,124 @@ class LoraConfig:
                 f"(PEFT's rule); got {self.target_modules!r}"
             )
 
-    @property
-    def scale(self) -> float:
-        """The factor of the update: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def _check_patterns(self) -> None:
+        for key, r in self.rank_pattern.items():
+            legal = isinstance(r, int) and r >= 1
+            require(legal, f"lora.rank_pattern.{key}", "be at least 1", r)
+        for key, alpha in self.alpha_pattern.items():
+            legal = 0 < alpha < math.inf
+            require(legal, f"lora.alpha_pattern.{key}", "be above 0 and finite", alpha)
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ConfigError(f"lora: the pattern {key!r} is no regex: {error}") from None
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the update of a linear."""
+        return self.rank_pattern.get(_first_match(self.rank_pattern, path), self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """`lora_alpha` of a linear."""
+        return self.alpha_pattern.get(_first_match(self.alpha_pattern, path), self.lora_alpha)
+
+    def scale_of(self, path: str) -> float:
+        """The factor of a linear's update: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        r = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(r) if self.use_rslora else r)
 
 
-class LowRank(nn.Module):
-    """One trainable factor of an update, float32; it is called `lora_A` or `lora_B`."""
-
-    def __init__(self, weight: mx.array) -> None:
-        super().__init__()
-        self.weight = weight
-
-
-class LoRALinear(nn.Module):
-    """y = base(x) + scale * B(A(dropout(x))), after Hu et al., equation 3 and section 4.1.
-
-    A and B are float32 masters; the forward casts them to x's dtype, so that the output's dtype
-    is the input's and nothing downstream widens.
-
-    Args:
-        base_layer: the frozen linear of weight (d_out, d_in).
-        lora_A: (r, d_in) float32.
-        lora_B: (d_out, r) float32.
-        scale: factor of the update; applied to the rank-r tensor, which is the smallest.
-        dropout: probability of dropping an input of A. Acts only where a key is given.
-    """
-
-    def __init__(
-        self, base_layer: Linear, lora_A: mx.array, lora_B: mx.array, scale: float, dropout: float
-    ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = LowRank(lora_A)
-        self.lora_B = LowRank(lora_B)
-        self.scale = scale
-        self.dropout = dropout
-
-    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout.
-
-        One key (2,) draws for all of x, keys (N, 2) for each of x's N rows.
-        """
-        y = self.base_layer(x)
-        A = self.lora_A.weight.astype(x.dtype)
-        B = self.lora_B.weight.astype(x.dtype)
-        scale = self.scale
-        if dropout_key is not None and self.dropout > 0:
-            x = x * kept(dropout_key, self.dropout, x.shape).astype(x.dtype)
-            scale /= 1 - threshold(self.dropout) / RANGE  # what is kept stands for what is not
-        return mx.addmm(y, scale * (x @ A.T), B.T)
-
-
-def add_lora(model: LlamaForCausalLM, config: LoraConfig, seed: int = 0) -> LlamaForCausalLM:
+def add_lora(
+    model: LlamaForCausalLM, config: LoraConfig, seed: int = 0, *, begin: bool = True
+) -> LlamaForCausalLM:
     """Puts a LoRALinear around every targeted linear, in place.
 
-    A is uniform in +-1 / sqrt(d_in) (PEFT's kaiming_uniform(a=sqrt(5))). B is zero, so that the
-    first forward is the base model exactly; A must not be zero too, or neither would ever move.
+    By default A is uniform in +-1 / sqrt(d_in) and B is zero, so that the first forward is the
+    base model exactly; A must not be zero too, or neither would ever move.
 
     Args:
         model: a model without LoRA layers.
-        config: ranks, scale, dropout and targets.
+        config: ranks, scale, dropout, targets, and how the update begins.
         seed: draws A. The same seed gives the same adapter.
+        begin: False leaves the base as it is, for weights that will be loaded.
 
     Returns:
         The same model; its trainable parameters are now exactly the LoRA weights.
 
     Raises:
-        ConfigError: a target matches nothing (the message lists what exists), or the model
-            already has LoRA layers.
+        ConfigError: a target or a pattern matches nothing (the message lists what exists), the
+            model already has LoRA layers, or it does not have what the update begins from.
     """
     if lora_layers(model):
         raise ConfigError("the model already has LoRA layers; load it again to start anew")
     targets = target_paths(model, config)
+    if begin:  # PEFT lets a pattern match nothing, and so may what others have written
+        _check_patterns(config, targets)
     keys = mx.random.split(mx.random.key(seed), len(targets))
-
-    wrapped = []
-    linears = dict(_linears(model))
+    how = config.init_lora_weights if begin else True
+    linears, wrapped = dict(_linears(model)), {}
+    if how not in PLAIN:
+        _check_ranks(config, {path: linears[path] for path in targets})
+    packed = any(linears[path].quant is not None for path in targets)
+    originals = _originals(model) if packed and how not in PLAIN else {}
     for path, key in zip(targets, keys):
-        d_out, d_in = linears[path].shape
-        bound = 1 / math.sqrt(d_in)
-        A = mx.random.uniform(-bound, bound, (config.r, d_in), mx.float32, key)
-        B = mx.zeros((d_out, config.r), mx.float32)
-        layer = LoRALinear(linears[path], A, B, config.scale, config.lora_dropout)
-        wrapped.append((path, layer))
-    model.update_modules(nested(dict(wrapped)))
+        linear, r, scale = linears[path], config.rank_of(path), config.scale_of(path)
+        begun = start(how, linear, r, scale, key, originals.get(f"{path}.weight"))
+        if begun.left is not None:
+            leave(linear, begun.left)
+        kind = DoRALinear if config.use_dora else LoRALinear
+        layer = kind(linear, begun.A, begun.B, scale, config.lora_dropout)
+        if begun.left is not None:
+            layer._begun = begun.A, begun.B
+        wrapped[path] = layer
+    model.update_modules(nested(wrapped))
     model.lora_config = config
     return model
+
+
+def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(_matches(key, path) for path in targets):
+                endings = sorted({path.rpartition(".")[2] for path in targets})
+                raise ConfigError(
+                    f"lora.{name}: {key!r} matches no linear that has an update; the targets' "
+                    f"names are {', '.join(endings)}"
+                )
+
+
+def _check_ranks(config: LoraConfig, linears: dict[str, Linear]) -> None:
+    for path, linear in linears.items():
+        r, most = config.rank_of(path), min(linear.shape)
+        if r > most:
+            raise ConfigError(
+                f"lora.init_lora_weights: {config.init_lora_weights} finds {most} components in "
+                f"{path}, fewer than its rank of {r}; choose a smaller lora.r or "
+                "lora.rank_pattern"
+            )
+
+
+def _originals(model: LlamaForCausalLM) -> dict[str, mx.array]:
+    """The tensors of the model's own files, as they were before they were packed; lazy."""
+    source = getattr(model, "source", None)
+    if source is None or not source.path.exists():
+        return {}
+    checkpoint = open_checkpoint(source)
+    return {
+        name: array
+        for shard in checkpoint.shards
+        for name, array in shard.items()
+        if name.rpartition(".")[0] not in checkpoint.packing
+    }
+
+
+def _first_match(patterns: dict[str, Any], path: str) -> str:
+    """The first key that matches a path, by PEFT's rule; the path itself if none does."""
+    return next((key for key in patterns if _matches(key, path)), path)
+
+
+def _matches(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:

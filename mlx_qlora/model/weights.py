@@ -182,7 +182,7 @@ def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any
         header.pop("__metadata__", None)
         entries = [(t["data_offsets"][1], t["dtype"], tuple(t["shape"])) for t in header.values()]
         end = 8 + length + max((end for end, _, _ in entries), default=0)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
     if size < end:
         raise error(f"{path} is truncated: {size:,} of {end:,} bytes; fetch or write it again")

@@ -365,7 +365,12 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> Ru
 def saved_weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
     """The weights of a checkpoint, in the optimiser's order."""
     weights = load_file(path / "adapter_model.safetensors")
-    return (weights[f"base_model.model.{name}"] for name in optimizer.shapes)
+    # An adapter whose base made way for it is written with twice the rank; what is trained is
+    # the first half.
+    return (
+        weights[f"base_model.model.{name}"][tuple(slice(n) for n in shape)]
+        for name, shape in optimizer.shapes.items()
+    )
 
 
 def load_weights(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> None:

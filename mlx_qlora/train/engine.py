@@ -347,7 +347,9 @@ def lent(
     slots = [slot for layer in layers for piece in layer.values() for slot in piece]
     before = [slot.module[slot.name] for slot in slots]
     for slot in slots:
-        slot.module[slot.name] = weights[slot.path].astype(dtype)
+        weight = weights[slot.path]
+        # The lengths of DoRA stay float32: 16 bits would swallow what they have moved.
+        slot.module[slot.name] = weight.astype(dtype) if weight.ndim > 1 else weight
     try:
         yield
     finally:

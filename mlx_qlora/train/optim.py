@@ -192,9 +192,10 @@ def _norm(grad: mx.array) -> mx.array:
 
 
 def _ratios(shapes: dict[str, tuple[int, ...]], lr_ratio: float) -> mx.array:
-    """(P,) float32: lr_ratio for every number of a lora_B, 1 for the others."""
+    """(P,) float32: lr_ratio for every number of a lora_B or a length of DoRA, 1 for the others."""
     parts = [
-        mx.full((math.prod(shape),), lr_ratio if ".lora_B." in name else 1.0)
+        # As in PEFT's optimiser, whose rule for what is no matrix is the same.
+        mx.full((math.prod(shape),), lr_ratio if ".lora_B." in name or len(shape) == 1 else 1.0)
         for name, shape in shapes.items()
     ]
     return mx.concatenate(parts)

@@ -1,0 +1,199 @@
+"""What an export has changed: the written model against the model with its adapter.
+
+Re-quantising rounds W + s B A to steps that are often larger than s B A itself, and then the files
+hold little of what was learned. The weights do not tell; the next-token distributions do.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import lora_layers
+from mlx_qlora.model.lora_linear import LoRALinear
+from mlx_qlora.tree import nested
+
+POSITIONS = 64  # whose logits exist at once: a vocabulary of 128,256 in float64 is 1 MB each
+NO_EFFECT = 1e-9  # nats per token; below it rounding is larger than what the adapter does
+WELL_KEPT = 0.95
+
+TEXTS: tuple[str, ...] = (
+    "The lighthouse stands at the end of a long pier, and in winter the waves reach its lowest "
+    "windows. The keeper's family left many years ago, when the lamp was made to turn by itself. "
+    "Today a small museum fills the rooms below the gallery. Visitors can see old charts, a brass "
+    "telescope and a diary in which every storm of the last century is noted, with the hour at "
+    "which it began and the names of the boats that were late.",
+    "Bread needs flour, water, salt, yeast and above all time. Mix the first two and let them rest "
+    "for half an hour before anything else is added, because the dough then becomes smooth with "
+    "less work. Knead it until it no longer sticks to the table. After two hours in a warm place "
+    "it should have doubled. Shape it, let it rise once more, and bake it in a very hot oven with "
+    "a bowl of water beside it.",
+    "A river carries more sand than most people expect. Where the current is fast the grains are "
+    "lifted and taken along, and where it slows down they sink. This is why the outer bank of a "
+    "bend is worn away while the inner bank grows. Over thousands of years a bend can become so "
+    "narrow that the water breaks through its neck, and the old course is left behind as a lake "
+    "in the shape of a crescent.",
+    "To find the largest number in a list, keep the best one seen so far and compare it with each "
+    "of the others in turn. If the next number is larger, it takes the place of the best. When "
+    "the list ends, the best is the answer. The method looks at every number once, so a list that "
+    "is twice as long takes twice the time. An empty list has no largest number, and a careful "
+    "program says so instead of guessing.",
+    "The committee met on Tuesday to discuss the new timetable. Several members said that the "
+    "first bus leaves too early for the school and too late for the factory. It was agreed to ask "
+    "the passengers before anything is decided. A short form will be handed out during the first "
+    "week of March, and the results are expected before the summer. Until then the present "
+    "timetable stays in force on all lines except the one to the harbour.",
+    "Music was part of every evening in that house. The grandmother played the piano, not always "
+    "in tune but never out of time, and the children took turns at the violin. Neighbours who "
+    "passed by would stop under the window and listen. Once a man whom nobody knew knocked, asked "
+    "whether he might join them, and sang for an hour. He thanked them, put on his hat and was "
+    "never seen in the village again.",
+)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a written model is from the model with its adapter, on sample texts.
+
+    KL is KL(exact || other), the mean over positions of sum_v p_exact log(p_exact / p_other): what
+    text of the tuned model costs the other in nats per token, beyond what it must cost. `kept` is
+    1 - KL(exact || written) / KL(exact || base). A written model equal to the tuned one keeps all;
+    one that is as far from it as the base is keeps nothing; noise beyond that gives a negative
+    number, which is not cut off. It is a number of these texts, not of all text.
+
+    Attributes:
+        loss_exact: of the model with its adapter, in nats per token.
+        loss_base: of the same model without it.
+        loss_written: of what was written, read back from the files.
+        kl: KL(exact || written), in nats per token.
+        kl_base: KL(exact || base): the adapter's effect.
+        max_logit_difference: largest |logit of written - logit of exact|.
+        kept: the share of the effect that is in the files; NaN if there is hardly any effect.
+        tokens: predictions that were compared.
+        bits: what the files are quantised to; None if they are dense.
+    """
+
+    loss_exact: float
+    loss_base: float
+    loss_written: float
+    kl: float
+    kl_base: float
+    max_logit_difference: float
+    kept: float
+    tokens: int
+    bits: int | None
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss_exact:.4f} with the adapter, {self.loss_base:.4f} without it, "
+            f"{self.loss_written:.4f} as written ({self.tokens:,} tokens); KL of written "
+            f"{self.kl:.2g} and of the base {self.kl_base:.2g} nats per token; logits differ by "
+            f"at most {self.max_logit_difference:.2g}\n{self._verdict()}"
+        )
+
+    def _verdict(self) -> str:
+        if math.isnan(self.kept):
+            return "on these texts the adapter changes nothing that could have been lost"
+        if self.kept >= WELL_KEPT:
+            return f"the files keep {100 * self.kept:.0f} % of what was learned"
+        what = "rounding" if self.bits is None else f"re-quantising to {self.bits} bits"
+        remedy = "choose a wider dtype" if self.bits is None else "merge without bits="
+        if self.kept <= 0:
+            lost = "moved the model further than training did: all of what was learned is lost"
+        else:
+            lost = f"lost {100 * (1 - self.kept):.0f} % of what was learned"
+        return f"{what} {lost}; {remedy}, or keep the adapter apart"
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int]]:
+    """The ids of each text, behind one BOS if the model expects it; None means `TEXTS`.
+
+    Raises:
+        ConfigError: no text has a token to predict.
+    """
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    chosen = texts if texts is not None else [*TEXTS]
+    rows = [bos + ids for ids in tokenizer.encode_batch(chosen)]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ConfigError("texts: none of them has two tokens, so there is nothing to compare")
+    return rows
+
+
+def measure(
+    exact: LlamaForCausalLM, written: LlamaForCausalLM, rows: list[list[int]], bits: int | None
+) -> Drift:
+    """Compares two models, and the first without its adapter, on every prediction of some texts.
+
+    Args:
+        exact: with LoRA layers; it leaves as it came.
+        written: the exported model, loaded with the same compute dtype.
+        rows: ids of each text, at least two.
+        bits: what `written` is quantised to, for the report.
+    """
+    sums = np.zeros(5)  # three losses, two divergences
+    largest = 0.0
+    for ids in rows:
+        tokens = mx.array([ids[:-1]])
+        hidden = exact.model(tokens)[0], _hidden_of_base(exact, tokens), written.model(tokens)[0]
+        mx.eval(hidden)
+        labels = np.array(ids[1:])
+        with exact.head.dense_for_now(), written.head.dense_for_now():
+            for start in range(0, len(labels), POSITIONS):
+                part = slice(start, start + POSITIONS)
+                logits = [_float64(exact.logits(h[part])) for h in hidden[:2]]
+                logits.append(_float64(written.logits(hidden[2][part])))
+                sums += _compare(logits, labels[part])
+                largest = max(largest, float(np.abs(logits[2] - logits[0]).max()))
+    n = sum(len(ids) - 1 for ids in rows)
+    loss_exact, loss_base, loss_written, kl_base, kl = (float(s) for s in sums / n)
+    kept = 1 - kl / kl_base if kl_base > NO_EFFECT else math.nan
+    return Drift(loss_exact, loss_base, loss_written, kl, kl_base, largest, kept, n, bits)
+
+
+def _compare(logits: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Logits (P, V) of exact, base, written -> the sums of their losses, KL of base, of written."""
+    exact, base, written = (_log_softmax(each) for each in logits)
+    at = np.arange(len(labels)), labels
+    losses = [-logs[at].sum() for logs in (exact, base, written)]
+    p = np.exp(exact)
+    return np.array([*losses, (p * (exact - base)).sum(), (p * (exact - written)).sum()])
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _float64(logits: mx.array) -> np.ndarray:
+    # A divergence of 1e-7 is a difference of numbers near 10: float32 cannot hold it.
+    return np.array(logits.astype(mx.float32)).astype(np.float64)
+
+
+def _hidden_of_base(model: LlamaForCausalLM, tokens: mx.array) -> mx.array:
+    with without_adapter(model):
+        return model.model(tokens)[0]
+
+
+@contextmanager
+def without_adapter(model: LlamaForCausalLM) -> Iterator[None]:
+    """Inside the block the model computes what it did before training; afterwards it is as it was.
+
+    Where the base made way for the update (PiSSA, OLoRA), what was taken is added again.
+    """
+    layers = lora_layers(model)
+    before = {}
+    for path, layer in layers:
+        base, begun = layer.base_layer, layer._begun
+        before[path] = base if begun is None else LoRALinear(base, *begun, layer.scale, 0.0)
+    model.update_modules(nested(before))
+    try:
+        yield
+    finally:
+        model.update_modules(nested(dict(layers)))

@@ -1,0 +1,225 @@
+"""The adapter as one GGUF file for llama.cpp, and a Modelfile for Ollama.
+
+The file is what llama.cpp's convert_lora_to_gguf.py makes of a PEFT folder. llama.cpp computes
+W x + alpha / r * B (A x), with one alpha for the file and r the rank of each tensor
+(src/llama-adapter.h), and the rows of q and k stand in its own order. So what differs from
+alpha / r, of rsLoRA or of an alpha pattern, is moved into lora_b, and rows of lora_b are permuted.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_qlora.adapters.files import staged
+from mlx_qlora.adapters.portable import Update, plain_updates
+from mlx_qlora.errors import AdapterError
+from mlx_qlora.fields import require
+from mlx_qlora.model.hub import HUB_ID, ModelFiles
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+
+# A merged model as GGUF is llama.cpp's own work; to be run in its folder.
+MERGED_GGUF_COMMAND = (
+    "python convert_hf_to_gguf.py MERGED_FOLDER --outfile model.gguf --outtype f16"
+)
+DTYPES = {"float16": np.float16, "float32": np.float32}
+UNKNOWN_BASE = "./base.gguf"
+
+
+def save_gguf_adapter(
+    model: LlamaForCausalLM,
+    file: str | Path,
+    base_model_name_or_path: str | None = None,
+    *,
+    dtype: str = "float16",
+    ollama_base: str | None = None,
+) -> Path:
+    """Writes the adapter as a GGUF file, and a `Modelfile` beside it.
+
+    Args:
+        model: with LoRA layers, but not DoRA's.
+        file: `*.gguf`; an older adapter of this name is replaced, any other file is not.
+        base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
+            what the model's own files say they are a copy of. It may stay unknown.
+        dtype: of the tensors, float16 or float32.
+        ollama_base: what the Modelfile begins FROM, a GGUF file or a name in Ollama; by default
+            the file that the model was loaded from, if it is a GGUF file.
+
+    Returns:
+        The GGUF file.
+
+    Raises:
+        AdapterError: the model has no LoRA layers or has DoRA's, a weight is beyond float16, a
+            file would be overwritten that is no adapter, or the `gguf` package is missing.
+        ConfigError: another dtype.
+    """
+    require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
+    if importlib.util.find_spec("gguf") is None:
+        raise AdapterError("a GGUF file needs the package gguf: pip install 'mlx-qlora[gguf]'")
+    updates = plain_updates(model, "llama.cpp knows no DoRA")
+    file = Path(file).expanduser()
+    source: ModelFiles | None = getattr(model, "source", None)
+    base = base_model_name_or_path or (source.hf_id if source else None)
+    alpha = _common_alpha(updates)
+    tensors = _gguf_tensors(updates, alpha, model.config, DTYPES[dtype])
+    _check_target(file)
+    text = modelfile(ollama_base or _gguf_of(source), file.name, base)
+    keeps = _keeps_modelfile(file.parent / "Modelfile", text)
+    with staged(file.parent) as staging:
+        _write(staging / file.name, tensors, alpha, base)
+        if not keeps:
+            (staging / "Modelfile").write_text(text, encoding="utf-8")
+    return file
+
+
+# ---- LoRA weights in llama.cpp's terms ---------------------------------------------------------
+
+
+def _common_alpha(updates: dict[str, Update]) -> float:
+    """The file's one alpha: the first layer's, as float32. Zero would mean a scale of 1."""
+    A, _, scale = next(iter(updates.values()))
+    return float(np.float32(scale * len(A)))
+
+
+def _gguf_tensors(
+    updates: dict[str, Update], alpha: float, config: LlamaConfig, dtype: type[np.floating]
+) -> dict[str, np.ndarray]:
+    """`blk.N.attn_q.weight.lora_a` (r, d_in) and `.lora_b` (d_out, r), in the model's order."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors = {}
+    for path, (A, B, scale) in updates.items():
+        factor = scale * len(A) / alpha
+        if not np.isclose(factor, 1, rtol=1e-6, atol=0):
+            B = B * np.float32(factor)
+        kind = path.rpartition(".")[2]
+        if kind in heads:
+            B = _permute(B, heads[kind])
+        name = f"{names.get_name(path)}.weight"
+        tensors |= {f"{name}.lora_a": A.astype(np.float32), f"{name}.lora_b": B}
+    return {name: _cast(name, array, dtype) for name, array in tensors.items()}
+
+
+def _permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (i, i + Hd / 2) of each head become (2i, 2i + 1), the pairs that llama.cpp turns."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+    limit = np.finfo(dtype).max
+    if not np.all(np.abs(array) <= limit):  # NaN is not, either
+        raise AdapterError(
+            f"{name} has values that are not finite or beyond {dtype.__name__} ({limit:g}); "
+            "if the adapter is sound, write it with dtype='float32'"
+        )
+    return np.ascontiguousarray(array.astype(dtype))
+
+
+# ---- the file ----------------------------------------------------------------------------------
+
+
+def _write(file: Path, tensors: dict[str, np.ndarray], alpha: float, base: str | None) -> None:
+    """Writes what llama.cpp's converter writes, in its order, and reads it back."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_name(file.stem)
+    if base is not None:
+        organisation, _, name = base.rpartition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        if HUB_ID.fullmatch(base):
+            writer.add_base_model_organization(0, organisation)
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    reader = gguf.GGUFReader(file)
+    written = {tensor.name: tensor.data for tensor in reader.tensors}
+    same = written.keys() == tensors.keys() and all(
+        written[name].shape == array.shape and written[name].tobytes() == array.tobytes()
+        for name, array in tensors.items()
+    )
+    if not same or _field(reader, gguf.Keys.Adapter.LORA_ALPHA) != alpha:
+        raise AdapterError(f"{file.name}: what was read back is not what was written")
+
+
+def _check_target(file: Path) -> None:
+    """Refuses a file that is not ours to replace: a base model has the same ending."""
+    import gguf
+
+    if file.suffix.lower() != ".gguf":
+        raise AdapterError(f"{file}: a GGUF adapter's name must end in .gguf")
+    if not file.exists():
+        return
+    try:
+        kind = _field(gguf.GGUFReader(file), gguf.Keys.General.TYPE)
+    except (ValueError, KeyError, IndexError, OSError):
+        kind = None
+    if kind != gguf.GGUFType.ADAPTER:
+        raise AdapterError(f"{file} exists and is no GGUF adapter; give another name")
+
+
+def _field(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+# ---- Ollama ------------------------------------------------------------------------------------
+
+
+def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
+    """The text of an Ollama Modelfile.
+
+    It sets no TEMPLATE: Ollama's are Go templates, not the tokenizer's, and it takes the base's.
+
+    Args:
+        base: a GGUF file or a name in Ollama; None if it is not known.
+        adapter_file: name of the GGUF adapter in the Modelfile's own folder.
+        original: the Hugging Face repository that the adapter belongs to, if known.
+    """
+    lines = [
+        f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",
+        "# Ollama is reported to refuse ADAPTER from 0.34.1 on; there, or where this fails, merge",
+        "# the adapter into its base and create from the merged model.",
+        "# FROM must be the very model that was trained; its own chat template is used.",
+    ]
+    if base is None:
+        lines += ["# Its GGUF is not known here: put its path, or its name in Ollama, into FROM."]
+    return "\n".join([*lines, f"FROM {base or UNKNOWN_BASE}", f"ADAPTER ./{adapter_file}", ""])
+
+
+def _gguf_of(source: ModelFiles | None) -> str | None:
+    """The file that the model was loaded from, if Ollama can begin with it."""
+    is_gguf = source is not None and source.path.suffix.lower() == ".gguf"
+    return str(source.path.absolute()) if source is not None and is_gguf else None
+
+
+def _keeps_modelfile(path: Path, text: str) -> bool:
+    """Whether an existing Modelfile already says all that `text` does, and perhaps more.
+
+    Raises:
+        AdapterError: it says something else; it may be the user's own.
+    """
+    if not path.exists():
+        return False
+    there = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    needed = [line for line in text.splitlines() if line and not line.startswith("#")]
+    if set(needed) - {f"FROM {UNKNOWN_BASE}"} <= there:
+        return True
+    raise AdapterError(
+        f"{path} exists and lacks one of these lines; add them, or move it away, or give the "
+        f"adapter a folder of its own: {'; '.join(needed)}"
+    )

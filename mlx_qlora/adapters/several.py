@@ -1,0 +1,299 @@
+"""Several adapters on one base: one of them, or none, is in the tree; the others lie beside it.
+
+All layers of all adapters are made around the same frozen linears. Switching exchanges modules of
+the tree and computes nothing, so that without an adapter the model is the base bit for bit, and
+only the active adapter is trained, saved, or costs time.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qlora.adapters.load import load_adapter
+from mlx_qlora.errors import ConfigError, did_you_mean
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import LoraConfig, lora_layers
+from mlx_qlora.model.lora_linear import LoRALinear
+from mlx_qlora.tree import nested
+
+COMBINATIONS = ("cat", "linear")
+UNNAMED = "default"  # PEFT's name for an adapter that was given none
+
+
+@dataclass
+class Adapter:
+    """One adapter of a model.
+
+    Attributes:
+        config: what `add_lora` made it from.
+        layers: path in the tree -> its layer, around the base's own linear.
+    """
+
+    config: LoraConfig
+    layers: dict[str, LoRALinear]
+
+
+def adapter_names(model: LlamaForCausalLM) -> list[str]:
+    """The names of a model's adapters, in the order in which they came."""
+    return list(_adapters(model))
+
+
+def active(model: LlamaForCausalLM) -> str | None:
+    """The name of the adapter that is on; None means the base alone."""
+    adapters, here = _adapters(model), {id(layer) for _, layer in lora_layers(model)}
+    for name, adapter in adapters.items():
+        if any(id(layer) in here for layer in adapter.layers.values()):
+            return name
+    return None
+
+
+def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCausalLM:
+    """Adds a PEFT adapter to a model under a name, and switches to it.
+
+    LoRA layers that `add_lora` or `load_adapter` put into the model count as an adapter called
+    `default` (or `default_2` and so on, where that is taken).
+
+    Args:
+        model: with any number of adapters; all of them stay.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        name: any text that no adapter of the model has yet.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: as `load_adapter`; the model is as it was.
+        ConfigError: the name is taken, or the base was changed by PiSSA or OLoRA.
+    """
+    adapters, former = _unchanged(model), active(model)
+    _check_new(adapters, name)
+    _put(model, None)
+    try:
+        load_adapter(model, folder)
+    except BaseException:
+        _put(model, former)
+        raise
+    adapters[name] = Adapter(model.lora_config, dict(lora_layers(model)))
+    return model
+
+
+def detach(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
+    """Forgets an adapter and frees its memory; if it was on, the base is on afterwards.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: no such adapter, or the base was changed by PiSSA or OLoRA.
+    """
+    adapters = _unchanged(model)
+    _check_known(adapters, name)
+    if active(model) == name:
+        _put(model, None)
+    del adapters[name]
+    return model
+
+
+def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
+    """Turns on one adapter, or with None the base alone.
+
+    `model.trainable_parameters()`, `save_adapter` and `generate` are then the adapter's.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: no such adapter, or the base is no longer what it was attached to.
+    """
+    adapters = _unchanged(model)
+    if name is not None:
+        _check_known(adapters, name)
+    _put(model, name)
+    return model
+
+
+@contextmanager
+def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
+    """Lends the base alone; afterwards, also after an exception, what was on is on again.
+
+    Raises:
+        ConfigError: the base was changed by PiSSA or OLoRA.
+    """
+    former = active(model)
+    switch(model, None)
+    try:
+        yield model
+    finally:
+        # An adapter that was detached within cannot come back.
+        switch(model, former if former in _adapters(model) else None)
+
+
+def combine(
+    model: LlamaForCausalLM, weights: dict[str, float], name: str, combination_type: str = "cat"
+) -> LlamaForCausalLM:
+    """Makes a new adapter of a weighted sum of others, and switches to it.
+
+    As PEFT's `add_weighted_adapter`. Of each linear, with factors f = weight * scale:
+
+        cat      sum of f B A, exactly; the ranks add up
+        linear   (sum of sqrt|f| B) (sum of sign(f) sqrt|f| A): rough, but of the same rank
+
+    A linear that only some adapters change gets their updates; dropout is that of the first. With
+    rsLoRA, PEFT 0.21 multiplies the sum by the square root of the new rank once more; we do not.
+
+    Args:
+        model: with the adapters.
+        weights: name -> factor; negative ones subtract.
+        name: of the new adapter.
+        combination_type: `cat` or `linear`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: an unknown adapter or type, a name that is taken, weights that are not finite,
+            an adapter with DoRA, or for `linear` ranks that differ.
+    """
+    adapters = _unchanged(model)
+    _check_new(adapters, name)
+    _check_sum(adapters, weights, combination_type)
+    parts = [(adapters[each], weight) for each, weight in weights.items()]
+    ranks = [max(len(x.lora_A.weight) for x in part.layers.values()) for part, _ in parts]
+    rank = sum(ranks) if combination_type == "cat" else max(ranks)
+    layers = {}
+    for path in dict.fromkeys(path for part, _ in parts for path in part.layers):
+        own = [(p.layers[path], weight) for p, weight in parts if path in p.layers]
+        A, B = _cat(own) if combination_type == "cat" else _linear(path, own)
+        missing = rank - len(A)
+        A, B = mx.pad(A, [(0, missing), (0, 0)]), mx.pad(B, [(0, 0), (0, missing)])
+        mx.eval(A, B)
+        layers[path] = LoRALinear(own[0][0].base_layer, A, B, 1.0, own[0][0].dropout)
+    adapters[name] = Adapter(_config_of_sum([part for part, _ in parts], layers, rank), layers)
+    _put(model, name)
+    return model
+
+
+def _cat(own: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
+    """A (sum of ranks, d_in) and B (d_out, sum of ranks), float32."""
+    A = [(weight * layer.scale) * layer.lora_A.weight for layer, weight in own]
+    return mx.concatenate(A), mx.concatenate([layer.lora_B.weight for layer, _ in own], axis=1)
+
+
+def _linear(path: str, own: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
+    """A (r, d_in) and B (d_out, r), float32; the sign goes to one side alone."""
+    ranks = [len(layer.lora_A.weight) for layer, _ in own]
+    if len(set(ranks)) > 1:
+        raise ConfigError(f"linear needs equal ranks; those of {path} are {ranks}: use cat")
+    roots = [math.sqrt(abs(weight * layer.scale)) for layer, weight in own]
+    A = [math.copysign(f, w) * layer.lora_A.weight for f, (layer, w) in zip(roots, own)]
+    B = [f * layer.lora_B.weight for f, (layer, _) in zip(roots, own)]
+    return mx.stack(A).sum(axis=0), mx.stack(B).sum(axis=0)
+
+
+def _config_of_sum(parts: list[Adapter], layers: dict[str, LoRALinear], rank: int) -> LoraConfig:
+    first = parts[0].config
+    targets = [(part.config.target_modules, part.config.layers_to_transform) for part in parts]
+    same = all(each == targets[0] for each in targets)
+    return replace(
+        first,
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
+        init_lora_weights=True,
+        target_modules=first.target_modules if same else list(layers),
+        layers_to_transform=first.layers_to_transform if same else None,
+    )
+
+
+def _check_sum(adapters: dict[str, Adapter], weights: dict[str, float], kind: str) -> None:
+    if kind not in COMBINATIONS:
+        hint = did_you_mean(kind, COMBINATIONS)
+        raise ConfigError(f"combination_type must be cat or linear; got {kind!r}{hint}")
+    if not weights:
+        raise ConfigError("weights must name at least one adapter; got none")
+    for each, weight in weights.items():
+        _check_known(adapters, each)
+        if not math.isfinite(weight):
+            raise ConfigError(f"weights[{each!r}] must be a finite number; got {weight!r}")
+        if adapters[each].config.use_dora:
+            raise ConfigError(
+                f"the adapter {each!r} uses DoRA, whose row lengths have no weighted sum: combine "
+                "adapters without it, or merge this one into the base"
+            )
+
+
+def _adapters(model: LlamaForCausalLM) -> dict[str, Adapter]:
+    """`model.adapters`, with what was put into the tree since it was last looked at."""
+    # In the object's __dict__: as an item of the module its layers would be parameters.
+    adapters: dict[str, Adapter] = vars(model).setdefault("adapters", {})
+    here = dict(lora_layers(model))
+    for adapter in adapters.values():
+        if any(adapter.layers.get(path) is layer for path, layer in here.items()):
+            adapter.config = model.lora_config  # a run may have put in another LoRA+ ratio
+            return adapters
+    if here:
+        names = (UNNAMED, *(f"{UNNAMED}_{n}" for n in range(2, len(adapters) + 2)))
+        name = next(name for name in names if name not in adapters)
+        adapters[name] = Adapter(model.lora_config, here)
+    return adapters
+
+
+def _unchanged(model: LlamaForCausalLM) -> dict[str, Adapter]:
+    """The adapters, if the base beneath them is the one that was loaded.
+
+    Raises:
+        ConfigError: PiSSA or OLoRA took their beginning from it.
+    """
+    adapters = _adapters(model)
+    for name, adapter in adapters.items():
+        if any(layer._begun is not None for layer in adapter.layers.values()):
+            raise ConfigError(
+                f"the adapter {name!r} began with init_lora_weights="
+                f"{adapter.config.init_lora_weights!r}, which changed the base that others would "
+                "share: save_adapter(model, folder), load the base again, and attach(model, "
+                "folder, name)"
+            )
+    return adapters
+
+
+def _put(model: LlamaForCausalLM, name: str | None) -> None:
+    """Makes one adapter's layers, or the bare linears, the modules of the tree."""
+    adapter = vars(model)["adapters"][name] if name is not None else None
+    bare: dict[str, nn.Module] = {path: layer.base_layer for path, layer in lora_layers(model)}
+    base = dict(model.named_modules()) | bare
+    layers = adapter.layers if adapter else {}
+    for path, layer in layers.items():
+        if base.get(path) is not layer.base_layer:
+            raise ConfigError(
+                f"{path} of the base was replaced since the adapter {name!r} was attached: load "
+                "the base again, and attach the adapters to it"
+            )
+    if bare or layers:
+        model.update_modules(nested(bare | layers))
+    vars(model).pop("lora_config", None)
+    if adapter:
+        model.lora_config = adapter.config
+
+
+def _check_new(adapters: dict[str, Adapter], name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"an adapter's name must be text; got {name!r}")
+    if name in adapters:
+        raise ConfigError(
+            f"the model has an adapter {name!r} already: choose another name, or "
+            f"detach(model, {name!r}) first"
+        )
+
+
+def _check_known(adapters: dict[str, Adapter], name: str) -> None:
+    if name not in adapters:
+        exists = ", ".join(map(repr, adapters)) or "none"
+        hint = did_you_mean(str(name), adapters)
+        raise ConfigError(f"the model has no adapter {name!r}{hint}; it has {exists}")
