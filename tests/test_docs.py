@@ -33,13 +33,23 @@ def test_the_architecture_names_every_module():
             assert path.stem in text, f"docs/architecture.md does not name {path.stem}"
 
 
+PAGES = ["README.md", "docs/adapters.md"]
+
+
 def code_blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    return [
+        block
+        for text in texts
+        for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    ]
 
 
 def readme_commands() -> list[str]:
+    """Of the blocks in README and docs, and in the tables of docs; dots stand for words."""
     lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    lines += [line for line in re.findall(r"`(mlx-qlora [^`]*)`", text) if "..." not in line]
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 import struct
 import warnings
@@ -607,3 +608,46 @@ def test_the_first_of_two_patterns_counts_in_the_file_too(base: Path, tmp_path: 
     assert list(written["rank_pattern"]) == list(ranks)
     again = load_adapter(load_folder(base), tmp_path / "a")
     np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(model, TOKENS))
+
+
+@pytest.mark.parametrize("moves", range(1, 5))
+def test_an_adapter_over_another_is_never_half_of_each(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """Same shapes, other scale: a reader could not tell that two files are of two adapters."""
+    old = add_lora(load_folder(base), LoraConfig(r=2, lora_alpha=2))
+    new = add_lora(load_folder(base), LoraConfig(r=2, lora_alpha=20))
+    for model, seed in ((old, 1), (new, 2)):
+        randomise_lora(model, seed)
+    save_adapter(old, tmp_path / "a", "org/base")
+    left, replace = [moves], os.replace
+
+    def dies(source: Any, target: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("the power went out")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="power"):
+        patch.setattr(os, "replace", dies)
+        save_adapter(new, tmp_path / "a", "org/base")
+    for folder in (tmp_path / "a", tmp_path / "a" / "mlx"):
+        if (folder / CONFIG).exists():  # then it is one adapter, whole
+            found = our_logits(load_adapter(load_folder(base), folder), TOKENS)
+            assert any(np.abs(found - our_logits(m, TOKENS)).max() < 1e-5 for m in (old, new))
+        else:
+            with pytest.raises(AdapterError):
+                load_adapter(load_folder(base), folder)
+    save_adapter(new, tmp_path / "a", "org/base")
+    found = our_logits(load_adapter(load_folder(base), tmp_path / "a"), TOKENS)
+    np.testing.assert_array_equal(found, our_logits(new, TOKENS))
+
+
+def test_a_copy_for_mlx_lm_that_is_no_longer_written_does_not_stay(
+    base: Path, tmp_path: Path
+) -> None:
+    model = adapted(base)
+    save_adapter(model, tmp_path / "a", "org/base")
+    (tmp_path / "a" / "mlx" / "mine.txt").write_text("kept")
+    save_adapter(model, tmp_path / "a", "org/base", mlx_lm=False)
+    assert [path.name for path in (tmp_path / "a" / "mlx").iterdir()] == ["mine.txt"]

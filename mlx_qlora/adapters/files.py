@@ -11,7 +11,12 @@ from pathlib import Path
 
 
 @contextmanager
-def staged(folder: Path, replace: bool = False) -> Iterator[Path]:
+def staged(
+    folder: Path,
+    replace: bool = False,
+    marks: tuple[str, ...] = (),
+    gone: tuple[str, ...] = (),
+) -> Iterator[Path]:
     """Lends an empty folder on the target's disk and, if the block succeeds, moves it into place.
 
     A folder that did not exist appears whole, by one rename. Into an existing one the files are
@@ -22,6 +27,9 @@ def staged(folder: Path, replace: bool = False) -> Iterator[Path]:
     Args:
         folder: where the files shall be; its parent is made if need be.
         replace: whether an existing folder makes way as a whole.
+        marks: files without which a reader finds nothing: old ones go before anything else is
+            moved, new ones come last, so that no reader ever has old and new files together.
+        gone: files of an older export that are not written any more.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Inside an existing folder: its parent may be another disk, or not ours to write to.
@@ -46,7 +54,10 @@ def staged(folder: Path, replace: bool = False) -> Iterator[Path]:
         elif not folder.exists():
             staging.rename(folder)
         else:
-            for file in sorted(f for f in staging.rglob("*") if f.is_file()):
+            for name in (*marks, *gone):
+                (folder / name).unlink(missing_ok=True)
+            files = sorted(file for file in staging.rglob("*") if file.is_file())
+            for file in sorted(files, key=lambda f: f.relative_to(staging).as_posix() in marks):
                 target = folder / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)

@@ -16,7 +16,7 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, lora_layers
 from mlx_qlora.model.weights import read_safetensors_header
 
-WEIGHTS = "adapters.safetensors"
+CONFIG, WEIGHTS = FILES = "adapter_config.json", "adapters.safetensors"
 PEFT_PREFIX = "base_model.model."
 PEFT_LEAVES = {
     "lora_a": ".lora_A.weight",
@@ -47,7 +47,7 @@ def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     if (folder / "adapter_model.safetensors").exists():
         raise AdapterError(f"{folder} holds a PEFT adapter already; choose another folder")
-    with staged(folder) as staging:
+    with staged(folder, marks=(CONFIG,)) as staging:
         write_mlx_lm(model, staging)
     return folder
 
@@ -86,7 +86,7 @@ def write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "mlx"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     written = load_file(folder / WEIGHTS)
     same = written.keys() == tensors.keys() and all(
@@ -105,7 +105,7 @@ def read_mlx_lm_config(folder: Path) -> LoraConfig:
     Raises:
         AdapterError: files are missing or damaged, or it is no LoRA or DoRA.
     """
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]

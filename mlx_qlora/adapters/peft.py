@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.card import Facts, model_card
 from mlx_qlora.adapters.files import staged
+from mlx_qlora.adapters.mlx_lm import FILES as MLX_LM_FILES
 from mlx_qlora.adapters.mlx_lm import write_mlx_lm
 from mlx_qlora.errors import AdapterError, ConfigError, listing
 from mlx_qlora.model.hub import ModelFiles
@@ -83,7 +84,8 @@ def save_adapter(
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
     tensors = adapter_tensors(model)
-    with staged(folder) as staging:
+    copies = tuple(f"mlx/{name}" for name in MLX_LM_FILES)
+    with staged(folder, marks=(CONFIG, copies[0]), gone=() if mlx_lm else copies) as staging:
         write_peft(staging, tensors, peft_config(model, base))
         if mlx_lm:
             write_mlx_lm(model, staging / "mlx")
