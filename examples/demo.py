@@ -57,7 +57,8 @@ def main() -> int:
     assert validation and test
     test = test[:TEST_ROWS]
     console.print(f"data      {train.report.kept:,} rows fit {config.data.max_length} tokens")
-    console.print(str(mq.plan(MODEL, config)), highlight=False)
+    plan = mq.plan(MODEL, config)
+    console.print(str(plan), highlight=False)
 
     before, texts_before = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
     console.print(f"before    test loss {before.loss:.3f}")
@@ -74,7 +75,15 @@ def main() -> int:
             console.print(f"[bold]{name}:[/bold] ", end="")
             console.print(text.strip(), markup=False, highlight=False)
     console.rule()
-    report = write_report(result, config, {"before": before, "after": after}, samples)
+    report = write_report(
+        result,
+        config,
+        {"before": before, "after": after},
+        samples,
+        data=[train.report],
+        rows={"train": len(train), "validation": VALIDATION_ROWS, "test": len(test)},
+        plan=plan,
+    )
 
     fall = 1 - after.loss / before.loss
     console.print(

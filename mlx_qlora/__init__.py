@@ -21,13 +21,15 @@ _HOME = {
     "DataConfig": "data.read",
     "DataError": "errors",
     "Examples": "data.examples",
-    "GenerationConfig": "infer.generate",
+    "GenerationConfig": "infer.sampling",
     "LoggingConfig": "train.metrics",
     "LoraConfig": "model.lora",
     "ModelConfig": "source",
+    "PromptCache": "infer.prompt_cache",
     "QuantConfig": "model.quantize",
     "RunConfig": "config",
     "SourceError": "errors",
+    "Speed": "infer.generate",
     "TokenizerError": "errors",
     "TrainResult": "train.loop",
     "TrainingConfig": "train.config",
@@ -37,12 +39,14 @@ _HOME = {
     "adapter_names": "adapters.several",
     "add_lora": "model.lora",
     "attach": "adapters.several",
+    "chat": "infer.chat",
     "combine": "adapters.several",
     "detach": "adapters.several",
     "disabled": "adapters.several",
     "evaluate": "infer.evaluate",
     "fine_tune": "run",
     "generate": "infer.generate",
+    "generate_batch": "infer.batch",
     "load": "source",
     "load_adapter": "adapters.load",
     "loss_and_grads": "train.engine",
@@ -55,6 +59,7 @@ _HOME = {
     "save_gguf_adapter": "adapters.gguf",
     "save_merged": "adapters.merge",
     "save_portable": "adapters.portable",
+    "stream": "infer.generate",
     "switch": "adapters.several",
 }
 
@@ -103,9 +108,14 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.errors import TokenizerError as TokenizerError
     from mlx_qlora.errors import UserError as UserError
     from mlx_qlora.errors import WeightsError as WeightsError
+    from mlx_qlora.infer.batch import generate_batch as generate_batch
+    from mlx_qlora.infer.chat import chat as chat
     from mlx_qlora.infer.evaluate import evaluate as evaluate
-    from mlx_qlora.infer.generate import GenerationConfig as GenerationConfig
+    from mlx_qlora.infer.generate import Speed as Speed
     from mlx_qlora.infer.generate import generate as generate
+    from mlx_qlora.infer.generate import stream as stream
+    from mlx_qlora.infer.prompt_cache import PromptCache as PromptCache
+    from mlx_qlora.infer.sampling import GenerationConfig as GenerationConfig
     from mlx_qlora.model.lora import LoraConfig as LoraConfig
     from mlx_qlora.model.lora import add_lora as add_lora
     from mlx_qlora.model.quantize import QuantConfig as QuantConfig

@@ -10,7 +10,6 @@ import signal
 import sys
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora._version import __version__
@@ -18,7 +17,6 @@ from mlx_qlora.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
-    from mlx_qlora.data.tokenizer import Tokenizer
 
 # flag -> (field, what its value is called; None for a flag that says true)
 SHORTHANDS = {
@@ -38,6 +36,9 @@ OF_COMMAND = {
     "plan": ("--model", "--batch-size", "--max-length"),
     "inspect": ("--model", "--data", "--max-length", "--strict", "--refused"),
     "generate": ("--model", "--adapter"),
+    "chat": ("--model", "--adapter"),
+    "evaluate": ("--model", "--adapter", "--data", "--max-length"),
+    "sweep": tuple(flag for flag in SHORTHANDS if flag not in ("--learning-rate", "--adapter")),
     "merge": ("--model", "--adapter"),
     "export": ("--model", "--adapter"),
     "push": (),
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", _plan, "predict the memory and the speed of a run"),
         ("inspect", _inspect, "read data as a run would, and say what would be trained"),
         ("generate", _generate, "let a model, with or without an adapter, continue a prompt"),
+        ("chat", _chat, "talk to a model, with its adapter or without"),
+        ("evaluate", _evaluate, "score a model on rows, and its adapter against the base"),
+        ("sweep", _sweep, "find a learning rate, a rank and a batch size by short runs"),
         ("merge", _merge, "fold an adapter into its model's weights, as a folder any tool opens"),
         ("export", _export, "write an adapter in another format"),
         ("push", _push, "upload an adapter or a merged model to the Hugging Face hub"),
@@ -126,6 +130,24 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--input", metavar="TEXT", help="goes with --instruction")
         add("--raw", action="store_true", help="do not use the chat template")
         add("--seed", type=int, help="the same seed gives the same text")
+    if name == "chat":
+        add("--system", metavar="TEXT", help="what the model is told first")
+        add("--seed", type=int, help="the same seed gives the same answers")
+    if name == "evaluate":
+        add("--limit", type=int, metavar="N", help="score N rows, drawn by training.seed")
+        asked = "let the models answer N questions (default 32); 0 asks none"
+        add("--answers", type=int, metavar="N", help=asked)
+        add("--general", metavar="FILE", help="text to look for what was forgotten on")
+        add("--output", metavar="FILE", help="JSON of everything")
+    if name == "sweep":
+        for flag, what in (("learning-rates", "1e-4,2e-4,5e-4"), ("ranks", "8,16,32")):
+            add(f"--{flag}", metavar="LIST", help=f"to try, such as {what}")
+        add("--batch-sizes", metavar="LIST", help="rows of a step to try, such as 8,16")
+        add("--steps", type=int, metavar="N", help="full budget of a trial")
+        halved = "how often the worse half is given up (default 3)"
+        add("--rungs", type=int, default=3, metavar="N", help=halved)
+        add("--product", action="store_true", help="all combinations, not field after field")
+        add("--repeat-best", action="store_true", help="the winner with another seed, too")
     if name in ("merge", "export"):
         add("--output-dir", dest="folder", required=True, metavar="DIR", help="where it goes")
     if name == "merge":
@@ -229,24 +251,18 @@ def _generate(args: argparse.Namespace) -> int:
     config = _config(args)
     if args.print_config:
         return _print_config(config)
+    from mlx_qlora.delivery import as_taught, loaded, with_model
     from mlx_qlora.infer.generate import generate
-    from mlx_qlora.source import load
 
     if args.prompt is None and args.instruction is None:
         raise ConfigError("nothing to answer: pass --prompt TEXT, or --instruction TEXT")
     if args.input and args.instruction is None:
         raise ConfigError("--input goes with --instruction")
     how = config.generation
-    model = config.model
-    llama, tokenizer = load(
-        _source(config),
-        model.quantize(),
-        model.adapter,
-        model.revision,
-        dtype=model.dtype,
-        frozen_matmul=model.frozen_matmul,
-    )
-    template, tokenizer = _as_taught(config, tokenizer)
+    config = with_model(config)
+    llama, tokenizer = loaded(config)
+    config, tokenizer = as_taught(config, tokenizer)
+    template = config.data.template
     answer = generate(
         llama,
         tokenizer,
@@ -260,6 +276,57 @@ def _generate(args: argparse.Namespace) -> int:
     )
     print(answer)
     return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.delivery import model_to_ask
+    from mlx_qlora.infer.chat import chat
+
+    model, tokenizer = model_to_ask(config)
+    chat(model, tokenizer, Console(), config.generation, args.system, args.seed)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.judging import ANSWERS, evaluate_run
+
+    answers = ANSWERS if args.answers is None else args.answers
+    evaluate_run(config, Console(), None, args.limit, answers, args.general, args.output)
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.print_config:
+        return _print_config(config)
+    from rich.console import Console
+
+    from mlx_qlora.sweep.search import sweep
+
+    lists = {"learning_rate": args.learning_rates, "r": args.ranks, "batch_size": args.batch_sizes}
+    grid = {field: _numbers(field, text) for field, text in lists.items() if text is not None}
+    how = {"product": args.product, "repeat_best": args.repeat_best}
+    sweep(config, Console(), grid or None, args.steps, args.rungs, **how)
+    return 0
+
+
+def _numbers(field: str, text: str) -> list[Any]:
+    """The numbers of a list such as 8,16."""
+    kind = float if field == "learning_rate" else int
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{field} must be numbers with commas between; got {text!r}") from None
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -297,22 +364,6 @@ def _push(args: argparse.Namespace) -> int:
 
     push_folder(args.folder, args.repo_id, Console(), args.public, args.dry_run)
     return 0
-
-
-def _as_taught(config: "RunConfig", tokenizer: "Tokenizer") -> "tuple[str, Tokenizer]":
-    """`data.template` of the run that made the adapter, and its chat template if it had its own."""
-    from mlx_qlora.config import build, read_yaml
-
-    template = config.data.template
-    if config.model.adapter is None:
-        return template, tokenizer
-    adapter = Path(config.model.adapter).expanduser()
-    if template == "auto" and (adapter / "run.yaml").is_file():
-        template = build({"data": read_yaml(adapter / "run.yaml").get("data", {})}).data.template
-    if (adapter / "chat_template.jinja").is_file():
-        source = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
-        tokenizer = tokenizer.with_chat_template(source)
-    return template, tokenizer
 
 
 def _prompt(args: argparse.Namespace, can_chat: bool, template: str) -> str | list[dict[str, str]]:

@@ -16,7 +16,7 @@ import yaml
 
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError, did_you_mean
-from mlx_qlora.infer.generate import GenerationConfig
+from mlx_qlora.infer.sampling import GenerationConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.source import ModelConfig
 from mlx_qlora.train.checkpoint import CheckpointingConfig

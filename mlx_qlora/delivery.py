@@ -1,4 +1,4 @@
-"""`mlx-qlora merge`, `export` and `push`: what becomes of an adapter once it is trained."""
+"""`mlx-qlora merge`, `export` and `push`; and the model that a trained adapter belongs to."""
 
 import dataclasses
 from pathlib import Path
@@ -100,17 +100,37 @@ def push_folder(
 
 
 def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """The model of a config with its adapter; an adapter of ours knows its model itself.
+    """The model of a config with its adapter.
 
     Raises:
         UserError: no adapter is named, nothing says which model it is for, or one of both cannot
             be used.
     """
-    chosen = config.model
-    if chosen.adapter is None:
+    if config.model.adapter is None:
         raise ConfigError("model.adapter is missing; name a PEFT folder with --adapter DIR")
+    return loaded(with_model(config))
+
+
+def model_to_ask(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
+    """The model of a config, with the chat template that its adapter was taught with.
+
+    Raises:
+        UserError: nothing says which model it is, or it or its adapter cannot be used.
+    """
+    config = with_model(config)
+    model, tokenizer = loaded(config)
+    return model, as_taught(config, tokenizer)[1]
+
+
+def with_model(config: RunConfig) -> RunConfig:
+    """With the model that an adapter of ours was trained on, if none is named."""
+    chosen = config.model
+    if chosen.source is not None:
+        return config
+    if chosen.adapter is None:
+        raise ConfigError("model.source is missing; name a model with --model SOURCE")
     record = Path(chosen.adapter).expanduser() / "run.yaml"
-    if chosen.source is None and record.is_file():
+    if record.is_file():
         trained = build({"model": read_yaml(record).get("model", {})}).model
         chosen = dataclasses.replace(trained, adapter=chosen.adapter)
     if chosen.source is None:
@@ -118,6 +138,13 @@ def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
             f"model.source is missing, and {chosen.adapter} has no run.yaml that names it; "
             "name the model with --model SOURCE"
         )
+    return dataclasses.replace(config, model=chosen)
+
+
+def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
+    """The model that a config names, with its adapter if it names one."""
+    chosen = config.model
+    assert chosen.source is not None
     return load(
         chosen.source,
         chosen.quantize(),
@@ -125,4 +152,22 @@ def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
         chosen.revision,
         dtype=chosen.dtype,
         frozen_matmul=chosen.frozen_matmul,
+    )
+
+
+def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Tokenizer]:
+    """Rows are written as the run that made the adapter wrote them, unless the config says how."""
+    if config.model.adapter is None or config.data.template != "auto":
+        return config, tokenizer
+    adapter = Path(config.model.adapter).expanduser()
+    template = config.data.template
+    if (adapter / "run.yaml").is_file():
+        template = build({"data": read_yaml(adapter / "run.yaml").get("data", {})}).data.template
+    if (adapter / "chat_template.jinja").is_file():
+        own = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+        tokenizer = tokenizer.with_chat_template(own)
+        if template not in ("auto", "alpaca", "chat"):
+            template = "chat"  # the file that it was read from may be gone; this is its copy
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template=template)), (
+        tokenizer
     )

@@ -40,6 +40,9 @@ from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import load_model, open_checkpoint
 from mlx_qlora.planner import plan_checkpoint, settled
 from mlx_qlora.report import write_report
+from mlx_qlora.report.drawing import PNG_HINT, can_draw_png
+from mlx_qlora.report.notebook import live_plots
+from mlx_qlora.report.samples import asked, questions, samples_of
 from mlx_qlora.train.advice import advise
 from mlx_qlora.train.checkpoint import (
     RunState,
@@ -80,7 +83,9 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     check_lengths(LlamaConfig.from_hf(checkpoint.config), examples, validation, test)
     sizes = [len(part or ()) for part in (examples, validation, test)]
     say(console, "          {:,} train, {:,} validation, {:,} test".format(*sizes))
+    width = LlamaConfig.from_hf(checkpoint.config).hidden_size
     config = settled(config, examples)
+    config = dataclasses.replace(config, training=config.training.at_hidden_size(width))
     predicted = plan_checkpoint(checkpoint, config, examples)
     say(console, f"plan\n{_indent(str(predicted))}")
 
@@ -92,13 +97,26 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     )
     if config.model.adapter is not None:
         load_adapter(model, config.model.adapter)
-    prepare(model, examples, validation, config)
+    recorded = prepare(model, examples, validation, config).config
+    rows, most = questions(test or validation), config.generation.max_new_tokens
+    told = asked(model, tokenizer, rows, most)
     before = evaluate(model, tokenizer, test) if test else None
     result = fine_tune(model, tokenizer, examples, validation, config, console=console)
+    scores = {}
     if test and before:
-        after = evaluate(model, tokenizer, test)
-        _print_scores(console, before, after)
-        write_report(result, config, {"before": before, "after": after})
+        scores = {"before": before, "after": evaluate(model, tokenizer, test)}
+        _print_scores(console, before, scores["after"])
+    write_report(
+        result,
+        recorded,
+        scores,
+        samples_of(tokenizer, rows, told, asked(model, tokenizer, rows, most)),
+        data=list({id(part.report): part.report for part in parts}.values()),
+        rows=dict(zip(("train", "validation", "test"), sizes)),
+        plan=predicted,
+    )
+    if not can_draw_png():
+        say(console, f"report    {PNG_HINT}")
     return result
 
 
@@ -135,6 +153,8 @@ def fine_tune(
     if not len(train_examples):
         raise DataError("there are no examples to train on")
     config = settled(config, train_examples)
+    settled_rate = config.training.at_hidden_size(model.config.hidden_size)
+    config = dataclasses.replace(config, training=settled_rate)
     tokenizer = with_template(tokenizer, train_examples)
     prepared = prepare(model, train_examples, validation, config)
     config, base = prepared.config, prepared.base
@@ -172,22 +192,26 @@ def _train(
     """Trains, and leaves the adapter, the tokenizer and the report."""
     config, base = prepared.config, prepared.base
     output = Path(config.checkpointing.output_dir)
-    result = train(
-        model,
-        train_examples,
-        validation,
-        config.data,
-        config.training,
-        config.checkpointing,
-        config.logging,
-        base,
-        prepared.state,
-        prepared.resumed,
-        console,
-    )
+    with live_plots(output / "metrics.jsonl", config.training.warmup_steps):
+        result = train(
+            model,
+            train_examples,
+            validation,
+            config.data,
+            config.training,
+            config.checkpointing,
+            config.logging,
+            base,
+            prepared.state,
+            prepared.resumed,
+            console,
+        )
     save_adapter(model, output, base)
     tokenizer.save(output)
-    write_report(result, config, {})
+    reports = [part.report for part in (train_examples, validation) if part]
+    sizes = {"train": len(train_examples), "validation": len(validation or ())}
+    known = list({id(report): report for report in reports}.values())
+    write_report(result, config, {}, data=known, rows=sizes)
     with staged(output) as staging:  # now that there are figures to tell
         card = model_card(read_facts(output))
         (staging / "README.md").write_text(card, encoding="utf-8")

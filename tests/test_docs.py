@@ -33,7 +33,7 @@ def test_the_architecture_names_every_module():
             assert path.stem in text, f"docs/architecture.md does not name {path.stem}"
 
 
-PAGES = ["README.md", "docs/adapters.md"]
+PAGES = ["README.md", "docs/adapters.md", "docs/judging.md"]
 
 
 def code_blocks(language: str) -> list[str]:
@@ -48,7 +48,7 @@ def code_blocks(language: str) -> list[str]:
 def readme_commands() -> list[str]:
     """Of the blocks in README and docs, and in the tables of docs; dots stand for words."""
     lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()
-    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES[1:])
     lines += [line for line in re.findall(r"`(mlx-qlora [^`]*)`", text) if "..." not in line]
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 

@@ -10,6 +10,10 @@ from tiny_folder import write_model
 
 import mlx_qlora as mq
 from mlx_qlora.data.examples import Example
+from mlx_qlora.infer import evaluate as of_evaluate
+from mlx_qlora.infer.evaluate import score_examples
+from mlx_qlora.train.config import batches_of
+from mlx_qlora.train.score import score
 
 ROWS = [
     {"instruction": f"Repeat the word fox {n} times.", "output": " ".join(["fox"] * n)}
@@ -79,3 +83,79 @@ def test_sets_that_cannot_be_scored_are_refused(tuned: tuple[Any, Any], tmp_path
     smaller, _ = mq.load(write_model(tmp_path / "small", vocab_size=200))
     with pytest.raises(mq.DataError, match="the tokenizer has 320 ids, the model 200"):
         mq.evaluate(smaller, tokenizer, examples)
+
+
+# ---- example by example ------------------------------------------------------------------------
+
+
+def test_scores_of_examples_are_the_definition_s_and_add_up_to_those_of_the_set(
+    tuned: tuple[Any, Any],
+) -> None:
+    model, tokenizer = tuned
+    examples = mq.read_examples([*ROWS[::-1], *ROWS], tokenizer, mq.DataConfig())
+    scores = score_examples(model, tokenizer, examples)
+    for i, example in enumerate(examples):
+        logits = our_logits(model, example.tokens[None, :-1])[0].astype(np.float64)
+        chances = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        at, wanted = example.learned[1:], example.tokens[1:]
+        assert scores.nats[i] == pytest.approx(-chances[at, wanted[at]].sum(), rel=1e-5)
+        assert scores.hits[i] == (logits.argmax(axis=-1) == wanted)[at].sum()
+        assert scores.tokens[i] == at.sum()
+    assert np.allclose(scores.losses, scores.nats / scores.tokens)
+    whole = mq.evaluate(model, tokenizer, examples)
+    total = scores.total()
+    assert (total.token_accuracy, total.n_tokens) == (whole.token_accuracy, whole.n_tokens)
+    assert total.loss == pytest.approx(whole.loss, rel=1e-6)
+    again = score_examples(model, tokenizer, examples)
+    assert np.array_equal(again.nats, scores.nats) and np.array_equal(again.hits, scores.hits)
+
+
+def test_many_examples_go_in_several_groups_and_keep_their_places(
+    tuned: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tuned
+    examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
+    wanted = score_examples(model, tokenizer, examples)
+    monkeypatch.setattr(of_evaluate, "POSITIONS", 64)
+    groups = of_evaluate._groups(examples.lengths)
+    assert len(groups) > 3 and sorted(i for group in groups for i in group) == [*range(len(ROWS))]
+    found = score_examples(model, tokenizer, examples)
+    assert np.allclose(found.nats, wanted.nats, rtol=1e-5)
+    assert np.array_equal(found.tokens, wanted.tokens)
+
+
+def test_the_loss_is_the_trainer_s_and_that_of_torch_and_peft(tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = write_model(tmp_path / "model")
+    model, tokenizer = mq.load(base)
+    mq.add_lora(model, mq.LoraConfig(r=4))
+    randomise_lora(model)
+    mq.save_adapter(model, tmp_path / "a", base_model_name_or_path=str(base))
+    examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
+    ours = score_examples(model, tokenizer, examples)
+    held_out = batches_of(examples, mq.DataConfig(), mq.TrainingConfig())
+    trainer = score(model, held_out)  # what `train.loop` takes its validation loss from
+    assert trainer.tokens == ours.total().n_tokens
+    assert ours.total().loss == pytest.approx(trainer.nats / trainer.tokens, abs=1e-5)
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a")
+    theirs.eval()
+    nats = []
+    for example in examples:
+        ids = torch.from_numpy(example.tokens.astype(np.int64))[None]
+        labels = torch.where(torch.from_numpy(example.learned), ids[0], -100)[None]
+        with torch.no_grad():
+            mean = theirs(input_ids=ids, labels=labels).loss
+        nats.append(float(mean) * int(example.learned[1:].sum()))
+    assert ours.nats == pytest.approx(nats, rel=1e-5)
+    assert ours.total().loss == pytest.approx(sum(nats) / ours.tokens.sum(), abs=1e-5)
+
+
+def test_an_example_that_teaches_nothing_is_named(tuned: tuple[Any, Any]) -> None:
+    model, tokenizer = tuned
+    blank = Example(np.arange(5, dtype=np.int32), np.zeros(5, bool), 3, "x.jsonl")
+    with pytest.raises(mq.DataError, match=r"x\.jsonl:3 has no supervised token"):
+        score_examples(model, tokenizer, mq.Examples.of([blank]))

@@ -77,7 +77,7 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         tokens_seen=max(seen, default=0) or None,
         plots=sorted(
             f"plots/{path.name}"
-            for path in folder.glob("plots/[!.]*")
+            for path in folder.glob("plots/[!.]*.svg")
             if path.suffix in (".svg", ".png")
         ),
         tokenizer=any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")),

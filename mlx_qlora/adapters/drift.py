@@ -147,8 +147,8 @@ def measure(
         with exact.head.dense_for_now(), written.head.dense_for_now():
             for start in range(0, len(labels), POSITIONS):
                 part = slice(start, start + POSITIONS)
-                logits = [_float64(exact.logits(h[part])) for h in hidden[:2]]
-                logits.append(_float64(written.logits(hidden[2][part])))
+                logits = [float64_of(exact.logits(h[part])) for h in hidden[:2]]
+                logits.append(float64_of(written.logits(hidden[2][part])))
                 sums += _compare(logits, labels[part])
                 largest = max(largest, float(np.abs(logits[2] - logits[0]).max()))
     n = sum(len(ids) - 1 for ids in rows)
@@ -159,19 +159,21 @@ def measure(
 
 def _compare(logits: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
     """Logits (P, V) of exact, base, written -> the sums of their losses, KL of base, of written."""
-    exact, base, written = (_log_softmax(each) for each in logits)
+    exact, base, written = (log_softmax(each) for each in logits)
     at = np.arange(len(labels)), labels
     losses = [-logs[at].sum() for logs in (exact, base, written)]
     p = np.exp(exact)
     return np.array([*losses, (p * (exact - base)).sum(), (p * (exact - written)).sum()])
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logits (P, V) float64 -> log-probabilities."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _float64(logits: mx.array) -> np.ndarray:
+def float64_of(logits: mx.array) -> np.ndarray:
+    """Logits as float64 (P, V)."""
     # A divergence of 1e-7 is a difference of numbers near 10: float32 cannot hold it.
     return np.array(logits.astype(mx.float32)).astype(np.float64)
 

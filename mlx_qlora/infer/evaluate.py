@@ -3,14 +3,19 @@
 import math
 from dataclasses import dataclass
 
-from mlx_qlora.data.batches import make_batches
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from mlx_qlora.data.batches import collate, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.score import score
+from mlx_qlora.train.score import score, score_rows
 
 WIDTH = 512  # tokens in a row of several examples
+POSITIONS = 4096  # of the examples that are scored at once
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,81 @@ def evaluate(
     Raises:
         DataError: no examples, or examples of another vocabulary.
     """
+    _check(model, tokenizer, examples)
+    width = max(WIDTH, int(examples.lengths.max()))
+    total = score(model, make_batches(examples, batch_size, max_length=width))
+    loss, n = total.nats / total.tokens, total.tokens
+    return Scores(loss, math.exp(min(loss, 700)), total.hits / n, n)
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """Sums over the supervised tokens of each example of a set, in the set's order.
+
+    Attributes:
+        nats: (n,) float64, of the targets.
+        hits: (n,) int64, targets that were the model's first choice.
+        tokens: (n,) int64, how many targets there are, at least 1.
+    """
+
+    nats: np.ndarray
+    hits: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(n,) float64: nats per token of each example."""
+        return self.nats / self.tokens
+
+    def total(self) -> Scores:
+        """The means over all tokens of the set, as `evaluate` gives them."""
+        n = int(self.tokens.sum())
+        loss = float(self.nats.sum()) / n
+        return Scores(loss, math.exp(min(loss, 700)), int(self.hits.sum()) / n, n)
+
+
+def score_examples(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    examples: Examples,
+    console: Console | None = None,
+) -> ExampleScores:
+    """Scores every example by itself, without dropout; the same figures each time.
+
+    Args:
+        model: base or tuned.
+        tokenizer: the one that made the examples; a model of another vocabulary is refused.
+        examples: from `read_examples`.
+        console: where a progress bar goes if it is a terminal; none if not given.
+
+    Raises:
+        DataError: no examples, examples of another vocabulary, or one that teaches nothing.
+    """
+    _check(model, tokenizer, examples)
+    n = len(examples)
+    nats, hits, tokens = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, np.int64)
+    quiet = console is None or not console.is_terminal
+    for group in track(_groups(examples.lengths), "scores", console=console, disable=quiet):
+        rows = score_rows(model, collate([[examples[i]] for i in group]))
+        nats[group], hits[group], tokens[group] = rows.nats, rows.hits, rows.tokens
+    if not tokens.all():
+        place = examples[int(tokens.argmin())].place
+        raise DataError(f"{place} has no supervised token, so it has no loss; leave it out")
+    return ExampleScores(nats, hits, tokens)
+
+
+def _groups(lengths: np.ndarray) -> list[list[int]]:
+    """Examples of like length, together of about POSITIONS tokens."""
+    order = np.argsort(lengths, kind="stable")
+    ends = np.cumsum(lengths[order].astype(np.int64)) // POSITIONS
+    cuts = np.flatnonzero(np.diff(ends)) + 1
+    return [group.tolist() for group in np.split(order, cuts)]
+
+
+def _check(model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples) -> None:
     if not len(examples):
         raise DataError("there are no examples to evaluate")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
         )
-    width = max(WIDTH, int(examples.lengths.max()))
-    total = score(model, make_batches(examples, batch_size, max_length=width))
-    loss, n = total.nats / total.tokens, total.tokens
-    return Scores(loss, math.exp(min(loss, 700)), total.hits / n, n)

@@ -3,7 +3,9 @@
 mlx-lm is imported where it is used: it brings transformers, which takes seconds.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,35 +14,19 @@ import mlx.core as mx
 from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.fields import option, require
+from mlx_qlora.fields import require
+from mlx_qlora.infer.pieces import Answer
+from mlx_qlora.infer.prompt_cache import PromptCache, kv_group
+from mlx_qlora.infer.sampling import GenerationConfig, Sampler, key_of, repetition_processor
 from mlx_qlora.model.llama import LlamaForCausalLM
 
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How the next token is chosen; names and order of operations are Hugging Face's."""
-
-    temperature: float = option(0.7, "divides the logits; 0 always takes the likeliest token")
-    top_p: float = option(0.9, "sample from the likeliest tokens that make up this probability")
-    top_k: int = option(50, "sample from this many likeliest tokens; 0 means all")
-    repetition_penalty: float = option(1.1, "divides positive logits of tokens already seen")
-    max_new_tokens: int = option(512, "most tokens to generate")
-
-    def __post_init__(self) -> None:
-        field = "generation."
-        require(self.temperature >= 0, f"{field}temperature", "be at least 0", self.temperature)
-        require(0 < self.top_p <= 1, f"{field}top_p", "be in (0, 1]", self.top_p)
-        require(self.top_k >= 0, f"{field}top_k", "be at least 0", self.top_k)
-        penalty = self.repetition_penalty
-        require(penalty > 0, f"{field}repetition_penalty", "be above 0", penalty)
-        most = self.max_new_tokens
-        require(most >= 1, f"{field}max_new_tokens", "be at least 1", most)
+Prompt = str | list[dict[str, Any]]
 
 
 def generate(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
-    prompt: str | list[dict[str, Any]],
+    prompt: Prompt,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
     top_p: float = 0.9,
@@ -48,6 +34,9 @@ def generate(
     repetition_penalty: float = 1.1,
     seed: int | None = None,
     stop: list[str] | None = None,
+    *,
+    kv_bits: int | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> str:
     """The model's continuation of a prompt.
 
@@ -63,7 +52,10 @@ def generate(
         repetition_penalty: divides the positive and multiplies the negative logits of all tokens
             seen so far; 1 is none (Keskar et al. 2019, arXiv 1909.05858).
         seed: draws the samples; the same seed gives the same text. None takes a fresh one.
-        stop: texts that end the answer where they begin.
+        stop: texts that end the answer where they begin; the one that is complete first counts.
+        kv_bits: 2, 4 or 8 quantise the keys and values of all tokens; None keeps them exact.
+        prompt_cache: keeps the keys and values for the next call: what a prompt has in common
+            with the tokens before is not computed again.
 
     Returns:
         The new text alone, without the token that ended it.
@@ -73,32 +65,125 @@ def generate(
         TokenizerError: messages were given but the model has no chat template.
     """
     how = GenerationConfig(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
-    text = ""
-    for text in _growing(model, tokenizer, prompt, how, seed):
-        cut = min((text.find(s) for s in stop or [] if s in text), default=-1)
-        if cut >= 0:
-            return text[:cut]
-    return text
+    ids = prompt_ids(tokenizer, prompt)
+    return "".join(Stream(model, tokenizer, ids, how, seed, stop, kv_bits, prompt_cache))
 
 
-def _growing(
+def stream(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
-    prompt: str | list[dict[str, Any]],
-    how: GenerationConfig,
-    seed: int | None,
-) -> Iterator[str]:
-    """Yields the whole text so far after each new token."""
-    ids: list[int] = []
-    for token in generate_tokens(model, prompt_ids(tokenizer, prompt), how, seed):
-        if token in tokenizer.eos_ids:
-            return
-        ids.append(token)
-        # Decoded whole: a character may span tokens, and a token's text depends on its left.
-        yield tokenizer.decode(ids)
+    prompt: Prompt,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    repetition_penalty: float = 1.1,
+    seed: int | None = None,
+    stop: list[str] | None = None,
+    *,
+    kv_bits: int | None = None,
+    prompt_cache: PromptCache | None = None,
+) -> "Stream":
+    """As `generate`, but the text comes in pieces as it is made; they join to the same text.
+
+    Returns:
+        An iterator of str. Its `speed` tells how fast it was, once it is exhausted or closed.
+
+    Raises:
+        As `generate`, before the first piece.
+    """
+    how = GenerationConfig(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
+    ids = prompt_ids(tokenizer, prompt)
+    return Stream(model, tokenizer, ids, how, seed, stop, kv_bits, prompt_cache)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+@dataclass(frozen=True)
+class Speed:
+    """How fast a text was made.
+
+    Attributes:
+        prompt_tokens: of the prompt, cached ones included.
+        cached_tokens: of those, how many a prompt cache had already.
+        new_tokens: that were made, the one that ended the text included.
+        prompt_tokens_per_second: those that were computed, over the time to the first new token.
+        tokens_per_second: new ones from the first one on; 0 if there are less than two.
+        peak_memory_bytes: MLX's, since `mx.reset_peak_memory()` or the start of the process.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    prompt_tokens_per_second: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+class Stream(Iterator[str]):
+    """Text that is being made, piece by piece."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        how: GenerationConfig,
+        seed: int | None = None,
+        stop: list[str] | None = None,
+        kv_bits: int | None = None,
+        cache: PromptCache | None = None,
+    ) -> None:
+        require(all(stop or []), "stop", "hold texts that are not empty", stop)
+        self._answer = Answer(tokenizer, stop or [])
+        self._prompt, self._cached = len(prompt), cache.common(model, prompt) if cache else 0
+        self._tokens = generate_tokens(model, prompt, how, seed, kv_bits, cache)
+        self._times: list[float] = []  # of the start, the first token and the last one
+        self._made = 0
+        self._text = self._pieces()
+
+    def __next__(self) -> str:
+        return next(self._text)
+
+    def close(self) -> None:
+        """Ends the text here; a prompt cache keeps what was computed."""
+        self._text.close()
+
+    @property
+    def speed(self) -> Speed:
+        """The figures so far."""
+        start, first, last = self._times if self._times else (0.0, 0.0, 0.0)
+        wait, rest = first - start, last - first
+        computed = self._prompt - self._cached
+        return Speed(
+            self._prompt,
+            self._cached,
+            self._made,
+            computed / wait if wait > 0 else 0.0,
+            (self._made - 1) / rest if rest > 0 else 0.0,
+            mx.get_peak_memory(),
+        )
+
+    @property
+    def ids(self) -> list[int]:
+        """The new tokens so far, without the one that ended the text."""
+        return self._answer.ids
+
+    def _pieces(self) -> Generator[str]:
+        """The text, and the notes that `speed` reads."""
+        start = time.perf_counter()
+        with closing(self._tokens):
+            for token in self._tokens:
+                now = time.perf_counter()
+                self._times = [start, self._times[1] if self._made else now, now]
+                self._made += 1
+                if piece := self._answer.add(token):
+                    yield piece
+                if self._answer.ended:
+                    break
+        if piece := self._answer.end():
+            yield piece
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text or of chat messages that await the assistant's answer."""
     if not isinstance(prompt, str):
         prompt = tokenizer.render_chat(prompt, add_generation_prompt=True)
@@ -109,73 +194,44 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list
 
 
 def generate_tokens(
-    model: LlamaForCausalLM, prompt: list[int], how: GenerationConfig, seed: int | None = None
-) -> Iterator[int]:
-    """Yields new token ids, without end but for `how.max_new_tokens`."""
-    from mlx_lm.generate import generate_step
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    how: GenerationConfig,
+    seed: int | None = None,
+    kv_bits: int | None = None,
+    cache: PromptCache | None = None,
+) -> Generator[int]:
+    """New token ids, without end but for `how.max_new_tokens`; arguments as in `generate`."""
+    sampler, group = Sampler(how, key_of(seed)), kv_group(model, kv_bits)
+    cache = cache if cache is not None else PromptCache()
+    cache.check(kv_bits)
 
-    if seed is not None:
-        require(0 <= seed < 2**64, "seed", "be in [0, 2**64)", seed)
-    key = mx.random.key(seed) if seed is not None else mx.random.split(mx.random.key(_entropy()))[0]
-    penalise = repetition_processor(how.repetition_penalty)
-    steps = generate_step(
-        mx.array(prompt),
-        model,
-        max_tokens=how.max_new_tokens,
-        sampler=Sampler(how, key),
-        logits_processors=[penalise] if how.repetition_penalty != 1 else None,
-    )
-    for token, _ in steps:
-        yield int(token)
+    def steps() -> Generator[int]:
+        from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
+        streams: Any = [generation_stream]  # one for each thread, which mlx-lm types as another
+        layers, cached = cache.lend(model, prompt)
+        penalise = repetition_processor(how.repetition_penalty, prompt[:cached])
+        made = generate_step(
+            mx.array(prompt[cached:]),
+            model,
+            max_tokens=how.max_new_tokens,
+            sampler=sampler,
+            logits_processors=[penalise] if how.repetition_penalty != 1 else None,
+            prompt_cache=layers,
+            kv_bits=kv_bits,
+            kv_group_size=group,
+            quantized_kv_start=0,
+        )
+        new: list[int] = []
+        try:
+            with wired_limit(model, streams), closing(made):
+                for token, _ in made:
+                    new.append(int(token))
+                    yield new[-1]
+        except GeneratorExit:  # the text ended; after any other exception the cache stays empty
+            cache.keep(model, layers, prompt + new, kv_bits)
+            raise
+        cache.keep(model, layers, prompt + new, kv_bits)
 
-def _entropy() -> int:
-    import secrets
-
-    return secrets.randbits(32)
-
-
-class Sampler:
-    """Draws a token from log-probabilities (1, V), with a key of its own for each draw.
-
-    mlx-lm's samplers draw from MLX's global state, which training and other threads also move;
-    this one depends on its key alone. Temperature comes before top_k and top_p, as in Hugging
-    Face; mlx-lm applies it last, which keeps other tokens.
-    """
-
-    def __init__(self, how: GenerationConfig, key: mx.array) -> None:
-        self.how = how
-        self.key = key
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        """Log-probabilities (1, V) -> token (1,)."""
-        if self.how.temperature == 0:
-            return mx.argmax(logprobs, axis=-1)
-        self.key, draw = mx.random.split(self.key)
-        return mx.random.categorical(filtered(logprobs, self.how), key=draw)
-
-
-def filtered(logprobs: mx.array, how: GenerationConfig) -> mx.array:
-    """Scaled log-probabilities (..., V), with -inf for tokens that top_k or top_p rule out."""
-    logprobs = (logprobs / how.temperature).astype(mx.float32)
-    order = mx.argsort(-logprobs, axis=-1)
-    ranked = mx.take_along_axis(logprobs, order, axis=-1)
-    ranks = mx.arange(logprobs.shape[-1])
-    keep = mx.broadcast_to(ranks < (how.top_k or logprobs.shape[-1]), logprobs.shape)
-    if how.top_p < 1:  # at 1 all stay; a rounded sum would drop some
-        chances = mx.softmax(mx.where(keep, ranked, -mx.inf), axis=-1)
-        # A token stays while those before it have not made up top_p: the likeliest always does.
-        keep = keep & (mx.cumsum(chances, axis=-1) - chances < how.top_p)
-    places = mx.argsort(order, axis=-1)
-    return mx.where(mx.take_along_axis(keep, places, axis=-1), logprobs, -mx.inf)
-
-
-def repetition_processor(penalty: float) -> Any:
-    """A logits processor in mlx-lm's form: (tokens so far (n,), logits (1, V)) -> logits."""
-
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        seen = logits[:, tokens]
-        logits[:, tokens] = mx.where(seen > 0, seen / penalty, seen * penalty)
-        return logits
-
-    return process
+    return steps()

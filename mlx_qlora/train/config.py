@@ -19,7 +19,9 @@ DEFAULT_ROWS = 6
 class TrainingConfig:
     """How long and how fast to learn; names and defaults as Hugging Face users know them."""
 
-    learning_rate: float = option(2e-4, "the rate at the end of the warmup")
+    learning_rate: float | str = option(
+        2e-4, "the rate at the end of the warmup; auto: a rule of thumb from the model's width"
+    )
     lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
     warmup_steps: int = option(100, "steps over which the rate grows from 0")
     max_steps: int | None = option(
@@ -66,6 +68,9 @@ class TrainingConfig:
             require(value is None or value >= 1, f"training.{name}", "be at least 1", value)
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"):
             value = getattr(self, name)
+            if name == "learning_rate" and isinstance(value, str):
+                require(value == "auto", f"training.{name}", "be number or auto", value)
+                continue
             legal = value is None or 0 < value < math.inf
             require(legal, f"training.{name}", "be above 0 and finite", value)
         for name in ("warmup_steps", "weight_decay", "seed"):
@@ -103,6 +108,30 @@ class TrainingConfig:
             self, per_device_train_batch_size=rows, gradient_accumulation_steps=in_step // rows
         )
 
+    def at_hidden_size(self, hidden_size: int) -> "TrainingConfig":
+        """With a number in the place of `learning_rate: auto`.
+
+        The rule is `get_lr` of tinker_cookbook 0.6.1 for Llama models,
+
+            5e-5 * 10 * (2000 / hidden_size) ** 0.781
+
+        which was fitted to LoRA on all linears with lora_alpha 32 and a scale of alpha / r
+        (Schulman et al. 2025, "LoRA Without Regret"); 5e-5 is for all weights, and LoRA wants
+        some ten times that. It gives 2.86e-4 for Llama 3.1 8B. A start, which a sweep may move.
+
+        Args:
+            hidden_size: of the model.
+        """
+        if self.learning_rate != "auto":
+            return self
+        return dataclasses.replace(self, learning_rate=5e-4 * (2000 / hidden_size) ** 0.781)
+
+    @property
+    def peak(self) -> float:
+        """`learning_rate`, once it is a number."""
+        assert not isinstance(self.learning_rate, str), "at_hidden_size() first"
+        return self.learning_rate
+
     @property
     def rows(self) -> int:
         """`per_device_train_batch_size`, once it is a number."""
@@ -111,7 +140,7 @@ class TrainingConfig:
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of one optimiser step, counted from 1."""
-        peak, warmup = self.learning_rate, self.warmup_steps
+        peak, warmup = self.peak, self.warmup_steps
         return learning_rate(step, peak, warmup, total_steps, self.lr_scheduler_type)
 
     def micro_batches(self, batches: Batches) -> int:

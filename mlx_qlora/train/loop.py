@@ -63,6 +63,7 @@ class TrainResult:
         peak_memory_bytes: MLX's peak.
         best_step: step of the best validation loss, if there was one.
         stopped_early: whether patience ended the run before its last step.
+        html: what a notebook shows, once a report was written; see `mlx_qlora.report`.
     """
 
     output_dir: Path
@@ -75,6 +76,11 @@ class TrainResult:
     peak_memory_bytes: int = 0
     best_step: int | None = None
     stopped_early: bool = False
+    html: str = field(default="", repr=False, compare=False)
+
+    def _repr_html_(self) -> str | None:
+        """The summary and the plots in a notebook; None lets it show the text."""
+        return self.html or None
 
 
 def train(

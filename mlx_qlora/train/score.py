@@ -38,7 +38,7 @@ def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
     """Scores a model on batches, without dropout."""
     total = Score()
     for batch in batches:
-        for at, place, chosen, wanted, nats in _scored(model, batch):
+        for _, at, place, chosen, wanted, nats in _scored(model, batch):
             follows = (np.diff(at) == 1) & (place[1:] > 0)
             total.nats += float(nats.sum(dtype=np.float64))
             total.hits += int((chosen == wanted).sum())
@@ -49,10 +49,36 @@ def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
     return total
 
 
-def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]:
-    """Of each part: supervised positions, their places in their documents, and what is there.
+@dataclass(frozen=True)
+class RowScores:
+    """Sums over the supervised tokens of each row of a batch.
 
-    What is there are the first choices, the targets and the losses.
+    Attributes:
+        nats: (B,) float64, of the targets.
+        hits: (B,) int64, targets that were the model's first choice.
+        tokens: (B,) int64, how many targets there are; 0 where a row teaches nothing.
+    """
+
+    nats: np.ndarray
+    hits: np.ndarray
+    tokens: np.ndarray
+
+
+def score_rows(model: LlamaForCausalLM, batch: Batch) -> RowScores:
+    """Scores each row of a batch by itself, without dropout."""
+    B = batch.tokens.shape[0]
+    total = RowScores(np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64))
+    for row, _, _, chosen, wanted, nats in _scored(model, batch):
+        np.add.at(total.nats, row, nats.astype(np.float64))
+        np.add.at(total.hits, row, chosen == wanted)
+        np.add.at(total.tokens, row, 1)
+    return total
+
+
+def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]:
+    """Of each part: rows of the batch, supervised positions, places in their documents.
+
+    Then what is there: the first choices, the targets and the losses.
     """
     documents = teaching_documents(batch)
     lengths = (documents[:, 2] - documents[:, 1]).tolist()
@@ -67,4 +93,5 @@ def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]
         for part, losses in zip(parts, found):
             at = np.array(part.positions)
             there = map(np.array, (losses.choices, part.targets, losses.nats))
-            yield [at, np.array(part.documents.positions)[at], *there]
+            row, place = (np.array(a)[at] for a in (part.documents.row, part.documents.positions))
+            yield [row, at, place, *there]

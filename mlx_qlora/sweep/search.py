@@ -1,0 +1,272 @@
+"""A sweep, from a config and a grid to a winner.
+
+Each stage is one bracket of successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943): all
+candidates get a short budget, the better half goes on from its checkpoints to twice that, and so
+on to the full one. All of them share one loaded base, one tokenised data set, and one validation
+set. Everything known is on disk, so the same command goes on where a killed one ended.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mlx_qlora import backend
+from mlx_qlora.adapters.peft import original_base
+from mlx_qlora.config import RunConfig, to_dict
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import train_validation_test
+from mlx_qlora.data.tokenizer import load_tokenizer
+from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing
+from mlx_qlora.fields import require
+from mlx_qlora.infer.bootstrap import FEWEST
+from mlx_qlora.inspection import check_lengths
+from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.llama import LlamaConfig
+from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.planner import settled
+from mlx_qlora.run import check_output, sample_of
+from mlx_qlora.sweep.compare import ties
+from mlx_qlora.sweep.grid import (
+    Point,
+    budget,
+    candidates,
+    check_swept,
+    checked_grid,
+    config_of,
+    kept,
+    stages,
+    start_point,
+)
+from mlx_qlora.sweep.report import Stage, SweepResult, Trial, read_fingerprint, write_sweep
+from mlx_qlora.sweep.trial import Ground, Measured, measure, recorded
+from mlx_qlora.train.checkpoint import disk_errors, locked
+from mlx_qlora.train.config import batches_of
+from mlx_qlora.train.metrics import say
+
+TOO_FEW_EXAMPLES = 20
+
+
+def sweep(
+    config: RunConfig,
+    console: Console,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    steps: int | None = None,
+    rungs: int = 3,
+    *,
+    product: bool = False,
+    repeat_best: bool = False,
+) -> SweepResult:
+    """Finds a learning rate, a rank and a batch size by short runs.
+
+    Args:
+        config: everything that is not varied; `checkpointing.output_dir` is the sweep's folder.
+        console: where progress goes.
+        grid: any of `learning_rate`, `r` and `batch_size` (rows of an optimiser step) -> values;
+            three learning rates if not given.
+        steps: the full budget of a trial in optimiser steps; those of the config if not given.
+        rungs: how often candidates are compared; the first budget is steps / 2**(rungs - 1).
+        product: try all combinations at once, instead of field after field.
+        repeat_best: train the winner once more with another seed, to see what chance does.
+
+    Returns:
+        Trials, comparisons and the winner; the same is in `sweep.json`, `sweep.svg` and
+        `best.yaml`, a config that `mlx-qlora train --config` takes.
+
+    Raises:
+        UserError: any of its kinds, before anything is trained; or TrainingError, if all
+            candidates of a stage fail or the disk does.
+        Interrupted: a signal came; the same command goes on.
+    """
+    values = checked_grid(grid)
+    check_swept(config)
+    require(1 <= rungs <= 10, "the sweep's rungs", "be from 1 to 10", rungs)
+    output = Path(config.checkpointing.output_dir)
+    check_output(output)
+    config, ground, loaded = _open(config, output, console)
+    if steps is None:
+        batches = batches_of(ground[0], config.data, config.training)
+        steps = config.training.total_steps(batches)
+    shortest = 2 ** (rungs - 1)
+    require(steps >= shortest, "the sweep's steps", f"be at least {shortest}", steps)
+    search = _Search(config, output, console, values, steps, rungs)
+    for fields in stages(values, product):  # a wrong value is found before the model is loaded
+        for point in candidates(start_point(config), fields, values):
+            search.config_of(point)
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        _check_same(output, ground[2])
+        for leftover in output.glob(f".{output.name}-*.tmp"):  # of a sweep that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        search.ground = Ground(loaded(), *ground)
+        return search.run(product, repeat_best)
+
+
+def _open(config: RunConfig, output: Path, console: Console) -> Any:
+    """Reads the data and looks at the model, which is not loaded yet.
+
+    Returns:
+        The settled config; training rows, validation rows and fingerprint; and a function that
+        loads the model.
+    """
+    if config.model.source is None:
+        raise ConfigError("model.source is missing; name a model with --model SOURCE")
+    checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
+    base = config.model.base_model_name_or_path or original_base(checkpoint.files)
+    tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
+    seed = config.training.seed
+    examples, validation, _ = train_validation_test(config.data, tokenizer, seed, console)
+    if validation is None or len(validation) < FEWEST:
+        raise DataError(
+            f"a sweep compares by validation rows, at least {FEWEST}, and there are "
+            f"{len(validation or ())}; name some with data.validation_path, or raise data.split's "
+            "second share"
+        )
+    llama = LlamaConfig.from_hf(checkpoint.config)
+    check_lengths(llama, examples, validation, None)
+    config = settled(config, examples)
+    config = replace(config, training=config.training.at_hidden_size(llama.hidden_size))
+    say(console, f"data      {len(examples):,} train, {len(validation):,} validation")
+    if len(validation) < TOO_FEW_EXAMPLES:
+        say(console, f"warning   {len(validation)} validation rows tell little apart")
+    dtype = backend.compute_dtype(config.model.dtype)
+    how = {k: v for k, v in to_dict(config)["model"].items() if k in ("bits", "group_size", "mode")}
+    model = hashlib.sha256(json.dumps([base, how, str(dtype)]).encode())
+    model.update(sample_of(checkpoint.files.path))
+    fingerprint = {"model": model.hexdigest(), "data": _digest(examples, validation)}
+
+    def loaded() -> Any:
+        matmul = config.model.frozen_matmul
+        return load_model(checkpoint, config.model.quantize(), dtype, matmul)
+
+    return config, (examples, validation, fingerprint), loaded
+
+
+def _digest(examples: Examples, validation: Examples) -> str:
+    return hashlib.sha256((examples.digest + validation.digest).encode()).hexdigest()
+
+
+def _check_same(output: Path, fingerprint: dict[str, str]) -> None:
+    """Refuses a folder whose trials were of another model, or on other data."""
+    found = read_fingerprint(output)
+    changed = [name for name, value in fingerprint.items() if found and found.get(name) != value]
+    if changed:
+        raise ConfigError(
+            f"{output} holds a sweep of another {' and '.join(changed)}, whose losses cannot be "
+            "compared with these; choose another --output-dir"
+        )
+
+
+@dataclass
+class _Search:
+    """A sweep under way.
+
+    Attributes:
+        config: what is not varied.
+        output: the sweep's folder.
+        console: where progress goes.
+        grid: field -> values.
+        steps: the full budget, at the rows of a step that `config` has.
+        rungs: how many budgets there are.
+        found: point -> what was measured of it, rung after rung.
+        done: stages that are over.
+        ground: what the trials share.
+    """
+
+    config: RunConfig
+    output: Path
+    console: Console
+    grid: dict[str, list[Any]]
+    steps: int
+    rungs: int
+    found: dict[Point, list[Measured]] = field(default_factory=dict)
+    done: list[Stage] = field(default_factory=list)
+    ground: Ground = field(init=False)
+
+    def run(self, product: bool, repeat_best: bool) -> SweepResult:
+        """All stages, and the seed that is tried once more."""
+        self.write(None, None)
+        at = start_point(self.config)
+        for fields in stages(self.grid, product):
+            at = self.stage(fields, candidates(at, fields, self.grid))
+        repeated = None
+        if repeat_best:
+            repeated = replace(at, seed=at.seed + 1)
+            for rung in range(self.rungs):
+                if self.measured(repeated, rung).failed:
+                    break
+        return self.write(at, repeated)
+
+    def stage(self, fields: tuple[str, ...], points: list[Point]) -> Point:
+        """Successive halving among points; returns the winner."""
+        alive, history = points, []
+        results: dict[Point, Measured] = {}
+        for rung in range(self.rungs):
+            results = {point: self.measured(point, rung) for point in alive}
+            whole = [point for point in alive if not results[point].failed]
+            if not whole:
+                reasons = [f"{p.label(fields)}: {results[p].failed}" for p in alive]
+                raise TrainingError(f"every candidate failed:\n{listing(reasons)}")
+            # Points are in order and sorting is stable: of equals the more cautious one is first.
+            best = sorted(whole, key=lambda point: results[point].validation_loss)
+            on = best if rung == self.rungs - 1 else best[: kept(len(alive))]
+            history.append((tuple(alive), tuple(on)))
+            alive = sorted(on)
+            if rung < self.rungs - 1:
+                names = "; ".join(point.label(fields) for point in alive)
+                say(self.console, f"rung {rung + 1}/{self.rungs}: {names} go on")
+        last = {str(i): results[point].losses for i, point in enumerate(alive)}
+        winner = alive[min(int(i) for i in ties(last))]  # the most cautious one
+        self.done.append(Stage(fields, tuple(points), tuple(history), winner))
+        self.write(None, None)
+        return winner
+
+    def config_of(self, point: Point) -> RunConfig:
+        """The point's run."""
+        return config_of(self.config, point, self.steps, self.output)
+
+    def measured(self, point: Point, rung: int) -> Measured:
+        """A point at a rung: known from this sweep, from the disk, or by training."""
+        known = self.found.setdefault(point, [])
+        if len(known) > rung:
+            return known[rung]
+        config = self.config_of(point)
+        name = Path(config.checkpointing.output_dir).name
+        steps = config.training.max_steps
+        assert steps is not None
+        step = budget(steps, rung, self.rungs)
+        result = recorded(config, step, self.ground)
+        if result is not None:
+            say(self.console, f"reused    {name} at step {step}")
+        else:
+            say(self.console, f"trial     {name}: to step {step} of {steps}")
+            result = measure(config, step, self.ground, self.console)
+        loss = f"failed: {result.failed}" if result.failed else f"{result.validation_loss:.4f}"
+        say(self.console, f"          validation loss {loss}")
+        known.append(result)
+        return result
+
+    def write(self, winner: Point | None, repeated: Point | None) -> SweepResult:
+        """Leaves what is known until now in the folder; with a winner, the sweep is over."""
+        trials = [
+            Trial(point, self.config_of(point), tuple(measured))
+            for point, measured in self.found.items()
+            if measured
+        ]
+        about = {"grid": self.grid, "steps": self.steps, "rungs": self.rungs}
+        return write_sweep(
+            self.output,
+            self.config,
+            {"fingerprint": self.ground.fingerprint, **about},
+            trials,
+            self.done,
+            winner,
+            repeated,
+            self.console,
+        )
