@@ -1,5 +1,6 @@
 """The report as a real browser shows it: two widths, two themes, nothing fetched, nothing amiss."""
 
+import runpy
 import shutil
 from pathlib import Path
 
@@ -104,3 +105,32 @@ def test_without_a_browser_one_message_says_what_to_install(monkeypatch):
     with pytest.raises(AssertionError) as error:
         find_browser()
     assert MISSING in str(error.value) and "apt-get install -y chromium" in MISSING
+
+
+@pytest.mark.slow
+def test_the_demo_s_report_answers_the_five_questions(browser, tmp_path, monkeypatch):
+    """The real demo, cut short: its model, its rows, its page."""
+    examples = Path(__file__).parent.parent / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    demo = runpy.run_path(str(examples / "demo.py"))
+    main = demo["main"]
+    short = {"LEAST_FALL": -1.0, "TEST_ROWS": 8, "VALIDATION_ROWS": 8}
+    for name, value in short.items():
+        monkeypatch.setitem(main.__globals__, name, value)
+    out = tmp_path / "demo"
+    monkeypatch.setattr("sys.argv", ["demo.py", "--output-dir", str(out), "--max-steps", "4"])
+    assert main() == 0
+
+    brightness = {}
+    for theme in THEMES:
+        browser.open(out / "report.html", 1200, theme)
+        assert browser.complaints() == []
+        assert browser.run("document.querySelectorAll('svg.plot polyline').length") >= 5
+        browser.screenshot(tmp_path / f"{theme}.png")
+        brightness[theme] = pixels(tmp_path / f"{theme}.png").mean()
+    assert brightness["light"] > 180 and brightness["dark"] < 75
+    text = browser.run("document.body.innerText")
+    for words in ("learn", "overfit", "answers", "cost", "use"):
+        assert words in text.lower(), words
+    samples = browser.run("document.querySelectorAll('.sample').length")
+    assert samples == 3
