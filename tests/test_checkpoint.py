@@ -853,7 +853,7 @@ def test_the_lock_ends_with_its_process(folder: Path, whole: Finished, tmp_path:
 # ---- what the files are ------------------------------------------------------------------------
 
 
-def test_every_file_is_safetensors_json_or_text(whole: Finished) -> None:
+def test_every_file_is_safetensors_json_text_or_a_picture(whole: Finished) -> None:
     seen = set()
     for path in (path for path in whole.out.rglob("*") if path.is_file()):
         seen.add(path.suffix)
@@ -864,9 +864,11 @@ def test_every_file_is_safetensors_json_or_text(whole: Finished) -> None:
             json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".jsonl":
             assert all(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+        elif path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
         else:
             assert "\0" not in path.read_text(encoding="utf-8")
-    assert seen == {".safetensors", ".json", ".jsonl", ".md", ".yaml", ".html", ".svg"}
+    assert seen == {".safetensors", ".json", ".jsonl", ".md", ".yaml", ".html", ".svg", ".png"}
     assert sorted(path.name for path in (whole.out / "checkpoint-8").iterdir()) == FILES
 
 
