@@ -260,24 +260,24 @@ def _stage_record(stage: Stage, trials: dict[Point, Trial]) -> dict[str, Any]:
 
 
 def table(trials: list[Trial], rungs: int) -> Table:
-    """All trials, for the console."""
-    shown = Table(title="sweep", title_justify="left")
-    heads = ("learning rate", "rank", "batch", "steps", "train loss", "validation loss")
-    for head in ("trial", *heads, "tokens/s", "peak GB", "state"):
-        shown.add_column(head, justify="left" if head in ("trial", "state") else "right")
+    """All trials, for the console; 80 columns hold it."""
+    shown = Table(title="sweep", title_justify="left", padding=0)
+    for head in ("rate", "rank", "batch", "seed", "steps", "train loss", "validation loss"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    shown.add_column("tokens/s", justify="right")
+    shown.add_column("state")
     for trial in trials:
         facts, point = row(trial, rungs), trial.point
         losses = ["-", "-"]
         if facts["validation_loss"] is not None:
             error = facts["validation_loss_error"]
             losses = [f"{facts['train_loss']:.4f}", f"{facts['validation_loss']:.4f} ± {error:.4f}"]
+        values = (point.learning_rate, point.r, point.batch_size, point.seed, facts["steps"])
+        speed = facts["tokens_per_second"]
         shown.add_row(
-            trial.name,
-            *(f"{value:g}" for value in (point.learning_rate, point.r, point.batch_size)),
-            str(facts["steps"]),
+            *(f"{value:g}" for value in values),
             *losses,
-            f"{speed:,.0f}" if (speed := facts["tokens_per_second"]) else "-",
-            f"{facts['peak_memory_bytes'] / 1e9:.2f}",
+            f"{speed:,.0f}" if speed else "-",
             facts["state"],
         )
     return shown
