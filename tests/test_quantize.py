@@ -174,6 +174,22 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(
     np.testing.assert_allclose(np.array(dx), np.array(dy) @ dense, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [192, 4096], ids=["linear", "head"])
+@pytest.mark.parametrize("shape", [(128,), (1, 128), (1, 1, 128)], ids=str)
+def test_one_row_has_the_product_and_the_gradient_of_many(
+    shape: tuple[int, ...], rows: int
+) -> None:
+    matrix = Linear(128, rows)
+    matrix.weight = mx.random.normal((rows, 128), key=mx.random.key(0))
+    x = mx.random.normal(shape, key=mx.random.key(1))
+    dy = mx.random.normal((*shape[:-1], rows), key=mx.random.key(2))
+    (y,), (dx,) = mx.vjp(lambda x: matrix.multiply(x), [x], [dy])
+    W = np.array(matrix.weight, np.float64)
+    assert y.shape == dy.shape and dx.shape == x.shape
+    np.testing.assert_allclose(np.array(y), np.array(x) @ W.T, atol=1e-4)
+    np.testing.assert_allclose(np.array(dx), np.array(dy) @ W, atol=1e-3)
+
+
 @pytest.mark.parametrize("matmul", STRATEGIES)
 @pytest.mark.parametrize("quant", EACH_FORMAT, ids=name_of)
 def test_products_keep_bfloat16(quant: QuantConfig, matmul: str) -> None:

@@ -22,6 +22,7 @@ AFFINE_GROUPS = (32, 64, 128)
 # So few rows are multiplied faster than a matrix is dequantised: a word at a time, while text is
 # generated (a CPU dequantises in 8 ns a number, and multiplies in 1.3).
 FEW_ROWS = {"cpu": 4, "metal": 32, "cuda": 32}
+TALL = 16  # times as many rows as columns: an output head, no other matrix
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
@@ -111,7 +112,7 @@ class FrozenMatrix(nn.Module):
     def multiply(self, x: mx.array) -> mx.array:
         """x (..., columns) -> x @ W.T (..., rows), in x's dtype."""
         if self.quant is None:
-            return x @ self.weight.T
+            return _dense_product(x, self.weight)
         device = backend().device
         few = x.size <= FEW_ROWS[device] * x.shape[-1]
         if few and device == "cpu":
@@ -119,7 +120,7 @@ class FrozenMatrix(nn.Module):
         if self.matmul == "quantized" or few:
             return _quantized_matmul(x, self.packed(), self.quant, transpose=True)
         if self._resident is not None:
-            return x @ self._resident.T
+            return _dense_product(x, self._resident)
         return _dequantize_and_multiply(x, self.packed(), self.quant)
 
     def multiply_back(self, dy: mx.array) -> mx.array:
@@ -209,6 +210,19 @@ def unpack(packed: tuple[mx.array, ...], quant: QuantConfig, dtype: mx.Dtype) ->
     return mx.dequantize(
         *packed, group_size=quant.group_size, bits=quant.bits, mode=quant.mode, dtype=dtype
     )
+
+
+def _dense_product(x: mx.array, W: mx.array) -> mx.array:
+    """x @ W.T; on a CPU a single row as the column W @ x.
+
+    A token that is generated costs what it takes to read all weights, and BLAS reads W once for
+    a column (gemv) where it packs it for a row (gemm). Only an output head, far taller than wide,
+    gains nothing from that.
+    """
+    one_row = x.size == x.shape[-1] and W.shape[0] < TALL * W.shape[1]
+    if not one_row or backend().device != "cpu":
+        return x @ W.T
+    return (W @ x.reshape(-1, 1)).reshape(*x.shape[:-1], W.shape[0])
 
 
 def _quantized_matmul(
