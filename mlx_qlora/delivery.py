@@ -6,18 +6,18 @@ from pathlib import Path
 from rich.console import Console
 
 from mlx_qlora.adapters.gguf import MERGED_GGUF_COMMAND, save_gguf_adapter
-from mlx_qlora.adapters.merge import save_merged
+from mlx_qlora.adapters.merge import Merged, save_merged
 from mlx_qlora.adapters.mlx_lm import save_mlx_lm
 from mlx_qlora.adapters.peft import save_adapter
 from mlx_qlora.adapters.portable import save_portable
-from mlx_qlora.adapters.push import push_to_hub
+from mlx_qlora.adapters.push import Pushed, push_to_hub
 from mlx_qlora.config import RunConfig, build, read_yaml
+from mlx_qlora.console import say
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.source import load
-from mlx_qlora.train.metrics import say
 
 FORMATS = ("peft", "portable", "mlx", "gguf")
 
@@ -29,7 +29,7 @@ def merge_adapter(
     base: str | None = None,
     dtype: str = "bfloat16",
     bits: int | None = None,
-) -> None:
+) -> Merged:
     """Writes a model with its adapter folded in, and says what that cost.
 
     Args:
@@ -51,9 +51,10 @@ def merge_adapter(
         say(console, str(made.drift))
     else:
         say(console, f"for llama.cpp: {MERGED_GGUF_COMMAND}")
+    return made
 
 
-def export_adapter(config: RunConfig, folder: str, console: Console, form: str = "peft") -> None:
+def export_adapter(config: RunConfig, folder: str, console: Console, form: str = "peft") -> Path:
     """Writes an adapter in another format.
 
     Args:
@@ -76,11 +77,12 @@ def export_adapter(config: RunConfig, folder: str, console: Console, form: str =
     else:
         made = save_adapter(model, folder, original)
     say(console, f"exported  {made}")
+    return Path(str(made))
 
 
 def push_folder(
     folder: str, repo_id: str, console: Console, public: bool = False, dry_run: bool = False
-) -> None:
+) -> Pushed:
     """Uploads an adapter or a merged model to the hub, or lists what would be.
 
     Args:
@@ -97,6 +99,7 @@ def push_folder(
     for path, size in pushed.files:
         say(console, f"{size / 1e6:10.2f} MB  {path}")
     say(console, f"would go to {repo_id}" if pushed.url is None else f"pushed    {pushed.url}")
+    return pushed
 
 
 def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:

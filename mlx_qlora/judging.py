@@ -15,6 +15,7 @@ from mlx_qlora._version import __version__
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.load import read_adapter_config
 from mlx_qlora.config import RunConfig, read_yaml
+from mlx_qlora.console import say, warn
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.read import read_examples
@@ -29,7 +30,6 @@ from mlx_qlora.inspection import check_lengths
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import open_checkpoint
-from mlx_qlora.train.metrics import say
 
 ANSWERS = 32  # enough for an interval, few enough to wait for
 
@@ -163,10 +163,9 @@ def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> No
         return
     trained = read_yaml(record).get("data", {}).get("path")
     if trained and Path(str(trained)).expanduser().absolute() == Path(data).expanduser().absolute():
-        say(
+        warn(
             console,
-            f"warning   the adapter was trained on rows of {data}: on those it is better than on "
-            "new ones",
+            f"the adapter was trained on rows of {data}: on those it is better than on new ones",
         )
 
 

@@ -2,7 +2,7 @@
 
 A name is `CHIP-GB`, for example `m4-max-64`, `m1-8` or `h100-80`. Matmul rates are dense bfloat16
 products in teraflops: measured where a measurement was published, else 0.75 of the nominal peak,
-which is what the measured chips reach (docs/log.md has the sources).
+which is what the measured chips reach (docs/performance.md has the sources).
 """
 
 import functools

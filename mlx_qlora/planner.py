@@ -9,6 +9,7 @@ then takes.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_qlora import backend
 from mlx_qlora.adapters.load import read_adapter_config
@@ -37,7 +38,6 @@ from mlx_qlora.train.memory import (
     update_bytes,
 )
 
-LONGEST_CONTEXT = 1 << 20  # beyond this nobody asks
 LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
 
 
@@ -79,6 +79,22 @@ class Plan:
     def recomputed_layers(self) -> int:
         """Layers of which the backward computes matmuls again."""
         return sum(level >= MLP for level in self.schedule.levels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it; sizes in bytes."""
+        return {
+            "parts": self.parts,
+            "total_bytes": self.total_bytes,
+            "memory_bytes": self.memory_bytes,
+            "fits": self.fits,
+            "machine": self.machine,
+            "trainable_parameters": self.trainable,
+            "recomputed_layers": self.recomputed_layers,
+            "waves": self.schedule.waves,
+            "longest_context": self.longest_context,
+            "tokens_per_second": self.tokens_per_second,
+            "advice": self.advice,
+        }
 
     def __str__(self) -> str:
         lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
@@ -149,38 +165,39 @@ def plan_checkpoint(
     base, resident = _base_bytes(model, checkpoint, config, where)
     adapter = config.model.adapter
     lora = read_adapter_config(Path(adapter).expanduser()) if adapter else config.lora
-    trainable = _trainable(model, lora)
+    trained = trainable(model, lora)
 
     training = config.training
     levels = check_recompute(training.recompute, llama.num_hidden_layers)
     lengths, supervised = _documents(config, examples)
-    standing = base + resident + adapter_bytes(trainable)
+    standing = base + resident + adapter_bytes(trained)
     budget = budget_for(llama, lengths, itemsize, standing, where)
     how = schedule(llama, lengths, itemsize, levels, budget, where)
 
     kept, work = activation_bytes(llama, how, lengths, itemsize, where)
     accumulates = training.gradient_accumulation_steps > 1
-    step = step_bytes(trainable, how.waves, accumulates)
-    update = update_bytes(trainable, where)
+    step = step_bytes(trained, how.waves, accumulates)
+    update = update_bytes(trained, where)
     parts = {"base weights": base}
     if resident:
         parts["dequantised copy"] = resident
-    parts["adapter and AdamW"] = adapter_bytes(trainable)
+    parts["adapter and AdamW"] = adapter_bytes(trained)
     if kept + work + step >= update:
         parts |= {"gradients": step, "activations": kept, "working arrays": work}
     else:
         parts["optimiser's update"] = update
     total = sum(parts.values())
+    dense = config.model.bits is None and not checkpoint.packing
     flops = flops_per_token(llama, how.levels, lengths, supervised)
     return Plan(
         parts,
         where.working_set_bytes,
         where.name,
-        trainable,
+        trained,
         how,
         _longest_context(llama, itemsize, standing + step, where),
         where.flops * where.reached / flops,
-        _advice(parts) if total > where.working_set_bytes else "",
+        _advice(parts, dense) if total > where.working_set_bytes else "",
     )
 
 
@@ -250,7 +267,12 @@ def _base_bytes(
     return base, resident
 
 
-def _trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
+def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
+    """How many numbers a run trains; the model may be one without weights.
+
+    Raises:
+        ConfigError: a target that matches nothing.
+    """
     try:
         paths = target_paths(model, lora)
     except ConfigError as error:
@@ -264,9 +286,12 @@ def _trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
 
 
 def _longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Machine) -> int:
-    """The longest document that fits alone, everything recomputed; a multiple of 64."""
+    """The longest document that fits alone, everything recomputed; a multiple of 64.
+
+    Never longer than the model has positions for.
+    """
     all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
-    low, high = 0, LONGEST_CONTEXT // 64
+    low, high = 0, llama.max_position_embeddings // 64
     while low < high:  # the need grows with the length
         middle = (low + high + 1) // 2
         lengths = [64 * middle]
@@ -275,13 +300,13 @@ def _longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Ma
     return 64 * low
 
 
-def _advice(parts: dict[str, int]) -> str:
+def _advice(parts: dict[str, int], dense: bool) -> str:
     largest = max(parts, key=lambda name: parts[name])
     shorter = "lower data.max_length, or set training.gradient_checkpointing=true"
     remedies = {
         "activations": shorter,
         "working arrays": shorter,
-        "base weights": "quantise with model.bits=4, or choose a smaller model",
+        "base weights": f"{'quantise with model.bits=4, or ' * dense}choose a smaller model",
         "dequantised copy": "set model.frozen_matmul=dequantize",
     }
     remedy = remedies.get(largest, "lower lora.r")

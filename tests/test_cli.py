@@ -43,12 +43,9 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
 # ---- help and config ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "generate"])
-def test_help_lists_every_field_with_its_default(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_lists_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
+        main(["train", "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     for section, config in SECTIONS.items():

@@ -310,7 +310,7 @@ def on_terminal(folder: Path, path: Path, color_system: Any, show: int) -> tuple
         "model": {"source": str(folder)},
         "data": {"path": str(path), "split": [1, 0, 0], "packing": False, "shuffle": False},
     }
-    return console, inspect_data(build(values), console, show)
+    return console, inspect_data(build(values), console, show).train
 
 
 def test_a_colour_of_its_own_tells_what_is_learned(

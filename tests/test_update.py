@@ -526,7 +526,7 @@ def test_a_spike_gives_one_warning_and_one_record(hf_tiny, tmp_path, monkeypatch
     assert spike in lines_of(tmp_path / "out")
     assert printed.getvalue().count("warning") == 1
     assert (
-        f"warning: step 13: loss {losses[13]:.3f}, where {usual:.3f} was usual; if this happens "
+        f"warning   step 13: loss {losses[13]:.3f}, where {usual:.3f} was usual; if this happens "
         "often, lower training.learning_rate\n"
     ) in printed.getvalue()
 

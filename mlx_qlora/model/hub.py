@@ -61,7 +61,7 @@ def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
         return _from_disk(path, typed)
     if built_in:
         return _from_package(typed)
-    is_path = is_path or typed.startswith((".", "~")) or typed.lower().endswith(".gguf")
+    is_path = is_path or _looks_like_a_path(typed)
     if not is_path and HUB_ID.fullmatch(typed):
         return _from_hub(typed, revision)
     if is_path or "/" in typed:
@@ -71,6 +71,16 @@ def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
         f"no model is called {typed!r}{near}; give a built-in name ({', '.join(BUILT_IN)}), "
         "a hub repository as org/name, a folder, or a .gguf file"
     )
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether `resolve` would ask the hub: the name is no file, no folder and not built in."""
+    is_here = source in BUILT_IN or os.path.exists(os.path.expanduser(source))
+    return not is_here and not _looks_like_a_path(source) and bool(HUB_ID.fullmatch(source))
+
+
+def _looks_like_a_path(typed: str) -> bool:
+    return typed.startswith((".", "~")) or typed.lower().endswith(".gguf")
 
 
 def _nearest(path: Path) -> str:
@@ -120,15 +130,26 @@ def _from_hub(repo: str, revision: str | None) -> ModelFiles:
         # Raises if the hub is away, so that a partial cache is told from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
     except (OSError, RuntimeError, http_error) as error:
-        raise SourceError(_explain(error, repo, revision)) from error
+        raise SourceError(explain(error, repo, revision)) from error
     if missing:
-        names = [name for name in names if "/" not in name or name.endswith(".gguf")]
-        get = f"hf download {repo} FILE --local-dir . fetches one; then pass its path"
-        raise SourceError(_not_a_model(repo, names, missing, get))
+        raise SourceError(unfit(repo, names, missing))
     return ModelFiles(folder, original_repository(folder, repo), folder.name, repo)
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> str:
+def whole_copy(repo: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository that the cache holds whole; None if it does not. Asks no hub."""
+    from huggingface_hub import errors, snapshot_download
+
+    here: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD}
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **here))
+    except errors.LocalEntryNotFoundError:
+        return None
+    return None if _missing_files(folder) else folder
+
+
+def explain(error: Exception, repo: str, revision: str | None) -> str:
+    """What kept the hub from giving a repository, and what to do, in one message."""
     from huggingface_hub import constants, errors, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -144,8 +165,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
         then = f"then {login}" if get_token() is None else "as your token has none yet"
         return f"{repo} is gated: ask for access at {page}, {then}"
     if status == 401 and get_token() is not None:
-        fix = "correct or unset HF_TOKEN" if os.environ.get("HF_TOKEN") else login
-        return f"the hub refuses your token (401 for {repo}): {fix}"
+        return token_refused(repo)
     if isinstance(cause, errors.RepositoryNotFoundError):
         near = _nearest(Path(repo).absolute())  # it may have been meant as a path
         fix = f"check the spelling; if it is private, {login}"
@@ -165,6 +185,12 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
     if cause is error and isinstance(error, OSError):
         return f"cannot fetch {repo} into {cache} ({error}): {again}"
     return f"{found} {constants.ENDPOINT} cannot be reached ({cause}): {again}"
+
+
+def token_refused(asked: str) -> str:
+    """What to do about a token that the hub does not know (401), whatever it was asked for."""
+    fix = "correct or unset HF_TOKEN" if os.environ.get("HF_TOKEN") else "run `hf auth login`"
+    return f"the hub refuses your token (401 for {asked}): {fix}"
 
 
 def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
@@ -190,6 +216,13 @@ def _missing_files(folder: Path) -> list[str]:
         index = _read_json(folder / "model.safetensors.index.json").get("weight_map")
         return missing + sorted(set(index.values() if isinstance(index, dict) else []) - {*weights})
     return missing + ([] if weights else ["*.safetensors"])
+
+
+def unfit(repo: str, names: list[str], missing: list[str]) -> str:
+    """Why a repository is no model that we read, and what to do; `names` are its files."""
+    names = [name for name in names if "/" not in name or name.endswith(".gguf")]
+    get = f"hf download {repo} FILE --local-dir . fetches one; then pass its path"
+    return _not_a_model(repo, names, missing, get)
 
 
 def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str) -> str:

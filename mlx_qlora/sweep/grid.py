@@ -18,7 +18,7 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.fields import require
 from mlx_qlora.model.initial import PLAIN
-from mlx_qlora.run import deciding_values
+from mlx_qlora.record import deciding_values
 
 ORDER = ("learning_rate", "r", "batch_size")
 WORDS = {"learning_rate": "learning rate", "r": "rank", "batch_size": "batch"}

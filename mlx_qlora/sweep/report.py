@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from rich.table import Table
 
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.config import RunConfig, to_yaml
+from mlx_qlora.console import say
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.sweep.compare import difference, in_words, standard_error
 from mlx_qlora.sweep.grid import Point, scaled, start_point
 from mlx_qlora.sweep.plot import plot
 from mlx_qlora.sweep.trial import Measured, in_folder
 from mlx_qlora.train.checkpoint import disk_errors
-from mlx_qlora.train.metrics import say
 
 RECORD = "sweep.json"
 
@@ -80,6 +80,7 @@ class SweepResult:
         best: the config in `best.yaml`: the winner's, into a folder of its own.
         findings: sentences on what is better than what, and what cannot be told.
         command: trains the winner for as long as the sweep's config says.
+        record: all of that as it stands in `sweep.json`.
     """
 
     output_dir: Path
@@ -89,6 +90,7 @@ class SweepResult:
     best: RunConfig | None
     findings: list[str]
     command: str
+    record: dict[str, Any] = field(repr=False)
 
 
 def read_fingerprint(output: Path) -> dict[str, str] | None:
@@ -153,7 +155,7 @@ def write_sweep(
         for line in findings:
             say(console, f"finding   {line}")
         say(console, f"winner    {best.name}; {output / 'best.yaml'}\n          {command}")
-    return SweepResult(output, trials, stages, best, chosen, findings, command)
+    return SweepResult(output, trials, stages, best, chosen, findings, command, record)
 
 
 # ---- sentences ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from rich.console import Console
 from mlx_qlora import backend
 from mlx_qlora.adapters.peft import original_base
 from mlx_qlora.config import RunConfig, to_dict
+from mlx_qlora.console import say, warn
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.tokenizer import load_tokenizer
@@ -29,8 +30,9 @@ from mlx_qlora.inspection import check_lengths
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.opening import check_output
 from mlx_qlora.planner import settled
-from mlx_qlora.run import check_output, sample_of
+from mlx_qlora.record import sample_of
 from mlx_qlora.sweep.compare import ties
 from mlx_qlora.sweep.grid import (
     Point,
@@ -47,7 +49,6 @@ from mlx_qlora.sweep.report import Stage, SweepResult, Trial, read_fingerprint, 
 from mlx_qlora.sweep.trial import Ground, Measured, measure, recorded
 from mlx_qlora.train.checkpoint import disk_errors, locked
 from mlx_qlora.train.config import batches_of
-from mlx_qlora.train.metrics import say
 
 TOO_FEW_EXAMPLES = 20
 
@@ -134,7 +135,7 @@ def _open(config: RunConfig, output: Path, console: Console) -> Any:
     config = replace(config, training=config.training.at_hidden_size(llama.hidden_size))
     say(console, f"data      {len(examples):,} train, {len(validation):,} validation")
     if len(validation) < TOO_FEW_EXAMPLES:
-        say(console, f"warning   {len(validation)} validation rows tell little apart")
+        warn(console, f"{len(validation)} validation rows tell little apart")
     dtype = backend.compute_dtype(config.model.dtype)
     how = {k: v for k, v in to_dict(config)["model"].items() if k in ("bits", "group_size", "mode")}
     model = hashlib.sha256(json.dumps([base, how, str(dtype)]).encode())

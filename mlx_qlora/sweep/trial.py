@@ -17,16 +17,17 @@ from mlx_qlora import backend, blas
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.several import adapter_names, detach
 from mlx_qlora.config import RunConfig
+from mlx_qlora.console import say, warn
 from mlx_qlora.data.batches import collate
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import TrainingError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.run import Prepared, deciding_values, prepare, write_record
+from mlx_qlora.record import deciding_values, write_record
+from mlx_qlora.run import Prepared, prepare
 from mlx_qlora.sweep.compare import Losses
 from mlx_qlora.train.checkpoint import disk_errors, load_checkpoint, restore_set_aside, step_of
 from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.loop import Run
-from mlx_qlora.train.metrics import say
 from mlx_qlora.train.score import score_rows
 
 ROWS = 8  # validation examples that are scored at once
@@ -133,7 +134,7 @@ def measure(config: RunConfig, step: int, ground: Ground, console: Console) -> M
     try:
         prepared = prepare(model, ground.examples, ground.validation, config)
         for damage in prepared.damaged:
-            say(console, f"warning   {damage}: the checkpoint before it is used")
+            warn(console, f"{damage}: the checkpoint before it is used")
         write_record(output, prepared.config, prepared.state.fingerprint, ground.examples)
         run, speed = _advance(prepared, step, ground, console)
         train_loss = statistics.fmean(run.state.recent_losses or [math.nan])

@@ -4,6 +4,7 @@ Read `train` first: it is the whole story. Every step is a function of (config, 
 run that is stopped and continued takes the same steps as one that was not.
 """
 
+import dataclasses
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import backend, blas
+from mlx_qlora.console import say, warn
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
@@ -35,7 +37,7 @@ from mlx_qlora.train.checkpoint import (
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.interruption import Interrupted, Interruption
-from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics, say
+from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.train.score import Score, score
@@ -63,6 +65,7 @@ class TrainResult:
         peak_memory_bytes: MLX's peak.
         best_step: step of the best validation loss, if there was one.
         stopped_early: whether patience ended the run before its last step.
+        test_scores: of the test rows, "before" and "after"; empty where there were none.
         html: what a notebook shows, once a report was written; see `mlx_qlora.report`.
     """
 
@@ -76,7 +79,13 @@ class TrainResult:
     peak_memory_bytes: int = 0
     best_step: int | None = None
     stopped_early: bool = False
+    test_scores: dict[str, Any] = field(default_factory=dict)
     html: str = field(default="", repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, without the history, as JSON has them."""
+        figures = dataclasses.asdict(self)
+        return {k: v for k, v in figures.items() if k not in ("log_history", "html")}
 
     def _repr_html_(self) -> str | None:
         """The summary and the plots in a notebook; None lets it show the text."""
@@ -244,7 +253,7 @@ class Run:
         record = {"step": state.step, "epoch": round(epoch, 4), "skipped": what, "rows": rows}
         state.log_history.append(self.metrics.event(record))
         shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-        say(self.console, f"step {state.step}: {what}: skipped. Rows: {shown}")
+        warn(self.console, f"step {state.step}: {what}: skipped. Rows: {shown}")
         if state.skipped_in_a_row >= self.training.max_skipped_steps:
             raise TrainingError(
                 f"step {state.step}: {what}: {state.skipped_in_a_row} steps in a row have moved "
@@ -262,9 +271,9 @@ class Run:
             step = self.state.step
             record = {"step": step, "epoch": round(epoch, 4), "spike": outcome.loss}
             self.state.log_history.append(self.metrics.event({**record, "usual": usual}))
-            say(
+            warn(
                 self.console,
-                f"warning: step {step}: loss {outcome.loss:.3f}, where {usual:.3f} was usual; if "
+                f"step {step}: loss {outcome.loss:.3f}, where {usual:.3f} was usual; if "
                 "this happens often, lower training.learning_rate",
             )
 
@@ -351,9 +360,9 @@ class Run:
                 load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
             say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
         except ConfigError as error:  # it was not saved by this run, or damaged since
-            say(
+            warn(
                 self.console,
-                f"warning   step {best[0]} was best, but {error}: the last weights stay",
+                f"step {best[0]} was best, but {error}: the last weights stay",
             )
 
     def kept(self) -> str:

@@ -12,6 +12,7 @@ import mlx.core as mx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_qlora.console import say
 from mlx_qlora.fields import option, require
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.outcome import Outcome
@@ -27,11 +28,6 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         steps = self.logging_steps
         require(steps >= 1, "logging.logging_steps", "be at least 1", steps)
-
-
-def say(console: Console, text: str) -> None:
-    """Prints a line as it is: not wrapped at 80 columns where nobody has a terminal."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Metrics:

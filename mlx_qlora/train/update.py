@@ -13,10 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from mlx_qlora import backend
+from mlx_qlora.console import warn
 from mlx_qlora.data.batches import Batch, halves
 from mlx_qlora.errors import TrainingError
 from mlx_qlora.train.engine import Engine, add_grads
-from mlx_qlora.train.metrics import say
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.tree import number
@@ -105,7 +105,7 @@ class Update:
                 f"training.gradient_checkpointing=true, or lower lora.r ({reason})"
             )
         self.parts *= 2
-        say(
+        warn(
             self.console,
             f"out of memory: of {rows} rows at most {-(-rows // self.parts)} are computed at once "
             "from here on; the result is the same",

@@ -1,0 +1,1 @@
+"""What `mlx-qlora doctor` looks at: each check yields findings."""

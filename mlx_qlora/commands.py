@@ -1,0 +1,242 @@
+"""What each command of the command line does; `arguments` says what it can be told.
+
+Each takes the parsed arguments and a console, and returns what `--json` prints.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from mlx_qlora.arguments import COMMANDS, SHORTHANDS, completion_script
+from mlx_qlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlx_qlora.config import RunConfig
+
+Found = dict[str, Any] | None
+
+
+def run_command(args: argparse.Namespace) -> Found:
+    """Runs the command that was asked for; returns what it found, for `--json`.
+
+    Raises:
+        UserError: any of its kinds.
+    """
+    about = COMMANDS[args.command]
+    if args.command == "completion":
+        print(completion_script(args.shell), end="")
+        return None
+    config = config_of(args)
+    if getattr(args, "print_config", False):
+        return _print_config(config, args)
+    console = Console(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
+    return RUN[args.command](config, console, args)
+
+
+def config_of(args: argparse.Namespace) -> "RunConfig":
+    """The file, then the shorthands, then the overrides; later ones win.
+
+    Raises:
+        ConfigError: a field that does not exist, that the command does not read, or a wrong value.
+    """
+    from mlx_qlora.config import SECTIONS, build, read_yaml, set_override
+
+    words = [*args.overrides]
+    if getattr(args, "file", None) is not None:  # argparse gives the first word to FILE
+        words.insert(
+            0, args.file if re.match(r"\w+\.\w+=", args.file) else f"data.path={args.file}"
+        )
+    file = getattr(args, "config", None)
+    values: dict[str, dict[str, Any]] = read_yaml(file) if file else {}
+    for field, _ in SHORTHANDS.values():
+        if (value := getattr(args, field, None)) is not None:
+            set_override(values, f"{field}={value}")
+    read = COMMANDS[args.command].sections
+    for assignment in words:
+        set_override(values, assignment)
+        section = assignment.partition(".")[0].strip()
+        if section in SECTIONS and section not in read:
+            raise ConfigError(
+                f"{assignment}: {args.command} reads no field of {section}; it reads those of "
+                f"{', '.join(read)}"
+            )
+    return build(values)
+
+
+def _print_config(config: "RunConfig", args: argparse.Namespace) -> Found:
+    from mlx_qlora.config import to_dict, to_yaml
+
+    if getattr(args, "json", False):
+        return to_dict(config)
+    print(to_yaml(config), end="")
+    return None
+
+
+# ---- one for each command ----------------------------------------------------------------------
+
+
+def _train(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.dry_run import dry_run
+    from mlx_qlora.run import run
+
+    return dry_run(config, console) if args.dry_run else run(config, console).to_dict()
+
+
+def _plan(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.planner import plan
+
+    if config.model.source is None:
+        raise ConfigError("model.source is missing; name a model with --model SOURCE")
+    found = plan(config.model.source, config, args.machine)
+    if not args.json:
+        print(found)
+    return found.to_dict()
+
+
+def _inspect(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.inspection import inspect_data
+
+    if args.show < 0:
+        raise ConfigError(f"--show must be at least 0; got {args.show}")
+    return inspect_data(config, console, args.show).to_dict()
+
+
+def _generate(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.delivery import as_taught, loaded, with_model
+    from mlx_qlora.infer.generate import stream
+
+    if args.prompt is None and args.instruction is None:
+        raise ConfigError("nothing to answer: pass --prompt TEXT, or --instruction TEXT")
+    if args.input and args.instruction is None:
+        raise ConfigError("--input goes with --instruction")
+    how = config.generation
+    config = with_model(config)
+    llama, tokenizer = loaded(config)
+    config, tokenizer = as_taught(config, tokenizer)
+    template = config.data.template
+    made = stream(
+        llama,
+        tokenizer,
+        _prompt(args, tokenizer.chat_template is not None, template),
+        how.max_new_tokens,
+        how.temperature,
+        how.top_p,
+        how.top_k,
+        how.repetition_penalty,
+        args.seed,
+    )
+    text = ""
+    for piece in made:
+        text += piece
+        if not args.json:
+            print(piece, end="", flush=True)
+    if not args.json:
+        print()
+    return {"text": text, **dataclasses.asdict(made.speed)}
+
+
+def _chat(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.delivery import model_to_ask
+    from mlx_qlora.infer.chat import chat
+
+    model, tokenizer = model_to_ask(config)
+    chat(model, tokenizer, console, config.generation, args.system, args.seed)
+    return None
+
+
+def _evaluate(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.judging import ANSWERS, evaluate_run
+
+    answers = ANSWERS if args.answers is None else args.answers
+    judged = evaluate_run(config, console, None, args.limit, answers, args.general, args.output)
+    return judged.to_dict()
+
+
+def _sweep(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.sweep.search import sweep
+
+    lists = {"learning_rate": args.learning_rates, "r": args.ranks, "batch_size": args.batch_sizes}
+    grid = {field: _numbers(field, text) for field, text in lists.items() if text is not None}
+    how = {"product": args.product, "repeat_best": args.repeat_best}
+    return sweep(config, console, grid or None, args.steps, args.rungs, **how).record
+
+
+def _merge(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.delivery import merge_adapter
+
+    merged = merge_adapter(
+        config, args.folder, console, args.base, args.save_dtype, args.requantize
+    )
+    return dataclasses.asdict(merged)
+
+
+def _export(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.delivery import export_adapter
+
+    form = args.form or "peft"
+    return {"format": form, "path": export_adapter(config, args.folder, console, form)}
+
+
+def _push(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.delivery import push_folder
+
+    pushed = push_folder(args.folder, args.repo_id, console, args.public, args.dry_run)
+    return dataclasses.asdict(pushed)
+
+
+def _doctor(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    from mlx_qlora.doctor import doctor
+
+    model, checkpointing = config.model, config.checkpointing
+    findings = doctor(
+        console,
+        model.source,
+        model.revision,
+        checkpointing.output_dir,
+        config.lora,
+        checkpointing.save_total_limit,
+    )
+    fine = all(finding.state != "error" for finding in findings)
+    return {"ok": fine, "findings": [dataclasses.asdict(finding) for finding in findings]}
+
+
+def _numbers(field: str, text: str) -> list[Any]:
+    """The numbers of a list such as 8,16."""
+    kind = float if field == "learning_rate" else int
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{field} must be numbers with commas between; got {text!r}") from None
+
+
+def _prompt(args: argparse.Namespace, can_chat: bool, template: str) -> str | list[dict[str, str]]:
+    """The question in the form that the model was taught."""
+    from mlx_qlora.data.template import alpaca_prompt, chat_question
+
+    if args.instruction is not None:
+        if template in ("auto", "alpaca"):
+            return alpaca_prompt(args.instruction, args.input or "")
+        question = chat_question(args.instruction, args.input or "")
+        return [{"role": "user", "content": question}]
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    return [{"role": "user", "content": text}] if can_chat and not args.raw else text
+
+
+RUN: dict[str, Callable[["RunConfig", Console, argparse.Namespace], Found]] = {
+    "train": _train,
+    "plan": _plan,
+    "inspect": _inspect,
+    "generate": _generate,
+    "chat": _chat,
+    "evaluate": _evaluate,
+    "sweep": _sweep,
+    "merge": _merge,
+    "export": _export,
+    "push": _push,
+    "doctor": _doctor,
+}

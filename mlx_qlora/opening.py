@@ -1,0 +1,132 @@
+"""What a run starts from: everything that can be wrong is found before a weight is loaded."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from mlx_qlora import backend
+from mlx_qlora.adapters.load import load_adapter, read_adapter_config
+from mlx_qlora.adapters.peft import original_base
+from mlx_qlora.config import RunConfig
+from mlx_qlora.console import say
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import train_validation_test
+from mlx_qlora.data.summary import DataReport
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.inspection import check_lengths
+from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint
+from mlx_qlora.planner import Plan, plan_checkpoint, settled
+from mlx_qlora.train.checkpoint import is_ours
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The input of a run, in which nothing was found wrong; no weight is loaded yet.
+
+    Attributes:
+        config: with the values that were left to the machine.
+        checkpoint: the model's files.
+        tokenizer: the model's.
+        train, validation, test: the rows.
+        plan: what it will need.
+    """
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    train: Examples
+    validation: Examples | None
+    test: Examples | None
+    plan: Plan
+
+    @property
+    def reports(self) -> list[DataReport]:
+        """What became of the rows, one for each source."""
+        parts = [part for part in (self.train, self.validation, self.test) if part]
+        return list({id(part.report): part.report for part in parts}.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many rows each part has."""
+        parts = (self.train, self.validation, self.test)
+        return dict(zip(("train", "validation", "test"), (len(part or ()) for part in parts)))
+
+    def load(self) -> LlamaForCausalLM:
+        """The model, with the adapter that training goes on with, if there is one."""
+        chosen = self.config.model
+        dtype = backend.compute_dtype(chosen.dtype)
+        model = load_model(self.checkpoint, chosen.quantize(), dtype, chosen.frozen_matmul)
+        if chosen.adapter is not None:
+            load_adapter(model, chosen.adapter)
+        return model
+
+
+def open_run(config: RunConfig, console: Console) -> Opened:
+    """Reads what a run starts from, and says it.
+
+    What can be wrong with the input is found cheapest first: the output folder, the model's
+    files, the adapter, the data, the plan. Only then is the model loaded.
+
+    Raises:
+        UserError: any of its kinds.
+    """
+    if config.model.source is None:
+        raise ConfigError("model.source is missing; name a model with --model SOURCE")
+    check_output(Path(config.checkpointing.output_dir))
+    checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
+    if config.model.base_model_name_or_path is None:
+        original_base(checkpoint.files)
+    if config.model.adapter is not None:
+        read_adapter_config(Path(config.model.adapter).expanduser())
+    tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
+    parts = train_validation_test(config.data, tokenizer, config.training.seed, console)
+    llama = LlamaConfig.from_hf(checkpoint.config)
+    config = settled(config, parts[0])
+    config = dataclasses.replace(config, training=config.training.at_hidden_size(llama.hidden_size))
+    predicted = plan_checkpoint(checkpoint, config, parts[0])
+    opened = Opened(config, checkpoint, tokenizer, *parts, predicted)
+    for report in opened.reports:
+        say(console, f"data      {report}")
+    check_lengths(llama, *parts)
+    say(
+        console,
+        "          {train:,} train, {validation:,} validation, {test:,} test".format(
+            **opened.sizes
+        ),
+    )
+    say(console, f"plan\n{_indent(str(predicted))}")
+    return opened
+
+
+def check_output(output: Path) -> None:
+    """Refuses an output folder that cannot be written to, or that holds files of others.
+
+    Raises:
+        ConfigError: naming the folder, and the file that a run would overwrite.
+    """
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "may not be written to" if there.is_dir() else "is a file"
+        raise ConfigError(
+            f"checkpointing.output_dir: {output} cannot be made: {there} {reason}; "
+            "choose another with --output-dir"
+        )
+    card = output / "README.md"
+    foreign = [path for path in output.glob("checkpoint-*") if not is_ours(path)]
+    if card.is_file() and "mlx-qlora" not in card.read_text(encoding="utf-8", errors="replace"):
+        foreign.append(card)
+    if foreign:
+        raise ConfigError(
+            f"checkpointing.output_dir: {foreign[-1]} is not from mlx-qlora and would be "
+            "overwritten; choose another folder with --output-dir"
+        )
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"          {line}" for line in text.splitlines())

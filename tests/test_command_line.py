@@ -1,0 +1,287 @@
+"""The command line's manners: dry runs, quiet runs, JSON, completion, fields out of place."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_folder import write_model
+
+from mlx_qlora.arguments import COMMANDS, completion_script
+from mlx_qlora.cli import main
+from mlx_qlora.commands import RUN
+from mlx_qlora.config import SECTIONS
+
+ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(30)]
+QUICK = ["model.bits=null", "training.max_steps=2", "training.gradient_accumulation_steps=1"]
+QUICK += ["training.warmup_steps=1", "lora.r=2", "data.max_length=64"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("manners") / "model")
+
+
+@pytest.fixture
+def train(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a run into `out` that takes a second."""
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return ["train", "--model", str(model), "--data", "rows.jsonl", "--output-dir", "out", *QUICK]
+
+
+def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The one JSON object on standard output."""
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1, out
+    return json.loads(out)
+
+
+# ---- dry runs ----------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_the_first_batch_and_writes_nothing(
+    train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "30 rows read, 30 kept" in shown and "predicted peak" in shown
+    assert "batch 1, row 1" in shown and "⟦It is" in shown
+    assert "would be trained for 2 steps; nothing was trained or written" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_a_dry_run_says_the_loss_that_training_begins_with(
+    train: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train += ["logging.logging_steps=1", "lora.lora_dropout=0"]
+    assert main([*train, "--dry-run", "--json"]) == 0
+    first = found(capsys)["first_batch"]
+    assert main([*train, "--quiet"]) == 0
+    history = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert history[0]["step"] == 1
+    assert first["loss"] == pytest.approx(history[0]["loss"], abs=1e-5)
+
+
+def test_a_dry_run_knows_where_a_run_would_go_on(
+    train: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train, "checkpointing.save_steps=1"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
+    capsys.readouterr()
+    assert main([*train, "--dry-run", "--json"]) == 0
+    assert found(capsys)["resume_from_checkpoint"] == "out/checkpoint-2"
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("lora.target_modules=[nothing]", "nothing"),
+        ("checkpointing.resume_from_checkpoint=elsewhere", "elsewhere"),
+        ("data.validation_path=away.jsonl", "away.jsonl"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(
+    train: list[str], wrong: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = []
+    for words in ([*train, wrong, "--dry-run"], [*train, wrong]):
+        assert main(words) == 2
+        ends.append(capsys.readouterr().err)
+    assert ends[0] == ends[1] and message in ends[0]
+
+
+# ---- quiet and JSON ----------------------------------------------------------------------------
+
+
+def test_a_quiet_run_says_nothing_and_leaves_everything(
+    train: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert Path("out/adapter_model.safetensors").is_file() and Path("out/report.html").is_file()
+
+
+def test_a_quiet_run_still_warns(train: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*train, "--quiet", "checkpointing.save_steps=1"]) == 0
+    damaged = Path("out/checkpoint-2/optimizer.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main([*train, "--quiet", "checkpointing.save_steps=1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("warning   ") and "checkpoint-2" in err
+
+
+def test_json_of_a_run_has_its_figures_and_leaves_standard_output_alone(
+    train: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train, "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert "plan" in err and "adapter in out" in err
+    last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
+    assert result["output_dir"] == "out" and result["steps"] == 2
+    assert result["eval_loss"] == last["eval_loss"]
+    scores = result["test_scores"]
+    assert scores["before"]["n_tokens"] == scores["after"]["n_tokens"] > 0
+    assert scores["before"]["loss"] != scores["after"]["loss"]
+
+
+def test_json_of_the_other_commands(train: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*train, "--quiet", "model.base_model_name_or_path=org/tiny"]) == 0
+    model = train[2]
+
+    assert main(["plan", "--model", model, "--json"]) == 0
+    plan = found(capsys)
+    assert plan["total_bytes"] == sum(plan["parts"].values()) and plan["fits"] is True
+
+    assert main(["inspect", "rows.jsonl", "--model", model, "--json"]) == 0
+    inspected = found(capsys)
+    assert inspected["sources"][0]["kept"] == 30 and sum(inspected["rows"].values()) == 30
+
+    few = ["generation.max_new_tokens=4", "generation.temperature=0"]
+    asked = ["generate", "--adapter", "out", "--instruction", "Say 3."]
+    assert main([*asked, *few, "--json"]) == 0
+    answer = found(capsys)
+    assert main([*asked, *few]) == 0
+    assert capsys.readouterr().out == answer["text"] + "\n"
+    assert 0 < answer["new_tokens"] <= 4
+
+    judge = ["evaluate", "--adapter", "out", "--data", "rows.jsonl", "--answers", "0", "--json"]
+    assert main(judge) == 0
+    assert found(capsys)["rows_scored"] == 30
+
+    assert main(["merge", "--adapter", "out", "--output-dir", "merged", "--json"]) == 0
+    merged = found(capsys)
+    sizes = [path.stat().st_size for path in Path("merged").iterdir()]
+    assert merged["folder"] == "merged" and merged["bytes"] == sum(sizes)
+
+    assert main(["export", "--adapter", "out", "--output-dir", "e", "--portable", "--json"]) == 0
+    assert found(capsys) == {"format": "portable", "path": "e"}
+
+    assert main(["push", "out", "me/mine", "--dry-run", "--json"]) == 0
+    assert "adapter_model.safetensors" in [name for name, _ in found(capsys)["files"]]
+
+    sweep = ["sweep", "--model", model, "--data", "rows.jsonl", "--output-dir", "s", *QUICK]
+    sweep.append("data.split=[0.6,0.4,0]")
+    assert main([*sweep, "--learning-rates", "1e-4,1e-3", "--rungs", "1", "--json"]) == 0
+    assert found(capsys) == json.loads(Path("s/sweep.json").read_text())
+
+    assert main(["train", "--print-config", "lora.r=3", "--json"]) == 0
+    assert found(capsys)["lora"]["r"] == 3
+
+
+def test_json_of_an_error(train: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*train, "--data", "away.jsonl", "--json"]) == 2
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    assert err == f"mlx-qlora: {said['error']}\n"
+    assert "away.jsonl" in said["error"] and said["kind"] == "DataError"
+
+
+# ---- fields out of place -----------------------------------------------------------------------
+
+
+def test_every_command_runs_something() -> None:
+    assert {*COMMANDS} == {*RUN, "completion"}
+    assert {section for command in COMMANDS.values() for section in command.sections} == {*SECTIONS}
+
+
+@pytest.mark.parametrize(
+    ("words", "section"),
+    [
+        (["generate", "training.seed=1"], "training"),
+        (["inspect", "lora.r=3"], "lora"),
+        (["plan", "generation.top_k=3"], "generation"),
+        (["merge", "--output-dir", "m", "data.path=x"], "data"),
+    ],
+)
+def test_a_field_that_a_command_does_not_read_is_refused(
+    words: list[str], section: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert f"{words[0]} reads no field of {section}; it reads those of model" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_command_without_fields_takes_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", "out", "me/mine", "lora.r=3"])
+    assert stopped.value.code == 2
+    assert "push reads no fields: lora.r=3" in capsys.readouterr().err
+
+
+def test_a_file_may_hold_fields_that_a_command_does_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("training:\n  seed: 5\nmodel:\n  bits: 8\n")
+    config = str(tmp_path / "run.yaml")
+    assert main(["generate", "--config", config, "--print-config"]) == 0
+    assert "bits: 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_fields_that_a_command_reads_and_no_others(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    for section in SECTIONS:
+        assert (f"\n{section}:\n" in shown) == (section in COMMANDS[command].sections)
+
+
+# ---- completion --------------------------------------------------------------------------------
+
+COMPLETE = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
+_shtab_mlx_qlora "$1" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["tr"], ["train"]),
+        (["train", "--out"], ["--output-dir"]),
+        (["train", "training.lear"], ["training.learning_rate="]),
+        (["train", "--model", "x", "lora.use_"], ["lora.use_rslora=", "lora.use_dora="]),
+        (["merge", "--save-dtype", "float"], ["float16", "float32"]),
+        (["completion", ""], ["bash", "zsh"]),
+    ],
+    ids=" ".join,
+)
+def test_bash_completes_commands_flags_and_fields(
+    typed: list[str], offered: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "complete.sh").write_text(capsys.readouterr().out)
+    (tmp_path / "ask.sh").write_text(COMPLETE)
+    words = ["bash", str(tmp_path / "ask.sh"), str(tmp_path / "complete.sh"), "mlx-qlora", *typed]
+    made = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert made.stdout.split() == offered, made.stderr
+
+
+def test_zsh_takes_its_script(tmp_path: Path) -> None:
+    script = completion_script("zsh")
+    assert "compadd -S '' -- model.source=" in script and ":_mlx_qlora_fields" in script
+    zsh = shutil.which("zsh")
+    if zsh is None and sys.platform == "darwin":
+        raise AssertionError("macOS has a zsh")
+    if zsh is None:
+        pytest.skip("this machine has no zsh; macOS has one")
+    (tmp_path / "_mlx-qlora").write_text(script)
+    loads = (
+        f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; "
+        f'eval "$(< {tmp_path}/_mlx-qlora)"; '
+        "print ${_comps[mlx-qlora]}; functions _mlx_qlora_fields >/dev/null"
+    )
+    made = subprocess.run([zsh, "-f", "-c", loads], capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0 and made.stdout.strip() == "_shtab_mlx_qlora", made.stderr
