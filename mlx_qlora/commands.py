@@ -65,7 +65,26 @@ def config_of(args: argparse.Namespace) -> "RunConfig":
                 f"{assignment}: {args.command} reads no field of {section}; it reads those of "
                 f"{', '.join(read)}"
             )
-    return build(values)
+    return build(_with_record(args, values))
+
+
+def _with_record(
+    args: argparse.Namespace, values: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """With what the run that made the adapter was told, for fields that nobody has set now.
+
+    An adapter is used with its own model, as it was trained: only a model that is named anew
+    stands for itself.
+    """
+    from mlx_qlora.delivery import recorded
+
+    chosen = values.get("model", {})
+    adapter, read = chosen.get("adapter"), COMMANDS[args.command].sections
+    if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
+        return values
+    told = recorded(adapter)
+    merged = {section: {**told.get(section, {}), **values.get(section, {})} for section in told}
+    return {**values, **{section: merged[section] for section in merged if section in read}}
 
 
 def _print_config(config: "RunConfig", args: argparse.Namespace) -> Found:

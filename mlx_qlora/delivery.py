@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import QuantConfig
-from mlx_qlora.source import load
+from mlx_qlora.source import ModelConfig, load
 
 FORMATS = ("peft", "portable", "mlx", "gguf")
 
@@ -43,7 +44,9 @@ def merge_adapter(
     Raises:
         UserError: the model, the adapter or the folder cannot be used.
     """
-    quantize = None if bits is None else QuantConfig(bits, config.model.group_size)
+    quantize = (
+        None if bits is None else QuantConfig(bits, config.model.group_size, config.model.mode)
+    )
     model, tokenizer = with_adapter(config)
     made = save_merged(model, tokenizer, folder, dtype=dtype, base=base, quantize=quantize)
     say(console, f"merged    {made.bytes / 1e9:.2f} GB in {made.folder}")
@@ -132,16 +135,27 @@ def with_model(config: RunConfig) -> RunConfig:
         return config
     if chosen.adapter is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
-    record = Path(chosen.adapter).expanduser() / "run.yaml"
-    if record.is_file():
-        trained = build({"model": read_yaml(record).get("model", {})}).model
-        chosen = dataclasses.replace(trained, adapter=chosen.adapter)
+    own, default = dataclasses.asdict(chosen), dataclasses.asdict(ModelConfig())
+    changed = {name: value for name, value in own.items() if value != default[name]}
+    chosen = dataclasses.replace(build(recorded(chosen.adapter)).model, **changed)
     if chosen.source is None:
         raise ConfigError(
             f"model.source is missing, and {chosen.adapter} has no run.yaml that names it; "
             "name the model with --model SOURCE"
         )
     return dataclasses.replace(config, model=chosen)
+
+
+def recorded(adapter: str) -> dict[str, dict[str, Any]]:
+    """What the run that made an adapter was told of model and generation.
+
+    Section -> field -> value; empty for an adapter that no run of ours made.
+    """
+    record = Path(adapter).expanduser() / "run.yaml"
+    if not record.is_file():
+        return {}
+    found = read_yaml(record)
+    return {section: found[section] for section in ("model", "generation") if section in found}
 
 
 def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:

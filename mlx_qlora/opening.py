@@ -23,6 +23,7 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint
 from mlx_qlora.planner import Plan, plan_checkpoint, settled
 from mlx_qlora.train.checkpoint import is_ours
+from mlx_qlora.train.tracking import require_trackers
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def open_run(config: RunConfig, console: Console) -> Opened:
     if config.model.source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
     check_output(Path(config.checkpointing.output_dir))
+    require_trackers([*config.logging.report_to])
     checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
     if config.model.base_model_name_or_path is None:
         original_base(checkpoint.files)

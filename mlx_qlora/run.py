@@ -39,6 +39,7 @@ from mlx_qlora.train.checkpoint import (
     restore_set_aside,
 )
 from mlx_qlora.train.loop import TrainResult, train
+from mlx_qlora.train.tracking import require_trackers
 
 
 def run(config: RunConfig, console: Console) -> TrainResult:
@@ -209,6 +210,7 @@ def prepare(
             run would overwrite.
     """
     check_output(Path(config.checkpointing.output_dir))
+    require_trackers([*config.logging.report_to])
     check_lengths(model.config, examples, validation)
     source = getattr(model, "source", None)
     base = config.model.base_model_name_or_path or original_base(source)

@@ -221,16 +221,21 @@ def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, tim
 
 
 @pytest.mark.parametrize(
-    ("rate", "said"), [(1e-9, ["advice    underfitting: the loss hardly fell"]), (1e-2, [])]
+    ("rate", "steps", "said"),
+    [
+        (1e-9, 30, ["advice    underfitting: the loss hardly fell"]),
+        (1e-9, 10, []),  # too short to tell
+        (1e-2, 30, []),
+    ],
 )
-def test_advice_is_printed_at_the_end_of_a_run(tmp_path, rate, said):
+def test_advice_is_printed_at_the_end_of_a_run(tmp_path, rate, steps, said):
     model, tokenizer = mq.load(write_model(tmp_path / "model"))
     rows = write_rows(tmp_path / "rows.jsonl", 30)
     examples = mq.read_examples(rows, tokenizer, mq.DataConfig(max_length=64, cache_dir=None))
     config = mq.RunConfig(
         lora=mq.LoraConfig(r=4, lora_dropout=0.0),
         training=mq.TrainingConfig(
-            max_steps=10,
+            max_steps=steps,
             warmup_steps=2,
             learning_rate=rate,
             per_device_train_batch_size=4,

@@ -87,7 +87,12 @@ OTHER: dict[str, dict[str, Any]] = {
         "early_stopping_patience": 2,
         "resume_from_checkpoint": "none",
     },
-    "logging": {"logging_steps": 2},
+    "logging": {
+        "logging_steps": 2,
+        "report_to": ["tensorboard", "wandb"],
+        "run_name": "007",
+        "project": "2026",
+    },
     "generation": {
         "temperature": 0.0,
         "top_p": 1.0,

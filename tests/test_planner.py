@@ -54,7 +54,8 @@ def test_llama_8b_counts_its_parameters_without_weights(checkpoint_files):
 
 def small(bytes_: int) -> Machine:
     """A machine like this one, with less memory."""
-    return dataclasses.replace(this_machine(), name="small", working_set_bytes=bytes_)
+    here = this_machine()  # its rate is measured anew each time
+    return dataclasses.replace(here, name="small", working_set_bytes=bytes_, flops=1e11)
 
 
 def test_what_does_not_fit_says_what_to_change(checkpoint_files):
@@ -70,6 +71,7 @@ def test_what_does_not_fit_says_what_to_change(checkpoint_files):
 
 def test_auto_recomputes_more_the_less_memory_there_is(checkpoint_files):
     checkpoint = open_checkpoint(checkpoint_files)
+    checkpoint.config["max_position_embeddings"] = 1 << 20
     config = build({"data": {"max_length": 2048}})
     plans = [plan_checkpoint(checkpoint, config, where=small(n << 20)) for n in (8000, 400, 200)]
     work = [sum(plan.schedule.levels) for plan in plans]
@@ -82,6 +84,8 @@ def test_auto_recomputes_more_the_less_memory_there_is(checkpoint_files):
 
 def test_longest_context_fits_and_a_longer_one_does_not(checkpoint_files):
     checkpoint, where = open_checkpoint(checkpoint_files), small(400 << 20)
+    assert plan_checkpoint(checkpoint, RunConfig(), where=where).longest_context == 512, "its own"
+    checkpoint.config["max_position_embeddings"] = 1 << 20
     longest = plan_checkpoint(checkpoint, RunConfig(), where=where).longest_context
     alone = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
     alone |= {"gradient_accumulation_steps": 1}

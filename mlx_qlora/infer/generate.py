@@ -90,7 +90,7 @@ def stream(
         An iterator of str. Its `speed` tells how fast it was, once it is exhausted or closed.
 
     Raises:
-        As `generate`, before the first piece.
+        UserError: as `generate`, before the first piece.
     """
     how = GenerationConfig(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     ids = prompt_ids(tokenizer, prompt)

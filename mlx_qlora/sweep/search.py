@@ -49,6 +49,7 @@ from mlx_qlora.sweep.report import Stage, SweepResult, Trial, read_fingerprint, 
 from mlx_qlora.sweep.trial import Ground, Measured, measure, recorded
 from mlx_qlora.train.checkpoint import disk_errors, locked
 from mlx_qlora.train.config import batches_of
+from mlx_qlora.train.tracking import require_trackers
 
 TOO_FEW_EXAMPLES = 20
 
@@ -89,6 +90,7 @@ def sweep(
     require(1 <= rungs <= 10, "the sweep's rungs", "be from 1 to 10", rungs)
     output = Path(config.checkpointing.output_dir)
     check_output(output)
+    require_trackers([*config.logging.report_to])
     config, ground, loaded = _open(config, output, console)
     if steps is None:
         batches = batches_of(ground[0], config.data, config.training)

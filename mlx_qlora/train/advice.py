@@ -13,6 +13,7 @@ from typing import Any
 History = list[dict[str, Any]]
 
 FEWEST = 5  # logged losses, or 3 validations, before anything is said
+SHORT = 30  # steps: before that, a stretch of losses says more of its rows than of the run
 RISE = 0.02  # of the validation loss above its best, while the training loss falls
 LITTLE = 0.03  # fall of the loss over a whole run
 EXPLODED = 1.5  # times the best stretch
@@ -56,7 +57,7 @@ def diverged(history: History) -> Advice | None:
             f"steps skipped because their loss or gradient was no number: {skipped}",
             "look at the rows named in metrics.jsonl, or lower training.learning_rate",
         )
-    if len(losses) < FEWEST:
+    if len(losses) < FEWEST or history[-1]["step"] < SHORT:
         return None
     fifths = _fifths(losses)
     best, last = min(fifths), fifths[-1]
@@ -94,7 +95,7 @@ def overfitted(history: History) -> Advice | None:
 def underfitted(history: History) -> Advice | None:
     """The training loss of the last fifth is less than LITTLE below that of the first."""
     losses = _losses(history)
-    if len(losses) < FEWEST:
+    if len(losses) < FEWEST or history[-1]["step"] < SHORT:
         return None
     first, *_, last = _fifths(losses)
     if last < first * (1 - LITTLE) or last > EXPLODED * first:

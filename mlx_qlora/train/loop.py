@@ -7,7 +7,7 @@ run that is stopped and continued takes the same steps as one that was not.
 import dataclasses
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.train.score import Score, score
+from mlx_qlora.train.tracking import trackers
 from mlx_qlora.train.trainer_state import trainer_state
 from mlx_qlora.train.update import Update, split
 
@@ -177,7 +178,8 @@ class Run:
         console: Console,
     ) -> None:
         self.model, self.base, self.console = model, base, console
-        self.training, self.checkpointing, self.logging = training, checkpointing, logging
+        self.data, self.training = data, training
+        self.checkpointing, self.logging = checkpointing, logging
         self.output = Path(checkpointing.output_dir)
         self.batches = batches_of(examples, data, training)
         self.held_out = batches_of(validation, data, training) if validation else None
@@ -198,15 +200,39 @@ class Run:
         self._update: Update | None = None
 
     def begin(self, state: RunState) -> Metrics:
-        """Clears what a run that goes on from here will write anew, and opens the metrics."""
-        self.state = state
+        """Clears what a run that goes on from here will write anew, and opens the metrics.
+
+        Raises:
+            ConfigError: a tracker of `logging.report_to` cannot begin.
+        """
+        self.state, path = state, self.output / "metrics.jsonl"
+        logging = self.logging
+        told = trackers(
+            list(logging.report_to),
+            self.output,
+            logging.run_name,
+            logging.project,
+            self.settings(),
+            state.log_history,
+            state.step,
+        )  # first: it may fail, and nothing was removed yet
         remove_leftovers(self.output, state.step)
         rotate(self.output, state, self.checkpointing.save_total_limit)
-        rewrite_metrics(self.output / "metrics.jsonl", state.log_history)
-        self.metrics = Metrics(
-            self.output / "metrics.jsonl", self.total_steps, state, self.logging, self.console
-        )
+        rewrite_metrics(path, state.log_history)
+        self.metrics = Metrics(path, self.total_steps, state, logging, self.console, told)
         return self.metrics
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Section -> field -> value, for trackers."""
+        model = {**self.state.config.get("model", {}), "base_model_name_or_path": self.base}
+        sections = {
+            "lora": self.model.lora_config,
+            "data": self.data,
+            "training": self.training,
+            "checkpointing": self.checkpointing,
+            "logging": self.logging,
+        }
+        return {"model": model, **{name: asdict(section) for name, section in sections.items()}}
 
     def update(self, interruption: Interruption) -> Update:
         """The taker of steps, made once: it remembers how far batches had to be halved."""

@@ -12,22 +12,42 @@ import mlx.core as mx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_qlora.console import say
+from mlx_qlora.console import say, warn
+from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.fields import option, require
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.train.score import Score
+from mlx_qlora.train.tracking import NAMES, Tracker, tracked
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """How often figures are written."""
+    """How often figures are written, and where besides `metrics.jsonl`."""
 
     logging_steps: int = option(10, "write figures every this many steps (and at the last)")
+    report_to: list[str] | str = option(
+        [], "tensorboard, wandb or both, besides metrics.jsonl, which is always written"
+    )
+    run_name: str | None = option(
+        None, "of the run in trackers; null takes the output folder's name"
+    )
+    project: str = option("mlx-qlora", "the project that wandb files the run under")
 
     def __post_init__(self) -> None:
-        steps = self.logging_steps
+        steps, name = self.logging_steps, self.run_name
         require(steps >= 1, "logging.logging_steps", "be at least 1", steps)
+        chosen = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        for word in chosen:
+            if word not in NAMES:
+                raise ConfigError(
+                    f"logging.report_to must be tensorboard, wandb, [tensorboard, wandb] or []; "
+                    f"got {word!r}{did_you_mean(word, NAMES)}"
+                )
+        object.__setattr__(self, "report_to", list(dict.fromkeys(chosen)))
+        is_name = name is None or (name.strip(".") and "/" not in name and "\0" not in name)
+        require(bool(is_name), "logging.run_name", "name a folder, without a /", name)
+        require(bool(self.project), "logging.project", "name a project", "nothing")
 
 
 class Metrics:
@@ -39,6 +59,7 @@ class Metrics:
         state: of the run; its steps are done, and its open losses begin the first record.
         config: how often.
         console: where the live line goes; on anything but a terminal it becomes plain lines.
+        trackers: what else takes the records; they are closed with the metrics.
     """
 
     def __init__(
@@ -48,7 +69,9 @@ class Metrics:
         state: RunState,
         config: LoggingConfig,
         console: Console,
+        trackers: list[Tracker],
     ) -> None:
+        self.trackers = trackers
         self.total_steps = total_steps
         self.every = config.logging_steps
         self.console = console
@@ -74,9 +97,14 @@ class Metrics:
         self.window.started = time.perf_counter()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.live.stop()
         self.file.close()
+        for tracker in self.trackers:
+            try:
+                tracker.close(failed=kind is not None)
+            except (Exception, KeyboardInterrupt) as error:  # what was trained is worth more
+                self._warn(tracker, error, "its last figures may be missing there")
 
     def train_step(
         self, step: int, epoch: float, outcome: Outcome, rate: float
@@ -128,10 +156,26 @@ class Metrics:
         return self.event(record)
 
     def event(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Appends a record as one line, at once readable by others, and returns it."""
+        """Appends a record as one line, at once readable by others, and returns it.
+
+        A tracker that fails is left out from then on: no disk and no network but the run's own
+        may end the run.
+        """
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        for tracker in tuple(self.trackers):
+            try:
+                tracker.write(record["step"], tracked(record))
+            except Exception as error:  # whatever the package makes of a network
+                self.trackers.remove(tracker)
+                self._warn(tracker, error, "the run goes on without it; metrics.jsonl has it all")
+                with contextlib.suppress(Exception):
+                    tracker.close(failed=True)
         return record
+
+    def _warn(self, tracker: Tracker, error: BaseException, then: str) -> None:
+        reason = str(error) or type(error).__name__
+        warn(self.console, f"logging.report_to: {tracker.name}: {reason}; {then}")
 
 
 class Window:

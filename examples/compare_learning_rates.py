@@ -1,0 +1,102 @@
+# %% [markdown]
+"""# Which learning rate?
+
+Three short runs differ in nothing but the learning rate, and are scored on the same rows.
+Their differences are taken row by row, with 95 % intervals: what is hard for all cancels.
+`mlx-qlora sweep` does this with many runs, and stops the bad ones early.
+"""
+
+# %%
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import mlx_qlora as mq
+from mlx_qlora.infer.evaluate import score_examples
+from mlx_qlora.sweep.compare import Losses, difference, in_words
+
+MODEL = "smollm2-135m"
+OUTPUT = Path("outputs/compare_learning_rates")
+RATES = {"1e-6": 1e-6, "3e-4": 3e-4, "2e-3": 2e-3}
+STEPS, SEED = 5, 0
+ROWS = [
+    {
+        "instruction": "Write the amount in house style.",
+        "input": f"{n} euros",
+        "output": f"EUR {n:,}.00",
+    }
+    for n in range(1_000, 900_000, 27_000)
+]
+
+# %% [markdown]
+# Every second row is kept for validation. The rule is the same, the amounts are new.
+
+# %%
+_, tokenizer = mq.load(MODEL)
+train = mq.read_examples(ROWS[::2], tokenizer)
+validation = mq.read_examples(ROWS[1::2], tokenizer)
+print(f"{len(train)} rows to learn from, {len(validation)} to compare by")
+
+
+# %%
+def run(name: str) -> tuple[mq.TrainResult, Losses]:
+    """Trains at a rate; returns the run and what each validation row costs the model."""
+    model, _ = mq.load(MODEL)
+    config = mq.RunConfig(
+        lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
+        data=mq.DataConfig(packing=False),
+        training=mq.TrainingConfig(
+            learning_rate=RATES[name],
+            warmup_steps=1,
+            max_steps=STEPS,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=1,
+            seed=SEED,
+        ),
+        checkpointing=mq.CheckpointingConfig(
+            output_dir=str(OUTPUT / name), resume_from_checkpoint="none"
+        ),
+        logging=mq.LoggingConfig(logging_steps=1),
+    )
+    result = mq.fine_tune(model, tokenizer, train, config=config)
+    scores = score_examples(model, tokenizer, validation)
+    return result, Losses(scores.nats, scores.tokens)
+
+
+found = {name: run(name) for name in RATES}
+
+# %% [markdown]
+# The best run, and how far behind the others are. An interval that leaves out 0 says that the
+# choice of validation rows does not explain the difference. Of the seed it knows nothing.
+
+# %%
+best = min(found, key=lambda name: found[name][1].mean)
+behind = {name: difference(losses, found[best][1]) for name, (_, losses) in found.items()}
+table = Table("learning rate", "train loss", "validation loss", f"behind {best}", "95 % interval")
+for name, (result, losses) in found.items():
+    low, high = behind[name].low, behind[name].high
+    interval = f"{low:.3f} to {high:.3f}" if name != best else ""
+    table.add_row(
+        name,
+        f"{result.train_loss:.3f}",
+        f"{losses.mean:.3f}",
+        f"{behind[name].mean:.3f}",
+        interval,
+    )
+Console().print(table)
+for name in (name for name in RATES if name != best):
+    print(in_words(best, name, difference(found[best][1], found[name][1])))
+
+# %%
+found[best][0]
+
+# %% [markdown]
+# At 1e-6 next to nothing was learned: it is the worst rate, and clearly so.
+
+# %%
+worst = max(found, key=lambda name: found[name][1].mean)
+
+assert worst == "1e-6"
+assert behind[worst].is_clear and behind[worst].low > 0.2
+assert difference(found[worst][1], found["3e-4"][1]).is_clear

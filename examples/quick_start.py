@@ -1,0 +1,75 @@
+# %% [markdown]
+"""# Quick start: a first adapter in five calls.
+
+Load a model in 4 bits, read rows, fine-tune, ask, save.
+The model is small and comes from a PyPI package, so nothing is downloaded.
+"""
+
+# %%
+import mlx_qlora as mq
+
+MODEL = "smollm2-135m"
+OUTPUT = "outputs/quick_start"
+FOUR_BITS = mq.QuantConfig(bits=4, group_size=64)
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 16}
+ROWS = [
+    {
+        "instruction": "Write the amount in house style.",
+        "input": f"{n} dollars",
+        "output": f"USD {n:,}.00",
+    }
+    for n in range(1_000, 900_000, 23_000)
+]
+PROMPT = "### Instruction:\nWrite the amount in house style.\n\n### Input:\n{}\n\n### Response:\n"
+QUESTION = PROMPT.format("740500 dollars")
+
+# %% [markdown]
+# The weights are packed to 4 bits while they are loaded, and stay as they are from then on.
+# The rows have Alpaca's fields, which are found without being told.
+
+# %%
+model, tokenizer = mq.load(MODEL, FOUR_BITS)
+examples = mq.read_examples(ROWS, tokenizer)
+print(examples.report)
+before = mq.evaluate(model, tokenizer, examples)
+print("before:", mq.generate(model, tokenizer, QUESTION, **GREEDY))
+
+# %% [markdown]
+# A short run: ten steps of four rows, without warmup to speak of and at a high rate.
+# Everything that is not given keeps the default that suits Llama 3.1 8B.
+
+# %%
+config = mq.RunConfig(
+    lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
+    data=mq.DataConfig(packing=False),
+    training=mq.TrainingConfig(
+        learning_rate=2e-3,
+        warmup_steps=2,
+        max_steps=10,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+    ),
+    checkpointing=mq.CheckpointingConfig(output_dir=OUTPUT, resume_from_checkpoint="none"),
+    logging=mq.LoggingConfig(logging_steps=2),
+)
+result = mq.fine_tune(model, tokenizer, examples, config=config)
+result
+
+# %%
+after = mq.evaluate(model, tokenizer, examples)
+answer = mq.generate(model, tokenizer, QUESTION, **GREEDY)
+print("after:", answer)
+
+# %% [markdown]
+# The adapter is saved by `fine_tune` already. It opens on a fresh copy of the model and gives the
+# same answer.
+
+# %%
+again, tokenizer = mq.load(MODEL, FOUR_BITS, adapter=OUTPUT)
+same = mq.generate(again, tokenizer, QUESTION, **GREEDY)
+print(f"loss {before.loss:.3f} -> {after.loss:.3f}; the saved adapter says {same!r}")
+
+assert after.loss < before.loss / 2
+assert same == answer
+assert (result.output_dir / "adapter_model.safetensors").is_file()
+assert (result.output_dir / "report.html").is_file()
