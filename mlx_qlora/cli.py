@@ -26,19 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     as_json = getattr(args, "json", False)
     from mlx_qlora.commands import run_command
+    from mlx_qlora.processes import tells
 
     try:
         found = run_command(args)
     except UserError as error:
-        print(f"mlx-qlora: {error}", file=sys.stderr)
-        if as_json:
+        if tells(error):
+            print(f"mlx-qlora: {error}", file=sys.stderr)
+        if as_json and tells(error):
             _print_json({"error": str(error), "kind": type(error).__name__})
         return 2
     except KeyboardInterrupt as stop:
         if str(stop):  # a run that saved what it had says so
             print(f"mlx-qlora: {stop}", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
-    if as_json:
+    if as_json and found is not None:
         _print_json(found)
     return 0 if found is None or found.get("ok", True) else 1
 

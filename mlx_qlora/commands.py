@@ -8,12 +8,15 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from mlx_qlora.arguments import COMMANDS, SHORTHANDS, completion_script
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.console import say
+from mlx_qlora.errors import ConfigError, UserError
+from mlx_qlora.processes import launched, processes
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
@@ -35,7 +38,28 @@ def run_command(args: argparse.Namespace) -> Found:
     if getattr(args, "print_config", False):
         return _print_config(config, args)
     console = Console(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
-    return RUN[args.command](config, console, args)
+    if not launched():
+        return RUN[args.command](config, console, args)
+    if args.command != "train" or args.dry_run:
+        what = "train --dry-run" if args.command == "train" else args.command
+        raise ConfigError(f"{what} runs in one process; only train runs in several")
+    return _train_together(config, console, args)
+
+
+def _train_together(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+    """`train` as one of several processes: those behind the first one talk to a file."""
+    from mlx_qlora.opening import check_output
+
+    everyone, output = processes(), Path(config.checkpointing.output_dir)
+    everyone.agree(lambda: check_output(output) if everyone.is_first else None)
+    console = everyone.console(output, console)
+    try:
+        found = _train(config, console, args)
+    except UserError as error:
+        if not everyone.is_first:
+            say(console, str(error))
+        raise
+    return found if everyone.is_first else None
 
 
 def config_of(args: argparse.Namespace) -> "RunConfig":

@@ -130,7 +130,9 @@ def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `--config` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    # Not folded: a long path with a space in it stays on its line.
+    values = to_dict(config)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 # ---- types -------------------------------------------------------------------------------------

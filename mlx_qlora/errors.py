@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """The root of all errors that the user's input, and not our code, has caused."""
+    """The root of all errors that the user's input, and not our code, has caused.
+
+    Attributes:
+        is_shared: whether all processes of a run know it, so that only the first one says it.
+    """
+
+    is_shared = False
 
 
 class ConfigError(UserError):
@@ -35,6 +41,14 @@ class DataError(UserError):
 
 class TrainingError(UserError):
     """A run cannot go on: it has diverged."""
+
+
+class ProcessError(UserError):
+    """A run of several processes cannot go on: one is gone, too slow, or unlike the others."""
+
+    def __init__(self, message: str, is_shared: bool = False) -> None:
+        super().__init__(message)
+        self.is_shared = is_shared
 
 
 class AdapterError(UserError):

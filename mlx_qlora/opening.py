@@ -22,6 +22,7 @@ from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint
 from mlx_qlora.planner import Plan, plan_checkpoint, settled
+from mlx_qlora.processes import processes
 from mlx_qlora.train.checkpoint import is_ours
 from mlx_qlora.train.tracking import require_trackers
 
@@ -79,8 +80,13 @@ def open_run(config: RunConfig, console: Console) -> Opened:
     """
     if config.model.source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
-    check_output(Path(config.checkpointing.output_dir))
-    require_trackers([*config.logging.report_to])
+    if processes().is_first:
+        check_output(Path(config.checkpointing.output_dir))
+        require_trackers([*config.logging.report_to])
+    else:  # one of them writes the refused rows
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, refused_path=None)
+        )
     checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
     if config.model.base_model_name_or_path is None:
         original_base(checkpoint.files)

@@ -15,6 +15,7 @@ from mlx_qlora.config import RunConfig, to_dict, to_yaml
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.processes import processes
 
 
 def fingerprint_of(
@@ -70,8 +71,12 @@ def write_record(
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What decides the weights; where files go and how often, and what memory asks for, do not."""
     decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
+    training = decides["training"]
     for name in ("gradient_checkpointing", "compile", "max_skipped_steps"):
-        del decides["training"][name]
+        del training[name]
+    # How a step's rows are divided among micro-batches and processes is not what it learns.
+    rows = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
+    training["rows_per_step"] = rows * processes().size
     for name in ("source", "revision", "adapter"):  # where it lies; what it is, is hashed
         del decides["model"][name]
     data = to_dict(config)["data"]  # which rows there are is told by the hash of the data

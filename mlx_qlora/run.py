@@ -5,12 +5,15 @@ and the data first.
 """
 
 import dataclasses
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from mlx_qlora import backend
+from mlx_qlora._version import __version__
 from mlx_qlora.adapters.card import model_card, read_facts
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.peft import original_base, save_adapter
@@ -25,6 +28,7 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
 from mlx_qlora.opening import check_output, open_run
 from mlx_qlora.planner import settled
+from mlx_qlora.processes import processes
 from mlx_qlora.record import deciding_values, fingerprint_of, write_record
 from mlx_qlora.report import write_report
 from mlx_qlora.report.drawing import PNG_HINT, can_draw_png
@@ -48,8 +52,12 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     Raises:
         UserError: any of its kinds.
     """
-    opened = open_run(config, console)
-    model, tokenizer, test = opened.load(), opened.tokenizer, opened.test
+    everyone = processes()
+    opened = everyone.agree(lambda: open_run(config, console))
+    model, tokenizer, test = everyone.agree(opened.load), opened.tokenizer, opened.test
+    if not everyone.is_first:
+        parts = opened.train, opened.validation
+        return fine_tune(model, tokenizer, *parts, opened.config, console=console)
     recorded = prepare(model, opened.train, opened.validation, opened.config).config
     rows, most = questions(test or opened.validation), config.generation.max_new_tokens
     told = asked(model, tokenizer, rows, most)
@@ -102,22 +110,26 @@ def fine_tune(
         AdapterError: nothing says what the original base is.
         ConfigError: a target that matches nothing, or a checkpoint of another run to resume.
     """
-    config = config or RunConfig()
-    console = console or Console(stderr=True)
+    chosen, everyone = config or RunConfig(), processes()
+    output = Path(chosen.checkpointing.output_dir)
+    console = console or everyone.console(output, Console(stderr=True))
     if not len(train_examples):
         raise DataError("there are no examples to train on")
-    config = settled(config, train_examples)
-    settled_rate = config.training.at_hidden_size(model.config.hidden_size)
-    config = dataclasses.replace(config, training=settled_rate)
+    chosen = settled(chosen, train_examples)
+    settled_rate = chosen.training.at_hidden_size(model.config.hidden_size)
+    chosen = dataclasses.replace(chosen, training=settled_rate)
     tokenizer = with_template(tokenizer, train_examples)
-    prepared = prepare(model, train_examples, validation, config)
+    prepared = everyone.agree(lambda: prepare(model, train_examples, validation, chosen))
+    everyone.must_equal(facts_of(prepared))
     config, base = prepared.config, prepared.base
     say(
         console,
         f"training  {trainable_count(model):,} parameters of {base} on "
-        f"{backend.facts()['chip']} ({backend.backend().device})",
+        f"{backend.facts()['chip']} ({backend.backend().device})"
+        + (f", process {everyone.rank} of {everyone.size}" if everyone.size > 1 else ""),
     )
-    output = Path(config.checkpointing.output_dir)
+    if not everyone.is_first:
+        return _trained(model, train_examples, validation, prepared, console)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output), disk_errors(output):
@@ -147,19 +159,7 @@ def _train(
     config, base = prepared.config, prepared.base
     output = Path(config.checkpointing.output_dir)
     with live_plots(output / "metrics.jsonl", config.training.warmup_steps):
-        result = train(
-            model,
-            train_examples,
-            validation,
-            config.data,
-            config.training,
-            config.checkpointing,
-            config.logging,
-            base,
-            prepared.state,
-            prepared.resumed,
-            console,
-        )
+        result = _trained(model, train_examples, validation, prepared, console)
     save_adapter(model, output, base)
     tokenizer.save(output)
     reports = [part.report for part in (train_examples, validation) if part]
@@ -170,6 +170,30 @@ def _train(
         card = model_card(read_facts(output))
         (staging / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def _trained(
+    model: LlamaForCausalLM,
+    train_examples: Examples,
+    validation: Examples | None,
+    prepared: "Prepared",
+    console: Console,
+) -> TrainResult:
+    """Trains, which is all that processes behind the first one do."""
+    config = prepared.config
+    return train(
+        model,
+        train_examples,
+        validation,
+        config.data,
+        config.training,
+        config.checkpointing,
+        config.logging,
+        prepared.base,
+        prepared.state,
+        prepared.resumed,
+        console,
+    )
 
 
 def _summary(result: TrainResult) -> str:
@@ -209,8 +233,9 @@ def prepare(
             checkpoint of another run to resume, or an output folder with files of others that a
             run would overwrite.
     """
-    check_output(Path(config.checkpointing.output_dir))
-    require_trackers([*config.logging.report_to])
+    if processes().is_first:
+        check_output(Path(config.checkpointing.output_dir))
+        require_trackers([*config.logging.report_to])
     check_lengths(model.config, examples, validation)
     source = getattr(model, "source", None)
     base = config.model.base_model_name_or_path or original_base(source)
@@ -228,8 +253,26 @@ def prepare(
     decides = deciding_values(config)
     fingerprint = fingerprint_of(model, examples, validation, config, base)
     state = RunState(fingerprint=fingerprint, config=decides)
+    if not processes().is_first:  # which need not see the output folder
+        return Prepared(config, base, state, None, [])
     resumed, damaged = checkpoint_to_resume(config.checkpointing, state)
     return Prepared(config, base, state, resumed, damaged)
+
+
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """What all processes of a run must have alike."""
+    state, training = prepared.state, prepared.config.training
+    fields = {f"{section}.{k}": v for section, of in state.config.items() for k, v in of.items()}
+    versions = {"mlx-qlora": __version__, "MLX": importlib.metadata.version("mlx")}
+    return {
+        **versions,
+        "training.per_device_train_batch_size": training.rows,
+        "training.gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "checkpointing.eval_steps": prepared.config.checkpointing.eval_steps,
+        **fields,
+        "the hash of the rows": state.fingerprint["data"][:12],
+        "the hash of the model": state.fingerprint["model"][:12],
+    }
 
 
 def with_template(tokenizer: Tokenizer, examples: Examples) -> Tokenizer:

@@ -225,6 +225,24 @@ def test_a_file_may_hold_fields_that_a_command_does_not_read(
     assert "bits: 8" in capsys.readouterr().out
 
 
+def test_an_adapter_is_used_as_its_run_was_told_but_for_what_is_typed(
+    train: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train, "--quiet", "generation.top_k=7"]) == 0  # with model.bits=null
+    use = ["generate", "--adapter", "out", "--print-config", "--json"]
+    assert main(use) == 0
+    told = found(capsys)
+    assert (told["model"]["source"], told["model"]["bits"]) == (train[2], None)
+    assert (told["model"]["adapter"], told["generation"]["top_k"]) == ("out", 7)
+    assert told["training"]["max_steps"] == 1000  # of the run, no use for it here
+    assert main([*use, "model.bits=4", "generation.top_k=50"]) == 0  # the defaults, but typed
+    told = found(capsys)
+    assert (told["model"]["bits"], told["generation"]["top_k"]) == (4, 50)
+    assert main([*use, "--model", "org/other"]) == 0
+    told = found(capsys)
+    assert (told["model"]["source"], told["generation"]["top_k"]) == ("org/other", 50)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_the_fields_that_a_command_reads_and_no_others(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -32,7 +32,8 @@ from mlx_qlora.train.checkpoint import (
     read_state,
 )
 from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.engine import Engine
+from mlx_qlora.train.engine import Engine, add_grads
+from mlx_qlora.train.interruption import Interruption
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import LoggingConfig
 from mlx_qlora.train.optim import AdamW
@@ -63,10 +64,10 @@ def engine_that(change: Change) -> type[Engine]:
     """An engine whose (loss, grads) of a batch are `change(batch, loss, grads)`."""
 
     class Changed(Engine):
-        def __call__(self, weights, batch, dropout_key=None):
+        def __call__(self, weights, batch, dropout_key=None, before=None, gradient_sum=None):
             loss, n_tokens, grads = super().__call__(weights, batch, dropout_key)
             loss, grads = change(batch, loss, grads)
-            return loss, n_tokens, grads
+            return loss, n_tokens, add_grads(before, grads)
 
     return Changed
 
@@ -124,7 +125,7 @@ def updater(model, engine: type[Engine] = Engine, console: Console | None = None
     # This epsilon: Adam divides by the gradient, and would make much of the rounding of tiny ones.
     optimizer = AdamW(model.trainable_parameters(), epsilon=1e-4)
     quiet = console or Console(file=io.StringIO())
-    return Update(engine(model, "none", compiled=False), optimizer, 3, lambda: False, quiet)
+    return Update(engine(model, "none", compiled=False), optimizer, 3, Interruption(), quiet)
 
 
 def numbers_of(update: Update) -> tuple[bytes, ...]:
@@ -240,8 +241,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(model, error, too_man
     assert same_to_rounding(halved, whole)
     assert halved.optimizer.step == whole.optimizer.step == 2
     assert printed.getvalue().splitlines() == [
-        f"out of memory: of 4 rows at most {4 // n} are computed at once from here on; the result "
-        "is the same"
+        f"warning   out of memory: of 4 rows at most {4 // n} are computed at once from here on; "
+        "the result is the same"
         for n in (2, 4)
         if n <= parts
     ]

@@ -199,7 +199,7 @@ def _advance(
             if outcome is None:
                 break  # a signal came within the step: it will be taken again
             try:
-                run.note(outcome, rate, sum(len(batch.rows) for batch in share))
+                run.note(outcome, rate)
             except TrainingError as error:
                 raise Failed(str(error), state.step, again=False) from None
             run.after_step(interruption)

@@ -9,6 +9,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.fields import check_choices, option, require
+from mlx_qlora.processes import Processes
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
 
 DEFAULT_STEPS = 1000
@@ -155,9 +156,14 @@ class TrainingConfig:
         return -(-self.micro_batches(batches) // self.gradient_accumulation_steps)
 
 
-def batches_of(examples: Examples, data: DataConfig, training: TrainingConfig) -> Batches:
-    """The batches of a run, or of its validation."""
-    rows = training.rows
+def batches_of(
+    examples: Examples,
+    data: DataConfig,
+    training: TrainingConfig,
+    processes: Processes | None = None,
+) -> Batches:
+    """The batches of a run, or of its validation; of several processes, those of this one."""
+    rows, size = training.rows, processes.size if processes else 1
     return make_batches(
         examples,
         rows,
@@ -166,5 +172,7 @@ def batches_of(examples: Examples, data: DataConfig, training: TrainingConfig) -
         data.packing,
         max(data.max_length, int(examples.lengths.max())),
         epochs=training.num_train_epochs,
-        rows_per_step=rows * training.gradient_accumulation_steps,
+        rank=processes.rank if processes else 0,
+        world_size=size,
+        rows_per_step=rows * training.gradient_accumulation_steps * size,
     )

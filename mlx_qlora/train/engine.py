@@ -33,6 +33,7 @@ from mlx_qlora.model.exponentials import sigmoid
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.swiglu import swiglu, swiglu_back
+from mlx_qlora.train.gradient_sum import GradientSum
 from mlx_qlora.train.loss import losses_by_piece
 from mlx_qlora.train.memory import (
     LAYER,
@@ -157,17 +158,32 @@ class Engine:
         self.first = next(i for i, layer in enumerate(self.slots) if any(layer.values()))
 
     def __call__(
-        self, weights: dict[str, mx.array], batch: Batch, dropout_key: mx.array | None = None
+        self,
+        weights: dict[str, mx.array],
+        batch: Batch,
+        dropout_key: mx.array | None = None,
+        before: dict[str, mx.array] | None = None,
+        gradient_sum: GradientSum | None = None,
     ) -> tuple[mx.array, int, dict[str, mx.array]]:
-        """(loss_sum, n_tokens, grads) at the given LoRA weights; both by their paths."""
+        """(loss_sum, n_tokens, grads) at the given LoRA weights; both by their paths.
+
+        Args:
+            weights: by path.
+            batch: tokens and labels.
+            dropout_key: as in `loss_and_grads`.
+            before: gradients of the micro-batches before, which these are added to.
+            gradient_sum: told of each layer whose gradients are done; for a step's last batch.
+        """
         documents = teaching_documents(batch)
-        grads: dict[str, mx.array] = {}
+        grads = dict(before or {})
         loss, n_tokens = mx.array(0.0), 0
         with lent(self.slots, weights, self.model.model.embed_tokens.dtype):
             how = self._schedule(documents)
-            for parts in waves_of(self.model, batch, documents, how.waves, dropout_key):
+            waves = list(waves_of(self.model, batch, documents, how.waves, dropout_key))
+            for parts in waves:
+                told = gradient_sum if parts is waves[-1] else None
                 with cores_shared(parts):
-                    loss = loss + self._wave(parts, how.levels, grads)
+                    loss = loss + self._wave(parts, how.levels, grads, told)
                 n_tokens += sum(part.targets.size for part in parts)
         # In the weights' order, and none left out.
         return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}
@@ -179,12 +195,18 @@ class Engine:
         budget = budget_for(config, lengths, itemsize, self.standing, this_machine())
         return schedule(config, lengths, itemsize, self.recompute, budget)
 
-    def _wave(self, parts: list[Part], levels: list[int], grads: dict[str, mx.array]) -> mx.array:
+    def _wave(
+        self,
+        parts: list[Part],
+        levels: list[int],
+        grads: dict[str, mx.array],
+        gradient_sum: GradientSum | None,
+    ) -> mx.array:
         """The loss sum of some parts; their gradients are added to `grads`."""
         walks = [Walk(part, self._embed(part)) for part in parts]
         self._forward(walks, levels)
         loss = self._losses(walks)
-        self._backward(walks, grads)
+        self._backward(walks, grads, gradient_sum)
         return loss
 
     def _embed(self, part: Part) -> mx.array:
@@ -238,8 +260,11 @@ class Engine:
 
     # ---- down ------------------------------------------------------------------------------------
 
-    def _backward(self, walks: list[Walk], grads: dict[str, mx.array]) -> None:
+    def _backward(
+        self, walks: list[Walk], grads: dict[str, mx.array], gradient_sum: GradientSum | None
+    ) -> None:
         before: list[Any] = []
+        done: set[str] = set()
         for i in reversed(range(self.first, len(self.model.layers))):
             layer, slots = self.model.layers[i], self.slots[i]
             descents = [Descent(layer, slots, walk, i, self.compiled) for walk in walks]
@@ -252,6 +277,9 @@ class Engine:
                 own = [descent.grads[path].astype(mx.float32) for descent in descents]
                 own += [grads[path]] if path in grads else []
                 grads[path] = reduce(mx.add, own)
+                done.add(path)
+            if gradient_sum is not None:
+                gradient_sum.take(grads, done)
             before = [walk.dx for walk in walks] if i > self.first else []
 
 

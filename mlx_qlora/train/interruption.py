@@ -32,11 +32,18 @@ class Interruption:
     keep their usual effect.
 
     Attributes:
-        signum: of the signal that came; None if none did.
+        came: the signal that came to this process; None if none did.
+        signum: the signal that ends the run. One process stops for its own; of several, each
+            stops for what all have agreed on, since none may leave the others waiting.
+
+    Args:
+        together: whether there are several processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = False) -> None:
+        self.came: int | None = None
         self.signum: int | None = None
+        self._together = together
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -50,7 +57,9 @@ class Interruption:
         self._restore()
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        self.signum = signum
+        self.came = signum
+        if not self._together:
+            self.signum = signum
         self._restore()
 
     def _restore(self) -> None:

@@ -5,6 +5,7 @@ run that is stopped and continued takes the same steps as one that was not.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,9 @@ from mlx_qlora.console import say, warn
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.errors import ConfigError, TrainingError
+from mlx_qlora.errors import ConfigError, ProcessError, TrainingError
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.processes import processes
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
@@ -41,6 +43,7 @@ from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.train.score import Score, score
+from mlx_qlora.train.together import from_first, score_of_all
 from mlx_qlora.train.tracking import trackers
 from mlx_qlora.train.trainer_state import trainer_state
 from mlx_qlora.train.update import Update, split
@@ -128,15 +131,17 @@ def train(
         TrainingError: the run cannot go on; the last checkpoint is whole.
         Interrupted: a signal came, and what was done is saved.
     """
-    started, done_before = time.perf_counter(), state.tokens
+    started = time.perf_counter()
     backend.limit_memory()
     run = Run(model, examples, validation, data, training, checkpointing, logging, base, console)
     if resumed is not None:
         state = load_checkpoint(resumed, model, run.optimizer)
-        done_before = state.tokens
         say(console, f"continuing from {resumed}")
+    state = from_first(state, run.optimizer, run.processes)
+    model.update(run.optimizer.tree())
+    done_before = state.tokens
     with (
-        Interruption() as interruption,
+        Interruption(run.processes.size > 1) as interruption,
         disk_errors(run.output),
         run.begin(state),
         blas.threads(1),  # what parts side by side have; see there
@@ -152,9 +157,15 @@ def train(
                 outcome = run.update(interruption).step(share, rate)
             except TrainingError as error:
                 raise TrainingError(f"{error}. {run.kept()}") from None
+            except ProcessError as error:
+                saved = run.save_if_new()  # the last finished step
+                raise ProcessError(
+                    f"{error}. {saved or run.kept()}: the run goes on from there"
+                ) from None
             if outcome is None:
                 break  # a signal came within the step: it will be taken again
-            run.note(outcome, rate, sum(len(batch.rows) for batch in share))
+            interruption.signum = interruption.signum or outcome.signum
+            run.note(outcome, rate)
             run.after_step(interruption)
         if interruption.signum is not None:
             raise Interrupted(interruption.signum, run.save_if_new())
@@ -178,10 +189,11 @@ class Run:
         console: Console,
     ) -> None:
         self.model, self.base, self.console = model, base, console
+        self.processes = processes()
         self.data, self.training = data, training
         self.checkpointing, self.logging = checkpointing, logging
         self.output = Path(checkpointing.output_dir)
-        self.batches = batches_of(examples, data, training)
+        self.batches = batches_of(examples, data, training, self.processes)
         self.held_out = batches_of(validation, data, training) if validation else None
         self.total_steps = training.total_steps(self.batches)
         compiled = training.compile
@@ -207,6 +219,10 @@ class Run:
         """
         self.state, path = state, self.output / "metrics.jsonl"
         logging = self.logging
+        if not self.processes.is_first:
+            nowhere = Path(os.devnull)
+            self.metrics = Metrics(nowhere, self.total_steps, state, logging, self.console, [])
+            return self.metrics
         told = trackers(
             list(logging.report_to),
             self.output,
@@ -241,12 +257,13 @@ class Run:
                 self.engine,
                 self.optimizer,
                 self.training.seed,
-                lambda: interruption.signum is not None,
+                interruption,
                 self.console,
+                self.processes,
             )
         return self._update
 
-    def note(self, outcome: Outcome, rate: float, rows: int) -> None:
+    def note(self, outcome: Outcome, rate: float) -> None:
         """Counts a step, and writes what it was where that is due.
 
         Raises:
@@ -254,7 +271,7 @@ class Run:
         """
         state = self.state
         state.step += 1
-        state.rows += rows
+        state.rows += outcome.rows
         state.tokens += outcome.tokens
         state.updates = self.optimizer.step
         epoch = state.rows / self.batches.rows_per_epoch
@@ -330,6 +347,7 @@ class Run:
         assert self.held_out is not None
         before = time.perf_counter()
         total = self._score(self.held_out, interruption)
+        total = score_of_all(total, self.processes, time.perf_counter() - before)
         if interruption.signum is not None:
             return False
         state, seconds = self.state, time.perf_counter() - before
@@ -342,15 +360,18 @@ class Run:
         """The sums over a pass, of smaller batches where they do not fit into memory."""
         update = self.update(interruption)
         while True:
-            batches = (part for whole in held_out for part in split(whole, update.parts))
+            share = islice(held_out, self.processes.rank, None, self.processes.size)
+            batches = (part for whole in share for part in split(whole, update.parts))
             try:
                 return score(self.model, (b for b in batches if interruption.signum is None))
             except (RuntimeError, MemoryError) as error:
                 reason = str(error) or "out of memory"
             update.shrink(held_out.batch_size, reason)
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this step."""
+    def save(self) -> Path | None:
+        """Writes a checkpoint of this step, in the first process."""
+        if not self.processes.is_first:
+            return None
         shown = trainer_state(
             self.state, self.training, self.checkpointing, self.logging.logging_steps, self.batches
         )
@@ -382,7 +403,7 @@ class Run:
         if not self.checkpointing.load_best_model_at_end or best is None:
             return
         try:
-            if best[0] != self.state.step:
+            if best[0] != self.state.step and self.processes.is_first:
                 load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
             say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
         except ConfigError as error:  # it was not saved by this run, or damaged since

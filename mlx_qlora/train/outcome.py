@@ -11,7 +11,9 @@ class Outcome:
     Attributes:
         loss: mean nats per supervised token.
         grad_norm: of the gradient, before clipping.
-        tokens: real tokens that were gone through.
+        tokens: real tokens that were gone through, by all processes.
+        rows: of the stream that were gone through, by all processes.
+        signum: of a signal that another process has had; None for none, or with one process.
         suspects: the rows of the micro-batches whose loss is not finite, or of all if each loss
             is but the gradient is not.
     """
@@ -19,6 +21,8 @@ class Outcome:
     loss: float
     grad_norm: float
     tokens: int
+    rows: int = 0
+    signum: int | None = None
     suspects: tuple[str, ...] = ()
 
     @property

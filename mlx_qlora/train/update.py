@@ -6,7 +6,7 @@ does not fit into memory is halved and accumulated: the sums, and each row's dro
 
 import gc
 import math
-from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,10 @@ from mlx_qlora import backend
 from mlx_qlora.console import warn
 from mlx_qlora.data.batches import Batch, halves
 from mlx_qlora.errors import TrainingError
-from mlx_qlora.train.engine import Engine, add_grads
+from mlx_qlora.processes import Processes
+from mlx_qlora.train.engine import Engine
+from mlx_qlora.train.gradient_sum import Counts, GradientSum
+from mlx_qlora.train.interruption import Interruption
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.tree import number
@@ -29,8 +32,9 @@ class Update:
         engine: differentiates.
         optimizer: holds the weights and moves them.
         seed: of the run, for the dropout.
-        stopped: asked after each micro-batch; True gives the step up.
+        interruption: looked at after each micro-batch; a signal gives the step up.
         console: where it is said that micro-batches were halved.
+        processes: that share the step; every one of them has to take it.
     """
 
     def __init__(
@@ -38,11 +42,15 @@ class Update:
         engine: Engine,
         optimizer: AdamW,
         seed: int,
-        stopped: Callable[[], bool],
+        interruption: Interruption,
         console: Console,
+        processes: Processes | None = None,
     ) -> None:
         self.engine, self.optimizer, self.seed = engine, optimizer, seed
-        self.stopped, self.console = stopped, console
+        self.interruption, self.console = interruption, console
+        self.gradient_sum = None
+        if processes is not None and processes.size > 1:
+            self.gradient_sum = GradientSum(optimizer.shapes, processes)
         self.parts = 1  # a micro-batch is computed in so many
 
     def step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
@@ -51,6 +59,8 @@ class Update:
         Raises:
             TrainingError: a single row does not fit into memory, or the device gave up.
         """
+        if self.gradient_sum is not None:
+            self.gradient_sum.begin()
         while True:
             optimizer = self.optimizer
             before = optimizer.weights, optimizer.mean, optimizer.square, optimizer.step
@@ -64,30 +74,41 @@ class Update:
 
     def _step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
         weights = self.optimizer.named(self.optimizer.weights)
-        total, nats, supervised, tokens = None, mx.array(0.0), 0, 0
+        total, nats = None, mx.array(0.0)
+        own = Counts(0, 0, sum(len(batch.rows) for batch in micro_batches))
         losses: list[tuple[Batch, mx.array]] = []
-        for whole in micro_batches:
-            for batch in split(whole, self.parts):
+        pieces = [split(whole, self.parts) for whole in micro_batches]
+        for some in pieces:
+            for batch in some:
                 keys = dropout_keys(self.seed, batch.rows)
-                loss, n_tokens, grads = self.engine(weights, batch, keys)
-                total, nats = add_grads(total, grads), nats + loss
-                supervised, tokens = supervised + n_tokens, tokens + batch.real_tokens
+                told = self.gradient_sum if batch is pieces[-1][-1] else None
+                loss, n_tokens, total = self.engine(weights, batch, keys, total, told)
+                nats = nats + loss
+                own = own.with_more(n_tokens, batch.real_tokens)
                 losses.append((batch, loss))
                 mx.eval(total, nats)  # or the graphs of all micro-batches would be alive at once
-            if self.stopped():
+            if self.interruption.signum is not None:
                 return None
         assert total is not None
-        norm = self.optimizer.update(total, supervised, rate, nats)
+        counts = own
+        if self.gradient_sum is not None:
+            own = replace(own, signum=self.interruption.came)
+            total, nats, counts = self.gradient_sum.finish(total, nats, own)
+        norm = self.optimizer.update(total, counts.supervised, rate, nats)
         optimizer = self.optimizer
         mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
 
-        outcome = Outcome(number(nats) / max(supervised, 1), number(norm), tokens)
+        mean = number(nats) / max(counts.supervised, 1)
+        outcome = Outcome(mean, number(norm), counts.tokens, counts.rows, counts.signum)
         if outcome.finite:
             return outcome
         optimizer.step -= 1  # AdamW counts updates, and this was none
         bad = [batch for batch, loss in losses if not math.isfinite(number(loss))]
-        suspects = [place for batch in bad or micro_batches for place in batch.places]
-        return Outcome(outcome.loss, outcome.grad_norm, tokens, tuple(suspects))
+        if bad or self.gradient_sum is None:
+            suspects = [place for batch in bad or micro_batches for place in batch.places]
+        else:
+            suspects = ["rows of another process: see its rank-*.log"]
+        return replace(outcome, suspects=tuple(suspects))
 
     def shrink(self, rows: int, reason: str) -> None:
         """Halves what is computed at once, if that can help.
