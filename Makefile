@@ -19,10 +19,10 @@ demo: $(VENV)/.base ## Fine-tune a real 4-bit model on this machine, a few minut
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test tools ## Run all tests, the oracles with torch and PEFT included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: $(VENV)/.test tools ## Run the tests that take no more than a few seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.test $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check
@@ -46,6 +46,7 @@ docs: $(VENV)/.docs ## Write what docs show of the program, and build the site i
 	$(BIN)/python docs/make_screens.py
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_figures.py
+	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python examples/make_notebooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

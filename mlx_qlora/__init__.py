@@ -66,13 +66,15 @@ _HOME = {
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'mlx_qlora' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"mlx_qlora.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a checker would take any name for Any
+
+    def __getattr__(name: str) -> Any:
+        """Imports a public name when it is first used (PEP 562)."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'mlx_qlora' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"mlx_qlora.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import typing
 from collections.abc import Sequence
@@ -105,11 +106,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = _meant(unknown[0], args.command)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if late and not COMMANDS[args.command].sections:
         parser.error(f"{args.command} reads no fields: {' '.join(late)}")
     args.overrides = [*getattr(args, "overrides", []), *late]
     return args
+
+
+def _meant(flag: str, command: str) -> str:
+    """What an unknown flag most likely stands for: a field without a flag, or a flag misspelt."""
+    from mlx_qlora.config import SECTIONS
+
+    about, name = COMMANDS[command], flag.split("=")[0].lstrip("-").replace("-", "_")
+    ways = {
+        field.name: f"{section}.{field.name}=VALUE"
+        for section in about.sections
+        for field in dataclasses.fields(SECTIONS[section])
+    }
+    ways |= {known.lstrip("-").replace("-", "_"): known for known in about.shorthands}
+    near = difflib.get_close_matches(name, ways, 1)
+    return f"; did you mean {ways[near[0]]}?" if near else f"; see mlx-qlora {command} --help"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -179,6 +196,8 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--show", type=int, default=0, metavar="N", help=show)
     if name == "plan":
         add("--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64")
+        several = "plan for N processes that train together, each on such a machine"
+        add("--processes", type=int, metavar="N", help=several)
     if name == "generate":
         ask = command.add_mutually_exclusive_group()
         ask.add_argument("--prompt", metavar="TEXT", help="what to answer; - is standard input")

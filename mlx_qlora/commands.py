@@ -135,7 +135,7 @@ def _plan(config: "RunConfig", console: Console, args: argparse.Namespace) -> Fo
 
     if config.model.source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
-    found = plan(config.model.source, config, args.machine)
+    found = plan(config.model.source, config, args.machine, args.processes)
     if not args.json:
         print(found)
     return found.to_dict()

@@ -1,6 +1,7 @@
 """`mlx-qlora merge`, `export` and `push`; and the model that a trained adapter belongs to."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def merge_adapter(
     if made.drift is not None:
         say(console, str(made.drift))
     else:
-        say(console, f"for llama.cpp: {MERGED_GGUF_COMMAND}")
+        command = MERGED_GGUF_COMMAND.replace("MERGED_FOLDER", shlex.quote(str(made.folder)))
+        say(console, f"for llama.cpp: {command}")
     return made
 
 
@@ -135,6 +137,10 @@ def with_model(config: RunConfig) -> RunConfig:
         return config
     if chosen.adapter is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
+    if not Path(chosen.adapter).expanduser().is_dir():
+        raise ConfigError(
+            f"model.adapter: there is no folder {chosen.adapter}; name one that a run has left"
+        )
     own, default = dataclasses.asdict(chosen), dataclasses.asdict(ModelConfig())
     changed = {name: value for name, value in own.items() if value != default[name]}
     chosen = dataclasses.replace(build(recorded(chosen.adapter)).model, **changed)

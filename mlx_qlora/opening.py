@@ -97,7 +97,8 @@ def open_run(config: RunConfig, console: Console) -> Opened:
     llama = LlamaConfig.from_hf(checkpoint.config)
     config = settled(config, parts[0])
     config = dataclasses.replace(config, training=config.training.at_hidden_size(llama.hidden_size))
-    predicted = plan_checkpoint(checkpoint, config, parts[0])
+    several = processes().size if processes().size > 1 else None
+    predicted = plan_checkpoint(checkpoint, config, parts[0], processes=several)
     opened = Opened(config, checkpoint, tokenizer, *parts, predicted)
     for report in opened.reports:
         say(console, f"data      {report}")

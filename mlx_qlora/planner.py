@@ -23,6 +23,7 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint, packed_size
+from mlx_qlora.scaling import Scaling, check_processes
 from mlx_qlora.train.memory import (
     AT_ONCE,
     EXPONENTIALS,
@@ -54,6 +55,7 @@ class Plan:
         longest_context: the longest document that could be trained, everything recomputed.
         tokens_per_second: to be expected, from the machine's matmul rate.
         advice: what to change, if it does not fit.
+        scaling: of several processes, if their number is known.
     """
 
     parts: dict[str, int]
@@ -64,6 +66,7 @@ class Plan:
     longest_context: int
     tokens_per_second: float
     advice: str
+    scaling: Scaling | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -94,6 +97,7 @@ class Plan:
             "longest_context": self.longest_context,
             "tokens_per_second": self.tokens_per_second,
             "advice": self.advice,
+            "scaling": self.scaling and self.scaling.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -106,6 +110,8 @@ class Plan:
             lines.append(f"{'micro-batch':<22}computed in {self.schedule.waves} parts")
         lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
         lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
+        if self.scaling is not None:
+            lines.append(str(self.scaling))
         return "\n".join([*lines, self.advice] if self.advice else lines)
 
     def _recomputed(self) -> str:
@@ -115,23 +121,32 @@ class Plan:
         return ", ".join(shown) or "nothing"
 
 
-def plan(source: str, config: RunConfig | None = None, machine_name: str | None = None) -> Plan:
+def plan(
+    source: str,
+    config: RunConfig | None = None,
+    machine_name: str | None = None,
+    processes: int | None = None,
+) -> Plan:
     """Predicts what fine-tuning a model with this config needs.
 
     Args:
         source: as for `load`. A hub repository is fetched if it is not in the cache yet.
         config: of the run; the defaults if not given.
         machine_name: another machine than this one, as CHIP-GB, for example `m4-max-64`.
+        processes: how many train together, each on a machine of its own; a plan of one process
+            says nothing about others if it is not given.
 
     Raises:
         SourceError: the source cannot be found or fetched.
         WeightsError: its files are damaged or of an unsupported architecture.
-        ConfigError: a target that matches nothing, or an unknown machine.
+        ConfigError: a target that matches nothing, an unknown machine, or a wrong number of
+            processes.
     """
+    check_processes(processes)
     where = machine(machine_name)
     config = settled(config or RunConfig(), where=where)
     checkpoint = open_checkpoint(resolve(source, config.model.revision))
-    return plan_checkpoint(checkpoint, config, where=where)
+    return plan_checkpoint(checkpoint, config, where=where, processes=processes)
 
 
 def settled(
@@ -155,6 +170,7 @@ def plan_checkpoint(
     config: RunConfig,
     examples: Examples | None = None,
     where: Machine | None = None,
+    processes: int | None = None,
 ) -> Plan:
     """The plan for opened files, and for the examples of a run if they are known."""
     where = where or this_machine()
@@ -175,29 +191,34 @@ def plan_checkpoint(
     how = schedule(llama, lengths, itemsize, levels, budget, where)
 
     kept, work = activation_bytes(llama, how, lengths, itemsize, where)
-    accumulates = training.gradient_accumulation_steps > 1
-    step = step_bytes(trained, how.waves, accumulates)
+    accumulation = training.gradient_accumulation_steps
+    step = step_bytes(trained, how.waves, accumulation > 1)
+    flops = flops_per_token(llama, how.levels, lengths, supervised)
+    speed, tokens = where.flops * where.reached / flops, sum(lengths) * accumulation
+    scaling = Scaling(processes, trained, tokens, tokens / speed) if processes else None
+    sums = scaling.sums_bytes if scaling else 0
     update = update_bytes(trained, where)
     parts = {"base weights": base}
     if resident:
         parts["dequantised copy"] = resident
     parts["adapter and AdamW"] = adapter_bytes(trained)
-    if kept + work + step >= update:
+    if kept + work + step + sums >= update:
         parts |= {"gradients": step, "activations": kept, "working arrays": work}
+        parts |= {"sums under way": sums} if sums else {}
     else:
         parts["optimiser's update"] = update
     total = sum(parts.values())
     dense = config.model.bits is None and not checkpoint.packing
-    flops = flops_per_token(llama, how.levels, lengths, supervised)
     return Plan(
         parts,
         where.working_set_bytes,
         where.name,
         trained,
         how,
-        _longest_context(llama, itemsize, standing + step, where),
-        where.flops * where.reached / flops,
+        _longest_context(llama, itemsize, standing + step + sums, where),
+        speed,
         _advice(parts, dense) if total > where.working_set_bytes else "",
+        scaling,
     )
 
 

@@ -51,7 +51,8 @@ class Processes:
         self.longest = 0.0
         # Of its own: sums are under way while the device computes, and what never arrives holds
         # up nothing else.
-        self._stream = mx.cpu if group is None else mx.new_stream(mx.cpu)
+        device = mx.gpu if "NCCL_HOST_IP" in os.environ else mx.cpu  # as mlx.launch sets it
+        self._stream = mx.cpu if group is None else mx.new_stream(device)
 
     @property
     def is_first(self) -> bool:
@@ -63,8 +64,8 @@ class Processes:
     def summed(self, array: mx.array) -> mx.array:
         """The sum over all processes, under way but not waited for.
 
-        MLX sends from the CPU, whatever the device: the ring has no other way, and unified memory
-        needs none. The order of addition is the ring's, so all processes get the same bits.
+        The ring sends from the CPU, whatever the device, and unified memory needs nothing else;
+        NCCL sends from the GPU. The order of addition is the ring's, so all processes get the same bits.
         """
         if self._group is None:
             return array

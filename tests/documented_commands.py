@@ -20,6 +20,8 @@ OURS = re.compile(r"^(?:mlx-qlora|python -m mlx_qlora(?:\.train)?)(?: |$)")
 
 # First words of commands that are not ours, and why a test does not run them.
 NOT_RUN = {
+    "mlx.launch": "starts processes on other machines; tests/test_processes.py runs it here",
+    "mlx.distributed_config": "sets up the reader's machines",
     "cd": "the reader's folders",
     "cp": "the reader's files",
     "export": "set for the reader's shell; the tests give each command what it needs",

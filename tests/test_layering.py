@@ -26,7 +26,7 @@ FLOORS = [
     {"train"},
     {"infer"},
     {"config"},
-    {"planner", "report", "inspection", "delivery", "judging"},
+    {"scaling", "planner", "report", "inspection", "delivery", "judging"},
     {"checks", "doctor"},
     {"opening", "record"},
     {"run"},

@@ -199,7 +199,13 @@ def test_a_step_that_is_given_up_has_not_been(model):
     update = updater(model)
     update.step(a_step(0), 1e-2)
     before, asked = numbers_of(update), []
-    update.stopped = lambda: asked.append(1) or len(asked) == 2
+
+    class Second(Interruption):
+        """A signal comes within the second micro-batch."""
+
+        signum = property(lambda self: asked.append(1) or (2 if len(asked) == 2 else None), id)
+
+    update.interruption = Second()
     assert update.step(a_step(8), 1e-2) is None
     assert len(asked) == 2
     assert numbers_of(update) == before

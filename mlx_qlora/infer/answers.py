@@ -139,7 +139,9 @@ def _rouge() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise ConfigError(f"ROUGE-L needs rouge-score: {INSTALL}") from None
+        raise ConfigError(
+            f"ROUGE-L needs rouge-score: {INSTALL}; or ask no questions (--answers 0)"
+        ) from None
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
@@ -148,7 +150,9 @@ def _chrf() -> Any:
     try:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError:
-        raise ConfigError(f"chrF needs sacrebleu: {INSTALL}") from None
+        raise ConfigError(
+            f"chrF needs sacrebleu: {INSTALL}; or ask no questions (--answers 0)"
+        ) from None
     return CHRF()
 
 
