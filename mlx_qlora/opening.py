@@ -78,16 +78,16 @@ def open_run(config: RunConfig, console: Console) -> Opened:
     Raises:
         UserError: any of its kinds.
     """
-    if config.model.source is None:
+    source = config.model.source
+    if source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
     if processes().is_first:
         check_output(Path(config.checkpointing.output_dir))
         require_trackers([*config.logging.report_to])
     else:  # one of them writes the refused rows
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, refused_path=None)
-        )
-    checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
+        told_by_first = dataclasses.replace(config.data, refused_path=None)
+        config = dataclasses.replace(config, data=told_by_first)
+    checkpoint = open_checkpoint(resolve(source, config.model.revision))
     if config.model.base_model_name_or_path is None:
         original_base(checkpoint.files)
     if config.model.adapter is not None:

@@ -65,7 +65,8 @@ class Processes:
         """The sum over all processes, under way but not waited for.
 
         The ring sends from the CPU, whatever the device, and unified memory needs nothing else;
-        NCCL sends from the GPU. The order of addition is the ring's, so all processes get the same bits.
+        NCCL sends from the GPU. The order of addition is the same for all processes, and so are
+        the bits that they get.
         """
         if self._group is None:
             return array

@@ -106,7 +106,7 @@ def test_push_lists_what_it_would_upload(
     ("words", "message"),
     [
         (["merge", "--output-dir", "m"], "model.adapter is missing"),
-        (["export", "--output-dir", "m", "--adapter", "nowhere"], "model.source is missing"),
+        (["export", "--output-dir", "m", "--adapter", "nowhere"], "there is no folder nowhere"),
         (["push", "nowhere", "me/x", "--dry-run"], "nowhere"),
         (["merge", "--output-dir", "m", "--adapter", "a", "--model", "no/such/place"], "no/such"),
     ],

@@ -235,8 +235,7 @@ def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str
     if "*.safetensors" in missing and pickles:
         fix = "convert to safetensors (in transformers: from_pretrained, then save_pretrained)"
         return f"{where} holds its weights only as {', '.join(pickles)}: {fix}"
-    whole = "a model's folder has config.json, *.safetensors and a tokenizer"
-    return f"{where} is not a complete model: it lacks {', '.join(missing)}; {whole}"
+    return f"{where} is not a complete model: it lacks {', '.join(missing)}"
 
 
 def original_repository(files_path: Path, hub_id: str | None) -> str | None:
