@@ -24,7 +24,7 @@ from mlx_qlora.errors import ConfigError
 GRAM = 3  # characters; of style
 REPEATED = 4  # words; of repetition
 OPENING = 5  # words; of an answer's beginning
-INSTALL = 'pip install "mlx-qlora[evaluate]", or ask no questions (--answers 0)'
+INSTALL = 'pip install "mlx-qlora[evaluate]"'
 
 WORD = re.compile(r"[^\W_]+")
 LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.MULTILINE)
