@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -67,12 +67,19 @@ class Processes:
         The ring sends from the CPU, whatever the device, and unified memory needs nothing else;
         NCCL sends from the GPU. The order of addition is the same for all processes, and so are
         the bits that they get.
+
+        Raises:
+            ProcessError: another process is gone.
         """
         if self._group is None:
             return array
         self.sent_bytes += array.nbytes
-        total = mx.distributed.all_sum(array, group=self._group, stream=self._stream)
-        mx.async_eval(total)
+        mx.async_eval(array)  # what fails here is this process's own
+        try:
+            total = mx.distributed.all_sum(array, group=self._group, stream=self._stream)
+            mx.async_eval(total)
+        except RuntimeError as error:  # the sum before this one has failed by now
+            self._give_up(f"another process is gone ({error})")
         return total
 
     def wait(self, *arrays: mx.array, seconds: float | None = None) -> None:
@@ -108,7 +115,7 @@ class Processes:
         """Notes how long a piece of this process's own work took, between two collectives."""
         self.longest = max(self.longest, seconds)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str) -> NoReturn:
         atexit.register(_leave)
         raise ProcessError(f"{reason}, says process {self.rank} of {self.size}")
 

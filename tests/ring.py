@@ -1,15 +1,25 @@
-"""Processes on this machine that MLX's ring joins, as `mlx.launch` starts them on several."""
+"""Processes on this machine that MLX's ring joins, as `mlx.launch` starts them on several.
 
+Run as a script (by `start`) it is one of them: several runs of the command line one after the
+other, so that a process has to start but once.
+"""
+
+import contextlib
+import hashlib
+import io
 import itertools
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,3 +97,153 @@ def ends(started: list[subprocess.Popen[str]], seconds: float = 120) -> list[Any
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
     return found
+
+
+# ---- one of them -------------------------------------------------------------------------------
+
+
+def prepare(n: int, runs: list[Any], folder: Path) -> list[str]:
+    """Writes down what each of n processes runs, one command after the other.
+
+    Args:
+        n: how many processes.
+        runs: keywords of `one`; or a list of such, one for each rank.
+        folder: for the files.
+
+    Returns:
+        What Python is to run in each process; it leaves `pid-RANK` and `found-RANK.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(n):
+        own = [run[rank] if isinstance(run, list) else run for run in runs]
+        (folder / f"runs-{rank}.json").write_text(json.dumps(own))
+    return [__file__, str(folder)]
+
+
+def found_by(rank: int, folder: Path) -> list[dict[str, Any]]:
+    """What a process found in each of its runs."""
+    return json.loads((folder / f"found-{rank}.json").read_text())
+
+
+def commands(n: int, runs: list[Any], folder: Path, seconds: float = 240) -> list[Any]:
+    """Runs several commands, each in the same n processes; arguments as of `prepare`.
+
+    Returns:
+        [run][rank]: what `one` found there.
+    """
+    words = prepare(n, runs, folder)
+    for code, out, err in ends(start(n, lambda rank: words, folder), seconds):
+        assert (code, out, err) == (0, "", ""), (code, out, err)
+    return [list(ranks) for ranks in zip(*(found_by(rank, folder) for rank in range(n)))]
+
+
+def one(
+    words: list[str], poison: int | None = None, pause: float = 0.0, version: str | None = None
+) -> dict[str, Any]:
+    """One run of the command line in this process.
+
+    Args:
+        words: of the command.
+        poison: a row of the stream whose forward gives NaN.
+        pause: seconds before each step, for those who want to meet one in time.
+        version: that this process says it has.
+
+    Returns:
+        code: the exit code; out, err: what was printed; sent: `Processes.sent_bytes` before the
+        first step and after each; wire: bytes of this process that the other end of a TCP
+        connection has acknowledged, at the same times; weights: the hash of what the model held
+        after training.
+    """
+    from mlx_qlora import cli, run
+    from mlx_qlora.processes import processes
+    from mlx_qlora.train import engine, update
+
+    found: dict[str, Any] = {"sent": [], "wire": []}
+    out, err = io.StringIO(), io.StringIO()
+    train, step, call = run.train, update.Update.step, engine.Engine.__call__
+    embed, steps = engine.Engine._embed, itertools.count()
+
+    def count() -> None:
+        found["sent"].append(processes().sent_bytes)
+        found["wire"].append(acknowledged())
+
+    def told_step(self: Any, *args: Any) -> Any:
+        if next(steps) == 0:
+            count()
+        time.sleep(pause)
+        outcome = step(self, *args)
+        count()
+        return outcome
+
+    def told_train(model: Any, *args: Any) -> Any:
+        result = train(model, *args)
+        found["weights"] = hash_of(model)
+        return result
+
+    def poisoned_call(self: Any, weights: Any, batch: Any, *args: Any) -> Any:
+        self.is_poisoned = poison in batch.rows
+        return call(self, weights, batch, *args)
+
+    def poisoned_embed(self: Any, part: Any) -> Any:
+        return embed(self, part) * (float("nan") if self.is_poisoned else 1.0)
+
+    with contextlib.ExitStack() as patches:
+        change = [(run, "train", told_train), (update.Update, "step", told_step)]
+        if poison is not None:
+            change += [(engine.Engine, "__call__", poisoned_call)]
+            change += [(engine.Engine, "_embed", poisoned_embed)]
+        change += [(run, "__version__", version)] if version else []
+        for owner, name, new in change:
+            patches.enter_context(mock.patch.object(owner, name, new))
+        patches.enter_context(contextlib.redirect_stdout(out))
+        patches.enter_context(contextlib.redirect_stderr(err))
+        code = cli.main(words)
+    return {**found, "code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def hash_of(model: Any) -> str:
+    """Of a model's LoRA weights."""
+    import numpy as np
+
+    from mlx_qlora.tree import flat
+
+    hashed = hashlib.sha256()
+    for name, weight in sorted(flat(model.trainable_parameters()).items()):
+        hashed.update(name.encode() + np.array(weight).tobytes())
+    return hashed.hexdigest()
+
+
+def acknowledged() -> int:
+    """Bytes that were sent through this process's TCP sockets and have arrived; Linux counts them.
+
+    What other programs send over the same device is not in it. 0 on other systems.
+    """
+    total = 0
+    for link in Path("/proc/self/fd").iterdir() if sys.platform.startswith("linux") else ():
+        try:
+            if not os.readlink(link).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(link.name))) as own:
+                info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
+        except OSError:
+            continue  # a listener, or closed meanwhile
+    return total
+
+
+def main() -> None:
+    """Runs what `prepare` has written down; what is found is written after each run."""
+    # A shell may have told the tests, and so their children, to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As where it is not installed, which is allowed: drawing takes longer than training.
+    sys.modules["matplotlib"] = None  # pyright: ignore[reportArgumentType]
+    folder, rank = Path(sys.argv[1]), os.environ.get("MLX_RANK", "0")
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    found: list[dict[str, Any]] = []
+    for run in json.loads((folder / f"runs-{rank}.json").read_text()):
+        found.append(one(**run))
+        (folder / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,8 @@ import dataclasses
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -40,10 +42,10 @@ from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics
-from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.optim import AdamW, flatten
 from mlx_qlora.train.outcome import Outcome
 from mlx_qlora.train.score import Score, score
-from mlx_qlora.train.together import from_first, score_of_all
+from mlx_qlora.train.together import from_first, score_of_all, weights_from_first
 from mlx_qlora.train.tracking import trackers
 from mlx_qlora.train.trainer_state import trainer_state
 from mlx_qlora.train.update import Update, split
@@ -145,6 +147,7 @@ def train(
         disk_errors(run.output),
         run.begin(state),
         blas.threads(1),  # what parts side by side have; see there
+        run.kept_if_others_go(),
     ):
         if state.step and run.owes_validation():
             run.after_step(interruption)
@@ -157,18 +160,16 @@ def train(
                 outcome = run.update(interruption).step(share, rate)
             except TrainingError as error:
                 raise TrainingError(f"{error}. {run.kept()}") from None
-            except ProcessError as error:
-                saved = run.save_if_new()  # the last finished step
-                raise ProcessError(
-                    f"{error}. {saved or run.kept()}: the run goes on from there"
-                ) from None
             if outcome is None:
                 break  # a signal came within the step: it will be taken again
             interruption.signum = interruption.signum or outcome.signum
             run.note(outcome, rate)
             run.after_step(interruption)
         if interruption.signum is not None:
-            raise Interrupted(interruption.signum, run.save_if_new())
+            stop = Interrupted(interruption.signum, run.save_if_new())
+            if not run.processes.is_first:
+                stop.args = ()  # the first one tells it, who knows what was saved
+            raise stop
         run.end()
     return run.result(time.perf_counter() - started, state.tokens - done_before)
 
@@ -384,6 +385,21 @@ class Run:
         path = self.output / f"checkpoint-{self.state.step}"
         return path if path.exists() else self.save() if self.state.step else None
 
+    @contextmanager
+    def kept_if_others_go(self) -> Iterator[None]:
+        """Saves the last finished step where another process is lost, in a step or a validation.
+
+        Raises:
+            ProcessError: with what there is to go on from.
+        """
+        try:
+            yield
+        except ProcessError as error:
+            there = checkpoints(self.output)
+            last = self.save_if_new() or (there[-1] if there else None)
+            kept = f"The same command goes on from {last}" if last else self.kept()
+            raise ProcessError(f"{error}. {kept}") from None
+
     def is_done(self) -> bool:
         """Whether the last step is done, or patience is at its end."""
         return self.state.step >= self.total_steps or self.out_of_patience()
@@ -411,6 +427,10 @@ class Run:
                 self.console,
                 f"step {best[0]} was best, but {error}: the last weights stay",
             )
+        # Of several processes only the first one has read them.
+        self.optimizer.weights = flatten(self.model.trainable_parameters())
+        weights_from_first(self.optimizer, self.processes)
+        self.model.update(self.optimizer.tree())
 
     def kept(self) -> str:
         """What there is to go on from, for messages."""
