@@ -37,8 +37,8 @@ def main() -> None:
     """Measures, prints a table and a JSON line, and asserts the claim."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", default=3, type=int)
-    parser.add_argument("--steps", default=8, type=int, help="of each run")
-    parser.add_argument("--rows", default=8, type=int, help="rows of a step, an even number")
+    parser.add_argument("--steps", default=6, type=int, help="of each run")
+    parser.add_argument("--rows", default=16, type=int, help="rows of a step, an even number")
     parser.add_argument("--max-length", default=256, type=int)
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
