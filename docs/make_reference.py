@@ -35,7 +35,7 @@ CHAPTERS = {
     ),
     "Errors": (
         *("UserError", "ConfigError", "SourceError", "WeightsError", "TokenizerError"),
-        *("DataError", "AdapterError"),
+        *("DataError", "TrainingError", "ProcessError", "AdapterError"),
     ),
 }
 

@@ -25,6 +25,7 @@ _HOME = {
     "LoggingConfig": "train.metrics",
     "LoraConfig": "model.lora",
     "ModelConfig": "source",
+    "ProcessError": "errors",
     "PromptCache": "infer.prompt_cache",
     "QuantConfig": "model.quantize",
     "RunConfig": "config",
@@ -32,6 +33,7 @@ _HOME = {
     "Speed": "infer.generate",
     "TokenizerError": "errors",
     "TrainResult": "train.loop",
+    "TrainingError": "errors",
     "TrainingConfig": "train.config",
     "UserError": "errors",
     "WeightsError": "errors",
@@ -106,8 +108,10 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.errors import AdapterError as AdapterError
     from mlx_qlora.errors import ConfigError as ConfigError
     from mlx_qlora.errors import DataError as DataError
+    from mlx_qlora.errors import ProcessError as ProcessError
     from mlx_qlora.errors import SourceError as SourceError
     from mlx_qlora.errors import TokenizerError as TokenizerError
+    from mlx_qlora.errors import TrainingError as TrainingError
     from mlx_qlora.errors import UserError as UserError
     from mlx_qlora.errors import WeightsError as WeightsError
     from mlx_qlora.infer.batch import generate_batch as generate_batch

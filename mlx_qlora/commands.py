@@ -42,7 +42,10 @@ def run_command(args: argparse.Namespace) -> Found:
         return RUN[args.command](config, console, args)
     if args.command != "train" or args.dry_run:
         what = "train --dry-run" if args.command == "train" else args.command
-        raise ConfigError(f"{what} runs in one process; only train runs in several")
+        processes()  # so that the first one alone says it
+        error = ConfigError(f"{what} runs in one process; only train runs in several")
+        error.is_shared = True
+        raise error
     return _train_together(config, console, args)
 
 
