@@ -32,7 +32,7 @@ _HOME = {
     "SourceError": "errors",
     "Speed": "infer.generate",
     "TokenizerError": "errors",
-    "TrainResult": "train.loop",
+    "TrainResult": "train.result",
     "TrainingError": "errors",
     "TrainingConfig": "train.config",
     "UserError": "errors",
@@ -132,5 +132,5 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.train.checkpoint import CheckpointingConfig as CheckpointingConfig
     from mlx_qlora.train.config import TrainingConfig as TrainingConfig
     from mlx_qlora.train.engine import loss_and_grads as loss_and_grads
-    from mlx_qlora.train.loop import TrainResult as TrainResult
     from mlx_qlora.train.metrics import LoggingConfig as LoggingConfig
+    from mlx_qlora.train.result import TrainResult as TrainResult

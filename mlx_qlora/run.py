@@ -42,7 +42,8 @@ from mlx_qlora.train.checkpoint import (
     locked,
     restore_set_aside,
 )
-from mlx_qlora.train.loop import TrainResult, train
+from mlx_qlora.train.loop import train
+from mlx_qlora.train.result import TrainResult
 from mlx_qlora.train.tracking import require_trackers
 
 

@@ -31,8 +31,8 @@ from mlx_qlora.report.notebook import Tail, in_kernel
 from mlx_qlora.report.samples import questions
 from mlx_qlora.report.style import DARK, LIGHT
 from mlx_qlora.report.usage import usages
-from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.memory import Schedule
+from mlx_qlora.train.result import TrainResult
 
 HOSTILE = "<script>alert('1')</script>\"'&</pre></style><img src=x onerror=y>"
 VOID = {"meta", "img", "br"}
@@ -397,7 +397,7 @@ with live_plots(path, 2):
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "loss": 3 / step}) + "\\n")
         time.sleep(0.7)
-from mlx_qlora.train.loop import TrainResult
+from mlx_qlora.train.result import TrainResult
 TrainResult(Path("out"), 4, 1.0, None, [], html="<p>rich</p>")
 """
 

@@ -34,9 +34,10 @@ from mlx_qlora.train.checkpoint import (
 from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.engine import Engine, add_grads
 from mlx_qlora.train.interruption import Interruption
-from mlx_qlora.train.loop import TrainResult, train
+from mlx_qlora.train.loop import train
 from mlx_qlora.train.metrics import LoggingConfig
 from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.result import TrainResult
 from mlx_qlora.train.update import Update, split
 
 MALLOC = "[malloc] Unable to allocate 123 bytes."

@@ -12,7 +12,7 @@ from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.planner import Plan
 from mlx_qlora.report.lines import Plot, plots_of
 from mlx_qlora.train.advice import Advice, advise
-from mlx_qlora.train.loop import TrainResult
+from mlx_qlora.train.result import TrainResult
 
 Evaluation = Mapping[str, Mapping[str, float]]
 

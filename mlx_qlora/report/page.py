@@ -27,7 +27,7 @@ from mlx_qlora.report.tables import (
     record_tables,
 )
 from mlx_qlora.report.usage import usages
-from mlx_qlora.train.loop import TrainResult
+from mlx_qlora.train.result import TrainResult
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 HEADINGS = {
