@@ -99,10 +99,10 @@ def test_grad_norm_of_a_log_window_survives_a_stop(folder, tmp_path):
     def run(out, stops):
         note = loop.Run.note
 
-        def noted(self, outcome, rate, rows):
+        def noted(self, outcome, rate):
             if self.state.step == 5:
                 outcome = replace(outcome, loss=math.nan)
-            note(self, outcome, rate, rows)
+            note(self, outcome, rate)
             if stops and self.state.step == 5:
                 t.stop(self)
 
