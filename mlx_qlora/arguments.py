@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_qlora._version import __version__
+from mlx_qlora.errors import did_you_mean
 
 # flag -> (field, what its value is called; None for a flag that says true)
 SHORTHANDS = {
@@ -103,6 +104,9 @@ COMMANDS = {
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; wrong ones exit with 2, as argparse does."""
     parser = make_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = did_you_mean(argv[0], COMMANDS) or "; see mlx-qlora --help"
+        parser.error(f"there is no command {argv[0]!r}{near}")
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:

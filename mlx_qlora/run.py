@@ -61,6 +61,9 @@ def run(config: RunConfig, console: Console) -> TrainResult:
         return fine_tune(model, tokenizer, *parts, opened.config, console=console)
     recorded = prepare(model, opened.train, opened.validation, opened.config).config
     rows, most = questions(test or opened.validation), config.generation.max_new_tokens
+    if rows or test:
+        scored = f", {len(test)} are scored" if test else ""
+        say(console, f"before    {len(rows)} held-out rows are answered{scored}")
     told = asked(model, tokenizer, rows, most)
     before = evaluate(model, tokenizer, test) if test else None
     result = fine_tune(
@@ -198,6 +201,8 @@ def _trained(
 
 
 def _summary(result: TrainResult) -> str:
+    if not result.tokens_per_second:  # a finished run was started again
+        return f"done      step {result.steps} was the last one; adapter in {result.output_dir}"
     return (
         f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
         f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"

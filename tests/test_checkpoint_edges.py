@@ -15,7 +15,7 @@ import mlx_qlora.run
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.train import loop
-from mlx_qlora.train.checkpoint import best_eval
+from mlx_qlora.train.history import best_eval
 from mlx_qlora.train.interruption import Interrupted
 
 

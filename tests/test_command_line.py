@@ -116,6 +116,18 @@ def test_a_quiet_run_still_warns(train: list[str], capsys: pytest.CaptureFixture
     assert out == "" and err.startswith("warning   ") and "checkpoint-2" in err
 
 
+def test_a_run_says_what_it_does_before_and_after_the_training(
+    train: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started again when it is done, it says so and not how fast it was."""
+    assert main(train) == 0
+    first = capsys.readouterr().out
+    assert "before    3 held-out rows are answered, 4 are scored\n" in first
+    assert "done      0." in first and "tokens/s" in first
+    assert main(train) == 0
+    assert "done      step 2 was the last one; adapter in out\n" in capsys.readouterr().out
+
+
 def test_json_of_a_run_has_its_figures_and_leaves_standard_output_alone(
     train: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +219,21 @@ def test_a_field_that_a_command_does_not_read_is_refused(
     assert f"{words[0]} reads no field of {section}; it reads those of model" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("tarin", "there is no command 'tarin'; did you mean 'train'?\n"),
+        ("xyz", "there is no command 'xyz'; see mlx-qlora --help"),
+    ],
+)
+def test_a_mistyped_command_gets_its_nearest(
+    word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([word, "--model", "m"])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_command_without_fields_takes_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +19,6 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.console import say, warn
 from mlx_qlora.data.batches import collate
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.errors import TrainingError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.record import deciding_values, write_record
 from mlx_qlora.run import Prepared, prepare
@@ -28,6 +26,7 @@ from mlx_qlora.sweep.compare import Losses
 from mlx_qlora.train.checkpoint import disk_errors, load_checkpoint, restore_set_aside, step_of
 from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.loop import Run
+from mlx_qlora.train.outcome import StepError
 from mlx_qlora.train.score import score_rows
 
 ROWS = 8  # validation examples that are scored at once
@@ -88,19 +87,6 @@ class Measured:
         return math.inf if self.failed else self.losses.mean
 
 
-class Failed(Exception):
-    """A trial has diverged, or does not fit; the others go on.
-
-    Attributes:
-        step: the last one done.
-        again: whether the next sweep may try again: it was the machine's doing.
-    """
-
-    def __init__(self, reason: str, step: int, again: bool) -> None:
-        super().__init__(reason)
-        self.step, self.again = step, again
-
-
 def recorded(config: RunConfig, step: int, ground: Ground) -> Measured | None:
     """What an earlier sweep has measured of this very trial at this step, or None."""
     path = _record(config, step)
@@ -141,7 +127,7 @@ def measure(config: RunConfig, step: int, ground: Ground, console: Console) -> M
         losses = per_example(model, ground.validation)
         if not np.isfinite(losses.nats).all():
             failed = f"step {step}: the validation loss is not finite"
-    except Failed as error:
+    except StepError as error:  # the other trials go on; one that the device gave up may be tried
         failed, again, train_loss = str(error), error.again, math.nan
     finally:
         bare(model)
@@ -168,41 +154,29 @@ def _advance(
 ) -> tuple[Run, float | None]:
     """Takes the steps that `train.loop.train` would take, but stops before the last one.
 
+    Raises:
+        StepError: one cannot be taken, or too many in a row moved nothing.
+        Interrupted: a signal came, and what was done is saved.
+
     Returns:
         The run, and real tokens per second if any were trained.
     """
     config, state, resumed = prepared.config, prepared.state, prepared.resumed
-    training = config.training
     backend.limit_memory()
-    sections = config.data, training, config.checkpointing, config.logging
+    sections = config.data, config.training, config.checkpointing, config.logging
     run = Run(ground.model, ground.examples, None, *sections, prepared.base, console)
     # A checkpoint from behind this rung is of a sweep with fewer rungs; its steps come again.
     if resumed is not None and step_of(resumed) <= until:
         state = load_checkpoint(resumed, ground.model, run.optimizer)
         say(console, f"continuing from {resumed}")
     before, began = state.tokens, time.perf_counter()
-    waves = training.gradient_accumulation_steps
     with (
         Interruption() as interruption,
         disk_errors(run.output),
         run.begin(state),
         blas.threads(1),
     ):
-        stream = run.batches.ahead(state.step * waves, until * waves)
-        while state.step < until and interruption.signum is None:
-            share = list(islice(stream, waves))
-            rate = training.rate(state.step + 1, run.total_steps)
-            try:
-                outcome = run.update(interruption).step(share, rate)
-            except TrainingError as error:
-                raise Failed(str(error), state.step, again=True) from None
-            if outcome is None:
-                break  # a signal came within the step: it will be taken again
-            try:
-                run.note(outcome, rate)
-            except TrainingError as error:
-                raise Failed(str(error), state.step, again=False) from None
-            run.after_step(interruption)
+        run.take_steps(until, interruption)
         saved = run.save_if_new()
         if interruption.signum is not None:
             raise Interrupted(interruption.signum, saved)

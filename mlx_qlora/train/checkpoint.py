@@ -7,7 +7,6 @@ has its checksum in `resume_state.json`, which begins with its own.
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.errors import ConfigError, TrainingError, listing
 from mlx_qlora.fields import option, require
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.train.history import best_eval
 from mlx_qlora.train.optim import AdamW
 
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
@@ -156,13 +156,6 @@ def _discard(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone)
-
-
-def best_eval(history: list[dict[str, Any]]) -> tuple[int, float] | None:
-    """(step, loss) of the best validation; the first of equals."""
-    evals = [(r["eval_loss"], r["step"]) for r in history if "eval_loss" in r]
-    finite = [pair for pair in evals if math.isfinite(pair[0])]
-    return min(finite)[::-1] if finite else None
 
 
 @contextmanager

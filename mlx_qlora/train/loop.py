@@ -5,7 +5,6 @@ run that is stopped and continued takes the same steps as one that was not.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import backend, blas
@@ -28,7 +26,6 @@ from mlx_qlora.processes import processes
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
-    best_eval,
     checkpoints,
     disk_errors,
     load_checkpoint,
@@ -39,20 +36,18 @@ from mlx_qlora.train.checkpoint import (
 )
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.engine import Engine
+from mlx_qlora.train.history import best_eval, validations_since_best, was_validated
 from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics
 from mlx_qlora.train.optim import AdamW, flatten
-from mlx_qlora.train.outcome import Outcome
+from mlx_qlora.train.outcome import Outcome, StepError
 from mlx_qlora.train.result import TrainResult
 from mlx_qlora.train.score import Score, score
 from mlx_qlora.train.together import from_first, score_of_all, weights_from_first
 from mlx_qlora.train.tracking import trackers
 from mlx_qlora.train.trainer_state import trainer_state
+from mlx_qlora.train.trouble import note_loss, note_skipped
 from mlx_qlora.train.update import Update, split
-
-# A step's loss this many times above the median of the last ones, and this far above their usual
-# spread, is called a spike.
-SPIKE, SPREADS, REMEMBERED = 1.5, 8.0, 20
 
 
 def train(
@@ -106,22 +101,12 @@ def train(
         blas.threads(1),  # what parts side by side have; see there
         run.kept_if_others_go(),
     ):
-        if state.step and run.owes_validation():
+        if run.owes_validation():
             run.after_step(interruption)
-        accumulation = training.gradient_accumulation_steps
-        stream = run.batches.ahead(state.step * accumulation, training.micro_batches(run.batches))
-        while not run.is_done() and interruption.signum is None:
-            share = list(islice(stream, accumulation))
-            rate = training.rate(state.step + 1, run.total_steps)
-            try:
-                outcome = run.update(interruption).step(share, rate)
-            except TrainingError as error:
-                raise TrainingError(f"{error}. {run.kept()}") from None
-            if outcome is None:
-                break  # a signal came within the step: it will be taken again
-            interruption.signum = interruption.signum or outcome.signum
-            run.note(outcome, rate)
-            run.after_step(interruption)
+        try:
+            run.take_steps(run.total_steps, interruption)
+        except StepError as error:
+            raise TrainingError(f"{error}. {run.kept()}") from None
         if interruption.signum is not None:
             stop = Interrupted(interruption.signum, run.save_if_new())
             if not run.processes.is_first:
@@ -208,6 +193,25 @@ class Run:
         }
         return {"model": model, **{name: asdict(section) for name, section in sections.items()}}
 
+    def take_steps(self, until: int, interruption: Interruption) -> None:
+        """Takes steps up to this one, or until a signal comes or patience is at its end.
+
+        Raises:
+            StepError: one cannot be taken, or too many in a row moved nothing.
+        """
+        waves, state = self.training.gradient_accumulation_steps, self.state
+        end = min(until * waves, self.training.micro_batches(self.batches))
+        stream = self.batches.ahead(state.step * waves, end)
+        while state.step < until and not self.is_done() and interruption.signum is None:
+            share = list(islice(stream, waves))
+            rate = self.training.rate(state.step + 1, self.total_steps)
+            outcome = self.update(interruption).step(share, rate)
+            if outcome is None:
+                break  # a signal came within the step: it will be taken again
+            interruption.signum = interruption.signum or outcome.signum
+            self.note(outcome, rate)
+            self.after_step(interruption)
+
     def update(self, interruption: Interruption) -> Update:
         """The taker of steps, made once: it remembers how far batches had to be halved."""
         if self._update is None:
@@ -225,7 +229,7 @@ class Run:
         """Counts a step, and writes what it was where that is due.
 
         Raises:
-            TrainingError: too many steps in a row moved nothing.
+            StepError: too many steps in a row moved nothing.
         """
         state = self.state
         state.step += 1
@@ -235,55 +239,24 @@ class Run:
         epoch = state.rows / self.batches.rows_per_epoch
         if outcome.finite:
             self.model.update(self.optimizer.tree())
-            state.skipped_in_a_row = 0
-            self._watch_for_spikes(outcome, epoch)
-            state.recent_losses = [*state.recent_losses, outcome.loss][-REMEMBERED:]
+            note_loss(state, outcome, epoch, self.metrics, self.console)
         else:
-            self._skip(outcome, epoch)
+            most = self.training.max_skipped_steps
+            note_skipped(state, outcome, epoch, most, self.metrics, self.console)
         record = self.metrics.train_step(state.step, epoch, outcome, rate)
         if record:
             state.log_history.append(record)
         state.open_losses = list(self.metrics.window.losses)
         state.open_grad_norm = self.metrics.window.grad_norm
 
-    def _skip(self, outcome: Outcome, epoch: float) -> None:
-        state = self.state
-        state.skipped_in_a_row += 1
-        what = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
-        rows = list(outcome.suspects)
-        record = {"step": state.step, "epoch": round(epoch, 4), "skipped": what, "rows": rows}
-        state.log_history.append(self.metrics.event(record))
-        shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-        warn(self.console, f"step {state.step}: {what}: skipped. Rows: {shown}")
-        if state.skipped_in_a_row >= self.training.max_skipped_steps:
-            raise TrainingError(
-                f"step {state.step}: {what}: {state.skipped_in_a_row} steps in a row have moved "
-                f"nothing (training.max_skipped_steps). {self.kept()}; lower "
-                f"training.learning_rate, or look at these rows: {shown}"
-            )
-
-    def _watch_for_spikes(self, outcome: Outcome, epoch: float) -> None:
-        recent = self.state.recent_losses
-        if len(recent) < REMEMBERED // 2:
-            return
-        usual = statistics.median(recent)
-        spread = statistics.median(abs(loss - usual) for loss in recent)
-        if outcome.loss > max(SPIKE * usual, usual + SPREADS * spread):
-            step = self.state.step
-            record = {"step": step, "epoch": round(epoch, 4), "spike": outcome.loss}
-            self.state.log_history.append(self.metrics.event({**record, "usual": usual}))
-            warn(
-                self.console,
-                f"step {step}: loss {outcome.loss:.3f}, where {usual:.3f} was usual; if "
-                "this happens often, lower training.learning_rate",
-            )
-
     def owes_validation(self) -> bool:
-        """Whether this step's validation is due and was not done: a signal came before it."""
-        step, history = self.state.step, self.state.log_history
-        done = any(record["step"] == step and "eval_loss" in record for record in history)
+        """Whether the last step's validation was due and not done: a signal came before it."""
+        step, due = self.state.step, self._is_due(self.checkpointing.eval_steps)
         return (
-            self.held_out is not None and self._is_due(self.checkpointing.eval_steps) and not done
+            self.held_out is not None
+            and step > 0
+            and due
+            and not was_validated(self.state.log_history, step)
         )
 
     def after_step(self, interruption: Interruption) -> None:
@@ -364,9 +337,7 @@ class Run:
     def out_of_patience(self) -> bool:
         """Whether the last `early_stopping_patience` validations were all worse than the best."""
         patience = self.checkpointing.early_stopping_patience
-        steps = [r["step"] for r in self.state.log_history if "eval_loss" in r]
-        best = best_eval(self.state.log_history)
-        return patience is not None and best is not None and steps[::-1].index(best[0]) >= patience
+        return patience is not None and validations_since_best(self.state.log_history) >= patience
 
     def end(self) -> None:
         """Puts the best weights in the place of the last, if that is asked for."""
@@ -395,22 +366,13 @@ class Run:
         return f"{there[-1]} is the last checkpoint" if there else "No checkpoint was written yet"
 
     def result(self, seconds: float, tokens: int) -> TrainResult:
-        """What the run was."""
-        history = self.state.log_history
-        best = best_eval(history)
-        ends_with_best = self.checkpointing.load_best_model_at_end and best is not None
-        evals = [best[1]] if ends_with_best and best else []
-        evals = evals or [r["eval_loss"] for r in history if "eval_loss" in r][-1:]
-        losses = [r["loss"] for r in history if "loss" in r]
-        return TrainResult(
-            output_dir=self.output,
-            steps=self.state.step,
-            train_loss=losses[-1] if losses else float("nan"),
-            eval_loss=evals[0] if evals else None,
-            log_history=history,
-            seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            peak_memory_bytes=mx.get_peak_memory(),
-            best_step=best[0] if best else None,
-            stopped_early=self.state.step < self.total_steps,
+        """What the run was, of which this process trained so many real tokens."""
+        return TrainResult.of(
+            self.output,
+            self.state.log_history,
+            self.state.step,
+            self.total_steps,
+            self.checkpointing.load_best_model_at_end,
+            seconds,
+            tokens,
         )

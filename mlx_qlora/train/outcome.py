@@ -1,7 +1,9 @@
-"""What one optimiser step was."""
+"""What one optimiser step was, or why there was none."""
 
 import math
 from dataclasses import dataclass
+
+from mlx_qlora.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -29,3 +31,15 @@ class Outcome:
     def finite(self) -> bool:
         """Whether the weights have moved."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class StepError(TrainingError):
+    """A step cannot be taken, or too many were in vain.
+
+    Attributes:
+        again: whether another attempt may succeed: it was the device's doing, not the numbers'.
+    """
+
+    def __init__(self, message: str, again: bool) -> None:
+        super().__init__(message)
+        self.again = again

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from mlx_qlora.train.history import best_eval
+
 
 @dataclass
 class TrainResult:
@@ -38,6 +42,44 @@ class TrainResult:
     stopped_early: bool = False
     test_scores: dict[str, Any] = field(default_factory=dict)
     html: str = field(default="", repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        output: Path,
+        history: list[dict[str, Any]],
+        step: int,
+        total_steps: int,
+        ends_with_best: bool,
+        seconds: float,
+        tokens: int,
+    ) -> "TrainResult":
+        """What a run was that has just ended.
+
+        Args:
+            output: its folder.
+            history: its records.
+            step: the last one.
+            total_steps: that it would have gone on to.
+            ends_with_best: whether its weights are those of the best validation, if there is one.
+            seconds: wall time of this process's part.
+            tokens: real ones, trained in that time.
+        """
+        best = best_eval(history)
+        losses, evals = ([r[key] for r in history if key in r] for key in ("loss", "eval_loss"))
+        eval_loss = evals[-1] if evals else None
+        return cls(
+            output_dir=output,
+            steps=step,
+            train_loss=losses[-1] if losses else float("nan"),
+            eval_loss=best[1] if best and ends_with_best else eval_loss,
+            log_history=history,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_memory_bytes=mx.get_peak_memory(),
+            best_step=best[0] if best else None,
+            stopped_early=step < total_steps,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, without the history, as JSON has them."""

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.data.batches import Batches
-from mlx_qlora.train.checkpoint import CheckpointingConfig, RunState, best_eval
+from mlx_qlora.train.checkpoint import CheckpointingConfig, RunState
 from mlx_qlora.train.config import TrainingConfig
+from mlx_qlora.train.history import best_eval
 
 TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")

@@ -15,13 +15,12 @@ from rich.console import Console
 from mlx_qlora import backend
 from mlx_qlora.console import warn
 from mlx_qlora.data.batches import Batch, halves
-from mlx_qlora.errors import TrainingError
 from mlx_qlora.processes import Processes
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.gradient_sum import Counts, GradientSum
 from mlx_qlora.train.interruption import Interruption
 from mlx_qlora.train.optim import AdamW
-from mlx_qlora.train.outcome import Outcome
+from mlx_qlora.train.outcome import Outcome, StepError
 from mlx_qlora.tree import number
 
 
@@ -57,7 +56,7 @@ class Update:
         """One step, or None if it was given up; then nothing has moved.
 
         Raises:
-            TrainingError: a single row does not fit into memory, or the device gave up.
+            StepError: a single row does not fit into memory, or the device gave up.
         """
         if self.gradient_sum is not None:
             self.gradient_sum.begin()
@@ -114,16 +113,17 @@ class Update:
         """Halves what is computed at once, if that can help.
 
         Raises:
-            TrainingError: it cannot.
+            StepError: it cannot.
         """
         if not backend.is_out_of_memory(reason):
-            raise TrainingError(f"the device gave up: {reason}{backend.hint(reason)}")
+            raise StepError(f"the device gave up: {reason}{backend.hint(reason)}", again=True)
         gc.collect()
         mx.clear_cache()
         if self.parts >= rows:
-            raise TrainingError(
+            raise StepError(
                 "out of memory with a single row; lower data.max_length, set "
-                f"training.gradient_checkpointing=true, or lower lora.r ({reason})"
+                f"training.gradient_checkpointing=true, or lower lora.r ({reason})",
+                again=True,
             )
         self.parts *= 2
         warn(
