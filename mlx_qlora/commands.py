@@ -34,28 +34,30 @@ def run_command(args: argparse.Namespace) -> Found:
     if args.command == "completion":
         print(completion_script(args.shell), end="")
         return None
+    console = Console(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
+    if launched() and processes().size > 1:
+        return _train_together(console, args)
     config = config_of(args)
     if getattr(args, "print_config", False):
         return _print_config(config, args)
-    console = Console(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
-    if not launched():
-        return RUN[args.command](config, console, args)
-    if args.command != "train" or args.dry_run:
-        what = "train --dry-run" if args.command == "train" else args.command
-        processes()  # so that the first one alone says it
-        error = ConfigError(f"{what} runs in one process; only train runs in several")
-        error.is_shared = True
-        raise error
-    return _train_together(config, console, args)
+    return RUN[args.command](config, console, args)
 
 
-def _train_together(config: "RunConfig", console: Console, args: argparse.Namespace) -> Found:
+def _train_together(console: Console, args: argparse.Namespace) -> Found:
     """`train` as one of several processes: those behind the first one talk to a file."""
     from mlx_qlora.opening import check_output
 
-    everyone, output = processes(), Path(config.checkpointing.output_dir)
+    if args.command != "train" or args.dry_run or args.print_config:
+        extra = "--dry-run" if getattr(args, "dry_run", False) else "--print-config"
+        what = f"train {extra}" if args.command == "train" else args.command
+        error = ConfigError(f"{what} runs in one process; only train runs in several")
+        error.is_shared = True
+        raise error
+    everyone = processes()
+    config = everyone.agree(lambda: config_of(args))
+    output = Path(config.checkpointing.output_dir)
     everyone.agree(lambda: check_output(output) if everyone.is_first else None)
-    console = everyone.console(output, console)
+    console = everyone.agree(lambda: everyone.console(output, console))
     try:
         found = _train(config, console, args)
     except UserError as error:

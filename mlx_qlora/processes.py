@@ -21,13 +21,15 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlx_qlora.errors import ProcessError, UserError, listing
+from mlx_qlora import backend
+from mlx_qlora.errors import ConfigError, ProcessError, UserError, listing
 
 # What launchers leave in the environment: mlx.launch, Open MPI, MPICH.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-# Seconds that others are waited for: while all prepare, and in a run beyond ten times what this
-# process's own longest piece of work took (machines may differ).
+# Seconds that others are waited for: while all prepare or the first one writes, and in a run beyond
+# ten times what this process's own longest piece of work took (machines may differ).
 TO_BEGIN, AT_LEAST, TIMES = 1800.0, 20.0, 10.0
+RING_PADS = 1024  # bytes: MLX's ring takes an array of fewer elements than processes up to here
 WORDS = 2048  # bytes of a message that a process sends to the others
 
 T = TypeVar("T")
@@ -40,7 +42,7 @@ class Processes:
         rank: of this one, from 0.
         size: how many there are.
         sent_bytes: of all arrays that were handed to the collectives so far.
-        longest: seconds that this process's longest piece of work took.
+        longest: seconds that this process's longest piece of work took; 0 before the first.
     """
 
     def __init__(self, group: mx.distributed.Group | None) -> None:
@@ -70,16 +72,25 @@ class Processes:
 
         Raises:
             ProcessError: another process is gone.
+            RuntimeError: this process has no memory for the sum; nothing was sent.
         """
         if self._group is None:
             return array
-        self.sent_bytes += array.nbytes
+        if array.size < self.size and array.itemsize * self.size > RING_PADS:
+            rest = mx.zeros(self.size - array.size, array.dtype)
+            return self.summed(mx.concatenate([array.reshape(-1), rest]))[: array.size].reshape(
+                array.shape
+            )
         mx.async_eval(array)  # what fails here is this process's own
         try:
             total = mx.distributed.all_sum(array, group=self._group, stream=self._stream)
             mx.async_eval(total)
-        except RuntimeError as error:  # the sum before this one has failed by now
+        except RuntimeError as error:
+            if backend.is_out_of_memory(str(error)):
+                raise
+            # The sum before this one has failed by now.
             self._give_up(f"another process is gone ({error})")
+        self.sent_bytes += array.nbytes
         return total
 
     def wait(self, *arrays: mx.array, seconds: float | None = None) -> None:
@@ -87,12 +98,13 @@ class Processes:
 
         Args:
             arrays: from `summed`.
-            seconds: how long; as long as this process's own work suggests, if not given.
+            seconds: how long; as long as this process's own work suggests, if not given, which
+                is as long as while all prepare where it has had none.
 
         Raises:
             ProcessError: another process is gone, or has not come in time.
         """
-        limit = AT_LEAST + TIMES * self.longest if seconds is None else seconds
+        limit = seconds or (AT_LEAST + TIMES * self.longest if self.longest else TO_BEGIN)
         done, failed = threading.Event(), []
 
         def wait() -> None:
@@ -200,11 +212,22 @@ class Processes:
     # ---- lines ---------------------------------------------------------------------------------
 
     def console(self, output: Path, console: Console) -> Console:
-        """Where this process says what it does: rank 0 as asked, the others into their own file."""
+        """Where this process says what it does: rank 0 as asked, the others into their own file.
+
+        Raises:
+            ConfigError: that file cannot be made.
+        """
         if self.is_first:
             return console
-        output.mkdir(parents=True, exist_ok=True)
-        return Console(file=(output / f"rank-{self.rank}.log").open("a", encoding="utf-8"))
+        place = output / f"rank-{self.rank}.log"
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            return Console(file=place.open("a", encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"checkpointing.output_dir: {place} cannot be made ({error.strerror}); choose a "
+                "folder that every machine can write to with --output-dir"
+            ) from None
 
 
 def _leave() -> None:
@@ -219,6 +242,12 @@ def launched() -> bool:
     return any(name in os.environ for name in LAUNCHED)
 
 
+def _is_alone() -> bool:
+    """Whether `mlx.launch -n 1` has started this process: its list of hosts is empty."""
+    hosts = Path(os.environ.get("MLX_HOSTFILE", os.devnull))
+    return "MLX_HOSTFILE" in os.environ and hosts.is_file() and not hosts.read_text().strip()
+
+
 @functools.cache
 def processes() -> Processes:
     """The processes that this one was started with: itself alone, unless a launcher says more.
@@ -226,7 +255,7 @@ def processes() -> Processes:
     Raises:
         ProcessError: the launcher's other processes cannot be reached.
     """
-    if not launched():
+    if not launched() or _is_alone():
         return Processes(None)
     try:
         group = mx.distributed.init()

@@ -22,7 +22,7 @@ from mlx_qlora.console import say, warn
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
-from mlx_qlora.infer.evaluate import Scores, evaluate
+from mlx_qlora.infer.evaluate import Scores, evaluate_together
 from mlx_qlora.inspection import check_lengths
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
@@ -56,22 +56,21 @@ def run(config: RunConfig, console: Console) -> TrainResult:
     everyone = processes()
     opened = everyone.agree(lambda: open_run(config, console))
     model, tokenizer, test = everyone.agree(opened.load), opened.tokenizer, opened.test
-    if not everyone.is_first:
-        parts = opened.train, opened.validation
-        return fine_tune(model, tokenizer, *parts, opened.config, console=console)
-    recorded = prepare(model, opened.train, opened.validation, opened.config).config
+    parts, config = (opened.train, opened.validation), opened.config
+    recorded = compared(model, *parts, config).config  # before time is spent on answers
     rows, most = questions(test or opened.validation), config.generation.max_new_tokens
-    if rows or test:
-        scored = f", {len(test)} are scored" if test else ""
-        say(console, f"before    {len(rows)} held-out rows are answered{scored}")
-    told = asked(model, tokenizer, rows, most)
-    before = evaluate(model, tokenizer, test) if test else None
-    result = fine_tune(
-        model, tokenizer, opened.train, opened.validation, opened.config, console=console
-    )
-    if test and before:
-        result.test_scores = {"before": before, "after": evaluate(model, tokenizer, test)}
-        _print_scores(console, before, result.test_scores["after"])
+    told = []
+    if everyone.is_first:
+        _say_what_comes_first(console, len(rows), len(test or ()))
+        told = asked(model, tokenizer, rows, most)
+    before = score_of(model, tokenizer, test)
+    result = fine_tune(model, tokenizer, *parts, config, console=console)
+    after = score_of(model, tokenizer, test)
+    if not everyone.is_first:
+        return result
+    if before and after:
+        result.test_scores = {"before": before, "after": after}
+        _print_scores(console, before, after)
     write_report(
         result,
         recorded,
@@ -116,15 +115,15 @@ def fine_tune(
     """
     chosen, everyone = config or RunConfig(), processes()
     output = Path(chosen.checkpointing.output_dir)
-    console = console or everyone.console(output, Console(stderr=True))
+    if console is None:
+        console = everyone.agree(lambda: everyone.console(output, Console(stderr=True)))
     if not len(train_examples):
         raise DataError("there are no examples to train on")
     chosen = settled(chosen, train_examples)
     settled_rate = chosen.training.at_hidden_size(model.config.hidden_size)
     chosen = dataclasses.replace(chosen, training=settled_rate)
     tokenizer = with_template(tokenizer, train_examples)
-    prepared = everyone.agree(lambda: prepare(model, train_examples, validation, chosen))
-    everyone.must_equal(facts_of(prepared))
+    prepared = compared(model, train_examples, validation, chosen)
     config, base = prepared.config, prepared.base
     say(
         console,
@@ -265,16 +264,34 @@ def prepare(
     return Prepared(config, base, state, resumed, damaged)
 
 
+def compared(
+    model: LlamaForCausalLM, examples: Examples, validation: Examples | None, config: RunConfig
+) -> Prepared:
+    """`prepare` in every process of the run, which have to be alike.
+
+    Raises:
+        UserError: as `prepare`; or ProcessError, naming what differs and where.
+    """
+    everyone = processes()
+    prepared = everyone.agree(lambda: prepare(model, examples, validation, config))
+    everyone.must_equal(facts_of(prepared))
+    return prepared
+
+
 def facts_of(prepared: Prepared) -> dict[str, Any]:
-    """What all processes of a run must have alike."""
+    """What all processes of a run must have alike: what they learn, and when they meet."""
     state, training = prepared.state, prepared.config.training
     fields = {f"{section}.{k}": v for section, of in state.config.items() for k, v in of.items()}
+    meetings = dataclasses.asdict(prepared.config.checkpointing)
+    for name in ("output_dir", "save_total_limit", "resume_from_checkpoint"):  # of the first alone
+        del meetings[name]
     versions = {"mlx-qlora": __version__, "MLX": importlib.metadata.version("mlx")}
     return {
         **versions,
         "training.per_device_train_batch_size": training.rows,
         "training.gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "checkpointing.eval_steps": prepared.config.checkpointing.eval_steps,
+        "training.max_skipped_steps": training.max_skipped_steps,
+        **{f"checkpointing.{name}": value for name, value in meetings.items()},
         **fields,
         "the hash of the rows": state.fingerprint["data"][:12],
         "the hash of the model": state.fingerprint["model"][:12],
@@ -285,6 +302,17 @@ def with_template(tokenizer: Tokenizer, examples: Examples) -> Tokenizer:
     """The tokenizer with the chat template that the data is written by: it is saved with it."""
     source = examples.report.chat_template
     return tokenizer if source is None else tokenizer.with_chat_template(source)
+
+
+def score_of(model: LlamaForCausalLM, tokenizer: Tokenizer, test: Examples | None) -> Scores | None:
+    """The scores on the test rows, shared out over the processes; None without such rows."""
+    return evaluate_together(model, tokenizer, test, processes()) if test else None
+
+
+def _say_what_comes_first(console: Console, asked_rows: int, scored_rows: int) -> None:
+    if asked_rows or scored_rows:
+        scored = f", {scored_rows:,} are scored" if scored_rows else ""
+        say(console, f"before    {asked_rows} held-out rows are answered{scored}")
 
 
 def _print_scores(console: Console, before: Scores, after: Scores) -> None:

@@ -88,7 +88,7 @@ class Scaling:
 
     @property
     def handed_bytes(self) -> int:
-        """What a process hands to the collectives in a step; some 44 bytes of counts besides."""
+        """What a process hands to the collectives in a step; some 52 bytes of counts besides."""
         return self.trainable * FLOAT32 if self.processes > 1 else 0
 
     @property

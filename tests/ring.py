@@ -138,7 +138,14 @@ def commands(n: int, runs: list[Any], folder: Path, seconds: float = 240) -> lis
 
 
 def one(
-    words: list[str], poison: int | None = None, pause: float = 0.0, version: str | None = None
+    words: list[str],
+    poison: int | None = None,
+    pause: float = 0.0,
+    version: str | None = None,
+    starved: int | None = None,
+    slow_save: float = 0.0,
+    patience: float | None = None,
+    signalled: int | None = None,
 ) -> dict[str, Any]:
     """One run of the command line in this process.
 
@@ -147,6 +154,10 @@ def one(
         poison: a row of the stream whose forward gives NaN.
         pause: seconds before each step, for those who want to meet one in time.
         version: that this process says it has.
+        starved: a step in which there is no memory to move the weights.
+        slow_save: seconds that the disk needs for a checkpoint besides.
+        patience: seconds that others are waited for, whatever this process's own work took.
+        signalled: a validation, from 1, within which SIGTERM comes.
 
     Returns:
         code: the exit code; out, err: what was printed; sent: `Processes.sent_bytes` before the
@@ -155,13 +166,16 @@ def one(
         after training.
     """
     from mlx_qlora import cli, run
+    from mlx_qlora import processes as room
     from mlx_qlora.processes import processes
-    from mlx_qlora.train import engine, update
+    from mlx_qlora.train import engine, loop, optim, update
 
     found: dict[str, Any] = {"sent": [], "wire": []}
     out, err = io.StringIO(), io.StringIO()
     train, step, call = run.train, update.Update.step, engine.Engine.__call__
     embed, steps = engine.Engine._embed, itertools.count()
+    move, moves = optim.AdamW.update, itertools.count(1)
+    save, score, scored = loop.save_checkpoint, loop.score, itertools.count(1)
 
     def count() -> None:
         found["sent"].append(processes().sent_bytes)
@@ -187,12 +201,31 @@ def one(
     def poisoned_embed(self: Any, part: Any) -> Any:
         return embed(self, part) * (float("nan") if self.is_poisoned else 1.0)
 
+    def starved_move(self: Any, *args: Any) -> Any:
+        if next(moves) == starved:
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+        return move(self, *args)
+
+    def slow_save_checkpoint(*args: Any) -> Any:
+        time.sleep(slow_save)
+        return save(*args)
+
+    def signalled_score(*args: Any) -> Any:
+        if next(scored) == signalled:
+            signal.raise_signal(signal.SIGTERM)
+        return score(*args)
+
     with contextlib.ExitStack() as patches:
         change = [(run, "train", told_train), (update.Update, "step", told_step)]
         if poison is not None:
             change += [(engine.Engine, "__call__", poisoned_call)]
             change += [(engine.Engine, "_embed", poisoned_embed)]
         change += [(run, "__version__", version)] if version else []
+        change += [(optim.AdamW, "update", starved_move)] if starved else []
+        change += [(loop, "save_checkpoint", slow_save_checkpoint)] if slow_save else []
+        change += [(loop, "score", signalled_score)] if signalled else []
+        if patience is not None:
+            change += [(room, "AT_LEAST", patience), (room, "TIMES", 0.0)]
         for owner, name, new in change:
             patches.enter_context(mock.patch.object(owner, name, new))
         patches.enter_context(contextlib.redirect_stdout(out))

@@ -1,11 +1,17 @@
-"""Ctrl-C and SIGTERM: a checkpoint of the last finished step, one message, the usual exit code."""
+"""Ctrl-C, SIGTERM, a closed terminal: a checkpoint of the last finished step, the usual exit code."""
 
+import contextlib
+import fcntl
 import io
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +119,67 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(
     assert json.loads((kept / "trainer_state.json").read_text())["global_step"] == 10
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
     resumes(alone, tmp_path, 10)
+
+
+HANGING = """
+import os, signal, sys, time
+from pathlib import Path
+from mlx_qlora.train.interruption import Interruption
+
+with Interruption() as interruption:
+    print("ready", flush=True)
+    while interruption.signum is None:
+        time.sleep(0.01)
+    print("to nobody", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # as ssh and launchers send it behind
+    time.sleep(0.1)
+    Path(sys.argv[1]).write_text("saved")
+sys.exit(128 + signal.SIGHUP)
+"""
+
+
+def hang_up(words: list[str], ready: Callable[[], bool]) -> int:
+    """The exit code of a process whose terminal is closed as soon as it is ready."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=crash.ROOT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    until = time.monotonic() + 60
+    while not ready() and process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65536)
+        time.sleep(0.002)
+    assert process.poll() is None, "it ended before"
+    os.close(ours)
+    return process.wait(60)
+
+
+def test_a_closed_terminal_saves_the_last_finished_step(
+    alone: crash.LeftAlone, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    words = ["-m", "mlx_qlora", *crash.command(alone.inputs, tmp_path)]
+    code = hang_up(words, lambda: metrics.exists() and '"step": 9,' in metrics.read_text())
+    assert code == 128 + signal.SIGHUP
+    (*_, last) = sorted(int(p.name.partition("-")[2]) for p in metrics.parent.glob("checkpoint-*"))
+    assert last >= 9
+    resumes(alone, tmp_path, last)
+
+
+def test_what_follows_a_closed_terminal_is_no_second_thought(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    until = time.monotonic() + 2
+    code = hang_up(["-c", HANGING, str(saved)], lambda: time.monotonic() > until)
+    assert code == 128 + signal.SIGHUP and saved.read_text() == "saved"
 
 
 @BOTH

@@ -20,16 +20,16 @@ import ring
 from safetensors.numpy import load_file
 from tiny_folder import write_model
 
-from mlx_qlora.processes import AT_LEAST, TIMES
+from mlx_qlora.processes import AT_LEAST, TIMES, WORDS
 from mlx_qlora.train.checkpoint import checkpoints, read_state
 from mlx_qlora.train.gradient_sum import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientSum
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available(), reason="MLX has no collectives")
 STEPS, CLOSE = 20, 1e-5
 LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the tiny model, for r=1
-# What is sent in a step besides the gradients: three counts and two signals, and the loss sum.
-BESIDES = 5 * 8 + 4
-SCORE = 6 * 8  # numbers of a validation
+# What is sent in a step besides the gradients: three counts and three signals, and the loss sum.
+BESIDES = 6 * 8 + 4
+SCORE = 10 * 8  # numbers of a validation
 # What a run is told besides, by name.
 KINDS = {
     "packed": (),
@@ -203,11 +203,12 @@ def test_a_step_sends_its_gradients_once(
 ) -> None:
     for found in together[name]:
         steps = np.diff(found["sent"])
-        validated = [0] * len(steps)
-        for step in range(5, len(steps), 5):
-            validated[step] = SCORE  # counted with the step after it
-        assert steps.tolist() == [4 * LORA * r + BESIDES + more for more in validated]
-        assert max(steps) <= 1.05 * 4 * LORA * r
+        between = np.zeros(len(steps), int)  # counted with the step after it
+        between[5::5] += SCORE
+        if name == "packed":
+            between[7::7] += n * WORDS  # the others wait for the checkpoint
+        assert (steps - between).tolist() == [4 * LORA * r + BESIDES] * len(steps)
+        assert 4 * LORA * r + BESIDES <= 1.05 * 4 * LORA * r
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's count is Linux's")
@@ -304,6 +305,9 @@ def test_processes_that_are_unlike_each_other_are_refused_with_one_message(place
         "rows": unlike("rows", "--data", str(other_rows)),
         "model": unlike("model", "--model", str(other_model)),
         "version": unlike("version", version="9.9.9"),
+        "patience": unlike("patience", "checkpointing.early_stopping_patience=3"),
+        "mistyped": {"words": [*place.words("mistyped", 2), "training.learning_rat=1"]},
+        "nowhere": unlike("nowhere", "--output-dir", "/dev/null/out"),
         "missing": unlike("missing", "--data", str(place.folder / "nowhere.jsonl")),
         "sweep": {"words": place.words("sweep", 2, command="sweep")},
         "evaluate": {"words": ["evaluate", "--model", str(place.model), "--data", str(place.rows)]},
@@ -315,7 +319,12 @@ def test_processes_that_are_unlike_each_other_are_refused_with_one_message(place
         "rows": "in process 1 the hash of the rows is",
         "model": "in process 1 the hash of the model is",
         "version": "in process 1 mlx-qlora is 9.9.9, in process 0",
+        "patience": "in process 1 checkpointing.early_stopping_patience is 3, in process 0 None",
         "missing": f"process 1: data file {place.folder / 'nowhere.jsonl'}",
+    }
+    early = {
+        "mistyped": "unknown field training.learning_rat;",
+        "nowhere": "process 1: checkpointing.output_dir",
     }
     for name, words in wanted.items():
         first, second = found[name]
@@ -327,6 +336,10 @@ def test_processes_that_are_unlike_each_other_are_refused_with_one_message(place
         assert words.removeprefix("process 1: ") in (output / "rank-1.log").read_text().replace(
             "\n", ""
         )
+    for name, words in early.items():
+        first, second = found[name]
+        assert words in first["err"] and (second["out"], second["err"]) == ("", ""), first["err"]
+    assert "/dev/null/out/rank-1.log cannot be made" in found["nowhere"][0]["err"]
     for name in ("sweep", "evaluate"):
         assert f"{name} runs in one process; only train runs in several" in found[name][0]["err"]
         assert not place.output(name, 2).exists()
@@ -480,7 +493,9 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(
     found = broken.found(left)
     assert found["err"].startswith("mlx-qlora: another process is gone")
     assert f"says process {left} of 2" in found["err"] and found["err"].count("\n") == 1
-    assert str(broken.output / f"checkpoint-{last_step(broken.output)}") in found["err"]
+    saved = str(broken.output / f"checkpoint-{last_step(broken.output)}")
+    goes_on = {0: saved, 1: "what process 0 has saved last\n"}[left]
+    assert f". The same command goes on from {goes_on}" in found["err"]
 
 
 def test_a_process_that_is_killed_under_the_launcher_ends_all(

@@ -1,19 +1,24 @@
 """Scores of a model on examples: loss, perplexity and token accuracy."""
 
 import math
+import time
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mlx_qlora.data.batches import collate, make_batches
+from mlx_qlora.data.batches import Batches, collate, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.score import score, score_rows
+from mlx_qlora.processes import TO_BEGIN, Processes
+from mlx_qlora.train.score import Score, score, score_rows
+from mlx_qlora.train.together import score_of_all
 
+BATCH = 8  # rows of a forward
 WIDTH = 512  # tokens in a row of several examples
 POSITIONS = 4096  # of the examples that are scored at once
 
@@ -36,7 +41,7 @@ class Scores:
 
 
 def evaluate(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, batch_size: int = 8
+    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, batch_size: int = BATCH
 ) -> Scores:
     """Scores a model on every example, without dropout; the same figures each time.
 
@@ -50,8 +55,30 @@ def evaluate(
         DataError: no examples, or examples of another vocabulary.
     """
     _check(model, tokenizer, examples)
-    width = max(WIDTH, int(examples.lengths.max()))
-    total = score(model, make_batches(examples, batch_size, max_length=width))
+    return _means(score(model, _batches(examples, batch_size)))
+
+
+def evaluate_together(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, processes: Processes
+) -> Scores:
+    """`evaluate`, shared out over the processes of a run; every one of them has to call it.
+
+    Raises:
+        DataError: as `evaluate`.
+        ProcessError: another process is gone, or has not come in time.
+    """
+    _check(model, tokenizer, examples)
+    began = time.perf_counter()
+    share = islice(_batches(examples, BATCH), processes.rank, None, processes.size)
+    own = score(model, share)
+    return _means(score_of_all(own, processes, time.perf_counter() - began, seconds=TO_BEGIN)[0])
+
+
+def _batches(examples: Examples, batch_size: int) -> Batches:
+    return make_batches(examples, batch_size, max_length=max(WIDTH, int(examples.lengths.max())))
+
+
+def _means(total: Score) -> Scores:
     loss, n = total.nats / total.tokens, total.tokens
     return Scores(loss, math.exp(min(loss, 700)), total.hits / n, n)
 

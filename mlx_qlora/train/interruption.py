@@ -1,12 +1,13 @@
-"""Ctrl-C and SIGTERM end a run after a checkpoint; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal end a run after a checkpoint; a second Ctrl-C at once."""
 
+import os
 import signal
 import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-WATCHED = (signal.SIGINT, signal.SIGTERM)
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,6 +29,7 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """Within it a first signal is only noted, and the next one has its usual effect.
 
+    A terminal that is closed (SIGHUP) counts as Ctrl-C, but is not followed by another one.
     Only the main thread may set handlers: elsewhere (a run in a thread of a notebook) signals
     keep their usual effect.
 
@@ -47,6 +49,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
+        self._terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
         if threading.current_thread() is threading.main_thread():
             for number in WATCHED:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `command &` leaves SIGINT
@@ -60,10 +63,25 @@ class Interruption:
         self.came = signum
         if not self._together:
             self.signum = signum
-        self._restore()
+        if signum != signal.SIGHUP:
+            self._restore()
+            return
+        # The terminal is gone: writing to it would fail, before the checkpoint is written. The
+        # SIGTERM that ssh and launchers send behind it is no second thought of a person.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             # None: the handler was set by code that is not Python's, and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+
+def _is_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False

@@ -97,18 +97,22 @@ def train(
     with (
         Interruption(run.processes.size > 1) as interruption,
         disk_errors(run.output),
-        run.begin(state),
+        run.processes.agree(lambda: run.begin(state)),
         blas.threads(1),  # what parts side by side have; see there
         run.kept_if_others_go(),
     ):
-        if run.owes_validation():
-            run.after_step(interruption)
         try:
+            if run.owes_validation():
+                run.after_step(interruption)
             run.take_steps(run.total_steps, interruption)
         except StepError as error:
-            raise TrainingError(f"{error}. {run.kept()}") from None
+            ended = TrainingError(f"{error}. {run.kept()}")
+            ended.is_shared = not error.again  # numbers are everybody's, a device is one's own
+            raise ended from None
         if interruption.signum is not None:
-            stop = Interrupted(interruption.signum, run.save_if_new())
+            # Together: a launcher ends all where one has left, and the first may still be writing.
+            saved = run.processes.agree(run.save_if_new)
+            stop = Interrupted(interruption.signum, saved)
             if not run.processes.is_first:
                 stop.args = ()  # the first one tells it, who knows what was saved
             raise stop
@@ -268,7 +272,7 @@ class Run:
                 return  # half a validation counts for nothing: it is done when the run goes on
         due = self._is_due(self.checkpointing.save_steps) or self.is_done()
         if due or (best and self.checkpointing.load_best_model_at_end):
-            self.save()
+            self.processes.agree(self.save)  # the others wait as long as the disk needs
 
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total_steps
@@ -277,10 +281,12 @@ class Run:
         """Measures the validation loss; returns whether it is the best so far."""
         assert self.held_out is not None
         before = time.perf_counter()
-        total = self._score(self.held_out, interruption)
-        total = score_of_all(total, self.processes, time.perf_counter() - before)
+        own = self._score(self.held_out, interruption)
         if interruption.signum is not None:
             return False
+        seconds = time.perf_counter() - before
+        total, signum = score_of_all(own, self.processes, seconds, interruption.came)
+        interruption.signum = interruption.signum or signum
         state, seconds = self.state, time.perf_counter() - before
         epoch = state.rows / self.batches.rows_per_epoch
         state.log_history.append(self.metrics.validation(state.step, epoch, total, seconds))
@@ -325,10 +331,13 @@ class Run:
         try:
             yield
         except ProcessError as error:
-            there = checkpoints(self.output)
-            last = self.save_if_new() or (there[-1] if there else None)
-            kept = f"The same command goes on from {last}" if last else self.kept()
-            raise ProcessError(f"{error}. {kept}") from None
+            if self.processes.is_first:
+                there = checkpoints(self.output)
+                last = self.save_if_new() or (there[-1] if there else None)
+                kept = f"The same command goes on from {last}" if last else self.kept()
+            else:  # whose disk may be another one
+                kept = "The same command goes on from what process 0 has saved last"
+            raise ProcessError(f"{error}. {kept}", error.is_shared) from None
 
     def is_done(self) -> bool:
         """Whether the last step is done, or patience is at its end."""

@@ -6,7 +6,7 @@ does not fit into memory is halved and accumulated: the sums, and each row's dro
 
 import gc
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -57,21 +57,22 @@ class Update:
 
         Raises:
             StepError: a single row does not fit into memory, or the device gave up.
+            ProcessError: another process is gone, or has not come in time.
         """
         if self.gradient_sum is not None:
             self.gradient_sum.begin()
         while True:
-            optimizer = self.optimizer
-            before = optimizer.weights, optimizer.mean, optimizer.square, optimizer.step
             try:
-                return self._step(micro_batches, rate)
+                found = self._gradients(micro_batches)
+                break
             except (RuntimeError, MemoryError) as error:
-                optimizer.weights, optimizer.mean, optimizer.square, optimizer.step = before
-                reason = str(error) or "out of memory"  # Python's own MemoryError has no words
+                reason = _reason(error)
             # Outside of the handler, whose traceback would keep the arrays of the step alive.
             self.shrink(max(batch.tokens.shape[0] for batch in micro_batches), reason)
+        return None if found is None else self._move(found, rate)
 
-    def _step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
+    def _gradients(self, micro_batches: list[Batch]) -> "Gradients | None":
+        """What this process's rows say; None if a signal came meanwhile."""
         weights = self.optimizer.named(self.optimizer.weights)
         total, nats = None, mx.array(0.0)
         own = Counts(0, 0, sum(len(batch.rows) for batch in micro_batches))
@@ -89,25 +90,38 @@ class Update:
             if self.interruption.signum is not None:
                 return None
         assert total is not None
-        counts = own
-        if self.gradient_sum is not None:
-            own = replace(own, signum=self.interruption.came)
-            total, nats, counts = self.gradient_sum.finish(total, nats, own)
-        norm = self.optimizer.update(total, counts.supervised, rate, nats)
-        optimizer = self.optimizer
-        mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
+        return Gradients(total, nats, own, losses)
+
+    def _move(self, found: "Gradients", rate: float) -> Outcome:
+        """Sums over the processes, and moves the weights.
+
+        It is not tried again: sums are sent once, and fewer rows would need no less memory here.
+        """
+        optimizer, total, nats, counts = self.optimizer, found.total, found.nats, found.counts
+        before = optimizer.weights, optimizer.mean, optimizer.square, optimizer.step
+        own_finite = True
+        try:
+            if self.gradient_sum is not None:
+                own_finite = bool(mx.stack([mx.isfinite(g).all() for g in total.values()]).all())
+                counts = replace(counts, signum=self.interruption.came)
+                total, nats, counts = self.gradient_sum.finish(total, nats, counts)
+            norm = optimizer.update(total, counts.supervised, rate, nats)
+            mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
+        except (RuntimeError, MemoryError) as error:
+            optimizer.weights, optimizer.mean, optimizer.square, optimizer.step = before
+            reason = _reason(error)
+            if backend.is_out_of_memory(reason):
+                words = f"out of memory while the weights are moved; lower lora.r ({reason})"
+            else:
+                words = f"the device gave up: {reason}{backend.hint(reason)}"
+            raise StepError(words, again=True) from None
 
         mean = number(nats) / max(counts.supervised, 1)
         outcome = Outcome(mean, number(norm), counts.tokens, counts.rows, counts.signum)
         if outcome.finite:
             return outcome
         optimizer.step -= 1  # AdamW counts updates, and this was none
-        bad = [batch for batch, loss in losses if not math.isfinite(number(loss))]
-        if bad or self.gradient_sum is None:
-            suspects = [place for batch in bad or micro_batches for place in batch.places]
-        else:
-            suspects = ["rows of another process: see its rank-*.log"]
-        return replace(outcome, suspects=tuple(suspects))
+        return replace(outcome, suspects=found.suspects(self.gradient_sum is None, own_finite))
 
     def shrink(self, rows: int, reason: str) -> None:
         """Halves what is computed at once, if that can help.
@@ -133,6 +147,36 @@ class Update:
         )
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What one process has found in a step.
+
+    Attributes:
+        total: sums over supervised tokens, by name.
+        nats: their loss, summed.
+        counts: of what it went through.
+        losses: of each batch.
+    """
+
+    total: dict[str, mx.array]
+    nats: mx.array
+    counts: Counts
+    losses: list[tuple[Batch, mx.array]]
+
+    def suspects(self, alone: bool, finite: bool) -> tuple[str, ...]:
+        """The rows that may have made a step's numbers infinite or none.
+
+        Args:
+            alone: whether no other process shared the step.
+            finite: whether these gradients are.
+        """
+        bad = [batch for batch, loss in self.losses if not math.isfinite(number(loss))]
+        if bad or alone or not finite:
+            batches = bad or [batch for batch, _ in self.losses]
+            return tuple(place for batch in batches for place in batch.places)
+        return ("rows of another process: see its rank-*.log",)
+
+
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch in at least `parts` batches of fewer rows, as far as it has rows."""
     made = [batch]
@@ -141,6 +185,10 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             half for part in made for half in (halves(part) if part.tokens.shape[0] > 1 else [part])
         ]
     return made
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or "out of memory"  # Python's own MemoryError has no words
 
 
 def dropout_keys(seed: int, rows: tuple[int, ...]) -> mx.array:
