@@ -11,6 +11,7 @@ from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.opening import open_run
 from mlx_qlora.run import prepare
 from mlx_qlora.train.config import batches_of
+from mlx_qlora.train.course import course_of
 from mlx_qlora.train.score import score
 
 
@@ -49,13 +50,25 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
             **figures
         ),
     )
-    steps = config.training.total_steps(batches)
+    course = course_of(config.training, batches, len(opened.train))
+    seconds = (
+        course.passes * float((opened.train.lengths - 1).sum()) / opened.plan.tokens_per_second
+    )
+    say(console, f"course    {course}, about {seconds / 60:,.0f} min at the planned speed")
+    for warning in course.warnings:
+        warn(console, warning)
     resumed = None if prepared.resumed is None else str(prepared.resumed)
     onward = "" if resumed is None else f", going on from {resumed}"
     say(
         console,
-        f"dry run   {trainable_count(model):,} parameters would be trained for {steps:,} steps"
-        f"{onward}; nothing was trained or written",
+        f"dry run   {trainable_count(model):,} parameters would be trained for {course.steps:,} "
+        f"steps{onward}; nothing was trained or written",
     )
     about = {"plan": opened.plan.to_dict(), "rows": opened.sizes, "first_batch": figures}
-    return {**about, "steps": steps, "resume_from_checkpoint": resumed}
+    return {
+        **about,
+        "steps": course.steps,
+        "passes": course.passes,
+        "warnings": course.warnings,
+        "resume_from_checkpoint": resumed,
+    }

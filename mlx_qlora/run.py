@@ -34,6 +34,7 @@ from mlx_qlora.report import write_report
 from mlx_qlora.report.drawing import PNG_HINT, can_draw_png
 from mlx_qlora.report.notebook import live_plots
 from mlx_qlora.report.samples import asked, questions, samples_of
+from mlx_qlora.source import ModelConfig
 from mlx_qlora.train.advice import advise
 from mlx_qlora.train.checkpoint import (
     RunState,
@@ -252,8 +253,7 @@ def prepare(
         model.lora_config = dataclasses.replace(model.lora_config, loraplus_lr_ratio=ratio)
         config = dataclasses.replace(config, lora=model.lora_config)
     if config.model.source is None and source is not None:
-        named = dataclasses.replace(config.model, source=str(source.source))
-        config = dataclasses.replace(config, model=named)
+        config = dataclasses.replace(config, model=as_loaded(config.model, model))
 
     decides = deciding_values(config)
     fingerprint = fingerprint_of(model, examples, validation, config, base)
@@ -262,6 +262,20 @@ def prepare(
         return Prepared(config, base, state, None, [])
     resumed, damaged = checkpoint_to_resume(config.checkpointing, state)
     return Prepared(config, base, state, resumed, damaged)
+
+
+def as_loaded(chosen: ModelConfig, model: LlamaForCausalLM) -> ModelConfig:
+    """With what `load` was told of a model: the record shall open that one, and no other."""
+    files, quant, dtype = model.source, model.quantized_to, model.model.norm.weight.dtype
+    packing = {"bits": None} if quant is None else dataclasses.asdict(quant)
+    auto = dtype == backend.compute_dtype("auto")
+    return dataclasses.replace(
+        chosen,
+        source=str(files.source),
+        revision=files.revision,
+        dtype="auto" if auto else str(dtype).rpartition(".")[2],
+        **packing,
+    )
 
 
 def compared(

@@ -128,6 +128,22 @@ def test_a_run_says_what_it_does_before_and_after_the_training(
     assert "done      step 2 was the last one; adapter in out\n" in capsys.readouterr().out
 
 
+def test_a_run_says_how_often_it_sees_its_rows(
+    train: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train, "--dry-run", "data.packing=false", "--batch-size", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "course    2 steps: 0.67 passes over 24 examples, about 0 min" in shown
+    assert "warning" not in shown
+    words = [*train, "--quiet", "data.packing=false", "--batch-size", "24"]
+    assert main([*words, "training.warmup_steps=30", "training.max_steps=30"]) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert "training.warmup_steps=30 is all of the run's 30 steps" in warnings[0]
+    assert warnings[0].endswith("; set training.warmup_steps=3")
+    assert "30 passes over 24 examples learn them by heart; 3 steps are 3 passes" in warnings[1]
+
+
 def test_json_of_a_run_has_its_figures_and_leaves_standard_output_alone(
     train: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

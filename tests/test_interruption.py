@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a closed terminal: a checkpoint of the last finished step, the usual exit code."""
+"""Ctrl-C, SIGTERM, a closed terminal: a checkpoint of the last finished step, one message."""
 
 import contextlib
 import fcntl

@@ -155,6 +155,38 @@ def test_a_notebook_can_do_the_same_with_its_own_objects(finished, tmp_path):
     assert scores.n_tokens == examples.report.supervised
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"quantize": mq.QuantConfig(bits=8, group_size=32)},
+        {"quantize": mq.QuantConfig(bits=4, group_size=32, mode="mxfp4"), "dtype": "float16"},
+    ],
+    ids=["dense", "8 bits", "mxfp4"],
+)
+def test_the_record_opens_the_model_that_a_notebook_has_trained_on(finished, tmp_path, how):
+    """Nothing of the config says how it was loaded."""
+    from mlx_qlora.cli import main
+
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model", **how)
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    out = tmp_path / "out"
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=2, warmup_steps=1, learning_rate=1e-2),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(out)),
+    )
+    mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    scored = mq.evaluate(model, tokenizer, examples)
+
+    recorded = mq.config.build({"model": read_yaml(out / "run.yaml")["model"]}).model
+    again, _ = mq.load(
+        recorded.source, recorded.quantize(), out, recorded.revision, dtype=recorded.dtype
+    )
+    assert mq.evaluate(again, tokenizer, examples) == scored
+    assert main(["generate", "--adapter", str(out), "--prompt", "Hi", "--json"]) == 0
+
+
 def test_an_unknown_base_is_refused_before_training(finished, tmp_path):
     folder, _, _, _ = finished
     model, tokenizer = mq.load(folder / "model")

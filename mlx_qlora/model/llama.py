@@ -256,11 +256,13 @@ class LlamaForCausalLM(nn.Module):
     Attributes:
         hf_config: the `config.json` that the loader read, as a dict.
         source: the loader's record of where the weights came from (a `hub.ModelFiles`).
+        quantized_to: the `QuantConfig` by which dense files were packed while loading, or None.
         lora_config: the `LoraConfig` of the LoRA layers, once `add_lora` has put them in.
     """
 
     hf_config: dict[str, Any]
     source: Any
+    quantized_to: Any
     lora_config: Any
 
     def __init__(self, config: LlamaConfig) -> None:

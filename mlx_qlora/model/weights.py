@@ -103,6 +103,7 @@ def load_model(
     model = LlamaForCausalLM(LlamaConfig.from_hf(checkpoint.config))
     model.hf_config = checkpoint.config
     model.source = checkpoint.files
+    model.quantized_to = quantize
     _check_tensors(model, checkpoint, quantize)
     dense = dtype.size * packed_size(model, checkpoint, quantize)
     _fill(model, checkpoint, quantize, dtype, frozen_matmul(matmul, dense))

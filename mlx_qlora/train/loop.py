@@ -35,6 +35,7 @@ from mlx_qlora.train.checkpoint import (
     save_checkpoint,
 )
 from mlx_qlora.train.config import TrainingConfig, batches_of
+from mlx_qlora.train.course import course_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.history import best_eval, validations_since_best, was_validated
 from mlx_qlora.train.interruption import Interrupted, Interruption
@@ -88,6 +89,10 @@ def train(
     started = time.perf_counter()
     backend.limit_memory()
     run = Run(model, examples, validation, data, training, checkpointing, logging, base, console)
+    course = course_of(training, run.batches, len(examples))
+    say(console, f"          {course}")
+    for warning in course.warnings:
+        warn(console, warning)
     if resumed is not None:
         state = load_checkpoint(resumed, model, run.optimizer)
         say(console, f"continuing from {resumed}")
