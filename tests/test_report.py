@@ -22,10 +22,13 @@ from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.summary import DataReport, FileReport
+from mlx_qlora.delivery import with_model
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.planner import Plan
 from mlx_qlora.report import write_report
+from mlx_qlora.report.answers import use
 from mlx_qlora.report.drawing import can_draw_png
+from mlx_qlora.report.facts import Facts
 from mlx_qlora.report.lines import plots_of, thin, ticks
 from mlx_qlora.report.notebook import Tail, in_kernel
 from mlx_qlora.report.samples import questions
@@ -272,8 +275,6 @@ def test_text_has_contrast_in_both_themes(theme):
 
 
 def commands(folder: Path, adapter: dict[str, object]) -> dict[str, str]:
-    from mlx_qlora.report.facts import Facts
-
     config = build({"model": {"source": "smollm2-135m"}})
     facts = Facts(result_in(folder, []), config, {}, (), (), {}, None, {}, {}, adapter)
     return {usage.tool: usage.code for usage in usages(facts)}
@@ -294,6 +295,21 @@ def test_commands_are_what_the_tools_take(tmp_path, capsys):
     for line in ours:  # our own parser takes them, and the adapter's folder arrives whole
         assert cli([*shlex.split(line)[1:], "--print-config"]) == 0
         assert f"adapter: {folder}" in capsys.readouterr().out
+
+
+def test_the_question_is_put_to_the_base_as_the_run_loaded_it(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        "model: {source: smollm2-135m, bits: 8, dtype: float32}\ngeneration: {temperature: 0.25}\n"
+    )
+    ask, merge = commands(tmp_path, {})["mlx-qlora"].splitlines()
+    assert "--model" not in ask + merge
+    base = {"base_model_name_or_path": "org/base"}  # of a model that Python has loaded
+    facts = Facts(result_in(tmp_path, []), RunConfig(), {}, (), (), {}, None, {}, {}, base)
+    assert use(facts).code == ask.replace("--adapter", "--model org/base --adapter")
+    assert cli([*shlex.split(ask)[1:], "--print-config"]) == 0
+    assert f"adapter: {tmp_path}" in capsys.readouterr().out
+    asked = with_model(build({"model": {"adapter": str(tmp_path)}}))
+    assert (asked.model.source, asked.model.bits) == ("smollm2-135m", 8)
 
 
 def test_commands_fit_what_the_adapter_is(tmp_path):

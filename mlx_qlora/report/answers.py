@@ -139,10 +139,15 @@ def use(facts: Facts) -> Answer:
 
 
 def ask_command(facts: Facts) -> str:
-    """`mlx-qlora generate` for this folder."""
-    source = shlex.quote(str(facts.config.model.source or facts.base))
-    folder = shlex.quote(facts.folder)
-    return f'mlx-qlora generate --model {source} --adapter {folder} --prompt "Hello"'
+    """`mlx-qlora generate` for this folder.
+
+    The folder's own run.yaml says how the base was loaded: its revision, bits and dtype. A model
+    that is named would be loaded without them, so one is named only where no run.yaml names it.
+    """
+    source, model = facts.config.model.source, ""
+    if source is None or not (facts.result.output_dir / "run.yaml").is_file():
+        model = f"--model {shlex.quote(str(source or facts.base))} "
+    return f'mlx-qlora generate {model}--adapter {shlex.quote(facts.folder)} --prompt "Hello"'
 
 
 def duration(seconds: float) -> str:
