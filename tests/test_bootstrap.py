@@ -121,6 +121,26 @@ def test_few_ones_among_zeros_take_bca_and_stay_in_range() -> None:
     assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=0.04)
 
 
+@pytest.mark.parametrize(("n", "noise", "moved"), [(20, 1e-3, 2), (32, 1e-4, 3), (20, 0.02, 2)])
+def test_a_change_that_a_few_examples_carry_reaches_no_farther_than_they_do(
+    n: int, noise: float, moved: int
+) -> None:
+    values = np.random.default_rng(0).normal(0, noise, n)
+    values[:moved] -= 0.5
+    found = ratio_interval(values)
+    assert found.method == BCA
+    assert values.min() < found.low < found.estimate < found.high < values.max()
+    assert found.high - found.low < 0.3
+
+
+def test_rare_changes_of_either_sign_are_covered_less_often() -> None:
+    def rare(random: np.random.Generator, n: int) -> Made:
+        changed = (random.random(n) < 0.1) * random.choice([-0.5, 0.5], n)
+        return changed * random.gamma(4, 0.25, n) + random.normal(0, 1e-3, n), None, 0.0
+
+    assert 0.75 <= coverage(rare, 20, 600) < 0.9
+
+
 @pytest.mark.parametrize("values", [np.full(30, 0.7), np.zeros(30), np.arange(FEWEST - 1)])
 def test_what_allows_no_interval_says_so(values: np.ndarray) -> None:
     found = ratio_interval(values)

@@ -20,6 +20,11 @@ from mlx_qlora.fields import require
 RESAMPLES = 4000  # the ends of an interval then vary by a few percent of its width with the seed
 FEWEST = 8  # examples; below this quantiles of resamples say hardly anything
 AT_ONCE = 1 << 21  # draws that exist at once
+# The least error of a resample over the greatest, for studentised intervals. Where a few examples
+# carry the change, a resample without them has hardly any spread, and what is divided by that
+# reaches far beyond every example. In 2,000 sets each of n = 20, 6 % of log-normal ones are below
+# and lose no coverage.
+LEAST_SPREAD = 0.05
 STUDENTISED, BCA, NONE = "studentised", "bca", "none"
 
 
@@ -29,7 +34,9 @@ class Interval:
 
     In simulations with skewed examples, log-normal among them, intervals of level 0.95 held the
     true value in 94 to 95.5 % of 6,000 sets, of n = 20, 50 and 200 alike. For figures of 0 and 1
-    that seldom differ, n = 20 gives some 90 %.
+    that seldom differ, n = 20 gives some 90 %. Where one example in ten changes and the rest hardly
+    move, n = 20 gives 85 %, n = 50 96 %; if such changes go either way, 80 % of both: what was not
+    seen, no resample knows.
 
     Attributes:
         estimate: sum(y) / sum(x) of the examples.
@@ -37,8 +44,9 @@ class Interval:
         high: upper end.
         n: examples.
         level: the share of such intervals that hold the true value, 0 to 1.
-        method: `studentised`; `bca` where most examples are equal, so that a resample may have no
-            spread to divide by; `none` where all are equal or there are fewer than FEWEST.
+        method: `studentised`; `bca` where most examples are equal or nearly so, and a resample may
+            have hardly any spread to divide by; `none` where all are equal or there are fewer than
+            FEWEST.
     """
 
     estimate: float
@@ -81,9 +89,10 @@ def ratio_interval(
     Studentised (Efron & Tibshirani 1993, ch. 12): of each resample (r* - r) / se*, with the
     linearised standard error of a ratio, so that the skew of the data moves both ends; the error
     of r itself is the jackknife's, which sees single examples of great weight. Where some resample
-    has no spread (0 or 1 on nearly all examples) it is BCa (ch. 14), which divides by nothing. Both
-    take wider tails than asked for, as resamples of few examples are too narrow (Hesterberg 2015,
-    arXiv 1411.5279, "expanded" intervals).
+    has hardly any spread (all but a few examples are nearly equal) it is BCa (ch. 14), which
+    divides by nothing, and stays within the range of the examples. Both take wider tails than asked
+    for, as resamples of few examples are too narrow (Hesterberg 2015, arXiv 1411.5279, "expanded"
+    intervals).
 
     Args:
         values: (n,) y of each example, for a paired difference tuned minus base.
@@ -113,7 +122,7 @@ def ratio_interval(
     moved, errors = _resampled(rest, x, resamples, np.random.default_rng(seed))
     tail = _expanded((1 - level) / 2, n)
     without = -rest / (x.sum() - x)  # r of all but one example, less r
-    if errors.min() > 1e-6 * errors.max():  # a root of rounding is 1e-8
+    if errors.min() > LEAST_SPREAD * errors.max():
         error = math.sqrt(((without - without.mean()) ** 2).sum() * (n - 1) / n)
         ends = np.quantile(moved / errors, (tail, 1 - tail))
         low, high = ratio - ends[1] * error, ratio - ends[0] * error
