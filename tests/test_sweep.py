@@ -24,7 +24,7 @@ import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.sweep import search, trial
-from mlx_qlora.sweep.compare import Losses, difference, in_words, standard_error, ties
+from mlx_qlora.sweep.compare import Difference, Losses, difference, in_words, standard_error, ties
 from mlx_qlora.sweep.grid import (
     budget,
     candidates,
@@ -273,7 +273,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_and_pairing_narrows_i
         covered += found.low <= 0.02 <= found.high
         if repeat < 20:
             apart = math.hypot(standard_error(first), standard_error(second))
-            narrower += found.half_width < apart / 2
+            narrower += found.high - found.low < apart
     assert 0.89 <= covered / trials <= 0.99
     assert narrower == 20
 
@@ -299,9 +299,16 @@ def test_equals_are_called_so_and_clear_winners_too():
     hair = Losses(first.nats + tiny, tokens)
     assert difference(hair, first).low > 0 and not difference(hair, first).is_clear
     said = in_words("a", "b", difference(far, first))
-    assert re.fullmatch(r"b is better than a by 0\.[45]\d+ \+- 0\.0[123]\d+ nats per token", said)
+    number = r"0\.[45]\d+"
+    assert re.fullmatch(
+        rf"b is better than a by {number} \({number} to {number}\) nats per token", said
+    )
+    assert in_words("b", "a", difference(first, far)) == said
+    lopsided = Difference(-0.03, -0.17, 0.001, False)
+    assert in_words("a", "b", lopsided).endswith("(difference 0.0300, interval -0.0010 to 0.1700)")
     few = Losses(first.nats[:7], tokens[:7]), Losses(far.nats[:7], tokens[:7])
     assert not difference(*few).is_clear, "of seven examples nothing is said"
+    assert in_words("a", "b", difference(*few)).endswith(", interval not known)")
 
 
 def test_indistinguishable_candidates_are_reported_and_the_cautious_one_taken(

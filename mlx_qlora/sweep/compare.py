@@ -51,11 +51,6 @@ class Difference:
         """Whether the interval leaves out 0, and the difference is at least WORTH."""
         return self.leaves_out_zero and abs(self.mean) >= WORTH
 
-    @property
-    def half_width(self) -> float:
-        """Half of the interval: what stands behind +-."""
-        return (self.high - self.low) / 2
-
 
 def difference(first: Losses, second: Losses) -> Difference:
     """The difference of two losses on the same examples, with its bootstrap interval.
@@ -87,8 +82,11 @@ def ties(found: Mapping[str, Losses]) -> list[str]:
 
 def in_words(first: str, second: str, found: Difference) -> str:
     """One sentence: which one is better and by how much, or that this cannot be told."""
-    shown = f"{abs(found.mean):.4f} +- {found.half_width:.4f}"
-    if not found.is_clear:
-        return f"{first} and {second} are indistinguishable here (difference {shown})"
     better, worse = (first, second) if found.mean < 0 else (second, first)
-    return f"{better} is better than {worse} by {shown} nats per token"
+    # Both ends: the interval reaches farther to the side where single examples differ much.
+    ends = sorted((-found.low, -found.high) if found.mean < 0 else (found.low, found.high))
+    interval = f"{ends[0]:.4f} to {ends[1]:.4f}" if ends[0] < ends[1] else "not known"
+    if not found.is_clear:
+        shown = f"difference {abs(found.mean):.4f}, interval {interval}"
+        return f"{first} and {second} are indistinguishable here ({shown})"
+    return f"{better} is better than {worse} by {abs(found.mean):.4f} ({interval}) nats per token"
