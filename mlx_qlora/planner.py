@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_qlora import backend
 from mlx_qlora.adapters.load import read_adapter_config
 from mlx_qlora.config import RunConfig
@@ -185,16 +187,19 @@ def plan_checkpoint(
 
     training = config.training
     levels = check_recompute(training.recompute, llama.num_hidden_layers)
-    lengths, supervised = _documents(config, examples)
+    largest, usual, supervised = _documents(config, examples)
     standing = base + resident + adapter_bytes(trained)
-    budget = budget_for(llama, lengths, itemsize, standing, where)
-    how = schedule(llama, lengths, itemsize, levels, budget, where)
 
-    kept, work = activation_bytes(llama, how, lengths, itemsize, where)
+    def scheduled(lengths: list[int]) -> Schedule:
+        budget = budget_for(llama, lengths, itemsize, standing, where)
+        return schedule(llama, lengths, itemsize, levels, budget, where)
+
+    how = scheduled(largest)
+    kept, work = activation_bytes(llama, how, largest, itemsize, where)
     accumulation = training.gradient_accumulation_steps
     step = step_bytes(trained, how.waves, accumulation > 1)
-    flops = flops_per_token(llama, how.levels, lengths, supervised)
-    speed, tokens = where.flops * where.reached / flops, sum(lengths) * accumulation
+    flops = flops_per_token(llama, scheduled(usual).levels, usual, supervised)
+    speed, tokens = where.flops * where.reached / flops, sum(usual) * accumulation
     scaling = Scaling(processes, trained, tokens, tokens / speed) if processes else None
     sums = scaling.sums_bytes if scaling else 0
     update = update_bytes(trained, where)
@@ -243,20 +248,33 @@ def flops_per_token(
     return total
 
 
-def _documents(config: RunConfig, examples: Examples | None) -> tuple[list[int], float]:
-    """Lengths of a micro-batch's documents, and which share of its positions is supervised."""
+def _documents(config: RunConfig, examples: Examples | None) -> tuple[list[int], list[int], float]:
+    """Lengths of a micro-batch's documents, and which share of its positions is supervised.
+
+    First those of the largest micro-batch, which decides memory, then those of a usual one, which
+    decides speed.
+    """
     rows = config.training.rows
     supervised = 1.0 if config.data.train_on == "all" else 0.25
     if examples is None:
-        return [padded_width(config.data.max_length - 1)] * rows, supervised
-    lengths = sorted((examples.lengths - 1).tolist())
+        full = [padded_width(config.data.max_length - 1)] * rows
+        return full, full, supervised
+    lengths = np.sort(examples.lengths - 1)
     if not config.data.packing:
-        return lengths[-rows:], supervised
+        return lengths[-rows:].tolist(), _standing_for(lengths, rows), supervised
     most = max(config.data.max_length, int(examples.lengths.max()))
     positions = rows * packed_width(examples.lengths, rows, most)
-    # Documents of the usual mixture, as many as fill the rows.
-    step = max(1, sum(lengths) // positions)
-    return lengths[::-1][::step] if step > 1 else lengths, supervised
+    # The longest document, and of the usual mixture as many as fill the rows beside it.
+    longest, others = int(lengths[-1]), lengths[:-1]
+    n = round(len(others) * (positions - longest) / max(int(others.sum()), 1))
+    mixture = [*_standing_for(others, n), longest]
+    return mixture, mixture, supervised
+
+
+def _standing_for(lengths: np.ndarray, n: int) -> list[int]:
+    """At most n lengths with the mean of all: each is that of an equal part of the sorted ones."""
+    n = min(n, len(lengths))
+    return [round(float(part.mean())) for part in np.array_split(lengths, n)] if n else []
 
 
 def _itemsize(config: RunConfig, where: Machine) -> int:

@@ -3,17 +3,19 @@
 import dataclasses
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import make_hf_model, save_hf
 
 import mlx_qlora as mq
 from mlx_qlora.config import RunConfig, build
+from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.planner import flops_per_token, plan, plan_checkpoint, settled
+from mlx_qlora.planner import Plan, flops_per_token, plan, plan_checkpoint, settled
 from mlx_qlora.train.memory import LAYER, NOTHING
 from mlx_qlora.tree import flat
 
@@ -132,6 +134,45 @@ def test_plan_by_source_shows_every_part_and_the_total(smollm2_files):
     assert predicted.trainable == 4_884_480
     assert predicted.total_bytes == sum(predicted.parts.values())
     assert mq.plan is plan
+
+
+# ---- the rows of a run --------------------------------------------------------------------------
+
+
+def rows_of(lengths: list[int]) -> Examples:
+    """One more token than positions, as the last one is only a label."""
+    tokens = [np.ones(n + 1, np.int32) for n in lengths]
+    return Examples.of(Example(each, np.ones(len(each), bool)) for each in tokens)
+
+
+@pytest.mark.parametrize(("n", "positions"), [(10, 1280), (32, 4096), (61, 4096), (1000, 4096)])
+def test_packed_rows_are_planned_as_full_and_not_fuller(checkpoint_files, n, positions):
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    config = build({"training": training, "data": {"max_length": 1025}})
+    checkpoint, whole = open_checkpoint(checkpoint_files), rows_of([128] * 32)
+    found = plan_checkpoint(checkpoint, config, rows_of([128] * n), processes=2)
+    assert found.scaling is not None and found.scaling.step_tokens == positions
+    if positions == 4096:
+        assert found.parts == plan_checkpoint(checkpoint, config, whole, processes=2).parts
+    mixed = plan_checkpoint(checkpoint, config, rows_of([1024] + [16] * 10_000), processes=2)
+    assert mixed.scaling is not None and mixed.scaling.step_tokens == 4096
+
+
+def test_long_rows_among_many_short_ones_ask_for_memory_and_not_for_time(checkpoint_files):
+    training = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    config = build({"training": training, "data": {"max_length": 2048, "packing": False}})
+    checkpoint, where = open_checkpoint(checkpoint_files), machine("m4-max-64")
+
+    def planned(lengths: list[int]) -> Plan:
+        return plan_checkpoint(checkpoint, config, rows_of(lengths), where, processes=4)
+
+    mixed, long, short = (planned(n) for n in ([128] * 10_000 + [2047] * 16, [2047] * 8, [131] * 8))
+    assert mixed.parts == long.parts and mixed.schedule == long.schedule
+    assert mixed.tokens_per_second == pytest.approx(short.tokens_per_second, rel=0.01)
+    assert mixed.scaling is not None and short.scaling is not None
+    mean = (128 * 10_000 + 2047 * 16) / 10_016
+    assert 4 * mixed.scaling.step_tokens == pytest.approx(4 * 8 * mean, rel=0.01)
+    assert mixed.scaling.compute_seconds == pytest.approx(short.scaling.compute_seconds, rel=0.01)
 
 
 # ---- a batch size that is left to the machine ---------------------------------------------------
