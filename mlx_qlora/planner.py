@@ -203,26 +203,23 @@ def plan_checkpoint(
     scaling = Scaling(processes, trained, tokens, tokens / speed) if processes else None
     sums = scaling.sums_bytes if scaling else 0
     update = update_bytes(trained, where)
-    parts = {"base weights": base}
-    if resident:
-        parts["dequantised copy"] = resident
+    parts = {"base weights": base} | ({"dequantised copy": resident} if resident else {})
     parts["adapter and AdamW"] = adapter_bytes(trained)
-    if kept + work + step + sums >= update:
-        parts |= {"gradients": step, "activations": kept, "working arrays": work}
-        parts |= {"sums under way": sums} if sums else {}
-    else:
-        parts["optimiser's update"] = update
-    total = sum(parts.values())
+    backward = {"gradients": step, "activations": kept, "working arrays": work}
+    backward |= {"sums under way": sums} if sums else {}
+    parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
+    longest = _longest_context(llama, itemsize, standing + step + sums, where)
+    fits = sum(parts.values()) <= where.working_set_bytes
     return Plan(
         parts,
         where.working_set_bytes,
         where.name,
         trained,
         how,
-        _longest_context(llama, itemsize, standing + step + sums, where),
+        longest,
         speed,
-        _advice(parts, dense) if total > where.working_set_bytes else "",
+        "" if fits else _advice(parts, dense, how.levels, longest, max(largest)),
         scaling,
     )
 
@@ -339,14 +336,35 @@ def _longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Ma
     return 64 * low
 
 
-def _advice(parts: dict[str, int], dense: bool) -> str:
-    largest = max(parts, key=lambda name: parts[name])
-    shorter = "lower data.max_length, or set training.gradient_checkpointing=true"
+def _advice(
+    parts: dict[str, int], dense: bool, levels: list[int], longest: int, document: int
+) -> str:
+    """What to change; `longest` is the longest context, `document` the longest there is."""
+    smaller = f"{'quantise with model.bits=4, or ' * dense}choose a smaller model"
     remedies = {
-        "activations": shorter,
-        "working arrays": shorter,
-        "base weights": f"{'quantise with model.bits=4, or ' * dense}choose a smaller model",
+        "activations": "",
+        "working arrays": "",
+        "base weights": smaller,
         "dequantised copy": "set model.frozen_matmul=dequantize",
     }
+    largest = max(parts, key=lambda name: parts[name])
     remedy = remedies.get(largest, "lower lora.r")
-    return f"This will not fit. Largest part: {largest}; {remedy}."
+    # Nothing of a micro-batch is in memory while the optimiser's update is at its peak.
+    less = "" if "optimiser's update" in parts else _less_at_once(levels, longest, document)
+    told = ", or ".join(filter(None, (remedy, less))) or smaller
+    return f"This will not fit. Largest part: {largest}; {told}."
+
+
+def _less_at_once(levels: list[int], longest: int, document: int) -> str:
+    """How a micro-batch keeps less in memory; nothing where no document of any use would fit."""
+    if not longest:
+        return ""
+    fields = []
+    if any(level != LAYER for level in levels):
+        fields.append("training.gradient_checkpointing=true")
+    if longest < document:
+        width = next(n for n in range(longest, 0, -64) if padded_width(n) <= longest)
+        fields.append(f"data.max_length={width}")
+    if fields:
+        return f"set {' and '.join(fields)}"
+    return "lower training.per_device_train_batch_size"

@@ -66,10 +66,44 @@ def test_what_does_not_fit_says_what_to_change(checkpoint_files):
     config = build({"training": {"gradient_checkpointing": False}, "data": {"max_length": 512}})
     predicted = plan_checkpoint(checkpoint, config, where=small(10_000_000))
     assert not predicted.fits
-    assert "Largest part: activations; lower data.max_length, or set" in str(predicted)
+    assert "Largest part: activations; set training.gradient_checkpointing=true" in str(predicted)
     recomputed = build({"training": {"gradient_checkpointing": True}, "data": {"max_length": 512}})
     smaller = plan_checkpoint(checkpoint, recomputed, where=small(10_000_000))
     assert smaller.parts["activations"] < predicted.parts["activations"] / 4
+
+
+@pytest.mark.parametrize("recompute", ["auto", True])
+def test_a_context_that_is_too_long_is_told_one_that_fits(checkpoint_files, recompute):
+    checkpoint, where = open_checkpoint(checkpoint_files), small(200 << 20)
+    checkpoint.config["max_position_embeddings"] = 1 << 20
+    training = {"gradient_checkpointing": recompute, "per_device_train_batch_size": 2}
+
+    def planned(length: int) -> Plan:
+        config = build({"training": training, "data": {"max_length": length}})
+        return plan_checkpoint(checkpoint, config, where=where)
+
+    too_long = planned(1 << 17)
+    assert not too_long.fits and set(too_long.schedule.levels) == {LAYER}
+    assert "gradient_checkpointing" not in too_long.advice, "that is what it does already"
+    length = int(too_long.advice.partition("set data.max_length=")[2].rstrip("."))
+    assert too_long.longest_context * 3 // 4 <= length <= too_long.longest_context
+    assert planned(length).fits
+
+
+def test_advice_names_what_helps_and_nothing_that_is_so_already(checkpoint_files):
+    checkpoint = open_checkpoint(checkpoint_files)
+    checkpoint.config["max_position_embeddings"] = 1 << 20
+
+    def told(rows: int, length: int, memory: int) -> str:
+        training = {"per_device_train_batch_size": rows, "gradient_checkpointing": True}
+        config = build({"training": training, "data": {"max_length": length}})
+        where = dataclasses.replace(small(memory), cores=16)
+        vars(where)["flops"] = 1e11
+        return plan_checkpoint(checkpoint, config, where=where).advice
+
+    alone = "Largest part: working arrays; lower training.per_device_train_batch_size."
+    assert alone in told(256, 512, 64 << 20)
+    assert told(1, 512, 1 << 20).endswith("choose a smaller model.")
 
 
 def test_auto_recomputes_more_the_less_memory_there_is(checkpoint_files):
