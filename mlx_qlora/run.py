@@ -146,7 +146,7 @@ def fine_tune(
         write_record(output, config, prepared.state.fingerprint, train_examples)
         result = _train(model, tokenizer, train_examples, validation, prepared, console)
     say(console, _summary(result))
-    for advice in advise(result.log_history):
+    for advice in advise(result.log_history, config.checkpointing.load_best_model_at_end):
         say(console, f"advice    {advice}")
     return result
 

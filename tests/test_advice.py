@@ -110,6 +110,26 @@ def test_skipped_steps_are_a_divergence_whose_rows_are_in_the_metrics():
     assert "rows named in metrics.jsonl" in advice.remedy
 
 
+def test_a_run_that_ends_with_its_best_weights_is_not_told_to():
+    (advice,) = advise(OVERFITTED, ends_with_best=True)
+    assert advice.finding == advise(OVERFITTED)[0].finding
+    assert advice.remedy.startswith("the weights of step 60 are kept; for better ones raise lora.")
+    assert "load_best" not in advice.remedy and "fewer steps" not in advice.remedy
+    stammers_later = [*OVERFITTED[:-1], validation(150, 2.38, ours=0.5)]
+    assert kinds(stammers_later) == ["overfitting", "repetition"]
+    assert [each.kind for each in advise(stammers_later, ends_with_best=True)] == ["overfitting"]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_validation_that_is_no_number_is_neither_the_best_nor_the_last(wrong):
+    falling = [2.0 - 0.1 * i for i in range(15)]
+    assert advise(history(falling, [wrong, 1.9, 1.8, 1.7])) == []
+    assert kinds(history(falling, [wrong, 1.9, 1.7, 1.8])) == ["overfitting"]
+    assert kinds(history(falling, [1.9, 1.7, 1.8, wrong])) == ["overfitting"]
+    assert advise(history(falling, [1.9, 1.8, wrong, wrong])) == []
+    assert advise([*HEALTHY, validation(151, wrong, ours=0.9)]) == []
+
+
 def test_every_field_that_a_remedy_names_exists():
     told = [*map(advise, (OVERFITTED, UNDERFITTED, DIVERGED, REPEATING, [skipped(1)]))]
     for (advice,) in told:

@@ -160,13 +160,20 @@ def test_verdicts_follow_the_history(tmp_path, monkeypatch):
     alone = {"scores": {}, "samples": [], "data": [], "plan": None}
     falls = [{"step": s, "loss": 3 - s / 20} for s in range(5, 45, 5)]
 
-    def said(evals):
+    def said(evals, config=None):
         records = falls + [{"step": s, "eval_loss": loss} for s, loss in evals]
-        return Page(written(tmp_path, sorted(records, key=lambda r: r["step"]), **alone)).text
+        records = sorted(records, key=lambda r: r["step"])
+        return Page(written(tmp_path, records, config, **alone)).text
 
     over = said([(10, 3.0), (20, 2.0), (30, 2.2), (40, 2.5)])
     assert "Yes, since step 20" in over and "load_best_model_at_end=true" in over
     assert "Yes: the loss fell by 17%" in over and "No row was held out" in over
+    best = {"checkpointing": {"load_best_model_at_end": True}}
+    kept = said([(10, 3.0), (20, 2.0), (30, 2.2), (40, 3.5)], config=build(best))
+    assert "3.0000 → 2.0000 (-33.3%), from step 10 to step 20" in kept
+    assert "Yes, since step 20" in kept and "load_best_model_at_end=true" not in kept
+    at_once = said([(20, 2.0), (30, 2.2), (40, 2.5)], config=build(best))
+    assert "Training loss: 2.7500 → 2.0000 (-27.3%), from step 5 to step 20" in at_once
     assert "No sign of it" in said([(10, 3.0), (20, 2.0), (30, 1.9)])
     assert "No, it got worse" in said([(10, 2.0), (40, 3.0)])
     assert "Hardly" in said([(10, 2.0), (40, 2.01)])

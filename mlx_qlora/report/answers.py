@@ -57,7 +57,7 @@ def _evidence(facts: Facts) -> tuple[str, float, float, str]:
         rows = f"on {after.n_tokens:,} tokens that were not trained, before and after"
         return "Test loss", before.loss, after.loss, rows
     for key, what in (("eval_loss", "Validation loss"), ("loss", "Training loss")):
-        found = [(r["step"], r[key]) for r in facts.result.log_history if key in r]
+        found = [(r["step"], r[key]) for r in facts.history if key in r]
         if len(found) > 1:
             (a, first), (b, last) = found[0], found[-1]
             return what, first, last, f"from step {a:,} to step {b:,}"

@@ -40,7 +40,16 @@ class Facts:
     @property
     def advice(self) -> list[Advice]:
         """What the history says."""
-        return advise(self.result.log_history)
+        ends_with_best = self.config.checkpointing.load_best_model_at_end
+        return advise(self.result.log_history, ends_with_best)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The records up to the step whose weights the adapter has."""
+        best, records = self.result.best_step, self.result.log_history
+        if best is None or not self.config.checkpointing.load_best_model_at_end:
+            return records
+        return [record for record in records if record["step"] <= best]
 
     @property
     def plots(self) -> list[Plot]:

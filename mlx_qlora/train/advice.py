@@ -1,14 +1,16 @@
 """What a run's history says about the run: stated rules, and for each a remedy.
 
 The rules look at means over stretches and not at single steps, because the loss of one batch
-says little. Each is a function of the history alone, so that it can be tried on recorded ones.
+says little. Each is a function of the history, and of which of its weights the run ended with, so
+that it can be tried on recorded ones.
 """
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from mlx_qlora.train.history import best_eval
 
 History = list[dict[str, Any]]
 
@@ -38,10 +40,19 @@ class Advice:
         return f"{self.kind}: {self.finding}; {self.remedy}"
 
 
-def advise(history: History) -> list[Advice]:
-    """All advice that a history gives, the most urgent first."""
-    rules: list[Callable[[History], Advice | None]] = [diverged, overfitted, repeats_itself]
-    found = [advice for rule in rules if (advice := rule(history)) is not None]
+def advise(history: History, ends_with_best: bool = False) -> list[Advice]:
+    """All advice that a history gives, the most urgent first.
+
+    Args:
+        history: the records of `metrics.jsonl`.
+        ends_with_best: whether the run ended with the weights of its best validation.
+    """
+    rules = [
+        diverged(history),
+        overfitted(history, ends_with_best),
+        repeats_itself(_until_best(history) if ends_with_best else history),
+    ]
+    found = [advice for advice in rules if advice is not None]
     # Its remedies are the opposite of the others', which are the surer ones.
     hardly = None if found else underfitted(history)
     return [hardly] if hardly else found
@@ -70,9 +81,9 @@ def diverged(history: History) -> Advice | None:
     )
 
 
-def overfitted(history: History) -> Advice | None:
+def overfitted(history: History, ends_with_best: bool = False) -> Advice | None:
     """The validation loss ends RISE above its best, while the training loss goes on falling."""
-    evals = [(r["step"], r["eval_loss"]) for r in history if "eval_loss" in r]
+    evals = [(r["step"], r["eval_loss"]) for r in _validations(history)]
     if len(evals) < 3:
         return None
     best_step, best = min(evals, key=lambda item: item[1])
@@ -83,12 +94,17 @@ def overfitted(history: History) -> Advice | None:
         return None
     if statistics.mean(after[-FEWEST:]) >= statistics.mean(before[-FEWEST:]):
         return None
+    remedy = "raise lora.lora_dropout, lower lora.r, or add data"
+    if ends_with_best:
+        remedy = f"the weights of step {best_step} are kept; for better ones {remedy}"
+    else:
+        at_best = f"end with step {best_step} (checkpointing.load_best_model_at_end=true)"
+        remedy = f"{at_best}, train for fewer steps, {remedy}"
     return Advice(
         "overfitting",
         f"the validation loss was best at step {best_step} ({best:.3f}) and is {last:.3f} at step "
         f"{last_step}, while the training loss went on falling",
-        f"end with step {best_step} (checkpointing.load_best_model_at_end=true), train for fewer "
-        "steps, raise lora.lora_dropout, lower lora.r, or add data",
+        remedy,
     )
 
 
@@ -110,7 +126,7 @@ def underfitted(history: History) -> Advice | None:
 
 def repeats_itself(history: History) -> Advice | None:
     """The model's first choices repeat the one before STUTTER more often than the references."""
-    evals = [r for r in history if "eval_repetition" in r]
+    evals = [r for r in _validations(history) if "eval_repetition" in r]
     if not evals:
         return None
     ours, theirs = evals[-1]["eval_repetition"], evals[-1]["eval_reference_repetition"]
@@ -127,6 +143,16 @@ def repeats_itself(history: History) -> Advice | None:
 
 def _losses(history: History) -> list[float]:
     return [r["loss"] for r in history if "loss" in r and math.isfinite(r["loss"])]
+
+
+def _validations(history: History) -> History:
+    """Those that found a loss: of a model that computes NaN, nothing else is said either."""
+    return [r for r in history if "eval_loss" in r and math.isfinite(r["eval_loss"])]
+
+
+def _until_best(history: History) -> History:
+    best = best_eval(history)
+    return [r for r in history if best is None or r["step"] <= best[0]]
 
 
 def _fifths(losses: list[float]) -> list[float]:
