@@ -26,12 +26,12 @@ from mlx_qlora.delivery import with_model
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.planner import Plan
 from mlx_qlora.report import write_report
-from mlx_qlora.report.answers import use
+from mlx_qlora.report.answers import changed, use
 from mlx_qlora.report.drawing import can_draw_png
 from mlx_qlora.report.facts import Facts
 from mlx_qlora.report.lines import plots_of, thin, ticks
 from mlx_qlora.report.notebook import Tail, in_kernel
-from mlx_qlora.report.samples import questions
+from mlx_qlora.report.samples import CUT, is_other, questions
 from mlx_qlora.report.style import DARK, LIGHT
 from mlx_qlora.report.usage import usages
 from mlx_qlora.train.memory import Schedule
@@ -343,6 +343,26 @@ def test_a_question_ends_where_the_first_answer_begins():
     assert [question.prompt for question in asked] == [[10, 11, 12], [10, 11, 12]]
     assert [question.reference for question in asked] == [[13, 14], [13]]
     assert questions(None) == [] and len(questions(rows, most=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "other"),
+    [
+        ("one two", "one two", False),
+        ("one two", "one", True),
+        (f"one two{CUT}", f"one{CUT}", False),
+        (f"one two{CUT}", f"six{CUT}", True),
+        (f"one{CUT}", "one two", False),
+        (f"one two{CUT}", "one", True),  # the one ended where the other went on
+        (f"one{CUT}", "one", False),
+        (f"caf\ufffd{CUT}", "café au lait", False),
+    ],
+)
+def test_an_answer_that_was_cut_elsewhere_is_no_other(before, after, other):
+    assert is_other(before, after) == is_other(after, before) == other
+    sample = {"before": before, "after": after}
+    facts = Facts(result_in(Path(), []), RunConfig(), {}, [sample], (), {}, None, {})
+    assert changed(facts).verdict == f"{int(other)} of 1 sampled answers differ"
 
 
 def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass
 
 from mlx_qlora.report.facts import Facts
+from mlx_qlora.report.samples import is_other
 from mlx_qlora.train.advice import LITTLE
 
 
@@ -110,7 +111,7 @@ def changed(facts: Facts) -> Answer:
         )
     if not pairs:
         return Answer(question, "No samples", why or "No row was held out to ask for.")
-    differ = sum(before != after for before, after, _ in pairs)
+    differ = sum(is_other(before, after) for before, after, _ in pairs)
     exact = [sum(said[i].strip() == said[2].strip() for said in pairs) for i in (0, 1)]
     equal = f"Equal to the reference: {exact[0]} before, {exact[1]} after."
     verdict = f"{differ} of {len(pairs)} sampled answers differ"

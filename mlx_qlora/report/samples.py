@@ -8,6 +8,7 @@ import numpy as np
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.infer.generate import generate_tokens
+from mlx_qlora.infer.pieces import UNREADABLE
 from mlx_qlora.infer.sampling import GenerationConfig
 from mlx_qlora.model.llama import LlamaForCausalLM
 
@@ -79,3 +80,19 @@ def samples_of(
         }
         for row, old, new in zip(rows, before, after)
     ]
+
+
+def is_other(before: str, after: str) -> bool:
+    """Whether two answers of one row differ, as far as both are known.
+
+    Where an answer was cut says how fast the machine was, and nothing of the model.
+    """
+
+    def known(said: str) -> tuple[int, bool]:
+        return len(said.removesuffix(CUT)), not said.endswith(CUT)
+
+    short, long = sorted((before, after), key=known)
+    if not short.endswith(CUT):
+        return before != after
+    # The last character may have been cut, too.
+    return not long.startswith(short.removesuffix(CUT).rstrip(UNREADABLE))
