@@ -33,6 +33,7 @@ from mlx_qlora.report.lines import plots_of, thin, ticks
 from mlx_qlora.report.notebook import Tail, in_kernel
 from mlx_qlora.report.samples import CUT, is_other, questions
 from mlx_qlora.report.style import DARK, LIGHT
+from mlx_qlora.report.tables import history_table
 from mlx_qlora.report.usage import usages
 from mlx_qlora.train.memory import Schedule
 from mlx_qlora.train.result import TrainResult
@@ -140,6 +141,20 @@ def test_the_numbers_of_the_history_stand_in_the_page(tmp_path):
         assert re.search(rf"{step}0?\.?\d*{loss}", text.replace(",", "")), (step, loss)
     for figure in ("2.175", "2.15", "1e-4", "101.5", "GB", "nats per token"):
         assert figure in text, figure
+
+
+def test_the_table_of_the_history_has_small_rates_and_both_losses_of_a_step():
+    records = []
+    for step in range(1, 101):
+        records.append({"step": step, "loss": 2 - step / 100, "learning_rate": 1.5e-6})
+        records.append({"step": step, "eval_loss": 3 - step / 100})
+    records[-2] |= {"learning_rate": 4e-7, "grad_norm": math.inf}
+    text = history_table(records)
+    assert "20 of 100 logged steps" in text
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in text.split("<tr>")[2:]]
+    assert all(row[1] and row[2] for row in rows), "training and validation in every row"
+    assert {row[3] for row in rows[:-1]} == {"1.5e-6"}
+    assert rows[-1] == ["100", "1", "2", "4e-7", "inf"]
 
 
 def test_the_five_questions_are_answered_from_the_figures(tmp_path):

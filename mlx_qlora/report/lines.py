@@ -139,7 +139,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def number(value: float) -> str:
     """A figure as it stands beside an axis."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
+    if value and math.isfinite(value) and (abs(value) < 1e-3 or abs(value) >= 1e7):
         mantissa, power = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(power)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -22,7 +22,7 @@ def figure(value: object) -> str:
     """A number for a table cell, or what stands in its place."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else number(round(value, 6))
+    return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 def facts_table(rows: Mapping[str, object]) -> str:
@@ -140,13 +140,17 @@ def _histogram(report: DataReport) -> str:
 
 
 def history_table(history: list[dict[str, Any]]) -> str:
-    """The records as figures: all of a short history, every n-th of a long one."""
-    shown = sampled([r for r in history if "loss" in r or "eval_loss" in r], RECORDS)
+    """The records as figures: all steps of a short history, every n-th of a long one."""
+    steps: dict[int, dict[str, Any]] = {}
+    for record in history:  # training and validation of a step are one row, and stay together
+        if "loss" in record or "eval_loss" in record:
+            steps[record["step"]] = steps.get(record["step"], {}) | record
+    shown = sampled(list(steps.values()), RECORDS)
     heads = [name for name in COLUMNS if any(name in record for record in shown)]
     rows = [[figure(record[n]) if n in record else "" for n in heads] for record in shown]
     if not rows:
         return ""
-    note = f"{len(shown):,} of {len(history):,} records; metrics.jsonl has all."
+    note = f"{len(shown):,} of {len(steps):,} logged steps; metrics.jsonl has all."
     table = columns_table([head.replace("_", " ") for head in heads], rows)
     return (
         f"<details><summary>These figures as a table</summary>{table}"
