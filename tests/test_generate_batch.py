@@ -89,6 +89,23 @@ def test_a_row_ends_at_its_stop_text_and_the_next_prompt_takes_its_place(
     assert texts != whole and not any(s in text for text in texts for s in stop)
 
 
+def test_a_text_alone_stops_an_answer_as_a_list_of_it_does(tiny: tuple[Any, Any]) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "repetition_penalty": 1.0}
+    stop = generate(*tiny, PROMPTS[0], **how)[3:6]
+    assert len(set(stop)) > 1, "one of its characters would end the answer sooner"
+    alone = generate(*tiny, PROMPTS[0], stop=[stop], **how)
+    assert alone == generate(*tiny, PROMPTS[0], stop=stop, **how)
+    assert alone == "".join(mq.stream(*tiny, PROMPTS[0], stop=stop, **how))
+    assert [alone] == generate_batch(*tiny, PROMPTS[:1], stop=stop, **how)
+
+
+@pytest.mark.parametrize("prompts", ["Hello", [{"role": "user", "content": "Hello"}]])
+def test_a_prompt_in_the_place_of_a_list_is_refused(tiny: tuple[Any, Any], prompts: Any) -> None:
+    with pytest.raises(mq.ConfigError, match=r"prompts must be a list of prompts \(\[prompt\] for"):
+        generate_batch(*tiny, prompts)
+    assert len(generate_batch(*tiny, [prompts], 4)) == 1
+
+
 def test_a_row_that_has_ended_gets_no_more_tokens(tiny: tuple[Any, Any]) -> None:
     how, ended = GenerationConfig(0, max_new_tokens=12), set[int]()
     counts = np.zeros(3, int)
@@ -110,6 +127,7 @@ def test_no_prompts_give_no_texts(tiny: tuple[Any, Any]) -> None:
         ({"seed": 2**64 - 1}, "seed must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"stop": [""]}, "stop must hold texts that are not empty"),
+        ({"stop": ""}, "stop must hold texts that are not empty"),
         ({"top_p": 0.0}, "generation.top_p must be in"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.fields import require
-from mlx_qlora.infer.generate import Prompt, prompt_ids
+from mlx_qlora.infer.generate import Prompt, prompt_ids, stop_texts
 from mlx_qlora.infer.pieces import Answer
 from mlx_qlora.infer.sampling import GenerationConfig, Sampler, key_of, repetition_processor
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -24,7 +24,7 @@ def generate_batch(
     top_k: int = 50,
     repetition_penalty: float = 1.1,
     seed: int | None = None,
-    stop: list[str] | None = None,
+    stop: str | Sequence[str] | None = None,
     *,
     batch_size: int = 8,
 ) -> list[str]:
@@ -33,7 +33,7 @@ def generate_batch(
     Args:
         model: base or tuned.
         tokenizer: the model's.
-        prompts: each as `generate` takes it.
+        prompts: each as `generate` takes it; a single one is a list of one.
         max_new_tokens: most tokens to generate for each prompt.
         temperature: as in `generate`.
         top_p: as in `generate`.
@@ -48,16 +48,18 @@ def generate_batch(
         The new texts, in the order of the prompts.
 
     Raises:
-        ConfigError: a value out of range, or an empty prompt.
+        ConfigError: a value out of range, an empty prompt, or a prompt in the place of a list.
         TokenizerError: messages were given but the model has no chat template.
     """
     how = GenerationConfig(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     for last in (seed, seed if seed is None else seed + max(len(prompts) - 1, 0)):
         key_of(last)
     require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
-    require(all(stop or []), "stop", "hold texts that are not empty", stop)
+    alone = isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts)
+    require(not alone, "prompts", "be a list of prompts ([prompt] for a single one)", prompts)
+    stops = stop_texts(stop)
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    answers = [Answer(tokenizer, stop or []) for _ in rows]
+    answers = [Answer(tokenizer, stops) for _ in rows]
     texts, ended = [""] * len(rows), set[int]()
     for i, token in batch_tokens(model, rows, how, seed, batch_size, ended):
         texts[i] += answers[i].add(token)

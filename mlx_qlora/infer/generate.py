@@ -4,7 +4,7 @@ mlx-lm is imported where it is used: it brings transformers, which takes seconds
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ def generate(
     top_k: int = 50,
     repetition_penalty: float = 1.1,
     seed: int | None = None,
-    stop: list[str] | None = None,
+    stop: str | Sequence[str] | None = None,
     *,
     kv_bits: int | None = None,
     prompt_cache: PromptCache | None = None,
@@ -52,7 +52,8 @@ def generate(
         repetition_penalty: divides the positive and multiplies the negative logits of all tokens
             seen so far; 1 is none (Keskar et al. 2019, arXiv 1909.05858).
         seed: draws the samples; the same seed gives the same text. None takes a fresh one.
-        stop: texts that end the answer where they begin; the one that is complete first counts.
+        stop: a text that ends the answer where it begins, or several, of which the one that is
+            complete first counts.
         kv_bits: 2, 4 or 8 quantise the keys and values of all tokens; None keeps them exact.
         prompt_cache: keeps the keys and values for the next call: what a prompt has in common
             with the tokens before is not computed again.
@@ -79,7 +80,7 @@ def stream(
     top_k: int = 50,
     repetition_penalty: float = 1.1,
     seed: int | None = None,
-    stop: list[str] | None = None,
+    stop: str | Sequence[str] | None = None,
     *,
     kv_bits: int | None = None,
     prompt_cache: PromptCache | None = None,
@@ -128,12 +129,11 @@ class Stream(Iterator[str]):
         prompt: list[int],
         how: GenerationConfig,
         seed: int | None = None,
-        stop: list[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         kv_bits: int | None = None,
         cache: PromptCache | None = None,
     ) -> None:
-        require(all(stop or []), "stop", "hold texts that are not empty", stop)
-        self._answer = Answer(tokenizer, stop or [])
+        self._answer = Answer(tokenizer, stop_texts(stop))
         self._prompt, self._cached = len(prompt), cache.common(model, prompt) if cache else 0
         self._tokens = generate_tokens(model, prompt, how, seed, kv_bits, cache)
         self._times: list[float] = []  # of the start, the first token and the last one
@@ -191,6 +191,17 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if not ids:
         raise ConfigError("the prompt is empty")
     return ids
+
+
+def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
+    """The texts that end an answer: one may stand alone.
+
+    Raises:
+        ConfigError: one is empty.
+    """
+    texts = [stop] if isinstance(stop, str) else list(stop or [])
+    require(all(texts), "stop", "hold texts that are not empty", stop)
+    return texts
 
 
 def generate_tokens(
