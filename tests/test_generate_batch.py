@@ -1,5 +1,6 @@
 """Many prompts at once: each text is the one that it would be alone."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,27 @@ def test_a_prompt_in_the_place_of_a_list_is_refused(tiny: tuple[Any, Any], promp
     with pytest.raises(mq.ConfigError, match=r"prompts must be a list of prompts \(\[prompt\] for"):
         generate_batch(*tiny, prompts)
     assert len(generate_batch(*tiny, [prompts], 4)) == 1
+
+
+def test_a_text_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refused(
+    tmp_path: Path,
+) -> None:
+    model, tokenizer = mq.load(write_model(tmp_path / "model", max_position_embeddings=72))
+    tokenizer = dataclasses.replace(tokenizer, eos_ids=frozenset())
+    prompts = ["fox", "the quick brown fox jumps"]
+    how: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
+    made = [mq.stream(model, tokenizer, prompt, 99, **how) for prompt in prompts]
+    texts = ["".join(each) for each in made]
+    sizes = [(each.speed.prompt_tokens, each.speed.new_tokens) for each in made]
+    assert all(asked + new == 72 for asked, new in sizes) and sizes[0] != sizes[1]
+    assert generate_batch(model, tokenizer, prompts, 99, **how) == texts
+    assert [generate(model, tokenizer, prompt, 99, **how) for prompt in prompts] == texts
+    long, words = "the quick brown fox " * 24, "tokens, and the model was made for 72: shorten it"
+    for ask in (generate, mq.stream):
+        with pytest.raises(mq.ConfigError, match=rf"the prompt has \d+ {words}"):
+            ask(model, tokenizer, long)
+    with pytest.raises(mq.ConfigError, match=rf"prompts\[1\] has \d+ {words}"):
+        generate_batch(model, tokenizer, ["fox", long])
 
 
 def test_a_row_that_has_ended_gets_no_more_tokens(tiny: tuple[Any, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.fields import require
-from mlx_qlora.infer.generate import Prompt, prompt_ids, stop_texts
+from mlx_qlora.infer.generate import Prompt, prompt_ids, room_for, stop_texts
 from mlx_qlora.infer.pieces import Answer
 from mlx_qlora.infer.sampling import GenerationConfig, Sampler, key_of, repetition_processor
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -34,7 +34,7 @@ def generate_batch(
         model: base or tuned.
         tokenizer: the model's.
         prompts: each as `generate` takes it; a single one is a list of one.
-        max_new_tokens: most tokens to generate for each prompt.
+        max_new_tokens: most tokens to generate for each prompt, as in `generate`.
         temperature: as in `generate`.
         top_p: as in `generate`.
         top_k: as in `generate`.
@@ -48,7 +48,8 @@ def generate_batch(
         The new texts, in the order of the prompts.
 
     Raises:
-        ConfigError: a value out of range, an empty prompt, or a prompt in the place of a list.
+        ConfigError: a value out of range, a prompt in the place of a list, or one that is empty or
+            fills the model's context.
         TokenizerError: messages were given but the model has no chat template.
     """
     how = GenerationConfig(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
@@ -59,11 +60,15 @@ def generate_batch(
     require(not alone, "prompts", "be a list of prompts ([prompt] for a single one)", prompts)
     stops = stop_texts(stop)
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    room = [
+        room_for(model, row, f"prompts[{i}]" if len(rows) > 1 else "the prompt")
+        for i, row in enumerate(rows)
+    ]
     answers = [Answer(tokenizer, stops) for _ in rows]
     texts, ended = [""] * len(rows), set[int]()
     for i, token in batch_tokens(model, rows, how, seed, batch_size, ended):
         texts[i] += answers[i].add(token)
-        if answers[i].ended:
+        if answers[i].ended or len(answers[i].ids) == room[i]:
             ended.add(i)
     return [text + answer.end() for text, answer in zip(texts, answers)]
 

@@ -12,7 +12,7 @@ from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.several import active, adapter_names, switch
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, UserError
-from mlx_qlora.infer.generate import Speed, Stream, prompt_ids
+from mlx_qlora.infer.generate import Speed, Stream, prompt_ids, room_for
 from mlx_qlora.infer.prompt_cache import PromptCache
 from mlx_qlora.infer.sampling import GenerationConfig
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -148,11 +148,7 @@ def _prompt(talk: _Talk) -> tuple[str, list[int]]:
         ids = talk.ids + talk.tokenizer.encode(text[len(talk.text) :])
     else:
         ids = prompt_ids(talk.tokenizer, text)
-    most = talk.model.config.max_position_embeddings
-    if len(ids) >= most:
-        raise ConfigError(
-            f"the conversation has {len(ids)} tokens, and the model was made for {most}: /reset"
-        )
+    room_for(talk.model, ids, "the conversation", "/reset")
     return text, ids
 
 

@@ -3,6 +3,7 @@
 mlx-lm is imported where it is used: it brings transformers, which takes seconds.
 """
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -45,7 +46,7 @@ def generate(
         tokenizer: the model's.
         prompt: text, taken as it is (after one BOS if the model expects one), or a list of chat
             messages, rendered with the model's chat template.
-        max_new_tokens: most tokens to generate.
+        max_new_tokens: most tokens to generate; the text ends where the model's context does, too.
         temperature: 0 is greedy; otherwise logits are divided by it before top_k and top_p.
         top_p: keep the likeliest tokens that make up this probability.
         top_k: keep this many likeliest tokens; 0 keeps all.
@@ -62,7 +63,8 @@ def generate(
         The new text alone, without the token that ended it.
 
     Raises:
-        ConfigError: a value out of range, or an empty prompt.
+        ConfigError: a value out of range, a prompt that is empty, or one that fills the model's
+            context.
         TokenizerError: messages were given but the model has no chat template.
     """
     how = GenerationConfig(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
@@ -134,6 +136,8 @@ class Stream(Iterator[str]):
         cache: PromptCache | None = None,
     ) -> None:
         self._answer = Answer(tokenizer, stop_texts(stop))
+        most = min(how.max_new_tokens, room_for(model, prompt))
+        how = dataclasses.replace(how, max_new_tokens=most)
         self._prompt, self._cached = len(prompt), cache.common(model, prompt) if cache else 0
         self._tokens = generate_tokens(model, prompt, how, seed, kv_bits, cache)
         self._times: list[float] = []  # of the start, the first token and the last one
@@ -191,6 +195,30 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if not ids:
         raise ConfigError("the prompt is empty")
     return ids
+
+
+def room_for(
+    model: LlamaForCausalLM, ids: list[int], what: str = "the prompt", remedy: str = "shorten it"
+) -> int:
+    """How many tokens the model's context has room for behind these.
+
+    Beyond the positions that a model was made for, what it says is noise, and nothing tells.
+
+    Args:
+        model: that will be asked.
+        ids: of the prompt.
+        what: it is called in the message.
+        remedy: what its user can do.
+
+    Raises:
+        ConfigError: there is no room for an answer.
+    """
+    most = model.config.max_position_embeddings
+    if len(ids) >= most:
+        raise ConfigError(
+            f"{what} has {len(ids)} tokens, and the model was made for {most}: {remedy}"
+        )
+    return most - len(ids)
 
 
 def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
