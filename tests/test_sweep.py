@@ -362,6 +362,19 @@ def test_another_grid_reuses_what_is_there_and_says_so(done, place: Path, monkey
     assert "reused    lr1e-07_r4" in printed and "reused    lr0.01_r4" in printed
 
 
+def test_a_trial_that_skipped_too_many_steps_is_tried_again_with_more_allowed(
+    place: Path, tmp_path: Path
+):
+    grid, failed = {"learning_rate": [1e-7, 1e30]}, []
+    for allowed in (1, 1, 6):
+        patient = config(place, tmp_path, training={"max_skipped_steps": allowed})
+        result, _, printed = swept(patient, grid, steps=6, rungs=1)
+        failed.append(result.trials[-1].measured[-1].failed)
+        assert ("reused    lr1e+30_r4" in printed) == (len(failed) == 2)
+    assert failed[0] == failed[1] and "1 steps in a row" in failed[0]
+    assert failed[2] != failed[0]
+
+
 SCRIPT = """
 import sys
 from rich.console import Console

@@ -206,7 +206,9 @@ def _record(config: RunConfig, step: int) -> Path:
 
 
 def _key(config: RunConfig, ground: Ground) -> str:
-    decides = {"config": deciding_values(config), **ground.fingerprint}
+    # What a run learns does not depend on it, but whether a trial failed does.
+    patience = config.training.max_skipped_steps
+    decides = {"config": deciding_values(config), "patience": patience, **ground.fingerprint}
     # `prepare` names the base where the user did not; that is hashed with the model already.
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
