@@ -2,16 +2,22 @@
 
 import dataclasses
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from mlx_qlora.adapters.gguf import MERGED_GGUF_COMMAND, save_gguf_adapter
 from mlx_qlora.adapters.merge import Merged, save_merged
+from mlx_qlora.adapters.merge_checks import check_target
+from mlx_qlora.adapters.mlx_lm import FILES as MLX_LM_FILES
 from mlx_qlora.adapters.mlx_lm import save_mlx_lm
+from mlx_qlora.adapters.ownership import ADAPTER_FOLDER, check_names, check_place
 from mlx_qlora.adapters.peft import save_adapter
-from mlx_qlora.adapters.portable import save_portable
+from mlx_qlora.adapters.portable import check_replaceable, save_portable
 from mlx_qlora.adapters.push import Pushed, push_to_hub
 from mlx_qlora.config import RunConfig, build, read_yaml
 from mlx_qlora.console import say
@@ -22,6 +28,7 @@ from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.source import ModelConfig, load
 
 FORMATS = ("peft", "portable", "mlx", "gguf")
+OUTPUT = "--output-dir"
 
 
 def merge_adapter(
@@ -48,8 +55,11 @@ def merge_adapter(
     quantize = (
         None if bits is None else QuantConfig(bits, config.model.group_size, config.model.mode)
     )
+    target = _target(folder)
+    check_target(target.resolve(), [])
     model, tokenizer = with_adapter(config)
-    made = save_merged(model, tokenizer, folder, dtype=dtype, base=base, quantize=quantize)
+    with _disk_errors(target):
+        made = save_merged(model, tokenizer, target, dtype=dtype, base=base, quantize=quantize)
     say(console, f"merged    {made.bytes / 1e9:.2f} GB in {made.folder}")
     if made.drift is not None:
         say(console, str(made.drift))
@@ -71,18 +81,50 @@ def export_adapter(config: RunConfig, folder: str, console: Console, form: str =
     Raises:
         UserError: the adapter cannot be used, or has no such form.
     """
+    target = _target(folder)
+    if form == "portable":
+        check_replaceable(target, OUTPUT)
+    elif form != "gguf":
+        check_names(target, MLX_LM_FILES if form == "mlx" else ADAPTER_FOLDER, OUTPUT)
     model, _ = with_adapter(config)
     original = config.model.base_model_name_or_path
-    if form == "gguf":
-        made = save_gguf_adapter(model, Path(folder) / "adapter.gguf", original)
-    elif form == "mlx":
-        made = save_mlx_lm(model, folder)
-    elif form == "portable":
-        made = save_portable(model, folder, original)
-    else:
-        made = save_adapter(model, folder, original)
+    with _disk_errors(target):
+        if form == "gguf":
+            made = save_gguf_adapter(model, target / "adapter.gguf", original)
+        elif form == "mlx":
+            made = save_mlx_lm(model, target)
+        elif form == "portable":
+            made = save_portable(model, target, original)
+        else:
+            made = save_adapter(model, target, original)
     say(console, f"exported  {made}")
-    return Path(str(made))
+    return made
+
+
+def _target(folder: str) -> Path:
+    """Where a delivery goes, before anything is loaded for it.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+    if not folder:
+        raise ConfigError(f"{OUTPUT} must name a folder; got nothing")
+    target = Path(folder).expanduser()
+    check_place(target, OUTPUT)
+    return target
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Turns what the system says while a delivery is written into an error with a remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"{OUTPUT}: cannot write to {getattr(error, 'filename', None) or target}: {reason}; "
+            f"free some space, or choose another folder with {OUTPUT}"
+        ) from None
 
 
 def push_folder(

@@ -1,7 +1,6 @@
 """What a run starts from: everything that can be wrong is found before a weight is loaded."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +8,21 @@ from rich.console import Console
 
 from mlx_qlora import backend
 from mlx_qlora.adapters.load import load_adapter, read_adapter_config
+from mlx_qlora.adapters.ownership import (
+    ADAPTER_FOLDER,
+    RECORD,
+    check_names,
+    check_place,
+    is_run,
+    not_ours,
+)
 from mlx_qlora.adapters.peft import original_base
 from mlx_qlora.config import RunConfig
 from mlx_qlora.console import say
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.summary import DataReport
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.inspection import check_lengths
 from mlx_qlora.model.hub import resolve
@@ -23,8 +30,14 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint
 from mlx_qlora.planner import Plan, plan_checkpoint, settled
 from mlx_qlora.processes import processes
+from mlx_qlora.report.lines import plots_of
 from mlx_qlora.train.checkpoint import is_ours
 from mlx_qlora.train.tracking import require_trackers
+
+OUTPUT = "checkpointing.output_dir"
+# What a run writes into its folder; docs/reference/output-folder.md explains it.
+WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
+WRITTEN += tuple(f"plots/{plot.name}.{kind}" for plot in plots_of([]) for kind in ("svg", "png"))
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ def open_run(config: RunConfig, console: Console) -> Opened:
     if source is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
     if processes().is_first:
-        check_output(Path(config.checkpointing.output_dir))
+        check_output(Path(config.checkpointing.output_dir), config.model.adapter)
         require_trackers([*config.logging.report_to])
     else:  # one of them writes the refused rows
         told_by_first = dataclasses.replace(config.data, refused_path=None)
@@ -113,26 +126,25 @@ def open_run(config: RunConfig, console: Console) -> Opened:
     return opened
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, adapter: str | None = None) -> None:
     """Refuses an output folder that cannot be written to, or that holds files of others.
+
+    Args:
+        output: the folder.
+        adapter: that training goes on from.
 
     Raises:
         ConfigError: naming the folder, and the file that a run would overwrite.
     """
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        reason = "may not be written to" if there.is_dir() else "is a file"
+    check_place(output, OUTPUT)
+    if foreign := [path for path in output.glob("checkpoint-*") if not is_ours(path)]:
+        raise not_ours(foreign[0], OUTPUT)
+    check_names(output, WRITTEN, OUTPUT)
+    if adapter is None or is_run(output):
+        return
+    if output.resolve() == Path(adapter).expanduser().resolve():
         raise ConfigError(
-            f"checkpointing.output_dir: {output} cannot be made: {there} {reason}; "
-            "choose another with --output-dir"
-        )
-    card = output / "README.md"
-    foreign = [path for path in output.glob("checkpoint-*") if not is_ours(path)]
-    if card.is_file() and "mlx-qlora" not in card.read_text(encoding="utf-8", errors="replace"):
-        foreign.append(card)
-    if foreign:
-        raise ConfigError(
-            f"checkpointing.output_dir: {foreign[-1]} is not from mlx-qlora and would be "
+            f"{OUTPUT}: {output} holds the adapter that training goes on from, which would be "
             "overwritten; choose another folder with --output-dir"
         )
 

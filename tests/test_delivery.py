@@ -1,5 +1,6 @@
 """`merge`, `export` and `push` on the command line, from nothing but a run's own folder."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, n
     config = build({"model": {"source": str(folder), "bits": 8, "group_size": 32}})
     (out / "run.yaml").write_text(to_yaml(config))
     return out, our_logits(model, TOKENS)
+
+
+@pytest.fixture
+def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model may be loaded."""
+
+    def load(*args: Any, **how: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("mlx_qlora.delivery.load", load)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def call(*words: Any) -> int:
@@ -91,6 +107,117 @@ def test_export_writes_each_form_and_ours_read_it_back(
     if "--gguf" not in flags:
         model, _ = mq.load(folder, mq.QuantConfig(8, 32), adapter=made)
         assert np.abs(our_logits(model, TOKENS) - logits).max() < 1e-5
+
+
+EXPORTS = [["export"], ["export", "--portable"], ["export", "--mlx"], ["export", "--gguf"]]
+
+
+@pytest.mark.parametrize("form", EXPORTS, ids=" ".join)
+def test_an_export_of_ours_is_exported_over(
+    run: tuple[Path, np.ndarray], tmp_path: Path, form: list[str]
+) -> None:
+    words = [*form, "--adapter", run[0], "model.base_model_name_or_path=org/base"]
+    assert call(*words, "--output-dir", tmp_path / "made") == 0
+    before = contents(tmp_path)
+    assert call(*words, "--output-dir", tmp_path / "made") == 0
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        (["export"], "README.md"),
+        (["export"], "adapter_config.json"),
+        (["export"], "mlx/adapters.safetensors"),
+        (["export", "--portable"], "README.md"),
+        (["export", "--portable"], "adapter_config.json"),
+        (["export", "--mlx"], "adapter_config.json"),  # it writes no card
+        (["merge"], "README.md"),
+    ],
+)
+def test_files_of_others_are_named_and_kept(
+    run: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    form: list[str],
+    name: str,
+    capsys: Any,
+    nothing: None,
+) -> None:
+    (tmp_path / "made" / name).parent.mkdir(parents=True)
+    (tmp_path / "made" / name).write_text("# precious, about mlx-qlora")
+    before = contents(tmp_path)
+    words = [*form, "--adapter", run[0], "model.base_model_name_or_path=org/base"]
+    assert call(*words, "--output-dir", tmp_path / "made") == 2
+    assert str(tmp_path / "made") in (said := capsys.readouterr().err)
+    assert "choose another folder" in said
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", [*EXPORTS, ["merge"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("rows.jsonl", "rows.jsonl is a file"),
+        ("rows.jsonl/below", "rows.jsonl is a file"),
+        ("locked/below", "locked may not be written to"),
+        ("", "--output-dir must name a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(
+    run: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    form: list[str],
+    place: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    nothing: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("{}")
+    Path("locked").mkdir()
+    # The superuser, as whom tests may run, may write everywhere.
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "locked" and may(path, mode)
+    )
+    assert call(*form, "--adapter", run[0], "--output-dir", place) == 2
+    assert message in capsys.readouterr().err
+    assert contents(tmp_path) == {"rows.jsonl": b"{}"}
+
+
+@pytest.mark.parametrize("form", [["export", "--portable"], ["merge"]], ids=" ".join)
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_current_folder_is_not_replaced_as_a_whole(
+    run: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    form: list[str],
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    nothing: None,
+) -> None:
+    (tmp_path / "here" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / ("inner" if place == ".." else ""))
+    if place == ".":
+        (tmp_path / "here" / "inner").rmdir()
+    assert call(*form, "--adapter", run[0], "--output-dir", place) == 2
+    said = capsys.readouterr().err
+    assert "current folder" in said or "older export" in said
+    assert (tmp_path / "here").is_dir()
+
+
+def test_a_disk_that_refuses_is_told_without_a_traceback(
+    run: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*args: Any, **how: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlx_qlora.adapters.peft.save_file", full)
+    words = ["export", "--adapter", run[0], "model.base_model_name_or_path=org/base"]
+    assert call(*words, "--output-dir", tmp_path / "made") == 2
+    assert "No space left on device; free some space" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_push_lists_what_it_would_upload(

@@ -223,17 +223,51 @@ def test_another_base_is_not_resumed(finished, tmp_path):
     assert (out / "run.yaml").read_bytes() == kept
 
 
-@pytest.mark.parametrize("name", ["README.md", "checkpoint-4/pytorch_model.bin"])
-def test_files_of_others_are_never_overwritten(finished, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "my project"),
+        ("README.md", "---\ntags: [lora, mlx-qlora]\n---\nMy notes on mlx-qlora."),
+        ("README.md", "A LoRA adapter of rank 8, which I trained with mlx-qlora 0.1.0."),
+        ("checkpoint-4/pytorch_model.bin", "my project"),
+        ("metrics.jsonl", '{"accuracy": 0.5}'),
+        ("run.yaml", "steps: [build, test]"),
+        ("training_args.json", '{"versions": {"transformers": "5"}}'),
+        ("training_args.json", "[" * 100_000),
+        ("adapter_config.json", '{"fine_tune_type": "lora", "lora_parameters": {}}'),
+        ("tokenizer.json", "{}"),
+        ("report.html", "<p>mine"),
+        ("plots/loss.svg", "<svg/>"),
+        ("mlx/adapters.safetensors", ""),
+    ],
+)
+def test_files_of_others_are_never_overwritten(finished, tmp_path, name, text):
     _, values, _, _ = finished
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
-    path.write_text("my project")
+    path.write_text(text)
     values = {**values, "checkpointing": {"output_dir": str(tmp_path / "out")}}
     with pytest.raises(mq.ConfigError, match="is not from mlx-qlora and would be overwritten"):
         run(build(values), Console(quiet=True))
-    assert path.read_text() == "my project"
+    assert path.read_text() == text
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
+
+
+def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp_path):
+    folder, values, _, _ = finished
+    mq.save_adapter(
+        mq.load(folder / "model", adapter=folder / "out")[0], tmp_path / "a", "org/base"
+    )
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    values = {
+        **values,
+        "model": {**values["model"], "adapter": str(tmp_path / "a")},
+        "checkpointing": {"output_dir": str(tmp_path / "a")},
+    }
+    with pytest.raises(mq.ConfigError, match="holds the adapter that training goes on from"):
+        run(build(values), Console(quiet=True))
+    after = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_a_notebook_run_records_the_model_it_used(finished, tmp_path):

@@ -5,6 +5,7 @@ row of the data, no path of this machine.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ SHOWN = {
 }
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "use_rslora")
 LORA += ("use_dora", "rank_pattern", "alpha_pattern")
+TAG = "mlx-qlora"
+OUR_SENTENCE = re.compile(r"^A (?:LoRA|DoRA) adapter of rank .*, trained with mlx-qlora ", re.M)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -85,6 +88,14 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         license=header.get("license") if isinstance(header.get("license"), str) else None,
         **known,
     )
+
+
+def is_our_card(path: Path) -> bool:
+    """Whether a file is a card that `model_card` made: by its tag and its sentence, not a word."""
+    tags = _header(path).get("tags")
+    if not isinstance(tags, list) or TAG not in tags:
+        return False
+    return OUR_SENTENCE.search(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -169,7 +180,7 @@ def _yaml(facts: Facts) -> str:
     header |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     header |= {"license": facts.license} if facts.license else {}
     tags = [f"base_model:adapter:{base}"] if is_repo else []
-    header["tags"] = [*tags, "lora", "mlx-qlora"]
+    header["tags"] = [*tags, "lora", TAG]
     return f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---"
 
 

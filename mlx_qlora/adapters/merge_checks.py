@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qlora.adapters.hf_weights import shapes
+from mlx_qlora.adapters.ownership import check_not_here
 from mlx_qlora.errors import ConfigError, WeightsError, listing
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -25,7 +26,7 @@ def check_target(target: Path, sources: list[ModelFiles]) -> None:
     """Refuses a folder that holds anything but an older export, or that is read from.
 
     Raises:
-        ConfigError: naming what would be deleted.
+        ConfigError: naming what would be deleted, or it is the current folder.
     """
     for files in sources:
         if target == files.path.resolve():
@@ -44,6 +45,7 @@ def check_target(target: Path, sources: list[ModelFiles]) -> None:
             f"{target} holds something else than an older export{holds}, which would be deleted; "
             "choose another folder, or empty this one"
         )
+    check_not_here(target, "folder")
 
 
 def check_disk(target: Path, needed: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.files import staged
+from mlx_qlora.adapters.ownership import check_names
 from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, lora_layers
@@ -41,12 +42,14 @@ def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
     Raises:
         AdapterError: the model has no LoRA layers, or files of PEFT's adapter are in the folder:
             both have an `adapter_config.json`.
+        ConfigError: the folder holds an adapter that somebody else wrote.
     """
     if not lora_layers(model):
         raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
     folder = Path(folder).expanduser()
     if (folder / "adapter_model.safetensors").exists():
         raise AdapterError(f"{folder} holds a PEFT adapter already; choose another folder")
+    check_names(folder, FILES)
     with staged(folder, marks=(CONFIG,)) as staging:
         write_mlx_lm(model, staging)
     return folder

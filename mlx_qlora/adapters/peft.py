@@ -18,6 +18,7 @@ from mlx_qlora.adapters.card import Facts, model_card
 from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.mlx_lm import FILES as MLX_LM_FILES
 from mlx_qlora.adapters.mlx_lm import write_mlx_lm
+from mlx_qlora.adapters.ownership import ADAPTER_FOLDER, check_names
 from mlx_qlora.errors import AdapterError, ConfigError, listing
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.initial import changes_base
@@ -78,11 +79,13 @@ def save_adapter(
 
     Raises:
         AdapterError: the model has no LoRA layers, or nothing says what the base is.
+        ConfigError: the folder holds somebody else's adapter or README.md.
     """
     if not lora_layers(model):
         raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
+    check_names(folder, ADAPTER_FOLDER)
     tensors = adapter_tensors(model)
     copies = tuple(f"mlx/{name}" for name in MLX_LM_FILES)
     with staged(folder, marks=(CONFIG, copies[0]), gone=() if mlx_lm else copies) as staging:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora.adapters.files import staged
+from mlx_qlora.adapters.ownership import ADAPTER_FOLDER, check_names, check_not_here
 from mlx_qlora.adapters.peft import (
-    CONFIG,
     PREFIX,
-    WEIGHTS,
     original_base,
     peft_config,
     write_peft,
@@ -24,7 +23,7 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
 
 # What may be replaced as a whole: an earlier export, and what macOS puts into every folder.
-EXPORTED = {CONFIG, WEIGHTS, "README.md", f"mlx/{CONFIG}", "mlx/adapters.safetensors", ".DS_Store"}
+EXPORTED = {*ADAPTER_FOLDER, ".DS_Store"}
 
 Update = tuple[np.ndarray, np.ndarray, float]
 
@@ -49,13 +48,14 @@ def save_portable(
     Raises:
         AdapterError: the model has no LoRA layers or has DoRA's, the folder holds other files,
             or nothing says what the base is.
+        ConfigError: the folder's adapter is somebody else's, or it is the current folder.
     """
     updates = plain_updates(model, "vLLM and llama.cpp refuse DoRA")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
-    _check_replaceable(folder)
+    check_replaceable(folder)
     rank = max(len(A) for A, _, _ in updates.values())
-    with staged(folder, replace=True) as staging:
+    with staged(folder.resolve(), replace=True) as staging:  # a link stays one
         write_peft(staging, _uniform(updates, rank), _config(model, base, rank))
     return folder
 
@@ -82,7 +82,13 @@ def plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
     return updates
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, field: str = "folder") -> None:
+    """Refuses a folder that holds anything but an earlier export, as all in it would go.
+
+    Raises:
+        AdapterError: it is a file, or holds other files.
+        ConfigError: the adapter in it is somebody else's, or it is the current folder.
+    """
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file: give a folder for the portable adapter")
     files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -92,6 +98,8 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder} holds files that are no adapter's; a portable adapter needs a folder of its "
             f"own, as some readers take every file in it:\n{listing(others, most=5)}"
         )
+    check_names(folder, ADAPTER_FOLDER, field)
+    check_not_here(folder, field)
 
 
 def _uniform(updates: dict[str, Update], rank: int) -> dict[str, np.ndarray]:

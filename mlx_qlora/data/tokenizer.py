@@ -31,7 +31,7 @@ from mlx_qlora.data.codecs import (
 from mlx_qlora.data.gguf_tokenizer import build_gguf_tokenizer
 from mlx_qlora.errors import TokenizerError
 
-_SHIPPED = [
+SHIPPED = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
 ]
@@ -152,7 +152,7 @@ class Tokenizer:
             for name, text in self._built_files().items():
                 (folder / name).write_text(text, encoding="utf-8")
         else:
-            for path in (self.source / name for name in _SHIPPED):
+            for path in (self.source / name for name in SHIPPED):
                 if path.exists() and path.resolve() != (folder / path.name).resolve():
                     shutil.copyfile(path, folder / path.name)
         if self._own_template and self.chat_template is not None:
