@@ -17,7 +17,7 @@ from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
-from mlx_qlora.model.weights import open_checkpoint
+from mlx_qlora.model.weights import read_config
 from mlx_qlora.planner import settled
 from mlx_qlora.train.config import batches_of
 
@@ -73,11 +73,12 @@ def inspect_data(config: RunConfig, console: Console, show: int = 0) -> Inspecte
     """
     if config.model.source is None:
         raise ConfigError("model.source is missing; name the model of the run with --model SOURCE")
-    checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
-    tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
+    files = resolve(config.model.source, config.model.revision, weights=False)
+    hf_config, metadata = read_config(files)
+    tokenizer = load_tokenizer(files.path, metadata)
     parts = train_validation_test(config.data, tokenizer, config.training.seed, console)
     train = parts[0]
-    check_lengths(LlamaConfig.from_hf(checkpoint.config), *parts)
+    check_lengths(LlamaConfig.from_hf(hf_config), *parts)
 
     batches = batches_of(train, config.data, settled(config, train).training)
     found = Inspected(*parts, batches)

@@ -132,7 +132,8 @@ def plan(
     """Predicts what fine-tuning a model with this config needs.
 
     Args:
-        source: as for `load`. A hub repository is fetched if it is not in the cache yet.
+        source: as for `load`. Of a hub repository that is not in the cache, only the headers of
+            its weights are fetched.
         config: of the run; the defaults if not given.
         machine_name: another machine than this one, as CHIP-GB, for example `m4-max-64`.
         processes: how many train together, each on a machine of its own; a plan of one process
@@ -147,7 +148,7 @@ def plan(
     check_processes(processes)
     where = machine(machine_name)
     config = settled(config or RunConfig(), where=where)
-    checkpoint = open_checkpoint(resolve(source, config.model.revision))
+    checkpoint = open_checkpoint(resolve(source, config.model.revision, weights=False))
     return plan_checkpoint(checkpoint, config, where=where, processes=processes)
 
 

