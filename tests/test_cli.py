@@ -278,6 +278,7 @@ def test_wrong_input_is_one_message_and_changes_no_file(
     out.mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.yaml", "metrics.jsonl"):
         (out / name).write_text("of an earlier run")
+    (out / "training_args.json").write_text('{"versions": {"mlx-qlora": "0.1.0"}}')
     words = {"--model": str(tmp_path / "model"), "--data": str(data), "--output-dir": str(out)}
     wanted = breaks(words, tmp_path)
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
