@@ -1,14 +1,12 @@
 """The command line: the only place that prints errors and exits."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from mlx_qlora.arguments import parse
-from mlx_qlora.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +15,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is done, 2 the user's input is wrong, 1 `doctor` found an error, 128 + n signal n.
     """
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        code = _command(sys.argv[1:] if argv is None else argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, and not when Python ends: it may be a pipe that has broken
+        return code
+    except KeyboardInterrupt as stop:
+        if str(stop):  # a run that saved what it had says so
+            print(f"mlx-qlora: {stop}", file=sys.stderr)
+        return 128 + getattr(stop, "signum", signal.SIGINT)
+    except BrokenPipeError:  # whoever read us has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _command(argv: Sequence[str]) -> int:
+    # Imported here, where Ctrl-C is expected: it takes a moment, MLX's part of it above all.
+    from mlx_qlora.arguments import parse
+    from mlx_qlora.errors import UserError
+
+    try:
+        args = parse(argv)
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "mlx":
             raise
@@ -36,10 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if as_json and tells(error):
             _print_json({"error": str(error), "kind": type(error).__name__})
         return 2
-    except KeyboardInterrupt as stop:
-        if str(stop):  # a run that saved what it had says so
-            print(f"mlx-qlora: {stop}", file=sys.stderr)
-        return 128 + getattr(stop, "signum", signal.SIGINT)
     if as_json and found is not None:
         _print_json(found)
     return 0 if found is None or found.get("ok", True) else 1

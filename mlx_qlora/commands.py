@@ -162,6 +162,8 @@ def _generate(config: "RunConfig", console: Console, args: argparse.Namespace) -
         raise ConfigError("nothing to answer: pass --prompt TEXT, or --instruction TEXT")
     if args.input and args.instruction is None:
         raise ConfigError("--input goes with --instruction")
+    if args.prompt == "-":
+        args.prompt = _standard_input()
     how = config.generation
     config = with_model(config)
     llama, tokenizer = loaded(config)
@@ -192,6 +194,11 @@ def _chat(config: "RunConfig", console: Console, args: argparse.Namespace) -> Fo
     from mlx_qlora.delivery import model_to_ask
     from mlx_qlora.infer.chat import chat
 
+    if sys.stdin is None:
+        raise ConfigError(
+            "chat reads what you type from standard input, which is closed; run it in a terminal, "
+            "or ask one question with mlx-qlora generate"
+        )
     model, tokenizer = model_to_ask(config)
     chat(model, tokenizer, console, config.generation, args.system, args.seed)
     return None
@@ -271,8 +278,26 @@ def _prompt(args: argparse.Namespace, can_chat: bool, template: str) -> str | li
             return alpaca_prompt(args.instruction, args.input or "")
         question = chat_question(args.instruction, args.input or "")
         return [{"role": "user", "content": question}]
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    return [{"role": "user", "content": text}] if can_chat and not args.raw else text
+    talks = can_chat and not args.raw
+    return [{"role": "user", "content": args.prompt}] if talks else args.prompt
+
+
+def _standard_input() -> str:
+    """All of it.
+
+    Raises:
+        ConfigError: it is closed, or no text.
+    """
+    if sys.stdin is None:
+        raise ConfigError("--prompt - reads standard input, which is closed; pass --prompt TEXT")
+    try:
+        # Not as text: in a C locale Python would take any bytes for it.
+        return sys.stdin.buffer.read().decode(sys.stdin.encoding)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--prompt -: standard input is no {error.encoding} at byte {error.start}; convert it, "
+            "for example with iconv -f latin1 -t utf-8"
+        ) from None
 
 
 RUN: dict[str, Callable[["RunConfig", Console, argparse.Namespace], Found]] = {

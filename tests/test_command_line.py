@@ -1,6 +1,7 @@
 """The command line's manners: dry runs, quiet runs, JSON, completion, fields out of place."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -346,3 +347,43 @@ def test_zsh_takes_its_script(tmp_path: Path) -> None:
     )
     made = subprocess.run([zsh, "-f", "-c", loads], capture_output=True, text=True, timeout=60)
     assert made.returncode == 0 and made.stdout.strip() == "_shtab_mlx_qlora", made.stderr
+
+
+# ---- what stands at the other end of a pipe ----------------------------------------------------
+
+
+def shell(line: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
+    """A line of bash; `$us` is the command line."""
+    us = {"us": f"{sys.executable} -m mlx_qlora", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(
+        ["bash", "-c", line], env={**os.environ, **us}, capture_output=True, timeout=120, **how
+    )
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly() -> None:
+    done = shell("$us plan --model smollm2-135m --json | true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stderr) == (128 + 13, b"")
+
+
+@pytest.mark.parametrize(
+    ("line", "given", "message"),
+    [
+        ("$us generate --model nowhere --prompt - <&-", b"", b"--prompt - reads standard input"),
+        ("$us chat --model nowhere <&-", b"", b"chat reads what you type from standard input"),
+        ("$us generate --model nowhere --prompt -", b"caf\xe9", b"is no utf-8 at byte 3; convert"),
+    ],
+)
+def test_standard_input_that_is_none_is_refused_before_the_model_is_looked_for(
+    line: str, given: bytes, message: bytes
+) -> None:
+    done = shell(line, input=given)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_ctrl_c_during_the_imports_is_one_of_ours() -> None:
+    stop = "import mlx_qlora.arguments as a, mlx_qlora.cli as c\n"
+    stop += "def interrupt(*_):\n    raise KeyboardInterrupt\n"
+    stop += "a.make_parser = interrupt\nraise SystemExit(c.main(['plan']))"
+    done = subprocess.run([sys.executable, "-c", stop], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, b"")
