@@ -120,17 +120,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _meant(flag: str, command: str) -> str:
     """What an unknown flag most likely stands for: a field without a flag, or a flag misspelt."""
-    from mlx_qlora.config import SECTIONS
+    from mlx_qlora.config import field_called
 
     about, name = COMMANDS[command], flag.split("=")[0].lstrip("-").replace("-", "_")
-    ways = {
-        field.name: f"{section}.{field.name}=VALUE"
-        for section in about.sections
-        for field in dataclasses.fields(SECTIONS[section])
-    }
-    ways |= {known.lstrip("-").replace("-", "_"): known for known in about.shorthands}
-    near = difflib.get_close_matches(name, ways, 1)
-    return f"; did you mean {ways[near[0]]}?" if near else f"; see mlx-qlora {command} --help"
+    flags = {known.lstrip("-").replace("-", "_"): known for known in about.shorthands}
+    short_for = {SHORTHANDS[known][0]: known for known in about.shorthands}
+    if near := difflib.get_close_matches(name, flags, 1):
+        return f"; did you mean {flags[near[0]]}?"
+    if field := field_called(name, about.sections):
+        return f"; did you mean {short_for.get(field, f'{field}=VALUE')}?"
+    return f"; see mlx-qlora {command} --help"
 
 
 def make_parser() -> argparse.ArgumentParser:

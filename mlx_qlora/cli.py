@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"mlx-qlora: {stop}", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except BrokenPipeError:  # whoever read us has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 

@@ -75,11 +75,7 @@ def config_of(args: argparse.Namespace) -> "RunConfig":
     """
     from mlx_qlora.config import SECTIONS, build, read_yaml, set_override
 
-    words = [*args.overrides]
-    if getattr(args, "file", None) is not None:  # argparse gives the first word to FILE
-        words.insert(
-            0, args.file if re.match(r"\w+\.\w+=", args.file) else f"data.path={args.file}"
-        )
+    words = _assignments(args)
     file = getattr(args, "config", None)
     values: dict[str, dict[str, Any]] = read_yaml(file) if file else {}
     for field, _ in SHORTHANDS.values():
@@ -95,6 +91,33 @@ def config_of(args: argparse.Namespace) -> "RunConfig":
                 f"{', '.join(read)}"
             )
     return build(_with_record(args, values))
+
+
+def _assignments(args: argparse.Namespace) -> list[str]:
+    """The words of a command that are no flags; `inspect` takes one of them for its FILE.
+
+    Raises:
+        ConfigError: a word that is no assignment, or a second source.
+    """
+    words, takes_file = [*args.overrides], hasattr(args, "file")
+    if takes_file and args.file is not None:  # argparse has it from anywhere among the words
+        words.insert(0, args.file)
+    files = [word for word in words if "=" not in word or _is_path(word)]
+    if files and not takes_file:
+        can_read = "--data" in COMMANDS[args.command].shorthands
+        hint = f"; for a file of rows pass --data {files[0]}" if can_read else ""
+        raise ConfigError(f"expected section.field=value, got {files[0]!r}{hint}")
+    named = [word.partition("=")[2] for word in words if word.startswith("data.path=")]
+    flagged = getattr(args, "data.path", None)
+    sources = [*files, *named, *([] if flagged is None else [flagged])]
+    if files and len(sources) > 1:
+        raise ConfigError(f"inspect reads one source of rows; got {' and '.join(sources)}")
+    return [*(f"data.path={file}" for file in files), *(w for w in words if w not in files)]
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word with an equals sign is yet a file, and no field."""
+    return re.match(r"\w+\.\w+=", word) is None and Path(word).expanduser().exists()
 
 
 def _with_record(

@@ -6,8 +6,10 @@ other are errors before anything else happens.
 """
 
 import dataclasses
+import difflib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,28 @@ SECTIONS: dict[str, type] = {
     for section in dataclasses.fields(RunConfig)
 }
 
+# What other trainers and papers call a field.
+USUAL_WORDS = {
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "steps": "training.max_steps",
+    "iters": "training.max_steps",
+    "batch": "training.per_device_train_batch_size",
+    "batch_size": "training.per_device_train_batch_size",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "warmup": "training.warmup_steps",
+    "scheduler": "training.lr_scheduler_type",
+    "rank": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_r": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "max_seq_length": "data.max_length",
+    "seq_len": "data.max_length",
+    "out": "checkpointing.output_dir",
+}
+
 
 def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     """A RunConfig from section -> field -> value; what is not given keeps its default.
@@ -68,12 +92,24 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
 
 def _hint(section: str, key: str) -> str:
     """The nearest field in this section or, as people forget where a field lives, in another."""
+    if key in USUAL_WORDS:
+        return f"; did you mean {USUAL_WORDS[key]}?"
     if hint := did_you_mean(key, typing.get_type_hints(SECTIONS[section])):
         return hint
-    everywhere = {f.name: s for s, c in SECTIONS.items() for f in dataclasses.fields(c)}
-    if key in everywhere:
-        return f"; did you mean {everywhere[key]}.{key}?"
-    return did_you_mean(key, everywhere) or f"; see --help for the fields of {section}"
+    if field := field_called(key):
+        return f"; did you mean {field}?"
+    return f"; see --help for the fields of {section}"
+
+
+def field_called(word: str, sections: Iterable[str] = SECTIONS) -> str | None:
+    """The field as `section.field` that somebody means by a word; None if there is no such one."""
+    known = {f.name: f"{s}.{f.name}" for s in sections for f in dataclasses.fields(SECTIONS[s])}
+    if word in known:
+        return known[word]
+    if (usual := USUAL_WORDS.get(word)) and usual.partition(".")[0] in sections:
+        return usual
+    near = difflib.get_close_matches(word, known, 1)
+    return known[near[0]] if near else None
 
 
 def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -110,7 +146,9 @@ def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
     place, equals, text = assignment.partition("=")
     section, dot, key = place.partition(".")
     if not (equals and dot and section and key):
-        raise ConfigError(f"expected section.field=value, got {assignment!r}")
+        field = field_called(place.strip()) if equals and not dot else None
+        hint = f"; did you mean {field}={text}?" if field else ""
+        raise ConfigError(f"expected section.field=value, got {assignment!r}{hint}")
     section, key = section.strip(), key.strip()
     try:
         value = yaml.safe_load(text) if text else ""

@@ -349,6 +349,57 @@ def test_zsh_takes_its_script(tmp_path: Path) -> None:
     assert made.returncode == 0 and made.stdout.strip() == "_shtab_mlx_qlora", made.stderr
 
 
+# ---- words in the wrong place, or of other trainers --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --lr 1e-4", "did you mean --learning-rate?"),
+        ("train --epochs 3", "did you mean training.num_train_epochs=VALUE?"),
+        ("train --rank 8", "did you mean lora.r=VALUE?"),
+        ("plan --lr 1e-4", "did you mean training.learning_rate=VALUE?"),
+        ("train --batch-sise 8", "did you mean --batch-size?"),
+        ("train --lora-dropuot 0", "did you mean lora.lora_dropout=VALUE?"),
+        ("train lora.rank=8", "unknown field lora.rank; did you mean lora.r?"),
+        ("train training.epochs=8", "did you mean training.num_train_epochs?"),
+        ("train learning_rate=1e-4", "did you mean training.learning_rate=1e-4?"),
+        ("train lr=1e-4", "did you mean training.learning_rate=1e-4?"),
+        ("train rows.jsonl", "for a file of rows pass --data rows.jsonl"),
+        ("inspect lr=1e-4", "did you mean training.learning_rate=1e-4?"),
+        ("inspect rows.jsonl more.csv", "one source of rows; got rows.jsonl and more.csv"),
+        ("inspect rows.jsonl --data more.csv", "got rows.jsonl and more.csv"),
+        ("inspect data.path=more.csv rows.jsonl", "got rows.jsonl and more.csv"),
+    ],
+)
+def test_a_word_gets_the_field_that_it_usually_means(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(line.split())
+    except SystemExit as end:  # argparse's own
+        code = end.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["{} data.max_length=64", "data.max_length=64 {}", "--model m data.max_length=64 {}"]
+)
+@pytest.mark.parametrize("file", ["rows.jsonl", "a=b.jsonl"])
+def test_the_file_to_inspect_may_stand_anywhere(
+    line: str,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(file).touch()
+    assert main(["inspect", *line.format(file).split(), "--print-config", "--json"]) == 0
+    data = found(capsys)["data"]
+    assert (data["path"], data["max_length"]) == (file, 64)
+
+
 # ---- what stands at the other end of a pipe ----------------------------------------------------
 
 

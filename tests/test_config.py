@@ -8,6 +8,7 @@ import pytest
 
 from mlx_qlora.config import (
     SECTIONS,
+    USUAL_WORDS,
     RunConfig,
     build,
     read_yaml,
@@ -322,3 +323,10 @@ def test_a_path_is_kept_as_it_is_typed(path: str) -> None:
 def test_a_yaml_word_that_is_no_text_can_be_misspelt_too() -> None:
     with pytest.raises(ConfigError, match=r"unknown field training\.True"):
         build({"training": {True: 5}})
+
+
+def test_the_usual_words_name_real_fields_and_are_none() -> None:
+    for word, place in USUAL_WORDS.items():
+        section, field = place.split(".")
+        assert field in {f.name for f in dataclasses.fields(SECTIONS[section])}, word
+        assert not any(hasattr(config(), word) for config in SECTIONS.values()), word
