@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -27,6 +28,7 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.inspection import check_lengths
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
 from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint
 from mlx_qlora.planner import Plan, plan_checkpoint, settled
 from mlx_qlora.processes import processes
@@ -104,7 +106,8 @@ def open_run(config: RunConfig, console: Console) -> Opened:
     if config.model.base_model_name_or_path is None:
         original_base(checkpoint.files)
     if config.model.adapter is not None:
-        read_adapter_config(Path(config.model.adapter).expanduser())
+        trained = read_adapter_config(Path(config.model.adapter).expanduser())
+        check_lora(config.lora, trained, config.model.adapter)
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     parts = train_validation_test(config.data, tokenizer, config.training.seed, console)
     llama = LlamaConfig.from_hf(checkpoint.config)
@@ -147,6 +150,38 @@ def check_output(output: Path, adapter: str | None = None) -> None:
             f"{OUTPUT}: {output} holds the adapter that training goes on from, which would be "
             "overwritten; choose another folder with --output-dir"
         )
+
+
+def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
+    """Refuses values for an adapter's shape that are not those of the adapter to train on.
+
+    A value that is the default may be there because nobody said anything, so it is passed over.
+
+    Args:
+        asked: of the config.
+        trained: of the adapter.
+        adapter: its folder.
+
+    Raises:
+        ConfigError: naming the first field, its value in the adapter and the one asked for.
+    """
+    default = LoraConfig()
+    for name in (field.name for field in dataclasses.fields(LoraConfig)):
+        if name == "loraplus_lr_ratio":  # of the training alone
+            continue
+        wanted, has = getattr(asked, name), getattr(trained, name)
+        if wanted != getattr(default, name) and _meaning(wanted) != _meaning(has):
+            raise ConfigError(
+                f"lora.{name} is {has!r} in {adapter}, which is trained on as it is, and not "
+                f"{wanted!r}: leave lora.{name} out, or train a new adapter without --adapter"
+            )
+
+
+def _meaning(value: Any) -> Any:
+    """A value in one spelling: targets have no order, and an empty list of layers means all."""
+    if value == "all-linear":
+        value = ALL_SEVEN
+    return set(value) if isinstance(value, list) and value else value or None
 
 
 def _indent(text: str) -> str:

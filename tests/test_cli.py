@@ -136,7 +136,7 @@ def test_train_leaves_an_adapter_that_generate_and_train_open(
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].strip()
     more = ["--adapter", str(out), "--output-dir", str(tmp_path / "more")]
-    assert main(["train", *words, *more, "lora.r=9"]) == 0
+    assert main(["train", *words, *more]) == 0
     assert build(read_yaml(tmp_path / "more" / "run.yaml")).lora.r == 2  # the adapter's own
 
 

@@ -117,7 +117,10 @@ CASES: dict[str, list[Case]] = {
         Case("v2", ADAPTER, BATCHES, {"model.source": "org/tiny"}),
         Case("v2", error="model.revision is for hub repositories only"),
     ],
-    "model.adapter": [Case("{adapter}", ("shapes", "adapter"), BATCHES)],
+    "model.adapter": [
+        Case("{adapter}", ("shapes", "adapter"), BATCHES, {"lora.r": 16}),
+        Case("{adapter}", error="lora.r is 2 in .*, which is trained on as it is, and not 4"),
+    ],
     "model.base_model_name_or_path": [Case("org/name", ("base",), TRAINED)],
     "model.bits": [
         Case(8, ("packed", "adapter"), BATCHES),

@@ -12,6 +12,7 @@ from tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml
+from mlx_qlora.opening import open_run
 from mlx_qlora.run import run
 
 LAYOUT = [
@@ -126,7 +127,7 @@ def test_the_adapter_on_disk_is_the_trained_one(finished):
 def test_an_adapter_can_be_trained_on_and_its_own_config_stands(finished, tmp_path):
     folder, values, _, _ = finished
     more = {**values, "model": {**values["model"], "adapter": str(folder / "out")}}
-    more["lora"] = {"r": 2}  # gives way to the adapter's
+    more["lora"] = {}  # the defaults give way to the adapter's
     more["checkpointing"] = {"output_dir": str(tmp_path / "more"), "save_steps": 6}
     more["training"] = {**values["training"], "max_steps": 2, "learning_rate": 1e-6}
     run(build(more), Console(file=io.StringIO()))
@@ -268,6 +269,35 @@ def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp
         run(build(values), Console(quiet=True))
     after = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ({"r": 64}, "lora.r is 4 in {}, which is trained on as it is, and not 64"),
+        ({"r": 4, "lora_alpha": 1}, "lora.lora_alpha is 8"),
+        ({"target_modules": ["q_proj"]}, "lora.target_modules is ['q_proj', 'k_proj'"),
+        ({"use_dora": True}, "lora.use_dora is False"),
+        ({"init_lora_weights": "pissa"}, "lora.init_lora_weights is True"),
+        ({}, None),
+        ({"r": 4, "lora_alpha": 8, "loraplus_lr_ratio": 4, "layers_to_transform": []}, None),
+        ({"target_modules": "all-linear"}, None),
+    ],
+)
+def test_another_shape_than_the_adapters_is_refused(finished, tmp_path, lora, told):
+    folder, values, _, _ = finished
+    values = {
+        **values,
+        "model": {**values["model"], "adapter": str(folder / "out")},
+        "lora": lora,
+        "checkpointing": {"output_dir": str(tmp_path / "more")},
+    }
+    if told is None:
+        assert open_run(build(values), Console(quiet=True)).plan.trainable
+        return
+    with pytest.raises(mq.ConfigError) as caught:
+        open_run(build(values), Console(quiet=True))
+    assert str(caught.value).startswith(told.format(folder / "out"))
 
 
 def test_a_notebook_run_records_the_model_it_used(finished, tmp_path):
