@@ -190,7 +190,7 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
     """What a command is told besides fields."""
     add = command.add_argument
     if name == "train":
-        dry = "load, read, plan and show the first batch, but train and write nothing"
+        dry = "load, read, plan and show the first batch, but train nothing"
         add("--dry-run", action="store_true", help=dry)
     if name == "inspect":
         rows = add("file", nargs="?", metavar="FILE", help="the rows; the same as --data")

@@ -1,5 +1,6 @@
 """`mlx-qlora train --dry-run`: all that a run does before its first step."""
 
+import dataclasses
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from mlx_qlora.train.score import score
 
 
 def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
-    """All that `run` does before its first step, and the first batch; nothing is written.
+    """All that `run` does before its first step, and the first batch; only tokens are cached.
 
     Returns:
         The plan, how many rows there are, the first batch's figures, and where a run would go
@@ -25,7 +26,8 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
     Raises:
         UserError: any of its kinds.
     """
-    opened = open_run(config, console)
+    unrefused = dataclasses.replace(config.data, refused_path=None)  # which is the run's to write
+    opened = open_run(dataclasses.replace(config, data=unrefused), console)
     model = opened.load()
     prepared = prepare(model, opened.train, opened.validation, opened.config)
     config = prepared.config
@@ -62,7 +64,7 @@ def dry_run(config: RunConfig, console: Console) -> dict[str, Any]:
     say(
         console,
         f"dry run   {trainable_count(model):,} parameters would be trained for {course.steps:,} "
-        f"steps{onward}; nothing was trained or written",
+        f"steps{onward}; nothing was trained, and nothing but the token cache was written",
     )
     about = {"plan": opened.plan.to_dict(), "rows": opened.sizes, "first_batch": figures}
     return {

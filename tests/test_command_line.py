@@ -48,11 +48,11 @@ def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_a_dry_run_shows_the_first_batch_and_writes_nothing(
     train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*train, "--dry-run"]) == 0
+    assert main([*train, "--dry-run", "--refused", "refused.jsonl"]) == 0
     shown = capsys.readouterr().out
     assert "30 rows read, 30 kept" in shown and "predicted peak" in shown
     assert "batch 1, row 1" in shown and "⟦It is" in shown
-    assert "would be trained for 2 steps; nothing was trained or written" in shown
+    assert "would be trained for 2 steps; nothing was trained, and nothing but the token" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
