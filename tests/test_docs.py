@@ -182,7 +182,9 @@ def in_place(tiny: Path):
     with pytest.MonkeyPatch.context() as patch:
         names = {name: entry[-1] for name, entry in hub.BUILT_IN.items()}
 
-        def stand_in(name: str, revision: str | None = None) -> hub.ModelFiles:
+        def stand_in(
+            name: str, revision: str | None = None, weights: bool = True
+        ) -> hub.ModelFiles:
             return hub.ModelFiles(tiny, names.get(name, name), revision, name)
 
         patch.setattr(hub, "_from_package", stand_in)
