@@ -10,7 +10,7 @@ from mlx_qlora.console import say, warn
 from mlx_qlora.data import view
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.opening import open_run
-from mlx_qlora.run import prepare
+from mlx_qlora.preparation import prepare
 from mlx_qlora.train.config import batches_of
 from mlx_qlora.train.course import course_of
 from mlx_qlora.train.score import score

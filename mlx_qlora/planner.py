@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlx_qlora import backend
 from mlx_qlora.adapters.load import read_adapter_config
 from mlx_qlora.config import RunConfig
-from mlx_qlora.data.batches import packed_width, padded_width
+from mlx_qlora.data.batches import padded_width
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.estimates import (
+    base_bytes,
+    documents_of,
+    flops_per_token,
+    itemsize_of,
+    longest_context,
+    trainable,
+)
 from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, target_paths
-from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.model.weights import Checkpoint, open_checkpoint, packed_size
+from mlx_qlora.model.weights import Checkpoint, open_checkpoint
 from mlx_qlora.scaling import Scaling, check_processes
 from mlx_qlora.train.memory import (
     AT_ONCE,
@@ -180,15 +182,15 @@ def plan_checkpoint(
     config = settled(config, examples, where)
     llama = LlamaConfig.from_hf(checkpoint.config)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
-    itemsize = _itemsize(config, where)
-    base, resident = _base_bytes(model, checkpoint, config, where)
+    itemsize = itemsize_of(config, where)
+    base, resident = base_bytes(model, checkpoint, config, where)
     adapter = config.model.adapter
     lora = read_adapter_config(Path(adapter).expanduser()) if adapter else config.lora
     trained = trainable(model, lora)
 
     training = config.training
     levels = check_recompute(training.recompute, llama.num_hidden_layers)
-    largest, usual, supervised = _documents(config, examples)
+    largest, usual, supervised = documents_of(config, examples)
     standing = base + resident + adapter_bytes(trained)
 
     def scheduled(lengths: list[int]) -> Schedule:
@@ -210,7 +212,7 @@ def plan_checkpoint(
     backward |= {"sums under way": sums} if sums else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
-    longest = _longest_context(llama, itemsize, standing + step + sums, where)
+    longest = longest_context(llama, itemsize, standing + step + sums, where)
     fits = sum(parts.values()) <= where.working_set_bytes
     return Plan(
         parts,
@@ -223,118 +225,6 @@ def plan_checkpoint(
         "" if fits else _advice(parts, dense, how.levels, longest, max(largest)),
         scaling,
     )
-
-
-def flops_per_token(
-    llama: LlamaConfig, levels: list[int], lengths: list[int], supervised: float
-) -> float:
-    """Multiplications and additions of a step, per position.
-
-    Two for each weight forward and two back, two more where the backward computes it again; the
-    head at supervised positions alone; attention up to the diagonal.
-    """
-    D, F = llama.hidden_size, llama.intermediate_size
-    Hd, H, K = llama.head_dim, llama.num_attention_heads, llama.num_key_value_heads
-    attention, mlp = D * Hd * (2 * H + 2 * K), 3 * D * F
-    typical = sum(n * n for n in lengths) / max(sum(lengths), 1)
-    scores = H * Hd * typical  # q @ k and p @ v, half of T each
-    total = 4.0 * llama.vocab_size * D * supervised
-    for level in levels:
-        total += 4 * (attention + mlp) + 2 * scores * 3.5
-        total += 2 * (2 / 3) * mlp if level >= MLP else 0
-        total += 2 * attention + 2 * scores if level == LAYER else 0
-    return total
-
-
-def _documents(config: RunConfig, examples: Examples | None) -> tuple[list[int], list[int], float]:
-    """Lengths of a micro-batch's documents, and which share of its positions is supervised.
-
-    First those of the largest micro-batch, which decides memory, then those of a usual one, which
-    decides speed.
-    """
-    rows = config.training.rows
-    supervised = 1.0 if config.data.train_on == "all" else 0.25
-    if examples is None:
-        full = [padded_width(config.data.max_length - 1)] * rows
-        return full, full, supervised
-    lengths = np.sort(examples.lengths - 1)
-    if not config.data.packing:
-        return lengths[-rows:].tolist(), _standing_for(lengths, rows), supervised
-    most = max(config.data.max_length, int(examples.lengths.max()))
-    positions = rows * packed_width(examples.lengths, rows, most)
-    # The longest document, and of the usual mixture as many as fill the rows beside it.
-    longest, others = int(lengths[-1]), lengths[:-1]
-    n = round(len(others) * (positions - longest) / max(int(others.sum()), 1))
-    mixture = [*_standing_for(others, n), longest]
-    return mixture, mixture, supervised
-
-
-def _standing_for(lengths: np.ndarray, n: int) -> list[int]:
-    """At most n lengths with the mean of all: each is that of an equal part of the sorted ones."""
-    n = min(n, len(lengths))
-    return [round(float(part.mean())) for part in np.array_split(lengths, n)] if n else []
-
-
-def _itemsize(config: RunConfig, where: Machine) -> int:
-    if config.model.dtype == "auto":
-        return where.itemsize
-    return backend.compute_dtype(config.model.dtype).size
-
-
-def _base_bytes(
-    model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig, where: Machine
-) -> tuple[int, int]:
-    """Bytes of the frozen weights as they will be kept, and of dequantised copies of them."""
-    itemsize, quantize = _itemsize(config, where), config.model.quantize()
-    dense = itemsize * packed_size(model, checkpoint, quantize)
-    memory = where.device, where.working_set_bytes
-    keeps_copy = backend.frozen_matmul(config.model.frozen_matmul, dense, *memory) == "resident"
-    base = resident = 0
-    for path, module in model.named_modules():
-        if not isinstance(module, FrozenMatrix):
-            continue
-        quant = checkpoint.packing.get(path) or quantize
-        size = module.weight.size
-        if quant is None:
-            base += size * itemsize
-            continue
-        scale_bytes = 2 * itemsize if quant.mode == "affine" else 1
-        base += size * quant.bits // 8 + size // quant.group_size * scale_bytes
-        resident += size * itemsize if keeps_copy else 0
-    return base, resident
-
-
-def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
-    """How many numbers a run trains; the model may be one without weights.
-
-    Raises:
-        ConfigError: a target that matches nothing.
-    """
-    try:
-        paths = target_paths(model, lora)
-    except ConfigError as error:
-        raise ConfigError(f"the plan cannot be made: {error}") from None
-    modules = dict(model.named_modules())
-    shapes = ((path, modules[path].shape) for path in paths)
-    return sum(
-        lora.rank_of(path) * (rows + columns) + (rows if lora.use_dora else 0)
-        for path, (rows, columns) in shapes
-    )
-
-
-def _longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Machine) -> int:
-    """The longest document that fits alone, everything recomputed; a multiple of 64.
-
-    Never longer than the model has positions for.
-    """
-    all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
-    low, high = 0, llama.max_position_embeddings // 64
-    while low < high:  # the need grows with the length
-        middle = (low + high + 1) // 2
-        lengths = [64 * middle]
-        need = standing + sum(activation_bytes(llama, all_layers, lengths, itemsize, where))
-        low, high = (middle, high) if need <= where.working_set_bytes else (low, middle - 1)
-    return 64 * low
 
 
 def _advice(

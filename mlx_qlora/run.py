@@ -5,39 +5,33 @@ and the data first.
 """
 
 import dataclasses
-import importlib.metadata
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from mlx_qlora import backend
-from mlx_qlora._version import __version__
 from mlx_qlora.adapters.card import model_card, read_facts
 from mlx_qlora.adapters.files import staged
-from mlx_qlora.adapters.peft import original_base, save_adapter
+from mlx_qlora.adapters.peft import save_adapter
 from mlx_qlora.config import RunConfig
 from mlx_qlora.console import say, warn
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.infer.evaluate import Scores, evaluate_together
-from mlx_qlora.inspection import check_lengths
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
-from mlx_qlora.opening import check_output, open_run
+from mlx_qlora.model.lora import trainable_count
+from mlx_qlora.opening import open_run
 from mlx_qlora.planner import settled
+from mlx_qlora.preparation import Prepared, compared
 from mlx_qlora.processes import processes
-from mlx_qlora.record import deciding_values, fingerprint_of, write_record
+from mlx_qlora.record import write_record
 from mlx_qlora.report import write_report
 from mlx_qlora.report.drawing import PNG_HINT, can_draw_png
 from mlx_qlora.report.notebook import live_plots
 from mlx_qlora.report.samples import asked, questions, samples_of
-from mlx_qlora.source import ModelConfig
 from mlx_qlora.train.advice import advise
 from mlx_qlora.train.checkpoint import (
-    RunState,
     checkpoint_to_resume,
     disk_errors,
     locked,
@@ -45,7 +39,6 @@ from mlx_qlora.train.checkpoint import (
 )
 from mlx_qlora.train.loop import train
 from mlx_qlora.train.result import TrainResult
-from mlx_qlora.train.tracking import require_trackers
 
 
 def run(config: RunConfig, console: Console) -> TrainResult:
@@ -156,7 +149,7 @@ def _train(
     tokenizer: Tokenizer,
     train_examples: Examples,
     validation: Examples | None,
-    prepared: "Prepared",
+    prepared: Prepared,
     console: Console,
 ) -> TrainResult:
     """Trains, and leaves the adapter, the tokenizer and the report."""
@@ -180,7 +173,7 @@ def _trained(
     model: LlamaForCausalLM,
     train_examples: Examples,
     validation: Examples | None,
-    prepared: "Prepared",
+    prepared: Prepared,
     console: Console,
 ) -> TrainResult:
     """Trains, which is all that processes behind the first one do."""
@@ -207,109 +200,6 @@ def _summary(result: TrainResult) -> str:
         f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
         f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
     )
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that may begin: nothing about it is in doubt, and nothing has been written.
-
-    Attributes:
-        config: with what the model itself says in the place of what the user left out.
-        base: the original Hugging Face repository.
-        state: of a run that has not begun, with the hashes of what decides the weights.
-        resumed: the checkpoint to go on from, or None.
-        damaged: what is wrong with newer checkpoints, which are passed over.
-    """
-
-    config: RunConfig
-    base: str
-    state: RunState
-    resumed: Path | None
-    damaged: list[str]
-
-
-def prepare(
-    model: LlamaForCausalLM, examples: Examples, validation: Examples | None, config: RunConfig
-) -> Prepared:
-    """Gives the model its LoRA layers, and checks what only now can be checked.
-
-    Raises:
-        AdapterError: nothing says what the original base is.
-        ConfigError: a target that matches nothing, rows longer than the model's context, a
-            checkpoint of another run to resume, or an output folder with files of others that a
-            run would overwrite.
-    """
-    if processes().is_first:
-        check_output(Path(config.checkpointing.output_dir))
-        require_trackers([*config.logging.report_to])
-    check_lengths(model.config, examples, validation)
-    source = getattr(model, "source", None)
-    base = config.model.base_model_name_or_path or original_base(source)
-    if not lora_layers(model):
-        add_lora(model, config.lora, config.training.seed)
-    else:  # the record shall say what is trained, and that is the attached adapter
-        # An adapter's file does not carry LoRA+'s ratio, which is of the training alone.
-        ratio = config.lora.loraplus_lr_ratio
-        model.lora_config = dataclasses.replace(model.lora_config, loraplus_lr_ratio=ratio)
-        config = dataclasses.replace(config, lora=model.lora_config)
-    if config.model.source is None and source is not None:
-        config = dataclasses.replace(config, model=as_loaded(config.model, model))
-
-    decides = deciding_values(config)
-    fingerprint = fingerprint_of(model, examples, validation, config, base)
-    state = RunState(fingerprint=fingerprint, config=decides)
-    if not processes().is_first:  # which need not see the output folder
-        return Prepared(config, base, state, None, [])
-    resumed, damaged = checkpoint_to_resume(config.checkpointing, state)
-    return Prepared(config, base, state, resumed, damaged)
-
-
-def as_loaded(chosen: ModelConfig, model: LlamaForCausalLM) -> ModelConfig:
-    """With what `load` was told of a model: the record shall open that one, and no other."""
-    files, quant, dtype = model.source, model.quantized_to, model.model.norm.weight.dtype
-    packing = {"bits": None} if quant is None else dataclasses.asdict(quant)
-    auto = dtype == backend.compute_dtype("auto")
-    return dataclasses.replace(
-        chosen,
-        source=str(files.source),
-        revision=files.revision,
-        dtype="auto" if auto else str(dtype).rpartition(".")[2],
-        **packing,
-    )
-
-
-def compared(
-    model: LlamaForCausalLM, examples: Examples, validation: Examples | None, config: RunConfig
-) -> Prepared:
-    """`prepare` in every process of the run, which have to be alike.
-
-    Raises:
-        UserError: as `prepare`; or ProcessError, naming what differs and where.
-    """
-    everyone = processes()
-    prepared = everyone.agree(lambda: prepare(model, examples, validation, config))
-    everyone.must_equal(facts_of(prepared))
-    return prepared
-
-
-def facts_of(prepared: Prepared) -> dict[str, Any]:
-    """What all processes of a run must have alike: what they learn, and when they meet."""
-    state, training = prepared.state, prepared.config.training
-    fields = {f"{section}.{k}": v for section, of in state.config.items() for k, v in of.items()}
-    meetings = dataclasses.asdict(prepared.config.checkpointing)
-    for name in ("output_dir", "save_total_limit", "resume_from_checkpoint"):  # of the first alone
-        del meetings[name]
-    versions = {"mlx-qlora": __version__, "MLX": importlib.metadata.version("mlx")}
-    return {
-        **versions,
-        "training.per_device_train_batch_size": training.rows,
-        "training.gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "training.max_skipped_steps": training.max_skipped_steps,
-        **{f"checkpointing.{name}": value for name, value in meetings.items()},
-        **fields,
-        "the hash of the rows": state.fingerprint["data"][:12],
-        "the hash of the model": state.fingerprint["model"][:12],
-    }
 
 
 def with_template(tokenizer: Tokenizer, examples: Examples) -> Tokenizer:

@@ -165,7 +165,7 @@ def one(
         connection has acknowledged, at the same times; weights: the hash of what the model held
         after training.
     """
-    from mlx_qlora import cli, run
+    from mlx_qlora import cli, preparation, run
     from mlx_qlora import processes as room
     from mlx_qlora.processes import processes
     from mlx_qlora.train import engine, loop, optim, update
@@ -220,7 +220,7 @@ def one(
         if poison is not None:
             change += [(engine.Engine, "__call__", poisoned_call)]
             change += [(engine.Engine, "_embed", poisoned_embed)]
-        change += [(run, "__version__", version)] if version else []
+        change += [(preparation, "__version__", version)] if version else []
         change += [(optim.AdamW, "update", starved_move)] if starved else []
         change += [(loop, "save_checkpoint", slow_save_checkpoint)] if slow_save else []
         change += [(loop, "score", signalled_score)] if signalled else []

@@ -11,11 +11,12 @@ import mlx_qlora as mq
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.estimates import flops_per_token
 from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.planner import Plan, flops_per_token, plan, plan_checkpoint, settled
+from mlx_qlora.planner import Plan, plan, plan_checkpoint, settled
 from mlx_qlora.train.memory import LAYER, NOTHING
 from mlx_qlora.tree import flat
 

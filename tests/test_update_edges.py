@@ -52,7 +52,7 @@ def test_loraplus_on_an_attached_adapter(hf_tiny, tmp_path):
     from mlx_qlora.adapters.load import load_adapter
     from mlx_qlora.adapters.peft import save_adapter
     from mlx_qlora.config import build
-    from mlx_qlora.run import prepare
+    from mlx_qlora.preparation import prepare
 
     save_adapter(adapted(hf_tiny[1]), tmp_path / "adapter", "org/base")
     ours = load_adapter(load_folder(hf_tiny[1]), tmp_path / "adapter")

@@ -16,11 +16,11 @@ from typing import Any
 from mlx_qlora.checks.finding import Finding
 from mlx_qlora.checks.offer import on_offer
 from mlx_qlora.errors import SourceError, UserError
+from mlx_qlora.estimates import trainable
 from mlx_qlora.model import hub
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.weights import open_checkpoint
-from mlx_qlora.planner import trainable
 from mlx_qlora.train.memory import adapter_bytes
 
 PATIENCE = 2.5  # seconds until the hub counts as away

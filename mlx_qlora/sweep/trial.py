@@ -20,8 +20,8 @@ from mlx_qlora.console import say, warn
 from mlx_qlora.data.batches import collate
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.preparation import Prepared, prepare
 from mlx_qlora.record import deciding_values, write_record
-from mlx_qlora.run import Prepared, prepare
 from mlx_qlora.sweep.compare import Losses
 from mlx_qlora.train.checkpoint import disk_errors, load_checkpoint, restore_set_aside, step_of
 from mlx_qlora.train.interruption import Interrupted, Interruption

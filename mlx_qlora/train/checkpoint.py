@@ -167,6 +167,8 @@ def disk_errors(output: Path) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is printed: the disk has nothing to do with it
+        raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         there = checkpoints(output)
