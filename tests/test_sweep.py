@@ -463,6 +463,16 @@ def test_a_damaged_record_is_measured_again_and_another_trials_is_not_taken(
 # ---- refusals ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["best.yaml", "sweep.svg"])
+def test_files_of_others_are_left_alone(place: Path, tmp_path: Path, name: str):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(mq.ConfigError, match=f"{name} is not from mlx-qlora and would be overwr"):
+        swept(config(place, tmp_path / "out"), {"r": [2]}, steps=1, rungs=1)
+    assert mine.read_text() == "mine"
+
+
 def test_other_data_and_another_model_are_refused(place: Path, tmp_path: Path, monkeypatch):
     out = tmp_path / "out"
     swept(config(place, out), {"r": [2]}, steps=1, rungs=1)

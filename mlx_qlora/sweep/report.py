@@ -21,7 +21,7 @@ from mlx_qlora.sweep.plot import plot
 from mlx_qlora.sweep.trial import Measured, in_folder
 from mlx_qlora.train.checkpoint import disk_errors
 
-RECORD = "sweep.json"
+RECORD, BEST, PLOT = "sweep.json", "best.yaml", "sweep.svg"
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ def write_sweep(
         text = json.dumps(record, indent=2) + "\n"
         (staging / RECORD).write_text(text, encoding="utf-8")
         if chosen is not None:
-            (staging / "best.yaml").write_text(to_yaml(chosen), encoding="utf-8")
+            (staging / BEST).write_text(to_yaml(chosen), encoding="utf-8")
             lines = {(t.point, i): m for t in trials for i, m in enumerate(t.measured)}
-            (staging / "sweep.svg").write_text(plot(lines), encoding="utf-8")
+            (staging / PLOT).write_text(plot(lines), encoding="utf-8")
     if best is not None:
         console.print(table(trials, rungs))
         for line in findings:
             say(console, f"finding   {line}")
-        say(console, f"winner    {best.name}; {output / 'best.yaml'}\n          {command}")
+        say(console, f"winner    {best.name}; {output / BEST}\n          {command}")
     return SweepResult(output, trials, stages, best, chosen, findings, command, record)
 
 
@@ -227,7 +227,7 @@ def ready_command(output: Path, config: RunConfig, best: Trial) -> str:
         changes = {"max_steps": steps} if steps != tried.max_steps else {}
     if asked.warmup_steps != tried.warmup_steps:
         changes["warmup_steps"] = asked.warmup_steps
-    words = ["mlx-qlora", "train", "--config", str(output / "best.yaml")]
+    words = ["mlx-qlora", "train", "--config", str(output / BEST)]
     return shlex.join([*words, *(f"training.{name}={value}" for name, value in changes.items())])
 
 

@@ -8,6 +8,7 @@ set. Everything known is on disk, so the same command goes on where a killed one
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from mlx_qlora import backend
+from mlx_qlora.adapters.ownership import not_ours
 from mlx_qlora.adapters.peft import original_base
 from mlx_qlora.config import RunConfig, to_dict
 from mlx_qlora.console import say, warn
@@ -45,7 +47,15 @@ from mlx_qlora.sweep.grid import (
     stages,
     start_point,
 )
-from mlx_qlora.sweep.report import Stage, SweepResult, Trial, read_fingerprint, write_sweep
+from mlx_qlora.sweep.report import (
+    BEST,
+    PLOT,
+    Stage,
+    SweepResult,
+    Trial,
+    read_fingerprint,
+    write_sweep,
+)
 from mlx_qlora.sweep.trial import Ground, Measured, measure, recorded
 from mlx_qlora.train.checkpoint import disk_errors, locked
 from mlx_qlora.train.config import batches_of
@@ -90,6 +100,7 @@ def sweep(
     require(1 <= rungs <= 10, "the sweep's rungs", "be from 1 to 10", rungs)
     output = Path(config.checkpointing.output_dir)
     check_output(output)
+    _check_files(output)
     require_trackers([*config.logging.report_to])
     config, ground, loaded = _open(config, output, console)
     if steps is None:
@@ -153,6 +164,13 @@ def _open(config: RunConfig, output: Path, console: Console) -> Any:
 
 def _digest(examples: Examples, validation: Examples) -> str:
     return hashlib.sha256((examples.digest + validation.digest).encode()).hexdigest()
+
+
+def _check_files(output: Path) -> None:
+    """Refuses a folder with files of others that have the names of a sweep's own."""
+    there = [output / name for name in (BEST, PLOT) if os.path.lexists(output / name)]
+    if there and read_fingerprint(output) is None:
+        raise not_ours(there[0], "checkpointing.output_dir")
 
 
 def _check_same(output: Path, fingerprint: dict[str, str]) -> None:
