@@ -5,6 +5,7 @@ Each takes the parsed arguments and a console, and returns what `--json` prints.
 
 import argparse
 import dataclasses
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_qlora.arguments import COMMANDS, completion_script
-from mlx_qlora.console import say
+from mlx_qlora.console import Terminal, say
 from mlx_qlora.errors import ConfigError, UserError
 from mlx_qlora.processes import launched, processes
 from mlx_qlora.typed import config_of
@@ -34,7 +35,7 @@ def run_command(args: argparse.Namespace) -> Found:
     if args.command == "completion":
         print(completion_script(args.shell), end="")
         return None
-    console = Console(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
+    console = Terminal(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
     if launched() and processes().size > 1:
         return _train_together(console, args)
     config = config_of(args)
@@ -243,7 +244,7 @@ def _standard_input() -> str:
         raise ConfigError("--prompt - reads standard input, which is closed; pass --prompt TEXT")
     try:
         # Not as text: in a C locale Python would take any bytes for it.
-        return sys.stdin.buffer.read().decode(sys.stdin.encoding)
+        return io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict").read()
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--prompt -: standard input is no {error.encoding} at byte {error.start}; convert it, "

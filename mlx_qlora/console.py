@@ -1,6 +1,20 @@
 """Lines for a person: plain ones where nobody has a terminal."""
 
+import errno
+
 from rich.console import Console
+
+
+class Terminal(Console):
+    """Rich's console, which would end the program with 1 where nobody reads what it prints."""
+
+    def on_broken_pipe(self) -> None:
+        """Leaves it to the command line.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
 
 
 def say(console: Console, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from mlx_qlora import backend
-from mlx_qlora.adapters.load import load_adapter, read_adapter_config
+from mlx_qlora.adapters.load import is_mlx_lm, load_adapter, read_adapter_config
 from mlx_qlora.adapters.ownership import (
     ADAPTER_FOLDER,
     RECORD,
@@ -165,9 +165,11 @@ def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
     Raises:
         ConfigError: naming the first field, its value in the adapter and the one asked for.
     """
-    default = LoraConfig()
+    default, untold = LoraConfig(), {"loraplus_lr_ratio", "init_lora_weights"}  # no file says them
+    if is_mlx_lm(Path(adapter).expanduser()):  # which lists every matrix, and scale x rank
+        untold |= {"target_modules", "layers_to_transform", "lora_alpha"}
     for name in (field.name for field in dataclasses.fields(LoraConfig)):
-        if name == "loraplus_lr_ratio":  # of the training alone
+        if name in untold:
             continue
         wanted, has = getattr(asked, name), getattr(trained, name)
         if wanted != getattr(default, name) and _meaning(wanted) != _meaning(has):

@@ -62,10 +62,11 @@ def write_record(
         "fingerprint": fingerprint,
         "data": {"rows": len(examples), "tokens": int(examples.lengths.sum())},
     }
-    with staged(output) as staging:
-        (staging / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+    with staged(output) as staging:  # first: by this one a folder is known to be ours
         text = json.dumps(record, indent=2) + "\n"
         (staging / "training_args.json").write_text(text, encoding="utf-8")
+    with staged(output) as staging:
+        (staging / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,9 @@
 """What was typed becomes a config: a file, flags and assignments, the later over the earlier."""
 
 import argparse
+import glob
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.arguments import COMMANDS, SHORTHANDS
@@ -47,7 +48,7 @@ def _assignments(args: argparse.Namespace) -> list[str]:
     words, takes_file = [*args.overrides], hasattr(args, "file")
     if takes_file and args.file is not None:  # argparse has it from anywhere among the words
         words.insert(0, args.file)
-    files = [word for word in words if "=" not in word or _is_path(word)]
+    files = [word for word in words if "=" not in word or (takes_file and _is_path(word))]
     if files and not takes_file:
         can_read = "--data" in COMMANDS[args.command].shorthands
         hint = f"; for a file of rows pass --data {files[0]}" if can_read else ""
@@ -61,8 +62,11 @@ def _assignments(args: argparse.Namespace) -> list[str]:
 
 
 def _is_path(word: str) -> bool:
-    """Whether a word with an equals sign is yet a file, and no field."""
-    return re.match(r"\w+\.\w+=", word) is None and Path(word).expanduser().exists()
+    """Whether a word with an equals sign is yet a file (lang=en/rows.jsonl), and no field."""
+    if re.match(r"\w+\.\w+=", word):
+        return False
+    path = os.path.expanduser(word)
+    return "/" in word.partition("=")[0] or os.path.exists(path) or bool(glob.glob(path))
 
 
 def _with_record(

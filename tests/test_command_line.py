@@ -142,7 +142,7 @@ def test_a_run_says_how_often_it_sees_its_rows(
     assert len(warnings) == 2
     assert "training.warmup_steps=30 is all of the run's 30 steps" in warnings[0]
     assert warnings[0].endswith("; set training.warmup_steps=3")
-    assert "30 passes over 24 examples learn them by heart; 3 steps are 3 passes" in warnings[1]
+    assert "30 passes over 24 examples learn them by heart; set training.max_steps=3" in warnings[1]
 
 
 def test_json_of_a_run_has_its_figures_and_leaves_standard_output_alone(
@@ -385,7 +385,7 @@ def test_a_word_gets_the_field_that_it_usually_means(
 @pytest.mark.parametrize(
     "line", ["{} data.max_length=64", "data.max_length=64 {}", "--model m data.max_length=64 {}"]
 )
-@pytest.mark.parametrize("file", ["rows.jsonl", "a=b.jsonl"])
+@pytest.mark.parametrize("file", ["rows.jsonl", "a=b.jsonl", "by/lang=en/*.jsonl"])
 def test_the_file_to_inspect_may_stand_anywhere(
     line: str,
     file: str,
@@ -394,10 +394,16 @@ def test_the_file_to_inspect_may_stand_anywhere(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path(file).touch()
+    Path("a=b.jsonl").touch()
     assert main(["inspect", *line.format(file).split(), "--print-config", "--json"]) == 0
     data = found(capsys)["data"]
     assert (data["path"], data["max_length"]) == (file, 64)
+
+
+@pytest.mark.parametrize("text", ["Why is a = b? " * 30, "~nobody=1"])
+def test_a_text_in_a_wrong_place_is_no_path(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", "m", text]) == 2
+    assert capsys.readouterr().err.startswith("mlx-qlora: expected section.field=value, got ")
 
 
 # ---- what stands at the other end of a pipe ----------------------------------------------------
@@ -409,6 +415,11 @@ def shell(line: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         ["bash", "-c", line], env={**os.environ, **us}, capture_output=True, timeout=120, **how
     )
+
+
+def test_a_reader_that_has_seen_enough_ends_what_rich_prints_too() -> None:
+    done = shell("$us doctor | true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stderr) == (128 + 13, b"")
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly() -> None:

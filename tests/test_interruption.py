@@ -182,6 +182,31 @@ def test_what_follows_a_closed_terminal_is_no_second_thought(tmp_path: Path) -> 
     assert code == 128 + signal.SIGHUP and saved.read_text() == "saved"
 
 
+def test_a_pipe_that_closes_with_the_terminal_is_written_to_no_more(tmp_path: Path) -> None:
+    """As of a launcher, which passes on what its processes print."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(tmp_path / "saved")],
+        cwd=crash.ROOT,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_terminal_that_is_closed_after_ctrl_c_does_not_end_the_saving() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        interruption._heard = []
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert (interruption.signum, interruption.came) == (signal.SIGTERM, signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @BOTH
 def test_a_second_signal_stops_at_once(name: str, alone: crash.LeftAlone, tmp_path: Path) -> None:
     words = crash.command(alone.inputs, tmp_path)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -248,7 +249,9 @@ def test_files_of_others_are_never_overwritten(finished, tmp_path, name, text):
     path.parent.mkdir(parents=True)
     path.write_text(text)
     values = {**values, "checkpointing": {"output_dir": str(tmp_path / "out")}}
-    with pytest.raises(mq.ConfigError, match="is not from mlx-qlora and would be overwritten"):
+    with pytest.raises(
+        mq.ConfigError, match="is not known to be from mlx-qlora and would be overwritten"
+    ):
         run(build(values), Console(quiet=True))
     assert path.read_text() == text
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
@@ -278,7 +281,7 @@ def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp
         ({"r": 4, "lora_alpha": 1}, "lora.lora_alpha is 8"),
         ({"target_modules": ["q_proj"]}, "lora.target_modules is ['q_proj', 'k_proj'"),
         ({"use_dora": True}, "lora.use_dora is False"),
-        ({"init_lora_weights": "pissa"}, "lora.init_lora_weights is True"),
+        ({"init_lora_weights": "pissa"}, None),  # of the beginning, which is over
         ({}, None),
         ({"r": 4, "lora_alpha": 8, "loraplus_lr_ratio": 4, "layers_to_transform": []}, None),
         ({"target_modules": "all-linear"}, None),
@@ -298,6 +301,25 @@ def test_another_shape_than_the_adapters_is_refused(finished, tmp_path, lora, to
     with pytest.raises(mq.ConfigError) as caught:
         open_run(build(values), Console(quiet=True))
     assert str(caught.value).startswith(told.format(folder / "out"))
+
+
+def test_an_adapter_s_own_settings_fit_its_copy_for_mlx_lm(finished, tmp_path):
+    folder, values, _, _ = finished
+    own = read_yaml(folder / "out" / "run.yaml")
+    own["model"] = {**values["model"], "adapter": str(folder / "out" / "mlx")}
+    own["checkpointing"] = {"output_dir": str(tmp_path / "more")}
+    assert open_run(build(own), Console(quiet=True)).plan.trainable
+    own["lora"]["r"] = 64
+    with pytest.raises(mq.ConfigError, match=r"lora\.r is 4"):
+        open_run(build(own), Console(quiet=True))
+
+
+def test_a_run_that_died_between_its_two_records_goes_on(finished, tmp_path):
+    folder, values, _, _ = finished
+    (tmp_path / "out").mkdir()
+    shutil.copy(folder / "out" / "training_args.json", tmp_path / "out")
+    values = {**values, "checkpointing": {"output_dir": str(tmp_path / "out")}}
+    assert open_run(build(values), Console(quiet=True)).plan.trainable
 
 
 def test_a_notebook_run_records_the_model_it_used(finished, tmp_path):

@@ -468,7 +468,7 @@ def test_files_of_others_are_left_alone(place: Path, tmp_path: Path, name: str):
     mine = tmp_path / "out" / name
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(mq.ConfigError, match=f"{name} is not from mlx-qlora and would be overwr"):
+    with pytest.raises(mq.ConfigError, match=f"{name} is not known to be from mlx-qlora"):
         swept(config(place, tmp_path / "out"), {"r": [2]}, steps=1, rungs=1)
     assert mine.read_text() == "mine"
 

@@ -60,8 +60,8 @@ def check_names(folder: Path, names: Iterable[str], field: str = "folder") -> No
 def not_ours(path: Path, field: str) -> ConfigError:
     """The error about one file or folder of others."""
     return ConfigError(
-        f"{field}: {path} is not from mlx-qlora and would be overwritten; choose another folder "
-        "with --output-dir"
+        f"{field}: {path} is not known to be from mlx-qlora and would be overwritten; choose "
+        "another folder with --output-dir"
     )
 
 

@@ -18,12 +18,14 @@ class Course:
         examples: to learn from.
         passes: how often each of them is seen, as a fraction.
         warmup_steps: through which the rate rises.
+        by_passes: whether the config says how many passes, and not how many steps.
     """
 
     steps: int
     examples: int
     passes: float
     warmup_steps: int
+    by_passes: bool = False
 
     def __str__(self) -> str:
         passes = f"{self.passes:,.0f}" if self.passes >= 10 else f"{self.passes:.2f}"
@@ -41,10 +43,10 @@ class Course:
             )
         if self.passes > MANY:
             usual = math.ceil(self.steps / self.passes * USUAL)
+            fewer = f"num_train_epochs={USUAL}" if self.by_passes else f"max_steps={usual}"
             found.append(
                 f"{self.passes:,.0f} passes over {self.examples:,} examples learn them by heart; "
-                f"{usual:,} steps are {USUAL} passes: set training.num_train_epochs={USUAL}, or "
-                "collect more rows"
+                f"set training.{fewer}, which is {USUAL} passes, or collect more rows"
             )
         return found
 
@@ -52,4 +54,5 @@ class Course:
 def course_of(training: TrainingConfig, batches: Batches, examples: int) -> Course:
     """How long a run on these batches is."""
     passes = batches.epoch(training.micro_batches(batches))
-    return Course(training.total_steps(batches), examples, passes, training.warmup_steps)
+    by_passes = training.num_train_epochs is not None
+    return Course(training.total_steps(batches), examples, passes, training.warmup_steps, by_passes)

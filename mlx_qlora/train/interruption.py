@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import threading
 from pathlib import Path
 from types import FrameType
@@ -49,7 +50,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        self._terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
+        self._heard = [descriptor for descriptor in (1, 2) if not _is_file(descriptor)]
         if threading.current_thread() is threading.main_thread():
             for number in WATCHED:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `command &` leaves SIGINT
@@ -60,28 +61,30 @@ class Interruption:
         self._restore()
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        self.came = signum
+        self.came = self.came or signum
         if not self._together:
-            self.signum = signum
+            self.signum = self.came
         if signum != signal.SIGHUP:
-            self._restore()
+            self._restore(but=signal.SIGHUP)
             return
-        # The terminal is gone: writing to it would fail, before the checkpoint is written. The
-        # SIGTERM that ssh and launchers send behind it is no second thought of a person.
+        # The terminal is gone, or who read our pipe: writing there would fail, before the
+        # checkpoint is written. What ssh and launchers send behind it is no second thought.
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in self._terminals:
+        for descriptor in self._heard:
             os.dup2(nowhere, descriptor)
         os.close(nowhere)
 
-    def _restore(self) -> None:
+    def _restore(self, but: int | None = None) -> None:
+        kept = {number: self._before.pop(number) for number in (but,) if number in self._before}
         for number, handler in self._before.items():
             # None: the handler was set by code that is not Python's, and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        self._before = kept
 
 
-def _is_terminal(descriptor: int) -> bool:
+def _is_file(descriptor: int) -> bool:
+    """Whether it stays when a terminal is closed; true where there is none, too."""
     try:
-        return os.isatty(descriptor)
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
     except OSError:
-        return False
+        return True
