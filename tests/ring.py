@@ -142,7 +142,7 @@ def one(
     poison: int | None = None,
     pause: float = 0.0,
     version: str | None = None,
-    starved: int | None = None,
+    starved: tuple[int, int] | None = None,
     slow_save: float = 0.0,
     patience: float | None = None,
     signalled: int | None = None,
@@ -154,7 +154,7 @@ def one(
         poison: a row of the stream whose forward gives NaN.
         pause: seconds before each step, for those who want to meet one in time.
         version: that this process says it has.
-        starved: a step in which there is no memory to move the weights.
+        starved: first and last attempt, from 1, for which there is no memory to move the weights.
         slow_save: seconds that the disk needs for a checkpoint besides.
         patience: seconds that others are waited for, whatever this process's own work took.
         signalled: a validation, from 1, within which SIGTERM comes.
@@ -202,7 +202,7 @@ def one(
         return embed(self, part) * (float("nan") if self.is_poisoned else 1.0)
 
     def starved_move(self: Any, *args: Any) -> Any:
-        if next(moves) == starved:
+        if starved and starved[0] <= next(moves) <= starved[1]:
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         return move(self, *args)
 

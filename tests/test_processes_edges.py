@@ -37,7 +37,9 @@ def found(place: Place) -> dict[str, Any]:
         "slow": one_of("slow", "training.max_steps=8", **slow),
         "signalled": [one_of("signalled"), one_of("signalled", signalled=STEPS // 5)],
         "tested": one_of("tested", *SPLIT),
-        "starved": [one_of("starved"), one_of("starved", starved=9)],  # the last: it ends them
+        "hungry": [one_of("hungry"), one_of("hungry", starved=(4, 4))],
+        "full": one_of("full"),
+        "starved": [one_of("starved"), one_of("starved", starved=(9, 10))],  # the last: it ends
     }
     folder = place.folder / "found"
     words = ring.prepare(2, [*runs.values()], folder)
@@ -70,10 +72,18 @@ def test_test_rows_are_shared_out_and_scored_as_by_one(place: Place, found: dict
     assert found["tested"][1]["out"] == ""
 
 
-def test_memory_that_ends_while_weights_are_moved_ends_the_run(
+def test_memory_that_ends_once_while_weights_are_moved_changes_nothing(
     place: Place, found: dict[str, Any]
 ) -> None:
     """The sums of that step were sent: sent again they would meet those of the next one."""
+    assert [each["code"] for each in found["hungry"] + found["full"]] == [0] * 4
+    assert len({each["weights"] for each in found["hungry"] + found["full"]}) == 1
+    assert found["hungry"][1]["sent"] != [] == found["hungry"][1]["err"].splitlines()
+
+
+def test_memory_that_ends_while_weights_are_moved_ends_the_run(
+    place: Place, found: dict[str, Any]
+) -> None:
     first, second = found["starved"]
     assert [first["code"], second["code"]] == [2, 2]
     assert "out of memory while the weights are moved; lower lora.r" in second["err"]

@@ -69,7 +69,7 @@ class Update:
                 reason = _reason(error)
             # Outside of the handler, whose traceback would keep the arrays of the step alive.
             self.shrink(max(batch.tokens.shape[0] for batch in micro_batches), reason)
-        return None if found is None else self._move(found, rate)
+        return None if found is None else self._outcome(found, rate)
 
     def _gradients(self, micro_batches: list[Batch]) -> "Gradients | None":
         """What this process's rows say; None if a signal came meanwhile."""
@@ -92,36 +92,51 @@ class Update:
         assert total is not None
         return Gradients(total, nats, own, losses)
 
-    def _move(self, found: "Gradients", rate: float) -> Outcome:
-        """Sums over the processes, and moves the weights.
-
-        It is not tried again: sums are sent once, and fewer rows would need no less memory here.
-        """
-        optimizer, total, nats, counts = self.optimizer, found.total, found.nats, found.counts
-        before = optimizer.weights, optimizer.mean, optimizer.square, optimizer.step
-        own_finite = True
-        try:
-            if self.gradient_sum is not None:
-                own_finite = bool(mx.stack([mx.isfinite(g).all() for g in total.values()]).all())
-                counts = replace(counts, signum=self.interruption.came)
+    def _outcome(self, found: "Gradients", rate: float) -> Outcome:
+        """Sums over the processes, and moves the weights."""
+        total, nats, counts, own_finite = found.total, found.nats, found.counts, True
+        if self.gradient_sum is not None:
+            own_finite = bool(mx.stack([mx.isfinite(g).all() for g in total.values()]).all())
+            counts = replace(counts, signum=self.interruption.came)
+            try:
                 total, nats, counts = self.gradient_sum.finish(total, nats, counts)
-            norm = optimizer.update(total, counts.supervised, rate, nats)
-            mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
-        except (RuntimeError, MemoryError) as error:
-            optimizer.weights, optimizer.mean, optimizer.square, optimizer.step = before
-            reason = _reason(error)
-            if backend.is_out_of_memory(reason):
-                words = f"out of memory while the weights are moved; lower lora.r ({reason})"
-            else:
-                words = f"the device gave up: {reason}{backend.hint(reason)}"
-            raise StepError(words, again=True) from None
+            except RuntimeError as error:
+                raise _gave_up(_reason(error)) from None
+        norm = self._move(total, nats, counts.supervised, rate)
 
         mean = number(nats) / max(counts.supervised, 1)
         outcome = Outcome(mean, number(norm), counts.tokens, counts.rows, counts.signum)
         if outcome.finite:
             return outcome
-        optimizer.step -= 1  # AdamW counts updates, and this was none
+        self.optimizer.step -= 1  # AdamW counts updates, and this was none
         return replace(outcome, suspects=found.suspects(self.gradient_sum is None, own_finite))
+
+    def _move(
+        self, total: dict[str, mx.array], nats: mx.array, supervised: int, rate: float
+    ) -> mx.array:
+        """Moves the weights; returns the gradient's norm.
+
+        Where memory ends, all that is only kept in stock is given back, and it is tried once more.
+        Fewer rows would not help here, and what was summed over processes is not sent again.
+        """
+        optimizer, is_last = self.optimizer, False
+        before = optimizer.weights, optimizer.mean, optimizer.square, optimizer.step
+        while True:
+            try:
+                norm = optimizer.update(total, supervised, rate, nats)
+                mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
+                return norm
+            except (RuntimeError, MemoryError) as error:
+                optimizer.weights, optimizer.mean, optimizer.square, optimizer.step = before
+                reason = _reason(error)
+            if not backend.is_out_of_memory(reason):
+                raise _gave_up(reason)
+            if is_last:
+                words = f"out of memory while the weights are moved; lower lora.r ({reason})"
+                raise StepError(words, again=True)
+            is_last = True
+            gc.collect()
+            mx.clear_cache()
 
     def shrink(self, rows: int, reason: str) -> None:
         """Halves what is computed at once, if that can help.
@@ -130,7 +145,7 @@ class Update:
             StepError: it cannot.
         """
         if not backend.is_out_of_memory(reason):
-            raise StepError(f"the device gave up: {reason}{backend.hint(reason)}", again=True)
+            raise _gave_up(reason)
         gc.collect()
         mx.clear_cache()
         if self.parts >= rows:
@@ -189,6 +204,10 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 def _reason(error: Exception) -> str:
     return str(error) or "out of memory"  # Python's own MemoryError has no words
+
+
+def _gave_up(reason: str) -> StepError:
+    return StepError(f"the device gave up: {reason}{backend.hint(reason)}", again=True)
 
 
 def dropout_keys(seed: int, rows: tuple[int, ...]) -> mx.array:
