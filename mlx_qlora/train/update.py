@@ -95,6 +95,7 @@ class Update:
     def _outcome(self, found: "Gradients", rate: float) -> Outcome:
         """Sums over the processes, and moves the weights."""
         total, nats, counts, own_finite = found.total, found.nats, found.counts, True
+        found.total = {}  # a sum over processes takes their place
         if self.gradient_sum is not None:
             own_finite = bool(mx.stack([mx.isfinite(g).all() for g in total.values()]).all())
             counts = replace(counts, signum=self.interruption.came)
@@ -162,7 +163,7 @@ class Update:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gradients:
     """What one process has found in a step.
 
