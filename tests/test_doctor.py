@@ -509,7 +509,7 @@ def test_variables_that_matter(monkeypatch):
 def report(monkeypatch, findings, *words, **how):
     monkeypatch.setattr(doctor, "examine", lambda *args: iter(findings))
     out = io.StringIO()
-    monkeypatch.setattr(commands, "Console", lambda **_: Console(file=out, **how))
+    monkeypatch.setattr(commands, "Terminal", lambda **_: Console(file=out, **how))
     code = main(["doctor", *words])
     return code, out.getvalue()
 
