@@ -18,6 +18,9 @@ help: ## Show this list
 demo: $(VENV)/.base ## Fine-tune a real 4-bit model on this machine, a few minutes
 	$(BIN)/python examples/demo.py
 
+# Two workers have a core each: more threads would wait for one another.
+test quick: export OPENBLAS_NUM_THREADS ?= 1
+
 test: $(VENV)/.test tools ## Run all tests, the oracles with torch and PEFT included
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
