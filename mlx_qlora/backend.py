@@ -103,12 +103,27 @@ def frozen_matmul(
     return name  # pyright: ignore[reportReturnType]
 
 
+_processes_here = 1
+
+
+def share_cores(processes: int) -> None:
+    """Notes how many processes of this run are on this machine; each uses its share of `cores`."""
+    global _processes_here
+    _processes_here = processes
+
+
 def cores() -> int:
-    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side."""
+    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side.
+
+    Processes that share a machine keep to their share. Each with a thread for every core, two of
+    them on two cores took 2.5 times as long: whoever waits for a sum keeps a core busy, too.
+    """
     if backend().device != "cpu":
         return 1
+    of_machine = os.cpu_count() or 1
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if has_affinity else of_machine
+    return max(1, min(allowed, of_machine // _processes_here))
 
 
 def facts() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from mlx_qlora.errors import ConfigError, ProcessError, UserError, listing
 
 # What launchers leave in the environment: mlx.launch, Open MPI, MPICH.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+LOCALLY = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # processes on the same machine
 # Seconds that others are waited for: while all prepare or the first one writes, and in a run beyond
 # ten times what this process's own longest piece of work took (machines may differ).
 TO_BEGIN, AT_LEAST, TIMES = 1800.0, 20.0, 10.0
@@ -242,10 +243,25 @@ def launched() -> bool:
     return any(name in os.environ for name in LAUNCHED)
 
 
-def _is_alone() -> bool:
-    """Whether `mlx.launch -n 1` has started this process: its list of hosts is empty."""
-    hosts = Path(os.environ.get("MLX_HOSTFILE", os.devnull))
-    return "MLX_HOSTFILE" in os.environ and hosts.is_file() and not hosts.read_text().strip()
+def _hosts() -> list[list[str]] | None:
+    """The ring's list of addresses, by rank, as `mlx.launch` writes it; None if there is none.
+
+    That of `mlx.launch -n 1` is an empty file.
+    """
+    file = Path(os.environ.get("MLX_HOSTFILE", os.devnull))
+    try:
+        return json.loads(file.read_text().strip() or "[]") if file.is_file() else None
+    except ValueError:
+        return None  # MLX says what is wrong with it
+
+
+def _on_this_machine(rank: int) -> int:
+    """How many processes the launcher has started on this one's machine, as far as it says so."""
+    if hosts := _hosts():
+        own = {address.rpartition(":")[0] for address in hosts[rank]}
+        return sum(not own.isdisjoint(a.rpartition(":")[0] for a in others) for others in hosts)
+    said = [os.environ[name] for name in LOCALLY if name in os.environ]
+    return int(said[0]) if said else 1
 
 
 @functools.cache
@@ -255,13 +271,16 @@ def processes() -> Processes:
     Raises:
         ProcessError: the launcher's other processes cannot be reached.
     """
-    if not launched() or _is_alone():
+    if not launched() or _hosts() == []:
         return Processes(None)
     try:
         group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the other processes cannot be reached: {error}") from None
-    return Processes(group if group.size() > 1 else None)
+    if group.size() == 1:
+        return Processes(None)
+    backend.share_cores(_on_this_machine(group.rank()))
+    return Processes(group)
 
 
 def tells(error: UserError) -> bool:

@@ -146,6 +146,7 @@ def one(
     slow_save: float = 0.0,
     patience: float | None = None,
     signalled: int | None = None,
+    cores: int | None = None,
 ) -> dict[str, Any]:
     """One run of the command line in this process.
 
@@ -158,24 +159,26 @@ def one(
         slow_save: seconds that the disk needs for a checkpoint besides.
         patience: seconds that others are waited for, whatever this process's own work took.
         signalled: a validation, from 1, within which SIGTERM comes.
+        cores: that this process may use, whatever its share of the machine's is.
 
     Returns:
         code: the exit code; out, err: what was printed; sent: `Processes.sent_bytes` before the
         first step and after each; wire: bytes of this process that the other end of a TCP
         connection has acknowledged, at the same times; weights: the hash of what the model held
-        after training.
+        after training; cores: that it could use; parts: most that were computed side by side.
     """
-    from mlx_qlora import cli, preparation, run
+    from mlx_qlora import backend, cli, preparation, run
     from mlx_qlora import processes as room
     from mlx_qlora.processes import processes
-    from mlx_qlora.train import engine, loop, optim, update
+    from mlx_qlora.train import engine, loop, optim, parts, update
 
-    found: dict[str, Any] = {"sent": [], "wire": []}
+    found: dict[str, Any] = {"sent": [], "wire": [], "parts": 0}
     out, err = io.StringIO(), io.StringIO()
     train, step, call = run.train, update.Update.step, engine.Engine.__call__
     embed, steps = engine.Engine._embed, itertools.count()
     move, moves = optim.AdamW.update, itertools.count(1)
     save, score, scored = loop.save_checkpoint, loop.score, itertools.count(1)
+    side_by_side = engine.side_by_side
 
     def count() -> None:
         found["sent"].append(processes().sent_bytes)
@@ -206,6 +209,10 @@ def one(
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         return move(self, *args)
 
+    def counted_side_by_side(walks: Any, *args: Any) -> None:
+        found["parts"] = max(found["parts"], len(walks))
+        side_by_side(walks, *args)
+
     def slow_save_checkpoint(*args: Any) -> Any:
         time.sleep(slow_save)
         return save(*args)
@@ -217,6 +224,7 @@ def one(
 
     with contextlib.ExitStack() as patches:
         change = [(run, "train", told_train), (update.Update, "step", told_step)]
+        change += [(engine, "side_by_side", counted_side_by_side)]
         if poison is not None:
             change += [(engine.Engine, "__call__", poisoned_call)]
             change += [(engine.Engine, "_embed", poisoned_embed)]
@@ -224,6 +232,7 @@ def one(
         change += [(optim.AdamW, "update", starved_move)] if starved else []
         change += [(loop, "save_checkpoint", slow_save_checkpoint)] if slow_save else []
         change += [(loop, "score", signalled_score)] if signalled else []
+        change += [(each, "cores", lambda: cores) for each in (parts, optim)] if cores else []
         if patience is not None:
             change += [(room, "AT_LEAST", patience), (room, "TIMES", 0.0)]
         for owner, name, new in change:
@@ -231,6 +240,7 @@ def one(
         patches.enter_context(contextlib.redirect_stdout(out))
         patches.enter_context(contextlib.redirect_stderr(err))
         code = cli.main(words)
+        found["cores"] = backend.cores()
     return {**found, "code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 

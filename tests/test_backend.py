@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_qlora import backend as room
 from mlx_qlora.backend import Backend, backend, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
 
@@ -172,6 +173,29 @@ def test_the_device_decides_dtype_and_strategy() -> None:
 )
 def test_a_dequantised_copy_is_kept_where_it_helps_and_fits(device, dense_bytes, strategy) -> None:
     assert frozen_matmul("auto", int(dense_bytes), device, 10 * 1000**3) == strategy
+
+
+@pytest.mark.parametrize(
+    ("of_machine", "allowed", "processes", "share"),
+    [
+        (8, 8, 1, 8),
+        (8, 8, 2, 4),
+        (8, 3, 2, 3),  # a launcher has bound each process to cores of its own
+        (8, 8, 9, 1),
+        (None, 2, 2, 1),  # a system that does not say how many there are
+    ],
+)
+def test_processes_of_one_machine_share_its_cores(
+    monkeypatch, of_machine, allowed, processes, share
+) -> None:
+    monkeypatch.setattr(room, "backend", lambda: Backend("cpu", mx.float32))
+    monkeypatch.setattr(room, "_processes_here", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: of_machine)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(allowed), raising=False)
+    room.share_cores(processes)
+    assert room.cores() == share
+    monkeypatch.setattr(room, "backend", lambda: Backend("metal", mx.bfloat16))
+    assert room.cores() == 1
 
 
 def test_this_machine_is_asked_where_no_other_is_named() -> None:

@@ -20,6 +20,7 @@ import ring
 from safetensors.numpy import load_file
 from tiny_folder import write_model
 
+from mlx_qlora import backend
 from mlx_qlora.processes import AT_LEAST, TIMES, WORDS
 from mlx_qlora.train.checkpoint import checkpoints, read_state
 from mlx_qlora.train.gradient_sum import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientSum
@@ -41,6 +42,7 @@ KINDS = {
     "poisoned": (),
     "epoch": ("training.max_steps=null", "training.num_train_epochs=1"),
     "large": ("lora.r=512", "training.max_steps=4", "checkpointing.save_steps=9"),
+    "wide": ("training.per_device_train_batch_size=3",),
 }
 POISONED_ROW = 25  # of the stream: of step 5, and of the second process
 
@@ -79,8 +81,12 @@ class Place:
         ]
 
     def run(self, name: str, n: int) -> dict[str, Any]:
-        poison = POISONED_ROW if name == "poisoned" else None
-        return {"words": self.words(name, n, *KINDS[name]), "poison": poison}
+        words = self.words(name, n, *KINDS[name])
+        if name == "poisoned":
+            return {"words": words, "poison": POISONED_ROW}
+        if name == "wide":  # two parts of a micro-batch side by side in every process
+            return {"words": [*words, f"training.gradient_accumulation_steps={2 // n}"], "cores": 2}
+        return {"words": words}
 
     def runs(self, n: int, *names: str) -> dict[str, Any]:
         """Name -> what was found by each rank."""
@@ -95,12 +101,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def alone(place: Place) -> dict[str, Any]:
-    return place.runs(1, "packed", "loose", "best", "poisoned", "epoch")
+    return place.runs(1, "packed", "loose", "best", "poisoned", "epoch", "wide")
 
 
 @pytest.fixture(scope="module")
 def two(place: Place) -> dict[str, Any]:
-    return place.runs(2, "packed", "loose", "best", "poisoned", "large")
+    return place.runs(2, "packed", "loose", "best", "poisoned", "large", "wide")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 # ---- the same run --------------------------------------------------------------------------------
 
-SAME = [(2, "packed"), (2, "loose"), (2, "best"), (2, "poisoned")]
+SAME = [(2, "packed"), (2, "loose"), (2, "best"), (2, "poisoned"), (2, "wide")]
 SAME += [(3, "packed"), (3, "poisoned"), (3, "epoch")]
 
 
@@ -161,6 +167,7 @@ def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(
     assert best[-1]["step"] < STEPS and min(losses, key=losses.__getitem__) < best[-1]["step"]
     skipped = [record for record in history(place.output("poisoned", 1)) if "skipped" in record]
     assert [record["step"] for record in skipped] == [POISONED_ROW // 6 + 1]
+    assert [alone[name][0]["parts"] for name in ("packed", "wide")] == [1, 2]
     # The last step of the pass has rows for some processes only.
     epoch = history(place.output("epoch", 1))[-1]
     rows = json.loads((checkpoints(place.output("epoch", 1))[-1] / "resume_state.json").read_text())
@@ -178,6 +185,12 @@ def test_the_first_process_alone_writes_and_prints(
         assert [log.name for log in logs] == [f"rank-{rank}.log" for rank in range(1, n)]
         for rank, log in enumerate(logs, 1):
             assert f"process {rank} of {n}" in log.read_text()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_of_one_machine_share_its_cores(together: dict[str, Any], n: int) -> None:
+    share = max(1, min(backend.cores(), (os.cpu_count() or 1) // n))
+    assert {found["cores"] for found in together["packed"]} == {share}
 
 
 @pytest.mark.parametrize("n", [2, 3])

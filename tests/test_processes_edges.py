@@ -1,7 +1,9 @@
 """Several processes of which one alone meets with something, or with hardly anything to do."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,46 @@ def test_a_launcher_of_one_process_may_plan(
     assert main(["plan", "--model", str(place.model), "model.bits=null"]) == 0
     room.processes.cache_clear()
     assert "predicted peak" in capsys.readouterr().out
+
+
+RING = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5000"], ["10.0.1.1:5002"], ["[::1]:5000"]]
+
+
+@pytest.mark.parametrize(
+    ("environ", "rank", "n"),
+    [
+        ({}, 0, 1),
+        ({"MLX_HOSTFILE": "ring"}, 0, 2),
+        ({"MLX_HOSTFILE": "ring"}, 1, 1),
+        ({"MLX_HOSTFILE": "ring"}, 2, 2),
+        ({"MLX_HOSTFILE": "nowhere"}, 0, 1),
+        ({"MLX_HOSTFILE": "spoilt"}, 0, 1),  # MLX says what is wrong with it
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 0, 4),
+        ({"MPI_LOCALNRANKS": "3"}, 7, 3),
+    ],
+)
+def test_launchers_say_how_many_processes_share_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], rank: int, n: int
+) -> None:
+    (tmp_path / "ring").write_text(json.dumps(RING))
+    (tmp_path / "spoilt").write_text('[["10.0.0.1')
+    monkeypatch.chdir(tmp_path)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert room._on_this_machine(rank) == n
+
+
+def test_a_spoilt_list_of_hosts_is_told_without_a_traceback(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text('[["127.0.0.1')
+    run = subprocess.run(
+        [sys.executable, "-m", "mlx_qlora", *place.words("spoilt", 1)],
+        env={**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "the other processes cannot be reached" in run.stderr
 
 
 SCORES = """
