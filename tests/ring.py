@@ -278,8 +278,9 @@ def main() -> None:
     """Runs what `prepare` has written down; what is found is written after each run."""
     # A shell may have told the tests, and so their children, to ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # As where it is not installed, which is allowed: drawing takes longer than training.
-    sys.modules["matplotlib"] = None  # pyright: ignore[reportArgumentType]
+    # As where they are not installed, which is allowed: they take longer than training does.
+    for name in ("matplotlib", "torch"):
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
     folder, rank = Path(sys.argv[1]), os.environ.get("MLX_RANK", "0")
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     found: list[dict[str, Any]] = []
