@@ -23,17 +23,33 @@ def flops_per_token(
     Two for each weight forward and two back, two more where the backward computes it again; the
     head at supervised positions alone; attention up to the diagonal.
     """
-    D, F = llama.hidden_size, llama.intermediate_size
-    Hd, H, K = llama.head_dim, llama.num_attention_heads, llama.num_key_value_heads
-    attention, mlp = D * Hd * (2 * H + 2 * K), 3 * D * F
+    attention, mlp = weights_of_layer(llama)
     typical = sum(n * n for n in lengths) / max(sum(lengths), 1)
-    scores = H * Hd * typical  # q @ k and p @ v, half of T each
-    total = 4.0 * llama.vocab_size * D * supervised
+    # q @ k and p @ v, half of T each
+    scores = llama.num_attention_heads * llama.head_dim * typical
+    total = 4.0 * llama.vocab_size * llama.hidden_size * supervised
     for level in levels:
         total += 4 * (attention + mlp) + 2 * scores * 3.5
         total += 2 * (2 / 3) * mlp if level >= MLP else 0
         total += 2 * attention + 2 * scores if level == LAYER else 0
     return total
+
+
+def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
+    """Bytes of dense weights that a micro-batch takes from memory, however many rows it has.
+
+    All of them forward and back, those of a layer that is recomputed once more.
+    """
+    of_layer = sum(weights_of_layer(llama))
+    passes = sum(3 if level == LAYER else 2 for level in levels)
+    return itemsize * (passes * of_layer + 2 * llama.vocab_size * llama.hidden_size)
+
+
+def weights_of_layer(llama: LlamaConfig) -> tuple[int, int]:
+    """How many frozen weights the linears of one layer's attention have, and those of its MLP."""
+    D, F = llama.hidden_size, llama.intermediate_size
+    heads = 2 * llama.num_attention_heads + 2 * llama.num_key_value_heads
+    return D * llama.head_dim * heads, 3 * D * F
 
 
 def documents_of(

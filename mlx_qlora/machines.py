@@ -7,11 +7,17 @@ which is what the measured chips reach (docs/performance.md has the sources).
 
 import functools
 import re
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlx_qlora import backend
 from mlx_qlora.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 # Teraflops of each chip. Measured: m3-max, m4-max, m3-ultra, m5-max, h100.
 APPLE = {
@@ -23,11 +29,12 @@ APPLE = {
 }
 NVIDIA = {"a100": 250.0, "h100": 798.0, "h200": 798.0}
 # What training reaches of a device's matmul rate (estimates; a CPU's is measured, in docs/log.md).
-REACHED = {"cpu": 0.6, "metal": 0.85, "cuda": 0.55}
+REACHED = {"cpu": 0.45, "metal": 0.85, "cuda": 0.55}
 # What of its memory a device gives to one process. macOS: two thirds of small memories, three
 # quarters of others (the default of `iogpu.wired_limit_mb`); a CPU shares with everything else.
 SMALL_MAC = 36e9
 PROBE = 1024  # rows and columns of the product that measures this machine
+LONG = 1 << 25  # numbers of an array that no cache holds
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,16 @@ class Machine:
         known = {**APPLE, **NVIDIA}.get(chip)
         return known * 1e12 if known else _measured_flops()
 
-    @property
-    def reached(self) -> float:
-        """The share of its matmul rate that training reaches."""
-        return REACHED[self.device]
+    def seconds(self, flops: float, read: int) -> float:
+        """How long training takes for so many multiplications and additions.
+
+        Args:
+            flops: of matmuls.
+            read: bytes of weights that these take from memory. A CPU's cores wait for them, which
+                is most of a small micro-batch's time; a GPU reads them meanwhile.
+        """
+        waiting = read / _measured_reading() if self.device == "cpu" else 0.0
+        return flops / (self.flops * REACHED[self.device]) + waiting
 
 
 @functools.cache
@@ -97,16 +110,33 @@ def machine(name: str | None) -> Machine:
     )
 
 
+@functools.cache
 def _measured_flops() -> float:
-    """The rate of square products on this machine, the best of a few."""
+    """The rate of square products on this machine."""
     import mlx.core as mx
 
     dtype = backend.backend().compute_dtype
     x = mx.random.normal((PROBE, PROBE)).astype(dtype)
-    mx.eval(x, x @ x)
+    return 2 * PROBE**3 / _usual_seconds(lambda: x @ x)
+
+
+@functools.cache
+def _measured_reading() -> float:
+    """Bytes per second that a core reads from memory."""
+    import mlx.core as mx
+
+    x = mx.arange(LONG, dtype=mx.float32)
+    return x.nbytes / _usual_seconds(x.sum)
+
+
+def _usual_seconds(compute: Callable[[], "mx.array"]) -> float:
+    """The median of a few measurements, one more before them to warm up."""
+    import mlx.core as mx
+
+    mx.eval(compute())
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        mx.eval(x @ x)
+        mx.eval(compute())
         times.append(time.perf_counter() - start)
-    return 2 * PROBE**3 / min(times)
+    return statistics.median(times)

@@ -17,6 +17,7 @@ from mlx_qlora.data.batches import padded_width
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.estimates import (
     base_bytes,
+    bytes_read,
     documents_of,
     flops_per_token,
     itemsize_of,
@@ -201,9 +202,12 @@ def plan_checkpoint(
     kept, work = activation_bytes(llama, how, largest, itemsize, where)
     accumulation = training.gradient_accumulation_steps
     step = step_bytes(trained, how.waves, accumulation > 1)
-    flops = flops_per_token(llama, scheduled(usual).levels, usual, supervised)
-    speed, tokens = where.flops * where.reached / flops, sum(usual) * accumulation
-    scaling = Scaling(processes, trained, tokens, tokens / speed) if processes else None
+    usually, tokens = scheduled(usual), sum(usual)
+    flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
+    read = usually.waves * bytes_read(llama, usually.levels, itemsize)
+    seconds = where.seconds(flops, read)  # of a micro-batch
+    of_step = tokens * accumulation, seconds * accumulation
+    scaling = Scaling(processes, trained, *of_step) if processes else None
     sums = scaling.sums_bytes if scaling else 0
     update = update_bytes(trained, where)
     parts = {"base weights": base} | ({"dequantised copy": resident} if resident else {})
@@ -221,7 +225,7 @@ def plan_checkpoint(
         trained,
         how,
         longest,
-        speed,
+        tokens / seconds,
         "" if fits else _advice(parts, dense, how.levels, longest, max(largest)),
         scaling,
     )

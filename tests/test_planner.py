@@ -8,6 +8,7 @@ import pytest
 from conftest import make_hf_model, save_hf
 
 import mlx_qlora as mq
+from mlx_qlora import machines
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import ConfigError
@@ -144,6 +145,39 @@ def test_machines_by_name(name, device, gigabytes):
     assert (found.device, found.itemsize) == (device, 2)
     assert found.working_set_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
     assert found.flops > 1e12
+
+
+def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeypatch):
+    monkeypatch.setattr(machines, "_measured_reading", lambda: 1e9)
+    cpu, gpu = (dataclasses.replace(small(1 << 30), device=name) for name in ("cpu", "cuda"))
+    for each in (cpu, gpu):
+        vars(each)["flops"] = 1e11
+    busy = [1e11 / (1e11 * machines.REACHED[each.device]) for each in (cpu, gpu)]
+    assert cpu.seconds(1e11, 500_000_000) == pytest.approx(busy[0] + 0.5)
+    assert gpu.seconds(1e11, 500_000_000) == pytest.approx(busy[1])
+
+
+def test_few_rows_are_expected_to_take_longer_on_a_cpu(checkpoint_files, monkeypatch):
+    monkeypatch.setattr(machines, "_measured_reading", lambda: 1e9)
+    checkpoint = open_checkpoint(checkpoint_files)
+    where = dataclasses.replace(small(8 << 30), device="cpu")
+    vars(where)["flops"] = 1e11
+
+    def seconds(rows: int, **training: bool) -> float:
+        wanted = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, **training}
+        config = build({"training": wanted, "data": {"max_length": 65}})
+        return 64 * rows / plan_checkpoint(checkpoint, config, where=where).tokens_per_second
+
+    one, two, three = (seconds(rows) for rows in (1, 2, 3))
+    assert two - one == pytest.approx(three - two)  # what a row takes
+    loaded = load_model(open_checkpoint(checkpoint_files), None, mx.float32)
+    dense = sum(
+        weight.size for path, weight in flat(loaded.parameters()).items() if "_proj" in path
+    )
+    head = loaded.config.vocab_size * loaded.config.hidden_size
+    assert one - (two - one) == pytest.approx(2 * 4 * (dense + head) / 1e9)
+    again = seconds(1, gradient_checkpointing=True) - seconds(2, gradient_checkpointing=True) / 2
+    assert 2 * again == pytest.approx(4 * (3 * dense + 2 * head) / 1e9)
 
 
 @pytest.mark.parametrize("name", ["m9-max-64", "m4-max", "m4-max-", "64", "m4 max 64"])
