@@ -143,7 +143,7 @@ def picture(shown: list[tuple[str, list[str]]]) -> str:
             text = Text(line)
             text.highlight_regex(r"^… \d+ lines$", "dim italic")
             text.highlight_regex(
-                r"^(data|lengths|split|epoch|plan|training|done|test|advice)\b", "cyan"
+                r"^(data|lengths|split|epoch|plan|before|training|done|test|advice)\b", "cyan"
             )
             text.highlight_regex(r"\bloss [\d.]+( -> [\d.]+)?", "yellow")
             console.print(text, no_wrap=True, overflow="ellipsis")
