@@ -4,12 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import random_tokens
+from grad_sums import add_grads
 from test_engine import drawn_here, gap, model  # noqa: F401
 
 from mlx_qlora.data.batches import IGNORE, Batch, halves
 from mlx_qlora.model import lora_linear
 from mlx_qlora.model.dropout import kept, position_keys, row_keys, split_keys
-from mlx_qlora.train.engine import Engine, add_grads, loss_and_grads
+from mlx_qlora.train.engine import Engine, loss_and_grads
 from mlx_qlora.train.update import dropout_keys
 from mlx_qlora.tree import flat
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_folder, our_logits, random_tokens, randomise_lora
+from grad_sums import add_grads
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -23,7 +24,7 @@ from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
 from mlx_qlora.train import engine as engine_module
 from mlx_qlora.train import memory, parts
-from mlx_qlora.train.engine import Engine, add_grads, loss_and_grads
+from mlx_qlora.train.engine import Engine, loss_and_grads
 from mlx_qlora.train.loss import cross_entropy
 from mlx_qlora.train.memory import (
     EXPONENTIALS,

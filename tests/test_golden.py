@@ -11,11 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import LLAMA3_ROPE, TINY, load_folder, make_hf_model
+from grad_sums import add_grads
 
 from mlx_qlora.adapters.peft import save_adapter
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.train.engine import Engine, add_grads
+from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.optim import AdamW, learning_rate
 from mlx_qlora.tree import flat
 

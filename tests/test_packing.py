@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, load_folder, our_logits, random_tokens, randomise_lora
+from grad_sums import add_grads
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -20,7 +21,7 @@ from mlx_qlora.data import packing
 from mlx_qlora.data.batches import IGNORE, Batch, collate, make_batches
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.train.engine import add_grads, loss_and_grads
+from mlx_qlora.train.engine import loss_and_grads
 
 Rows = list[list[int]]  # positions of each document of each row
 WIDTH = 48

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import load_folder, random_tokens, randomise_lora
+from grad_sums import add_grads
 from mlx.utils import tree_map
 from rich.console import Console
 from test_loop import make_examples
@@ -32,7 +33,7 @@ from mlx_qlora.train.checkpoint import (
     read_state,
 )
 from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.engine import Engine, add_grads
+from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.interruption import Interruption
 from mlx_qlora.train.loop import train
 from mlx_qlora.train.metrics import LoggingConfig
