@@ -113,13 +113,16 @@ def share_cores(processes: int) -> None:
 
 
 def cores() -> int:
-    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side.
+    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side."""
+    return own_cores() if backend().device == "cpu" else 1
+
+
+def own_cores() -> int:
+    """How many cores of this machine this process may use.
 
     Processes that share a machine keep to their share. Each with a thread for every core, two of
-    them on two cores took 2.5 times as long: whoever waits for a sum keeps a core busy, too.
+    them on two cores took 2.4 times as long: whoever waits for a sum keeps a core busy, too.
     """
-    if backend().device != "cpu":
-        return 1
     of_machine = os.cpu_count() or 1
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     allowed = len(os.sched_getaffinity(0)) if has_affinity else of_machine

@@ -251,7 +251,7 @@ def _hosts() -> list[list[str]] | None:
     file = Path(os.environ.get("MLX_HOSTFILE", os.devnull))
     try:
         return json.loads(file.read_text().strip() or "[]") if file.is_file() else None
-    except ValueError:
+    except (OSError, ValueError):
         return None  # MLX says what is wrong with it
 
 

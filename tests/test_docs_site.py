@@ -11,8 +11,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
-pytest.importorskip("mkdocstrings", reason="pip install '.[docs]'")
 
 
 class Fetched(HTMLParser):

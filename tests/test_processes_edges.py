@@ -17,7 +17,6 @@ from mlx_qlora import processes as room
 from mlx_qlora.processes import RING_PADS, Processes
 from mlx_qlora.train.update import Gradients
 
-pytestmark = pytest.mark.skipif(not mx.distributed.is_available(), reason="MLX has no collectives")
 # Ten rows to test on besides, which both processes score.
 SPLIT = ("data.split=[0.6, 0.2, 0.2]", "--json")
 

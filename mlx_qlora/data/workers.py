@@ -5,7 +5,6 @@ processes that import nothing of the caller's, so a script needs no `__main__` g
 """
 
 import json
-import os
 import platform
 import subprocess
 from collections import deque
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_qlora import backend
 from mlx_qlora.data.encode import Encoded, TooLong, encode_rows, fit
 from mlx_qlora.data.formats import parse
 from mlx_qlora.data.rows import Said, read_row
@@ -81,9 +81,7 @@ def default_workers() -> int:
         asked = subprocess.run(command, capture_output=True, text=True, check=False)
         if asked.stdout.strip().isdigit():
             return int(asked.stdout)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return backend.own_cores()
 
 
 def chunks(file: int, name: str, form: str, rows: Iterable[tuple[int, Any]]) -> Iterator[Chunk]:

@@ -120,8 +120,6 @@ def _from_package(name: str) -> ModelFiles:
 def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    # huggingface_hub 1 is built on httpx, 2 on httpx2; its xet client raises RuntimeError.
-    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=UNREAD)
     needed = [name for name in NEEDED if weights or name != WEIGHTS]
     left: tuple[str, ...] = ()
@@ -134,7 +132,7 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
         missing = _missing_files(folder)
         # Raises if the hub is away, so that a partial cache is told from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
-    except (OSError, RuntimeError, http_error) as error:
+    except (OSError, RuntimeError, _http_error()) as error:  # the last two are xet's and httpx's
         raise SourceError(explain(error, repo, revision)) from error
     if missing and not weights:
         missing = _missing_files(folder, names)
@@ -142,6 +140,13 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
     if missing:
         raise SourceError(unfit(repo, names, missing))
     return ModelFiles(folder, original_repository(folder, repo), folder.name, repo, left)
+
+
+def _http_error() -> type[Exception]:
+    """What the client raises of its connections: huggingface_hub 1 has httpx, 2 has httpx2."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
 
 def whole_copy(repo: str, revision: str | None = None) -> Path | None:
@@ -208,7 +213,7 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
     try:
         files = snapshot_download(repo, revision=revision, **wanted)
         needs = f"{sum(file.file_size for file in files if file.will_download):,} bytes"
-    except Exception:  # the size is a courtesy: a second failure must not hide the first
+    except (OSError, RuntimeError, _http_error()):  # the hub is away by now, or the disk too full
         needs = "more"
     fix = "free some, or set HF_HOME to a folder on a larger disk, and run the same command again"
     free = shutil.disk_usage(cache).free
