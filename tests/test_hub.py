@@ -532,6 +532,28 @@ def test_the_disk_is_full(away):
     assert away.refused(REPO, before=BREAK_DISK.format(error=xet)).startswith("disk full: ")
 
 
+# The hub is asked how much there is to fetch, and may be away by then.
+HUB_LEAVES = """
+import huggingface_hub as hub
+fetch = hub.snapshot_download
+def gone(*args, dry_run=False, **kwargs):
+    if dry_run:
+        raise {error}
+    return fetch(*args, **kwargs)
+hub.snapshot_download = gone
+"""
+
+
+@pytest.mark.parametrize(
+    "error", ["hub.errors.HTTPError('gone')", "OSError('gone')", "RuntimeError('gone')"]
+)
+def test_the_disk_is_full_and_the_hub_goes_away(away, error):
+    full = BREAK_DISK.format(error='OSError(errno.ENOSPC, "No space left on device")')
+    message = away.refused(REPO, before=full + HUB_LEAVES.format(error=error))
+    assert message.startswith(f"disk full: {away.cache} has ")
+    assert f" bytes free, {REPO} needs more: free some, or set HF_HOME" in message
+
+
 def test_a_disk_that_fills_up_in_the_middle(hub, away):
     # The real client writes until the disk refuses, and says before that it looks too small.
     fill = """
