@@ -26,7 +26,7 @@ from typing import Any
 import measure
 import mlx.core as mx
 
-from mlx_qlora.processes import launched
+from mlx_qlora.distributed import launched
 
 # glibc maps a block above 32 MB anew each time, which can take longer than to send it.
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "10000000000"}

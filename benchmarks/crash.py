@@ -59,9 +59,9 @@ def main() -> None:
         "tidy": sum(not trial.problems + trial.litter for trial in trials),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    from mlx_qlora import backend
+    from mlx_qlora import device
 
-    print(json.dumps({"benchmark": "crash", **vars(args), **backend.facts(), **results}))
+    print(json.dumps({"benchmark": "crash", **vars(args), **device.facts(), **results}))
     for claim in ("identical", "tidy"):
         assert results[claim] == args.kills, f"{results[claim]} of {args.kills} runs are {claim}"
 

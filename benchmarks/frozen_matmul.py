@@ -16,7 +16,7 @@ import measure
 import mlx.core as mx
 import shapes
 
-from mlx_qlora.backend import backend, frozen_matmul
+from mlx_qlora.device import backend, frozen_matmul
 from mlx_qlora.model.quantize import FrozenMatrix
 
 WAYS = ("quantized", "dequantize", "resident")

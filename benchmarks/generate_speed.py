@@ -29,7 +29,7 @@ import mlx.core as mx
 from trainers import MODEL, dense_weights, our_model
 
 import mlx_qlora as mq
-from mlx_qlora import blas
+from mlx_qlora.cpu import blas
 
 LEAST_SHARE = 0.95  # of mlx-lm's speed: a batch differs by less than rounds scatter
 LEAST_GAIN = 2.5  # of a batch over one prompt, in tokens/s of all prompts
@@ -117,7 +117,7 @@ def ours(model: Any) -> Callable[[Prompts, int], Made]:
 
 def our_batch(model: Any) -> Callable[[Prompts, int], Made]:
     """Our generator of batches; the first token of each prompt counts as part of the waiting."""
-    from mlx_qlora.infer.batch import batch_tokens
+    from mlx_qlora.infer.generate import batch_tokens
 
     def generate(prompts: Prompts, n: int) -> Made:
         how = mq.GenerationConfig(temperature=0, repetition_penalty=1, max_new_tokens=n)

@@ -38,13 +38,20 @@ import train_speed
 from trainers import ALPHA, MODEL, RANK, RATE, own_rows
 
 import mlx_qlora as mq
-from mlx_qlora import backend, blas
+from mlx_qlora import device
+from mlx_qlora.cpu import blas
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.memory import default_waves
+from mlx_qlora.train.memory import (
+    cores,
+    default_waves,
+    shared_out,
+    streams,
+    teaching_documents,
+    waves_of,
+)
 from mlx_qlora.train.optim import AdamW
-from mlx_qlora.train.parts import cores, shared_out, streams, teaching_documents, waves_of
 
 MOST_TIMES_FLOOR = 1.8
 REST = 0.1  # seconds between timings: OpenBLAS's threads spin for a while after a change
@@ -66,8 +73,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of another shape; default: 2 on a CPU, or all")
     parser.add_argument("--tokens", type=int, help="of its documents; default: 256 on a CPU, 2048")
     args = parser.parse_args()
-    on_cpu = backend.backend().device == "cpu"
-    backend.limit_memory()
+    on_cpu = device.backend().device == "cpu"
+    device.limit_memory()
     mx.random.seed(0)
 
     if args.shape == MODEL:
@@ -137,7 +144,7 @@ class Maker:
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
-        self.dtype = backend.backend().compute_dtype
+        self.dtype = device.backend().compute_dtype
         first = [(p, layer) for p, layer in lora_layers(model) if p.startswith("model.layers.0.")]
         sizes = {path.rpartition(".")[2]: layer.base_layer.shape for path, layer in first}
         layer_bytes = sum(out * into for out, into in sizes.values()) * self.dtype.size
@@ -246,7 +253,7 @@ def multiply(waves: list[list[Share]]) -> None:
 
 def our_step(model: Any) -> Callable[[Batch], None]:
     """Our engine and optimiser, as the training loop sets them up."""
-    engine = Engine(model, "auto", compiled=backend.backend().device != "cpu")
+    engine = Engine(model, "auto", compiled=device.backend().device != "cpu")
     optimizer = AdamW(model.trainable_parameters())
 
     def step(batch: Batch) -> None:

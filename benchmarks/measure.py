@@ -74,10 +74,10 @@ def lines(
 
 def finish(name: str, settings: dict[str, Any], results: dict[str, Any], plot: Path) -> None:
     """Prints where the plot is, and the JSON line."""
-    from mlx_qlora import backend
+    from mlx_qlora import device
 
     print(f"plot: {plot}")
-    about = {"benchmark": name, "settings": settings, "machine": backend.facts()}
+    about = {"benchmark": name, "settings": settings, "machine": device.facts()}
     print(json.dumps({**about, "results": results}, default=str))
 
 

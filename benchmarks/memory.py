@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 import mlx_qlora as mq
-from mlx_qlora.machines import this_machine
+from mlx_qlora.device import this_machine
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 from mlx_qlora.train import memory

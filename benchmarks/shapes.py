@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.backend import FrozenMatmul, backend, frozen_matmul
+from mlx_qlora.device import FrozenMatmul, backend, frozen_matmul
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
 

@@ -96,12 +96,13 @@ def load_and_train(batch: Any) -> dict[str, float]:
 
     import mlx.core as mx
 
-    from mlx_qlora import backend, blas
+    from mlx_qlora import device
+    from mlx_qlora.cpu import blas
     from mlx_qlora.train.engine import Engine
     from mlx_qlora.train.optim import AdamW
 
     mq.add_lora(model, mq.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0))
-    engine = Engine(model, "auto", compiled=backend.backend().device != "cpu")
+    engine = Engine(model, "auto", compiled=device.backend().device != "cpu")
     optimizer = AdamW(model.trainable_parameters())
     (rows,) = own_rows([batch[0]])
     with blas.threads(1):  # as around a run of the training loop

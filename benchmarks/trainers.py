@@ -53,12 +53,13 @@ def ours(recompute: str, frozen_matmul: str = "auto", packed: bool = False) -> A
         import mlx.core as mx
 
         import mlx_qlora as mq
-        from mlx_qlora import backend, blas
+        from mlx_qlora import device
+        from mlx_qlora.cpu import blas
         from mlx_qlora.train.engine import Engine
         from mlx_qlora.train.optim import AdamW
 
-        model = our_model(backend.frozen_matmul(frozen_matmul))
-        backend.limit_memory()
+        model = our_model(device.frozen_matmul(frozen_matmul))
+        device.limit_memory()
         base = mx.get_active_memory()
         mq.add_lora(model, mq.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0))
         engine = Engine(model, recompute, compiled=False)
@@ -99,8 +100,7 @@ def own_rows(batches: Batches) -> list[Any]:
 
 def packed_batches(batches: Batches) -> list[Any]:
     """All documents, packed into rows as wide as the longest, as many rows to a batch as before."""
-    from mlx_qlora.data.batches import collate
-    from mlx_qlora.data.packing import pack
+    from mlx_qlora.data.batches import collate, pack
 
     examples = [example(document) for batch in batches for document in batch]
     lengths = np.array([len(one) - 1 for one in examples])

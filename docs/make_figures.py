@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from mlx_qlora.before.plan import Plan, flops_per_token, plan_checkpoint
 from mlx_qlora.config import build
-from mlx_qlora.estimates import flops_per_token
-from mlx_qlora.machines import APPLE, machine
+from mlx_qlora.device import APPLE, machine
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import Checkpoint
-from mlx_qlora.planner import Plan, plan_checkpoint
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
 
 FIGURES = Path(__file__).parent / "figures"

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import mlx_qlora as mq
-from mlx_qlora.arguments import COMMANDS, make_parser
+from mlx_qlora.cli import COMMANDS, make_parser
 from mlx_qlora.config import SECTIONS
 
 FOLDER = Path(__file__).parent / "reference"

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from make_figures import FIGURES, LLAMA_31_8B, card, legend, line, text
 
+from mlx_qlora.before.plan import LINKS, Link, Plan, plan_checkpoint
 from mlx_qlora.config import build
-from mlx_qlora.machines import machine
+from mlx_qlora.device import machine
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.weights import Checkpoint
-from mlx_qlora.planner import Plan, plan_checkpoint
-from mlx_qlora.scaling import LINKS, Link
 
 PAGE = Path(__file__).parent / "scaling.md"
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

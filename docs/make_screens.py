@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mlx_qlora.before.inspect import inspect_data
 from mlx_qlora.config import build
-from mlx_qlora.inspection import inspect_data
 
 DOCS = Path(__file__).parent
 COMMAND = "mlx-qlora inspect rows.jsonl --model smollm2-135m --show 1"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import mlx_qlora as mq
 from mlx_qlora.infer.evaluate import score_examples
-from mlx_qlora.sweep.compare import Losses, difference, in_words
+from mlx_qlora.sweep.trial import Losses, difference, in_words
 
 MODEL = "smollm2-135m"
 OUTPUT = Path("outputs/compare_learning_rates")

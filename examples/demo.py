@@ -14,8 +14,8 @@ import docstring_data
 from rich.console import Console
 
 import mlx_qlora as mq
+from mlx_qlora.after.report import write_report
 from mlx_qlora.data.read import train_validation_test
-from mlx_qlora.report import write_report
 
 MODEL = "smollm2-135m"
 LEAST_FALL = 0.25  # of the test loss

@@ -1,16 +1,17 @@
 """mlx-qlora: fine-tune Llama models with QLoRA on a Mac, in pure MLX.
 
 Names load on first use (PEP 562), so importing the package costs next to nothing. The one thing
-that happens at import is the choice of BLAS on Linux; see `mlx_qlora.blas`.
+that happens at import is the choice of BLAS on Linux; see `mlx_qlora.cpu.blas`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mlx_qlora._version import __version__ as __version__
-from mlx_qlora.blas import load_fast_blas
+from mlx_qlora.cpu.blas import load_fast_blas
 
 load_fast_blas()
+
+__version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOME = {
@@ -21,18 +22,18 @@ _HOME = {
     "DataConfig": "data.read",
     "DataError": "errors",
     "Examples": "data.examples",
-    "GenerationConfig": "infer.sampling",
+    "GenerationConfig": "infer.generate",
     "LoggingConfig": "train.metrics",
     "LoraConfig": "model.lora",
-    "ModelConfig": "source",
+    "ModelConfig": "config",
     "ProcessError": "errors",
-    "PromptCache": "infer.prompt_cache",
+    "PromptCache": "infer.generate",
     "QuantConfig": "model.quantize",
     "RunConfig": "config",
     "SourceError": "errors",
     "Speed": "infer.generate",
     "TokenizerError": "errors",
-    "TrainResult": "train.result",
+    "TrainResult": "train.loop",
     "TrainingError": "errors",
     "TrainingConfig": "train.config",
     "UserError": "errors",
@@ -48,19 +49,19 @@ _HOME = {
     "evaluate": "infer.evaluate",
     "fine_tune": "run",
     "generate": "infer.generate",
-    "generate_batch": "infer.batch",
-    "load": "source",
-    "load_adapter": "adapters.load",
+    "generate_batch": "infer.generate",
+    "load": "load",
+    "load_adapter": "adapters.peft",
     "loss_and_grads": "train.engine",
     "make_batches": "data.batches",
     "merge": "adapters.merge",
-    "plan": "planner",
+    "plan": "before.plan",
     "push_to_hub": "adapters.push",
     "read_examples": "data.read",
     "save_adapter": "adapters.peft",
-    "save_gguf_adapter": "adapters.gguf",
+    "save_gguf_adapter": "adapters.export",
     "save_merged": "adapters.merge",
-    "save_portable": "adapters.portable",
+    "save_portable": "adapters.export",
     "stream": "infer.generate",
     "switch": "adapters.several",
 }
@@ -85,12 +86,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
-    from mlx_qlora.adapters.gguf import save_gguf_adapter as save_gguf_adapter
-    from mlx_qlora.adapters.load import load_adapter as load_adapter
+    from mlx_qlora.adapters.export import save_gguf_adapter as save_gguf_adapter
+    from mlx_qlora.adapters.export import save_portable as save_portable
     from mlx_qlora.adapters.merge import merge as merge
     from mlx_qlora.adapters.merge import save_merged as save_merged
+    from mlx_qlora.adapters.peft import load_adapter as load_adapter
     from mlx_qlora.adapters.peft import save_adapter as save_adapter
-    from mlx_qlora.adapters.portable import save_portable as save_portable
     from mlx_qlora.adapters.push import push_to_hub as push_to_hub
     from mlx_qlora.adapters.several import active as active
     from mlx_qlora.adapters.several import adapter_names as adapter_names
@@ -99,6 +100,8 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.adapters.several import detach as detach
     from mlx_qlora.adapters.several import disabled as disabled
     from mlx_qlora.adapters.several import switch as switch
+    from mlx_qlora.before.plan import plan as plan
+    from mlx_qlora.config import ModelConfig as ModelConfig
     from mlx_qlora.config import RunConfig as RunConfig
     from mlx_qlora.data.batches import Batch as Batch
     from mlx_qlora.data.batches import make_batches as make_batches
@@ -114,23 +117,21 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.errors import TrainingError as TrainingError
     from mlx_qlora.errors import UserError as UserError
     from mlx_qlora.errors import WeightsError as WeightsError
-    from mlx_qlora.infer.batch import generate_batch as generate_batch
     from mlx_qlora.infer.chat import chat as chat
     from mlx_qlora.infer.evaluate import evaluate as evaluate
+    from mlx_qlora.infer.generate import GenerationConfig as GenerationConfig
+    from mlx_qlora.infer.generate import PromptCache as PromptCache
     from mlx_qlora.infer.generate import Speed as Speed
     from mlx_qlora.infer.generate import generate as generate
+    from mlx_qlora.infer.generate import generate_batch as generate_batch
     from mlx_qlora.infer.generate import stream as stream
-    from mlx_qlora.infer.prompt_cache import PromptCache as PromptCache
-    from mlx_qlora.infer.sampling import GenerationConfig as GenerationConfig
+    from mlx_qlora.load import load as load
     from mlx_qlora.model.lora import LoraConfig as LoraConfig
     from mlx_qlora.model.lora import add_lora as add_lora
     from mlx_qlora.model.quantize import QuantConfig as QuantConfig
-    from mlx_qlora.planner import plan as plan
     from mlx_qlora.run import fine_tune as fine_tune
-    from mlx_qlora.source import ModelConfig as ModelConfig
-    from mlx_qlora.source import load as load
     from mlx_qlora.train.checkpoint import CheckpointingConfig as CheckpointingConfig
     from mlx_qlora.train.config import TrainingConfig as TrainingConfig
     from mlx_qlora.train.engine import loss_and_grads as loss_and_grads
+    from mlx_qlora.train.loop import TrainResult as TrainResult
     from mlx_qlora.train.metrics import LoggingConfig as LoggingConfig
-    from mlx_qlora.train.result import TrainResult as TrainResult

@@ -1,12 +1,332 @@
-"""The command line: the only place that prints errors and exits."""
+"""The command line: arguments, the config that they make, and the exit code.
 
+Errors are printed here and nowhere else.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
 import json
 import os
 import signal
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mlx_qlora import __version__
+
+if TYPE_CHECKING:
+    pass
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+# flag -> (field, what its value is called; None for a flag that says true)
+SHORTHANDS = {
+    "--model": ("model.source", "SOURCE"),
+    "--adapter": ("model.adapter", "DIR"),
+    "--data": ("data.path", "FILE"),
+    "--output-dir": ("checkpointing.output_dir", "DIR"),
+    "--max-steps": ("training.max_steps", "N"),
+    "--batch-size": ("training.per_device_train_batch_size", "N"),
+    "--learning-rate": ("training.learning_rate", "RATE"),
+    "--max-length": ("data.max_length", "N"),
+    "--strict": ("data.strict", None),
+    "--refused": ("data.refused_path", "FILE"),
+}
+
+
+EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging", "generation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What one command is told.
+
+    Attributes:
+        help: one line.
+        shorthands: flags that stand for fields.
+        sections: those whose fields it reads; a field of another one is refused.
+        quiet: whether it can work without a word.
+        json: whether it can end in a JSON object.
+    """
+
+    help: str
+    shorthands: Sequence[str] = ()
+    sections: Sequence[str] = ()
+    quiet: bool = False
+    json: bool = True
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that its flags are short for."""
+        return [SHORTHANDS[flag][0] for flag in self.shorthands]
+
+
+COMMANDS = {
+    "train": Command(
+        "fine-tune a model and leave a PEFT adapter", tuple(SHORTHANDS), EVERY_SECTION, quiet=True
+    ),
+    "plan": Command(
+        "predict the memory and the speed of a run",
+        ("--model", "--batch-size", "--max-length"),
+        ("model", "lora", "data", "training"),
+    ),
+    "inspect": Command(
+        "read data as a run would, and say what would be trained",
+        ("--model", "--data", "--max-length", "--strict", "--refused"),
+        ("model", "data", "training"),
+    ),
+    "generate": Command(
+        "let a model, with or without an adapter, continue a prompt",
+        ("--model", "--adapter"),
+        ("model", "data", "generation"),
+    ),
+    "chat": Command(
+        "talk to a model, with its adapter or without",
+        ("--model", "--adapter"),
+        ("model", "data", "generation"),
+        json=False,
+    ),
+    "evaluate": Command(
+        "score a model on rows, and its adapter against the base",
+        ("--model", "--adapter", "--data", "--max-length"),
+        ("model", "data", "training", "generation"),
+    ),
+    "sweep": Command(
+        "find a learning rate, a rank and a batch size by short runs",
+        tuple(flag for flag in SHORTHANDS if flag not in ("--learning-rate", "--adapter")),
+        EVERY_SECTION,
+        quiet=True,
+    ),
+    "merge": Command(
+        "fold an adapter into its model's weights, as a folder any tool opens",
+        ("--model", "--adapter"),
+        ("model",),
+        quiet=True,
+    ),
+    "export": Command(
+        "write an adapter in another format", ("--model", "--adapter"), ("model",), quiet=True
+    ),
+    "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
+    "doctor": Command(
+        "examine this machine, its packages and the hub, and say what to fix",
+        ("--model", "--output-dir"),
+        ("model", "lora", "checkpointing"),
+    ),
+    "completion": Command("print a script that completes commands and fields", json=False),
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command; wrong ones exit with 2, as argparse does."""
+    from mlx_qlora.errors import did_you_mean
+
+    parser = make_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = did_you_mean(argv[0], COMMANDS) or "; see mlx-qlora --help"
+        parser.error(f"there is no command {argv[0]!r}{near}")
+    # argparse stops collecting section.field=value at the first flag that follows one.
+    args, late = parser.parse_known_args(argv)
+    if unknown := [word for word in late if word.startswith("-")]:
+        hint = _meant(unknown[0], args.command)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if late and not COMMANDS[args.command].sections:
+        parser.error(f"{args.command} reads no fields: {' '.join(late)}")
+    args.overrides = [*getattr(args, "overrides", []), *late]
+    args.about = COMMANDS[args.command]
+    return args
+
+
+def _meant(flag: str, command: str) -> str:
+    """What an unknown flag most likely stands for: a field without a flag, or a flag misspelt."""
+    from mlx_qlora.config import field_called
+
+    about, name = COMMANDS[command], flag.split("=")[0].lstrip("-").replace("-", "_")
+    flags = {known.lstrip("-").replace("-", "_"): known for known in about.shorthands}
+    short_for = {SHORTHANDS[known][0]: known for known in about.shorthands}
+    if near := difflib.get_close_matches(name, flags, 1):
+        return f"; did you mean {flags[near[0]]}?"
+    if field := field_called(name, about.sections):
+        return f"; did you mean {short_for.get(field, f'{field}=VALUE')}?"
+    return f"; see mlx-qlora {command} --help"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-qlora", description="Fine-tune Llama models with QLoRA, in pure MLX."
+    )
+    parser.add_argument("--version", action="version", version=f"mlx-qlora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, about in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=about.help,
+            description=about.help[0].upper() + about.help[1:] + ".",
+            epilog=_fields_help(about.sections),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_own_arguments(name, command)
+        if about.quiet:
+            quiet = "say nothing but warnings and errors"
+            command.add_argument("--quiet", action="store_true", help=quiet)
+        if about.json:
+            how = "end in one JSON object on standard output; all else goes to standard error"
+            command.add_argument("--json", action="store_true", help=how)
+        if about.sections:
+            _add_fields(about, command)
+    return parser
+
+
+def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
+    """The ways to set a field."""
+    group = command.add_argument_group("fields, and flags that are short for them")
+    for flag in about.shorthands:
+        field, value = SHORTHANDS[flag]
+        how: dict[str, Any] = {"metavar": value, "help": f"short for {field}="}
+        if value is None:
+            how = {"action": "store_const", "const": "true", "help": f"short for {field}=true"}
+        action = group.add_argument(flag, dest=field, **how)
+        if value in ("FILE", "DIR"):
+            _complete(action, value)
+    _complete(group.add_argument("--config", metavar="FILE", help="YAML with the fields"), "FILE")
+    overrides = group.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="any field below"
+    )
+    overrides.complete = {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"}  # pyright: ignore[reportAttributeAccessIssue]
+    shown = "print the resolved YAML and stop"
+    group.add_argument("--print-config", action="store_true", help=shown)
+
+
+def _complete(action: argparse.Action, kind: str) -> None:
+    """Lets a shell complete paths (read by shtab)."""
+    ways = {"FILE": ("_shtab_compgen_files", "_files"), "DIR": ("_shtab_compgen_dirs", "_files -/")}
+    bash, zsh = ways[kind]
+    action.complete = {"bash": bash, "zsh": zsh}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
+    """What a command is told besides fields."""
+    add = command.add_argument
+    if name == "train":
+        dry = "load, read, plan and show the first batch, but train nothing"
+        add("--dry-run", action="store_true", help=dry)
+    if name == "inspect":
+        rows = add("file", nargs="?", metavar="FILE", help="the rows; the same as --data")
+        _complete(rows, "FILE")
+        show = "print N rows as the model sees them"
+        add("--show", type=int, default=0, metavar="N", help=show)
+    if name == "plan":
+        add("--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64")
+        several = "plan for N processes that train together, each on such a machine"
+        add("--processes", type=int, metavar="N", help=several)
+    if name == "generate":
+        ask = command.add_mutually_exclusive_group()
+        ask.add_argument("--prompt", metavar="TEXT", help="what to answer; - is standard input")
+        asked = "asked as instruction rows are in training"
+        ask.add_argument("--instruction", metavar="TEXT", help=asked)
+        add("--input", metavar="TEXT", help="goes with --instruction")
+        add("--raw", action="store_true", help="do not use the chat template")
+        add("--seed", type=int, help="the same seed gives the same text")
+    if name == "chat":
+        add("--system", metavar="TEXT", help="what the model is told first")
+        add("--seed", type=int, help="the same seed gives the same answers")
+    if name == "evaluate":
+        add("--limit", type=int, metavar="N", help="score N rows, drawn by training.seed")
+        asked = "let the models answer N questions (default 32); 0 asks none"
+        add("--answers", type=int, metavar="N", help=asked)
+        add("--general", metavar="FILE", help="text to look for what was forgotten on")
+        add("--output", metavar="FILE", help="JSON of everything")
+    if name == "sweep":
+        for flag, what in (("learning-rates", "1e-4,2e-4,5e-4"), ("ranks", "8,16,32")):
+            add(f"--{flag}", metavar="LIST", help=f"to try, such as {what}")
+        add("--batch-sizes", metavar="LIST", help="rows of a step to try, such as 8,16")
+        add("--steps", type=int, metavar="N", help="full budget of a trial")
+        halved = "how often the worse half is given up (default 3)"
+        add("--rungs", type=int, default=3, metavar="N", help=halved)
+        add("--product", action="store_true", help="all combinations, not field after field")
+        add("--repeat-best", action="store_true", help="the winner with another seed, too")
+    if name in ("merge", "export"):
+        goes = add(
+            "--output-dir", dest="folder", required=True, metavar="DIR", help="where it goes"
+        )
+        _complete(goes, "DIR")
+    if name == "merge":
+        original = "original 16-bit weights to merge into, instead of the dequantised ones"
+        add("--base", metavar="SOURCE", help=original)
+        kinds = ("bfloat16", "float16", "float32")
+        add("--save-dtype", default="bfloat16", choices=kinds, help="of the written weights")
+        again = "quantise the result, and report what that loses"
+        add("--requantize", type=int, metavar="BITS", help=again)
+    if name == "export":
+        form = command.add_mutually_exclusive_group()
+        for flag, meaning in (
+            ("portable", "one rank and scale 1, for tools that ignore rsLoRA and patterns"),
+            ("mlx", "for mlx-lm"),
+            ("gguf", "for llama.cpp and Ollama, with a Modelfile"),
+        ):
+            form.add_argument(
+                f"--{flag}", dest="form", action="store_const", const=flag, help=meaning
+            )
+    if name == "push":
+        folder = add("folder", metavar="FOLDER", help="of a run, an export or a merged model")
+        _complete(folder, "DIR")
+        add("repo_id", metavar="OWNER/NAME", help="repository on the hub; made if need be")
+        add("--public", action="store_true", help="let everybody read it")
+        add("--dry-run", action="store_true", help="list the files, upload nothing")
+    if name == "completion":
+        add("shell", choices=("bash", "zsh"), help="which shell the script is for")
+
+
+def _fields_help(sections: Sequence[str]) -> str:
+    """The fields of some sections with type, default and one line."""
+    return "fields:" + "\n".join(map(_section_help, sections)) if sections else ""
+
+
+@functools.cache
+def _section_help(section: str) -> str:
+    from mlx_qlora.config import SECTIONS, type_name
+
+    config = SECTIONS[section]
+    hints, lines = typing.get_type_hints(config), [f"\n{section}:"]
+    for field in dataclasses.fields(config):
+        default = getattr(config(), field.name)
+        choices = field.metadata["choices"]
+        kind = " | ".join(map(str, choices)) if choices else type_name(hints[field.name])
+        shown = "null" if default is None else str(default)
+        lines.append(f"  {section}.{field.name}  ({kind}; default {shown})")
+        lines.append(f"      {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+def completion_script(shell: str) -> str:
+    """A script that lets a shell complete commands, flags, files and fields, made by shtab."""
+    import shtab
+
+    from mlx_qlora.config import SECTIONS
+
+    names = [
+        f"{section}.{field.name}="
+        for section, config in SECTIONS.items()
+        for field in dataclasses.fields(config)
+    ]
+    words = " ".join(names)
+    preamble = {
+        # No space behind `field=`; words are compared from their beginning.
+        "bash": "_mlx_qlora_fields() {\n"
+        '  local found=$(compgen -W "' + words + '" -- "$1")\n'
+        '  [ -n "$found" ] && compopt -o nospace 2>/dev/null\n'
+        '  echo "$found"\n}\n',
+        "zsh": f"_mlx_qlora_fields() {{\n  compadd -S '' -- {words}\n}}\n",
+    }
+    return shtab.complete(make_parser(), shell, preamble=preamble[shell])
+
+
+# ---- exit codes ----------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +351,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str]) -> int:
     # Imported here, where Ctrl-C is expected: it takes a moment, MLX's part of it above all.
-    from mlx_qlora.arguments import parse
     from mlx_qlora.errors import UserError
 
     try:
@@ -43,8 +362,11 @@ def _command(argv: Sequence[str]) -> int:
         print(f"mlx-qlora: MLX cannot be loaded ({error}): {fix}", file=sys.stderr)
         return 2
     as_json = getattr(args, "json", False)
+    if args.command == "completion":
+        print(completion_script(args.shell), end="")
+        return 0
     from mlx_qlora.commands import run_command
-    from mlx_qlora.processes import tells
+    from mlx_qlora.distributed import tells
 
     try:
         found = run_command(args)

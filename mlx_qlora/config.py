@@ -17,13 +17,56 @@ from typing import Any
 import yaml
 
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.errors import ConfigError, did_you_mean
-from mlx_qlora.infer.sampling import GenerationConfig
+from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option
+from mlx_qlora.infer.generate import GenerationConfig
 from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.source import ModelConfig
+from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.train.checkpoint import CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.metrics import LoggingConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and in what precision."""
+
+    source: str | None = option(
+        None, "hub id (org/name), folder, .gguf file, or the built-in smollm2-135m"
+    )
+    revision: str | None = option(None, "branch, tag or commit of a hub repository")
+    adapter: str | None = option(
+        None, "PEFT folder to go on training from; its config then stands for `lora`"
+    )
+    base_model_name_or_path: str | None = option(
+        None, "the original Hugging Face repository, where the model's files do not name it"
+    )
+    bits: int | None = option(
+        4, "quantise to this while loading; null keeps the files' precision, as quantised files do"
+    )
+    group_size: int = option(64, "weights that share one scale")
+    mode: str = option(
+        "affine",
+        "how: integers with a scale and a bias, or a float format",
+        choices=("affine", "mxfp4", "mxfp8", "nvfp4"),
+    )
+    dtype: str = option(
+        "auto",
+        "of the computation; auto is bfloat16 on a GPU, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    frozen_matmul: str = option(
+        "auto",
+        "how quantised weights are multiplied; see device.py",
+        choices=("auto", "quantized", "dequantize", "resident"),
+    )
+
+    def __post_init__(self) -> None:
+        check_choices("model", self)
+        self.quantize()
+
+    def quantize(self) -> QuantConfig | None:
+        """How dense weights are packed while loading."""
+        return None if self.bits is None else QuantConfig(self.bits, self.group_size, self.mode)
 
 
 @dataclass(frozen=True)
@@ -43,6 +86,7 @@ SECTIONS: dict[str, type] = {
     section.name: typing.get_type_hints(RunConfig)[section.name]
     for section in dataclasses.fields(RunConfig)
 }
+
 
 # What other trainers and papers call a field.
 USUAL_WORDS = {
@@ -174,8 +218,6 @@ def to_yaml(config: RunConfig) -> str:
 
 
 # ---- types -------------------------------------------------------------------------------------
-
-
 def coerce(value: Any, annotation: Any, name: str) -> Any:
     """The value as its field's type.
 

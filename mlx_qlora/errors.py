@@ -1,12 +1,13 @@
-"""What a user can get wrong.
+"""What a user can get wrong, how a field of the config is declared, and how lines are printed."""
 
-Every error below carries one message that names the file, line or field and the remedy.
-The command line prints it without a traceback and exits with 2; anything else that is
-raised is our bug and keeps its traceback.
-"""
-
+import copy
+import dataclasses
 import difflib
+import errno
 from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
 
 
 class UserError(ValueError):
@@ -67,3 +68,65 @@ def listing(problems: list[str], most: int = 20) -> str:
     if len(problems) > most:
         lines.append(f"  ... and {len(problems) - most} more")
     return "\n".join(lines)
+
+
+# ---- fields of the config ------------------------------------------------------------------------
+
+
+def option(default: Any, help: str, *, choices: Iterable[Any] | None = None) -> Any:
+    """Declares a field with its default, its one line of help and, if closed, its legal values."""
+    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_choices(section: str, config: Any) -> None:
+    """Refuses a value outside its field's legal set.
+
+    Args:
+        section: the name that the user knows the dataclass by, for example `training`.
+        config: an instance of a dataclass whose fields were declared with `option`.
+
+    Raises:
+        ConfigError: naming field, value and legal values.
+    """
+    for field in dataclasses.fields(config):
+        choices = field.metadata.get("choices")
+        value = getattr(config, field.name)
+        if choices is not None and value not in choices:
+            legal = ", ".join(repr(choice) for choice in choices)
+            raise ConfigError(f"{section}.{field.name} must be one of {legal}; got {value!r}")
+
+
+def require(holds: bool, field: str, rule: str, got: Any) -> None:
+    """Raises a ConfigError `FIELD must RULE; got VALUE` unless the rule holds."""
+    if not holds:
+        raise ConfigError(f"{field} must {rule}; got {got!r}")
+
+
+# ---- lines for a person --------------------------------------------------------------------------
+
+
+class Terminal(Console):
+    """Rich's console, which would end the program with 1 where nobody reads what it prints."""
+
+    def on_broken_pipe(self) -> None:
+        """Leaves it to the command line.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: not wrapped at 80 columns where nobody has a terminal."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(console: Console, text: str) -> None:
+    """Prints a warning, which a quiet console lets through to standard error."""
+    if console.quiet:
+        console = Console(stderr=True)
+    say(console, f"warning   {text}")

@@ -167,14 +167,14 @@ def one(
         connection has acknowledged, at the same times; weights: the hash of what the model held
         after training; cores: that it could use; parts: most that were computed side by side.
     """
-    from mlx_qlora import backend, cli, preparation, run
-    from mlx_qlora import processes as room
-    from mlx_qlora.processes import processes
-    from mlx_qlora.train import engine, loop, optim, parts, update
+    from mlx_qlora import cli, device, run
+    from mlx_qlora import distributed as room
+    from mlx_qlora.distributed import processes
+    from mlx_qlora.train import engine, loop, memory, optim, step
 
     found: dict[str, Any] = {"sent": [], "wire": [], "parts": 0}
     out, err = io.StringIO(), io.StringIO()
-    train, step, call = run.train, update.Update.step, engine.Engine.__call__
+    train, step, call = run.train, step.Update.step, engine.Engine.__call__
     embed, steps = engine.Engine._embed, itertools.count()
     move, moves = optim.AdamW.update, itertools.count(1)
     save, score, scored = loop.save_checkpoint, loop.score, itertools.count(1)
@@ -223,16 +223,16 @@ def one(
         return score(*args)
 
     with contextlib.ExitStack() as patches:
-        change = [(run, "train", told_train), (update.Update, "step", told_step)]
+        change = [(run, "train", told_train), (step.Update, "step", told_step)]
         change += [(engine, "side_by_side", counted_side_by_side)]
         if poison is not None:
             change += [(engine.Engine, "__call__", poisoned_call)]
             change += [(engine.Engine, "_embed", poisoned_embed)]
-        change += [(preparation, "__version__", version)] if version else []
+        change += [(run, "__version__", version)] if version else []
         change += [(optim.AdamW, "update", starved_move)] if starved else []
         change += [(loop, "save_checkpoint", slow_save_checkpoint)] if slow_save else []
         change += [(loop, "score", signalled_score)] if signalled else []
-        change += [(each, "cores", lambda: cores) for each in (parts, optim)] if cores else []
+        change += [(each, "cores", lambda: cores) for each in (memory, optim)] if cores else []
         if patience is not None:
             change += [(room, "AT_LEAST", patience), (room, "TIMES", 0.0)]
         for owner, name, new in change:
@@ -240,7 +240,7 @@ def one(
         patches.enter_context(contextlib.redirect_stdout(out))
         patches.enter_context(contextlib.redirect_stderr(err))
         code = cli.main(words)
-        found["cores"] = backend.cores()
+        found["cores"] = device.cores()
     return {**found, "code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 

@@ -14,8 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_peft import CONFIG, WEIGHTS
 from test_variants import by_peft, move, weights_of
 
-from mlx_qlora.adapters.load import load_adapter
-from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.errors import AdapterError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers

@@ -14,8 +14,8 @@ from rich.console import Console
 from tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
+from mlx_qlora.after.advice import advise
 from mlx_qlora.config import SECTIONS
-from mlx_qlora.train.advice import advise
 
 History = list[dict[str, Any]]
 

@@ -9,9 +9,9 @@ import pytest
 from tiny_folder import write_tokenizer
 
 import mlx_qlora as mq
+from mlx_qlora.after import answer_metrics as on
 from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.infer import answers as on
 
 PAIRS = [
     ("the cat sat on the mat", "the cat lay on a mat"),
@@ -183,7 +183,7 @@ def test_the_libraries_load_only_when_they_are_used(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import sys; import mlx_qlora.infer.answers, mlx_qlora.infer.compare; "
+        "import sys; import mlx_qlora.after.answer_metrics, mlx_qlora.after.evaluation; "
         "print([m for m in ('rouge_score', 'sacrebleu', 'nltk') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,11 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qlora.backend import backend
-from mlx_qlora.model import attention
-from mlx_qlora.model import documents as documents_module
-from mlx_qlora.model.attention import Note, attend_and_note, pull
-from mlx_qlora.model.documents import Documents, rope
+from mlx_qlora.cpu import attention
+from mlx_qlora.cpu.attention import Note, attend_and_note, pull
+from mlx_qlora.device import backend
+from mlx_qlora.model import attention as documents_module
+from mlx_qlora.model.attention import Documents, rope
 from mlx_qlora.model.rope import RopeConfig, rope_periods
 
 HD = 16

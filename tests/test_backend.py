@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_qlora import backend as room
-from mlx_qlora.backend import Backend, backend, compute_dtype, facts, frozen_matmul
+from mlx_qlora import device as room
+from mlx_qlora.device import Backend, backend, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
 
 ON_LINUX = sys.platform.startswith("linux")
@@ -36,7 +36,7 @@ import json, time, warnings
 warnings.simplefilter("error")
 import mlx_qlora
 import mlx.core as mx
-from mlx_qlora.backend import facts
+from mlx_qlora.device import facts
 a = mx.random.normal((512, 512))
 mx.eval(a @ a)
 times = []
@@ -77,7 +77,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import mlx_qlora
     import mlx_qlora.model.llama
-    from mlx_qlora.blas import load_fast_blas
+    from mlx_qlora.cpu.blas import load_fast_blas
 print(json.dumps([[str(w.message), w.category.__name__] for w in caught]))
 """
 
@@ -107,7 +107,7 @@ def test_importing_warns_of_nothing_where_the_choice_is_clear(blas: str | None) 
 def test_a_library_that_is_named_is_the_one_that_is_loaded() -> None:
     script = """
 import json, pathlib, mlx_qlora
-from mlx_qlora.blas import load_fast_blas
+from mlx_qlora.cpu.blas import load_fast_blas
 first = load_fast_blas()
 maps = pathlib.Path("/proc/self/maps")
 mapped = maps.is_file() and "openblas" in maps.read_text()
@@ -122,7 +122,7 @@ print(json.dumps([first, load_fast_blas(), mapped]))
 # ---- importing ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["mlx_qlora", "mlx_qlora.backend", "mlx_qlora.errors"])
+@pytest.mark.parametrize("module", ["mlx_qlora", "mlx_qlora.device", "mlx_qlora.errors"])
 def test_importing_loads_no_heavy_library(module: str) -> None:
     script = f"""
 import json, sys

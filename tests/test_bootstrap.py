@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from mlx_qlora.after.bootstrap import BCA, FEWEST, NONE, STUDENTISED, Interval, ratio_interval
 from mlx_qlora.errors import ConfigError, DataError
-from mlx_qlora.infer.bootstrap import BCA, FEWEST, NONE, STUDENTISED, Interval, ratio_interval
 
 Made = tuple[np.ndarray, np.ndarray | None, float]  # values, weights, the truth
 

@@ -14,8 +14,7 @@ from tiny_folder import write_model
 import mlx_qlora as mq
 from mlx_qlora.infer import chat as chatting
 from mlx_qlora.infer.chat import chat
-from mlx_qlora.infer.generate import generate
-from mlx_qlora.infer.sampling import GenerationConfig
+from mlx_qlora.infer.generate import GenerationConfig, generate
 
 HOW = GenerationConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
 

@@ -16,8 +16,7 @@ from tiny_folder import CHAT, write_tokenizer
 
 from mlx_qlora.data.examples import Example
 from mlx_qlora.data.read import DataConfig, read_examples
-from mlx_qlora.data.rows import Instruction
-from mlx_qlora.data.template import Template, alpaca_prompt
+from mlx_qlora.data.rows import Instruction, Template, alpaca_prompt
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
 

@@ -28,10 +28,10 @@ from test_loop import make_examples
 from tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.adapters.files import staged
 from mlx_qlora.config import SECTIONS, build
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import ConfigError, TrainingError
+from mlx_qlora.folders import staged
 from mlx_qlora.train import checkpoint, loop
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
@@ -40,9 +40,9 @@ from mlx_qlora.train.checkpoint import (
     checkpoints,
     read_state,
 )
-from mlx_qlora.train.interruption import Interrupted
 from mlx_qlora.train.loop import Run, TrainResult
 from mlx_qlora.train.score import Score
+from mlx_qlora.train.signals import Interrupted
 
 STEPS = 8
 SETTINGS: dict[str, Any] = {

@@ -11,12 +11,12 @@ import pytest
 import test_checkpoint as t
 from test_checkpoint import assert_same, at_step, copy, disk, folder, go, losses, whole  # noqa
 
-from mlx_qlora import preparation
-from mlx_qlora.adapters.files import staged
+from mlx_qlora import run
 from mlx_qlora.errors import ConfigError, TrainingError
+from mlx_qlora.folders import staged
 from mlx_qlora.train import checkpoint, loop
-from mlx_qlora.train.history import best_eval
-from mlx_qlora.train.interruption import Interrupted
+from mlx_qlora.train.checkpoint import best_eval
+from mlx_qlora.train.signals import Interrupted
 
 
 def test_load_best_turned_on_where_the_best_was_not_saved(folder, tmp_path):
@@ -130,7 +130,7 @@ def test_trainer_state_names_no_best_checkpoint_that_does_not_exist(folder, tmp_
 
 def test_the_checkpoint_to_resume_is_chosen_under_the_lock(folder, tmp_path):
     """Another run finishes between this one's choice of a checkpoint and its lock."""
-    prepare, began = preparation.prepare, []
+    prepare, began = run.prepare, []
 
     def slow(*args):
         made = prepare(*args)
@@ -140,9 +140,9 @@ def test_the_checkpoint_to_resume_is_chosen_under_the_lock(folder, tmp_path):
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "prepare", slow)
-        run = go(folder, tmp_path / "out")
-    assert "continuing from" in run.printed
+        patch.setattr(run, "prepare", slow)
+        done = go(folder, tmp_path / "out")
+    assert "continuing from" in done.printed
 
 
 def test_a_pipe_that_breaks_is_no_disk_error(tmp_path):

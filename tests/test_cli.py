@@ -314,7 +314,7 @@ def test_an_interrupted_command_exits_with_130(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_qlora.planner.plan", interrupt)
+    monkeypatch.setattr("mlx_qlora.before.plan.plan", interrupt)
     assert main(["plan", "--model", str(folder)]) == 130
 
 

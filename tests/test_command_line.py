@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from tiny_folder import write_model
 
-from mlx_qlora.arguments import COMMANDS, completion_script
-from mlx_qlora.cli import main
+from mlx_qlora.cli import COMMANDS, completion_script, main
 from mlx_qlora.commands import RUN
 from mlx_qlora.config import SECTIONS
 
@@ -441,7 +440,7 @@ def test_standard_input_that_is_none_is_refused_before_the_model_is_looked_for(
 
 
 def test_ctrl_c_during_the_imports_is_one_of_ours() -> None:
-    stop = "import mlx_qlora.arguments as a, mlx_qlora.cli as c\n"
+    stop = "import mlx_qlora.cli as a, mlx_qlora.cli as c\n"
     stop += "def interrupt(*_):\n    raise KeyboardInterrupt\n"
     stop += "a.make_parser = interrupt\nraise SystemExit(c.main(['plan']))"
     done = subprocess.run([sys.executable, "-c", stop], capture_output=True, timeout=60)

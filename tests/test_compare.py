@@ -13,13 +13,12 @@ from rich.console import Console
 from tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
+from mlx_qlora.after import answer_metrics as on
+from mlx_qlora.after.answer_metrics import Question, questions
+from mlx_qlora.after.bootstrap import ratio_interval
+from mlx_qlora.after.evaluation import Measured, compare, compare_adapter, evaluate_run, measure
 from mlx_qlora.config import RunConfig, build, to_yaml
-from mlx_qlora.infer import answers as on
-from mlx_qlora.infer.answers import Question, questions
-from mlx_qlora.infer.bootstrap import ratio_interval
-from mlx_qlora.infer.compare import Measured, compare, compare_adapter, measure
 from mlx_qlora.infer.evaluate import ExampleScores, score_examples
-from mlx_qlora.judging import evaluate_run
 
 TOKENS = random_tokens(1, 9)
 
@@ -207,7 +206,7 @@ def test_what_is_wrong_is_found_before_a_weight_is_loaded(
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("mlx_qlora.judging.loaded", load)
+    monkeypatch.setattr("mlx_qlora.after.evaluation.loaded", load)
     empty, note = tmp_path / "empty.jsonl", tmp_path / "note.txt"
     empty.write_text("")
     note.write_text("  \n\n ")

@@ -35,10 +35,10 @@ from tiny_folder import write_rows, write_tokenizer
 
 import mlx_qlora as mq
 from mlx_qlora import cli, run
-from mlx_qlora.arguments import COMMANDS
+from mlx_qlora.after import plots
+from mlx_qlora.after import report as report_page
+from mlx_qlora.cli import COMMANDS
 from mlx_qlora.model import hub
-from mlx_qlora.report import drawing
-from mlx_qlora.report import page as report_page
 
 # Behind every command: a tiny model for a moment, whatever the page says for a real one.
 SHORT = ["data.num_workers=0", "generation.max_new_tokens=4"]
@@ -190,7 +190,7 @@ def in_place(tiny: Path):
         patch.setattr(hub, "_from_package", stand_in)
         patch.setattr(hub, "_from_hub", stand_in)
         # Half of the time, for what tests/test_report.py and tests/test_cli.py look at.
-        for module in (run, drawing, report_page):
+        for module in (run, plots, report_page):
             patch.setattr(module, "can_draw_png", lambda: False)
         yield
 

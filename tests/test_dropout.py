@@ -8,10 +8,10 @@ from grad_sums import add_grads
 from test_engine import drawn_here, gap, model  # noqa: F401
 
 from mlx_qlora.data.batches import IGNORE, Batch, halves
-from mlx_qlora.model import lora_linear
-from mlx_qlora.model.dropout import kept, position_keys, row_keys, split_keys
+from mlx_qlora.model import lora
+from mlx_qlora.model.llama import kept, position_keys, row_keys, split_keys
 from mlx_qlora.train.engine import Engine, loss_and_grads
-from mlx_qlora.train.update import dropout_keys
+from mlx_qlora.train.step import dropout_keys
 from mlx_qlora.tree import flat
 
 T = 24
@@ -110,7 +110,7 @@ def test_no_key_is_used_twice_or_after_it_was_split(model, monkeypatch):
         split.extend(map(tuple, keys.tolist()))
         return split_keys(keys, n)
 
-    monkeypatch.setattr(lora_linear, "kept", note_kept)
+    monkeypatch.setattr(lora, "kept", note_kept)
     monkeypatch.setattr("mlx_qlora.model.llama.split_keys", note_split)
     for rows in ((0, 1, 2, 3), (4, 5, 6, 7)):
         model(a_batch(packed=False).tokens, dropout_key=dropout_keys(0, rows))

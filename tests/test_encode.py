@@ -12,12 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_folder import write_tokenizer
 
-from mlx_qlora.data import workers
-from mlx_qlora.data.encode import Encoded, TooLong, encode_prompt, encode_rows, fit
+from mlx_qlora.data import encode
+from mlx_qlora.data.encode import (
+    Chunk,
+    Encoded,
+    Recipe,
+    TooLong,
+    chunks,
+    default_workers,
+    encode_chunks,
+    encode_prompt,
+    encode_rows,
+    fit,
+)
 from mlx_qlora.data.read import DataConfig, read_examples
-from mlx_qlora.data.template import Segments, Template
+from mlx_qlora.data.rows import Segments, Template
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.data.workers import Chunk, Recipe, chunks, default_workers, encode_chunks
 from mlx_qlora.errors import DataError
 
 NAMES = ["tiny", "tiny_without_bos", "smollm2", "llama31", "sentencepiece"]
@@ -446,15 +456,15 @@ def work(n: int) -> Iterator[Chunk]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Chunks of some rows, and workers after the first; holds the rows done in this process."""
     done: list[int] = []
-    encode_chunk = workers.encode_chunk
+    encode_chunk = encode.encode_chunk
 
-    def counted(chunk: Chunk, *how: Any) -> workers.Made:
+    def counted(chunk: Chunk, *how: Any) -> encode.Made:
         done.append(len(chunk.rows))
         return encode_chunk(chunk, *how)
 
-    monkeypatch.setattr(workers, "CHUNK_BYTES", 600)
-    monkeypatch.setattr(workers, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(workers, "encode_chunk", counted)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 600)
+    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
+    monkeypatch.setattr(encode, "encode_chunk", counted)
     return done
 
 
@@ -530,8 +540,8 @@ def test_all_of_a_row_but_its_first_id_is_learned_if_asked(tiny: Tokenizer) -> N
 
 
 def test_chunks_end_at_a_size_or_a_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "CHUNK_BYTES", 10)
-    monkeypatch.setattr(workers, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(encode, "CHUNK_ROWS", 3)
     sizes = [4, 4, 4, 1, 1, 1, 1, 30, 2]
     rows = [(i, b"x" * size) for i, size in enumerate(sizes)]
     made = list(chunks(2, "name", "text", iter(rows)))

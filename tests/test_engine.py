@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_qlora import backend
+from mlx_qlora import device
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model import llama, swiglu
+from mlx_qlora.model import llama
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
 from mlx_qlora.train import engine as engine_module
-from mlx_qlora.train import memory, parts
+from mlx_qlora.train import memory
 from mlx_qlora.train.engine import Engine, loss_and_grads
 from mlx_qlora.train.loss import cross_entropy
 from mlx_qlora.train.memory import (
@@ -307,8 +307,8 @@ LEVEL_LISTS = [
 @contextmanager
 def split_into(waves: int, cores: int, positions: int = SIZE):
     """So many waves and cores; yields how many parts each wave had."""
-    device, seen = backend.backend().device, []
-    real = parts.waves_of
+    kind, seen = device.backend().device, []
+    real = memory.waves_of
 
     def waves_of(*args: Any) -> Any:
         made = real(*args)
@@ -317,9 +317,9 @@ def split_into(waves: int, cores: int, positions: int = SIZE):
 
     with pytest.MonkeyPatch.context() as patch:
         for limit in (memory.AT_ONCE, memory.ENOUGH):
-            patch.setitem(limit, device, -(-positions // waves))
-        patch.setattr(parts, "FEWEST_POSITIONS", 1)
-        patch.setattr(parts, "cores", lambda: cores)
+            patch.setitem(limit, kind, -(-positions // waves))
+        patch.setattr(memory, "FEWEST_POSITIONS", 1)
+        patch.setattr(memory, "cores", lambda: cores)
         machine = dataclasses.replace(memory.this_machine(), cores=cores)
         patch.setattr(memory, "this_machine", lambda: machine)
         patch.setattr(engine_module, "waves_of", waves_of)
@@ -418,7 +418,7 @@ def test_gates_that_saturate_have_finite_and_equal_gradients(hf_tiny, levels, co
 
 
 def test_documents_with_nothing_to_learn_and_padding_are_not_computed(model, monkeypatch):
-    monkeypatch.setattr(parts, "GPU_MULTIPLE", 1)
+    monkeypatch.setattr(memory, "GPU_MULTIPLE", 1)
     batch, seen, look_up = packed_batch(ROWS, width=50), [], Embedding.__call__
 
     def noting(self, tokens):
@@ -520,7 +520,7 @@ def test_what_worked_in_one_thread_works_in_the_next(autodiffed):
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 8))
 def test_documents_are_shared_out_evenly_each_to_one_and_in_order(lengths, n):
     documents = np.array([(i, 7, 7 + length) for i, length in enumerate(lengths)], np.int32)
-    shares = parts.shared_out(documents, n)
+    shares = memory.shared_out(documents, n)
     n = min(n, len(lengths))
     assert len(shares) == n
     loads = [int((share[:, 2] - share[:, 1]).sum()) for share in shares]
@@ -545,9 +545,9 @@ SIZES = llama.LlamaConfig(
 def test_a_schedule_saves_with_waves_first_then_level_by_level_and_keeps_its_budget(
     monkeypatch, lengths
 ):
-    device = backend.backend().device
-    monkeypatch.setitem(memory.AT_ONCE, device, 1000)
-    monkeypatch.setitem(memory.ENOUGH, device, 300)
+    kind = device.backend().device
+    monkeypatch.setitem(memory.AT_ONCE, kind, 1000)
+    monkeypatch.setitem(memory.ENOUGH, kind, 300)
     N, n_layers = sum(lengths), SIZES.num_hidden_layers
 
     def kept(made: memory.Schedule) -> int:
@@ -581,8 +581,8 @@ def test_each_level_keeps_less_than_the_one_before(T, device, different):
 
 
 def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_waves(monkeypatch):
-    monkeypatch.setitem(memory.AT_ONCE, backend.backend().device, 1000)
-    monkeypatch.setitem(memory.ENOUGH, backend.backend().device, 300)
+    monkeypatch.setitem(memory.AT_ONCE, device.backend().device, 1000)
+    monkeypatch.setitem(memory.ENOUGH, device.backend().device, 300)
     lengths = [100] * 20
     for levels in ([LAYER, MLP, NOTHING, NOTHING], [LAYER] * 4):
         made = schedule(SIZES, lengths, 4, levels, 0)
@@ -614,7 +614,7 @@ def test_300_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(mod
 
     monkeypatch.setattr(mx, "compile", counting)
     monkeypatch.setattr(mx, "vjp", vjp)
-    spec = importlib.util.spec_from_file_location("freshly_compiled", swiglu.__file__)
+    spec = importlib.util.spec_from_file_location("freshly_compiled", llama.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)  # the module itself may have met these shapes before
     monkeypatch.setattr(llama, "swiglu", fresh.swiglu)
@@ -645,8 +645,8 @@ def in_slices_of_many_sizes(size: int) -> list[slice]:
 def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
     batch = a_batch(B=4, T=96)
     engine = Engine(model, [level] * len(model.layers), compiled=False)
-    documents = parts.teaching_documents(batch)
-    (share,) = parts.waves_of(model, batch, documents, 1)
+    documents = memory.teaching_documents(batch)
+    (share,) = memory.waves_of(model, batch, documents, 1)
     walks = [engine_module.Walk(part, engine._embed(part)) for part in share]
     engine._forward(walks, engine.recompute)
     held = {}

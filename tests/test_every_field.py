@@ -30,13 +30,13 @@ from tiny_folder import write_model, write_rows
 
 from mlx_qlora import cli
 from mlx_qlora.config import SECTIONS, build
-from mlx_qlora.data import workers
+from mlx_qlora.data import encode
 from mlx_qlora.errors import UserError
 from mlx_qlora.model import quantize
 from mlx_qlora.run import run
 from mlx_qlora.train import engine
 from mlx_qlora.train.optim import SCHEDULES
-from mlx_qlora.train.update import Update
+from mlx_qlora.train.step import Update
 
 FIELDS = [f"{s}.{f.name}" for s, config in SECTIONS.items() for f in dataclasses.fields(config)]
 Values = dict[str, Any]
@@ -83,7 +83,7 @@ class Case:
     base: Values = field(default_factory=dict)
     error: str = ""
     again: bool = False
-    chunk: int = workers.CHUNK_BYTES
+    chunk: int = encode.CHUNK_BYTES
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -293,8 +293,8 @@ class Runs:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("WANDB_MODE", "disabled")  # what it was given is seen, nothing is sent
-            patch.setattr(workers, "CHUNK_BYTES", case.chunk)
-            patch.setattr(workers, "BEFORE_WORKERS", 4 * case.chunk)
+            patch.setattr(encode, "CHUNK_BYTES", case.chunk)
+            patch.setattr(encode, "BEFORE_WORKERS", 4 * case.chunk)
             if any(name.startswith("generation.") for name in case.base):
                 seen = generated(self.resolved(base | change))
             else:

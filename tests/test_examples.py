@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_folder import CHAT, write_tokenizer
 
-from mlx_qlora.data import workers
+from mlx_qlora.data import encode
 from mlx_qlora.data.batches import IGNORE, collate
 from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig, cache_folder, read_examples, train_validation_test
-from mlx_qlora.data.template import alpaca_prompt
+from mlx_qlora.data.rows import alpaca_prompt
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
 
@@ -311,7 +311,7 @@ def test_the_report_does_not_depend_on_how_rows_are_cut_into_chunks(
         write_rows(tmp_path / f"{name}.jsonl", [*rows(9, 9 * i), {"text": "x"}, *rows(4), "bad"])
     config = DataConfig(cache_dir=None)
     whole = read_examples(tmp_path, tokenizer, config)
-    monkeypatch.setattr(workers, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(encode, "CHUNK_ROWS", 2)
     in_chunks = read_examples(tmp_path, tokenizer, config)
     assert [line for line, _ in whole.report.refused] == [10, 15, 10, 15]
     assert (in_chunks.report, in_chunks.digest) == (whole.report, whole.digest)

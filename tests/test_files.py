@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_qlora.adapters.files import staged
+from mlx_qlora.folders import staged
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -12,10 +12,10 @@ from tiny_folder import write_model
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.drift import TEXTS, encode_texts
-from mlx_qlora.infer import forgetting as of_forgetting
-from mlx_qlora.infer.bootstrap import NONE, STUDENTISED, Interval
-from mlx_qlora.infer.figures import LOWER, Row, perplexity_row
-from mlx_qlora.infer.forgetting import BLOCK, Forgetting, degree, forgetting, read_texts
+from mlx_qlora.after import forgetting as of_forgetting
+from mlx_qlora.after.answer_metrics import LOWER, Row, perplexity_row
+from mlx_qlora.after.bootstrap import NONE, STUDENTISED, Interval
+from mlx_qlora.after.forgetting import BLOCK, Forgetting, degree, forgetting, read_texts
 
 
 @pytest.fixture(scope="module")

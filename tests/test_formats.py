@@ -11,9 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_qlora.data import formats
-from mlx_qlora.data.files import RowFile, find_files
-from mlx_qlora.data.formats import parse, raw_rows, read_rows
+from mlx_qlora.data import files
+from mlx_qlora.data.files import RowFile, find_files, parse, raw_rows, read_rows
 from mlx_qlora.errors import DataError
 
 with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -197,7 +196,7 @@ def test_any_array_comes_back_however_it_is_cut_into_pieces(
         indent = data.draw(st.sampled_from([None, 1]))
         text += json.dumps(row, ensure_ascii=data.draw(st.booleans()), indent=indent) + after
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "PIECE", data.draw(st.integers(4, 60)))
+        patch.setattr(files, "PIECE", data.draw(st.integers(4, 60)))
         assert read(tmp_path, (text + "]").encode(), "rows.json") == expected
 
 
@@ -208,7 +207,7 @@ def test_a_bad_item_keeps_to_itself_and_items_need_not_be_objects(tmp_path: Path
 
 
 def test_an_item_longer_than_a_piece_is_read(tmp_path: Path) -> None:
-    rows = [{"a": "é" * formats.PIECE}, {"a": "x" * 3 * formats.PIECE}, {"a": 1}]
+    rows = [{"a": "é" * files.PIECE}, {"a": "x" * 3 * files.PIECE}, {"a": 1}]
     content = json.dumps(rows, ensure_ascii=False, indent=0).encode()
     assert [row for _, row in read(tmp_path, content, "a.json")] == rows
 

@@ -13,11 +13,21 @@ from tiny_folder import CORPUS, hf_smollm2, write_model, write_tokenizer
 
 import mlx_qlora as mq
 from mlx_qlora.data.tokenizer import load_tokenizer
-from mlx_qlora.infer.batch import batch_tokens
-from mlx_qlora.infer.generate import Stream, generate, generate_tokens, prompt_ids, stream
-from mlx_qlora.infer.pieces import Pieces, _byte_tokens
-from mlx_qlora.infer.prompt_cache import PromptCache
-from mlx_qlora.infer.sampling import GenerationConfig, Sampler, filtered, repetition_processor
+from mlx_qlora.infer.generate import (
+    GenerationConfig,
+    Pieces,
+    PromptCache,
+    Sampler,
+    Stream,
+    _byte_tokens,
+    batch_tokens,
+    filtered,
+    generate,
+    generate_tokens,
+    prompt_ids,
+    repetition_processor,
+    stream,
+)
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 PROMPTS = [

@@ -10,9 +10,7 @@ import pytest
 from tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.infer.batch import batch_tokens, generate_batch
-from mlx_qlora.infer.generate import generate
-from mlx_qlora.infer.sampling import GenerationConfig
+from mlx_qlora.infer.generate import GenerationConfig, batch_tokens, generate, generate_batch
 
 PROMPTS: list[Any] = [
     "the quick brown fox jumps over the lazy dog and then",

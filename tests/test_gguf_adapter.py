@@ -15,7 +15,7 @@ from conftest import load_folder, randomise_lora
 from gguf import GGMLQuantizationType as Type
 from test_gguf import gguf_name, permuted, unpermuted
 
-from mlx_qlora.adapters.gguf import MERGED_GGUF_COMMAND, modelfile, save_gguf_adapter
+from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, modelfile, save_gguf_adapter
 from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
@@ -253,7 +253,7 @@ def test_nothing_but_an_adapter_is_overwritten(base: Path, tmp_path: Path, kind:
 def test_the_package_is_imported_when_it_is_needed_and_missed_with_the_remedy(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import sys, mlx_qlora.adapters.gguf; assert 'gguf' not in sys.modules"
+    code = "import sys, mlx_qlora.adapters.export; assert 'gguf' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(AdapterError, match=r"pip install 'mlx-qlora\[gguf\]'"):

@@ -83,7 +83,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def our_run(folder: Path, recompute: Any, compiled: bool) -> tuple[np.ndarray, np.ndarray, AdamW]:
-    from mlx_qlora.adapters.load import load_adapter
+    from mlx_qlora.adapters.peft import load_adapter
 
     model = load_folder(folder / "base")
     load_adapter(model, folder / "adapter")
@@ -128,7 +128,7 @@ def test_thirty_steps_equal_those_of_torch_and_peft(golden, recompute, compiled)
 def test_a_mean_of_means_would_fail_this_trajectory(golden):
     """The control: weighting micro-batches equally is far outside the tolerance."""
     model = load_folder(golden["folder"] / "base")
-    from mlx_qlora.adapters.load import load_adapter
+    from mlx_qlora.adapters.peft import load_adapter
 
     load_adapter(model, golden["folder"] / "adapter")
     engine = Engine(model, "none", compiled=False)

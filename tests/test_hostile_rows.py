@@ -12,13 +12,12 @@ import pytest
 from rich.console import Console
 from tiny_folder import CHAT, write_tokenizer
 
-from mlx_qlora.data import formats, summary, view
+from mlx_qlora.before import inspect
+from mlx_qlora.data import examples, files
 from mlx_qlora.data.batches import make_batches
-from mlx_qlora.data.examples import Example, Examples
-from mlx_qlora.data.files import RowFile, find_files
-from mlx_qlora.data.formats import read_rows
+from mlx_qlora.data.examples import DataReport, Example, Examples, FileReport, write_refused
+from mlx_qlora.data.files import RowFile, find_files, read_rows
 from mlx_qlora.data.read import DataConfig, read_examples, train_validation_test
-from mlx_qlora.data.summary import DataReport, FileReport, write_refused
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
 
@@ -89,7 +88,7 @@ def test_an_item_with_a_name_twice_may_lie_across_what_is_read_at_a_time(
         GOOD,
     ]
     for piece in (1, 7, 40):
-        monkeypatch.setattr(formats, "PIECE", piece)
+        monkeypatch.setattr(files, "PIECE", piece)
         assert found(tmp_path / "a.json", "[" + ",\n".join(items) + "]") == [
             (1, {"text": "a"}),
             (2, "not JSON: NaN is no JSON number"),
@@ -102,7 +101,7 @@ def test_a_number_cut_at_its_point_or_exponent_is_one_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for piece in range(1, 20):
-        monkeypatch.setattr(formats, "PIECE", piece)
+        monkeypatch.setattr(files, "PIECE", piece)
         rows = found(tmp_path / "a.json", f"[-7.125e-3,\n{GOOD}, 0.5]")
         assert rows == [(1, -7.125e-3), (2, {"text": "a"}), (3, 0.5)], piece
 
@@ -250,7 +249,7 @@ def test_refused_rows_are_written_whole_or_not_at_all(
         assert path.read_text() == "of an earlier run\n"
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(summary, "raw_rows", breaks_off)
+    monkeypatch.setattr(examples, "raw_rows", breaks_off)
     with pytest.raises(DataError) as caught:
         write_refused(path, [refused_of("x", 1, 2)])
     assert str(caught.value) == (
@@ -310,7 +309,7 @@ def test_refused_rows_are_never_written_over_the_data_or_among_it(
 def shown(examples: Examples, tokenizer: Tokenizer, colour: bool = False) -> str:
     """The first row of the first batch."""
     console = Console(file=io.StringIO())
-    console.print(view.rows(make_batches(examples, 1), tokenizer, 1, colour), soft_wrap=True)
+    console.print(inspect.rows(make_batches(examples, 1), tokenizer, 1, colour), soft_wrap=True)
     return console.file.getvalue()
 
 
@@ -351,9 +350,11 @@ def test_signs_that_a_terminal_acts_on_are_shown_as_their_pictures(
 
 def test_every_control_sign_but_the_line_break_has_a_picture() -> None:
     codes = [*(code for code in range(32) if code != 10), 127]
-    assert sorted(view.PICTURES) == [*codes, *range(0x80, 0xA0)]
-    assert {view.PICTURES[code] for code in range(0x80, 0xA0)} == {0xFFFD}
-    assert "".join(map(chr, codes)).translate(view.PICTURES) == "␀␁␂␃␄␅␆␇␈␉␋␌␍␎␏␐␑␒␓␔␕␖␗␘␙␚␛␜␝␞␟␡"
+    assert sorted(inspect.PICTURES) == [*codes, *range(0x80, 0xA0)]
+    assert {inspect.PICTURES[code] for code in range(0x80, 0xA0)} == {0xFFFD}
+    assert (
+        "".join(map(chr, codes)).translate(inspect.PICTURES) == "␀␁␂␃␄␅␆␇␈␉␋␌␍␎␏␐␑␒␓␔␕␖␗␘␙␚␛␜␝␞␟␡"
+    )
 
 
 @pytest.mark.parametrize("tools", [[{"function": "add"}], [{"function": None}], [{}], ["add"]])

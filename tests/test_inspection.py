@@ -14,13 +14,13 @@ from rich.text import Text
 from safetensors.numpy import load_file, save_file
 from tiny_folder import write_model, write_rows
 
+from mlx_qlora.before.inspect import inspect_data
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.inspection import inspect_data
 
 N_GOOD = 40
 LONG = "left out " * 20  # context that does not fit into 64 tokens

@@ -26,7 +26,7 @@ import crash
 import mlx_qlora as mq
 from mlx_qlora.config import build
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.interruption import Interrupted, Interruption
+from mlx_qlora.train.signals import Interrupted, Interruption
 
 BOTH = pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 # A real run that says when it is at a certain place, and stays there until a signal was noted. A
@@ -124,7 +124,7 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(
 HANGING = """
 import os, signal, sys, time
 from pathlib import Path
-from mlx_qlora.train.interruption import Interruption
+from mlx_qlora.train.signals import Interruption
 
 with Interruption() as interruption:
     print("ready", flush=True)

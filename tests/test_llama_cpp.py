@@ -15,7 +15,7 @@ import xllamacpp
 from conftest import load_folder, make_hf_model, our_logits, randomise_lora
 from test_gguf import gguf_name, permuted, unpermuted
 
-from mlx_qlora.adapters.gguf import save_gguf_adapter
+from mlx_qlora.adapters.export import save_gguf_adapter
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers

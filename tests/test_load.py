@@ -114,7 +114,7 @@ def test_every_public_name_resolves(name: str) -> None:
 def test_public_functions_stay_functions_whatever_was_imported_before() -> None:
     """`mlx_qlora.x` the module, once imported, must not take the place of `x` the function."""
     script = (
-        "import mlx_qlora, mlx_qlora.cli, mlx_qlora.run, mlx_qlora.planner\n"
+        "import mlx_qlora, mlx_qlora.cli, mlx_qlora.run, mlx_qlora.before.plan\n"
         "import mlx_qlora.infer.generate, mlx_qlora.infer.evaluate\n"
         "names = [n for n in mlx_qlora.__all__ if n != '__version__']\n"
         "print([n for n in names if not callable(getattr(mlx_qlora, n))])"

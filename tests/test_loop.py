@@ -25,7 +25,7 @@ from mlx_qlora.train.checkpoint import (
 from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.loop import train
 from mlx_qlora.train.metrics import LoggingConfig
-from mlx_qlora.train.update import dropout_keys
+from mlx_qlora.train.step import dropout_keys
 
 FINGERPRINT = {"config": "c", "data": "d"}
 

@@ -11,8 +11,7 @@ import pytest
 from conftest import load_folder, randomise_lora
 from rich.console import Console
 
-from mlx_qlora.adapters.load import load_adapter
-from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.data.batches import IGNORE
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from tiny_folder import write_tokenizer
 
-from mlx_qlora.data import formats, workers
+from mlx_qlora.data import encode, files
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.files import RowFile
-from mlx_qlora.data.formats import read_rows
+from mlx_qlora.data.files import RowFile, read_rows
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.rows import FORMATS
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
@@ -327,11 +326,11 @@ def test_worker_processes_and_a_guessed_format_find_the_same(
     content, bad, good = mixture(form, 300, random.Random(1))
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    monkeypatch.setattr(workers, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(workers, "CHUNK_BYTES", 3000)
-    here = workers.encode_chunk
+    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 3000)
+    here = encode.encode_chunk
     done_here = []
-    monkeypatch.setattr(workers, "encode_chunk", lambda *a: done_here.append(a) or here(*a))
+    monkeypatch.setattr(encode, "encode_chunk", lambda *a: done_here.append(a) or here(*a))
     examples = read_examples(path, tokenizer, DataConfig(cache_dir=None, num_workers=2))
     assert examples.report.format == form
     assert len(done_here) == 1
@@ -392,9 +391,9 @@ def test_items_of_an_array_that_are_no_rows_hide_none_behind_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(formats, "PIECE", 500)
-    monkeypatch.setattr(workers, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(workers, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(files, "PIECE", 500)
+    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 20_000)
     draw, items, bad, good = random.Random(2), [], [], {}
     for i in range(400):
         row, before, answer = good_row(form, draw)
@@ -451,7 +450,7 @@ def test_a_number_longer_than_what_is_read_at_a_time_is_one_item(
     path = tmp_path / "rows.json"
     path.write_bytes(b'[123456,\n-7125,\n{"text": "a"}]')
     for piece in range(1, 30):
-        monkeypatch.setattr(formats, "PIECE", piece)
+        monkeypatch.setattr(files, "PIECE", piece)
         found = list(read_rows(RowFile("rows.json", "json", path)))
         assert found == [(1, 123456), (2, -7125), (3, {"text": "a"})]
 
@@ -465,8 +464,8 @@ def test_lines_of_csv_that_are_no_rows_hide_none_behind_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(workers, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(workers, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 5000)
     draw, bad, good = random.Random(3), [], {}
     header = list(good_row(form, draw)[0])
     n = len(header)

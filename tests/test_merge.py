@@ -26,7 +26,7 @@ from test_peft import silence
 from tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.adapters import hf_weights, merge_checks
+from mlx_qlora.adapters import merge
 from mlx_qlora.adapters.drift import TEXTS, Drift, without_adapter
 from mlx_qlora.adapters.merge import merge, save_merged
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
@@ -536,7 +536,7 @@ def test_bytes_that_read_back_otherwise_are_found(
     source: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that flips a bit between write and read."""
-    read_header = hf_weights.read_safetensors_header
+    read_header = merge.read_safetensors_header
 
     def flip(path: Path, error: type[Exception]) -> dict[str, Any]:
         with path.open("r+b") as file:
@@ -546,7 +546,7 @@ def test_bytes_that_read_back_otherwise_are_found(
             file.write(bytes([byte ^ 1]))
         return read_header(path, error)
 
-    monkeypatch.setattr(hf_weights, "read_safetensors_header", flip)
+    monkeypatch.setattr(merge, "read_safetensors_header", flip)
     with pytest.raises(mq.WeightsError, match="reads back otherwise"):
         save_merged(adapted(source), tokenizer, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -613,7 +613,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(
     class Usage:
         free = dense - 1
 
-    monkeypatch.setattr(merge_checks.shutil, "disk_usage", lambda place: Usage)
+    monkeypatch.setattr(merge.shutil, "disk_usage", lambda place: Usage)
     with pytest.raises(
         mq.ConfigError, match=rf"needs {dense:,} bytes, and .* has {dense - 1:,} free"
     ):

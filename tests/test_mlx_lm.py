@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.adapters.mlx_lm import save_mlx_lm
+from mlx_qlora.adapters.peft import save_mlx_lm
 from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.tree import flat
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.data import packing
+from mlx_qlora.data import batches
 from mlx_qlora.data.batches import IGNORE, Batch, collate, make_batches
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.model.lora import LoraConfig, add_lora
@@ -30,7 +30,7 @@ WIDTH = 48
 
 
 def pack(lengths: list[int], width: int, seed: int = 0) -> list[list[int]]:
-    rows = packing.pack(np.array(lengths), width, np.random.default_rng(seed))
+    rows = batches.pack(np.array(lengths), width, np.random.default_rng(seed))
     return [row.tolist() for row in rows]
 
 
@@ -82,8 +82,8 @@ def test_no_more_rows_than_first_fit_needs_and_a_hundredth(kind: str) -> None:
 def test_windows_are_of_equal_size_and_hold_everything_in_order(
     monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    monkeypatch.setattr(packing, "WINDOW", 10)
-    windows = [window.tolist() for window in packing._windows(np.arange(n))]
+    monkeypatch.setattr(batches, "PACKING_WINDOW", 10)
+    windows = [window.tolist() for window in batches._windows(np.arange(n))]
     assert [i for window in windows for i in window] == list(range(n))
     sizes = [len(window) for window in windows]
     assert max(sizes) - min(sizes) <= 1
@@ -92,7 +92,7 @@ def test_windows_are_of_equal_size_and_hold_everything_in_order(
 
 
 def test_documents_share_rows_within_a_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "WINDOW", 10)
+    monkeypatch.setattr(batches, "PACKING_WINDOW", 10)
     shuffled = np.random.default_rng(3).permutation(100).tolist()
     rows = pack([1] * 100, 1000, seed=3)
     assert [sorted(row) for row in rows] == [

@@ -30,8 +30,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_folder import hf_smollm2
 
 from mlx_qlora.adapters import peft as ours_peft
-from mlx_qlora.adapters.load import load_adapter
-from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
@@ -536,7 +535,7 @@ def test_saving_over_a_folder_keeps_other_files_and_leaves_no_traces(
     np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(newer, TOKENS))
 
 
-@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.mlx_lm"])
+@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.peft"])
 def test_a_failure_while_saving_leaves_the_old_adapter_whole(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -557,7 +556,7 @@ def test_a_failure_while_saving_leaves_the_old_adapter_whole(
     np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(old, TOKENS))
 
 
-@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.mlx_lm"])
+@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.peft"])
 def test_what_the_disk_garbles_is_noticed_before_it_replaces_anything(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -8,16 +8,15 @@ import pytest
 from conftest import make_hf_model, save_hf
 
 import mlx_qlora as mq
-from mlx_qlora import machines
+from mlx_qlora import device
+from mlx_qlora.before.plan import Plan, flops_per_token, plan, plan_checkpoint, settled
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.device import Machine, machine, this_machine
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.estimates import flops_per_token
-from mlx_qlora.machines import Machine, machine, this_machine
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.planner import Plan, plan, plan_checkpoint, settled
 from mlx_qlora.train.memory import LAYER, NOTHING
 from mlx_qlora.tree import flat
 
@@ -148,17 +147,17 @@ def test_machines_by_name(name, device, gigabytes):
 
 
 def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeypatch):
-    monkeypatch.setattr(machines, "_measured_reading", lambda: 1e9)
+    monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
     cpu, gpu = (dataclasses.replace(small(1 << 30), device=name) for name in ("cpu", "cuda"))
     for each in (cpu, gpu):
         vars(each)["flops"] = 1e11
-    busy = [1e11 / (1e11 * machines.REACHED[each.device]) for each in (cpu, gpu)]
+    busy = [1e11 / (1e11 * device.REACHED[each.device]) for each in (cpu, gpu)]
     assert cpu.seconds(1e11, 500_000_000) == pytest.approx(busy[0] + 0.5)
     assert gpu.seconds(1e11, 500_000_000) == pytest.approx(busy[1])
 
 
 def test_few_rows_are_expected_to_take_longer_on_a_cpu(checkpoint_files, monkeypatch):
-    monkeypatch.setattr(machines, "_measured_reading", lambda: 1e9)
+    monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
     checkpoint = open_checkpoint(checkpoint_files)
     where = dataclasses.replace(small(8 << 30), device="cpu")
     vars(where)["flops"] = 1e11

@@ -20,9 +20,8 @@ from conftest import (
 from safetensors.numpy import load_file
 from test_peft import silence
 
-from mlx_qlora.adapters.load import load_adapter
-from mlx_qlora.adapters.peft import PREFIX, save_adapter
-from mlx_qlora.adapters.portable import save_portable
+from mlx_qlora.adapters.export import save_portable
+from mlx_qlora.adapters.peft import PREFIX, load_adapter, save_adapter
 from mlx_qlora.errors import AdapterError
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
 

@@ -20,10 +20,10 @@ import ring
 from safetensors.numpy import load_file
 from tiny_folder import write_model
 
-from mlx_qlora import backend
-from mlx_qlora.processes import AT_LEAST, TIMES, WORDS
+from mlx_qlora import device
+from mlx_qlora.distributed import AT_LEAST, TIMES, WORDS
+from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientSum
 from mlx_qlora.train.checkpoint import checkpoints, read_state
-from mlx_qlora.train.gradient_sum import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientSum
 
 STEPS, CLOSE = 20, 1e-5
 LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the tiny model, for r=1
@@ -189,7 +189,7 @@ def test_the_first_process_alone_writes_and_prints(
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_of_one_machine_share_its_cores(together: dict[str, Any], n: int) -> None:
-    share = max(1, min(backend.cores(), (os.cpu_count() or 1) // n))
+    share = max(1, min(device.cores(), (os.cpu_count() or 1) // n))
     assert {found["cores"] for found in together["packed"]} == {share}
 
 
@@ -364,7 +364,7 @@ import os, sys, time
 import mlx_qlora
 import mlx.core as mx
 from mlx_qlora.errors import ProcessError
-from mlx_qlora.processes import processes
+from mlx_qlora.distributed import processes
 
 own = processes()
 own.gather("ready")

@@ -13,9 +13,9 @@ import pytest
 import ring
 from test_processes import CLOSE, STEPS, Place, last_step, launch
 
-from mlx_qlora import processes as room
-from mlx_qlora.processes import RING_PADS, Processes
-from mlx_qlora.train.update import Gradients
+from mlx_qlora import distributed as room
+from mlx_qlora.distributed import RING_PADS, Processes
+from mlx_qlora.train.step import Gradients
 
 # Ten rows to test on besides, which both processes score.
 SPLIT = ("data.split=[0.6, 0.2, 0.2]", "--json")
@@ -157,9 +157,9 @@ def test_a_spoilt_list_of_hosts_is_told_without_a_traceback(place: Place, tmp_pa
 
 SCORES = """
 import sys
-from mlx_qlora.processes import processes
+from mlx_qlora.distributed import processes
 from mlx_qlora.train.score import Score
-from mlx_qlora.train.together import score_of_all
+from mlx_qlora.train.allreduce import score_of_all
 
 own = processes()
 nats = [2.5, float(sys.argv[1])][own.rank]

@@ -23,8 +23,7 @@ from rich.console import Console
 from tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
-from mlx_qlora.adapters.card import Facts, model_card, read_facts
-from mlx_qlora.adapters.push import push_to_hub
+from mlx_qlora.adapters.push import Facts, model_card, push_to_hub, read_facts
 from mlx_qlora.errors import ConfigError, SourceError
 
 ROOT = Path(__file__).parents[1]

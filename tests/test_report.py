@@ -18,25 +18,27 @@ import numpy as np
 import pytest
 
 import mlx_qlora as mq
+from mlx_qlora.after.notebook import Tail, in_kernel
+from mlx_qlora.after.plots import can_draw_png, plots_of, thin, ticks
+from mlx_qlora.after.report import (
+    DARK,
+    LIGHT,
+    Facts,
+    changed,
+    history_table,
+    usages,
+    use,
+    write_report,
+)
+from mlx_qlora.after.samples import CUT, is_other, questions
+from mlx_qlora.before.plan import Plan
 from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
-from mlx_qlora.data.examples import Example, Examples
-from mlx_qlora.data.summary import DataReport, FileReport
-from mlx_qlora.delivery import with_model
+from mlx_qlora.data.examples import DataReport, Example, Examples, FileReport
 from mlx_qlora.infer.evaluate import Scores
-from mlx_qlora.planner import Plan
-from mlx_qlora.report import write_report
-from mlx_qlora.report.answers import changed, use
-from mlx_qlora.report.drawing import can_draw_png
-from mlx_qlora.report.facts import Facts
-from mlx_qlora.report.lines import plots_of, thin, ticks
-from mlx_qlora.report.notebook import Tail, in_kernel
-from mlx_qlora.report.samples import CUT, is_other, questions
-from mlx_qlora.report.style import DARK, LIGHT
-from mlx_qlora.report.tables import history_table
-from mlx_qlora.report.usage import usages
+from mlx_qlora.load import with_model
+from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.memory import Schedule
-from mlx_qlora.train.result import TrainResult
 
 HOSTILE = "<script>alert('1')</script>\"'&</pre></style><img src=x onerror=y>"
 VOID = {"meta", "img", "br"}
@@ -171,7 +173,7 @@ def test_the_five_questions_are_answered_from_the_figures(tmp_path):
 
 def test_verdicts_follow_the_history(tmp_path, monkeypatch):
     """No test set: validation speaks, and overfitting, divergence and lack of figures are said."""
-    monkeypatch.setattr("mlx_qlora.report.page.can_draw_png", lambda: False)  # it takes a second
+    monkeypatch.setattr("mlx_qlora.after.report.can_draw_png", lambda: False)  # it takes a second
     alone = {"scores": {}, "samples": [], "data": [], "plan": None}
     falls = [{"step": s, "loss": 3 - s / 20} for s in range(5, 45, 5)]
 
@@ -448,14 +450,14 @@ def test_outside_a_kernel_nothing_is_started():
 CELL = """
 import json, time
 from pathlib import Path
-from mlx_qlora.report.notebook import live_plots
+from mlx_qlora.after.notebook import live_plots
 path = Path("metrics.jsonl")
 with live_plots(path, 2):
     for step in range(1, 5):
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "loss": 3 / step}) + "\\n")
         time.sleep(0.7)
-from mlx_qlora.train.result import TrainResult
+from mlx_qlora.train.loop import TrainResult
 TrainResult(Path("out"), 4, 1.0, None, [], html="<p>rich</p>")
 """
 

@@ -15,8 +15,7 @@ import pytest
 from dataset_server import DatasetHub
 from tiny_folder import write_tokenizer
 
-from mlx_qlora.data.files import RowFile, find_files
-from mlx_qlora.data.formats import hub_dataset, read_rows
+from mlx_qlora.data.files import RowFile, find_files, hub_dataset, read_rows
 from mlx_qlora.data.read import DataConfig, read_examples, train_validation_test
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import DataError

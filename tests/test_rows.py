@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_qlora.data.files import RowFile
-from mlx_qlora.data.formats import read_rows
+from mlx_qlora.data.files import RowFile, read_rows
 from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row
 from mlx_qlora.errors import DataError
 

@@ -13,8 +13,7 @@ from tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml
-from mlx_qlora.opening import open_run
-from mlx_qlora.run import run
+from mlx_qlora.run import open_run, run
 
 LAYOUT = [
     "README.md",

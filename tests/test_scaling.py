@@ -10,11 +10,10 @@ import pytest
 from ring import ends, start
 
 from mlx_qlora import cli
+from mlx_qlora.before.plan import LINKS, Link, Scaling, check_processes, plan, plan_checkpoint
 from mlx_qlora.config import build
+from mlx_qlora.device import machine
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.machines import machine
-from mlx_qlora.planner import plan, plan_checkpoint
-from mlx_qlora.scaling import LINKS, Link, Scaling, check_processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 STEP = """
 import json, sys
 import mlx.core as mx
-from mlx_qlora.processes import processes
-from mlx_qlora.train.gradient_sum import Counts, GradientSum
+from mlx_qlora.distributed import processes
+from mlx_qlora.train.allreduce import Counts, GradientSum
 
 own, (count, rows) = processes(), map(int, sys.argv[1:])
 shapes = {f"layers.{i}": (rows, 16) for i in range(count)}

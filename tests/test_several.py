@@ -22,8 +22,7 @@ from mlx.utils import tree_flatten
 from tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
-from mlx_qlora.adapters.load import load_adapter
-from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.adapters.several import (
     active,
     adapter_names,

@@ -19,12 +19,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_qlora._version import __version__
 from tiny_folder import write_rows, write_tokenizer
 
-from mlx_qlora._version import __version__
 from mlx_qlora.data import read
-from mlx_qlora.data.read import DataConfig, read_examples
-from mlx_qlora.data.store import (
+from mlx_qlora.data.examples import (
     ROW,
     VERSION,
     Piece,
@@ -34,6 +33,7 @@ from mlx_qlora.data.store import (
     in_memory,
     on_disk,
 )
+from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import DataError
 

@@ -24,21 +24,26 @@ import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.sweep import search, trial
-from mlx_qlora.sweep.compare import Difference, Losses, difference, in_words, standard_error, ties
-from mlx_qlora.sweep.grid import (
+from mlx_qlora.sweep.search import sweep
+from mlx_qlora.sweep.trial import (
+    Difference,
+    Losses,
     budget,
     candidates,
     checked_grid,
     config_of,
+    difference,
+    in_words,
     kept,
+    per_example,
     stages,
+    standard_error,
     start_point,
+    ties,
 )
-from mlx_qlora.sweep.search import sweep
-from mlx_qlora.sweep.trial import per_example
 from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.interruption import Interrupted
 from mlx_qlora.train.score import score
+from mlx_qlora.train.signals import Interrupted
 
 GRID = {"learning_rate": [1e-7, 1e-2, 1.0, 1e30], "r": [2, 4]}
 STEPS = 8

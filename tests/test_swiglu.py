@@ -5,8 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_qlora.model.exponentials import exp, sigmoid
-from mlx_qlora.model.swiglu import swiglu
+from mlx_qlora.cpu.exponentials import exp, sigmoid
+from mlx_qlora.model.llama import swiglu
 
 WAYS = {
     "plain": swiglu,

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_folder import CHAT, write_tokenizer
 
-from mlx_qlora.data.rows import Chat, Instruction, Pair, read_row
-from mlx_qlora.data.template import Segments, Template, alpaca_prompt
+from mlx_qlora.data.rows import Chat, Instruction, Pair, Segments, Template, alpaca_prompt, read_row
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import DataError
 

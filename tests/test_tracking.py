@@ -26,8 +26,7 @@ from test_loop import start
 from mlx_qlora.config import build, set_override
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.train.checkpoint import checkpoints
-from mlx_qlora.train.metrics import LoggingConfig
-from mlx_qlora.train.tracking import require_trackers, tracked
+from mlx_qlora.train.metrics import LoggingConfig, require_trackers, tracked
 
 HERE = Path(__file__).parent
 CLOCK = ("train/tokens_per_second", "eval/runtime", "train/peak_memory_bytes")
@@ -228,7 +227,7 @@ def test_the_text_is_what_torch_writes(tmp_path):
     """The same summary as torch's SummaryWriter makes of the same text."""
     from torch.utils.tensorboard.summary import text
 
-    from mlx_qlora.train.tracking import _text
+    from mlx_qlora.train.metrics import _text
 
     ours, theirs = _text("args", {"a": {"b": 1}}), text("args", "").value[0]
     value = type(theirs)(**ours)
@@ -315,7 +314,7 @@ def test_a_step_that_wandb_closed_is_not_sent_again(monkeypatch, tmp_path):
     """
     import wandb
 
-    from mlx_qlora.train.tracking import Wandb
+    from mlx_qlora.train.metrics import Wandb
 
     monkeypatch.setattr(wandb.Run, "step", property(lambda run: 7))
     history = [{"step": step, "loss": 1.0 / step} for step in range(1, 5)]
@@ -367,7 +366,7 @@ def test_a_full_disk_ends_the_tracker_and_not_the_run(hf_tiny, whole, monkeypatc
 
 def test_what_wandb_refuses_is_said_before_training(hf_tiny, tmp_path):
     """Here its own process refuses: the run is open elsewhere."""
-    from mlx_qlora.train.tracking import Wandb
+    from mlx_qlora.train.metrics import Wandb
 
     out = tmp_path / "out"
     how = LoggingConfig(logging_steps=1, report_to=BOTH)
@@ -433,7 +432,7 @@ def test_nobody_is_asked_for_a_key(env, words):
     ours, theirs = pty.openpty()
     code = textwrap.dedent("""
         from mlx_qlora.errors import ConfigError
-        from mlx_qlora.train.tracking import require_trackers
+        from mlx_qlora.train.metrics import require_trackers
         try:
             require_trackers(["wandb"])
             print("fine")
@@ -509,7 +508,7 @@ def test_what_is_no_tracker_is_refused(fields, words):
 
 def test_a_tracker_does_not_make_it_another_run():
     """The same run may go on with another tracker: the fields decide no weights."""
-    from mlx_qlora.record import deciding_values
+    from mlx_qlora.run import deciding_values
 
     config = build({})
     other = dataclasses.replace(config, logging=LoggingConfig(5, BOTH, "n", "p"))

@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 from rich.console import Console
 from test_loop import make_examples
 
-from mlx_qlora import backend
+from mlx_qlora import device
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig
@@ -34,12 +34,11 @@ from mlx_qlora.train.checkpoint import (
 )
 from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.interruption import Interruption
-from mlx_qlora.train.loop import train
+from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import LoggingConfig
 from mlx_qlora.train.optim import AdamW
-from mlx_qlora.train.result import TrainResult
-from mlx_qlora.train.update import Update, split
+from mlx_qlora.train.signals import Interruption
+from mlx_qlora.train.step import Update, split
 
 MALLOC = "[malloc] Unable to allocate 123 bytes."
 OUT_OF_MEMORY = [
@@ -353,7 +352,7 @@ def test_other_errors_of_the_device_end_the_run_in_its_own_words(model, words, r
 
 
 def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
-    working_set = backend.facts()["working_set_bytes"]
+    working_set = device.facts()["working_set_bytes"]
     before = mx.set_cache_limit(12345)
     try:
         start(hf_tiny[1], tmp_path / "out", max_steps=1)
@@ -361,14 +360,14 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
     finally:
         mx.set_cache_limit(before)
 
-    for device, wired in (("metal", [working_set]), ("cuda", []), ("cpu", [])):
+    for kind, wired in (("metal", [working_set]), ("cuda", []), ("cpu", [])):
         limits, caches = [], []
-        chosen = backend.Backend(device, mx.float32)
+        chosen = device.Backend(kind, mx.float32)
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "backend", lambda chosen=chosen: chosen)
+            patch.setattr(device, "backend", lambda chosen=chosen: chosen)
             patch.setattr(mx, "set_wired_limit", limits.append)
             patch.setattr(mx, "set_cache_limit", caches.append)
-            backend.limit_memory()
+            device.limit_memory()
         assert (limits, caches) == (wired, [working_set // 8])
 
 

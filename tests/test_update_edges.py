@@ -19,9 +19,9 @@ from test_update import (  # noqa: F401
     updater,
 )
 
+from mlx_qlora.after.advice import advise
 from mlx_qlora.errors import TrainingError
 from mlx_qlora.train import loop
-from mlx_qlora.train.advice import advise
 
 
 def test_unpacked_rows_of_different_widths_with_dropout(command, tmp_path):
@@ -49,10 +49,9 @@ def test_loraplus_on_an_attached_adapter(hf_tiny, tmp_path):
     from conftest import load_folder
     from test_loraplus import adapted, counting
 
-    from mlx_qlora.adapters.load import load_adapter
-    from mlx_qlora.adapters.peft import save_adapter
+    from mlx_qlora.adapters.peft import load_adapter, save_adapter
     from mlx_qlora.config import build
-    from mlx_qlora.preparation import prepare
+    from mlx_qlora.run import prepare
 
     save_adapter(adapted(hf_tiny[1]), tmp_path / "adapter", "org/base")
     ours = load_adapter(load_folder(hf_tiny[1]), tmp_path / "adapter")

@@ -32,20 +32,17 @@ from test_weights import quantise_with_mlx_lm
 from tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.adapters.load import load_adapter
-from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.cli import main
 from mlx_qlora.config import build, set_override
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import AdapterError, ConfigError
-from mlx_qlora.model.dora import DoRALinear
-from mlx_qlora.model.dropout import RANGE, kept, threshold
-from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
+from mlx_qlora.model.llama import RANGE, LlamaForCausalLM, kept, threshold
+from mlx_qlora.model.lora import DoRALinear, LoraConfig, add_lora, lora_layers
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.train.engine import Engine, loss_and_grads
-from mlx_qlora.train.interruption import Interrupted
 from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.tree import flat, nested
 
 TOKENS = random_tokens(2, 21)

@@ -15,13 +15,17 @@ import numpy as np
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import lora_layers
-from mlx_qlora.model.lora_linear import LoRALinear
+from mlx_qlora.model.lora import LoRALinear, lora_layers
 from mlx_qlora.tree import nested
 
 POSITIONS = 64  # whose logits exist at once: a vocabulary of 128,256 in float64 is 1 MB each
+
+
 NO_EFFECT = 1e-9  # nats per token; below it rounding is larger than what the adapter does
+
+
 WELL_KEPT = 0.95
+
 
 TEXTS: tuple[str, ...] = (
     "The lighthouse stands at the end of a long pier, and in winter the waves reach its lowest "

@@ -4,32 +4,338 @@ The checks come first (`merge_checks`), then the weights, one matrix at a time (
 what stands beside them; the drift is measured on what was written.
 """
 
+import fnmatch
 import json
+import math
 import shutil
+import struct
+import zlib
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_qlora._version import __version__
+from mlx_qlora import __version__
 from mlx_qlora.adapters.drift import Drift, encode_texts, measure
-from mlx_qlora.adapters.files import staged
-from mlx_qlora.adapters.hf_weights import DTYPES, Entry, Tensors, plan, size_of, write_shard
-from mlx_qlora.adapters.merge_checks import GENERATION, MARK, check_base, check_disk, check_target
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import AdapterError
-from mlx_qlora.fields import require
+from mlx_qlora.errors import AdapterError, ConfigError, WeightsError, listing, require
+from mlx_qlora.folders import check_not_here, staged
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import lora_layers
-from mlx_qlora.model.quantize import Linear, QuantConfig
+from mlx_qlora.model.lora import DoRALinear, LoRALinear, lora_layers
+from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
 from mlx_qlora.model.weights import (
+    FLOATS,
     Checkpoint,
     load_model,
     open_checkpoint,
+    read_safetensors_header,
 )
-from mlx_qlora.tree import nested
+from mlx_qlora.tree import flat, nested
+
+# ---- weights in Hugging Face's layout ------------------------------------------------------------
+
+
+# Name -> safetensors' name of it, and bytes of one number.
+DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
+
+
+FLOAT = mx.floating
+
+
+# ---- which tensor goes where -------------------------------------------------------------------
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: the weight that it is a part of, and what the header says of it."""
+
+    name: str
+    weight: str
+    dtype: str
+    shape: tuple[int, ...]
+    width: int  # bytes of one number
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.width
+
+
+def shapes(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Weight -> shape, of the model without an adapter and with nothing packed, in its order."""
+    plain = LlamaForCausalLM(model.config)  # zeros that are never computed
+    return {name: tuple(array.shape) for name, array in flat(plain.parameters()).items()}
+
+
+def plan(
+    model: LlamaForCausalLM, dtype: str, quantize: QuantConfig | None, most: int
+) -> dict[str, list[Entry]]:
+    """File name -> its tensors. What one matrix is packed into stays together."""
+    shards: list[list[Entry]] = [[]]
+    for name, shape in shapes(model).items():
+        entries = entries_of(name, shape, dtype, quantize)
+        if shards[-1] and size_of(shards[-1]) + size_of(entries) > most:
+            shards.append([])
+        shards[-1] += entries
+    n = len(shards)
+    if n == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def size_of(entries: list[Entry]) -> int:
+    """Bytes of some tensors."""
+    return sum(entry.nbytes for entry in entries)
+
+
+def entries_of(
+    name: str, shape: tuple[int, ...], dtype: str, quantize: QuantConfig | None
+) -> list[Entry]:
+    """What a weight becomes: itself, or what it is packed into.
+
+    Raises:
+        ConfigError: its columns do not divide into groups.
+    """
+    kind, width = DTYPES[dtype]
+    if quantize is None or len(shape) != 2:
+        return [Entry(name, name, kind, shape, width)]
+    path, (rows, columns) = name.removesuffix(".weight"), shape
+    if not quantize.fits(shape):
+        raise ConfigError(
+            f"group_size {quantize.group_size} does not divide the {columns} columns of {path}; "
+            "choose a smaller group_size"
+        )
+    groups = rows, columns // quantize.group_size
+    packed = Entry(name, name, "U32", (rows, columns * quantize.bits // 32), 4)
+    if quantize.mode != "affine":
+        return [packed, Entry(f"{path}.scales", name, "U8", groups, 1)]
+    rest = [Entry(f"{path}.{leaf}", name, kind, groups, width) for leaf in ("scales", "biases")]
+    return [packed, *rest]
+
+
+# ---- from the model to the disk ----------------------------------------------------------------
+class Tensors:
+    """Makes the weights of the merged model, each when it is asked for.
+
+    Args:
+        model: with LoRA layers.
+        original: where W comes from, or None for the model itself; used up.
+        quantize: how matrices are packed, or None.
+        dtype: of everything that is not packed.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        original: Checkpoint | None,
+        quantize: QuantConfig | None,
+        dtype: mx.Dtype,
+    ) -> None:
+        self.modules: dict[str, Any] = dict(model.named_modules())
+        self.originals: dict[str, mx.array] | None = None
+        if original is not None:
+            shards = original.shards
+            self.originals = {name: a for shard in shards for name, a in shard.items()}
+            shards.clear()  # or every tensor that was read would stay
+        self.quantize, self.dtype = quantize, dtype
+
+    def make(self, name: str) -> tuple[mx.array, ...]:
+        """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
+
+        Raises:
+            WeightsError: a number that the dtype cannot hold.
+        """
+        module = self.modules[name.rpartition(".")[0]]
+        is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))
+        dense: tuple[mx.array, ...] = ()
+        if self.quantize is None or not is_matrix:
+            made = (self.dense(name, module),)
+        elif (
+            self.originals is None
+            and isinstance(module, FrozenMatrix)
+            and module.quant == self.quantize
+        ):
+            made = module.packed()  # packing again what was packed would lose a little more
+        else:  # scales and biases are found in float32, as they are while loading
+            dense = (self.dense(name, module).astype(mx.float32),)
+            made = pack(dense[0], self.quantize)
+        made = tuple(a.astype(self.dtype) if mx.issubdtype(a.dtype, FLOAT) else a for a in made)
+        floats = [a for a in (*dense, *made) if mx.issubdtype(a.dtype, FLOAT)]
+        if not all(mx.isfinite(a).all().item() for a in floats):
+            raise WeightsError(
+                f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN: "
+                "export as bfloat16, or train again if the loss was NaN"
+            )
+        return made
+
+    def dense(self, name: str, module: Any) -> mx.array:
+        """The merged weight, or another tensor of the base as it is."""
+        is_weight = name.endswith(".weight")
+        if isinstance(module, LoRALinear) and is_weight:
+            return module.merged() if self.originals is None else self._onto_original(name, module)
+        if self.originals is not None:
+            return self.originals.pop(name)
+        if isinstance(module, LoRALinear):
+            module = module.base_layer
+        if isinstance(module, FrozenMatrix) and is_weight:
+            return module.dense()
+        return module[name.rpartition(".")[2]]
+
+    def _onto_original(self, name: str, layer: LoRALinear) -> mx.array:
+        assert self.originals is not None
+        A, B = (factor.astype(mx.float32) for factor in layer.update_of_the_base())
+        W = self.originals.pop(name).astype(mx.float32) + layer.scale * (B @ A)
+        if isinstance(layer, DoRALinear):
+            lengths = mx.sqrt(W.square().sum(axis=1))
+            W = (layer.lora_magnitude_vector.astype(mx.float32) / lengths)[:, None] * W
+        return W
+
+
+def write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
+    """Writes one safetensors file, tensor by tensor, and reads it back."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wide numbers first, as safetensors itself does: readers map them, and want them aligned.
+    for entry in sorted(entries, key=lambda entry: -entry.width):
+        offsets = [offset, offset := offset + entry.nbytes]
+        header[entry.name] = dict(dtype=entry.dtype, shape=entry.shape, data_offsets=offsets)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    sums = {}
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for weight, parts in groupby(entries, key=lambda entry: entry.weight):
+            for entry, array in zip(parts, tensors.make(weight), strict=True):
+                assert tuple(array.shape) == entry.shape and array.nbytes == entry.nbytes
+                content = np.array(array.reshape(-1).view(mx.uint8), copy=False).data
+                file.seek(8 + len(text) + header[entry.name]["data_offsets"][0])
+                file.write(content)
+                sums[entry.name] = zlib.crc32(content)
+            mx.clear_cache()
+    read = read_safetensors_header(path, WeightsError)
+    with path.open("rb") as file:
+        for name, checksum in sums.items():
+            start, end = read[name]["data_offsets"]
+            file.seek(8 + len(text) + start)
+            if zlib.crc32(file.read(end - start)) != checksum:
+                raise WeightsError(f"{path}: {name} reads back otherwise than it was written")
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+MARK = "merged by mlx-qlora"  # in the README.md of every export: only such a folder is replaced
+
+
+GENERATION = "generation_config.json"
+
+
+WRITTEN = ("README.md", "config.json", GENERATION, "model*.safetensors")
+
+
+WRITTEN += ("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
+
+
+WRITTEN += ("added_tokens.json", "chat_template.*", ".DS_Store")
+
+
+def check_target(target: Path, sources: list[ModelFiles]) -> None:
+    """Refuses a folder that holds anything but an older export, or that is read from.
+
+    Raises:
+        ConfigError: naming what would be deleted, or it is the current folder.
+    """
+    for files in sources:
+        if target == files.path.resolve():
+            raise ConfigError(f"{target} is what the weights are read from; choose another folder")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{target} is a file; give the name of a folder")
+    names = sorted(path.name for path in target.iterdir())
+    foreign = [n for n in names if not any(fnmatch.fnmatch(n, known) for known in WRITTEN)]
+    card = target / "README.md"
+    ours = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
+    if names and (foreign or not ours):
+        holds = f" ({', '.join(foreign[:5])})" if foreign else ""
+        raise ConfigError(
+            f"{target} holds something else than an older export{holds}, which would be deleted; "
+            "choose another folder, or empty this one"
+        )
+    check_not_here(target, "folder")
+
+
+def check_disk(target: Path, needed: int) -> None:
+    """Refuses a disk that has not so many bytes free.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    there = next(place for place in target.parents if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ConfigError(
+            f"the merged model needs {needed:,} bytes, and {there} has {free:,} free: free some, "
+            "or choose a folder on a larger disk (an older export there stays until the end)"
+        )
+
+
+def check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
+    """Refuses original weights that are quantised, or another model's.
+
+    Raises:
+        ConfigError: they are quantised.
+        WeightsError: they differ; all differences are listed.
+    """
+    where = original.files.path
+    if original.packing:
+        raise ConfigError(
+            f"base: {where} is quantised itself; give the original 16-bit model, or no base"
+        )
+    theirs, ours = LlamaConfig.from_hf(original.config), model.config
+    problems = [
+        f"config.json: {field} is {getattr(theirs, field)!r}; the model's is {value!r}"
+        for field, value in vars(ours).items()
+        # How long a context is allowed does not show in the weights.
+        if field != "max_position_embeddings" and not _same(getattr(theirs, field), value)
+    ]
+    if not problems:
+        expected = shapes(model)
+        for name, shape in expected.items():
+            info = original.found.get(name)
+            if info is None:
+                problems.append(f"{name} is missing")
+            elif info.shape != shape or info.dtype not in FLOATS:
+                problems.append(f"{name} is {info.dtype} {info.shape}; the model's is {shape}")
+    problems = problems or _different_norms(model, original)
+    if problems:
+        raise WeightsError(f"base: {where} is another model:\n{listing(problems)}")
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether two values of a config agree; a GGUF has its numbers in float32."""
+    if isinstance(ours, float) and isinstance(theirs, (int, float)):
+        return abs(theirs - ours) <= 1e-6 * abs(ours)
+    if isinstance(ours, (int, str)):
+        return theirs == ours
+    return all(_same(getattr(theirs, field), value) for field, value in vars(ours).items())
+
+
+def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
+    """Norms are never quantised, so they tell two models of the same sizes apart."""
+    arrays = {name: array for shard in original.shards for name, array in shard.items()}
+    norms = {n: w for n, w in flat(model.parameters()).items() if n.endswith("norm.weight")}
+    return [
+        f"{name} has other values"
+        for name, ours in norms.items()
+        if not mx.allclose(ours.astype(mx.float32), arrays[name].astype(mx.float32), 1e-2, 1e-3)
+    ]
+
+
+# ---- merging -------------------------------------------------------------------------------------
+
 
 # What is true of the files that were read, and not of those that are written.
 DROPPED = ("quantization", "quantization_config", "_name_or_path")
@@ -51,8 +357,6 @@ class Merged:
 
 
 # ---- in memory ---------------------------------------------------------------------------------
-
-
 def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Folds the adapter into dense weights of the compute dtype, in place.
 
@@ -90,8 +394,6 @@ def _check_has_adapter(model: LlamaForCausalLM) -> None:
 
 
 # ---- as a folder -------------------------------------------------------------------------------
-
-
 def save_merged(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
@@ -167,8 +469,6 @@ def save_merged(
 
 
 # ---- beside the weights ------------------------------------------------------------------------
-
-
 def _write_rest(
     staging: Path,
     model: LlamaForCausalLM,

@@ -1,9 +1,4 @@
-"""The adapter as a PEFT folder, out and in.
-
-PEFT is lenient where it hurts: it only warns of tensors that a file lacks, and says nothing of
-tensors that it does not know. So both directions check the exact set of names and shapes here.
-Format: PEFT's docs/source/developer_guides/checkpoint.md.
-"""
+"""The adapter on disk in PEFT's layout and in mlx-lm's, out and in."""
 
 import dataclasses
 import json
@@ -11,23 +6,157 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mlx_qlora.adapters.card import Facts, model_card
-from mlx_qlora.adapters.files import staged
-from mlx_qlora.adapters.mlx_lm import FILES as MLX_LM_FILES
-from mlx_qlora.adapters.mlx_lm import write_mlx_lm
-from mlx_qlora.adapters.ownership import ADAPTER_FOLDER, check_names
+from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, ConfigError, listing
+from mlx_qlora.folders import ADAPTER_FOLDER, check_names, staged
 from mlx_qlora.model.hub import ModelFiles
-from mlx_qlora.model.initial import changes_base
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, lora_layers
-from mlx_qlora.tree import flat
+from mlx_qlora.model.lora import LoraConfig, add_lora, changes_base, lora_layers, target_paths
+from mlx_qlora.model.weights import read_safetensors_header
+from mlx_qlora.tree import flat, nested
+
+# ---- mlx-lm's layout -----------------------------------------------------------------------------
+
+
+MLX_LM_CONFIG, MLX_LM_WEIGHTS = MLX_LM_FILES = "adapter_config.json", "adapters.safetensors"
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+PEFT_LEAVES = {
+    "lora_a": ".lora_A.weight",
+    "lora_b": ".lora_B.weight",
+    "m": ".lora_magnitude_vector",
+}
+
+
+# ---- out ---------------------------------------------------------------------------------------
+def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
+    """Writes the adapter for mlx-lm alone, into a folder that is whole or not there.
+
+    Args:
+        model: with LoRA layers.
+        folder: files of other names in it are left alone.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the model has no LoRA layers, or files of PEFT's adapter are in the folder:
+            both have an `adapter_config.json`.
+        ConfigError: the folder holds an adapter that somebody else wrote.
+    """
+    if not lora_layers(model):
+        raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
+    folder = Path(folder).expanduser()
+    if (folder / "adapter_model.safetensors").exists():
+        raise AdapterError(f"{folder} holds a PEFT adapter already; choose another folder")
+    check_names(folder, MLX_LM_FILES)
+    with staged(folder, marks=(MLX_LM_CONFIG,)) as staging:
+        write_mlx_lm(model, staging)
+    return folder
+
+
+def write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
+    """Writes `adapters.safetensors` and `adapter_config.json` and reads them back.
+
+    Updates of smaller rank are filled up with zeros, and those of another scale carry the
+    difference in lora_b: the product stays the same.
+    """
+    lora: LoraConfig = model.lora_config
+    layers = lora_layers(model)
+    updates = {path: tuple(map(np.array, layer.update_of_the_base())) for path, layer in layers}
+    rank = max(len(A) for A, _ in updates.values())
+    scale = layers[0][1].scale
+    tensors = {}
+    for path, layer in layers:
+        A, B = updates[path]
+        A, B = np.pad(A, ((0, rank - len(A)), (0, 0))), np.pad(B, ((0, 0), (0, rank - len(A))))
+        B = B if layer.scale == scale else B * np.float32(layer.scale / scale)
+        tensors[f"{path}.lora_a"] = np.ascontiguousarray(A.T)
+        tensors[f"{path}.lora_b"] = np.ascontiguousarray(B.T)
+        if lora.use_dora:
+            tensors[f"{path}.m"] = np.array(layer.lora_magnitude_vector)
+    config = {
+        "fine_tune_type": "dora" if lora.use_dora else "lora",
+        "num_layers": len(model.layers),
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": lora.lora_dropout,
+            # Whole paths: mlx-lm takes them whatever num_layers is, so they also say
+            # which layers are left out.
+            "keys": [path for path, _ in layers],
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / MLX_LM_WEIGHTS, metadata={"format": "mlx"})
+    (folder / MLX_LM_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    written = load_file(folder / MLX_LM_WEIGHTS)
+    same = written.keys() == tensors.keys() and all(
+        written[name].tobytes() == array.tobytes() for name, array in tensors.items()
+    )
+    if not same:
+        raise AdapterError(f"{folder}: what was read back is not what was written")
+
+
+# ---- in ----------------------------------------------------------------------------------------
+def read_mlx_lm_config(folder: Path) -> LoraConfig:
+    """The LoraConfig of an adapter that mlx-lm has written, as its tensors show it.
+
+    Raises:
+        AdapterError: files are missing or damaged, or it is no LoRA or DoRA.
+    """
+    path = folder / MLX_LM_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
+        scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{path} is no adapter config of mlx-lm: {error!r}") from None
+    if kind not in ("lora", "dora"):
+        raise AdapterError(f"{path}: fine_tune_type is {kind!r}; supported: lora, dora")
+    header = read_safetensors_header(folder / MLX_LM_WEIGHTS, AdapterError)
+    ranks = {e["shape"][-1] for name, e in header.items() if name.endswith(".lora_a")}
+    paths = {name.rpartition(".")[0] for name in header}
+    if len(ranks) != 1 or 0 in ranks:
+        found = ", ".join(map(str, sorted(ranks))) or "none"
+        raise AdapterError(
+            f"{folder / MLX_LM_WEIGHTS}: one rank is expected in all lora_a; got {found}"
+        )
+    rank = ranks.pop()
+    try:
+        return LoraConfig(
+            r=rank,
+            lora_alpha=scale * rank,
+            lora_dropout=dropout,
+            target_modules=sorted(paths),
+            use_dora=kind == "dora",
+        )
+    except ConfigError as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def peft_name(name: str) -> str:
+    """What PEFT calls a tensor of mlx-lm's; any other name stays as it is."""
+    path, _, leaf = name.rpartition(".")
+    return f"{PEFT_PREFIX}{path}{PEFT_LEAVES[leaf]}" if leaf in PEFT_LEAVES else name
+
+
+# ---- PEFT's layout -------------------------------------------------------------------------------
+
 
 PREFIX = "base_model.model."
+
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 
 # PEFT options that change the arithmetic, with the one value that we compute. Absent is fine too.
 FIXED = {
@@ -48,13 +177,13 @@ FIXED = {
     "kasa_config": None,
     "monteclora_config": None,
 }
+
+
 # Where an adapter began does not matter, unless the base was changed to begin there.
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 # ---- out ---------------------------------------------------------------------------------------
-
-
 def save_adapter(
     model: LlamaForCausalLM,
     folder: str | Path,
@@ -197,8 +326,6 @@ def write_peft(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, A
 
 
 # ---- in ----------------------------------------------------------------------------------------
-
-
 def read_peft_config(folder: Path) -> LoraConfig:
     """The LoraConfig of a PEFT folder.
 
@@ -263,3 +390,94 @@ def _as_list(value: Any) -> Any:
 
 def _holds(value: Any, kind: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+# ---- a folder -> LoRA layers ---------------------------------------------------------------------
+
+
+def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalLM:
+    """Attaches an adapter to a model without one: PEFT's, ours or another's, or mlx-lm's.
+
+    Args:
+        model: the base, frozen.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`, or mlx-lm's
+            `adapters.safetensors`.
+
+    Returns:
+        The same model, with LoRA layers, ready to generate or to be trained on.
+
+    Raises:
+        AdapterError: files are missing or damaged, the adapter uses an option that we do not
+            compute, or its tensors are not those of this model; all bad tensors are listed.
+        ConfigError: the model already has LoRA layers.
+    """
+    if lora_layers(model):
+        raise ConfigError("the model already has LoRA layers; load it again to attach an adapter")
+    folder = Path(folder).expanduser()
+    lora = read_adapter_config(folder)
+    file = folder / (MLX_LM_WEIGHTS if is_mlx_lm(folder) else WEIGHTS)
+    header = read_safetensors_header(file, AdapterError)
+    try:
+        paths = target_paths(model, lora)
+    except ConfigError as error:
+        raise AdapterError(f"{folder / CONFIG} is for another model: {error}") from None
+    _check_tensors(model, file, lora, paths, header)
+
+    try:
+        arrays: Any = mx.load(str(file))
+    except (RuntimeError, ValueError) as error:  # offsets that do not fit the shapes
+        raise AdapterError(f"{file} is damaged: {error}") from None
+    if is_mlx_lm(folder):
+        arrays = {peft_name(name): mx.contiguous(array.T) for name, array in arrays.items()}
+    add_lora(model, lora, begin=False)
+    weights = {name.removeprefix(PREFIX): a.astype(mx.float32) for name, a in arrays.items()}
+    model.update(nested(weights))
+    mx.eval(model.trainable_parameters())
+    return model
+
+
+def _check_tensors(
+    model: LlamaForCausalLM,
+    file: Path,
+    lora: LoraConfig,
+    paths: list[str],
+    header: dict[str, Any],
+) -> None:
+    """Compares names, shapes and dtypes with what the config promises for this model."""
+    modules = dict(model.named_modules())
+    expected = {}
+    for path in paths:
+        d_out, d_in = modules[path].shape
+        r = lora.rank_of(path)
+        expected[f"{PREFIX}{path}.lora_A.weight"] = [r, d_in]
+        expected[f"{PREFIX}{path}.lora_B.weight"] = [d_out, r]
+        if lora.use_dora:
+            expected[f"{PREFIX}{path}.lora_magnitude_vector"] = [d_out]
+    transposed = file.name == MLX_LM_WEIGHTS
+    found = {peft_name(name) if transposed else name for name in header}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    for name, entry in header.items():
+        wanted = expected.get(peft_name(name) if transposed else name)
+        wanted = wanted[::-1] if wanted and transposed else wanted
+        if wanted is None:
+            problems.append(f"{name} belongs to no target of this model")
+        elif entry.get("shape") != wanted:
+            problems.append(f"{name} has shape {entry.get('shape')}, not {wanted}")
+        elif entry.get("dtype") not in ("F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {entry.get('dtype')}")
+    if problems:
+        raise AdapterError(f"{file} is damaged or for another model:\n{listing(problems)}")
+
+
+def is_mlx_lm(folder: Path) -> bool:
+    """Whether a folder holds mlx-lm's adapter and not PEFT's."""
+    return (folder / MLX_LM_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file()
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The LoraConfig of an adapter's folder, PEFT's or mlx-lm's.
+
+    Raises:
+        AdapterError: it is neither, or one that we do not compute.
+    """
+    return read_mlx_lm_config(folder) if is_mlx_lm(folder) else read_peft_config(folder)

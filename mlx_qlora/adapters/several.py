@@ -14,14 +14,15 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.adapters.load import load_adapter
+from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, lora_layers
-from mlx_qlora.model.lora_linear import LoRALinear
+from mlx_qlora.model.lora import LoraConfig, LoRALinear, lora_layers
 from mlx_qlora.tree import nested
 
 COMBINATIONS = ("cat", "linear")
+
+
 UNNAMED = "default"  # PEFT's name for an adapter that was given none
 
 

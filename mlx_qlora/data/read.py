@@ -16,18 +16,32 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_qlora.data.encode import TRUNCATION
-from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.files import KINDS, RowFile, find_files, user_path
-from mlx_qlora.data.formats import hub_dataset, parse, raw_rows, unit_of
-from mlx_qlora.data.rows import FORMATS, detect_format
-from mlx_qlora.data.store import VERSION, Piece, cached, forget_unused, in_memory, on_disk
-from mlx_qlora.data.summary import DataReport, FileReport, write_refused
-from mlx_qlora.data.template import ROW_DATE, Template
+from mlx_qlora.data.encode import TRUNCATION, Chunk, Recipe, chunks, default_workers, encode_chunks
+from mlx_qlora.data.examples import (
+    VERSION,
+    DataReport,
+    Examples,
+    FileReport,
+    Piece,
+    cached,
+    forget_unused,
+    in_memory,
+    on_disk,
+    write_refused,
+)
+from mlx_qlora.data.files import (
+    KINDS,
+    RowFile,
+    find_files,
+    hub_dataset,
+    parse,
+    raw_rows,
+    unit_of,
+    user_path,
+)
+from mlx_qlora.data.rows import FORMATS, ROW_DATE, Template, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.data.workers import Chunk, Recipe, chunks, default_workers, encode_chunks
-from mlx_qlora.errors import ConfigError, DataError
-from mlx_qlora.fields import check_choices, option, require
+from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
 
 PEEKED = 100  # rows that are looked at to find a file's format
 
@@ -331,8 +345,6 @@ class _Bar:
 
 
 # ---- the parts of a run ------------------------------------------------------------------------
-
-
 def train_validation_test(
     config: DataConfig, tokenizer: Tokenizer, seed: int, console: Console | None = None
 ) -> tuple[Examples, Examples | None, Examples | None]:

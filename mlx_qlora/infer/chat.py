@@ -8,13 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.several import active, adapter_names, switch
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, UserError
-from mlx_qlora.infer.generate import Speed, Stream, prompt_ids, room_for
-from mlx_qlora.infer.prompt_cache import PromptCache
-from mlx_qlora.infer.sampling import GenerationConfig
+from mlx_qlora.folders import staged
+from mlx_qlora.infer.generate import (
+    GenerationConfig,
+    PromptCache,
+    Speed,
+    Stream,
+    prompt_ids,
+    room_for,
+)
 from mlx_qlora.model.llama import LlamaForCausalLM
 
 HELP = """\

@@ -12,14 +12,18 @@ from rich.progress import track
 from mlx_qlora.data.batches import Batches, collate, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.processes import TO_BEGIN, Processes
+from mlx_qlora.train.allreduce import score_of_all
 from mlx_qlora.train.score import Score, score, score_rows
-from mlx_qlora.train.together import score_of_all
 
 BATCH = 8  # rows of a forward
+
+
 WIDTH = 512  # tokens in a row of several examples
+
+
 POSITIONS = 4096  # of the examples that are scored at once
 
 

@@ -1,25 +1,319 @@
-"""Text from a model, by mlx-lm's cache and prefill machinery on our tree.
+"""Answers to many prompts, several at once, by mlx-lm's continuous batching.
 
-mlx-lm is imported where it is used: it brings transformers, which takes seconds.
+On most machines a token costs the reading of all weights; rows of a batch share it.
 """
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError
-from mlx_qlora.fields import require
-from mlx_qlora.infer.pieces import Answer
-from mlx_qlora.infer.prompt_cache import PromptCache, kv_group
-from mlx_qlora.infer.sampling import GenerationConfig, Sampler, key_of, repetition_processor
+from mlx_qlora.errors import ConfigError, option, require
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import lora_layers
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How the next token is chosen; names and order of operations are Hugging Face's."""
+
+    temperature: float = option(0.7, "divides the logits; 0 always takes the likeliest token")
+    top_p: float = option(0.9, "sample from the likeliest tokens that make up this probability")
+    top_k: int = option(50, "sample from this many likeliest tokens; 0 means all")
+    repetition_penalty: float = option(1.1, "divides positive logits of tokens already seen")
+    max_new_tokens: int = option(512, "most tokens to generate")
+
+    def __post_init__(self) -> None:
+        field = "generation."
+        require(self.temperature >= 0, f"{field}temperature", "be at least 0", self.temperature)
+        require(0 < self.top_p <= 1, f"{field}top_p", "be in (0, 1]", self.top_p)
+        require(self.top_k >= 0, f"{field}top_k", "be at least 0", self.top_k)
+        penalty = self.repetition_penalty
+        require(penalty > 0, f"{field}repetition_penalty", "be above 0", penalty)
+        most = self.max_new_tokens
+        require(most >= 1, f"{field}max_new_tokens", "be at least 1", most)
+
+
+def key_of(seed: int | None) -> mx.array:
+    """The key (2,) uint32 that a seed stands for; None takes a fresh one.
+
+    Raises:
+        ConfigError: the seed is no unsigned number of 64 bits.
+    """
+    if seed is None:
+        import secrets
+
+        seed = secrets.randbits(64)
+    require(0 <= seed < 2**64, "seed", "be in [0, 2**64)", seed)
+    return mx.random.key(seed)
+
+
+class Sampler:
+    """Draws a token from log-probabilities (1, V), with a key of its own for each draw.
+
+    mlx-lm's samplers draw from MLX's global state, which training and other threads also move;
+    this one depends on its key alone. Temperature comes before top_k and top_p, as in Hugging
+    Face; mlx-lm applies it last, which keeps other tokens.
+    """
+
+    def __init__(self, how: GenerationConfig, key: mx.array) -> None:
+        self.how = how
+        self.key = key
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities (1, V) -> token (1,)."""
+        if self.how.temperature == 0:
+            return mx.argmax(logprobs, axis=-1)
+        self.key, draw = mx.random.split(self.key)
+        return mx.random.categorical(filtered(logprobs, self.how), key=draw)
+
+
+def filtered(logprobs: mx.array, how: GenerationConfig) -> mx.array:
+    """Scaled log-probabilities (..., V) float32, with -inf for tokens top_k or top_p rule out.
+
+    Both keep the tokens from a least value on, so that equal ones stay or go together.
+    """
+    scaled = (logprobs / how.temperature).astype(mx.float32)
+    V = scaled.shape[-1]
+    k = min(how.top_k or V, V)
+    if k == V and how.top_p == 1:
+        return scaled
+    # Of the best k alone the order matters: sorting them all would take as long as a layer.
+    best = mx.topk(scaled, k) if k < V else scaled
+    least = best.min(axis=-1, keepdims=True)
+    if how.top_p < 1:  # at 1 all stay; a rounded sum would drop some
+        ranked = -mx.sort(-best, axis=-1)
+        whole = mx.logsumexp(mx.where(scaled < least, -mx.inf, scaled), axis=-1, keepdims=True)
+        chances = mx.exp(ranked - whole)
+        # A token stays while those before it have not made up top_p: the likeliest always does.
+        before = mx.cumsum(chances, axis=-1, inclusive=False)
+        least = mx.where(before < how.top_p, ranked, mx.inf).min(axis=-1, keepdims=True)
+    return mx.where(scaled < least, -mx.inf, scaled)
+
+
+def repetition_processor(
+    penalty: float, before: list[int] | None = None
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """A logits processor in mlx-lm's form: (tokens so far (n,), logits (1, V)) -> logits (1, V).
+
+    Args:
+        penalty: divides positive and multiplies negative logits of tokens that were seen (Keskar
+            et al. 2019, arXiv 1909.05858).
+        before: tokens seen that mlx-lm does not tell of: those that a prompt cache holds.
+    """
+    cached = mx.array(sorted(set(before)), mx.int32) if before else None
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        if cached is not None:
+            tokens = mx.concatenate([cached, tokens.astype(mx.int32)])
+        seen = logits[:, tokens]
+        logits[:, tokens] = mx.where(seen > 0, seen / penalty, seen * penalty)
+        return logits
+
+    return process
+
+
+# ---- pieces of text ------------------------------------------------------------------------------
+
+
+UNREADABLE = "\ufffd"  # what bytes that are no UTF-8 (yet) are decoded to
+
+
+class Pieces:
+    """Decodes token by token; the pieces join to the text of all tokens.
+
+    Each time only a short window is decoded. It begins with a token behind which nothing depends
+    on what came before: one that shows a character that is neither a space (SentencePiece drops
+    spaces at a beginning) nor part of one that spans tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = tokenizer.decode
+        self._bytes = _byte_tokens(tokenizer)
+        self._window: list[int] = []
+        self._told = 0  # characters of the window's text that were returned
+
+    def add(self, token: int) -> str:
+        """The text that became certain with this token; often one token late, or empty."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        # A character may go on in the next token; and of bytes in a row, `tokenizers` shows all
+        # as unreadable if one of them is.
+        if token in self._bytes or text.endswith(UNREADABLE):
+            return ""
+        piece, self._told = text[self._told :], len(text)
+        alone = self._decode([token])
+        if alone.strip() and UNREADABLE not in alone:
+            self._window, self._told = [token], len(alone)
+        return piece
+
+    def end(self) -> str:
+        """What was held back, once no token follows."""
+        return self._decode(self._window)[self._told :] if self._window else ""
+
+
+def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids of SentencePiece's 256 tokens for single bytes, where the tokenizer has them."""
+    ids = (tokenizer._codec.token_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(i for i in ids if i is not None)
+
+
+class Answer:
+    """Tokens in, text out, up to an end token or a stop text.
+
+    Of several stop texts the one that is complete first counts. What may be the beginning of one
+    is held back until more is known.
+
+    Attributes:
+        ids: the tokens so far, without one that ended the text.
+        ended: whether no more tokens are wanted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+        self.ids: list[int] = []
+        self.ended = False
+        self._ends = tokenizer.eos_ids
+        self._stop: list[str] | None = stop  # None once one was found
+        self._pieces, self._held = Pieces(tokenizer), ""
+
+    def add(self, token: int) -> str:
+        """The text that became certain with this token."""
+        if token in self._ends:
+            self.ended = True
+            return ""
+        self.ids.append(token)
+        return self._up_to_stop(self._pieces.add(token), last=False)
+
+    def end(self) -> str:
+        """What was held back, once no token follows."""
+        return self._up_to_stop(self._pieces.end(), last=True)
+
+    def _up_to_stop(self, piece: str, last: bool) -> str:
+        if self._stop is None:
+            return ""
+        text = self._held + piece
+        found = [(at + len(each), at) for each in self._stop if (at := text.find(each)) >= 0]
+        if found:
+            self.ended, self._stop, self._held = True, None, ""
+            return text[: min(found)[1]]
+        held = 0 if last else max((_begun(text, each) for each in self._stop), default=0)
+        sure = len(text) - held
+        self._held = text[sure:]
+        return text[:sure]
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop text."""
+    most = min(len(stop) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ---- the prompt cache ----------------------------------------------------------------------------
+
+
+KV_BITS = (2, 4, 8)
+
+
+KV_GROUPS = (64, 32)  # numbers of a head that share a scale: the first that divides it
+
+
+def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
+    """How many numbers of a head share a scale in a quantised cache."""
+    if kv_bits is None:
+        return KV_GROUPS[0]
+    rule = f"be one of {', '.join(map(str, KV_BITS))}, or None"
+    require(kv_bits in KV_BITS, "kv_bits", rule, kv_bits)
+    size = model.config.head_dim
+    fitting = [group for group in KV_GROUPS if size % group == 0]
+    if not fitting:
+        raise ConfigError(f"kv_bits needs heads of a multiple of 32; this model's have {size}")
+    return fitting[0]
+
+
+@dataclass
+class PromptCache:
+    """The keys and values of the last prompt and its answer, for the next prompt.
+
+    It belongs to the weights that made it: for another model, another adapter or one that was
+    trained meanwhile it begins anew.
+
+    Attributes:
+        ids: the tokens that it holds.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    _layers: list[Any] = field(default_factory=list)
+    _weights: list[Any] = field(default_factory=list)
+    _kv_bits: int | None = None
+
+    def reset(self) -> None:
+        """Forgets all tokens and frees their memory."""
+        self.ids, self._layers, self._weights = [], [], []
+
+    def common(self, model: LlamaForCausalLM, prompt: list[int]) -> int:
+        """How many tokens of a prompt need not be computed; the last one always must."""
+        now = _weights(model)
+        if len(now) != len(self._weights) or any(a is not b for a, b in zip(now, self._weights)):
+            return 0
+        most = min(len(self.ids), len(prompt) - 1)
+        return next((i for i in range(most) if self.ids[i] != prompt[i]), most)
+
+    def check(self, kv_bits: int | None) -> None:
+        """Refuses to go on with keys and values of another precision.
+
+        Raises:
+            ConfigError: naming both.
+        """
+        if self.ids and self._kv_bits != kv_bits:
+            raise ConfigError(
+                f"the prompt cache was made with kv_bits={self._kv_bits}; got {kv_bits}: pass the "
+                "same, or prompt_cache.reset() first"
+            )
+
+    def lend(self, model: LlamaForCausalLM, prompt: list[int]) -> tuple[list[Any], int]:
+        """mlx-lm's caches of all layers, and how many tokens of the prompt they hold.
+
+        Until `keep` gives them back this one is empty: what breaks off in the middle of a layer
+        leaves layers that do not agree.
+        """
+        from mlx_lm.models.cache import trim_prompt_cache
+
+        common, layers = self.common(model, prompt), self._layers
+        if common:
+            trim_prompt_cache(layers, len(self.ids) - common)
+        else:
+            layers = model.make_cache()
+        self.reset()
+        return layers, common
+
+    def keep(
+        self, model: LlamaForCausalLM, layers: list[Any], ids: list[int], kv_bits: int | None
+    ) -> None:
+        """Takes layers back that hold some of these tokens, from the first on."""
+        held = min(len(ids), layers[0].offset)
+        for layer in layers:  # the token behind the last one may be under way
+            layer.trim(layer.offset - held)
+        self.ids, self._layers, self._kv_bits = ids[:held], layers, kv_bits
+        self._weights = _weights(model)
+
+
+def _weights(model: LlamaForCausalLM) -> list[Any]:
+    """What decides keys and values and may change: the model, and its adapter's arrays."""
+    layers = [layer.trainable_parameters() for _, layer in lora_layers(model)]
+    return [model, *(array for _, array in tree_flatten(layers))]
+
+
+# ---- one prompt ----------------------------------------------------------------------------------
+
 
 Prompt = str | list[dict[str, Any]]
 
@@ -274,3 +568,117 @@ def generate_tokens(
         cache.keep(model, layers, prompt + new, kv_bits)
 
     return steps()
+
+
+# ---- many prompts --------------------------------------------------------------------------------
+
+
+def generate_batch(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    repetition_penalty: float = 1.1,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    *,
+    batch_size: int = 8,
+) -> list[str]:
+    """The model's continuation of each prompt; where one ends, the next prompt takes its place.
+
+    Args:
+        model: base or tuned.
+        tokenizer: the model's.
+        prompts: each as `generate` takes it; a single one is a list of one.
+        max_new_tokens: most tokens to generate for each prompt, as in `generate`.
+        temperature: as in `generate`.
+        top_p: as in `generate`.
+        top_k: as in `generate`.
+        repetition_penalty: as in `generate`; each prompt counts its own tokens.
+        seed: prompt i draws as `generate(..., seed=seed + i)` does, whatever stands beside it.
+        stop: as in `generate`.
+        batch_size: most prompts at once; memory and speed depend on it, and the texts by the
+            rounding of their logits alone.
+
+    Returns:
+        The new texts, in the order of the prompts.
+
+    Raises:
+        ConfigError: a value out of range, a prompt in the place of a list, or one that is empty or
+            fills the model's context.
+        TokenizerError: messages were given but the model has no chat template.
+    """
+    how = GenerationConfig(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
+    for last in (seed, seed if seed is None else seed + max(len(prompts) - 1, 0)):
+        key_of(last)
+    require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
+    alone = isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts)
+    require(not alone, "prompts", "be a list of prompts ([prompt] for a single one)", prompts)
+    stops = stop_texts(stop)
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    room = [
+        room_for(model, row, f"prompts[{i}]" if len(rows) > 1 else "the prompt")
+        for i, row in enumerate(rows)
+    ]
+    answers = [Answer(tokenizer, stops) for _ in rows]
+    texts, ended = [""] * len(rows), set[int]()
+    for i, token in batch_tokens(model, rows, how, seed, batch_size, ended):
+        texts[i] += answers[i].add(token)
+        if answers[i].ended or len(answers[i].ids) == room[i]:
+            ended.add(i)
+    return [text + answer.end() for text, answer in zip(texts, answers)]
+
+
+def batch_tokens(
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    how: GenerationConfig,
+    seed: int | None,
+    batch_size: int,
+    ended: set[int],
+) -> Iterator[tuple[int, int]]:
+    """New tokens of many prompts, as they come.
+
+    Args:
+        model: base or tuned.
+        prompts: token ids of each, at least one.
+        how: as for all.
+        seed: of the first prompt; those behind it count on.
+        batch_size: most prompts at once.
+        ended: numbers of prompts that want no more tokens; looked at after each token.
+
+    Yields:
+        The number of a prompt, and a token for it.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    samplers = [
+        Sampler(how, key_of(None if seed is None else seed + i)) for i in range(len(prompts))
+    ]
+    if how.temperature == 0:  # one that is shared is called once for all rows
+        samplers = samplers[:1] * len(prompts)
+    penalise = how.repetition_penalty != 1
+    processors: Any = [repetition_processor(how.repetition_penalty)] if penalise else []
+    # Prompts of like lengths start together, as the shorter ones are padded.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    generator = BatchGenerator(
+        model, completion_batch_size=batch_size, prefill_batch_size=batch_size
+    )
+    try:
+        uids = generator.insert(
+            [prompts[i] for i in order],
+            max_tokens=[how.max_new_tokens] * len(order),
+            samplers=[samplers[i] for i in order],
+            logits_processors=[processors] * len(order),
+        )
+        numbers = dict(zip(uids, order))
+        while responses := generator.next_generated():
+            for response in responses:
+                yield numbers[response.uid], int(response.token)
+            if done := [r.uid for r in responses if numbers[r.uid] in ended]:
+                generator.remove(done)
+    finally:
+        generator.close()

@@ -29,6 +29,8 @@ SUPPORTED_TYPES = {
     3: ("Q4_1", 20, 32),
     8: ("Q8_0", 34, 32),
 }
+
+
 OTHER_TYPES = {
     6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
     15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
@@ -36,11 +38,17 @@ OTHER_TYPES = {
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 
+
 STRING, ARRAY = 8, 9  # metadata types; the scalars with their struct codes:
+
+
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
 
+
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
 LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -106,8 +114,6 @@ def read_gguf(path: Path) -> GGUF:
 
 
 # ---- the header: types and sizes, before anything is loaded ------------------------------------
-
-
 def _check_tensors(path: Path) -> None:
     """Refuses damaged files, which MLX would map into memory and crash on, and unknown types."""
     try:
@@ -183,8 +189,6 @@ def _read_header(file: BinaryIO) -> tuple[list[tuple[str, list[int], int, int]] 
 
 
 # ---- GGUF's terms -> Hugging Face's ------------------------------------------------------------
-
-
 def _hf_config(path: Path, metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":

@@ -8,6 +8,7 @@ Axes: B batch, T tokens, D hidden, H heads, K key-value heads, Hd head size, F M
 V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +17,145 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.errors import WeightsError, listing
-from mlx_qlora.model.documents import Cached, Documents
-from mlx_qlora.model.dropout import position_keys, row_keys, split_keys
+from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
-from mlx_qlora.model.swiglu import swiglu
+
+# ---- SwiGLU --------------------------------------------------------------------------------------
+
+
+def swiglu(
+    gate: mx.array, up: mx.array, s: mx.array | None = None, compiled: bool = False
+) -> mx.array:
+    """gate, up (..., F) -> silu(gate) * up (..., F), in their dtype.
+
+    Args:
+        gate: (..., F).
+        up: (..., F).
+        s: sigmoid(gate), if it is known.
+        compiled: as one kernel, whatever the shapes.
+    """
+    if compiled:
+        return _fused(gate, up)
+    # The sigmoid's share of the derivative is in the gate's: its own would count twice, and is
+    # not a number where an exponential has no end.
+    return _with_gradient(gate, up, mx.stop_gradient(sigmoid(gate)) if s is None else s)
+
+
+def swiglu_back(
+    gate: mx.array,
+    up: mx.array,
+    dy: mx.array,
+    s: mx.array | None = None,
+    compiled: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """The gradients of gate and up; arguments as in `swiglu`.
+
+    A function of its own because MLX compiles nothing within `mx.vjp`.
+    """
+    if compiled:
+        return _compiled_back(gate, up, dy)
+    return _backward(gate, up, dy, sigmoid(gate) if s is None else s)
+
+
+def _forward(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
+    return gate * s * up
+
+
+def _backward(gate: mx.array, up: mx.array, dy: mx.array, s: mx.array) -> tuple[mx.array, mx.array]:
+    dys = dy * s
+    return dys * up * (1 + gate * (1 - s)), dys * gate
+
+
+def _vjp(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
+    gate, up, s = primals
+    return *_backward(gate, up, dy, s), mx.zeros_like(s)
+
+
+_with_gradient: Any = mx.custom_function(_forward)
+
+
+_with_gradient.vjp(_vjp)
+
+
+# Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
+_compiled: Any = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
+
+
+_compiled_back: Any = mx.compile(
+    lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
+)
+
+
+_fused: Any = mx.custom_function(lambda gate, up: _compiled(gate, up))
+
+
+_fused.vjp(lambda primals, dy, _: _compiled_back(*primals, dy))
+
+
+# ---- keys of dropout -----------------------------------------------------------------------------
+
+
+RANGE = 1 << 16
+
+
+def row_keys(key: mx.array, rows: int) -> mx.array:
+    """One key (2,) becomes a key for each row (B, 2); keys for rows stay what they are."""
+    return mx.random.split(key, rows) if key.ndim == 1 else key
+
+
+def split_keys(keys: mx.array, n: int) -> list[mx.array]:
+    """Keys (B, 2) become n independent ones, each (B, 2)."""
+    children = mx.vmap(lambda key: mx.random.split(key, n))(keys)  # (B, n, 2)
+    return [children[:, i] for i in range(n)]
+
+
+def position_keys(keys: mx.array, row: mx.array, column: mx.array) -> mx.array:
+    """Keys of rows (B, 2) become keys of positions (N, 2).
+
+    Args:
+        keys: (B, 2) uint32.
+        row: (N,) int, which of the rows a position comes from.
+        column: (N,) int, its place in the row.
+    """
+    # One draw for a whole row would depend on its width, and with it on the batch's longest row.
+    return keys[row] + mx.stack([mx.zeros_like(column), column], axis=1).astype(mx.uint32)
+
+
+def threshold(dropout: float) -> int:
+    """A number of 16 random bits below it is dropped; so dropout is a multiple of 1 / 65,536."""
+    return min(round(dropout * RANGE), RANGE - 1)
+
+
+def kept(keys: mx.array, dropout: float, shape: tuple[int, ...]) -> mx.array:
+    """Which inputs are kept: bool of `shape`.
+
+    Args:
+        keys: (2,) for one draw, or one for each position (N, 2).
+        dropout: probability that an input is dropped, in [0, 1).
+        shape: (N, d) with keys (N, 2); any with a single key.
+    """
+    if keys.ndim == 1:
+        return kept(keys[None], dropout, (1, math.prod(shape))).reshape(shape)
+    # Splitting a key is how MLX hands out bare random bits: of eight bytes, four numbers of 16
+    # bits. That is a third of what `bernoulli` costs on a CPU, which compares 32 as floats.
+    d = shape[1]
+    words = mx.vmap(lambda key: mx.random.split(key, -(-d // 4)))(keys)
+    numbers = words.reshape(len(keys), -1).view(mx.uint16)[:, :d]
+    return numbers >= mx.array(threshold(dropout), mx.uint16)
+
+
+# ---- the tree ------------------------------------------------------------------------------------
+
 
 Context = Documents | Cached  # what the tokens of a forward attend to
+
+
 Keys = Sequence[mx.array | None]  # of the seven linears of a layer
+
+
 NO_KEYS: Keys = [None] * 7
 
 

@@ -1,7 +1,15 @@
-"""Which linears of a model get a low-rank update, of what shape, and where it begins.
+"""Where an update begins: A and B of one linear, and what is left to the frozen matrix.
 
-One linear's arithmetic is in `lora_linear` and `dora`, its beginning in `initial`. Field names and
-the rules of matching are PEFT's.
+    true                Hu et al. 2021: A uniform, B zero; the update begins at nothing.
+    gaussian            the same with A normal (Diffusers' way).
+    pissa               Meng et al. 2024 (arXiv 2404.02948): the r principal components of W are
+                        trained, the rest is frozen.
+    pissa_niter_N       the same components by N rounds of a randomised SVD (Halko et al. 2011).
+    olora               Büyükakyüz 2024 (arXiv 2406.01775): the first r columns of W's QR.
+    loftq               Li et al. 2023 (arXiv 2310.08659), one round: what quantisation lost of W,
+                        as far as rank r can give it back.
+
+Names and definitions are PEFT's.
 """
 
 import math
@@ -11,16 +19,138 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlx_qlora.errors import ConfigError, did_you_mean
-from mlx_qlora.fields import check_choices, option, require
-from mlx_qlora.model.dora import DoRALinear
-from mlx_qlora.model.initial import PLAIN, is_known, leave, start
-from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora_linear import LoRALinear
-from mlx_qlora.model.quantize import Linear
+from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
+from mlx_qlora.model.llama import RANGE, LlamaForCausalLM, kept, threshold
+from mlx_qlora.model.quantize import Linear, pack
 from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.tree import flat, nested
+
+# ---- one linear layer ----------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """One trainable factor of an update, float32; it is called `lora_A` or `lora_B`."""
+
+    def __init__(self, weight: mx.array) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scale * B(A(dropout(x))), after Hu et al., equation 3 and section 4.1.
+
+    A and B are float32 masters; the forward casts them to x's dtype, so that the output's dtype
+    is the input's and nothing downstream widens.
+
+    Args:
+        base_layer: the frozen linear of weight (d_out, d_in).
+        lora_A: (r, d_in) float32.
+        lora_B: (d_out, r) float32.
+        scale: factor of the update; applied to the rank-r tensor, which is the smallest.
+        dropout: probability of dropping an input of A. Acts only where a key is given.
+    """
+
+    def __init__(
+        self, base_layer: Linear, lora_A: mx.array, lora_B: mx.array, scale: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = LowRank(lora_A)
+        self.lora_B = LowRank(lora_B)
+        self.scale = scale
+        self.dropout = dropout
+        # A and B that were taken from the base at the beginning; None if it is as it was.
+        self._begun: tuple[mx.array, mx.array] | None = None
+
+    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
+        """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout.
+
+        One key (2,) draws for all of x, keys (N, 2) for each of x's N rows.
+        """
+        y = self.base_layer(x)
+        A = self.lora_A.weight.astype(x.dtype)
+        B = self.lora_B.weight.astype(x.dtype)
+        scale = self.scale
+        if dropout_key is not None and self.dropout > 0:
+            x = x * kept(dropout_key, self.dropout, x.shape).astype(x.dtype)
+            scale /= 1 - threshold(self.dropout) / RANGE  # what is kept stands for what is not
+        return mx.addmm(y, scale * (x @ A.T), B.T)
+
+    def update_of_the_base(self) -> tuple[mx.array, mx.array]:
+        """A (r, d_in) and B (d_out, r) of the update to the base as it was before training.
+
+        Where the base made way for the update (PiSSA, OLoRA), B A - B0 A0 is [B, -B0] [A; A0], of
+        twice the rank; its first half is what is trained.
+        """
+        A, B = self.lora_A.weight, self.lora_B.weight
+        if self._begun is None:
+            return A, B
+        A0, B0 = self._begun
+        return mx.concatenate([A, A0]), mx.concatenate([B, -B0], axis=1)
+
+    def merged(self) -> mx.array:
+        """The dense matrix (d_out, d_in) float32 that computes the same."""
+        A, B = self.lora_A.weight.astype(mx.float32), self.lora_B.weight.astype(mx.float32)
+        return self.base_layer.dense().astype(mx.float32) + self.scale * (B @ A)
+
+
+# ---- DoRA ----------------------------------------------------------------------------------------
+
+
+class DoRALinear(LoRALinear):
+    """A `LoRALinear` whose rows have a trainable length; arguments as there.
+
+    Attributes:
+        lora_magnitude_vector: (d_out,) float32; PEFT's name, without `.weight`.
+    """
+
+    def __init__(
+        self, base_layer: Linear, lora_A: mx.array, lora_B: mx.array, scale: float, dropout: float
+    ) -> None:
+        super().__init__(base_layer, lora_A, lora_B, scale, dropout)
+        self._squares = base_layer.dense().astype(mx.float32).square().sum(axis=1)
+        self.lora_magnitude_vector = self.norm()
+        mx.eval(self._squares, self.lora_magnitude_vector)
+
+    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
+        """x (..., d_in) -> (..., d_out); the key as for `LoRALinear`.
+
+        PEFT's formula: with dropout, what the new lengths change of the base's output is dropped
+        as the update is, and the base's own output is not.
+        """
+        base, scale = self.base_layer, self.scale
+        through_base = base.multiply(x)
+        y = through_base + base.bias if "bias" in base else through_base
+        if dropout_key is not None and self.dropout > 0:
+            x = x * kept(dropout_key, self.dropout, x.shape).astype(x.dtype)
+            x = x / (1 - threshold(self.dropout) / RANGE)
+            through_base = base.multiply(x)
+        A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
+        # In float32: a length that has hardly moved yet is lost in 16 bits, what it adds is not.
+        longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
+        update = (scale * (x @ A.T)) @ B.T
+        return y + (longer - 1).astype(x.dtype) * through_base + longer.astype(x.dtype) * update
+
+    def norm(self) -> mx.array:
+        """(d_out,) float32: the length of each row of W + s B A, a constant to the gradient."""
+        A = mx.stop_gradient(self.lora_A.weight).astype(mx.float32)
+        B = mx.stop_gradient(self.lora_B.weight).astype(mx.float32)
+        base: Any = self.base_layer
+        crossed = base.multiply(A.astype(base.dtype)).astype(mx.float32).T  # W A^T (d_out, r)
+        within = B @ (A @ A.T)
+        squares = ((2 * self.scale) * crossed + self.scale**2 * within) * B
+        return mx.sqrt(self._squares + squares.sum(axis=1))
+
+    def merged(self) -> mx.array:
+        """The dense matrix (d_out, d_in) float32 that computes the same."""
+        longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
+        return longer[:, None] * super().merged()
+
+
+# ---- LoRA on a model -----------------------------------------------------------------------------
+
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -283,3 +413,123 @@ def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _ends_with(path: str, target: str) -> bool:
     return path == target or path.endswith(f".{target}")
+
+
+# ---- initial weights -----------------------------------------------------------------------------
+
+
+PLAIN = (True, "gaussian")
+
+
+FROM_WEIGHTS = ("pissa", "olora", "loftq")
+
+
+OVERSAMPLED = 6  # columns that a randomised SVD draws beyond r, as torch.svd_lowrank does
+
+
+@dataclass(frozen=True)
+class Start:
+    """Of one linear.
+
+    Attributes:
+        A: (r, d_in) float32.
+        B: (d_out, r) float32.
+        left: (d_out, d_in) float32, what the frozen matrix becomes; None if it stays.
+    """
+
+    A: mx.array
+    B: mx.array
+    left: mx.array | None = None
+
+
+def is_known(name: Any) -> bool:
+    """Whether `init_lora_weights` may be this."""
+    if isinstance(name, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", name):
+        return True
+    return name is True or name in ("gaussian", *FROM_WEIGHTS)
+
+
+def changes_base(name: Any) -> bool:
+    """Whether the frozen matrices make way for what is trained."""
+    return isinstance(name, str) and name.startswith(("pissa", "olora"))
+
+
+def start(
+    name: Any, linear: Linear, r: int, scale: float, key: mx.array, original: mx.array | None
+) -> Start:
+    """The beginning of one linear's update.
+
+    Args:
+        name: of the initialisation.
+        linear: of weight W (d_out, d_in), packed or dense.
+        r: rank.
+        scale: of the update.
+        key: draws what is random.
+        original: W before it was quantised; None where W is dense, or was packed in its files.
+
+    Raises:
+        ConfigError: what it starts from is not there.
+    """
+    d_out, d_in = linear.shape
+    if name in PLAIN:
+        B = mx.zeros((d_out, r), mx.float32)
+        if name == "gaussian":
+            return Start(mx.random.normal((r, d_in), mx.float32, scale=1 / r, key=key), B)
+        bound = d_in**-0.5  # PEFT's kaiming_uniform(a=sqrt(5))
+        return Start(mx.random.uniform(-bound, bound, (r, d_in), mx.float32, key), B)
+    dense = linear.dense().astype(mx.float32)
+    # What rounding has lost is still in the original, and its largest part in the components.
+    W = np.array(dense if original is None else original.astype(mx.float32))
+    if linear.quant is not None and original is None:
+        raise ConfigError(
+            f"lora.init_lora_weights: {name} needs the weights as they were before they were "
+            "quantised; use a 16-bit model, which is quantised while it is loaded (model.bits)"
+        )
+    if name == "loftq":
+        if linear.quant is None:
+            raise ConfigError(
+                "lora.init_lora_weights: loftq starts from what quantisation loses, and this model "
+                "is not quantised; set model.bits"
+            )
+        U, S, V = np.linalg.svd(W - np.array(dense), full_matrices=False)
+        return _product(U[:, :r], S[:r] / scale, V[:r])
+    if name == "olora":
+        Q, R = np.linalg.qr(W)
+        A, B = mx.array(R[:r]), mx.array(Q[:, :r])
+        return Start(A, B, mx.array(W) - scale * (B @ A))
+    if name == "pissa":
+        U, S, V = np.linalg.svd(W, full_matrices=False)
+    else:
+        U, S, V = _svd(W, r, int(name.rpartition("_")[2]), key)
+    begun = _product(U[:, :r], S[:r] / scale, V[:r])
+    return Start(begun.A, begun.B, mx.array(W) - scale * (begun.B @ begun.A))
+
+
+def leave(linear: Linear, left: mx.array) -> None:
+    """Makes a matrix (d_out, d_in) float32 the frozen one, packed again as that was."""
+    if linear.quant is None:
+        linear.weight = left.astype(linear.weight.dtype)
+    else:
+        names = ("weight", "scales", "biases")
+        for name, array in zip(names, pack(left, linear.quant)):
+            linear[name] = array.astype(linear[name].dtype)
+        linear.make_resident()
+    linear.freeze()
+    mx.eval(linear.parameters())
+
+
+def _product(U: np.ndarray, S: np.ndarray, V: np.ndarray) -> Start:
+    """B A = U diag(S) V, shared out evenly."""
+    root = np.sqrt(S)
+    return Start(mx.array(root[:, None] * V), mx.array(U * root))
+
+
+def _svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[np.ndarray, ...]:
+    """The first singular vectors and values (Halko et al. 2011, algorithms 4.4 and 5.1)."""
+    columns = min(r + OVERSAMPLED, *W.shape)
+    Q = np.linalg.qr(W @ np.array(mx.random.normal((W.shape[1], columns), key=key)))[0]
+    for _ in range(rounds):
+        Q = np.linalg.qr(W.T @ Q)[0]
+        Q = np.linalg.qr(W @ Q)[0]
+    U, S, V = np.linalg.svd(Q.T @ W, full_matrices=False)
+    return Q @ U, S, V

@@ -13,16 +13,24 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.backend import FrozenMatmul, backend
+from mlx_qlora.device import FrozenMatmul, backend
 from mlx_qlora.errors import ConfigError
 
 # What mx.quantize accepts. The floating-point modes each have exactly one shape.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+
+
 AFFINE_GROUPS = (32, 64, 128)
+
+
 # So few rows are multiplied faster than a matrix is dequantised: a word at a time, while text is
 # generated (a CPU dequantises in 8 ns a number, and multiplies in 1.3).
 FEW_ROWS = {"cpu": 4, "metal": 32, "cuda": 32}
+
+
 TALL = 16  # times as many rows as columns: an output head, no other matrix
+
+
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 

@@ -7,6 +7,7 @@ so the peak is the finished model plus one tensor, not the whole dense checkpoin
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,52 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.backend import FrozenMatmul, frozen_matmul
-from mlx_qlora.errors import ConfigError, WeightsError, listing
+from mlx_qlora.device import FrozenMatmul, frozen_matmul
+from mlx_qlora.errors import ConfigError, SourceError, WeightsError, listing
 from mlx_qlora.model.gguf import read_gguf
-from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.hub import ModelFiles, explain
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
-from mlx_qlora.model.remote import remote_headers
 from mlx_qlora.tree import flat
 
+# ---- weights that stay on the hub ----------------------------------------------------------------
+
+
+AT_ONCE = 8  # requests; the largest models have hundreds of files
+
+
+def remote_headers(files: ModelFiles) -> dict[str, dict[str, Any]]:
+    """File -> tensor name -> entry with `shape` and `dtype`, of files that were left on the hub.
+
+    Raises:
+        SourceError: the hub does not give them.
+        WeightsError: one is no safetensors file.
+    """
+    from huggingface_hub import HfApi, errors
+
+    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    api = HfApi()
+
+    def header(name: str) -> dict[str, Any]:
+        return api.parse_safetensors_file_metadata(
+            files.source, name, revision=files.revision
+        ).tensors
+
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return dict(zip(files.left_on_hub, pool.map(header, files.left_on_hub)))
+    except errors.SafetensorsParsingError as error:
+        raise WeightsError(f"{files.source} on the hub is damaged: {error}") from None
+    except (OSError, RuntimeError, http_error) as error:
+        raise SourceError(explain(error, files.source, files.revision)) from error
+
+
+# ---- from files to a frozen model ----------------------------------------------------------------
+
+
 FLOATS = ("F32", "F16", "BF16")
+
+
 # Old Llama 2 checkpoints store a buffer that every reader computes itself.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
@@ -137,8 +174,6 @@ def packed_size(
 
 
 # ---- what the files hold -----------------------------------------------------------------------
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
@@ -319,8 +354,6 @@ def _legal_dtypes(name: str, packing: dict[str, QuantConfig]) -> tuple[str, ...]
 
 
 # ---- one tensor at a time ----------------------------------------------------------------------
-
-
 def _fill(
     model: LlamaForCausalLM,
     checkpoint: Checkpoint,

@@ -17,37 +17,21 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_qlora import backend
-from mlx_qlora.adapters.ownership import not_ours
+from mlx_qlora import device
 from mlx_qlora.adapters.peft import original_base
+from mlx_qlora.after.bootstrap import FEWEST
+from mlx_qlora.before.plan import settled
 from mlx_qlora.config import RunConfig, to_dict
-from mlx_qlora.console import say, warn
-from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.examples import Examples, check_lengths
 from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.tokenizer import load_tokenizer
-from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing
-from mlx_qlora.fields import require
-from mlx_qlora.infer.bootstrap import FEWEST
-from mlx_qlora.inspection import check_lengths
+from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing, require, say, warn
+from mlx_qlora.folders import not_ours
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.opening import check_output
-from mlx_qlora.planner import settled
-from mlx_qlora.record import sample_of
-from mlx_qlora.sweep.compare import ties
-from mlx_qlora.sweep.grid import (
-    Point,
-    budget,
-    candidates,
-    check_swept,
-    checked_grid,
-    config_of,
-    kept,
-    stages,
-    start_point,
-)
-from mlx_qlora.sweep.report import (
+from mlx_qlora.run import check_output, sample_of
+from mlx_qlora.sweep.page import (
     BEST,
     PLOT,
     Stage,
@@ -56,10 +40,25 @@ from mlx_qlora.sweep.report import (
     read_fingerprint,
     write_sweep,
 )
-from mlx_qlora.sweep.trial import Ground, Measured, measure, recorded
+from mlx_qlora.sweep.trial import (
+    Ground,
+    Measured,
+    Point,
+    budget,
+    candidates,
+    check_swept,
+    checked_grid,
+    config_of,
+    kept,
+    measure,
+    recorded,
+    stages,
+    start_point,
+    ties,
+)
 from mlx_qlora.train.checkpoint import disk_errors, locked
 from mlx_qlora.train.config import batches_of
-from mlx_qlora.train.tracking import require_trackers
+from mlx_qlora.train.metrics import require_trackers
 
 TOO_FEW_EXAMPLES = 20
 
@@ -149,7 +148,7 @@ def _open(config: RunConfig, output: Path, console: Console) -> Any:
     say(console, f"data      {len(examples):,} train, {len(validation):,} validation")
     if len(validation) < TOO_FEW_EXAMPLES:
         warn(console, f"{len(validation)} validation rows tell little apart")
-    dtype = backend.compute_dtype(config.model.dtype)
+    dtype = device.compute_dtype(config.model.dtype)
     how = {k: v for k, v in to_dict(config)["model"].items() if k in ("bits", "group_size", "mode")}
     model = hashlib.sha256(json.dumps([base, how, str(dtype)]).encode())
     model.update(sample_of(checkpoint.files.path))

@@ -1,33 +1,285 @@
 """One trial of a sweep: up to a rung, from where it stood, and measured there."""
 
 import hashlib
+import itertools
 import json
 import math
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlx_qlora import backend, blas
-from mlx_qlora.adapters.files import staged
+from mlx_qlora import device
 from mlx_qlora.adapters.several import adapter_names, detach
+from mlx_qlora.after.bootstrap import ratio_interval
 from mlx_qlora.config import RunConfig
-from mlx_qlora.console import say, warn
+from mlx_qlora.cpu import blas
 from mlx_qlora.data.batches import collate
 from mlx_qlora.data.examples import Examples
+from mlx_qlora.errors import ConfigError, did_you_mean, require, say, warn
+from mlx_qlora.folders import staged
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.preparation import Prepared, prepare
-from mlx_qlora.record import deciding_values, write_record
-from mlx_qlora.sweep.compare import Losses
+from mlx_qlora.model.lora import PLAIN
+from mlx_qlora.run import Prepared, deciding_values, prepare, write_record
 from mlx_qlora.train.checkpoint import disk_errors, load_checkpoint, restore_set_aside, step_of
-from mlx_qlora.train.interruption import Interrupted, Interruption
 from mlx_qlora.train.loop import Run
-from mlx_qlora.train.outcome import StepError
 from mlx_qlora.train.score import score_rows
+from mlx_qlora.train.signals import Interrupted, Interruption
+from mlx_qlora.train.step import StepError
+
+# ---- the grid ------------------------------------------------------------------------------------
+
+
+ORDER = ("learning_rate", "r", "batch_size")
+
+
+WORDS = {"learning_rate": "learning rate", "r": "rank", "batch_size": "batch"}
+
+
+DEFAULT_GRID: dict[str, list[Any]] = {"learning_rate": [1e-4, 2e-4, 5e-4]}
+
+
+WARMUP_SHARE = 10  # a trial warms up for at most a tenth of its steps
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One candidate. Points are ordered by caution: of two equally good ones the lower is taken.
+
+    Attributes:
+        learning_rate: at the end of the warmup.
+        r: rank. `lora_alpha` stays: at a scale of alpha / r the best learning rate hardly depends
+            on the rank (Schulman et al. 2025, "LoRA Without Regret").
+        batch_size: rows of an optimiser step, however many micro-batches make it up.
+        seed: of the adapter, the order of rows and the dropout; the split is the sweep's own.
+    """
+
+    learning_rate: float
+    r: int
+    batch_size: int
+    seed: int
+
+    def label(self, fields: Sequence[str]) -> str:
+        """The point in words, as far as these fields go."""
+        return ", ".join(f"{WORDS[name]} {getattr(self, name):g}" for name in fields)
+
+
+def checked_grid(grid: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:
+    """The grid in the order of its stages, each value once, from low to high.
+
+    Raises:
+        ConfigError: an unknown field, a field without values, or a value of the wrong type.
+    """
+    grid = DEFAULT_GRID if not grid else grid
+    for name, values in grid.items():
+        if name not in ORDER:
+            known = ", ".join(ORDER)
+            raise ConfigError(
+                f"a sweep cannot vary {name!r}{did_you_mean(name, ORDER)}; it varies {known}"
+            )
+        require(len(values) > 0, f"the sweep's {name}", "have at least one value", "nothing")
+        for value in values:
+            kind = (int, float) if name == "learning_rate" else int
+            legal = isinstance(value, kind) and not isinstance(value, bool)
+            legal = legal and 0 < value < math.inf
+            require(legal, f"the sweep's {name}", "be a number above 0", value)
+    return {name: sorted(set(grid[name])) for name in ORDER if name in grid}
+
+
+def check_swept(config: RunConfig) -> None:
+    """Refuses a config whose trials could not share one base, or could not be continued.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    begin = config.lora.init_lora_weights
+    if begin not in PLAIN:
+        raise ConfigError(
+            f"lora.init_lora_weights={begin} changes the base, which the trials of a sweep share; "
+            "sweep with true or gaussian, and train with it afterwards"
+        )
+    if config.model.adapter is not None:
+        raise ConfigError(
+            "model.adapter: the trials of a sweep begin adapters of their own; merge this one "
+            "into the model first, or leave it out"
+        )
+    again = config.checkpointing.resume_from_checkpoint
+    require(again == "auto", "checkpointing.resume_from_checkpoint", "be auto in a sweep", again)
+
+
+def start_point(config: RunConfig) -> Point:
+    """Where the sweep stands before its first stage."""
+    training = config.training
+    rows = training.rows * training.gradient_accumulation_steps
+    return Point(training.peak, config.lora.r, rows, training.seed)
+
+
+def stages(grid: dict[str, list[Any]], product: bool) -> list[tuple[str, ...]]:
+    """The fields that are varied together, stage by stage."""
+    return [tuple(grid)] if product else [(name,) for name in grid]
+
+
+def candidates(at: Point, fields: Sequence[str], grid: dict[str, list[Any]]) -> list[Point]:
+    """The points of one stage, from cautious to bold."""
+    together = itertools.product(*(grid[name] for name in fields))
+    return sorted(replace(at, **dict(zip(fields, values))) for values in together)
+
+
+def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunConfig:
+    """The run that a point stands for, in a folder below `output` that is named after it.
+
+    A larger batch takes fewer steps, so that all trials see as many rows: what is compared costs
+    the same. The schedule is that of the whole budget. A trial that is stopped early has taken the
+    first steps of its full run, and going on takes the next ones: nothing is restarted, and no
+    second warmup is needed. Its loss is then read while the rate is still high. That costs bold
+    rates more than timid ones, but all candidates of a rung are read at the same place of it.
+    """
+    training, before = config.training, start_point(config).batch_size
+    rows, waves = training.rows, training.gradient_accumulation_steps
+    if point.batch_size != before:
+        fits = range(1, min(rows, point.batch_size) + 1)
+        rows = max(n for n in fits if point.batch_size % n == 0)
+        waves = point.batch_size // rows
+    steps = scaled(steps, before, point.batch_size)
+    made = replace(
+        config,
+        lora=replace(config.lora, r=point.r),
+        training=replace(
+            training,
+            learning_rate=point.learning_rate,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=waves,
+            max_steps=steps,
+            num_train_epochs=None,
+            warmup_steps=min(training.warmup_steps, steps // WARMUP_SHARE),
+            seed=point.seed,
+        ),
+    )
+    name = f"lr{point.learning_rate:g}_r{point.r}_b{point.batch_size}_s{point.seed}"
+    decides = json.dumps(deciding_values(made), sort_keys=True)
+    folder = output / "trials" / f"{name}_{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
+    # The newest checkpoint is all that a trial goes on from; the best one is the sweep's matter.
+    checkpointing = replace(
+        config.checkpointing,
+        output_dir=str(folder),
+        save_total_limit=1,
+        load_best_model_at_end=False,
+        early_stopping_patience=None,
+    )
+    return replace(made, checkpointing=checkpointing)
+
+
+def scaled(steps: int, before: int, now: int) -> int:
+    """As many steps of `now` rows as see the rows of `steps` steps of `before` rows."""
+    return math.ceil(steps * before / now)
+
+
+def budget(steps: int, rung: int, rungs: int) -> int:
+    """The step up to which a trial goes on a rung, counted from 0; the last one is `steps`."""
+    return math.ceil(steps / 2 ** (rungs - 1 - rung))
+
+
+def kept(started: int) -> int:
+    """How many candidates of a rung go on: the better half, and the odd one."""
+    return (started + 1) // 2
+
+
+# ---- comparison ----------------------------------------------------------------------------------
+
+
+# Nats per token. Trials of one seed see the same rows and masks, so that even learning rates of
+# 1.0e-7 and 1.1e-7 differ alike on all examples: clear of 0, and of no use to anybody.
+WORTH = 1e-3
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What each validation example costs a model.
+
+    Attributes:
+        nats: (n,) float64, summed over the example's supervised tokens.
+        tokens: (n,) int64, how many these are.
+    """
+
+    nats: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Nats per token of all examples, as the validation loss of a run is."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two validation losses, in nats per token.
+
+    Attributes:
+        mean: the first minus the second.
+        low: where its 95 % interval begins.
+        high: where that ends.
+        leaves_out_zero: whether it does; never if the examples allow no interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+    leaves_out_zero: bool
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0, and the difference is at least WORTH."""
+        return self.leaves_out_zero and abs(self.mean) >= WORTH
+
+
+def difference(first: Losses, second: Losses) -> Difference:
+    """The difference of two losses on the same examples, with its bootstrap interval.
+
+    Examples are drawn again, the same ones for both, so that what both find hard or easy cancels
+    (paired: Koehn 2004, W04-3250). The interval is about the choice of validation examples. Of
+    the chance in training, the seed, it knows nothing.
+    """
+    found = ratio_interval(first.nats - second.nats, first.tokens)
+    return Difference(found.estimate, found.low, found.high, not found.includes_zero)
+
+
+def standard_error(losses: Losses) -> float:
+    """Of the mean, over the choice of validation examples; nats per token.
+
+    That of a ratio of sums, to first order (Cochran 1977, Sampling Techniques, section 6.4).
+    """
+    n = len(losses.nats)
+    rest = losses.nats - losses.mean * losses.tokens
+    return float(np.sqrt(n / (n - 1) * (rest**2).sum()) / losses.tokens.sum())
+
+
+def ties(found: Mapping[str, Losses]) -> list[str]:
+    """The best of some models, and those that cannot be told from it."""
+    best = min(found, key=lambda name: found[name].mean)
+    others = {name: difference(losses, found[best]) for name, losses in found.items()}
+    return [name for name in found if name == best or not others[name].is_clear]
+
+
+def in_words(first: str, second: str, found: Difference) -> str:
+    """One sentence: which one is better and by how much, or that this cannot be told."""
+    better, worse = (first, second) if found.mean < 0 else (second, first)
+    # Both ends: the interval reaches farther to the side where single examples differ much.
+    ends = sorted((-found.low, -found.high) if found.mean < 0 else (found.low, found.high))
+    interval = f"{ends[0]:.4f} to {ends[1]:.4f}" if ends[0] < ends[1] else "not known"
+    if not found.is_clear:
+        shown = f"difference {abs(found.mean):.4f}, interval {interval}"
+        return f"{first} and {second} are indistinguishable here ({shown})"
+    return f"{better} is better than {worse} by {abs(found.mean):.4f} ({interval}) nats per token"
+
+
+# ---- a trial -------------------------------------------------------------------------------------
+
 
 ROWS = 8  # validation examples that are scored at once
 
@@ -162,7 +414,7 @@ def _advance(
         The run, and real tokens per second if any were trained.
     """
     config, state, resumed = prepared.config, prepared.state, prepared.resumed
-    backend.limit_memory()
+    device.limit_memory()
     sections = config.data, config.training, config.checkpointing, config.logging
     run = Run(ground.model, ground.examples, None, *sections, prepared.base, console)
     # A checkpoint from behind this rung is of a sweep with fewer rungs; its steps come again.

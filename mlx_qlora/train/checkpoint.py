@@ -7,6 +7,7 @@ has its checksum in `resume_state.json`, which begins with its own.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,15 +22,88 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from mlx_qlora.adapters.files import staged
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
-from mlx_qlora.errors import ConfigError, TrainingError, listing
-from mlx_qlora.fields import option, require
+from mlx_qlora.data.batches import Batches
+from mlx_qlora.errors import ConfigError, TrainingError, listing, option, require
+from mlx_qlora.folders import staged
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.history import best_eval
+from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.optim import AdamW
 
+# ---- the history ---------------------------------------------------------------------------------
+
+
+def best_eval(history: list[dict[str, Any]]) -> tuple[int, float] | None:
+    """(step, loss) of the best validation; the first of equals."""
+    evals = [(r["eval_loss"], r["step"]) for r in history if "eval_loss" in r]
+    finite = [pair for pair in evals if math.isfinite(pair[0])]
+    return min(finite)[::-1] if finite else None
+
+
+def was_validated(history: list[dict[str, Any]], step: int) -> bool:
+    """Whether there was a validation after this step."""
+    return any(record["step"] == step and "eval_loss" in record for record in history)
+
+
+def validations_since_best(history: list[dict[str, Any]]) -> int:
+    """How many validations came after the best one; 0 if none had a finite loss."""
+    best, steps = best_eval(history), [r["step"] for r in history if "eval_loss" in r]
+    return steps[::-1].index(best[0]) if best else 0
+
+
+# ---- trainer_state.json --------------------------------------------------------------------------
+
+
+TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+
+
+EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
+
+
+def trainer_state(
+    state: "RunState",
+    training: TrainingConfig,
+    checkpointing: "CheckpointingConfig",
+    logging_steps: int,
+    batches: Batches,
+) -> dict[str, Any]:
+    """Exactly the keys that transformers' `TrainerState` accepts, and records as it writes them."""
+    best = best_eval(state.log_history)
+    folder = Path(checkpointing.output_dir) / f"checkpoint-{best[0]}" if best else None
+    if folder and best and best[0] != state.step and not folder.exists():
+        folder = None  # its step was validated, and not saved
+    records = []
+    for record in state.log_history:
+        keys = EVAL_KEYS if "eval_loss" in record else TRAIN_KEYS
+        if all(key in record for key in keys):
+            records.append({key: record[key] for key in keys})
+    return {
+        "best_global_step": best[0] if best else None,
+        "best_metric": best[1] if best else None,
+        "best_model_checkpoint": str(folder) if folder else None,
+        "epoch": batches.epoch(state.step * training.gradient_accumulation_steps),
+        "eval_steps": checkpointing.eval_steps,
+        "global_step": state.step,
+        "is_hyper_param_search": False,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "log_history": records,
+        "logging_steps": logging_steps,
+        "max_steps": training.total_steps(batches),
+        "num_input_tokens_seen": state.tokens,
+        "num_train_epochs": math.ceil(batches.epoch(training.micro_batches(batches))),
+        "save_steps": checkpointing.save_steps,
+        "stateful_callbacks": {},
+        "total_flos": 0,
+        "train_batch_size": training.rows,
+        "trial_name": None,
+        "trial_params": None,
+    }
+
+
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
+
+
 STATE = "resume_state.json"
 
 
@@ -96,8 +170,6 @@ class RunState:
 
 
 # ---- out ---------------------------------------------------------------------------------------
-
-
 def save_checkpoint(
     model: LlamaForCausalLM,
     optimizer: AdamW,
@@ -205,8 +277,6 @@ def locked(output: Path) -> Iterator[None]:
 
 
 # ---- what there is -----------------------------------------------------------------------------
-
-
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of an output folder, oldest first."""
     found = filter(is_ours, output.glob("checkpoint-*"))
@@ -246,8 +316,6 @@ def restore_set_aside(output: Path) -> None:
 
 
 # ---- in ----------------------------------------------------------------------------------------
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """The content of `resume_state.json`, after every checksum of the checkpoint was compared.
 

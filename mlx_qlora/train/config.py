@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.errors import ConfigError
-from mlx_qlora.fields import check_choices, option, require
-from mlx_qlora.processes import Processes
+from mlx_qlora.distributed import Processes
+from mlx_qlora.errors import ConfigError, check_choices, option, require
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
 
 DEFAULT_STEPS = 1000
+
+
 DEFAULT_ROWS = 6
 
 

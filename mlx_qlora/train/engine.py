@@ -14,36 +14,221 @@ A layer is evaluated before the next but one begins, so that at most two layers'
 exist at once (docs/log.md has the figures).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import reduce
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from mlx_qlora.cpu.attention import Note
+from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.data.batches import Batch
+from mlx_qlora.device import this_machine
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.machines import this_machine
-from mlx_qlora.model.exponentials import sigmoid
-from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
+from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM, swiglu, swiglu_back
 from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.model.swiglu import swiglu
-from mlx_qlora.train.gradient_sum import GradientSum
+from mlx_qlora.train.allreduce import GradientSum
 from mlx_qlora.train.loss import losses_by_piece
 from mlx_qlora.train.memory import (
+    LAYER,
+    MLP,
     NOTHING,
+    Part,
     Recompute,
     Schedule,
     budget_for,
     check_recompute,
+    cores_shared,
     schedule,
     standing_bytes,
+    teaching_documents,
+    waves_of,
 )
-from mlx_qlora.train.parts import Part, cores_shared, teaching_documents, waves_of
-from mlx_qlora.train.slots import lent, slots_of
-from mlx_qlora.train.walk import Descent, Pieces, Walk, keep, noted
 from mlx_qlora.tree import flat, nested
+
+# ---- LoRA weights --------------------------------------------------------------------------------
+
+
+# Which linears a piece of a layer multiplies with.
+PIECES = {
+    "project": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "add_attention": ("self_attn.o_proj",),
+    "widen": ("mlp.gate_proj", "mlp.up_proj"),
+    "add_mlp": ("mlp.down_proj",),
+}
+
+
+LayerSlots = dict[str, list["Slot"]]  # by piece
+
+
+@dataclass
+class Slot:
+    """Where a trainable weight lives."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+
+def slots_of(model: LlamaForCausalLM, trainable: dict[str, mx.array]) -> list[LayerSlots]:
+    """The slots of every layer; each trainable weight, by its path, is in one of them."""
+    layers = [
+        {piece: _slots_of(layer, i, PIECES[piece], trainable) for piece in PIECES}
+        for i, layer in enumerate(model.layers)
+    ]
+    known = {slot.path for layer in layers for slots in layer.values() for slot in slots}
+    assert known == set(trainable), f"no gradient for {sorted(set(trainable) - known)}"
+    return layers
+
+
+def _slots_of(
+    layer: DecoderLayer, i: int, linears: tuple[str, ...], trainable: dict[str, mx.array]
+) -> list[Slot]:
+    """The trainable weights within some of a layer's linears."""
+    slots = []
+    for linear in linears:
+        prefix = f"model.layers.{i}."
+        for path in trainable:
+            if path.startswith(f"{prefix}{linear}."):
+                *owners, name = path.removeprefix(prefix).split(".")
+                module: Any = layer
+                for owner in owners:
+                    module = module[owner]
+                slots.append(Slot(path, module, name))
+    return slots
+
+
+@contextmanager
+def lent(layers: list[LayerSlots], weights: dict[str, mx.array], dtype: mx.Dtype) -> Iterator[None]:
+    """Lends a model other LoRA weights, in the compute dtype, and takes them back after."""
+    slots = [slot for layer in layers for piece in layer.values() for slot in piece]
+    before = [slot.module[slot.name] for slot in slots]
+    for slot in slots:
+        weight = weights[slot.path]
+        # The lengths of DoRA stay float32: 16 bits would swallow what they have moved.
+        slot.module[slot.name] = weight.astype(dtype) if weight.ndim > 1 else weight
+    try:
+        yield
+    finally:
+        for slot, array in zip(slots, before):
+            slot.module[slot.name] = array
+
+
+# ---- one layer -----------------------------------------------------------------------------------
+
+
+Arrays = Sequence[mx.array]
+
+
+Pieces = Iterator[Arrays]  # what is to be computed next
+
+
+@dataclass
+class Kept:
+    """What the backward of a layer of a part starts from; None where it has to be made again."""
+
+    x: mx.array
+    qkv: Arrays | None = None
+    heads: tuple[mx.array, list[Note]] | None = None
+    h: mx.array | None = None
+    wide: Arrays | None = None
+    s: mx.array | None = None
+
+
+def keep(level: int, x: Any, qkv: Any, heads: Any, h: Any, wide: Any, s: Any) -> Kept:
+    """What of a layer's forward is kept."""
+    if level == LAYER:
+        return Kept(x)
+    if level == MLP:
+        return Kept(x, qkv, heads, h)
+    return Kept(x, qkv, heads, h, wide, s if level == NOTHING else None)
+
+
+def noted(notes: list[Note]) -> list[mx.array]:
+    """The arrays of some notes."""
+    return [array for note in notes for array in note.arrays()]
+
+
+@dataclass
+class Walk:
+    """One part on its way up and down the layers."""
+
+    part: Part
+    x: mx.array
+    dx: mx.array | None = None
+    kept: list[Kept] = field(default_factory=list)
+
+
+class Descent:
+    """One layer's backward for one part; `grads` has the gradients of its LoRA weights after."""
+
+    def __init__(
+        self, layer: DecoderLayer, slots: LayerSlots, walk: Walk, i: int, compiled: bool
+    ) -> None:
+        self.layer, self.slots, self.walk, self.compiled = layer, slots, walk, compiled
+        self.documents, self.keys = walk.part.documents, walk.part.keys[i]
+        self.grads: dict[str, mx.array] = {}
+
+    def pieces(self, wants_dx: bool) -> Pieces:
+        """From the gradient of the layer's output, in the walk, to that of its input."""
+        layer, keys, documents, kept = self.layer, self.keys, self.documents, self.walk.kept.pop()
+        x, dy, compiled = kept.x, self.walk.dx, self.compiled
+        assert dy is not None
+        q, k, v = kept.qkv or layer.project(x, documents, keys)
+        heads, notes = kept.heads or documents.attend_and_note(q, k, v)
+        h = kept.h if kept.h is not None else layer.add_attention(x, heads, keys)
+        gate, up = kept.wide or layer.widen(h, keys)
+        s = kept.s
+        del kept
+        yield [q, k, v, heads, *noted(notes), h, gate, up]
+
+        gated = swiglu(gate, up, s, compiled)
+        dh, dgated = self.pull("add_mlp", partial(layer.add_mlp, keys=keys), [h, gated], [dy])
+        dwide = swiglu_back(gate, up, dgated, s, compiled)
+        del gate, up, s, gated, dgated
+        yield [*dwide, *self.grads.values()]
+        dh = dh + self.pull("widen", lambda h: layer.widen(h, keys), [h], dwide)[0]
+        del dwide
+        yield [dh, *self.grads.values()]
+        dx, dheads = self.pull(
+            "add_attention", partial(layer.add_attention, keys=keys), [x, heads], [dh]
+        )
+        yield [dheads, *self.grads.values()]
+        dqkv = documents.pull(q, k, v, heads, notes, dheads)
+        yield dqkv
+        project: Any = lambda x: layer.project(x, documents, keys)  # noqa: E731
+        dx = dx + self.pull("project", project, [x], dqkv)[0]
+        self.walk.dx = dx if wants_dx else None
+        yield [*self.grads.values(), *([dx] if wants_dx else [])]
+
+    def pull(
+        self, piece: str, forward: Callable[..., Any], inputs: Arrays, cotangents: Arrays
+    ) -> Arrays:
+        """Gradients of a piece's inputs; those of its weights go to `grads`."""
+        slots = self.slots[piece]
+        weights = [slot.module[slot.name] for slot in slots]
+        n = len(inputs)
+
+        def run(*arrays: mx.array) -> Any:
+            for slot, weight in zip(slots, arrays[n:]):
+                slot.module[slot.name] = weight
+            out = forward(*arrays[:n])
+            return list(out) if isinstance(out, tuple) else out
+
+        try:
+            _, gradients = mx.vjp(run, [*inputs, *weights], list(cotangents))
+        finally:  # or tracers would stay in the modules
+            for slot, weight in zip(slots, weights):
+                slot.module[slot.name] = weight
+        self.grads |= {slot.path: gradient for slot, gradient in zip(slots, gradients[n:])}
+        return gradients[:n]
+
+
+# ---- the engine ----------------------------------------------------------------------------------
 
 
 def loss_and_grads(

@@ -4,28 +4,34 @@ Read `train` first: it is the whole story. Every step is a function of (config, 
 run that is stopped and continued takes the same steps as one that was not.
 """
 
+import dataclasses
+import math
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from rich.console import Console
 
-from mlx_qlora import backend, blas
-from mlx_qlora.console import say, warn
+from mlx_qlora import device
+from mlx_qlora.cpu import blas
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.errors import ConfigError, ProcessError, TrainingError
+from mlx_qlora.distributed import processes
+from mlx_qlora.errors import ConfigError, ProcessError, TrainingError, say, warn
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.processes import processes
+from mlx_qlora.train.allreduce import from_first, score_of_all, weights_from_first
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
+    best_eval,
     checkpoints,
     disk_errors,
     load_checkpoint,
@@ -33,22 +39,218 @@ from mlx_qlora.train.checkpoint import (
     remove_leftovers,
     rotate,
     save_checkpoint,
+    trainer_state,
+    validations_since_best,
+    was_validated,
 )
 from mlx_qlora.train.config import TrainingConfig, batches_of
-from mlx_qlora.train.course import course_of
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.history import best_eval, validations_since_best, was_validated
-from mlx_qlora.train.interruption import Interrupted, Interruption
-from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics
+from mlx_qlora.train.metrics import LoggingConfig, Metrics, rewrite_metrics, trackers
 from mlx_qlora.train.optim import AdamW, flatten
-from mlx_qlora.train.outcome import Outcome, StepError
-from mlx_qlora.train.result import TrainResult
 from mlx_qlora.train.score import Score, score
-from mlx_qlora.train.together import from_first, score_of_all, weights_from_first
-from mlx_qlora.train.tracking import trackers
-from mlx_qlora.train.trainer_state import trainer_state
-from mlx_qlora.train.trouble import note_loss, note_skipped
-from mlx_qlora.train.update import Update, split
+from mlx_qlora.train.signals import Interrupted, Interruption
+from mlx_qlora.train.step import Outcome, StepError, Update, split
+
+# ---- how long a run is ---------------------------------------------------------------------------
+
+
+MANY, USUAL = 20, 3  # passes that learn rows by heart, and that are a start
+
+
+@dataclass(frozen=True)
+class Course:
+    """The length of a run.
+
+    Attributes:
+        steps: optimiser steps.
+        examples: to learn from.
+        passes: how often each of them is seen, as a fraction.
+        warmup_steps: through which the rate rises.
+        by_passes: whether the config says how many passes, and not how many steps.
+    """
+
+    steps: int
+    examples: int
+    passes: float
+    warmup_steps: int
+    by_passes: bool = False
+
+    def __str__(self) -> str:
+        passes = f"{self.passes:,.0f}" if self.passes >= 10 else f"{self.passes:.2f}"
+        return f"{self.steps:,} steps: {passes} passes over {self.examples:,} examples"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is most likely not meant, with the remedy."""
+        found = []
+        if self.warmup_steps >= self.steps > 1:
+            found.append(
+                f"training.warmup_steps={self.warmup_steps} is all of the run's {self.steps:,} "
+                "steps, so the learning rate hardly gets where it should; set "
+                f"training.warmup_steps={self.steps // 10}"
+            )
+        if self.passes > MANY:
+            usual = math.ceil(self.steps / self.passes * USUAL)
+            fewer = f"num_train_epochs={USUAL}" if self.by_passes else f"max_steps={usual}"
+            found.append(
+                f"{self.passes:,.0f} passes over {self.examples:,} examples learn them by heart; "
+                f"set training.{fewer}, which is {USUAL} passes, or collect more rows"
+            )
+        return found
+
+
+def course_of(training: TrainingConfig, batches: Batches, examples: int) -> Course:
+    """How long a run on these batches is."""
+    passes = batches.epoch(training.micro_batches(batches))
+    by_passes = training.num_train_epochs is not None
+    return Course(training.total_steps(batches), examples, passes, training.warmup_steps, by_passes)
+
+
+# ---- skipped steps and loss spikes ---------------------------------------------------------------
+
+
+# A step's loss this many times above the median of the last ones, and this far above their usual
+# spread, is called a spike.
+SPIKE, SPREADS, REMEMBERED = 1.5, 8.0, 20
+
+
+def note_skipped(
+    state: RunState, outcome: Outcome, epoch: float, most: int, metrics: Metrics, console: Console
+) -> None:
+    """Keeps which rows made a step that moved nothing.
+
+    Args:
+        state: of the run; the step is counted there.
+        outcome: of the step.
+        epoch: where in the data it was.
+        most: `max_skipped_steps`: so many in a row end the run.
+        metrics: where it is recorded.
+        console: where it is said.
+
+    Raises:
+        StepError: there were so many.
+    """
+    state.skipped_in_a_row += 1
+    what = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
+    rows = list(outcome.suspects)
+    record = {"step": state.step, "epoch": round(epoch, 4), "skipped": what, "rows": rows}
+    state.log_history.append(metrics.event(record))
+    shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    warn(console, f"step {state.step}: {what}: skipped. Rows: {shown}")
+    if state.skipped_in_a_row >= most:
+        raise StepError(
+            f"step {state.step}: {what}: {state.skipped_in_a_row} steps in a row have moved "
+            "nothing (training.max_skipped_steps); lower training.learning_rate, or look at "
+            f"these rows: {shown}",
+            again=False,
+        )
+
+
+def note_loss(
+    state: RunState, outcome: Outcome, epoch: float, metrics: Metrics, console: Console
+) -> None:
+    """Remembers a step's loss, and says so where it is far above the last ones."""
+    state.skipped_in_a_row, recent = 0, state.recent_losses
+    state.recent_losses = [*recent, outcome.loss][-REMEMBERED:]
+    if len(recent) < REMEMBERED // 2:
+        return
+    usual = statistics.median(recent)
+    spread = statistics.median(abs(loss - usual) for loss in recent)
+    if outcome.loss > max(SPIKE * usual, usual + SPREADS * spread):
+        record = {"step": state.step, "epoch": round(epoch, 4), "spike": outcome.loss}
+        state.log_history.append(metrics.event({**record, "usual": usual}))
+        warn(
+            console,
+            f"step {state.step}: loss {outcome.loss:.3f}, where {usual:.3f} was usual; if this "
+            "happens often, lower training.learning_rate",
+        )
+
+
+# ---- the result ----------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainResult:
+    """What a finished run was.
+
+    Attributes:
+        output_dir: where its files are.
+        steps: optimiser steps of the whole run.
+        train_loss: mean nats per supervised token over the last log window.
+        eval_loss: the last validation loss, if there was a validation set; the best one, if the
+            run ended with the best weights.
+        log_history: every logged record, in order.
+        seconds: wall time of this process's part, validation and checkpoints included.
+        tokens_per_second: real tokens trained per second of that time.
+        peak_memory_bytes: MLX's peak.
+        best_step: step of the best validation loss, if there was one.
+        stopped_early: whether patience ended the run before its last step.
+        test_scores: of the test rows, "before" and "after"; empty where there were none.
+        html: what a notebook shows, once a report was written; see `mlx_qlora.report`.
+    """
+
+    output_dir: Path
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    log_history: list[dict[str, Any]] = field(repr=False)
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    best_step: int | None = None
+    stopped_early: bool = False
+    test_scores: dict[str, Any] = field(default_factory=dict)
+    html: str = field(default="", repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        output: Path,
+        history: list[dict[str, Any]],
+        step: int,
+        total_steps: int,
+        ends_with_best: bool,
+        seconds: float,
+        tokens: int,
+    ) -> "TrainResult":
+        """What a run was that has just ended.
+
+        Args:
+            output: its folder.
+            history: its records.
+            step: the last one.
+            total_steps: that it would have gone on to.
+            ends_with_best: whether its weights are those of the best validation, if there is one.
+            seconds: wall time of this process's part.
+            tokens: real ones, trained in that time.
+        """
+        best = best_eval(history)
+        losses, evals = ([r[key] for r in history if key in r] for key in ("loss", "eval_loss"))
+        eval_loss = evals[-1] if evals else None
+        return cls(
+            output_dir=output,
+            steps=step,
+            train_loss=losses[-1] if losses else float("nan"),
+            eval_loss=best[1] if best and ends_with_best else eval_loss,
+            log_history=history,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_memory_bytes=mx.get_peak_memory(),
+            best_step=best[0] if best else None,
+            stopped_early=step < total_steps,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, without the history, as JSON has them."""
+        figures = dataclasses.asdict(self)
+        return {k: v for k, v in figures.items() if k not in ("log_history", "html")}
+
+    def _repr_html_(self) -> str | None:
+        """The summary and the plots in a notebook; None lets it show the text."""
+        return self.html or None
+
+
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def train(
@@ -87,7 +289,7 @@ def train(
         Interrupted: a signal came, and what was done is saved.
     """
     started = time.perf_counter()
-    backend.limit_memory()
+    device.limit_memory()
     run = Run(model, examples, validation, data, training, checkpointing, logging, base, console)
     course = course_of(training, run.batches, len(examples))
     say(console, f"          {course}")
@@ -150,7 +352,7 @@ class Run:
         self.total_steps = training.total_steps(self.batches)
         compiled = training.compile
         if compiled == "auto":  # on a CPU it saves next to nothing; see docs/log.md
-            compiled = backend.backend().device != "cpu"
+            compiled = device.backend().device != "cpu"
         self.engine = Engine(model, training.recompute, compiled=bool(compiled))
         self.optimizer = AdamW(
             model.trainable_parameters(),

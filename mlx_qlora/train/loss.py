@@ -18,8 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.backend import backend
-from mlx_qlora.model.exponentials import exp
+from mlx_qlora.cpu.exponentials import exp
+from mlx_qlora.device import backend
 from mlx_qlora.model.quantize import FrozenMatrix
 
 # Bytes that a piece's logits, and its rows of W, may take. On a CPU they shall stay near its

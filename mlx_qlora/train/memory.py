@@ -1,29 +1,35 @@
-"""How a batch is computed so that it fits: how much of it at once, and what is computed again.
+"""The memory schedule: how much of a batch is computed at once, and what is computed again."""
 
-Two things save memory. The documents of a batch can be computed one wave after the other, since
-the gradient is a sum over them: that costs nothing while a wave keeps the device busy. And a layer
-can keep less for its backward (the levels), which costs the time to compute that again.
-"""
-
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
+from mlx_qlora.cpu import blas
+from mlx_qlora.cpu.attention import BLOCK
+from mlx_qlora.data.batches import IGNORE, Batch
+from mlx_qlora.device import Machine, backend, cores, this_machine
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.machines import Machine, this_machine
-from mlx_qlora.model.attention import BLOCK
-from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.attention import Documents
+from mlx_qlora.model.llama import Keys, LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.tree import flat
 
 # How much of a layer the backward computes again; what is kept stands in `engine`.
 NOTHING, EXPONENTIALS, MLP, LAYER = LEVELS = 0, 1, 2, 3
+
+
 Recompute = int | str | list[int]  # how many layers, "none", "all", "auto", or each layer's level
+
 
 # Positions of a wave that keep a device busy, and those that it takes at once if memory allows:
 # beyond that speed gains nothing, and memory is better left to others.
 ENOUGH = {"cpu": 512, "metal": 2048, "cuda": 4096}
+
+
 AT_ONCE = {"cpu": 1024, "metal": 8192, "cuda": 16384}
 
 
@@ -155,8 +161,9 @@ def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: 
 
 
 # ---- what else there is -------------------------------------------------------------------------
-
 FLOAT32 = 4
+
+
 # How much of a machine's memory a plan may fill: a Mac and a desktop run other programs, too.
 FILLED = {"cpu": 0.5, "metal": 0.85, "cuda": 0.92}
 
@@ -228,3 +235,123 @@ def budget_for(
     waves = default_waves(lengths, machine)
     work = work_bytes(config, LAYER, lengths, waves, itemsize, machine)
     return FILLED[machine.device] * machine.working_set_bytes - standing - work
+
+
+# ---- shares of a batch ---------------------------------------------------------------------------
+
+
+# Fewer positions than this do not keep a core busy enough to be worth a stream.
+FEWEST_POSITIONS = 64
+
+
+GPU_MULTIPLE = 64  # positions of a part there: few shapes, so that freed buffers can be used again
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a batch's documents, one behind the other.
+
+    Attributes:
+        tokens: (N,) int32.
+        documents: which of the N positions belong together.
+        keys: for each layer, the dropout keys of its seven linears.
+        positions: (S,) int32 into N, of the supervised tokens, in order.
+        targets: (S,) int32, the token to predict there.
+        stream: where it is computed.
+    """
+
+    tokens: mx.array
+    documents: Documents
+    keys: list[Keys]
+    positions: mx.array
+    targets: mx.array
+    stream: mx.Stream
+
+
+def teaching_documents(batch: Batch) -> np.ndarray:
+    """(n, 3) of row, start and end: the documents of a batch in which anything is learned."""
+    labels = np.array(batch.labels)
+    documents = batch.documents
+    if documents is None:  # each row is one
+        B, T = labels.shape
+        documents = np.array([(b, 0, T) for b in range(B)], np.int32)
+    teaches = [bool((labels[row, start:end] != IGNORE).any()) for row, start, end in documents]
+    return documents[np.array(teaches, bool)]
+
+
+def waves_of(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    documents: np.ndarray,
+    waves: int,
+    dropout_key: mx.array | None = None,
+) -> list[list[Part]]:
+    """The parts of a batch: some to be computed side by side, then some more.
+
+    Args:
+        model: whose layers will draw dropout.
+        batch: tokens and labels.
+        documents: those of the batch's that are to be computed.
+        waves: how many there may be at most.
+        dropout_key: (2,) for the batch or (B, 2) for its rows; None turns dropout off.
+    """
+    made = []
+    for wave in shared_out(documents, waves):
+        lengths = wave[:, 2] - wave[:, 1]
+        busy = int(lengths.sum()) // FEWEST_POSITIONS
+        side_by_side = max(1, min(cores(), len(wave), busy))
+        some = zip(shared_out(wave, side_by_side), streams(side_by_side))
+        made.append([_part(model, batch, share, dropout_key, stream) for share, stream in some])
+    return made
+
+
+def _part(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    documents: np.ndarray,
+    dropout_key: mx.array | None,
+    stream: mx.Stream,
+) -> Part:
+    tokens, labels = np.array(batch.tokens), np.array(batch.labels)
+    spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
+    ids = np.concatenate([tokens[row, span] for row, span in spans])
+    wanted = np.concatenate([labels[row, span] for row, span in spans])
+    N = len(ids)
+    if backend().device != "cpu":
+        N += -N % GPU_MULTIPLE
+    context = model.model.documents(documents, N)
+    positions = np.flatnonzero(wanted != IGNORE).astype(np.int32)
+    return Part(
+        mx.array(np.pad(ids, (0, N - len(ids)))),
+        context,
+        model.model.dropout_keys(dropout_key, len(tokens), context),
+        mx.array(positions),
+        mx.array(wanted[positions]),
+        stream,
+    )
+
+
+def shared_out(documents: np.ndarray, n: int) -> list[np.ndarray]:
+    """Documents (m, 3) in at most n shares of like size."""
+    owner = shares((documents[:, 2] - documents[:, 1]).tolist(), n)
+    found = [documents[owner == share] for share in range(n)]
+    return [share for share in found if len(share)]
+
+
+_own = threading.local()  # a stream belongs to the thread that made it
+
+
+def streams(n: int) -> list[mx.Stream]:
+    """The default stream and as many more of the same device as are wanted."""
+    device = mx.default_device()
+    more = _own.__dict__.setdefault("streams", [])
+    while len(more) < n - 1:
+        more.append(mx.new_stream(device))
+    return [mx.default_stream(device), *more[: max(n - 1, 0)]]
+
+
+@contextmanager
+def cores_shared(parts: list[Part]) -> Iterator[None]:
+    """While parts are computed side by side, each matmul has its share of the cores."""
+    with blas.threads(max(1, cores() // max(len(parts), 1))):
+        yield

@@ -11,8 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.backend import backend, cores
-from mlx_qlora.train.parts import streams
+from mlx_qlora.device import backend, cores
+from mlx_qlora.train.memory import streams
 from mlx_qlora.tree import flat, nested
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")

@@ -9,8 +9,7 @@ import numpy as np
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.loss import cross_entropy
-from mlx_qlora.train.memory import default_waves
-from mlx_qlora.train.parts import cores_shared, teaching_documents, waves_of
+from mlx_qlora.train.memory import cores_shared, default_waves, teaching_documents, waves_of
 
 
 @dataclass

@@ -1,0 +1,322 @@
+"""The adapter for tools that read less than PEFT, and for llama.cpp."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_qlora.adapters.peft import PREFIX, original_base, peft_config, write_peft
+from mlx_qlora.errors import AdapterError, listing, require
+from mlx_qlora.folders import ADAPTER_FOLDER, check_names, check_not_here, staged
+from mlx_qlora.model.hub import HUB_ID, ModelFiles
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.lora import lora_layers
+
+# ---- plain LoRA ----------------------------------------------------------------------------------
+
+
+# What may be replaced as a whole: an earlier export, and what macOS puts into every folder.
+EXPORTED = {*ADAPTER_FOLDER, ".DS_Store"}
+
+
+Update = tuple[np.ndarray, np.ndarray, float]
+
+
+def save_portable(
+    model: LlamaForCausalLM, folder: str | Path, base_model_name_or_path: str | None = None
+) -> Path:
+    """Writes the adapter as a PEFT folder of uniform rank whose scaling is exactly 1.
+
+    It computes the same as `save_adapter`'s folder, in every reader. Training is better continued
+    from that one: here A and B have been rescaled.
+
+    Args:
+        model: with LoRA layers, but not DoRA's.
+        folder: made if it does not exist; an earlier export in it is replaced as a whole.
+        base_model_name_or_path: the original Hugging Face repository; by default what the model's
+            own files say they are a copy of.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the model has no LoRA layers or has DoRA's, the folder holds other files,
+            or nothing says what the base is.
+        ConfigError: the folder's adapter is somebody else's, or it is the current folder.
+    """
+    updates = plain_updates(model, "vLLM and llama.cpp refuse DoRA")
+    base = base_model_name_or_path or original_base(getattr(model, "source", None))
+    folder = Path(folder).expanduser()
+    check_replaceable(folder)
+    rank = max(len(A) for A, _, _ in updates.values())
+    with staged(folder.resolve(), replace=True) as staging:  # a link stays one
+        write_peft(staging, _uniform(updates, rank), _config(model, base, rank))
+    return folder
+
+
+def plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
+    """Path -> A (r, d_in), B (d_out, r), both float32, and the scale, of the original base.
+
+    Args:
+        model: with LoRA layers.
+        why: DoRA's are not possible, for the message.
+
+    Raises:
+        AdapterError: the model has no LoRA layers, or has DoRA's.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
+    if model.lora_config.use_dora:
+        raise AdapterError(f"{why}: merge the adapter into its base instead (mlx-qlora merge)")
+    updates = {}
+    for path, layer in layers:
+        A, B = layer.update_of_the_base()
+        updates[path] = np.array(A), np.array(B), layer.scale
+    return updates
+
+
+def check_replaceable(folder: Path, field: str = "folder") -> None:
+    """Refuses a folder that holds anything but an earlier export, as all in it would go.
+
+    Raises:
+        AdapterError: it is a file, or holds other files.
+        ConfigError: the adapter in it is somebody else's, or it is the current folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"{folder} is a file: give a folder for the portable adapter")
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = sorted({path.relative_to(folder).as_posix() for path in files} - EXPORTED)
+    if others:
+        raise AdapterError(
+            f"{folder} holds files that are no adapter's; a portable adapter needs a folder of its "
+            f"own, as some readers take every file in it:\n{listing(others, most=5)}"
+        )
+    check_names(folder, ADAPTER_FOLDER, field)
+    check_not_here(folder, field)
+
+
+def _uniform(updates: dict[str, Update], rank: int) -> dict[str, np.ndarray]:
+    """PEFT key -> float32 array, all of one rank and with the scale in lora_B."""
+    tensors = {}
+    for path, (A, B, scale) in updates.items():
+        more = (0, rank - len(A))
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.pad(A, (more, (0, 0)))
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.pad(B * np.float32(scale), ((0, 0), more))
+    return tensors
+
+
+def _config(model: LlamaForCausalLM, base: str, rank: int) -> dict[str, Any]:
+    config = peft_config(model, base)
+    if isinstance(config["target_modules"], str):  # a regex; not every reader has Python's
+        config["target_modules"] = [path for path, _ in lora_layers(model)]
+    uniform = {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    return config | uniform | {"rank_pattern": {}, "alpha_pattern": {}}
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------
+
+
+# A merged model as GGUF is llama.cpp's own work; to be run in its folder.
+MERGED_GGUF_COMMAND = (
+    "python convert_hf_to_gguf.py MERGED_FOLDER --outfile model.gguf --outtype f16"
+)
+
+
+DTYPES = {"float16": np.float16, "float32": np.float32}
+
+
+UNKNOWN_BASE = "./base.gguf"
+
+
+def save_gguf_adapter(
+    model: LlamaForCausalLM,
+    file: str | Path,
+    base_model_name_or_path: str | None = None,
+    *,
+    dtype: str = "float16",
+    ollama_base: str | None = None,
+) -> Path:
+    """Writes the adapter as a GGUF file, and a `Modelfile` beside it.
+
+    Args:
+        model: with LoRA layers, but not DoRA's.
+        file: `*.gguf`; an older adapter of this name is replaced, any other file is not.
+        base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
+            what the model's own files say they are a copy of. It may stay unknown.
+        dtype: of the tensors, float16 or float32.
+        ollama_base: what the Modelfile begins FROM, a GGUF file or a name in Ollama; by default
+            the file that the model was loaded from, if it is a GGUF file.
+
+    Returns:
+        The GGUF file.
+
+    Raises:
+        AdapterError: the model has no LoRA layers or has DoRA's, a weight is beyond float16, a
+            file would be overwritten that is no adapter, or the `gguf` package is missing.
+        ConfigError: another dtype.
+    """
+    require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
+    if importlib.util.find_spec("gguf") is None:
+        raise AdapterError("a GGUF file needs the package gguf: pip install 'mlx-qlora[gguf]'")
+    updates = plain_updates(model, "llama.cpp knows no DoRA")
+    file = Path(file).expanduser()
+    source: ModelFiles | None = getattr(model, "source", None)
+    base = base_model_name_or_path or (source.hf_id if source else None)
+    alpha = _common_alpha(updates)
+    tensors = _gguf_tensors(updates, alpha, model.config, DTYPES[dtype])
+    _check_target(file)
+    text = modelfile(ollama_base or _gguf_of(source), file.name, base)
+    keeps = _keeps_modelfile(file.parent / "Modelfile", text)
+    with staged(file.parent) as staging:
+        _write(staging / file.name, tensors, alpha, base)
+        if not keeps:
+            (staging / "Modelfile").write_text(text, encoding="utf-8")
+    return file
+
+
+# ---- LoRA weights in llama.cpp's terms ---------------------------------------------------------
+def _common_alpha(updates: dict[str, Update]) -> float:
+    """The file's one alpha: the first layer's, as float32. Zero would mean a scale of 1."""
+    A, _, scale = next(iter(updates.values()))
+    return float(np.float32(scale * len(A)))
+
+
+def _gguf_tensors(
+    updates: dict[str, Update], alpha: float, config: LlamaConfig, dtype: type[np.floating]
+) -> dict[str, np.ndarray]:
+    """`blk.N.attn_q.weight.lora_a` (r, d_in) and `.lora_b` (d_out, r), in the model's order."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors = {}
+    for path, (A, B, scale) in updates.items():
+        factor = scale * len(A) / alpha
+        if not np.isclose(factor, 1, rtol=1e-6, atol=0):
+            B = B * np.float32(factor)
+        kind = path.rpartition(".")[2]
+        if kind in heads:
+            B = _permute(B, heads[kind])
+        name = f"{names.get_name(path)}.weight"
+        tensors |= {f"{name}.lora_a": A.astype(np.float32), f"{name}.lora_b": B}
+    return {name: _cast(name, array, dtype) for name, array in tensors.items()}
+
+
+def _permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (i, i + Hd / 2) of each head become (2i, 2i + 1), the pairs that llama.cpp turns."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+    limit = np.finfo(dtype).max
+    if not np.all(np.abs(array) <= limit):  # NaN is not, either
+        raise AdapterError(
+            f"{name} has values that are not finite or beyond {dtype.__name__} ({limit:g}); "
+            "if the adapter is sound, write it with dtype='float32'"
+        )
+    return np.ascontiguousarray(array.astype(dtype))
+
+
+# ---- the file ----------------------------------------------------------------------------------
+def _write(file: Path, tensors: dict[str, np.ndarray], alpha: float, base: str | None) -> None:
+    """Writes what llama.cpp's converter writes, in its order, and reads it back."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_name(file.stem)
+    if base is not None:
+        organisation, _, name = base.rpartition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        if HUB_ID.fullmatch(base):
+            writer.add_base_model_organization(0, organisation)
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    reader = gguf.GGUFReader(file)
+    written = {tensor.name: tensor.data for tensor in reader.tensors}
+    same = written.keys() == tensors.keys() and all(
+        written[name].shape == array.shape and written[name].tobytes() == array.tobytes()
+        for name, array in tensors.items()
+    )
+    if not same or _field(reader, gguf.Keys.Adapter.LORA_ALPHA) != alpha:
+        raise AdapterError(f"{file.name}: what was read back is not what was written")
+
+
+def _check_target(file: Path) -> None:
+    """Refuses a file that is not ours to replace: a base model has the same ending."""
+    import gguf
+
+    if file.suffix.lower() != ".gguf":
+        raise AdapterError(f"{file}: a GGUF adapter's name must end in .gguf")
+    if not file.exists():
+        return
+    try:
+        kind = _field(gguf.GGUFReader(file), gguf.Keys.General.TYPE)
+    except (ValueError, KeyError, IndexError, OSError):
+        kind = None
+    if kind != gguf.GGUFType.ADAPTER:
+        raise AdapterError(f"{file} exists and is no GGUF adapter; give another name")
+
+
+def _field(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+# ---- Ollama ------------------------------------------------------------------------------------
+def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
+    """The text of an Ollama Modelfile.
+
+    It sets no TEMPLATE: Ollama's are Go templates, not the tokenizer's, and it takes the base's.
+
+    Args:
+        base: a GGUF file or a name in Ollama; None if it is not known.
+        adapter_file: name of the GGUF adapter in the Modelfile's own folder.
+        original: the Hugging Face repository that the adapter belongs to, if known.
+    """
+    lines = [
+        f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",
+        "# Ollama is reported to refuse ADAPTER from 0.34.1 on; there, or where this fails, merge",
+        "# the adapter into its base and create from the merged model.",
+        "# FROM must be the very model that was trained; its own chat template is used.",
+    ]
+    if base is None:
+        lines += ["# Its GGUF is not known here: put its path, or its name in Ollama, into FROM."]
+    return "\n".join([*lines, f"FROM {base or UNKNOWN_BASE}", f"ADAPTER ./{adapter_file}", ""])
+
+
+def _gguf_of(source: ModelFiles | None) -> str | None:
+    """The file that the model was loaded from, if Ollama can begin with it."""
+    is_gguf = source is not None and source.path.suffix.lower() == ".gguf"
+    return str(source.path.absolute()) if source is not None and is_gguf else None
+
+
+def _keeps_modelfile(path: Path, text: str) -> bool:
+    """Whether an existing Modelfile already says all that `text` does, and perhaps more.
+
+    Raises:
+        AdapterError: it says something else; it may be the user's own.
+    """
+    if not path.exists():
+        return False
+    there = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    needed = [line for line in text.splitlines() if line and not line.startswith("#")]
+    if set(needed) - {f"FROM {UNKNOWN_BASE}"} <= there:
+        return True
+    raise AdapterError(
+        f"{path} exists and lacks one of these lines; add them, or move it away, or give the "
+        f"adapter a folder of its own: {'; '.join(needed)}"
+    )

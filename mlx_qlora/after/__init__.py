@@ -1,0 +1,1 @@
+"""After a run: what the model learned, and the report."""

@@ -1,0 +1,428 @@
+"""How near generated answers are to the references, each in its own way.
+
+Each metric is a function (prediction, reference) -> float of two texts. None of them knows whether
+an answer is right: they compare words, characters and form, and that is all they say.
+
+ROUGE-L and chrF come from Google's `rouge-score` (Apache-2.0) and `sacrebleu` (Apache-2.0), the
+implementations that papers report; the extra `evaluate` brings both, and they are imported where
+they are used.
+"""
+
+import functools
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_qlora.after.bootstrap import FEWEST, Interval, ratio_interval
+from mlx_qlora.data.encode import encode_prompt
+from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import ConfigError
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
+
+
+MOST_NATS = 700.0  # exp of more is not finite
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of two models.
+
+    Attributes:
+        metric: its name.
+        better: `lower`, `higher` or `neither`.
+        base: the base's figure.
+        tuned: the adapter's; None if there is no adapter.
+        change: tuned minus base, paired by example; of perplexity, tuned over base minus 1.
+        relative: whether `change` is a share of the base's figure.
+    """
+
+    metric: str
+    better: str
+    base: Interval
+    tuned: Interval | None = None
+    change: Interval | None = None
+    relative: bool = False
+
+    @property
+    def name(self) -> str:
+        """The metric, as a person reads it."""
+        return self.metric.replace("_", " ")
+
+    @property
+    def sentence(self) -> str:
+        """What can be said of the change, and what cannot."""
+        if self.tuned is None or self.change is None:
+            return f"{self.name}: {_span(self.base)}"
+        before, after, n = self.base.estimate, self.tuned.estimate, self.change.n
+        values = f"{self.name}: {before:.4g} without the adapter, {after:.4g} with it"
+        if n < FEWEST:
+            return f"{values}; {n} examples are too few to say how sure that is"
+        if not self.change.known:
+            return f"{values}; all {n} examples changed alike, which gives no interval"
+        percent = f"{100 * self.change.level:g} %"
+        change = f"{values} ({self._signed()}, {percent} interval {self._ends()}, n = {n})"
+        if self.change.includes_zero:
+            return f"{change}: the interval includes 0, so no change is shown"
+        if self.better == NEITHER:
+            return f"{change}: it {'rose' if self.change.estimate > 0 else 'fell'}"
+        improved = (self.change.estimate < 0) == (self.better == LOWER)
+        return f"{change}: {'better' if improved else 'worse'}"
+
+    def _signed(self) -> str:
+        assert self.change is not None
+        return _signed(self.change.estimate, self.relative)
+
+    def _ends(self) -> str:
+        assert self.change is not None
+        low, high = (_signed(end, self.relative) for end in (self.change.low, self.change.high))
+        return f"{low} to {high}"
+
+    def cells(self) -> list[str]:
+        """As a line of the table."""
+        if self.tuned is None or self.change is None:
+            return [self.name, _span(self.base), str(self.base.n)]
+        ends = self._ends() if self.change.known else "not known"
+        figures = f"{self.base.estimate:.4g}", f"{self.tuned.estimate:.4g}"
+        return [self.name, *figures, self._signed(), ends, str(self.change.n)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        parts = {"base": self.base, "tuned": self.tuned, "change": self.change}
+        shown = {name: part.to_dict() if part else None for name, part in parts.items()}
+        about = {"metric": self.metric, "better": self.better, "relative": self.relative}
+        return about | shown | {"sentence": self.sentence}
+
+
+def perplexity_row(metric: str, loss: Row) -> Row:
+    """Perplexities of the losses in a line; exp keeps the order, so the intervals are its ends'."""
+    tuned = loss.tuned.mapped(_exp) if loss.tuned else None
+    change = loss.change.mapped(_rise) if loss.change else None
+    return Row(metric, LOWER, loss.base.mapped(_exp), tuned, change, relative=True)
+
+
+def paired_row(
+    metric: str, better: str, values: list[np.ndarray], weights: np.ndarray | None, level: float
+) -> Row:
+    """A metric's line, from its sums over each example: of the base, and of the tuned model.
+
+    Args:
+        metric: its name.
+        better: LOWER, HIGHER or NEITHER.
+        values: (n,) of each model.
+        weights: (n,) of both, tokens of each example; None counts examples alike.
+        level: of confidence, in (0, 1).
+    """
+    figures = [ratio_interval(each, weights, level) for each in values]
+    if len(values) == 1:
+        return Row(metric, better, figures[0])
+    change = ratio_interval(values[1] - values[0], weights, level)
+    return Row(metric, better, figures[0], figures[1], change)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, MOST_NATS))
+
+
+def _rise(nats: float) -> float:
+    return math.expm1(min(nats, MOST_NATS))
+
+
+def _signed(value: float, relative: bool) -> str:
+    return f"{100 * value:+.3g} %" if relative else f"{value:+.3g}"
+
+
+def _span(of: Interval) -> str:
+    return f"{of.estimate:.4g}" + (f" ({of.low:.4g} to {of.high:.4g})" if of.known else "")
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+GRAM = 3  # characters; of style
+
+
+REPEATED = 4  # words; of repetition
+
+
+OPENING = 5  # words; of an answer's beginning
+
+
+INSTALL = 'pip install "mlx-qlora[evaluate]"'
+
+
+WORD = re.compile(r"[^\W_]+")
+
+
+LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.MULTILINE)
+
+
+HEADING = re.compile(r"^#{1,6}\s", re.MULTILINE)
+
+
+FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+
+
+CLOSING = (".", "!", "?", "…", "。", "！", "？", "؟", "।")
+
+
+# ---- what is asked -----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked, and the answer in the data.
+
+    Attributes:
+        prompt: all text before the last answer, as the model was taught to see it.
+        reference: the last answer, without the token that ends it.
+        tokens: of the reference.
+        place: file and line of the row.
+    """
+
+    prompt: str
+    reference: str
+    tokens: int
+    place: str
+
+
+def questions(examples: Examples, tokenizer: Tokenizer) -> list[Question]:
+    """The examples that can be asked, in order.
+
+    Left out are rows that are learned from their first token on (a plain text, or
+    `data.train_on=all`), as nothing is there to ask, and rows whose answer was cut.
+    """
+    found = (_question(example, tokenizer) for example in examples)
+    return [question for question in found if question is not None]
+
+
+def _question(example: Example, tokenizer: Tokenizer) -> Question | None:
+    learned = example.learned.tolist()
+    end = len(learned) - learned[::-1].index(True)
+    start = end - 1
+    while start and learned[start - 1]:
+        start -= 1
+    context, answer = example.tokens[:start].tolist(), example.tokens[start:end].tolist()
+    if answer[-1] not in tokenizer.eos_ids or context in ([], [tokenizer.bos_id]):
+        return None
+    answer = answer[: next(i for i, token in enumerate(answer) if token in tokenizer.eos_ids)]
+    prompt = tokenizer.decode(context)
+    bos = tokenizer.decode([context[0]]) if context[0] == tokenizer.bos_id else ""
+    bare = prompt.removeprefix(bos)
+    # A BOS written out and one that is added are the same; a text that begins with one is not
+    # always decoded as such.
+    if encode_prompt(tokenizer, prompt) != context and encode_prompt(tokenizer, bare) == context:
+        prompt = bare
+    return Question(prompt, tokenizer.decode(answer), len(answer), example.place)
+
+
+# ---- words and characters ----------------------------------------------------------------------
+def exact_match(prediction: str, reference: str) -> float:
+    """1 if both are the same but for runs of white space, else 0 (SQuAD's, case kept)."""
+    return float(prediction.split() == reference.split())
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004, "ROUGE"), 0 to 1, by rouge-score.
+
+    Words are runs of letters and digits of any script, in lower case: on ASCII the same as
+    rouge-score's own, which drops all other letters. A script without spaces makes one word of a
+    sentence; there chrF says more. Two texts without a word are alike: 1.
+
+    Raises:
+        ConfigError: rouge-score is not installed.
+    """
+    if not WORD.search(prediction) and not WORD.search(reference):
+        return 1.0
+    return float(_rouge().score(reference, prediction)["rougeL"].fmeasure)
+
+
+def chrf(prediction: str, reference: str) -> float:
+    """Character n-gram F2, n = 1 to 6 (Popović 2015, W15-3049), 0 to 1, by sacrebleu.
+
+    Two texts without a character are alike: 1.
+
+    Raises:
+        ConfigError: sacrebleu is not installed.
+    """
+    if not prediction.split() and not reference.split():
+        return 1.0
+    return _chrf().sentence_score(prediction, [reference]).score / 100
+
+
+def check_installed() -> None:
+    """Finds out before time is spent whether the libraries of `rouge_l` and `chrf` are there.
+
+    Raises:
+        ConfigError: naming what to install.
+    """
+    _rouge()
+    _chrf()
+
+
+class _Words:
+    def tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text.lower())
+
+
+@functools.cache
+def _rouge() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ConfigError(
+            f"ROUGE-L needs rouge-score: {INSTALL}; or ask no questions (--answers 0)"
+        ) from None
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+@functools.cache
+def _chrf() -> Any:
+    try:
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError:
+        raise ConfigError(
+            f"chrF needs sacrebleu: {INSTALL}; or ask no questions (--answers 0)"
+        ) from None
+    return CHRF()
+
+
+# ---- form --------------------------------------------------------------------------------------
+def relative_length(prediction: str, reference: str) -> float:
+    """Characters of the prediction over those of the reference, 0 and up; 1 is as long.
+
+    White space at the ends does not count, and an empty reference counts as one character.
+    """
+    return len(prediction.strip()) / max(len(reference.strip()), 1)
+
+
+def length_agreement(prediction: str, reference: str) -> float:
+    """The shorter length over the longer one, in characters, 0 to 1; two empty texts give 1."""
+    return _alike(len(prediction.strip()), len(reference.strip()))
+
+
+def structure(text: str) -> dict[str, int]:
+    """How a text is laid out: counts of lines, list items, fences and headings, and two yes or no.
+
+    The latter are whether it ends with a mark that ends a sentence, and whether the whole of it is
+    a JSON object or list.
+    """
+    text = text.strip()
+    return {
+        "lines": sum(1 for line in text.splitlines() if line.strip()),
+        "list_items": len(LIST_ITEM.findall(text)),
+        "code_fences": len(FENCE.findall(text)),
+        "headings": len(HEADING.findall(text)),
+        "ends_with_punctuation": int(text.rstrip("\"'”’)*_").endswith(CLOSING)),
+        "json": int(_is_json(text)),
+    }
+
+
+def structure_agreement(prediction: str, reference: str) -> float:
+    """The mean over the features of `structure` of the smaller over the larger, 0 to 1.
+
+    Two zeros agree; so two plain lines of prose agree fully, whatever they say.
+    """
+    ours, theirs = structure(prediction), structure(reference)
+    return math.fsum(_alike(ours[name], theirs[name]) for name in ours) / len(ours)
+
+
+def style_similarity(prediction: str, reference: str) -> float:
+    """Cosine of the counts of character 3-grams, 0 to 1 (Damashek 1995, Science 267:843).
+
+    Spelling, register and punctuation show in it, and words that both have. Case counts, runs of
+    white space are one space. Two texts without characters give 1, one of them gives 0.
+    """
+    ours, theirs = _grams(prediction), _grams(reference)
+    if not ours or not theirs:
+        return float(not ours and not theirs)
+    dot = sum(n * theirs[gram] for gram, n in ours.items())
+    squares = [sum(n * n for n in counts.values()) for counts in (ours, theirs)]
+    return min(dot / math.sqrt(squares[0] * squares[1]), 1.0)
+
+
+def _grams(text: str) -> Counter[str]:
+    text = " ".join(text.split())
+    padded = f" {text} " if text else ""
+    return Counter(padded[i : i + GRAM] for i in range(len(padded) - GRAM + 1))
+
+
+def _alike(a: int, b: int) -> float:
+    return min(a, b) / max(a, b) if max(a, b) else 1.0
+
+
+def _is_json(text: str) -> bool:
+    if not text.startswith(("{", "[")):  # a number or a word in quotes is hardly meant as JSON
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+# ---- saying the same again ---------------------------------------------------------------------
+def repetition(text: str, n: int = REPEATED) -> float:
+    """The share of a text's word n-grams that stood in it before, 0 to 1.
+
+    Seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319), with words split at white space; a text of
+    fewer than n words repeats nothing.
+    """
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def excess_repetition(prediction: str, reference: str) -> float:
+    """`repetition` of the prediction less that of the reference, -1 to 1.
+
+    The reference's own belongs to the task: a table repeats itself rightly.
+    """
+    return repetition(prediction) - repetition(reference)
+
+
+@dataclass(frozen=True)
+class Variety:
+    """Whether a set of answers collapses into a few.
+
+    References tell what is normal: those of a classifier are few, too.
+
+    Attributes:
+        distinct: different answers over all answers, 0 to 1 (as distinct-n of Li et al. 2015,
+            arXiv 1510.03055, of whole answers).
+        same_opening: share of answers that open with the commonest first OPENING words, 0 to 1.
+        opening: those words.
+        repetition: mean of `repetition`, 0 to 1.
+        empty: share of answers without a character, 0 to 1.
+    """
+
+    distinct: float
+    same_opening: float
+    opening: str
+    repetition: float
+    empty: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def variety(answers: list[str]) -> Variety:
+    """What a set of at least one answer has in common."""
+    n, words = len(answers), [answer.split() for answer in answers]
+    openings = Counter(" ".join(each[:OPENING]) for each in words)
+    opening, times = openings.most_common(1)[0]
+    return Variety(
+        len({" ".join(each) for each in words}) / n,
+        times / n,
+        opening,
+        math.fsum(map(repetition, answers)) / n,
+        sum(not each for each in words) / n,
+    )

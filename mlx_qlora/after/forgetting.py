@@ -1,0 +1,204 @@
+"""What an adapter does to text that has nothing to do with its data.
+
+Two figures: the perplexity of general text, without the adapter and with it, and how far the two
+next-token distributions are apart there.
+
+The divergence that counts as forgetting is KL(base || tuned), the mean over positions of
+sum_v p_base log(p_base / p_tuned). It grows where the tuned model has no probability left for what
+the base would have said, which is what forgetting is, and it predicts losses on earlier tasks
+(Shenfeld et al. 2025, arXiv 2509.04259). KL(tuned || base) grows where the tuned model says what
+the base never would; it is the penalty of reinforcement learning, and given beside the other.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mlx_qlora.adapters.drift import POSITIONS, encode_texts, float64_of, log_softmax
+from mlx_qlora.adapters.several import active, disabled
+from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_row
+from mlx_qlora.after.bootstrap import Interval, ratio_interval
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.llama import LlamaForCausalLM
+
+# What a rise of perplexity is worth, by what people accept knowingly. Rounding Llama 2 7B to 4
+# bits takes WikiText-2 from 5.47 to 5.73, +5 %; from 13B (4.88) to 7B it is +12 % (Lin et al. 2023,
+# arXiv 2306.00978, table 4). Up to the first, little was forgotten; beyond the second, the model
+# is on such text no better than a smaller one.
+LITTLE, MUCH = 0.05, 0.12
+
+
+WINDOW = 512  # tokens of a text that are read at once
+
+
+BLOCK = 32  # predictions that are drawn together: those of one sentence hang together
+
+
+MOST_CHARACTERS = 400_000  # of a file; some 100,000 tokens give intervals of under a percent
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """An adapter on general text.
+
+    Intervals come from drawing blocks of BLOCK neighbouring predictions (Künsch 1989, the block
+    bootstrap). Of the built-in texts there are some 16 blocks of six subjects: an interval then
+    covers chance within them, not other kinds of text.
+
+    Attributes:
+        loss: nats per token, as in a comparison.
+        perplexity: of the same.
+        kl: KL(base || tuned), nats per token.
+        kl_reverse: KL(tuned || base), nats per token.
+        tokens: predictions that were compared.
+        source: what the text was.
+    """
+
+    loss: Row
+    perplexity: Row
+    kl: Interval
+    kl_reverse: Interval
+    tokens: int
+    source: str
+
+    @property
+    def sentence(self) -> str:
+        """What happened to general text, in plain words."""
+        change, tuned = self.perplexity.change, self.perplexity.tuned
+        assert change is not None and tuned is not None
+        moved = "rose" if change.estimate > 0 else "fell"
+        ends = f"{100 * change.low:+.2g} to {100 * change.high:+.2g} %"
+        sure = f", {100 * change.level:g} % interval {ends}" if change.known else ""
+        return (
+            f"on {self.source} the perplexity {moved} from {self.perplexity.base.estimate:.4g} to "
+            f"{tuned.estimate:.4g} ({100 * change.estimate:+.2g} %{sure}; {self.tokens:,} tokens, "
+            f"KL {self.kl.estimate:.2g} nats per token): {self._verdict(change)}"
+        )
+
+    def _verdict(self, change: Interval) -> str:
+        low, high = degree(change.low), degree(change.high)
+        if not change.known:
+            return f"{degree(change.estimate)} was forgotten, but the text is too short to be sure"
+        if low == high:
+            return f"{low} was forgotten"
+        return f"{low} to {high} was forgotten; more text would tell"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "metrics": [self.loss.to_dict(), self.perplexity.to_dict()],
+            "kl_base_tuned": self.kl.to_dict(),
+            "kl_tuned_base": self.kl_reverse.to_dict(),
+            "sentence": self.sentence,
+        }
+
+    def __rich__(self) -> Table:
+        """The table that a terminal shows."""
+        table = Table("general text", "base", "adapter", "change", "interval of it", "blocks")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        table.add_row(*self.loss.cells())
+        table.add_row(*self.perplexity.cells())
+        for name, kl in (("KL(base||tuned)", self.kl), ("KL(tuned||base)", self.kl_reverse)):
+            ends = f"{kl.low:.2g} to {kl.high:.2g}" if kl.known else "not known"
+            table.add_row(name, "", "", f"{kl.estimate:.2g}", ends, str(kl.n))
+        return table
+
+
+def degree(rise: float) -> str:
+    """`little`, `something` or `much`, for a relative rise of perplexity; see LITTLE and MUCH."""
+    return "little" if rise < LITTLE else "something" if rise < MUCH else "much"
+
+
+def read_texts(path: Path) -> list[str]:
+    """The paragraphs of a text file, evenly spaced ones if there are more than are needed.
+
+    Raises:
+        ConfigError: the file cannot be read as UTF-8, or holds no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--general: {path} cannot be read as text: {error}") from None
+    paragraphs = [part.strip() for part in text.split("\n\n")]
+    paragraphs = [part[:MOST_CHARACTERS] for part in paragraphs if part]
+    if not paragraphs:
+        raise ConfigError(f"--general: {path} holds no text; name a file of plain text")
+    step = -(-sum(map(len, paragraphs)) // MOST_CHARACTERS)
+    return paragraphs[::step]
+
+
+def forgetting(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    texts: list[str] | None = None,
+    source: str = "general text",
+    level: float = 0.95,
+    console: Console | None = None,
+) -> Forgetting:
+    """Compares a model with its adapter and without it on every prediction of general text.
+
+    Args:
+        model: with an adapter that is on; it leaves as it came.
+        tokenizer: the model's.
+        texts: None means the six built-in ones.
+        source: what messages call the text.
+        level: of confidence, in (0, 1).
+        console: where a progress bar goes if it is a terminal.
+
+    Raises:
+        ConfigError: no adapter is on or it cannot be turned off, or no text has two tokens.
+    """
+    if active(model) is None:
+        raise ConfigError("the model has no adapter that is on: attach one, or switch to it")
+    most = min(WINDOW, model.config.max_position_embeddings)
+    rows = [
+        ids[start : start + most]
+        for ids in encode_texts(tokenizer, texts)
+        for start in range(0, len(ids) - 1, most - 1)  # the last of one is the first of the next
+    ]
+    quiet = console is None or not console.is_terminal
+    found = [_blocks(model, ids) for ids in track(rows, "text", console=console, disable=quiet)]
+    base, tuned, kl, kl_reverse, n = np.concatenate(found).T
+
+    loss = paired_row("loss", LOWER, [base, tuned], n, level)
+    forward, reverse = (ratio_interval(each, n, level) for each in (kl, kl_reverse))
+    perplexity = perplexity_row("perplexity", loss)
+    return Forgetting(loss, perplexity, forward, reverse, int(n.sum()), source)
+
+
+def _blocks(model: LlamaForCausalLM, ids: list[int]) -> np.ndarray:
+    """(blocks, 5) float64 of one text: sums of two losses and two divergences, and how many.
+
+    Logits exist for POSITIONS tokens at once, in float64: a divergence of 1e-7 is a difference of
+    numbers near 10.
+    """
+    tokens, labels = mx.array([ids[:-1]]), np.array(ids[1:])
+    with disabled(model):
+        hidden_base = model.model(tokens)[0]
+        mx.eval(hidden_base)
+    hidden_tuned = model.model(tokens)[0]
+    mx.eval(hidden_tuned)
+    each = np.empty((len(labels), 5))
+    with model.head.dense_for_now():
+        for start in range(0, len(labels), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            base, tuned = (
+                log_softmax(float64_of(model.logits(hidden[part])))
+                for hidden in (hidden_base, hidden_tuned)
+            )
+            at = np.arange(len(base)), labels[part]
+            between = base - tuned
+            kl = (np.exp(base) * between).sum(axis=1)
+            kl_reverse = -(np.exp(tuned) * between).sum(axis=1)
+            each[part] = np.stack([-base[at], -tuned[at], kl, kl_reverse, np.ones(len(base))], 1)
+    return np.add.reduceat(each, range(0, len(each), BLOCK), axis=0)

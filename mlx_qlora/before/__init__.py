@@ -1,0 +1,1 @@
+"""Before a run: its plan, its rows, and the machine."""

@@ -1,0 +1,555 @@
+"""What a run will need, before it starts: bytes by part, how it will be computed, and how fast.
+
+The figures come from the headers of the model's files and from the config; no weight is loaded.
+The peak is the base plus the larger of two moments: the backward's beginning, when all that the
+forward kept is there, and the optimiser's update. `benchmarks/memory.py` compares with what a run
+then takes.
+"""
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_qlora import device
+from mlx_qlora.adapters.peft import read_adapter_config
+from mlx_qlora.config import RunConfig
+from mlx_qlora.data.batches import packed_width, padded_width
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.device import Machine, machine, this_machine
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.lora import LoraConfig, target_paths
+from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.model.weights import Checkpoint, open_checkpoint, packed_size
+from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
+from mlx_qlora.train.memory import (
+    AT_ONCE,
+    EXPONENTIALS,
+    LAYER,
+    MLP,
+    Schedule,
+    activation_bytes,
+    adapter_bytes,
+    budget_for,
+    check_recompute,
+    schedule,
+    step_bytes,
+    update_bytes,
+)
+
+# ---- estimates -----------------------------------------------------------------------------------
+
+
+def flops_per_token(
+    llama: LlamaConfig, levels: list[int], lengths: list[int], supervised: float
+) -> float:
+    """Multiplications and additions of a step, per position.
+
+    Two for each weight forward and two back, two more where the backward computes it again; the
+    head at supervised positions alone; attention up to the diagonal.
+    """
+    attention, mlp = weights_of_layer(llama)
+    typical = sum(n * n for n in lengths) / max(sum(lengths), 1)
+    # q @ k and p @ v, half of T each
+    scores = llama.num_attention_heads * llama.head_dim * typical
+    total = 4.0 * llama.vocab_size * llama.hidden_size * supervised
+    for level in levels:
+        total += 4 * (attention + mlp) + 2 * scores * 3.5
+        total += 2 * (2 / 3) * mlp if level >= MLP else 0
+        total += 2 * attention + 2 * scores if level == LAYER else 0
+    return total
+
+
+def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
+    """Bytes of dense weights that a micro-batch takes from memory, however many rows it has.
+
+    All of them forward and back, those of a layer that is recomputed once more.
+    """
+    of_layer = sum(weights_of_layer(llama))
+    passes = sum(3 if level == LAYER else 2 for level in levels)
+    return itemsize * (passes * of_layer + 2 * llama.vocab_size * llama.hidden_size)
+
+
+def weights_of_layer(llama: LlamaConfig) -> tuple[int, int]:
+    """How many frozen weights the linears of one layer's attention have, and those of its MLP."""
+    D, F = llama.hidden_size, llama.intermediate_size
+    heads = 2 * llama.num_attention_heads + 2 * llama.num_key_value_heads
+    return D * llama.head_dim * heads, 3 * D * F
+
+
+def documents_of(
+    config: RunConfig, examples: Examples | None
+) -> tuple[list[int], list[int], float]:
+    """Lengths of a micro-batch's documents, and which share of its positions is supervised.
+
+    First those of the largest micro-batch, which decides memory, then those of a usual one, which
+    decides speed.
+    """
+    rows = config.training.rows
+    supervised = 1.0 if config.data.train_on == "all" else 0.25
+    if examples is None:
+        full = [padded_width(config.data.max_length - 1)] * rows
+        return full, full, supervised
+    lengths = np.sort(examples.lengths - 1)
+    if not config.data.packing:
+        return lengths[-rows:].tolist(), _standing_for(lengths, rows), supervised
+    most = max(config.data.max_length, int(examples.lengths.max()))
+    positions = rows * packed_width(examples.lengths, rows, most)
+    # The longest document, and of the usual mixture as many as fill the rows beside it.
+    longest, others = int(lengths[-1]), lengths[:-1]
+    n = round(len(others) * (positions - longest) / max(int(others.sum()), 1))
+    mixture = [*_standing_for(others, n), longest]
+    return mixture, mixture, supervised
+
+
+def _standing_for(lengths: np.ndarray, n: int) -> list[int]:
+    """At most n lengths with the mean of all: each is that of an equal part of the sorted ones."""
+    n = min(n, len(lengths))
+    return [round(float(part.mean())) for part in np.array_split(lengths, n)] if n else []
+
+
+def itemsize_of(config: RunConfig, where: Machine) -> int:
+    """Bytes of a number in the dtype that the run computes in."""
+    if config.model.dtype == "auto":
+        return where.itemsize
+    return device.compute_dtype(config.model.dtype).size
+
+
+def base_bytes(
+    model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig, where: Machine
+) -> tuple[int, int]:
+    """Bytes of the frozen weights as they will be kept, and of dequantised copies of them."""
+    itemsize, quantize = itemsize_of(config, where), config.model.quantize()
+    dense = itemsize * packed_size(model, checkpoint, quantize)
+    memory = where.device, where.working_set_bytes
+    keeps_copy = device.frozen_matmul(config.model.frozen_matmul, dense, *memory) == "resident"
+    base = resident = 0
+    for path, module in model.named_modules():
+        if not isinstance(module, FrozenMatrix):
+            continue
+        quant = checkpoint.packing.get(path) or quantize
+        size = module.weight.size
+        if quant is None:
+            base += size * itemsize
+            continue
+        scale_bytes = 2 * itemsize if quant.mode == "affine" else 1
+        base += size * quant.bits // 8 + size // quant.group_size * scale_bytes
+        resident += size * itemsize if keeps_copy else 0
+    return base, resident
+
+
+def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
+    """How many numbers a run trains; the model may be one without weights.
+
+    Raises:
+        ConfigError: a target that matches nothing.
+    """
+    try:
+        paths = target_paths(model, lora)
+    except ConfigError as error:
+        raise ConfigError(f"the plan cannot be made: {error}") from None
+    modules = dict(model.named_modules())
+    shapes = ((path, modules[path].shape) for path in paths)
+    return sum(
+        lora.rank_of(path) * (rows + columns) + (rows if lora.use_dora else 0)
+        for path, (rows, columns) in shapes
+    )
+
+
+def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Machine) -> int:
+    """The longest document that fits alone, everything recomputed; a multiple of 64.
+
+    Never longer than the model has positions for.
+    """
+    all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
+    low, high = 0, llama.max_position_embeddings // 64
+    while low < high:  # the need grows with the length
+        middle = (low + high + 1) // 2
+        lengths = [64 * middle]
+        need = standing + sum(activation_bytes(llama, all_layers, lengths, itemsize, where))
+        low, high = (middle, high) if need <= where.working_set_bytes else (low, middle - 1)
+    return 64 * low
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+FLOAT32 = 4
+
+
+SMALL_SUMS = 2  # messages besides the buckets: the counts of a step, and its loss
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins two processes.
+
+    Attributes:
+        name: for people.
+        nominal: bytes per second one way, as its maker states it.
+        share: of that which a ring is expected to reach.
+        latency: seconds of one hop.
+    """
+
+    name: str
+    nominal: float
+    share: float
+    latency: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second one way that are counted on."""
+        return self.nominal * self.share
+
+
+# Thunderbolt 5: 80 Gb/s each way. Others measured 53 to 64 Gb/s with four TCP streams and 0.3 to
+# 0.7 ms there and back (exo-explore/exo#2063); one stream and the additions: 0.5 assumed.
+# 10 GbE: 0.9 and 0.1 ms assumed; TCP's and Ethernet's headers alone leave 0.95.
+# NVLink of an H100: 900 GB/s both ways together, of 450 one way 370 reached, says NCCL's maintainer
+# (NVIDIA/nccl-tests#212); 10 microseconds assumed.
+LINKS = (
+    Link("Thunderbolt 5", 80e9 / 8, 0.5, 300e-6),
+    Link("10 GbE", 10e9 / 8, 0.9, 100e-6),
+    Link("NVLink (H100)", 450e9, 370 / 450, 10e-6),
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A step over one link.
+
+    Attributes:
+        link: its name.
+        step_seconds: computing and sending, one after the other.
+        efficiency: the share of the step that is computing, at most 1.
+        tokens_per_second: of all processes together.
+    """
+
+    link: str
+    step_seconds: float
+    efficiency: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a run of several processes adds to the plan of one.
+
+    Attributes:
+        processes: how many, N.
+        trainable: numbers that are trained.
+        step_tokens: positions of an optimiser step in one process.
+        compute_seconds: of such a step, without the others.
+    """
+
+    processes: int
+    trainable: int
+    step_tokens: int
+    compute_seconds: float
+
+    @property
+    def handed_bytes(self) -> int:
+        """What a process hands to the collectives in a step; some 52 bytes of counts besides."""
+        return self.trainable * FLOAT32 if self.processes > 1 else 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """What a process sends to its neighbour in a step, without the headers of TCP."""
+        return 2 * (self.processes - 1) * self.handed_bytes // self.processes
+
+    @property
+    def sums_bytes(self) -> int:
+        """Memory for it: the buckets and their sums (measured: both are there until the end)."""
+        return 2 * self.handed_bytes
+
+    @property
+    def messages(self) -> int:
+        """Sums of a step, at most."""
+        if self.processes == 1:
+            return 0
+        return -(-self.handed_bytes // bucket_bytes(self.handed_bytes)) + SMALL_SUMS
+
+    def over(self, link: Link) -> Expected:
+        """A step over one link."""
+        N = self.processes
+        sending = self.wire_bytes / link.bandwidth + 2 * (N - 1) * link.latency * self.messages
+        seconds = self.compute_seconds + sending
+        together = N * self.step_tokens / seconds
+        return Expected(link.name, seconds, self.compute_seconds / seconds, together)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it; sizes in bytes, times in seconds."""
+        return {
+            "processes": self.processes,
+            "added_bytes": self.sums_bytes,
+            "handed_bytes": self.handed_bytes,
+            "wire_bytes": self.wire_bytes,
+            "messages": self.messages,
+            "step_tokens": self.processes * self.step_tokens,
+            "compute_seconds": self.compute_seconds,
+            "links": [asdict(self.over(link)) for link in LINKS],
+        }
+
+    def __str__(self) -> str:
+        handed, wire = self.handed_bytes / 1e9, self.wire_bytes / 1e9
+        tokens = self.processes * self.step_tokens
+        lines = [
+            f"{'processes':<22}{self.processes}; each needs the memory above",
+            f"{'handed over':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process",
+            f"{'step of all':<22}{tokens:,} tokens; expected by a model that hides no sending:",
+        ]
+        for link in LINKS:
+            found = self.over(link)
+            lines.append(
+                f"  {link.name:<20}{found.step_seconds:,.2f} s, efficiency {found.efficiency:.4f}, "
+                f"about {found.tokens_per_second:,.0f} tokens/s"
+            )
+        return "\n".join(lines)
+
+
+def bucket_bytes(total: int) -> int:
+    """The least size of a bucket, as `GradientSum` cuts them."""
+    return max(SMALLEST_BUCKET, total // MOST_BUCKETS)
+
+
+def check_processes(processes: int | None) -> None:
+    """Refuses a number that no launcher could start.
+
+    Raises:
+        ConfigError: not a whole number of at least 1.
+    """
+    if processes is None:
+        return
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise ConfigError(
+            f"--processes must be a whole number of at least 1; got {processes!r}: "
+            "pass as many as `mlx.launch` will start"
+        )
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted peak memory of a run, by part, in bytes, and how it will be computed.
+
+    Attributes:
+        parts: name -> bytes; their sum is `total_bytes`.
+        memory_bytes: what the machine can give.
+        machine: its name.
+        trainable: how many numbers are trained.
+        schedule: how a micro-batch is computed.
+        longest_context: the longest document that could be trained, everything recomputed.
+        tokens_per_second: to be expected, from the machine's matmul rate.
+        advice: what to change, if it does not fit.
+        scaling: of several processes, if their number is known.
+    """
+
+    parts: dict[str, int]
+    memory_bytes: int
+    machine: str
+    trainable: int
+    schedule: Schedule
+    longest_context: int
+    tokens_per_second: float
+    advice: str
+    scaling: Scaling | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """The predicted peak."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction stays within the machine's memory."""
+        return self.total_bytes <= self.memory_bytes
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers of which the backward computes matmuls again."""
+        return sum(level >= MLP for level in self.schedule.levels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it; sizes in bytes."""
+        return {
+            "parts": self.parts,
+            "total_bytes": self.total_bytes,
+            "memory_bytes": self.memory_bytes,
+            "fits": self.fits,
+            "machine": self.machine,
+            "trainable_parameters": self.trainable,
+            "recomputed_layers": self.recomputed_layers,
+            "waves": self.schedule.waves,
+            "longest_context": self.longest_context,
+            "tokens_per_second": self.tokens_per_second,
+            "advice": self.advice,
+            "scaling": self.scaling and self.scaling.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
+        lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
+        lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
+        lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
+        lines.append(f"{'recomputed':<22}{self._recomputed()}")
+        if self.schedule.waves > 1:
+            lines.append(f"{'micro-batch':<22}computed in {self.schedule.waves} parts")
+        lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
+        lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
+        if self.scaling is not None:
+            lines.append(str(self.scaling))
+        return "\n".join([*lines, self.advice] if self.advice else lines)
+
+    def _recomputed(self) -> str:
+        levels = self.schedule.levels
+        counts = {level: levels.count(level) for level in LEVEL_NAMES}
+        shown = [f"{LEVEL_NAMES[level]} of {n} layers" for level, n in counts.items() if n]
+        return ", ".join(shown) or "nothing"
+
+
+def plan(
+    source: str,
+    config: RunConfig | None = None,
+    machine_name: str | None = None,
+    processes: int | None = None,
+) -> Plan:
+    """Predicts what fine-tuning a model with this config needs.
+
+    Args:
+        source: as for `load`. Of a hub repository that is not in the cache, only the headers of
+            its weights are fetched.
+        config: of the run; the defaults if not given.
+        machine_name: another machine than this one, as CHIP-GB, for example `m4-max-64`.
+        processes: how many train together, each on a machine of its own; a plan of one process
+            says nothing about others if it is not given.
+
+    Raises:
+        SourceError: the source cannot be found or fetched.
+        WeightsError: its files are damaged or of an unsupported architecture.
+        ConfigError: a target that matches nothing, an unknown machine, or a wrong number of
+            processes.
+    """
+    check_processes(processes)
+    where = machine(machine_name)
+    config = settled(config or RunConfig(), where=where)
+    checkpoint = open_checkpoint(resolve(source, config.model.revision, weights=False))
+    return plan_checkpoint(checkpoint, config, where=where, processes=processes)
+
+
+def settled(
+    config: RunConfig, examples: Examples | None = None, where: Machine | None = None
+) -> RunConfig:
+    """The config with a number of rows, where it leaves that to the machine.
+
+    More than keeps the device busy would gain no speed, and take longer to stop. Memory is no
+    matter here: a micro-batch that is too large is computed in parts anyway.
+    """
+    longest = config.data.max_length
+    if examples is not None:
+        longest = min(longest, int(examples.lengths.max()))
+        longest = longest if config.data.packing else int(examples.lengths.mean())
+    most = AT_ONCE[(where or this_machine()).device] // max(longest, 1)
+    return dataclasses.replace(config, training=config.training.at_once(most))
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    examples: Examples | None = None,
+    where: Machine | None = None,
+    processes: int | None = None,
+) -> Plan:
+    """The plan for opened files, and for the examples of a run if they are known."""
+    where = where or this_machine()
+    config = settled(config, examples, where)
+    llama = LlamaConfig.from_hf(checkpoint.config)
+    model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
+    itemsize = itemsize_of(config, where)
+    base, resident = base_bytes(model, checkpoint, config, where)
+    adapter = config.model.adapter
+    lora = read_adapter_config(Path(adapter).expanduser()) if adapter else config.lora
+    trained = trainable(model, lora)
+
+    training = config.training
+    levels = check_recompute(training.recompute, llama.num_hidden_layers)
+    largest, usual, supervised = documents_of(config, examples)
+    standing = base + resident + adapter_bytes(trained)
+
+    def scheduled(lengths: list[int]) -> Schedule:
+        budget = budget_for(llama, lengths, itemsize, standing, where)
+        return schedule(llama, lengths, itemsize, levels, budget, where)
+
+    how = scheduled(largest)
+    kept, work = activation_bytes(llama, how, largest, itemsize, where)
+    accumulation = training.gradient_accumulation_steps
+    step = step_bytes(trained, how.waves, accumulation > 1)
+    usually, tokens = scheduled(usual), sum(usual)
+    flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
+    read = usually.waves * bytes_read(llama, usually.levels, itemsize)
+    seconds = where.seconds(flops, read)  # of a micro-batch
+    of_step = tokens * accumulation, seconds * accumulation
+    scaling = Scaling(processes, trained, *of_step) if processes else None
+    sums = scaling.sums_bytes if scaling else 0
+    update = update_bytes(trained, where)
+    parts = {"base weights": base} | ({"dequantised copy": resident} if resident else {})
+    parts["adapter and AdamW"] = adapter_bytes(trained)
+    backward = {"gradients": step, "activations": kept, "working arrays": work}
+    backward |= {"sums under way": sums} if sums else {}
+    parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
+    dense = config.model.bits is None and not checkpoint.packing
+    longest = longest_context(llama, itemsize, standing + step + sums, where)
+    fits = sum(parts.values()) <= where.working_set_bytes
+    return Plan(
+        parts,
+        where.working_set_bytes,
+        where.name,
+        trained,
+        how,
+        longest,
+        tokens / seconds,
+        "" if fits else _advice(parts, dense, how.levels, longest, max(largest)),
+        scaling,
+    )
+
+
+def _advice(
+    parts: dict[str, int], dense: bool, levels: list[int], longest: int, document: int
+) -> str:
+    """What to change; `longest` is the longest context, `document` the longest there is."""
+    smaller = f"{'quantise with model.bits=4, or ' * dense}choose a smaller model"
+    remedies = {
+        "activations": "",
+        "working arrays": "",
+        "base weights": smaller,
+        "dequantised copy": "set model.frozen_matmul=dequantize",
+    }
+    largest = max(parts, key=lambda name: parts[name])
+    remedy = remedies.get(largest, "lower lora.r")
+    # Nothing of a micro-batch is in memory while the optimiser's update is at its peak.
+    less = "" if "optimiser's update" in parts else _less_at_once(levels, longest, document)
+    told = ", or ".join(filter(None, (remedy, less))) or smaller
+    return f"This will not fit. Largest part: {largest}; {told}."
+
+
+def _less_at_once(levels: list[int], longest: int, document: int) -> str:
+    """How a micro-batch keeps less in memory; nothing where no document of any use would fit."""
+    if not longest:
+        return ""
+    fields = []
+    if any(level != LAYER for level in levels):
+        fields.append("training.gradient_checkpointing=true")
+    if longest < document:
+        width = next(n for n in range(longest, 0, -64) if padded_width(n) <= longest)
+        fields.append(f"data.max_length={width}")
+    if fields:
+        return f"set {' and '.join(fields)}"
+    return "lower training.per_device_train_batch_size"

@@ -1,1 +1,0 @@
-"""What `mlx-qlora doctor` looks at: each check yields findings."""

@@ -1,0 +1,1 @@
+"""Only for CPUs: a fast BLAS, attention in blocks, cheap exponentials."""

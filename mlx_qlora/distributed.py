@@ -1,0 +1,302 @@
+"""Several processes that train one model, by MLX's own collectives (`mx.distributed`).
+
+`mlx.launch` starts them; nothing here opens a connection. Rank 0 alone writes, prints and decides
+what to go on from; what it decides is sent to the others, so all hold the same bits. Every process
+goes through the same collectives in the same order, which is what keeps them from waiting for each
+other in vain; where one is lost or too slow, the others give up with a message.
+"""
+
+import atexit
+import functools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+
+from mlx_qlora import device
+from mlx_qlora.errors import ConfigError, ProcessError, UserError, listing
+
+# What launchers leave in the environment: mlx.launch, Open MPI, MPICH.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+LOCALLY = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # processes on the same machine
+
+
+# Seconds that others are waited for: while all prepare or the first one writes, and in a run beyond
+# ten times what this process's own longest piece of work took (machines may differ).
+TO_BEGIN, AT_LEAST, TIMES = 1800.0, 20.0, 10.0
+
+
+RING_PADS = 1024  # bytes: MLX's ring takes an array of fewer elements than processes up to here
+
+
+WORDS = 2048  # bytes of a message that a process sends to the others
+
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this one, from 0.
+        size: how many there are.
+        sent_bytes: of all arrays that were handed to the collectives so far.
+        longest: seconds that this process's longest piece of work took; 0 before the first.
+    """
+
+    def __init__(self, group: mx.distributed.Group | None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        self.sent_bytes = 0
+        self.longest = 0.0
+        # Of its own: sums are under way while the device computes, and what never arrives holds
+        # up nothing else.
+        device = mx.gpu if "NCCL_HOST_IP" in os.environ else mx.cpu  # as mlx.launch sets it
+        self._stream = mx.cpu if group is None else mx.new_stream(device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    # ---- collectives ---------------------------------------------------------------------------
+
+    def summed(self, array: mx.array) -> mx.array:
+        """The sum over all processes, under way but not waited for.
+
+        The ring sends from the CPU, whatever the device, and unified memory needs nothing else;
+        NCCL sends from the GPU. The order of addition is the same for all processes, and so are
+        the bits that they get.
+
+        Raises:
+            ProcessError: another process is gone.
+            RuntimeError: this process has no memory for the sum; nothing was sent.
+        """
+        if self._group is None:
+            return array
+        if array.size < self.size and array.itemsize * self.size > RING_PADS:
+            rest = mx.zeros(self.size - array.size, array.dtype)
+            return self.summed(mx.concatenate([array.reshape(-1), rest]))[: array.size].reshape(
+                array.shape
+            )
+        mx.async_eval(array)  # what fails here is this process's own
+        try:
+            total = mx.distributed.all_sum(array, group=self._group, stream=self._stream)
+            mx.async_eval(total)
+        except RuntimeError as error:
+            if device.is_out_of_memory(str(error)):
+                raise
+            # The sum before this one has failed by now.
+            self._give_up(f"another process is gone ({error})")
+        self.sent_bytes += array.nbytes
+        return total
+
+    def wait(self, *arrays: mx.array, seconds: float | None = None) -> None:
+        """Waits for sums, but not for ever.
+
+        Args:
+            arrays: from `summed`.
+            seconds: how long; as long as this process's own work suggests, if not given, which
+                is as long as while all prepare where it has had none.
+
+        Raises:
+            ProcessError: another process is gone, or has not come in time.
+        """
+        limit = seconds or (AT_LEAST + TIMES * self.longest if self.longest else TO_BEGIN)
+        done, failed = threading.Event(), []
+
+        def wait() -> None:
+            try:
+                mx.eval(arrays)
+            except Exception as error:  # raised again below, in the thread that asked
+                failed.append(error)
+            done.set()
+
+        # In a thread: MLX waits without an end, and without letting signals through.
+        threading.Thread(target=wait, daemon=True).start()
+        deadline = time.monotonic() + limit
+        while not done.wait(0.2):
+            if time.monotonic() > deadline:
+                self._give_up(f"another process did not answer within {limit:.0f} s")
+        if failed:
+            self._give_up(f"another process is gone ({failed[0]})")
+
+    def worked(self, seconds: float) -> None:
+        """Notes how long a piece of this process's own work took, between two collectives."""
+        self.longest = max(self.longest, seconds)
+
+    def _give_up(self, reason: str) -> NoReturn:
+        atexit.register(_leave)
+        raise ProcessError(f"{reason}, says process {self.rank} of {self.size}")
+
+    # ---- agreement -----------------------------------------------------------------------------
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Does some work in every process; an error in any of them is one in all.
+
+        Raises:
+            UserError: what went wrong here; or ProcessError with the words of another process.
+        """
+        if self._group is None:
+            return work()
+        error, made = None, None
+        try:
+            made = work()
+        except UserError as raised:
+            error = raised
+        said = self.gather("" if error is None else str(error))
+        if error is not None:
+            error.is_shared = True  # rank 0 tells it
+            raise error
+        if failed := [rank for rank, words in enumerate(said) if words]:
+            raise ProcessError(f"process {failed[0]}: {said[failed[0]]}", is_shared=True)
+        return made  # pyright: ignore[reportReturnType]
+
+    def gather(self, words: str) -> list[str]:
+        """What every process says, by rank; cut to `WORDS` bytes."""
+        page = np.zeros((self.size, WORDS), np.uint8)
+        line = words.encode()[:WORDS]
+        page[self.rank, : len(line)] = np.frombuffer(line, np.uint8)
+        told = self.summed(mx.array(page))
+        self.wait(told, seconds=TO_BEGIN)
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.array(told)]
+
+    def must_equal(self, facts: dict[str, Any]) -> None:
+        """Refuses processes that differ in what decides the weights.
+
+        Args:
+            facts: what -> its value in this process, as JSON has it.
+
+        Raises:
+            ProcessError: naming the processes and what differs there.
+        """
+        if self._group is None:
+            return
+        firsts = json.loads(self.from_first(json.dumps(facts).encode()))
+        own = json.loads(json.dumps(facts))
+        names = [name for name in {**firsts, **own} if own.get(name) != firsts.get(name)]
+        unlike = [f"{n} is {own.get(n)}, in process 0 {firsts.get(n)}" for n in names]
+        said = self.gather("; ".join(unlike))
+        if any(said):
+            lines = [f"in process {rank} {words}" for rank, words in enumerate(said) if words]
+            raise ProcessError(
+                f"the processes are unlike each other: {listing(lines)}\n"
+                "every process needs the same settings, rows, model and versions",
+                is_shared=True,
+            )
+
+    def from_first(self, content: bytes) -> bytes:
+        """Rank 0's bytes, in every process."""
+        if self._group is None:
+            return content
+        size = self.summed(mx.array([len(content) if self.is_first else 0], mx.int64))
+        self.wait(size, seconds=TO_BEGIN)
+        page = np.zeros(int(np.array(size)[0]), np.uint8)
+        if self.is_first:
+            page[:] = np.frombuffer(content, np.uint8)
+        told = self.summed(mx.array(page))
+        self.wait(told, seconds=TO_BEGIN)
+        return bytes(np.array(told))
+
+    def array_from_first(self, array: mx.array) -> mx.array:
+        """Rank 0's float32 array, bit for bit, in every process; all have one of that shape."""
+        if self._group is None:
+            return array
+        bits = array.view(mx.uint32)  # as numbers, -0.0 would become 0.0
+        told = self.summed(bits if self.is_first else mx.zeros_like(bits))
+        self.wait(told, seconds=TO_BEGIN)
+        return told.view(array.dtype)
+
+    # ---- lines ---------------------------------------------------------------------------------
+
+    def console(self, output: Path, console: Console) -> Console:
+        """Where this process says what it does: rank 0 as asked, the others into their own file.
+
+        Raises:
+            ConfigError: that file cannot be made.
+        """
+        if self.is_first:
+            return console
+        place = output / f"rank-{self.rank}.log"
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            return Console(file=place.open("a", encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"checkpointing.output_dir: {place} cannot be made ({error.strerror}); choose a "
+                "folder that every machine can write to with --output-dir"
+            ) from None
+
+
+def _leave() -> None:
+    """Ends this process although MLX still waits for what another one will never send."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def launched() -> bool:
+    """Whether a launcher says that this process is one of several."""
+    return any(name in os.environ for name in LAUNCHED)
+
+
+def _hosts() -> list[list[str]] | None:
+    """The ring's list of addresses, by rank, as `mlx.launch` writes it; None if there is none.
+
+    That of `mlx.launch -n 1` is an empty file.
+    """
+    file = Path(os.environ.get("MLX_HOSTFILE", os.devnull))
+    try:
+        return json.loads(file.read_text().strip() or "[]") if file.is_file() else None
+    except (OSError, ValueError):
+        return None  # MLX says what is wrong with it
+
+
+def _on_this_machine(rank: int) -> int:
+    """How many processes the launcher has started on this one's machine, as far as it says so."""
+    if hosts := _hosts():
+        own = {address.rpartition(":")[0] for address in hosts[rank]}
+        return sum(not own.isdisjoint(a.rpartition(":")[0] for a in others) for others in hosts)
+    said = [os.environ[name] for name in LOCALLY if name in os.environ]
+    return int(said[0]) if said else 1
+
+
+@functools.cache
+def processes() -> Processes:
+    """The processes that this one was started with: itself alone, unless a launcher says more.
+
+    Raises:
+        ProcessError: the launcher's other processes cannot be reached.
+    """
+    if not launched() or _hosts() == []:
+        return Processes(None)
+    try:
+        group = mx.distributed.init()
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(f"the other processes cannot be reached: {error}") from None
+    if group.size() == 1:
+        return Processes(None)
+    device.share_cores(_on_this_machine(group.rank()))
+    return Processes(group)
+
+
+def tells(error: UserError) -> bool:
+    """Whether this process is the one to print an error that ends it.
+
+    What all know is told by the first process; that another is gone, by the first and the second,
+    either of which may be the one; anything else by the process that it happened to.
+    """
+    rank = processes().rank if processes.cache_info().currsize else 0
+    return rank == 0 or not (error.is_shared or (isinstance(error, ProcessError) and rank > 1))
