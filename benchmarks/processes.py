@@ -26,7 +26,7 @@ import measure
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import docstring_data  # pyright: ignore[reportMissingImports]
-import ring  # pyright: ignore[reportMissingImports]
+from support import ring  # pyright: ignore[reportMissingImports]
 
 LEAST, CLOSE = 1.7, 1e-4  # times the throughput; of losses of the same step
 LEAST_SHARE = 0.93  # of what two runs reach that share nothing

@@ -1,0 +1,652 @@
+"""Adapters against PEFT itself: what it reads of ours, what we read of its, what we refuse."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+from support.models import (
+    LLAMA3_ROPE,
+    load_folder,
+    make_hf_model,
+    our_logits,
+    random_tokens,
+    randomise_lora,
+    save_hf,
+    torch_logits,
+)
+from support.tiny_folder import hf_smollm2
+
+from mlx_qlora.adapters import peft as ours_peft
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
+from mlx_qlora.errors import AdapterError, ConfigError
+from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
+from mlx_qlora.model.weights import load_model, open_checkpoint
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENS = random_tokens(2, 21)
+
+# Every way to say what is adapted; float alpha, rsLoRA and one layer among them.
+CONFIGS = {
+    "default": LoraConfig(),
+    "rslora": LoraConfig(r=4, lora_alpha=6, use_rslora=True),
+    "one layer": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+    "regex": LoraConfig(r=3, target_modules=r"model\.layers\.0\..*_proj"),
+    "all-linear": LoraConfig(r=2, target_modules="all-linear"),
+    "float alpha": LoraConfig(r=8, lora_alpha=4.5, lora_dropout=0.0),
+    "endings": LoraConfig(r=2, target_modules=["self_attn.v_proj", "model.layers.1.mlp.up_proj"]),
+}
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Fails on any warning, and on anything that transformers, peft or others log as one."""
+    import transformers
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    handler = Collect(logging.WARNING)
+    loggers = [logging.getLogger(n) for n in ("", "transformers", "peft", "huggingface_hub")]
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # PEFT's own call, which transformers 5 renames; it comes with every adapter.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert not said
+
+
+@pytest.fixture
+def base(hf_tiny: tuple[Any, Path]) -> Path:
+    return hf_tiny[1]
+
+
+@pytest.fixture
+def fresh(base: Path) -> Any:
+    """Makes our frozen tiny model, as often as it is called."""
+    return lambda: load_folder(base)
+
+
+def adapted(base: Path, config: LoraConfig | None = None, seed: int = 1) -> Any:
+    """Our tiny model with an adapter that does something."""
+    model = add_lora(load_folder(base), config or LoraConfig(r=4))
+    randomise_lora(model, seed)
+    return model
+
+
+def largest(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max())
+
+
+# ---- ours, read by PEFT ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_peft_opens_our_adapter_without_a_warning_and_computes_our_logits(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    from peft import PeftModel
+
+    model = adapted(base, CONFIGS[name])
+    save_adapter(model, tmp_path / "a")
+    plain = make_hf_model(rope_parameters=LLAMA3_ROPE)
+    without = torch_logits(plain, TOKENS)
+    with silence():
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    logits = torch_logits(theirs, TOKENS)
+    assert largest(logits, our_logits(model, TOKENS)) < 1e-5
+    assert largest(logits, without) > 0.01  # the adapter does something
+
+
+def test_peft_finds_the_base_by_the_name_in_our_config(base: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model = adapted(base)
+    save_adapter(model, tmp_path / "a")
+    with silence():
+        theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    assert largest(torch_logits(theirs, TOKENS), our_logits(model, TOKENS)) < 1e-5
+
+
+def test_peft_merges_our_adapter_to_the_same_logits(base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = adapted(base, CONFIGS["rslora"])
+    save_adapter(model, tmp_path / "a")
+    with silence():
+        theirs = PeftModel.from_pretrained(
+            make_hf_model(rope_parameters=LLAMA3_ROPE), tmp_path / "a"
+        ).merge_and_unload()
+    assert largest(torch_logits(theirs.eval(), TOKENS), our_logits(model, TOKENS)) < 1e-5
+
+
+@pytest.mark.slow
+def test_peft_on_transformers_smollm2_computes_our_logits(
+    smollm2_files: ModelFiles, smollm2: tuple[Any, Any], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    ours = load_model(open_checkpoint(smollm2_files), None, mx.float32, "resident")
+    add_lora(ours, LoraConfig())
+    randomise_lora(ours, scale=0.01)
+    save_adapter(ours, tmp_path / "a")
+    plain = hf_smollm2()
+    tokens = random_tokens(1, 8, vocab=49152)
+    without = torch_logits(plain, tokens)
+    base = largest(our_logits(smollm2[0], tokens), without)
+    with silence():
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    logits = torch_logits(theirs, tokens)
+    theirs.unload()
+    assert largest(logits, without) > 0.5
+    # SmolLM2 magnifies rounding: logits reach 30, and torch's own float32 is 1e-4 from float64.
+    assert base < 5e-4
+    assert largest(logits, our_logits(ours, tokens)) < 5e-4
+
+
+def test_the_written_config_says_everything_that_peft_would_otherwise_guess(
+    base: Path, tmp_path: Path
+) -> None:
+    save_adapter(adapted(base, LoraConfig(r=4, lora_alpha=8)), tmp_path / "a", "org/base")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM"
+    assert config["base_model_name_or_path"] == "org/base"
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
+    assert type(config["lora_alpha"]) is int  # Ollama reads it as an unsigned integer
+    assert config["inference_mode"] is True
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: org/base\nlibrary_name: peft\n")
+    assert "base_model:adapter:org/base" in card
+
+
+def test_the_tensors_are_the_float32_masters(base: Path, tmp_path: Path) -> None:
+    model = adapted(base)
+    save_adapter(model, tmp_path / "a")
+    written = load_file(tmp_path / "a" / WEIGHTS)
+    masters = {f"base_model.model.{n}": w for n, w in tree_flatten(model.trainable_parameters())}
+    assert written.keys() == masters.keys()
+    for name, array in written.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, np.array(masters[name]))
+
+
+# ---- PEFT's, read by us ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 4, "lora_alpha": 3, "target_modules": "all-linear", "use_rslora": True},
+        {"r": 2, "target_modules": ["up_proj", "o_proj"], "layers_to_transform": [1]},
+        {"r": 2, "target_modules": ["q_proj", "o_proj"], "layers_to_transform": 0},
+        {"r": 2, "target_modules": r".*\.(q|gate)_proj", "lora_alpha": 2.5},
+        {"r": 2, "target_modules": ["k_proj"], "init_lora_weights": "gaussian"},
+        {"r": 2},  # PEFT's own default for Llama: q_proj and v_proj
+    ],
+)
+def test_we_open_what_peft_wrote_and_compute_its_logits(
+    base: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    import torch
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    hf = make_hf_model(rope_parameters=LLAMA3_ROPE)
+    theirs = get_peft_model(hf, PeftConfig(task_type="CAUSAL_LM", **options)).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn_like(weight) * 0.1)
+    theirs.save_pretrained(tmp_path / "a")
+    model = load_folder(base)
+    without = our_logits(model, TOKENS)
+    load_adapter(model, tmp_path / "a")
+    logits = our_logits(model, TOKENS)
+    assert largest(logits, torch_logits(theirs, TOKENS)) < 1e-5
+    assert largest(logits, without) > 0.01
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_loaded_and_saved_again_is_the_same_file(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    model = adapted(base, CONFIGS[name])
+    save_adapter(model, tmp_path / "one")
+    again = load_adapter(load_folder(base), tmp_path / "one")
+    np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(model, TOKENS))
+    save_adapter(again, tmp_path / "two")
+    for file in (WEIGHTS, CONFIG, "README.md", f"mlx/{CONFIG}", "mlx/adapters.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_a_16_bit_adapter_becomes_float32_masters(
+    base: Path, tmp_path: Path, dtype: str, error: float
+) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    model = adapted(base)
+    save_adapter(model, tmp_path / "a")
+    half = getattr(torch, dtype)
+    arrays = load_file(tmp_path / "a" / WEIGHTS)
+    tensors = {n: torch.from_numpy(a).to(half) for n, a in arrays.items()}
+    save_torch(tensors, tmp_path / "a" / WEIGHTS)
+    again = load_adapter(load_folder(base), tmp_path / "a")
+    for name, weight in tree_flatten(again.trainable_parameters()):
+        assert weight.dtype == mx.float32
+        rounded = tensors[f"base_model.model.{name}"].float().numpy()
+        np.testing.assert_array_equal(np.array(weight), rounded)
+    assert largest(our_logits(again, TOKENS), our_logits(model, TOKENS)) < error * 10
+
+
+def test_a_loaded_adapter_is_trainable_and_remembers_its_config(base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True)
+    save_adapter(adapted(base, config), tmp_path / "a")
+    model = load_adapter(load_folder(base), tmp_path / "a")
+    assert model.lora_config == config
+    assert {m.dropout for _, m in lora_layers(model)} == {0.25}
+    assert len(tree_flatten(model.trainable_parameters())) == 28
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def test_a_model_without_lora_layers_cannot_be_saved(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no LoRA layers"):
+        save_adapter(load_folder(base), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_unknown_base_is_refused_and_the_message_names_the_field(
+    base: Path, tmp_path: Path
+) -> None:
+    model = adapted(base)
+    model.source = replace(model.source, hf_id=None)
+    with pytest.raises(AdapterError, match=r"model\.base_model_name_or_path=org/name"):
+        save_adapter(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    save_adapter(model, tmp_path / "a", base_model_name_or_path="org/base")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_a_model_that_has_an_adapter_takes_no_second_one(base: Path, tmp_path: Path) -> None:
+    model = adapted(base)
+    save_adapter(model, tmp_path / "a")
+    before = our_logits(model, TOKENS)
+    with pytest.raises(ConfigError, match="already has LoRA layers"):
+        load_adapter(model, tmp_path / "a")
+    np.testing.assert_array_equal(our_logits(model, TOKENS), before)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Rewrites adapter_config.json; a value of ... removes its key."""
+    path = folder / CONFIG
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": "yes"}, ["use_dora must be true or false; got 'yes'"]),
+        ({"use_dora": True}, ["lora_magnitude_vector is missing"]),
+        ({"modules_to_save": ["lm_head"]}, ["modules_to_save is ['lm_head']"]),
+        ({"bias": "all"}, ["bias is 'all'; supported: 'none'"]),
+        ({"rank_pattern": {"q_proj": "8"}}, ["rank_pattern must map text to numbers"]),
+        ({"rank_pattern": {"q_proj": 8}}, ["q_proj.lora_A.weight has shape"]),
+        ({"alpha_pattern": [8]}, ["alpha_pattern must map text to numbers; got [8]"]),
+        ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
+        ({"lora_bias": True}, ["lora_bias"]),
+        ({"exclude_modules": ["q_proj"]}, ["exclude_modules"]),
+        ({"layer_replication": [[0, 2], [0, 2]]}, ["layer_replication"]),
+        ({"trainable_token_indices": [3]}, ["trainable_token_indices"]),
+        ({"target_parameters": ["x"]}, ["target_parameters"]),
+        ({"peft_type": "IA3"}, ["peft_type is 'IA3'; supported: 'LORA'"]),
+        # These write an adapter for a base that they have changed.
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights is 'pissa'"]),
+        ({"init_lora_weights": "pissa_niter_16"}, ["init_lora_weights is 'pissa_niter_16'"]),
+        ({"init_lora_weights": "olora"}, ["init_lora_weights is 'olora'"]),
+        ({"init_lora_weights": "loftq", "loftq_config": {"a": 1}}, ["init_lora_weights"]),
+        ({"kasa_config": {"beta": 1}}, ["kasa_config"]),
+        ({"peft_type": ...}, ["peft_type is missing"]),
+        ({"r": ...}, ["r is missing"]),
+        ({"lora_alpha": ...}, ["lora_alpha is missing"]),
+        ({"target_modules": ...}, ["target_modules is missing"]),
+        ({"r": "4"}, ["lora.r must be at least 1; got '4'"]),
+        ({"r": 0}, ["lora.r must be at least 1; got 0"]),
+        ({"lora_alpha": "x"}, [CONFIG]),
+        ({"target_modules": 5}, [CONFIG]),
+        ({"target_modules": [5]}, [CONFIG]),
+        ({"layers_to_transform": "0"}, [CONFIG]),
+        ({"layers_to_transform": [7]}, ["layers from 0 to 1"]),
+        ({"target_modules": ["W_pack"]}, ["another model", "'W_pack' matches nothing"]),
+        (
+            {"lora_bias": True, "bias": "all", "modules_to_save": ["lm_head"], "r": ...},
+            ["lora_bias", "bias", "modules_to_save", "r is missing"],
+        ),
+    ],
+)
+def test_a_config_that_we_would_compute_differently_is_refused_naming_every_reason(
+    base: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    save_adapter(adapted(base), tmp_path / "a")
+    change_config(tmp_path / "a", **changes)
+    model = load_folder(base)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(model, tmp_path / "a")
+    for word in words:
+        assert word in str(caught.value)
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "5", "null", '"text"', "\x00\xff", '{"peft_type": "LORA"', "[" * 100_000],
+)
+def test_a_config_that_is_no_object_is_refused(base: Path, tmp_path: Path, text: str) -> None:
+    save_adapter(adapted(base), tmp_path / "a")
+    (tmp_path / "a" / CONFIG).write_bytes(text.encode("latin-1"))
+    with pytest.raises(AdapterError, match=CONFIG):
+        load_adapter(load_folder(base), tmp_path / "a")
+
+
+@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS, "folder"])
+def test_a_missing_file_is_named(base: Path, tmp_path: Path, missing: str) -> None:
+    save_adapter(adapted(base), tmp_path / "a")
+    if missing == "folder":
+        shutil.rmtree(tmp_path / "a")
+    else:
+        (tmp_path / "a" / missing).unlink()
+    with pytest.raises(AdapterError, match="no such folder" if missing == "folder" else missing):
+        load_adapter(load_folder(base), tmp_path / "a")
+
+
+Q, V = (f"base_model.model.model.layers.1.self_attn.{n}_proj.lora_A.weight" for n in "qv")
+
+
+def drop(arrays: dict[str, Any]) -> None:
+    del arrays[Q], arrays[V]
+
+
+def rename(arrays: dict[str, Any]) -> None:
+    for name in (Q, V):
+        arrays[name.replace("lora_A", "lora_a")] = arrays.pop(name)
+
+
+def transpose(arrays: dict[str, Any]) -> None:
+    for name in (Q, V):
+        arrays[name] = np.ascontiguousarray(arrays[name].T)
+
+
+def other_rank(arrays: dict[str, Any]) -> None:
+    for name in (Q, V):
+        arrays[name] = np.ascontiguousarray(arrays[name][:2])
+
+
+def extra(arrays: dict[str, Any]) -> None:
+    for name in (Q, V):
+        arrays[name.replace("layers.1", "layers.2")] = arrays[name]
+
+
+def magnitude(arrays: dict[str, Any]) -> None:
+    for name in (Q, V):
+        arrays[name.replace("lora_A.weight", "lora_magnitude_vector")] = np.ones(64, np.float32)
+
+
+def integers(arrays: dict[str, Any]) -> None:
+    for name in (Q, V):
+        arrays[name] = arrays[name].astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "words"),
+    [
+        (drop, "is missing"),
+        (rename, "is missing"),
+        (rename, "belongs to no target"),
+        (transpose, "has shape [64, 4], not [4, 64]"),
+        (other_rank, "has shape [2, 64], not [4, 64]"),
+        (extra, "belongs to no target"),
+        (magnitude, "belongs to no target"),
+        (integers, "has dtype I32"),
+    ],
+)
+def test_every_bad_tensor_is_listed_and_the_model_is_left_as_it_was(
+    base: Path, tmp_path: Path, mutate: Any, words: str
+) -> None:
+    save_adapter(adapted(base), tmp_path / "a")
+    arrays = load_file(tmp_path / "a" / WEIGHTS)
+    mutate(arrays)
+    save_file(arrays, tmp_path / "a" / WEIGHTS)
+    model = load_folder(base)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(model, tmp_path / "a")
+    named = [line for line in str(caught.value).splitlines() if words in line]
+    assert len(named) == 2  # both tensors, in one message
+    assert not lora_layers(model)
+    assert not tree_flatten(model.trainable_parameters())
+
+
+def reheadered(data: bytes, change: Any) -> bytes:
+    """A safetensors file with its header changed by a function."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut in the length": lambda data: data[:5],
+    "cut in the header": lambda data: data[:100],
+    "cut in the data": lambda data: data[:-7],
+    "not a header": lambda data: data[:8] + b"\xff" * 64 + data[72:],
+    "huge length": lambda data: b"\xff" * 8 + data[8:],
+    "text": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n",
+    "header is a list": lambda data: struct.pack("<Q", 2) + b"[]",
+    "entry is a number": lambda data: reheadered(data, lambda h: h.update({Q: 5})),
+    "no dtype": lambda data: reheadered(data, lambda h: h[Q].pop("dtype")),
+    "no shape": lambda data: reheadered(data, lambda h: h[Q].pop("shape")),
+    "unknown dtype": lambda data: reheadered(data, lambda h: h[Q].update(dtype="F99")),
+    "wrong offsets": lambda data: reheadered(data, lambda h: h[Q].update(data_offsets=[0, 4])),
+    "negative offset": lambda data: reheadered(data, lambda h: h[Q].update(data_offsets=[-4, 0])),
+    "text offsets": lambda data: reheadered(data, lambda h: h[Q].update(data_offsets="ab")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_weights_file_is_refused_by_name(base: Path, tmp_path: Path, damage: str) -> None:
+    save_adapter(adapted(base), tmp_path / "a")
+    path = tmp_path / "a" / WEIGHTS
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    model = load_folder(base)
+    with pytest.raises(AdapterError, match=WEIGHTS):
+        load_adapter(model, tmp_path / "a")
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": 32, "intermediate_size": 80}, "has shape [4, 64], not [4, 32]"),
+        ({"num_hidden_layers": 1}, "belongs to no target of this model"),
+        ({"num_hidden_layers": 3}, "is missing"),
+        ({"num_key_value_heads": 4}, "has shape [32, 4], not [64, 4]"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    base: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    save_adapter(adapted(base), tmp_path / "a")
+    other = load_folder(save_hf(make_hf_model(**change), tmp_path / "other"))
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(other, tmp_path / "a")
+    assert words in str(caught.value)
+    assert "for another model" in str(caught.value)
+    assert not lora_layers(other)
+
+
+# ---- saving over something ---------------------------------------------------------------------
+
+
+def test_saving_over_a_folder_keeps_other_files_and_leaves_no_traces(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    save_adapter(adapted(base), folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "mlx" / "notes.txt").write_text("mine")
+    newer = adapted(base, LoraConfig(r=2), seed=9)
+    save_adapter(newer, folder)
+    files = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    adapter = {CONFIG, WEIGHTS, "README.md", f"mlx/{CONFIG}", "mlx/adapters.safetensors"}
+    assert files == adapter | {"notes.txt", "mlx/notes.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    again = load_adapter(load_folder(base), folder)
+    np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(newer, TOKENS))
+
+
+@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.peft"])
+def test_a_failure_while_saving_leaves_the_old_adapter_whole(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    old = adapted(base)
+    save_adapter(old, tmp_path / "a")
+    before = {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()}
+
+    def full_disk(arrays: Any, path: Path, metadata: Any = None) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"{where}.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(adapted(base, LoraConfig(r=2), seed=9), tmp_path / "a")
+    assert {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    again = load_adapter(load_folder(base), tmp_path / "a")
+    np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(old, TOKENS))
+
+
+@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.peft"])
+def test_what_the_disk_garbles_is_noticed_before_it_replaces_anything(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def garble(arrays: dict[str, Any], path: Path, metadata: Any = None) -> None:
+        first = next(iter(arrays))
+        save_file({**arrays, first: arrays[first] + np.float32(1e-6)}, path)
+
+    monkeypatch.setattr(f"{where}.save_file", garble)
+    with pytest.raises(AdapterError, match="read back is not what was written"):
+        save_adapter(adapted(base), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_peft_option_that_changes_the_arithmetic_is_known_to_us() -> None:
+    """A newer PEFT may add one: then it must be added to FIXED, or here to the harmless ones."""
+    from peft import LoraConfig as PeftConfig
+
+    harmless = {
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+        *("task_type", "ensure_weight_tying", "megatron_config", "megatron_core"),
+        *("qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config"),
+        *("lora_ga_config", "velora_config"),  # how it was begun or trained, not what it computes
+    }
+    ours = {"r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform"}
+    ours |= {"use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern"}
+    theirs = set(PeftConfig().to_dict())
+    assert theirs - harmless - ours <= set(ours_peft.FIXED)
+
+
+def test_the_revision_is_the_bases_own_and_never_a_copys(tmp_path: Path) -> None:
+    """AutoPeftModel loads the base at this revision, so a copy's commit would be a wrong one."""
+    model = load_folder(save_hf(make_hf_model(), tmp_path / "model"))
+    add_lora(model, LoraConfig(r=2))
+    for source, revision in (("org/base", "c0ffee"), ("org/base-4bit", None)):
+        model.source = ModelFiles(tmp_path / "model", "org/base", "c0ffee", source)
+        save_adapter(model, tmp_path / "adapter")
+        written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert (written["base_model_name_or_path"], written["revision"]) == ("org/base", revision)
+
+
+def test_the_first_of_two_patterns_counts_in_the_file_too(base: Path, tmp_path: Path) -> None:
+    """Keys in another order would give some linears another rank."""
+    ranks = {"q_proj": 3, "model.layers.0.self_attn.q_proj": 5}
+    model = add_lora(load_folder(base), LoraConfig(r=2, rank_pattern=ranks))
+    randomise_lora(model)
+    save_adapter(model, tmp_path / "a", "org/base")
+    written = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert list(written["rank_pattern"]) == list(ranks)
+    again = load_adapter(load_folder(base), tmp_path / "a")
+    np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(model, TOKENS))
+
+
+@pytest.mark.parametrize("moves", range(1, 5))
+def test_an_adapter_over_another_is_never_half_of_each(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """Same shapes, other scale: a reader could not tell that two files are of two adapters."""
+    old = add_lora(load_folder(base), LoraConfig(r=2, lora_alpha=2))
+    new = add_lora(load_folder(base), LoraConfig(r=2, lora_alpha=20))
+    for model, seed in ((old, 1), (new, 2)):
+        randomise_lora(model, seed)
+    save_adapter(old, tmp_path / "a", "org/base")
+    left, replace = [moves], os.replace
+
+    def dies(source: Any, target: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("the power went out")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="power"):
+        patch.setattr(os, "replace", dies)
+        save_adapter(new, tmp_path / "a", "org/base")
+    for folder in (tmp_path / "a", tmp_path / "a" / "mlx"):
+        if (folder / CONFIG).exists():  # then it is one adapter, whole
+            found = our_logits(load_adapter(load_folder(base), folder), TOKENS)
+            assert any(np.abs(found - our_logits(m, TOKENS)).max() < 1e-5 for m in (old, new))
+        else:
+            with pytest.raises(AdapterError):
+                load_adapter(load_folder(base), folder)
+    save_adapter(new, tmp_path / "a", "org/base")
+    found = our_logits(load_adapter(load_folder(base), tmp_path / "a"), TOKENS)
+    np.testing.assert_array_equal(found, our_logits(new, TOKENS))
+
+
+def test_a_copy_for_mlx_lm_that_is_no_longer_written_does_not_stay(
+    base: Path, tmp_path: Path
+) -> None:
+    model = adapted(base)
+    save_adapter(model, tmp_path / "a", "org/base")
+    (tmp_path / "a" / "mlx" / "mine.txt").write_text("kept")
+    save_adapter(model, tmp_path / "a", "org/base", mlx_lm=False)
+    assert [path.name for path in (tmp_path / "a" / "mlx").iterdir()] == ["mine.txt"]

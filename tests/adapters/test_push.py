@@ -1,0 +1,573 @@
+"""Model cards, and the real huggingface_hub client pushing to a stand-in hub on 127.0.0.1."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from rich.console import Console
+from support.tiny_folder import write_model, write_rows
+
+import mlx_qlora as mq
+from mlx_qlora.adapters.push import Facts, model_card, push_to_hub, read_facts
+from mlx_qlora.errors import ConfigError, SourceError
+
+ROOT = Path(__file__).parents[2]
+REPO, BASE = "me/tuned", "some-org/Tiny-Llama"
+WRITER, READER = "hf_writer", "hf_reader"
+SECRET = "xyzzy"  # in every row of the data, and in every path
+
+ADAPTER_FILES = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "metrics.jsonl",
+    "mlx/adapter_config.json",
+    "mlx/adapters.safetensors",
+    "plots/grad_norm.png",
+    "plots/grad_norm.svg",
+    "plots/learning_rate.png",
+    "plots/learning_rate.svg",
+    "plots/loss.png",
+    "plots/loss.svg",
+    "plots/peak_memory_bytes.png",
+    "plots/peak_memory_bytes.svg",
+    "plots/tokens_per_second.png",
+    "plots/tokens_per_second.svg",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+# ---- the stand-in hub --------------------------------------------------------------------------
+
+
+@dataclass
+class Hub:
+    """What the hub's upload endpoints have taken in; `large` are LFS objects by their sha256."""
+
+    repos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    large: dict[str, bytes] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    commits: list[dict[str, Any]] = field(default_factory=list)
+    broken: str = ""  # the part of a path that answers 500
+    url: str = ""
+
+
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, format, *args):
+        pass
+
+    def answer(self, status: int, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        if status >= 400:
+            self.send_header("X-Error-Message", str(value.get("error")))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_PUT(self):
+        self.do_POST()
+
+    def do_GET(self):
+        self.do_POST()
+
+    def do_POST(self):
+        hub, path = self.hub, unquote(urlsplit(self.path).path).strip("/")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        hub.log.append(f"{self.command} {path}")
+        if hub.broken and hub.broken in path:
+            return self.answer(501, {"error": "broken"})
+        if path.startswith("large/"):  # storage elsewhere: its address is its own permission
+            digest = path.removeprefix("large/")
+            assert hashlib.sha256(body).hexdigest() == digest
+            hub.large[digest] = body
+            return self.answer(200, {})
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in (WRITER, READER):
+            return self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        if path == "api/validate-yaml":
+            header = json.loads(body)["content"].split("---")[1]
+            wrong = not isinstance(yaml.safe_load(header), dict)
+            said = {"errors": [{"message": "no mapping"}] if wrong else [], "warnings": []}
+            return self.answer(400 if wrong else 200, said)
+        if path == "api/repos/create":
+            return self.create(json.loads(body), token)
+        match = re.fullmatch(r"(?:api/models/)?([\w.-]+/[\w.-]+?)(?:\.git/(.*)|/(.*))?", path)
+        repo, rest = (match[1], match[2] or match[3] or "") if match else ("", "")
+        if repo not in hub.repos:
+            return self.answer(404, {"error": "Repository not found"})
+        if self.command == "GET":
+            private = hub.repos[repo]["private"]
+            return self.answer(200, {"id": repo, "private": private, "sha": "a" * 40})
+        if token != WRITER:
+            return self.answer(403, {"error": "You don't have the required permissions"})
+        return self.write(repo, rest, body)
+
+    def create(self, asked: dict[str, Any], token: str) -> None:
+        repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        value = {"url": f"{self.hub.url}/{repo}", "error": "You already created this model repo"}
+        if token != WRITER or not repo.startswith("me/"):
+            return self.answer(403, {"error": "You don't have the rights to create a model"})
+        if repo in self.hub.repos:
+            return self.answer(409, value)
+        private = asked.get("private") or asked.get("visibility") == "private"
+        self.hub.repos[repo] = {"private": private, "branches": {"main": {}}}
+        return self.answer(200, value)
+
+    def write(self, repo: str, rest: str, body: bytes) -> None:
+        branches = self.hub.repos[repo]["branches"]
+        if rest.startswith("branch/"):
+            if (name := rest.removeprefix("branch/")) in branches:
+                return self.answer(409, {"error": "exists"})
+            branches[name] = {}
+            return self.answer(201, {})
+        if rest.startswith("preupload/"):
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": modes})
+        if rest == "info/lfs/objects/batch":
+            objects = []
+            for entry in json.loads(body)["objects"]:
+                href = f"{self.hub.url}/large/{entry['oid']}"
+                new = {"actions": {"upload": {"href": href}}}
+                objects.append(entry | ({} if entry["oid"] in self.hub.large else new))
+            return self.answer(200, {"transfer": "basic", "objects": objects})
+        assert rest.startswith("commit/"), rest
+        files = branches.get(rest.removeprefix("commit/"))
+        if files is None:
+            return self.answer(404, {"error": "Invalid rev id"})
+        header, *operations = [json.loads(line) for line in body.splitlines()]
+        self.hub.commits.append(header["value"])
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
+            else:
+                assert operation["key"] == "file", operation
+                files[value["path"]] = base64.b64decode(value["content"])
+        url = f"{self.hub.url}/{repo}/commit/{'b' * 40}"
+        return self.answer(200, {"commitUrl": url, "commitOid": "b" * 40})
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Answers,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+# Pushes in a process of its own, because huggingface_hub reads its environment on import.
+CHILD = """
+import dataclasses, json, sys
+from mlx_qlora.adapters.push import push_to_hub
+from mlx_qlora.errors import UserError
+folder, repo, how = json.loads(sys.argv[1])
+try:
+    pushed = push_to_hub(folder, repo, **how)
+except UserError as error:
+    print("\\nERROR " + json.dumps([type(error).__name__, str(error)]))
+else:
+    print("\\nPUSHED " + json.dumps(dataclasses.asdict(pushed)))
+"""
+
+
+class Away:
+    """A user's machine: a home, an environment, and calls of `push_to_hub` on it."""
+
+    def __init__(self, home: Path, hub: Hub) -> None:
+        self.home, self.hub = home, hub
+
+    def call(self, folder: Path, repo: str, how: dict[str, Any], environ: dict[str, str]) -> Any:
+        kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|.*(?i:proxy)", k)}
+        # Without xet the client speaks LFS, which the stand-in knows.
+        kept |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1"}
+        kept |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": WRITER}
+        kept = {k: v for k, v in (kept | environ).items() if v}
+        asked = json.dumps([str(folder), repo, how])
+        child = subprocess.run(
+            # The client's own PUT warns of how it calls httpx.
+            [sys.executable, "-W", "error", "-W", "ignore:Use 'content", "-c", CHILD, asked],
+            env=kept,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+        found = re.search(r"^(PUSHED|ERROR) (.*)$", child.stdout, re.MULTILINE)
+        assert found, child.stderr
+        return found[1], json.loads(found[2])
+
+    def push(self, folder: Path, repo: str = REPO, **how: Any) -> dict[str, Any]:
+        kind, pushed = self.call(folder, repo, how, {})
+        assert kind == "PUSHED", pushed
+        return pushed
+
+    def refused(self, folder: Path, repo: str = REPO, environ: Any = None, **how: Any) -> str:
+        kind, (name, message) = self.call(folder, repo, how, environ or {})
+        assert kind == "ERROR" and name in ("SourceError", "ConfigError")
+        return message
+
+
+@pytest.fixture
+def away(tmp_path, hub):
+    (tmp_path / "home").mkdir()
+    return Away(tmp_path / "home", hub)
+
+
+# ---- what is pushed ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The output folder of one real run, on data and under paths that nobody may see."""
+    home = tmp_path_factory.mktemp(SECRET)
+    write_model(home / "model")
+    rows = write_rows(home / f"{SECRET}.jsonl", 40)
+    rows.write_text(rows.read_text().replace("count", SECRET))
+    model, tokenizer = mq.load(home / "model", quantize=mq.QuantConfig(4, 32))
+    data = mq.DataConfig(path=str(rows), max_length=64)
+    examples = mq.read_examples(rows, tokenizer, data)
+    config = mq.RunConfig(
+        model=mq.ModelConfig(
+            source=str(home / "model"), base_model_name_or_path=BASE, group_size=32
+        ),
+        data=data,
+        lora=mq.LoraConfig(r=4),
+        training=mq.TrainingConfig(max_steps=6, warmup_steps=1, learning_rate=1e-2),
+        checkpointing=mq.CheckpointingConfig(
+            output_dir=str(home / "out"), save_steps=3, eval_steps=3
+        ),
+        logging=mq.LoggingConfig(logging_steps=2),
+    )
+    mq.fine_tune(model, tokenizer, examples, examples, config, console=Console(file=io.StringIO()))
+    return home / "out"
+
+
+@pytest.fixture
+def out(run_folder, tmp_path):
+    """A copy of it, to add to, with what else may lie in such a folder."""
+    folder = tmp_path / SECRET / "out"
+    shutil.copytree(run_folder, folder)
+    for name in ("refused.jsonl", ".hidden", "notes.txt", "adapter.tmp", ".out-x.tmp/a.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(SECRET)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_arrives_whole_and_nothing_else_does(away, hub, out):
+    with (out / "metrics.jsonl").open("a") as file:  # a step that was skipped names its rows
+        file.write(json.dumps({"step": 7, "skipped": "loss nan", "rows": [SECRET]}) + "\n")
+    before = snapshot(out)
+    pushed = away.push(out)
+    files = hub.repos[REPO]["branches"]["main"]
+    assert sorted(files) == ADAPTER_FILES
+    assert pushed["files"] == [[name, len(files[name])] for name in ADAPTER_FILES]
+    assert pushed["url"] == f"{hub.url}/{REPO}/commit/{'b' * 40}"
+    assert hub.commits[0]["summary"] == "Upload with mlx-qlora"
+    assert hub.repos[REPO]["private"] is True
+    for name in set(ADAPTER_FILES) - {"README.md", "metrics.jsonl"}:
+        assert files[name] == before[name], name
+    assert files["README.md"].decode() == model_card(read_facts(out, REPO))
+    written = [json.loads(line) for line in before["metrics.jsonl"].splitlines()]
+    written[-1] = {"step": 7}
+    assert [json.loads(line) for line in files["metrics.jsonl"].splitlines()] == written
+    assert len(hub.large) == 2
+    assert SECRET in before["run.yaml"].decode()
+    for name, body in files.items():
+        assert SECRET.encode() not in body and str(Path.home()).encode() + b"/" not in body, name
+    assert snapshot(out) == before
+    stays = {"report.html", "run.yaml", "training_args.json", "refused.jsonl", ".hidden"}
+    stays |= {"checkpoint-3/", "checkpoint-6/", "notes.txt", "adapter.tmp", ".out-x.tmp/"}
+    assert set(pushed["left_out"]) == stays
+
+
+def test_what_was_pushed_is_an_adapter_again(away, hub, out, tmp_path, run_folder):
+    away.push(out)
+    for name, body in hub.repos[REPO]["branches"]["main"].items():
+        (tmp_path / "again" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "again" / name).write_bytes(body)
+    model, _ = mq.load(run_folder.parent / "model", adapter=tmp_path / "again")
+    mq.save_adapter(model, tmp_path / "saved", BASE)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "saved" / name).read_bytes() == (run_folder / name).read_bytes()
+
+
+def test_again_to_a_branch_with_checkpoints_and_a_message(away, hub, out):
+    away.push(out)
+    pushed = away.push(out, include_checkpoints=True, revision="v2", commit_message="Second")
+    extra = [
+        f"checkpoint-{step}/{name}"
+        for step in (3, 6)
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    branches = hub.repos[REPO]["branches"]
+    assert sorted(branches["v2"]) == sorted([*ADAPTER_FILES, *extra])
+    assert sorted(branches["main"]) == ADAPTER_FILES
+    assert hub.commits[1]["summary"] == "Second"
+    for name in ("optimizer.safetensors", "resume_state.json", "trainer_state.json"):
+        assert f"checkpoint-6/{name}" in pushed["left_out"]
+
+
+def test_a_name_alone_is_a_repository_of_ones_own(away, hub, out):
+    away.push(out, "alone", private=False)
+    assert sorted(hub.repos["me/alone"]["branches"]["main"]) == ADAPTER_FILES
+    assert not hub.repos["me/alone"]["private"]
+
+
+def test_a_public_repository_needs_to_be_meant_and_a_private_one_stays_so(away, hub, out):
+    hub.repos["me/open"] = {"private": False, "branches": {"main": {}}}
+    hub.repos["me/closed"] = {"private": True, "branches": {"main": {}}}
+    assert away.refused(out, "me/open") == (
+        "me/open exists and is public: pass private=False to publish there, or name another "
+        "repository"
+    )
+    assert not hub.repos["me/open"]["branches"]["main"] and not hub.large
+    away.push(out, "me/closed", private=False)
+    assert hub.repos["me/closed"]["private"] is True
+    away.push(out, "me/open", private=False)
+    assert sorted(hub.repos["me/open"]["branches"]["main"]) == ADAPTER_FILES
+
+
+def test_a_dry_run_says_the_same_and_asks_nobody(away, hub, out):
+    kind, dry = away.call(out, REPO, {"dry_run": True}, {"HF_TOKEN": ""})
+    assert kind == "PUSHED" and dry["url"] is None and hub.log == []
+    real = away.push(out)
+    assert dry["files"] == real["files"] and dry["left_out"] == real["left_out"]
+    shown = str(push_to_hub(out, REPO, dry_run=True))
+    size = (out / "adapter_model.safetensors").stat().st_size
+    assert f"{size:,}  adapter_model.safetensors" in shown
+    assert f"{sum(n for _, n in dry['files']):,}  bytes in all" in shown
+    assert "stays here  run.yaml" in shown
+
+
+def test_a_merged_model_arrives_with_its_shards(away, hub, tmp_path):
+    folder = write_model(tmp_path / "merged")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    card = "---\nlibrary_name: transformers\n---\nmerged by mlx-qlora, see https://x.org/a/b\n"
+    (folder / "README.md").write_text(card)
+    (folder / "optimizer.safetensors").write_bytes(b"x")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"name_or_path": f"/Users/{SECRET}/models/tiny"})
+    )
+    pushed = away.push(folder)
+    files = hub.repos[REPO]["branches"]["main"]
+    assert sorted(files) == sorted({*os.listdir(folder)} - {"optimizer.safetensors"})
+    assert pushed["left_out"] == ["optimizer.safetensors"]
+    assert files["model-00001-of-00001.safetensors"] == whole
+    assert files["README.md"].decode() == card
+    assert json.loads(files["tokenizer_config.json"]) == config | {"name_or_path": "tiny"}
+
+
+def test_a_card_by_hand_goes_as_it_is_and_its_license_into_ours(out):
+    (out / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+    assert dict(push_to_hub(out, REPO, dry_run=True).files)["README.md"] == 35
+    (out / "README.md").write_text("---\nlicense: mit\n---\nA card by mlx-qlora.\n")
+    assert "\nlicense: mit\n" in model_card(read_facts(out, REPO))
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "", "me/a--b", "me/x.git", "me/with space"])
+def test_an_invalid_name_is_refused_before_anything_is_read(tmp_path, repo):
+    with pytest.raises(ConfigError, match="cannot be the name of a repository: write it as org/na"):
+        push_to_hub(tmp_path / "nothing", repo)
+
+
+def test_folders_that_hold_nothing_to_push(tmp_path, out):
+    with pytest.raises(SourceError, match=r"no such folder: .*nothing; give the output folder"):
+        push_to_hub(tmp_path / "nothing", REPO)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"neither an adapter .* nor a merged model .*: give"):
+        push_to_hub(tmp_path / "empty", REPO)
+    (out / "adapter_model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"half an adapter: adapter_model.safetensors is missing"):
+        push_to_hub(out, REPO)
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"is not a complete model: it lacks \*.safetensors"):
+        push_to_hub(tmp_path / "empty", REPO)
+
+
+def test_a_base_that_nobody_else_has_and_paths_in_a_card_are_refused(out, tmp_path):
+    (out / "README.md").write_text("My card. Begin with #!/usr/bin/env, see https://x.org/a/b.\n")
+    assert push_to_hub(out, REPO, dry_run=True).files
+    (out / "README.md").write_text(f"My card. The data is in {tmp_path}/{SECRET}.\n")
+    with pytest.raises(ConfigError, match=rf"README.md names paths of this (?s:.*){SECRET}"):
+        push_to_hub(out, REPO)
+    config = json.loads((out / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path)
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"is no repository on the hub.*save it anew with model"):
+        push_to_hub(out, REPO)
+
+
+def test_a_damaged_history_is_named(out):
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    with pytest.raises(SourceError, match=r"metrics.jsonl, line \d+ is no JSON object"):
+        push_to_hub(out, REPO, dry_run=True)
+
+
+def test_not_logged_in_refused_and_not_allowed(away, hub, out):
+    assert away.refused(out, environ={"HF_TOKEN": ""}) == (
+        "not logged in to the hub: run `hf auth login` with a token that may write, or pass token="
+    )
+    assert hub.log == []
+    told = f"the hub refuses your token (401 for {REPO}): "
+    assert away.refused(out, environ={"HF_TOKEN": "hf_old"}) == told + "correct or unset HF_TOKEN"
+    assert away.refused(out, token="hf_old") == told + "correct or leave out token="
+    (away.home / "token").write_text("hf_old")
+    assert away.refused(out, environ={"HF_TOKEN": ""}) == told + "run `hf auth login`"
+    told = "your token may not write to {} (403): make one with write permission at "
+    assert away.refused(out, token=READER).startswith(told.format(REPO))
+    assert away.refused(out, "other/name").startswith(told.format("other/name"))
+    hub.repos[REPO] = {"private": True, "branches": {"main": {}}}  # may be read, not written
+    assert away.refused(out, token=READER).startswith(told.format(REPO))
+    assert not hub.large and not hub.repos[REPO]["branches"]["main"]
+
+
+def test_no_network_and_a_hub_that_breaks_down(away, hub, out):
+    again = "run the same command again; what has arrived is not sent twice"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    message = away.refused(out, environ={"HF_ENDPOINT": closed})
+    assert message.startswith(f"cannot push to {REPO}, {closed} cannot be reached (")
+    assert message.endswith(f"): {again}")
+    offline = away.refused(out, environ={"HF_HUB_OFFLINE": "1"})
+    assert offline == f"cannot push to {REPO}, HF_HUB_OFFLINE is set: unset it and {again}"
+    hub.broken = "large/"
+    told = f"cannot push to {REPO}, {hub.url} answered 501: {again}"
+    assert away.refused(out) == told
+    assert not hub.repos[REPO]["branches"]["main"], "a commit is whole or not at all"
+    hub.broken = ""
+    away.push(out)
+    sent = len([line for line in hub.log if line.startswith("PUT")])
+    away.push(out, revision="again")
+    assert len([line for line in hub.log if line.startswith("PUT")]) == sent
+
+
+# ---- the card ----------------------------------------------------------------------------------
+
+
+def test_huggingface_reads_the_card_and_it_says_what_the_run_was(run_folder):
+    from huggingface_hub import ModelCard
+
+    text = model_card(read_facts(run_folder, REPO))
+    data = ModelCard(text).data.to_dict()
+    assert data == {
+        "base_model": BASE,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [f"base_model:adapter:{BASE}", "lora", "mlx-qlora"],
+    }
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    for key, label in (("loss", "training loss"), ("eval_loss", "validation loss")):
+        values = [(r[key], r["step"]) for r in records if key in r]
+        shown = [f"{v:.4f} (step {s})" for v, s in (values[0], values[-1], min(values))]
+        assert f"| {label} | {' | '.join(shown)} |" in text
+    state = json.loads((run_folder / "checkpoint-6" / "trainer_state.json").read_text())
+    for line in (
+        "| `lora.r` | 4 |",
+        "| `training.learning_rate` | 0.01 |",
+        "| `training.max_steps` | 6 |",
+        "| `model.bits` | 4 |",
+        f"tokens trained on {state['num_input_tokens_seen']:,}",
+        "![loss](plots/loss.svg)",
+        f"- mlx-qlora {mq.__version__}",
+        f'from_pretrained("{REPO}")',
+        f"vllm serve {BASE} --enable-lora --max-lora-rank 8 --lora-modules tuned={REPO}",
+        f'hf download {REPO} --include "mlx/*" --local-dir adapter',
+        f"mlx_lm.generate --model {BASE} --adapter-path adapter/mlx",
+    ):
+        assert line in text, line
+    assert SECRET not in text and str(run_folder.parent) not in text
+    for plot in re.findall(r"\]\((plots/[^)]*)\)", text):
+        assert (run_folder / plot).is_file()
+
+
+def test_the_snippets_run(run_folder):
+    """The Python of the card, on the folder itself, with the base's name led to the local one."""
+    text = model_card(read_facts(run_folder))
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code and '"path/to/this/folder"' in code[1]
+    folder = run_folder.parent / "snippet"
+    shutil.copytree(run_folder, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(run_folder.parent / "model")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    scope: dict[str, Any] = {}
+    exec(code[1].replace("path/to/this/folder", str(folder)), scope)
+    ids = scope["tokenizer"]("count", return_tensors="pt").input_ids
+    assert scope["model"](ids).logits.shape == (*ids.shape, 320)
+
+    from mlx_lm import load
+
+    shown = re.search(r"--model (\S+) --adapter-path (\S+)", text)
+    assert shown and shown.groups() == (BASE, "path/to/this/folder/mlx")
+    load(str(run_folder.parent / "model"), adapter_path=str(folder / "mlx"))
+
+
+def test_a_folder_with_the_adapter_alone_has_a_shorter_card(run_folder, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run_folder / name, tmp_path / name)
+    text = model_card(read_facts(tmp_path))
+    assert re.findall("^## .*", text, re.MULTILINE) == ["## How to use it", "## Hyperparameters"]
+    assert f'AutoTokenizer.from_pretrained("{BASE}")' in text and "mlx_lm" not in text
+    shutil.copy(run_folder / "run.yaml", tmp_path / "run.yaml")  # says the settings as well
+    assert "| `training.max_steps` | 6 |" in model_card(read_facts(tmp_path))
+
+
+def test_a_card_of_what_vllm_does_not_compute_of_a_local_base_and_of_odd_values():
+    adapter = {"base_model_name_or_path": f"/home/{SECRET}/tiny", "r": 600, "use_dora": True}
+    text = model_card(Facts({**adapter, "target_modules": "a|b"}))
+    assert SECRET not in text and "base_model" not in text and "A DoRA adapter" in text
+    assert "vLLM does not compute DoRA" in text and r"a\|b" in text
+    assert "vllm serve" not in model_card(Facts({**adapter, "use_dora": False}))
+    patterns = {**adapter, "use_dora": False, "r": 8, "alpha_pattern": {"q_proj": 3}}
+    assert "does not compute ranks or scales of their own" in model_card(Facts(patterns))
+    counted = model_card(Facts(adapter, {"data": {"rows": 1234, "tokens": 56789}}))
+    assert "data: rows 1,234; data: tokens 56,789." in counted
+    for r, enough in ((1, 8), (9, 16), (300, 320), (512, 512)):
+        text = model_card(Facts({"base_model_name_or_path": BASE, "r": r}))
+        assert f"--max-lora-rank {enough} " in text

@@ -1,0 +1,272 @@
+"""What is said of a run's history: of typical ones, and of ones made to a shape."""
+
+import dataclasses
+import io
+import math
+import random
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from support.tiny_folder import write_model, write_rows
+
+import mlx_qlora as mq
+from mlx_qlora.after.advice import advise
+from mlx_qlora.config import SECTIONS
+
+History = list[dict[str, Any]]
+
+
+def history(losses: list[float], evals: list[float] | None = None, every: int = 10) -> History:
+    """Logged every `every` steps, and validated at even distances up to the last one."""
+    records = [
+        {"step": every * i, "epoch": 0.1 * i, "loss": loss, "grad_norm": 1.0}
+        for i, loss in enumerate(losses, 1)
+    ]
+    last = every * len(losses)
+    for i, loss in enumerate(evals or [], 1):
+        records.append(validation(last * i // len(evals or []), loss))
+    return sorted(records, key=lambda record: (record["step"], "eval_loss" in record))
+
+
+def validation(step: int, loss: float, ours: float = 0.03, theirs: float = 0.02) -> dict[str, Any]:
+    figures = {"eval_repetition": ours, "eval_reference_repetition": theirs}
+    return {"step": step, "epoch": 0.0, "eval_loss": loss, **figures}
+
+
+def skipped(step: int) -> dict[str, Any]:
+    return {"step": step, "epoch": 0.0, "skipped": "loss nan, gradient norm nan", "rows": ["a:1"]}
+
+
+def kinds(found: History) -> list[str]:
+    return [advice.kind for advice in advise(found)]
+
+
+# Each as such runs look: noisy, and with one trouble at most.
+HEALTHY = history(
+    [2.91, 2.30, 2.05, 1.93, 1.88, 1.79, 1.81, 1.72, 1.74, 1.69, 1.66, 1.68, 1.63, 1.65, 1.62],
+    [1.95, 1.80, 1.74, 1.71, 1.70],
+)
+OVERFITTED = history(
+    [2.62, 2.11, 1.84, 1.60, 1.31, 1.10, 0.86, 0.67, 0.48, 0.39, 0.27, 0.22, 0.17, 0.15, 0.14],
+    [1.98, 1.87, 1.96, 2.21, 2.38],
+)
+UNDERFITTED = history(
+    [2.91, 2.95, 2.89, 2.93, 2.88, 2.94, 2.90, 2.87, 2.92, 2.89, 2.91, 2.88, 2.93, 2.86, 2.90],
+    [2.93, 2.92, 2.92, 2.91, 2.91],
+)
+DIVERGED = history(
+    [2.91, 2.34, 2.10, 1.97, 1.90, 1.96, 2.41, 3.85, 5.62, 6.90, 7.43, 7.21, 7.60, 7.35, 7.48],
+    [2.02, 1.93, 5.90, 7.30, 7.41],
+)
+REPEATING = [*HEALTHY[:-1], validation(150, 1.70, ours=0.41, theirs=0.02)]
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "finding", "remedies"),
+    [
+        (
+            OVERFITTED,
+            "overfitting",
+            "the validation loss was best at step 60 (1.870) and is 2.380 at step 150",
+            ["end with step 60", "checkpointing.load_best_model_at_end=true", "lora.lora_dropout"],
+        ),
+        (
+            UNDERFITTED,
+            "underfitting",
+            "the loss hardly fell, from 2.917 to 2.897",
+            ["raise training.learning_rate", "lora.r", "`mlx-qlora inspect`"],
+        ),
+        (
+            DIVERGED,
+            "divergence",
+            "the loss rose from 1.943 at its best to 7.477 at the end",
+            ["lower training.learning_rate", "raise training.warmup_steps"],
+        ),
+        (
+            REPEATING,
+            "repetition",
+            "41% of the model's first choices repeat the token before them, where the references "
+            "have 2%",
+            ["lower training.learning_rate", "generation.repetition_penalty"],
+        ),
+    ],
+)
+def test_each_trouble_is_named_with_its_figures_and_its_remedy(found, kind, finding, remedies):
+    (advice,) = advise(found)
+    assert advice.kind == kind
+    assert advice.finding.startswith(finding)
+    assert all(remedy in advice.remedy for remedy in remedies), advice.remedy
+    assert str(advice) == f"{kind}: {advice.finding}; {advice.remedy}"
+
+
+def test_skipped_steps_are_a_divergence_whose_rows_are_in_the_metrics():
+    (advice,) = advise([*HEALTHY, skipped(50), skipped(51)])
+    assert advice.kind == "divergence"
+    assert advice.finding.endswith("was no number: 2")
+    assert "rows named in metrics.jsonl" in advice.remedy
+
+
+def test_a_run_that_ends_with_its_best_weights_is_not_told_to():
+    (advice,) = advise(OVERFITTED, ends_with_best=True)
+    assert advice.finding == advise(OVERFITTED)[0].finding
+    assert advice.remedy.startswith("the weights of step 60 are kept; for better ones raise lora.")
+    assert "load_best" not in advice.remedy and "fewer steps" not in advice.remedy
+    stammers_later = [*OVERFITTED[:-1], validation(150, 2.38, ours=0.5)]
+    assert kinds(stammers_later) == ["overfitting", "repetition"]
+    assert [each.kind for each in advise(stammers_later, ends_with_best=True)] == ["overfitting"]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_validation_that_is_no_number_is_neither_the_best_nor_the_last(wrong):
+    falling = [2.0 - 0.1 * i for i in range(15)]
+    assert advise(history(falling, [wrong, 1.9, 1.8, 1.7])) == []
+    assert kinds(history(falling, [wrong, 1.9, 1.7, 1.8])) == ["overfitting"]
+    assert kinds(history(falling, [1.9, 1.7, 1.8, wrong])) == ["overfitting"]
+    assert advise(history(falling, [1.9, 1.8, wrong, wrong])) == []
+    assert advise([*HEALTHY, validation(151, wrong, ours=0.9)]) == []
+
+
+def test_every_field_that_a_remedy_names_exists():
+    told = [*map(advise, (OVERFITTED, UNDERFITTED, DIVERGED, REPEATING, [skipped(1)]))]
+    for (advice,) in told:
+        named = re.findall(r"\b([a-z]+)\.([a-z_]+)", advice.remedy.replace("metrics.jsonl", ""))
+        assert named, advice.remedy
+        for section, field in named:
+            assert field in {f.name for f in dataclasses.fields(SECTIONS[section])}
+
+
+def test_a_healthy_run_is_told_nothing():
+    assert advise(HEALTHY) == []
+    assert advise([r for r in HEALTHY if "loss" in r]) == []  # no validation set
+
+
+@pytest.mark.parametrize("found", [OVERFITTED, UNDERFITTED, DIVERGED])
+def test_short_histories_are_told_nothing(found):
+    losses = [record for record in found if "loss" in record]
+    evals = [record for record in found if "eval_loss" in record]
+    assert advise(losses[-4:]) == []
+    assert advise(losses[:4] + evals[:2]) == []
+    assert advise(evals) == []
+    assert advise([]) == []
+
+
+def test_losses_that_are_no_numbers_count_for_nothing():
+    assert advise(history([math.nan, 3.0, math.inf, 2.0, 1.9, 1.8])) == []
+
+
+def test_the_most_urgent_advice_comes_first():
+    found = [*OVERFITTED[:-1], validation(150, 2.38, ours=0.5), skipped(3)]
+    assert kinds(found) == ["divergence", "overfitting", "repetition"]
+
+
+@pytest.mark.parametrize(("last", "said"), [(1.029, ["underfitting"]), (0.96, [])])
+def test_a_loss_must_fall_by_three_hundredths(last, said):
+    assert kinds(history([1.0 + (last - 1.0) * i / 9 for i in range(10)])) == said
+
+
+@pytest.mark.parametrize(("last", "said"), [(1.015, []), (1.025, ["overfitting"])])
+def test_a_validation_loss_may_rise_by_two_hundredths(last, said):
+    falling = [2.0 - 0.1 * i for i in range(15)]
+    assert kinds(history(falling, [1.2, 1.0, last])) == said
+
+
+@pytest.mark.parametrize(("ours", "said"), [(0.3, []), (0.32, ["repetition"])])
+def test_a_tenth_more_repetition_than_in_the_references_is_too_much(ours, said):
+    assert kinds([*HEALTHY, validation(151, 1.6, ours=ours, theirs=0.21)]) == said
+
+
+def test_the_last_validation_decides_whether_a_model_repeats_itself():
+    assert kinds([validation(10, 2.0, ours=0.9), *HEALTHY]) == []
+
+
+# ---- made to a shape ---------------------------------------------------------------------------
+
+unhurried = settings(deadline=None)
+SHAPES = {
+    "seed": st.integers(0, 10**6),
+    "n": st.integers(10, 200),
+    "start": st.floats(1.5, 8.0),
+    "noise": st.floats(0.0, 0.01),
+}
+
+
+def curve(n: int, noise: float, seed: int, shape: Any) -> list[float]:
+    """shape(t), t from 0 to 1, with a relative noise."""
+    draw = random.Random(seed)
+    return [shape(i / (n - 1)) * (1 + draw.uniform(-noise, noise)) for i in range(n)]
+
+
+@unhurried
+@given(fall=st.floats(0.1, 0.9), **SHAPES)
+def test_runs_that_go_on_falling_are_healthy(seed, n, start, noise, fall):
+    def shape(t: float) -> float:
+        return start * (1 - fall * (1 - math.exp(-5 * t)))
+
+    evals = curve(8, noise, seed + 1, lambda t: 1.1 * shape(0.1 + 0.9 * t))
+    assert advise(history(curve(n, noise, seed, shape), evals)) == []
+
+
+@unhurried
+@given(fall=st.floats(0.3, 0.9), rise=st.floats(0.1, 1.0), **SHAPES)
+def test_validation_that_turns_while_training_falls_is_overfitting(
+    seed, n, start, noise, fall, rise
+):
+    losses = curve(n, noise, seed, lambda t: start * (1 - fall * t))
+    evals = curve(9, noise, seed + 1, lambda t: start * (1 + rise * (2 * t - 1) ** 2))
+    assert kinds(history(losses, evals)) == ["overfitting"]
+
+
+@unhurried
+@given(fall=st.floats(-0.3, 0.01), **SHAPES)
+def test_runs_that_stay_where_they_are_are_underfitted(seed, n, start, noise, fall):
+    assert kinds(history(curve(n, noise, seed, lambda t: start * (1 - fall * t)))) == [
+        "underfitting"
+    ]
+
+
+@unhurried
+@given(times=st.floats(3.0, 10.0), turn=st.floats(0.3, 0.7), **SHAPES)
+def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, times, turn):
+    def shape(t: float) -> float:
+        return start if t < turn else start * times
+
+    assert kinds(history(curve(n, noise, seed, shape))) == ["divergence"]
+
+
+# ---- in a run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "said"),
+    [
+        (1e-9, 30, ["advice    underfitting: the loss hardly fell"]),
+        (1e-9, 10, []),  # too short to tell
+        (1e-2, 30, []),
+    ],
+)
+def test_advice_is_printed_at_the_end_of_a_run(tmp_path, rate, steps, said):
+    model, tokenizer = mq.load(write_model(tmp_path / "model"))
+    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    examples = mq.read_examples(rows, tokenizer, mq.DataConfig(max_length=64, cache_dir=None))
+    config = mq.RunConfig(
+        lora=mq.LoraConfig(r=4, lora_dropout=0.0),
+        training=mq.TrainingConfig(
+            max_steps=steps,
+            warmup_steps=2,
+            learning_rate=rate,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+        ),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")),
+        logging=mq.LoggingConfig(logging_steps=1),
+    )
+    printed = io.StringIO()
+    mq.fine_tune(model, tokenizer, examples, config=config, console=Console(file=printed, width=40))
+    lines = printed.getvalue().splitlines()
+    (done,) = (i for i, line in enumerate(lines) if line.startswith("done "))
+    assert [line.split(",")[0] for line in lines[done + 1 :]] == said
+    assert not any(line.startswith("advice") for line in lines[:done])

@@ -1,0 +1,108 @@
+"""`evaluate`, `chat` and `sweep` on the command line, with a run's own folder."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_folder import write_model
+
+from mlx_qlora.cli import main
+from mlx_qlora.config import build, read_yaml
+
+
+def call(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("after") / "model", chat=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    colours = ("red", "green", "blue", "black", "white", "grey")
+    lines = [
+        {"messages": [
+            {"role": "user", "content": f"Colour {i}?"},
+            {"role": "assistant", "content": f"It is {colours[i % 6]}."},
+        ]}
+        for i in range(48)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "outputs"
+    words = ["--model", folder, "--data", rows, "--output-dir", out, "--max-steps", 3]
+    words += ["--max-length", 64, "model.bits=null", "training.warmup_steps=0"]
+    words += ["model.base_model_name_or_path=org/base", "generation.max_new_tokens=8"]
+    assert call("train", *words) == 0
+    return out
+
+
+def test_evaluate_compares_with_the_base_and_writes_it_down(
+    run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "scores.json"
+    words = ["--adapter", run, "--data", rows, "--limit", 20, "--answers", 10, "--output", file]
+    assert call("evaluate", *words, "generation.max_new_tokens=8") == 0
+    shown = capsys.readouterr().out
+    assert "20 of 48" in shown and "loss" in shown and "perplexity" in shown
+    found = json.loads(file.read_text())
+    assert found["rows_scored"] == 20 and found["forgetting"] is not None
+    assert all(f'"{name}"' in json.dumps(found["comparison"]) for name in ("loss", "chrf"))
+
+
+def test_evaluate_without_an_adapter_scores_the_model(
+    folder: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        call("evaluate", "--model", folder, "--data", rows, "--answers", 0, "model.bits=null") == 0
+    )
+    assert "loss" in capsys.readouterr().out
+
+
+def test_chat_answers_and_ends(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "Hello\n/adapter off\nHello\n/help\n/quit\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert call("chat", "--adapter", run, "--seed", 0, "generation.max_new_tokens=6") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("/s; answer") == 2 and "/reset" in shown
+
+
+def test_sweep_finds_the_rate_that_learns(
+    folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", folder, "--data", rows, "--output-dir", tmp_path / "s", "--steps", 8]
+    words += ["--learning-rates", "1e-9,1e-2", "--rungs", 2, "model.bits=null"]
+    words += ["--max-length", 64, "training.warmup_steps=0", "data.split=[0.7,0.3,0.0]"]
+    assert call("sweep", *words, "model.base_model_name_or_path=org/base") == 0
+    assert "0.01" in capsys.readouterr().out
+    found = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert found["finished"] and "0.01" in found["winner"]
+    assert build(read_yaml(tmp_path / "s" / "best.yaml")).training.learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep", "--learning-rates", "fast"], "must be numbers with commas between; got 'fast'"),
+        (["evaluate", "--data", "x.jsonl"], "model.source is missing"),
+        (["chat"], "model.source is missing"),
+    ],
+)
+def test_what_is_missing_is_named(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}\n')
+    assert call(*words) == 2
+    assert message in capsys.readouterr().err

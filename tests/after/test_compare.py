@@ -1,0 +1,230 @@
+"""Base against adapter: paired figures, what is said of them, and the command's walk."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from support.models import our_logits, random_tokens, randomise_lora
+from support.tiny_folder import write_model, write_rows
+
+import mlx_qlora as mq
+from mlx_qlora.after import answer_metrics as on
+from mlx_qlora.after.answer_metrics import Question, questions
+from mlx_qlora.after.bootstrap import ratio_interval
+from mlx_qlora.after.evaluation import Measured, compare, compare_adapter, evaluate_run, measure
+from mlx_qlora.config import RunConfig, build, to_yaml
+from mlx_qlora.infer.evaluate import ExampleScores, score_examples
+
+TOKENS = random_tokens(1, 9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("compare") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "test.jsonl", 24)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a run leaves it, with run.yaml."""
+    out = tmp_path_factory.mktemp("adapter") / "outputs"
+    model, _ = mq.load(folder)
+    mq.add_lora(model, mq.LoraConfig(r=4))
+    randomise_lora(model)
+    mq.save_adapter(model, out, base_model_name_or_path=str(folder))
+    config = {"model": {"source": str(folder), "bits": None}, "data": {"template": "alpaca"}}
+    (out / "run.yaml").write_text(to_yaml(build(config)))
+    return out
+
+
+def made_up(seed: int = 0, n: int = 60, gain: float = 0.1) -> tuple[Measured, Measured]:
+    """Scores of two models that find the same rows hard."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(3, 60, n)
+    nats = tokens * random.gamma(2, 1, n)
+    better = nats - tokens * gain * random.gamma(4, 0.25, n)
+    hits = random.binomial(tokens, 0.4)
+    more = np.minimum(hits + random.binomial(2, 0.5, n), tokens)
+    return Measured(ExampleScores(nats, hits, tokens)), Measured(
+        ExampleScores(better, more, tokens)
+    )
+
+
+def test_figures_are_weighted_by_tokens_and_paired() -> None:
+    base, tuned = made_up()
+    found = compare(base, tuned, [])
+    nats, tokens = base.scores.nats, base.scores.tokens
+    loss, perplexity = found["loss"], found["perplexity"]
+    assert loss.tuned and loss.change and perplexity.change
+    assert loss.base.estimate == pytest.approx(nats.sum() / tokens.sum())
+    assert loss.change == ratio_interval(tuned.scores.nats - nats, tokens)
+    unpaired = math.hypot(loss.base.high - loss.base.low, loss.tuned.high - loss.tuned.low)
+    assert loss.change.high - loss.change.low < 0.3 * unpaired
+    assert perplexity.base.estimate == pytest.approx(np.exp(loss.base.estimate))
+    assert perplexity.change.low == pytest.approx(np.exp(loss.change.low) - 1)
+    assert found["token_accuracy"].base.estimate == base.scores.hits.sum() / tokens.sum()
+    assert (found.n_examples, found.n_tokens, found.n_answers) == (60, tokens.sum(), 0)
+
+
+def test_a_sentence_says_better_only_where_the_interval_leaves_out_0() -> None:
+    base, tuned = made_up()
+    assert compare(base, tuned, [])["loss"].sentence.endswith(": better")
+    assert compare(tuned, base, [])["loss"].sentence.endswith(": worse")
+    noise = np.random.default_rng(0).normal(0, 1, 60)
+    shaken = ExampleScores(base.scores.nats + noise, base.scores.hits, base.scores.tokens)
+    found = compare(base, Measured(shaken), [])
+    assert "the interval includes 0, so no change is shown" in found["loss"].sentence
+    assert "all 60 examples changed alike" in found["token_accuracy"].sentence
+    small = compare(*made_up(n=5), [])
+    assert "5 examples are too few" in small["loss"].sentence
+    assert "one interval in twenty" in found.sentences[-1]
+
+
+def test_answers_are_compared_by_every_metric() -> None:
+    asked = [Question(f"q{i}", f"it is {i}.", 4, "x:1") for i in range(12)]
+    scores = made_up(n=12)
+    base = Measured(scores[0].scores, tuple("no idea" for _ in asked))
+    tuned = Measured(
+        scores[1].scores, tuple(q.reference if i else "-" for i, q in enumerate(asked))
+    )
+    found = compare(base, tuned, asked)
+    exact = found["exact_match"]
+    assert exact.tuned and exact.change
+    assert exact.base.estimate == 0 and exact.tuned.estimate == pytest.approx(11 / 12)
+    wanted = np.mean([on.chrf("no idea", q.reference) for q in asked])
+    assert found["chrf"].base.estimate == pytest.approx(wanted)
+    assert found.variety["base"].distinct == pytest.approx(1 / 12)
+    assert found.variety["reference"].distinct == 1
+    console = quiet()
+    console.print(found)
+    shown = said_to(console)
+    assert all(row.name in shown for row in found.rows)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
+
+
+def test_models_measured_on_different_rows_are_refused() -> None:
+    with pytest.raises(mq.DataError, match="not measured on the same examples"):
+        compare(made_up(0)[0], made_up(1)[1], [])
+    with pytest.raises(mq.DataError, match="not measured on the same"):
+        compare(*made_up(), [Question("a", "b", 1, "x:1")])
+
+
+def test_the_base_is_the_model_without_its_adapter_and_the_adapter_stays_on(
+    folder: Path, adapter: Path, rows: Path
+) -> None:
+    model, tokenizer = mq.load(folder, adapter=adapter)
+    before = our_logits(model, TOKENS)
+    examples = mq.read_examples(rows, tokenizer)
+    asked = questions(examples, tokenizer)[:3]
+    found, base, tuned = compare_adapter(model, tokenizer, examples, asked, 6)
+    assert np.array_equal(our_logits(model, TOKENS), before)
+    plain, _ = mq.load(folder)
+    alone = measure(plain, tokenizer, examples, asked, 6)
+    assert np.array_equal(alone.scores.nats, base.scores.nats) and alone.answers == base.answers
+    single = [mq.generate(model, tokenizer, q.prompt, 6, 0.0, 1.0, 0, 1.0) for q in asked]
+    assert list(tuned.answers) == single
+    own = score_examples(model, tokenizer, examples)
+    assert np.array_equal(own.nats, tuned.scores.nats)
+    again, _, _ = compare_adapter(model, tokenizer, examples, asked, 6)
+    assert again == found
+    with pytest.raises(mq.ConfigError, match="no adapter that is on"):
+        compare_adapter(plain, tokenizer, examples, [])
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def config_of(**model: Any) -> RunConfig:
+    return build({"model": {"bits": None, **model}, "generation": {"max_new_tokens": 5}})
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def said_to(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_run_s_adapter_is_judged_by_its_folder_alone(
+    adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    console, out = quiet(), tmp_path / "new" / "judged.json"
+    config = config_of(adapter=str(adapter))
+    found = evaluate_run(config, console, str(rows), 12, 3, None, str(out))
+    said = said_to(console)
+    assert "12 of 24, drawn with seed 0" in said and "3 questions of 12" in said
+    assert "exact match" in said and "was forgotten" in said and "KL(base||tuned)" in said
+    written = json.loads(out.read_text())
+    assert written == json.loads(json.dumps(found.to_dict()))
+    assert written["rows_scored"] == 12 and len(written["samples"]) == 3
+    assert set(written["samples"][0]) == {"place", "prompt", "reference", "base", "tuned"}
+    assert [path.name for path in out.parent.iterdir()] == ["judged.json"]
+    again = evaluate_run(config, quiet(), str(rows), 12, 3)
+    assert again.to_dict() == found.to_dict()
+
+
+def test_a_base_alone_has_figures_and_no_change(folder: Path, rows: Path, tmp_path: Path) -> None:
+    found = evaluate_run(config_of(source=str(folder)), quiet(), str(rows), n_answers=0)
+    model, tokenizer = mq.load(folder)
+    wanted = mq.evaluate(model, tokenizer, mq.read_examples(rows, tokenizer))
+    loss = found.comparison["loss"]
+    assert loss.base.estimate == pytest.approx(wanted.loss, abs=1e-5)
+    assert loss.tuned is None and found.forgetting is None and not found.comparison.adapter
+    assert found.comparison.n_answers == 0 and found.samples == ()
+
+
+def test_rows_that_were_trained_on_are_pointed_out(
+    adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    record = build({"model": {"source": str(adapter)}, "data": {"path": str(rows)}})
+    taught = tmp_path / "adapter"
+    taught.mkdir()
+    for file in adapter.glob("adapter*"):
+        (taught / file.name).write_bytes(file.read_bytes())
+    (taught / "run.yaml").write_text(to_yaml(record))
+    source = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    config = config_of(source=source, adapter=str(taught))
+    console = quiet()
+    evaluate_run(config, console, str(rows), 8, 0)
+    assert "the adapter was trained on rows of" in said_to(console)
+
+
+def test_what_is_wrong_is_found_before_a_weight_is_loaded(
+    folder: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("mlx_qlora.after.evaluation.loaded", load)
+    empty, note = tmp_path / "empty.jsonl", tmp_path / "note.txt"
+    empty.write_text("")
+    note.write_text("  \n\n ")
+    base, tuned = config_of(source=str(folder)), config_of(adapter=str(adapter))
+    data = str(rows)
+    for config, how, error, message in [
+        (base, {}, mq.ConfigError, "data.path is missing"),
+        (base, {"data": str(tmp_path / "no.jsonl")}, mq.DataError, "no.jsonl"),
+        (base, {"data": str(empty)}, mq.DataError, "empty.jsonl"),
+        (base, {"data": data, "limit": 0}, mq.ConfigError, "--limit must be at least 1; got 0"),
+        (base, {"data": data, "n_answers": -1}, mq.ConfigError, "n_answers must be at least 0"),
+        (base, {"data": data, "general_text": str(note)}, mq.ConfigError, "name one with"),
+        (tuned, {"data": data, "general_text": str(note)}, mq.ConfigError, "holds no text"),
+        (tuned, {"data": data, "general_text": "no.txt"}, mq.ConfigError, "cannot be read as text"),
+        (tuned, {"data": data, "output": str(tmp_path)}, mq.ConfigError, "--output"),
+        (tuned, {"data": data, "output": f"{note}/x.json"}, mq.ConfigError, "--output"),
+        (config_of(), {"data": data}, mq.ConfigError, "model.source is missing"),
+        (config_of(adapter=str(tmp_path)), {"data": data}, mq.AdapterError, str(tmp_path)),
+    ]:
+        with pytest.raises(error, match=message):
+            evaluate_run(config, quiet(), **how)

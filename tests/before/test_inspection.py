@@ -1,0 +1,413 @@
+"""`mlx-qlora inspect`: every figure it prints, counted again from the rows themselves."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.text import Text
+from safetensors.numpy import load_file, save_file
+from support.tiny_folder import write_model, write_rows
+
+from mlx_qlora.before.inspect import inspect_data
+from mlx_qlora.cli import main
+from mlx_qlora.config import build
+from mlx_qlora.data.batches import make_batches
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import DataConfig, read_examples
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+
+N_GOOD = 40
+LONG = "left out " * 20  # context that does not fit into 64 tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("inspect") / "model", chat=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """40 rows, 2 copies of the first, 1 that is cut, and then 3 that cannot be used."""
+    path = write_rows(tmp_path / "rows.jsonl", N_GOOD)
+    first = path.read_text().splitlines()[0]
+    more = [
+        first,
+        first,
+        json.dumps({"instruction": "count", "input": LONG, "output": "on 1"}),
+        '{"instruction": "x"}',
+        "broken",
+        json.dumps({"instruction": "count", "output": "fox " * 100}),
+    ]
+    path.write_text(path.read_text() + "\n".join(more) + "\n")
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Conversations of one to three turns, with signs of several bytes and line breaks."""
+    rows = []
+    for i in range(12):
+        turns = [
+            turn
+            for k in range(i % 3 + 1)
+            for turn in (
+                {"role": "user", "content": f"question {i}.{k}\n[bold]é[/bold] :smile:"},
+                {"role": "assistant", "content": f"ans{k}wer {i} 😀  漢字\n\n  end"},
+            )
+        ]
+        rows.append({"messages": turns})
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_texts(path: Path, sizes: list[int]) -> Path:
+    """Texts of so many tokens, BOS and EOS not counted."""
+    path.write_text("".join(json.dumps({"text": "z" * n}) + "\n" for n in sizes))
+    return path
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    capsys.readouterr()
+    assert main(["inspect", *map(str, words)]) == 0
+    said = capsys.readouterr()
+    assert not said.err
+    return said.out
+
+
+def as_read(path: Path, tokenizer: Tokenizer, max_length: int = 64) -> Examples:
+    config = DataConfig(max_length=max_length, cache_dir=None, num_workers=0)
+    return read_examples(path, tokenizer, config)
+
+
+def line_of(out: str, word: str) -> str:
+    (line,) = [line for line in out.splitlines() if line.startswith(f"{word:10}")]
+    return line.removeprefix(word).strip()
+
+
+# ---- the report --------------------------------------------------------------------------------
+
+
+def test_the_report_counts_the_rows_and_names_what_is_wrong_with_the_others(
+    folder: Path, tokenizer: Tokenizer, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = inspect(capsys, data, "--model", folder, "--max-length", 64)
+    examples = as_read(data, tokenizer)
+    tokens = sum(len(example) for example in examples)
+    share = sum(int(example.learned.sum()) for example in examples) / tokens
+    assert line_of(out, "data") == (
+        f"{data} (alpaca): 46 rows read, 43 kept, 3 refused; {tokens:,} tokens, "
+        f"{share:.0%} supervised; 1 cut to max_length; 2 say the same as an earlier row"
+    )
+    n = len(tokenizer.encode("fox " * 100)) + 1
+    whole = n + len(tokenizer.encode("### Instruction:\ncount\n\n### Response:\n")) + 1
+    lines = out.splitlines()[1:4]
+    assert lines[:2] == [
+        "  line 44: field 'output' is missing",
+        "  line 45: not JSON: Expecting value at column 1",
+    ]
+    assert lines[2].startswith(f"  line 46: {whole} tokens, of which {n} from the first answer on")
+
+
+def test_the_lengths_add_up_to_the_kept_rows(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_texts(tmp_path / "texts.jsonl", [*range(40), *[7] * 400])
+    out = inspect(capsys, path, "--model", folder)
+    lines = out.splitlines()
+    (end,) = [i for i, line in enumerate(lines) if line.startswith("split")]
+    bars = lines[lines.index("lengths") + 1 : end]
+    lengths = np.array([len(example) for example in as_read(path, tokenizer)])
+    total, behind, longest = 0, 0, 0
+    for bar in bars:
+        low, high, drawn, n = re.fullmatch(r" *(\d+)-(\d+) ([█▏ ]{40}) +(\d+)", bar).groups()
+        assert int(low) == behind + 1
+        assert int(n) == ((lengths >= int(low)) & (lengths <= int(high))).sum()
+        assert bool(drawn.strip()) == (int(n) > 0)
+        total, behind, longest = total + int(n), int(high), max(longest, drawn.count("█"))
+    assert len(bars) <= 10
+    assert total == len(lengths) == 439  # one is empty
+    assert behind >= lengths.max() == 41
+    assert longest == 40
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_the_split_and_the_epoch_are_those_of_the_run(
+    packing: str,
+    folder: Path,
+    tokenizer: Tokenizer,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--model", folder, "--max-length", 64, "training.per_device_train_batch_size=4"]
+    out = inspect(capsys, data, *words, f"data.packing={packing}")
+    parts = as_read(data, tokenizer).split([0.8, 0.1, 0.1], seed=0)
+    sizes = [len(part) for part in parts]
+    assert sum(sizes) == 43 and min(sizes) > 0
+    assert line_of(out, "split") == "{} train, {} validation, {} test".format(*sizes)
+    train = parts[0]
+    batches = make_batches(train, 4, packing=packing == "true", max_length=64)
+    tokens = sum(len(example) - 1 for example in train)
+    positions = sum(batch.tokens.size for batch in batches)
+    n_rows = sum(batch.tokens.shape[0] for batch in batches)
+    kind = "rows of 64 positions" if packing == "true" else "rows of their own width"
+    assert line_of(out, "epoch") == (
+        f"{tokens:,} tokens in {n_rows} {kind}, 4 to a batch; "
+        f"{tokens / positions:.1%} of the positions are used"
+    )
+
+
+def test_files_of_their_own_for_validation_are_reported_too(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", 7)
+    words = ["--model", folder, f"data.validation_path={other}", "data.split=[1, 0, 0]"]
+    out = inspect(capsys, data, *words)
+    reports = [line for line in out.splitlines() if line.startswith("data ")]
+    assert f"{data} (alpaca): 46 rows read" in reports[0]
+    assert f"{other} (alpaca): 7 rows read, 7 kept, 0 refused" in reports[1]
+    assert line_of(out, "split") == "44 train, 7 validation, 0 test"
+
+
+def test_the_file_may_be_named_in_any_way_and_read_again_from_the_cache(
+    folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = inspect(capsys, data, "--model", folder, "--max-length", 64)
+    for words in ([data], ["--data", data], [f"data.path={data}"]):
+        assert inspect(capsys, *words, "--model", folder, "data.max_length=64") == out
+
+
+# ---- refused rows ------------------------------------------------------------------------------
+
+
+def test_strict_ends_with_the_lines_and_code_2(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["inspect", str(data), "--model", str(folder), "--strict", "--max-length", "64"]
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    lines = said.err.splitlines()
+    assert lines[0] == f"mlx-qlora: data.strict: {data} has 3 rows that cannot be used:"
+    assert [line.split(":")[0] for line in lines[1:]] == ["  line 44", "  line 45", "  line 46"]
+    assert main(["inspect", str(write_rows(tmp_path / "good.jsonl", 9)), *words[2:]]) == 0
+
+
+@pytest.mark.parametrize("strict", [[], ["--strict"]])
+def test_refused_rows_are_written_with_where_why_and_what(
+    strict: list[str], folder: Path, data: Path, tmp_path: Path
+) -> None:
+    refused = tmp_path / "refused.jsonl"
+    refused.write_text("of an earlier run\n")
+    words = ["--model", str(folder), "--max-length", "64", "--refused", str(refused)]
+    for _ in range(2):  # the second time from the cache
+        assert main(["inspect", str(data), *words, *strict]) == (2 if strict else 0)
+        written = [json.loads(line) for line in refused.read_text().splitlines()]
+        assert [row["line"] for row in written] == [44, 45, 46]
+        assert {row["file"] for row in written} == {str(data)}
+        assert [row["row"] for row in written] == data.read_text().splitlines()[43:]
+        assert written[0]["reason"] == "field 'output' is missing"
+        assert all(row.keys() == {"file", "line", "reason", "row"} for row in written)
+
+
+# ---- rows as the model sees them ---------------------------------------------------------------
+
+TITLE = re.compile(r"^batch (\d+), row (\d+): (\d+) of (\d+) positions used\n", re.MULTILINE)
+
+
+def shown_rows(out: str) -> list[tuple[list[int], str]]:
+    """(batch, row, used and width; what is shown of it) for each row."""
+    parts = TITLE.split(out)[1:]
+    return [([int(n) for n in parts[i : i + 4]], parts[i + 4]) for i in range(0, len(parts), 5)]
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("file", ["data", "chats"])
+def test_shown_rows_are_the_tokens_and_their_brackets_what_is_learned(
+    file: str,
+    packing: str,
+    folder: Path,
+    tokenizer: Tokenizer,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = request.getfixturevalue(file)
+    words = ["--model", folder, "--max-length", 256, "--show", 1000, "data.split=[1, 0, 0]"]
+    words += [f"data.packing={packing}", "training.per_device_train_batch_size=3"]
+    out = inspect(capsys, path, *words)
+    examples = {example.line: example for example in as_read(path, tokenizer, 256)}
+    place = re.compile(rf"^{re.escape(str(path))}:(\d+): (\d+) tokens, (\d+) supervised\n", re.M)
+    rows = shown_rows(out)
+    seen = []
+    for (_, _, used, width), content in rows:
+        content, padding = re.fullmatch(
+            r"(.*?\n)(?:(\d+) x padding\n)?\n", content, re.DOTALL
+        ).groups()
+        assert int(padding or 0) == width - used
+        parts = place.split(content)
+        assert parts[0] == ""
+        lengths = []
+        for line, n, n_learned, text in zip(*(parts[i::4] for i in (1, 2, 3, 4))):
+            example = examples[int(line)]
+            assert (int(n), int(n_learned)) == (len(example), example.learned.sum())
+            assert text == bracketed(example, tokenizer) + "\n"
+            lengths.append(len(example) - 1)
+            seen.append(int(line))
+        assert sum(lengths) == used
+        assert len(lengths) == 1 or packing == "true"
+    assert sorted(seen) == sorted(examples)
+    assert (len(rows) < len(examples)) == (packing == "true")
+    places = [(batch, row) for (batch, row, _, _), _ in rows]
+    assert places == [(i // 3 + 1, i % 3 + 1) for i in range(len(rows))]
+
+
+def bracketed(example: Any, tokenizer: Tokenizer) -> str:
+    """A row's text, each learned stretch in brackets: written down token by token."""
+    text, run = "", []
+    for i, token in enumerate(example.tokens.tolist()):
+        run.append(token)
+        if i + 1 == len(example) or example.learned[i] != example.learned[i + 1]:
+            words = tokenizer.decode(run)
+            text, run = text + (f"⟦{words}⟧" if example.learned[i] else words), []
+    return text
+
+
+def test_as_many_rows_are_shown_as_asked_for(
+    folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [data, "--model", folder, "--max-length", 64]
+    assert shown_rows(inspect(capsys, *words)) == []
+    for n in (1, 6, 7):  # a batch has 6
+        rows = shown_rows(inspect(capsys, *words, "--show", n))
+        assert [place[:2] for place, _ in rows] == [[i // 6 + 1, i % 6 + 1] for i in range(n)]
+
+
+def test_a_full_row_has_no_padding(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_texts(tmp_path / "full.jsonl", [63])
+    words = ["--model", folder, "--max-length", 65, "--show", 1, "data.split=[1, 0, 0]"]
+    ((place, content),) = shown_rows(inspect(capsys, path, *words))
+    assert place == [1, 1, 64, 64]
+    assert content == f"{path}:1: 65 tokens, 64 supervised\n<|bos|>⟦{'z' * 63}<|eos|>⟧\n\n"
+
+
+def on_terminal(folder: Path, path: Path, color_system: Any, show: int) -> tuple[Console, Examples]:
+    console = Console(force_terminal=True, color_system=color_system, file=io.StringIO(), width=90)
+    values = {
+        "model": {"source": str(folder)},
+        "data": {"path": str(path), "split": [1, 0, 0], "packing": False, "shuffle": False},
+    }
+    return console, inspect_data(build(values), console, show).train
+
+
+def test_a_colour_of_its_own_tells_what_is_learned(
+    folder: Path, tokenizer: Tokenizer, chats: Path
+) -> None:
+    console, examples = on_terminal(folder, chats, "truecolor", show=2)
+    shown = console.file.getvalue()
+    assert "⟦" not in shown and "⟧" not in shown
+    text = Text.from_ansi(shown[shown.index("batch 1") :])
+    coloured: dict[str, str] = {}
+    for span in text.spans:
+        style = str(span.style)
+        coloured[style] = coloured.get(style, "") + text.plain[span.start : span.end]
+    (learned,) = [style for style, words in coloured.items() if "wer 0" in words]
+    (context,) = [style for style, words in coloured.items() if "question" in words]
+    assert len({learned, context}) == 2
+    wanted = ["".join(decoded(e, tokenizer, e.learned) for e in examples[:2])]
+    wanted += ["".join(decoded(e, tokenizer, ~e.learned) for e in examples[:2])]
+    assert [coloured[style].replace("\n", "") for style in (learned, context)] == wanted
+    assert all("padding" not in coloured[style] for style in (learned, context))
+
+
+def decoded(example: Any, tokenizer: Tokenizer, where: np.ndarray) -> str:
+    return tokenizer.decode(example.tokens[where]).replace("\n", "")
+
+
+def test_a_terminal_without_colours_gets_brackets(folder: Path, chats: Path) -> None:
+    console, _ = on_terminal(folder, chats, None, show=3)
+    shown = console.file.getvalue()
+    assert shown.count("⟦") == shown.count("⟧") == 1 + 2 + 3
+    assert "\x1b" not in shown
+
+
+# ---- no weights, and what cannot be inspected --------------------------------------------------
+
+
+def test_no_weight_is_loaded(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = write_model(tmp_path / "model")
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    words = [data, "--model", broken]
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    assert "46 rows read" in inspect(capsys, *words)
+    assert mx.get_peak_memory() - before < 10_000
+    assert sum(array.nbytes for array in weights.values()) > 100_000
+    assert main(["train", "--data", *map(str, words), f"--output-dir={tmp_path / 'out'}"]) == 2
+    assert "model.norm.weight is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--data": None}, "data.path is missing; name a file of rows with --data FILE"),
+        ({"--data": "no.jsonl"}, "data file no.jsonl is missing"),
+        ({"--data": "EMPTY"}, "empty.jsonl is empty"),
+        ({"--data": "NONE"}, "no usable row in"),
+        ({"--model": None}, "model.source is missing; name the model of the run with --model"),
+        ({"--model": "smollm2-136m"}, "did you mean 'smollm2-135m'"),
+        ({"--model": "FOLDER"}, "bare is not a complete model: it lacks *.safetensors"),
+        ({"--max-length": "1"}, "data.max_length must be at least 2; got 1"),
+        ({"--max-length": "3"}, "no usable row in"),
+        ({"--show": "-1"}, "--show must be at least 0; got -1"),
+        ({"--refused": "no/such/folder"}, "data.refused_path: no/such/folder cannot be written"),
+        ({"data.form=text": None}, "unknown field data.form; did you mean 'format'?"),
+        ({"data.format=text": None}, "field 'text' is missing"),
+        ({"data.template=no.jinja": None}, "'no.jinja' cannot be read"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_message_and_code_2(
+    changes: dict[str, str | None],
+    said: str,
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "none.jsonl").write_text("{}\n")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    words: dict[str, str | None] = {"--data": str(data), "--model": str(folder)}
+    for flag, value in changes.items():
+        if flag in words and value is None:
+            del words[flag]
+        else:
+            files = {"EMPTY": "empty.jsonl", "NONE": "none.jsonl", "FOLDER": "bare"}
+            words[flag] = files.get(value, value) if value else None
+    argv = [word for pair in words.items() for word in pair if word is not None]
+    capsys.readouterr()
+    assert main(["inspect", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mlx-qlora: ") and error.count("mlx-qlora: ") == 1
+    assert said in error
+    assert "Traceback" not in error

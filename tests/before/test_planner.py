@@ -1,0 +1,276 @@
+"""Plans made from headers alone, against what a model then really holds."""
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.models import make_hf_model, save_hf
+
+import mlx_qlora as mq
+from mlx_qlora import device
+from mlx_qlora.before.plan import Plan, flops_per_token, plan, plan_checkpoint, settled
+from mlx_qlora.config import RunConfig, build
+from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.device import Machine, machine, this_machine
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.llama import LlamaConfig
+from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.train.memory import LAYER, NOTHING
+from mlx_qlora.tree import flat
+
+
+@pytest.fixture(scope="module")
+def checkpoint_files(tmp_path_factory):
+    model = make_hf_model(hidden_size=256, intermediate_size=512, vocab_size=2048)
+    folder = save_hf(model, tmp_path_factory.mktemp("plan") / "model")
+    return ModelFiles(folder, str(folder), None, str(folder))
+
+
+@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("frozen_matmul", ["resident", "dequantize"])
+def test_base_weights_are_predicted_to_the_byte_but_for_the_norms(
+    checkpoint_files, bits, frozen_matmul
+):
+    config = build({"model": {"bits": bits, "frozen_matmul": frozen_matmul}})
+    predicted = plan_checkpoint(open_checkpoint(checkpoint_files), config)
+    model = load_model(
+        open_checkpoint(checkpoint_files), config.model.quantize(), mx.float32, frozen_matmul
+    )
+    held = sum(array.nbytes for array in flat(model.parameters()).values())
+    held += sum(
+        m._resident.nbytes for m in model.modules() if getattr(m, "_resident", None) is not None
+    )
+    promised = predicted.parts["base weights"] + predicted.parts.get("dequantised copy", 0)
+    assert promised == pytest.approx(held, rel=0.01)
+    assert ("dequantised copy" in predicted.parts) == (
+        bits is not None and frozen_matmul == "resident"
+    )
+
+
+def test_llama_8b_counts_its_parameters_without_weights(checkpoint_files):
+    assert plan_checkpoint(open_checkpoint(checkpoint_files), RunConfig()).trainable == 2 * 16 * (
+        2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 512)
+    )
+
+
+def small(bytes_: int) -> Machine:
+    """A machine like this one, with less memory."""
+    made = dataclasses.replace(this_machine(), name="small", working_set_bytes=bytes_)
+    vars(made)["flops"] = 1e11  # which is measured otherwise, and anew for each machine
+    return made
+
+
+def test_what_does_not_fit_says_what_to_change(checkpoint_files):
+    checkpoint = open_checkpoint(checkpoint_files)
+    config = build({"training": {"gradient_checkpointing": False}, "data": {"max_length": 512}})
+    predicted = plan_checkpoint(checkpoint, config, where=small(10_000_000))
+    assert not predicted.fits
+    assert "Largest part: activations; set training.gradient_checkpointing=true" in str(predicted)
+    recomputed = build({"training": {"gradient_checkpointing": True}, "data": {"max_length": 512}})
+    smaller = plan_checkpoint(checkpoint, recomputed, where=small(10_000_000))
+    assert smaller.parts["activations"] < predicted.parts["activations"] / 4
+
+
+@pytest.mark.parametrize("recompute", ["auto", True])
+def test_a_context_that_is_too_long_is_told_one_that_fits(checkpoint_files, recompute):
+    checkpoint, where = open_checkpoint(checkpoint_files), small(200 << 20)
+    checkpoint.config["max_position_embeddings"] = 1 << 20
+    training = {"gradient_checkpointing": recompute, "per_device_train_batch_size": 2}
+
+    def planned(length: int) -> Plan:
+        config = build({"training": training, "data": {"max_length": length}})
+        return plan_checkpoint(checkpoint, config, where=where)
+
+    too_long = planned(1 << 17)
+    assert not too_long.fits and set(too_long.schedule.levels) == {LAYER}
+    assert "gradient_checkpointing" not in too_long.advice, "that is what it does already"
+    length = int(too_long.advice.partition("set data.max_length=")[2].rstrip("."))
+    assert too_long.longest_context * 3 // 4 <= length <= too_long.longest_context
+    assert planned(length).fits
+
+
+def test_advice_names_what_helps_and_nothing_that_is_so_already(checkpoint_files):
+    checkpoint = open_checkpoint(checkpoint_files)
+    checkpoint.config["max_position_embeddings"] = 1 << 20
+
+    def told(rows: int, length: int, memory: int) -> str:
+        training = {"per_device_train_batch_size": rows, "gradient_checkpointing": True}
+        config = build({"training": training, "data": {"max_length": length}})
+        where = dataclasses.replace(small(memory), cores=16)
+        vars(where)["flops"] = 1e11
+        return plan_checkpoint(checkpoint, config, where=where).advice
+
+    alone = "Largest part: working arrays; lower training.per_device_train_batch_size."
+    assert alone in told(256, 512, 64 << 20)
+    assert told(1, 512, 1 << 20).endswith("choose a smaller model.")
+
+
+def test_auto_recomputes_more_the_less_memory_there_is(checkpoint_files):
+    checkpoint = open_checkpoint(checkpoint_files)
+    checkpoint.config["max_position_embeddings"] = 1 << 20
+    config = build({"data": {"max_length": 2048}})
+    plans = [plan_checkpoint(checkpoint, config, where=small(n << 20)) for n in (8000, 400, 200)]
+    work = [sum(plan.schedule.levels) for plan in plans]
+    assert work == sorted(work) and work[0] == 0 < work[-1]
+    contexts = [plan.longest_context for plan in plans]
+    assert contexts == sorted(contexts, reverse=True) and contexts[-1] < contexts[0]
+    speeds = [plan.tokens_per_second for plan in plans]
+    assert speeds[-1] < speeds[0]
+
+
+def test_longest_context_fits_and_a_longer_one_does_not(checkpoint_files):
+    checkpoint, where = open_checkpoint(checkpoint_files), small(400 << 20)
+    assert plan_checkpoint(checkpoint, RunConfig(), where=where).longest_context == 512, "its own"
+    checkpoint.config["max_position_embeddings"] = 1 << 20
+    longest = plan_checkpoint(checkpoint, RunConfig(), where=where).longest_context
+    alone = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    alone |= {"gradient_accumulation_steps": 1}
+
+    def fits(T: int) -> bool:
+        config = build({"training": alone, "data": {"max_length": T + 1}})
+        return plan_checkpoint(checkpoint, config, where=where).fits
+
+    assert fits(longest // 2048 * 2048) and not fits(longest + 16384)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "gigabytes"),
+    [("m4-max-64", "metal", 51.5), ("M1-8", "metal", 5.7), ("h100-80", "cuda", 81.6)],
+)
+def test_machines_by_name(name, device, gigabytes):
+    found = machine(name)
+    assert (found.device, found.itemsize) == (device, 2)
+    assert found.working_set_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert found.flops > 1e12
+
+
+def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeypatch):
+    monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
+    cpu, gpu = (dataclasses.replace(small(1 << 30), device=name) for name in ("cpu", "cuda"))
+    for each in (cpu, gpu):
+        vars(each)["flops"] = 1e11
+    busy = [1e11 / (1e11 * device.REACHED[each.device]) for each in (cpu, gpu)]
+    assert cpu.seconds(1e11, 500_000_000) == pytest.approx(busy[0] + 0.5)
+    assert gpu.seconds(1e11, 500_000_000) == pytest.approx(busy[1])
+
+
+def test_few_rows_are_expected_to_take_longer_on_a_cpu(checkpoint_files, monkeypatch):
+    monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
+    checkpoint = open_checkpoint(checkpoint_files)
+    where = dataclasses.replace(small(8 << 30), device="cpu")
+    vars(where)["flops"] = 1e11
+
+    def seconds(rows: int, **training: bool) -> float:
+        wanted = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, **training}
+        config = build({"training": wanted, "data": {"max_length": 65}})
+        return 64 * rows / plan_checkpoint(checkpoint, config, where=where).tokens_per_second
+
+    one, two, three = (seconds(rows) for rows in (1, 2, 3))
+    assert two - one == pytest.approx(three - two)  # what a row takes
+    loaded = load_model(open_checkpoint(checkpoint_files), None, mx.float32)
+    dense = sum(
+        weight.size for path, weight in flat(loaded.parameters()).items() if "_proj" in path
+    )
+    head = loaded.config.vocab_size * loaded.config.hidden_size
+    assert one - (two - one) == pytest.approx(2 * 4 * (dense + head) / 1e9)
+    again = seconds(1, gradient_checkpointing=True) - seconds(2, gradient_checkpointing=True) / 2
+    assert 2 * again == pytest.approx(4 * (3 * dense + 2 * head) / 1e9)
+
+
+@pytest.mark.parametrize("name", ["m9-max-64", "m4-max", "m4-max-", "64", "m4 max 64"])
+def test_a_machine_that_is_none_is_refused(name):
+    with pytest.raises(ConfigError, match=r"--machine: .* is not CHIP-GB"):
+        machine(name)
+
+
+def test_flops_of_llama_8b_are_those_counted_by_hand():
+    llama = LlamaConfig(4096, 32, 32, 8, 128, 14336, 128256)
+    nothing = flops_per_token(llama, [NOTHING] * 32, [2048], 1.0)
+    everything = flops_per_token(llama, [LAYER] * 32, [2048], 1.0)
+    assert nothing == pytest.approx(32.2e9, rel=0.05)
+    down_proj = 2 * 32 * 4096 * 14336  # is never computed again: nothing asks for its output
+    assert everything == pytest.approx(46.7e9 - down_proj, rel=0.05)
+
+
+def test_plan_by_source_shows_every_part_and_the_total(smollm2_files):
+    predicted = plan("smollm2-135m")
+    shown = str(predicted)
+    for part in (*predicted.parts, "predicted peak", "this machine", "longest context"):
+        assert part in shown
+    assert predicted.trainable == 4_884_480
+    assert predicted.total_bytes == sum(predicted.parts.values())
+    assert mq.plan is plan
+
+
+# ---- the rows of a run --------------------------------------------------------------------------
+
+
+def rows_of(lengths: list[int]) -> Examples:
+    """One more token than positions, as the last one is only a label."""
+    tokens = [np.ones(n + 1, np.int32) for n in lengths]
+    return Examples.of(Example(each, np.ones(len(each), bool)) for each in tokens)
+
+
+@pytest.mark.parametrize(("n", "positions"), [(10, 1280), (32, 4096), (61, 4096), (1000, 4096)])
+def test_packed_rows_are_planned_as_full_and_not_fuller(checkpoint_files, n, positions):
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    config = build({"training": training, "data": {"max_length": 1025}})
+    checkpoint, whole = open_checkpoint(checkpoint_files), rows_of([128] * 32)
+    found = plan_checkpoint(checkpoint, config, rows_of([128] * n), processes=2)
+    assert found.scaling is not None and found.scaling.step_tokens == positions
+    if positions == 4096:
+        assert found.parts == plan_checkpoint(checkpoint, config, whole, processes=2).parts
+    mixed = plan_checkpoint(checkpoint, config, rows_of([1024] + [16] * 10_000), processes=2)
+    assert mixed.scaling is not None and mixed.scaling.step_tokens == 4096
+
+
+def test_long_rows_among_many_short_ones_ask_for_memory_and_not_for_time(checkpoint_files):
+    training = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    config = build({"training": training, "data": {"max_length": 2048, "packing": False}})
+    checkpoint, where = open_checkpoint(checkpoint_files), machine("m4-max-64")
+
+    def planned(lengths: list[int]) -> Plan:
+        return plan_checkpoint(checkpoint, config, rows_of(lengths), where, processes=4)
+
+    mixed, long, short = (planned(n) for n in ([128] * 10_000 + [2047] * 16, [2047] * 8, [131] * 8))
+    assert mixed.parts == long.parts and mixed.schedule == long.schedule
+    assert mixed.tokens_per_second == pytest.approx(short.tokens_per_second, rel=0.01)
+    assert mixed.scaling is not None and short.scaling is not None
+    mean = (128 * 10_000 + 2047 * 16) / 10_016
+    assert 4 * mixed.scaling.step_tokens == pytest.approx(4 * 8 * mean, rel=0.01)
+    assert mixed.scaling.compute_seconds == pytest.approx(short.scaling.compute_seconds, rel=0.01)
+
+
+# ---- a batch size that is left to the machine ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "max_length", "accumulation", "rows"),
+    [
+        ("cpu", 2048, 3, 1),  # not even one keeps within what a CPU takes at once
+        ("cpu", 512, 3, 2),
+        ("metal", 2048, 3, 3),  # four would fit, but do not divide the 18 rows of a step
+        ("metal", 512, 3, 9),
+        ("cuda", 2048, 1, 6),
+        ("cuda", 64, 3, 18),
+    ],
+)
+def test_auto_takes_what_keeps_the_device_busy_of_the_same_rows_a_step(
+    device, max_length, accumulation, rows
+):
+    training = {
+        "per_device_train_batch_size": "auto",
+        "gradient_accumulation_steps": accumulation,
+    }
+    config = build({"training": training, "data": {"max_length": max_length}})
+    where = dataclasses.replace(this_machine(), device=device)
+    made = settled(config, where=where).training
+    assert made.per_device_train_batch_size == rows
+    assert made.rows * made.gradient_accumulation_steps == 6 * accumulation
+    assert settled(settled(config, where=where), where=where).training == made
+
+
+def test_a_number_of_rows_stays_as_it_is():
+    assert settled(RunConfig()) == RunConfig()

@@ -1,0 +1,253 @@
+"""`merge`, `export` and `push` on the command line, from nothing but a run's own folder."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.models import our_logits, random_tokens, randomise_lora
+from support.tiny_folder import write_model
+
+import mlx_qlora as mq
+from mlx_qlora.cli import main
+from mlx_qlora.config import build, to_yaml
+
+TOKENS = random_tokens(2, 17)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("delivery") / "model")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """(the folder that a run leaves, logits of its model)."""
+    out = tmp_path_factory.mktemp("run") / "outputs"
+    model, tokenizer = mq.load(folder, mq.QuantConfig(8, 32))
+    mq.add_lora(model, mq.LoraConfig(r=4, lora_alpha=6, use_rslora=True))
+    randomise_lora(model)
+    mq.save_adapter(model, out, base_model_name_or_path="org/base")
+    tokenizer.save(out)
+    config = build({"model": {"source": str(folder), "bits": 8, "group_size": 32}})
+    (out / "run.yaml").write_text(to_yaml(config))
+    return out, our_logits(model, TOKENS)
+
+
+@pytest.fixture
+def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model may be loaded."""
+
+    def load(*args: Any, **how: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("mlx_qlora.load.load", load)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def call(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+def test_merge_needs_the_run_s_folder_alone(
+    run: tuple[Path, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, logits = run
+    merged = tmp_path / "merged"
+    assert call("merge", "--adapter", out, "--output-dir", merged, "--save-dtype", "float32") == 0
+    assert "merged" in capsys.readouterr().out
+    model, _ = mq.load(merged)
+    assert np.abs(our_logits(model, TOKENS) - logits).max() < 1e-4
+
+
+def test_merge_into_the_original_weights_is_another_model(
+    run: tuple[Path, np.ndarray], folder: Path, tmp_path: Path
+) -> None:
+    out, logits = run
+    words = ["merge", "--adapter", out, "--output-dir", tmp_path / "m", "--save-dtype", "float32"]
+    assert call(*words, "--base", folder) == 0
+    wanted, _ = mq.load(folder, adapter=out)
+    found = our_logits(mq.load(tmp_path / "m")[0], TOKENS)
+    assert np.abs(found - our_logits(wanted, TOKENS)).max() < 1e-4
+    assert np.abs(found - logits).max() > 1e-3  # 8 bits are not 32
+
+
+def test_requantising_reports_what_it_loses(
+    run: tuple[Path, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", "--adapter", run[0], "--output-dir", tmp_path / "m", "--requantize", "4"]
+    assert call(*words, "model.group_size=32") == 0
+    assert "%" in capsys.readouterr().out
+    model, _ = mq.load(tmp_path / "m")
+    assert model.layers[0].mlp.up_proj.quant == mq.QuantConfig(4, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "files"),
+    [
+        ([], {"adapter_config.json", "adapter_model.safetensors", "README.md", "mlx"}),
+        (["--portable"], {"adapter_config.json", "adapter_model.safetensors", "README.md"}),
+        (["--mlx"], {"adapter_config.json", "adapters.safetensors"}),
+        (["--gguf"], {"adapter.gguf", "Modelfile"}),
+    ],
+)
+def test_export_writes_each_form_and_ours_read_it_back(
+    run: tuple[Path, np.ndarray], folder: Path, tmp_path: Path, flags: list[str], files: set[str]
+) -> None:
+    out, logits = run
+    made = tmp_path / "made"
+    original = "model.base_model_name_or_path=org/base"
+    assert call("export", "--adapter", out, "--output-dir", made, original, *flags) == 0
+    assert {path.name for path in made.iterdir()} == files
+    if "--gguf" not in flags:
+        model, _ = mq.load(folder, mq.QuantConfig(8, 32), adapter=made)
+        assert np.abs(our_logits(model, TOKENS) - logits).max() < 1e-5
+
+
+EXPORTS = [["export"], ["export", "--portable"], ["export", "--mlx"], ["export", "--gguf"]]
+
+
+@pytest.mark.parametrize("form", EXPORTS, ids=" ".join)
+def test_an_export_of_ours_is_exported_over(
+    run: tuple[Path, np.ndarray], tmp_path: Path, form: list[str]
+) -> None:
+    words = [*form, "--adapter", run[0], "model.base_model_name_or_path=org/base"]
+    assert call(*words, "--output-dir", tmp_path / "made") == 0
+    before = contents(tmp_path)
+    assert call(*words, "--output-dir", tmp_path / "made") == 0
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        (["export"], "README.md"),
+        (["export"], "adapter_config.json"),
+        (["export"], "mlx/adapters.safetensors"),
+        (["export", "--portable"], "README.md"),
+        (["export", "--portable"], "adapter_config.json"),
+        (["export", "--mlx"], "adapter_config.json"),  # it writes no card
+        (["merge"], "README.md"),
+    ],
+)
+def test_files_of_others_are_named_and_kept(
+    run: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    form: list[str],
+    name: str,
+    capsys: Any,
+    nothing: None,
+) -> None:
+    (tmp_path / "made" / name).parent.mkdir(parents=True)
+    (tmp_path / "made" / name).write_text("# precious, about mlx-qlora")
+    before = contents(tmp_path)
+    words = [*form, "--adapter", run[0], "model.base_model_name_or_path=org/base"]
+    assert call(*words, "--output-dir", tmp_path / "made") == 2
+    assert str(tmp_path / "made") in (said := capsys.readouterr().err)
+    assert "choose another folder" in said
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", [*EXPORTS, ["merge"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("rows.jsonl", "rows.jsonl is a file"),
+        ("rows.jsonl/below", "rows.jsonl is a file"),
+        ("locked/below", "locked may not be written to"),
+        ("", "--output-dir must name a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(
+    run: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    form: list[str],
+    place: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    nothing: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("{}")
+    Path("locked").mkdir()
+    # The superuser, as whom tests may run, may write everywhere.
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "locked" and may(path, mode)
+    )
+    assert call(*form, "--adapter", run[0], "--output-dir", place) == 2
+    assert message in capsys.readouterr().err
+    assert contents(tmp_path) == {"rows.jsonl": b"{}"}
+
+
+@pytest.mark.parametrize("form", [["export", "--portable"], ["merge"]], ids=" ".join)
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_current_folder_is_not_replaced_as_a_whole(
+    run: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    form: list[str],
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    nothing: None,
+) -> None:
+    (tmp_path / "here" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / ("inner" if place == ".." else ""))
+    if place == ".":
+        (tmp_path / "here" / "inner").rmdir()
+    assert call(*form, "--adapter", run[0], "--output-dir", place) == 2
+    said = capsys.readouterr().err
+    assert "current folder" in said or "older export" in said
+    assert (tmp_path / "here").is_dir()
+
+
+def test_a_disk_that_refuses_is_told_without_a_traceback(
+    run: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*args: Any, **how: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlx_qlora.adapters.peft.save_file", full)
+    words = ["export", "--adapter", run[0], "model.base_model_name_or_path=org/base"]
+    assert call(*words, "--output-dir", tmp_path / "made") == 2
+    assert "No space left on device; free some space" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_push_lists_what_it_would_upload(
+    run: tuple[Path, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("push", run[0], "me/adapter", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("adapter_model.safetensors", "README.md", "me/adapter"))
+    assert "resume_state" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["merge", "--output-dir", "m"], "model.adapter is missing"),
+        (["export", "--output-dir", "m", "--adapter", "nowhere"], "there is no folder nowhere"),
+        (["push", "nowhere", "me/x", "--dry-run"], "nowhere"),
+        (["merge", "--output-dir", "m", "--adapter", "a", "--model", "no/such/place"], "no/such"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_is_written(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_form_at_a_time(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call("export", "--adapter", run[0], "--output-dir", tmp_path / "m", "--gguf", "--mlx")
+    assert caught.value.code == 2

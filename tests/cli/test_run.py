@@ -1,0 +1,361 @@
+"""From a config to an output folder, through the public calls and the command line's `run`."""
+
+import io
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rich.console import Console
+from support.models import random_tokens, torch_logits
+from support.tiny_folder import write_model, write_rows
+
+import mlx_qlora as mq
+from mlx_qlora.config import build, read_yaml
+from mlx_qlora.run import open_run, run
+
+LAYOUT = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "metrics.jsonl",
+    "mlx/adapter_config.json",
+    "mlx/adapters.safetensors",
+    "plots/grad_norm.png",
+    "plots/grad_norm.svg",
+    "plots/learning_rate.png",
+    "plots/learning_rate.svg",
+    "plots/loss.png",
+    "plots/loss.svg",
+    "plots/peak_memory_bytes.png",
+    "plots/peak_memory_bytes.svg",
+    "plots/tokens_per_second.png",
+    "plots/tokens_per_second.svg",
+    "report.html",
+    "run.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_args.json",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One real run of the whole path on a tiny model; (folder, model folder, result, printed)."""
+    folder = tmp_path_factory.mktemp("run")
+    write_model(folder / "model")
+    rows = write_rows(folder / "rows.jsonl", 60)
+    values = {
+        "model": {"source": str(folder / "model"), "bits": 4, "group_size": 32},
+        "data": {"path": str(rows), "max_length": 64},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "training": {
+            "max_steps": 12,
+            "warmup_steps": 2,
+            "learning_rate": 1e-2,
+            "gradient_accumulation_steps": 1,
+        },
+        "checkpointing": {"output_dir": str(folder / "out"), "save_steps": 6, "eval_steps": 6},
+        "logging": {"logging_steps": 4},
+    }
+    printed = io.StringIO()
+    result = run(build(values), Console(file=printed, width=160))
+    return folder, values, result, printed.getvalue()
+
+
+def test_the_output_folder_is_the_promised_one(finished):
+    out = finished[0] / "out"
+    files = sorted(
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if path.is_file() and not path.relative_to(out).parts[0].startswith("checkpoint-")
+    )
+    assert files == LAYOUT
+    assert sorted(path.name for path in (out / "checkpoint-12").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "resume_state.json",
+        "trainer_state.json",
+    ]
+
+
+def test_data_plan_progress_and_scores_are_printed(finished):
+    rows, plan, progress = "60 rows read, 60 kept, 0 refused", "predicted peak", "step 12/12"
+    for part in (rows, plan, progress, "test      loss"):
+        assert part in finished[3], finished[3]
+
+
+def test_the_run_learned(finished):
+    losses = [r["loss"] for r in finished[2].log_history if "loss" in r]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_record_repeats_the_run(finished):
+    folder, values, _, _ = finished
+    recorded = read_yaml(folder / "out" / "run.yaml")
+    assert build(recorded) == build(values)
+    record = json.loads((folder / "out" / "training_args.json").read_text())
+    assert record["versions"]["mlx-qlora"] == mq.__version__
+    assert record["config"]["training"]["max_steps"] == 12
+    assert len(record["fingerprint"]["data"]) == 64
+
+    recorded["checkpointing"]["output_dir"] = str(folder / "again")
+    run(build(recorded), Console(file=io.StringIO()))
+    for name in ("adapter_model.safetensors", "checkpoint-6/optimizer.safetensors"):
+        assert (folder / "out" / name).read_bytes() == (folder / "again" / name).read_bytes()
+
+
+def test_the_adapter_on_disk_is_the_trained_one(finished):
+    """Our loader and PEFT agree on the folder that the run left."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _, _, _ = finished
+    tokens = random_tokens(2, 20)
+    model, _ = mq.load(folder / "model", adapter=folder / "out")
+    base, _ = mq.load(folder / "model")
+    ours = np.array(model(mx.array(tokens)))
+    assert np.abs(ours - np.array(base(mx.array(tokens)))).max() > 1e-2
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32").eval()
+    theirs = PeftModel.from_pretrained(theirs, folder / "out")
+    np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-5)
+
+
+def test_an_adapter_can_be_trained_on_and_its_own_config_stands(finished, tmp_path):
+    folder, values, _, _ = finished
+    more = {**values, "model": {**values["model"], "adapter": str(folder / "out")}}
+    more["lora"] = {}  # the defaults give way to the adapter's
+    more["checkpointing"] = {"output_dir": str(tmp_path / "more"), "save_steps": 6}
+    more["training"] = {**values["training"], "max_steps": 2, "learning_rate": 1e-6}
+    run(build(more), Console(file=io.StringIO()))
+    assert read_yaml(tmp_path / "more" / "run.yaml")["lora"]["r"] == 4
+    config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    first, _ = mq.load(folder / "model", adapter=folder / "out")
+    second, _ = mq.load(folder / "model", adapter=tmp_path / "more")
+    tokens = mx.array(random_tokens(1, 12))
+    assert mx.abs(first(tokens) - second(tokens)).max().item() < 1e-2
+
+
+def test_a_notebook_can_do_the_same_with_its_own_objects(finished, tmp_path):
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model", quantize=mq.QuantConfig(bits=8, group_size=32))
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=2, warmup_steps=1, learning_rate=1e-2),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")),
+    )
+    result = mq.fine_tune(
+        model, tokenizer, examples, config=config, console=Console(file=io.StringIO())
+    )
+    assert result.eval_loss is None and result.steps == 2
+    scores = mq.evaluate(model, tokenizer, examples)
+    assert scores.n_tokens == examples.report.supervised
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"quantize": mq.QuantConfig(bits=8, group_size=32)},
+        {"quantize": mq.QuantConfig(bits=4, group_size=32, mode="mxfp4"), "dtype": "float16"},
+    ],
+    ids=["dense", "8 bits", "mxfp4"],
+)
+def test_the_record_opens_the_model_that_a_notebook_has_trained_on(finished, tmp_path, how):
+    """Nothing of the config says how it was loaded."""
+    from mlx_qlora.cli import main
+
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model", **how)
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    out = tmp_path / "out"
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=2, warmup_steps=1, learning_rate=1e-2),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(out)),
+    )
+    mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    scored = mq.evaluate(model, tokenizer, examples)
+
+    recorded = mq.config.build({"model": read_yaml(out / "run.yaml")["model"]}).model
+    again, _ = mq.load(
+        recorded.source, recorded.quantize(), out, recorded.revision, dtype=recorded.dtype
+    )
+    assert mq.evaluate(again, tokenizer, examples) == scored
+    assert main(["generate", "--adapter", str(out), "--prompt", "Hi", "--json"]) == 0
+
+
+def test_an_unknown_base_is_refused_before_training(finished, tmp_path):
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model")
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    model.source = type(model.source)(folder / "model", None, None, "some-4bit-copy")
+    config = mq.RunConfig(checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")))
+    with pytest.raises(mq.AdapterError, match=r"model\.base_model_name_or_path=org/name"):
+        mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_is_not_resumed(finished, tmp_path):
+    """Same config, same data, other weights: the finished adapter must not be handed back."""
+    from support.tiny_folder import write_model
+
+    folder, _, _, _ = finished
+    other = write_model(tmp_path / "model", seed=5)
+    model, tokenizer = mq.load(other, quantize=mq.QuantConfig(group_size=32))
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    out = tmp_path / "out"
+    for source, expected in ((folder / "model", None), (other, "made from another model")):
+        model, _ = mq.load(source, quantize=mq.QuantConfig(group_size=32))
+        config = mq.RunConfig(
+            training=mq.TrainingConfig(max_steps=1),
+            checkpointing=mq.CheckpointingConfig(output_dir=str(out)),
+            model=mq.ModelConfig(source="the same", base_model_name_or_path="org/base"),
+        )
+        if expected is None:
+            mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+            kept = (out / "run.yaml").read_bytes()
+            continue
+        with pytest.raises(mq.ConfigError, match=expected):
+            mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    assert (out / "run.yaml").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "my project"),
+        ("README.md", "---\ntags: [lora, mlx-qlora]\n---\nMy notes on mlx-qlora."),
+        ("README.md", "A LoRA adapter of rank 8, which I trained with mlx-qlora 0.1.0."),
+        ("checkpoint-4/pytorch_model.bin", "my project"),
+        ("metrics.jsonl", '{"accuracy": 0.5}'),
+        ("run.yaml", "steps: [build, test]"),
+        ("training_args.json", '{"versions": {"transformers": "5"}}'),
+        ("training_args.json", "[" * 100_000),
+        ("adapter_config.json", '{"fine_tune_type": "lora", "lora_parameters": {}}'),
+        ("tokenizer.json", "{}"),
+        ("report.html", "<p>mine"),
+        ("plots/loss.svg", "<svg/>"),
+        ("mlx/adapters.safetensors", ""),
+    ],
+)
+def test_files_of_others_are_never_overwritten(finished, tmp_path, name, text):
+    _, values, _, _ = finished
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    values = {**values, "checkpointing": {"output_dir": str(tmp_path / "out")}}
+    with pytest.raises(
+        mq.ConfigError, match="is not known to be from mlx-qlora and would be overwritten"
+    ):
+        run(build(values), Console(quiet=True))
+    assert path.read_text() == text
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
+
+
+def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp_path):
+    folder, values, _, _ = finished
+    mq.save_adapter(
+        mq.load(folder / "model", adapter=folder / "out")[0], tmp_path / "a", "org/base"
+    )
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    values = {
+        **values,
+        "model": {**values["model"], "adapter": str(tmp_path / "a")},
+        "checkpointing": {"output_dir": str(tmp_path / "a")},
+    }
+    with pytest.raises(mq.ConfigError, match="holds the adapter that training goes on from"):
+        run(build(values), Console(quiet=True))
+    after = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ({"r": 64}, "lora.r is 4 in {}, which is trained on as it is, and not 64"),
+        ({"r": 4, "lora_alpha": 1}, "lora.lora_alpha is 8"),
+        ({"target_modules": ["q_proj"]}, "lora.target_modules is ['q_proj', 'k_proj'"),
+        ({"use_dora": True}, "lora.use_dora is False"),
+        ({"init_lora_weights": "pissa"}, None),  # of the beginning, which is over
+        ({}, None),
+        ({"r": 4, "lora_alpha": 8, "loraplus_lr_ratio": 4, "layers_to_transform": []}, None),
+        ({"target_modules": "all-linear"}, None),
+    ],
+)
+def test_another_shape_than_the_adapters_is_refused(finished, tmp_path, lora, told):
+    folder, values, _, _ = finished
+    values = {
+        **values,
+        "model": {**values["model"], "adapter": str(folder / "out")},
+        "lora": lora,
+        "checkpointing": {"output_dir": str(tmp_path / "more")},
+    }
+    if told is None:
+        assert open_run(build(values), Console(quiet=True)).plan.trainable
+        return
+    with pytest.raises(mq.ConfigError) as caught:
+        open_run(build(values), Console(quiet=True))
+    assert str(caught.value).startswith(told.format(folder / "out"))
+
+
+def test_an_adapter_s_own_settings_fit_its_copy_for_mlx_lm(finished, tmp_path):
+    folder, values, _, _ = finished
+    own = read_yaml(folder / "out" / "run.yaml")
+    own["model"] = {**values["model"], "adapter": str(folder / "out" / "mlx")}
+    own["checkpointing"] = {"output_dir": str(tmp_path / "more")}
+    assert open_run(build(own), Console(quiet=True)).plan.trainable
+    own["lora"]["r"] = 64
+    with pytest.raises(mq.ConfigError, match=r"lora\.r is 4"):
+        open_run(build(own), Console(quiet=True))
+
+
+def test_a_run_that_died_between_its_two_records_goes_on(finished, tmp_path):
+    folder, values, _, _ = finished
+    (tmp_path / "out").mkdir()
+    shutil.copy(folder / "out" / "training_args.json", tmp_path / "out")
+    values = {**values, "checkpointing": {"output_dir": str(tmp_path / "out")}}
+    assert open_run(build(values), Console(quiet=True)).plan.trainable
+
+
+def test_a_notebook_run_records_the_model_it_used(finished, tmp_path):
+    folder, _, _, _ = finished
+    model, tokenizer = mq.load(folder / "model")
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=1),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")),
+    )
+    mq.fine_tune(model, tokenizer, examples, config=config, console=Console(quiet=True))
+    assert read_yaml(tmp_path / "out" / "run.yaml")["model"]["source"] == str(folder / "model")
+
+
+def test_the_plan_counts_the_adapter_that_will_be_trained(finished):
+    folder, _, _, _ = finished
+    adapted = build({"model": {"adapter": str(folder / "out")}, "lora": {"r": 64}})
+    assert (
+        mq.plan(str(folder / "model"), adapted).trainable
+        == mq.plan(str(folder / "model"), build({"lora": {"r": 4}})).trainable
+    )
+
+
+def test_rows_beyond_the_models_context_are_refused_before_loading(finished, tmp_path):
+    from support.tiny_folder import write_model
+
+    folder, values, _, _ = finished
+    short = write_model(tmp_path / "model", max_position_embeddings=8)
+    values = {
+        **values,
+        "model": {**values["model"], "source": str(short)},
+        "checkpointing": {"output_dir": str(tmp_path / "out")},
+    }
+    with pytest.raises(mq.ConfigError, match=r"was made for 8; set data\.max_length=8"):
+        run(build(values), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+    model, tokenizer = mq.load(short)
+    examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
+    with pytest.raises(mq.ConfigError, match="was made for 8"):
+        mq.fine_tune(model, tokenizer, examples, console=Console(quiet=True))

@@ -1,0 +1,600 @@
+"""Chats as templates write them, token for token, and exactly the assistant's words learned."""
+
+import datetime
+import json
+import re
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import llama31_instruct
+from support.tiny_folder import CHAT, write_tokenizer
+
+from mlx_qlora.data.examples import Example
+from mlx_qlora.data.read import DataConfig, read_examples
+from mlx_qlora.data.rows import Instruction, Template, alpaca_prompt
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.errors import ConfigError, DataError
+
+Message = dict[str, Any]
+Runs = list[tuple[str, bool]]
+
+LONG = DataConfig(max_length=100_000)
+slowly = settings(deadline=None, max_examples=50)
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(name: str, **arguments: Any) -> Message:
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return answer("", tool_calls=calls)
+
+
+def result(text: str) -> Message:
+    return {"role": "tool", "content": text}
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather <now> & here, in °C",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def read(tokenizer: Tokenizer, messages: list[Message], **row: Any) -> Example:
+    return read_examples([{"messages": messages, **row}], tokenizer, LONG)[0]
+
+
+def runs(tokenizer: Tokenizer, example: Example) -> Runs:
+    """Neighbours that are both learned, or both not, as text."""
+    pairs = zip(example.learned.tolist(), example.tokens.tolist())
+    grouped = groupby(pairs, key=lambda pair: pair[0])
+    return [(tokenizer.decode([i for _, i in group]), learned) for learned, group in grouped]
+
+
+def learned(tokenizer: Tokenizer, example: Example) -> list[str]:
+    return [text for text, is_learned in runs(tokenizer, example) if is_learned]
+
+
+# ---- Llama 3.1 ---------------------------------------------------------------------------------
+
+HEADER = [128006, 78191, 128007, 271]  # <|start_header_id|> assistant <|end_header_id|> and \n\n
+END = 128009  # <|eot_id|>
+
+
+@pytest.fixture(scope="module")
+def hf_ids() -> Callable[..., list[int]]:
+    """What transformers makes of messages with the template shipped beside the tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama31_instruct.folder())
+
+    def ids(messages: list[Message], tools: Any = None) -> list[int]:
+        return tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
+
+    return ids
+
+
+def turns_of_the_assistant(ids: list[int]) -> list[bool]:
+    """A slow look for headers: what stands behind one, to the end of its turn, is learned."""
+    made, inside = [False] * len(ids), False
+    for i, token in enumerate(ids):
+        if ids[max(0, i - 4) : i] == HEADER:
+            inside = True
+        made[i] = inside
+        inside = inside and token != END
+    return made
+
+
+CHATS = {
+    "one turn": ([user("Hi!"), answer("Ho.")], None),
+    "system": ([system("Be brief."), user("Hi!"), answer("Ho.")], None),
+    "several turns": (
+        [user("a"), answer("one"), user("b"), answer("two\n\nlines"), user("c"), answer("3")],
+        None,
+    ),
+    "system and several turns": (
+        [system("  Du bist nett. "), user("é\n"), answer(" ü "), user("日本"), answer("語 😀")],
+        None,
+    ),
+    "the assistant alone": ([answer("All of it.")], None),
+    "the assistant begins": ([answer("A tree?"), user("a"), answer("b")], None),
+    "the assistant begins twice": ([answer(" B"), answer("B"), user("a"), answer("A")], None),
+    "the assistant answers the system": (
+        [system("s"), answer("Hi."), user("a"), answer("b")],
+        None,
+    ),
+    "tools": ([user("Warm?"), answer("No idea.")], [TOOL]),
+    "system and tools": ([system("Be brief."), user("Warm?"), answer("No.")], [TOOL, TOOL]),
+    "a call": ([user("Warm?"), call("weather", city="Köln", days=[1, None])], [TOOL]),
+    "a call and its result": (
+        [
+            *(system("s"), user("Warm?"), call("weather", city="Köln"), result('{"t": 21.5}')),
+            *(answer("Yes, 21.5 °C."), user("And Paris?"), call("weather", city="Paris")),
+        ],
+        [TOOL],
+    ),
+    "the system and a tool say nothing": (
+        [system(""), user("Warm?"), call("weather", city="Rome"), result(""), answer("No.")],
+        [TOOL],
+    ),
+    "calls without tools": ([user("Warm?"), call("weather"), result("cold"), answer("No.")], None),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_llama_31_is_written_as_its_own_template_writes_it(
+    llama31: Tokenizer, hf_ids: Callable[..., list[int]], name: str
+) -> None:
+    messages, tools = CHATS[name]
+    example = read(llama31, messages, tools=tools)
+    wanted = hf_ids(messages, tools)
+    assert example.tokens.tolist() == wanted
+    assert example.learned.tolist() == turns_of_the_assistant(wanted)
+    told = [
+        m["content"].strip() if "tool_calls" not in m else said_call(m["tool_calls"][0])
+        for m in messages
+        if m["role"] == "assistant"
+    ]
+    assert learned(llama31, example) == [text + "<|eot_id|>" for text in told]
+
+
+def said_call(call: Any) -> str:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return f'{{"name": "{function["name"]}", "parameters": {arguments}}}'
+
+
+# Nothing that may spell a special token.
+some_text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
+    lambda text: text.strip() and not re.search(r"<\|?/?\w+\|?>", text)
+)
+some_turns = st.lists(st.tuples(some_text, some_text, st.booleans()), min_size=1, max_size=4)
+
+
+@slowly
+@given(first=st.none() | some_text, turns=some_turns, with_tools=st.booleans())
+def test_any_chat_is_written_so_and_turns_without_weight_are_context(
+    llama31: Tokenizer,
+    hf_ids: Callable[..., list[int]],
+    first: str | None,
+    turns: list[tuple[str, str, bool]],
+    with_tools: bool,
+) -> None:
+    tools = [TOOL] if with_tools else None
+    turns[-1] = (*turns[-1][:2], True)
+    messages = [system(first)] if first else []
+    weighed = list(messages)
+    for asked, said, kept in turns:
+        messages += [user(asked), answer(said)]
+        weighed += [user(asked), answer(said, weight=int(kept))]
+    example = read(llama31, weighed, tools=json.dumps(tools))
+    wanted = hf_ids(messages, tools)
+    assert example.tokens.tolist() == wanted
+    said = [text.strip() + "<|eot_id|>" for _, text, kept in turns if kept]
+    assert learned(llama31, example) == said
+    if len(said) == len(turns):
+        assert example.learned.tolist() == turns_of_the_assistant(wanted)
+
+
+def test_calls_may_come_as_json_text_and_without_content(
+    llama31: Tokenizer, hf_ids: Callable[..., list[int]]
+) -> None:
+    messages, tools = CHATS["a call and its result"]
+    as_text = json.loads(json.dumps(messages))
+    for message in as_text:
+        for function in [call["function"] for call in message.get("tool_calls", [])]:
+            function["arguments"] = json.dumps(function["arguments"])
+            message["content"] = None
+    assert read(llama31, as_text, tools=json.dumps(tools)).tokens.tolist() == hf_ids(
+        messages, tools
+    )
+
+
+def test_what_follows_the_last_answer_is_left_out(
+    llama31: Tokenizer, hf_ids: Callable[..., list[int]]
+) -> None:
+    messages = [user("a"), answer("b"), user("c"), answer("d")]
+    shorter = read(llama31, [*messages[:3], {**messages[3], "weight": 0}])
+    assert shorter.tokens.tolist() == hf_ids(messages[:2])
+    assert read(llama31, messages[:3]).tokens.tolist() == hf_ids(messages[:2])
+
+
+def test_two_calls_in_one_turn_are_refused_by_the_template(llama31: Tokenizer) -> None:
+    twice = call("a")
+    twice["tool_calls"] *= 2
+    rows = [{"messages": [user("a"), answer("b")]}, {"messages": [user("a"), twice]}]
+    report = read_examples(rows, llama31, LONG).report
+    reason = "the chat template refuses it: This model only supports single tool-calls at once!"
+    assert report.refused == [(2, reason)]
+
+
+def test_a_text_beside_a_call_is_refused_as_the_template_leaves_it_out(llama31: Tokenizer) -> None:
+    silent = [user("Warm?"), call("weather", city="Rome"), result("21"), answer("Yes.")]
+    telling = [silent[0], {**silent[1], "content": "I will look."}, *silent[2:]]
+    examples = read_examples([{"messages": m} for m in (silent, telling)], llama31, LONG)
+    reason = "the chat template does not write what messages[1] (assistant) says"
+    assert examples.report.refused == [(2, reason)]
+    assert [example.line for example in examples] == [1]
+
+
+# ---- ChatML ------------------------------------------------------------------------------------
+
+DEFAULT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+@slowly
+@given(first=st.none() | some_text, turns=some_turns)
+def test_chatml_is_learned_to_the_end_of_each_turn(
+    smollm2: tuple[Any, Tokenizer], first: str | None, turns: list[tuple[str, str, bool]]
+) -> None:
+    tokenizer = smollm2[1]
+    wanted: Runs = []
+    context = f"<|im_start|>system\n{first or DEFAULT}<|im_end|>\n"
+    messages = [system(first)] if first else []
+    for asked, said, _ in turns:
+        # A text that begins with a line break would be one token with the break of its header.
+        said = said.lstrip()
+        messages += [user(asked), answer(said)]
+        context += f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+        wanted += [(context, False), (f"{said}<|im_end|>", True)]
+        context = "\n"
+    example = read(tokenizer, messages)
+    assert example.tokens.tolist() == tokenizer.encode("".join(text for text, _ in wanted))
+    ids = [(tokenizer.decode(tokenizer.encode(text)), learned) for text, learned in wanted]
+    assert runs(tokenizer, example) == ids
+
+
+def test_tools_and_calls_are_refused_by_a_template_that_knows_none(
+    smollm2: tuple[Any, Tokenizer],
+) -> None:
+    plain, called = [user("Warm?"), answer("Yes.")], [user("Warm?"), call("weather", city="Rome")]
+    rows: list[dict[str, Any]] = [
+        {"messages": plain},
+        {"messages": plain, "tools": [TOOL]},
+        {"messages": called},
+        {"messages": [*called, result("21"), *plain[1:]], "tools": [TOOL]},
+        {"messages": [*plain, result("21"), *plain]},
+    ]
+    examples = read_examples(rows, smollm2[1], LONG)
+    assert examples.report.refused == [
+        (2, "the chat template does not write the tool 'weather'"),
+        (3, "the chat template does not write the call in messages[1]"),
+        (4, "the chat template does not write the call in messages[1]"),
+    ]
+    assert [example.line for example in examples] == [1, 5]
+
+
+# ---- other templates ---------------------------------------------------------------------------
+
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set first = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (first if loop.first else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+NO_PROMPT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
+# Reasoning is taken out of all turns but the last.
+FORGETS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' %}BEGIN"
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}{{ eos_token }}END"
+    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PLAIN = FORGETS.replace("BEGIN", "").replace("END", "")
+MARKED = FORGETS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
+REASONS = (
+    "what the chat template writes before an answer is not how it begins the text with the answer "
+    "or with all turns, and it has no {% generation %} markers: where the answers begin cannot be "
+    "known"
+)
+# An answer is its calls, or its text.
+CALLS = FORGETS.replace(
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}",
+    "{{ m.tool_calls | tojson if m.tool_calls else m['content'] }}",
+)
+TODAY = "{{ strftime_now('%d %b %Y') }}" + CHAT
+MESSAGES = [user("a"), answer("<think>x</think>b"), user("c"), answer("<think>y</think>d")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tiny")))
+
+
+def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    return tokenizer.with_chat_template(source)
+
+
+def spelled(text: str) -> str:
+    return text.replace("<s>", "<|bos|>").replace("</s>", "<|eos|>")
+
+
+def test_llama_2_s_style_has_one_bos_and_one_eos_to_a_turn(tiny: Tokenizer) -> None:
+    messages = [system("S"), user("a"), answer("b"), user("c"), answer("d")]
+    example = read(with_template(tiny, LLAMA2), messages)
+    assert runs(tiny, example) == [
+        (spelled("<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST]"), False),
+        (spelled(" b </s>"), True),
+        (spelled("<s>[INST] c [/INST]"), False),
+        (spelled(" d </s>"), True),
+    ]
+
+
+def test_rows_that_a_template_refuses_are_named_by_number(tiny: Tokenizer) -> None:
+    good, twice = [user("a"), answer("b")], [user("a"), user("b"), answer("c")]
+    rows = [{"messages": messages} for messages in (twice, good, twice)]
+    examples = read_examples(rows, with_template(tiny, LLAMA2), LONG)
+    reason = "the chat template refuses it: roles must alternate user/assistant/user/assistant/..."
+    assert examples.report.refused == [(1, reason), (3, reason)]
+    assert [example.line for example in examples] == [2]
+
+
+def test_a_damaged_template_says_why(tiny: Tokenizer) -> None:
+    reason = r"\n  row 1: the chat template refuses it: Encountered unknown tag 'nonsense'\.$"
+    with pytest.raises(DataError, match=reason):
+        read(with_template(tiny, "{% nonsense %}"), MESSAGES)
+
+
+def test_a_template_without_a_generation_prompt_leaves_the_header_to_the_model(
+    tiny: Tokenizer,
+) -> None:
+    example = read(with_template(tiny, NO_PROMPT), [user("a"), answer("b"), user("c"), answer("d")])
+    assert runs(tiny, example) == [
+        (spelled("<s><|user|>a</s>"), False),
+        (spelled("<|assistant|>b</s>"), True),
+        (spelled("<|user|>c</s>"), False),
+        (spelled("<|assistant|>d</s>"), True),
+    ]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_number(tiny: Tokenizer) -> None:
+    plain = [user("a"), answer("b"), user("c"), answer("<think>y</think>d")]
+    rows = [{"messages": m} for m in (MESSAGES, plain, MESSAGES[:2], MESSAGES)]
+    examples = read_examples(rows, with_template(tiny, PLAIN), LONG)
+    assert examples.report.refused == [(1, REASONS), (4, REASONS)]
+    assert [learned(tiny, example) for example in examples] == [
+        [spelled("b</s>"), spelled("<think>y</think>d</s>")],
+        [spelled("<think>x</think>b</s>")],
+    ]
+
+
+@pytest.mark.parametrize("dash", ["", "-"])
+def test_generation_markers_show_the_answers_of_a_template_that_rewrites(
+    tiny: Tokenizer, dash: str
+) -> None:
+    marked = with_template(tiny, MARKED.replace("{% generation", "{%" + dash + " generation"))
+    first = (spelled("<s><|user|>a</s><|assistant|>"), False)
+    second = (spelled("<|user|>c</s><|assistant|>"), False)
+    last = (spelled("<think>y</think>d</s>"), True)
+    assert runs(tiny, read(marked, MESSAGES)) == [first, (spelled("b</s>"), True), second, last]
+    unlearned = [*MESSAGES[:3], {**MESSAGES[3], "weight": 0}, user("e"), answer("f")]
+    context = second[0] + spelled("d</s><|user|>e</s><|assistant|>")
+    answers = [(spelled("b</s>"), True), (spelled("f</s>"), True)]
+    assert runs(tiny, read(marked, unlearned)) == [first, answers[0], (context, False), answers[1]]
+
+
+def test_the_end_of_the_last_answer_is_learned_though_no_marker_holds_it(tiny: Tokenizer) -> None:
+    narrow = MARKED.replace("{{ eos_token }}{% endg", "{% endg").replace(
+        "{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"
+    )
+    got = runs(tiny, read(with_template(tiny, narrow), MESSAGES))
+    assert got[1:] == [
+        ("b", True),
+        (spelled("</s><|user|>c</s><|assistant|>"), False),
+        (spelled("<think>y</think>d</s>"), True),
+    ]
+
+
+def test_markers_that_do_not_match_the_answers_are_refused(tiny: Tokenizer) -> None:
+    marks_all = MARKED.replace("m['role'] == 'assistant'", "true")
+    with pytest.raises(DataError, match=r"the chat template marks 4 answers of the 2 there are"):
+        read(with_template(tiny, marks_all), MESSAGES)
+
+
+def test_a_call_that_begins_a_chat_is_learned_by_markers_or_the_chat_refused(
+    tiny: Tokenizer,
+) -> None:
+    messages = [call("weather", city="Rome"), user("b"), answer("c")]
+    marked = CALLS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
+    assert runs(tiny, read(with_template(tiny, marked), messages)) == [
+        (spelled("<s><|assistant|>"), False),
+        (spelled(json.dumps(messages[0]["tool_calls"]) + "</s>"), True),
+        (spelled("<|user|>b</s><|assistant|>"), False),
+        (spelled("c</s>"), True),
+    ]
+    plain = with_template(tiny, CALLS.replace("BEGIN", "").replace("END", ""))
+    rows = [{"messages": m} for m in (messages, messages[1:])]
+    assert read_examples(rows, plain, LONG).report.refused == [(1, REASONS)]
+
+
+def test_the_last_answer_alone_may_be_learned_of_what_is_rewritten(tiny: Tokenizer) -> None:
+    unlearned = [MESSAGES[0], {**MESSAGES[1], "weight": 0}, *MESSAGES[2:]]
+    example = read(with_template(tiny, PLAIN), unlearned)
+    assert runs(tiny, example) == [
+        (spelled("<s><|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>"), False),
+        (spelled("<think>y</think>d</s>"), True),
+    ]
+
+
+def test_a_generation_prompt_that_no_answer_begins_with_is_refused(tiny: Tokenizer) -> None:
+    thinks = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    with pytest.raises(DataError, match=f"\n  row 1: {re.escape(REASONS)}$"):
+        read(with_template(tiny, thinks), [user("a"), answer("b")])
+    example = read(with_template(tiny, thinks), MESSAGES[:2])
+    assert runs(tiny, example)[1] == (spelled("x</think>b</s>"), True)
+
+
+def test_rows_do_not_depend_on_today_s_date(
+    tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = with_template(tiny, TODAY)
+    before = read(dated, [user("a"), answer("b")])
+    assert runs(tiny, before)[0][0] == spelled("<s>26 Jul 2024<|user|>a</s><|assistant|>")
+    now = datetime.datetime.now().strftime("%d %b %Y")
+    assert dated.render_chat([user("a")]) == spelled(f"{now}<|user|>a</s>")
+
+
+@pytest.mark.parametrize("escape", ["messages.__class__.__mro__", "messages.append(1)"])
+def test_a_template_stays_in_its_sandbox(tiny: Tokenizer, escape: str) -> None:
+    with pytest.raises(DataError, match=r"the chat template refuses it: access to attribute"):
+        read(with_template(tiny, "{{ " + escape + " }}" + CHAT), MESSAGES)
+
+
+# ---- data.template -----------------------------------------------------------------------------
+
+INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3"}
+WITH = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
+WITHOUT = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
+
+
+def fill(form: str, **texts: str) -> str:
+    """Fills a form in one pass, so that texts which hold `{input}` stay as they are."""
+    return "".join(texts.get(piece, piece) for piece in form.replace("}", "{").split("{"))
+
+
+@given(st.text(), st.text(min_size=1), st.text())
+def test_an_instruction_is_exactly_one_of_the_two_forms_of_alpaca(
+    tiny: Tokenizer, instruction: str, input: str, output: str
+) -> None:
+    for name in ("auto", "alpaca"):
+        for form, texts in [
+            (WITH, (instruction, input, output)),
+            (WITHOUT, (instruction, "", output)),
+        ]:
+            said = Instruction(*texts)
+            (prompt, asked), (response, answered) = Template(name, CHAT).segments(said, tiny)
+            assert prompt + response == fill(form, **vars(said))
+            assert response == output and not asked and answered
+            assert prompt == alpaca_prompt(said.instruction, said.input)
+
+
+@pytest.mark.parametrize("text", ["{input}", "{}", "{0}", "{{", "{% x %}", "%s", "$x", "\\n"])
+def test_braces_and_other_marks_are_text(tiny: Tokenizer, text: str) -> None:
+    row = {"instruction": text, "input": text, "output": text}
+    (example,) = read_examples([row], tiny)
+    assert runs(tiny, example) == [
+        (f"<|bos|>### Instruction:\n{text}\n\n### Input:\n{text}\n\n### Response:\n", False),
+        (f"{text}<|eos|>", True),
+    ]
+    (example,) = read_examples(
+        [{"messages": [user(text), answer(text)]}], with_template(tiny, CHAT)
+    )
+    assert runs(tiny, example) == [
+        (f"<|bos|><|user|>{text}<|eos|><|assistant|>", False),
+        (f"{text}<|eos|>", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "answered"),
+    [
+        (INSTRUCTION, "Add.\n\n1 2", "3"),
+        ({"instruction": "Add.", "output": "3"}, "Add.", "3"),
+        ({"prompt": "a", "completion": "b"}, "a", "b"),
+    ],
+)
+def test_the_chat_template_may_write_instructions_and_pairs(
+    tiny: Tokenizer, row: dict[str, str], asked: str, answered: str
+) -> None:
+    chatty = with_template(tiny, CHAT)
+    (example,) = read_examples([row], chatty, DataConfig(template="chat"))
+    assert runs(tiny, example) == [
+        (f"<|bos|><|user|>{asked}<|eos|><|assistant|>", False),
+        (f"{answered}<|eos|>", True),
+    ]
+
+
+def test_a_plain_text_is_no_chat(tiny: Tokenizer) -> None:
+    chatty = with_template(tiny, CHAT)
+    (example,) = read_examples([{"text": "a b"}], chatty, DataConfig(template="chat"))
+    assert runs(tiny, example) == [("<|bos|>", False), ("a b<|eos|>", True)]
+
+
+def test_without_a_choice_only_messages_are_written_by_the_chat_template(tiny: Tokenizer) -> None:
+    chatty = with_template(tiny, CHAT)
+    for row, begin in [
+        (INSTRUCTION, "<|bos|>### Instruction:"),
+        ({"prompt": "a", "completion": "b"}, "<|bos|>a"),
+        ({"prompt": [user("a")], "completion": [answer("b")]}, "<|bos|><|user|>a"),
+        ({"conversations": [user("a"), answer("b")]}, "<|bos|><|user|>a"),
+    ]:
+        (example,) = read_examples([row], chatty)
+        assert tiny.decode(example.tokens).startswith(begin)
+
+
+def test_a_file_may_hold_the_chat_template(tiny: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        "«{{ messages[0]['content'] }}»\n{% for m in messages[1:] %}\n    {% if true %}\n"
+        "{{ m['content'] }}{% endif %}\n{% endfor %}\n",
+        encoding="utf-8",
+    )
+    config = DataConfig(template=str(path))
+    for row in (INSTRUCTION, {"messages": [user("Add.\n\n1 2"), answer("3")]}):
+        (example,) = read_examples([row], with_template(tiny, CHAT), config)
+        assert runs(tiny, example) == [("<|bos|>«Add.\n\n1 2»\n", False), ("3<|eos|>", True)]
+
+
+def test_a_template_that_cannot_be_read_names_the_field(tiny: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
+    for path in (tmp_path / "none.jinja", tmp_path, tmp_path / "bytes.jinja"):
+        with pytest.raises(ConfigError) as caught:
+            read_examples([INSTRUCTION], tiny, DataConfig(template=str(path)))
+        assert str(caught.value).startswith(
+            "data.template must be auto, alpaca, chat or a file with a chat template; "
+            f"'{path}' cannot be read: "
+        )
+
+
+def test_a_model_without_a_chat_template_says_what_to_do(tiny: Tokenizer) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_examples([INSTRUCTION], tiny, DataConfig(template="chat"))
+    assert str(caught.value) == (
+        "data.template=chat, but the model has no chat template; name a file with one"
+    )
+    with pytest.raises(DataError) as caught:
+        read_examples([{"messages": MESSAGES}], tiny)
+    assert str(caught.value).splitlines()[1:] == [
+        "  row 1: the model has no chat template: set data.template to alpaca or to a file"
+    ]
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+def test_alpaca_cannot_write_chats(tiny: Tokenizer, form: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DataConfig(template="alpaca", format=form)
+    assert str(caught.value) == (
+        f"data.template=alpaca cannot write rows of data.format={form}; set data.template=chat"
+    )
+    field = {"messages": "messages", "sharegpt": "conversations"}[form]
+    with pytest.raises(ConfigError) as caught:
+        read_examples([{field: MESSAGES}], tiny, DataConfig(template="alpaca"))
+    assert str(caught.value) == (
+        f"rows holds {form}, which data.template=alpaca cannot write; set data.template=chat"
+    )

@@ -1,0 +1,561 @@
+"""Stretches of text become ids and a mask by construction, here and in worker processes."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tiny_folder import write_tokenizer
+
+from mlx_qlora.data import encode
+from mlx_qlora.data.encode import (
+    Chunk,
+    Encoded,
+    Recipe,
+    TooLong,
+    chunks,
+    default_workers,
+    encode_chunks,
+    encode_prompt,
+    encode_rows,
+    fit,
+)
+from mlx_qlora.data.read import DataConfig, read_examples
+from mlx_qlora.data.rows import Segments, Template
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.errors import DataError
+
+NAMES = ["tiny", "tiny_without_bos", "smollm2", "llama31", "sentencepiece"]
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Tokenizer], llama31: Tokenizer
+) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "tiny": load_tokenizer(write_tokenizer(folder / "tiny")),
+        "tiny_without_bos": load_tokenizer(write_tokenizer(folder / "without", bos=False)),
+        "smollm2": smollm2[1],
+        "llama31": llama31,
+        "sentencepiece": load_tokenizer(write_sentencepiece(folder / "sentencepiece")),
+    }
+
+
+@pytest.fixture(params=NAMES, scope="module")
+def tokenizer(request: pytest.FixtureRequest, made: dict[str, Tokenizer]) -> Tokenizer:
+    return made[request.param]
+
+
+@pytest.fixture(scope="module")
+def tiny(made: dict[str, Tokenizer]) -> Tokenizer:
+    return made["tiny"]
+
+
+def write_sentencepiece(folder: Path) -> Path:
+    """As Llama 2's: BPE with byte fallback and a dummy prefix."""
+    import sentencepiece
+
+    folder.mkdir()
+    corpus = folder / "corpus.txt"
+    words = "the quick brown fox jumps over the lazy dog and the capital of France is Paris"
+    corpus.write_text("\n".join(words[i:] for i in range(len(words))))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder
+
+
+def encode(tokenizer: Tokenizer, segments: Segments) -> Encoded:
+    return encode_rows(tokenizer, [segments])[0]
+
+
+def bos(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+
+
+def learned_of(row: Encoded) -> list[int]:
+    return row.ids[row.learned].tolist()
+
+
+# SmolLM2 lacks control characters and the highest planes; U+2581 is SentencePiece's space.
+characters = st.characters(
+    min_codepoint=32,
+    max_codepoint=0x1FFFF,
+    exclude_categories=["Cs", "Cc"],
+    exclude_characters="\u2581",
+)
+words = st.sampled_from(["the", " fox", " ", "Par", "is", "\n", "a", "12", "é", "日", ".", "  "])
+some_text = st.one_of(
+    st.lists(words, min_size=1).map("".join), st.text(characters, min_size=1)
+).filter(lambda text: not re.search(r"<\|?/?\w+\|?>", text))  # which may spell a special token
+rows = st.lists(st.tuples(some_text, st.booleans()), min_size=1, max_size=6)
+slowly = settings(deadline=None, max_examples=60)
+
+
+# ---- masks and ids by construction -------------------------------------------------------------
+
+
+@slowly
+@given(prompt=some_text, answer=some_text)
+def test_a_prompt_has_the_ids_it_is_asked_with_and_the_rest_is_learned(
+    tokenizer: Tokenizer, prompt: str, answer: str
+) -> None:
+    row = encode(tokenizer, [(prompt, False), (answer, True)])
+    alone, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
+    context = encode_prompt(tokenizer, prompt)
+    assert row.ids[: row.context].tolist() == context == bos(tokenizer) + alone
+    assert row.learned.tolist() == [i >= len(context) for i in range(len(row.ids))]
+    assert row.ids[-1] == tokenizer.eos_id and row.ids.dtype == np.int32
+    if whole[: len(alone)] == alone:
+        assert row.ids.tolist() == [*bos(tokenizer), *whole, tokenizer.eos_id]
+
+
+@slowly
+@given(segments=rows)
+def test_the_text_of_a_row_is_kept_and_exactly_its_answers_are_learned(
+    tokenizer: Tokenizer, segments: Segments
+) -> None:
+    row = encode(tokenizer, segments)
+    if not any(learned for _, learned in segments):
+        assert len(row.ids) == 0
+        return
+    while not segments[-1][1]:
+        segments = segments[:-1]
+    first = bos(tokenizer)
+    assert row.ids[: len(first)].tolist() == first
+    assert row.ids[-1] == tokenizer.eos_id and row.learned[-1]
+    assert not row.learned[0]
+    if segments[0][1]:
+        assert row.context == len(first)
+    if segments[0][1] and not first:  # nothing stands before its first id
+        row.learned[0] = True
+    got, before = [], ""
+    for end in range(1, len(row.ids)):
+        if row.learned[end] != row.learned[end - 1] or end == len(row.ids) - 1:
+            whole = tokenizer.decode(row.ids[len(first) : end])
+            got += [(whole[len(before) :], bool(row.learned[end - 1]))]
+            before = whole
+    assert [run for run in got if run[0]] == joined(segments)
+
+
+def joined(segments: Segments) -> Segments:
+    """Neighbours of one kind together."""
+    made: Segments = []
+    for text, learned in segments:
+        if made and made[-1][1] == learned:
+            text = made.pop()[0] + text
+        made.append((text, learned))
+    return made
+
+
+def test_half_a_character_becomes_the_replacement_character(tiny: Tokenizer) -> None:
+    segments = [("a\ud83d", False), ("\ude00b", True)]
+    row = encode(tiny, segments)
+    assert tiny.decode(row.ids[1:-1]) == "a\ufffd\ufffdb"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "answer"),
+    [
+        ("tiny", "quick bro", "wn"),
+        ("llama31", "Par", "is"),
+        ("llama31", "1", "23"),
+        ("smollm2", "Par", "is"),
+        ("smollm2", "  ", "x"),
+        ("tiny", "<|e", "os|>"),
+    ],
+)
+def test_a_token_that_would_straddle_the_border_is_cut_there(
+    made: dict[str, Tokenizer], name: str, prompt: str, answer: str
+) -> None:
+    tokenizer = made[name]
+    before, behind = tokenizer.encode(prompt), tokenizer.encode(answer)
+    assert tokenizer.encode(prompt + answer) != before + behind
+    row = encode(tokenizer, [(prompt, False), (answer, True)])
+    assert row.ids.tolist() == [*bos(tokenizer), *before, *behind, tokenizer.eos_id]
+    assert learned_of(row) == [*behind, tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("prompt", ["is\n", "is ", "quick bro", "the capital of France is Pa", "("])
+@pytest.mark.parametrize("answer", ["Paris", "wn", "ris", " Paris", "  is", "é"])
+def test_an_answer_does_not_begin_with_the_space_of_a_text_of_its_own(
+    made: dict[str, Tokenizer], prompt: str, answer: str
+) -> None:
+    tokenizer = made["sentencepiece"]
+    row = encode(tokenizer, [(prompt, False), (answer, True)])
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
+    if whole[: len(before)] == before:
+        behind = whole[len(before) :]
+    else:  # a token straddles the border: the ids are those behind a line break
+        behind = tokenizer.encode("\n" + answer)[len(tokenizer.encode("\n")) :]
+    assert row.ids.tolist() == [*bos(tokenizer), *before, *behind, tokenizer.eos_id]
+    assert learned_of(row) == [*behind, tokenizer.eos_id]
+    assert tokenizer.decode(row.ids[1:-1]) == prompt + answer
+    if not answer.startswith(" "):
+        assert behind != tokenizer.encode(answer)
+
+
+def test_behind_a_special_token_an_answer_is_a_text_of_its_own(made: dict[str, Tokenizer]) -> None:
+    tokenizer = made["sentencepiece"]
+    for answer in ("Paris", " Paris", "\nis"):
+        row = encode(tokenizer, [("is</s>", False), (answer, True)])
+        whole = tokenizer.encode(f"is</s>{answer}")
+        assert row.ids.tolist() == [*bos(tokenizer), *whole, tokenizer.eos_id]
+        assert learned_of(row) == [*tokenizer.encode(answer), tokenizer.eos_id]
+
+
+@settings(deadline=None, max_examples=500)
+@given(prompt=some_text, completion=some_text)
+def test_a_prompt_and_its_completion_come_back_from_sentencepiece(
+    made: dict[str, Tokenizer], prompt: str, completion: str
+) -> None:
+    """Also where a token straddles the border: no space is invented there, and none lost."""
+    tokenizer = made["sentencepiece"]
+    row = encode(tokenizer, [(prompt, False), (completion, True)])
+    ids = row.ids.tolist()
+    assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+    assert ids[1 : row.context] == tokenizer.encode(prompt)
+    assert tokenizer.decode(ids[1:-1]) == prompt + completion
+    assert tokenizer.decode([*tokenizer.encode("|"), *ids[row.context : -1]]) == f"|{completion}"
+
+
+# ---- beginnings and ends -----------------------------------------------------------------------
+
+
+def shown(tokenizer: Tokenizer, segments: Segments) -> tuple[str, str]:
+    """All of a row as text, and what of it is learned."""
+    row = encode(tokenizer, segments)
+    return tokenizer.decode(row.ids), tokenizer.decode(learned_of(row))
+
+
+@pytest.mark.parametrize(
+    ("segments", "whole", "learned"),
+    [
+        ([("x", False), ("y", True)], "<bos>xy<eos>", "y<eos>"),
+        ([("<bos>x", False), ("y", True)], "<bos>xy<eos>", "y<eos>"),
+        ([("y", True)], "<bos>y<eos>", "y<eos>"),
+        ([("<bos>y", True)], "<bos>y<eos>", "y<eos>"),
+        ([("", False), ("y", True)], "<bos>y<eos>", "y<eos>"),
+        ([("x", False), ("y<eos>", True)], "<bos>xy<eos>", "y<eos>"),
+        ([("x", False), ("y<eos>\n ", True)], "<bos>xy<eos>", "y<eos>"),
+        ([("x", False), ("y\n", True)], "<bos>xy\n<eos>", "y\n<eos>"),
+        ([("x", False), ("y<eos>z", True)], "<bos>xy<eos>z<eos>", "y<eos>z<eos>"),
+        ([("x", False), ("y<eos>z<eos>\n", True)], "<bos>xy<eos>z<eos>", "y<eos>z<eos>"),
+        ([("x", False), ("y", True), ("z", False)], "<bos>xy<eos>", "y<eos>"),
+        (
+            [("x", False), ("y<eos>\n", True), ("z", False), ("w<eos>\n", True)],
+            "<bos>xy<eos>\nzw<eos>",
+            "y<eos>w<eos>",
+        ),
+        ([("x", False), ("y", True), ("z", False), ("w", True)], "<bos>xyzw<eos>", "yw<eos>"),
+        ([("x", False), ("", True)], "", ""),
+    ],
+)
+def test_a_row_has_one_beginning_and_a_learned_end(
+    tiny: Tokenizer, segments: Segments, whole: str, learned: str
+) -> None:
+    def spelled(text: str) -> str:
+        return text.replace("<bos>", "<|bos|>").replace("<eos>", "<|eos|>")
+
+    written = [(spelled(text), is_learned) for text, is_learned in segments]
+    assert shown(tiny, written) == (spelled(whole), spelled(learned))
+
+
+def test_any_token_that_ends_a_turn_is_an_end(llama31: Tokenizer) -> None:
+    for end in ("<|eot_id|>", "<|end_of_text|>"):
+        assert shown(llama31, [("x", False), (f"y{end}", True)])[1] == f"y{end}"
+
+
+def test_rows_of_a_batch_do_not_touch_each_other(tiny: Tokenizer) -> None:
+    batch: list[Segments] = [
+        [("x", False), ("", True)],
+        [("a", True)],
+        [("", False)],
+        [("the", False), ("", False), (" fox", True), ("!", False), ("b", True)],
+    ]
+    together = encode_rows(tiny, batch)
+    for row, segments in zip(together, batch):
+        alone = encode(tiny, segments)
+        assert row.ids.tolist() == alone.ids.tolist()
+        assert row.learned.tolist() == alone.learned.tolist() and row.context == alone.context
+
+
+def test_a_prompt_gets_one_bos_if_the_model_expects_one(tokenizer: Tokenizer) -> None:
+    plain = tokenizer.encode("the fox")
+    assert encode_prompt(tokenizer, "the fox") == bos(tokenizer) + plain
+    if tokenizer.adds_bos:
+        spelled = tokenizer.special_tokens["bos_token"] + "the fox"
+        assert encode_prompt(tokenizer, spelled) == tokenizer.encode(spelled)
+        assert encode_prompt(tokenizer, spelled).count(tokenizer.bos_id) == 1
+
+
+# ---- lengths -----------------------------------------------------------------------------------
+
+
+def cut_slowly(
+    row: list[tuple[int, bool]], context: int, most: int, truncation: str
+) -> list[tuple[int, bool]] | None:
+    """The row within `most` ids, one id at a time; None if it is refused."""
+    row = list(row)
+    if len(row) > most and truncation in ("drop", "error"):
+        return None
+    if len(row) > most and truncation == "right":
+        row = row[:most]
+        while row and not row[-1][1]:  # context that no answer follows
+            row.pop()
+    while len(row) > most:
+        if context <= 1:  # something must stand before the first id of the answer
+            return None
+        del row[int(row[0][0] == 0)]  # the oldest id behind the BOS, whose id is 0
+        context -= 1
+        row[0] = (row[0][0], False)
+    return row if any(learned for _, learned in row) else None
+
+
+@slowly
+@given(
+    has_bos=st.booleans(),
+    before=st.lists(st.just(False), max_size=8),
+    behind=st.lists(st.booleans(), max_size=8),
+    most=st.integers(2, 18),
+    truncation=st.sampled_from(["left-context", "right", "drop", "error"]),
+)
+def test_a_row_is_cut_as_one_would_by_hand(
+    tiny: Tokenizer,
+    has_bos: bool,
+    before: list[bool],
+    behind: list[bool],
+    most: int,
+    truncation: str,
+) -> None:
+    learned = [*([False] if has_bos else []), *before, True, *behind]
+    learned[0] = False
+    context = len(learned) - len(behind) - 1
+    ids = [0 if has_bos and not i else 10 + i for i in range(len(learned))]
+    wanted = cut_slowly(list(zip(ids, learned)), context, most, truncation)
+    row = Encoded(np.array(ids, np.int32), np.array(learned), context)
+    if wanted is None:
+        with pytest.raises(DataError) as caught:
+            fit(row, tiny, most, truncation)
+        too_long = len(ids) > most and truncation == "error"
+        assert isinstance(caught.value, TooLong) == too_long
+        return
+    got = fit(row, tiny, most, truncation)
+    assert list(zip(got.ids.tolist(), got.learned.tolist())) == wanted
+    assert got.cut == len(ids) - len(wanted)
+    assert got.context == context - (got.cut if truncation == "left-context" else 0)
+
+
+def row_of(context: int, answer: int) -> Encoded:
+    n = context + answer
+    return Encoded(np.arange(10, 10 + n, dtype=np.int32), np.arange(n) >= context, context)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "kind", "reason"),
+    [
+        (
+            "left-context",
+            DataError,
+            "9 tokens, of which 6 from the first answer on: longer than max_length 5; "
+            "truncation=right would cut the end",
+        ),
+        ("drop", DataError, "9 tokens, longer than max_length 5"),
+        (
+            "error",
+            TooLong,
+            "9 tokens, longer than max_length 5; shorten it, or set data.truncation",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_cut_says_why(
+    tiny: Tokenizer, truncation: str, kind: type[DataError], reason: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        fit(row_of(3, 6), tiny, 5, truncation)
+    assert type(caught.value) is kind and str(caught.value) == reason
+
+
+@pytest.mark.parametrize(("most", "kept"), [(9, 9), (8, 6), (7, 6), (6, 6), (5, 5), (4, 4), (3, 0)])
+def test_the_right_cut_drops_the_context_that_no_answer_follows(
+    tiny: Tokenizer, most: int, kept: int
+) -> None:
+    """Three ids of context, three of an answer, two of context, the end of an answer."""
+    learned = np.array([False] * 3 + [True] * 3 + [False] * 2 + [True])
+    row = Encoded(np.arange(10, 19, dtype=np.int32), learned, 3)
+    if not kept:
+        with pytest.raises(DataError, match=rf"^no supervised token within max_length {most}$"):
+            fit(row, tiny, most, "right")
+        return
+    got = fit(row, tiny, most, "right")
+    assert got.ids.tolist() == list(range(10, 10 + kept))
+    assert got.learned.tolist() == learned[:kept].tolist()
+    assert (got.context, got.cut) == (3, 9 - kept)
+
+
+def test_the_left_cut_keeps_one_id_before_the_answer(tiny: Tokenizer) -> None:
+    without = fit(row_of(3, 6), tiny, 7, "left-context")
+    assert without.ids.tolist() == list(range(12, 19)) and without.context == 1
+    assert without.learned.tolist() == [False] + [True] * 6
+    row = Encoded(np.array([0, 11, 12, 13, 14], np.int32), np.arange(5) >= 3, 3)  # behind a BOS
+    got = fit(row, tiny, 3, "left-context")
+    assert got.ids.tolist() == [0, 13, 14] and got.learned.tolist() == [False, True, True]
+    for whole, most, end in ((row_of(3, 6), 6, 6), (row, 2, 2)):
+        reason = (
+            f"{len(whole.ids)} tokens, of which {end} from the first answer on: longer than "
+            f"max_length {most}; truncation=right would cut the end"
+        )
+        with pytest.raises(DataError, match=f"^{reason}$"):
+            fit(whole, tiny, most, "left-context")
+
+
+def test_a_row_without_anything_to_learn_says_so(tiny: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"^no supervised token within max_length 3$"):
+        fit(row_of(3, 2), tiny, 3, "right")
+    with pytest.raises(DataError, match=r"^no supervised token$"):
+        fit(row_of(3, 0), tiny, 5, "right")
+    with pytest.raises(DataError, match=r"^no supervised token$"):
+        fit(encode(tiny, [("x", False)]), tiny, 5, "left-context")
+
+
+# ---- worker processes --------------------------------------------------------------------------
+
+
+def raw_rows(n: int) -> Iterator[tuple[int, bytes]]:
+    """Every third is bad in a way of its own, every seventh is long."""
+    for i in range(1, n + 1):
+        answer = "is" * (130 if i % 7 == 0 else 1)
+        good = b'{"prompt": "the fox %d", "completion": "%s"}' % (i, answer.encode())
+        yield i, b'{"prompt": "%d", "x": 1}' % i if i % 3 == 0 else good
+
+
+def recipe(truncation: str = "drop", train_on: str = "response") -> Recipe:
+    return Recipe(Template("auto", None), train_on, 60, truncation)
+
+
+def work(n: int) -> Iterator[Chunk]:
+    for file, name in enumerate(("a", "b")):
+        yield from chunks(file, name, "prompt_completion", raw_rows(n))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Chunks of some rows, and workers after the first; holds the rows done in this process."""
+    done: list[int] = []
+    encode_chunk = encode.encode_chunk
+
+    def counted(chunk: Chunk, *how: Any) -> encode.Made:
+        done.append(len(chunk.rows))
+        return encode_chunk(chunk, *how)
+
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 600)
+    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
+    monkeypatch.setattr(encode, "encode_chunk", counted)
+    return done
+
+
+@pytest.mark.parametrize("name", ["tiny", "sentencepiece", "smollm2"])
+def test_workers_make_the_same_of_every_chunk_in_the_same_order(
+    made: dict[str, Tokenizer], small_chunks: list[int], name: str
+) -> None:
+    here = list(encode_chunks(work(100), made[name], recipe(), 0))
+    n_chunks = len(small_chunks)
+    assert n_chunks > 10 and sum(small_chunks) == 200
+    small_chunks.clear()
+    there = list(encode_chunks(work(100), made[name], recipe(), 2))
+    assert len(small_chunks) == 1
+    assert len(there) == n_chunks
+    for a, b in zip(here, there):
+        assert a.piece.tokens.tobytes() == b.piece.tokens.tobytes()
+        assert a.piece.rows.tobytes() == b.piece.rows.tobytes()
+        assert (a.refused, a.read, a.chunk) == (b.refused, b.read, b.chunk)
+        assert a.chunk.rows == []
+        starts = np.cumsum([0, *a.piece.rows["length"]])
+        assert [*a.piece.rows["start"], len(a.piece.tokens)] == starts.tolist()
+    refused = [line for chunk in there for line, _ in chunk.refused]
+    assert refused == 2 * [i for i in range(1, 101) if i % 3 == 0 or i % 7 == 0]
+
+
+def test_a_file_read_by_workers_is_the_file_read_here(
+    tiny: Tokenizer, tmp_path: Path, small_chunks: list[int]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(row for _, row in raw_rows(200)))
+
+    def read(**how: Any) -> Any:
+        config = DataConfig(max_length=60, truncation="drop", cache_dir=None, **how)
+        small_chunks.clear()
+        examples = read_examples(path, tiny, config)
+        report = examples.report
+        lines = [example.line for example in examples]
+        return examples.digest, lines, report.refused, report.tokens, report.supervised
+
+    assert read(num_workers=0) == read(num_workers=1) and len(small_chunks) > 10
+    wanted = read(num_workers=0)
+    assert read(num_workers=2) == wanted and len(small_chunks) == 1
+    assert read(num_workers=2, train_on="all")[1:3] == wanted[1:3]
+
+
+def test_a_row_that_is_too_long_stops_the_workers_with_its_place(
+    tiny: Tokenizer, small_chunks: list[int]
+) -> None:
+    rows = ((i, b'{"text": "%s"}' % (b"is" * (200 if i == 170 else 1))) for i in range(1, 300))
+    with pytest.raises(DataError) as caught:
+        list(encode_chunks(chunks(0, "a", "text", rows), tiny, recipe("error"), 2))
+    assert str(caught.value) == (
+        "a:170: 202 tokens, longer than max_length 60; shorten it, or set data.truncation"
+    )
+    assert len(small_chunks) == 1
+
+
+def test_a_file_that_breaks_off_stops_the_workers(tiny: Tokenizer, small_chunks: list[int]) -> None:
+    def broken() -> Iterator[Chunk]:
+        yield from work(30)
+        raise DataError("damaged")
+
+    with pytest.raises(DataError, match=r"^damaged$"):
+        list(encode_chunks(broken(), tiny, recipe(), 2))
+    assert len(small_chunks) == 1
+
+
+def test_all_of_a_row_but_its_first_id_is_learned_if_asked(tiny: Tokenizer) -> None:
+    (made,) = encode_chunks(chunks(0, "a", "auto", raw_rows(1)), tiny, recipe(train_on="all"), 0)
+    stored = made.piece.tokens
+    assert [bool(i < 0) for i in stored] == [False] + [True] * (len(stored) - 1)
+    assert tiny.decode(np.where(stored < 0, ~stored, stored)) == "<|bos|>the fox 1is<|eos|>"
+
+
+def test_chunks_end_at_a_size_or_a_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(encode, "CHUNK_ROWS", 3)
+    sizes = [4, 4, 4, 1, 1, 1, 1, 30, 2]
+    rows = [(i, b"x" * size) for i, size in enumerate(sizes)]
+    made = list(chunks(2, "name", "text", iter(rows)))
+    assert [[len(raw) for _, raw in chunk.rows] for chunk in made] == [
+        [4, 4, 4],
+        [1, 1, 1],
+        [1, 30],
+        [2],
+    ]
+    assert [chunk.size for chunk in made] == [12, 3, 31, 2]
+    assert [row for chunk in made for row in chunk.rows] == rows
+    assert {(chunk.file, chunk.name, chunk.form) for chunk in made} == {(2, "name", "text")}
+    assert list(chunks(0, "name", "text", iter([]))) == []
+
+
+def test_there_is_at_least_one_worker_and_no_more_than_cores() -> None:
+    assert 1 <= default_workers() <= (os.cpu_count() or 1)

@@ -1,0 +1,353 @@
+"""Packed rows: how full they are, and that they train exactly what their documents would alone."""
+
+import sys
+from collections.abc import Callable, Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from support.grad_sums import add_grads
+from support.models import TINY, load_folder, our_logits, random_tokens, randomise_lora
+from support.tiny_folder import write_model
+
+import mlx_qlora as mq
+from mlx_qlora.data import batches
+from mlx_qlora.data.batches import IGNORE, Batch, collate, make_batches
+from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.model.lora import LoraConfig, add_lora
+from mlx_qlora.train.engine import loss_and_grads
+
+Rows = list[list[int]]  # positions of each document of each row
+WIDTH = 48
+
+# ---- how rows are filled -----------------------------------------------------------------------
+
+
+def pack(lengths: list[int], width: int, seed: int = 0) -> list[list[int]]:
+    rows = batches.pack(np.array(lengths), width, np.random.default_rng(seed))
+    return [row.tolist() for row in rows]
+
+
+def fill(lengths: list[int], width: int, choose: Callable[[list[int]], int]) -> list[int]:
+    """Free positions of each row, the longest document first, each where `choose` says."""
+    free: list[int] = []
+    for n in sorted(lengths, reverse=True):
+        if fitting := [room for room in free if room >= n]:
+            free[free.index(choose(fitting))] -= n
+        else:
+            free.append(width - n)
+    return free
+
+
+def first_fit(fitting: list[int]) -> int:
+    return fitting[0]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200), st.integers(0, 3))
+def test_every_document_is_in_one_row_and_no_row_is_over_its_width(
+    lengths: list[int], seed: int
+) -> None:
+    rows = pack(lengths, 64, seed)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 64
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200), st.integers(0, 3))
+def test_rows_are_as_full_as_those_of_a_plain_best_fit(lengths: list[int], seed: int) -> None:
+    made = [64 - sum(lengths[i] for i in row) for row in pack(lengths, 64, seed)]
+    assert sorted(made) == sorted(fill(lengths, 64, min))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "short", "long", "lognormal"])
+def test_no_more_rows_than_first_fit_needs_and_a_hundredth(kind: str) -> None:
+    random = np.random.default_rng(0)
+    lengths = {
+        "uniform": random.integers(1, 513, 1500),
+        "short": random.integers(1, 60, 1500),
+        "long": random.integers(200, 513, 1500),
+        "lognormal": np.clip(random.lognormal(5, 0.8, 1500), 1, 512).astype(int),
+    }[kind].tolist()
+    n_rows = len(pack(lengths, 512))
+    assert n_rows <= 1.01 * len(fill(lengths, 512, first_fit)) + 1
+    assert n_rows >= sum(lengths) / 512
+
+
+@pytest.mark.parametrize("n", [1, 10, 15, 16, 24, 25, 95, 1004])
+def test_windows_are_of_equal_size_and_hold_everything_in_order(
+    monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    monkeypatch.setattr(batches, "PACKING_WINDOW", 10)
+    windows = [window.tolist() for window in batches._windows(np.arange(n))]
+    assert [i for window in windows for i in window] == list(range(n))
+    sizes = [len(window) for window in windows]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= 15
+    assert len(sizes) == 1 or min(sizes) >= 6
+
+
+def test_documents_share_rows_within_a_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "PACKING_WINDOW", 10)
+    shuffled = np.random.default_rng(3).permutation(100).tolist()
+    rows = pack([1] * 100, 1000, seed=3)
+    assert [sorted(row) for row in rows] == [
+        sorted(shuffled[i : i + 10]) for i in range(0, 100, 10)
+    ]
+
+
+# ---- packed is the same as one by one ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(hf_tiny: tuple[Any, Path]) -> Any:
+    """Random, with Llama 3.1's RoPE; tests do not change it."""
+    ours = load_folder(hf_tiny[1])
+    add_lora(ours, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3), seed=5)
+    randomise_lora(ours)
+    return ours
+
+
+def documents_of(rows: Rows, seed: int) -> list[list[Example]]:
+    """Random documents of so many positions (tokens but the last), half of them learned."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for row in rows:
+        made.append([])
+        for n in row:
+            tokens = draw.integers(0, TINY["vocab_size"], n + 1).astype(np.int32)
+            learned = draw.random(n + 1) < 0.5
+            learned[[0, -1]] = False, True
+            made[-1].append(Example(tokens, learned))
+    return made
+
+
+def alone(document: Example) -> Batch:
+    """A batch of one document, without padding, made without the library's own `collate`."""
+    labels = np.where(document.learned[1:], document.tokens[1:], IGNORE)
+    return Batch(mx.array(document.tokens[None, :-1]), mx.array(labels[None]))
+
+
+def one_by_one(model: Any, documents: Iterable[Example]) -> tuple[float, int, Any]:
+    """Sums over documents that never met."""
+    nats, count, total = 0.0, 0, None
+    for document in documents:
+        loss, n, grads = loss_and_grads(model, alone(document), recompute="none")
+        nats, count, total = nats + loss.item(), count + n, add_grads(total, grads)
+        mx.eval(total)
+    return nats, count, total
+
+
+def gap(first: Any, second: Any) -> float:
+    """The largest difference of two gradient trees, relative to the largest gradient."""
+    pairs = [(np.array(a), np.array(b)) for (_, a), (_, b) in both(first, second)]
+    return max(abs(a - b).max() for a, b in pairs) / max(abs(a).max() for a, _ in pairs)
+
+
+def both(first: Any, second: Any) -> list[Any]:
+    pairs = list(zip(tree_flatten(first), tree_flatten(second)))
+    assert pairs and all(a[0] == b[0] for a, b in pairs)
+    return pairs
+
+
+def is_real(batch: Batch) -> np.ndarray:
+    real = np.zeros(batch.tokens.shape, bool)
+    for row, start, end in batch.documents.tolist():
+        real[row, start:end] = True
+    return real
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> Rows:
+    """One to three rows, full to the brim or not."""
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        row, room = [], WIDTH
+        while room and (n := draw(st.integers(0, 20))) > 0:
+            row.append(min(n, room))
+            room -= row[-1]
+        rows.append(row or [WIDTH])
+    return rows
+
+
+EXTREMES: list[Rows] = [
+    [[1] * WIDTH],  # documents of two tokens, to the brim
+    [[1, 2, 3, 4, 5, 6, 7, 8], [8, 9, 8]],  # around the fewest that attention is fused for
+    [[WIDTH], [20, 28], [1]],
+    [[WIDTH - 1, 1], [1, WIDTH - 1]],
+    [[10], [3, 4]],  # padding within the batch, and at its end
+]
+with_model = settings(max_examples=15, deadline=None)
+
+
+def extremes(test: Any) -> Any:
+    for rows in EXTREMES:
+        test = example(rows=rows, seed=0)(test)
+    return test
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@with_model
+@extremes
+@given(rows=packed_rows(), seed=st.integers(0, 9))
+def test_packed_loss_and_gradients_are_the_sums_of_the_documents_alone(
+    model: Any, recompute: str, rows: Rows, seed: int
+) -> None:
+    documents = documents_of(rows, seed)
+    batch = collate(documents, WIDTH)
+    loss, n_tokens, grads = loss_and_grads(model, batch, recompute=recompute)
+    nats, count, total = one_by_one(model, chain(*documents))
+    assert n_tokens == count
+    assert loss.item() == pytest.approx(nats, rel=2e-6)
+    assert gap(total, grads) < 1e-5
+
+
+@with_model
+@extremes
+@given(rows=packed_rows(), seed=st.integers(0, 9))
+def test_packed_logits_are_those_of_each_document_alone(model: Any, rows: Rows, seed: int) -> None:
+    documents = documents_of(rows, seed)
+    batch = collate(documents, WIDTH)
+    packed = np.array(model(batch.tokens, documents=batch.documents))
+    assert np.isfinite(packed).all()
+    for document, (row, start, end) in zip(chain(*documents), batch.documents.tolist()):
+        single = our_logits(model, document.tokens[None, :-1])[0]
+        np.testing.assert_allclose(packed[row, start:end], single, rtol=0, atol=2e-5)
+
+
+def test_a_row_taken_for_one_document_is_something_else(model: Any) -> None:
+    """The control: where the borders are not told, the documents see each other."""
+    documents = documents_of([[20, 28]], 0)
+    batch = collate(documents, WIDTH)
+    whole = Batch(batch.tokens, batch.labels)
+    nats, _, total = one_by_one(model, documents[0])
+    loss, _, grads = loss_and_grads(model, whole)
+    assert abs(loss.item() - nats) > 1
+    assert gap(total, grads) > 0.1
+
+
+@with_model
+@extremes
+@given(rows=packed_rows(), seed=st.integers(0, 9))
+def test_recomputed_layers_draw_the_same_dropout_on_packed_rows(
+    model: Any, rows: Rows, seed: int
+) -> None:
+    batch = collate(documents_of(rows, seed), WIDTH)
+    key = mx.random.key(seed)
+    loss, _, grads = loss_and_grads(model, batch, key, recompute="none")
+    for recompute in ("all", 1):
+        again, _, again_grads = loss_and_grads(model, batch, key, recompute=recompute)
+        assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert gap(grads, again_grads) < 1e-5
+    assert loss.item() != loss_and_grads(model, batch)[0].item()
+
+
+@with_model
+@extremes
+@given(rows=packed_rows(), seed=st.integers(0, 9))
+def test_whatever_stands_in_the_padding_changes_nothing(model: Any, rows: Rows, seed: int) -> None:
+    batch = collate(documents_of(rows, seed), WIDTH + 16)
+    junk = random_tokens(*batch.tokens.shape, seed=seed)
+    filled = np.where(is_real(batch), np.array(batch.tokens), junk)
+    other = Batch(mx.array(filled), batch.labels, batch.documents)
+    loss, _, grads = loss_and_grads(model, batch)
+    filled_loss, _, filled_grads = loss_and_grads(model, other)
+    assert filled_loss.item() == loss.item()
+    assert all(mx.array_equal(a, b).item() for (_, a), (_, b) in both(grads, filled_grads))
+
+
+@with_model
+@extremes
+@given(rows=packed_rows(), seed=st.integers(0, 9))
+def test_a_document_s_tokens_reach_no_other_document(model: Any, rows: Rows, seed: int) -> None:
+    batch = collate(documents_of(rows, seed), WIDTH)
+    before = np.array(model(batch.tokens, documents=batch.documents))
+    chosen = np.random.default_rng(seed).integers(len(batch.documents))
+    row, start, end = batch.documents[chosen].tolist()
+    tokens = np.array(batch.tokens)
+    tokens[row, start:end] = (tokens[row, start:end] + 1) % TINY["vocab_size"]
+    after = np.array(model(mx.array(tokens), documents=batch.documents))
+    changed = (before != after).any(axis=-1)
+    assert changed[row, start:end].all()
+    changed[row, start:end] = False
+    assert not changed[is_real(batch)].any()
+
+
+# ---- evaluate ----------------------------------------------------------------------------------
+
+
+def test_evaluate_on_packed_rows_gives_the_sums_over_documents(tmp_path: Path) -> None:
+    tuned, tokenizer = mq.load(write_model(tmp_path / "model"))
+    mq.add_lora(tuned, mq.LoraConfig(r=4, lora_dropout=0.5))
+    randomise_lora(tuned)
+    sizes = [1, 2, 7, 8, 9, 60, 130, 250, 3, 90, 400, 31]
+    documents = documents_of([sizes], 0)[0]
+    examples = Examples.of(documents)
+    assert make_batches(examples, 8, max_length=512).rows_per_epoch < len(sizes)
+    nats, hits, count = 0.0, 0, 0
+    for document in documents:
+        logits = our_logits(tuned, document.tokens[None, :-1])[0].astype(np.float64)
+        where = np.flatnonzero(document.learned[1:])
+        targets = document.tokens[1:][where]
+        logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        nats -= logp[where, targets].sum()
+        hits += int((logits[where].argmax(axis=-1) == targets).sum())
+        count += len(where)
+    for batch_size in (1, 8):
+        scores = mq.evaluate(tuned, tokenizer, examples, batch_size)
+        assert scores.n_tokens == count
+        assert scores.loss == pytest.approx(nats / count, rel=1e-6)
+        assert scores.token_accuracy == hits / count
+
+
+# ---- the real model and real rows --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def docstrings() -> list[dict[str, str]]:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    try:
+        import docstring_data
+    finally:
+        sys.path.pop(0)
+    return list(docstring_data.rows())
+
+
+@pytest.mark.slow
+def test_packed_docstrings_leave_hardly_a_position_unused(
+    smollm2: tuple[Any, Any], docstrings: list[dict[str, str]]
+) -> None:
+    config = mq.DataConfig(max_length=512, cache_dir=None)
+    examples = mq.read_examples(docstrings, smollm2[1], config)
+    assert len(examples) > 1000
+    packed = make_batches(examples, 6, max_length=512)
+    assert packed.width == 512
+    assert packed.useful_share >= 0.97
+    positions = sum(batch.real_tokens for batch in packed)
+    assert positions == sum(len(row) - 1 for row in examples)
+    assert positions / sum(batch.tokens.size for batch in packed) == packed.useful_share
+    assert make_batches(examples, 6, packing=False).useful_share < packed.useful_share
+
+
+@pytest.mark.slow
+def test_packed_docstrings_train_the_real_model_as_one_by_one(
+    docstrings: list[dict[str, str]],
+) -> None:
+    real, tokenizer = mq.load("smollm2-135m", dtype="float32")
+    mq.add_lora(real, mq.LoraConfig(r=4, lora_dropout=0.0))
+    randomise_lora(real, scale=0.01)
+    examples = mq.read_examples(docstrings[:60], tokenizer, mq.DataConfig(cache_dir=None))
+    chosen = sorted(examples, key=len)[:16:2]
+    batch = collate([chosen[:3], chosen[3:]])
+    assert batch.packed and batch.real_tokens < batch.tokens.size
+    loss, n_tokens, grads = loss_and_grads(real, batch, recompute="none")
+    nats, count, total = one_by_one(real, chosen)
+    assert n_tokens == count
+    assert loss.item() == pytest.approx(nats, rel=1e-5)
+    for (name, single), (_, packed) in both(total, grads):
+        largest = mx.abs(single).max().item()
+        assert mx.abs(packed - single).max().item() <= 1e-4 * largest, name

@@ -1,0 +1,431 @@
+"""GGUF files, written here with the `gguf` package or real, against transformers."""
+
+import re
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from support.models import load_folder, make_hf_model, our_logits, random_tokens, torch_logits
+
+from mlx_qlora.errors import WeightsError
+from mlx_qlora.model.gguf import read_gguf
+from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.quantize import QuantConfig
+
+# GGUF blocks have 32 weights, so the matrices' columns divide by it.
+ROPE_31 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name: str) -> str:
+    stem, _, leaf = name.rpartition(".")
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    return f"blk.{layer[1]}.{NAMES[layer[2]]}.{leaf}" if layer else f"{NAMES[stem]}.{leaf}"
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp turns neighbours (2i, 2i + 1), so its row 2i is i and 2i + 1 is i + Hd / 2."""
+    rows, size = [], len(weight) // heads
+    for head in range(heads):
+        for i in range(size // 2):
+            rows += [head * size + i, head * size + i + size // 2]
+    return weight[rows]
+
+
+def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    order = permuted(np.arange(len(weight)), heads)
+    back = np.empty_like(weight)
+    back[order] = weight
+    return back
+
+
+def llama_cpp_rope_factors(head_dim: int, rope: dict[str, Any]) -> np.ndarray:
+    """`rope_freqs.weight`, as llama.cpp's converter derives it from a Llama 3.1 config."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (i / head_dim)
+        old = rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        if wavelength < old / high:
+            factors.append(1.0)
+        elif wavelength > old / low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (old / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    kinds: dict[str, Type] | Type = Type.F32,
+    arch: str = "llama",
+    metadata: dict[str, int | float] | None = None,
+    rope_factors: bool = False,
+    extra: Iterable[tuple[str, np.ndarray]] = (),
+    repository: str | None = None,
+) -> Path:
+    """Writes a transformers model as llama.cpp's converter would.
+
+    The transformers model is given the values that the file then holds, dequantised.
+
+    Args:
+        kinds: the type of all matrices, or of those whose name contains a key (the rest F32).
+        metadata: more `llama.` entries.
+        rope_factors: whether to write Llama 3.1's `rope_freqs.weight`.
+        extra: further tensors.
+        repository: where the model came from.
+    """
+    import torch
+
+    config = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.head_dim != config.hidden_size // heads:
+        writer.add_key_length(config.head_dim)
+    for key, value in (metadata or {}).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(
+            f"llama.{key}", value
+        )
+    if repository:
+        writer.add_source_repo_url(f"https://huggingface.co/{repository}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"token {i}" for i in range(config.vocab_size)])
+    writer.add_custom_alignment(64)
+    if rope_factors:
+        writer.add_tensor(
+            "rope_freqs.weight", llama_cpp_rope_factors(config.head_dim, config.rope_parameters)
+        )
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        weight, turned = tensor.numpy(), 0
+        if "q_proj" in name or "k_proj" in name:
+            turned = heads if "q_proj" in name else kv_heads
+            weight = permuted(weight, turned)
+        kind = Type.F32
+        if weight.ndim == 2:
+            kind = (
+                kinds
+                if isinstance(kinds, Type)
+                else next((kinds[key] for key in kinds if key in name), Type.F32)
+            )
+        if kind in (Type.F32, Type.F16):
+            stored = weight.astype({Type.F32: np.float32, Type.F16: np.float16}[kind])
+            writer.add_tensor(gguf_name(name), stored)
+            held = stored.astype(np.float32)
+        else:
+            stored = gguf.quants.quantize(weight, kind)
+            writer.add_tensor(gguf_name(name), stored, raw_dtype=kind)
+            held = gguf.quants.dequantize(stored, kind)
+        tensor.copy_(torch.from_numpy(unpermuted(held, turned) if turned else held))
+    for name, array in extra:
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def assert_equals_transformers(path: Path, oracle: Any, T: int = 37) -> None:
+    tokens = random_tokens(2, T)
+    theirs = torch_logits(oracle, tokens)
+    assert theirs.std() > 0.3
+    for matmul in ("resident", "quantized"):
+        ours = our_logits(load_folder(path, None, matmul), tokens)
+        assert np.abs(ours - theirs).max() <= 1e-4, matmul
+
+
+# ---- logits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0, Type.Q4_1])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_logits_equal_transformers_with_the_dequantised_weights(
+    kind: Type, tied: bool, tmp_path: Path
+) -> None:
+    oracle = make_hf_model(tie_word_embeddings=tied)
+    exact = torch_logits(oracle, random_tokens(2, 37))
+    path = write_gguf(tmp_path / "tiny.gguf", oracle, kind)
+    if kind != Type.F32:  # the oracle has taken the file's values
+        assert np.abs(torch_logits(oracle, random_tokens(2, 37)) - exact).max() > 1e-4
+    assert_equals_transformers(path, oracle)
+
+
+def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path) -> None:
+    oracle = make_hf_model()
+    kinds = {"embed": Type.Q8_0, "lm_head": Type.F16, "q_proj": Type.Q4_1, "down": Type.Q4_0}
+    path = write_gguf(tmp_path / "tiny.gguf", oracle, kinds)
+    assert_equals_transformers(path, oracle)
+    model = load_folder(path)
+    assert model.model.embed_tokens.quant == QuantConfig(8, 32)
+    assert model.layers[0].self_attn.q_proj.quant == QuantConfig(4, 32)
+    assert model.layers[0].self_attn.k_proj.quant is None
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kind", [Type.F16, Type.Q4_0])
+def test_q_and_k_are_turned_back_head_by_head(kv_heads: int, kind: Type, tmp_path: Path) -> None:
+    oracle = make_hf_model(num_key_value_heads=kv_heads, head_dim=24)
+    assert_equals_transformers(write_gguf(tmp_path / "tiny.gguf", oracle, kind), oracle)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_llama_31s_rope_factors_are_read(factor: float, tied: bool, tmp_path: Path) -> None:
+    rope = {**ROPE_31, "factor": factor}
+    oracle = make_hf_model(rope_parameters=rope, tie_word_embeddings=tied)
+    path = write_gguf(tmp_path / "with.gguf", oracle, Type.F16, rope_factors=True)
+    assert_equals_transformers(path, oracle, T=300)
+    assert load_folder(path).config.rope.factor == factor
+
+    without = write_gguf(tmp_path / "without.gguf", oracle, Type.F16)
+    tokens = random_tokens(2, 300)
+    difference = our_logits(load_folder(without), tokens) - torch_logits(oracle, tokens)
+    assert np.abs(difference).max() > 1e-3  # the comparison above can see them
+
+
+def test_the_norm_epsilon_and_theta_are_read(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 123456.0}
+    oracle = make_hf_model(rope_parameters=rope, rms_norm_eps=1e-3)
+    assert_equals_transformers(write_gguf(tmp_path / "tiny.gguf", oracle), oracle)
+
+
+def test_dense_gguf_tensors_can_be_quantised_on_load(tmp_path: Path) -> None:
+    oracle = make_hf_model()
+    path = write_gguf(tmp_path / "tiny.gguf", oracle, {"mlp": Type.Q8_0})
+    model = load_folder(path, QuantConfig(4, 64))
+    assert model.layers[0].mlp.down_proj.quant == QuantConfig(8, 32)
+    q_proj = model.layers[0].self_attn.q_proj
+    weight = mx.array(oracle.state_dict()["model.layers.0.self_attn.q_proj.weight"].numpy())
+    expected = mx.quantize(weight, group_size=64, bits=4)
+    assert all(mx.array_equal(a, b) for a, b in zip(q_proj.packed(), expected, strict=True))
+
+
+# ---- the real SmolLM2 --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2s_logits_equal_transformers_reading_of_the_same_file(
+    smollm2: tuple[LlamaForCausalLM, Any], smollm2_files: ModelFiles
+) -> None:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own
+        from transformers import LlamaForCausalLM as Oracle
+
+        path = smollm2_files.path
+        oracle = Oracle.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model, tokenizer = smollm2
+    text = "The capital of France is Paris. In 1789, the people of the city rose, because"
+    tokens = np.array([tokenizer.encode(text)], np.int32)
+    theirs = torch_logits(oracle.eval(), tokens)
+    ours = our_logits(model, tokens)
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() <= 1e-4 * theirs.std()
+
+
+def test_smollm2_is_read_as_what_it_is(smollm2: tuple[LlamaForCausalLM, Any]) -> None:
+    model, _ = smollm2
+    assert model.config.tie_word_embeddings
+    assert model.model.embed_tokens.quant == QuantConfig(8, 32)
+    assert model.layers[0].self_attn.q_proj.quant == QuantConfig(4, 32)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (9, 3)
+    assert model.config.rope.theta == 100000.0
+
+
+# ---- bad files ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a small file whose matrices are quantised."""
+    folder = tmp_path_factory.mktemp("whole")
+    return write_gguf(folder / "tiny.gguf", make_hf_model(), Type.Q4_0).read_bytes()
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(WeightsError) as raised:
+        load_folder(path)
+    message = str(raised.value)
+    assert str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("kind", [Type.Q5_0, Type.Q5_1, Type.BF16])
+def test_a_type_that_mlx_would_not_read_as_it_is_is_refused_by_name(
+    kind: Type, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), {"down_proj": kind})
+    message = refusal(path)
+    assert f"blk.0.ffn_down.weight: {kind.name}" in message
+    assert f"blk.1.ffn_down.weight: {kind.name}" in message
+    assert "supported: F32, F16, Q4_0, Q4_1, Q8_0" in message
+    assert "Use another quantisation of the model, or its safetensors" in message
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q6_K, Type.Q2_K, Type.IQ4_NL, Type.MXFP4, 99])
+def test_a_type_that_only_the_header_names_is_refused_by_name(
+    kind: int, whole: bytes, tmp_path: Path
+) -> None:
+    """These need no data: the header alone must stop the reader."""
+    name = b"blk.1.attn_v.weight"
+    at = whole.index(name) + len(name) + 4 + 2 * 8  # the name, the count and the two sizes
+    assert whole[at : at + 4] == struct.pack("<I", Type.Q4_0)
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(whole[:at] + struct.pack("<I", kind) + whole[at + 4 :])
+    shown = kind.name if isinstance(kind, Type) else f"type {kind}"
+    assert f"blk.1.attn_v.weight: {shown}" in refusal(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.001, 0.01, 0.05, 0.1, 0.3, 0.6, 0.99, -1, -64])
+def test_a_truncated_file_is_refused(share: float, whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(whole[: int(share if share < 0 else share * len(whole))])
+    message = refusal(path)
+    assert "truncated" in message or "is not a GGUF file" in message
+    assert "download it again" in message or share < 0.001
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<!DOCTYPE html>" * 100,
+        bytes(4096),
+        b"GGUF",
+        b"GGUF" + struct.pack("<I", 1) + bytes(64),
+        b"GGUF" + struct.pack("<IQQ", 3, 2**63, 2**63) + bytes(64),
+        b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\xff" * 64,
+        np.random.default_rng(0).bytes(4096),
+        b"GGUF\x03\x00\x00\x00" + np.random.default_rng(1).bytes(4096),
+        b"PK\x03\x04" + bytes(500),
+    ],
+    ids=range(9),
+)
+def test_garbage_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "garbage.gguf"
+    path.write_bytes(content)
+    assert re.search("is not a GGUF file|is damaged or truncated", refusal(path))
+
+
+def test_a_header_with_any_one_byte_wrong_never_crashes(whole: bytes, tmp_path: Path) -> None:
+    """In one subprocess: MLX maps the file, so a crash would take the tests along."""
+    (tmp_path / "whole.gguf").write_bytes(whole)
+    script = """
+import random, sys
+from pathlib import Path
+import mlx_qlora
+from mlx_qlora.errors import WeightsError
+from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.weights import load_model, open_checkpoint
+import mlx.core as mx
+
+whole = Path(sys.argv[1]).read_bytes()
+header = whole.index(b"blk.1.ffn_norm.weight") + 60
+keys = [whole.index(key) for key in (b"general.architecture", b"tokenizer.ggml.tokens")]
+rng = random.Random(0)
+path = Path(sys.argv[1]).with_name("damaged.gguf")
+refused = 0
+tensors = whole.index(b"token_embd.weight")
+starts = [4, 8, 16, *range(24, keys[1] + 60, 7)]
+places = starts + [rng.randrange(tensors - 8, header) for _ in range(150)]
+for at in places:
+    for value in (0, 255, rng.randrange(256)):
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1:])
+        print(at, value, flush=True)
+        files = ModelFiles(path=path, hf_id="x", revision=None, source=str(path))
+        try:
+            load_model(open_checkpoint(files), None, mx.float32, "quantized")
+        except WeightsError as error:
+            assert len(str(error)) > 20
+            refused += 1
+print("refused", refused)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "whole.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-80:] + done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) > 200
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), arch="qwen2")
+    assert "architecture 'qwen2' is not supported; only 'llama'" in refusal(path)
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), metadata={"expert_count": 8})
+    assert "mixture-of-experts models are not supported" in refusal(path)
+
+
+def test_a_tensor_of_no_llama_is_refused(tmp_path: Path) -> None:
+    extra = [("blk.0.attn_q_norm.weight", np.ones(16, np.float32))]
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), extra=extra)
+    assert "tensor 'blk.0.attn_q_norm.weight' belongs to no Llama" in refusal(path)
+
+
+def test_rope_factors_of_no_llama_3_are_refused(tmp_path: Path) -> None:
+    extra = [("rope_freqs.weight", np.linspace(1, 5, 8).astype(np.float32))]
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), extra=extra)
+    assert "rope_freqs.weight is no Llama 3 scaling that we know" in refusal(path)
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), metadata={"attention.key_length": 8})
+    message = refusal(path)
+    assert "model.layers.0.self_attn.v_proj.weight in tiny.gguf has shape (32, 64)" in message
+
+
+def test_metadata_that_lacks_a_key_is_refused_by_name(whole: bytes, tmp_path: Path) -> None:
+    for key in ("llama.block_count", "llama.embedding_length", "tokenizer.ggml.tokens"):
+        path = tmp_path / f"{key}.gguf"
+        other = key[:-1].encode() + b"X"  # a key of the same length that nobody asks for
+        path.write_bytes(whole.replace(key.encode(), other))
+        assert f"the metadata lacks {key}" in refusal(path)
+
+
+def test_the_original_repository_is_read_from_the_metadata(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), repository="someone/tiny-llama")
+    assert read_gguf(path).hf_id == "someone/tiny-llama"

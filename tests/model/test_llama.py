@@ -1,0 +1,294 @@
+"""The Llama tree against transformers' LlamaForCausalLM on the same weights, in float32."""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import models as conftest
+from support.models import LLAMA3_ROPE, TINY, load_folder, make_hf_model, our_logits, save_hf
+
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.quantize import QuantConfig
+
+SIZES = {  # name -> what differs from TINY
+    "llama 3.1 rope": {"rope_parameters": LLAMA3_ROPE},
+    "plain rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "linear rope": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    },
+    "one kv head": {"num_key_value_heads": 1},
+    "as many kv heads as heads": {"num_key_value_heads": 4},
+    "tied head": {"tie_word_embeddings": True},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "head_dim 24": {"head_dim": 24},
+    "sizes that no power of two divides": {
+        "hidden_size": 60,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "intermediate_size": 52,
+        "vocab_size": 101,
+    },
+    "norm epsilon 1e-3": {"rms_norm_eps": 1e-3},
+}
+
+
+STORED = {"float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def assert_same_logits(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Within 1e-4, both absolutely and relative to how much the logits vary."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.3  # or 1e-4 would prove little
+    worst = np.abs(ours - theirs).max()
+    assert worst <= 1e-4 and worst <= 1e-4 * theirs.std(), worst
+
+
+def random_tokens(B: int, T: int, vocab: int = TINY["vocab_size"]) -> np.ndarray:
+    return conftest.random_tokens(B, T, vocab, seed=T)
+
+
+def assert_equals_transformers(folder: Path, oracle: Any, B: int = 2, T: int = 37) -> None:
+    tokens = random_tokens(B, T, oracle.config.vocab_size)
+    theirs = conftest.torch_logits(oracle, tokens)
+    assert_same_logits(our_logits(load_folder(folder), tokens), theirs)
+
+
+# ---- logits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    oracle = make_hf_model(**SIZES[name])
+    assert_equals_transformers(save_hf(oracle, tmp_path), oracle)
+
+
+@pytest.mark.parametrize("T", [1, 2, 8, 9, 37, 300])
+def test_logits_equal_transformers_at_every_length(T: int, hf_tiny: tuple[Any, Path]) -> None:
+    oracle, folder = hf_tiny
+    assert_equals_transformers(folder, oracle, T=T)
+
+
+@pytest.mark.parametrize(
+    "rope", [LLAMA3_ROPE, {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0}]
+)
+@pytest.mark.parametrize("type_key", ["rope_type", "type"])
+def test_logits_equal_transformers_with_the_v4_spelling(
+    rope: dict[str, Any], type_key: str, tmp_path: Path
+) -> None:
+    oracle = make_hf_model(rope_parameters=rope)
+    path = save_hf(oracle, tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    scaling = dict(config.pop("rope_parameters"))
+    config["rope_theta"] = scaling.pop("rope_theta")
+    scaling[type_key] = scaling.pop("rope_type")
+    config["rope_scaling"] = scaling
+    path.write_text(json.dumps(config))
+    assert_equals_transformers(tmp_path, oracle, T=300)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_theta": 10000.0}, {"factor": 4.0}, {"original_max_position_embeddings": 8192}],
+)
+def test_a_wrong_rope_parameter_shows_in_the_logits(
+    change: dict[str, Any], hf_tiny: tuple[Any, Path], tmp_path: Path
+) -> None:
+    """The comparisons above have the power to see one."""
+    oracle, folder = hf_tiny
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    tokens = random_tokens(2, 300)
+    difference = our_logits(load_folder(tmp_path), tokens) - conftest.torch_logits(oracle, tokens)
+    assert np.abs(difference).max() > 1e-2
+
+
+def test_a_sharded_folder_gives_the_same_logits(hf_tiny: tuple[Any, Path], tmp_path: Path) -> None:
+    oracle, _ = hf_tiny
+    save_hf(oracle, tmp_path, max_shard_size="60KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 4
+    assert_equals_transformers(tmp_path, oracle)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_files_compute_in_float32(dtype: str, tmp_path: Path) -> None:
+    import torch
+
+    oracle = make_hf_model(rope_parameters=LLAMA3_ROPE)
+    with torch.no_grad():  # not `oracle.to(dtype).float()`, which rounds the RoPE table too
+        for weight in oracle.parameters():
+            weight.copy_(weight.to(getattr(torch, dtype)))
+    save_hf(copy.deepcopy(oracle).to(getattr(torch, dtype)), tmp_path)
+    assert mx.load(str(tmp_path / "model.safetensors"))["lm_head.weight"].dtype == STORED[dtype]
+    assert_equals_transformers(tmp_path, oracle)
+
+
+def test_right_padding_changes_no_real_token(hf_tiny: tuple[Any, Path]) -> None:
+    oracle, folder = hf_tiny
+    import torch
+
+    lengths = [5, 23, 37]
+    tokens = random_tokens(3, 37)
+    real = np.arange(37) < np.array(lengths)[:, None]
+    tokens[~real] = 0
+    with torch.no_grad():
+        theirs = oracle(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(real))
+    ours = our_logits(load_folder(folder), tokens)
+    assert_same_logits(ours[real], theirs.logits.numpy()[real])
+    alone = our_logits(load_folder(folder), tokens[:1, :5])
+    assert_same_logits(ours[:1, :5], alone)
+
+
+# ---- the cache of keys and values --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(hf_tiny: tuple[Any, Path]) -> LlamaForCausalLM:
+    return load_folder(hf_tiny[1])
+
+
+def cached_logits(
+    model: LlamaForCausalLM, tokens: np.ndarray, pieces: list[int], cache: list[Any]
+) -> np.ndarray:
+    """Logits of `tokens` fed in pieces of the given lengths."""
+    starts = np.cumsum([0, *pieces])
+    parts = [
+        np.array(model(mx.array(tokens[:, a:b]), cache=cache))
+        for a, b in itertools.pairwise(starts)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize(
+    "pieces", [[1] * 24, [12] + [1] * 12, [3, 1, 8, 12], [20, 4]], ids=lambda p: f"{len(p)} pieces"
+)
+def test_the_cache_gives_the_logits_of_the_full_forward(
+    pieces: list[int], tiny: LlamaForCausalLM
+) -> None:
+    tokens = random_tokens(2, 24)
+    stepwise = cached_logits(tiny, tokens, pieces, tiny.make_cache())
+    assert_same_logits(stepwise, our_logits(tiny, tokens))
+
+
+def test_mlx_lms_quantised_cache_gives_nearly_the_same_logits(tmp_path: Path) -> None:
+    folder = save_hf(make_hf_model(head_dim=32), tmp_path)  # 32 is the smallest group there is
+    model, tokens = load_folder(folder), random_tokens(2, 24)
+    full = our_logits(model, tokens)
+    cache = model.make_cache()
+    head = cached_logits(model, tokens[:, :12], [12], cache)
+    cache = [layer.to_quantized(group_size=32, bits=8) for layer in cache]
+    tail = cached_logits(model, tokens[:, 12:], [1] * 8 + [4], cache)
+    assert_same_logits(head, full[:, :12])
+    assert 0 < np.abs(tail - full[:, 12:]).max() < 0.03 * full.std()
+
+
+def test_mlx_lm_generates_with_our_tree(tiny: LlamaForCausalLM) -> None:
+    from mlx_lm.generate import generate_step
+
+    prompt = random_tokens(1, 11)[0]
+    steps = generate_step(mx.array(prompt), tiny, max_tokens=5)
+    written = [int(token) for token, _ in steps]
+    for n in range(5):
+        seen = np.array([[*prompt, *written[:n]]])
+        assert written[n] == our_logits(tiny, seen)[0, -1].argmax()
+
+
+# ---- dtype -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", [None, QuantConfig(4, 32), QuantConfig(4, 32, "mxfp4")])
+@pytest.mark.parametrize("matmul", ["resident", "dequantize", "quantized"])
+def test_nothing_widens_bfloat16(
+    quantize: QuantConfig | None, matmul: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 file, biases everywhere; one float32 scale would widen all that follows it."""
+    sizes = {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE}
+    folder = save_hf(make_hf_model(**sizes), tmp_path)
+    model = load_folder(folder, quantize, matmul, mx.bfloat16)
+    seen: dict[str, mx.Dtype] = {}
+    pieces = {"project", "add_attention", "widen", "add_mlp"}
+    for kind in {type(module) for _, module in model.named_modules()}:
+        for name in {"__call__", *pieces} & vars(kind).keys():
+            monkeypatch.setattr(kind, name, recording(kind, name, seen))
+    logits = model(mx.array(random_tokens(2, 12)))
+    assert logits.dtype == mx.bfloat16
+    called = {f"{kind}.__call__" for kind in ("Embedding", "Linear", "RMSNorm", "DecoderLayer")}
+    assert set(seen) >= called | {f"DecoderLayer.{piece}" for piece in pieces}
+    assert set(seen.values()) == {mx.bfloat16}, seen
+
+
+def recording(kind: type, name: str, seen: dict[str, mx.Dtype]) -> Any:
+    original, place = vars(kind)[name], f"{kind.__name__}.{name}"
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(self, *args, **kwargs)
+        for array in out if isinstance(out, tuple) else [out]:
+            if seen.get(place, mx.bfloat16) == mx.bfloat16:  # the first that differs stays
+                seen[place] = array.dtype
+        return out
+
+    return call
+
+
+def test_packed_scales_take_the_compute_dtype(tmp_path: Path) -> None:
+    folder = save_hf(make_hf_model(), tmp_path)
+    model = load_folder(folder, QuantConfig(4, 32), "quantized", mx.bfloat16)
+    projection = model.layers[1].mlp.down_proj
+    assert projection.weight.dtype == mx.uint32
+    assert projection.scales.dtype == projection.biases.dtype == mx.bfloat16
+    assert model.model.norm.weight.dtype == mx.bfloat16
+
+
+def test_bfloat16_logits_are_those_of_float32_to_bfloat16_precision(
+    hf_tiny: tuple[Any, Path],
+) -> None:
+    oracle, folder = hf_tiny
+    tokens = random_tokens(2, 37)
+    theirs = conftest.torch_logits(oracle, tokens)
+    ours = our_logits(load_folder(folder, dtype=mx.bfloat16), tokens)
+    assert 0 < (ours - theirs).std() < 0.02 * theirs.std()
+
+
+# ---- the causal mask ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [2, 8, 9, 20])
+def test_no_token_sees_its_future(T: int, tiny: LlamaForCausalLM) -> None:
+    tokens = random_tokens(1, T)
+    changed = tokens.copy()
+    changed[0, -1] = (changed[0, -1] + 1) % TINY["vocab_size"]
+    a, b = our_logits(tiny, tokens), our_logits(tiny, changed)
+    np.testing.assert_allclose(a[:, :-1], b[:, :-1], atol=1e-6)
+    assert np.abs(a[:, -1] - b[:, -1]).max() > 0.1
+
+
+def test_gradients_through_the_tree_equal_torchs(hf_tiny: tuple[Any, Path]) -> None:
+    """With respect to an embedding row that every position of the batch uses."""
+    import torch
+
+    oracle, folder = hf_tiny
+    model, tokens = load_folder(folder), random_tokens(2, 20)
+    weights = np.random.default_rng(0).normal(size=(2, 20, TINY["vocab_size"])).astype(np.float32)
+    hidden = oracle.model.embed_tokens(torch.from_numpy(tokens).long()).detach().requires_grad_()
+    (oracle(inputs_embeds=hidden).logits * torch.from_numpy(weights)).sum().backward()
+
+    documents = model.model.documents(np.array([(0, 0, 20), (1, 0, 20)], np.int32))
+
+    def loss(h: mx.array) -> mx.array:
+        h = h.flatten(0, 1)
+        for layer in model.layers:
+            h = layer(h, documents)
+        logits = model.logits(model.model.norm(h))
+        return (logits * mx.array(weights).flatten(0, 1)).sum()
+
+    ours = np.array(mx.grad(loss)(mx.array(hidden.detach().numpy())))
+    theirs = hidden.grad.numpy()
+    assert np.abs(ours - theirs).max() <= 1e-4 * theirs.std()

@@ -1,0 +1,331 @@
+"""LoRA layers against numpy in float64 and against PEFT's own rules on the same tiny model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support.models import load_folder, make_hf_model, our_logits, random_tokens, randomise_lora
+
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.lora import (
+    ALL_SEVEN,
+    LoraConfig,
+    LoRALinear,
+    add_lora,
+    lora_layers,
+    target_paths,
+    trainable_count,
+)
+from mlx_qlora.model.quantize import Linear
+
+LLAMA_31_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
+
+
+def layer(
+    d_in: int = 48, d_out: int = 40, r: int = 4, scale: float = 1.5, dropout: float = 0.0
+) -> LoRALinear:
+    """One LoRALinear whose every matrix is random."""
+    random = np.random.default_rng(0)
+    base = Linear(d_in, d_out)
+    base.weight = mx.array(random.normal(size=(d_out, d_in)).astype(np.float32))
+    A = mx.array(random.normal(size=(r, d_in)).astype(np.float32))
+    B = mx.array(random.normal(size=(d_out, r)).astype(np.float32))
+    return LoRALinear(base, A, B, scale, dropout)
+
+
+# ---- what add_lora makes -----------------------------------------------------------------------
+
+
+def test_names_and_shapes_are_those_of_peft(hf_tiny: tuple[Any, Path]) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    theirs = get_peft_model(make_hf_model(), PeftConfig(r=5, target_modules=ALL_SEVEN))
+    wanted = {n: tuple(w.shape) for n, w in get_peft_model_state_dict(theirs).items()}
+    ours = add_lora(load_folder(hf_tiny[1]), LoraConfig(r=5))
+    leaves = tree_flatten(ours.trainable_parameters())
+    assert {f"base_model.model.{n}": w.shape for n, w in leaves} == wanted
+    assert all(w.dtype == mx.float32 for _, w in leaves)
+
+
+def test_a_is_uniform_within_one_over_root_of_its_inputs_and_b_is_zero(
+    hf_tiny: tuple[Any, Path],
+) -> None:
+    model = add_lora(load_folder(hf_tiny[1]), LoraConfig(r=64))
+    for path, adapted in lora_layers(model):
+        A, B = np.array(adapted.lora_A.weight), np.array(adapted.lora_B.weight)
+        bound = 1 / math.sqrt(A.shape[1])
+        assert 0.99 * bound < np.abs(A).max() <= bound, path
+        assert np.var(A) == pytest.approx(bound**2 / 3, rel=0.08), path
+        assert abs(A.mean()) < 0.05 * bound, path
+        assert not B.any(), path
+    firsts = {np.array(m.lora_A.weight)[0, 0].item() for _, m in lora_layers(model)}
+    assert len(firsts) == 14  # every layer has a draw of its own
+
+
+def test_the_first_forward_is_the_base_model_bit_for_bit(hf_tiny: tuple[Any, Path]) -> None:
+    tokens = random_tokens(2, 17)
+    model = load_folder(hf_tiny[1])
+    before = our_logits(model, tokens)
+    add_lora(model, LoraConfig())
+    np.testing.assert_array_equal(our_logits(model, tokens), before)
+    with_dropout = np.array(model(mx.array(tokens), dropout_key=mx.random.key(1)))
+    np.testing.assert_array_equal(with_dropout, before)
+
+
+def test_a_seed_gives_one_adapter_and_another_seed_another(hf_tiny: tuple[Any, Path]) -> None:
+    def adapter(seed: int) -> dict[str, np.ndarray]:
+        mx.random.seed(int(np.random.default_rng().integers(1 << 30)))  # must not matter
+        model = add_lora(load_folder(hf_tiny[1]), LoraConfig(r=2), seed)
+        return {n: np.array(w) for n, w in tree_flatten(model.trainable_parameters())}
+
+    one, same, other = adapter(3), adapter(3), adapter(4)
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, same[name])
+        if "lora_A" in name:
+            assert not np.array_equal(array, other[name])
+
+
+def test_llama_31_8b_at_rank_16_trains_exactly_41_943_040_numbers_and_costs_no_memory() -> None:
+    before = mx.get_active_memory()
+    model = LlamaForCausalLM(LlamaConfig.from_hf(LLAMA_31_8B))
+    add_lora(model, LoraConfig())
+    assert trainable_count(model) == 41_943_040
+    assert len(lora_layers(model)) == 32 * 7
+    assert mx.get_active_memory() - before < 10e6
+
+
+def test_layers_come_in_reading_order() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64}
+    shape = {**LLAMA_31_8B, **sizes, "num_key_value_heads": 4, "num_hidden_layers": 12}
+    model = LlamaForCausalLM(LlamaConfig.from_hf({**shape, "vocab_size": 8}))
+    paths = target_paths(model, LoraConfig(target_modules=["down_proj", "q_proj"]))
+    expected = []
+    for i in range(12):
+        expected += [f"model.layers.{i}.self_attn.q_proj", f"model.layers.{i}.mlp.down_proj"]
+    assert paths == expected
+
+
+def test_only_lora_weights_are_trainable_and_the_base_stays_frozen(
+    hf_tiny: tuple[Any, Path],
+) -> None:
+    model = load_folder(hf_tiny[1])
+    assert trainable_count(model) == 0
+    add_lora(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    names = [n for n, _ in tree_flatten(model.trainable_parameters())]
+    assert len(names) == 8
+    assert all(".lora_A." in n or ".lora_B." in n for n in names)
+
+
+def test_a_second_add_lora_is_refused_and_changes_nothing(hf_tiny: tuple[Any, Path]) -> None:
+    model = add_lora(load_folder(hf_tiny[1]), LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="already has LoRA layers"):
+        add_lora(model, LoraConfig(r=4))
+    assert all(m.lora_A.weight.shape[0] == 2 for _, m in lora_layers(model))
+
+
+# ---- the forward -------------------------------------------------------------------------------
+
+
+def test_the_forward_is_the_papers_equation_in_float64() -> None:
+    adapted = layer()
+    x = np.random.default_rng(1).normal(size=(3, 5, 48)).astype(np.float32)
+    W, A, B = (
+        np.array(w).astype(np.float64)
+        for w in (adapted.base_layer.weight, adapted.lora_A.weight, adapted.lora_B.weight)
+    )
+    wanted = x.astype(np.float64) @ W.T + 1.5 * (x.astype(np.float64) @ A.T) @ B.T
+    got = np.array(adapted(mx.array(x)))
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.abs(got - x @ W.T).max() > 1  # the update is not a rounding error
+
+
+def test_the_scale_is_alpha_over_r_or_over_its_root() -> None:
+    assert LoraConfig(r=16, lora_alpha=32).scale_of("q_proj") == 2
+    assert LoraConfig(r=16, lora_alpha=8).scale_of("q_proj") == 0.5
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale_of("q_proj") == 8
+    assert LoraConfig(r=8, lora_alpha=16, use_rslora=True).scale_of("q_proj") == pytest.approx(
+        16 / 8**0.5
+    )
+
+
+def test_the_config_s_scale_reaches_the_layers(hf_tiny: tuple[Any, Path]) -> None:
+    for config in (LoraConfig(r=4, lora_alpha=6), LoraConfig(r=4, lora_alpha=6, use_rslora=True)):
+        model = add_lora(load_folder(hf_tiny[1]), config)
+        assert {m.scale for _, m in lora_layers(model)} == {config.scale_of("q_proj")}
+
+
+def test_a_16_bit_input_gives_a_16_bit_output_and_masters_stay_float32() -> None:
+    for dtype in (mx.bfloat16, mx.float16):
+        adapted = layer(scale=math.pi, dropout=0.3)
+        adapted.base_layer.weight = adapted.base_layer.weight.astype(dtype)
+        x = mx.random.normal((2, 48), key=mx.random.key(0)).astype(dtype)
+        assert adapted(x).dtype == dtype
+        assert adapted(x, mx.random.key(1)).dtype == dtype
+        assert adapted.lora_A.weight.dtype == adapted.lora_B.weight.dtype == mx.float32
+
+
+# ---- dropout -----------------------------------------------------------------------------------
+
+
+def test_a_dropout_key_gives_one_mask_and_another_key_another() -> None:
+    adapted = layer(dropout=0.5)
+    x = mx.random.normal((4, 48), key=mx.random.key(0))
+    one = np.array(adapted(x, mx.random.key(1)))
+    mx.random.seed(99)  # the global state must not matter
+    np.testing.assert_array_equal(np.array(adapted(x, mx.random.key(1))), one)
+    assert not np.array_equal(np.array(adapted(x, mx.random.key(2))), one)
+
+
+def test_no_key_or_no_probability_means_no_dropout() -> None:
+    x = mx.random.normal((4, 48), key=mx.random.key(0))
+    plain = np.array(layer(dropout=0.0)(x))
+    np.testing.assert_array_equal(np.array(layer(dropout=0.5)(x)), plain)
+    np.testing.assert_array_equal(np.array(layer(dropout=0.0)(x, mx.random.key(1))), plain)
+
+
+def test_dropout_zeroes_the_stated_share_of_inputs_and_scales_up_the_others() -> None:
+    p, n = 0.3, 64
+    adapted = layer(d_in=n, d_out=n, r=n, scale=1.0, dropout=p)
+    adapted.base_layer.weight = mx.zeros((n, n))
+    adapted.lora_A.weight = adapted.lora_B.weight = mx.eye(n)  # the output is the dropped input
+    y = np.array(adapted(mx.ones((500, n)), mx.random.key(5)))
+    assert np.allclose(y[y != 0], 1 / (1 - p))
+    assert (y == 0).mean() == pytest.approx(p, abs=0.01)
+
+
+def test_dropout_keeps_the_mean_and_spares_the_base() -> None:
+    adapted = layer(dropout=0.4)
+    x = mx.random.normal((2, 48), key=mx.random.key(0))
+    keys = mx.random.split(mx.random.key(7), 4000)
+    runs = np.stack([np.array(adapted(x, key)) for key in keys])
+    plain = np.array(adapted(x))
+    error = runs.std(axis=0) / np.sqrt(len(keys))
+    assert (np.abs(runs.mean(axis=0) - plain) < 5 * error).all()
+
+
+def test_each_linear_and_layer_draws_a_mask_of_its_own(hf_tiny: tuple[Any, Path]) -> None:
+    model = add_lora(load_folder(hf_tiny[1]), LoraConfig(r=2, lora_dropout=0.5))
+    seen = []
+    original = LoRALinear.__call__
+
+    def spy(self: LoRALinear, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
+        assert dropout_key is not None
+        seen.append(np.array(dropout_key).tobytes())
+        return original(self, x, dropout_key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoRALinear, "__call__", spy)
+        model(mx.array(random_tokens(1, 9)), dropout_key=mx.random.key(0))
+    assert len(seen) == len(set(seen)) == 14
+
+
+def test_dropout_changes_a_trained_adapter_s_logits(hf_tiny: tuple[Any, Path]) -> None:
+    model = add_lora(load_folder(hf_tiny[1]), LoraConfig(r=4, lora_dropout=0.2))
+    randomise_lora(model)
+    tokens = mx.array(random_tokens(1, 9))
+    assert not mx.array_equal(model(tokens), model(tokens, dropout_key=mx.random.key(0)))
+
+
+# ---- targets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (["q_proj"], None),
+        (ALL_SEVEN, None),
+        (["self_attn.q_proj", "mlp.down_proj"], None),
+        (["0.self_attn.k_proj", "up_proj"], None),
+        (["model.layers.1.mlp.gate_proj"], None),
+        (r".*\.(q|v)_proj", None),
+        (r"model\.layers\.0\..*_proj", None),
+        (r"model\.layers\.\d+\.mlp\.(up|down)_proj", None),
+        ("all-linear", None),
+        (["q_proj", "up_proj"], [1]),
+        (["v_proj"], [0, 1]),
+        (["q_proj"], []),
+        (["model.layers.0.self_attn.q_proj", "up_proj"], [1]),
+    ],
+)
+def test_targets_select_what_peft_selects(
+    hf_tiny: tuple[Any, Path], targets: Any, layers: list[int] | None
+) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    config = PeftConfig(
+        r=2, target_modules=targets, layers_to_transform=layers, task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(make_hf_model(), config)
+    wanted = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    ours = LoraConfig(r=2, target_modules=targets, layers_to_transform=layers)
+    paths = target_paths(load_folder(hf_tiny[1]), ours)
+    assert set(paths) == wanted
+    assert len(paths) == len(wanted) > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"target_modules": ["q_pro"]}, ["'q_pro' matches nothing", "did you mean 'q_proj'"]),
+        ({"target_modules": ["q_proj", "W_pack"]}, ["'W_pack'", "mlp.down_proj", "self_attn"]),
+        ({"target_modules": ["lm_head"]}, ["'lm_head' matches nothing"]),
+        ({"target_modules": "model.nothing"}, ["no path matches 'model.nothing'", "mlp.up_proj"]),
+        ({"target_modules": "(q_proj"}, ["is no regex", "'(q_proj'"]),
+        # PEFT would adapt these modules too, or refuse them: the file would not mean this model.
+        ({"target_modules": ".*proj|lm_head"}, ["also matches lm_head"]),
+        ({"target_modules": ".*"}, ["also matches model.norm"]),
+        ({"layers_to_transform": [0, 2]}, ["layers from 0 to 1", "got 2"]),
+        ({"layers_to_transform": [-1]}, ["layers from 0 to 1", "got -1"]),
+    ],
+)
+def test_a_target_that_cannot_be_met_says_what_exists(
+    hf_tiny: tuple[Any, Path], config: dict[str, Any], words: list[str]
+) -> None:
+    model = load_folder(hf_tiny[1])
+    with pytest.raises(ConfigError) as caught:
+        add_lora(model, LoraConfig(**config))
+    for word in words:
+        assert word in str(caught.value)
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"r": 0}, "lora.r must be at least 1; got 0"),
+        ({"r": -3}, "lora.r must be at least 1; got -3"),
+        ({"r": 2.5}, "lora.r must be at least 1; got 2.5"),
+        ({"lora_alpha": 0}, "lora.lora_alpha must be above 0; got 0"),
+        ({"lora_alpha": math.nan}, "lora.lora_alpha must be above 0; got nan"),
+        ({"lora_dropout": 1.0}, "lora.lora_dropout must be in [0, 1); got 1.0"),
+        ({"lora_dropout": -0.1}, "lora.lora_dropout must be in [0, 1); got -0.1"),
+        ({"target_modules": []}, "lora.target_modules must not be empty"),
+        ({"target_modules": ""}, "lora.target_modules must not be empty"),
+        ({"bias": "all"}, "lora.bias must be one of 'none'; got 'all'"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "list of names"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_rule(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**config)
+    assert words in str(caught.value)

@@ -1,0 +1,233 @@
+"""llama.cpp itself opens our GGUF adapter and computes our next-token probabilities.
+
+`xllamacpp` is llama.cpp's server with a Python door, built for Linux, macOS and Windows.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+import xllamacpp
+from support.models import load_folder, make_hf_model, our_logits, randomise_lora
+from test_gguf import gguf_name, permuted, unpermuted
+
+from mlx_qlora.adapters.export import save_gguf_adapter
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.model.hub import ModelFiles
+from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
+from mlx_qlora.model.weights import load_model, open_checkpoint
+
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time there was a",
+    "def add(a, b):\n    return",
+    "The opposite of hot is",
+    "Two plus two equals",
+    "My favourite colour is",
+    "The largest planet of the solar system is",
+    "Shakespeare wrote",
+    "In the morning I like to drink",
+    "The quick brown fox jumps over the",
+    "To be, or not to be, that is the",
+    "A triangle has three",
+    "The chemical symbol of gold is",
+    "She opened the door and saw",
+    "The first president of the United States was",
+    "Bees make",
+    "import numpy as",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n",
+]
+# Mixed ranks and scales, so that lora_b carries what one alpha cannot.
+CONFIGS = {
+    "plain": LoraConfig(r=4, lora_alpha=8),
+    "rslora": LoraConfig(r=8, lora_alpha=6.5, use_rslora=True),
+    "patterns": LoraConfig(
+        r=4, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3.5, "down_proj": 64}
+    ),
+    "one layer": LoraConfig(r=4, target_modules=["q_proj", "k_proj"], layers_to_transform=[1]),
+    "pissa": LoraConfig(r=4, init_lora_weights="pissa"),
+}
+
+
+def llama_cpp(
+    base: Path, prompts: list[list[int]], adapter: Path | None = None, top: int = 320
+) -> Iterator[dict[int, float]]:
+    """Log-probabilities, in nats, of the `top` likeliest next tokens after each prompt."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(base)
+    params.n_gpu_layers, params.n_ctx, params.n_parallel = 0, 512, 1
+    # One thread: more would spin on cores that other work needs.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup, params.verbosity = False, -1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    server = xllamacpp.Server(params)
+    ask = {"n_predict": 1, "n_probs": top, "temperature": 0.0, "cache_prompt": False}
+    for prompt in prompts:
+        answer: Any = server.handle_completions({"prompt": prompt, **ask})
+        likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        yield {token["id"]: token["logprob"] for token in likeliest}
+
+
+def ours(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
+    """Log-probabilities (V,), in nats, of the next token after each prompt."""
+    logits = [our_logits(model, np.array([p]))[0, -1].astype(np.float64) for p in prompts]
+    return [row - row.max() - np.log(np.exp(row - row.max()).sum()) for row in logits]
+
+
+def differences(theirs: list[dict[int, float]], mine: list[np.ndarray]) -> np.ndarray:
+    """(prompts,): the largest difference of a token's log-probability, of those that they list."""
+    assert len(theirs) == len(mine)
+    return np.array([max(abs(a[i] - b[i]) for i in a) for a, b in zip(theirs, mine)])
+
+
+def damaged(file: Path, base_heads: dict[str, int], how: str) -> Path:
+    """A copy of an adapter with rows of q and k in Hugging Face's order, or twice the alpha."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(file.with_name(f"{how}.gguf"), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    alpha = reader.get_field("adapter.lora.alpha")
+    assert alpha is not None
+    writer.add_float32("adapter.lora.alpha", alpha.contents() * (2 if how == "alpha" else 1))
+    for tensor in reader.tensors:
+        array = np.array(tensor.data)
+        kind = tensor.name.split(".")[2]
+        if how == "order" and kind in base_heads and tensor.name.endswith("lora_b"):
+            array = unpermuted(array, base_heads[kind])
+        writer.add_tensor(tensor.name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file.with_name(f"{how}.gguf")
+
+
+# ---- in float32, to the last digits ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama as a float32 GGUF with all that llama.cpp wants of one."""
+    model = make_hf_model()
+    config = model.config
+    path = tmp_path_factory.mktemp("llama_cpp") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges(["t 1"])
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        kind = name.split(".")[-2]
+        weight = tensor.numpy()
+        weight = permuted(weight, heads[kind]) if kind in heads else weight
+        writer.add_tensor(gguf_name(name), weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_prompts() -> list[list[int]]:
+    draw = np.random.default_rng(3)
+    return [draw.integers(0, 320, size).tolist() for size in range(4, 44, 2)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_computes_our_probabilities_in_float32(
+    tiny_base: Path, tiny_prompts: list[list[int]], tmp_path: Path, name: str
+) -> None:
+    model = load_folder(tiny_base)
+    without = ours(model, tiny_prompts)
+    add_lora(model, CONFIGS[name])
+    randomise_lora(model, scale=0.1)
+    mine = ours(model, tiny_prompts)
+    file = save_gguf_adapter(model, tmp_path / "a.gguf", dtype="float32")
+    theirs = list(llama_cpp(tiny_base, tiny_prompts, file))
+    assert all(len(row) == 320 for row in theirs)  # the whole vocabulary
+    assert differences(theirs, mine).max() < 1e-4
+    assert differences(theirs, without).min() > 0.1  # the adapter does something
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_float16_adapter_is_off_by_its_rounding_only(
+    tiny_base: Path, tiny_prompts: list[list[int]], tmp_path: Path, name: str
+) -> None:
+    model = add_lora(load_folder(tiny_base), CONFIGS[name])
+    randomise_lora(model, scale=0.1)
+    theirs = list(llama_cpp(tiny_base, tiny_prompts, save_gguf_adapter(model, tmp_path / "a.gguf")))
+    assert differences(theirs, ours(model, tiny_prompts)).max() < 0.02
+
+
+def test_in_float32_the_base_alone_is_ours_too(
+    tiny_base: Path, tiny_prompts: list[list[int]]
+) -> None:
+    theirs = list(llama_cpp(tiny_base, tiny_prompts))
+    assert differences(theirs, ours(load_folder(tiny_base), tiny_prompts)).max() < 1e-4
+
+
+@pytest.mark.parametrize("how", ["order", "alpha"])
+def test_a_damaged_adapter_is_seen(
+    tiny_base: Path, tiny_prompts: list[list[int]], tmp_path: Path, how: str
+) -> None:
+    model = add_lora(load_folder(tiny_base), LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))
+    randomise_lora(model, scale=0.2)
+    file = save_gguf_adapter(model, tmp_path / "a.gguf", dtype="float32")
+    mine = ours(model, tiny_prompts)
+    assert differences(list(llama_cpp(tiny_base, tiny_prompts, file)), mine).max() < 1e-4
+    wrong = damaged(file, {"attn_q": 4, "attn_k": 2}, how)
+    assert differences(list(llama_cpp(tiny_base, tiny_prompts, wrong)), mine).max() > 0.02
+
+
+# ---- on the real model -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_on_smollm2_only_the_quantised_base_s_own_noise_remains(
+    smollm2_files: ModelFiles, smollm2: tuple[Any, Tokenizer], tmp_path: Path
+) -> None:
+    base, tokenizer = smollm2
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    path = smollm2_files.path
+    # llama.cpp rounds activations to 8 bits before it multiplies with 4-bit weights; we do not.
+    plain = ours(base, prompts)
+    noise = differences(list(llama_cpp(path, prompts, top=100)), plain)
+    model = load_model(open_checkpoint(smollm2_files), None, mx.float32, "resident")
+    add_lora(model, LoraConfig(r=8, lora_alpha=16, use_rslora=True, rank_pattern={"k_proj": 5}))
+    randomise_lora(model, scale=0.015)
+    for name, layer in lora_layers(model):
+        if name.endswith(("q_proj", "k_proj")):  # else their order would drown in the noise
+            layer.lora_B.weight = 5 * layer.lora_B.weight
+    mine = ours(model, prompts)
+    file = save_gguf_adapter(model, tmp_path / "a.gguf")
+    theirs = list(llama_cpp(path, prompts, file, top=100))
+    error = differences(theirs, mine)
+    # Measured: 0.63 nats of noise at most and 0.35 on average; with the adapter 0.70 and 0.35.
+    assert error.max() < 2 * noise.max() and error.mean() < 2 * noise.mean()
+    assert [max(row, key=row.__getitem__) for row in theirs] == [int(row.argmax()) for row in mine]
+    assert differences(theirs, plain).mean() > 3 * noise.mean()  # the adapter does something
+    for how in ("order", "alpha"):
+        wrong = damaged(file, {"attn_q": 9, "attn_k": 3}, how)
+        seen = differences(list(llama_cpp(path, prompts[:8], wrong, top=100)), mine[:8])
+        assert seen.max() > 2 * noise.max() and seen.mean() > 2 * noise.mean()

@@ -1,0 +1,139 @@
+"""Every example runs, as a script and as a notebook, and the notebooks are those of the scripts.
+
+`tests/project/test_demo.py` is about the demo, `tests/data/test_examples.py` about the class `Examples`.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import make_notebooks  # pyright: ignore[reportMissingImports]
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = make_notebooks.scripts()
+EACH = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+LIMIT = 600  # seconds
+
+
+def folder_with_data(tmp_path: Path) -> Path:
+    """A working directory as a checkout has it, where nothing that is written is kept."""
+    (tmp_path / "examples").mkdir()
+    for path in (ROOT / "examples").iterdir():
+        if path.is_file() and path.suffix != ".py":
+            shutil.copy(path, tmp_path / "examples")
+    return tmp_path
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """With this checkout's package, and a cache of tokens that is thrown away."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+def test_the_examples_are_found_and_the_demo_is_not_one_of_them():
+    names = {script.stem for script in SCRIPTS}
+    assert names >= {"quick_start", "llama31_8b", "resume", "export", "own_loop"}
+    assert not names & {"demo", "docstring_data", "make_notebooks"}
+
+
+@EACH
+def test_an_example_has_a_head_and_checks_its_claim(script: Path):
+    cells = jupytext.read(script, fmt="py:percent").cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    assert any(isinstance(node, ast.Assert) for node in tree.body), "no assert that always runs"
+    shared = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    assert any(a.name == "mlx_qlora" and a.asname == "mq" for node in shared for a in node.names)
+
+
+def test_the_readme_names_each_example_and_no_other():
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    linked = {target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target}
+    missing = [target for target in linked if not (ROOT / "examples" / target).exists()]
+    assert not missing
+    assert {script.name for script in SCRIPTS} <= linked
+
+
+# ---- notebooks ---------------------------------------------------------------------------------
+
+
+@EACH
+def test_a_notebook_is_its_script(script: Path):
+    place = make_notebooks.place_of(script)
+    again = "run: python examples/make_notebooks.py"
+    assert place.is_file(), again
+    assert place.read_text(encoding="utf-8") == make_notebooks.notebook_of(script), again
+
+
+def test_every_notebook_has_its_script():
+    assert {path.stem for path in make_notebooks.NOTEBOOKS.glob("*.ipynb")} == {
+        script.stem for script in SCRIPTS
+    }
+
+
+def test_writing_again_changes_no_byte_and_removes_what_has_no_script(tmp_path, monkeypatch):
+    examples = tmp_path / "examples"
+    (examples / "notebooks").mkdir(parents=True)
+    (examples / "one.py").write_text('# %% [markdown]\n"""# One.\n\nText."""\n\n# %%\nx = 1\nx\n')
+    (examples / "two.py").write_text('"""No example."""\n')
+    (examples / "notebooks" / "gone.ipynb").write_text("{}")
+    monkeypatch.setattr(make_notebooks, "EXAMPLES", examples)
+    monkeypatch.setattr(make_notebooks, "NOTEBOOKS", examples / "notebooks")
+    (place,) = make_notebooks.write()
+    first = place.read_bytes()
+    assert make_notebooks.write() == [place] and place.read_bytes() == first
+    assert [path.name for path in place.parent.iterdir()] == ["one.ipynb"]
+    cells: Any = nbformat.read(place, as_version=4).cells
+    assert [cell.source for cell in cells] == ["# One.\n\nText.", "x = 1\nx"]
+    assert cells[1].outputs == [] and cells[0].id != cells[1].id
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@EACH
+def test_an_example_runs_as_a_script(script: Path, tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder_with_data(tmp_path),
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    written = {path.name for path in tmp_path.iterdir()} - {"examples", "cache"}
+    assert written <= {"outputs"}
+    assert {path.name for path in tmp_path.glob("outputs/*")} <= {script.stem}
+
+
+@pytest.mark.slow
+@EACH
+def test_an_example_runs_as_a_notebook_and_shows_its_result(script: Path, tmp_path: Path):
+    notebook = nbformat.read(make_notebooks.place_of(script), as_version=4)
+    place = folder_with_data(tmp_path) / "examples" / "notebooks"  # where Jupyter starts it
+    place.mkdir()
+    where = {"metadata": {"path": str(place)}}
+    client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=where)
+    client.execute(env=environment(tmp_path))
+    results = [
+        output.data
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "execute_result"
+    ]
+    runs = [data for data in results if data["text/plain"].startswith("TrainResult(")]
+    assert runs, "no cell ends in a result"
+    html = [data.get("text/html", "") for data in runs]
+    assert all('class="mq"' in text and "<svg" in text for text in html)

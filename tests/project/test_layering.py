@@ -1,0 +1,107 @@
+"""Each group imports only those below, lazy imports included, and nothing goes in a circle."""
+
+import ast
+import functools
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "mlx_qlora"
+
+# From the ground up. Modules of one group may import each other, but not in a circle.
+ORDER = [
+    {"errors", "tree", "folders"},
+    {"cpu.blas", "device", "distributed"},
+    {"cpu"},
+    {"model"},
+    {"data"},
+    {"adapters"},
+    {"train"},
+    {"infer"},
+    {"config", "load"},
+    {"before", "after", "run"},
+    {"sweep"},
+    {"cli", "commands", "__main__", "train.__main__"},
+]
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Dotted name below the package -> file, without the package's own __init__."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Names below the package that a file imports, wherever in the file it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_qlora"):
+            assert node.level == 0, f"{path}: write imports out, from mlx_qlora"
+            base = (node.module or "").removeprefix("mlx_qlora").lstrip(".")
+            names = [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+            found |= {name if name in modules() else base or name for name in names}
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.startswith("mlx_qlora.")]
+            found |= {name.removeprefix("mlx_qlora.") for name in names}
+    return found - {"__version__"}
+
+
+def group(name: str) -> int:
+    for candidate in (name, name.split(".")[0]):
+        for number, names in enumerate(ORDER):
+            if candidate in names:
+                return number
+    raise AssertionError(f"{name} is in no group: add it to ORDER")
+
+
+def test_every_module_imports_only_its_own_group_and_those_below():
+    wrong = [
+        f"{name} (group {group(name)}) imports {target} (group {group(target)})"
+        for name, path in modules().items()
+        for target in imports(path)
+        if group(target) > group(name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_modules_import_each_other_even_in_a_long_circle():
+    graph = {name: imports(path) & modules().keys() for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for target in graph[name]:
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_heavy_packages_are_imported_only_inside_functions():
+    heavy = {"mlx_lm", "huggingface_hub", "tiktoken", "sentencepiece", "tokenizers", "jinja2"}
+    heavy |= {"pyarrow", "datasets", "loky", "gguf", "matplotlib", "IPython"}
+    heavy |= {"rouge_score", "sacrebleu", "tensorboard", "wandb", "shtab"}
+    never = {"torch", "transformers", "peft"}
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                roots = {(node.module or "").split(".")[0]}
+            elif isinstance(node, ast.Import):
+                roots = {alias.name.split(".")[0] for alias in node.names}
+            else:
+                continue
+            assert not roots & never, f"{name} imports {roots & never}: an oracle, not a dependency"
+            if node in tree.body:
+                assert not roots & heavy, f"{name} imports {roots & heavy} at its top"
+
+
+def test_there_is_no_drawer_for_odds_and_ends():
+    forbidden = {"utils", "util", "common", "helpers", "misc", "base"}
+    assert not {name.split(".")[-1] for name in modules()} & forbidden

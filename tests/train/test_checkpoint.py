@@ -1,0 +1,912 @@
+"""A run that is stopped, damaged or out of disk loses nothing: what checkpoints promise."""
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from support.tiny_folder import write_model
+from test_loop import make_examples
+
+import mlx_qlora as mq
+from mlx_qlora.config import SECTIONS, build
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.errors import ConfigError, TrainingError
+from mlx_qlora.folders import staged
+from mlx_qlora.train import checkpoint, loop
+from mlx_qlora.train.checkpoint import (
+    CheckpointingConfig,
+    RunState,
+    checkpoint_to_resume,
+    checkpoints,
+    read_state,
+)
+from mlx_qlora.train.loop import Run, TrainResult
+from mlx_qlora.train.score import Score
+from mlx_qlora.train.signals import Interrupted
+
+STEPS = 8
+SETTINGS: dict[str, Any] = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "warmup_steps": 2,
+    "learning_rate": 1e-2,
+    "r": 2,
+    "lora_alpha": 4,
+    "lora_dropout": 0.3,
+    "packing": False,
+    "max_length": 40,
+    "save_steps": 3,
+    "eval_steps": 2,
+    "save_total_limit": 10,
+    "logging_steps": 3,
+}
+SECTION_OF = {
+    field.name: section for section, made in SECTIONS.items() for field in dataclasses.fields(made)
+}
+FILES = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "resume_state.json",
+    "trainer_state.json",
+]
+
+
+class Finished(NamedTuple):
+    out: Path
+    model: Any
+    result: TrainResult
+    printed: str
+
+    @property
+    def adapter(self) -> bytes:
+        return (self.out / "adapter_model.safetensors").read_bytes()
+
+
+def go(
+    folder: Path,
+    out: Path,
+    examples: Examples | None = None,
+    held_out: Examples | None = None,
+    **fields: Any,
+) -> Finished:
+    """One run by the public call, on a fresh tiny model; keywords are fields of the config."""
+    values: dict[str, dict[str, Any]] = {"checkpointing": {"output_dir": str(out)}}
+    for name, value in {**SETTINGS, **fields}.items():
+        values.setdefault(SECTION_OF[name], {})[name] = value
+    model, tokenizer = mq.load(folder)
+    printed = io.StringIO()
+    result = mq.fine_tune(
+        model,
+        tokenizer,
+        make_examples() if examples is None else examples,
+        make_examples(6, seed=9) if held_out is None else held_out,
+        build(values),
+        console=Console(file=printed, width=300),
+    )
+    return Finished(out, model, result, printed.getvalue())
+
+
+@contextmanager
+def at_step(step: int, action: Callable[[Run], Any]) -> Iterator[None]:
+    """Within it something happens after a step, before its validation and checkpoint."""
+    note = Run.note
+
+    def noted(self: Run, *args: Any) -> None:
+        note(self, *args)
+        if self.state.step == step:
+            action(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "note", noted)
+        yield
+
+
+def stop(_: Run) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def losses(values: list[float]) -> Iterator[None]:
+    """Within it validations measure these losses, one after the other, and no more of them."""
+    left = iter(values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "score", lambda model, batches: Score(nats=next(left), tokens=1))
+        yield
+    assert next(left, None) is None, "fewer validations than losses"
+
+
+def figures(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what a clock or the machine decides."""
+    measured = ("tokens_per_second", "peak_memory_bytes", "eval_runtime")
+    return [{k: v for k, v in record.items() if k not in measured} for record in history]
+
+
+def recorded(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(run: Finished, whole: Finished) -> None:
+    """That a run ended bit for bit like one that nothing happened to."""
+    last = f"checkpoint-{STEPS}"
+    for name in ("adapter_model.safetensors", f"{last}/optimizer.safetensors"):
+        assert (run.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+    assert figures(run.result.log_history) == figures(whole.result.log_history)
+    assert recorded(run.out) == run.result.log_history
+    assert run.result.steps == STEPS
+
+
+def steps_in(out: Path) -> list[int]:
+    return [int(path.name.removeprefix("checkpoint-")) for path in checkpoints(out)]
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Path -> (time of the last change, content) of all that is in a folder."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+def hidden(out: Path) -> list[str]:
+    return [path.name for path in out.rglob(".*")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", **shape, **heads)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run that nothing happened to; tests must not change its files."""
+    return go(folder, tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return go(folder, tmp_path_factory.mktemp("packed") / "out", packing=True)
+
+
+@pytest.fixture
+def copy(whole: Finished, tmp_path: Path) -> Path:
+    """The files of the whole run, to be damaged."""
+    return shutil.copytree(whole.out, tmp_path / "out")
+
+
+def asked(out: Path, wanted: str = "auto") -> tuple[Path | None, list[str]]:
+    """What the run whose files these are would resume."""
+    saved = read_state(out / "checkpoint-3")
+    state = RunState(fingerprint=saved["fingerprint"], config=saved["config"])
+    config = CheckpointingConfig(output_dir=str(out), resume_from_checkpoint=wanted)
+    return checkpoint_to_resume(config, state)
+
+
+# ---- damage ------------------------------------------------------------------------------------
+
+
+def flipped(content: bytes, draw: random.Random) -> Iterator[bytes]:
+    """Copies of a file with one bit turned over: in its first 90 bytes, in 40 regions, at its end.
+
+    The first bytes hold the checksum of the state, and the length of a safetensors header.
+    """
+    edges = np.linspace(0, len(content), 41).astype(int)
+    places = [draw.randrange(a, max(b, a + 1)) for a, b in pairwise(edges)]
+    for place in (*range(90), *places, len(content) - 1):
+        bad = bytearray(content)
+        bad[place] ^= 1 << draw.randrange(8)
+        yield bytes(bad)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_damage_is_found_and_the_file_is_named(copy: Path, name: str) -> None:
+    path = copy / "checkpoint-8" / name
+    whole = path.read_bytes()
+    read_state(path.parent)
+    cut = [whole[:at] for at in (0, 1, len(whole) // 2, len(whole) - 1)]
+    for bad in (*flipped(whole, random.Random(name)), *cut, whole + b"\0", whole + b"\n"):
+        path.write_bytes(bad)
+        with pytest.raises(ConfigError) as error:
+            read_state(path.parent)
+        assert str(error.value).startswith(f"{path} "), error.value
+    path.unlink()
+    with pytest.raises(ConfigError) as error:
+        read_state(path.parent)
+    assert str(error.value) == f"{path} is missing"
+    path.mkdir()
+    with pytest.raises(ConfigError, match=name):
+        read_state(path.parent)
+
+
+def spoil(path: Path) -> str:
+    """Turns over one bit in the middle; returns how that is reported."""
+    bad = bytearray(path.read_bytes())
+    bad[len(bad) // 2] ^= 1
+    path.write_bytes(bad)
+    return f"{path} is damaged"
+
+
+def test_auto_uses_the_checkpoint_before_a_damaged_one_and_says_so(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    damage = [spoil(copy / f"checkpoint-{n}" / "optimizer.safetensors") for n in (8, 6)]
+    assert asked(copy) == (copy / "checkpoint-3", damage)
+    again = go(folder, copy)
+    for line in damage:
+        assert f"warning   {line}: the checkpoint before it is used\n" in again.printed
+    assert f"continuing from {copy / 'checkpoint-3'}\n" in again.printed
+    assert_same(again, whole)
+    for n in (3, 6, 8):
+        read_state(copy / f"checkpoint-{n}")
+
+
+@pytest.mark.parametrize("name", FILES[:-2] + FILES[-1:])
+def test_auto_passes_over_a_checkpoint_with_a_missing_file(copy: Path, name: str) -> None:
+    (copy / "checkpoint-8" / name).unlink()
+    damage = f"{copy / 'checkpoint-8' / name} is missing"
+    assert asked(copy) == (copy / "checkpoint-6", [damage])
+
+
+def test_a_named_checkpoint_must_be_whole(folder: Path, whole: Finished, copy: Path) -> None:
+    named = str(copy / "checkpoint-6")
+    assert asked(copy, named) == (copy / "checkpoint-6", [])
+    damage = spoil(copy / "checkpoint-6" / "adapter_config.json")
+    before = everything(copy)
+    with pytest.raises(ConfigError) as error:
+        go(folder, copy, resume_from_checkpoint=named)
+    assert str(error.value) == damage
+    with pytest.raises(ConfigError, match=r"checkpoint-5 is no checkpoint"):
+        go(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-5"))
+    assert everything(copy) == before
+    assert_same(go(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3")), whole)
+
+
+def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    damage = [spoil(copy / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (8, 6, 3)]
+    before = everything(copy)
+    with pytest.raises(ConfigError) as error:
+        go(folder, copy)
+    assert str(error.value) == (
+        f"no checkpoint of {copy} is whole:\n"
+        + "".join(f"  {line}\n" for line in damage)
+        + "to start anew pass checkpointing.resume_from_checkpoint=none"
+    )
+    assert everything(copy) == before
+    assert_same(go(folder, copy, resume_from_checkpoint="none"), whole)
+
+
+# ---- which checkpoints are kept ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "values", "kept"),
+    [
+        (2, [5, 4, 1, 3, 3, 3, 3, 3], [3, 7, 8]),
+        (2, [8, 7, 6, 5, 4, 3, 2, 1], [7, 8]),
+        (1, [2, 3, 3, 3, 1, 1, 3, 3], [5, 8]),
+        (3, [1, 1, 1, 1, 1, 1, 1, 1], [1, 6, 7, 8]),
+    ],
+)
+def test_the_newest_checkpoints_and_the_best_are_kept(
+    folder: Path, tmp_path: Path, limit: int, values: list[float], kept: list[int]
+) -> None:
+    with losses(values):
+        go(folder, tmp_path / "out", save_steps=1, eval_steps=1, save_total_limit=limit)
+    assert steps_in(tmp_path / "out") == kept
+    for n in kept:
+        read_state(tmp_path / "out" / f"checkpoint-{n}")
+    assert hidden(tmp_path / "out") == []
+
+
+def test_the_best_of_those_on_disk_is_kept_where_the_best_of_all_was_not_saved(
+    folder: Path, tmp_path: Path
+) -> None:
+    with losses([9, 1, 4, 9, 9, 5, 9, 9]):
+        go(folder, tmp_path / "out", eval_steps=1, save_total_limit=1)
+    assert steps_in(tmp_path / "out") == [3, 8]
+
+
+def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> None:
+    """The best at step 5 is saved though save_steps is 3, and so is each best before it."""
+    best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 3}
+    with losses([7, 8, 6, 6, 2, 4, 3, 9]):
+        run = go(folder, tmp_path / "out", **best)
+    assert steps_in(run.out) == [1, 3, 5, 6, 8]
+    result = run.result
+    assert (result.steps, result.best_step, result.eval_loss) == (8, 5, 2.0)
+    assert not result.stopped_early
+    assert "best      step 5, validation loss 2.0000\n" in run.printed
+    saved = run.out / "checkpoint-5" / "adapter_model.safetensors"
+    assert run.adapter == saved.read_bytes()
+    assert run.adapter != (run.out / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
+    weights = load_file(saved)
+    for name, weight in tree_flatten(run.model.trainable_parameters()):
+        assert np.array(weight).tobytes() == weights[f"base_model.model.{name}"].tobytes()
+    assert len(weights) == len(tree_flatten(run.model.trainable_parameters()))
+
+    with losses([]):
+        again = go(folder, run.out, **best)
+    assert again.adapter == run.adapter
+    assert (again.result.best_step, again.result.eval_loss) == (5, 2.0)
+
+
+def test_without_it_a_run_ends_with_its_last_weights(folder: Path, tmp_path: Path) -> None:
+    with losses([1, 2, 3, 4]):
+        run = go(folder, tmp_path / "out")
+    assert (run.result.best_step, run.result.eval_loss) == (2, 4.0)
+    assert run.adapter == (run.out / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
+    assert steps_in(run.out) == [3, 6, 8]
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_patience_ends_a_run_and_starting_it_again_does_nothing_more(
+    folder: Path, tmp_path: Path, load_best: bool
+) -> None:
+    fields = {
+        "eval_steps": 1,
+        "early_stopping_patience": 3,
+        "load_best_model_at_end": load_best,
+        "save_total_limit": 1,
+    }
+    with losses([4, 3, 3, 5, 4]):  # an equal loss is no better one
+        run = go(folder, tmp_path / "out", **fields)
+    result = run.result
+    assert (result.steps, result.best_step, result.stopped_early) == (5, 2, True)
+    assert "stopped early at step 5: no better validation loss\n" in run.printed
+    assert steps_in(run.out) == ([2, 5] if load_best else [3, 5])
+    end = "checkpoint-2" if load_best else "checkpoint-5"
+    assert run.adapter == (run.out / end / "adapter_model.safetensors").read_bytes()
+
+    kept = {name: everything(run.out / name) for name in ("checkpoint-5", end)}
+    with losses([]):
+        again = go(folder, run.out, **fields)
+    assert again.adapter == run.adapter
+    assert again.result.log_history == result.log_history == recorded(run.out)
+    assert (again.result.steps, again.result.best_step) == (5, 2)
+    assert again.result.stopped_early
+    assert {name: everything(run.out / name) for name in kept} == kept
+
+
+def test_a_better_loss_renews_the_patience(folder: Path, tmp_path: Path) -> None:
+    with losses([4, 5, 3, 5, 2, 5, 1, 5]):
+        run = go(folder, tmp_path / "out", eval_steps=1, early_stopping_patience=2)
+    assert (run.result.steps, run.result.best_step) == (8, 7)
+    assert not run.result.stopped_early
+
+
+def test_more_patience_lets_a_run_that_stopped_early_go_on(folder: Path, tmp_path: Path) -> None:
+    with losses([1, 2, 3, 4]):
+        unbroken = go(folder, tmp_path / "whole")
+    with losses([1, 2]):
+        early = go(folder, tmp_path / "out", early_stopping_patience=1)
+    assert early.result.stopped_early
+    with losses([3, 4]):
+        assert_same(go(folder, tmp_path / "out", early_stopping_patience=3), unbroken)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path, step: int) -> None:
+    fields = {"eval_steps": 1, "early_stopping_patience": 3, "load_best_model_at_end": True}
+    values = [4.0, 3.0, 5.0, 5.0, 5.0]
+    with losses(values):
+        unbroken = go(folder, tmp_path / "whole", **fields)
+    with losses(values[:step]), at_step(step, stop), pytest.raises(Interrupted):
+        go(folder, tmp_path / "out", **fields)
+    with losses(values[step - 1 :]):
+        run = go(folder, tmp_path / "out", **fields)
+    assert run.adapter == unbroken.adapter
+    assert figures(run.result.log_history) == figures(unbroken.result.log_history)
+    assert (run.result.steps, run.result.best_step, run.result.stopped_early) == (5, 2, True)
+
+
+# ---- trainer_state.json ------------------------------------------------------------------------
+
+
+def test_transformers_reads_the_trainer_state(folder: Path, tmp_path: Path) -> None:
+    from transformers import TrainerState
+
+    with losses([3, 1, 2, 4]):
+        run = go(folder, tmp_path / "out", load_best_model_at_end=True, logging_steps=1)
+    path = run.out / "checkpoint-8" / "trainer_state.json"
+    state = TrainerState.load_from_json(str(path))
+    assert json.loads(path.read_text()).keys() == dataclasses.asdict(TrainerState()).keys()
+    assert (state.best_global_step, state.best_metric) == (4, 1.0)
+    assert state.best_model_checkpoint == str(run.out / "checkpoint-4")
+    assert Path(state.best_model_checkpoint).is_dir()
+    assert (state.global_step, state.max_steps, state.train_batch_size) == (8, 8, 3)
+    assert (state.eval_steps, state.save_steps, state.logging_steps) == (2, 3, 1)
+    assert state.epoch == pytest.approx(8 * 6 / 22)
+    assert state.num_train_epochs == 3
+    trained = [record for record in state.log_history if "loss" in record]
+    evaluated = [record for record in state.log_history if "eval_loss" in record]
+    assert [record["step"] for record in trained] == list(range(1, 9))
+    assert [(r["step"], r["eval_loss"]) for r in evaluated] == [(2, 3), (4, 1), (6, 2), (8, 4)]
+    for record in trained:
+        assert set(record) == {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+    for record in evaluated:
+        assert set(record) == {"eval_loss", "eval_runtime", "epoch", "step"}
+    assert len(trained) + len(evaluated) == len(state.log_history)
+    early = TrainerState.load_from_json(str(run.out / "checkpoint-2" / "trainer_state.json"))
+    assert (early.best_global_step, early.best_metric, early.global_step) == (2, 3.0, 2)
+
+
+# ---- going on ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_stop_after_any_step_changes_no_bit(
+    folder: Path, whole: Finished, tmp_path: Path, step: int
+) -> None:
+    out = tmp_path / "out"
+    with at_step(step, stop), pytest.raises(Interrupted) as stopped:
+        go(folder, out)
+    assert stopped.value.checkpoint == out / f"checkpoint-{step}"
+    assert steps_in(out)[-1] == step
+    assert_same(go(folder, out), whole)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_stop_after_any_step_of_packed_rows_changes_no_bit(
+    folder: Path, packed: Finished, tmp_path: Path, step: int
+) -> None:
+    out = tmp_path / "out"
+    with at_step(step, stop), pytest.raises(Interrupted):
+        go(folder, out, packing=True)
+    assert_same(go(folder, out, packing=True), packed)
+
+
+def test_stops_within_a_validation_and_after_every_step_change_no_bit(
+    folder: Path, whole: Finished, tmp_path: Path
+) -> None:
+    out, score = tmp_path / "out", loop.score
+
+    def interrupted(model: Any, batches: Any) -> Score:
+        signal.raise_signal(signal.SIGINT)
+        return score(model, batches)
+
+    for step in range(1, STEPS + 1):
+        with at_step(step, stop), pytest.raises(Interrupted):
+            go(folder, out)
+        if step % 2 == 0:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+                patch.setattr(loop, "score", interrupted)
+                go(folder, out)
+    assert_same(go(folder, out), whole)
+
+
+def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behind(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    with at_step(4, stop), pytest.raises(Interrupted):
+        go(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3"))
+    assert steps_in(copy) == [3, 4]
+    assert_same(go(folder, copy), whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_removed(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    for n in (6, 8):
+        shutil.rmtree(copy / f"checkpoint-{n}")
+    shutil.copytree(whole.out / "checkpoint-6", copy / ".checkpoint-6-abc.tmp")
+    (copy / ".checkpoint-6-abc.tmp" / "resume_state.json").unlink()
+    shutil.copytree(whole.out / "checkpoint-3", copy / ".checkpoint-3-abc.old")
+    (copy / "adapter_model.safetensors").unlink()
+    run = go(folder, copy)
+    assert f"continuing from {copy / 'checkpoint-3'}\n" in run.printed
+    assert_same(run, whole)
+    assert hidden(copy) == []
+    assert steps_in(copy) == [3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda text: None,
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: text[: text.index("\n") + 9],
+        lambda text: text + text,
+        lambda text: text + '{"step": 7, "loss": 1.0}\n{"step',
+        lambda text: "\0" * 400,
+        lambda text: "".join(reversed(text.splitlines(keepends=True))),
+    ],
+    ids=["lost", "empty", "cut", "cut in a line", "twice", "too long", "zeros", "shuffled"],
+)
+def test_the_metrics_file_is_made_what_it_was(
+    folder: Path, whole: Finished, copy: Path, harm: Callable[[str], str | None]
+) -> None:
+    path = copy / "metrics.jsonl"
+    harmed = harm(path.read_text())
+    path.unlink()
+    if harmed is not None:
+        path.write_text(harmed)
+    shutil.rmtree(copy / "checkpoint-8")
+    assert_same(go(folder, copy), whole)
+
+
+# ---- another run -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "shown"),
+    [
+        ({"learning_rate": 0.001}, "config", ["training.learning_rate: 0.01 -> 0.001"]),
+        (
+            {"seed": 7, "lora_dropout": 0.0, "r": 4},
+            "config and model",
+            ["lora.r: 2 -> 4", "lora.lora_dropout: 0.3 -> 0.0", "training.seed: 0 -> 7"],
+        ),
+        ({"max_steps": 9}, "config", ["training.max_steps: 8 -> 9"]),
+        ({"packing": True}, "config", ["data.packing: False -> True"]),
+        ({"examples": make_examples(23)}, "data", []),
+        ({"held_out": make_examples(6, seed=8)}, "data", []),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["auto", "checkpoint-6"])
+def test_another_config_or_data_is_refused_and_nothing_is_touched(
+    folder: Path, copy: Path, wanted: str, change: dict[str, Any], what: str, shown: list[str]
+) -> None:
+    named = "auto" if wanted == "auto" else str(copy / wanted)
+    path = copy / ("checkpoint-8" if wanted == "auto" else wanted)
+    before = everything(copy)
+    with pytest.raises(ConfigError) as error:
+        go(folder, copy, resume_from_checkpoint=named, **change)
+    text = str(error.value)
+    assert text.startswith(f"{path} was made from another {what}{':' if shown else '.'}")
+    assert [line[2:] for line in text.splitlines() if line.startswith("  ")] == shown
+    assert "To start anew pass checkpointing.resume_from_checkpoint=none" in text
+    assert everything(copy) == before
+
+
+def test_another_model_is_refused_and_nothing_is_touched(
+    folder: Path, copy: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    before = everything(copy)
+    with pytest.raises(ConfigError, match=r"made from another (config and )?model"):
+        go(other, copy)
+    assert everything(copy) == before
+
+
+def test_what_does_not_decide_the_weights_may_change(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    shutil.rmtree(copy / "checkpoint-8")
+    run = go(folder, copy, save_steps=1, save_total_limit=2)
+    assert f"continuing from {copy / 'checkpoint-6'}\n" in run.printed
+    assert_same(run, whole)
+    assert steps_in(copy)[-2:] == [7, 8]
+
+
+def test_recomputing_may_change_and_decides_nothing_but_the_last_digits(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    """Attention weights that are made anew come from the log-sum, and are rounded otherwise."""
+    shutil.rmtree(copy / "checkpoint-8")
+    run = go(folder, copy, gradient_checkpointing=True)
+    assert f"continuing from {copy / 'checkpoint-6'}\n" in run.printed
+    ours, theirs = (load_file(r.out / "adapter_model.safetensors") for r in (run, whole))
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        assert abs(ours[name] - wanted).max() <= 1e-5 * abs(wanted).max(), name
+    losses = [
+        [h.get("loss", h.get("eval_loss")) for h in r.result.log_history] for r in (run, whole)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+# ---- the disk ----------------------------------------------------------------------------------
+
+
+def mounted(*words: str) -> bool:
+    """Whether this machine let us mount something; a user's own machine does not."""
+    try:
+        return subprocess.run(["mount", *words], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder that may be filled: a disk of its own where that can be had."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    here = mounted("-t", "tmpfs", "-o", "size=2m", "none", str(path))
+    yield path
+    if here:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[Callable[[int], None]]:
+    """Lends what fills the disk but for some KiB; without a disk of its own, no file may grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ballast = disk / "ballast"
+
+    def fill(room: int) -> None:
+        if not os.path.ismount(disk):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room * 256, hard))
+            return
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                file.truncate(max(file.tell() - room * 1024, 0))
+
+    try:
+        yield fill
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        ballast.unlink(missing_ok=True)
+
+
+def assert_explained(error: str, out: Path, reason: str, last: int) -> None:
+    assert error.startswith(f"cannot write to {out}"), error
+    assert error.count(reason) == 1, error
+    remedy = "free some space or choose another --output-dir. "
+    assert error.endswith(
+        f"; {remedy}{out / f'checkpoint-{last}'} is whole, and the same command goes on from it"
+    ), error
+
+
+@pytest.mark.parametrize("room", [0, 4, 8, 16, 24, 32])
+def test_a_full_disk_costs_no_finished_step(
+    folder: Path, whole: Finished, disk: Path, room: int
+) -> None:
+    out = disk / "out"
+    with full(disk) as fill:
+        with pytest.raises(TrainingError) as error, at_step(4, lambda _: fill(room)):
+            go(folder, out)
+        reason = "No space left on device" if os.path.ismount(disk) else "File too large"
+        assert_explained(str(error.value), out, reason, 3)
+        assert steps_in(out) == [3]
+        read_state(out / "checkpoint-3")
+        assert hidden(out) == []
+    assert_same(go(folder, out), whole)
+
+
+def test_a_disk_that_fills_up_at_the_very_end_leaves_the_last_checkpoint(
+    folder: Path, whole: Finished, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = disk / "out"
+    with full(disk) as fill:
+        monkeypatch.setattr(Run, "end", lambda _: fill(4))
+        with pytest.raises(TrainingError) as error:
+            go(folder, out)
+        monkeypatch.undo()
+        reason = "No space left on device" if os.path.ismount(disk) else "File too large"
+        assert_explained(str(error.value), out, reason, 8)
+        assert not (out / "adapter_model.safetensors").exists()
+        assert hidden(out) == []
+    assert_same(go(folder, out), whole)
+
+
+def no_space(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_a_file(tensors: Any, path: Path, **_: Any) -> None:
+    path.write_bytes(b"\x08\0\0\0")
+    no_space()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fails"),
+    [
+        (checkpoint, "save_file", half_a_file),
+        (checkpoint, "_write_state", no_space),
+        (os, "fsync", no_space),
+        (Path, "rename", no_space),
+        (tempfile, "mkdtemp", no_space),
+    ],
+)
+def test_whatever_write_fails_costs_no_finished_step(
+    folder: Path, whole: Finished, tmp_path: Path, owner: Any, name: str, fails: Any
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
+        with at_step(4, lambda _: patch.setattr(owner, name, fails)):
+            go(folder, out)
+    assert_explained(str(error.value), out, "No space left on device", 3)
+    assert steps_in(out) == [3]
+    read_state(out / "checkpoint-3")
+    assert hidden(out) == []
+    assert_same(go(folder, out), whole)
+
+
+def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
+        with at_step(1, lambda _: patch.setattr(checkpoint, "save_file", half_a_file)):
+            go(folder, tmp_path / "out")
+    assert str(error.value).endswith("No checkpoint was written yet")
+    assert steps_in(tmp_path / "out") == []
+
+
+def test_a_folder_that_becomes_read_only_costs_no_finished_step(
+    folder: Path, whole: Finished, tmp_path: Path
+) -> None:
+    """Modes do not bind root: for root the folder is mounted anew, or the system is played."""
+    out, mounts = tmp_path / "out", []
+
+    def close(run: Run) -> None:
+        run.output.chmod(0o555)
+        if not os.access(run.output, os.W_OK):
+            return
+        if mounted("--bind", str(out), str(out)):
+            mounts.append(out)
+            assert mounted("-o", "remount,bind,ro", str(out))
+            return
+        denied = OSError(errno.EROFS, os.strerror(errno.EROFS), str(out))
+        patch.setattr(tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(denied))
+
+    try:
+        with pytest.MonkeyPatch.context() as patch, at_step(4, close):
+            with pytest.raises(TrainingError) as error:
+                go(folder, out)
+        reason = "Permission denied" if os.geteuid() else "Read-only file system"
+        assert_explained(str(error.value), out, reason, 3)
+        if not os.access(out, os.W_OK):
+            before = everything(out)
+            with pytest.raises(ConfigError, match=r"out cannot be made: .*may not be written to"):
+                go(folder, out)
+            assert everything(out) == before
+    finally:
+        for path in mounts:
+            subprocess.run(["umount", "-l", str(path)], check=True)
+        out.chmod(0o755)
+    read_state(out / "checkpoint-3")
+    assert_same(go(folder, out), whole)
+
+
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_a_folder_that_is_removed_during_the_run_is_missed(
+    folder: Path, tmp_path: Path, step: int
+) -> None:
+    out = tmp_path / "out"
+    with at_step(step, lambda _: shutil.rmtree(out)), pytest.raises(TrainingError) as error:
+        go(folder, out)
+    assert str(error.value).startswith(f"cannot write to {out}: it was removed during the run; ")
+    assert str(error.value).endswith("No checkpoint was written yet")
+    assert not out.exists()
+
+
+# ---- two runs, one folder ----------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(
+    folder: Path, whole: Finished, tmp_path: Path
+) -> None:
+    out, refusals = tmp_path / "out", []
+
+    def second(_: Run) -> None:
+        before = everything(out)
+        for wanted in ("auto", "none"):
+            with pytest.raises(ConfigError) as error:
+                go(folder, out, resume_from_checkpoint=wanted)
+            refusals.append(str(error.value))
+        assert everything(out) == before
+
+    with at_step(5, second):
+        run = go(folder, out)
+    expected = f"another run is writing to {out}; choose another --output-dir, or wait for it"
+    assert refusals == [expected] * 2
+    assert_same(run, whole)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mlx_qlora.train.checkpoint import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_ends_with_its_process(folder: Path, whole: Finished, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError, match="another run is writing to"):
+                go(folder, out)
+            assert list(out.iterdir()) == []
+        finally:
+            holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert_same(go(folder, out), whole)
+    assert hidden(out) == []
+
+
+# ---- what the files are ------------------------------------------------------------------------
+
+
+def test_every_file_is_safetensors_json_text_or_a_picture(whole: Finished) -> None:
+    seen = set()
+    for path in (path for path in whole.out.rglob("*") if path.is_file()):
+        seen.add(path.suffix)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                assert all(file.get_tensor(name).dtype == np.float32 for name in file.keys())
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".jsonl":
+            assert all(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+        elif path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+        else:
+            assert "\0" not in path.read_text(encoding="utf-8")
+    assert seen == {".safetensors", ".json", ".jsonl", ".md", ".yaml", ".html", ".svg", ".png"}
+    assert sorted(path.name for path in (whole.out / "checkpoint-8").iterdir()) == FILES
+
+
+def test_bytes_are_on_the_disk_before_the_folder_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power cut could leave a folder of the right name with empty files in it."""
+    events: list[Any] = []
+    rename = Path.rename
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_ino))
+
+    def renamed(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with staged(tmp_path / "checkpoint-1") as staging:
+        (staging / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (staging / name).write_text(name)
+    made = tmp_path / "checkpoint-1"
+    inodes = [path.stat().st_ino for path in (made, made / "a", made / "sub", made / "sub" / "b")]
+    assert sorted(events[:4]) == sorted(inodes)
+    assert events[4:] == ["rename", tmp_path.stat().st_ino]
+
+
+def test_every_file_of_a_checkpoint_is_flushed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, fsync = set(), os.fsync
+
+    def noted(number: int) -> None:
+        flushed.add(os.fstat(number).st_ino)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run = go(folder, tmp_path / "out", max_steps=1)
+    made = run.out / "checkpoint-1"
+    assert {path.stat().st_ino for path in (made, *made.iterdir())} <= flushed
+    final = ("adapter_model.safetensors", "adapter_config.json", "mlx/adapters.safetensors")
+    assert {(run.out / name).stat().st_ino for name in final} <= flushed

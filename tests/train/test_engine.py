@@ -1,0 +1,660 @@
+"""The engine's gradients: against float64 differences, MLX's own, and each other where equal."""
+
+import dataclasses
+import importlib.util
+import itertools
+import threading
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from support.grad_sums import add_grads
+from support.models import load_folder, our_logits, random_tokens, randomise_lora
+
+from mlx_qlora import device
+from mlx_qlora.data.batches import IGNORE, Batch
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.model import llama
+from mlx_qlora.model.lora import LoraConfig, add_lora
+from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
+from mlx_qlora.train import engine as engine_module
+from mlx_qlora.train import memory
+from mlx_qlora.train.engine import Engine, loss_and_grads
+from mlx_qlora.train.loss import cross_entropy
+from mlx_qlora.train.memory import (
+    EXPONENTIALS,
+    LAYER,
+    LEVELS,
+    MLP,
+    NOTHING,
+    check_recompute,
+    kept_bytes,
+    schedule,
+)
+from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.score import score
+from mlx_qlora.tree import flat
+
+
+@pytest.fixture
+def model(hf_tiny):
+    ours = load_folder(hf_tiny[1])
+    add_lora(ours, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3), seed=5)
+    randomise_lora(ours)
+    return ours
+
+
+def a_batch(B: int = 3, T: int = 24, seed: int = 0) -> Batch:
+    tokens = random_tokens(B, T + 1, seed=seed)
+    labels = tokens[:, 1:].copy()
+    labels[:, : T // 3] = IGNORE
+    labels[0, T // 2 :] = IGNORE
+    return Batch(mx.array(tokens[:, :-1]), mx.array(labels))
+
+
+def gap(first, second) -> float:
+    """The largest difference of two gradient trees, relative to the largest gradient."""
+    pairs = list(zip(tree_flatten(first), tree_flatten(second)))
+    assert all(a[0] == b[0] for a, b in pairs)
+    largest = max(mx.abs(a).max().item() for (_, a), _ in pairs)
+    return max(mx.abs(a - b).max().item() for (_, a), (_, b) in pairs) / largest
+
+
+def packed_batch(rows: list[list[int]], seed: int = 0, width: int | None = None) -> Batch:
+    """Rows of documents of so many positions, half of them learned; padding behind."""
+    width = width or max(map(sum, rows))
+    random = np.random.default_rng(seed)
+    tokens = random_tokens(len(rows), width + 1, seed=seed)
+    labels = np.full((len(rows), width), IGNORE, np.int32)
+    documents = []
+    for row, lengths in enumerate(rows):
+        start = 0
+        for n in lengths:
+            learned = random.random(n) < 0.5
+            learned[n // 2] = True
+            span = slice(start, start + n)
+            labels[row, span] = np.where(learned, tokens[row, 1:][span], IGNORE)
+            documents.append((row, start, start + n))
+            start += n
+    return Batch(mx.array(tokens[:, :-1]), mx.array(labels), np.array(documents, np.int32))
+
+
+def autodiff(model, batch: Batch, key: mx.array | None = None) -> tuple[float, Any]:
+    """Loss and gradients as MLX finds them, of all logits of all rows."""
+    weights = model.trainable_parameters()
+    learned = batch.labels != IGNORE
+
+    def loss(weights):
+        model.update(weights)
+        logits = model(batch.tokens, documents=batch.documents, dropout_key=key)
+        logits = logits.astype(mx.float32)
+        targets = mx.where(learned, batch.labels, 0)[..., None]
+        nats = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, targets, -1)[..., 0]
+        return mx.where(learned, nats, 0).sum()
+
+    value, grads = mx.value_and_grad(loss)(weights)
+    model.update(weights)
+    mx.eval(value, grads)
+    return value.item(), grads
+
+
+def drawn_here(N: int) -> list[mx.array]:
+    """Dropout keys from the global state: other ones whenever it is asked."""
+    return [mx.random.randint(0, 2**31 - 1, (N, 2)).astype(mx.uint32) for _ in range(7)]
+
+
+def tuned(folder, seed: int = 5, **changes: Any):
+    """The tiny model with LoRA layers, dropout 0.2."""
+    ours = load_folder(folder)
+    add_lora(ours, LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, **changes}), seed)
+    randomise_lora(ours)
+    return ours
+
+
+# ---- the loss ----------------------------------------------------------------------------------
+
+
+def test_loss_is_the_float64_sum_of_masked_nats(model):
+    batch = a_batch()
+    loss, n_tokens, _ = loss_and_grads(model, batch)
+    logits = our_logits(model, np.array(batch.tokens)).astype(np.float64)
+    labels = np.array(batch.labels)
+    shifted = logits - logits.max(-1, keepdims=True)
+    logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    nats = -np.take_along_axis(logp, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    assert n_tokens == (labels != IGNORE).sum()
+    assert loss.dtype == mx.float32
+    assert loss.item() == pytest.approx(nats[labels != IGNORE].sum(), rel=1e-6)
+
+
+def test_a_batch_without_supervised_tokens_gives_zero_and_no_nan(model):
+    batch = a_batch()
+    empty = Batch(batch.tokens, mx.full(batch.labels.shape, IGNORE, mx.int32))
+    loss, n_tokens, grads = loss_and_grads(model, empty)
+    assert (loss.item(), n_tokens) == (0.0, 0)
+    assert all((g == 0).all().item() for _, g in tree_flatten(grads))
+
+
+def test_padding_positions_reach_neither_loss_nor_gradients(model):
+    """Columns added at the right, whatever they hold, change nothing."""
+    batch = a_batch()
+    junk = mx.array(random_tokens(3, 17, seed=9))
+    none = mx.full((3, 17), IGNORE, mx.int32)
+    padded = Batch(mx.concatenate([batch.tokens, junk], 1), mx.concatenate([batch.labels, none], 1))
+    loss, n, grads = loss_and_grads(model, batch)
+    padded_loss, padded_n, padded_grads = loss_and_grads(model, padded)
+    assert n == padded_n
+    assert padded_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert gap(grads, padded_grads) < 1e-5
+
+
+def test_token_accuracy_counts_the_first_choices(model):
+    batch = a_batch()
+    labels = np.array(batch.labels)
+    learned = np.flatnonzero(labels != IGNORE)
+    hidden = model.model(batch.tokens).reshape(labels.size, -1)[mx.array(learned)]
+    found = cross_entropy(model.head, hidden, mx.array(labels.reshape(-1)[learned]), False)
+    choices = our_logits(model, np.array(batch.tokens)).argmax(-1)
+    assert np.array(found.choices).tolist() == choices[labels != IGNORE].tolist()
+    wanted, previous = labels != IGNORE, np.roll(labels != IGNORE, 1, axis=1)
+    previous[:, 0] = False
+    pairs = wanted & previous
+    total = score(model, [batch])
+    assert total.hits == (choices == labels)[wanted].sum()
+    assert (total.tokens, total.pairs) == (wanted.sum(), pairs.sum())
+    assert total.repeated == (choices == np.roll(choices, 1, axis=1))[pairs].sum()
+    assert total.repeated_targets == (labels == np.roll(labels, 1, axis=1))[pairs].sum()
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def test_gradients_equal_finite_differences(model):
+    """Central differences along random directions, one per LoRA matrix."""
+    batch, key = a_batch(), mx.random.key(4)
+    weights = model.trainable_parameters()
+    _, _, grads = loss_and_grads(model, batch, key)
+    engine = Engine(model, "none", compiled=False)
+    random = np.random.default_rng(0)
+    for (name, gradient), (_, weight) in list(zip(tree_flatten(grads), tree_flatten(weights)))[::3]:
+        direction = mx.array(random.normal(size=weight.shape).astype(np.float32))
+        direction = direction / mx.sqrt(direction.square().sum())
+        losses = []
+        for sign in (1, -1):
+            moved = dict(tree_flatten(weights))
+            moved[name] = weight + sign * 2e-2 * direction
+            loss, _, _ = engine(moved, batch, key)
+            losses.append(loss.item())
+        measured = (losses[0] - losses[1]) / 4e-2
+        promised = (gradient * direction).sum().item()
+        assert measured == pytest.approx(promised, rel=2e-2, abs=2e-3), name
+
+
+@pytest.mark.parametrize("recompute", ["all", 1, 2, "auto"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recompute_changes_nothing_with_dropout_on(model, recompute, compiled):
+    batch, key = a_batch(), mx.random.key(8)
+    loss, _, grads = loss_and_grads(model, batch, key, recompute="none")
+    engine = Engine(model, recompute, compiled)
+    again, _, again_grads = engine(flat(model.trainable_parameters()), batch, key)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert gap(grads, again_grads) < 1e-5
+
+
+def test_a_checkpoint_that_draws_its_own_dropout_is_wrong(model):
+    """The control: what mx.checkpoint does to a layer that calls mx.random without a key."""
+    layer, rows = model.layers[0], np.array([(0, 0, 16), (1, 0, 16)], np.int32)
+    documents, h = model.model.documents(rows), mx.random.normal((32, 64))
+
+    def run(x, weights):
+        layer.update(weights)
+        return layer(x, documents, drawn_here(32))
+
+    weights = layer.trainable_parameters()
+    mx.random.seed(0)
+    plain = mx.grad(lambda w: run(h, w).square().sum())(weights)
+    mx.random.seed(0)
+    checkpointed = mx.grad(lambda w: mx.checkpoint(run)(h, w).square().sum())(weights)
+    layer.update(weights)
+    assert gap(plain, checkpointed) > 1e-2
+
+
+def test_dropout_key_decides_the_masks(model):
+    batch = a_batch()
+    losses = [loss_and_grads(model, batch, mx.random.key(k))[0].item() for k in (1, 1, 2)]
+    without = loss_and_grads(model, batch)[0].item()
+    assert losses[0] == losses[1] != losses[2]
+    assert without not in losses
+
+
+def test_micro_batches_add_up_to_one_batch(model):
+    """Unequal supervised counts, which a mean of means would weigh wrongly."""
+    batch = a_batch(B=4)
+    whole_loss, whole_n, whole = loss_and_grads(model, batch)
+    total, nats, count = None, 0.0, 0
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = Batch(batch.tokens[rows], batch.labels[rows])
+        loss, n, grads = loss_and_grads(model, part)
+        total, nats, count = add_grads(total, grads), nats + loss.item(), count + n
+    assert count == whole_n
+    assert nats == pytest.approx(whole_loss.item(), rel=1e-6)
+    assert gap(whole, total) < 1e-5
+
+
+def test_gradients_are_float32_and_of_lora_weights_alone(model):
+    _, _, grads = loss_and_grads(model, a_batch())
+    leaves = tree_flatten(grads)
+    assert len(leaves) == 2 * 7 * 2
+    assert all(".lora_" in name and g.dtype == mx.float32 for name, g in leaves)
+
+
+def test_bfloat16_compute_gives_float32_gradients_close_to_float32s(hf_tiny):
+    results = []
+    for dtype in (mx.float32, mx.bfloat16):
+        ours = load_folder(hf_tiny[1], dtype=dtype)
+        add_lora(ours, LoraConfig(r=4, lora_dropout=0.0), seed=5)
+        randomise_lora(ours)
+        results.append(loss_and_grads(ours, a_batch()))
+    (loss, _, grads), (bf_loss, _, bf_grads) = results
+    assert all(g.dtype == mx.float32 for _, g in tree_flatten(bf_grads))
+    assert bf_loss.item() == pytest.approx(loss.item(), rel=1e-2)
+    assert gap(grads, bf_grads) < 0.1
+
+
+def test_the_model_is_left_as_it_was(model):
+    before = dict(tree_flatten(model.parameters()))
+    engine = Engine(model, "all", compiled=True)
+    mx.eval(engine(flat(model.trainable_parameters()), a_batch(), mx.random.key(0)))
+    after = dict(tree_flatten(model.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]).item() for name in before)
+
+
+def test_a_model_without_lora_and_a_wrong_recompute_are_refused(hf_tiny, model):
+    with pytest.raises(ConfigError, match="nothing to train; call add_lora"):
+        loss_and_grads(load_folder(hf_tiny[1]), a_batch())
+    for wrong in ("some", 3, -1, 1.5):
+        with pytest.raises(ConfigError, match="none, all, auto, or a number of layers from 0 to 2"):
+            check_recompute(wrong, 2)
+
+
+def test_scores_add_up_over_batches(model):
+    batches = [a_batch(seed=s) for s in (1, 2)]
+    total = score(model, batches)
+    nats, n = total.nats, total.tokens
+    sums = [loss_and_grads(model, b)[:2] for b in batches]
+    assert n == sum(count for _, count in sums)
+    assert nats == pytest.approx(sum(s.item() for s, _ in sums), rel=1e-6)
+
+
+# ---- gradients against MLX's own ---------------------------------------------------------------
+
+ROWS = [[20, 9, 3], [30, 1], [17, 8, 5], [12, 12], [31], [2, 25]]
+SIZE = sum(map(sum, ROWS))
+LEVEL_LISTS = [
+    *([level, level] for level in LEVELS),
+    [LAYER, EXPONENTIALS],
+    [NOTHING, MLP],
+    [MLP, NOTHING],
+]
+
+
+@contextmanager
+def split_into(waves: int, cores: int, positions: int = SIZE):
+    """So many waves and cores; yields how many parts each wave had."""
+    kind, seen = device.backend().device, []
+    real = memory.waves_of
+
+    def waves_of(*args: Any) -> Any:
+        made = real(*args)
+        seen.extend(map(len, made))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in (memory.AT_ONCE, memory.ENOUGH):
+            patch.setitem(limit, kind, -(-positions // waves))
+        patch.setattr(memory, "FEWEST_POSITIONS", 1)
+        patch.setattr(memory, "cores", lambda: cores)
+        machine = dataclasses.replace(memory.this_machine(), cores=cores)
+        patch.setattr(memory, "this_machine", lambda: machine)
+        patch.setattr(engine_module, "waves_of", waves_of)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def autodiffed(hf_tiny):
+    """A model, a batch, a key, and what MLX says of them."""
+    model, batch, key = tuned(hf_tiny[1]), packed_batch(ROWS, width=40), mx.random.key(3)
+    return model, batch, key, *autodiff(model, batch, key)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("waves", "cores"), [(1, 1), (1, 2), (2, 1), (5, 1), (5, 2)])
+@pytest.mark.parametrize("levels", LEVEL_LISTS, ids=str)
+def test_gradients_equal_mlx_s_own_whatever_is_kept(autodiffed, levels, waves, cores, compiled):
+    model, batch, key, nats, grads = autodiffed
+    with split_into(waves, cores) as seen:
+        loss, n, ours = Engine(model, levels, compiled)(
+            flat(model.trainable_parameters()), batch, key
+        )
+        assert seen == [cores] * waves
+    assert n == (np.array(batch.labels) != IGNORE).sum()
+    assert loss.item() == pytest.approx(nats, rel=2e-6)
+    assert gap(grads, ours) < 1e-5
+
+
+def test_another_key_gives_other_gradients(autodiffed):
+    """The control: dropout is really on in the comparison above."""
+    model, batch, _, _, grads = autodiffed
+    assert gap(grads, loss_and_grads(model, batch, mx.random.key(4))[2]) > 1e-2
+
+
+def test_strategies_of_multiplying_a_packed_weight_give_equal_gradients(hf_tiny):
+    batch, key, found = packed_batch(ROWS), mx.random.key(3), []
+    for matmul in ("quantized", "dequantize", "resident"):
+        ours = load_folder(hf_tiny[1], QuantConfig(4, 32), matmul)
+        packed = [m for m in ours.modules() if isinstance(m, FrozenMatrix) and m.quant]
+        assert len(packed) >= 2 * 7 and all(m.matmul == matmul for m in packed)
+        add_lora(ours, LoraConfig(r=4, lora_dropout=0.2), seed=5)
+        randomise_lora(ours)
+        for levels in ([NOTHING, LAYER], [MLP, EXPONENTIALS]):
+            found.append(loss_and_grads(ours, batch, key, levels)[::2])
+        found.append(autodiff(ours, batch, key))
+    for loss, grads in found[1:]:
+        assert float(loss) == pytest.approx(found[0][0].item(), rel=2e-6)
+        assert gap(found[0][1], grads) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [0]},
+        {"target_modules": ["down_proj"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["up_proj", "v_proj"], "layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("levels", [[NOTHING, NOTHING], [LAYER, LAYER]], ids=str)
+def test_a_part_of_the_weights_learns_exactly_and_nothing_below_it_is_differentiated(
+    hf_tiny, monkeypatch, lora, levels
+):
+    model, batch, key = tuned(hf_tiny[1], **lora), packed_batch(ROWS), mx.random.key(3)
+    nats, grads = autodiff(model, batch, key)
+    differentiated = set()
+
+    class Descent(engine_module.Descent):
+        def __init__(self, layer, slots, walk, i, compiled):
+            differentiated.add(i)
+            super().__init__(layer, slots, walk, i, compiled)
+
+    monkeypatch.setattr(engine_module, "Descent", Descent)
+    loss, _, ours = loss_and_grads(model, batch, key, levels)
+    assert loss.item() == pytest.approx(nats, rel=2e-6)
+    assert gap(grads, ours) < 1e-5
+    assert differentiated == ({1} if lora.get("layers_to_transform") == [1] else {0, 1})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("levels", [[level, level] for level in LEVELS], ids=str)
+def test_gates_that_saturate_have_finite_and_equal_gradients(hf_tiny, levels, compiled):
+    """Below -88 e ** -x is infinite in float32, and its derivative times 0 would be NaN."""
+    model, batch = tuned(hf_tiny[1]), packed_batch(ROWS)
+    for layer in model.layers:
+        gate = layer.mlp.gate_proj.base_layer
+        gate.weight = gate.weight * 100
+    _, _, wanted = Engine(model, "none", compiled=True)(flat(model.trainable_parameters()), batch)
+    loss, _, grads = Engine(model, levels, compiled)(flat(model.trainable_parameters()), batch)
+    assert mx.isfinite(loss).item()
+    assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(wanted))
+    assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(grads))
+    assert gap(wanted, grads) < 1e-4
+
+
+def test_documents_with_nothing_to_learn_and_padding_are_not_computed(model, monkeypatch):
+    monkeypatch.setattr(memory, "GPU_MULTIPLE", 1)
+    batch, seen, look_up = packed_batch(ROWS, width=50), [], Embedding.__call__
+
+    def noting(self, tokens):
+        seen.append(tokens.size)
+        return look_up(self, tokens)
+
+    monkeypatch.setattr(Embedding, "__call__", noting)
+    loss, n, grads = loss_and_grads(model, batch, mx.random.key(1))
+    assert sum(seen) == SIZE < batch.tokens.size
+
+    labels, silent = np.array(batch.labels), batch.documents[[1, 3, 8]]
+    for row, start, end in silent:
+        labels[row, start:end] = IGNORE
+    fewer = Batch(batch.tokens, mx.array(labels), batch.documents)
+    seen.clear()
+    loss, n, grads = loss_and_grads(model, fewer, mx.random.key(1))
+    assert sum(seen) == SIZE - (silent[:, 2] - silent[:, 1]).sum()
+    nats, exact = autodiff(model, fewer, mx.random.key(1))
+    assert n == (labels != IGNORE).sum()
+    assert loss.item() == pytest.approx(nats, rel=2e-6)
+    assert gap(exact, grads) < 1e-5
+
+
+# ---- what a call leaves behind -----------------------------------------------------------------
+
+
+def all_arrays(model) -> dict[str, mx.array]:
+    arrays = dict(tree_flatten(model.parameters()))
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenMatrix):
+            arrays[f"{name}._resident"] = module._resident
+    return arrays
+
+
+# A piece's calls: 1 and 2 on the way up, 3 and more on the way down.
+@pytest.mark.parametrize(
+    ("piece", "calls"),
+    [
+        *(("project", n) for n in (1, 2, 3, 4, 5, 6)),
+        *((piece, n) for piece in ("add_attention", "widen") for n in (1, 2, 3, 4, 6)),
+        *(("add_mlp", n) for n in (1, 2, 3, 4)),
+    ],
+)
+def test_an_exception_in_the_middle_leaves_the_model_as_it_was(hf_tiny, monkeypatch, piece, calls):
+    model = load_folder(hf_tiny[1], QuantConfig(4, 32), "dequantize")
+    add_lora(model, LoraConfig(r=4, lora_dropout=0.2), seed=5)
+    randomise_lora(model)
+    batch, key, before = a_batch(B=1), mx.random.key(2), all_arrays(model)
+    expected = loss_and_grads(model, batch, key, "none")
+    doubled = {n: 2 * w for n, w in tree_flatten(model.trainable_parameters())}
+    real, left = getattr(llama.DecoderLayer, piece), [calls]
+
+    def failing(self, *args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("in the middle")
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
+        patch.setattr(llama.DecoderLayer, piece, failing)
+        loss_grads = Engine(model, "all", False)(doubled, batch, key)
+        mx.eval(loss_grads)
+    after = all_arrays(model)
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    again = loss_and_grads(model, batch, key, "none")
+    assert again[0].item() == expected[0].item()
+    assert gap(expected[2], again[2]) == 0
+
+
+def test_what_worked_in_one_thread_works_in_the_next(autodiffed):
+    """MLX's streams belong to the thread that made them."""
+    model, batch, key, nats, grads = autodiffed
+    found, failures = [], []
+
+    def work() -> None:
+        try:
+            with split_into(1, 2) as seen:
+                loss, _, ours = loss_and_grads(model, batch, key)
+                mx.eval(loss, ours)
+                found.append((seen, loss.item(), gap(grads, ours)))
+        except RuntimeError as error:
+            failures.append(error)
+
+    work()
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(60)
+    assert not failures
+    for seen, loss, difference in found:
+        assert seen == [2] and loss == pytest.approx(nats, rel=2e-6) and difference < 1e-5
+    assert len(found) == 3
+
+
+# ---- how a batch is shared out -----------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 8))
+def test_documents_are_shared_out_evenly_each_to_one_and_in_order(lengths, n):
+    documents = np.array([(i, 7, 7 + length) for i, length in enumerate(lengths)], np.int32)
+    shares = memory.shared_out(documents, n)
+    n = min(n, len(lengths))
+    assert len(shares) == n
+    loads = [int((share[:, 2] - share[:, 1]).sum()) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
+    assert max(loads) <= 4 / 3 * max(sum(lengths) / n, max(lengths)) + max(lengths) / 3
+    assert all((np.diff(share[:, 0]) > 0).all() for share in shares)
+    assert np.array_equal(np.sort(np.concatenate(shares)[:, 0]), np.arange(len(lengths)))
+
+
+SIZES = llama.LlamaConfig(
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=160,
+    vocab_size=320,
+)
+
+
+@pytest.mark.parametrize("lengths", [[100] * 12, [700, 20, 30, 500, 600, 90], [3000], [5] * 9])
+def test_a_schedule_saves_with_waves_first_then_level_by_level_and_keeps_its_budget(
+    monkeypatch, lengths
+):
+    kind = device.backend().device
+    monkeypatch.setitem(memory.AT_ONCE, kind, 1000)
+    monkeypatch.setitem(memory.ENOUGH, kind, 300)
+    N, n_layers = sum(lengths), SIZES.num_hidden_layers
+
+    def kept(made: memory.Schedule) -> int:
+        return kept_bytes(SIZES, made.levels, lengths, made.waves, 4)
+
+    roomy = schedule(SIZES, lengths, 4, "auto", 1e18)
+    assert roomy == memory.Schedule(memory.default_waves(lengths), [NOTHING] * n_layers)
+    tightest = schedule(SIZES, lengths, 4, "auto", 0)
+    assert tightest.levels == [LAYER] * n_layers
+    most = max(roomy.waves, min(-(-N // 300), len(lengths)))
+    assert tightest.waves == most
+    made = [roomy]
+    for budget in np.linspace(kept(roomy), kept(tightest), 200).tolist():
+        made.append(schedule(SIZES, lengths, 4, "auto", budget))
+        assert kept(made[-1]) <= budget
+        waves, levels = made[-1].waves, made[-1].levels
+        assert levels == [NOTHING] * n_layers or waves == most
+        assert levels == sorted(levels, reverse=True) and levels[0] - levels[-1] <= 1
+    for before, after in itertools.pairwise(made):
+        assert (after.waves, after.levels) >= (before.waves, before.levels)
+    assert len({tuple(m.levels) for m in made}) == 1 + 3 * n_layers
+
+
+@pytest.mark.parametrize(("device", "different"), [("cpu", 4), ("metal", 3), ("cuda", 3)])
+@pytest.mark.parametrize("T", [1, 100, 1000])
+def test_each_level_keeps_less_than_the_one_before(T, device, different):
+    """A fused kernel keeps no exponentials."""
+    sizes = [memory.layer_bytes(SIZES, level, T, 4, device) for level in LEVELS]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == different
+
+
+def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_waves(monkeypatch):
+    monkeypatch.setitem(memory.AT_ONCE, device.backend().device, 1000)
+    monkeypatch.setitem(memory.ENOUGH, device.backend().device, 300)
+    lengths = [100] * 20
+    for levels in ([LAYER, MLP, NOTHING, NOTHING], [LAYER] * 4):
+        made = schedule(SIZES, lengths, 4, levels, 0)
+        assert made.levels == levels
+        assert made.waves >= memory.default_waves(lengths)
+    assert made.waves == 7 > memory.default_waves(lengths) == 2
+
+
+# ---- compiling ---------------------------------------------------------------------------------
+
+
+def test_300_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(model, monkeypatch):
+    traced, active, differentiating, compile_, vjp_ = [], [], [], mx.compile, mx.vjp
+
+    def counting(fun, *args, **kwargs):
+        def traces(*inputs):
+            if not differentiating:  # within a transformation MLX compiles nothing
+                traced.append(fun)
+            return fun(*inputs)
+
+        return compile_(traces, *args, **kwargs)
+
+    def vjp(*args):
+        differentiating.append(True)
+        try:
+            return vjp_(*args)
+        finally:
+            differentiating.pop()
+
+    monkeypatch.setattr(mx, "compile", counting)
+    monkeypatch.setattr(mx, "vjp", vjp)
+    spec = importlib.util.spec_from_file_location("freshly_compiled", llama.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)  # the module itself may have met these shapes before
+    monkeypatch.setattr(llama, "swiglu", fresh.swiglu)
+    monkeypatch.setattr("mlx_qlora.train.optim._slices", in_slices_of_many_sizes)
+    engine, optimizer = Engine(model, compiled=True), AdamW(model.trainable_parameters())
+    random, shapes = np.random.default_rng(0), set()
+    for i in range(300):
+        rows = [random.integers(1, 40, random.integers(1, 4)).tolist() for _ in range(1 + i % 3)]
+        batch = packed_batch(rows, i)
+        if i % 2:
+            batch = Batch(batch.tokens, batch.labels)
+        shapes.add(batch.tokens.shape)
+        loss, n, grads = engine(optimizer.named(optimizer.weights), batch, mx.random.key(i))
+        norm = optimizer.update(grads, n, 1e-3, loss)
+        mx.eval(norm, optimizer.weights, optimizer.mean, optimizer.square)
+        del batch, loss, grads, norm
+        active.append(mx.get_active_memory())
+    assert len(shapes) > 100
+    assert 2 <= len(traced) <= 8
+    assert active[-1] == pytest.approx(active[19], rel=0.02)
+
+
+def in_slices_of_many_sizes(size: int) -> list[slice]:
+    return [slice(0, 1000), slice(1000, 4000), slice(4000, size)]
+
+
+@pytest.mark.parametrize("level", [NOTHING, EXPONENTIALS, MLP, LAYER])
+def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
+    batch = a_batch(B=4, T=96)
+    engine = Engine(model, [level] * len(model.layers), compiled=False)
+    documents = memory.teaching_documents(batch)
+    (share,) = memory.waves_of(model, batch, documents, 1)
+    walks = [engine_module.Walk(part, engine._embed(part)) for part in share]
+    engine._forward(walks, engine.recompute)
+    held = {}
+    for kept in (kept for walk in walks for kept in walk.kept):
+        heads, notes = kept.heads or (None, [])
+        arrays = [kept.x, *(kept.qkv or ()), heads, kept.h, *(kept.wide or ()), kept.s]
+        arrays += [array for note in notes for array in note.arrays()]
+        held |= {id(array): array.nbytes for array in arrays if array is not None}
+    lengths = (documents[:, 2] - documents[:, 1]).tolist()
+    counted = kept_bytes(model.config, engine.recompute, lengths, 1, 4)
+    assert sum(held.values()) == pytest.approx(counted, rel=0.05)

@@ -1,0 +1,394 @@
+"""Ctrl-C, SIGTERM, a closed terminal: a checkpoint of the last finished step, one message."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import crash
+
+import mlx_qlora as mq
+from mlx_qlora.config import build
+from mlx_qlora.train.engine import Engine
+from mlx_qlora.train.signals import Interrupted, Interruption
+
+BOTH = pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+# A real run that says when it is at a certain place, and stays there until a signal was noted. A
+# shell may have told the tests, and so their children, to ignore Ctrl-C.
+PAUSING = """
+import signal, sys, time
+from itertools import chain
+from mlx_qlora.cli import main
+from mlx_qlora.train import loop
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+place, number, seconds_after = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+counts = {"micro-batch": 0, "validation": 0}
+call, score = loop.Engine.__call__, loop.score
+
+def pause(at):
+    counts[at] += 1
+    print(at, counts[at], flush=True)
+    if (at, counts[at]) == (place, number):
+        handler, until = signal.getsignal(signal.SIGTERM), time.monotonic() + 60
+        print("waiting", flush=True)
+        while signal.getsignal(signal.SIGTERM) == handler:
+            time.sleep(0.001)
+            if time.monotonic() > until:
+                sys.exit("no signal was noted")
+        print("noted", flush=True)
+        time.sleep(seconds_after)
+
+def pausing_call(self, *words):
+    pause("micro-batch")
+    return call(self, *words)
+
+def pausing_score(model, batches):
+    first = next(batches)
+    pause("validation")
+    return score(model, chain([first], batches))
+
+loop.Engine.__call__, loop.score = pausing_call, pausing_score
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> crash.LeftAlone:
+    return crash.LeftAlone(tmp_path_factory.mktemp("interruption"), counted=False)
+
+
+def paused(words: list[str], place: str, number: int, seconds_after: float = 0.0) -> Any:
+    """A process that waits at the numbered place, and what it printed until then."""
+    process = crash.start(words, ["-c", PAUSING, place, str(number), str(seconds_after)])
+    return process, read_until(process, "waiting")
+
+
+def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if lines[-1] == wanted:
+            return lines
+    raise AssertionError(f"it ended before: {lines} {process.communicate()[1]}")
+
+
+def resumes(alone: crash.LeftAlone, place: Path, step: int) -> None:
+    """The same command goes on from that step, and ends like the run that was left alone."""
+    process = crash.start(crash.command(alone.inputs, place))
+    printed, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
+    assert f"continuing from {place / 'out' / f'checkpoint-{step}'}\n" in printed
+    assert crash.differences(alone.out, place / "out") == []
+    assert crash.names(place / "out") == crash.names(alone.out)
+
+
+# ---- a real run --------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(
+    name: str, alone: crash.LeftAlone, tmp_path: Path
+) -> None:
+    """In the first of the two micro-batches of step 11."""
+    process, _ = paused(crash.command(alone.inputs, tmp_path), "micro-batch", 21)
+    process.send_signal(signal.Signals[name])
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
+    kept = tmp_path / "out" / "checkpoint-10"
+    assert said == (
+        f"mlx-qlora: stopped by {name}; saved {kept}. The same command goes on from there\n"
+    )
+    assert "micro-batch" not in printed and "done" not in printed
+    assert json.loads((kept / "trainer_state.json").read_text())["global_step"] == 10
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    resumes(alone, tmp_path, 10)
+
+
+HANGING = """
+import os, signal, sys, time
+from pathlib import Path
+from mlx_qlora.train.signals import Interruption
+
+with Interruption() as interruption:
+    print("ready", flush=True)
+    while interruption.signum is None:
+        time.sleep(0.01)
+    print("to nobody", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # as ssh and launchers send it behind
+    time.sleep(0.1)
+    Path(sys.argv[1]).write_text("saved")
+sys.exit(128 + signal.SIGHUP)
+"""
+
+
+def hang_up(words: list[str], ready: Callable[[], bool]) -> int:
+    """The exit code of a process whose terminal is closed as soon as it is ready."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=crash.ROOT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    until = time.monotonic() + 60
+    while not ready() and process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65536)
+        time.sleep(0.002)
+    assert process.poll() is None, "it ended before"
+    os.close(ours)
+    return process.wait(60)
+
+
+def test_a_closed_terminal_saves_the_last_finished_step(
+    alone: crash.LeftAlone, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    words = ["-m", "mlx_qlora", *crash.command(alone.inputs, tmp_path)]
+    code = hang_up(words, lambda: metrics.exists() and '"step": 9,' in metrics.read_text())
+    assert code == 128 + signal.SIGHUP
+    (*_, last) = sorted(int(p.name.partition("-")[2]) for p in metrics.parent.glob("checkpoint-*"))
+    assert last >= 9
+    resumes(alone, tmp_path, last)
+
+
+def test_what_follows_a_closed_terminal_is_no_second_thought(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    until = time.monotonic() + 2
+    code = hang_up(["-c", HANGING, str(saved)], lambda: time.monotonic() > until)
+    assert code == 128 + signal.SIGHUP and saved.read_text() == "saved"
+
+
+def test_a_pipe_that_closes_with_the_terminal_is_written_to_no_more(tmp_path: Path) -> None:
+    """As of a launcher, which passes on what its processes print."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(tmp_path / "saved")],
+        cwd=crash.ROOT,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_terminal_that_is_closed_after_ctrl_c_does_not_end_the_saving() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        interruption._heard = []
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert (interruption.signum, interruption.came) == (signal.SIGTERM, signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@BOTH
+def test_a_second_signal_stops_at_once(name: str, alone: crash.LeftAlone, tmp_path: Path) -> None:
+    words = crash.command(alone.inputs, tmp_path)
+    process, _ = paused(words, "micro-batch", 21, seconds_after=60)
+    process.send_signal(signal.Signals[name])
+    read_until(process, "noted")
+    process.send_signal(signal.Signals[name])
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": -signal.SIGTERM}[name]
+    assert said == ""
+    there = sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*"))
+    assert there == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_signal_during_validation_leaves_it_to_the_next_process(
+    alone: crash.LeftAlone, tmp_path: Path
+) -> None:
+    """The checkpoint without it is replaced, and a kill between the two renames harms nothing."""
+    process, _ = paused(crash.command(alone.inputs, tmp_path), "validation", 2)
+    process.send_signal(signal.SIGTERM)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert f"saved {tmp_path / 'out' / 'checkpoint-12'}. " in said
+    evals = [r["step"] for r in crash.figures(tmp_path / "out") if "eval_loss" in r]
+    assert evals == [6]
+
+    words = crash.command(alone.inputs, tmp_path)
+    moment = crash.Moment("rename", "out/checkpoint-12")
+    killed = crash.start(words, crash.killing(tmp_path, moment))
+    printed, _ = killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert "step 12: validation loss" in printed
+    assert not (tmp_path / "out" / "checkpoint-12").exists(), "the kill is between the renames"
+    resumes(alone, tmp_path, 12)
+
+
+# ---- in Python ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begin(alone: crash.LeftAlone, tmp_path: Path) -> Callable[[], mq.TrainResult]:
+    """Does a short run in this process."""
+    values = {
+        "data": {"max_length": 128, "cache_dir": None},
+        "training": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
+        "lora": {"r": 2},
+        "checkpointing": {"output_dir": str(tmp_path / "out")},
+    }
+    config = build(values)
+
+    def run() -> mq.TrainResult:
+        model, tokenizer = mq.load(alone.inputs / "model")
+        rows = mq.read_examples(alone.inputs / "rows.jsonl", tokenizer, config.data)
+        silent = Console(file=io.StringIO())
+        return mq.fine_tune(model, tokenizer, rows, None, config, console=silent)
+
+    return run
+
+
+def at_micro_batch(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], Any]) -> list:
+    """Lets something happen in a micro-batch; returns a list that gets an entry for each."""
+    call, seen = Engine.__call__, []
+
+    def acting(self: Engine, *words: Any) -> Any:
+        seen.append(len(seen) + 1)
+        if len(seen) == number:
+            act()
+        return call(self, *words)
+
+    monkeypatch.setattr(Engine, "__call__", acting)
+    return seen
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.fixture
+def usual_handlers() -> Any:
+    """What Python sets by itself; a shell may have told the tests to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield [signal.default_int_handler, signal.getsignal(signal.SIGTERM)]
+    signal.signal(signal.SIGINT, before)
+
+
+@BOTH
+@pytest.mark.parametrize(("micro_batch", "step"), [(5, 2), (8, 3)])
+def test_fine_tune_raises_a_keyboard_interrupt_that_names_the_checkpoint(
+    name: str,
+    micro_batch: int,
+    step: int,
+    begin: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    usual_handlers: list[Any],
+) -> None:
+    signum = signal.Signals[name]
+    seen = at_micro_batch(monkeypatch, micro_batch, lambda: signal.raise_signal(signum))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        begin()
+    assert isinstance(caught.value, Interrupted)
+    assert (caught.value.signum, len(seen)) == (signum, micro_batch)
+    assert caught.value.checkpoint == tmp_path / "out" / f"checkpoint-{step}"
+    assert caught.value.checkpoint.is_dir()
+    assert handlers() == usual_handlers
+
+
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
+    begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usual_handlers: list[Any]
+) -> None:
+    at_micro_batch(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"^stopped by SIGINT; no step was done yet\.") as caught:
+        begin()
+    assert caught.value.checkpoint is None
+    assert not list((tmp_path / "out").glob("*checkpoint*"))
+
+
+def test_handlers_are_watched_within_a_run_and_restored_after_it(
+    begin: Any, monkeypatch: pytest.MonkeyPatch, usual_handlers: list[Any]
+) -> None:
+    within: list[Any] = []
+    at_micro_batch(monkeypatch, 3, lambda: within.extend(handlers()))
+    begin()
+    assert not set(within) & set(usual_handlers)
+    assert handlers() == usual_handlers
+
+
+def test_handlers_are_restored_after_an_exception(
+    begin: Any, monkeypatch: pytest.MonkeyPatch, usual_handlers: list[Any]
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    at_micro_batch(monkeypatch, 3, fail)
+    with pytest.raises(ZeroDivisionError):
+        begin()
+    assert handlers() == usual_handlers
+
+
+def test_a_run_in_a_thread_sets_no_handlers(
+    begin: Any, monkeypatch: pytest.MonkeyPatch, usual_handlers: list[Any]
+) -> None:
+    within: list[Any] = []
+    results: list[mq.TrainResult] = []
+    at_micro_batch(monkeypatch, 3, lambda: within.extend(handlers()))
+    thread = threading.Thread(target=lambda: results.append(begin()))
+    thread.start()
+    thread.join(60)
+    assert within == usual_handlers
+    assert results[0].steps == 4
+
+
+def test_a_model_of_the_main_thread_is_trained_in_another(begin: Any) -> None:
+    model, tokenizer = mq.load("smollm2-135m")
+    made: list[Any] = []
+    tokens = mx.array([tokenizer.encode("one two three four five six seven eight nine ten")])
+    thread = threading.Thread(target=lambda: made.append(mx.isfinite(model(tokens)).all().item()))
+    thread.start()
+    thread.join(60)
+    assert made == [True]
+
+
+def test_an_ignored_signal_stays_ignored(usual_handlers: list[Any]) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.signum is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_has_the_effect_that_it_had_before(usual_handlers: list[Any]) -> None:
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.signum == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGINT)
+        assert not isinstance(caught.value, Interrupted)
+    assert handlers() == usual_handlers

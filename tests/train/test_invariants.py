@@ -1,0 +1,202 @@
+"""What may change about a run without changing what it learns, through the command line.
+
+`trajectory.json` has the losses of one run; `python tests/train/test_invariants.py` makes it anew, as
+is due after a change of the arithmetic that is meant.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.tiny_folder import write_model
+
+from mlx_qlora.cli import main
+from mlx_qlora.data.tokenizer import load_tokenizer
+from mlx_qlora.model.weights import open_checkpoint
+
+HERE = Path(__file__).parent
+TRAJECTORY = HERE / "trajectory.json"
+STEPS = 20
+WORDS = "one two three four five six seven eight nine ten".split()
+QUIET = ["data.split=[1, 0, 0]", "data.cache_dir=null", "logging.logging_steps=1"]
+TINY = ["model.bits=4", "model.group_size=32", "model.dtype=float32", "lora.r=4"]
+TINY += ["lora.lora_alpha=8", "training.warmup_steps=4", "training.learning_rate=1e-2"]
+
+
+def write_base(folder: Path, **changes: object) -> Path:
+    """A tiny model whose weights follow from their names, and not from transformers' own draws."""
+    import torch
+
+    write_model(folder, **changes)
+    path = folder / "model.safetensors"
+    arrays, generator = load_file(path), torch.Generator().manual_seed(0)
+    for name in sorted(arrays):
+        drawn = torch.randn(arrays[name].shape, generator=generator).numpy() * 0.08
+        arrays[name] = drawn + np.float32(arrays[name].ndim == 1)
+    save_file(arrays, path, metadata={"format": "pt"})
+    return folder
+
+
+def write_counts(path: Path, n: int) -> Path:
+    """Rows to count on from a number, of at most 64 tokens: unpacked, all are of one width."""
+    draw, rows = random.Random(0), []
+    for i in range(n):
+        first, many = draw.randrange(4), draw.randrange(1, 6)
+        answer = " ".join(WORDS[first : first + many])
+        rows.append({"instruction": f"count {i}", "input": WORDS[first], "output": answer})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_base(folder: Path) -> list[str]:
+    """The words of a command that trains a tiny model on 160 rows."""
+    rows = write_counts(folder / "rows.jsonl", 160)
+    words = ["--model", str(write_base(folder / "model")), "--data", str(rows)]
+    return ["train", *words, *QUIET, *TINY, "--max-length", "128", "--max-steps", str(STEPS)]
+
+
+def batch_of(rows: int, micro_batches: int) -> list[str]:
+    return ["--batch-size", str(rows), f"training.gradient_accumulation_steps={micro_batches}"]
+
+
+def records(output: Path) -> list[dict[str, float]]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def losses(output: Path, *words: str) -> np.ndarray:
+    assert main([*words, "--output-dir", str(output)]) == 0
+    return np.array([record["loss"] for record in records(output)])
+
+
+def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 1e-4
+    assert abs((ours - theirs).mean()) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return make_base(tmp_path_factory.mktemp("invariants"))
+
+
+# ---- one trajectory ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        batch_of(8, 1),
+        batch_of(4, 2),
+        batch_of(2, 4),
+        *(
+            [*batch_of(8, 1), f"training.gradient_checkpointing={layers}"]
+            for layers in ("true", "false", "1")
+        ),
+        *([*batch_of(8, 1), f"training.compile={compiled}"] for compiled in ("true", "false")),
+    ],
+    ids=" ".join,
+)
+def test_packed_runs_take_the_committed_trajectory(command, tmp_path, how):
+    assert_same(
+        losses(tmp_path / "out", *command, *how), np.array(json.loads(TRAJECTORY.read_text()))
+    )
+
+
+def test_the_committed_trajectory_learns_and_another_seed_leaves_it(command, tmp_path):
+    committed = np.array(json.loads(TRAJECTORY.read_text()))
+    assert len(committed) == STEPS
+    assert committed[-1] < 0.6 * committed[0]
+    other = losses(tmp_path / "out", *command, *batch_of(8, 1), "training.seed=1")
+    assert np.abs(other - committed).mean() > 1e-2
+
+
+def test_unpacked_runs_are_the_same_however_they_are_computed(command, tmp_path):
+    """Rows that stand alone are compiled, which packed ones are not."""
+    alone = [*command, "data.packing=false"]
+    off = ["training.compile=false", "training.gradient_checkpointing=false"]
+    plain = losses(tmp_path / "plain", *alone, *batch_of(8, 1), *off)
+    for number, how in enumerate(
+        [
+            [*batch_of(8, 1), "training.compile=true", "training.gradient_checkpointing=false"],
+            [*batch_of(4, 2), "training.compile=true", "training.gradient_checkpointing=1"],
+            [*batch_of(2, 4), "training.compile=false", "training.gradient_checkpointing=true"],
+        ]
+    ):
+        assert_same(losses(tmp_path / str(number), *alone, *how), plain)
+
+
+def test_packing_changes_nothing_where_each_step_sees_all_rows(command, tmp_path):
+    rows = write_counts(tmp_path / "rows.jsonl", 12)
+    words = [*command, "--data", str(rows), "lora.lora_dropout=0"]
+    packed = losses(tmp_path / "packed", *words, *batch_of(3, 2))
+    alone = losses(tmp_path / "alone", *words, *batch_of(6, 2), "data.packing=false")
+    for name in ("packed", "alone"):
+        epochs = [record["epoch"] for record in records(tmp_path / name)]
+        assert epochs == list(range(1, STEPS + 1)), "each step shall be one epoch"
+    assert_same(packed, alone)
+    assert packed[-1] < 0.6 * packed[0]
+
+
+# ---- to the bit --------------------------------------------------------------------------------
+
+
+def test_the_same_command_or_its_run_yaml_alone_leaves_the_same_bits(command, tmp_path):
+    words = [*command, *batch_of(4, 2), "--max-steps", "6", "checkpointing.save_steps=3"]
+    first = losses(tmp_path / "first", *words)
+    assert first.tolist() == losses(tmp_path / "second", *words).tolist()
+    again = ["train", "--config", str(tmp_path / "first" / "run.yaml")]
+    done = subprocess.run(  # in which sets and dicts have another order
+        [sys.executable, "-m", "mlx_qlora", *again, "--output-dir", str(tmp_path / "third")],
+        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(HERE.parents[1])},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert first.tolist() == [record["loss"] for record in records(tmp_path / "third")]
+    for name in (
+        "adapter_model.safetensors",
+        "mlx/adapters.safetensors",
+        "checkpoint-3/optimizer.safetensors",
+        "checkpoint-6/optimizer.safetensors",
+    ):
+        for other in ("second", "third"):
+            ours, theirs = (tmp_path / run / name for run in ("first", other))
+            assert ours.read_bytes() == theirs.read_bytes(), (other, name)
+
+
+# ---- bfloat16 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_bfloat16_follows_float32_on_the_demos_data(tmp_path, smollm2_files):
+    sys.path.insert(0, str(HERE.parents[1] / "examples"))
+    import docstring_data
+
+    model = write_base(tmp_path / "model", vocab_size=49152, tie_word_embeddings=True)
+    metadata = open_checkpoint(smollm2_files).metadata
+    load_tokenizer(smollm2_files.path, metadata).save(model)
+    rows = tmp_path / "rows.jsonl"
+    made = islice(docstring_data.rows(), 300)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    words = ["train", "--model", str(model), "--data", str(rows), *QUIET, *TINY, *batch_of(8, 1)]
+    words += ["--max-steps", "10", "--max-length", "96", "data.truncation=drop"]
+    wide = losses(tmp_path / "float32", *words)
+    how = ["model.dtype=bfloat16", "model.frozen_matmul=dequantize"]
+    narrow = losses(tmp_path / "bfloat16", *words, *how)
+    assert wide[-1] < 0.95 * wide[0]
+    assert 0 < np.abs(narrow / wide - 1).max() < 1e-2
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        here = Path(made)
+        found = losses(here / "out", *make_base(here), *batch_of(8, 1))
+        TRAJECTORY.write_text(json.dumps(found.tolist(), indent=1) + "\n")

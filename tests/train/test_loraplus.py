@@ -1,0 +1,207 @@
+"""LoRA+ (arXiv 2402.12354): lora_B at a rate of its own, as PEFT's optimiser has it."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rich.console import Console
+from support.models import load_folder, randomise_lora
+
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
+from mlx_qlora.data.batches import IGNORE
+from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.data.read import DataConfig
+from mlx_qlora.model.lora import LoraConfig, add_lora
+from mlx_qlora.train.checkpoint import CheckpointingConfig, RunState
+from mlx_qlora.train.config import TrainingConfig, batches_of
+from mlx_qlora.train.loop import train
+from mlx_qlora.train.metrics import LoggingConfig
+from mlx_qlora.train.optim import AdamW
+
+RATIO = 8.0
+PREFIX = "base_model.model."
+TRAINING = TrainingConfig(
+    learning_rate=2e-3,
+    warmup_steps=3,
+    max_steps=15,
+    per_device_train_batch_size=3,
+    gradient_accumulation_steps=2,
+    weight_decay=0.1,
+)
+
+
+def adapted(folder: Path, ratio: float = RATIO, **how: Any):
+    model = load_folder(folder)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, loraplus_lr_ratio=ratio, **how)
+    return add_lora(model, lora, seed=3)
+
+
+def peft_and_optimizer(base: Path, adapter: Path, **how: Any):
+    """A PEFT model and the optimiser that PEFT makes for LoRA+."""
+    import torch
+    from peft import PeftModel
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(hf, adapter, is_trainable=True)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, loraplus_lr_ratio=RATIO, loraplus_weight_decay=0.1, **how
+    )
+    return model, optimizer
+
+
+def trained(model: Any) -> dict[str, Any]:
+    """Our names -> PEFT's parameters."""
+    return {
+        name.removeprefix(PREFIX).replace(".default", ""): weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+
+
+def test_ten_steps_equal_those_of_pefts_optimizer(hf_tiny, tmp_path):
+    import torch
+
+    ours = adapted(hf_tiny[1])
+    randomise_lora(ours)
+    folder = save_adapter(ours, tmp_path / "adapter", "org/base")
+    how = {"betas": (0.8, 0.95), "eps": 1e-6}
+    model, optimizer = peft_and_optimizer(hf_tiny[1], folder, lr=1.0, **how)
+    theirs, rates = trained(model), [group["lr"] for group in optimizer.param_groups]
+    adamw, plain = (
+        AdamW(ours.trainable_parameters(), 0.8, 0.95, 1e-6, 0.1, None, ratio)
+        for ratio in (RATIO, 1.0)
+    )
+    assert theirs.keys() == adamw.shapes.keys()
+    random = np.random.default_rng(0)
+    for step in range(1, 11):
+        rate = 1e-3 * step
+        grads = random.normal(size=adamw.weights.size).astype(np.float32)
+        tree = adamw.named(mx.array(grads))
+        for name, weight in theirs.items():
+            weight.grad = torch.from_numpy(np.array(tree[name]))
+        for group, relative in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * relative
+        optimizer.step()
+        adamw.update(adamw.tree(mx.array(grads)), 1, rate)
+        plain.update(adamw.tree(mx.array(grads)), 1, rate)
+    without = plain.named(plain.weights)
+    for name, weight in adamw.named(adamw.weights).items():
+        expected = theirs[name].detach().numpy()
+        np.testing.assert_allclose(np.array(weight), expected, rtol=1e-5, atol=2e-6, err_msg=name)
+        same_without = np.allclose(np.array(without[name]), expected, atol=1e-3)
+        assert same_without == (".lora_A." in name)
+
+
+# ---- a whole run -------------------------------------------------------------------------------
+
+
+def counting(n: int = 20) -> Examples:
+    random = np.random.default_rng(4)
+    made = []
+    for line in range(n):
+        length = int(random.integers(8, 40))
+        tokens = ((random.integers(0, 4) + 3 * np.arange(length)) % 320).astype(np.int32)
+        made.append(Example(tokens, np.arange(length) >= length // 3, line))
+    return Examples.of(made)
+
+
+def torch_losses(base: Path, adapter: Path) -> list[float]:
+    import torch
+
+    model, optimizer = peft_and_optimizer(base, adapter, lr=TRAINING.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: TRAINING.rate(done + 1, 15) / TRAINING.learning_rate
+    )
+    batches, losses = batches_of(counting(), DataConfig(packing=False), TRAINING), []
+    for step in range(15):
+        micro = [batches[2 * step], batches[2 * step + 1]]
+        n_tokens = sum(int((np.array(batch.labels) != IGNORE).sum()) for batch in micro)
+        total = 0.0
+        for batch in micro:
+            tokens, labels = (
+                torch.from_numpy(np.array(part)).long() for part in (batch.tokens, batch.labels)
+            )
+            nats = torch.nn.functional.cross_entropy(
+                model(tokens).logits.flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+            (nats / n_tokens).backward()
+            total += nats.item()
+        torch.nn.utils.clip_grad_norm_(trained(model).values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total / n_tokens)
+    return losses
+
+
+def our_losses(model, output: Path) -> list[float]:
+    output.mkdir()
+    result = train(
+        model,
+        counting(),
+        None,
+        DataConfig(packing=False),
+        TRAINING,
+        CheckpointingConfig(output_dir=str(output)),
+        LoggingConfig(logging_steps=1),
+        "org/base",
+        RunState(),
+        None,
+        Console(file=io.StringIO()),
+    )
+    return [record["loss"] for record in result.log_history]
+
+
+def test_a_whole_run_is_that_of_torch_and_peft(hf_tiny, tmp_path):
+    model = adapted(hf_tiny[1])
+    adapter = save_adapter(model, tmp_path / "adapter", "org/base")
+    theirs = np.array(torch_losses(hf_tiny[1], adapter))
+    ours = np.array(our_losses(model, tmp_path / "out"))
+    without = np.array(our_losses(adapted(hf_tiny[1], 1.0), tmp_path / "without"))
+    assert theirs[-1] < 0.7 * theirs[0], "the run must learn, to mean anything"
+    assert np.abs(ours - theirs).max() <= 1e-5
+    assert np.abs(without - theirs).max() > 1e-2
+
+
+# ---- ratio 1, and files ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "same"), [(1.0, True), (1, True), (1 + 1e-12, True), (2.0, False)]
+)
+def test_a_ratio_of_one_is_no_ratio_to_the_bit(ratio, same):
+    random = np.random.default_rng(0)
+    weights = {
+        f"q_proj.lora_{side}.weight": mx.array(random.normal(size=(3, 5)).astype(np.float32))
+        for side in "AB"
+    }
+    optimizers = AdamW(weights), AdamW(weights, lr_ratio=ratio)
+    for _ in range(5):
+        grads = mx.array(random.normal(size=30).astype(np.float32))
+        for optimizer in optimizers:
+            optimizer.update(optimizer.tree(grads), 3, 1e-2)
+    plain, with_ratio = (np.array(optimizer.weights).tobytes() for optimizer in optimizers)
+    assert (plain == with_ratio) == same
+
+
+def test_the_adapters_files_do_not_know_of_the_ratio(hf_tiny, tmp_path):
+    for name, ratio in (("with", RATIO), ("without", 1.0)):
+        save_adapter(adapted(hf_tiny[1], ratio), tmp_path / name, "org/base")
+    files = sorted(path for path in (tmp_path / "with").rglob("*") if path.is_file())
+    assert len(files) == 5
+    for path in files:
+        twin = tmp_path / "without" / path.relative_to(tmp_path / "with")
+        assert path.read_bytes() == twin.read_bytes()
+        assert b"loraplus" not in path.read_bytes()
+    from peft import LoraConfig as PeftConfig
+
+    known = set(PeftConfig().to_dict())
+    assert set(json.loads((tmp_path / "with" / "adapter_config.json").read_text())) <= known
+    loaded = load_adapter(load_folder(hf_tiny[1]), tmp_path / "with")
+    assert loaded.lora_config.loraplus_lr_ratio == 1.0

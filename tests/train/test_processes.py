@@ -1,0 +1,572 @@
+"""Several processes train as one does: the same weights, whatever happens to any of them.
+
+They are real processes that MLX's ring joins; `ring.py` starts them.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support import ring
+from support.tiny_folder import write_model
+
+from mlx_qlora import device
+from mlx_qlora.distributed import AT_LEAST, TIMES, WORDS
+from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientSum
+from mlx_qlora.train.checkpoint import checkpoints, read_state
+
+STEPS, CLOSE = 20, 1e-5
+LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the tiny model, for r=1
+# What is sent in a step besides the gradients: three counts and three signals, and the loss sum.
+BESIDES = 6 * 8 + 4
+SCORE = 10 * 8  # numbers of a validation
+# What a run is told besides, by name.
+KINDS = {
+    "packed": (),
+    "loose": ("data.packing=false",),
+    "best": (
+        *("training.learning_rate=0.02", "checkpointing.eval_steps=1"),
+        *("checkpointing.early_stopping_patience=1", "checkpointing.load_best_model_at_end=true"),
+    ),
+    "poisoned": (),
+    "epoch": ("training.max_steps=null", "training.num_train_epochs=1"),
+    "large": ("lora.r=512", "training.max_steps=4", "checkpointing.save_steps=9"),
+    "wide": ("training.per_device_train_batch_size=3",),
+}
+POISONED_ROW = 25  # of the stream: of step 5, and of the second process
+
+
+class Place:
+    """A folder with a tiny model, rows of unequal lengths, and runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = write_model(folder / "model")
+        self.rows = self.write_rows("rows.jsonl", 60)
+
+    def write_rows(self, name: str, n: int) -> Path:
+        lines = [
+            {"instruction": f"Say {i}." + " really" * (i % 5), "output": f"{i}." + " yes" * (i % 7)}
+            for i in range(n)
+        ]
+        path = self.folder / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    def output(self, name: str, n: int) -> Path:
+        return self.folder / f"{name}-{n}"
+
+    def words(self, name: str, n: int, *more: str, command: str = "train") -> list[str]:
+        """The command of one of n processes: six rows make a step, however many there are."""
+        return [
+            *(command, "--model", str(self.model), "--data", str(self.rows)),
+            *("--output-dir", str(self.output(name, n)), f"data.cache_dir={self.folder / 'cache'}"),
+            *("model.bits=null", "lora.r=4", "lora.lora_dropout=0.2", "data.max_length=64"),
+            *("data.split=[0.8, 0.2, 0.0]", f"training.max_steps={STEPS}", "--batch-size", "1"),
+            *(f"training.gradient_accumulation_steps={6 // n}", "training.warmup_steps=2"),
+            *("training.learning_rate=0.01", "generation.max_new_tokens=1"),
+            *("logging.logging_steps=1", "checkpointing.eval_steps=5"),
+            *("checkpointing.save_steps=7", *more),
+        ]
+
+    def run(self, name: str, n: int) -> dict[str, Any]:
+        words = self.words(name, n, *KINDS[name])
+        if name == "poisoned":
+            return {"words": words, "poison": POISONED_ROW}
+        if name == "wide":  # two parts of a micro-batch side by side in every process
+            return {"words": [*words, f"training.gradient_accumulation_steps={2 // n}"], "cores": 2}
+        return {"words": words}
+
+    def runs(self, n: int, *names: str) -> dict[str, Any]:
+        """Name -> what was found by each rank."""
+        found = ring.commands(n, [self.run(name, n) for name in names], self.folder / f"runs-{n}")
+        return dict(zip(names, found))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def alone(place: Place) -> dict[str, Any]:
+    return place.runs(1, "packed", "loose", "best", "poisoned", "epoch", "wide")
+
+
+@pytest.fixture(scope="module")
+def two(place: Place) -> dict[str, Any]:
+    return place.runs(2, "packed", "loose", "best", "poisoned", "large", "wide")
+
+
+@pytest.fixture(scope="module")
+def three(place: Place) -> dict[str, Any]:
+    return place.runs(3, "packed", "poisoned", "epoch", "large")
+
+
+@pytest.fixture
+def together(request: pytest.FixtureRequest, n: int) -> dict[str, Any]:
+    return request.getfixturevalue({2: "two", 3: "three"}[n])
+
+
+def history(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def series(output: Path, key: str) -> list[tuple[int, float]]:
+    return [(record["step"], record[key]) for record in history(output) if key in record]
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert mine.keys() == theirs.keys()
+    assert max(np.abs(mine[name] - theirs[name]).max() for name in mine) < CLOSE
+    assert max(np.abs(mine[name]).max() for name in mine if "lora_B" in name) > 0.01
+
+
+# ---- the same run --------------------------------------------------------------------------------
+
+SAME = [(2, "packed"), (2, "loose"), (2, "best"), (2, "poisoned"), (2, "wide")]
+SAME += [(3, "packed"), (3, "poisoned"), (3, "epoch")]
+
+
+@pytest.mark.parametrize(("n", "name"), SAME)
+def test_several_processes_train_as_one_does(
+    place: Place, alone: dict[str, Any], together: dict[str, Any], n: int, name: str
+) -> None:
+    one, several = place.output(name, 1), place.output(name, n)
+    assert [found["code"] for found in alone[name] + together[name]] == [0] * (n + 1)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        mine, theirs = series(several, key), series(one, key)
+        assert [step for step, _ in mine] == [step for step, _ in theirs], key
+        # A norm is of a size of its own.
+        scale = max(1.0, max(value for _, value in theirs))
+        assert max(abs(a - b) for (_, a), (_, b) in zip(mine, theirs)) < CLOSE * scale, key
+    assert_same_adapter(one, several)
+    assert len({found["weights"] for found in together[name]}) == 1, "not the same bits everywhere"
+
+
+def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(
+    place: Place, alone: dict[str, Any], two: dict[str, Any]
+) -> None:
+    assert len(series(place.output("packed", 1), "loss")) == STEPS
+    lengths = [len(json.loads(line)["output"]) for line in place.rows.read_text().splitlines()]
+    assert len(set(lengths)) > 5
+    best = history(place.output("best", 1))
+    losses = dict(series(place.output("best", 1), "eval_loss"))
+    assert best[-1]["step"] < STEPS and min(losses, key=losses.__getitem__) < best[-1]["step"]
+    skipped = [record for record in history(place.output("poisoned", 1)) if "skipped" in record]
+    assert [record["step"] for record in skipped] == [POISONED_ROW // 6 + 1]
+    parts = [[each["parts"] for each in alone[name] + two[name]] for name in ("packed", "wide")]
+    assert parts == [[1, 1, 1], [2, 2, 2]]
+    # The last step of the pass has rows for some processes only.
+    epoch = history(place.output("epoch", 1))[-1]
+    rows = json.loads((checkpoints(place.output("epoch", 1))[-1] / "resume_state.json").read_text())
+    assert epoch["epoch"] == 1 and rows["rows"] % 6 in (1, 2), rows["rows"]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_first_process_alone_writes_and_prints(
+    place: Place, together: dict[str, Any], n: int
+) -> None:
+    for name, found in together.items():
+        assert "step 4" in found[0]["out"]
+        assert [(other["out"], other["err"]) for other in found[1:]] == [("", "")] * (n - 1)
+        logs = sorted(place.output(name, n).glob("*rank*"))
+        assert [log.name for log in logs] == [f"rank-{rank}.log" for rank in range(1, n)]
+        for rank, log in enumerate(logs, 1):
+            assert f"process {rank} of {n}" in log.read_text()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_of_one_machine_share_its_cores(together: dict[str, Any], n: int) -> None:
+    share = max(1, min(device.cores(), (os.cpu_count() or 1) // n))
+    assert {found["cores"] for found in together["packed"]} == {share}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_process_names_the_step_that_rows_of_another_have_spoilt(
+    place: Place, together: dict[str, Any], n: int
+) -> None:
+    logs = [place.output("poisoned", n) / f"rank-{rank}.log" for rank in range(1, n)]
+    guilty = POISONED_ROW % n  # every n-th row of the stream is its own
+    (record,) = [r for r in history(place.output("poisoned", n)) if "skipped" in r]
+    assert record["rows"] == ["rows of another process: see its rank-*.log"]
+    shown = logs[guilty - 1].read_text().replace("\n", " ")
+    assert "skipped" in shown and "rows.jsonl:" in shown.partition("skipped")[2]
+
+
+# ---- what is sent --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "name", "r"), [(2, "packed", 4), (2, "large", 512), (3, "large", 512)]
+)
+def test_a_step_sends_its_gradients_once(
+    together: dict[str, Any], n: int, name: str, r: int
+) -> None:
+    for found in together[name]:
+        steps = np.diff(found["sent"])
+        between = np.zeros(len(steps), int)  # counted with the step after it
+        between[5::5] += SCORE
+        if name == "packed":
+            between[7::7] += n * WORDS  # the others wait for the checkpoint
+        assert (steps - between).tolist() == [4 * LORA * r + BESIDES] * len(steps)
+        assert 4 * LORA * r + BESIDES <= 1.05 * 4 * LORA * r
+
+
+# `ring.acknowledged` asks the kernel for each connection's bytes; no other system counts them so.
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's count is Linux's")
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_ring_puts_on_the_wire_what_a_ring_has_to(together: dict[str, Any], n: int) -> None:
+    arrays = np.diff(together["large"][0]["sent"]).sum()
+    wire = sum(np.diff(found["wire"]).sum() for found in together["large"])
+    assert wire == pytest.approx(2 * (n - 1) * arrays, rel=0.1)
+
+
+class Recorder:
+    """In the place of `Processes`: notes what is sent, and when."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.size = 2
+
+    def summed(self, array: mx.array) -> mx.array:
+        self.events.append(np.array(array))
+        return array * 2
+
+    def worked(self, seconds: float) -> None:
+        self.events.append("worked")
+
+    def wait(self, *arrays: mx.array) -> None:
+        self.events.append("waited")
+
+
+def layers(n: int, floats: int) -> dict[str, tuple[int, ...]]:
+    names = [f"layers.{i}.{side}" for i in range(n) for side in "AB"]
+    return dict.fromkeys(names, (floats // 8, 4))
+
+
+def test_buckets_go_out_as_soon_as_their_layers_are_done() -> None:
+    shapes = layers(6, SMALLEST_BUCKET // 4)  # two matrices of half a bucket in each layer
+    grads = {name: mx.full(shape, i) for i, (name, shape) in enumerate(shapes.items())}
+    recorder = Recorder()
+    summed = GradientSum(shapes, recorder)  # pyright: ignore[reportArgumentType]
+    assert [name for bucket in summed.buckets for name in bucket] == [*reversed(shapes)]
+    assert len(summed.buckets) == 6
+    done: set[str] = set()
+    for layer in reversed(range(6)):
+        done |= {f"layers.{layer}.{side}" for side in "AB"}
+        summed.take(grads, done)
+        assert len(recorder.events) == 6 - layer
+        assert set(recorder.events[-1].tolist()) == {2 * layer, 2 * layer + 1}
+    # Computed again in smaller parts, as after out-of-memory: nothing is sent twice.
+    summed.take(grads, {"layers.5.A", "layers.5.B"})
+    summed.take(grads, done)
+    assert len(recorder.events) == 6
+    own = Counts(supervised=3, tokens=7, rows=2, signum=signal.SIGTERM)
+    total, nats, counts = summed.finish(grads, mx.array(1.5), own)
+    assert recorder.events[-2:] == ["worked", "waited"] and len(recorder.events) == 10
+    assert counts == Counts(6, 14, 4, signal.SIGTERM) and nats.item() == 3
+    assert [*total] == [*shapes]
+    for name in shapes:
+        assert np.array_equal(np.array(total[name]), 2 * np.array(grads[name])), name
+    summed.begin()
+    summed.take(grads, done)
+    assert len(recorder.events) == 16, "the next step sends its own"
+
+
+def test_a_bucket_waits_for_the_whole_of_itself_and_for_those_before_it() -> None:
+    shapes = layers(2, SMALLEST_BUCKET // 2)  # each matrix a bucket
+    grads = {name: mx.zeros(shape) for name, shape in shapes.items()}
+    recorder = Recorder()
+    summed = GradientSum(shapes, recorder)  # pyright: ignore[reportArgumentType]
+    assert len(summed.buckets) == 4
+    summed.take(grads, {"layers.1.A", "layers.0.A", "layers.0.B"})
+    assert recorder.events == []
+    summed.take(grads, {"layers.1.B"})
+    assert len(recorder.events) == 1
+
+
+def test_a_large_adapter_goes_in_few_messages_and_a_small_one_in_one() -> None:
+    small = GradientSum(layers(32, 64), Recorder())  # pyright: ignore[reportArgumentType]
+    assert len(small.buckets) == 1
+    large = GradientSum(layers(64, SMALLEST_BUCKET // 2), Recorder())  # pyright: ignore
+    assert MOST_BUCKETS // 2 < len(large.buckets) <= MOST_BUCKETS
+
+
+# ---- refused -------------------------------------------------------------------------------------
+
+
+def test_processes_that_are_unlike_each_other_are_refused_with_one_message(place: Place) -> None:
+    def unlike(name: str, *more: str, **how: Any) -> list[Any]:
+        own = place.words(name, 2)
+        return [{"words": own}, {"words": [*own, *more], **how}]
+
+    other_rows = place.write_rows("other.jsonl", 50)
+    other_model = write_model(place.folder / "other", seed=1)
+    cases = {
+        "rate": unlike("rate", "training.learning_rate=0.02"),
+        "rows": unlike("rows", "--data", str(other_rows)),
+        "model": unlike("model", "--model", str(other_model)),
+        "version": unlike("version", version="9.9.9"),
+        "patience": unlike("patience", "checkpointing.early_stopping_patience=3"),
+        "mistyped": {"words": [*place.words("mistyped", 2), "training.learning_rat=1"]},
+        "nowhere": unlike("nowhere", "--output-dir", "/dev/null/out"),
+        "missing": unlike("missing", "--data", str(place.folder / "nowhere.jsonl")),
+        "sweep": {"words": place.words("sweep", 2, command="sweep")},
+        "evaluate": {"words": ["evaluate", "--model", str(place.model), "--data", str(place.rows)]},
+    }
+    found = dict(zip(cases, ring.commands(2, [*cases.values()], place.folder / "refused")))
+    assert {each["code"] for ranks in found.values() for each in ranks} == {2}
+    wanted = {
+        "rate": "in process 1 training.learning_rate is 0.02, in process 0 0.01",
+        "rows": "in process 1 the hash of the rows is",
+        "model": "in process 1 the hash of the model is",
+        "version": "in process 1 mlx-qlora is 9.9.9, in process 0",
+        "patience": "in process 1 checkpointing.early_stopping_patience is 3, in process 0 None",
+        "missing": f"process 1: data file {place.folder / 'nowhere.jsonl'}",
+    }
+    early = {
+        "mistyped": "unknown field training.learning_rat;",
+        "nowhere": "process 1: checkpointing.output_dir",
+    }
+    for name, words in wanted.items():
+        first, second = found[name]
+        assert words in first["err"] and first["err"].count("mlx-qlora: ") == 1, first["err"]
+        assert (second["out"], second["err"]) == ("", "")
+        assert first["sent"] == second["sent"] == [], "it trained"
+        output = place.output(name, 2)
+        assert [path.name for path in output.iterdir()] == ["rank-1.log"]
+        assert words.removeprefix("process 1: ") in (output / "rank-1.log").read_text().replace(
+            "\n", ""
+        )
+    for name, words in early.items():
+        first, second = found[name]
+        assert words in first["err"] and (second["out"], second["err"]) == ("", ""), first["err"]
+    assert "/dev/null/out/rank-1.log cannot be made" in found["nowhere"][0]["err"]
+    for name in ("sweep", "evaluate"):
+        assert f"{name} runs in one process; only train runs in several" in found[name][0]["err"]
+        assert not place.output(name, 2).exists()
+
+
+LOST = """
+import os, sys, time
+import mlx_qlora
+import mlx.core as mx
+from mlx_qlora.errors import ProcessError
+from mlx_qlora.distributed import processes
+
+own = processes()
+own.gather("ready")
+if own.rank == 0:
+    os._exit(9)
+found = [own.summed(mx.ones((1000,)))]
+time.sleep(1)  # it has failed by now, and nobody has waited for it
+try:
+    own.summed(mx.ones((5,)))
+except ProcessError as error:
+    print(error)
+    sys.exit(5)
+"""
+
+
+def test_a_lost_process_is_told_by_the_next_sum_too(tmp_path: Path) -> None:
+    _, (code, out, _) = ring.ends(ring.start(2, lambda rank: ["-c", LOST], tmp_path))
+    assert code == 1, "MLX would have waited at the end of the process"
+    assert out.startswith("another process is gone") and "says process 1 of 2" in out
+
+
+# ---- stopped -------------------------------------------------------------------------------------
+
+
+class Broken:
+    """Two processes that something happens to in the middle of the run.
+
+    Attributes:
+        output: of the run.
+        ended: exit code, output and errors of each process.
+        seconds: from the event to the end of the last one.
+    """
+
+    def __init__(self, place: Place, name: str, number: int, *ranks: int, step: int = 8) -> None:
+        self.output, self.folder = place.output(name, 2), place.folder / f"broken-{name}"
+        words = ring.prepare(2, [{"words": place.words(name, 2), "pause": 0.1}], self.folder)
+        started = ring.start(2, lambda rank: words, self.folder)
+        wait_for_step(self.output, step, started)
+        for rank in ranks:
+            started[rank].send_signal(number)
+        began = time.monotonic()
+        watched = [
+            each for rank, each in enumerate(started) if number != signal.SIGSTOP or not rank
+        ]
+        self.ended = ring.ends(watched, 60)
+        self.seconds = time.monotonic() - began
+        for each in started:
+            if each.poll() is None:
+                each.kill()
+                each.communicate()
+
+    def found(self, rank: int) -> dict[str, Any]:
+        return ring.found_by(rank, self.folder)[0]
+
+
+def wait_for_step(output: Path, step: int, started: list[Any]) -> None:
+    deadline = time.monotonic() + 60
+    metrics = output / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert time.monotonic() < deadline and all(each.poll() is None for each in started)
+        time.sleep(0.01)
+
+
+def last_step(output: Path) -> int:
+    """The step of the newest checkpoint; all are whole."""
+    return max(read_state(path)["step"] for path in checkpoints(output))
+
+
+@pytest.fixture(scope="module")
+def interrupted(place: Place) -> dict[str, Broken]:
+    everyone = Broken(place, "everyone", signal.SIGINT, 0, 1)
+    second = Broken(place, "second", signal.SIGINT, 1)
+    return {"everyone": everyone, "second": second}
+
+
+@pytest.fixture(scope="module")
+def killed(place: Place) -> dict[str, Broken]:
+    # At step 5 there is a validation, and no checkpoint yet.
+    second = Broken(place, "killed-1", signal.SIGKILL, 1, step=5)
+    return {"killed-1": second, "killed-0": Broken(place, "killed-0", signal.SIGKILL, 0)}
+
+
+@pytest.fixture(scope="module")
+def killed_under_launcher(place: Place) -> tuple[Path, str]:
+    """(output, what the launcher printed), of a run whose second process was killed."""
+    output, folder = place.output("launched-killed", 2), place.folder / "broken-launched"
+    words = place.words("launched-killed", 2)
+    script = ring.prepare(2, [{"words": words, "pause": 0.1}], folder)
+    launcher = launch(2, [sys.executable, *script])
+    wait_for_step(output, 5, [launcher])
+    os.kill(int((folder / "pid-1").read_text()), signal.SIGKILL)
+    out, err = launcher.communicate(timeout=30)
+    return output, ring.found_by(0, folder)[0]["err"] + out + err
+
+
+def launch(n: int, command: list[str]) -> subprocess.Popen[str]:
+    """MLX's launcher, which lies beside the interpreter."""
+    port = ring.free_ports(1)[0] - n
+    own = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "--backend", "ring"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLX_R")}
+    return subprocess.Popen(
+        [*own, "--starting-port", str(port), "--", *command],
+        env={
+            **kept,
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ring.ROOT}:{ring.ROOT / 'tests'}",
+        },
+        cwd=ring.ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["everyone", "second"])
+def test_a_signal_to_any_process_ends_all_after_the_same_step(
+    interrupted: dict[str, Broken], name: str
+) -> None:
+    broken = interrupted[name]
+    first, second = broken.found(0), broken.found(1)
+    assert [first["code"], second["code"]] == [130, 130]
+    assert len(first["sent"]) == len(second["sent"]) > 5
+    step = len(first["sent"]) - 1
+    assert step < STEPS and last_step(broken.output) == step
+    assert first["err"].startswith(
+        f"mlx-qlora: stopped by SIGINT; saved {broken.output}/checkpoint-{step}"
+    )
+    assert (second["out"], second["err"]) == ("", "")
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_with_a_message(
+    killed: dict[str, Broken], gone: int
+) -> None:
+    broken = killed[f"killed-{gone}"]
+    left = 1 - gone
+    assert broken.seconds < 30
+    assert broken.ended[gone][0] == -signal.SIGKILL and broken.ended[left][0] == 1
+    found = broken.found(left)
+    assert found["err"].startswith("mlx-qlora: another process is gone")
+    assert f"says process {left} of 2" in found["err"] and found["err"].count("\n") == 1
+    saved = str(broken.output / f"checkpoint-{last_step(broken.output)}")
+    goes_on = {0: saved, 1: "what process 0 has saved last\n"}[left]
+    assert f". The same command goes on from {goes_on}" in found["err"]
+
+
+def test_a_process_that_is_killed_under_the_launcher_ends_all(
+    killed_under_launcher: tuple[Path, str],
+) -> None:
+    output, printed = killed_under_launcher
+    assert "another process is gone" in printed and "Traceback" not in printed
+    assert last_step(output) >= 5
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(place: Place) -> None:
+    broken = Broken(place, "hanging", signal.SIGSTOP, 1)
+    assert [code for code, *_ in broken.ended] == [1]
+    assert AT_LEAST - 2 < broken.seconds < AT_LEAST + TIMES * 2 + 5
+    message = broken.found(0)["err"]
+    assert message.startswith("mlx-qlora: another process did not answer within ")
+    assert str(broken.output / f"checkpoint-{last_step(broken.output)}") in message
+
+
+def test_one_process_goes_on_from_whatever_several_have_left(
+    place: Place,
+    alone: dict[str, Any],
+    interrupted: dict[str, Broken],
+    killed: dict[str, Broken],
+    killed_under_launcher: tuple[Path, str],
+) -> None:
+    left = {name: broken.output for name, broken in {**interrupted, **killed}.items()}
+    left["launched-killed"] = killed_under_launcher[0]
+    runs, begun = [], {}
+    for name, output in left.items():
+        begun[name] = last_step(output)
+        shutil.copytree(output, place.output(name, 1))
+        shutil.copytree(output, place.output(name, 3))
+        runs.append({"words": place.words(name, 1)})
+    found = dict(zip(left, ring.commands(1, runs, place.folder / "resumed")))
+    for name, (only,) in found.items():
+        assert only["code"] == 0 and len(only["sent"]) - 1 == STEPS - begun[name], name
+        assert_same_adapter(place.output(name, 1), place.output("packed", 1))
+    three = ring.commands(3, [{"words": place.words("second", 3)}], place.folder / "resumed-3")
+    assert {each["code"] for each in three[0]} == {0}
+    assert [len(each["sent"]) - 1 for each in three[0]] == [STEPS - begun["second"]] * 3
+    assert_same_adapter(place.output("second", 3), place.output("packed", 1))
+
+
+# ---- as it is documented -------------------------------------------------------------------------
+
+
+LAUNCHED = ("launched", 2), ("packed", 1)
+
+
+def test_the_launcher_starts_a_run_as_it_stands(place: Place, alone: dict[str, Any]) -> None:
+    _, *words = place.words("launched", 2)
+    launcher = launch(2, [sys.executable, "-m", "mlx_qlora.train", *words])
+    out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert f"step {STEPS}/{STEPS}" in out and out.count("done   ") == 1, out
+    assert "Traceback" not in err
+    assert_same_adapter(place.output("launched", 2), place.output("packed", 1))
+    mine, theirs = (dict(series(place.output(*of), "loss")) for of in LAUNCHED)
+    assert mine == pytest.approx(theirs, abs=CLOSE)
