@@ -19,10 +19,8 @@ import pytest
 
 import mlx_qlora as mq
 from mlx_qlora.after.notebook import Tail, in_kernel
-from mlx_qlora.after.plots import can_draw_png, plots_of, thin, ticks
+from mlx_qlora.after.plots import DARK, LIGHT, can_draw_png, plots_of, thin, ticks
 from mlx_qlora.after.report import (
-    DARK,
-    LIGHT,
     Facts,
     changed,
     history_table,

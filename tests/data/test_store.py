@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_qlora._version import __version__
 from support.tiny_folder import write_rows, write_tokenizer
 
+from mlx_qlora import __version__
 from mlx_qlora.data import read
 from mlx_qlora.data.examples import (
     ROW,

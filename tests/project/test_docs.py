@@ -50,8 +50,8 @@ INDEPENDENT = {
     *(page for page in PAGES if page.startswith("docs/concepts/")),
 }
 OF_OTHERS = {  # a Python block that imports one of these is compiled and not run
-    "peft": "opens the base on the hub; tests/adapters/test_peft.py runs the same against real PEFT",
-    "transformers": "opens a model of the hub; tests/adapters/test_merge.py opens merged folders with it",
+    "peft": "opens the base on the hub; tests/adapters/test_peft.py does it",
+    "transformers": "opens a model of the hub; tests/adapters/test_merge.py does it",
     "mlx_lm": "opens a model of the hub; tests/adapters/test_mlx_lm.py opens our files with it",
     "vllm": "needs a GPU and is not installed",
     "wandb": "needs an account",

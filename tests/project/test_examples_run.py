@@ -1,6 +1,6 @@
 """Every example runs, as a script and as a notebook, and the notebooks are those of the scripts.
 
-`tests/project/test_demo.py` is about the demo, `tests/data/test_examples.py` about the class `Examples`.
+`test_demo.py` is about the demo, `tests/data/test_examples.py` about the class `Examples`.
 """
 
 import ast

@@ -38,7 +38,7 @@ NOT_RUN = {
     "llama-server": "not installed: is no Python package",
     "sudo sysctl": "changes the reader's Mac",
     "sysctl": "of macOS",
-    "mlx_lm.generate": "its names of models are the hub's; tests/adapters/test_mlx_lm.py opens our files",
+    "mlx_lm.generate": "its names of models are the hub's; tests/adapters/test_mlx_lm.py",
     "mlx_lm.lora": "the other tool, in the guide that leaves it",
     "mlx_lm.fuse": "the other tool, in the guide that leaves it",
     "python convert_hf_to_gguf.py": "of llama.cpp's repository",

@@ -1,6 +1,6 @@
 """What may change about a run without changing what it learns, through the command line.
 
-`trajectory.json` has the losses of one run; `python tests/train/test_invariants.py` makes it anew, as
+`trajectory.json` has the losses of one run; `python tests/train/test_invariants.py` writes it, as
 is due after a change of the arithmetic that is meant.
 """
 
