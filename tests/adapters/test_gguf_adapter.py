@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from support.gguf_names import gguf_name, permuted, unpermuted
 from support.models import load_folder, randomise_lora
-from test_gguf import gguf_name, permuted, unpermuted
 
 from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, modelfile, save_gguf_adapter
 from mlx_qlora.errors import AdapterError, ConfigError

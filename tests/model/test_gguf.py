@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from support.gguf_names import gguf_name, permuted, unpermuted
 from support.models import load_folder, make_hf_model, our_logits, random_tokens, torch_logits
 
 from mlx_qlora.errors import WeightsError
@@ -31,42 +32,6 @@ ROPE_31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def gguf_name(name: str) -> str:
-    stem, _, leaf = name.rpartition(".")
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    return f"blk.{layer[1]}.{NAMES[layer[2]]}.{leaf}" if layer else f"{NAMES[stem]}.{leaf}"
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp turns neighbours (2i, 2i + 1), so its row 2i is i and 2i + 1 is i + Hd / 2."""
-    rows, size = [], len(weight) // heads
-    for head in range(heads):
-        for i in range(size // 2):
-            rows += [head * size + i, head * size + i + size // 2]
-    return weight[rows]
-
-
-def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    order = permuted(np.arange(len(weight)), heads)
-    back = np.empty_like(weight)
-    back[order] = weight
-    return back
 
 
 def llama_cpp_rope_factors(head_dim: int, rope: dict[str, Any]) -> np.ndarray:

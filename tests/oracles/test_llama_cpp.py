@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import xllamacpp
+from support.gguf_names import gguf_name, permuted, unpermuted
 from support.models import load_folder, make_hf_model, our_logits, randomise_lora
-from test_gguf import gguf_name, permuted, unpermuted
 
 from mlx_qlora.adapters.export import save_gguf_adapter
 from mlx_qlora.data.tokenizer import Tokenizer
