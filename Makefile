@@ -22,10 +22,10 @@ demo: $(VENV)/.base ## Fine-tune a real 4-bit model on this machine, a few minut
 test quick: export OPENBLAS_NUM_THREADS ?= 1
 
 test: $(VENV)/.test tools ## Run all tests, the oracles with torch and PEFT included
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: $(VENV)/.test tools ## Run the tests that take no more than a few seconds each
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.test $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check

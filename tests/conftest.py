@@ -1,6 +1,10 @@
 """Fixtures that tests share: tiny real Llamas made by transformers, and the real SmolLM2."""
 
+import os
+import shutil
+import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,11 @@ from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.model.hub import ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.weights import load_model, open_checkpoint
+
+# A run syncs its files some 80 times, for which a disk takes longer than the run itself.
+MEMORY, ENOUGH = Path("/dev/shm"), 4 << 30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +66,17 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.fixture
+def terminal_signals() -> Iterator[None]:
+    """Signals reach this process and its children, as they do where a terminal started them.
+
+    In the background and under nohup the suite ignores SIGINT and SIGHUP, and children inherit it.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler}
+    handlers |= dict.fromkeys((signal.SIGHUP, signal.SIGTERM), signal.SIG_DFL)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
