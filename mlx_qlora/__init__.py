@@ -50,7 +50,7 @@ _HOME = {
     "fine_tune": "run",
     "generate": "infer.generate",
     "generate_batch": "infer.generate",
-    "load": "load",
+    "load": "loading",
     "load_adapter": "adapters.peft",
     "loss_and_grads": "train.engine",
     "make_batches": "data.batches",
@@ -125,7 +125,7 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.infer.generate import generate as generate
     from mlx_qlora.infer.generate import generate_batch as generate_batch
     from mlx_qlora.infer.generate import stream as stream
-    from mlx_qlora.load import load as load
+    from mlx_qlora.loading import load as load
     from mlx_qlora.model.lora import LoraConfig as LoraConfig
     from mlx_qlora.model.lora import add_lora as add_lora
     from mlx_qlora.model.quantize import QuantConfig as QuantConfig

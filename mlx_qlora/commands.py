@@ -29,7 +29,7 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.distributed import launched, processes
 from mlx_qlora.errors import ConfigError, Terminal, UserError, say
 from mlx_qlora.folders import ADAPTER_FOLDER, check_names, check_place
-from mlx_qlora.load import with_adapter
+from mlx_qlora.loading import with_adapter
 from mlx_qlora.model.quantize import QuantConfig
 
 Found = dict[str, Any] | None
@@ -102,7 +102,7 @@ def _with_record(
     An adapter is used with its own model, as it was trained: only a model that is named anew
     stands for itself.
     """
-    from mlx_qlora.load import recorded
+    from mlx_qlora.loading import recorded
 
     chosen = values.get("model", {})
     adapter, read = chosen.get("adapter"), args.about.sections
@@ -193,7 +193,7 @@ def _inspect(config: RunConfig, console: Console, args: argparse.Namespace) -> F
 
 def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
     from mlx_qlora.infer.generate import stream
-    from mlx_qlora.load import as_taught, loaded, with_model
+    from mlx_qlora.loading import as_taught, loaded, with_model
 
     if args.prompt is None and args.instruction is None:
         raise ConfigError("nothing to answer: pass --prompt TEXT, or --instruction TEXT")
@@ -229,7 +229,7 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
 
 def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
     from mlx_qlora.infer.chat import chat
-    from mlx_qlora.load import model_to_ask
+    from mlx_qlora.loading import model_to_ask
 
     if sys.stdin is None:
         raise ConfigError(

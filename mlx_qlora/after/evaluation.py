@@ -40,7 +40,7 @@ from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError, require, say, warn
 from mlx_qlora.folders import staged
 from mlx_qlora.infer.evaluate import ExampleScores, score_examples
-from mlx_qlora.load import as_taught, loaded, with_model
+from mlx_qlora.loading import as_taught, loaded, with_model
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.weights import open_checkpoint

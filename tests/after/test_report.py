@@ -34,7 +34,7 @@ from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import DataReport, Example, Examples, FileReport
 from mlx_qlora.infer.evaluate import Scores
-from mlx_qlora.load import with_model
+from mlx_qlora.loading import with_model
 from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.memory import Schedule
 

@@ -42,7 +42,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **how: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("mlx_qlora.load.load", load)
+    monkeypatch.setattr("mlx_qlora.loading.load", load)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,6 +4,8 @@ import ast
 import functools
 from pathlib import Path
 
+import mlx_qlora
+
 PACKAGE = Path(__file__).parents[2] / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
@@ -16,7 +18,7 @@ ORDER = [
     {"adapters"},
     {"train"},
     {"infer"},
-    {"config", "load"},
+    {"config", "loading"},
     {"before", "after", "run"},
     {"sweep"},
     {"cli", "commands", "__main__", "train.__main__"},
@@ -100,6 +102,11 @@ def test_heavy_packages_are_imported_only_inside_functions():
             assert not roots & never, f"{name} imports {roots & never}: an oracle, not a dependency"
             if node in tree.body:
                 assert not roots & heavy, f"{name} imports {roots & heavy} at its top"
+
+
+def test_no_module_hides_a_public_name():
+    """`import mlx_qlora.NAME` sets that attribute of the package, whatever stood there."""
+    assert not set(mlx_qlora.__all__) & {name.split(".")[0] for name in modules()}
 
 
 def test_there_is_no_drawer_for_odds_and_ends():
