@@ -5,7 +5,6 @@ Errors are printed here and nowhere else.
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -132,7 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
-        hint = _meant(unknown[0], args.command)
+        hint = _flag_meant(unknown[0], args.command)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if late and not COMMANDS[args.command].sections:
         parser.error(f"{args.command} reads no fields: {' '.join(late)}")
@@ -141,18 +140,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _meant(flag: str, command: str) -> str:
-    """What an unknown flag most likely stands for: a field without a flag, or a flag misspelt."""
-    from mlx_qlora.config import field_called
+def _flag_meant(flag: str, command: str) -> str:
+    """What an unknown flag most likely stands for: a flag misspelt, or a field without a flag."""
+    from mlx_qlora.config import field_words
+    from mlx_qlora.errors import did_you_mean
 
-    about, name = COMMANDS[command], flag.split("=")[0].lstrip("-").replace("-", "_")
-    flags = {known.lstrip("-").replace("-", "_"): known for known in about.shorthands}
+    about = COMMANDS[command]
     short_for = {SHORTHANDS[known][0]: known for known in about.shorthands}
-    if near := difflib.get_close_matches(name, flags, 1):
-        return f"; did you mean {flags[near[0]]}?"
-    if field := field_called(name, about.sections):
-        return f"; did you mean {short_for.get(field, f'{field}=VALUE')}?"
-    return f"; see mlx-qlora {command} --help"
+    meant = {w: short_for.get(f, f"{f}=VALUE") for w, f in field_words(about.sections).items()}
+    meant |= {_as_word(known): known for known in about.shorthands}
+    return did_you_mean(_as_word(flag), (), meant) or f"; see mlx-qlora {command} --help"
+
+
+def _as_word(flag: str) -> str:
+    return flag.split("=")[0].lstrip("-").replace("-", "_")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ other are errors before anything else happens.
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable
@@ -126,34 +125,21 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
         if not isinstance(fields, dict):
             raise ConfigError(f"section {name} must hold fields, got {fields!r}")
         hints = typing.get_type_hints(SECTIONS[name])
-        for key in fields:
-            if str(key) not in hints:
-                raise ConfigError(f"unknown field {name}.{key}{_hint(name, str(key))}")
+        for key in map(str, fields):
+            if key not in hints:  # people forget in which section a field is
+                hint = did_you_mean(key, hints, field_words())
+                hint = hint or f"; see --help for the fields of {name}"
+                raise ConfigError(f"unknown field {name}.{key}{hint}")
         typed = {k: coerce(v, hints[k], f"{name}.{k}") for k, v in fields.items()}
         sections[name] = SECTIONS[name](**typed)
     return RunConfig(**sections)
 
 
-def _hint(section: str, key: str) -> str:
-    """The nearest field in this section or, as people forget where a field lives, in another."""
-    if key in USUAL_WORDS:
-        return f"; did you mean {USUAL_WORDS[key]}?"
-    if hint := did_you_mean(key, typing.get_type_hints(SECTIONS[section])):
-        return hint
-    if field := field_called(key):
-        return f"; did you mean {field}?"
-    return f"; see --help for the fields of {section}"
-
-
-def field_called(word: str, sections: Iterable[str] = SECTIONS) -> str | None:
-    """The field as `section.field` that somebody means by a word; None if there is no such one."""
-    known = {f.name: f"{s}.{f.name}" for s in sections for f in dataclasses.fields(SECTIONS[s])}
-    if word in known:
-        return known[word]
-    if (usual := USUAL_WORDS.get(word)) and usual.partition(".")[0] in sections:
-        return usual
-    near = difflib.get_close_matches(word, known, 1)
-    return known[near[0]] if near else None
+def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
+    """Every word for a field, its own name and `USUAL_WORDS` -> `section.field`."""
+    fields = {f.name: f"{s}.{f.name}" for s in sections for f in dataclasses.fields(SECTIONS[s])}
+    usual = {w: place for w, place in USUAL_WORDS.items() if place.partition(".")[0] in sections}
+    return usual | fields
 
 
 def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -190,8 +176,10 @@ def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
     place, equals, text = assignment.partition("=")
     section, dot, key = place.partition(".")
     if not (equals and dot and section and key):
-        field = field_called(place.strip()) if equals and not dot else None
-        hint = f"; did you mean {field}={text}?" if field else ""
+        hint = ""
+        if equals and not dot:
+            meant = {word: f"{field}={text}" for word, field in field_words().items()}
+            hint = did_you_mean(place.strip(), (), meant)
         raise ConfigError(f"expected section.field=value, got {assignment!r}{hint}")
     section, key = section.strip(), key.strip()
     try:

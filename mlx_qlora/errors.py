@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -56,10 +56,17 @@ class AdapterError(UserError):
     """An adapter is damaged, incomplete, or belongs to another model."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
+    """Return `"; did you mean X?"` for the name that is most like a word, or an empty string.
+
+    Args:
+        word: what the user wrote.
+        known: the names that would have been right.
+        others: other spellings, each with what it stands for, which is shown in its place.
+    """
+    shown = {**(others or {}), **{name: repr(name) for name in known}}
+    nearest = [word] if word in shown else difflib.get_close_matches(word, shown, n=1)
+    return f"; did you mean {shown[nearest[0]]}?" if nearest else ""
 
 
 def listing(problems: list[str], most: int = 20) -> str:
