@@ -7,12 +7,14 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import ConfigError
+from safetensors import SafetensorError
+
+from mlx_qlora.errors import ConfigError, TrainingError
 
 # ---- written whole -------------------------------------------------------------------------------
 
@@ -91,6 +93,57 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# ---- the disk, and other runs --------------------------------------------------------------------
+
+
+@contextmanager
+def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
+    """Turns what the system says about a folder into an error with a remedy.
+
+    Args:
+        folder: that is written to.
+        hint: what to add to the message, asked for only when there is one.
+
+    Raises:
+        TrainingError: naming the folder, the reason and the hint.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads what is printed: the disk has nothing to do with it
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        place = getattr(error, "filename", None) or folder
+        message = (
+            f"cannot write to {place}: {reason}; free some space or choose another --output-dir. "
+        )
+        raise TrainingError(f"{message}{hint()}".rstrip(". ")) from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; the system gives the lock back if a run dies.
+
+    Raises:
+        ConfigError: another run holds it.
+        TrainingError: the folder cannot be opened.
+    """
+    with disk_errors(folder):
+        lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is writing to {folder}; choose another --output-dir, or wait for it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(lock)
 
 
 # ---- our model card ------------------------------------------------------------------------------

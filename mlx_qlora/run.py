@@ -39,7 +39,9 @@ from mlx_qlora.folders import (
     RECORD,
     check_names,
     check_place,
+    disk_errors,
     is_run,
+    locked,
     not_ours,
     staged,
 )
@@ -52,9 +54,8 @@ from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint
 from mlx_qlora.train.checkpoint import (
     RunState,
     checkpoint_to_resume,
-    disk_errors,
     is_ours,
-    locked,
+    last_checkpoint,
     restore_set_aside,
 )
 from mlx_qlora.train.config import batches_of
@@ -508,9 +509,9 @@ def fine_tune(
     )
     if not everyone.is_first:
         return _trained(model, train_examples, validation, prepared, console)
-    with disk_errors(output):
+    with disk_errors(output, lambda: last_checkpoint(output)):
         output.mkdir(parents=True, exist_ok=True)
-    with locked(output), disk_errors(output):
+    with locked(output), disk_errors(output, lambda: last_checkpoint(output)):
         # Again, now that no other run can be writing there.
         restore_set_aside(output)
         found = checkpoint_to_resume(config.checkpointing, prepared.state)

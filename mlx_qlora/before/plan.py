@@ -312,7 +312,7 @@ class Scaling:
 
 
 def bucket_bytes(total: int) -> int:
-    """The least size of a bucket, as `GradientSum` cuts them."""
+    """The least size of a bucket, as `GradientAllReduce` cuts them."""
     return max(SMALLEST_BUCKET, total // MOST_BUCKETS)
 
 

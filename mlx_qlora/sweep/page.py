@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.errors import ConfigError, say
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import disk_errors, staged
 from mlx_qlora.sweep.trial import (
     Measured,
     Point,
@@ -26,7 +26,6 @@ from mlx_qlora.sweep.trial import (
     standard_error,
     start_point,
 )
-from mlx_qlora.train.checkpoint import disk_errors
 
 # ---- plots ---------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from mlx_qlora.data.examples import Examples, check_lengths
 from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing, require, say, warn
-from mlx_qlora.folders import not_ours
+from mlx_qlora.folders import disk_errors, locked, not_ours
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
@@ -56,7 +56,6 @@ from mlx_qlora.sweep.trial import (
     start_point,
     ties,
 )
-from mlx_qlora.train.checkpoint import disk_errors, locked
 from mlx_qlora.train.config import batches_of
 from mlx_qlora.train.metrics import require_trackers
 

@@ -23,11 +23,11 @@ from mlx_qlora.cpu import blas
 from mlx_qlora.data.batches import collate
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import ConfigError, did_you_mean, require, say, warn
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import disk_errors, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
 from mlx_qlora.run import Prepared, deciding_values, prepare, write_record
-from mlx_qlora.train.checkpoint import disk_errors, load_checkpoint, restore_set_aside, step_of
+from mlx_qlora.train.checkpoint import last_checkpoint, load_checkpoint, restore_set_aside, step_of
 from mlx_qlora.train.loop import Run
 from mlx_qlora.train.score import score_rows
 from mlx_qlora.train.signals import Interrupted, Interruption
@@ -364,7 +364,7 @@ def measure(config: RunConfig, step: int, ground: Ground, console: Console) -> M
         TrainingError: the disk failed.
     """
     output, model, began = Path(config.checkpointing.output_dir), ground.model, time.perf_counter()
-    with disk_errors(output):
+    with disk_errors(output, lambda: last_checkpoint(output)):
         output.mkdir(parents=True, exist_ok=True)
         restore_set_aside(output)
     mx.reset_peak_memory()
@@ -395,7 +395,7 @@ def measure(config: RunConfig, step: int, ground: Ground, console: Console) -> M
         time.perf_counter() - began,
     )
     if not again:
-        with disk_errors(output), staged(output) as staging:
+        with disk_errors(output, lambda: last_checkpoint(output)), staged(output) as staging:
             text = json.dumps(asdict(found)) + "\n"
             (staging / _record(config, step).name).write_text(text, encoding="utf-8")
     return found
@@ -424,7 +424,7 @@ def _advance(
     before, began = state.tokens, time.perf_counter()
     with (
         Interruption() as interruption,
-        disk_errors(run.output),
+        disk_errors(run.output, lambda: last_checkpoint(run.output)),
         run.begin(state),
         blas.threads(1),
     ):

@@ -41,7 +41,7 @@ class Counts:
         return replace(self, supervised=self.supervised + supervised, tokens=self.tokens + tokens)
 
 
-class GradientSum:
+class GradientAllReduce:
     """Sums the gradients of a step over the processes, while the backward goes on.
 
     The backward makes the last layer's gradients first. As soon as those of some layers are done
@@ -69,7 +69,7 @@ class GradientSum:
         self.sent: list[mx.array] = []
         self.started = time.perf_counter()
 
-    def take(self, grads: dict[str, mx.array], done: set[str]) -> None:
+    def reduce(self, grads: dict[str, mx.array], done: set[str]) -> None:
         """Sends the buckets whose gradients are all done.
 
         What was sent stays sent if the step is computed again in smaller parts: it is the same.
@@ -81,7 +81,7 @@ class GradientSum:
             parts = [grads[name].reshape(-1) for name in bucket]
             self.sent.append(self.processes.summed(mx.concatenate(parts)))
 
-    def finish(
+    def wait(
         self, grads: dict[str, mx.array], nats: mx.array, own: Counts
     ) -> tuple[dict[str, mx.array], mx.array, Counts]:
         """(gradients, loss sum, counts) of all processes, once they are all there.
@@ -89,7 +89,7 @@ class GradientSum:
         Raises:
             ProcessError: another process is gone, or has not come in time.
         """
-        self.take(grads, set(grads))
+        self.reduce(grads, set(grads))
         signals = [int(own.signum == number) for number in WATCHED]
         numbers = mx.array([own.supervised, own.tokens, own.rows, *signals], mx.int64)
         counts, nats = self.processes.summed(numbers), self.processes.summed(nats)

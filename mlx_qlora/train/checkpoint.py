@@ -12,20 +12,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
-from mlx_qlora.errors import ConfigError, TrainingError, listing, option, require
-from mlx_qlora.folders import staged
+from mlx_qlora.errors import ConfigError, listing, option, require
+from mlx_qlora.folders import disk_errors, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.optim import AdamW
@@ -191,7 +189,7 @@ def save_checkpoint(
         for theirs, ours in MOMENTS.items()
         for name, array in optimizer.named(getattr(optimizer, ours)).items()
     }
-    with disk_errors(output):
+    with disk_errors(output, lambda: last_checkpoint(output)):
         if not output.is_dir():
             raise FileNotFoundError(2, "it was removed during the run", str(output))
         with staged(folder, replace=True) as staging:
@@ -230,50 +228,12 @@ def _discard(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-@contextmanager
-def disk_errors(output: Path) -> Iterator[None]:
-    """Turns what the system says about the output folder into an error with a remedy.
-
-    Raises:
-        TrainingError: naming the folder, the reason and what there is to go on from.
-    """
-    try:
-        yield
-    except BrokenPipeError:  # nobody reads what is printed: the disk has nothing to do with it
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        there = checkpoints(output)
-        kept = f"{there[-1]} is whole, and the same command goes on from it" if there else ""
-        raise TrainingError(
-            f"cannot write to {getattr(error, 'filename', None) or output}: {reason}; free some "
-            f"space or choose another --output-dir. {kept or 'No checkpoint was written yet'}"
-        ) from None
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keeps other runs out of an output folder; the system gives the lock back if a run dies.
-
-    Raises:
-        ConfigError: another run holds it.
-    """
-    import fcntl
-
-    with disk_errors(output):
-        lock = os.open(output, os.O_RDONLY)  # the folder itself: no file is left behind
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another run is writing to {output}; choose another --output-dir, or wait for it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(lock)
+def last_checkpoint(output: Path) -> str:
+    """What there is to go on from, for messages about the disk."""
+    saved = checkpoints(output)
+    if not saved:
+        return "No checkpoint was written yet"
+    return f"{saved[-1]} is whole, and the same command goes on from it"
 
 
 # ---- what there is -----------------------------------------------------------------------------

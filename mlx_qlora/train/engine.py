@@ -31,7 +31,7 @@ from mlx_qlora.device import this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM, swiglu, swiglu_back
 from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.train.allreduce import GradientSum
+from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import losses_by_piece
 from mlx_qlora.train.memory import (
     LAYER,
@@ -298,7 +298,7 @@ class Engine:
         batch: Batch,
         dropout_key: mx.array | None = None,
         before: dict[str, mx.array] | None = None,
-        gradient_sum: GradientSum | None = None,
+        all_reduce: GradientAllReduce | None = None,
     ) -> tuple[mx.array, int, dict[str, mx.array]]:
         """(loss_sum, n_tokens, grads) at the given LoRA weights; both by their paths.
 
@@ -307,7 +307,7 @@ class Engine:
             batch: tokens and labels.
             dropout_key: as in `loss_and_grads`.
             before: gradients of the micro-batches before, which these are added to.
-            gradient_sum: told of each layer whose gradients are done; for a step's last batch.
+            all_reduce: told of each layer whose gradients are done; for a step's last batch.
         """
         documents = teaching_documents(batch)
         grads = dict(before or {})
@@ -316,7 +316,7 @@ class Engine:
             how = self._schedule(documents)
             waves = list(waves_of(self.model, batch, documents, how.waves, dropout_key))
             for parts in waves:
-                told = gradient_sum if parts is waves[-1] else None
+                told = all_reduce if parts is waves[-1] else None
                 with cores_shared(parts):
                     loss = loss + self._wave(parts, how.levels, grads, told)
                 n_tokens += sum(part.targets.size for part in parts)
@@ -335,13 +335,13 @@ class Engine:
         parts: list[Part],
         levels: list[int],
         grads: dict[str, mx.array],
-        gradient_sum: GradientSum | None,
+        all_reduce: GradientAllReduce | None,
     ) -> mx.array:
         """The loss sum of some parts; their gradients are added to `grads`."""
         walks = [Walk(part, self._embed(part)) for part in parts]
         self._forward(walks, levels)
         loss = self._losses(walks)
-        self._backward(walks, grads, gradient_sum)
+        self._backward(walks, grads, all_reduce)
         return loss
 
     def _embed(self, part: Part) -> mx.array:
@@ -396,7 +396,7 @@ class Engine:
     # ---- down ------------------------------------------------------------------------------------
 
     def _backward(
-        self, walks: list[Walk], grads: dict[str, mx.array], gradient_sum: GradientSum | None
+        self, walks: list[Walk], grads: dict[str, mx.array], all_reduce: GradientAllReduce | None
     ) -> None:
         before: list[Any] = []
         done: set[str] = set()
@@ -413,8 +413,8 @@ class Engine:
                 own += [grads[path]] if path in grads else []
                 grads[path] = reduce(mx.add, own)
                 done.add(path)
-            if gradient_sum is not None:
-                gradient_sum.take(grads, done)
+            if all_reduce is not None:
+                all_reduce.reduce(grads, done)
             before = [walk.dx for walk in walks] if i > self.first else []
 
 

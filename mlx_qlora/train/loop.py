@@ -26,6 +26,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, ProcessError, TrainingError, say, warn
+from mlx_qlora.folders import disk_errors
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.allreduce import from_first, score_of_all, weights_from_first
 from mlx_qlora.train.checkpoint import (
@@ -33,7 +34,7 @@ from mlx_qlora.train.checkpoint import (
     RunState,
     best_eval,
     checkpoints,
-    disk_errors,
+    last_checkpoint,
     load_checkpoint,
     load_weights,
     remove_leftovers,
@@ -303,7 +304,7 @@ def train(
     done_before = state.tokens
     with (
         Interruption(run.processes.size > 1) as interruption,
-        disk_errors(run.output),
+        disk_errors(run.output, lambda: last_checkpoint(run.output)),
         run.processes.agree(lambda: run.begin(state)),
         blas.threads(1),  # what parts side by side have; see there
         run.kept_if_others_go(),

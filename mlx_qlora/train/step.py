@@ -12,7 +12,7 @@ from mlx_qlora import device
 from mlx_qlora.data.batches import Batch, halves
 from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import TrainingError, warn
-from mlx_qlora.train.allreduce import Counts, GradientSum
+from mlx_qlora.train.allreduce import Counts, GradientAllReduce
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.signals import Interruption
@@ -86,9 +86,9 @@ class Update:
     ) -> None:
         self.engine, self.optimizer, self.seed = engine, optimizer, seed
         self.interruption, self.console = interruption, console
-        self.gradient_sum = None
+        self.all_reduce = None
         if processes is not None and processes.size > 1:
-            self.gradient_sum = GradientSum(optimizer.shapes, processes)
+            self.all_reduce = GradientAllReduce(optimizer.shapes, processes)
         self.parts = 1  # a micro-batch is computed in so many
 
     def step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
@@ -98,8 +98,8 @@ class Update:
             StepError: a single row does not fit into memory, or the device gave up.
             ProcessError: another process is gone, or has not come in time.
         """
-        if self.gradient_sum is not None:
-            self.gradient_sum.begin()
+        if self.all_reduce is not None:
+            self.all_reduce.begin()
         while True:
             try:
                 found = self._gradients(micro_batches)
@@ -120,7 +120,7 @@ class Update:
         for some in pieces:
             for batch in some:
                 keys = dropout_keys(self.seed, batch.rows)
-                told = self.gradient_sum if batch is pieces[-1][-1] else None
+                told = self.all_reduce if batch is pieces[-1][-1] else None
                 loss, n_tokens, total = self.engine(weights, batch, keys, total, told)
                 nats = nats + loss
                 own = own.with_more(n_tokens, batch.real_tokens)
@@ -135,11 +135,11 @@ class Update:
         """Sums over the processes, and moves the weights."""
         total, nats, counts, own_finite = found.total, found.nats, found.counts, True
         found.total = {}  # a sum over processes takes their place
-        if self.gradient_sum is not None:
+        if self.all_reduce is not None:
             own_finite = bool(mx.stack([mx.isfinite(g).all() for g in total.values()]).all())
             counts = replace(counts, signum=self.interruption.came)
             try:
-                total, nats, counts = self.gradient_sum.finish(total, nats, counts)
+                total, nats, counts = self.all_reduce.wait(total, nats, counts)
             except RuntimeError as error:
                 raise _gave_up(_reason(error)) from None
         norm = self._move(total, nats, counts.supervised, rate)
@@ -149,7 +149,7 @@ class Update:
         if outcome.finite:
             return outcome
         self.optimizer.step -= 1  # AdamW counts updates, and this was none
-        return replace(outcome, suspects=found.suspects(self.gradient_sum is None, own_finite))
+        return replace(outcome, suspects=found.suspects(self.all_reduce is None, own_finite))
 
     def _move(
         self, total: dict[str, mx.array], nats: mx.array, supervised: int, rate: float

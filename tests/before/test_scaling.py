@@ -22,20 +22,20 @@ STEP = """
 import json, sys
 import mlx.core as mx
 from mlx_qlora.distributed import processes
-from mlx_qlora.train.allreduce import Counts, GradientSum
+from mlx_qlora.train.allreduce import Counts, GradientAllReduce
 
 own, (count, rows) = processes(), map(int, sys.argv[1:])
 shapes = {f"layers.{i}": (rows, 16) for i in range(count)}
 grads = {name: mx.full(shape, own.rank + 1.0) for name, shape in shapes.items()}
 mx.eval(grads)
-ring = GradientSum(shapes, own)
+ring = GradientAllReduce(shapes, own)
 mx.clear_cache()
 mx.reset_peak_memory()
 before, done = mx.get_active_memory(), set()
 for name in reversed(shapes):
     done.add(name)
-    ring.take(grads, done)
-total, _, _ = ring.finish(grads, mx.array(1.0), Counts(1, 1, 1))
+    ring.reduce(grads, done)
+total, _, _ = ring.wait(grads, mx.array(1.0), Counts(1, 1, 1))
 mx.eval(total)
 print(json.dumps({
     "sent": own.sent_bytes,

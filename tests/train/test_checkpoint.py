@@ -826,7 +826,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(
 HOLD = """
 import sys, time
 from pathlib import Path
-from mlx_qlora.train.checkpoint import locked
+from mlx_qlora.folders import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -13,8 +13,8 @@ from test_checkpoint import assert_same, at_step, copy, disk, folder, go, losses
 
 from mlx_qlora import run
 from mlx_qlora.errors import ConfigError, TrainingError
-from mlx_qlora.folders import staged
-from mlx_qlora.train import checkpoint, loop
+from mlx_qlora.folders import disk_errors, staged
+from mlx_qlora.train import loop
 from mlx_qlora.train.checkpoint import best_eval
 from mlx_qlora.train.signals import Interrupted
 
@@ -146,7 +146,7 @@ def test_the_checkpoint_to_resume_is_chosen_under_the_lock(folder, tmp_path):
 
 
 def test_a_pipe_that_breaks_is_no_disk_error(tmp_path):
-    with pytest.raises(BrokenPipeError), checkpoint.disk_errors(tmp_path):
+    with pytest.raises(BrokenPipeError), disk_errors(tmp_path):
         raise BrokenPipeError(32, "Broken pipe")
 
 

@@ -22,7 +22,7 @@ from support.tiny_folder import write_model
 
 from mlx_qlora import device
 from mlx_qlora.distributed import AT_LEAST, TIMES, WORDS
-from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientSum
+from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientAllReduce
 from mlx_qlora.train.checkpoint import checkpoints, read_state
 
 STEPS, CLOSE = 20, 1e-5
@@ -260,28 +260,28 @@ def test_buckets_go_out_as_soon_as_their_layers_are_done() -> None:
     shapes = layers(6, SMALLEST_BUCKET // 4)  # two matrices of half a bucket in each layer
     grads = {name: mx.full(shape, i) for i, (name, shape) in enumerate(shapes.items())}
     recorder = Recorder()
-    summed = GradientSum(shapes, recorder)  # pyright: ignore[reportArgumentType]
+    summed = GradientAllReduce(shapes, recorder)  # pyright: ignore[reportArgumentType]
     assert [name for bucket in summed.buckets for name in bucket] == [*reversed(shapes)]
     assert len(summed.buckets) == 6
     done: set[str] = set()
     for layer in reversed(range(6)):
         done |= {f"layers.{layer}.{side}" for side in "AB"}
-        summed.take(grads, done)
+        summed.reduce(grads, done)
         assert len(recorder.events) == 6 - layer
         assert set(recorder.events[-1].tolist()) == {2 * layer, 2 * layer + 1}
     # Computed again in smaller parts, as after out-of-memory: nothing is sent twice.
-    summed.take(grads, {"layers.5.A", "layers.5.B"})
-    summed.take(grads, done)
+    summed.reduce(grads, {"layers.5.A", "layers.5.B"})
+    summed.reduce(grads, done)
     assert len(recorder.events) == 6
     own = Counts(supervised=3, tokens=7, rows=2, signum=signal.SIGTERM)
-    total, nats, counts = summed.finish(grads, mx.array(1.5), own)
+    total, nats, counts = summed.wait(grads, mx.array(1.5), own)
     assert recorder.events[-2:] == ["worked", "waited"] and len(recorder.events) == 10
     assert counts == Counts(6, 14, 4, signal.SIGTERM) and nats.item() == 3
     assert [*total] == [*shapes]
     for name in shapes:
         assert np.array_equal(np.array(total[name]), 2 * np.array(grads[name])), name
     summed.begin()
-    summed.take(grads, done)
+    summed.reduce(grads, done)
     assert len(recorder.events) == 16, "the next step sends its own"
 
 
@@ -289,18 +289,18 @@ def test_a_bucket_waits_for_the_whole_of_itself_and_for_those_before_it() -> Non
     shapes = layers(2, SMALLEST_BUCKET // 2)  # each matrix a bucket
     grads = {name: mx.zeros(shape) for name, shape in shapes.items()}
     recorder = Recorder()
-    summed = GradientSum(shapes, recorder)  # pyright: ignore[reportArgumentType]
+    summed = GradientAllReduce(shapes, recorder)  # pyright: ignore[reportArgumentType]
     assert len(summed.buckets) == 4
-    summed.take(grads, {"layers.1.A", "layers.0.A", "layers.0.B"})
+    summed.reduce(grads, {"layers.1.A", "layers.0.A", "layers.0.B"})
     assert recorder.events == []
-    summed.take(grads, {"layers.1.B"})
+    summed.reduce(grads, {"layers.1.B"})
     assert len(recorder.events) == 1
 
 
 def test_a_large_adapter_goes_in_few_messages_and_a_small_one_in_one() -> None:
-    small = GradientSum(layers(32, 64), Recorder())  # pyright: ignore[reportArgumentType]
+    small = GradientAllReduce(layers(32, 64), Recorder())  # pyright: ignore[reportArgumentType]
     assert len(small.buckets) == 1
-    large = GradientSum(layers(64, SMALLEST_BUCKET // 2), Recorder())  # pyright: ignore
+    large = GradientAllReduce(layers(64, SMALLEST_BUCKET // 2), Recorder())  # pyright: ignore
     assert MOST_BUCKETS // 2 < len(large.buckets) <= MOST_BUCKETS
 
 
