@@ -44,12 +44,12 @@ from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.memory import (
+    chunks_of,
     cores,
-    default_waves,
-    shared_out,
+    default_chunks,
+    split_evenly,
     streams,
-    teaching_documents,
-    waves_of,
+    supervised_documents,
 )
 from mlx_qlora.train.optim import AdamW
 
@@ -173,13 +173,13 @@ class Maker:
 
     def floors(self, batch: Batch) -> Floor:
         """A batch's floor."""
-        documents = teaching_documents(batch)
-        waves = default_waves((documents[:, 2] - documents[:, 1]).tolist())
-        sizes = [len(wave) for wave in waves_of(self.model, batch, documents, waves)]
+        documents = supervised_documents(batch)
+        waves = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
+        sizes = [len(wave) for wave in chunks_of(self.model, batch, documents, waves)]
         labels, lent = np.array(batch.labels), streams(sizes[0])
         shares = [
             self.share(part, labels, lent[i % sizes[0]])
-            for i, part in enumerate(shared_out(documents, sum(sizes)))
+            for i, part in enumerate(split_evenly(documents, sum(sizes)))
         ]
         shared = [shares[i : i + sizes[0]] for i in range(0, len(shares), sizes[0])]
         whole = self.share(documents, labels, lent[0])

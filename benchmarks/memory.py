@@ -154,7 +154,7 @@ def predicted_beyond(
     levels = memory.check_recompute(recompute, config.num_hidden_layers)
     how = memory.schedule(config, lengths, 4, levels, 0, here)
     step = sum(memory.activation_bytes(config, how, lengths, 4, here))
-    step += memory.step_bytes(trainable, how.waves, False)
+    step += memory.step_bytes(trainable, how.n_chunks, False)
     update = memory.update_bytes(trainable, here)
     return memory.adapter_bytes(trainable) + max(step, update)
 

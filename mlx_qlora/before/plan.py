@@ -388,7 +388,7 @@ class Plan:
             "machine": self.machine,
             "trainable_parameters": self.trainable,
             "recomputed_layers": self.recomputed_layers,
-            "waves": self.schedule.waves,
+            "waves": self.schedule.n_chunks,
             "longest_context": self.longest_context,
             "tokens_per_second": self.tokens_per_second,
             "advice": self.advice,
@@ -401,8 +401,8 @@ class Plan:
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         lines.append(f"{'recomputed':<22}{self._recomputed()}")
-        if self.schedule.waves > 1:
-            lines.append(f"{'micro-batch':<22}computed in {self.schedule.waves} parts")
+        if self.schedule.n_chunks > 1:
+            lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} parts")
         lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
         lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
         if self.scaling is not None:
@@ -491,10 +491,10 @@ def plan_checkpoint(
     how = scheduled(largest)
     kept, work = activation_bytes(llama, how, largest, itemsize, where)
     accumulation = training.gradient_accumulation_steps
-    step = step_bytes(trained, how.waves, accumulation > 1)
+    step = step_bytes(trained, how.n_chunks, accumulation > 1)
     usually, tokens = scheduled(usual), sum(usual)
     flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
-    read = usually.waves * bytes_read(llama, usually.levels, itemsize)
+    read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
     seconds = where.seconds(flops, read)  # of a micro-batch
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling(processes, trained, *of_step) if processes else None

@@ -37,16 +37,16 @@ from mlx_qlora.train.memory import (
     LAYER,
     MLP,
     NOTHING,
-    Part,
     Recompute,
     Schedule,
+    Shard,
     budget_for,
     check_recompute,
+    chunks_of,
     cores_shared,
+    persistent_bytes,
     schedule,
-    standing_bytes,
-    teaching_documents,
-    waves_of,
+    supervised_documents,
 )
 from mlx_qlora.tree import flat, nested
 
@@ -157,7 +157,7 @@ def noted(notes: list[Note]) -> list[mx.array]:
 class Walk:
     """One part on its way up and down the layers."""
 
-    part: Part
+    part: Shard
     x: mx.array
     dx: mx.array | None = None
     kept: list[Kept] = field(default_factory=list)
@@ -283,7 +283,7 @@ class Engine:
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
         self.model, self.compiled = model, compiled
         self.recompute = check_recompute(recompute, len(model.layers))
-        self.standing = standing_bytes(model)
+        self.standing = persistent_bytes(model)
         self.slots = slots_of(model, trainable)
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
@@ -309,12 +309,12 @@ class Engine:
             before: gradients of the micro-batches before, which these are added to.
             all_reduce: told of each layer whose gradients are done; for a step's last batch.
         """
-        documents = teaching_documents(batch)
+        documents = supervised_documents(batch)
         grads = dict(before or {})
         loss, n_tokens = mx.array(0.0), 0
         with lent(self.slots, weights, self.model.model.embed_tokens.dtype):
             how = self._schedule(documents)
-            waves = list(waves_of(self.model, batch, documents, how.waves, dropout_key))
+            waves = list(chunks_of(self.model, batch, documents, how.n_chunks, dropout_key))
             for parts in waves:
                 told = all_reduce if parts is waves[-1] else None
                 with cores_shared(parts):
@@ -332,7 +332,7 @@ class Engine:
 
     def _wave(
         self,
-        parts: list[Part],
+        parts: list[Shard],
         levels: list[int],
         grads: dict[str, mx.array],
         all_reduce: GradientAllReduce | None,
@@ -344,7 +344,7 @@ class Engine:
         self._backward(walks, grads, all_reduce)
         return loss
 
-    def _embed(self, part: Part) -> mx.array:
+    def _embed(self, part: Shard) -> mx.array:
         with mx.stream(part.stream):
             return self.model.model.embed_tokens(part.tokens)
 

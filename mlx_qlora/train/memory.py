@@ -38,11 +38,11 @@ class Schedule:
     """How a batch is computed.
 
     Attributes:
-        waves: how many, one after the other.
+        n_chunks: how many, one after the other.
         levels: what each layer computes again in the backward.
     """
 
-    waves: int
+    n_chunks: int
     levels: list[int]
 
 
@@ -86,7 +86,7 @@ def schedule(
         machine: that computes; this one if not given.
     """
     machine = machine or this_machine()
-    waves, n = default_waves(lengths, machine), max(len(lengths), 1)
+    waves, n = default_chunks(lengths, machine), max(len(lengths), 1)
     most = max(waves, min(-(-sum(lengths) // ENOUGH[machine.device]), n))
     if not isinstance(recompute, str):
         asks_for_memory = all(level == LAYER for level in recompute)
@@ -104,7 +104,7 @@ def schedule(
     return Schedule(waves, levels)
 
 
-def default_waves(lengths: Sequence[int], machine: Machine | None = None) -> int:
+def default_chunks(lengths: Sequence[int], machine: Machine | None = None) -> int:
     """How many waves a batch is computed in where memory is no matter."""
     machine = machine or this_machine()
     at_once, n = AT_ONCE[machine.device], max(len(lengths), 1)
@@ -123,12 +123,12 @@ def kept_bytes(
 ) -> int:
     """What the forward of the largest wave keeps for the backward, in bytes."""
     device = (machine or this_machine()).device
-    positions, typical = largest_wave(lengths, waves)
+    positions, typical = largest_chunk(lengths, waves)
     each = [layer_bytes(config, level, typical, itemsize, device) for level in LEVELS]
     return positions * sum(each[level] for level in levels)
 
 
-def largest_wave(lengths: Sequence[int], waves: int) -> tuple[int, int]:
+def largest_chunk(lengths: Sequence[int], waves: int) -> tuple[int, int]:
     """Positions of the largest wave, and the document length that most of them are in."""
     array = np.array(lengths, int)
     owner = shares(lengths, waves)
@@ -173,7 +173,7 @@ def adapter_bytes(trainable: int) -> int:
     return 3 * trainable * FLOAT32
 
 
-def standing_bytes(model: LlamaForCausalLM) -> int:
+def persistent_bytes(model: LlamaForCausalLM) -> int:
     """What a run keeps in memory from its first step to its last."""
     trainable = sum(weight.size for weight in flat(model.trainable_parameters()).values())
     held = sum(array.nbytes for array in flat(model.parameters()).values())
@@ -201,8 +201,8 @@ def activation_bytes(
     """What is kept and what is worked with at the highest moment of the way down the layers."""
     moments = []
     for i, level in enumerate(how.levels):
-        kept = kept_bytes(config, how.levels[: i + 1], lengths, how.waves, itemsize, machine)
-        moments.append((kept, work_bytes(config, level, lengths, how.waves, itemsize, machine)))
+        kept = kept_bytes(config, how.levels[: i + 1], lengths, how.n_chunks, itemsize, machine)
+        moments.append((kept, work_bytes(config, level, lengths, how.n_chunks, itemsize, machine)))
     return max(moments, key=sum)
 
 
@@ -218,7 +218,7 @@ def work_bytes(
 
     Fitted to measured peaks of models of many shapes (benchmarks/memory.py).
     """
-    positions, typical = largest_wave(lengths, waves)
+    positions, typical = largest_chunk(lengths, waves)
     D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     each = 11.0 * F
@@ -232,7 +232,7 @@ def budget_for(
     config: LlamaConfig, lengths: Sequence[int], itemsize: int, standing: int, machine: Machine
 ) -> float:
     """Bytes that the forward may keep, beside what stands in memory and comes and goes."""
-    waves = default_waves(lengths, machine)
+    waves = default_chunks(lengths, machine)
     work = work_bytes(config, LAYER, lengths, waves, itemsize, machine)
     return FILLED[machine.device] * machine.working_set_bytes - standing - work
 
@@ -248,7 +248,7 @@ GPU_MULTIPLE = 64  # positions of a part there: few shapes, so that freed buffer
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """Some of a batch's documents, one behind the other.
 
     Attributes:
@@ -268,7 +268,7 @@ class Part:
     stream: mx.Stream
 
 
-def teaching_documents(batch: Batch) -> np.ndarray:
+def supervised_documents(batch: Batch) -> np.ndarray:
     """(n, 3) of row, start and end: the documents of a batch in which anything is learned."""
     labels = np.array(batch.labels)
     documents = batch.documents
@@ -279,13 +279,13 @@ def teaching_documents(batch: Batch) -> np.ndarray:
     return documents[np.array(teaches, bool)]
 
 
-def waves_of(
+def chunks_of(
     model: LlamaForCausalLM,
     batch: Batch,
     documents: np.ndarray,
     waves: int,
     dropout_key: mx.array | None = None,
-) -> list[list[Part]]:
+) -> list[list[Shard]]:
     """The parts of a batch: some to be computed side by side, then some more.
 
     Args:
@@ -296,11 +296,11 @@ def waves_of(
         dropout_key: (2,) for the batch or (B, 2) for its rows; None turns dropout off.
     """
     made = []
-    for wave in shared_out(documents, waves):
+    for wave in split_evenly(documents, waves):
         lengths = wave[:, 2] - wave[:, 1]
         busy = int(lengths.sum()) // FEWEST_POSITIONS
         side_by_side = max(1, min(cores(), len(wave), busy))
-        some = zip(shared_out(wave, side_by_side), streams(side_by_side))
+        some = zip(split_evenly(wave, side_by_side), streams(side_by_side))
         made.append([_part(model, batch, share, dropout_key, stream) for share, stream in some])
     return made
 
@@ -311,7 +311,7 @@ def _part(
     documents: np.ndarray,
     dropout_key: mx.array | None,
     stream: mx.Stream,
-) -> Part:
+) -> Shard:
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
     spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
     ids = np.concatenate([tokens[row, span] for row, span in spans])
@@ -321,7 +321,7 @@ def _part(
         N += -N % GPU_MULTIPLE
     context = model.model.documents(documents, N)
     positions = np.flatnonzero(wanted != IGNORE).astype(np.int32)
-    return Part(
+    return Shard(
         mx.array(np.pad(ids, (0, N - len(ids)))),
         context,
         model.model.dropout_keys(dropout_key, len(tokens), context),
@@ -331,7 +331,7 @@ def _part(
     )
 
 
-def shared_out(documents: np.ndarray, n: int) -> list[np.ndarray]:
+def split_evenly(documents: np.ndarray, n: int) -> list[np.ndarray]:
     """Documents (m, 3) in at most n shares of like size."""
     owner = shares((documents[:, 2] - documents[:, 1]).tolist(), n)
     found = [documents[owner == share] for share in range(n)]
@@ -351,7 +351,7 @@ def streams(n: int) -> list[mx.Stream]:
 
 
 @contextmanager
-def cores_shared(parts: list[Part]) -> Iterator[None]:
+def cores_shared(parts: list[Shard]) -> Iterator[None]:
     """While parts are computed side by side, each matmul has its share of the cores."""
     with blas.threads(max(1, cores() // max(len(parts), 1))):
         yield

@@ -9,7 +9,7 @@ import numpy as np
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.loss import cross_entropy
-from mlx_qlora.train.memory import cores_shared, default_waves, teaching_documents, waves_of
+from mlx_qlora.train.memory import chunks_of, cores_shared, default_chunks, supervised_documents
 
 
 @dataclass
@@ -79,9 +79,9 @@ def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]
 
     Then what is there: the first choices, the targets and the losses.
     """
-    documents = teaching_documents(batch)
+    documents = supervised_documents(batch)
     lengths = (documents[:, 2] - documents[:, 1]).tolist()
-    for parts in waves_of(model, batch, documents, default_waves(lengths)):
+    for parts in chunks_of(model, batch, documents, default_chunks(lengths)):
         found = []
         with cores_shared(parts):
             for part in parts:

@@ -308,9 +308,9 @@ LEVEL_LISTS = [
 def split_into(waves: int, cores: int, positions: int = SIZE):
     """So many waves and cores; yields how many parts each wave had."""
     kind, seen = device.backend().device, []
-    real = memory.waves_of
+    real = memory.chunks_of
 
-    def waves_of(*args: Any) -> Any:
+    def chunks_of(*args: Any) -> Any:
         made = real(*args)
         seen.extend(map(len, made))
         return made
@@ -322,7 +322,7 @@ def split_into(waves: int, cores: int, positions: int = SIZE):
         patch.setattr(memory, "cores", lambda: cores)
         machine = dataclasses.replace(memory.this_machine(), cores=cores)
         patch.setattr(memory, "this_machine", lambda: machine)
-        patch.setattr(engine_module, "waves_of", waves_of)
+        patch.setattr(engine_module, "chunks_of", chunks_of)
         yield seen
 
 
@@ -520,7 +520,7 @@ def test_what_worked_in_one_thread_works_in_the_next(autodiffed):
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 8))
 def test_documents_are_shared_out_evenly_each_to_one_and_in_order(lengths, n):
     documents = np.array([(i, 7, 7 + length) for i, length in enumerate(lengths)], np.int32)
-    shares = memory.shared_out(documents, n)
+    shares = memory.split_evenly(documents, n)
     n = min(n, len(lengths))
     assert len(shares) == n
     loads = [int((share[:, 2] - share[:, 1]).sum()) for share in shares]
@@ -551,23 +551,23 @@ def test_a_schedule_saves_with_waves_first_then_level_by_level_and_keeps_its_bud
     N, n_layers = sum(lengths), SIZES.num_hidden_layers
 
     def kept(made: memory.Schedule) -> int:
-        return kept_bytes(SIZES, made.levels, lengths, made.waves, 4)
+        return kept_bytes(SIZES, made.levels, lengths, made.n_chunks, 4)
 
     roomy = schedule(SIZES, lengths, 4, "auto", 1e18)
-    assert roomy == memory.Schedule(memory.default_waves(lengths), [NOTHING] * n_layers)
+    assert roomy == memory.Schedule(memory.default_chunks(lengths), [NOTHING] * n_layers)
     tightest = schedule(SIZES, lengths, 4, "auto", 0)
     assert tightest.levels == [LAYER] * n_layers
-    most = max(roomy.waves, min(-(-N // 300), len(lengths)))
-    assert tightest.waves == most
+    most = max(roomy.n_chunks, min(-(-N // 300), len(lengths)))
+    assert tightest.n_chunks == most
     made = [roomy]
     for budget in np.linspace(kept(roomy), kept(tightest), 200).tolist():
         made.append(schedule(SIZES, lengths, 4, "auto", budget))
         assert kept(made[-1]) <= budget
-        waves, levels = made[-1].waves, made[-1].levels
+        waves, levels = made[-1].n_chunks, made[-1].levels
         assert levels == [NOTHING] * n_layers or waves == most
         assert levels == sorted(levels, reverse=True) and levels[0] - levels[-1] <= 1
     for before, after in itertools.pairwise(made):
-        assert (after.waves, after.levels) >= (before.waves, before.levels)
+        assert (after.n_chunks, after.levels) >= (before.n_chunks, before.levels)
     assert len({tuple(m.levels) for m in made}) == 1 + 3 * n_layers
 
 
@@ -587,8 +587,8 @@ def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_waves(mo
     for levels in ([LAYER, MLP, NOTHING, NOTHING], [LAYER] * 4):
         made = schedule(SIZES, lengths, 4, levels, 0)
         assert made.levels == levels
-        assert made.waves >= memory.default_waves(lengths)
-    assert made.waves == 7 > memory.default_waves(lengths) == 2
+        assert made.n_chunks >= memory.default_chunks(lengths)
+    assert made.n_chunks == 7 > memory.default_chunks(lengths) == 2
 
 
 # ---- compiling ---------------------------------------------------------------------------------
@@ -645,8 +645,8 @@ def in_slices_of_many_sizes(size: int) -> list[slice]:
 def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
     batch = a_batch(B=4, T=96)
     engine = Engine(model, [level] * len(model.layers), compiled=False)
-    documents = memory.teaching_documents(batch)
-    (share,) = memory.waves_of(model, batch, documents, 1)
+    documents = memory.supervised_documents(batch)
+    (share,) = memory.chunks_of(model, batch, documents, 1)
     walks = [engine_module.Walk(part, engine._embed(part)) for part in share]
     engine._forward(walks, engine.recompute)
     held = {}
