@@ -16,7 +16,8 @@ import measure
 import mlx.core as mx
 import shapes
 
-from mlx_qlora.device import backend, frozen_matmul
+from mlx_qlora import device
+from mlx_qlora.device import frozen_matmul
 from mlx_qlora.model.quantize import FrozenMatrix
 
 WAYS = ("quantized", "dequantize", "resident")
@@ -57,7 +58,7 @@ def main() -> None:
 
 def seconds(matrices: list[FrozenMatrix], way: str, tokens: int) -> float:
     """Of the products of a layer with x, and of those with the gradient of their results."""
-    dtype = backend().compute_dtype
+    dtype = device.current().compute_dtype
     for matrix in matrices:
         matrix.matmul, matrix._resident = way, None  # pyright: ignore
         matrix.make_resident()

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of another shape; default: 2 on a CPU, or all")
     parser.add_argument("--tokens", type=int, help="of its documents; default: 256 on a CPU, 2048")
     args = parser.parse_args()
-    on_cpu = device.backend().device == "cpu"
+    on_cpu = device.current().kind == "cpu"
     device.limit_memory()
     mx.random.seed(0)
 
@@ -144,7 +144,7 @@ class Maker:
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
-        self.dtype = device.backend().compute_dtype
+        self.dtype = device.current().compute_dtype
         first = [(p, layer) for p, layer in lora_layers(model) if p.startswith("model.layers.0.")]
         sizes = {path.rpartition(".")[2]: layer.base_layer.shape for path, layer in first}
         layer_bytes = sum(out * into for out, into in sizes.values()) * self.dtype.size
@@ -253,7 +253,7 @@ def multiply(waves: list[list[Share]]) -> None:
 
 def our_step(model: Any) -> Callable[[Batch], None]:
     """Our engine and optimiser, as the training loop sets them up."""
-    engine = Engine(model, "auto", compiled=device.backend().device != "cpu")
+    engine = Engine(model, "auto", compiled=device.current().kind != "cpu")
     optimizer = AdamW(model.trainable_parameters())
 
     def step(batch: Batch) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.device import FrozenMatmul, backend, frozen_matmul
+from mlx_qlora import device
+from mlx_qlora.device import FrozenMatmul, frozen_matmul
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
 
@@ -36,14 +37,14 @@ def build(
     Args:
         name: one of SHAPES.
         layers: how many; all that the shape has, if not given.
-        matmul: how packed matrices are multiplied; as the backend wants it, if not given.
+        matmul: how packed matrices are multiplied; as the device wants it, if not given.
 
     Returns:
-        The model, evaluated, in the backend's compute dtype.
+        The model, evaluated, in the device's compute dtype.
     """
     model = LlamaForCausalLM(config(name, layers))
     model.hf_config = {"model_type": "llama", **asdict(model.config)}
-    dtype = backend().compute_dtype
+    dtype = device.current().compute_dtype
     modules = sorted(model.named_modules())
     size = sum(module.weight.size for _, module in modules if isinstance(module, FrozenMatrix))
     chosen = frozen_matmul(matmul or "auto", size * dtype.size)

@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
 
 
-Device = Literal["metal", "cuda", "cpu"]
+Kind = Literal["metal", "cuda", "cpu"]
 
 
 COPY_SHARE = 0.4  # of the memory that a dequantised copy may take; the rest is for training
 
 
 @dataclass(frozen=True)
-class Backend:
+class Device:
     """The machine's device, and the dtype that it computes in."""
 
-    device: Device
+    kind: Kind
     compute_dtype: "mx.Dtype"
 
 
 @functools.cache
-def backend() -> Backend:
-    """The backend that MLX computes on in this process."""
+def current() -> Device:
+    """The device that MLX computes on in this process."""
     import mlx.core as mx
 
     if mx.default_device() == mx.Device(mx.cpu):
@@ -53,14 +53,14 @@ def backend() -> Backend:
                 "pip install --force-reinstall --no-deps mlx-cuda-13",
                 stacklevel=2,
             )
-        return Backend("cpu", mx.float32)
+        return Device("cpu", mx.float32)
     if mx.metal.is_available():
-        return Backend("metal", mx.bfloat16)
-    return Backend("cuda", mx.bfloat16)
+        return Device("metal", mx.bfloat16)
+    return Device("cuda", mx.bfloat16)
 
 
 def compute_dtype(name: str) -> "mx.Dtype":
-    """The dtype that activations have: `auto` asks the backend, a name is taken as it is.
+    """The dtype that activations have: `auto` asks the device, a name is taken as it is.
 
     Raises:
         ConfigError: an unknown name.
@@ -69,7 +69,7 @@ def compute_dtype(name: str) -> "mx.Dtype":
 
     known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
     if name == "auto":
-        return backend().compute_dtype
+        return current().compute_dtype
     if name not in known:
         raise ConfigError(f"model.dtype must be one of auto, {', '.join(known)}; got {name!r}")
     return known[name]
@@ -78,7 +78,7 @@ def compute_dtype(name: str) -> "mx.Dtype":
 def frozen_matmul(
     name: str,
     dense_bytes: int = 0,
-    device: Device | None = None,
+    device: Kind | None = None,
     working_set_bytes: int | None = None,
 ) -> FrozenMatmul:
     """How frozen quantised weights are multiplied.
@@ -93,7 +93,7 @@ def frozen_matmul(
         ConfigError: an unknown name.
     """
     if name == "auto":
-        if (device or backend().device) == "metal":
+        if (device or current().kind) == "metal":
             return "quantized"
         memory = facts()["working_set_bytes"] if working_set_bytes is None else working_set_bytes
         return "resident" if dense_bytes <= COPY_SHARE * memory else "dequantize"
@@ -113,8 +113,8 @@ def share_cores(processes: int) -> None:
 
 
 def cores() -> int:
-    """How many cores a CPU backend may use; on a GPU 1, as nothing is computed side by side."""
-    return own_cores() if backend().device == "cpu" else 1
+    """How many cores a CPU may use; on a GPU 1, as nothing is computed side by side."""
+    return own_cores() if current().kind == "cpu" else 1
 
 
 def own_cores() -> int:
@@ -140,7 +140,7 @@ def facts() -> dict[str, Any]:
 
     info = mx.device_info()
     memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    chosen = backend()
+    chosen = current()
     if sys.platform == "darwin":
         multiplies = "Accelerate"
     else:
@@ -153,7 +153,7 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "mlx": importlib.metadata.version("mlx"),
-        "device": chosen.device,
+        "device": chosen.kind,
         "compute_dtype": str(chosen.compute_dtype).removeprefix("mlx.core."),
         "blas": multiplies,
     }
@@ -168,7 +168,7 @@ def limit_memory() -> None:
     import mlx.core as mx
 
     working_set = facts()["working_set_bytes"]
-    if backend().device == "metal":
+    if current().kind == "metal":
         mx.set_wired_limit(working_set)
     mx.set_cache_limit(working_set // 8)
 
@@ -243,7 +243,7 @@ class Machine:
     """
 
     name: str
-    device: Device
+    device: Kind
     working_set_bytes: int
     cores: int
     itemsize: int
@@ -273,10 +273,10 @@ def this_machine() -> Machine:
     here = facts()
     return Machine(
         f"this machine ({here['chip']})",
-        backend().device,
+        current().kind,
         here["working_set_bytes"],
         cores(),
-        backend().compute_dtype.size,
+        current().compute_dtype.size,
     )
 
 
@@ -308,7 +308,7 @@ def _measured_flops() -> float:
     """The rate of square products on this machine."""
     import mlx.core as mx
 
-    dtype = backend().compute_dtype
+    dtype = current().compute_dtype
     x = mx.random.normal((PROBE, PROBE)).astype(dtype)
     return 2 * PROBE**3 / _usual_seconds(lambda: x @ x)
 

@@ -35,7 +35,7 @@ def load(
         revision: branch, tag or commit of a hub repository.
         dtype: of the computation: `auto` (bfloat16 on a GPU, float32 on a CPU) or a name.
         frozen_matmul: how quantised weights are multiplied: `auto`, or `quantized`, `dequantize`
-            or `resident` as explained in `mlx_qlora.backend`.
+            or `resident` as explained in `mlx_qlora.device`.
 
     Returns:
         The model, evaluated, and the tokenizer.

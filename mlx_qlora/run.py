@@ -504,7 +504,7 @@ def fine_tune(
     say(
         console,
         f"training  {trainable_count(model):,} parameters of {base} on "
-        f"{device.facts()['chip']} ({device.backend().device})"
+        f"{device.facts()['chip']} ({device.current().kind})"
         + (f", process {everyone.rank} of {everyone.size}" if everyone.size > 1 else ""),
     )
     if not everyone.is_first:

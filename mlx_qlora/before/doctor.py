@@ -94,7 +94,7 @@ def mlx() -> Iterator[Finding]:
     """Versions, and the device and dtype that are computed with."""
     try:
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm")]
-        kind, dtype = device.backend().device, _dtype()
+        kind, dtype = device.current().kind, _dtype()
     except (ImportError, OSError) as error:
         fix = "pip install --upgrade --force-reinstall mlx mlx-lm"
         yield Finding("mlx", "error", f"MLX cannot be loaded ({error})", fix)
@@ -141,7 +141,7 @@ def wired_limit() -> Iterator[Finding]:
 def blas_library() -> Iterator[Finding]:
     """Which library multiplies on a CPU."""
     chosen, wanted = device.facts()["blas"], os.environ.get("MLX_QLORA_BLAS")
-    if device.backend().device == "cuda":
+    if device.current().kind == "cuda":
         yield Finding("blas", "ok", "the GPU multiplies")
     elif sys.platform == "darwin" or blas.loaded():
         yield Finding("blas", "ok", str(chosen))
@@ -156,7 +156,7 @@ def blas_library() -> Iterator[Finding]:
 
 def matmul() -> Iterator[Finding]:
     """The measured rate, against what the chip is known for."""
-    kind, chip = device.backend().device, str(device.facts()["chip"]).lower()
+    kind, chip = device.current().kind, str(device.facts()["chip"]).lower()
     side = SIDE[kind]
     with blas.threads(device.cores()):
         rate = matmul_rate(side)
@@ -190,7 +190,7 @@ def matmul_rate(
     """
     import mlx.core as mx
 
-    x = mx.random.normal((side, side)).astype(device.backend().compute_dtype)
+    x = mx.random.normal((side, side)).astype(device.current().compute_dtype)
     mx.eval(x, x @ x)  # the first one pays for the kernel
     end, shortest = clock() + seconds, float("inf")
     while True:
@@ -203,7 +203,7 @@ def matmul_rate(
 
 
 def _dtype() -> str:
-    return str(device.backend().compute_dtype).removeprefix("mlx.core.")
+    return str(device.current().compute_dtype).removeprefix("mlx.core.")
 
 
 def output_of(*command: str) -> str:
@@ -510,7 +510,7 @@ def environment() -> Iterator[Finding]:
             text = "macOS stops GPU work that keeps the display waiting (ImpactingInteractivity)"
             yield Finding("watchdog", "ok", f"{text}; if it does", f"export {watchdog}=1")
     threads = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    if threads and device.backend().device == "cpu" and sys.platform.startswith("linux"):
+    if threads and device.current().kind == "cpu" and sys.platform.startswith("linux"):
         text = f"OPENBLAS_NUM_THREADS={threads}: training sets its own number, numpy keeps to it"
         yield Finding("environment", "ok", text)
     for name in ("HF_HOME", "HF_ENDPOINT"):

@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_qlora import device
 from mlx_qlora.cpu.exponentials import exp
-from mlx_qlora.device import backend
 
 FEWEST_FUSED_QUERIES = 9  # Metal's fused attention has no gradient for fewer
 
@@ -28,7 +28,7 @@ BLOCK, SMALLEST_BLOCK, MOST_SCORES = 128, 16, 1 << 21
 
 
 @dataclass(frozen=True)
-class Note:
+class Residuals:
     """What the backward of an attention wants to know of its forward; None where it need not.
 
     Attributes:
@@ -42,15 +42,15 @@ class Note:
     weights: list[mx.array] | None = None
 
     def arrays(self) -> list[mx.array]:
-        """All that is noted, to be evaluated."""
+        """All that is kept, to be evaluated."""
         if self.weights is not None:
             return [self.total, *self.weights]
         return [] if self.log_sum is None else [self.log_sum]
 
 
-def attend_and_note(
+def attend_with_residuals(
     q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
-) -> tuple[mx.array, Note]:
+) -> tuple[mx.array, Residuals]:
     """Causal attention of n documents.
 
     Args:
@@ -61,28 +61,28 @@ def attend_and_note(
             each position and head. Ignored where a fused kernel keeps none.
 
     Returns:
-        (n, T, H, Hd); and a note for `pull`.
+        (n, T, H, Hd); and residuals for `attend_vjp`.
     """
     if has_fused_kernel(q.dtype):
-        return _fused(q, k, v), Note()
+        return _fused(q, k, v), Residuals()
     if keep_weights:
         return _forward(q, k, v)
     out, log_sum = _by_blocks(q, k, v)
-    return out, Note(log_sum)
+    return out, Residuals(log_sum)
 
 
-def pull(
-    q: mx.array, k: mx.array, v: mx.array, out: mx.array, note: Note, dout: mx.array
+def attend_vjp(
+    q: mx.array, k: mx.array, v: mx.array, out: mx.array, residuals: Residuals, dout: mx.array
 ) -> tuple[mx.array, ...]:
     """Gradients of q, k and v."""
-    if note.log_sum is None:  # the kernel notes its own, in a forward that is run again
+    if residuals.log_sum is None:  # the kernel keeps its own, in a forward that is run again
         return tuple(mx.vjp(_fused, [q, k, v], [dout])[1])
-    return _backward(q, k, v, out, note, dout)
+    return _backward(q, k, v, out, residuals, dout)
 
 
 def has_fused_kernel(dtype: mx.Dtype = mx.float32) -> bool:
     """Whether MLX's own attention is used: on a GPU, and for 16-bit numbers on a CPU, too."""
-    return backend().device != "cpu" or dtype != mx.float32
+    return device.current().kind != "cpu" or dtype != mx.float32
 
 
 def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -96,8 +96,8 @@ def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return out.swapaxes(1, 2)
 
 
-def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Note]:
-    """The output (n, T, H, Hd), and everything that can be noted."""
+def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Residuals]:
+    """The output (n, T, H, Hd), and everything that can be kept."""
     K, scale = k.shape[2], q.shape[3] ** -0.5
     queries, keys, values = _by_head(q, K) * scale, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     outs, log_sums, totals, kept = [], [], [], []
@@ -112,19 +112,19 @@ def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Note]:
         log_sums.append(top + mx.log(total))
         totals.append(total)
         kept.append(weights)
-    note = Note(mx.concatenate(log_sums, axis=3), mx.concatenate(totals, axis=3), kept)
-    return _by_token(mx.concatenate(outs, axis=3)), note
+    residuals = Residuals(mx.concatenate(log_sums, axis=3), mx.concatenate(totals, axis=3), kept)
+    return _by_token(mx.concatenate(outs, axis=3)), residuals
 
 
 def _backward(
-    q: mx.array, k: mx.array, v: mx.array, out: mx.array, note: Note, dout: mx.array
+    q: mx.array, k: mx.array, v: mx.array, out: mx.array, residuals: Residuals, dout: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of q, k and v (Dao et al. 2022, appendix B.2)."""
     K, scale = k.shape[2], q.shape[3] ** -0.5
     queries, douts = _by_head(q, K) * scale, _by_head(dout, K)
     keys, values = k.swapaxes(1, 2), v.transpose(0, 2, 3, 1)
-    if note.weights is not None:
-        douts = douts / note.total  # in the place of the weights themselves, which are larger
+    if residuals.weights is not None:
+        douts = douts / residuals.total  # in the place of the weights themselves, which are larger
     shares = (_by_head(out, K) * douts).sum(axis=-1, keepdims=True)  # (n, K, G, T, 1)
     dqs: list[mx.array] = []
     dk = dv = None
@@ -132,11 +132,11 @@ def _backward(
         part = slice(start, end)
         block, dblock = _heads_joined(queries[..., part, :]), _heads_joined(douts[..., part, :])
         block = _chained(block, [*dqs[-1:], dk, dv] if dqs else [])
-        if note.weights is not None:
-            weights = note.weights[i]
+        if residuals.weights is not None:
+            weights = residuals.weights[i]
         else:
             scores, seen = _hide_future(block @ keys[..., :end, :].swapaxes(2, 3), start, end)
-            weights = exp(scores - note.log_sum[..., part, :]) * seen
+            weights = exp(scores - residuals.log_sum[..., part, :]) * seen
         dweights = (dblock @ values[..., :end]).reshape(weights.shape)
         dscores = _heads_joined(weights * (dweights - shares[..., part, :]))
         dqs.append((dscores @ keys[..., :end, :]).reshape(queries[..., part, :].shape))
@@ -148,14 +148,14 @@ def _backward(
 
 
 def _forward_plainly(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-    out, note = _forward(q, k, v)
-    return out, note.log_sum
+    out, residuals = _forward(q, k, v)
+    return out, residuals.log_sum
 
 
 def _backward_plainly(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
     out, log_sum = outputs
     q, k, v = primals
-    return _backward(q, k, v, out, Note(log_sum), cotangents[0])
+    return _backward(q, k, v, out, Residuals(log_sum), cotangents[0])
 
 
 _by_blocks: Any = mx.custom_function(_forward_plainly)

@@ -1,4 +1,4 @@
-"""Exponentials, as each backend computes them fastest.
+"""Exponentials, as each device computes them fastest.
 
 On a CPU MLX computes `exp` one number at a time, and `2 ** x` many at a time: three times faster,
 and the same to the last digits (about 1e-6 of the value). Everything else asks `exp`.
@@ -8,7 +8,7 @@ import math
 
 import mlx.core as mx
 
-from mlx_qlora.device import backend
+from mlx_qlora import device
 
 LOG2_E = math.log2(math.e)
 
@@ -32,4 +32,4 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def _by_powers(x: mx.array) -> bool:
-    return backend().device == "cpu" and x.dtype == mx.float32
+    return device.current().kind == "cpu" and x.dtype == mx.float32

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qlora.cpu.attention import Note, attend_and_note, has_fused_kernel, pull
-from mlx_qlora.device import backend
+from mlx_qlora import device
+from mlx_qlora.cpu.attention import Residuals, attend_vjp, attend_with_residuals, has_fused_kernel
 
 CUDA_MULTIPLE = 128  # cuDNN's fused attention has a gradient for such lengths alone
 
@@ -123,35 +123,35 @@ class Documents:
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """q (N, H, Hd), k and v (N, K, Hd), rotated -> (N, H, Hd)."""
-        return self.attend_and_note(q, k, v)[0]
+        return self.attend_with_residuals(q, k, v)[0]
 
-    def attend_and_note(
+    def attend_with_residuals(
         self, q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
-    ) -> tuple[mx.array, list[Note]]:
-        """As `attend`; and of each group what `pull` wants to know."""
+    ) -> tuple[mx.array, list[Residuals]]:
+        """As `attend`; and of each group what `attend_vjp` wants to know."""
         found = [
-            attend_and_note(group.gather(q), group.gather(k), group.gather(v), keep_weights)
+            attend_with_residuals(group.gather(q), group.gather(k), group.gather(v), keep_weights)
             for group in self.groups
         ]
-        return self._scatter([out for out, _ in found]), [note for _, note in found]
+        return self._scatter([out for out, _ in found]), [residuals for _, residuals in found]
 
-    def pull(
+    def attend_vjp(
         self,
         q: mx.array,
         k: mx.array,
         v: mx.array,
         out: mx.array,
-        notes: list[Note],
+        residuals: list[Residuals],
         dout: mx.array,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Gradients of q, k and v, from what `attend_and_note` returned and its gradient."""
+        """Gradients of q, k and v, from what `attend_with_residuals` returned and its gradient."""
         grads = []
-        for group, note in zip(self.groups, notes):
+        for group, of_group in zip(self.groups, residuals):
             dout1 = group.gather(dout)
             if group.real is not None:
                 dout1 = dout1 * group.real.astype(dout.dtype)
             q1, k1, v1, out1 = map(group.gather, (q, k, v, out))
-            grads.append(pull(q1, k1, v1, out1, note, dout1))
+            grads.append(attend_vjp(q1, k1, v1, out1, of_group, dout1))
         dq, dk, dv = (self._scatter(list(parts)) for parts in zip(*grads))
         return dq, dk, dv
 
@@ -235,7 +235,7 @@ _turn.vjp(_turn_back)
 def _alike(lengths: np.ndarray) -> list[np.ndarray]:
     """The documents of each group: of like lengths, and not too many at once."""
     fused = has_fused_kernel()
-    if backend().device == "cuda":  # each (n, T) would be a shape of its own to cuDNN's cache
+    if device.current().kind == "cuda":  # each (n, T) would be a shape of its own to cuDNN's cache
         return [np.array([i]) for i in range(len(lengths))]
     most = MOST_FUSED if fused else MOST_IN_BLOCKS
     groups: list[list[int]] = []
@@ -251,4 +251,4 @@ def _alike(lengths: np.ndarray) -> list[np.ndarray]:
 
 def _group_width(longest: int) -> int:
     """T of a group."""
-    return longest + -longest % CUDA_MULTIPLE if backend().device == "cuda" else longest
+    return longest + -longest % CUDA_MULTIPLE if device.current().kind == "cuda" else longest

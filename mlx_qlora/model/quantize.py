@@ -13,7 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.device import FrozenMatmul, backend
+from mlx_qlora import device
+from mlx_qlora.device import FrozenMatmul
 from mlx_qlora.errors import ConfigError
 
 # What mx.quantize accepts. The floating-point modes each have exactly one shape.
@@ -74,7 +75,7 @@ class FrozenMatrix(nn.Module):
     Attributes:
         quant: how `weight` is packed, or None if it is dense.
         dtype: what `weight` has, or what it has once dequantised.
-        matmul: the backend's strategy for a packed matrix.
+        matmul: the device's strategy for a packed matrix.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -121,9 +122,9 @@ class FrozenMatrix(nn.Module):
         """x (..., columns) -> x @ W.T (..., rows), in x's dtype."""
         if self.quant is None:
             return _dense_product(x, self.weight)
-        device = backend().device
-        few = x.size <= FEW_ROWS[device] * x.shape[-1]
-        if few and device == "cpu":
+        kind = device.current().kind
+        few = x.size <= FEW_ROWS[kind] * x.shape[-1]
+        if few and kind == "cpu":
             few = self._resident is None  # a dense product is faster still, where it is there
         if self.matmul == "quantized" or few:
             return _quantized_matmul(x, self.packed(), self.quant, transpose=True)
@@ -228,7 +229,7 @@ def _dense_product(x: mx.array, W: mx.array) -> mx.array:
     gains nothing from that.
     """
     one_row = x.size == x.shape[-1] and W.shape[0] < TALL * W.shape[1]
-    if not one_row or backend().device != "cpu":
+    if not one_row or device.current().kind != "cpu":
         return x @ W.T
     return (W @ x.reshape(-1, 1)).reshape(*x.shape[:-1], W.shape[0])
 

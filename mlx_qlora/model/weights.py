@@ -145,7 +145,7 @@ def load_model(
         quantize: packs every matrix that the files hold dense, embedding and head included, as
             MLX's converters do; matrices that are packed already stay as they are.
         dtype: of everything that is not packed, and of the scales of what is.
-        matmul: how packed matrices will be multiplied; see `mlx_qlora.backend`.
+        matmul: how packed matrices will be multiplied; see `mlx_qlora.device`.
 
     Returns:
         A frozen model, evaluated.

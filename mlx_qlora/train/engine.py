@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qlora.cpu.attention import Note
+from mlx_qlora.cpu.attention import Residuals
 from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.device import this_machine
@@ -133,7 +133,7 @@ class Kept:
 
     x: mx.array
     qkv: Arrays | None = None
-    heads: tuple[mx.array, list[Note]] | None = None
+    heads: tuple[mx.array, list[Residuals]] | None = None
     h: mx.array | None = None
     wide: Arrays | None = None
     s: mx.array | None = None
@@ -148,7 +148,7 @@ def keep(level: int, x: Any, qkv: Any, heads: Any, h: Any, wide: Any, s: Any) ->
     return Kept(x, qkv, heads, h, wide, s if level == NOTHING else None)
 
 
-def noted(notes: list[Note]) -> list[mx.array]:
+def noted(notes: list[Residuals]) -> list[mx.array]:
     """The arrays of some notes."""
     return [array for note in notes for array in note.arrays()]
 
@@ -179,7 +179,7 @@ class Descent:
         x, dy, compiled = kept.x, self.walk.dx, self.compiled
         assert dy is not None
         q, k, v = kept.qkv or layer.project(x, documents, keys)
-        heads, notes = kept.heads or documents.attend_and_note(q, k, v)
+        heads, notes = kept.heads or documents.attend_with_residuals(q, k, v)
         h = kept.h if kept.h is not None else layer.add_attention(x, heads, keys)
         gate, up = kept.wide or layer.widen(h, keys)
         s = kept.s
@@ -198,7 +198,7 @@ class Descent:
             "add_attention", partial(layer.add_attention, keys=keys), [x, heads], [dh]
         )
         yield [dheads, *self.grads.values()]
-        dqkv = documents.pull(q, k, v, heads, notes, dheads)
+        dqkv = documents.attend_vjp(q, k, v, heads, notes, dheads)
         yield dqkv
         project: Any = lambda x: layer.project(x, documents, keys)  # noqa: E731
         dx = dx + self.pull("project", project, [x], dqkv)[0]
@@ -364,7 +364,7 @@ class Engine:
         q, k, v = qkv = layer.project(x, documents, keys)
         yield qkv
         learns = i >= self.first
-        heads = documents.attend_and_note(q, k, v, learns and level == NOTHING)
+        heads = documents.attend_with_residuals(q, k, v, learns and level == NOTHING)
         yield [heads[0], *noted(heads[1])]
         h = layer.add_attention(x, heads[0], keys)
         wide = layer.widen(h, keys)

@@ -353,7 +353,7 @@ class Run:
         self.total_steps = training.total_steps(self.batches)
         compiled = training.compile
         if compiled == "auto":  # on a CPU it saves next to nothing; see docs/log.md
-            compiled = device.backend().device != "cpu"
+            compiled = device.current().kind != "cpu"
         self.engine = Engine(model, training.recompute, compiled=bool(compiled))
         self.optimizer = AdamW(
             model.trainable_parameters(),

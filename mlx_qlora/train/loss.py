@@ -18,8 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_qlora import device
 from mlx_qlora.cpu.exponentials import exp
-from mlx_qlora.device import backend
 from mlx_qlora.model.quantize import FrozenMatrix
 
 # Bytes that a piece's logits, and its rows of W, may take. On a CPU they shall stay near its
@@ -95,6 +95,6 @@ def losses_by_piece(
 
 def pieces(V: int, D: int, S: int) -> list[tuple[int, int]]:
     """First and last row of each piece of a head (V, D), for S tokens."""
-    budget = CPU_PIECE if backend().device == "cpu" else GPU_PIECE
+    budget = CPU_PIECE if device.current().kind == "cpu" else GPU_PIECE
     width = max(NARROWEST, budget // (4 * max(S, D)) // NARROWEST * NARROWEST)
     return [(start, min(start + width, V)) for start in range(0, V, width)]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_qlora import device
 from mlx_qlora.cpu import blas
 from mlx_qlora.cpu.attention import BLOCK
 from mlx_qlora.data.batches import IGNORE, Batch
-from mlx_qlora.device import Machine, backend, cores, this_machine
+from mlx_qlora.device import Machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.llama import Keys, LlamaConfig, LlamaForCausalLM
@@ -122,9 +123,9 @@ def kept_bytes(
     machine: Machine | None = None,
 ) -> int:
     """What the forward of the largest wave keeps for the backward, in bytes."""
-    device = (machine or this_machine()).device
+    kind = (machine or this_machine()).device
     positions, typical = largest_chunk(lengths, waves)
-    each = [layer_bytes(config, level, typical, itemsize, device) for level in LEVELS]
+    each = [layer_bytes(config, level, typical, itemsize, kind) for level in LEVELS]
     return positions * sum(each[level] for level in levels)
 
 
@@ -146,7 +147,7 @@ def shares(lengths: Sequence[int], n: int) -> np.ndarray:
     return owner
 
 
-def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: str) -> int:
+def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, kind: str) -> int:
     """What a layer keeps of one position in a document of T, in bytes."""
     D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
@@ -155,7 +156,7 @@ def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: 
         kept += 2 * H * Hd + 2 * K * Hd + D  # q and heads, k and v, h
     if level <= EXPONENTIALS:
         kept += 2 * F
-    if level == NOTHING and device == "cpu":
+    if level == NOTHING and kind == "cpu":
         kept += F + H * (T + min(T, BLOCK)) // 2  # the sigmoid, and weights up to the diagonal
     return kept * itemsize
 
@@ -299,7 +300,7 @@ def chunks_of(
     for wave in split_evenly(documents, waves):
         lengths = wave[:, 2] - wave[:, 1]
         busy = int(lengths.sum()) // FEWEST_POSITIONS
-        side_by_side = max(1, min(cores(), len(wave), busy))
+        side_by_side = max(1, min(device.cores(), len(wave), busy))
         some = zip(split_evenly(wave, side_by_side), streams(side_by_side))
         made.append([_part(model, batch, share, dropout_key, stream) for share, stream in some])
     return made
@@ -317,7 +318,7 @@ def _part(
     ids = np.concatenate([tokens[row, span] for row, span in spans])
     wanted = np.concatenate([labels[row, span] for row, span in spans])
     N = len(ids)
-    if backend().device != "cpu":
+    if device.current().kind != "cpu":
         N += -N % GPU_MULTIPLE
     context = model.model.documents(documents, N)
     positions = np.flatnonzero(wanted != IGNORE).astype(np.int32)
@@ -343,15 +344,15 @@ _own = threading.local()  # a stream belongs to the thread that made it
 
 def streams(n: int) -> list[mx.Stream]:
     """The default stream and as many more of the same device as are wanted."""
-    device = mx.default_device()
+    default = mx.default_device()
     more = _own.__dict__.setdefault("streams", [])
     while len(more) < n - 1:
-        more.append(mx.new_stream(device))
-    return [mx.default_stream(device), *more[: max(n - 1, 0)]]
+        more.append(mx.new_stream(default))
+    return [mx.default_stream(default), *more[: max(n - 1, 0)]]
 
 
 @contextmanager
 def cores_shared(parts: list[Shard]) -> Iterator[None]:
     """While parts are computed side by side, each matmul has its share of the cores."""
-    with blas.threads(max(1, cores() // max(len(parts), 1))):
+    with blas.threads(max(1, device.cores() // max(len(parts), 1))):
         yield

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qlora.device import backend, cores
+from mlx_qlora import device
 from mlx_qlora.train.memory import streams
 from mlx_qlora.tree import flat, nested
 
@@ -138,14 +138,14 @@ class AdamW:
 
         buffers = self.weights, self.mean, self.square
         moved: list[list[mx.array]] = []
-        for part, stream in zip(_slices(grad.size), itertools.cycle(streams(cores()))):
+        for part, stream in zip(_slices(grad.size), itertools.cycle(streams(device.cores()))):
             with mx.stream(stream):
                 olds = (buffer[part] for buffer in buffers)
                 ratios = self.ratios if self.ratios.ndim == 0 else self.ratios[part]
                 moved.append(list(self._move(*olds, grad[part], ratios, *facts)))
             mx.async_eval(moved[-1])
-            if len(moved) > cores():  # so that only few temporary arrays exist
-                mx.eval(moved[-1 - cores()])
+            if len(moved) > device.cores():  # so that only few temporary arrays exist
+                mx.eval(moved[-1 - device.cores()])
         del grad
         self.square, self.mean, self.weights = (_joined(moved) for _ in buffers)
         return norm
@@ -166,7 +166,7 @@ class AdamW:
 
 def _slices(size: int) -> list[slice]:
     """Of a buffer: on a CPU such that they stay near its caches, on a GPU few."""
-    step = 1 << 19 if backend().device == "cpu" else 1 << 26
+    step = 1 << 19 if device.current().kind == "cpu" else 1 << 26
     return [slice(start, start + step) for start in range(0, size, step)]
 
 
@@ -184,7 +184,7 @@ def _norm(grad: mx.array) -> mx.array:
     """Of the whole buffer, whose squares never exist all at once."""
     mx.async_eval(grad)
     squares = []
-    for part, stream in zip(_slices(grad.size), itertools.cycle(streams(cores()))):
+    for part, stream in zip(_slices(grad.size), itertools.cycle(streams(device.cores()))):
         with mx.stream(stream):
             squares.append(grad[part].square().sum())
         mx.async_eval(squares[-1])

@@ -317,7 +317,7 @@ def mac(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     monkeypatch.setattr(platform, "mac_ver", lambda: (facts.get("macos", "15.1"), (), ""))
     monkeypatch.setattr(device, "facts", lambda: facts)
-    monkeypatch.setattr(device, "backend", lambda: device.Backend("metal", mx.bfloat16))
+    monkeypatch.setattr(device, "current", lambda: device.Device("metal", mx.bfloat16))
     for module in (doctor, doctor):
         monkeypatch.setattr(module, "output_of", lambda command, *_: said[command])
     return types.SimpleNamespace(facts=facts, said=said)
@@ -380,7 +380,7 @@ def test_mlx(mac, monkeypatch):
     (found,) = doctor.mlx()
     assert found.state == "ok"
     assert re.fullmatch(r"mlx \S+, mlx-lm \S+; computes on metal in bfloat16", found.text)
-    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
+    monkeypatch.setattr(device, "current", lambda: device.Device("cpu", mx.float32))
     (found,) = doctor.mlx()
     assert found.state == "warning" and "Metal is not available" in found.text
     monkeypatch.setattr(blas, "has_gpu_wheel", lambda: True)
@@ -390,7 +390,7 @@ def test_mlx(mac, monkeypatch):
     def broken():
         raise ImportError("no libmlx.so")
 
-    monkeypatch.setattr(device, "backend", broken)
+    monkeypatch.setattr(device, "current", broken)
     (found,) = doctor.mlx()
     assert found == Finding(
         "mlx",
@@ -403,7 +403,7 @@ def test_mlx(mac, monkeypatch):
 def test_the_blas(mac, monkeypatch):
     assert [*doctor.blas_library()] == [Finding("blas", "ok", "Accelerate")]
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
+    monkeypatch.setattr(device, "current", lambda: device.Device("cpu", mx.float32))
     monkeypatch.setattr(blas, "loaded", lambda: None)
     monkeypatch.delenv("MLX_QLORA_BLAS", raising=False)
     (found,) = doctor.blas_library()
@@ -415,7 +415,7 @@ def test_the_blas(mac, monkeypatch):
     monkeypatch.setattr(blas, "loaded", lambda: "/x/libopenblas.so.0")
     mac.facts["blas"] = "/x/libopenblas.so.0"
     assert [*doctor.blas_library()] == [Finding("blas", "ok", "/x/libopenblas.so.0")]
-    monkeypatch.setattr(device, "backend", lambda: device.Backend("cuda", mx.bfloat16))
+    monkeypatch.setattr(device, "current", lambda: device.Device("cuda", mx.bfloat16))
     assert [*doctor.blas_library()] == [Finding("blas", "ok", "the GPU multiplies")]
 
 
@@ -427,7 +427,7 @@ def test_a_rate_is_two_n_cubed_over_the_shortest_product():
 
 
 @pytest.mark.parametrize(
-    ("device", "chip", "rate", "state", "said"),
+    ("kind", "chip", "rate", "state", "said"),
     [
         ("metal", "Apple M4 Max", 13e12, "ok", "; about 13,400 are expected of this chip"),
         ("metal", "Apple M4 Max", 6e12, "warning", ": is it throttled, or shared?"),
@@ -439,18 +439,18 @@ def test_a_rate_is_two_n_cubed_over_the_shortest_product():
         ("cpu", "Apple M4 Max", 60e9, "ok", "60 GFLOP/s in float32, 1024 x 1024"),
     ],
 )
-def test_the_matmul_rate_against_the_chips(mac, monkeypatch, device, chip, rate, state, said):
-    dtype = mx.float32 if device == "cpu" else mx.bfloat16
-    monkeypatch.setattr(device, "backend", lambda: device.Backend(device, dtype))
+def test_the_matmul_rate_against_the_chips(mac, monkeypatch, kind, chip, rate, state, said):
+    dtype = mx.float32 if kind == "cpu" else mx.bfloat16
+    monkeypatch.setattr(device, "current", lambda: device.Device(kind, dtype))
     monkeypatch.setattr(doctor, "matmul_rate", lambda side: rate)
     mac.facts["chip"] = chip
-    if device != "metal":
+    if kind != "metal":
         monkeypatch.setattr(sys, "platform", "linux")
     (found,) = doctor.matmul()
     assert found.state == state and said in found.text
     fixes = {"metal": "sudo pmset -a lowpowermode 0", "cuda": "nvidia-smi"}
     fixes["cpu"] = "pip install cmeel-openblas"
-    assert found.fix == (fixes[device] if state == "warning" else None)
+    assert found.fix == (fixes[kind] if state == "warning" else None)
 
 
 def test_every_apple_chip_is_recognised_by_mlxs_name_for_it(mac, monkeypatch):
@@ -494,7 +494,7 @@ WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 
 def test_variables_that_matter(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(device, "backend", lambda: device.Backend("cpu", mx.float32))
+    monkeypatch.setattr(device, "current", lambda: device.Device("cpu", mx.float32))
     said = {"OPENBLAS_NUM_THREADS": "3", "HF_HOME": "/big", "HF_ENDPOINT": "https://mirror"}
     for name, value in said.items():
         monkeypatch.setenv(name, value)
@@ -609,7 +609,7 @@ def test_without_mlx_the_rest_is_examined(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr(doctor, "the_hub", lambda away: [])
-    device.backend.cache_clear()
+    device.current.cache_clear()
     found = [*doctor.examine(None, None, str(tmp_path))]
     assert only(found, "mlx").state == "error"
     assert only(found, "python").state == "ok"

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_qlora import device
 from mlx_qlora.cpu import attention
-from mlx_qlora.cpu.attention import Note, attend_and_note, pull
-from mlx_qlora.device import backend
+from mlx_qlora.cpu.attention import Residuals, attend_vjp, attend_with_residuals
 from mlx_qlora.model import attention as documents_module
 from mlx_qlora.model.attention import Documents, rope
 from mlx_qlora.model.rope import RopeConfig, rope_periods
@@ -44,8 +44,8 @@ def exact(q, k, v, dout) -> list[np.ndarray]:
 
 def ours(q, k, v, dout, keep_weights: bool) -> list[mx.array]:
     arrays = [mx.array(x) for x in (q, k, v)]
-    out, note = attend_and_note(*arrays, keep_weights)
-    return [out, *pull(*arrays, out, note, mx.array(dout))]
+    out, residuals = attend_with_residuals(*arrays, keep_weights)
+    return [out, *attend_vjp(*arrays, out, residuals, mx.array(dout))]
 
 
 def assert_close(found, wanted, tolerance: float, size: float = 1.0) -> None:
@@ -71,10 +71,10 @@ def test_output_and_gradients_equal_float64(T, H, K, keep_weights):
 def test_narrower_blocks_for_longer_documents_give_the_same(monkeypatch, keep_weights):
     monkeypatch.setattr(attention, "MOST_SCORES", 0)
     q, k, v, dout = inputs(2, 131, 6, 2)
-    out, note = attention._forward(*map(mx.array, (q, k, v)))
-    assert len(note.weights) == 9
-    note = note if keep_weights else Note(note.log_sum)
-    found = attention._backward(*map(mx.array, (q, k, v)), out, note, mx.array(dout))
+    out, residuals = attention._forward(*map(mx.array, (q, k, v)))
+    assert len(residuals.weights) == 9
+    residuals = residuals if keep_weights else Residuals(residuals.log_sum)
+    found = attention._backward(*map(mx.array, (q, k, v)), out, residuals, mx.array(dout))
     assert_close([out, *found], exact(q, k, v, dout), 5e-6)
 
 
@@ -84,7 +84,7 @@ def test_mlx_differentiates_the_blocks_as_float64_does(T):
     q, k, v, dout = inputs(2, T, 6, 2)
 
     def loss(*arrays):
-        return (attend_and_note(*arrays)[0] * mx.array(dout)).sum()
+        return (attend_with_residuals(*arrays)[0] * mx.array(dout)).sum()
 
     found = mx.grad(loss, (0, 1, 2))(*map(mx.array, (q, k, v)))
     assert_close([exact(q, k, v, dout)[0], *found], exact(q, k, v, dout), 5e-6)
@@ -108,8 +108,8 @@ def test_very_large_scores_stay_finite_and_right(T, keep_weights):
 def test_the_fused_kernel_and_the_blocks_give_the_same(T):
     q, k, v, dout = map(mx.array, inputs(2, T, 6, 2))
     fused, dfused = mx.vjp(attention._fused, [q, k, v], [dout])
-    out, note = attention._forward(q, k, v)
-    for kept in (note, Note(note.log_sum)):
+    out, residuals = attention._forward(q, k, v)
+    for kept in (residuals, Residuals(residuals.log_sum)):
         assert_close([*fused, *dfused], [out, *attention._backward(q, k, v, out, kept, dout)], 1e-5)
 
 
@@ -127,7 +127,7 @@ def test_memory_grows_with_the_positions_and_not_with_their_square():
 
     def in_blocks():
         out, log_sum = attention._by_blocks(q, k, v)
-        return attention._backward(q, k, v, out, Note(log_sum), dout)
+        return attention._backward(q, k, v, out, Residuals(log_sum), dout)
 
     def at_once():
         keys, values = (mx.repeat(x, 2, axis=2).swapaxes(1, 2) for x in (k, v))
@@ -172,8 +172,10 @@ def flat_inputs(N: int, H: int = 6, K: int = 2) -> list[np.ndarray]:
 
 def through(documents: Documents, q, k, v, dout, keep_weights: bool) -> list[np.ndarray]:
     arrays = [mx.array(x) for x in (q, k, v)]
-    out, notes = documents.attend_and_note(*arrays, keep_weights)
-    return [np.array(x) for x in (out, *documents.pull(*arrays, out, notes, mx.array(dout)))]
+    out, residuals = documents.attend_with_residuals(*arrays, keep_weights)
+    return [
+        np.array(x) for x in (out, *documents.attend_vjp(*arrays, out, residuals, mx.array(dout)))
+    ]
 
 
 def size(documents: Documents) -> int:
@@ -182,7 +184,7 @@ def size(documents: Documents) -> int:
 
 def test_documents_of_like_lengths_share_a_group():
     groups = Documents.of(ALIKE, PERIODS).groups
-    if backend().device == "cuda":
+    if device.current().kind == "cuda":
         assert len(groups) == 3
     else:
         assert [(group.n, group.T) for group in groups] == [(3, 100)]

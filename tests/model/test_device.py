@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_qlora import device as room
-from mlx_qlora.device import Backend, backend, compute_dtype, facts, frozen_matmul
+from mlx_qlora.device import Device, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
 
 ON_LINUX = sys.platform.startswith("linux")
@@ -152,13 +152,13 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 
 def test_the_device_decides_dtype_and_strategy() -> None:
-    chosen = backend()
+    chosen = room.current()
     assert chosen in (
-        Backend("cpu", mx.float32),
-        Backend("metal", mx.bfloat16),
-        Backend("cuda", mx.bfloat16),
+        Device("cpu", mx.float32),
+        Device("metal", mx.bfloat16),
+        Device("cuda", mx.bfloat16),
     )
-    assert (chosen.device == "cpu") == (mx.default_device() == mx.Device(mx.cpu))
+    assert (chosen.kind == "cpu") == (mx.default_device() == mx.Device(mx.cpu))
     assert compute_dtype("auto") == chosen.compute_dtype
 
 
@@ -189,19 +189,19 @@ def test_a_dequantised_copy_is_kept_where_it_helps_and_fits(device, dense_bytes,
 def test_processes_of_one_machine_share_its_cores(
     monkeypatch, of_machine, allowed, processes, share
 ) -> None:
-    monkeypatch.setattr(room, "backend", lambda: Backend("cpu", mx.float32))
+    monkeypatch.setattr(room, "current", lambda: Device("cpu", mx.float32))
     monkeypatch.setattr(room, "_processes_here", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: of_machine)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(allowed), raising=False)
     room.share_cores(processes)
     assert room.cores() == share
-    monkeypatch.setattr(room, "backend", lambda: Backend("metal", mx.bfloat16))
+    monkeypatch.setattr(room, "current", lambda: Device("metal", mx.bfloat16))
     assert room.cores() == 1
 
 
 def test_this_machine_is_asked_where_no_other_is_named() -> None:
-    assert frozen_matmul("auto") == ("quantized" if backend().device == "metal" else "resident")
-    if backend().device != "metal":
+    assert frozen_matmul("auto") == ("quantized" if room.current().kind == "metal" else "resident")
+    if room.current().kind != "metal":
         assert frozen_matmul("auto", 1 << 60) == "dequantize"
 
 

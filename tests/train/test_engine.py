@@ -307,7 +307,7 @@ LEVEL_LISTS = [
 @contextmanager
 def split_into(waves: int, cores: int, positions: int = SIZE):
     """So many waves and cores; yields how many parts each wave had."""
-    kind, seen = device.backend().device, []
+    kind, seen = device.current().device, []
     real = memory.chunks_of
 
     def chunks_of(*args: Any) -> Any:
@@ -545,7 +545,7 @@ SIZES = llama.LlamaConfig(
 def test_a_schedule_saves_with_waves_first_then_level_by_level_and_keeps_its_budget(
     monkeypatch, lengths
 ):
-    kind = device.backend().device
+    kind = device.current().kind
     monkeypatch.setitem(memory.AT_ONCE, kind, 1000)
     monkeypatch.setitem(memory.ENOUGH, kind, 300)
     N, n_layers = sum(lengths), SIZES.num_hidden_layers
@@ -581,8 +581,8 @@ def test_each_level_keeps_less_than_the_one_before(T, device, different):
 
 
 def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_waves(monkeypatch):
-    monkeypatch.setitem(memory.AT_ONCE, device.backend().device, 1000)
-    monkeypatch.setitem(memory.ENOUGH, device.backend().device, 300)
+    monkeypatch.setitem(memory.AT_ONCE, device.current().kind, 1000)
+    monkeypatch.setitem(memory.ENOUGH, device.current().kind, 300)
     lengths = [100] * 20
     for levels in ([LAYER, MLP, NOTHING, NOTHING], [LAYER] * 4):
         made = schedule(SIZES, lengths, 4, levels, 0)

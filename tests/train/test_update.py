@@ -362,9 +362,9 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
 
     for kind, wired in (("metal", [working_set]), ("cuda", []), ("cpu", [])):
         limits, caches = [], []
-        chosen = device.Backend(kind, mx.float32)
+        chosen = device.Device(kind, mx.float32)
         with monkeypatch.context() as patch:
-            patch.setattr(device, "backend", lambda chosen=chosen: chosen)
+            patch.setattr(device, "current", lambda chosen=chosen: chosen)
             patch.setattr(mx, "set_wired_limit", limits.append)
             patch.setattr(mx, "set_cache_limit", caches.append)
             device.limit_memory()
