@@ -170,7 +170,7 @@ def one(
     from mlx_qlora import cli, device, run
     from mlx_qlora import distributed as room
     from mlx_qlora.distributed import processes
-    from mlx_qlora.train import engine, loop, memory, optim, step
+    from mlx_qlora.train import engine, loop, optim, step
 
     found: dict[str, Any] = {"sent": [], "wire": [], "parts": 0}
     out, err = io.StringIO(), io.StringIO()
@@ -232,7 +232,7 @@ def one(
         change += [(optim.AdamW, "update", starved_move)] if starved else []
         change += [(loop, "save_checkpoint", slow_save_checkpoint)] if slow_save else []
         change += [(loop, "score", signalled_score)] if signalled else []
-        change += [(each, "cores", lambda: cores) for each in (memory, optim)] if cores else []
+        change += [(device, "cores", lambda: cores)] if cores else []
         if patience is not None:
             change += [(room, "AT_LEAST", patience), (room, "TIMES", 0.0)]
         for owner, name, new in change:

@@ -307,7 +307,7 @@ LEVEL_LISTS = [
 @contextmanager
 def split_into(waves: int, cores: int, positions: int = SIZE):
     """So many waves and cores; yields how many parts each wave had."""
-    kind, seen = device.current().device, []
+    kind, seen = device.current().kind, []
     real = memory.chunks_of
 
     def chunks_of(*args: Any) -> Any:
@@ -319,7 +319,7 @@ def split_into(waves: int, cores: int, positions: int = SIZE):
         for limit in (memory.AT_ONCE, memory.ENOUGH):
             patch.setitem(limit, kind, -(-positions // waves))
         patch.setattr(memory, "FEWEST_POSITIONS", 1)
-        patch.setattr(memory, "cores", lambda: cores)
+        patch.setattr(device, "cores", lambda: cores)
         machine = dataclasses.replace(memory.this_machine(), cores=cores)
         patch.setattr(memory, "this_machine", lambda: machine)
         patch.setattr(engine_module, "chunks_of", chunks_of)
