@@ -8,27 +8,27 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors import SafetensorError
 
-from mlx_qlora.adapters.export import (
-    MERGED_GGUF_COMMAND,
-    check_replaceable,
-    save_gguf_adapter,
-    save_portable,
-)
-from mlx_qlora.adapters.merge import Merged, check_target, save_merged
-from mlx_qlora.adapters.peft import MLX_LM_FILES, save_adapter, save_mlx_lm
+from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, save_gguf_adapter, save_portable
+from mlx_qlora.adapters.merge import Merged, save_merged
+from mlx_qlora.adapters.peft import save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import Pushed, push_to_hub
 from mlx_qlora.config import RunConfig
 from mlx_qlora.distributed import launched, processes
 from mlx_qlora.errors import ConfigError, Terminal, UserError, say
-from mlx_qlora.folders import ADAPTER_FOLDER, check_names, check_place
+from mlx_qlora.folders import (
+    ADAPTER_FOLDER,
+    MERGED_FOLDER,
+    MLX_LM,
+    check_writable,
+    disk_errors,
+    is_merged,
+)
 from mlx_qlora.loading import with_adapter
 from mlx_qlora.model.quantize import QuantConfig
 
@@ -383,9 +383,9 @@ def merge_adapter(
         None if bits is None else QuantConfig(bits, config.model.group_size, config.model.mode)
     )
     target = _target(folder)
-    check_target(target.resolve(), [])
+    check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
     model, tokenizer = with_adapter(config)
-    with _disk_errors(target):
+    with disk_errors(target):
         made = save_merged(model, tokenizer, target, dtype=dtype, base=base, quantize=quantize)
     say(console, f"merged    {made.bytes / 1e9:.2f} GB in {made.folder}")
     if made.drift is not None:
@@ -409,13 +409,11 @@ def export_adapter(config: RunConfig, folder: str, console: Console, form: str =
         UserError: the adapter cannot be used, or has no such form.
     """
     target = _target(folder)
-    if form == "portable":
-        check_replaceable(target, OUTPUT)
-    elif form != "gguf":
-        check_names(target, MLX_LM_FILES if form == "mlx" else ADAPTER_FOLDER, OUTPUT)
+    names = {"peft": ADAPTER_FOLDER, "portable": ADAPTER_FOLDER, "mlx": MLX_LM, "gguf": ()}[form]
+    check_writable(target, names, OUTPUT, whole=form == "portable")
     model, _ = with_adapter(config)
     original = config.model.base_model_name_or_path
-    with _disk_errors(target):
+    with disk_errors(target):
         if form == "gguf":
             made = save_gguf_adapter(model, target / "adapter.gguf", original)
         elif form == "mlx":
@@ -429,29 +427,9 @@ def export_adapter(config: RunConfig, folder: str, console: Console, form: str =
 
 
 def _target(folder: str) -> Path:
-    """Where a delivery goes, before anything is loaded for it.
-
-    Raises:
-        ConfigError: it cannot be written to.
-    """
     if not folder:
         raise ConfigError(f"{OUTPUT} must name a folder; got nothing")
-    target = Path(folder).expanduser()
-    check_place(target, OUTPUT)
-    return target
-
-
-@contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    """Turns what the system says while a delivery is written into an error with a remedy."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            f"{OUTPUT}: cannot write to {getattr(error, 'filename', None) or target}: {reason}; "
-            f"free some space, or choose another folder with {OUTPUT}"
-        ) from None
+    return Path(folder).expanduser()
 
 
 def push_folder(

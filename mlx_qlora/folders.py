@@ -1,6 +1,7 @@
 """Folders: written whole, and never over files that are not ours."""
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,22 @@ def staged(
     marks: tuple[str, ...] = (),
     gone: tuple[str, ...] = (),
 ) -> Iterator[Path]:
-    """Lends an empty folder on the target's disk and, if the block succeeds, moves it into place.
+    """Lend an empty folder on the target's disk and, if the block succeeds, move it into place.
 
     A folder that did not exist appears whole, by one rename. Into an existing one the files are
     moved one by one, each by a rename, and files of other names are left alone; or, with
-    `replace`, the old folder is set aside, and removed once the new one stands in its place.
-    If the block fails nothing has changed.
+    `replace`, the old folder is set aside, and removed once the new one is in place.
+    If the block fails, nothing has changed.
 
     Args:
-        folder: where the files shall be; its parent is made if need be.
-        replace: whether an existing folder makes way as a whole.
-        marks: files without which a reader finds nothing: old ones go before anything else is
-            moved, new ones come last, so that no reader ever has old and new files together.
-        gone: files of an older export that are not written any more.
+        folder: where the files will be; missing parents are made.
+        replace: whether an existing folder is replaced as a whole.
+        marks: files without which a reader finds nothing: old ones are removed before anything
+            else is moved, new ones come last, so no reader ever has old and new files together.
+        gone: files of an older export that are no longer written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Inside an existing folder: its parent may be another disk, or not ours to write to.
+    # Inside an existing folder: its parent may be another disk, or not writable.
     home = folder if folder.exists() and not replace else folder.parent
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=home))
     staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
@@ -70,15 +72,15 @@ def staged(
                 target = folder / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
-            for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-                _flush(place)
+            for changed in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+                _flush(changed)
         _flush(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
-    """Makes a file's bytes, or a folder's names, survive a power cut."""
+    """Make a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":  # where fsync alone leaves bytes in the drive's cache
@@ -146,103 +148,68 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-# ---- our model card ------------------------------------------------------------------------------
-
-
-TAG = "mlx-qlora"
-
-
-OUR_SENTENCE = re.compile(r"^A (?:LoRA|DoRA) adapter of rank .*, trained with mlx-qlora ", re.M)
-
-
-def is_our_card(path: Path) -> bool:
-    """Whether a file is a card that `model_card` made: by its tag and its sentence, not a word."""
-    tags = _header(path).get("tags")
-    if not isinstance(tags, list) or TAG not in tags:
-        return False
-    return OUR_SENTENCE.search(path.read_text(encoding="utf-8", errors="replace")) is not None
-
-
-def _header(path: Path) -> dict[str, Any]:
-    import yaml
-
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    try:
-        return dict(yaml.safe_load(text[3:].split("\n---", 1)[0])) if text[:3] == "---" else {}
-    except (TypeError, ValueError, yaml.YAMLError):  # people write it by hand
-        return {}
-
-
 # ---- whose files a folder holds ------------------------------------------------------------------
 
-
 CARD, RECORD = "README.md", "training_args.json"
-
-
-# An adapter's files: the card in its folder is about them, too.
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-
-
 MLX_LM = ("adapter_config.json", "adapters.safetensors")
-
-
-ADAPTER_FOLDER = (CARD, *ADAPTER, *(f"mlx/{name}" for name in MLX_LM))
-
-
-# mlx-lm's own trainer adds every argument that it had.
+ADAPTER_FOLDER = (
+    *(CARD, "adapter_config.json", "adapter_model.safetensors"),
+    *(f"mlx/{name}" for name in MLX_LM),
+)
+MERGED_FOLDER = (  # shell patterns
+    *(CARD, "config.json", "generation_config.json", "model*.safetensors"),
+    *("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.*"),
+)
+TAG = "mlx-qlora"
+ADAPTER_SENTENCE = re.compile(r"^A (?:LoRA|DoRA) adapter of rank .*, trained with mlx-qlora ", re.M)
+MERGED_MARK = "merged by mlx-qlora"
 OUR_MLX_LM_CONFIG = {"fine_tune_type", "num_layers", "lora_parameters"}
 
 
-def check_place(folder: Path, field: str) -> None:
-    """Refuses a folder that cannot be made or written to.
+def check_writable(
+    folder: Path,
+    names: Iterable[str],
+    field: str = "folder",
+    *,
+    whole: bool = False,
+    is_ours: Callable[[Path], bool] | None = None,
+) -> None:
+    """Refuse a folder that cannot be written to, or in which a file of others would be lost.
 
     Args:
-        folder: that will be written to.
-        field: what the user named it with.
+        folder: that will be written to; it need not exist.
+        names: of the files that will be written, relative to it; shell patterns with `whole`.
+        field: what the user named the folder with.
+        whole: whether the folder will be replaced as a whole: then all that is in it must be ours
+            and have one of the names, and the shell must not be in it.
+        is_ours: whether a file may be overwritten; by default our record or our card says so.
 
     Raises:
-        ConfigError: naming the file or folder in the way.
+        ConfigError: naming what is in the way.
     """
-    places = (folder, *folder.absolute().parents)
-    there = next(path for path in places if os.path.lexists(path))
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         reason = "may not be written to" if os.path.isdir(there) else "is a file"
         raise ConfigError(
             f"{field}: {folder} cannot be made: {there} {reason}; choose another with --output-dir"
         )
-
-
-def check_names(folder: Path, names: Iterable[str], field: str = "folder") -> None:
-    """Refuses a folder in which files of others have names that will be written.
-
-    Args:
-        folder: that will be written to; it need not exist.
-        names: of the files that will be written, relative to it.
-        field: what the user named the folder with.
-
-    Raises:
-        ConfigError: naming the first such file.
-    """
-    there = [name for name in names if os.path.lexists(folder / name)]
-    if foreign := [name for name in there if not _is_ours(folder, name)]:
-        raise not_ours(folder / foreign[0], field)
-
-
-def not_ours(path: Path, field: str) -> ConfigError:
-    """The error about one file or folder of others."""
-    return ConfigError(
-        f"{field}: {path} is not known to be from mlx-qlora and would be overwritten; choose "
-        "another folder with --output-dir"
-    )
-
-
-def check_not_here(folder: Path, field: str) -> None:
-    """Refuses to replace the current folder, or one around it, as a whole.
-
-    Raises:
-        ConfigError: a shell that stands there would be left in a folder that is gone.
-    """
-    if Path.cwd().is_relative_to(folder.resolve()):
+    is_ours = is_ours or functools.partial(_is_vouched_for, folder)
+    allowed = list(names)
+    present = [name for name in allowed if os.path.lexists(folder / name)]
+    foreign = [
+        name
+        for name in (_files_below(folder) if whole else present)
+        if not is_ours(folder / name) or (whole and not any(fnmatch(name, x) for x in allowed))
+    ]
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        fate = "deleted, as the whole folder is replaced" if whole else "overwritten"
+        raise ConfigError(
+            f"{field}: {folder / foreign[0]}{more} is not known to be from mlx-qlora and would be "
+            f"{fate}; choose another folder with --output-dir"
+        )
+    if whole and Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"{field}: {folder} is the current folder or holds it, and would be replaced as a "
             "whole; choose another folder with --output-dir"
@@ -255,16 +222,45 @@ def is_run(folder: Path) -> bool:
     return isinstance(versions, dict) and "mlx-qlora" in versions
 
 
-def _is_ours(folder: Path, name: str) -> bool:
-    if name == CARD:
-        return is_our_card(folder / CARD)
-    if is_run(folder):
+def is_merged(path: Path) -> bool:
+    """Whether the card of a merged model lies beside a file."""
+    card = path.parent / CARD
+    return card.is_file() and MERGED_MARK in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _files_below(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    # macOS puts a .DS_Store into every folder that its file browser shows.
+    return sorted(p.relative_to(folder).as_posix() for p in paths if p.name != ".DS_Store")
+
+
+def _is_vouched_for(folder: Path, path: Path) -> bool:
+    name = path.relative_to(folder).as_posix()
+    if name == CARD:  # people write one by hand into the folder of a run, too
+        return _is_our_card(folder / CARD)
+    if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
         return True
-    if name in ADAPTER_FOLDER and is_our_card(folder / CARD):
-        return True
-    if name in MLX_LM and _object(folder / MLX_LM[0]).keys() == OUR_MLX_LM_CONFIG:
-        return True
-    return False
+    # mlx-lm's own trainer adds every argument that it had.
+    return name in MLX_LM and _object(folder / MLX_LM[0]).keys() == OUR_MLX_LM_CONFIG
+
+
+def _is_our_card(path: Path) -> bool:
+    """By its tag and its sentence: a card of others may mention us."""
+    tags = card_header(path).get("tags")
+    if not isinstance(tags, list) or TAG not in tags:
+        return False
+    return ADAPTER_SENTENCE.search(path.read_text(encoding="utf-8", errors="replace")) is not None
+
+
+def card_header(path: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty if there is none that can be read."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        return dict(yaml.safe_load(text[3:].split("\n---", 1)[0])) if text[:3] == "---" else {}
+    except (TypeError, ValueError, yaml.YAMLError):  # people write it by hand
+        return {}
 
 
 def _object(path: Path) -> dict[str, Any]:

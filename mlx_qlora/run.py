@@ -37,12 +37,10 @@ from mlx_qlora.errors import ConfigError, DataError, say, warn
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     RECORD,
-    check_names,
-    check_place,
+    check_writable,
     disk_errors,
     is_run,
     locked,
-    not_ours,
     staged,
 )
 from mlx_qlora.infer.evaluate import Scores, evaluate_together
@@ -263,10 +261,9 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     Raises:
         ConfigError: naming the folder, and the file that a run would overwrite.
     """
-    check_place(output, OUTPUT)
-    if foreign := [path for path in output.glob("checkpoint-*") if not is_ours(path)]:
-        raise not_ours(foreign[0], OUTPUT)
-    check_names(output, WRITTEN, OUTPUT)
+    check_writable(output, WRITTEN, OUTPUT)
+    checkpoints = [path.name for path in output.glob("checkpoint-*")]
+    check_writable(output, checkpoints, OUTPUT, is_ours=is_ours)
     if adapter is None or is_run(output):
         return
     if output.resolve() == Path(adapter).expanduser().resolve():

@@ -7,17 +7,13 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora.adapters.peft import PREFIX, original_base, peft_config, write_peft
-from mlx_qlora.errors import AdapterError, listing, require
-from mlx_qlora.folders import ADAPTER_FOLDER, check_names, check_not_here, staged
+from mlx_qlora.errors import AdapterError, require
+from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
 
 # ---- plain LoRA ----------------------------------------------------------------------------------
-
-
-# What may be replaced as a whole: an earlier export, and what macOS puts into every folder.
-EXPORTED = {*ADAPTER_FOLDER, ".DS_Store"}
 
 
 Update = tuple[np.ndarray, np.ndarray, float]
@@ -41,14 +37,13 @@ def save_portable(
         The folder.
 
     Raises:
-        AdapterError: the model has no LoRA layers or has DoRA's, the folder holds other files,
-            or nothing says what the base is.
-        ConfigError: the folder's adapter is somebody else's, or it is the current folder.
+        AdapterError: the model has no LoRA layers or has DoRA's, or nothing says what the base is.
+        ConfigError: the folder holds anything but an adapter of ours, or is the current folder.
     """
     updates = plain_updates(model, "vLLM and llama.cpp refuse DoRA")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
-    check_replaceable(folder)
+    check_writable(folder, ADAPTER_FOLDER, whole=True)
     rank = max(len(A) for A, _, _ in updates.values())
     with staged(folder.resolve(), replace=True) as staging:  # a link stays one
         write_peft(staging, _uniform(updates, rank), _config(model, base, rank))
@@ -75,26 +70,6 @@ def plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
         A, B = layer.update_of_the_base()
         updates[path] = np.array(A), np.array(B), layer.scale
     return updates
-
-
-def check_replaceable(folder: Path, field: str = "folder") -> None:
-    """Refuses a folder that holds anything but an earlier export, as all in it would go.
-
-    Raises:
-        AdapterError: it is a file, or holds other files.
-        ConfigError: the adapter in it is somebody else's, or it is the current folder.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"{folder} is a file: give a folder for the portable adapter")
-    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    others = sorted({path.relative_to(folder).as_posix() for path in files} - EXPORTED)
-    if others:
-        raise AdapterError(
-            f"{folder} holds files that are no adapter's; a portable adapter needs a folder of its "
-            f"own, as some readers take every file in it:\n{listing(others, most=5)}"
-        )
-    check_names(folder, ADAPTER_FOLDER, field)
-    check_not_here(folder, field)
 
 
 def _uniform(updates: dict[str, Update], rank: int) -> dict[str, np.ndarray]:
@@ -153,9 +128,9 @@ def save_gguf_adapter(
         The GGUF file.
 
     Raises:
-        AdapterError: the model has no LoRA layers or has DoRA's, a weight is beyond float16, a
-            file would be overwritten that is no adapter, or the `gguf` package is missing.
-        ConfigError: another dtype.
+        AdapterError: the model has no LoRA layers or has DoRA's, a weight is beyond float16, the
+            Modelfile says something else, or the `gguf` package is missing.
+        ConfigError: another dtype, or a file would be overwritten that is no adapter.
     """
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     if importlib.util.find_spec("gguf") is None:
@@ -166,7 +141,9 @@ def save_gguf_adapter(
     base = base_model_name_or_path or (source.hf_id if source else None)
     alpha = _common_alpha(updates)
     tensors = _gguf_tensors(updates, alpha, model.config, DTYPES[dtype])
-    _check_target(file)
+    if file.suffix.lower() != ".gguf":
+        raise AdapterError(f"{file}: a GGUF adapter's name must end in .gguf")
+    check_writable(file.parent, [file.name], "file", is_ours=_is_adapter)
     text = modelfile(ollama_base or _gguf_of(source), file.name, base)
     keeps = _keeps_modelfile(file.parent / "Modelfile", text)
     with staged(file.parent) as staging:
@@ -255,20 +232,14 @@ def _write(file: Path, tensors: dict[str, np.ndarray], alpha: float, base: str |
         raise AdapterError(f"{file.name}: what was read back is not what was written")
 
 
-def _check_target(file: Path) -> None:
-    """Refuses a file that is not ours to replace: a base model has the same ending."""
+def _is_adapter(file: Path) -> bool:
+    """Whether a GGUF file says that it is an adapter: a base model has the same ending."""
     import gguf
 
-    if file.suffix.lower() != ".gguf":
-        raise AdapterError(f"{file}: a GGUF adapter's name must end in .gguf")
-    if not file.exists():
-        return
     try:
-        kind = _field(gguf.GGUFReader(file), gguf.Keys.General.TYPE)
+        return _field(gguf.GGUFReader(file), gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER
     except (ValueError, KeyError, IndexError, OSError):
-        kind = None
-    if kind != gguf.GGUFType.ADAPTER:
-        raise AdapterError(f"{file} exists and is no GGUF adapter; give another name")
+        return False
 
 
 def _field(reader: Any, key: str) -> Any:

@@ -4,7 +4,6 @@ The checks come first (`merge_checks`), then the weights, one matrix at a time (
 what stands beside them; the drift is measured on what was written.
 """
 
-import fnmatch
 import json
 import math
 import shutil
@@ -22,7 +21,7 @@ from mlx_qlora import __version__
 from mlx_qlora.adapters.drift import Drift, encode_texts, measure
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import AdapterError, ConfigError, WeightsError, listing, require
-from mlx_qlora.folders import check_not_here, staged
+from mlx_qlora.folders import MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import DoRALinear, LoRALinear, lora_layers
@@ -226,45 +225,7 @@ def write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-MARK = "merged by mlx-qlora"  # in the README.md of every export: only such a folder is replaced
-
-
 GENERATION = "generation_config.json"
-
-
-WRITTEN = ("README.md", "config.json", GENERATION, "model*.safetensors")
-
-
-WRITTEN += ("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
-
-
-WRITTEN += ("added_tokens.json", "chat_template.*", ".DS_Store")
-
-
-def check_target(target: Path, sources: list[ModelFiles]) -> None:
-    """Refuses a folder that holds anything but an older export, or that is read from.
-
-    Raises:
-        ConfigError: naming what would be deleted, or it is the current folder.
-    """
-    for files in sources:
-        if target == files.path.resolve():
-            raise ConfigError(f"{target} is what the weights are read from; choose another folder")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigError(f"{target} is a file; give the name of a folder")
-    names = sorted(path.name for path in target.iterdir())
-    foreign = [n for n in names if not any(fnmatch.fnmatch(n, known) for known in WRITTEN)]
-    card = target / "README.md"
-    ours = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
-    if names and (foreign or not ours):
-        holds = f" ({', '.join(foreign[:5])})" if foreign else ""
-        raise ConfigError(
-            f"{target} holds something else than an older export{holds}, which would be deleted; "
-            "choose another folder, or empty this one"
-        )
-    check_not_here(target, "folder")
 
 
 def check_disk(target: Path, needed: int) -> None:
@@ -443,7 +404,10 @@ def save_merged(
         original = open_checkpoint(base if isinstance(base, ModelFiles) else resolve(base))
         check_base(model, original)
     sources = [getattr(model, "source", None), original.files if original else None]
-    check_target(target, [files for files in sources if files is not None])
+    for files in filter(None, sources):
+        if target == files.path.resolve():
+            raise ConfigError(f"{target} is what the weights are read from; choose another folder")
+    check_writable(target, MERGED_FOLDER, whole=True, is_ours=is_merged)
     rows = None
     if quantize is not None or texts is not None:
         rows = encode_texts(tokenizer, texts)
@@ -548,5 +512,5 @@ def _card(
     lines += [f"library_name: {'mlx' if quantize else 'transformers'}"]
     lines += ["pipeline_tag: text-generation", "tags:", "- mlx-qlora", "---", ""]
     what = f"`{named}`" if is_hub else "its base model"
-    lines += [f"A LoRA adapter and {what}, {MARK} {__version__} in {dtype}{packed}."]
+    lines += [f"A LoRA adapter and {what}, {MERGED_MARK} {__version__} in {dtype}{packed}."]
     return "\n".join([*lines, *(["", str(drift)] if drift else [])]) + "\n"

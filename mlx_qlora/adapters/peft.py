@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, ConfigError, listing
-from mlx_qlora.folders import ADAPTER_FOLDER, check_names, staged
+from mlx_qlora.folders import ADAPTER_FOLDER, MLX_LM, check_writable, staged
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, changes_base, lora_layers, target_paths
@@ -22,7 +22,7 @@ from mlx_qlora.tree import flat, nested
 # ---- mlx-lm's layout -----------------------------------------------------------------------------
 
 
-MLX_LM_CONFIG, MLX_LM_WEIGHTS = MLX_LM_FILES = "adapter_config.json", "adapters.safetensors"
+MLX_LM_CONFIG, MLX_LM_WEIGHTS = MLX_LM
 
 
 PEFT_PREFIX = "base_model.model."
@@ -56,7 +56,7 @@ def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     if (folder / "adapter_model.safetensors").exists():
         raise AdapterError(f"{folder} holds a PEFT adapter already; choose another folder")
-    check_names(folder, MLX_LM_FILES)
+    check_writable(folder, MLX_LM)
     with staged(folder, marks=(MLX_LM_CONFIG,)) as staging:
         write_mlx_lm(model, staging)
     return folder
@@ -214,9 +214,9 @@ def save_adapter(
         raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
-    check_names(folder, ADAPTER_FOLDER)
+    check_writable(folder, ADAPTER_FOLDER)
     tensors = adapter_tensors(model)
-    copies = tuple(f"mlx/{name}" for name in MLX_LM_FILES)
+    copies = tuple(f"mlx/{name}" for name in MLX_LM)
     with staged(folder, marks=(CONFIG, copies[0]), gone=() if mlx_lm else copies) as staging:
         write_peft(staging, tensors, peft_config(model, base))
         if mlx_lm:

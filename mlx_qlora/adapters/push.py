@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_qlora import __version__
 from mlx_qlora.errors import ConfigError, SourceError, listing
-from mlx_qlora.folders import TAG, _header
+from mlx_qlora.folders import TAG, card_header
 from mlx_qlora.model.hub import HUB_ID, resolve
 
 # ---- the model card ------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
     seen = []
     for path in folder.glob("checkpoint-*/trainer_state.json"):
         seen.append(_object(path).get("num_input_tokens_seen") or 0)
-    header = _header(folder / "README.md")
+    header = card_header(folder / "README.md")
     known = {} if name is None else {"name": name}
     return Facts(
         adapter=_object(folder / "adapter_config.json"),

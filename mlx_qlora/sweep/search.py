@@ -8,7 +8,6 @@ set. Everything known is on disk, so the same command goes on where a killed one
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +25,11 @@ from mlx_qlora.data.examples import Examples, check_lengths
 from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing, require, say, warn
-from mlx_qlora.folders import disk_errors, locked, not_ours
+from mlx_qlora.folders import check_writable, disk_errors, locked
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.run import check_output, sample_of
+from mlx_qlora.run import OUTPUT, check_output, sample_of
 from mlx_qlora.sweep.page import (
     BEST,
     PLOT,
@@ -98,7 +97,8 @@ def sweep(
     require(1 <= rungs <= 10, "the sweep's rungs", "be from 1 to 10", rungs)
     output = Path(config.checkpointing.output_dir)
     check_output(output)
-    _check_files(output)
+    is_sweep = read_fingerprint(output) is not None
+    check_writable(output, (BEST, PLOT), OUTPUT, is_ours=lambda _: is_sweep)
     require_trackers([*config.logging.report_to])
     config, ground, loaded = _open(config, output, console)
     if steps is None:
@@ -162,13 +162,6 @@ def _open(config: RunConfig, output: Path, console: Console) -> Any:
 
 def _digest(examples: Examples, validation: Examples) -> str:
     return hashlib.sha256((examples.digest + validation.digest).encode()).hexdigest()
-
-
-def _check_files(output: Path) -> None:
-    """Refuses a folder with files of others that have the names of a sweep's own."""
-    there = [output / name for name in (BEST, PLOT) if os.path.lexists(output / name)]
-    if there and read_fingerprint(output) is None:
-        raise not_ours(there[0], "checkpointing.output_dir")
 
 
 def _check_same(output: Path, fingerprint: dict[str, str]) -> None:

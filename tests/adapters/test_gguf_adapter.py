@@ -244,7 +244,7 @@ def test_nothing_but_an_adapter_is_overwritten(base: Path, tmp_path: Path, kind:
     else:
         file.write_bytes(b"" if kind == "empty" else b"my own notes" * 99)
     before = None if kind == "folder" else file.read_bytes()
-    with pytest.raises(AdapterError, match="exists and is no GGUF adapter"):
+    with pytest.raises(ConfigError, match=r"a\.gguf is not known to be from mlx-qlora"):
         save_gguf_adapter(adapted(base, CONFIGS["plain"]), file)
     assert os.listdir(tmp_path) == ["a.gguf"]
     assert before is None or file.read_bytes() == before

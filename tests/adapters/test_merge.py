@@ -566,10 +566,10 @@ def test_folders_of_others_are_refused_and_untouched(
     before = contents(tmp_path)
     trained = adapted(own)
     for target, using, words in (
-        ("own", model, "holds something else than an older export"),
-        ("extra", model, r"\(model.gguf\), which would be deleted"),
-        ("adapter", model, "adapter_config.json"),
-        ("notes", model, "choose another folder, or empty this one"),
+        ("own", model, r"config\.json \(and \d+ more\) is not known to be"),
+        ("extra", model, r"model\.gguf is not known to be from mlx-qlora and would be deleted"),
+        ("adapter", model, r"adapter/README\.md \(and 4 more\)"),
+        ("notes", model, "choose another folder with --output-dir"),
         ("file", model, "is a file"),
         ("own", trained, "is what the weights are read from"),
     ):

@@ -22,7 +22,7 @@ from test_peft import silence
 
 from mlx_qlora.adapters.export import save_portable
 from mlx_qlora.adapters.peft import PREFIX, load_adapter, save_adapter
-from mlx_qlora.errors import AdapterError
+from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -195,7 +195,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(
     (folder / other).parent.mkdir(exist_ok=True)
     (folder / other).write_text("mine")
     before = {f: f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-    with pytest.raises(AdapterError, match="needs a folder of its own") as caught:
+    with pytest.raises(ConfigError, match="would be deleted, as the whole folder is") as caught:
         save_portable(model, folder)
     assert other in str(caught.value)
     assert {f: f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()} == before
@@ -203,7 +203,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(
 
 def test_a_file_in_the_folder_s_place_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(AdapterError, match="is a file"):
+    with pytest.raises(ConfigError, match="is a file"):
         save_portable(adapted(base, CONFIGS["plain"]), tmp_path / "a")
     assert (tmp_path / "a").read_text() == "mine"
 
