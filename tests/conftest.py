@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from support.cores import stay_on_core
 from support.models import LLAMA3_ROPE, make_hf_model, save_hf
 
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +22,15 @@ from mlx_qlora.model.weights import load_model, open_checkpoint
 MEMORY, ENOUGH = Path("/dev/shm"), 4 << 30
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives each worker a core; a single process stays on one, too, unless workers come of it."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker:
+        stay_on_core(int(worker.removeprefix("gw")))
+    elif not config.getoption("numprocesses", None):
+        stay_on_core(os.getpid())
 
 
 @pytest.fixture(scope="session")

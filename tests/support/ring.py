@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from support.cores import on_core
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,15 +66,16 @@ def start(
         env = dict(kept)
         if n > 1:
             env |= {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
-        started.append(
-            subprocess.Popen(
-                [*prefix, sys.executable, *words(rank)],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+        with on_core(rank) if n > 1 else contextlib.nullcontext():
+            started.append(
+                subprocess.Popen(
+                    [*prefix, sys.executable, *words(rank)],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
-        )
     return started
 
 
