@@ -22,8 +22,7 @@ from mlx_qlora.adapters.peft import (
 )
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.after.advice import advise
-from mlx_qlora.after.notebook import live_plots
-from mlx_qlora.after.plots import PNG_HINT, can_draw_png, plots_of
+from mlx_qlora.after.plots import PNG_HINT, can_draw_png, live_plots, plots_of
 from mlx_qlora.after.report import write_report
 from mlx_qlora.after.samples import asked, questions, samples_of
 from mlx_qlora.before import inspect

@@ -1,4 +1,4 @@
-"""What a run's history says about the run: stated rules, and for each a remedy.
+"""What the figures of a run say: advice by stated rules, and answers to the questions people ask.
 
 The rules look at means over stretches and not at single steps, because the loss of one batch
 says little. Each is a function of the history, and of which of its weights the run ended with, so
@@ -7,29 +7,25 @@ that it can be tried on recorded ones.
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from mlx_qlora.before.plan import Plan
+from mlx_qlora.infer.evaluate import Scores
+from mlx_qlora.infer.generate import UNREADABLE
 from mlx_qlora.train.checkpoint import best_eval
+from mlx_qlora.train.loop import TrainResult
 
-History = list[dict[str, Any]]
+# ---- advice --------------------------------------------------------------------------------------
 
+History = list[dict[str, Any]]  # the records of `metrics.jsonl`
 
 FEWEST = 5  # logged losses, or 3 validations, before anything is said
-
-
 SHORT = 30  # steps: before that, a stretch of losses says more of its rows than of the run
-
-
 RISE = 0.02  # of the validation loss above its best, while the training loss falls
-
-
 LITTLE = 0.03  # fall of the loss over a whole run
-
-
 EXPLODED = 1.5  # times the best stretch
-
-
 STUTTER = 0.10  # more repeated first choices than the references have
 
 
@@ -52,31 +48,29 @@ class Advice:
 
 
 def advise(history: History, ends_with_best: bool = False) -> list[Advice]:
-    """All advice that a history gives, the most urgent first.
+    """Applies all rules to a history, and returns the most urgent advice first.
 
     Args:
-        history: the records of `metrics.jsonl`.
+        history: of the run.
         ends_with_best: whether the run ended with the weights of its best validation.
     """
-    rules = [
-        diverged(history),
-        overfitted(history, ends_with_best),
-        repeats_itself(_until_best(history) if ends_with_best else history),
-    ]
+    best = best_eval(history) if ends_with_best else None
+    kept = [r for r in history if best is None or r["step"] <= best[0]]
+    rules = [diverged(history), overfitted(history, ends_with_best), repeats_itself(kept)]
     found = [advice for advice in rules if advice is not None]
-    # Its remedies are the opposite of the others', which are the surer ones.
-    hardly = None if found else underfitted(history)
-    return [hardly] if hardly else found
+    # Underfitting's remedies are the opposite of the others', which are the surer ones.
+    underfitting = None if found else underfitted(history)
+    return [underfitting] if underfitting else found
 
 
 def diverged(history: History) -> Advice | None:
-    """The loss of the last fifth is EXPLODED times that of the best fifth, or no number."""
+    """The loss of the last fifth is EXPLODED times that of the best fifth, or not finite."""
     losses = _losses(history)
     skipped = sum("skipped" in record for record in history)
     if skipped:
         return Advice(
             "divergence",
-            f"steps skipped because their loss or gradient was no number: {skipped}",
+            f"steps skipped because their loss or gradient was not finite: {skipped}",
             "look at the rows named in metrics.jsonl, or lower training.learning_rate",
         )
     if len(losses) < FEWEST or history[-1]["step"] < SHORT:
@@ -93,7 +87,7 @@ def diverged(history: History) -> Advice | None:
 
 
 def overfitted(history: History, ends_with_best: bool = False) -> Advice | None:
-    """The validation loss ends RISE above its best, while the training loss goes on falling."""
+    """The validation loss ends RISE above its best, while the training loss keeps falling."""
     evals = [(r["step"], r["eval_loss"]) for r in _validations(history)]
     if len(evals) < 3:
         return None
@@ -114,7 +108,7 @@ def overfitted(history: History, ends_with_best: bool = False) -> Advice | None:
     return Advice(
         "overfitting",
         f"the validation loss was best at step {best_step} ({best:.3f}) and is {last:.3f} at step "
-        f"{last_step}, while the training loss went on falling",
+        f"{last_step}, while the training loss kept falling",
         remedy,
     )
 
@@ -129,7 +123,7 @@ def underfitted(history: History) -> Advice | None:
         return None
     return Advice(
         "underfitting",
-        f"the loss hardly fell, from {first:.3f} to {last:.3f}",
+        f"the loss barely fell, from {first:.3f} to {last:.3f}",
         "raise training.learning_rate (to three times), train for more steps, or raise lora.r; and "
         "look at the data with `mlx-qlora inspect`",
     )
@@ -157,16 +151,156 @@ def _losses(history: History) -> list[float]:
 
 
 def _validations(history: History) -> History:
-    """Those that found a loss: of a model that computes NaN, nothing else is said either."""
+    """Those with a finite loss: of a model that computes NaN, nothing else is said either."""
     return [r for r in history if "eval_loss" in r and math.isfinite(r["eval_loss"])]
-
-
-def _until_best(history: History) -> History:
-    best = best_eval(history)
-    return [r for r in history if best is None or r["step"] <= best[0]]
 
 
 def _fifths(losses: list[float]) -> list[float]:
     """The mean of each fifth of a run."""
     n = len(losses)
     return [statistics.mean(losses[i * n // 5 : (i + 1) * n // 5]) for i in range(5)]
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+CUT = " …"  # ends a sampled answer that was not finished
+
+
+class Answer(NamedTuple):
+    """One question about a run, and what the figures say.
+
+    Attributes:
+        question: as a person asks it.
+        verdict: the answer, short.
+        why: the figures behind it.
+        tone: good, bad, note, or nothing where there is nothing to judge.
+        code: a command, if that is the answer.
+    """
+
+    question: str
+    verdict: str
+    why: str
+    tone: str = ""
+    code: str = ""
+
+
+def learned(history: History, scores: Mapping[str, Scores], advice: Sequence[Advice]) -> Answer:
+    """Judges by the test set if there is one, else by validation, else by the training loss.
+
+    Args:
+        history: up to the step whose weights the adapter has.
+        scores: "before" and "after", of the test set.
+        advice: of the whole run.
+    """
+    question = "Did it learn?"
+    for item in advice:
+        if item.kind == "divergence":
+            return Answer(question, "Training was unstable", _sentence(item.finding), "bad")
+    name, first, last, where = _evidence(history, scores)
+    if not (math.isfinite(first) and math.isfinite(last) and first > 0):
+        return Answer(question, "Not known", "Too few figures were recorded to compare.", "note")
+    change = (last - first) / first
+    why = f"{name}: {first:.4f} → {last:.4f} ({change:+.1%}), {where}."
+    if change > LITTLE:
+        return Answer(question, "No, it got worse", why, "bad")
+    if change > -LITTLE:
+        return Answer(question, "Barely", why, "note")
+    return Answer(question, f"Yes: the loss fell by {-change:.0%}", why, "good")
+
+
+def _evidence(history: History, scores: Mapping[str, Scores]) -> tuple[str, float, float, str]:
+    """The name of the best loss there is, its first and last value, and what they are of."""
+    if {"before", "after"} <= scores.keys():
+        before, after = scores["before"], scores["after"]
+        where = f"on {after.n_tokens:,} tokens that were not trained, before and after"
+        return "Test loss", before.loss, after.loss, where
+    for key, name in (("eval_loss", "Validation loss"), ("loss", "Training loss")):
+        losses = [(r["step"], r[key]) for r in history if key in r]
+        if len(losses) > 1:
+            (start, first), (end, last) = losses[0], losses[-1]
+            return name, first, last, f"from step {start:,} to step {end:,}"
+    return "Training loss", math.nan, math.nan, ""
+
+
+def overfitting(history: History, best_step: int | None, advice: Sequence[Advice]) -> Answer:
+    """What `advise` finds, and how far the last validation is above the best."""
+    question = "Is it overfitting?"
+    for item in advice:
+        if item.kind == "overfitting":
+            verdict = f"Yes, since step {best_step:,}" if best_step else "Yes"
+            return Answer(question, verdict, _sentence(item.finding), "bad")
+    evals = _validations(history)
+    if not evals:
+        why = "There was no validation set: give data.validation_path, or a share in data.split."
+        return Answer(question, "Not known", why, "note")
+    last, best = evals[-1]["eval_loss"], min(evals, key=lambda record: record["eval_loss"])
+    losses = [r["loss"] for r in history if "loss" in r]
+    training = f" Training loss {losses[-1]:.4f}." if losses else ""
+    if len(evals) < 3:
+        many = "1 validation" if len(evals) == 1 else f"{len(evals)} validations"
+        why = f"Only {many}; lower checkpointing.eval_steps. Validation loss {last:.4f}.{training}"
+        return Answer(question, "Too early to tell", why, "note")
+    above = last / best["eval_loss"] - 1
+    why = f"Validation loss ended at its best, {last:.4f}.{training}"
+    if above >= 0.001:
+        at_best = f"{above:.1%} above its best (step {best['step']:,})"
+        why = f"Validation loss ends at {last:.4f}, {at_best}.{training}"
+    return Answer(question, "No sign of it", why, "good")
+
+
+def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) -> Answer:
+    """How many sampled answers differ, and how the token accuracy moved."""
+    question, why = "What changed in the answers?", ""
+    if {"before", "after"} <= scores.keys():
+        before, after = scores["before"].token_accuracy, scores["after"].token_accuracy
+        why = f"Test tokens that are the model's first choice: {before:.1%} → {after:.1%}."
+    pairs = [sample for sample in samples if {"before", "after"} <= sample.keys()]
+    if not pairs:
+        return Answer(question, "No samples", why or "No row was held out to ask for.")
+    differ = sum(is_other(sample["before"], sample["after"]) for sample in pairs)
+    before, after = (
+        sum(sample[key].strip() == sample.get("reference", "").strip() for sample in pairs)
+        for key in ("before", "after")
+    )
+    equal = f"Equal to the reference: {before} before, {after} after."
+    verdict = f"{differ} of {len(pairs)} sampled answers differ"
+    return Answer(question, verdict, f"{equal} {why}".strip(), "" if differ else "note")
+
+
+def is_other(before: str, after: str) -> bool:
+    """Whether two answers to one prompt differ, as far as both are known.
+
+    Where an answer was cut says how fast the machine was, and nothing of the model.
+    """
+
+    def known(answer: str) -> tuple[int, bool]:
+        return len(answer.removesuffix(CUT)), not answer.endswith(CUT)
+
+    short, long = sorted((before, after), key=known)
+    if not short.endswith(CUT):
+        return before != after
+    # The last character may have been cut, too.
+    return not long.startswith(short.removesuffix(CUT).rstrip(UNREADABLE))
+
+
+def cost(result: TrainResult, plan: Plan | None) -> Answer:
+    """Time, speed, and memory beside the plan."""
+    peak = f"Peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+    if plan:
+        peak += f" (planned {plan.total_bytes / 1e9:.2f} GB)"
+    why = f"{peak}; {result.steps:,} steps at {result.tokens_per_second:,.0f} tokens per second"
+    early = ", stopped early." if result.stopped_early else "."
+    return Answer("What did it cost?", duration(result.seconds), why + early)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 60:
+        return f"{seconds:.1f} seconds"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."

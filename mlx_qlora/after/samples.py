@@ -1,29 +1,23 @@
 """A few held-out rows, answered before the training and after it."""
 
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from mlx_qlora.after.advice import CUT
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.infer.generate import UNREADABLE, GenerationConfig, generate_tokens
+from mlx_qlora.infer.generate import GenerationConfig, generate_tokens
 from mlx_qlora.model.llama import LlamaForCausalLM
 
 MOST_NEW = 128  # tokens of an answer
 MOST_PROMPT = 1024  # tokens; longer ones take too long to read
 SECONDS = 4.0  # for one answer; a cut one ends in CUT
-CUT = " …"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A held-out row, taken apart.
-
-    Attributes:
-        prompt: ids of all that stands before its first learned token.
-        reference: ids of its first stretch of learned tokens.
-    """
+class Question(NamedTuple):
+    """A held-out row: the ids before its first learned token, and its first learned stretch."""
 
     prompt: list[int]
     reference: list[int]
@@ -31,7 +25,7 @@ class Question:
 
 def questions(held_out: Examples | None, most: int = 3) -> list[Question]:
     """The first rows that have a prompt of a fit length; none if nothing is held out."""
-    found: list[Question] = []
+    chosen: list[Question] = []
     for example in held_out or ():
         learned = np.append(example.learned, False)
         start = int(learned.argmax())
@@ -39,10 +33,10 @@ def questions(held_out: Examples | None, most: int = 3) -> list[Question]:
         # With data.train_on=all a row begins with what is learned: nothing there asks.
         if 2 <= start <= MOST_PROMPT and learned[start]:
             tokens = example.tokens.tolist()
-            found.append(Question(tokens[:start], tokens[start:end]))
-        if len(found) == most:
+            chosen.append(Question(tokens[:start], tokens[start:end]))
+        if len(chosen) == most:
             break
-    return found
+    return chosen
 
 
 def asked(
@@ -50,19 +44,19 @@ def asked(
 ) -> list[str]:
     """The model's greedy answers, at most MOST_NEW tokens and about SECONDS each."""
     most = min(max_new_tokens, MOST_NEW)
-    how = GenerationConfig(temperature=0.0, repetition_penalty=1.0, max_new_tokens=most)
-    said = []
+    greedy = GenerationConfig(temperature=0.0, repetition_penalty=1.0, max_new_tokens=most)
+    answers = []
     for row in rows:
         ids, ended, until = [], False, time.monotonic() + SECONDS
-        for token in generate_tokens(model, row.prompt, how):
+        for token in generate_tokens(model, row.prompt, greedy):
             if token in tokenizer.eos_ids:
                 ended = True
                 break
             ids.append(token)
             if time.monotonic() > until:
                 break
-        said.append(tokenizer.decode(ids) + ("" if ended else CUT))
-    return said
+        answers.append(tokenizer.decode(ids) + ("" if ended else CUT))
+    return answers
 
 
 def samples_of(
@@ -78,19 +72,3 @@ def samples_of(
         }
         for row, old, new in zip(rows, before, after)
     ]
-
-
-def is_other(before: str, after: str) -> bool:
-    """Whether two answers of one row differ, as far as both are known.
-
-    Where an answer was cut says how fast the machine was, and nothing of the model.
-    """
-
-    def known(said: str) -> tuple[int, bool]:
-        return len(said.removesuffix(CUT)), not said.endswith(CUT)
-
-    short, long = sorted((before, after), key=known)
-    if not short.endswith(CUT):
-        return before != after
-    # The last character may have been cut, too.
-    return not long.startswith(short.removesuffix(CUT).rstrip(UNREADABLE))

@@ -77,7 +77,7 @@ REPEATING = [*HEALTHY[:-1], validation(150, 1.70, ours=0.41, theirs=0.02)]
         (
             UNDERFITTED,
             "underfitting",
-            "the loss hardly fell, from 2.917 to 2.897",
+            "the loss barely fell, from 2.917 to 2.897",
             ["raise training.learning_rate", "lora.r", "`mlx-qlora inspect`"],
         ),
         (
@@ -106,7 +106,7 @@ def test_each_trouble_is_named_with_its_figures_and_its_remedy(found, kind, find
 def test_skipped_steps_are_a_divergence_whose_rows_are_in_the_metrics():
     (advice,) = advise([*HEALTHY, skipped(50), skipped(51)])
     assert advice.kind == "divergence"
-    assert advice.finding.endswith("was no number: 2")
+    assert advice.finding.endswith("was not finite: 2")
     assert "rows named in metrics.jsonl" in advice.remedy
 
 
@@ -243,7 +243,7 @@ def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, tim
 @pytest.mark.parametrize(
     ("rate", "steps", "said"),
     [
-        (1e-9, 30, ["advice    underfitting: the loss hardly fell"]),
+        (1e-9, 30, ["advice    underfitting: the loss barely fell"]),
         (1e-9, 10, []),  # too short to tell
         (1e-2, 30, []),
     ],

@@ -11,122 +11,37 @@ import re
 import shlex
 import sys
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from support.report import HOSTILE, Page, history, result_in, written
+from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
-from mlx_qlora.after.notebook import Tail, in_kernel
-from mlx_qlora.after.plots import DARK, LIGHT, can_draw_png, plots_of, thin, ticks
-from mlx_qlora.after.report import (
-    Facts,
-    changed,
-    history_table,
-    usages,
-    use,
-    write_report,
-)
-from mlx_qlora.after.samples import CUT, is_other, questions
-from mlx_qlora.before.plan import Plan
+from mlx_qlora.after.advice import CUT, changed, is_other
+from mlx_qlora.after.plots import Line, Plot, Tail, css, in_kernel, plots_of, svg_file, thin, ticks
+from mlx_qlora.after.report import Report, write_report
+from mlx_qlora.after.samples import questions
 from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
-from mlx_qlora.data.examples import DataReport, Example, Examples, FileReport
-from mlx_qlora.infer.evaluate import Scores
+from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.loading import with_model
-from mlx_qlora.train.loop import TrainResult
-from mlx_qlora.train.memory import Schedule
+from mlx_qlora.run import run
 
-HOSTILE = "<script>alert('1')</script>\"'&</pre></style><img src=x onerror=y>"
-VOID = {"meta", "img", "br"}
-PLAN = Plan(
-    {"base weights": 10**9, "activations": 6 * 10**8}, 8 * 10**9, "M4", 1000,
-    Schedule(1, [0]), 4096, 120.0, "",
-)  # fmt: skip
-
-
-def history(steps: int, every: int = 5) -> list[dict[str, float]]:
-    records = []
-    for step in range(every, steps + 1, every):
-        records.append(
-            {"step": step, "epoch": step / 100, "loss": 1 + 2 / step, "grad_norm": 1.5,
-             "learning_rate": 1e-4, "tokens_per_second": 101.5, "peak_memory_bytes": 10**9}
-        )  # fmt: skip
-        if step % (4 * every) == 0:
-            records.append({"step": step, "eval_loss": 2.125 + 1 / step})
-    return records
-
-
-def result_in(folder: Path, records: list[dict[str, float]]) -> TrainResult:
-    steps = int(records[-1]["step"]) if records else 0
-    return TrainResult(folder, steps, 1.5, 2.0, records, 61.0, 123.0, 2 * 10**9, best_step=20)
-
-
-def written(folder: Path, records=None, config=None, **more) -> str:
-    """A report with everything in it, or what is given instead."""
-    scores = {"before": scores_of(3.0, 0.25), "after": scores_of(2.0, 0.5)}
-    sample = {"prompt": HOSTILE, "reference": "ref", "before": HOSTILE, "after": "ref"}
-    files = [
-        FileReport(HOSTILE, "alpaca", read=12, kept=10, refused=[(3, "SECRET"), (7, "SECRET")])
-    ]
-    data = DataReport(HOSTILE, files, tokens=100, supervised=25, histogram=[(1, 10, 10)])
-    given = {"scores": scores, "samples": [sample], "data": [data], "plan": PLAN, **more}
-    config = config or build({"model": {"source": HOSTILE}})
-    records = history(40) if records is None else records
-    return write_report(result_in(folder, records), config, **given).read_text(encoding="utf-8")
-
-
-def scores_of(loss: float, accuracy: float) -> Scores:
-    known = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": accuracy, "n_tokens": 99}
-    return Scores(**known)
-
-
-class Page(HTMLParser):
-    """Checks that every tag is closed in its place, and collects what matters."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open, self.tags, self.links, self.text, self.ids = [], [], [], "", set()
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        known = dict(attrs)
-        self.tags.append((tag, known))
-        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "data")]
-        assert not any(name.startswith("on") for name in known), known
-        self.ids |= {known["id"]} if "id" in known else set()
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.text += data
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def test_the_page_is_balanced_self_contained_and_keeps_hostile_text_as_text(tmp_path):
     text = written(tmp_path)
     page = Page(text)
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "img", "iframe", "link", "object", "form"}
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "link", "object", "form"}
     assert page.links and all(link[0] == "#" and link[1:] in page.ids for link in page.links)
-    assert (
-        "url(" not in text
-        and "@import" not in text
-        and "http" not in re.sub(r"http-equiv", "", text)
-    )
+    assert not any(word in text.replace("http-equiv", "") for word in ("url(", "@import", "http"))
     assert page.text.count(HOSTILE) >= 4  # the prompt, the answer, the data, the model
-    assert ("meta", "default-src 'none'") in [
-        (tag, str(known.get("content")).split(";")[0]) for tag, known in page.tags
-    ]
+    policies = [known.get("content") or "" for tag, known in page.tags if tag == "meta"]
+    assert any(policy.startswith("default-src 'none'; ") for policy in policies)
 
 
 def test_no_word_of_a_refused_row_is_told(tmp_path):
@@ -137,21 +52,20 @@ def test_no_word_of_a_refused_row_is_told(tmp_path):
 
 def test_the_numbers_of_the_history_stand_in_the_page(tmp_path):
     text = Page(written(tmp_path)).text
-    for step, loss in ((5, "1.4"), (20, "1.1"), (40, "1.05")):
-        assert re.search(rf"{step}0?\.?\d*{loss}", text.replace(",", "")), (step, loss)
-    for figure in ("2.175", "2.15", "1e-4", "101.5", "GB", "nats per token"):
-        assert figure in text, figure
+    for row in ("5 0.05 1.4", "20 0.2 1.1 2.175", "40 0.4 1.05 2.15 1e-4 1.5 101.5"):
+        assert row in text, row
+    assert "GB" in text and "nats per token" in text
 
 
-def test_the_table_of_the_history_has_small_rates_and_both_losses_of_a_step():
+def test_the_table_of_the_history_has_small_rates_and_both_losses_of_a_step(tmp_path):
     records = []
     for step in range(1, 101):
         records.append({"step": step, "loss": 2 - step / 100, "learning_rate": 1.5e-6})
         records.append({"step": step, "eval_loss": 3 - step / 100})
     records[-2] |= {"learning_rate": 4e-7, "grad_norm": math.inf}
-    text = history_table(records)
-    assert "20 of 100 logged steps" in text
-    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in text.split("<tr>")[2:]]
+    heads, rows, n_steps = Report(result_in(tmp_path, records), RunConfig()).history_table()
+    assert heads == ["step", "loss", "eval loss", "learning rate", "grad norm"]
+    assert (len(rows), n_steps) == (20, 100)
     assert all(row[1] and row[2] for row in rows), "training and validation in every row"
     assert {row[3] for row in rows[:-1]} == {"1.5e-6"}
     assert rows[-1] == ["100", "1", "2", "4e-7", "inf"]
@@ -169,9 +83,8 @@ def test_the_five_questions_are_answered_from_the_figures(tmp_path):
         assert said in text, said
 
 
-def test_verdicts_follow_the_history(tmp_path, monkeypatch):
+def test_verdicts_follow_the_history(tmp_path):
     """No test set: validation speaks, and overfitting, divergence and lack of figures are said."""
-    monkeypatch.setattr("mlx_qlora.after.report.can_draw_png", lambda: False)  # it takes a second
     alone = {"scores": {}, "samples": [], "data": [], "plan": None}
     falls = [{"step": s, "loss": 3 - s / 20} for s in range(5, 45, 5)]
 
@@ -191,7 +104,7 @@ def test_verdicts_follow_the_history(tmp_path, monkeypatch):
     assert "Training loss: 2.7500 → 2.0000 (-27.3%), from step 5 to step 20" in at_once
     assert "No sign of it" in said([(10, 3.0), (20, 2.0), (30, 1.9)])
     assert "No, it got worse" in said([(10, 2.0), (40, 3.0)])
-    assert "Hardly" in said([(10, 2.0), (40, 2.01)])
+    assert "Barely" in said([(10, 2.0), (40, 2.01)])
     assert "There was no validation set" in said([])
     explodes = [{"step": s, "loss": 1.0 if s < 30 else 9.0} for s in range(5, 45, 5)]
     assert "Training was unstable" in written(tmp_path, explodes, **alone)
@@ -200,20 +113,14 @@ def test_verdicts_follow_the_history(tmp_path, monkeypatch):
 
 
 def test_the_evaluation_shows_intervals_where_they_are_known(tmp_path):
-    table = {
-        "loss": {
-            "base": 3.0,
-            "tuned": 2.0,
-            "difference": -1.0,
-            "low": -1.25,
-            "high": -0.75,
-            "n": 96,
-        },
-        "ROUGE-L": {"base": 0.1, "tuned": 0.3, "difference": 0.2, "n": 96},
-    }
-    text = Page(written(tmp_path, evaluation=table)).text
-    assert "-1.25 to -0.75" in text and "+0.2–96" in text
+    loss = {"base": 3.0, "tuned": 2.0, "difference": -1.0, "low": -1.25, "high": -0.75, "n": 96}
+    rouge = {"base": 0.1, "tuned": 0.3, "difference": 0.2, "n": 96}
+    text = Page(written(tmp_path, evaluation={"loss": loss, "ROUGE-L": rouge})).text
+    assert "-1.25 to -0.75" in text and "+0.2 – 96" in text
     assert "interval" not in Page(written(tmp_path)).text.split("Evaluation", 2)[2]
+
+
+# ---- plots ---------------------------------------------------------------------------------------
 
 
 def test_thinning_keeps_every_extreme_and_the_ends():
@@ -252,7 +159,7 @@ def test_ticks_are_round_and_within():
 
 
 def test_plots_are_files_too(tmp_path):
-    written(tmp_path)
+    written(tmp_path, png=True)
     names = {plot.name for plot in plots_of([])}
     assert {path.stem for path in (tmp_path / "plots").glob("*.svg")} == names
     for path in (tmp_path / "plots").glob("*.svg"):
@@ -261,17 +168,28 @@ def test_plots_are_files_too(tmp_path):
     drawn = [e for e in loss.iter() if e.tag.endswith("polyline")]
     xs = [float(point.split(",")[0]) for point in drawn[0].attrib["points"].split()]
     assert len(drawn) == 2 and xs == [125 * i for i in range(1, 9)]
-    assert "best: step 20" in "".join(loss.getroot().itertext())
-    assert "warmup" in "".join(loss.getroot().itertext())
-    assert can_draw_png()  # the tests' own environment has matplotlib
+    text = "".join(loss.getroot().itertext())
+    assert all(words in text for words in ("best: step 20", "warmup", "training", "validation"))
     for name in names:
         data = (tmp_path / "plots" / f"{name}.png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == 1440
 
 
-def test_without_matplotlib_there_are_svgs_and_one_line_that_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_a_logarithmic_axis_has_the_points_own_ticks_and_error_bars_reach_both_ways():
+    line = Line(HOSTILE, [(1e-4, 2.0), (1e-3, 1.0), (1e-2, 3.0)], errors=[0.5, 0.25, 0.5])
+    root = ET.fromstring(svg_file(Plot("x", "T", "u", [line, line], axis="rate", log=True)))
+    drawn = {kind: [e for e in root.iter() if e.tag.endswith(kind)] for kind in ("circle", "line")}
+    xs = [float(dot.attrib["cx"].rstrip("%")) for dot in drawn["circle"][:3]]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.02), "a decade is a decade"
+    bars = [e.attrib for e in drawn["line"] if e.attrib["class"] == "stroke0"]
+    heights = [float(bar["y1"]) - float(bar["y2"]) for bar in bars]
+    assert heights == pytest.approx([2 * heights[1], heights[1], 2 * heights[1]], abs=0.2)
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert {"1e-4", "0.001", "0.01"} <= set(texts) and texts.count(HOSTILE) == 2
+    assert "rate 0.001: " + HOSTILE + " 1" in "".join(root.itertext())
+
+
+def test_without_matplotlib_there_are_svgs_and_one_line_that_says_so(tmp_path):
     text = written(tmp_path)
     assert "pip install 'mlx-qlora[plots]'" in html.unescape(text)
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".svg"}
@@ -283,36 +201,37 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_text_has_contrast_in_both_themes(theme):
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_has_contrast_in_both_themes(dark):
     """WCAG 2.2, 1.4.3: at least 4.5 to 1 with every ground that text stands on."""
+    theme = css("plot.css").split("prefers-color-scheme: dark")[dark]
     colours = dict(re.findall(r"--(\w+): (#\w{6})", theme))
-    for ink in ("ink", "quiet", "a", "b", "good", "bad", "note"):
+    for ink in ("ink", "quiet", "a", "b", "c", "good", "bad", "note"):
         for ground in ("page", "card", "wash"):
             pair = sorted(_luminance(colours[name]) for name in (ink, ground))
             assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (ink, ground)
 
 
-# ---- commands ----------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 
 def commands(folder: Path, adapter: dict[str, object]) -> dict[str, str]:
     config = build({"model": {"source": "smollm2-135m"}})
-    facts = Facts(result_in(folder, []), config, {}, (), (), {}, None, {}, {}, adapter)
-    return {usage.tool: usage.code for usage in usages(facts)}
+    report = Report(result_in(folder, []), config, adapter=adapter)
+    return {usage.tool: usage.code for usage in report.usages}
 
 
 def test_commands_are_what_the_tools_take(tmp_path, capsys):
     folder = tmp_path / "my out"
-    told = commands(folder, {"base_model_name_or_path": "org/base", "r": 20})
-    ast.parse(told["PEFT"])
-    assert f'from_pretrained("{folder}")' in told["PEFT"]
-    assert shlex.split(told["mlx-lm"])[:5] == [
+    codes = commands(folder, {"base_model_name_or_path": "org/base", "r": 20})
+    ast.parse(codes["PEFT"])
+    assert f'from_pretrained("{folder}")' in codes["PEFT"]
+    assert shlex.split(codes["mlx-lm"])[:5] == [
         "mlx_lm.generate", "--model", "org/base", "--adapter-path", f"{folder}/mlx",
     ]  # fmt: skip
-    words = shlex.split(told["vLLM"])
+    words = shlex.split(codes["vLLM"])
     assert words[words.index("--max-lora-rank") + 1] == "32" and f"tuned={folder}" in words
-    ours = [line for code in told.values() for line in code.splitlines() if line[:4] == "mlx-"]
+    ours = [line for code in codes.values() for line in code.splitlines() if line[:4] == "mlx-"]
     assert len(ours) == 3
     for line in ours:  # our own parser takes them, and the adapter's folder arrives whole
         assert cli([*shlex.split(line)[1:], "--print-config"]) == 0
@@ -326,8 +245,8 @@ def test_the_question_is_put_to_the_base_as_the_run_loaded_it(tmp_path, capsys):
     ask, merge = commands(tmp_path, {})["mlx-qlora"].splitlines()
     assert "--model" not in ask + merge
     base = {"base_model_name_or_path": "org/base"}  # of a model that Python has loaded
-    facts = Facts(result_in(tmp_path, []), RunConfig(), {}, (), (), {}, None, {}, {}, base)
-    assert use(facts).code == ask.replace("--adapter", "--model org/base --adapter")
+    report = Report(result_in(tmp_path, []), RunConfig(), adapter=base)
+    assert report.answers[-1].code == ask.replace("--adapter", "--model org/base --adapter")
     assert cli([*shlex.split(ask)[1:], "--print-config"]) == 0
     assert f"adapter: {tmp_path}" in capsys.readouterr().out
     asked = with_model(build({"model": {"adapter": str(tmp_path)}}))
@@ -343,7 +262,7 @@ def test_commands_fit_what_the_adapter_is(tmp_path):
     assert "--enable-lora" not in commands(tmp_path, {"r": 1024})["vLLM"]
 
 
-# ---- samples -----------------------------------------------------------------------------------
+# ---- samples -------------------------------------------------------------------------------------
 
 
 def test_a_question_ends_where_the_first_answer_begins():
@@ -375,18 +294,16 @@ def test_a_question_ends_where_the_first_answer_begins():
 )
 def test_an_answer_that_was_cut_elsewhere_is_no_other(before, after, other):
     assert is_other(before, after) == is_other(after, before) == other
-    sample = {"before": before, "after": after}
-    facts = Facts(result_in(Path(), []), RunConfig(), {}, [sample], (), {}, None, {})
-    assert changed(facts).verdict == f"{int(other)} of 1 sampled answers differ"
+    verdict = changed([{"before": before, "after": after}], {}).verdict
+    assert verdict == f"{int(other)} of 1 sampled answers differ"
 
 
-def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
+# ---- a whole run ---------------------------------------------------------------------------------
+
+
+def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
     """The command line's own run, on a tiny model: everything in the page is of this run."""
-    from rich.console import Console
-    from support.tiny_folder import write_model, write_rows
-
-    from mlx_qlora.run import run
-
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_model(tmp_path / "model")
     values = {
         "model": {"source": str(tmp_path / "model"), "bits": None},
@@ -395,6 +312,7 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
                      "gradient_accumulation_steps": 1},
         "checkpointing": {"output_dir": str(tmp_path / "out"), "eval_steps": 2},
         "logging": {"logging_steps": 1},
+        "generation": {"max_new_tokens": 8},
     }  # fmt: skip
     result = run(build(values), Console(quiet=True))
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
@@ -406,20 +324,19 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
     ):  # fmt: skip
         assert said in page.text, said
     assert sum(tag == "article" for tag, _ in page.tags) == 3
-    assert len(re.findall(r"Referenceon [012]Before", page.text)) == 3  # as `write_rows` made them
+    assert len(re.findall(r"Reference on [012] Before", page.text)) == 3  # as `write_rows` does
     for record in result.log_history:
         if "eval_loss" in record:
             assert f"{record['eval_loss']:.4g}" in page.text
-    shown = result._repr_html_()
-    assert (
-        shown is not None and "Did it learn?" in Page(shown).text and shown.count("<polyline") >= 6
-    )
+    shown = result._repr_html_() or ""
+    assert "Did it learn?" in Page(shown).text and shown.count("<polyline") >= 6
 
 
 # ---- notebooks ---------------------------------------------------------------------------------
 
 
-def test_a_result_without_a_report_shows_as_text(tmp_path):
+def test_a_result_without_a_report_shows_as_text(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = result_in(tmp_path, history(10))
     assert result._repr_html_() is None
     write_report(result, RunConfig(), {})
@@ -448,7 +365,7 @@ def test_outside_a_kernel_nothing_is_started():
 CELL = """
 import json, time
 from pathlib import Path
-from mlx_qlora.after.notebook import live_plots
+from mlx_qlora.after.plots import live_plots
 path = Path("metrics.jsonl")
 with live_plots(path, 2):
     for step in range(1, 5):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.browser import MISSING, Browser, find_browser
-from test_report import HOSTILE, history, written
+from support.report import HOSTILE, history, written
 
 WIDTHS, THEMES = (1200, 375), ("light", "dark")
 

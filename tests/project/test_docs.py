@@ -34,9 +34,7 @@ from support.models import TINY
 from support.tiny_folder import write_rows, write_tokenizer
 
 import mlx_qlora as mq
-from mlx_qlora import cli, run
-from mlx_qlora.after import plots
-from mlx_qlora.after import report as report_page
+from mlx_qlora import cli
 from mlx_qlora.cli import COMMANDS
 from mlx_qlora.model import hub
 
@@ -190,8 +188,7 @@ def in_place(tiny: Path):
         patch.setattr(hub, "_from_package", stand_in)
         patch.setattr(hub, "_from_hub", stand_in)
         # Half of the time, for what tests/after/test_report.py and tests/cli/test_cli.py look at.
-        for module in (run, plots, report_page):
-            patch.setattr(module, "can_draw_png", lambda: False)
+        patch.setitem(sys.modules, "matplotlib", None)
         yield
 
 
