@@ -145,8 +145,8 @@ def metadata(wheel: Path) -> Message:
 def test_the_wheel_holds_the_library_and_nothing_else(built: dict[str, Path]):
     names = set(contents(built["wheel"]))
     inside = {name for name in names if not re.match(r"mlx_qlora-[\d.]+\.dist-info/", name)}
-    tree = (ROOT / "mlx_qlora").rglob("*")
-    ours = {str(path.relative_to(ROOT)) for path in tree if path.suffix in (".py", ".typed")}
+    tree = [path.relative_to(ROOT) for path in (ROOT / "mlx_qlora").rglob("*") if path.is_file()]
+    ours = {str(path) for path in tree if "__pycache__" not in path.parts}
     assert inside == ours
     assert "mlx_qlora/py.typed" in inside
     assert any(name.endswith("licenses/LICENSE") for name in names)
