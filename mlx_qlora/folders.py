@@ -151,11 +151,10 @@ def locked(folder: Path) -> Iterator[None]:
 # ---- whose files a folder holds ------------------------------------------------------------------
 
 CARD, RECORD = "README.md", "training_args.json"
+PEFT = ("adapter_config.json", "adapter_model.safetensors")
 MLX_LM = ("adapter_config.json", "adapters.safetensors")
-ADAPTER_FOLDER = (
-    *(CARD, "adapter_config.json", "adapter_model.safetensors"),
-    *(f"mlx/{name}" for name in MLX_LM),
-)
+MLX_COPY = tuple(f"mlx/{name}" for name in MLX_LM)
+ADAPTER_FOLDER = (CARD, *PEFT, *MLX_COPY)
 MERGED_FOLDER = (  # shell patterns
     *(CARD, "config.json", "generation_config.json", "model*.safetensors"),
     *("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"),

@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_qlora import __version__
 from mlx_qlora.adapters.drift import Drift, encode_texts, measure
+from mlx_qlora.adapters.push import render
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import AdapterError, ConfigError, WeightsError, listing, require
 from mlx_qlora.folders import MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
@@ -503,14 +504,13 @@ def _card(
     drift: Drift | None,
 ) -> str:
     files = original.files if original else getattr(model, "source", None)
-    named = (files and files.hf_id) or ""
-    is_hub = HUB_ID.fullmatch(named) is not None
-    packed = f", quantised to {quantize.bits} bits ({quantize.mode})" if quantize else ""
-    lines = ["---"]
-    if is_hub:
-        lines += [f"base_model: {named}", "base_model_relation: finetune"]
-    lines += [f"library_name: {'mlx' if quantize else 'transformers'}"]
-    lines += ["pipeline_tag: text-generation", "tags:", "- mlx-qlora", "---", ""]
-    what = f"`{named}`" if is_hub else "its base model"
-    lines += [f"A LoRA adapter and {what}, {MERGED_MARK} {__version__} in {dtype}{packed}."]
-    return "\n".join([*lines, *(["", str(drift)] if drift else [])]) + "\n"
+    name = (files and files.hf_id) or ""
+    return render(
+        "merged_card.md.jinja",
+        repo=name if HUB_ID.fullmatch(name) else None,
+        mark=MERGED_MARK,
+        version=__version__,
+        dtype=dtype,
+        quantize=quantize,
+        drift=drift,
+    )

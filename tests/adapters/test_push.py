@@ -437,7 +437,7 @@ def test_a_base_that_nobody_else_has_and_paths_in_a_card_are_refused(out, tmp_pa
     config = json.loads((out / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path)
     (out / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"is no repository on the hub.*save it anew with model"):
+    with pytest.raises(ConfigError, match=r"is no repository on the hub.*save it again with model"):
         push_to_hub(out, REPO)
 
 
@@ -467,7 +467,7 @@ def test_not_logged_in_refused_and_not_allowed(away, hub, out):
 
 
 def test_no_network_and_a_hub_that_breaks_down(away, hub, out):
-    again = "run the same command again; what has arrived is not sent twice"
+    again = "run the same command again; what was uploaded already is not sent twice"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
