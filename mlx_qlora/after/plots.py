@@ -208,7 +208,7 @@ def svg_file(plot: Plot) -> str:
     _add(root, "text", f"{plot.title}, {plot.unit}", class_="title", x="1.5%", y=18)
     root.append(_chart(plot))
     for i, line in enumerate(legend):
-        y = HEIGHT + LEGEND * i + 8
+        y = HEIGHT + LEGEND * (i + 1) - 5
         _add(root, "text", line.label, class_=f"fill{i % COLOURS}", x=_percent(LEFT), y=y)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
