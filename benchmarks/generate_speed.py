@@ -106,7 +106,7 @@ def some_text() -> list[int]:
 
 def ours(model: Any) -> Callable[[Prompts, int], Made]:
     """Our generator, of one prompt."""
-    from mlx_qlora.infer.generate import generate_tokens
+    from mlx_qlora.infer.tokens import generate_tokens
 
     def generate(prompts: Prompts, n: int) -> Made:
         how = mq.GenerationConfig(temperature=0, repetition_penalty=1, max_new_tokens=n)
@@ -117,7 +117,7 @@ def ours(model: Any) -> Callable[[Prompts, int], Made]:
 
 def our_batch(model: Any) -> Callable[[Prompts, int], Made]:
     """Our generator of batches; the first token of each prompt counts as part of the waiting."""
-    from mlx_qlora.infer.generate import batch_tokens
+    from mlx_qlora.infer.tokens import batch_tokens
 
     def generate(prompts: Prompts, n: int) -> Made:
         how = mq.GenerationConfig(temperature=0, repetition_penalty=1, max_new_tokens=n)

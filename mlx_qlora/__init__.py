@@ -22,12 +22,12 @@ _HOME = {
     "DataConfig": "data.read",
     "DataError": "errors",
     "Examples": "data.examples",
-    "GenerationConfig": "infer.generate",
+    "GenerationConfig": "infer.tokens",
     "LoggingConfig": "train.metrics",
     "LoraConfig": "model.lora",
     "ModelConfig": "config",
     "ProcessError": "errors",
-    "PromptCache": "infer.generate",
+    "PromptCache": "infer.tokens",
     "QuantConfig": "model.quantize",
     "RunConfig": "config",
     "SourceError": "errors",
@@ -119,12 +119,12 @@ if TYPE_CHECKING:  # what type checkers and editors read instead of __getattr__
     from mlx_qlora.errors import WeightsError as WeightsError
     from mlx_qlora.infer.chat import chat as chat
     from mlx_qlora.infer.evaluate import evaluate as evaluate
-    from mlx_qlora.infer.generate import GenerationConfig as GenerationConfig
-    from mlx_qlora.infer.generate import PromptCache as PromptCache
     from mlx_qlora.infer.generate import Speed as Speed
     from mlx_qlora.infer.generate import generate as generate
     from mlx_qlora.infer.generate import generate_batch as generate_batch
     from mlx_qlora.infer.generate import stream as stream
+    from mlx_qlora.infer.tokens import GenerationConfig as GenerationConfig
+    from mlx_qlora.infer.tokens import PromptCache as PromptCache
     from mlx_qlora.loading import load as load
     from mlx_qlora.model.lora import LoraConfig as LoraConfig
     from mlx_qlora.model.lora import add_lora as add_lora

@@ -201,30 +201,20 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
         raise ConfigError("--input goes with --instruction")
     if args.prompt == "-":
         args.prompt = _standard_input()
-    how = config.generation
+    settings: dict[str, Any] = dataclasses.asdict(config.generation) | {"seed": args.seed}
     config = with_model(config)
     llama, tokenizer = loaded(config)
     config, tokenizer = as_taught(config, tokenizer)
-    template = config.data.template
-    made = stream(
-        llama,
-        tokenizer,
-        _prompt(args, tokenizer.chat_template is not None, template),
-        how.max_new_tokens,
-        how.temperature,
-        how.top_p,
-        how.top_k,
-        how.repetition_penalty,
-        args.seed,
-    )
+    prompt = _prompt(args, tokenizer.chat_template is not None, config.data.template)
+    answer = stream(llama, tokenizer, prompt, **settings)
     text = ""
-    for piece in made:
+    for piece in answer:
         text += piece
         if not args.json:
             print(piece, end="", flush=True)
     if not args.json:
         print()
-    return {"text": text, **dataclasses.asdict(made.speed)}
+    return {"text": text, **dataclasses.asdict(answer.speed)}
 
 
 def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
@@ -279,17 +269,17 @@ def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Foun
 
 
 def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
-    from mlx_qlora.before.doctor import doctor
+    from mlx_qlora.before.doctor import PlannedRun, doctor
 
     model, checkpointing = config.model, config.checkpointing
-    findings = doctor(
-        console,
+    run = PlannedRun(
         model.source,
         model.revision,
         checkpointing.output_dir,
         config.lora,
         checkpointing.save_total_limit,
     )
+    findings = doctor(console, run)
     fine = all(finding.state != "error" for finding in findings)
     return {"ok": fine, "findings": [dataclasses.asdict(finding) for finding in findings]}
 

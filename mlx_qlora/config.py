@@ -17,7 +17,7 @@ import yaml
 
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option
-from mlx_qlora.infer.generate import GenerationConfig
+from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.train.checkpoint import CheckpointingConfig

@@ -1,4 +1,4 @@
-"""How near generated answers are to the references, each in its own way.
+"""How near generated answers are to the references, and how two models differ in it.
 
 Each metric is a function (prediction, reference) -> float of two texts. None of them knows whether
 an answer is right: they compare words, characters and form, and that is all they say.
@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,164 +24,15 @@ from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 
-# ---- figures -------------------------------------------------------------------------------------
+# ---- questions -----------------------------------------------------------------------------------
 
 
-LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
-
-
-MOST_NATS = 700.0  # exp of more is not finite
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of two models.
-
-    Attributes:
-        metric: its name.
-        better: `lower`, `higher` or `neither`.
-        base: the base's figure.
-        tuned: the adapter's; None if there is no adapter.
-        change: tuned minus base, paired by example; of perplexity, tuned over base minus 1.
-        relative: whether `change` is a share of the base's figure.
-    """
-
-    metric: str
-    better: str
-    base: Interval
-    tuned: Interval | None = None
-    change: Interval | None = None
-    relative: bool = False
-
-    @property
-    def name(self) -> str:
-        """The metric, as a person reads it."""
-        return self.metric.replace("_", " ")
-
-    @property
-    def sentence(self) -> str:
-        """What can be said of the change, and what cannot."""
-        if self.tuned is None or self.change is None:
-            return f"{self.name}: {_span(self.base)}"
-        before, after, n = self.base.estimate, self.tuned.estimate, self.change.n
-        values = f"{self.name}: {before:.4g} without the adapter, {after:.4g} with it"
-        if n < FEWEST:
-            return f"{values}; {n} examples are too few to say how sure that is"
-        if not self.change.known:
-            return f"{values}; all {n} examples changed alike, which gives no interval"
-        percent = f"{100 * self.change.level:g} %"
-        change = f"{values} ({self._signed()}, {percent} interval {self._ends()}, n = {n})"
-        if self.change.includes_zero:
-            return f"{change}: the interval includes 0, so no change is shown"
-        if self.better == NEITHER:
-            return f"{change}: it {'rose' if self.change.estimate > 0 else 'fell'}"
-        improved = (self.change.estimate < 0) == (self.better == LOWER)
-        return f"{change}: {'better' if improved else 'worse'}"
-
-    def _signed(self) -> str:
-        assert self.change is not None
-        return _signed(self.change.estimate, self.relative)
-
-    def _ends(self) -> str:
-        assert self.change is not None
-        low, high = (_signed(end, self.relative) for end in (self.change.low, self.change.high))
-        return f"{low} to {high}"
-
-    def cells(self) -> list[str]:
-        """As a line of the table."""
-        if self.tuned is None or self.change is None:
-            return [self.name, _span(self.base), str(self.base.n)]
-        ends = self._ends() if self.change.known else "not known"
-        figures = f"{self.base.estimate:.4g}", f"{self.tuned.estimate:.4g}"
-        return [self.name, *figures, self._signed(), ends, str(self.change.n)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        parts = {"base": self.base, "tuned": self.tuned, "change": self.change}
-        shown = {name: part.to_dict() if part else None for name, part in parts.items()}
-        about = {"metric": self.metric, "better": self.better, "relative": self.relative}
-        return about | shown | {"sentence": self.sentence}
-
-
-def perplexity_row(metric: str, loss: Row) -> Row:
-    """Perplexities of the losses in a line; exp keeps the order, so the intervals are its ends'."""
-    tuned = loss.tuned.mapped(_exp) if loss.tuned else None
-    change = loss.change.mapped(_rise) if loss.change else None
-    return Row(metric, LOWER, loss.base.mapped(_exp), tuned, change, relative=True)
-
-
-def paired_row(
-    metric: str, better: str, values: list[np.ndarray], weights: np.ndarray | None, level: float
-) -> Row:
-    """A metric's line, from its sums over each example: of the base, and of the tuned model.
-
-    Args:
-        metric: its name.
-        better: LOWER, HIGHER or NEITHER.
-        values: (n,) of each model.
-        weights: (n,) of both, tokens of each example; None counts examples alike.
-        level: of confidence, in (0, 1).
-    """
-    figures = [ratio_interval(each, weights, level) for each in values]
-    if len(values) == 1:
-        return Row(metric, better, figures[0])
-    change = ratio_interval(values[1] - values[0], weights, level)
-    return Row(metric, better, figures[0], figures[1], change)
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, MOST_NATS))
-
-
-def _rise(nats: float) -> float:
-    return math.expm1(min(nats, MOST_NATS))
-
-
-def _signed(value: float, relative: bool) -> str:
-    return f"{100 * value:+.3g} %" if relative else f"{value:+.3g}"
-
-
-def _span(of: Interval) -> str:
-    return f"{of.estimate:.4g}" + (f" ({of.low:.4g} to {of.high:.4g})" if of.known else "")
-
-
-# ---- answers -------------------------------------------------------------------------------------
-
-
-GRAM = 3  # characters; of style
-
-
-REPEATED = 4  # words; of repetition
-
-
-OPENING = 5  # words; of an answer's beginning
-
-
-INSTALL = 'pip install "mlx-qlora[evaluate]"'
-
-
-WORD = re.compile(r"[^\W_]+")
-
-
-LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.MULTILINE)
-
-
-HEADING = re.compile(r"^#{1,6}\s", re.MULTILINE)
-
-
-FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
-
-
-CLOSING = (".", "!", "?", "…", "。", "！", "？", "؟", "।")
-
-
-# ---- what is asked -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Question:
     """What a model is asked, and the answer in the data.
 
     Attributes:
-        prompt: all text before the last answer, as the model was taught to see it.
+        prompt: all text before the last answer, as the model saw it in training.
         reference: the last answer, without the token that ends it.
         tokens: of the reference.
         place: file and line of the row.
@@ -199,8 +50,8 @@ def questions(examples: Examples, tokenizer: Tokenizer) -> list[Question]:
     Left out are rows that are learned from their first token on (a plain text, or
     `data.train_on=all`), as nothing is there to ask, and rows whose answer was cut.
     """
-    found = (_question(example, tokenizer) for example in examples)
-    return [question for question in found if question is not None]
+    asked = (_question(example, tokenizer) for example in examples)
+    return [question for question in asked if question is not None]
 
 
 def _question(example: Example, tokenizer: Tokenizer) -> Question | None:
@@ -215,15 +66,20 @@ def _question(example: Example, tokenizer: Tokenizer) -> Question | None:
     answer = answer[: next(i for i, token in enumerate(answer) if token in tokenizer.eos_ids)]
     prompt = tokenizer.decode(context)
     bos = tokenizer.decode([context[0]]) if context[0] == tokenizer.bos_id else ""
-    bare = prompt.removeprefix(bos)
-    # A BOS written out and one that is added are the same; a text that begins with one is not
-    # always decoded as such.
-    if encode_prompt(tokenizer, prompt) != context and encode_prompt(tokenizer, bare) == context:
-        prompt = bare
+    without_bos = prompt.removeprefix(bos)
+    # `encode_prompt` adds a BOS; a text that begins with one is not always encoded as one.
+    if encode_prompt(tokenizer, prompt) != context:
+        if encode_prompt(tokenizer, without_bos) == context:
+            prompt = without_bos
     return Question(prompt, tokenizer.decode(answer), len(answer), example.place)
 
 
-# ---- words and characters ----------------------------------------------------------------------
+# ---- words and characters ------------------------------------------------------------------------
+
+INSTALL = 'pip install "mlx-qlora[evaluate]"'
+WORD = re.compile(r"[^\W_]+")
+
+
 def exact_match(prediction: str, reference: str) -> float:
     """1 if both are the same but for runs of white space, else 0 (SQuAD's, case kept)."""
     return float(prediction.split() == reference.split())
@@ -294,7 +150,15 @@ def _chrf() -> Any:
     return CHRF()
 
 
-# ---- form --------------------------------------------------------------------------------------
+# ---- form ----------------------------------------------------------------------------------------
+
+LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.MULTILINE)
+HEADING = re.compile(r"^#{1,6}\s", re.MULTILINE)
+FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+CLOSING = (".", "!", "?", "…", "。", "！", "？", "؟", "।")
+STYLE_GRAM = 3  # characters
+
+
 def relative_length(prediction: str, reference: str) -> float:
     """Characters of the prediction over those of the reference, 0 and up; 1 is as long.
 
@@ -305,13 +169,13 @@ def relative_length(prediction: str, reference: str) -> float:
 
 def length_agreement(prediction: str, reference: str) -> float:
     """The shorter length over the longer one, in characters, 0 to 1; two empty texts give 1."""
-    return _alike(len(prediction.strip()), len(reference.strip()))
+    return _agreement(len(prediction.strip()), len(reference.strip()))
 
 
 def structure(text: str) -> dict[str, int]:
-    """How a text is laid out: counts of lines, list items, fences and headings, and two yes or no.
+    """How a text is laid out: counts of lines, list items, fences and headings, and two flags.
 
-    The latter are whether it ends with a mark that ends a sentence, and whether the whole of it is
+    The flags are whether it ends with a mark that ends a sentence, and whether the whole of it is
     a JSON object or list.
     """
     text = text.strip()
@@ -331,7 +195,7 @@ def structure_agreement(prediction: str, reference: str) -> float:
     Two zeros agree; so two plain lines of prose agree fully, whatever they say.
     """
     ours, theirs = structure(prediction), structure(reference)
-    return math.fsum(_alike(ours[name], theirs[name]) for name in ours) / len(ours)
+    return math.fsum(_agreement(ours[name], theirs[name]) for name in ours) / len(ours)
 
 
 def style_similarity(prediction: str, reference: str) -> float:
@@ -351,15 +215,15 @@ def style_similarity(prediction: str, reference: str) -> float:
 def _grams(text: str) -> Counter[str]:
     text = " ".join(text.split())
     padded = f" {text} " if text else ""
-    return Counter(padded[i : i + GRAM] for i in range(len(padded) - GRAM + 1))
+    return Counter(padded[i : i + STYLE_GRAM] for i in range(len(padded) - STYLE_GRAM + 1))
 
 
-def _alike(a: int, b: int) -> float:
+def _agreement(a: int, b: int) -> float:
     return min(a, b) / max(a, b) if max(a, b) else 1.0
 
 
 def _is_json(text: str) -> bool:
-    if not text.startswith(("{", "[")):  # a number or a word in quotes is hardly meant as JSON
+    if not text.startswith(("{", "[")):  # nobody means a number or a quoted word as JSON
         return False
     try:
         json.loads(text)
@@ -368,9 +232,14 @@ def _is_json(text: str) -> bool:
     return True
 
 
-# ---- saying the same again ---------------------------------------------------------------------
-def repetition(text: str, n: int = REPEATED) -> float:
-    """The share of a text's word n-grams that stood in it before, 0 to 1.
+# ---- repetition and collapse ---------------------------------------------------------------------
+
+REPEATED_GRAM = 4  # words
+OPENING = 5  # words of an answer's beginning
+
+
+def repetition(text: str, n: int = REPEATED_GRAM) -> float:
+    """The share of a text's word n-grams that occurred in it before, 0 to 1.
 
     Seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319), with words split at white space; a text of
     fewer than n words repeats nothing.
@@ -383,7 +252,7 @@ def repetition(text: str, n: int = REPEATED) -> float:
 def excess_repetition(prediction: str, reference: str) -> float:
     """`repetition` of the prediction less that of the reference, -1 to 1.
 
-    The reference's own belongs to the task: a table repeats itself rightly.
+    The reference's own belongs to the task: a table rightly repeats itself.
     """
     return repetition(prediction) - repetition(reference)
 
@@ -392,7 +261,7 @@ def excess_repetition(prediction: str, reference: str) -> float:
 class Variety:
     """Whether a set of answers collapses into a few.
 
-    References tell what is normal: those of a classifier are few, too.
+    The references show what is normal: those of a classifier are few, too.
 
     Attributes:
         distinct: different answers over all answers, 0 to 1 (as distinct-n of Li et al. 2015,
@@ -409,20 +278,130 @@ class Variety:
     repetition: float
     empty: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
 
 def variety(answers: list[str]) -> Variety:
-    """What a set of at least one answer has in common."""
+    """The variety of a set of at least one answer."""
     n, words = len(answers), [answer.split() for answer in answers]
     openings = Counter(" ".join(each[:OPENING]) for each in words)
     opening, times = openings.most_common(1)[0]
     return Variety(
-        len({" ".join(each) for each in words}) / n,
-        times / n,
-        opening,
-        math.fsum(map(repetition, answers)) / n,
-        sum(not each for each in words) / n,
+        distinct=len({" ".join(each) for each in words}) / n,
+        same_opening=times / n,
+        opening=opening,
+        repetition=math.fsum(map(repetition, answers)) / n,
+        empty=sum(not each for each in words) / n,
     )
+
+
+# ---- one metric of two models --------------------------------------------------------------------
+
+LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
+MOST_NATS = 700.0  # exp of more is not finite
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of two models.
+
+    Attributes:
+        better: `lower`, `higher` or `neither`.
+        tuned: the adapter's figure; None if there is no adapter.
+        change: tuned minus base, paired by example; of perplexity, tuned over base minus 1.
+        relative: whether `change` is a share of the base's figure.
+    """
+
+    metric: str
+    better: str
+    base: Interval
+    tuned: Interval | None = None
+    change: Interval | None = None
+    relative: bool = False
+
+    @property
+    def name(self) -> str:
+        """The metric, as a person reads it."""
+        return self.metric.replace("_", " ")
+
+    @property
+    def sentence(self) -> str:
+        """What can be said of the change, and what cannot."""
+        if self.tuned is None or self.change is None:
+            return f"{self.name}: {self._alone()}"
+        before, after, n = self.base.estimate, self.tuned.estimate, self.change.n
+        values = f"{self.name}: {before:.4g} without the adapter, {after:.4g} with it"
+        if n < FEWEST:
+            return f"{values}; {n} examples are too few to say how sure that is"
+        if not self.change.known:
+            return f"{values}; all {n} examples changed alike, which gives no interval"
+        percent, (change, ends) = f"{100 * self.change.level:g} %", self._change(self.change)
+        summary = f"{values} ({change}, {percent} interval {ends}, n = {n})"
+        if self.change.includes_zero:
+            return f"{summary}: the interval includes 0, so no change is shown"
+        if self.better == NEITHER:
+            return f"{summary}: it {'rose' if self.change.estimate > 0 else 'fell'}"
+        improved = (self.change.estimate < 0) == (self.better == LOWER)
+        return f"{summary}: {'better' if improved else 'worse'}"
+
+    def cells(self) -> list[str]:
+        """As a line of the table."""
+        if self.tuned is None or self.change is None:
+            return [self.name, self._alone(), str(self.base.n)]
+        figures = f"{self.base.estimate:.4g}", f"{self.tuned.estimate:.4g}"
+        return [self.name, *figures, *self._change(self.change), str(self.change.n)]
+
+    def _alone(self) -> str:
+        base = self.base
+        ends = f" ({base.low:.4g} to {base.high:.4g})" if base.known else ""
+        return f"{base.estimate:.4g}{ends}"
+
+    def _change(self, change: Interval) -> tuple[str, str]:
+        """The change and its interval, with signs."""
+        shown, low, high = (
+            f"{100 * value:+.3g} %" if self.relative else f"{value:+.3g}"
+            for value in (change.estimate, change.low, change.high)
+        )
+        return shown, f"{low} to {high}" if change.known else "not known"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        intervals = {"base": self.base, "tuned": self.tuned, "change": self.change}
+        return {
+            "metric": self.metric,
+            "better": self.better,
+            "relative": self.relative,
+            **{name: each.to_dict() if each else None for name, each in intervals.items()},
+            "sentence": self.sentence,
+        }
+
+
+def paired_row(
+    metric: str, better: str, values: list[np.ndarray], weights: np.ndarray | None, level: float
+) -> Row:
+    """The row of a metric, from its sums over each example.
+
+    Args:
+        metric: its name.
+        better: LOWER, HIGHER or NEITHER.
+        values: (n,) of the base, and (n,) of the tuned model if there is one.
+        weights: (n,) of both, tokens of each example; None counts examples alike.
+        level: of confidence, in (0, 1).
+    """
+    figures = [ratio_interval(each, weights, level) for each in values]
+    if len(values) == 1:
+        return Row(metric, better, figures[0])
+    change = ratio_interval(values[1] - values[0], weights, level)
+    return Row(metric, better, figures[0], figures[1], change)
+
+
+def perplexity_row(metric: str, loss: Row) -> Row:
+    """The perplexities of a row of losses; exp keeps the order, so intervals keep their ends."""
+
+    def exp(nats: float) -> float:
+        return math.exp(min(nats, MOST_NATS))
+
+    def rise(nats: float) -> float:
+        return math.expm1(min(nats, MOST_NATS))
+
+    tuned = loss.tuned.mapped(exp) if loss.tuned else None
+    change = loss.change.mapped(rise) if loss.change else None
+    return Row(metric, LOWER, loss.base.mapped(exp), tuned, change, relative=True)

@@ -7,7 +7,7 @@ The divergence that counts as forgetting is KL(base || tuned), the mean over pos
 sum_v p_base log(p_base / p_tuned). It grows where the tuned model has no probability left for what
 the base would have said, which is what forgetting is, and it predicts losses on earlier tasks
 (Shenfeld et al. 2025, arXiv 2509.04259). KL(tuned || base) grows where the tuned model says what
-the base never would; it is the penalty of reinforcement learning, and given beside the other.
+the base never would; it is the penalty of reinforcement learning, and reported too.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from mlx_qlora.adapters.drift import POSITIONS, encode_texts, float64_of, log_softmax
@@ -26,21 +25,16 @@ from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_ro
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.infer.evaluate import progress
 from mlx_qlora.model.llama import LlamaForCausalLM
 
-# What a rise of perplexity is worth, by what people accept knowingly. Rounding Llama 2 7B to 4
-# bits takes WikiText-2 from 5.47 to 5.73, +5 %; from 13B (4.88) to 7B it is +12 % (Lin et al. 2023,
+# How much a rise of perplexity is, by what people accept knowingly. Rounding Llama 2 7B to 4 bits
+# takes WikiText-2 from 5.47 to 5.73, +5 %; from 13B (4.88) to 7B it is +12 % (Lin et al. 2023,
 # arXiv 2306.00978, table 4). Up to the first, little was forgotten; beyond the second, the model
 # is on such text no better than a smaller one.
 LITTLE, MUCH = 0.05, 0.12
-
-
 WINDOW = 512  # tokens of a text that are read at once
-
-
-BLOCK = 32  # predictions that are drawn together: those of one sentence hang together
-
-
+BLOCK = 32  # predictions that are drawn together: those of one sentence depend on each other
 MOST_CHARACTERS = 400_000  # of a file; some 100,000 tokens give intervals of under a percent
 
 
@@ -54,7 +48,6 @@ class Forgetting:
 
     Attributes:
         loss: nats per token, as in a comparison.
-        perplexity: of the same.
         kl: KL(base || tuned), nats per token.
         kl_reverse: KL(tuned || base), nats per token.
         tokens: predictions that were compared.
@@ -75,20 +68,21 @@ class Forgetting:
         assert change is not None and tuned is not None
         moved = "rose" if change.estimate > 0 else "fell"
         ends = f"{100 * change.low:+.2g} to {100 * change.high:+.2g} %"
-        sure = f", {100 * change.level:g} % interval {ends}" if change.known else ""
-        return (
-            f"on {self.source} the perplexity {moved} from {self.perplexity.base.estimate:.4g} to "
-            f"{tuned.estimate:.4g} ({100 * change.estimate:+.2g} %{sure}; {self.tokens:,} tokens, "
-            f"KL {self.kl.estimate:.2g} nats per token): {self._verdict(change)}"
-        )
-
-    def _verdict(self, change: Interval) -> str:
+        interval = f", {100 * change.level:g} % interval {ends}" if change.known else ""
         low, high = degree(change.low), degree(change.high)
         if not change.known:
-            return f"{degree(change.estimate)} was forgotten, but the text is too short to be sure"
-        if low == high:
-            return f"{low} was forgotten"
-        return f"{low} to {high} was forgotten; more text would tell"
+            verdict = (
+                f"{degree(change.estimate)} was forgotten, but the text is too short to be sure"
+            )
+        elif low == high:
+            verdict = f"{low} was forgotten"
+        else:
+            verdict = f"{low} to {high} was forgotten; more text would tell"
+        return (
+            f"on {self.source} the perplexity {moved} from {self.perplexity.base.estimate:.4g} to "
+            f"{tuned.estimate:.4g} ({100 * change.estimate:+.2g} %{interval}; {self.tokens:,} "
+            f"tokens, KL {self.kl.estimate:.2g} nats per token): {verdict}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -119,7 +113,7 @@ def degree(rise: float) -> str:
     return "little" if rise < LITTLE else "something" if rise < MUCH else "much"
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: Path, most: int = MOST_CHARACTERS) -> list[str]:
     """The paragraphs of a text file, evenly spaced ones if there are more than are needed.
 
     Raises:
@@ -129,11 +123,11 @@ def read_texts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--general: {path} cannot be read as text: {error}") from None
-    paragraphs = [part.strip() for part in text.split("\n\n")]
-    paragraphs = [part[:MOST_CHARACTERS] for part in paragraphs if part]
+    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
+    paragraphs = [paragraph[:most] for paragraph in paragraphs if paragraph]
     if not paragraphs:
         raise ConfigError(f"--general: {path} holds no text; name a file of plain text")
-    step = -(-sum(map(len, paragraphs)) // MOST_CHARACTERS)
+    step = -(-sum(map(len, paragraphs)) // most)
     return paragraphs[::step]
 
 
@@ -148,7 +142,7 @@ def forgetting(
     """Compares a model with its adapter and without it on every prediction of general text.
 
     Args:
-        model: with an adapter that is on; it leaves as it came.
+        model: with an adapter that is on, and stays on.
         tokenizer: the model's.
         texts: None means the six built-in ones.
         source: what messages call the text.
@@ -160,20 +154,24 @@ def forgetting(
     """
     if active(model) is None:
         raise ConfigError("the model has no adapter that is on: attach one, or switch to it")
-    most = min(WINDOW, model.config.max_position_embeddings)
+    window = min(WINDOW, model.config.max_position_embeddings)
     rows = [
-        ids[start : start + most]
+        ids[start : start + window]
         for ids in encode_texts(tokenizer, texts)
-        for start in range(0, len(ids) - 1, most - 1)  # the last of one is the first of the next
+        # Windows share a token: the last of one is the first of the next, which it predicts from.
+        for start in range(0, len(ids) - 1, window - 1)
     ]
-    quiet = console is None or not console.is_terminal
-    found = [_blocks(model, ids) for ids in track(rows, "text", console=console, disable=quiet)]
-    base, tuned, kl, kl_reverse, n = np.concatenate(found).T
-
+    blocks = [_blocks(model, ids) for ids in progress(rows, "text", console)]
+    base, tuned, kl, kl_reverse, n = np.concatenate(blocks).T
     loss = paired_row("loss", LOWER, [base, tuned], n, level)
-    forward, reverse = (ratio_interval(each, n, level) for each in (kl, kl_reverse))
-    perplexity = perplexity_row("perplexity", loss)
-    return Forgetting(loss, perplexity, forward, reverse, int(n.sum()), source)
+    return Forgetting(
+        loss,
+        perplexity_row("perplexity", loss),
+        ratio_interval(kl, n, level),
+        ratio_interval(kl_reverse, n, level),
+        int(n.sum()),
+        source,
+    )
 
 
 def _blocks(model: LlamaForCausalLM, ids: list[int]) -> np.ndarray:
@@ -188,7 +186,7 @@ def _blocks(model: LlamaForCausalLM, ids: list[int]) -> np.ndarray:
         mx.eval(hidden_base)
     hidden_tuned = model.model(tokens)[0]
     mx.eval(hidden_tuned)
-    each = np.empty((len(labels), 5))
+    figures = np.empty((len(labels), 5))
     with model.head.dense_for_now():
         for start in range(0, len(labels), POSITIONS):
             part = slice(start, start + POSITIONS)
@@ -197,8 +195,8 @@ def _blocks(model: LlamaForCausalLM, ids: list[int]) -> np.ndarray:
                 for hidden in (hidden_base, hidden_tuned)
             )
             at = np.arange(len(base)), labels[part]
-            between = base - tuned
-            kl = (np.exp(base) * between).sum(axis=1)
-            kl_reverse = -(np.exp(tuned) * between).sum(axis=1)
-            each[part] = np.stack([-base[at], -tuned[at], kl, kl_reverse, np.ones(len(base))], 1)
-    return np.add.reduceat(each, range(0, len(each), BLOCK), axis=0)
+            difference = base - tuned
+            kl = (np.exp(base) * difference).sum(axis=1)
+            kl_reverse = -(np.exp(tuned) * difference).sum(axis=1)
+            figures[part] = np.stack([-base[at], -tuned[at], kl, kl_reverse, 0 * kl + 1], axis=1)
+    return np.add.reduceat(figures, range(0, len(figures), BLOCK), axis=0)

@@ -8,7 +8,7 @@ import numpy as np
 from mlx_qlora.after.advice import CUT
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.infer.generate import GenerationConfig, generate_tokens
+from mlx_qlora.infer.tokens import GenerationConfig, generate_tokens
 from mlx_qlora.model.llama import LlamaForCausalLM
 
 MOST_NEW = 128  # tokens of an answer

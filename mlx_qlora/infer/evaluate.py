@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -16,14 +18,11 @@ from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.allreduce import score_of_all
-from mlx_qlora.train.score import Score, score, score_rows
+from mlx_qlora.train.score import score, score_rows
 
+T = TypeVar("T")
 BATCH = 8  # rows of a forward
-
-
 WIDTH = 512  # tokens in a row of several examples
-
-
 POSITIONS = 4096  # of the examples that are scored at once
 
 
@@ -33,15 +32,19 @@ class Scores:
 
     Attributes:
         loss: nats per token.
-        perplexity: exp(loss).
         token_accuracy: share of tokens that were the model's first choice, 0 to 1.
-        n_tokens: how many tokens were scored.
     """
 
     loss: float
     perplexity: float
     token_accuracy: float
     n_tokens: int
+
+    @classmethod
+    def of(cls, nats: float, hits: int, n: int) -> "Scores":
+        """From sums over n tokens."""
+        loss = nats / n
+        return cls(loss, math.exp(min(loss, 700)), hits / n, n)  # exp of more is not finite
 
 
 def evaluate(
@@ -51,7 +54,7 @@ def evaluate(
 
     Args:
         model: base or tuned.
-        tokenizer: the one that made the examples; a model of another vocabulary is refused.
+        tokenizer: the one that made the examples.
         examples: from `read_examples`.
         batch_size: rows per forward; the scores depend on it by float32 rounding alone.
 
@@ -59,32 +62,28 @@ def evaluate(
         DataError: no examples, or examples of another vocabulary.
     """
     _check(model, tokenizer, examples)
-    return _means(score(model, _batches(examples, batch_size)))
+    total = score(model, _batches(examples, batch_size))
+    return Scores.of(total.nats, total.hits, total.tokens)
 
 
 def evaluate_together(
     model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, processes: Processes
 ) -> Scores:
-    """`evaluate`, shared out over the processes of a run; every one of them has to call it.
+    """`evaluate` by all processes of a run, a share of the batches each; all have to call it.
 
     Raises:
         DataError: as `evaluate`.
-        ProcessError: another process is gone, or has not come in time.
+        ProcessError: another process is gone, or did not finish in time.
     """
     _check(model, tokenizer, examples)
-    began = time.perf_counter()
-    share = islice(_batches(examples, BATCH), processes.rank, None, processes.size)
-    own = score(model, share)
-    return _means(score_of_all(own, processes, time.perf_counter() - began, seconds=TO_BEGIN)[0])
+    start = time.perf_counter()
+    share = score(model, islice(_batches(examples, BATCH), processes.rank, None, processes.size))
+    total, _ = score_of_all(share, processes, time.perf_counter() - start, seconds=TO_BEGIN)
+    return Scores.of(total.nats, total.hits, total.tokens)
 
 
 def _batches(examples: Examples, batch_size: int) -> Batches:
     return make_batches(examples, batch_size, max_length=max(WIDTH, int(examples.lengths.max())))
-
-
-def _means(total: Score) -> Scores:
-    loss, n = total.nats / total.tokens, total.tokens
-    return Scores(loss, math.exp(min(loss, 700)), total.hits / n, n)
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,9 @@ class ExampleScores:
     hits: np.ndarray
     tokens: np.ndarray
 
-    @property
-    def losses(self) -> np.ndarray:
-        """(n,) float64: nats per token of each example."""
-        return self.nats / self.tokens
-
     def total(self) -> Scores:
         """The means over all tokens of the set, as `evaluate` gives them."""
-        n = int(self.tokens.sum())
-        loss = float(self.nats.sum()) / n
-        return Scores(loss, math.exp(min(loss, 700)), int(self.hits.sum()) / n, n)
+        return Scores.of(float(self.nats.sum()), int(self.hits.sum()), int(self.tokens.sum()))
 
 
 def score_examples(
@@ -121,11 +113,7 @@ def score_examples(
 ) -> ExampleScores:
     """Scores every example by itself, without dropout; the same figures each time.
 
-    Args:
-        model: base or tuned.
-        tokenizer: the one that made the examples; a model of another vocabulary is refused.
-        examples: from `read_examples`.
-        console: where a progress bar goes if it is a terminal; none if not given.
+    On a terminal, `console` shows a progress bar.
 
     Raises:
         DataError: no examples, examples of another vocabulary, or one that teaches nothing.
@@ -133,8 +121,7 @@ def score_examples(
     _check(model, tokenizer, examples)
     n = len(examples)
     nats, hits, tokens = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, np.int64)
-    quiet = console is None or not console.is_terminal
-    for group in track(_groups(examples.lengths), "scores", console=console, disable=quiet):
+    for group in progress(_groups(examples.lengths), "scores", console):
         rows = score_rows(model, collate([[examples[i]] for i in group]))
         nats[group], hits[group], tokens[group] = rows.nats, rows.hits, rows.tokens
     if not tokens.all():
@@ -143,8 +130,14 @@ def score_examples(
     return ExampleScores(nats, hits, tokens)
 
 
+def progress(work: Sequence[T], label: str, console: Console | None) -> Iterable[T]:
+    """The same, one by one, with a progress bar if the console is a terminal."""
+    quiet = console is None or not console.is_terminal
+    return track(work, label, console=console, disable=quiet)
+
+
 def _groups(lengths: np.ndarray) -> list[list[int]]:
-    """Examples of like length, together of about POSITIONS tokens."""
+    """Numbers of examples of similar length, about POSITIONS tokens in each group."""
     order = np.argsort(lengths, kind="stable")
     ends = np.cumsum(lengths[order].astype(np.int64)) // POSITIONS
     cuts = np.flatnonzero(np.diff(ends)) + 1

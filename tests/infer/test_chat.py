@@ -1,5 +1,6 @@
 """A chat, played by a script: what is typed, what the model answers, and what it remembers."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -12,9 +13,9 @@ from support.models import randomise_lora
 from support.tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.infer import chat as chatting
 from mlx_qlora.infer.chat import chat
-from mlx_qlora.infer.generate import GenerationConfig, generate
+from mlx_qlora.infer.generate import generate
+from mlx_qlora.infer.tokens import GenerationConfig, generate_tokens
 
 HOW = GenerationConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
 
@@ -26,17 +27,15 @@ def model(tmp_path: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every Stream that a chat makes."""
-    made: list[Any] = []
+    """Every answer that a chat streams."""
+    answers: list[Any] = []
 
-    class Noted(chatting.Stream):
-        def __init__(self, model: Any, tokenizer: Any, ids: list[int], *rest: Any) -> None:
-            made.append(self)
-            self.asked_with = ids
-            super().__init__(model, tokenizer, ids, *rest)
+    def recorded(*args: Any, **settings: Any) -> Any:
+        answers.append(mq.stream(*args, **settings))
+        return answers[-1]
 
-    monkeypatch.setattr(chatting, "Stream", Noted)
-    return made
+    monkeypatch.setattr("mlx_qlora.infer.chat.stream", recorded)
+    return answers
 
 
 def play(model: tuple[Any, Any], *lines: Any, **how: Any) -> str:
@@ -49,12 +48,13 @@ def play(model: tuple[Any, Any], *lines: Any, **how: Any) -> str:
             raise line
         return line
 
-    chat(*model, Console(file=out, width=200), how.pop("how", HOW), read=read, **how)
+    console = how.pop("console", Console)(file=out, width=200)
+    chat(*model, console, how.pop("how", HOW), read=read, **how)
     return out.getvalue()
 
 
 def test_an_answer_is_the_generated_one_with_its_speed(model: tuple[Any, Any]) -> None:
-    answer = generate(*model, [{"role": "user", "content": "Hi"}], 8, 0.0, repetition_penalty=1.0)
+    answer = generate(*model, [{"role": "user", "content": "Hi"}], **dataclasses.asdict(HOW))
     out = play(model, "Hi")
     assert answer in out
     assert "answer 8 tokens" in out and "/s; peak" in out and "GB" in out
@@ -63,27 +63,25 @@ def test_an_answer_is_the_generated_one_with_its_speed(model: tuple[Any, Any]) -
 def test_only_the_new_turn_is_computed(model: tuple[Any, Any], asked: list[Any]) -> None:
     play(model, "Hi", "Name a colour.", "And the fox?")
     for before, after in itertools.pairwise(asked):
-        held = before.asked_with + before.ids
-        assert after.asked_with[: len(held)] == held
+        held = before.prompt + before.ids
+        assert after.prompt[: len(held)] == held
         assert after.speed.cached_tokens >= len(held) - 1
-        assert after.speed.cached_tokens < after.speed.prompt_tokens == len(after.asked_with)
+        assert after.speed.cached_tokens < after.speed.prompt_tokens == len(after.prompt)
     play(model, "Hi", "/reset", "Hi")
-    assert asked[-1].asked_with == asked[-2].asked_with and asked[-1].speed.cached_tokens == 0
+    assert asked[-1].prompt == asked[-2].prompt and asked[-1].speed.cached_tokens == 0
 
 
 def test_a_kept_cache_gives_the_answers_of_none(model: tuple[Any, Any], asked: list[Any]) -> None:
-    from mlx_qlora.infer.generate import generate_tokens
-
     play(model, "Hi", "Name a colour.", how=GenerationConfig(0, max_new_tokens=8))
     for made in asked:
         how = GenerationConfig(0, max_new_tokens=8)
-        fresh = list(generate_tokens(model[0], made.asked_with, how))
+        fresh = list(generate_tokens(model[0], made.prompt, how))
         assert made.ids == fresh[: len(made.ids)] and made.ids
 
 
-def test_the_system_prompt_is_told_first(model: tuple[Any, Any], asked: list[Any]) -> None:
+def test_the_system_message_comes_first(model: tuple[Any, Any], asked: list[Any]) -> None:
     play(model, "Hi", "/system Be kind.", "Hi", "/system", "Hi", system="Be brief.")
-    begun = [model[1].decode(made.asked_with) for made in asked]
+    begun = [model[1].decode(made.prompt) for made in asked]
     assert begun[0].startswith("<|bos|><|system|>Be brief.<|eos|><|user|>Hi")
     assert begun[1].startswith("<|bos|><|system|>Be kind.<|eos|><|user|>Hi<|eos|><|assistant|>")
     assert begun[2].startswith("<|bos|><|user|>Hi")
@@ -93,10 +91,10 @@ def test_the_adapter_goes_off_and_on_and_is_as_before_afterwards(
     model: tuple[Any, Any], asked: list[Any]
 ) -> None:
     llama, tokenizer = model
-    base = generate(*model, "x", 8, 0.0)
+    base = generate(*model, "x", **dataclasses.asdict(HOW))
     mq.add_lora(llama, mq.LoraConfig(r=4))
     randomise_lora(llama, scale=0.5)
-    tuned = generate(*model, "x", 8, 0.0)
+    tuned = generate(*model, "x", **dataclasses.asdict(HOW))
     assert base != tuned
     lines = ["Hi", "/reset", "/adapter off", "Hi", "/reset", "/adapter on", "Hi", "/adapter off"]
     out = play(model, *lines)
@@ -104,7 +102,9 @@ def test_the_adapter_goes_off_and_on_and_is_as_before_afterwards(
     texts = [tokenizer.decode(made.ids) for made in asked]
     assert texts[0] == texts[2] != texts[1]
     assert [made.speed.cached_tokens for made in asked] == [0, 0, 0]
-    assert mq.active(llama) is not None and generate(*model, "x", 8, 0.0) == tuned
+    assert (
+        mq.active(llama) is not None and generate(*model, "x", **dataclasses.asdict(HOW)) == tuned
+    )
 
 
 def test_no_adapter_and_wrong_words_are_one_message(model: tuple[Any, Any]) -> None:
@@ -112,7 +112,7 @@ def test_no_adapter_and_wrong_words_are_one_message(model: tuple[Any, Any]) -> N
     for words in (
         "the model has no adapter: start the chat with --adapter DIR",
         "/adapter wants on or off",
-        "there is no /nonsense; /help lists what there is",
+        "there is no /nonsense; /help lists the commands",
         "/save wants the name of a file",
         "there is nothing to save yet",
         "/save FILE       add the conversation to FILE",
@@ -138,21 +138,24 @@ def test_a_saved_conversation_is_a_row_that_the_data_reader_takes(
     assert "cannot be written" in out
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_the_chat(
-    model: tuple[Any, Any], asked: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, left = chatting.Stream.__next__, [3]
+class Impatient(Console):
+    """Whoever sits here presses Ctrl-C at the third piece of an answer."""
 
-    def interrupted(self: Any) -> str:
-        left[0] -= 1
-        if left[0] == 0:
+    pieces = 0
+
+    def out(self, *objects: Any, **how: Any) -> None:
+        self.pieces += 1
+        if self.pieces == 3:
             raise KeyboardInterrupt
-        return real(self)
+        super().out(*objects, **how)
 
-    monkeypatch.setattr(chatting.Stream, "__next__", interrupted)
-    out = play(model, "Hi", "Go on", KeyboardInterrupt(), "And?")
+
+def test_ctrl_c_ends_the_answer_and_keeps_the_chat(
+    model: tuple[Any, Any], asked: list[Any]
+) -> None:
+    out = play(model, "Hi", "Go on", KeyboardInterrupt(), "And?", console=Impatient)
     assert len(asked) == 3 and len(asked[0].ids) < 8 and " ..." in out
-    said = model[1].decode(asked[1].asked_with)
+    said = model[1].decode(asked[1].prompt)
     assert said.startswith("<|bos|><|user|>Hi<|eos|><|assistant|>")
     assert asked[1].speed.cached_tokens > 0 and len(asked[2].ids) > 0
 
@@ -164,7 +167,9 @@ def test_quit_ends_at_once_and_blank_lines_ask_nothing(
     assert not asked
 
 
-def test_a_seed_repeats_a_chat_and_its_turns_draw_anew(model: tuple[Any, Any], asked: list[Any]):
+def test_a_seed_repeats_a_chat_and_each_turn_draws_differently(
+    model: tuple[Any, Any], asked: list[Any]
+):
     how = GenerationConfig(max_new_tokens=8, temperature=2.0)
     for _ in range(2):
         play(model, "Hi", "/reset", "Hi", how=how, seed=5)

@@ -101,7 +101,6 @@ def test_scores_of_examples_are_the_definition_s_and_add_up_to_those_of_the_set(
         assert scores.nats[i] == pytest.approx(-chances[at, wanted[at]].sum(), rel=1e-5)
         assert scores.hits[i] == (logits.argmax(axis=-1) == wanted)[at].sum()
         assert scores.tokens[i] == at.sum()
-    assert np.allclose(scores.losses, scores.nats / scores.tokens)
     whole = mq.evaluate(model, tokenizer, examples)
     total = scores.total()
     assert (total.token_accuracy, total.n_tokens) == (whole.token_accuracy, whole.n_tokens)

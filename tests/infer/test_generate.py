@@ -1,5 +1,7 @@
-"""Generated text against transformers: greedy token by token, and each step of sampling."""
+"""Generated text: transformers' own, whole characters, where it ends, settings, prompts."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,25 +10,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.models import random_tokens, randomise_lora, torch_logits
+from support.models import randomise_lora, torch_logits
+from support.parrot import Parrot
 from support.tiny_folder import CORPUS, hf_smollm2, write_model, write_tokenizer
 
 import mlx_qlora as mq
 from mlx_qlora.data.tokenizer import load_tokenizer
-from mlx_qlora.infer.generate import (
+from mlx_qlora.infer.generate import Pieces, _byte_tokens, generate, prompt_ids, stream
+from mlx_qlora.infer.tokens import (
     GenerationConfig,
-    Pieces,
+    GenerationSettings,
     PromptCache,
-    Sampler,
-    Stream,
-    _byte_tokens,
+    StreamSettings,
     batch_tokens,
-    filtered,
-    generate,
-    generate_tokens,
-    prompt_ids,
-    repetition_processor,
-    stream,
 )
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
@@ -59,10 +55,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return mq.load(write_model(tmp_path_factory.mktemp("generate") / "model", chat=True))
 
 
-def logits(seed: int = 0, rows: int = 1, V: int = 300) -> np.ndarray:
-    return (np.random.default_rng(seed).normal(size=(rows, V)) * 3).astype(np.float32)
-
-
 # ---- greedy ------------------------------------------------------------------------------------
 
 
@@ -73,20 +65,21 @@ def test_greedy_text_is_that_of_transformers(smollm2: tuple[Any, Any]) -> None:
     All prompts together, as that takes a quarter of the time; the first ones also alone.
     """
     model, tokenizer = smollm2
-    how, ended = GenerationConfig(max_new_tokens=64, **GREEDY), set[int]()
+    config, ended = GenerationConfig(max_new_tokens=64, **GREEDY), set[int]()
     prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-    made: list[list[int]] = [[] for _ in prompts]
-    for i, token in batch_tokens(model, prompts, how, None, len(prompts), ended):
+    answers: list[list[int]] = [[] for _ in prompts]
+    for i, token in batch_tokens(model, prompts, config, None, len(prompts), ended):
         if i not in ended:
-            made[i].append(token)
+            answers[i].append(token)
             ended |= {i} if token in tokenizer.eos_ids else set()
-    for prompt, new in zip(prompts, made):
+    for prompt, new in zip(prompts, answers):
         scores = torch_logits(hf_smollm2(), np.array([prompt + new[:-1]]))[0, len(prompt) - 1 :]
         assert new == scores.argmax(axis=-1).tolist(), tokenizer.decode(prompt)
         assert len(new) == 64 or new[-1] in tokenizer.eos_ids
-    for prompt, new in zip(PROMPTS[:3], made):
+    for prompt, new in zip(PROMPTS[:3], answers):
         shown = [token for token in new if token not in tokenizer.eos_ids]
-        assert generate(model, tokenizer, prompt, 64, **GREEDY) == tokenizer.decode(shown)
+        text = generate(model, tokenizer, prompt, max_new_tokens=64, **GREEDY)
+        assert text == tokenizer.decode(shown)
 
 
 @pytest.mark.slow
@@ -100,92 +93,7 @@ def test_a_chat_prompt_is_the_template_s_text(smollm2: tuple[Any, Any]) -> None:
     assert "Paris" in answer
 
 
-def test_greedy_with_a_cache_is_the_argmax_of_the_whole_sequence(tiny: tuple[Any, Any]) -> None:
-    model, _ = tiny
-    prompt = random_tokens(1, 13, seed=3)[0].tolist()
-    how = GenerationConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=20)
-    got = list(generate_tokens(model, prompt, how))
-    ids = list(prompt)
-    for _ in range(20):
-        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))  # pyright: ignore
-    assert got == ids[13:]
-
-
-def test_the_repetition_penalty_counts_prompt_and_answer(tiny: tuple[Any, Any]) -> None:
-    """Against the definition, without a cache: every token seen so far, prompt included."""
-    model, _ = tiny
-    prompt = random_tokens(1, 9, seed=5)[0].tolist()
-    how = GenerationConfig(temperature=0, repetition_penalty=1.7, max_new_tokens=20)
-    got = list(generate_tokens(model, prompt, how))
-    ids = list(prompt)
-    for _ in range(20):
-        scores = np.array(model(mx.array([ids]))[0, -1])
-        for token in set(ids):
-            scores[token] = scores[token] / 1.7 if scores[token] > 0 else scores[token] * 1.7
-        ids.append(int(scores.argmax()))
-    assert got == ids[9:]
-    plain = GenerationConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=20)
-    assert got != list(generate_tokens(model, prompt, plain))
-
-
-# ---- sampling ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [0, 1, 5, 50, 1000])
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
-def test_what_may_be_sampled_and_how_likely_is_transformers_own(
-    temperature: float, top_k: int, top_p: float
-) -> None:
-    import torch
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    scores = torch.from_numpy(logits(rows=3))
-    scores = TemperatureLogitsWarper(temperature)(None, scores)  # pyright: ignore
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)  # pyright: ignore
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)  # pyright: ignore
-    how = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    logprobs = mx.array(logits(rows=3))
-    logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-    ours = np.array(mx.softmax(filtered(logprobs, how), axis=-1))
-    theirs = torch.softmax(scores, dim=-1).numpy()
-    assert ((ours > 0) == (theirs > 0)).all()
-    assert np.abs(ours - theirs).max() < 1e-6
-
-
-def test_top_p_1_rules_out_nothing_whatever_the_rounding() -> None:
-    wide = mx.array(logits(V=50_000))
-    how = GenerationConfig(temperature=1.0, top_k=0, top_p=1.0)
-    assert not mx.isinf(filtered(wide, how)).any()
-
-
-def test_draws_have_the_filtered_distribution() -> None:
-    how = GenerationConfig(temperature=1.3, top_k=8, top_p=0.9)
-    row = mx.array(logits(V=12)[:1] / 3)
-    sampler = Sampler(how, mx.random.key(0))
-    drawn = np.array([sampler(row).item() for _ in range(4000)])
-    wanted = np.array(mx.softmax(filtered(row, how), axis=-1))[0]
-    found, may = np.bincount(drawn, minlength=12), wanted > 0
-    assert not found[~may].any()
-    expected = wanted[may] * len(drawn)
-    chi_square = ((found[may] - expected) ** 2 / expected).sum()
-    assert may.sum() >= 5 and chi_square < 3 * may.sum()  # far below one in a thousand
-
-
-@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.1, 2.0])
-def test_the_repetition_penalty_is_transformers_own(penalty: float) -> None:
-    import torch
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    seen = [3, 7, 7, 3, 250, 0]
-    theirs = RepetitionPenaltyLogitsProcessor(penalty)(
-        torch.tensor([seen]),  # pyright: ignore
-        torch.from_numpy(logits()),  # pyright: ignore
-    )
-    ours = repetition_processor(penalty)(mx.array(seen), mx.array(logits()))
-    np.testing.assert_allclose(np.array(ours), theirs.numpy(), rtol=1e-6)
+# ---- seeds -------------------------------------------------------------------------------------
 
 
 def test_a_seed_gives_one_text_whatever_the_global_state(tiny: tuple[Any, Any]) -> None:
@@ -215,52 +123,43 @@ def test_without_a_seed_texts_differ_and_the_global_state_is_not_touched(
 # ---- where a text ends -------------------------------------------------------------------------
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
-    """Makes the model say these ids."""
-    monkeypatch.setattr("mlx_qlora.infer.generate.generate_tokens", lambda *_: (i for i in ids))
-
-
-def test_an_end_token_stops_and_is_not_in_the_text(
-    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def said(tiny: tuple[Any, Any], ids: list[int] | str, **settings: Any) -> str:
+    """The answer of a model that says these ids, or the ids of this text."""
     model, tokenizer = tiny
-    said = tokenizer.encode("Blue.")
-    scripted(monkeypatch, [*said, tokenizer.eos_id, *tokenizer.encode("more")])
-    assert generate(model, tokenizer, "x") == "Blue."
-    scripted(monkeypatch, [tokenizer.eos_id, *said])
-    assert generate(model, tokenizer, "x") == ""
+    parrot = Parrot(model, tokenizer, tokenizer.encode(ids) if isinstance(ids, str) else ids)
+    pieces = list(stream(parrot, tokenizer, "x", **settings))
+    assert all(pieces)
+    return "".join(pieces)
 
 
-def test_a_stop_text_ends_the_answer_where_it_begins(
-    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = tiny
-    said = tokenizer.encode("The fox jumps.\n\n### Instruction:\nWhat")
-    for stop, wanted in (
+def test_an_end_token_stops_and_is_not_in_the_text(tiny: tuple[Any, Any]) -> None:
+    _, tokenizer = tiny
+    blue = tokenizer.encode("Blue.")
+    assert said(tiny, [*blue, tokenizer.eos_id, *tokenizer.encode("more")]) == "Blue."
+    assert said(tiny, [tokenizer.eos_id, *blue]) == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"),
+    [
         (["### Instruction:"], "The fox jumps.\n\n"),
         (["\n\n", "fox"], "The "),
         (["o"], "The f"),
+        ("o", "The f"),
         (["absent"], "The fox jumps.\n\n### Instruction:\nWhat"),
         ([], "The fox jumps.\n\n### Instruction:\nWhat"),
-    ):
-        scripted(monkeypatch, said)
-        assert generate(model, tokenizer, "x", stop=stop) == wanted
-
-
-def test_a_character_of_several_tokens_is_whole_in_the_text(
-    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+        (["fox jumps", "jumps"], "The "),  # complete at once: the one that begins first
+    ],
+)
+def test_a_stop_text_ends_the_answer_where_it_begins(
+    tiny: tuple[Any, Any], stop: list[str] | str, wanted: str
 ) -> None:
-    model, tokenizer = tiny
-    assert len(tokenizer.encode("猫")) == 3
-    scripted(monkeypatch, tokenizer.encode("猫 Zoë"))
-    assert generate(model, tokenizer, "x") == "猫 Zoë"
+    assert said(tiny, "The fox jumps.\n\n### Instruction:\nWhat", stop=stop) == wanted
 
 
-def test_no_more_than_max_new_tokens_are_made(tiny: tuple[Any, Any]) -> None:
-    model, _ = tiny
-    for n in (1, 2, 17):
-        how = GenerationConfig(temperature=0, max_new_tokens=n)
-        assert len(list(generate_tokens(model, [5, 6, 7], how))) == n
+def test_a_character_of_several_tokens_is_whole_in_the_text(tiny: tuple[Any, Any]) -> None:
+    assert len(tiny[1].encode("猫")) == 3
+    assert said(tiny, "猫 Zoë") == "猫 Zoë"
 
 
 # ---- pieces ------------------------------------------------------------------------------------
@@ -357,49 +256,41 @@ def test_pieces_come_early_and_never_show_half_a_character(tokenizers: list[Any]
 
 def test_the_work_for_a_token_does_not_grow_with_the_text(tokenizers: list[Any]) -> None:
     for tokenizer in tokenizers:
-        ids, decoded = tokenizer.encode("the fox jumps. " * 60), []
-        watched = Watched(tokenizer.decode, decoded)
-        pieces: Any = Pieces(tokenizer)
-        pieces._decode = watched
+        ids, sizes = tokenizer.encode("the fox jumps. " * 60), list[int]()
+
+        def decode(window: list[int], tokenizer: Any = tokenizer) -> str:
+            sizes.append(len(window))  # noqa: B023
+            return tokenizer.decode(window)
+
+        pieces = Pieces(tokenizer)
+        pieces._decode = decode
         for i in ids:
             pieces.add(i)
-        assert max(decoded) <= 8 and sum(decoded) < 6 * len(ids)
-
-
-class Watched:
-    """A decode that notes how many ids it gets."""
-
-    def __init__(self, decode: Any, sizes: list[int]) -> None:
-        self.decode, self.sizes = decode, sizes
-
-    def __call__(self, ids: list[int]) -> str:
-        self.sizes.append(len(ids))
-        return self.decode(ids)
+        assert max(sizes) <= 8 and sum(sizes) < 6 * len(ids)
 
 
 @pytest.mark.parametrize("stop", [["\n\n###"], ["jumps", "ps.\n"], ["W", "What"], ["zz"], ["e f"]])
-def test_a_stream_joins_to_the_text_and_never_shows_a_stop_text(
-    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, stop: list[str]
+def test_a_stream_never_shows_a_stop_text_not_even_its_beginning(
+    tiny: tuple[Any, Any], stop: list[str]
 ) -> None:
     model, tokenizer = tiny
     text = "The fox jumps.\n\n## \U0001f680 ### Instruction:\nWhat"
-    scripted(monkeypatch, tokenizer.encode(text))
-    whole = generate(model, tokenizer, "x", stop=stop)
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
-    assert whole == text[: min(ends)[1] if ends else None]
-    seen = ""
-    for piece in stream(model, tokenizer, "x", stop=stop):
-        assert piece
-        seen += piece
-        assert whole.startswith(seen)
-    assert seen == whole
+    whole = text[: min(ends)[1] if ends else None]
+    shown = ""
+    for piece in stream(
+        Parrot(model, tokenizer, tokenizer.encode(text)), tokenizer, "x", stop=stop
+    ):
+        shown += piece
+        assert piece and whole.startswith(shown)
+    assert shown == whole
 
 
 def test_a_stream_is_the_text_with_a_real_model(tiny: tuple[Any, Any]) -> None:
     for seed in range(4):
-        pieces = list(stream(*tiny, "the fox", max_new_tokens=40, temperature=2.0, seed=seed))
-        assert len(pieces) > 5
-        assert "".join(pieces) == generate(*tiny, "the fox", 40, 2.0, seed=seed)
+        settings: Any = {"max_new_tokens": 40, "temperature": 2.0, "seed": seed}
+        pieces = list(stream(*tiny, "the fox", **settings))
+        assert len(pieces) > 5 and "".join(pieces) == generate(*tiny, "the fox", **settings)
 
 
 # ---- cache and speed ---------------------------------------------------------------------------
@@ -409,11 +300,11 @@ def test_a_stream_is_the_text_with_a_real_model(tiny: tuple[Any, Any]) -> None:
 def test_a_prompt_cache_changes_nothing_but_the_work(tiny: tuple[Any, Any], penalty: float) -> None:
     model, tokenizer = tiny
     cache = PromptCache()
-    how: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": penalty}
+    how: Any = {"temperature": 0.0, "repetition_penalty": penalty, "max_new_tokens": 12}
     first = "the quick brown fox jumps over"
     for prompt, least in ((first, 0), (first + " it", 7), (first, 7), (first, 7), ("dog", 0)):
-        made = stream(model, tokenizer, prompt, 12, prompt_cache=cache, **how)
-        assert "".join(made) == generate(model, tokenizer, prompt, 12, **how)
+        made = stream(model, tokenizer, prompt, prompt_cache=cache, **how)
+        assert "".join(made) == generate(model, tokenizer, prompt, **how)
         assert made.speed.cached_tokens >= least
         assert made.speed.prompt_tokens == len(prompt_ids(tokenizer, prompt))
         assert cache.ids[: made.speed.prompt_tokens] == prompt_ids(tokenizer, prompt)
@@ -421,13 +312,13 @@ def test_a_prompt_cache_changes_nothing_but_the_work(tiny: tuple[Any, Any], pena
 
 def test_a_prompt_cache_begins_anew_for_other_weights(tmp_path: Path) -> None:
     model, tokenizer = mq.load(write_model(tmp_path / "model"))
-    cache = PromptCache()
-    assert generate(model, tokenizer, "the fox", 5, 0.0, prompt_cache=cache)
+    cache, how = PromptCache(), {"max_new_tokens": 9, "temperature": 0.0}
+    assert generate(model, tokenizer, "the fox", prompt_cache=cache, **how)
     mq.add_lora(model, mq.LoraConfig(r=4))
     for seed in (1, 2):  # as after a step of training
         randomise_lora(model, seed, scale=0.5)
-        made = stream(model, tokenizer, "the fox", 9, 0.0, prompt_cache=cache)
-        assert "".join(made) == generate(model, tokenizer, "the fox", 9, 0.0)
+        made = stream(model, tokenizer, "the fox", prompt_cache=cache, **how)
+        assert "".join(made) == generate(model, tokenizer, "the fox", **how)
         assert made.speed.cached_tokens == 0
     with mq.disabled(model):
         assert cache.common(model, prompt_ids(tokenizer, "the fox")) == 0
@@ -439,8 +330,8 @@ def test_an_exception_within_leaves_an_empty_cache(
 ) -> None:
     model, tokenizer = tiny
     cache = PromptCache()
-    generate(model, tokenizer, "the fox", 4, prompt_cache=cache)
-    made = stream(model, tokenizer, "the fox jumps", 50, prompt_cache=cache)
+    generate(model, tokenizer, "the fox", max_new_tokens=4, prompt_cache=cache)
+    made = stream(model, tokenizer, "the fox jumps", max_new_tokens=50, prompt_cache=cache)
     next(made)
 
     def interrupted(*_: Any, **__: Any) -> None:
@@ -452,24 +343,6 @@ def test_an_exception_within_leaves_an_empty_cache(
     assert cache.ids == []
 
 
-def test_a_quantised_cache_holds_nearly_the_same(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", head_dim=32)
-    model, tokenizer = mq.load(folder)
-    how, exact = GenerationConfig(0, 1, 0, 1, 8), PromptCache()
-    prompt = random_tokens(1, 40, seed=3)[0].tolist()
-    list(generate_tokens(model, prompt, how, None, None, exact))
-    wanted = np.array(exact._layers[0].keys_and_values()[0])[:, :, :40]
-    for bits, most in ((8, 0.03), (4, 0.5)):
-        cache = PromptCache()
-        list(generate_tokens(model, prompt, how, None, bits, cache))
-        layer = cache._layers[0]
-        assert layer.bits == bits and layer.nbytes < exact._layers[0].nbytes / 2
-        kept = mx.dequantize(*layer.keys, group_size=layer.group_size, bits=bits)
-        assert 0 < np.abs(np.array(kept)[:, :, :40] - wanted).max() < most
-        with pytest.raises(mq.ConfigError, match=f"made with kv_bits={bits}; got None"):
-            generate(model, tokenizer, "x", prompt_cache=cache)
-
-
 def test_kv_bits_that_cannot_be_are_refused(tiny: tuple[Any, Any]) -> None:
     with pytest.raises(mq.ConfigError, match="kv_bits must be one of 2, 4, 8, or None; got 3"):
         generate(*tiny, "x", kv_bits=3)
@@ -478,7 +351,7 @@ def test_kv_bits_that_cannot_be_are_refused(tiny: tuple[Any, Any]) -> None:
 
 
 def test_speed_counts_what_was_done(tiny: tuple[Any, Any]) -> None:
-    made: Stream = stream(*tiny, "the fox", max_new_tokens=9, temperature=0, repetition_penalty=1)
+    made = stream(*tiny, "the fox", max_new_tokens=9, temperature=0, repetition_penalty=1)
     assert made.speed.new_tokens == 0
     list(made)
     speed = made.speed
@@ -493,12 +366,12 @@ def test_a_seed_gives_one_text_in_every_process(tiny: tuple[Any, Any]) -> None:
     code = (
         "import sys, mlx_qlora as mq\n"
         "from mlx_qlora.infer.generate import generate\n"
-        "made = generate(*mq.load(sys.argv[1]), 'the fox', 24, seed=11)\n"
+        "made = generate(*mq.load(sys.argv[1]), 'the fox', max_new_tokens=24, seed=11)\n"
         "sys.stdout.buffer.write(made.encode())"
     )
     command = [sys.executable, "-c", code, str(tokenizer.source)]
     told = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[2])
-    assert told.stdout.decode() == generate(model, tokenizer, "the fox", 24, seed=11)
+    assert told.stdout.decode() == generate(model, tokenizer, "the fox", max_new_tokens=24, seed=11)
 
 
 # ---- prompts -----------------------------------------------------------------------------------
@@ -509,6 +382,13 @@ def test_a_prompt_gets_exactly_one_bos(tiny: tuple[Any, Any]) -> None:
     for text in ("the fox", "<|bos|>the fox"):
         ids = prompt_ids(tokenizer, text)
         assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+
+
+def test_token_ids_are_taken_as_they_are(tiny: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny
+    ids = prompt_ids(tokenizer, "the fox")
+    assert prompt_ids(tokenizer, ids) == ids
+    assert generate(model, tokenizer, ids, seed=1) == generate(model, tokenizer, "the fox", seed=1)
 
 
 def test_messages_are_rendered_with_the_chat_template(tiny: tuple[Any, Any]) -> None:
@@ -550,3 +430,28 @@ def test_a_value_out_of_range_is_named_with_its_rule(
     with pytest.raises(mq.ConfigError) as caught:
         generate(*tiny, "x", **how)
     assert str(caught.value) == words
+
+
+# ---- settings ----------------------------------------------------------------------------------
+
+
+def test_the_keywords_are_the_fields_of_the_config_and_a_few_more() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(GenerationConfig)}
+    keywords = GenerationSettings.__annotations__
+    assert {name: keywords[name] for name in fields} == fields
+    assert keywords.keys() - fields == {"seed", "stop"}
+    more = StreamSettings.__annotations__.keys() - keywords.keys()
+    assert more == {"kv_bits", "prompt_cache"}
+
+
+def test_settings_are_keywords_and_an_unknown_one_names_the_nearest(tiny: tuple[Any, Any]) -> None:
+    misspelt: Any = {"temprature": 0.0}
+    for ask, prompt in ((generate, "x"), (stream, "x"), (mq.generate_batch, ["x"])):
+        message = "unknown keyword 'temprature'; did you mean 'temperature'?"
+        with pytest.raises(mq.ConfigError, match=re.escape(message)):
+            ask(*tiny, prompt, **misspelt)
+        with pytest.raises(TypeError, match="positional"):
+            ask(*tiny, prompt, 12)  # pyright: ignore
+    only_one_prompt: Any = {"kv_bits": 4}
+    with pytest.raises(mq.ConfigError, match=r"'kv_bits'; known are temperature, .* batch_size"):
+        mq.generate_batch(*tiny, ["x"], **only_one_prompt)

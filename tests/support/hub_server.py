@@ -75,7 +75,7 @@ class _Answers(BaseHTTPRequestHandler):
             ]
             return self.answer(json.dumps(rows).encode())
         if api:
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": n, "size": len(body)} for n, body in files.items()]
             return self.answer(
                 json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode()
             )

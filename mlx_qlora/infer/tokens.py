@@ -1,0 +1,339 @@
+"""Token ids in, token ids out: how the next token is chosen, and mlx-lm's loops around the model.
+
+mlx-lm brings `generate_step` for one prompt and `BatchGenerator` for many, and their key-value
+caches. The sampler is ours: its draws depend on a seed and on nothing else.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_qlora.errors import ConfigError, option, require
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import lora_layers
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How the next token is chosen; names and order of operations are Hugging Face's."""
+
+    temperature: float = option(0.7, "divides the logits; 0 always takes the likeliest token")
+    top_p: float = option(0.9, "sample from the likeliest tokens that make up this probability")
+    top_k: int = option(50, "sample from this many likeliest tokens; 0 means all")
+    repetition_penalty: float = option(1.1, "divides positive logits of tokens already seen")
+    max_new_tokens: int = option(512, "most tokens to generate")
+
+    def __post_init__(self) -> None:
+        for name, holds, rule in (
+            ("temperature", self.temperature >= 0, "be at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "be in (0, 1]"),
+            ("top_k", self.top_k >= 0, "be at least 0"),
+            ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+        ):
+            require(holds, f"generation.{name}", rule, getattr(self, name))
+
+
+class GenerationSettings(TypedDict, total=False):
+    """The keywords of `generate_batch`: the fields of GenerationConfig, a seed and stop texts.
+
+    For editors and type checkers, which cannot read them off a dataclass.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    max_new_tokens: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+
+
+class StreamSettings(GenerationSettings, total=False):
+    """The keywords of `generate` and `stream`."""
+
+    kv_bits: int | None
+    prompt_cache: "PromptCache | None"
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def key_of(seed: int | None) -> mx.array:
+    """The random key (2,) uint32 of a seed; None takes a fresh one.
+
+    Raises:
+        ConfigError: the seed is no unsigned number of 64 bits.
+    """
+    if seed is None:
+        import secrets
+
+        seed = secrets.randbits(64)
+    require(0 <= seed < 2**64, "seed", "be in [0, 2**64)", seed)
+    return mx.random.key(seed)
+
+
+class Sampler:
+    """Draws a token from log-probabilities (1, V), with a new key for each draw.
+
+    mlx-lm's samplers draw from MLX's global state, which training and other threads also move;
+    this one depends on its key alone. Temperature comes before top_k and top_p, as in Hugging
+    Face; mlx-lm applies it last, which keeps other tokens.
+    """
+
+    def __init__(self, config: GenerationConfig, key: mx.array) -> None:
+        self.config = config
+        self.key = key
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities (1, V) -> token (1,)."""
+        if self.config.temperature == 0:
+            return mx.argmax(logprobs, axis=-1)
+        self.key, draw = mx.random.split(self.key)
+        return mx.random.categorical(filtered(logprobs, self.config), key=draw)
+
+
+def filtered(logprobs: mx.array, config: GenerationConfig) -> mx.array:
+    """Scaled log-probabilities (..., V) float32, with -inf for tokens top_k or top_p rule out.
+
+    Both keep every token from a least value on, so that equal ones stay or go together.
+    """
+    scaled = (logprobs / config.temperature).astype(mx.float32)
+    V = scaled.shape[-1]
+    k = min(config.top_k or V, V)
+    if k == V and config.top_p == 1:
+        return scaled
+    # Only the best k need an order: sorting all of them would take as long as a layer.
+    best = mx.topk(scaled, k) if k < V else scaled
+    least = best.min(axis=-1, keepdims=True)
+    if config.top_p < 1:  # at 1 all stay; a rounded sum would drop some
+        ranked = -mx.sort(-best, axis=-1)
+        whole = mx.logsumexp(mx.where(scaled < least, -mx.inf, scaled), axis=-1, keepdims=True)
+        chances = mx.exp(ranked - whole)
+        # A token stays while those before it have not made up top_p: the likeliest always does.
+        before = mx.cumsum(chances, axis=-1, inclusive=False)
+        least = mx.where(before < config.top_p, ranked, mx.inf).min(axis=-1, keepdims=True)
+    return mx.where(scaled < least, -mx.inf, scaled)
+
+
+def repetition_processor(
+    penalty: float, cached: Sequence[int] = ()
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """A logits processor in mlx-lm's form: (tokens so far (n,), logits (1, V)) -> logits (1, V).
+
+    Args:
+        penalty: divides positive and multiplies negative logits of tokens that were seen (Keskar
+            et al. 2019, arXiv 1909.05858).
+        cached: tokens that a prompt cache holds, which mlx-lm does not pass on.
+    """
+    known = mx.array(sorted(set(cached)), mx.int32)
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        if cached:
+            tokens = mx.concatenate([known, tokens.astype(mx.int32)])
+        seen = logits[:, tokens]
+        logits[:, tokens] = mx.where(seen > 0, seen / penalty, seen * penalty)
+        return logits
+
+    return process
+
+
+# ---- the prompt cache ----------------------------------------------------------------------------
+
+KV_BITS = (2, 4, 8)
+KV_GROUPS = (64, 32)  # numbers of a head that share a scale: the first that divides it
+
+
+def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
+    """How many numbers of a head share a scale in a quantised cache.
+
+    Raises:
+        ConfigError: a width, or a model, that MLX cannot quantise.
+    """
+    if kv_bits is None:
+        return KV_GROUPS[0]
+    rule = f"be one of {', '.join(map(str, KV_BITS))}, or None"
+    require(kv_bits in KV_BITS, "kv_bits", rule, kv_bits)
+    size = model.config.head_dim
+    for group in KV_GROUPS:
+        if size % group == 0:
+            return group
+    raise ConfigError(f"kv_bits needs heads of a multiple of 32; this model's have {size}")
+
+
+@dataclass
+class PromptCache:
+    """The keys and values of the last prompt and its answer, for the next prompt.
+
+    It belongs to the weights that made it: for another model, another adapter or one that was
+    trained meanwhile it starts over.
+
+    Attributes:
+        ids: the tokens that it holds.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    _layers: list[Any] = field(default_factory=list)
+    _weights: list[Any] = field(default_factory=list)
+    _kv_bits: int | None = None
+
+    def reset(self) -> None:
+        """Forgets all tokens and frees their memory."""
+        self.ids, self._layers, self._weights = [], [], []
+
+    def common(self, model: LlamaForCausalLM, prompt: list[int]) -> int:
+        """How many tokens of a prompt need not be computed; the last one always must."""
+        now = _weights(model)
+        if len(now) != len(self._weights) or any(a is not b for a, b in zip(now, self._weights)):
+            return 0
+        longest = min(len(self.ids), len(prompt) - 1)
+        return next((i for i in range(longest) if self.ids[i] != prompt[i]), longest)
+
+    def check(self, kv_bits: int | None) -> None:
+        """Refuses to go on with keys and values of another precision.
+
+        Raises:
+            ConfigError: naming both.
+        """
+        if self.ids and self._kv_bits != kv_bits:
+            raise ConfigError(
+                f"the prompt cache was made with kv_bits={self._kv_bits}; got {kv_bits}: pass the "
+                "same, or prompt_cache.reset() first"
+            )
+
+    def lend(self, model: LlamaForCausalLM, prompt: list[int]) -> tuple[list[Any], int]:
+        """mlx-lm's caches of all layers, and how many tokens of the prompt they hold.
+
+        Until `keep` takes them back the prompt cache is empty: an exception between two layers
+        leaves caches that do not agree.
+        """
+        from mlx_lm.models.cache import trim_prompt_cache
+
+        common, layers = self.common(model, prompt), self._layers
+        if common:
+            trim_prompt_cache(layers, len(self.ids) - common)
+        else:
+            layers = model.make_cache()
+        self.reset()
+        return layers, common
+
+    def keep(
+        self, model: LlamaForCausalLM, layers: list[Any], ids: list[int], kv_bits: int | None
+    ) -> None:
+        """Takes back caches that hold some of these tokens, from the first on."""
+        held = min(len(ids), layers[0].offset)
+        for layer in layers:  # mlx-lm computes one token ahead, which may be in the cache already
+            layer.trim(layer.offset - held)
+        self.ids, self._layers, self._kv_bits = ids[:held], layers, kv_bits
+        self._weights = _weights(model)
+
+
+def _weights(model: LlamaForCausalLM) -> list[Any]:
+    """What decides keys and values and may change: the model, and its adapter's arrays."""
+    layers = [layer.trainable_parameters() for _, layer in lora_layers(model)]
+    return [model, *(array for _, array in tree_flatten(layers))]
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+def generate_tokens(
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    config: GenerationConfig,
+    seed: int | None = None,
+    kv_bits: int | None = None,
+    cache: PromptCache | None = None,
+) -> Generator[int]:
+    """The new token ids of one prompt: `config.max_new_tokens` of them, end tokens or not.
+
+    Raises:
+        ConfigError: as `generate`, before the first token.
+    """
+    sampler, group = Sampler(config, key_of(seed)), kv_group(model, kv_bits)
+    cache = cache if cache is not None else PromptCache()
+    cache.check(kv_bits)
+
+    def tokens() -> Generator[int]:
+        from mlx_lm.generate import generate_step, generation_stream, wired_limit
+
+        streams: Any = [generation_stream]  # one for each thread, which mlx-lm types as another
+        layers, n_cached = cache.lend(model, prompt)
+        penalise = repetition_processor(config.repetition_penalty, prompt[:n_cached])
+        steps = generate_step(
+            mx.array(prompt[n_cached:]),
+            model,
+            max_tokens=config.max_new_tokens,
+            sampler=sampler,
+            logits_processors=[penalise] if config.repetition_penalty != 1 else None,
+            prompt_cache=layers,
+            kv_bits=kv_bits,
+            kv_group_size=group,
+            quantized_kv_start=0,
+        )
+        new: list[int] = []
+        try:
+            with wired_limit(model, streams), closing(steps):
+                for token, _ in steps:
+                    new.append(int(token))
+                    yield new[-1]
+        except GeneratorExit:  # the text ended; after any other exception the cache stays empty
+            cache.keep(model, layers, prompt + new, kv_bits)
+            raise
+        cache.keep(model, layers, prompt + new, kv_bits)
+
+    return tokens()
+
+
+def batch_tokens(
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    seed: int | None,
+    batch_size: int,
+    ended: set[int],
+) -> Iterator[tuple[int, int]]:
+    """The new tokens of many prompts, as they come: (number of the prompt, token).
+
+    Args:
+        model: base or tuned.
+        prompts: token ids of each, at least one.
+        config: for all of them.
+        seed: of the first prompt; each following one adds 1.
+        batch_size: most prompts at once.
+        ended: numbers of prompts that want no more tokens; read after each token.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    n = len(prompts)
+    samplers = [Sampler(config, key_of(None if seed is None else seed + i)) for i in range(n)]
+    if config.temperature == 0:  # mlx-lm calls a shared sampler once for all rows
+        samplers = samplers[:1] * n
+    penalise = config.repetition_penalty != 1
+    processors: Any = [repetition_processor(config.repetition_penalty)] if penalise else []
+    # Prompts of similar length start together, as the shorter ones are padded.
+    order = sorted(range(n), key=lambda i: -len(prompts[i]))
+    generator = BatchGenerator(
+        model, completion_batch_size=batch_size, prefill_batch_size=batch_size
+    )
+    try:
+        uids = generator.insert(
+            [prompts[i] for i in order],
+            max_tokens=[config.max_new_tokens] * n,
+            samplers=[samplers[i] for i in order],
+            logits_processors=[processors] * n,
+        )
+        numbers = dict(zip(uids, order))
+        while responses := generator.next_generated():
+            for response in responses:
+                yield numbers[response.uid], int(response.token)
+            if done := [r.uid for r in responses if numbers[r.uid] in ended]:
+                generator.remove(done)
+    finally:
+        generator.close()
