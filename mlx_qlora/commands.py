@@ -235,8 +235,8 @@ def _evaluate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     from mlx_qlora.after.evaluation import ANSWERS, evaluate_run
 
     answers = ANSWERS if args.answers is None else args.answers
-    judged = evaluate_run(config, console, None, args.limit, answers, args.general, args.output)
-    return judged.to_dict()
+    evaluation = evaluate_run(config, console, None, args.limit, answers, args.general, args.output)
+    return evaluation.to_dict()
 
 
 def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:

@@ -42,7 +42,7 @@ from mlx_qlora.folders import (
     locked,
     staged,
 )
-from mlx_qlora.infer.evaluate import Scores, evaluate_together
+from mlx_qlora.infer.evaluate import Scores, evaluate_distributed
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig, add_lora, lora_layers, trainable_count
@@ -588,7 +588,7 @@ def with_template(tokenizer: Tokenizer, examples: Examples) -> Tokenizer:
 
 def score_of(model: LlamaForCausalLM, tokenizer: Tokenizer, test: Examples | None) -> Scores | None:
     """The scores on the test rows, shared out over the processes; None without such rows."""
-    return evaluate_together(model, tokenizer, test, processes()) if test else None
+    return evaluate_distributed(model, tokenizer, test, processes()) if test else None
 
 
 def _say_what_comes_first(console: Console, asked_rows: int, scored_rows: int) -> None:

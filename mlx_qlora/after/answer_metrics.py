@@ -68,15 +68,14 @@ def _question(example: Example, tokenizer: Tokenizer) -> Question | None:
     bos = tokenizer.decode([context[0]]) if context[0] == tokenizer.bos_id else ""
     without_bos = prompt.removeprefix(bos)
     # `encode_prompt` adds a BOS; a text that begins with one is not always encoded as one.
-    if encode_prompt(tokenizer, prompt) != context:
-        if encode_prompt(tokenizer, without_bos) == context:
-            prompt = without_bos
+    with_bos = encode_prompt(tokenizer, prompt)
+    if with_bos != context and encode_prompt(tokenizer, without_bos) == context:
+        prompt = without_bos
     return Question(prompt, tokenizer.decode(answer), len(answer), example.place)
 
 
 # ---- words and characters ------------------------------------------------------------------------
 
-INSTALL = 'pip install "mlx-qlora[evaluate]"'
 WORD = re.compile(r"[^\W_]+")
 
 
@@ -91,63 +90,45 @@ def rouge_l(prediction: str, reference: str) -> float:
     Words are runs of letters and digits of any script, in lower case: on ASCII the same as
     rouge-score's own, which drops all other letters. A script without spaces makes one word of a
     sentence; there chrF says more. Two texts without a word are alike: 1.
-
-    Raises:
-        ConfigError: rouge-score is not installed.
     """
     if not WORD.search(prediction) and not WORD.search(reference):
         return 1.0
-    return float(_rouge().score(reference, prediction)["rougeL"].fmeasure)
+    rouge, _ = scorers()
+    return float(rouge.score(reference, prediction)["rougeL"].fmeasure)
 
 
 def chrf(prediction: str, reference: str) -> float:
     """Character n-gram F2, n = 1 to 6 (Popović 2015, W15-3049), 0 to 1, by sacrebleu.
 
     Two texts without a character are alike: 1.
-
-    Raises:
-        ConfigError: sacrebleu is not installed.
     """
     if not prediction.split() and not reference.split():
         return 1.0
-    return _chrf().sentence_score(prediction, [reference]).score / 100
+    _, chrf_scorer = scorers()
+    return chrf_scorer.sentence_score(prediction, [reference]).score / 100
 
 
-def check_installed() -> None:
-    """Finds out before time is spent whether the libraries of `rouge_l` and `chrf` are there.
+@functools.cache
+def scorers() -> tuple[Any, Any]:
+    """rouge-score's scorer and sacrebleu's, which are imported here.
 
     Raises:
-        ConfigError: naming what to install.
+        ConfigError: one is not installed.
     """
-    _rouge()
-    _chrf()
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise ConfigError(
+            f"ROUGE-L and chrF need rouge-score and sacrebleu ({error}): "
+            'pip install "mlx-qlora[evaluate]"; or ask no questions (--answers 0)'
+        ) from None
+    return RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
 
 
 class _Words:
     def tokenize(self, text: str) -> list[str]:
         return WORD.findall(text.lower())
-
-
-@functools.cache
-def _rouge() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ConfigError(
-            f"ROUGE-L needs rouge-score: {INSTALL}; or ask no questions (--answers 0)"
-        ) from None
-    return RougeScorer(["rougeL"], tokenizer=_Words())
-
-
-@functools.cache
-def _chrf() -> Any:
-    try:
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError:
-        raise ConfigError(
-            f"chrF needs sacrebleu: {INSTALL}; or ask no questions (--answers 0)"
-        ) from None
-    return CHRF()
 
 
 # ---- form ----------------------------------------------------------------------------------------
@@ -285,11 +266,11 @@ def variety(answers: list[str]) -> Variety:
     openings = Counter(" ".join(each[:OPENING]) for each in words)
     opening, times = openings.most_common(1)[0]
     return Variety(
-        distinct=len({" ".join(each) for each in words}) / n,
-        same_opening=times / n,
-        opening=opening,
-        repetition=math.fsum(map(repetition, answers)) / n,
-        empty=sum(not each for each in words) / n,
+        len({" ".join(each) for each in words}) / n,
+        times / n,
+        opening,
+        math.fsum(map(repetition, answers)) / n,
+        sum(not each for each in words) / n,
     )
 
 
@@ -375,7 +356,7 @@ class Row:
 
 
 def paired_row(
-    metric: str, better: str, values: list[np.ndarray], weights: np.ndarray | None, level: float
+    metric: str, better: str, values: list[np.ndarray], weights: np.ndarray | None = None
 ) -> Row:
     """The row of a metric, from its sums over each example.
 
@@ -383,25 +364,21 @@ def paired_row(
         metric: its name.
         better: LOWER, HIGHER or NEITHER.
         values: (n,) of the base, and (n,) of the tuned model if there is one.
-        weights: (n,) of both, tokens of each example; None counts examples alike.
-        level: of confidence, in (0, 1).
+        weights: (n,) tokens of each example; None counts examples alike.
     """
-    figures = [ratio_interval(each, weights, level) for each in values]
+    figures = [ratio_interval(each, weights) for each in values]
     if len(values) == 1:
         return Row(metric, better, figures[0])
-    change = ratio_interval(values[1] - values[0], weights, level)
+    change = ratio_interval(values[1] - values[0], weights)
     return Row(metric, better, figures[0], figures[1], change)
 
 
 def perplexity_row(metric: str, loss: Row) -> Row:
     """The perplexities of a row of losses; exp keeps the order, so intervals keep their ends."""
 
-    def exp(nats: float) -> float:
+    def perplexity(nats: float) -> float:
         return math.exp(min(nats, MOST_NATS))
 
-    def rise(nats: float) -> float:
-        return math.expm1(min(nats, MOST_NATS))
-
-    tuned = loss.tuned.mapped(exp) if loss.tuned else None
-    change = loss.change.mapped(rise) if loss.change else None
-    return Row(metric, LOWER, loss.base.mapped(exp), tuned, change, relative=True)
+    tuned = loss.tuned.mapped(perplexity) if loss.tuned else None
+    rise = loss.change and loss.change.mapped(lambda nats: math.expm1(min(nats, MOST_NATS)))
+    return Row(metric, LOWER, loss.base.mapped(perplexity), tuned, rise, relative=True)

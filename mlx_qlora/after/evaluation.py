@@ -1,8 +1,7 @@
 """`mlx-qlora evaluate`: a base, or an adapter against its base, on rows that were held out.
 
-The walk: everything that can be wrong with the input is found before a weight is loaded; each model
-is scored and asked; the two are compared, example by example; the adapter is looked at on general
-text.
+Whatever can be wrong with the input is found before a weight is loaded. Then each model is scored
+and asked, the two are compared example by example, and the adapter is tried on general text.
 """
 
 import json
@@ -37,7 +36,7 @@ from mlx_qlora.data.examples import Examples, check_lengths
 from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.read import read_examples
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.errors import ConfigError, DataError, require, say, warn
+from mlx_qlora.errors import ConfigError, require, say, warn
 from mlx_qlora.folders import staged
 from mlx_qlora.infer.evaluate import ExampleScores, progress, score_examples
 from mlx_qlora.infer.generate import generate_batch
@@ -111,16 +110,15 @@ def evaluate_run(
         )
         source = "the built-in texts" if general_text is None else str(general_text)
         general = forgetting(model, tokenizer, texts, source, console=console)
-    about = {
-        "model": str(config.model.source),
-        "adapter": config.model.adapter,
-        "data": str(data),
-        "seed": seed,
-        "rows": n_rows,
-        "rows_scored": len(examples),
-        "max_new_tokens": max_new_tokens,
-    }
-    evaluation = Evaluation(comparison, general, _samples(asked, base, tuned), about)
+    about = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
+    about |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
+    about |= {"max_new_tokens": max_new_tokens}
+    samples = []
+    for i, question in enumerate(asked):
+        sample = {"place": question.place, "prompt": question.prompt}
+        sample |= {"reference": question.reference, "base": base.answers[i]}
+        samples.append(sample | ({"tuned": tuned.answers[i]} if tuned else {}))
+    evaluation = Evaluation(comparison, general, tuple(samples), about)
     evaluation.show(console)
     if output is not None:
         evaluation.write(Path(output).expanduser())
@@ -154,7 +152,7 @@ def _check_arguments(
         if file.is_dir() or not above.is_dir():
             raise ConfigError(f"--output: {file} cannot be a file there; name another")
     if n_answers:
-        metrics.check_installed()
+        metrics.scorers()
     return None if general_text is None else read_texts(user_path(general_text, "--general"))
 
 
@@ -171,17 +169,11 @@ def _open(config: RunConfig, data: str, console: Console) -> tuple[RunConfig, To
     if config.model.adapter is not None:
         record = Path(config.model.adapter).expanduser() / "run.yaml"
         trained = read_yaml(record).get("data", {}).get("path") if record.is_file() else None
-        if trained and _absolute(str(trained)) == _absolute(data):
-            warn(
-                console,
-                f"the adapter was trained on rows of {data}: on those it is better than on new "
-                "ones",
-            )
+        paths = [Path(str(path)).expanduser().absolute() for path in (trained, data)]
+        if trained and paths[0] == paths[1]:
+            where = "on those it is better than on new ones"
+            warn(console, f"the adapter was trained on rows of {data}: {where}")
     return config, tokenizer, examples
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
 
 
 def _drawn_examples(examples: Examples, limit: int | None, seed: int, console: Console) -> Examples:
@@ -219,7 +211,7 @@ def _drawn_questions(
 
 
 @dataclass(frozen=True)
-class Measured:
+class Performance:
     """What one model did: its score on every example, and its answer to every question."""
 
     scores: ExampleScores
@@ -233,7 +225,7 @@ def measure(
     asked: list[Question],
     max_new_tokens: int = 512,
     console: Console | None = None,
-) -> Measured:
+) -> Performance:
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
@@ -253,7 +245,7 @@ def measure(
             repetition_penalty=1.0,
             seed=0,
         )
-    return Measured(scores, tuple(answers))
+    return Performance(scores, tuple(answers))
 
 
 # ---- with and without the adapter ----------------------------------------------------------------
@@ -266,24 +258,22 @@ def compare_adapter(
     asked: list[Question],
     max_new_tokens: int = 512,
     console: Console | None = None,
-    level: float = 0.95,
-) -> tuple["Comparison", Measured, Measured]:
+) -> tuple["Comparison", Performance, Performance]:
     """Measures a model with its adapter, which is on and stays on, and without it.
 
     Returns:
-        The comparison with intervals of that level, and what the base and the tuned model did.
+        The comparison, and what the base and the tuned model did.
 
     Raises:
         ConfigError: no adapter is on, or it is not one that can be turned off.
         DataError: no examples, or examples of another vocabulary.
     """
-    require(0 < level < 1, "level", "be in (0, 1)", level)
     if active(model) is None:
         raise ConfigError("the model has no adapter that is on: attach one, or switch to it")
     with disabled(model):
         base = measure(model, tokenizer, examples, asked, max_new_tokens, console)
     tuned = measure(model, tokenizer, examples, asked, max_new_tokens, console)
-    return compare(base, tuned, asked, level), base, tuned
+    return compare(base, tuned, asked), base, tuned
 
 
 @dataclass(frozen=True)
@@ -292,11 +282,8 @@ class Comparison:
 
     Attributes:
         rows: one for each metric.
-        n_examples: that were scored.
-        n_tokens: supervised tokens in them.
-        n_answers: questions that were answered.
+        n_tokens: supervised ones.
         variety: of the answers of `base` and `tuned`, and of the `reference`s.
-        adapter: whether there are two models.
     """
 
     rows: tuple[Row, ...]
@@ -323,11 +310,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
+        counts = ("n_examples", "n_tokens", "n_answers", "adapter")
         return {
-            "n_examples": self.n_examples,
-            "n_tokens": self.n_tokens,
-            "n_answers": self.n_answers,
-            "adapter": self.adapter,
+            **{name: getattr(self, name) for name in counts},
             "metrics": [row.to_dict() for row in self.rows],
             "variety": {who: asdict(each) for who, each in self.variety.items()},
             "sentences": self.sentences,
@@ -345,28 +330,19 @@ class Comparison:
         return table
 
 
-def compare(
-    base: Measured, tuned: Measured | None, asked: list[Question], level: float = 0.95
-) -> Comparison:
-    """The figures of two models on the same set, or of one.
-
-    Raises:
-        DataError: the models were not measured on the same rows and questions.
-    """
+def compare(base: Performance, tuned: Performance | None, asked: list[Question]) -> Comparison:
+    """The figures of two models on the same rows and questions, or of one."""
     models = [base] if tuned is None else [base, tuned]
     tokens = base.scores.tokens
-    for each in models:
-        if not np.array_equal(each.scores.tokens, tokens) or len(each.answers) != len(asked):
-            raise DataError("the two models were not measured on the same examples and questions")
-    loss = paired_row("loss", LOWER, [each.scores.nats for each in models], tokens, level)
+    loss = paired_row("loss", LOWER, [each.scores.nats for each in models], tokens)
     hits = [each.scores.hits for each in models]
-    accuracy = paired_row("token_accuracy", HIGHER, hits, tokens, level)
-    rows = [loss, perplexity_row("perplexity", loss), accuracy]
+    rows = [loss, perplexity_row("perplexity", loss)]
+    rows.append(paired_row("token_accuracy", HIGHER, hits, tokens))
     references = [question.reference for question in asked]
     if asked:
         for name, (better, metric) in ANSWER_METRICS.items():
             values = [np.array([*map(metric, each.answers, references)]) for each in models]
-            rows.append(paired_row(name, better, values, None, level))
+            rows.append(paired_row(name, better, values))
     texts = {"base": base.answers, "tuned": tuned.answers if tuned else (), "reference": references}
     return Comparison(
         tuple(rows),
@@ -383,11 +359,10 @@ def compare(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_run` found.
+    """Everything that `evaluate_run` found.
 
     Attributes:
-        comparison: on the rows.
-        forgetting: on general text; None if there is no adapter.
+        forgetting: None if there is no adapter.
         samples: of each question: place, prompt, reference, base and, with an adapter, tuned.
         about: model, adapter, data, seed and how many rows of how many.
     """
@@ -424,25 +399,10 @@ class Evaluation:
             say(console, self.forgetting.sentence)
 
     def write(self, file: Path) -> None:
-        """Writes everything as JSON.
-
-        Raises:
-            ConfigError: the file cannot be written.
-        """
+        """Writes everything as JSON; raises ConfigError if it cannot."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with staged(file.absolute().parent) as staging:
                 (staging / file.name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--output: {file} cannot be written: {error}") from None
-
-
-def _samples(
-    asked: list[Question], base: Measured, tuned: Measured | None
-) -> tuple[dict[str, str], ...]:
-    samples = []
-    for i, question in enumerate(asked):
-        sample = {"place": question.place, "prompt": question.prompt}
-        sample |= {"reference": question.reference, "base": base.answers[i]}
-        samples.append(sample | ({"tuned": tuned.answers[i]} if tuned else {}))
-    return tuple(samples)

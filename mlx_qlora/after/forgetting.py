@@ -48,8 +48,7 @@ class Forgetting:
 
     Attributes:
         loss: nats per token, as in a comparison.
-        kl: KL(base || tuned), nats per token.
-        kl_reverse: KL(tuned || base), nats per token.
+        kl: KL(base || tuned), nats per token; `kl_reverse` is KL(tuned || base).
         tokens: predictions that were compared.
         source: what the text was.
     """
@@ -136,17 +135,15 @@ def forgetting(
     tokenizer: Tokenizer,
     texts: list[str] | None = None,
     source: str = "general text",
-    level: float = 0.95,
     console: Console | None = None,
 ) -> Forgetting:
-    """Compares a model with its adapter and without it on every prediction of general text.
+    """Compares a model with its adapter, which is on and stays on, and without it.
 
     Args:
-        model: with an adapter that is on, and stays on.
+        model: that is compared, at every prediction of the texts.
         tokenizer: the model's.
-        texts: None means the six built-in ones.
-        source: what messages call the text.
-        level: of confidence, in (0, 1).
+        texts: general ones; None means the six built-in ones.
+        source: what messages call the texts.
         console: where a progress bar goes if it is a terminal.
 
     Raises:
@@ -163,12 +160,12 @@ def forgetting(
     ]
     blocks = [_blocks(model, ids) for ids in progress(rows, "text", console)]
     base, tuned, kl, kl_reverse, n = np.concatenate(blocks).T
-    loss = paired_row("loss", LOWER, [base, tuned], n, level)
+    loss = paired_row("loss", LOWER, [base, tuned], n)
     return Forgetting(
         loss,
         perplexity_row("perplexity", loss),
-        ratio_interval(kl, n, level),
-        ratio_interval(kl_reverse, n, level),
+        ratio_interval(kl, n),
+        ratio_interval(kl_reverse, n),
         int(n.sum()),
         source,
     )

@@ -5,7 +5,6 @@ asked for a few seconds at most; nothing is downloaded and nothing on disk is ch
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -72,17 +71,12 @@ MARGIN = 9 + 13  # columns of the state and the name
 
 
 def doctor(console: Console, run: "PlannedRun") -> list[Finding]:
-    """Examines this machine, and the model of a run if it names one, and prints what it finds."""
-    findings = []
-    for finding in examine(run):
-        findings.append(finding)
-        _print(console, finding)
-    return findings
+    """Examines this machine, and the model of a run if it names one, and prints what it finds.
 
-
-def examine(run: "PlannedRun") -> Iterator[Finding]:
-    """What `doctor` prints, one by one. Raises nothing: a check that breaks is a finding, too."""
-    for check in (*MACHINE, run.hub, run.model, run.disks, packages, environment):
+    Raises nothing: a check that breaks is a finding, too.
+    """
+    report = []
+    for check in (*MACHINE, run.hub, run.model, run.disk, packages, environment):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the findings say it
@@ -90,15 +84,16 @@ def examine(run: "PlannedRun") -> Iterator[Finding]:
         except Exception as cause:  # a check must not keep the others from being made
             name = check.__name__.replace("_", " ")
             findings = [_warning(name, f"could not be checked ({type(cause).__name__}: {cause})")]
-        yield from findings
+        for finding in findings:
+            show(console, finding)
+        report += findings
+    return report
 
 
-def _print(console: Console, finding: Finding) -> None:
+def show(console: Console, finding: Finding) -> None:
     """A line of the table; its fix has a line to itself and is not wrapped: it can be pasted."""
-    width = console.width - MARGIN if console.is_terminal else sys.maxsize
-    lines = textwrap.wrap(
-        finding.text, max(width, 20), break_long_words=False, break_on_hyphens=False
-    )
+    width = max(console.width - MARGIN, 20) if console.is_terminal else sys.maxsize
+    lines = textwrap.wrap(finding.text, width, break_long_words=False, break_on_hyphens=False)
     row = Text(f"{finding.state:<9}", COLOURS[finding.state])
     row.append(f"{finding.name:<13}", "bold")
     row.append(("\n" + " " * MARGIN).join(lines), "default")
@@ -336,7 +331,7 @@ class PlannedRun:
 
     def _examined(self, source: str) -> str:
         """Asks for no more than the headers of files here, and sizes and a config elsewhere."""
-        files = size = to_fetch = 0
+        files, size, to_fetch = None, 0, 0
         if not hub.is_on_hub(source):
             files = hub.resolve(source, self.revision)
         elif folder := hub.whole_copy(source, self.revision):
@@ -346,7 +341,7 @@ class PlannedRun:
         if files:
             config = open_checkpoint(files).config
         else:
-            ask = partial(on_offer, source, self.revision, PATIENCE)
+            ask = partial(hub.on_offer, source, self.revision, PATIENCE)
             try:
                 config, size, to_fetch = _in_time(ask, LONGER)
             except RuntimeError as cause:
@@ -362,7 +357,7 @@ class PlannedRun:
         fetch = f"{to_fetch / 1e9:,.2f} GB to fetch"
         return f"{source}: {family} that you may read, {begun}; {fetch}"
 
-    def disks(self) -> Iterator[Finding]:
+    def disk(self) -> Iterator[Finding]:
         """Whether there is room for the download, and for the checkpoints of a run."""
         from huggingface_hub import constants
 
@@ -380,59 +375,18 @@ class PlannedRun:
     def _room(self, name: str, folder: Path, need: int, what: str, fix: str) -> Finding:
         """Whether a disk has room for a folder that need not exist yet, and we may write there."""
         existing = _existing(folder)
-        elsewhere = f"{fix}/path/on/another/disk"
         if not existing.is_dir():
             text = f"{existing} is a file, so {folder} cannot be made"
-            return _error(name, text, elsewhere)
-        if not os.access(existing, os.W_OK | os.X_OK):
-            return Finding(
-                name, "error", f"{existing} cannot be written to by this user", elsewhere
-            )
-        free = shutil.disk_usage(existing).free
-        text = f"{folder}: {free / 1e9:,.2f} GB free, needed: {what}"
-        if free >= need:
-            return _ok(name, text)
-        return Finding(name, "error" if self.of == self.source else "warning", text, elsewhere)
-
-
-def on_offer(
-    repo: str, revision: str | None = None, timeout: float = 10
-) -> tuple[dict[str, Any], int, int]:
-    """Asks what `resolve` would download of a model that we may read; leaves the cache as it is.
-
-    Not huggingface_hub's `dry_run`, which moves the cache's `refs/main` to the hub's newest commit:
-    an older copy that is whole would then not be found any more without a network.
-
-    Returns:
-        config.json, the bytes of all files that we read, and of those that the cache lacks.
-
-    Raises:
-        SourceError: no access, no such repository or revision, no model in it, or no network.
-    """
-    from huggingface_hub import HfApi, errors, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
-    from huggingface_hub.utils import hf_raise_for_status as raise_for_status
-
-    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
-    try:
-        info = HfApi().model_info(repo, revision=revision, timeout=timeout, files_metadata=True)
-        commit, sizes = info.sha, {f.rfilename: f.size or 0 for f in info.siblings or []}
-        names = [*filter_repo_objects(sizes, allow_patterns=hub.NEEDED, ignore_patterns=hub.UNREAD)]
-        missing = [] if "config.json" in names else ["config.json"]
-        if not any(name.endswith(".safetensors") for name in names):
-            missing.append("*.safetensors")
-        if missing:
-            raise SourceError(hub.unfit(repo, [*sizes], missing))
-        # Everybody may list a gated repository: only a file tells who may read it.
-        url = hf_hub_url(repo, "config.json", revision=commit)
-        answer = get_session().get(url, headers=build_hf_headers(), timeout=timeout)
-        raise_for_status(answer)
-        config = answer.json()
-    except (OSError, RuntimeError, http_error) as cause:
-        raise SourceError(hub.explain(cause, repo, revision)) from cause
-    cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
-    to_fetch = sum(sizes[name] for name, path in cached.items() if not isinstance(path, str))
-    return config if isinstance(config, dict) else {}, sum(map(sizes.get, names)), to_fetch
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            text = f"{existing} cannot be written to by this user"
+        else:
+            free = shutil.disk_usage(existing).free
+            text = f"{folder}: {free / 1e9:,.2f} GB free, needed: {what}"
+            if free >= need:
+                return _ok(name, text)
+            if self.of != self.source:  # too small for the yardstick, perhaps not for the model
+                return _warning(name, text, f"{fix}/path/on/another/disk")
+        return _error(name, text, f"{fix}/path/on/another/disk")
 
 
 def _existing(folder: Path) -> Path:
@@ -504,11 +458,10 @@ def environment() -> Iterator[Finding]:
     """Variables that change what a run does, where they are set or should be."""
     watchdog = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
     if sys.platform == "darwin":
-        screens = json.loads(output_of("system_profiler", "-json", "SPDisplaysDataType"))
         if os.environ.get(watchdog):
             yield _ok("watchdog", f"{watchdog} is set: macOS lets long GPU work go on")
-        elif any(gpu.get("spdisplays_ndrvs") for gpu in screens["SPDisplaysDataType"]):
-            # github.com/ml-explore/mlx/issues/3267
+        elif '"spdisplays_ndrvs"' in output_of("system_profiler", "-json", "SPDisplaysDataType"):
+            # A display is attached: github.com/ml-explore/mlx/issues/3267
             text = "macOS stops GPU work that keeps the display waiting (ImpactingInteractivity)"
             yield _ok("watchdog", f"{text}; if it does", f"export {watchdog}=1")
     threads = os.environ.get("OPENBLAS_NUM_THREADS", "")

@@ -41,7 +41,7 @@ def chat(
         model: base or tuned.
         tokenizer: the model's, with a chat template.
         console: where answers go.
-        how: how tokens are chosen.
+        how: settings of generation.
         system: the system message.
         seed: the answer to turn n of the chat draws with `seed + n`, n from 0.
         read: asks for a line; EOFError ends the chat.
@@ -176,7 +176,14 @@ class _Conversation:
             self._recompute()
             say(f"the system message is {'set' if rest else 'removed'}", style="dim")
         elif name == "/adapter":
-            self._switch(rest)
+            if rest not in ("on", "off"):
+                raise ConfigError("/adapter wants on or off")
+            names = adapter_names(self.model)
+            if not names:
+                raise ConfigError("the model has no adapter: start the chat with --adapter DIR")
+            self.adapter = active(self.model) or self.adapter or names[0]
+            switch(self.model, self.adapter if rest == "on" else None)
+            self.cache.reset()
             say(f"the adapter is {rest}", style="dim")
         elif name == "/save":
             self._save(rest)
@@ -187,16 +194,6 @@ class _Conversation:
     def _recompute(self) -> None:
         """Drops text, tokens and cache; the turns stay."""
         self.text, self.ids = "", []
-        self.cache.reset()
-
-    def _switch(self, state: str) -> None:
-        if state not in ("on", "off"):
-            raise ConfigError("/adapter wants on or off")
-        names = adapter_names(self.model)
-        if not names:
-            raise ConfigError("the model has no adapter: start the chat with --adapter DIR")
-        self.adapter = active(self.model) or self.adapter or names[0]
-        switch(self.model, self.adapter if state == "on" else None)
         self.cache.reset()
 
     def _save(self, name: str) -> None:

@@ -18,7 +18,7 @@ from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.allreduce import score_of_all
-from mlx_qlora.train.score import score, score_rows
+from mlx_qlora.train.score import RowScores, score, score_rows
 
 T = TypeVar("T")
 BATCH = 8  # rows of a forward
@@ -66,7 +66,7 @@ def evaluate(
     return Scores.of(total.nats, total.hits, total.tokens)
 
 
-def evaluate_together(
+def evaluate_distributed(
     model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, processes: Processes
 ) -> Scores:
     """`evaluate` by all processes of a run, a share of the batches each; all have to call it.
@@ -86,19 +86,8 @@ def _batches(examples: Examples, batch_size: int) -> Batches:
     return make_batches(examples, batch_size, max_length=max(WIDTH, int(examples.lengths.max())))
 
 
-@dataclass(frozen=True)
-class ExampleScores:
-    """Sums over the supervised tokens of each example of a set, in the set's order.
-
-    Attributes:
-        nats: (n,) float64, of the targets.
-        hits: (n,) int64, targets that were the model's first choice.
-        tokens: (n,) int64, how many targets there are, at least 1.
-    """
-
-    nats: np.ndarray
-    hits: np.ndarray
-    tokens: np.ndarray
+class ExampleScores(RowScores):
+    """Sums over the supervised tokens of each example of a set, in order; each has at least one."""
 
     def total(self) -> Scores:
         """The means over all tokens of the set, as `evaluate` gives them."""

@@ -41,10 +41,7 @@ class GenerationConfig:
 
 
 class GenerationSettings(TypedDict, total=False):
-    """The keywords of `generate_batch`: the fields of GenerationConfig, a seed and stop texts.
-
-    For editors and type checkers, which cannot read them off a dataclass.
-    """
+    """Keywords of `generate_batch`, for type checkers: GenerationConfig's fields and two more."""
 
     temperature: float
     top_p: float
@@ -56,7 +53,7 @@ class GenerationSettings(TypedDict, total=False):
 
 
 class StreamSettings(GenerationSettings, total=False):
-    """The keywords of `generate` and `stream`."""
+    """Keywords of `generate` and `stream`."""
 
     kv_bits: int | None
     prompt_cache: "PromptCache | None"
@@ -146,9 +143,6 @@ def repetition_processor(
 
 # ---- the prompt cache ----------------------------------------------------------------------------
 
-KV_BITS = (2, 4, 8)
-KV_GROUPS = (64, 32)  # numbers of a head that share a scale: the first that divides it
-
 
 def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
     """How many numbers of a head share a scale in a quantised cache.
@@ -156,15 +150,11 @@ def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
     Raises:
         ConfigError: a width, or a model, that MLX cannot quantise.
     """
-    if kv_bits is None:
-        return KV_GROUPS[0]
-    rule = f"be one of {', '.join(map(str, KV_BITS))}, or None"
-    require(kv_bits in KV_BITS, "kv_bits", rule, kv_bits)
+    require(kv_bits in (None, 2, 4, 8), "kv_bits", "be one of 2, 4, 8, or None", kv_bits)
     size = model.config.head_dim
-    for group in KV_GROUPS:
-        if size % group == 0:
-            return group
-    raise ConfigError(f"kv_bits needs heads of a multiple of 32; this model's have {size}")
+    if kv_bits is not None and size % 32:
+        raise ConfigError(f"kv_bits needs heads of a multiple of 32; this model's have {size}")
+    return 64 if size % 64 == 0 else 32
 
 
 @dataclass
@@ -299,11 +289,11 @@ def batch_tokens(
     batch_size: int,
     ended: set[int],
 ) -> Iterator[tuple[int, int]]:
-    """The new tokens of many prompts, as they come: (number of the prompt, token).
+    """The new tokens of one or more prompts, as they come: (number of the prompt, token).
 
     Args:
         model: base or tuned.
-        prompts: token ids of each, at least one.
+        prompts: token ids of each.
         config: for all of them.
         seed: of the first prompt; each following one adds 1.
         batch_size: most prompts at once.

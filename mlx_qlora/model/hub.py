@@ -175,6 +175,42 @@ def whole_copy(repo: str, revision: str | None = None) -> Path | None:
     return None if _missing_files(folder) else folder
 
 
+def on_offer(
+    repo: str, revision: str | None = None, timeout: float = 10
+) -> tuple[dict[str, Any], int, int]:
+    """config.json of a model on the hub, the bytes that we read, and those that the cache lacks.
+
+    Leaves the cache as it is, unlike huggingface_hub's `dry_run`, which moves `refs/main` to the
+    hub's newest commit: an older copy that is whole would not be found any more without a network.
+
+    Raises:
+        SourceError: no access, no such repository or revision, no model in it, or no network.
+    """
+    from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
+    from huggingface_hub.utils import hf_raise_for_status as raise_for_status
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=timeout, files_metadata=True)
+        commit, sizes = info.sha, {f.rfilename: f.size or 0 for f in info.siblings or []}
+        names = [*filter_repo_objects(sizes, allow_patterns=NEEDED, ignore_patterns=UNREAD)]
+        missing = [] if "config.json" in names else ["config.json"]
+        if not any(name.endswith(".safetensors") for name in names):
+            missing.append("*.safetensors")
+        if missing:
+            raise SourceError(unfit(repo, [*sizes], missing))
+        # Everybody may list a gated repository: only a file tells who may read it.
+        url = hf_hub_url(repo, "config.json", revision=commit)
+        answer = get_session().get(url, headers=build_hf_headers(), timeout=timeout)
+        raise_for_status(answer)
+        config = answer.json()
+    except (OSError, RuntimeError, _http_error()) as cause:
+        raise SourceError(explain(cause, repo, revision)) from cause
+    cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
+    to_fetch = sum(sizes[name] for name, path in cached.items() if not isinstance(path, str))
+    return config if isinstance(config, dict) else {}, sum(sizes[name] for name in names), to_fetch
+
+
 def explain(error: Exception, repo: str, revision: str | None) -> str:
     """What kept the hub from giving a repository, and what to do, in one message."""
     from huggingface_hub import constants, errors, get_token

@@ -42,7 +42,7 @@ def coverage(make: Callable[[np.random.Generator, int], Made], n: int, sets: int
 
 
 @pytest.mark.parametrize("make", [lognormal, token_weighted, paired_losses, right_or_wrong])
-@pytest.mark.parametrize(("n", "sets"), [(50, 2000), (200, 2000)])
+@pytest.mark.parametrize(("n", "sets"), [(50, 1000), (200, 1000)])
 def test_95_percent_intervals_hold_the_truth_in_93_to_97_percent_of_sets(
     make: Callable[[np.random.Generator, int], Made], n: int, sets: int
 ) -> None:
@@ -154,7 +154,7 @@ def test_an_increasing_function_moves_the_ends() -> None:
     assert (found.estimate, found.low, found.high) == tuple(map(math.exp, (1.0, 0.5, 2.0)))
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_what_gives_no_interval_is_refused() -> None:
     with pytest.raises(DataError, match="no examples to draw"):
         ratio_interval(np.zeros(0))
     with pytest.raises(DataError, match="not finite"):
@@ -163,5 +163,3 @@ def test_what_makes_no_sense_is_refused() -> None:
         ratio_interval(np.ones(9), np.zeros(9))
     with pytest.raises(ConfigError, match="level must be in"):
         ratio_interval(np.ones(9), level=1.0)
-    with pytest.raises(ConfigError, match="resamples must be at least 100"):
-        ratio_interval(np.ones(9), resamples=5)

@@ -12,7 +12,6 @@ from support.tiny_folder import write_model
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.drift import TEXTS, encode_texts
-from mlx_qlora.after import forgetting as of_forgetting
 from mlx_qlora.after.answer_metrics import LOWER, Row, perplexity_row
 from mlx_qlora.after.bootstrap import NONE, STUDENTISED, Interval
 from mlx_qlora.after.forgetting import BLOCK, Forgetting, degree, forgetting, read_texts
@@ -80,7 +79,7 @@ def test_the_model_leaves_as_it_came_and_the_figures_repeat(made: tuple[Any, Any
     assert np.array_equal(our_logits(model, tokens), before)
 
 
-def test_logits_exist_for_a_piece_of_the_positions_and_pieces_change_nothing(
+def test_logits_exist_for_a_slice_of_the_positions_and_slices_change_nothing(
     made: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer, _ = made
@@ -93,19 +92,19 @@ def test_logits_exist_for_a_piece_of_the_positions_and_pieces_change_nothing(
         return real(self, hidden)
 
     monkeypatch.setattr(type(model), "logits", seen)
-    monkeypatch.setattr(of_forgetting, "POSITIONS", 16)
+    monkeypatch.setattr("mlx_qlora.after.forgetting.POSITIONS", 16)
     found = forgetting(model, tokenizer, [*TEXTS[:1]])
     assert max(widths) == 16
     assert found.kl.estimate == pytest.approx(wanted.kl.estimate, rel=1e-5)
 
 
-def test_long_texts_are_read_in_windows_that_predict_every_token_once(
-    made: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch
+def test_texts_longer_than_the_model_are_read_in_windows_that_predict_every_token_once(
+    tmp_path: Path,
 ) -> None:
-    model, tokenizer, _ = made
-    ids = encode_texts(tokenizer, [TEXTS[0]])[0]
-    monkeypatch.setattr(of_forgetting, "WINDOW", 50)
-    assert forgetting(model, tokenizer, [TEXTS[0]]).tokens == len(ids) - 1
+    model, tokenizer = mq.load(write_model(tmp_path / "model", max_position_embeddings=50))
+    mq.add_lora(model, mq.LoraConfig(r=4))
+    n = len(encode_texts(tokenizer, [TEXTS[0]])[0])
+    assert n > 100 and forgetting(model, tokenizer, [TEXTS[0]]).tokens == n - 1
 
 
 def test_an_adapter_that_does_nothing_forgets_nothing(made: tuple[Any, Any, Path]) -> None:
@@ -120,7 +119,7 @@ def test_an_adapter_that_does_nothing_forgets_nothing(made: tuple[Any, Any, Path
     assert "little was forgotten" in found.sentence
 
 
-def told(rise: float, half: float, method: str = STUDENTISED) -> str:
+def sentence(rise: float, half: float, method: str = STUDENTISED) -> str:
     def interval(x: float, half: float) -> Interval:
         return Interval(x, x - half, x + half, 40, 0.95, method)
 
@@ -132,13 +131,15 @@ def told(rise: float, half: float, method: str = STUDENTISED) -> str:
 
 
 def test_the_verdict_follows_the_interval() -> None:
-    assert "rose from 12.1 to 12.34 (+2 %" in told(0.02, 0.01)
-    assert told(0.02, 0.01).endswith("little was forgotten")
-    assert told(0.08, 0.01).endswith(": something was forgotten")
-    assert told(0.5, 0.01).endswith("much was forgotten")
-    assert told(0.04, 0.03).endswith("little to something was forgotten; more text would tell")
-    assert "fell from" in told(-0.1, 0.01) and told(-0.1, 0.01).endswith("little was forgotten")
-    assert told(0.5, 0.0, NONE).endswith("the text is too short to be sure")
+    assert "rose from 12.1 to 12.34 (+2 %" in sentence(0.02, 0.01)
+    assert sentence(0.02, 0.01).endswith("little was forgotten")
+    assert sentence(0.08, 0.01).endswith(": something was forgotten")
+    assert sentence(0.5, 0.01).endswith("much was forgotten")
+    assert sentence(0.04, 0.03).endswith("little to something was forgotten; more text would tell")
+    assert "fell from" in sentence(-0.1, 0.01) and sentence(-0.1, 0.01).endswith(
+        "little was forgotten"
+    )
+    assert sentence(0.5, 0.0, NONE).endswith("the text is too short to be sure")
     assert [degree(x) for x in (0.049, 0.051, 0.119, 0.121)] == [
         "little",
         "something",
@@ -147,12 +148,11 @@ def test_the_verdict_follows_the_interval() -> None:
     ]
 
 
-def test_a_file_s_paragraphs_are_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_s_paragraphs_are_its_texts(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_text("one\ntwo\n\n\n\n three \n\n" + "\n\n".join("x" * 10 for _ in range(9)))
     assert read_texts(file)[:2] == ["one\ntwo", "three"]
-    monkeypatch.setattr(of_forgetting, "MOST_CHARACTERS", 40)
-    kept = read_texts(file)
+    kept = read_texts(file, most=40)
     assert len(kept) == 4 and kept[0] == "one\ntwo"
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(mq.ConfigError, match="cannot be read as text"):

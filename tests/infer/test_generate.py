@@ -262,7 +262,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_text(tokenizers: list[Any])
             sizes.append(len(window))  # noqa: B023
             return tokenizer.decode(window)
 
-        pieces = Pieces(tokenizer)
+        pieces: Any = Pieces(tokenizer)
         pieces._decode = decode
         for i in ids:
             pieces.add(i)
@@ -446,12 +446,13 @@ def test_the_keywords_are_the_fields_of_the_config_and_a_few_more() -> None:
 
 def test_settings_are_keywords_and_an_unknown_one_names_the_nearest(tiny: tuple[Any, Any]) -> None:
     misspelt: Any = {"temprature": 0.0}
-    for ask, prompt in ((generate, "x"), (stream, "x"), (mq.generate_batch, ["x"])):
+    asks: list[tuple[Any, Any]] = [(generate, "x"), (stream, "x"), (mq.generate_batch, ["x"])]
+    for ask, prompt in asks:
         message = "unknown keyword 'temprature'; did you mean 'temperature'?"
         with pytest.raises(mq.ConfigError, match=re.escape(message)):
             ask(*tiny, prompt, **misspelt)
         with pytest.raises(TypeError, match="positional"):
-            ask(*tiny, prompt, 12)  # pyright: ignore
+            ask(*tiny, prompt, 12)
     only_one_prompt: Any = {"kv_bits": 4}
     with pytest.raises(mq.ConfigError, match=r"'kv_bits'; known are temperature, .* batch_size"):
         mq.generate_batch(*tiny, ["x"], **only_one_prompt)
