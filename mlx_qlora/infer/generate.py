@@ -5,7 +5,7 @@ import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -36,9 +36,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         ids = encode_prompt(tokenizer, prompt)
     elif prompt and isinstance(prompt[0], int):
-        ids = [int(token) for token in prompt]  # pyright: ignore[reportArgumentType]
+        ids = cast("list[int]", prompt)
     else:
-        text = tokenizer.render_chat(prompt, add_generation_prompt=True)
+        messages = cast("list[dict[str, Any]]", prompt)
+        text = tokenizer.render_chat(messages, add_generation_prompt=True)
         ids = encode_prompt(tokenizer, text)
     if not ids:
         raise ConfigError("the prompt is empty")

@@ -17,8 +17,8 @@ class Parrot(LlamaForCausalLM):
         self._ids, self._end = ids, min(tokenizer.eos_ids)
         self._n_prompt = len(prompt_ids(tokenizer, "x"))
 
-    def __call__(self, tokens: mx.array, cache: Any = None, *others: Any) -> mx.array:
-        logits = super().__call__(tokens, cache, *others)
+    def __call__(self, tokens: mx.array, cache: Any = None, *rest: Any, **named: Any) -> mx.array:
+        logits = super().__call__(tokens, cache, *rest, **named)
         at = cache[0].offset - self._n_prompt  # below 0 while the prompt is read
         said = self._ids[at] if 0 <= at < len(self._ids) else self._end
         return mx.broadcast_to(1e4 * (mx.arange(logits.shape[-1]) == said), logits.shape)
