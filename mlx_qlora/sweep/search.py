@@ -233,8 +233,8 @@ class _Search:
             if rung < self.rungs - 1:
                 names = "; ".join(point.label(fields) for point in alive)
                 say(self.console, f"rung {rung + 1}/{self.rungs}: {names} go on")
-        last = {str(i): results[point].losses for i, point in enumerate(alive)}
-        winner = alive[min(int(i) for i in ties(last))]  # the most cautious one
+        tied = ties([results[point].losses for point in alive])
+        winner = alive[tied[0]]  # the most cautious one
         self.done.append(Stage(fields, tuple(points), tuple(history), winner))
         self.write(None, None)
         return winner

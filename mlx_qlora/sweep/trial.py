@@ -35,16 +35,9 @@ from mlx_qlora.train.step import StepError
 
 # ---- the grid ------------------------------------------------------------------------------------
 
-
 ORDER = ("learning_rate", "r", "batch_size")
-
-
 WORDS = {"learning_rate": "learning rate", "r": "rank", "batch_size": "batch"}
-
-
 DEFAULT_GRID: dict[str, list[Any]] = {"learning_rate": [1e-4, 2e-4, 5e-4]}
-
-
 WARMUP_SHARE = 10  # a trial warms up for at most a tenth of its steps
 
 
@@ -54,7 +47,7 @@ class Point:
 
     Attributes:
         learning_rate: at the end of the warmup.
-        r: rank. `lora_alpha` stays: at a scale of alpha / r the best learning rate hardly depends
+        r: rank. `lora_alpha` stays: at a scale of alpha / r the best learning rate depends little
             on the rank (Schulman et al. 2025, "LoRA Without Regret").
         batch_size: rows of an optimiser step, however many micro-batches make it up.
         seed: of the adapter, the order of rows and the dropout; the split is the sweep's own.
@@ -76,7 +69,7 @@ def checked_grid(grid: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any
     Raises:
         ConfigError: an unknown field, a field without values, or a value of the wrong type.
     """
-    grid = DEFAULT_GRID if not grid else grid
+    grid = grid or DEFAULT_GRID
     for name, values in grid.items():
         if name not in ORDER:
             known = ", ".join(ORDER)
@@ -98,10 +91,10 @@ def check_swept(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    begin = config.lora.init_lora_weights
-    if begin not in PLAIN:
+    init = config.lora.init_lora_weights
+    if init not in PLAIN:
         raise ConfigError(
-            f"lora.init_lora_weights={begin} changes the base, which the trials of a sweep share; "
+            f"lora.init_lora_weights={init} changes the base, which the trials of a sweep share; "
             "sweep with true or gaussian, and train with it afterwards"
         )
     if config.model.adapter is not None:
@@ -109,26 +102,26 @@ def check_swept(config: RunConfig) -> None:
             "model.adapter: the trials of a sweep begin adapters of their own; merge this one "
             "into the model first, or leave it out"
         )
-    again = config.checkpointing.resume_from_checkpoint
-    require(again == "auto", "checkpointing.resume_from_checkpoint", "be auto in a sweep", again)
+    resume = config.checkpointing.resume_from_checkpoint
+    require(resume == "auto", "checkpointing.resume_from_checkpoint", "be auto in a sweep", resume)
 
 
 def start_point(config: RunConfig) -> Point:
-    """Where the sweep stands before its first stage."""
+    """The values of the config, from which the first stage varies one."""
     training = config.training
     rows = training.rows * training.gradient_accumulation_steps
     return Point(training.peak, config.lora.r, rows, training.seed)
 
 
 def stages(grid: dict[str, list[Any]], product: bool) -> list[tuple[str, ...]]:
-    """The fields that are varied together, stage by stage."""
+    """The fields that are varied at once, stage by stage."""
     return [tuple(grid)] if product else [(name,) for name in grid]
 
 
-def candidates(at: Point, fields: Sequence[str], grid: dict[str, list[Any]]) -> list[Point]:
+def candidates(start: Point, fields: Sequence[str], grid: dict[str, list[Any]]) -> list[Point]:
     """The points of one stage, from cautious to bold."""
-    together = itertools.product(*(grid[name] for name in fields))
-    return sorted(replace(at, **dict(zip(fields, values))) for values in together)
+    combinations = itertools.product(*(grid[name] for name in fields))
+    return sorted(replace(start, **dict(zip(fields, values))) for values in combinations)
 
 
 def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunConfig:
@@ -138,23 +131,23 @@ def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunC
     the same. The schedule is that of the whole budget. A trial that is stopped early has taken the
     first steps of its full run, and going on takes the next ones: nothing is restarted, and no
     second warmup is needed. Its loss is then read while the rate is still high. That costs bold
-    rates more than timid ones, but all candidates of a rung are read at the same place of it.
+    rates more than cautious ones, but all candidates of a rung are read at the same place of it.
     """
-    training, before = config.training, start_point(config).batch_size
-    rows, waves = training.rows, training.gradient_accumulation_steps
-    if point.batch_size != before:
+    training, start_rows = config.training, start_point(config).batch_size
+    rows, micro_batches = training.rows, training.gradient_accumulation_steps
+    if point.batch_size != start_rows:
         fits = range(1, min(rows, point.batch_size) + 1)
         rows = max(n for n in fits if point.batch_size % n == 0)
-        waves = point.batch_size // rows
-    steps = scaled(steps, before, point.batch_size)
-    made = replace(
+        micro_batches = point.batch_size // rows
+    steps = scaled(steps, start_rows, point.batch_size)
+    trial = replace(
         config,
         lora=replace(config.lora, r=point.r),
         training=replace(
             training,
             learning_rate=point.learning_rate,
             per_device_train_batch_size=rows,
-            gradient_accumulation_steps=waves,
+            gradient_accumulation_steps=micro_batches,
             max_steps=steps,
             num_train_epochs=None,
             warmup_steps=min(training.warmup_steps, steps // WARMUP_SHARE),
@@ -162,9 +155,9 @@ def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunC
         ),
     )
     name = f"lr{point.learning_rate:g}_r{point.r}_b{point.batch_size}_s{point.seed}"
-    decides = json.dumps(deciding_values(made), sort_keys=True)
+    decides = json.dumps(deciding_values(trial), sort_keys=True)
     folder = output / "trials" / f"{name}_{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
-    # The newest checkpoint is all that a trial goes on from; the best one is the sweep's matter.
+    # The newest checkpoint is all that a trial goes on from; which one is best the sweep decides.
     checkpointing = replace(
         config.checkpointing,
         output_dir=str(folder),
@@ -172,7 +165,7 @@ def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunC
         load_best_model_at_end=False,
         early_stopping_patience=None,
     )
-    return replace(made, checkpointing=checkpointing)
+    return replace(trial, checkpointing=checkpointing)
 
 
 def scaled(steps: int, before: int, now: int) -> int:
@@ -191,7 +184,6 @@ def kept(started: int) -> int:
 
 
 # ---- comparison ----------------------------------------------------------------------------------
-
 
 # Nats per token. Trials of one seed see the same rows and masks, so that even learning rates of
 # 1.0e-7 and 1.1e-7 differ alike on all examples: clear of 0, and of no use to anybody.
@@ -218,13 +210,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two validation losses, in nats per token.
+    """The difference of two validation losses, in nats per token.
 
     Attributes:
         mean: the first minus the second.
-        low: where its 95 % interval begins.
-        high: where that ends.
-        leaves_out_zero: whether it does; never if the examples allow no interval.
+        low, high: its 95 % interval.
+        leaves_out_zero: whether that does; never if the examples allow no interval.
     """
 
     mean: float
@@ -245,8 +236,8 @@ def difference(first: Losses, second: Losses) -> Difference:
     (paired: Koehn 2004, W04-3250). The interval is about the choice of validation examples. Of
     the chance in training, the seed, it knows nothing.
     """
-    found = ratio_interval(first.nats - second.nats, first.tokens)
-    return Difference(found.estimate, found.low, found.high, not found.includes_zero)
+    interval = ratio_interval(first.nats - second.nats, first.tokens)
+    return Difference(interval.estimate, interval.low, interval.high, not interval.includes_zero)
 
 
 def standard_error(losses: Losses) -> float:
@@ -255,27 +246,26 @@ def standard_error(losses: Losses) -> float:
     That of a ratio of sums, to first order (Cochran 1977, Sampling Techniques, section 6.4).
     """
     n = len(losses.nats)
-    rest = losses.nats - losses.mean * losses.tokens
-    return float(np.sqrt(n / (n - 1) * (rest**2).sum()) / losses.tokens.sum())
+    residuals = losses.nats - losses.mean * losses.tokens
+    return float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / losses.tokens.sum())
 
 
-def ties(found: Mapping[str, Losses]) -> list[str]:
-    """The best of some models, and those that cannot be told from it."""
-    best = min(found, key=lambda name: found[name].mean)
-    others = {name: difference(losses, found[best]) for name, losses in found.items()}
-    return [name for name in found if name == best or not others[name].is_clear]
+def ties(losses: Sequence[Losses]) -> list[int]:
+    """Positions of the best of some models, and of those that cannot be told from it."""
+    best = min(losses, key=lambda model: model.mean)
+    return [i for i, model in enumerate(losses) if not difference(model, best).is_clear]
 
 
-def in_words(first: str, second: str, found: Difference) -> str:
-    """One sentence: which one is better and by how much, or that this cannot be told."""
-    better, worse = (first, second) if found.mean < 0 else (second, first)
+def in_words(first: str, second: str, apart: Difference) -> str:
+    """One sentence: which one is better and by how much, or that they cannot be told apart."""
+    better, worse = (first, second) if apart.mean < 0 else (second, first)
     # Both ends: the interval reaches farther to the side where single examples differ much.
-    ends = sorted((-found.low, -found.high) if found.mean < 0 else (found.low, found.high))
+    ends = sorted((-apart.low, -apart.high) if apart.mean < 0 else (apart.low, apart.high))
     interval = f"{ends[0]:.4f} to {ends[1]:.4f}" if ends[0] < ends[1] else "not known"
-    if not found.is_clear:
-        shown = f"difference {abs(found.mean):.4f}, interval {interval}"
+    if not apart.is_clear:
+        shown = f"difference {abs(apart.mean):.4f}, interval {interval}"
         return f"{first} and {second} are indistinguishable here ({shown})"
-    return f"{better} is better than {worse} by {abs(found.mean):.4f} ({interval}) nats per token"
+    return f"{better} is better than {worse} by {abs(apart.mean):.4f} ({interval}) nats per token"
 
 
 # ---- a trial -------------------------------------------------------------------------------------

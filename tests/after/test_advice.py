@@ -5,6 +5,7 @@ import io
 import math
 import random
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -240,24 +241,17 @@ def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, tim
 # ---- in a run ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rate", "steps", "said"),
-    [
-        (1e-9, 30, ["advice    underfitting: the loss barely fell"]),
-        (1e-9, 10, []),  # too short to tell
-        (1e-2, 30, []),
-    ],
-)
-def test_advice_is_printed_at_the_end_of_a_run(tmp_path, rate, steps, said):
+def test_advice_is_printed_at_the_end_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     model, tokenizer = mq.load(write_model(tmp_path / "model"))
     rows = write_rows(tmp_path / "rows.jsonl", 30)
     examples = mq.read_examples(rows, tokenizer, mq.DataConfig(max_length=64, cache_dir=None))
     config = mq.RunConfig(
         lora=mq.LoraConfig(r=4, lora_dropout=0.0),
         training=mq.TrainingConfig(
-            max_steps=steps,
+            max_steps=30,
             warmup_steps=2,
-            learning_rate=rate,
+            learning_rate=1e-9,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=1,
         ),
@@ -268,5 +262,6 @@ def test_advice_is_printed_at_the_end_of_a_run(tmp_path, rate, steps, said):
     mq.fine_tune(model, tokenizer, examples, config=config, console=Console(file=printed, width=40))
     lines = printed.getvalue().splitlines()
     (done,) = (i for i, line in enumerate(lines) if line.startswith("done "))
-    assert [line.split(",")[0] for line in lines[done + 1 :]] == said
-    assert not any(line.startswith("advice") for line in lines[:done])
+    (advice,) = (i for i, line in enumerate(lines) if line.startswith("advice "))
+    assert done < advice
+    assert lines[advice].startswith("advice    underfitting: the loss barely fell, from ")

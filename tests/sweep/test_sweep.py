@@ -21,9 +21,9 @@ from support.models import our_logits, random_tokens
 from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
-from mlx_qlora.config import build, read_yaml
+from mlx_qlora.config import build, read_yaml, to_yaml
 from mlx_qlora.model.lora import trainable_count
-from mlx_qlora.sweep import search, trial
+from mlx_qlora.sweep import search
 from mlx_qlora.sweep.search import sweep
 from mlx_qlora.sweep.trial import (
     Difference,
@@ -97,6 +97,11 @@ def without_times(out: Path) -> dict[str, Any]:
             assert row.pop(name) != 0  # null: killed between the last step and its validation
     record["command"] = record["command"].replace(str(out), "OUT")
     return record
+
+
+def trained(printed: str) -> list[str]:
+    """The trials that were trained, one for each rung, in order."""
+    return re.findall(r"^trial +(\S+): to step", printed, re.MULTILINE)
 
 
 def weights(folder: Path, step: int) -> list[bytes]:
@@ -210,8 +215,11 @@ def test_the_shared_base_is_unchanged_bit_for_bit(done):
     assert trainable_count(base) == 0 and not mq.adapter_names(base)
 
 
-def test_a_trial_that_went_on_is_bit_for_bit_an_uninterrupted_run(done, place: Path, tmp_path):
+def test_a_trial_that_went_on_is_bit_for_bit_an_uninterrupted_run(
+    done, place: Path, tmp_path, monkeypatch
+):
     """`fine_tune` of the same config, with its own model, validation and checkpoints."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result, printed, *_ = done
     tried = result.winner
     assert printed.count("continuing from") >= 3
@@ -298,7 +306,7 @@ def test_equals_are_called_so_and_clear_winners_too():
     first = Losses(tokens * random.gamma(2.0, 0.5, 80), tokens)
     near = Losses(first.nats + tokens * random.normal(0.0, 0.1, 80), tokens)
     far = Losses(first.nats + tokens * random.normal(0.5, 0.1, 80), tokens)
-    assert set(ties({"first": first, "near": near, "far": far})) == {"first", "near"}
+    assert ties([far, near, first]) == [1, 2]
     assert "are indistinguishable here (difference " in in_words("a", "b", difference(first, near))
     tiny = tokens * random.uniform(1e-6, 2e-6, 80)  # everywhere worse, and by nothing
     hair = Losses(first.nats + tiny, tokens)
@@ -343,26 +351,16 @@ def test_losses_per_example_add_up_to_the_score(place: Path):
 # ---- again -------------------------------------------------------------------------------------
 
 
-def test_another_grid_reuses_what_is_there_and_says_so(done, place: Path, monkeypatch):
+def test_another_grid_reuses_what_is_there_and_says_so(done, place: Path):
     result, *_ = done
-    took: list[str] = []
-    measure = search.measure
-    monkeypatch.setattr(
-        search,
-        "measure",
-        lambda config, step, *rest: (
-            took.append(f"{Path(config.checkpointing.output_dir).name} {step}"),
-            measure(config, step, *rest),
-        )[1],
-    )
     before = without_times(result.output_dir)
     _, winner, printed = swept(config(place, result.output_dir), GRID, repeat_best=True)
-    assert took == [] and without_times(result.output_dir) == before
+    assert trained(printed) == [] and without_times(result.output_dir) == before
     assert "reused" in printed and winner.name == result.winner.name
 
     wider = {**GRID, "learning_rate": [1e-7, 1e-2, 2e-2]}
     again, _, printed = swept(config(place, result.output_dir), wider)
-    assert took and all("lr0.02_" in name for name in took[:3])
+    assert trained(printed)[:3] and all("lr0.02_" in name for name in trained(printed)[:3])
     assert len([t for t in again.trials if t.point.learning_rate == 1e-2 and t.point.r == 4]) == 1
     assert "reused    lr1e-07_r4" in printed and "reused    lr0.01_r4" in printed
 
@@ -383,19 +381,27 @@ def test_a_trial_that_skipped_too_many_steps_is_tried_again_with_more_allowed(
 SCRIPT = """
 import sys
 from rich.console import Console
-from mlx_qlora.config import build, read_yaml
+from mlx_qlora.config import build, read_yaml, to_yaml
 from mlx_qlora.sweep.search import sweep
 sweep(build(read_yaml(sys.argv[1])), Console(), {"learning_rate": [1e-7, 1e-2], "r": [2, 4]}, 8)
 """
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_result(place: Path, tmp_path: Path):
+SHORT_GRID = {"learning_rate": [1e-7, 1e-2], "r": [2, 4]}
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep that nothing interrupted."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    swept(config(place, out), SHORT_GRID)
+    return out
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_result(place: Path, alone: Path, tmp_path: Path):
     """SIGKILL within the first rung's validation, and again amid a trial that went on."""
-    grid = {"learning_rate": [1e-7, 1e-2], "r": [2, 4]}
-    swept(config(place, tmp_path / "alone"), grid)
     out = tmp_path / "killed"
-    text = mq.config.to_yaml(config(place, out))
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_text(to_yaml(config(place, out)))
     words = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml")]
     for glob in ("trials/lr1e-07*/checkpoint-2", "trials/lr0.01_r4*/checkpoint-6"):
         log = (tmp_path / "log").open("w")
@@ -408,36 +414,35 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(place: Path, tmp_path: Pa
         assert process.wait() == -signal.SIGKILL
         log.close()
         assert not json.loads((out / "sweep.json").read_text())["finished"]
-    _, _, printed = swept(config(place, out), grid)
+    _, _, printed = swept(config(place, out), SHORT_GRID)
     assert "reused    lr1e-07" in printed and "checkpoint-6" in printed
-    assert without_times(out) == without_times(tmp_path / "alone")
-    for folder in (tmp_path / "alone" / "trials").iterdir():
+    assert without_times(out) == without_times(alone)
+    for folder in (alone / "trials").iterdir():
         (newest,) = folder.glob("checkpoint-*")
         step = int(newest.name.partition("-")[2])
         assert weights(folder, step) == weights(out / "trials" / folder.name, step)
     assert not [path for path in out.rglob(".*")], "nothing is left behind"
 
 
-def test_ctrl_c_saves_the_last_step_and_the_sweep_goes_on_from_there(
-    place: Path, tmp_path: Path, monkeypatch
-):
-    grid = {"learning_rate": [1e-7, 1e-2]}
-    swept(config(place, tmp_path / "alone"), grid, steps=4, rungs=2)
-    note, taken = trial.Run.note, []
+class Interrupting(io.StringIO):
+    """A terminal at which somebody types Ctrl-C when the second trial has taken a step."""
 
-    def interrupting(self: Any, *words: Any) -> None:
-        note(self, *words)
-        taken.append(self.state.step)
-        if len(taken) == 3:  # the first step of the second trial
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if text.startswith("step 1/") and "trial     lr0.01" in self.getvalue():
             os.kill(os.getpid(), signal.SIGINT)
+        return written
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trial.Run, "note", interrupting)
-        with pytest.raises(Interrupted, match=r"saved .*lr0\.01.*checkpoint-1\."):
-            swept(config(place, tmp_path / "out"), grid, steps=4, rungs=2)
-    _, _, printed = swept(config(place, tmp_path / "out"), grid, steps=4, rungs=2)
+
+def test_ctrl_c_saves_the_last_step_and_the_sweep_goes_on_from_there(
+    place: Path, alone: Path, tmp_path: Path
+):
+    asked = config(place, tmp_path / "out", logging={"logging_steps": 1})
+    with pytest.raises(Interrupted, match=r"saved .*lr0\.01.*checkpoint-1\."):
+        sweep(asked, Console(file=Interrupting(), width=200), SHORT_GRID, STEPS, 3)
+    _, _, printed = swept(config(place, tmp_path / "out"), SHORT_GRID)
     assert "reused    lr1e-07" in printed and "checkpoint-1\n" in printed
-    assert without_times(tmp_path / "out") == without_times(tmp_path / "alone")
+    assert without_times(tmp_path / "out") == without_times(alone)
 
 
 def test_a_product_is_one_stage_of_all_combinations(place: Path, tmp_path: Path):
