@@ -110,15 +110,15 @@ def evaluate_run(
         )
         source = "the built-in texts" if general_text is None else str(general_text)
         general = forgetting(model, tokenizer, texts, source, console=console)
-    about = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
-    about |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
-    about |= {"max_new_tokens": max_new_tokens}
+    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
+    inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
+    inputs |= {"max_new_tokens": max_new_tokens}
     samples = []
     for i, question in enumerate(asked):
         sample = {"place": question.place, "prompt": question.prompt}
         sample |= {"reference": question.reference, "base": base.answers[i]}
         samples.append(sample | ({"tuned": tuned.answers[i]} if tuned else {}))
-    evaluation = Evaluation(comparison, general, tuple(samples), about)
+    evaluation = Evaluation(comparison, general, tuple(samples), inputs)
     evaluation.show(console)
     if output is not None:
         evaluation.write(Path(output).expanduser())
@@ -364,19 +364,19 @@ class Evaluation:
     Attributes:
         forgetting: None if there is no adapter.
         samples: of each question: place, prompt, reference, base and, with an adapter, tuned.
-        about: model, adapter, data, seed and how many rows of how many.
+        inputs: model, adapter, data, seed and how many rows of how many.
     """
 
     comparison: Comparison
     forgetting: Forgetting | None
     samples: tuple[dict[str, str], ...]
-    about: dict[str, Any]
+    inputs: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
         return {
             "mlx_qlora": __version__,
-            **self.about,
+            **self.inputs,
             "comparison": self.comparison.to_dict(),
             "forgetting": self.forgetting.to_dict() if self.forgetting else None,
             "samples": list(self.samples),

@@ -112,7 +112,7 @@ def degree(rise: float) -> str:
     return "little" if rise < LITTLE else "something" if rise < MUCH else "much"
 
 
-def read_texts(path: Path, most: int = MOST_CHARACTERS) -> list[str]:
+def read_texts(path: Path, max_characters: int = MOST_CHARACTERS) -> list[str]:
     """The paragraphs of a text file, evenly spaced ones if there are more than are needed.
 
     Raises:
@@ -123,10 +123,10 @@ def read_texts(path: Path, most: int = MOST_CHARACTERS) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--general: {path} cannot be read as text: {error}") from None
     paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
-    paragraphs = [paragraph[:most] for paragraph in paragraphs if paragraph]
+    paragraphs = [paragraph[:max_characters] for paragraph in paragraphs if paragraph]
     if not paragraphs:
         raise ConfigError(f"--general: {path} holds no text; name a file of plain text")
-    step = -(-sum(map(len, paragraphs)) // most)
+    step = -(-sum(map(len, paragraphs)) // max_characters)
     return paragraphs[::step]
 
 

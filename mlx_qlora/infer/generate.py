@@ -26,7 +26,7 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# ---- what is asked, and how ----------------------------------------------------------------------
+# ---- prompts and settings ------------------------------------------------------------------------
 
 Prompt = str | list[dict[str, Any]] | list[int]
 

@@ -24,7 +24,7 @@ from mlx_qlora.before import doctor
 from mlx_qlora.before.doctor import Finding, PlannedRun
 from mlx_qlora.cli import main
 from mlx_qlora.cpu import blas
-from mlx_qlora.model.hub import BUILT_IN, is_on_hub
+from mlx_qlora.model.hub import BUILT_IN
 
 LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 HEADER = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -218,26 +218,6 @@ def test_a_hub_that_does_not_answer_is_given_up(hub, ask):
         "only models on this disk can be used"
     )
     assert "cannot be reached (no answer within 0.3 s)" in only(found, "model").text
-
-
-@pytest.mark.parametrize(
-    ("source", "on_hub"),
-    [
-        ("org/name", True),
-        ("here/model", False),
-        ("./org/name", False),
-        ("~/org", False),
-        ("org/a.gguf", False),
-        ("smollm2-135m", False),
-        ("name", False),
-        ("a/b/c", False),
-        ("x" * 5000, False),
-    ],
-)
-def test_which_names_are_the_hubs(tmp_path, monkeypatch, source, on_hub):
-    (tmp_path / "here" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert is_on_hub(source) == on_hub
 
 
 # ---- models and disks here

@@ -286,13 +286,6 @@ def test_a_stream_never_shows_a_stop_text_not_even_its_beginning(
     assert shown == whole
 
 
-def test_a_stream_is_the_text_with_a_real_model(tiny: tuple[Any, Any]) -> None:
-    for seed in range(4):
-        settings: Any = {"max_new_tokens": 40, "temperature": 2.0, "seed": seed}
-        pieces = list(stream(*tiny, "the fox", **settings))
-        assert len(pieces) > 5 and "".join(pieces) == generate(*tiny, "the fox", **settings)
-
-
 # ---- cache and speed ---------------------------------------------------------------------------
 
 
@@ -398,10 +391,10 @@ def test_messages_are_rendered_with_the_chat_template(tiny: tuple[Any, Any]) -> 
     assert tokenizer.decode(ids) == "<|bos|><|user|>Hi<|eos|><|assistant|>"
 
 
-def test_messages_without_a_template_are_refused(tmp_path: Path) -> None:
-    _, tokenizer = mq.load(write_model(tmp_path / "model"))
+def test_messages_without_a_template_are_refused(tiny: tuple[Any, Any]) -> None:
+    plain = dataclasses.replace(tiny[1], chat_template=None)
     with pytest.raises(mq.TokenizerError, match="no chat template"):
-        prompt_ids(tokenizer, [{"role": "user", "content": "Hi"}])
+        prompt_ids(plain, [{"role": "user", "content": "Hi"}])
 
 
 def test_an_empty_prompt_is_refused_where_no_bos_stands_in(smollm2: tuple[Any, Any]) -> None:

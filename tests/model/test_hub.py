@@ -17,7 +17,7 @@ from support.tiny_folder import write_model, write_rows
 import mlx_qlora as mq
 from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.errors import SourceError
-from mlx_qlora.model.hub import BUILT_IN, ModelFiles, original_repository, resolve
+from mlx_qlora.model.hub import BUILT_IN, ModelFiles, is_on_hub, original_repository, resolve
 
 INDEX = b'{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
 CLUTTER = {
@@ -40,6 +40,26 @@ def folder_of(path, **files):
 
 def dense(path, **files):
     return folder_of(path, **{"config.json": "{}", "model.safetensors": b"", **files})
+
+
+@pytest.mark.parametrize(
+    ("source", "on_hub"),
+    [
+        ("org/name", True),
+        ("here/model", False),
+        ("./org/name", False),
+        ("~/org", False),
+        ("org/a.gguf", False),
+        ("smollm2-135m", False),
+        ("name", False),
+        ("a/b/c", False),
+        ("x" * 5000, False),
+    ],
+)
+def test_which_names_are_the_hubs(tmp_path, monkeypatch, source, on_hub):
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_on_hub(source) == on_hub
 
 
 def refusal(*args):
