@@ -1,4 +1,4 @@
-"""Every example runs, as a script and as a notebook, and the notebooks are those of the scripts.
+"""Every example runs as its notebook, and the notebooks are those of the scripts.
 
 `test_demo.py` is about the demo, `tests/data/test_examples.py` about the class `Examples`.
 """
@@ -7,7 +7,6 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,6 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = make_notebooks.scripts()
 EACH = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 LIMIT = 600  # seconds
-
-
-def folder_with_data(tmp_path: Path) -> Path:
-    """A working directory as a checkout has it, where nothing that is written is kept."""
-    (tmp_path / "examples").mkdir()
-    for path in (ROOT / "examples").iterdir():
-        if path.is_file() and path.suffix != ".py":
-            shutil.copy(path, tmp_path / "examples")
-    return tmp_path
-
-
-def environment(tmp_path: Path) -> dict[str, str]:
-    """With this checkout's package, and a cache of tokens that is thrown away."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
 def test_the_examples_are_found_and_the_demo_is_not_one_of_them():
@@ -103,30 +88,19 @@ def test_writing_again_changes_no_byte_and_removes_what_has_no_script(tmp_path, 
 
 @pytest.mark.slow
 @EACH
-def test_an_example_runs_as_a_script(script: Path, tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder_with_data(tmp_path),
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    written = {path.name for path in tmp_path.iterdir()} - {"examples", "cache"}
-    assert written <= {"outputs"}
-    assert {path.name for path in tmp_path.glob("outputs/*")} <= {script.stem}
-
-
-@pytest.mark.slow
-@EACH
-def test_an_example_runs_as_a_notebook_and_shows_its_result(script: Path, tmp_path: Path):
+def test_an_example_runs_as_its_notebook_and_shows_its_result(script: Path, tmp_path: Path):
+    """In its folder, as Jupyter starts it; `test_a_notebook_is_its_script` has the same cells."""
     notebook = nbformat.read(make_notebooks.place_of(script), as_version=4)
-    place = folder_with_data(tmp_path) / "examples" / "notebooks"  # where Jupyter starts it
-    place.mkdir()
+    place = tmp_path / "examples" / "notebooks"
+    place.mkdir(parents=True)
+    for path in (ROOT / "examples").iterdir():
+        if path.is_file() and path.suffix != ".py":
+            shutil.copy(path, place.parent)
     where = {"metadata": {"path": str(place)}}
     client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=where)
-    client.execute(env=environment(tmp_path))
+    client.execute(
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    )
     results = [
         output.data
         for cell in notebook.cells
@@ -137,3 +111,23 @@ def test_an_example_runs_as_a_notebook_and_shows_its_result(script: Path, tmp_pa
     assert runs, "no cell ends in a result"
     html = [data.get("text/html", "") for data in runs]
     assert all('class="mq"' in text and "<svg" in text for text in html)
+    assert [path.name for path in place.iterdir()] == ["outputs"]
+    assert {path.name for path in place.glob("outputs/*")} <= {script.stem}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [s for s in SCRIPTS if "HERE" in s.read_text(encoding="utf-8")],
+    ids=lambda script: script.stem,
+)
+def test_a_script_finds_the_files_beside_it_from_any_folder(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a notebook only its folder is known, of a script only __file__."""
+    cells = [c for c in jupytext.read(script, fmt="py:percent").cells if c.cell_type == "code"]
+    names: dict[str, Any] = {"__file__": str(script)}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(cells[0].source, script, "exec"), names)
+    assert names["HERE"] == script.parent
+    used = re.findall(r'HERE / "([^"]+)"', script.read_text(encoding="utf-8"))
+    assert used and all((names["HERE"] / file).is_file() for file in used)

@@ -1,0 +1,183 @@
+"""Words become a config or a helpful message; help, printed configs and completion agree."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.command_line import call, printed_json, python
+
+from mlx_qlora.cli import COMMANDS, completion_script, main
+from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml
+
+# ---- help and printed configs ------------------------------------------------------------------
+
+
+def test_help_lists_every_field_with_its_default(capsys):
+    assert call("train", "--help") == 0
+    shown = capsys.readouterr().out
+    for section, config in SECTIONS.items():
+        for field, value in vars(config()).items():
+            lines = [line for line in shown.splitlines() if f"  {section}.{field}  (" in line]
+            assert len(lines) == 1, field
+            assert lines[0].endswith(f"default {'null' if value is None else value})")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_fields_that_a_command_reads_and_no_others(command, capsys):
+    assert call(command, "--help") == 0
+    shown = capsys.readouterr().out
+    for section in SECTIONS:
+        assert (f"\n{section}:\n" in shown) == (section in COMMANDS[command].sections)
+
+
+def config_of(words, tmp_path, capsys):
+    """What a command's --print-config reads back to."""
+    assert main([*words, "--print-config"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    return build(read_yaml(tmp_path / "printed.yaml"))
+
+
+def test_the_printed_config_reads_back_to_the_same_one(tmp_path, capsys):
+    words = ["--model", "org/base", "--learning-rate", "1e-5", "--max-steps", "7"]
+    words += ["lora.r=4", "data.split=[0.5, 0.25, 0.25]", "--output-dir", "2026-11-22"]
+    words += ["training.seed=3"]  # overrides before and after flags
+    config = config_of(["train", *words], tmp_path, capsys)
+    assert (config.model.source, config.training.learning_rate) == ("org/base", 1e-5)
+    assert (config.training.max_steps, config.training.seed, config.lora.r) == (7, 3, 4)
+    assert config.checkpointing.output_dir == "2026-11-22"
+    printed = (tmp_path / "printed.yaml").read_text()
+    assert main(["train", "--config", str(tmp_path / "printed.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_flags_win_over_the_file_and_overrides_over_flags(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("training: {max_steps: 1, seed: 1}\nlora: {r: 1}\n")
+    words = ["train", "--config", str(tmp_path / "run.yaml"), "--max-steps", "2", "lora.r=3"]
+    config = config_of(words, tmp_path, capsys)
+    assert (config.training.max_steps, config.training.seed, config.lora.r) == (2, 1, 3)
+
+
+def test_the_defaults_of_the_command_line_are_those_of_python(tmp_path, capsys):
+    assert config_of(["train"], tmp_path, capsys) == RunConfig()
+
+
+def test_both_module_names_are_the_command_line(capsys):
+    assert main(["train", "lora.r=4", "--print-config"]) == 0
+    short = python("-m", "mlx_qlora.train", "lora.r=4", "--print-config")
+    assert (short.returncode, short.stdout, short.stderr) == (0, capsys.readouterr().out, "")
+    wrong = python("-m", "mlx_qlora", "train", "lora.rr=4")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("mlx-qlora: unknown field lora.rr")
+    assert len(wrong.stderr.splitlines()) == 1
+
+
+# ---- words that are wrong or in the wrong place ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --nonsense", "error:"),
+        ("", "error:"),
+        ("tarin --model m", "there is no command 'tarin'; did you mean 'train'?\n"),
+        ("xyz --model m", "there is no command 'xyz'; see mlx-qlora --help"),
+        ("push out me/mine lora.r=3", "push reads no fields: lora.r=3"),
+        (
+            "generate training.seed=1",
+            "generate reads no field of training; it reads those of m",
+        ),
+        ("inspect lora.r=3", "inspect reads no field of lora; it reads those of model"),
+        ("plan generation.top_k=3", "plan reads no field of generation; it reads those of model"),
+        ("merge --output-dir m data.path=x", "merge reads no field of data; it reads those of m"),
+        ("train --lr 1e-4", "did you mean --learning-rate?"),
+        ("train --epochs 3", "did you mean training.num_train_epochs=VALUE?"),
+        ("train --rank 8", "did you mean lora.r=VALUE?"),
+        ("plan --lr 1e-4", "did you mean training.learning_rate=VALUE?"),
+        ("train --batch-sise 8", "did you mean --batch-size?"),
+        ("train --lora-dropuot 0", "did you mean lora.lora_dropout=VALUE?"),
+        ("train lora.rank=8", "unknown field lora.rank; did you mean lora.r?"),
+        ("train training.epochs=8", "did you mean training.num_train_epochs?"),
+        ("train learning_rate=1e-4", "did you mean training.learning_rate=1e-4?"),
+        ("train lr=1e-4", "did you mean training.learning_rate=1e-4?"),
+        ("train rows.jsonl", "for a file of rows pass --data rows.jsonl"),
+        ("inspect lr=1e-4", "did you mean training.learning_rate=1e-4?"),
+        ("inspect rows.jsonl more.csv", "one source of rows; got rows.jsonl and more.csv"),
+        ("inspect rows.jsonl --data more.csv", "got rows.jsonl and more.csv"),
+        ("inspect data.path=more.csv rows.jsonl", "got rows.jsonl and more.csv"),
+        ("generate --model m ~nobody=1", "mlx-qlora: expected section.field=value, got "),
+    ],
+)
+def test_a_wrong_word_is_told_with_what_was_meant(line, message, capsys):
+    assert call(*line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_long_text_in_a_wrong_place_is_no_path(capsys):
+    assert main(["generate", "--model", "m", "Why is a = b? " * 30]) == 2
+    assert capsys.readouterr().err.startswith("mlx-qlora: expected section.field=value, got ")
+
+
+def test_a_file_may_hold_fields_that_a_command_does_not_read(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("training:\n  seed: 5\nmodel:\n  bits: 8\n")
+    config = str(tmp_path / "run.yaml")
+    assert main(["generate", "--config", config, "--print-config"]) == 0
+    assert "bits: 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", ["{} data.max_length=64", "data.max_length=64 {}", "--model m data.max_length=64 {}"]
+)
+@pytest.mark.parametrize("file", ["rows.jsonl", "a=b.jsonl", "by/lang=en/*.jsonl"])
+def test_the_file_to_inspect_may_stand_anywhere(line, file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.jsonl").touch()
+    assert main(["inspect", *line.format(file).split(), "--print-config", "--json"]) == 0
+    data = printed_json(capsys)["data"]
+    assert (data["path"], data["max_length"]) == (file, 64)
+
+
+# ---- completion --------------------------------------------------------------------------------
+
+COMPLETE = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
+_shtab_mlx_qlora "$1" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["tr"], ["train"]),
+        (["train", "--out"], ["--output-dir"]),
+        (["train", "training.lear"], ["training.learning_rate="]),
+        (["train", "--model", "x", "lora.use_"], ["lora.use_rslora=", "lora.use_dora="]),
+        (["merge", "--save-dtype", "float"], ["float16", "float32"]),
+        (["completion", ""], ["bash", "zsh"]),
+    ],
+    ids=" ".join,
+)
+def test_bash_completes_commands_flags_and_fields(typed, offered, tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "complete.sh").write_text(capsys.readouterr().out)
+    (tmp_path / "ask.sh").write_text(COMPLETE)
+    words = ["bash", str(tmp_path / "ask.sh"), str(tmp_path / "complete.sh"), "mlx-qlora", *typed]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == offered, done.stderr
+
+
+def test_zsh_takes_its_script(tmp_path):
+    script = completion_script("zsh")
+    assert "compadd -S '' -- model.source=" in script and ":_mlx_qlora_fields" in script
+    zsh = shutil.which("zsh")
+    assert zsh, "the tests want a zsh: `make tools` as root, or `sudo apt-get install zsh`"
+    (tmp_path / "_mlx-qlora").write_text(script)
+    loads = (
+        f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; "
+        f'eval "$(< {tmp_path}/_mlx-qlora)"; '
+        "print ${_comps[mlx-qlora]}; functions _mlx_qlora_fields >/dev/null"
+    )
+    done = subprocess.run([zsh, "-f", "-c", loads], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip() == "_shtab_mlx_qlora", done.stderr

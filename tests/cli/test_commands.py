@@ -1,0 +1,218 @@
+"""What the commands do: train, its dry and quiet runs, plan, generate, and all their JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from support.command_line import QUICK, printed_json
+from support.tiny_folder import write_model
+
+import mlx_qlora as mq
+from mlx_qlora.cli import COMMANDS, main
+from mlx_qlora.commands import RUN
+from mlx_qlora.config import SECTIONS, build, read_yaml
+from mlx_qlora.model.lora import trainable_count
+
+
+def test_every_command_runs_something():
+    assert {*COMMANDS} == {*RUN, "completion"}
+    assert {section for command in COMMANDS.values() for section in command.sections} == {*SECTIONS}
+
+
+# ---- train -------------------------------------------------------------------------------------
+
+
+def test_train_says_nothing_if_asked_and_leaves_what_generate_and_train_open(train, model, capsys):
+    assert main([*train, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert Path("out/report.html").is_file()
+    assert build(read_yaml(Path("out/run.yaml"))).lora.r == 2
+    assert mq.load(model, adapter="out")[0].lora_config.r == 2
+    weights = load_file("out/adapter_model.safetensors")
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+
+    ask = ["generate", "--model", str(model), "--adapter", "out", "--prompt", "Say"]
+    ask += ["--seed", "1", "model.bits=null", "generation.max_new_tokens=4"]
+    answers = []
+    for _ in range(2):
+        assert main(ask) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
+
+    assert main([*train, "--adapter", "out", "--output-dir", "more"]) == 0
+    assert build(read_yaml(Path("more/run.yaml"))).lora.r == 2  # the adapter's own
+
+
+def test_a_run_says_what_it_does_before_and_after_the_training(finished, capsys):
+    """Started again when it is done, it says so and not how fast it was."""
+    assert "before    3 held-out rows are answered, 4 are scored\n" in finished.err
+    assert "done      0." in finished.err and "tokens/s" in finished.err
+    assert main(finished.words) == 0
+    assert "done      step 2 was the last one; adapter in out\n" in capsys.readouterr().out
+
+
+def test_a_quiet_run_still_warns(finished, capsys):
+    damaged = Path("out/checkpoint-2/optimizer.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main([*finished.words, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("warning   ") and "checkpoint-2" in err
+
+
+def test_a_run_says_how_often_it_sees_its_rows(train, capsys):
+    assert main([*train, "--dry-run", "data.packing=false", "--batch-size", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "course    2 steps: 0.67 passes over 24 examples, about 0 min" in shown
+    assert "warning" not in shown
+    words = [*train, "--dry-run", "--quiet", "data.packing=false", "--batch-size", "24"]
+    assert main([*words, "training.warmup_steps=30", "training.max_steps=30"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 2
+    assert "training.warmup_steps=30 is all of the run's 30 steps" in warnings[0]
+    assert warnings[0].endswith("; set training.warmup_steps=3")
+    assert "30 passes over 24 examples learn them by heart; set training.max_steps=3" in warnings[1]
+
+
+# ---- dry runs ----------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_the_first_batch_and_writes_nothing(train, tmp_path, capsys):
+    assert main([*train, "--dry-run", "--refused", "refused.jsonl"]) == 0
+    shown = capsys.readouterr().out
+    assert "30 rows read, 30 kept" in shown and "predicted peak" in shown
+    assert "batch 1, row 1" in shown and "⟦It is" in shown
+    assert "would be trained for 2 steps; nothing was trained, and nothing but the token" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_a_dry_run_says_the_loss_that_training_begins_with(finished, capsys):
+    assert main([*finished.words, "--dry-run", "--json", "--output-dir", "other"]) == 0
+    first_batch = printed_json(capsys)["first_batch"]
+    first = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 1
+    assert first_batch["loss"] == pytest.approx(first["loss"], abs=1e-5)
+
+
+def test_a_dry_run_knows_where_a_run_would_go_on(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
+    assert main([*finished.words, "--dry-run", "--json"]) == 0
+    assert printed_json(capsys)["resume_from_checkpoint"] == "out/checkpoint-2"
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("lora.target_modules=[nothing]", "nothing"),
+        ("checkpointing.resume_from_checkpoint=elsewhere", "elsewhere"),
+        ("data.validation_path=away.jsonl", "away.jsonl"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(train, wrong, message, capsys):
+    ends = []
+    for words in ([*train, wrong, "--dry-run"], [*train, wrong]):
+        assert main(words) == 2
+        ends.append(capsys.readouterr().err)
+    assert ends[0] == ends[1] and message in ends[0]
+
+
+# ---- JSON --------------------------------------------------------------------------------------
+
+
+def test_json_of_a_run_has_its_figures_and_leaves_standard_output_alone(finished):
+    assert finished.out.count("\n") == 1
+    result = json.loads(finished.out)
+    assert "plan" in finished.err and "adapter in out" in finished.err
+    last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
+    assert result["output_dir"] == "out" and result["steps"] == 2
+    assert result["eval_loss"] == last["eval_loss"]
+    scores = result["test_scores"]
+    assert scores["before"]["n_tokens"] == scores["after"]["n_tokens"] > 0
+    assert scores["before"]["loss"] != scores["after"]["loss"]
+
+
+def test_json_of_the_commands_before_a_run(train, model, capsys):
+    assert main(["plan", "--model", str(model), "--json"]) == 0
+    plan = printed_json(capsys)
+    assert plan["total_bytes"] == sum(plan["parts"].values()) and plan["fits"] is True
+
+    assert main(["inspect", "rows.jsonl", "--model", str(model), "--json"]) == 0
+    inspected = printed_json(capsys)
+    assert inspected["sources"][0]["kept"] == 30 and sum(inspected["rows"].values()) == 30
+
+    assert main(["train", "--print-config", "lora.r=3", "--json"]) == 0
+    assert printed_json(capsys)["lora"]["r"] == 3
+
+    sweep = ["sweep", "--model", str(model), "--data", "rows.jsonl", "--output-dir", "s", *QUICK]
+    sweep += ["data.split=[0.6,0.4,0]", "--learning-rates", "1e-4,1e-3", "--rungs", "1", "--json"]
+    assert main(sweep) == 0
+    assert printed_json(capsys) == json.loads(Path("s/sweep.json").read_text())
+
+
+def test_json_of_the_commands_after_a_run(finished, capsys):
+    few = ["generation.max_new_tokens=4", "generation.temperature=0"]
+    asked = ["generate", "--adapter", "out", "--instruction", "Say 3."]
+    assert main([*asked, *few, "--json"]) == 0
+    answer = printed_json(capsys)
+    assert main([*asked, *few]) == 0
+    assert capsys.readouterr().out == answer["text"] + "\n"
+    assert 0 < answer["new_tokens"] <= 4
+
+    judge = ["evaluate", "--adapter", "out", "--data", "rows.jsonl", "--answers", "0", "--json"]
+    assert main(judge) == 0
+    assert printed_json(capsys)["rows_scored"] == 30
+
+    assert main(["merge", "--adapter", "out", "--output-dir", "merged", "--json"]) == 0
+    merged = printed_json(capsys)
+    sizes = [path.stat().st_size for path in Path("merged").iterdir()]
+    assert merged["folder"] == "merged" and merged["bytes"] == sum(sizes)
+
+    assert main(["export", "--adapter", "out", "--output-dir", "e", "--portable", "--json"]) == 0
+    assert printed_json(capsys) == {"format": "portable", "path": "e"}
+
+    assert main(["push", "out", "me/mine", "--dry-run", "--json"]) == 0
+    assert "adapter_model.safetensors" in [name for name, _ in printed_json(capsys)["files"]]
+
+
+# ---- plan and generate -------------------------------------------------------------------------
+
+
+def test_plan_prints_the_trainable_parameters(model, capsys):
+    assert main(["plan", "--model", str(model), "model.bits=null", "lora.r=2"]) == 0
+    adapted, _ = mq.load(model)
+    mq.add_lora(adapted, mq.LoraConfig(r=2))
+    assert f"trainable parameters  {trainable_count(adapted):,}" in capsys.readouterr().out
+
+
+def test_generate_asks_an_instruction_as_training_did(tmp_path, capsys):
+    folder = str(write_model(tmp_path / "model", chat=True))
+    settings = ["generation.temperature=0", "generation.max_new_tokens=6", "model.bits=null"]
+    asked = ["--instruction", "count", "--input", "7"]
+    assert main(["generate", "--model", folder, *asked, *settings]) == 0
+    answer = capsys.readouterr().out
+    model, tokenizer = mq.load(folder)
+    prompt = "### Instruction:\ncount\n\n### Input:\n7\n\n### Response:\n"
+    expected = mq.generate(model, tokenizer, prompt, max_new_tokens=6, temperature=0)
+    assert answer == expected + "\n"
+    assert main(["generate", "--model", folder, "--prompt", prompt, "--raw", *settings]) == 0
+    assert capsys.readouterr().out == answer
+    assert main(["generate", "--model", folder, "--prompt", prompt, *settings]) == 0
+    assert capsys.readouterr().out != answer, "without --raw the chat template goes around it"
+
+
+def test_an_adapter_is_used_with_the_settings_of_its_run_but_for_what_is_typed(
+    finished, model, capsys
+):
+    use = ["generate", "--adapter", "out", "--print-config", "--json"]
+    assert main(use) == 0
+    config = printed_json(capsys)
+    assert (config["model"]["source"], config["model"]["bits"]) == (str(model), None)
+    assert (config["model"]["adapter"], config["generation"]["top_k"]) == ("out", 7)
+    assert config["training"]["max_steps"] == 1000  # of the run, no use for it here
+    assert main([*use, "model.bits=4", "generation.top_k=50"]) == 0  # the defaults, but typed
+    config = printed_json(capsys)
+    assert (config["model"]["bits"], config["generation"]["top_k"]) == (4, 50)
+    assert main([*use, "--model", "org/other"]) == 0
+    config = printed_json(capsys)
+    assert (config["model"]["source"], config["generation"]["top_k"]) == ("org/other", 50)
