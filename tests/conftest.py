@@ -1,11 +1,14 @@
 """Fixtures that tests share: tiny real Llamas made by transformers, and the real SmolLM2."""
 
+import importlib
 import os
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -67,6 +70,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
+        yield
+
+
+@pytest.fixture(scope="session")
+def matplotlib() -> ModuleType:
+    """The module, which is put back into sys.modules for a test of PNGs; see `no_matplotlib`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "matplotlib", raising=False)
+        return importlib.import_module("matplotlib")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_matplotlib() -> Iterator[None]:
+    """Runs draw no PNGs, which takes longer than a tiny run does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
         yield
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import json
 import os
 import re
@@ -250,7 +249,7 @@ def away(tmp_path, hub):
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_folder(tmp_path_factory, matplotlib):
     """The output folder of one real run, on data and under paths that nobody may see."""
     home = tmp_path_factory.mktemp(SECRET)
     write_model(home / "model")
@@ -271,7 +270,9 @@ def run_folder(tmp_path_factory):
         ),
         logging=mq.LoggingConfig(logging_steps=2),
     )
-    mq.fine_tune(model, tokenizer, examples, examples, config, console=Console(file=io.StringIO()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", matplotlib)
+        mq.fine_tune(model, tokenizer, examples, examples, config, console=Console(quiet=True))
     return home / "out"
 
 

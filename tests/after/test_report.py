@@ -158,8 +158,9 @@ def test_ticks_are_round_and_within():
         assert 2 <= len(found) <= 7 and low <= found[0] and found[-1] <= high + 1e-9
 
 
-def test_plots_are_files_too(tmp_path):
-    written(tmp_path, png=True)
+def test_plots_are_files_too(tmp_path, monkeypatch, matplotlib):
+    monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)
+    written(tmp_path)
     names = {plot.name for plot in plots_of([])}
     assert {path.stem for path in (tmp_path / "plots").glob("*.svg")} == names
     for path in (tmp_path / "plots").glob("*.svg"):

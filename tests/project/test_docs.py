@@ -187,8 +187,6 @@ def in_place(tiny: Path):
 
         patch.setattr(hub, "_from_package", stand_in)
         patch.setattr(hub, "_from_hub", stand_in)
-        # Half of the time, for what tests/after/test_report.py and tests/cli/test_cli.py look at.
-        patch.setitem(sys.modules, "matplotlib", None)
         yield
 
 

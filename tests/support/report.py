@@ -1,13 +1,10 @@
 """A report with everything in it, made from figures, and a reader of its HTML."""
 
 import math
-import sys
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from mlx_qlora.after.report import write_report
 from mlx_qlora.before.plan import Plan
@@ -57,7 +54,6 @@ def written(
     folder: Path,
     records: list[dict[str, Any]] | None = None,
     config: RunConfig | None = None,
-    png: bool = False,
     **changes: Any,
 ) -> str:
     """The HTML of a report with everything in it, or with these arguments of `write_report`."""
@@ -65,10 +61,7 @@ def written(
         "scores": SCORES, "samples": [SAMPLE], "data": [DATA], "plan": PLAN, **changes,
     }  # fmt: skip
     result = result_in(folder, history(40) if records is None else records)
-    with pytest.MonkeyPatch.context() as patch:
-        if not png:  # which takes longer than all the rest
-            patch.setitem(sys.modules, "matplotlib", None)
-        page = write_report(result, config or build({"model": {"source": HOSTILE}}), **arguments)
+    page = write_report(result, config or build({"model": {"source": HOSTILE}}), **arguments)
     return page.read_text(encoding="utf-8")
 
 
