@@ -28,8 +28,8 @@ from mlx_qlora.after.samples import asked, questions, samples_of
 from mlx_qlora.before import inspect
 from mlx_qlora.before.plan import Plan, plan_checkpoint, settled
 from mlx_qlora.config import ModelConfig, RunConfig, to_dict, to_yaml
-from mlx_qlora.data.examples import DataReport, Examples, check_lengths
-from mlx_qlora.data.read import train_validation_test
+from mlx_qlora.data.examples import DataReport, Examples
+from mlx_qlora.data.read import check_lengths, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn

@@ -32,9 +32,9 @@ from mlx_qlora.after.answer_metrics import (
 )
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
 from mlx_qlora.config import RunConfig, read_yaml
-from mlx_qlora.data.examples import Examples, check_lengths
+from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
-from mlx_qlora.data.read import read_examples
+from mlx_qlora.data.read import check_lengths, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, require, say, warn
 from mlx_qlora.folders import staged

@@ -11,8 +11,8 @@ from rich.text import Text
 from mlx_qlora.before.plan import settled
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import IGNORE, Batch, Batches
-from mlx_qlora.data.examples import DataReport, Examples, check_lengths
-from mlx_qlora.data.read import train_validation_test
+from mlx_qlora.data.examples import DataReport, Examples
+from mlx_qlora.data.read import check_lengths, train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, say
 from mlx_qlora.model.hub import resolve

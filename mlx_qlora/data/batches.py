@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -20,13 +20,11 @@ from mlx_qlora.errors import DataError, require
 
 # ---- documents that share a row ------------------------------------------------------------------
 
-
-# Documents are packed within windows of so many, so that any two may come to share a row.
-PACKING_WINDOW = 4096
+PACKING_WINDOW = 4096  # documents that are packed together; which ones is drawn
 
 
 def pack(lengths: np.ndarray, width: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Which documents share a row.
+    """Decides which documents share a row.
 
     Args:
         lengths: (n,) int; none longer than `width`.
@@ -37,12 +35,9 @@ def pack(lengths: np.ndarray, width: int, random: np.random.Generator) -> list[n
         One array of indices for each row; every document is in exactly one.
     """
     shuffled = random.permutation(len(lengths))
-    return [row for window in _windows(shuffled) for row in _best_fit(window, lengths, width)]
-
-
-def _windows(indices: np.ndarray) -> Iterator[np.ndarray]:
-    """Equal parts of about PACKING_WINDOW: a small last one would be packed badly."""
-    return iter(np.array_split(indices, max(1, round(len(indices) / PACKING_WINDOW))))
+    # Windows of equal size: a small last one would be packed badly.
+    windows = np.array_split(shuffled, max(1, round(len(shuffled) / PACKING_WINDOW)))
+    return [row for window in windows for row in _best_fit(window, lengths, width)]
 
 
 def _best_fit(window: np.ndarray, lengths: np.ndarray, width: int) -> list[np.ndarray]:
@@ -70,15 +65,9 @@ def _best_fit(window: np.ndarray, lengths: np.ndarray, width: int) -> list[np.nd
 
 # ---- batches -------------------------------------------------------------------------------------
 
-
 IGNORE = -100  # a label that is not learned; the value that Hugging Face and torch use
-
-
-# Unpacked rows of similar length share a batch: they are sorted within windows of so many batches.
-WINDOW = 32
-
-
-AHEAD = 2  # batches that are made while the device works
+WINDOW = 32  # batches within which unpacked rows are sorted by length
+AHEAD = 2  # batches that are laid out while the device works
 
 
 @dataclass(frozen=True)
@@ -88,9 +77,9 @@ class Batch:
     Attributes:
         tokens: (B, T) int32; right-padded.
         labels: (B, T) int32; labels[b, t] is the token to predict after tokens[b, t], or IGNORE.
-        documents: (N, 3) int32 on the host: row, start and end of each document; what lies
-            outside all of them is padding. Not given, every row is one document.
-        places: the file and line of each document, to name rows in messages.
+        documents: (N, 3) int32 on the host: row, start and end of each document; positions
+            outside all of them are padding. Not given, every row is one document.
+        places: file and line of each document, for messages.
         rows: the number of each row in the run's stream, from which its dropout is drawn.
     """
 
@@ -129,23 +118,23 @@ def make_batches(
     """Batches in a resumable, seeded order.
 
     Args:
-        examples: what to train on.
+        examples: the rows of one pass, before packing.
         batch_size: B, rows per batch.
         seed: decides what is packed together and the order.
         shuffle: False keeps the examples' own order, for evaluation.
         packing: several examples share a row of `max_length`; False gives each a row of its own,
             as wide as the longest of its batch.
         max_length: most tokens of an example, for packing; the longest one's if not given.
-        epochs: after so many passes the batches end, the last one with the rows that are left;
-            None never ends.
+        epochs: passes after which the batches end, the last one with the rows that are left; None
+            never ends.
         rank: of this process, which gets every `world_size`-th row of the stream.
-        world_size: processes that share the rows; each of them has batches of B.
+        world_size: processes that share the rows; each has batches of B.
         rows_per_step: rows of an optimiser step, over its micro-batches and all processes. Runs
-            in which it is the same take the same rows in each step, whatever makes it up.
+            with the same number take the same rows in each step, however they are divided.
 
     Raises:
         DataError: there are no examples.
-        ConfigError: a value that makes no sense.
+        ConfigError: a value makes no sense.
     """
     require(batch_size >= 1, "batch_size", "be at least 1", batch_size)
     require(world_size >= 1, "world_size", "be at least 1", world_size)
@@ -153,55 +142,46 @@ def make_batches(
     legal = epochs is None or 0 < epochs < math.inf
     require(legal, "epochs", "be above 0 and finite", epochs)
     require(seed >= 0, "seed", "be at least 0", seed)
-    together = rows_per_step or batch_size * world_size
+    rows_per_step = rows_per_step or batch_size * world_size
     if not len(examples):
         raise DataError("there are no examples to make batches of")
     longest = int(examples.lengths.max())
-    wanted = longest if max_length is None else max_length
-    require(wanted >= longest, "max_length", f"hold the longest example, {longest}", max_length)
-    width = packed_width(examples.lengths, together, wanted) if packing else None
-    shared = rank, world_size, together
-    return Batches(examples, batch_size, seed, shuffle, width, epochs, *shared)
+    limit = longest if max_length is None else max_length
+    require(limit >= longest, "max_length", f"hold the longest example, {longest}", max_length)
+    width = packed_width(examples.lengths, rows_per_step, limit) if packing else None
+    sharing = {"rank": rank, "world_size": world_size, "rows_per_step": rows_per_step}
+    return Batches(examples, batch_size, seed, shuffle, width, epochs, **sharing)
 
 
+@dataclass(eq=False, repr=False)
 class Batches:
-    """A stream of batches, reachable at any index; see `make_batches`.
+    """A stream of batches, reachable at any index; see `make_batches`."""
 
-    Attributes:
-        rows_per_epoch: R, rows of one pass, over all processes.
-        stop: index of the batch behind the last one; None if there is no last one.
-    """
+    examples: Examples
+    batch_size: int
+    seed: int
+    shuffle: bool
+    width: int | None  # positions of a packed row; None gives each example a row of its own
+    epochs: float | None
+    _: KW_ONLY
+    rank: int
+    world_size: int
+    rows_per_step: int
 
-    def __init__(
-        self,
-        examples: Examples,
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
-        width: int | None,
-        epochs: float | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        rows_per_step: int = 1,
-    ) -> None:
-        self.examples, self.batch_size, self.seed, self.shuffle = (
-            examples,
-            batch_size,
-            seed,
-            shuffle,
-        )
-        self.width, self.rank, self.world_size = width, rank, world_size
-        self.rows_per_step = rows_per_step
-        self._lengths = np.array(examples.lengths)
+    def __post_init__(self) -> None:
+        self._lengths = np.array(self.examples.lengths)
         self._packed = self._pack()
-        self.rows_per_epoch = len(examples) if self._packed is None else len(self._packed)
-        self._end = None if epochs is None else max(1, round(epochs * self.rows_per_epoch))
-        self.stop = None if self._end is None else -(-self._end // self.step)
+        # R, rows of one pass, over all processes.
+        self.rows_per_epoch = len(self.examples if self._packed is None else self._packed)
+        self._end = self.stop = None  # rows, and batches, after which the stream ends
+        if self.epochs is not None:
+            self._end = max(1, round(self.epochs * self.rows_per_epoch))
+            self.stop = -(-self._end // self.step)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._order)
 
     @property
     def step(self) -> int:
-        """Rows of the stream that one batch of every process takes."""
+        """Rows that one batch of every process takes from the stream."""
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
@@ -209,7 +189,7 @@ class Batches:
         return -(-self.rows_per_epoch // self.step)
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over the examples, the last batch with the rows that are left."""
+        """Yields one pass over the examples, the last batch with the rows that are left."""
         return (as_batch(self._layout(i, self.rows_per_epoch)) for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Batch:
@@ -225,8 +205,8 @@ class Batches:
         return rows / self.rows_per_epoch
 
     def ahead(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches from `start` to `stop`, each made while the ones before are trained."""
-        # The thread reads and copies; MLX is left to the thread that computes.
+        """Yields the batches from `start` to `stop`, laid out while earlier ones are trained."""
+        # The second thread reads and copies; MLX belongs to the thread that computes.
         with ThreadPoolExecutor(1) as pool:
             waiting: deque[Future[Layout]] = deque()
             for index in range(start, stop):
@@ -250,10 +230,8 @@ class Batches:
         ]
         return real / sum(len(rows) * padded_width(int(rows.max())) for rows in shares if len(rows))
 
-    # ---- order ---------------------------------------------------------------------------------
-
     def _pack(self) -> list[np.ndarray] | None:
-        """Documents of each row; made once, as each epoch only shuffles the rows."""
+        """Documents of each row; packed once, as each epoch only shuffles the rows."""
         if self.width is None:
             return None
         positions = self._lengths - 1  # the last token of a document is only a label
@@ -265,7 +243,7 @@ class Batches:
         first = index * self.step
         last = first + self.step if end is None else min(first + self.step, end)
         rows = range(first + self.rank, last, self.world_size)
-        return replace(lay_out([self._row(i) for i in rows], self.width), rows=tuple(rows))
+        return lay_out([self._row(i) for i in rows], self.width, tuple(rows))
 
     def _row(self, index: int) -> list[Example]:
         """The documents of a row, by its place in the stream."""
@@ -275,11 +253,11 @@ class Batches:
         return [self.examples[int(i)] for i in documents]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch, one behind the other.
+        """The rows of an epoch in order.
 
-        Packed rows are all of one width, and simply shuffled. Others are shuffled, then sorted by
-        length within windows so that little is padded, then steps shuffled, so that lengths do
-        not come in waves.
+        Packed rows all have one width and are simply shuffled. Others are shuffled, then sorted by
+        length within windows so that little is padded; then the steps are shuffled, so that
+        lengths do not rise and fall in a pattern.
         """
         R, size = self.rows_per_epoch, self.rows_per_step
         if not self.shuffle:
@@ -301,7 +279,7 @@ class Batches:
 
 
 def _in_order(lengths: np.ndarray, width: int) -> list[np.ndarray]:
-    """Rows of documents that stand one behind the other in the file, too."""
+    """Rows of documents that are neighbours in the file too."""
     rows, first, used = [], 0, 0
     for i, n in enumerate(lengths.tolist()):
         if used + n > width:
@@ -311,16 +289,10 @@ def _in_order(lengths: np.ndarray, width: int) -> list[np.ndarray]:
     return [*rows, np.arange(first, len(lengths))]
 
 
-# ---- arrays ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Layout:
-    """A batch before it is MLX's: the same fields as numpy arrays."""
+# ---- arrays --------------------------------------------------------------------------------------
 
-    tokens: np.ndarray
-    labels: np.ndarray
-    documents: np.ndarray
-    places: tuple[str, ...]
-    rows: tuple[int, ...] = ()
+# The fields of a Batch, in its order, as numpy arrays.
+Layout = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[int, ...]]
 
 
 def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
@@ -330,8 +302,8 @@ def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
 
 def as_batch(layout: Layout) -> Batch:
     """Hands the arrays to MLX."""
-    arrays = mx.array(layout.tokens), mx.array(layout.labels)
-    return Batch(*arrays, layout.documents, layout.places, layout.rows)
+    tokens, labels, documents, places, rows = layout
+    return Batch(mx.array(tokens), mx.array(labels), documents, places, rows)
 
 
 def halves(batch: Batch) -> list[Batch]:
@@ -340,26 +312,25 @@ def halves(batch: Batch) -> list[Batch]:
     documents = batch.documents
     if documents is None:
         documents = np.array([(b, 0, T) for b in range(B)], np.int32)
-    made = []
-    for rows in (range(B // 2), range(B // 2, B)):
-        mine = (documents[:, 0] >= rows.start) & (documents[:, 0] < rows.stop)
-        part = slice(rows.start, rows.stop)
-        made.append(
+    parts = []
+    for rows in (slice(0, B // 2), slice(B // 2, B)):
+        inside = (documents[:, 0] >= rows.start) & (documents[:, 0] < rows.stop)
+        parts.append(
             Batch(
-                batch.tokens[part],
-                batch.labels[part],
-                documents[mine] - np.array([rows.start, 0, 0], np.int32),
-                tuple(p for p, is_mine in zip(batch.places, mine) if is_mine),
-                batch.rows[part],
+                batch.tokens[rows],
+                batch.labels[rows],
+                documents[inside] - np.array([rows.start, 0, 0], np.int32),
+                tuple(place for place, is_inside in zip(batch.places, inside) if is_inside),
+                batch.rows[rows],
             )
         )
-    return made
+    return parts
 
 
-def lay_out(rows: list[list[Example]], width: int | None) -> Layout:
-    """As `collate`, on the host.
+def lay_out(rows: list[list[Example]], width: int | None, numbers: tuple[int, ...] = ()) -> Layout:
+    """As `collate`, on the host; `numbers` are those of the rows in the stream.
 
-    No rows make a batch of one row of padding: a process that has nothing to do still takes part.
+    No rows make one row of padding: a process that has nothing to do still takes part.
     """
     used = [sum(len(example) - 1 for example in row) for row in rows]
     T = width or padded_width(max(used, default=1))
@@ -375,7 +346,7 @@ def lay_out(rows: list[list[Example]], width: int | None) -> Layout:
             documents.append((b, start, end))
             places.append(example.place)
             start = end
-    return Layout(tokens, labels, np.array(documents, np.int32).reshape(-1, 3), tuple(places))
+    return tokens, labels, np.array(documents, np.int32).reshape(-1, 3), tuple(places), numbers
 
 
 def packed_width(lengths: np.ndarray, rows: int, max_length: int) -> int:
@@ -389,11 +360,11 @@ def packed_width(lengths: np.ndarray, rows: int, max_length: int) -> int:
 
 
 def padded_width(n: int) -> int:
-    """The smallest width >= n that is a multiple of an eighth of the power of two above it.
+    """The smallest width >= n that is a multiple of 64 and of an eighth of the power of two above.
 
-    A multiple of 64, too. Each width compiles a graph of its own, and Metal cannot hold thousands
-    of them; this set grows with the logarithm of the length, and wastes less than 64 tokens or a
-    fifth of the width, whichever is more.
+    Each width compiles a graph of its own, and Metal cannot hold thousands of them; this set grows
+    with the logarithm of the length, and wastes less than 64 tokens or a fifth of the width,
+    whichever is more.
     """
     step = max(64, (1 << max(n - 1, 1).bit_length()) // 8)
     return -(-n // step) * step

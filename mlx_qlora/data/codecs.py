@@ -1,9 +1,4 @@
-"""A GGUF file's metadata -> the `tokenizers` object that encodes like the model's own.
-
-A GGUF keeps a vocabulary, its merges or scores, and a *name* for how text is cut before merging.
-The rest (the regex, the byte alphabet, the dummy prefix) lives in code: llama.cpp's and, here,
-ours. An unknown name is refused: text cut differently gives other ids without any sign of it.
-"""
+"""What encodes and decodes: `tokenizers`, tiktoken or SentencePiece, and GGUF's vocabularies."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_qlora.errors import TokenizerError
 
@@ -25,44 +20,14 @@ if TYPE_CHECKING:
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-_LLAMA3_RANKS = 128_000
-
-
-_LLAMA3_NAMES = (
-    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
-    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
-).split() + [f"reserved_special_token_{i}" for i in range(2, 246)]
-
-
-_LLAMA3_SPECIALS = {f"<|{name}|>": _LLAMA3_RANKS + i for i, name in enumerate(_LLAMA3_NAMES)}
-
-
-# tiktoken's regex engine fails on longer texts and on longer runs without a break.
-_MOST_CHARACTERS, _LONGEST_RUN = 400_000, 25_000
-
-
 def token_text(token: Any) -> str:
     """The text of a token, which configurations spell as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
 
 
-class Codec(Protocol):
-    """What a `Tokenizer` needs of a package."""
-
-    size: int
-    specials: dict[str, int]  # control tokens: text can spell them, decode can skip them
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, nothing added around it."""
-        ...
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """Text of ids."""
-        ...
-
-    def token_id(self, token: str) -> int | None:
-        """The id of one token by its text, or None."""
-        ...
+# ---- codecs --------------------------------------------------------------------------------------
+# Each has `size`, the number of ids, and `specials`, the ids of control tokens by their text: text
+# can spell them, and decode can skip them.
 
 
 class TokenizersCodec:
@@ -75,8 +40,8 @@ class TokenizersCodec:
         self.specials = {token.content: i for i, token in added.items() if token.special}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, special tokens in it matched whole."""
-        # Faster than one by one, even for one: no offsets are kept.
+        """Ids of each text, special tokens in it matched whole, nothing added around it."""
+        # Faster than `encode`, even for one text: no offsets are kept.
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
@@ -90,7 +55,10 @@ class TokenizersCodec:
 
 
 class SplitCodec:
-    """tiktoken or SentencePiece: special tokens are cut out here, the rest goes to the package."""
+    """tiktoken or SentencePiece: special tokens are cut out here, the rest goes to the package.
+
+    `whole` are tokens that match whole in text but are no control tokens.
+    """
 
     def __init__(
         self,
@@ -109,17 +77,15 @@ class SplitCodec:
         self.size = max(plain_size, 1 + max(self._tokens, default=-1))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, special tokens in it matched whole."""
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for n, part in enumerate(self._pattern.split(text)):
-            if n % 2:
-                ids.append(self._ids[part])
-            elif part:
-                ids.extend(self._encode_plain(part))
-        return ids
+        """Ids of each text, special tokens in it matched whole, nothing added around it."""
+        encoded: list[list[int]] = [[] for _ in texts]
+        for ids, text in zip(encoded, texts):
+            for n, part in enumerate(self._pattern.split(text)):
+                if n % 2:
+                    ids.append(self._ids[part])
+                elif part:
+                    ids.extend(self._encode_plain(part))
+        return encoded
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Text of ids."""
@@ -135,6 +101,12 @@ class SplitCodec:
     def token_id(self, token: str) -> int | None:
         """The id of one token by its text, or None."""
         return self._ids.get(token)
+
+
+Codec = TokenizersCodec | SplitCodec
+
+
+# ---- a folder's files ----------------------------------------------------------------------------
 
 
 def open_tokenizers(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[str, Any]]:
@@ -176,6 +148,21 @@ def is_tiktoken(path: Path) -> bool:
         return re.match(rb"[A-Za-z0-9+/]+=* \d+\s*\n", file.readline(1024)) is not None
 
 
+_LLAMA3_RANKS = 128_000
+_LLAMA3_NAMES = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
+).split() + [f"reserved_special_token_{i}" for i in range(2, 246)]
+_LLAMA3_SPECIALS = {f"<|{name}|>": _LLAMA3_RANKS + i for i, name in enumerate(_LLAMA3_NAMES)}
+# Llama 3's cut: contractions, words with one leading mark, up to 3 digits, punctuation, spaces.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tiktoken's regex engine fails on longer texts and on longer runs without a break.
+_MOST_CHARACTERS, _LONGEST_RUN = 400_000, 25_000
+
+
 def open_tiktoken(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[str, Any]]:
     """Opens Meta's Llama 3 `tokenizer.model`; returns as `open_tokenizers` does."""
     import tiktoken
@@ -200,7 +187,7 @@ def open_tiktoken(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[st
 
 
 def _encode_long(plain: tiktoken.Encoding, text: str) -> list[int]:
-    """Cuts the text where Meta's reference does, so that a long one too gets the same ids."""
+    """Ids of a text that is cut where Meta's reference cuts it, so that a long one has the same."""
     ids: list[int] = []
     for at in range(0, len(text), _MOST_CHARACTERS):
         chunk, start = text[at : at + _MOST_CHARACTERS], 0
@@ -234,8 +221,8 @@ def open_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[Codec, di
     whole = {token["content"]: i for i, token in added}
     ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
     defaults = {key: model.id_to_piece(i) for key, i in ids.items() if i >= 0}
-    # Each stretch between special tokens is a text of its own and gets the dummy prefix, as in
-    # llama.cpp and in Llama 2's tokenizer.json; transformers calls this legacy=True.
+    # Each text between special tokens gets the dummy prefix, as in llama.cpp and in Llama 2's
+    # tokenizer.json; transformers calls this legacy=True.
     codec = SplitCodec(whole, specials, size, model.encode, model.decode)
     return codec, defaults | {"add_bos_token": True}
 
@@ -246,59 +233,35 @@ def _added_tokens(config: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]
 
 
 # ---- tokenizers inside GGUF files ----------------------------------------------------------------
-
-
-# Llama 3's cut: contractions, words with one leading mark, up to 3 digits, punctuation, spaces.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
+# A GGUF keeps a vocabulary, its merges or scores, and a *name* for how text is cut before merging.
+# The rest (the regex, the byte alphabet, the dummy prefix) is code: llama.cpp's and, here, ours. An
+# unknown name is refused: text cut differently silently gives other ids.
 
 # tokenizer.ggml.pre -> our three ways to cut. llama.cpp's names, several for one cut.
 _CUTS = {
     "smollm": "smollm",
-    "llama-bpe": "llama3",
-    "llama3": "llama3",
-    "llama-v3": "llama3",
-    "gpt-2": "gpt2",
-    "gpt2": "gpt2",
-    "default": "gpt2",
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), "llama3"),
+    **dict.fromkeys(("gpt-2", "gpt2", "default"), "gpt2"),
 }
-
-
-# GGUF's key, without "_token_id" -> Hugging Face's.
-_NAMED = {
-    "bos": "bos_token",
-    "eos": "eos_token",
-    "unknown": "unk_token",
-    "padding": "pad_token",
-}
-
-
+# GGUF's keys, without "_token_id" -> Hugging Face's.
+_NAMED = dict(zip(("bos", "eos", "unknown", "padding"), NAMED_TOKENS))
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 
 
 class GgufTokenizer(NamedTuple):
-    """What a GGUF says about its tokenizer, in Hugging Face's terms.
+    """What a GGUF says about its tokenizer, in Hugging Face's terms."""
 
-    Attributes:
-        backend: Encodes and decodes; `backend.to_str()` is a complete `tokenizer.json`.
-        config: What `tokenizer_config.json` holds for it.
-        end_ids: Ids that end a turn or a message, besides the EOS that `config` names.
-    """
-
-    backend: tokenizers.Tokenizer
-    config: dict[str, Any]
-    end_ids: list[int]
+    backend: tokenizers.Tokenizer  # `backend.to_str()` is a complete `tokenizer.json`
+    config: dict[str, Any]  # the content of `tokenizer_config.json`
+    end_ids: list[int]  # what ends a turn or a message, besides the EOS that `config` names
 
     def files(self) -> dict[str, str]:
-        """Name and text of the files that make a folder transformers opens."""
-        named = {key: self.config[key] for key in _NAMED.values() if key in self.config}
-        return {
-            "tokenizer.json": self.backend.to_str(),
-            "tokenizer_config.json": _json_text(self.config),
-            "special_tokens_map.json": _json_text(named),
+        """Name -> text of the files of a folder that transformers opens."""
+        named = {key: self.config[key] for key in NAMED_TOKENS if key in self.config}
+        configs = {"tokenizer_config.json": self.config, "special_tokens_map.json": named}
+        return {"tokenizer.json": self.backend.to_str()} | {
+            name: json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            for name, config in configs.items()
         }
 
 
@@ -306,16 +269,15 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
     """Builds the tokenizer that a GGUF file embeds.
 
     Args:
-        metadata: The second value of `mx.load(path, return_metadata=True)`: str, list[str] and
+        metadata: the second value of `mx.load(path, return_metadata=True)`: str, list[str] and
             `mx.array` scalars and vectors.
-        source: The file's name, for messages.
-
-    Returns:
-        The backend with control and user-defined tokens added, and its configuration.
+        source: the file's name, for messages.
 
     Raises:
-        TokenizerError: A key is missing, or the tokenizer's model or pre-tokenizer is unknown.
+        TokenizerError: a key is missing, or the tokenizer's model or pre-tokenizer is unknown.
     """
+    from tokenizers import AddedToken, processors
+
     kind = _required(metadata, "model", source)
     tokens = _required(metadata, "tokens", source)
     types = _required(metadata, "token_type", source).tolist()
@@ -330,10 +292,20 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
             f"{source}: tokenizer.ggml.model is {kind!r}, and only 'gpt2' and 'llama' are "
             "supported; use the model's Hugging Face folder instead"
         )
-    _add_whole_tokens(backend, tokens, types)
+    # Control and user-defined tokens match whole in text, before anything is cut.
+    backend.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=type_ != _USER_DEFINED)
+            for token, type_ in zip(tokens, types)
+            if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
+        ]
+    )
     adds_bos = bool(_scalar(metadata, "add_bos_token", adds_bos)) and "bos_token" in ids
-    if adds_bos:
-        _prepend_bos(backend, tokens[ids["bos_token"]], ids["bos_token"])
+    if adds_bos:  # for whoever opens the saved tokenizer.json: our encode adds no special tokens
+        bos, bos_id = tokens[ids["bos_token"]], ids["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
+        )
     config = {name: tokens[i] for name, i in ids.items()} | {
         "add_bos_token": adds_bos,
         # Decoding "a ." as "a." would lose a space that the model wrote.
@@ -347,7 +319,7 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
 
 
 def _named_ids(metadata: Mapping[str, Any], kind: str, size: int) -> dict[str, int]:
-    """Ids of BOS, EOS, ... by Hugging Face's names; an id outside the vocabulary is unsaid."""
+    """Ids of BOS, EOS, ... by Hugging Face's names; an id outside the vocabulary means none."""
     # The format's own defaults; llama.cpp has the same.
     ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
     stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
@@ -378,14 +350,13 @@ def _byte_level(
             "download it again"
         ) from error
     backend = Tokenizer(model)
+    first = {
+        "llama3": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+        "gpt2": [],
+    }
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut != "llama3")
-    if cut == "llama3":
-        first = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")]
-    elif cut == "smollm":
-        first = [pre_tokenizers.Digits(individual_digits=True)]
-    else:
-        first = []
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*first[cut], byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend, cut == "llama3"
 
@@ -407,8 +378,8 @@ def _sentencepiece(
         byte_fallback=True,
     )
     backend = Tokenizer(model)
-    # Normalisation runs on each stretch between special tokens, so each of them gets the dummy
-    # prefix: as llama.cpp and Llama 2's own tokenizer.json do, and unlike transformers 5.
+    # Normalisation runs on each text between special tokens, so each of them gets the dummy
+    # prefix: as in llama.cpp and Llama 2's own tokenizer.json, and unlike transformers 5.
     space = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), space] if prefix else [space]
@@ -437,27 +408,6 @@ def _merges_from_scores(
     return [(left, right) for *_, left, right in merges]
 
 
-def _add_whole_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Makes control and user-defined tokens match whole in text, before anything is cut."""
-    from tokenizers import AddedToken
-
-    added = [
-        AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-        for token, kind in zip(tokens, types)
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
-    ]
-    backend.add_tokens(added)
-
-
-def _prepend_bos(backend: tokenizers.Tokenizer, bos: str, bos_id: int) -> None:
-    # For whoever opens the saved tokenizer.json: our own encode adds no special tokens.
-    from tokenizers import processors
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
-    )
-
-
 def _required(metadata: Mapping[str, Any], key: str, source: str) -> Any:
     value = metadata.get(f"tokenizer.ggml.{key}")
     if value is None:
@@ -471,7 +421,3 @@ def _required(metadata: Mapping[str, Any], key: str, source: str) -> Any:
 def _scalar(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
     value = metadata.get(f"tokenizer.ggml.{key}")
     return default if value is None else value.item()
-
-
-def _json_text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -9,7 +9,7 @@ import tempfile
 import time
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,14 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora import __version__
-from mlx_qlora.data.files import RowFile, raw_rows
+from mlx_qlora.data.files import RowFile
 from mlx_qlora.errors import ConfigError, DataError, listing
-from mlx_qlora.model.llama import LlamaConfig
 
 # ---- tokens on disk ------------------------------------------------------------------------------
 
-
-# Of these files and of what a row is made into; part of every cache key.
+# Of these files and of how rows are encoded; part of every cache key.
 VERSION = f"1, mlx-qlora {__version__}"
-
-
-KEPT_DAYS = 30  # an entry that no run has used for so long is removed
-
-
+KEPT_DAYS = 30  # an entry that no run has used for longer is removed
 ROW = np.dtype(
     [
         ("start", "<i8"),  # of its ids in tokens.bin
@@ -51,10 +45,7 @@ def hash64(content: bytes) -> int:
 
 
 class TokenFile:
-    """`tokens.bin`, sliced like an array.
-
-    It is read and not mapped: the pages of a mapping count as this process's memory.
-    """
+    """`tokens.bin`, sliced like an array; read, as mapped pages count as the process's memory."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY)
@@ -67,17 +58,11 @@ class TokenFile:
 
 @dataclass
 class TokenStore:
-    """All rows of one source.
+    """All rows of one source."""
 
-    Attributes:
-        tokens: TokenFile or int32 array; a learned id is complemented.
-        rows: (n,) of dtype ROW, mapped from disk if it lies there.
-        about: what else was known when it was made, as JSON has it.
-    """
-
-    tokens: Any
-    rows: np.ndarray
-    about: dict[str, Any]
+    tokens: Any  # TokenFile or int32 array; a learned id is complemented
+    rows: np.ndarray  # (n,) of dtype ROW, mapped if it is a file
+    about: dict[str, Any]  # what else was known when it was written, as JSON has it
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (n,) int32, learned (n,) bool) of one row."""
@@ -94,6 +79,21 @@ class Piece:
     tokens: np.ndarray
     rows: np.ndarray
 
+    @classmethod
+    def of(
+        cls, rows: Iterable[tuple[np.ndarray, np.ndarray, int, int, int, int | None]]
+    ) -> "Piece":
+        """Rows as (ids, learned, cut, file, line, hash of what it says; None takes its ids')."""
+        tokens, table, start = [np.zeros(0, np.int32)], [], 0
+        for ids, learned, cut, file, line, said in rows:
+            stored = np.where(learned, ~ids, ids).astype(np.int32)
+            made = hash64(stored.tobytes())
+            supervised, said = int(np.count_nonzero(learned)), made if said is None else said
+            table.append((start, len(stored), supervised, cut, file, line, said, made))
+            tokens.append(stored)
+            start += len(stored)
+        return cls(np.concatenate(tokens), np.array(table, ROW))
+
 
 def in_memory(pieces: Iterable[Piece]) -> TokenStore:
     """A store without files, for rows that are in memory anyway."""
@@ -106,13 +106,15 @@ def in_memory(pieces: Iterable[Piece]) -> TokenStore:
     return TokenStore(np.concatenate(tokens), np.concatenate(rows), {})
 
 
-def on_disk(folder: Path | None, pieces: Iterable[Piece], about: dict[str, Any]) -> TokenStore:
+def on_disk(
+    folder: Path | None, pieces: Iterable[Piece], about: Callable[[], dict[str, Any]]
+) -> TokenStore:
     """Writes pieces as they come, and opens what was written.
 
     Args:
-        folder: the cache entry to make; None keeps the files until the store is forgotten.
-        pieces: in order; they may fill `about` while they are made.
-        about: is written last.
+        folder: the cache entry to write; None keeps the files as long as the store.
+        pieces: in order.
+        about: asked when all pieces are written.
 
     Raises:
         DataError: the disk is full, or cannot be written to.
@@ -120,12 +122,12 @@ def on_disk(folder: Path | None, pieces: Iterable[Piece], about: dict[str, Any])
     try:
         if folder is not None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-        where = folder.parent if folder is not None else None
-        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=where))
+        parent = folder.parent if folder is not None else None
+        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=parent))
         try:
             _write(staging, pieces, about)
-            if folder is not None and (made := _move_into_place(staging, folder)):
-                return made
+            if folder is not None and (store := _move_into_place(staging, folder)):
+                return store
             store = _open(staging)
             weakref.finalize(store, shutil.rmtree, staging, True)
             return store
@@ -140,7 +142,7 @@ def on_disk(folder: Path | None, pieces: Iterable[Piece], about: dict[str, Any])
         ) from None
 
 
-def _write(folder: Path, pieces: Iterable[Piece], about: dict[str, Any]) -> None:
+def _write(folder: Path, pieces: Iterable[Piece], about: Callable[[], dict[str, Any]]) -> None:
     rows, total, checksum = [np.zeros(0, ROW)], 0, 0
     with open(folder / "tokens.bin", "wb") as file:
         for piece in pieces:
@@ -151,18 +153,18 @@ def _write(folder: Path, pieces: Iterable[Piece], about: dict[str, Any]) -> None
             file.write(content)
             rows.append(piece.rows)
     np.save(folder / "rows.npy", np.concatenate(rows))
-    told = json.dumps(about)
+    about_text = json.dumps(about())
     checksums = {
         "tokens.bin": checksum,
         "rows.npy": _checksum(folder / "rows.npy"),
-        "about": zlib.crc32(told.encode()),
+        "about": zlib.crc32(about_text.encode()),
     }
-    text = json.dumps({"version": VERSION, "checksums": checksums, "about": told})
+    text = json.dumps({"version": VERSION, "checksums": checksums, "about": about_text})
     (folder / "about.json").write_text(text, encoding="utf-8")
 
 
 def _move_into_place(staging: Path, folder: Path) -> TokenStore | None:
-    """The store in its place; None if something that is no entry stands there and stays."""
+    """The store in its place; None if something that is not an entry is there and stays."""
     for _ in range(2):
         try:
             os.rename(staging, folder)
@@ -170,7 +172,7 @@ def _move_into_place(staging: Path, folder: Path) -> TokenStore | None:
         except OSError:
             if not folder.exists():
                 raise
-        if (theirs := cached(folder)) is not None:  # another run has made the same meanwhile
+        if (theirs := cached(folder)) is not None:  # another run has written it meanwhile
             shutil.rmtree(staging)
             return theirs
     return None
@@ -181,63 +183,45 @@ def cached(folder: Path) -> TokenStore | None:
 
     One that appears meanwhile is not: only what was read and found wrong is.
     """
-    try:
-        text = (folder / "about.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if not folder.exists() or (folder / "about.json").exists():
-            return None
-    except (OSError, UnicodeDecodeError):
-        pass
-    else:
-        if _is_whole(folder, text):
-            _touch(folder)
-            return _open(folder)
+    if not folder.exists():
+        return None
+    if _is_whole(folder):
+        with contextlib.suppress(OSError):  # one that others own, or that is read-only, serves too
+            os.utime(folder)
+        return _open(folder)
     aside = folder.with_name(f"staging-{folder.name}-{os.getpid()}-{time.time_ns()}")
     with contextlib.suppress(OSError):
-        os.rename(folder, aside)  # at once: another run may make the entry anew
-        if _is_whole(aside, _text_of(aside)):
+        os.rename(folder, aside)  # at once: another run may write the entry again
+        if _is_whole(aside):
             os.rename(aside, folder)  # it has, while the damaged one was read
             return cached(folder)
         shutil.rmtree(aside)
     return None
 
 
-def _text_of(folder: Path) -> str:
+def _is_whole(folder: Path) -> bool:
+    """Whether the files of an entry are those that its `about.json` names."""
     try:
-        return (folder / "about.json").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _is_whole(folder: Path, text: str) -> bool:
-    """Whether the files of an entry are those that its `about.json` tells of."""
-    try:
-        made = json.loads(text)
+        entry = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         checksums = {
             "tokens.bin": _checksum(folder / "tokens.bin"),
             "rows.npy": _checksum(folder / "rows.npy"),
-            "about": zlib.crc32(made["about"].encode()),
+            "about": zlib.crc32(entry["about"].encode()),
         }
-        return checksums == made["checksums"] and made["version"] == VERSION
+        return checksums == entry["checksums"] and entry["version"] == VERSION
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _touch(folder: Path) -> None:
-    """Notes that an entry was used; one that others own, or that is read-only, serves as well."""
-    with contextlib.suppress(OSError):
-        os.utime(folder)
-
-
 def forget_unused(folder: Path) -> None:
-    """Removes what no run has used for KEPT_DAYS, and what a run that died has left."""
+    """Removes entries that no run has used for KEPT_DAYS, and the remains of a run that died."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         days = 1 if entry.name.startswith("staging-") else KEPT_DAYS
         try:
             if entry.is_dir() and time.time() - entry.stat().st_mtime > days * 86_400:
                 shutil.rmtree(entry)
         except OSError:
-            continue  # another run removes it, too
+            continue  # another run removes it too
 
 
 def _open(folder: Path) -> TokenStore:
@@ -257,59 +241,38 @@ def _checksum(path: Path) -> int:
 
 # ---- the report ----------------------------------------------------------------------------------
 
-
 BARS = 10  # of the length histogram
-
-
 SHOWN = 5  # refusals in a text
 
 
 @dataclass
 class FileReport:
-    """One file: its format, how many rows were read and kept, and (line, reason) of the others.
-
-    `unit` is what the numbers count: "line", or "row" where many rows share a line.
-    """
+    """What became of the rows of one file."""
 
     name: str
     format: str
-    unit: str = "line"
+    unit: str = "line"  # what lines are: "row" where many rows share a line of the file
     read: int = 0
     kept: int = 0
-    refused: list[tuple[int, str]] = field(default_factory=list)
+    refused: list[tuple[int, str]] = field(default_factory=list)  # (line, reason)
 
 
 @dataclass
 class DataReport:
-    """What became of the rows of one source.
+    """What became of the rows of one source."""
 
-    Attributes:
-        source: the path as it was given.
-        files: one report for each file, in order.
-        template: how rows were written.
-        tokens: of the kept rows.
-        supervised: tokens that are learned.
-        duplicates: kept rows that say the same as an earlier one.
-        leaked: kept rows of a validation or test file that are trained, too.
-        truncated: kept rows that were cut to `max_length`.
-        longest: tokens of the longest kept row.
-        histogram: (shortest, longest, rows) of lengths in equal steps.
-        cached: whether the tokens came from the cache.
-        chat_template: source of the template file that rows were written by; None for none.
-    """
-
-    source: str
+    source: str  # the path as it was given
     files: list[FileReport] = field(default_factory=list)
     template: str = "auto"
-    tokens: int = 0
+    tokens: int = 0  # of the kept rows, as the figures below
     supervised: int = 0
-    duplicates: int = 0
-    leaked: int = 0
-    truncated: int = 0
+    duplicates: int = 0  # rows that say the same as an earlier one
+    leaked: int = 0  # rows of a validation or test file that are trained, too
+    truncated: int = 0  # rows that were cut to `max_length`
     longest: int = 0
-    histogram: list[tuple[int, int, int]] = field(default_factory=list)
-    cached: bool = False
-    chat_template: str | None = field(default=None, repr=False)
+    histogram: list[tuple[int, int, int]] = field(default_factory=list)  # shortest, longest, rows
+    cached: bool = False  # whether the tokens came from the cache
+    chat_template: str | None = field(default=None, repr=False)  # text of a template's file
 
     @property
     def read(self) -> int:
@@ -318,7 +281,7 @@ class DataReport:
 
     @property
     def kept(self) -> int:
-        """Rows that are trained as intended."""
+        """Rows of all files that are not refused."""
         return sum(file.kept for file in self.files)
 
     @property
@@ -328,11 +291,11 @@ class DataReport:
 
     @property
     def format(self) -> str:
-        """The format of the files; several are joined."""
+        """The formats of the files, joined."""
         return ", ".join(dict.fromkeys(file.format for file in self.files)) or "auto"
 
     def measure(self, store: TokenStore) -> None:
-        """Takes the figures of the kept rows."""
+        """Fills in the figures of the kept rows."""
         rows = store.rows
         lengths = np.array(rows["length"])
         self.tokens = int(lengths.sum())
@@ -340,10 +303,12 @@ class DataReport:
         self.duplicates = len(rows) - len(np.unique(np.array(rows["said"])))
         self.truncated = int(np.count_nonzero(rows["cut"]))
         self.longest = int(lengths.max(initial=0))
-        self.histogram = _histogram(lengths)
+        step = max(1, -(-self.longest // BARS))
+        counts = np.bincount((lengths - 1) // step).tolist()
+        self.histogram = [(i * step + 1, (i + 1) * step, n) for i, n in enumerate(counts)]
 
     def refusals(self, most: int = SHOWN) -> str:
-        """The refused rows, one to a line, with the file's name if there are several."""
+        """The refused rows, one per line, with the file's name if there are several."""
         lines = []
         for file in self.files:
             where = f"{file.name}, {file.unit}" if len(self.files) > 1 else file.unit
@@ -367,69 +332,17 @@ class DataReport:
         return f"{text}\n{self.refusals()}" if refused else text
 
     def as_dict(self) -> dict[str, Any]:
-        """What a cache entry must keep of it; the other figures are measured again."""
+        """What a cache entry keeps of it; the figures are measured again."""
         return {"files": [vars(file) for file in self.files]}
 
-    def restore(self, about: dict[str, Any]) -> None:
-        """Takes back what `as_dict` gave, after a way through JSON."""
+    def restore(self, about: dict[str, Any], files: list[RowFile]) -> None:
+        """Fills in what `as_dict` returned, read from JSON; the files may have moved since."""
         self.files = [
-            FileReport(**{**file, "refused": [(line, why) for line, why in file["refused"]]})
-            for file in about["files"]
+            FileReport(
+                **{**entry, "name": file.name, "refused": list(map(tuple, entry["refused"]))}
+            )
+            for entry, file in zip(about["files"], files)
         ]
-
-
-def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    if not len(lengths):
-        return []
-    step = max(1, -(-int(lengths.max()) // BARS))
-    counts = np.bincount((lengths - 1) // step)
-    return [(i * step + 1, (i + 1) * step, int(n)) for i, n in enumerate(counts)]
-
-
-def write_refused(path: Path, read: list[tuple[DataReport, list[RowFile]]]) -> None:
-    """Writes every refused row to a JSONL file: where it stood, why, and what it was.
-
-    Args:
-        path: of the file to write; it appears whole or not at all.
-        read: the reports, and the files that each is of. The files are read once more, as nobody
-            keeps rows that cannot be used.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as out:
-            for report, files in read:
-                for told, file in zip(report.files, files):
-                    for row in _refused(told, file):
-                        out.write(json.dumps(row) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"data.refused_path: {path} cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _refused(told: FileReport, file: RowFile) -> Iterator[dict[str, Any]]:
-    reasons = dict(told.refused)
-    for line, raw in raw_rows(file) if reasons else ():
-        if line in reasons:
-            where = {"file": file.name, "line": line}
-            yield {**where, "reason": reasons[line], "row": _text(raw)}
-
-
-def _text(raw: Any) -> Any:
-    """A raw row as JSON can hold it; bytes that are no UTF-8 are escaped."""
-    if isinstance(raw, bytes):
-        return raw.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    if isinstance(raw, DataError):
-        return None
-    try:
-        return json.loads(json.dumps(raw, default=str, allow_nan=False))
-    except (TypeError, ValueError, RecursionError):  # what JSON cannot hold
-        return repr(raw)[:10_000]
 
 
 # ---- examples ------------------------------------------------------------------------------------
@@ -437,18 +350,11 @@ def _text(raw: Any) -> Any:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model sees it.
+    """One row as the model sees it."""
 
-    Attributes:
-        tokens: (n,) int32.
-        learned: (n,) bool; whether a token is supervised when it stands as the next one.
-        line: where the row came from, counted from 1.
-        file: the name of its file.
-    """
-
-    tokens: np.ndarray
-    learned: np.ndarray
-    line: int = 0
+    tokens: np.ndarray  # (n,) int32
+    learned: np.ndarray  # (n,) bool; whether a token is supervised as the next token
+    line: int = 0  # where the row came from, counted from 1
     file: str = "rows"
 
     def __len__(self) -> int:
@@ -475,19 +381,16 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Iterable[Example], source: str = "rows") -> "Examples":
-        """Examples that were made by hand."""
-        pieces, files = [], {}
-        for example in examples:
-            stored = np.where(example.learned, ~example.tokens, example.tokens).astype(np.int32)
-            file = files.setdefault(example.file, len(files))
-            made = hash64(stored.tobytes())
-            supervised = int(np.count_nonzero(example.learned))
-            row = (0, len(stored), supervised, 0, file, example.line, made, made)
-            pieces.append(Piece(stored, np.array([row], ROW)))
-        store = in_memory(pieces)
+        """Examples that are not rows of a file."""
+        files: dict[str, int] = {}
+        piece = Piece.of(
+            (e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None)
+            for e in examples
+        )
+        store = in_memory([piece])
         counts = np.bincount(store.rows["file"], minlength=len(files)).tolist()
-        told = [FileReport(name, "made", read=n, kept=n) for name, n in zip(files, counts)]
-        report = DataReport(source, told)
+        reports = [FileReport(name, "made", read=n, kept=n) for name, n in zip(files, counts)]
+        report = DataReport(source, reports)
         report.measure(store)
         return cls(store, report)
 
@@ -515,13 +418,13 @@ class Examples(Sequence[Example]):
     @property
     def digest(self) -> str:
         """A hash of what would be trained: all tokens and labels, in order."""
-        made = self._store.rows["made"][self._rows]
-        return hashlib.blake2b(made.tobytes(), digest_size=32).hexdigest()
+        hashes = self._store.rows["made"][self._rows]
+        return hashlib.blake2b(hashes.tobytes(), digest_size=32).hexdigest()
 
     def split(self, shares: Sequence[float], seed: int = 0) -> list["Examples"]:
         """Divides by a hash of (seed, content) of each row.
 
-        Adding rows to a file does not move the others between the parts, and copies of a row land
+        Adding rows to a file does not move the others between the parts, and copies of a row are
         in the same part; the shares are therefore met only on average.
 
         Raises:
@@ -537,24 +440,9 @@ class Examples(Sequence[Example]):
 
 
 def _uniform(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each hash, another for each seed (the finaliser of SplitMix64)."""
+    """A number in [0, 1) for each hash and seed (the finaliser of SplitMix64)."""
     salt = hashlib.blake2b(f"split {seed}".encode(), digest_size=8).digest()
     x = np.array(hashes, np.uint64) ^ np.uint64(int.from_bytes(salt, "little"))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-
-
-def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
-    """Refuses rows that are longer than the model has positions for.
-
-    Raises:
-        ConfigError: naming the length, the limit and the field that keeps such rows out.
-    """
-    longest = max(int(part.lengths.max()) for part in parts if part)
-    most = llama.max_position_embeddings
-    if longest > most:
-        raise ConfigError(
-            f"data.max_length lets in a row of {longest} tokens, and the model was made for "
-            f"{most}; set data.max_length={most}"
-        )

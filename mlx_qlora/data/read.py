@@ -3,10 +3,11 @@
 Every row is either kept as it will be trained or refused with its line and the reason.
 """
 
-import fnmatch
+import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_qlora.data.encode import TRUNCATION, Chunk, Recipe, chunks, default_workers, encode_chunks
+from mlx_qlora.data.encode import TRUNCATION, Chunk, Encoder, chunks, default_workers, encode_chunks
 from mlx_qlora.data.examples import (
     VERSION,
     DataReport,
@@ -27,10 +28,8 @@ from mlx_qlora.data.examples import (
     forget_unused,
     in_memory,
     on_disk,
-    write_refused,
 )
 from mlx_qlora.data.files import (
-    KINDS,
     RowFile,
     find_files,
     hub_dataset,
@@ -42,6 +41,7 @@ from mlx_qlora.data.files import (
 from mlx_qlora.data.rows import FORMATS, ROW_DATE, Template, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
+from mlx_qlora.model.llama import LlamaConfig
 
 PEEKED = 100  # rows that are looked at to find a file's format
 
@@ -132,29 +132,35 @@ def read_examples(
     """
     config = config or DataConfig()
     if isinstance(source, (str, Path)):
-        wanted = str(source), find_files(source)["train"]
+        name, files = str(source), find_files(source)["train"]
     else:
-        wanted = "rows", [RowFile("rows", "memory", list(source))]
-    return _read_all([wanted], tokenizer, config, console)[0]
+        name, files = "rows", [RowFile("rows", "memory", list(source))]
+    return _read_all([(name, files)], tokenizer, config, console)[0]
 
 
 def _read_all(
-    wanted: list[tuple[str, list[RowFile]]],
+    sources: list[tuple[str, list[RowFile]]],
     tokenizer: Tokenizer,
     config: DataConfig,
     console: Console | None,
 ) -> list[Examples]:
-    """Examples of each (name, files); what was refused of all of them is written to one file."""
+    """Examples of each (name, files); the refused rows of all of them are written to one file."""
     refused_path = None
     if config.refused_path is not None:
         refused_path = user_path(config.refused_path, "data.refused_path")
-        _spare_the_data(refused_path, wanted)
-    made = [_read_files(name, files, tokenizer, config, console) for name, files in wanted]
+        for name, files in sources:
+            paths = [file.path.resolve() for file in files if isinstance(file.path, Path)]
+            if refused_path.resolve() in paths:
+                raise ConfigError(
+                    f"data.refused_path: {refused_path} is among the rows of {name}; name another "
+                    "file"
+                )
+    read = [_read_files(name, files, tokenizer, config, console) for name, files in sources]
     if refused_path is not None:
-        write_refused(refused_path, [(m.report, files) for m, (_, files) in zip(made, wanted)])
-    for examples in made:
+        write_refused(refused_path, [(e.report, files) for e, (_, files) in zip(read, sources)])
+    for examples in read:
         _check_kept(examples.report, config)
-    return made
+    return read
 
 
 def _read_files(
@@ -164,27 +170,22 @@ def _read_files(
     config: DataConfig,
     console: Console | None,
 ) -> Examples:
-    report = DataReport(source)
-    recipe = _recipe(config, tokenizer, report)
+    report = DataReport(source, template=config.template)
+    encoder = _encoder(config, tokenizer, report)
     in_files = all(file.kind != "memory" for file in files)
     entry = store = None
     if config.cache_dir is not None and in_files:
-        key = _cache_key(files, tokenizer, recipe, config)
-        entry = cache_folder(config.cache_dir) / "tokens" / key
+        entry = cache_folder(config.cache_dir) / "tokens" / _cache_key(files, encoder, config)
         store = cached(entry)
     report.cached = store is not None
-    if store is None:
-        with _Bar(console, sum(file.size for file in files)) as bar:
-            pieces = _pieces(files, report, tokenizer, recipe, config, bar)
-            about: dict[str, Any] = {}
-            told = _then_tell(pieces, report, about)
-            store = on_disk(entry, told, about) if in_files else in_memory(told)
+    if store is not None:
+        report.restore(store.about, files)
+    else:
+        with _progress(console, sum(file.size for file in files)) as advance:
+            pieces = _pieces(files, report, encoder, config, advance)
+            store = on_disk(entry, pieces, report.as_dict) if in_files else in_memory(pieces)
         if entry is not None:
             forget_unused(entry.parent)
-    else:
-        report.restore(store.about)
-        for told, file in zip(report.files, files):  # the same content may lie elsewhere today
-            told.name = file.name
     report.measure(store)
     return Examples(store, report)
 
@@ -196,118 +197,80 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-qlora"
 
 
-def _recipe(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Recipe:
+def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Encoder:
     name, source = config.template, tokenizer.chat_template
     if name not in ("auto", "alpaca", "chat"):
         name = "chat"
-        source = report.chat_template = read_template(config.template)
+        try:
+            path = user_path(config.template, "data.template")
+            source = report.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "data.template must be auto, alpaca, chat or a file with a chat template; "
+                f"{config.template!r} cannot be read: {error}"
+            ) from None
     elif name == "chat" and source is None:
         raise ConfigError(
             "data.template=chat, but the model has no chat template; name a file with one"
         )
-    report.template = config.template
-    return Recipe(Template(name, source), config.train_on, config.max_length, config.truncation)
+    template = Template(name, source)
+    return Encoder(tokenizer, template, config.train_on, config.max_length, config.truncation)
 
 
-def read_template(path: str) -> str:
-    """The text of a file with a chat template.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        return user_path(path, "data.template").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"data.template must be auto, alpaca, chat or a file with a chat template; {path!r} "
-            f"cannot be read: {error}"
-        ) from None
-
-
-def _cache_key(
-    files: list[RowFile], tokenizer: Tokenizer, recipe: Recipe, config: DataConfig
-) -> str:
+def _cache_key(files: list[RowFile], encoder: Encoder, config: DataConfig) -> str:
+    """A hash of all that decides ids and labels: files, tokenizer, template, settings, code."""
     contents = [
         str(getattr(hub_dataset(file), "_fingerprint", file.path))
         if file.kind == "hub"
         else file.content_hash()
         for file in files
     ]
-    decides = (VERSION, ROW_DATE, recipe, config.format, tokenizer.special_tokens)
-    text = repr((decides, tokenizer.fingerprint, contents))
+    settings = (config.format, config.train_on, config.max_length, config.truncation)
+    tokenizer = (encoder.tokenizer.fingerprint, encoder.tokenizer.special_tokens)
+    text = repr((VERSION, ROW_DATE, encoder.template, settings, tokenizer, contents))
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
 def _pieces(
     files: list[RowFile],
     report: DataReport,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
+    encoder: Encoder,
     config: DataConfig,
-    bar: "_Bar",
+    advance: Callable[[int], None],
 ) -> Iterator[Piece]:
     """The pieces of all files in order; the report is filled in on the way."""
 
-    def work() -> Iterator[Chunk]:
+    def all_chunks() -> Iterator[Chunk]:
         for number, file in enumerate(files):
             rows = raw_rows(file)
-            peeked = list(islice(rows, PEEKED))
-            form = config.format if config.format != "auto" else _format_of(peeked)
-            if recipe.template.name == "alpaca" and form in ("messages", "sharegpt"):
+            first = list(islice(rows, PEEKED))
+            form = config.format if config.format != "auto" else _format_of(first)
+            if encoder.template.name == "alpaca" and form in ("messages", "sharegpt"):
                 raise ConfigError(
                     f"{file.name} holds {form}, which data.template=alpaca cannot write; "
                     "set data.template=chat"
                 )
             report.files.append(FileReport(file.name, form, unit_of(file)))
-            yield from chunks(number, file.name, form, chain(peeked, rows))
+            yield from chunks(number, file.name, form, chain(first, rows))
 
     n_workers = default_workers() if config.num_workers is None else config.num_workers
-    for made in encode_chunks(work(), tokenizer, recipe, n_workers):
-        file = report.files[made.chunk.file]
-        file.read += made.read
-        file.kept += len(made.piece.rows)
-        file.refused += made.refused
-        bar.advance(made.chunk.size)
-        yield made.piece
+    for chunk, piece, refused in encode_chunks(all_chunks(), encoder, n_workers):
+        file = report.files[chunk.file]
+        file.read += len(chunk.rows)
+        file.kept += len(piece.rows)
+        file.refused += refused
+        advance(chunk.size)
+        yield piece
 
 
-def _format_of(peeked: list[tuple[int, Any]]) -> str:
+def _format_of(rows: list[tuple[int, Any]]) -> str:
     """The format of the first row that has one; "auto" leaves it to each row."""
-    for _, raw in peeked:
-        try:
-            row = parse(raw)
-            if isinstance(row, Mapping):
+    for _, raw in rows:
+        row = parse(raw)
+        if isinstance(row, Mapping):
+            with contextlib.suppress(DataError):
                 return detect_format(row)
-        except DataError:
-            continue
     return "auto"
-
-
-def _then_tell(
-    pieces: Iterator[Piece], report: DataReport, about: dict[str, Any]
-) -> Iterator[Piece]:
-    yield from pieces
-    about.update(report.as_dict())
-
-
-def _spare_the_data(refused: Path, wanted: list[tuple[str, list[RowFile]]]) -> None:
-    """Refuses to write refused rows over the data, or where the next run would read them.
-
-    Raises:
-        ConfigError: naming the path.
-    """
-    place = refused.resolve()
-    for name, files in wanted:
-        if files[0].kind not in KINDS:
-            continue
-        paths = [Path(file.path).resolve() for file in files if isinstance(file.path, Path)]
-        folder = Path(name).expanduser().resolve()
-        inside = folder.is_dir() and folder in place.parents
-        matched = fnmatch.fnmatch(place.name, folder.name) and place.parent == folder.parent
-        if place in paths or inside or matched:
-            raise ConfigError(
-                f"data.refused_path: {refused} is among the rows of {name}; name another file"
-            )
 
 
 def _check_kept(report: DataReport, config: DataConfig) -> None:
@@ -321,30 +284,63 @@ def _check_kept(report: DataReport, config: DataConfig) -> None:
         )
 
 
-class _Bar:
-    """A progress bar by bytes, for what takes longer than a moment."""
-
-    LEAST = 4 << 20
-
-    def __init__(self, console: Console | None, size: int) -> None:
-        shown = console is not None and console.is_terminal and size >= self.LEAST
-        columns = (TextColumn("tokenising"), BarColumn(bar_width=20), TimeRemainingColumn())
-        self._live = Progress(*columns, console=console, disable=not shown, transient=True)
-        self._task = self._live.add_task("", total=size)
-
-    def __enter__(self) -> "_Bar":
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._live.stop()
-
-    def advance(self, size: int) -> None:
-        """Some bytes of the files are done."""
-        self._live.advance(self._task, size)
+@contextlib.contextmanager
+def _progress(console: Console | None, size: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar by bytes, for files that take longer than a moment."""
+    shown = console is not None and console.is_terminal and size >= 4 << 20
+    columns = (TextColumn("tokenising"), BarColumn(bar_width=20), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
+        task = progress.add_task("", total=size)
+        yield lambda done: progress.advance(task, done)
 
 
-# ---- the parts of a run ------------------------------------------------------------------------
+# ---- refused rows in a file ----------------------------------------------------------------------
+
+
+def write_refused(path: Path, sources: list[tuple[DataReport, list[RowFile]]]) -> None:
+    """Writes every refused row to a JSONL file: where it was, why it is refused, and what it was.
+
+    Args:
+        path: of the file to write; it appears whole or not at all.
+        sources: reports with their files, which are read once more: rows that cannot be used are
+            not kept in memory.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            for report, files in sources:
+                for file_report, file in zip(report.files, files):
+                    reasons = dict(file_report.refused)
+                    for line, raw in raw_rows(file) if reasons else ():
+                        if line in reasons:
+                            where = {"file": file.name, "line": line, "reason": reasons[line]}
+                            out.write(json.dumps({**where, "row": _text(raw)}) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"data.refused_path: {path} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _text(raw: Any) -> Any:
+    """A raw row as JSON can hold it; bytes that are no UTF-8 are escaped."""
+    if isinstance(raw, bytes):
+        return raw.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+    if isinstance(raw, DataError):
+        return None
+    try:
+        return json.loads(json.dumps(raw, default=str, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):  # what JSON cannot hold
+        return repr(raw)[:10_000]
+
+
+# ---- the parts of a run --------------------------------------------------------------------------
+
+
 def train_validation_test(
     config: DataConfig, tokenizer: Tokenizer, seed: int, console: Console | None = None
 ) -> tuple[Examples, Examples | None, Examples | None]:
@@ -357,19 +353,18 @@ def train_validation_test(
     if config.path is None:
         raise ConfigError("data.path is missing; name a file of rows with --data FILE")
     found = find_files(config.path)
+    sources = {part: (config.path, files) for part, files in found.items() if files}
     named = {"validation": config.validation_path, "test": config.test_path}
-    for part, path in named.items():
-        if path is not None:
-            found[part] = find_files(path)["train"]
+    sources |= {
+        part: (path, find_files(path)["train"]) for part, path in named.items() if path is not None
+    }
+    read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, console)))
 
     shares = list(config.split)
     for i, part in enumerate(named, 1):
-        if found[part]:
-            shares[i] = 0.0  # files of its own: this part of `split` is trained instead
+        if part in read:
+            shares[i] = 0.0  # it has files of its own: this part of `split` is trained instead
     shares[0] = 1.0 - shares[1] - shares[2]
-    wanted = {part: (config.path, files) for part, files in found.items() if files}
-    wanted |= {part: (path, found[part]) for part, path in named.items() if path is not None}
-    read = dict(zip(wanted, _read_all(list(wanted.values()), tokenizer, config, console)))
 
     parts = read["train"].split(shares, seed)
     if not len(parts[0]):
@@ -383,3 +378,14 @@ def train_validation_test(
     train, validation, test = (part if len(part) else None for part in parts)
     assert train is not None
     return train, validation, test
+
+
+def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
+    """Raises a ConfigError for rows that are longer than the model has positions for."""
+    longest = max(int(part.lengths.max()) for part in parts if part)
+    most = llama.max_position_embeddings
+    if longest > most:
+        raise ConfigError(
+            f"data.max_length lets in a row of {longest} tokens, and the model was made for "
+            f"{most}; set data.max_length={most}"
+        )

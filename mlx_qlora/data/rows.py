@@ -11,9 +11,7 @@ from mlx_qlora.errors import DataError, TokenizerError
 
 # ---- a row -> what it says -----------------------------------------------------------------------
 
-
 Message = dict[str, Any]
-
 
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
 ROLES = {
@@ -21,11 +19,7 @@ ROLES = {
     **{"model": "assistant", "function_call": "assistant"},
     **{"function": "tool", "observation": "tool"},
 }
-
-
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
-
-
 MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
 
 
@@ -40,7 +34,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts that are taken as they are; a plain text has an empty prompt."""
+    """Two texts that are used as they are; a plain text has an empty prompt."""
 
     prompt: str
     completion: str
@@ -48,23 +42,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages in order, ending with the last one to learn.
+    """Messages in order, ending with the last one to learn."""
 
-    Attributes:
-        messages: with `role` and `content`, and more where the template reads it.
-        learned: for each message, whether it is to be learned; only the assistant's can be.
-        tools: JSON schemas of functions that the assistant may call.
-    """
-
-    messages: list[Message]
-    learned: list[bool]
-    tools: list[dict[str, Any]] | None = None
+    messages: list[Message]  # with `role` and `content`, and more where the template reads it
+    learned: list[bool]  # one for each message; only the assistant's can be True
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of what the assistant may call
 
 
 Said = Instruction | Pair | Chat
 
 
-# ---- one reader for each format ----------------------------------------------------------------
 def read_alpaca(row: Mapping[str, Any]) -> Instruction:
     """Fields `instruction`, `input` (may be left out) and `output`."""
     instruction, output = text_of(row, "instruction"), text_of(row, "output")
@@ -88,10 +75,7 @@ def read_sharegpt(row: Mapping[str, Any]) -> Chat:
 
 
 def read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
-    """Fields `prompt` and `completion`: two texts, or two lists of messages.
-
-    Of messages only the completion's are learned.
-    """
+    """Fields `prompt` and `completion`: two texts, or two lists of messages; the second learned."""
     if not isinstance(row.get("prompt"), list) and not isinstance(row.get("completion"), list):
         return Pair(text_of(row, "prompt"), text_of(row, "completion"))
     prompt, completion = _messages_of(row, "prompt"), _messages_of(row, "completion")
@@ -110,8 +94,6 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
     "prompt_completion": read_prompt_completion,
     "text": read_text,
 }
-
-
 # The fields that tell a format, the surest first: chats often carry a `prompt` or a `text` too.
 TELLING = {
     "messages": {"messages"},
@@ -123,11 +105,7 @@ TELLING = {
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
-    """The format whose fields a row has.
-
-    Raises:
-        DataError: it has those of none.
-    """
+    """The format whose fields a row has; a DataError if it has those of none."""
     for name, fields in TELLING.items():
         if fields & row.keys():
             return name
@@ -139,10 +117,10 @@ def detect_format(row: Mapping[str, Any]) -> str:
 
 
 def read_row(row: Any, form: str) -> Said:
-    """What a row says, in a format of FORMATS or, for "auto", in the one that its fields tell.
+    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell.
 
     Raises:
-        DataError: the reason for which it cannot be used; also if the row is a DataError.
+        DataError: why it cannot be used; also if the row is a DataError.
     """
     if isinstance(row, DataError):
         raise row
@@ -151,13 +129,11 @@ def read_row(row: Any, form: str) -> Said:
     return FORMATS[detect_format(row) if form == "auto" else form](row)
 
 
-# ---- fields ------------------------------------------------------------------------------------
-def text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
-    """A field that must be text.
+# ---- the fields of a row -----------------------------------------------------------------------
 
-    Raises:
-        DataError: the field is missing, empty or of another type.
-    """
+
+def text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
+    """A field that must be text, and not blank unless it is optional; a DataError if it is not."""
     value = row.get(field)
     if optional and value is None:
         return ""
@@ -186,7 +162,7 @@ def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{where} is not an object but {type(value).__name__}")
     if not all(isinstance(key, str) for key in value):
-        raise DataError(f"{where} has a field whose name is no text")
+        raise DataError(f"{where} has a field whose name is not text")
     rest = {k: v for k, v in value.items() if v is not None}
     if "function_call" in rest:
         raise DataError(f"{where} has OpenAI's old field 'function_call'; write 'tool_calls'")
@@ -228,19 +204,19 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """OpenAI writes a call's arguments as JSON text, templates want them as an object."""
     if not isinstance(calls, (list, tuple)) or not calls:
         raise DataError(f"{where}.tool_calls must be a list of calls")
-    made = []
+    parsed = []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        function = _function_of(call)
+        if function is None:
             raise DataError(f"{where}.tool_calls has a call without a name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _json(arguments or "{}", f"{where}.tool_calls has arguments that are")
         if not isinstance(arguments, Mapping) or not all(isinstance(k, str) for k in arguments):
-            raise DataError(f"{where}.tool_calls has arguments that are no object")
+            raise DataError(f"{where}.tool_calls has arguments that are not an object")
         function = {**function, "arguments": arguments}
-        made.append({**call, "function": function} if "function" in call else function)
-    return made
+        parsed.append({**call, "function": function} if "function" in call else function)
+    return parsed
 
 
 def _tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -251,14 +227,16 @@ def _tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         tools = _json(tools, "field 'tools' is")
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(map(_is_schema, tools)):
+    if not isinstance(tools, list) or None in map(_function_of, tools):
         raise DataError("field 'tools' must be a list of JSON schemas, each with a name")
     return tools
 
 
-def _is_schema(tool: Any) -> bool:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+def _function_of(tool: Any) -> Mapping[str, Any] | None:
+    """The named function of a tool, or of a call; None if it has no name."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+    return function if named else None
 
 
 def _json(text: str, what: str) -> Any:
@@ -281,34 +259,22 @@ def _chat(messages: list[Message], tools: list[dict[str, Any]] | None) -> Chat:
 
 # ---- what it says -> text ------------------------------------------------------------------------
 
-
 Segments = list[tuple[str, bool]]  # (text, whether it is learned), in order
 
-
-# Templates that write today's date would give a row other tokens tomorrow, and a run that goes
-# on then would have other data. This day is the one that Llama 3.1's template falls back to.
+# A template that writes today's date would give a row other tokens tomorrow, so that a run could
+# not be continued. This day is the one that Llama 3.1's template falls back to.
 ROW_DATE = (2024, 7, 26)
 
 
 @dataclass(frozen=True)
 class Template:
-    """How rows are written.
+    """How rows are written; "auto" is alpaca for instructions, chat for messages."""
 
-    Attributes:
-        name: "alpaca", "chat", a file's name, or "auto": alpaca for instructions, texts as they
-            are, the chat template for messages.
-        source: the Jinja source that writes chats; None if the model has none.
-    """
-
-    name: str
-    source: str | None
+    name: str  # "auto", "alpaca" or "chat"
+    source: str | None  # the Jinja source that writes chats; None if the model has none
 
     def segments(self, said: Said, tokenizer: Tokenizer) -> Segments:
-        """The text of one row, in stretches.
-
-        Raises:
-            DataError: the template refuses the row, or does not show which part is learned.
-        """
+        """The text of one row, cut where learned and unlearned text meet, or a DataError."""
         if isinstance(said, Pair) and (self.name in ("auto", "alpaca") or not said.prompt):
             return [(said.prompt, False), (said.completion, True)]
         if isinstance(said, Instruction) and self.name in ("auto", "alpaca"):
@@ -319,7 +285,7 @@ class Template:
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """What stands before the response, in training and when asking the tuned model."""
+    """The text before the response, in training and when asking the tuned model."""
     block = f"### Input:\n{input}\n\n" if input else ""
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
@@ -337,36 +303,30 @@ def _as_chat(said: Said) -> Chat:
         question, answer = chat_question(said.instruction, said.input), said.output
     else:
         question, answer = said.prompt, said.completion
-    return Chat(
-        [_chat_message("user", question), _chat_message("assistant", answer)], [False, True]
-    )
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Chat(turns, [False, True])
 
 
-def _chat_message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-# ---- chats -------------------------------------------------------------------------------------
 def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segments:
-    """The stretches of a chat, found by prefixes or, where those fail, by generation markers.
+    """The segments of a chat, found by prefixes or, where those fail, by generation markers.
 
     Raises:
-        DataError: the template refuses the messages, or shows neither.
+        DataError: the template refuses the messages, leaves some out, or shows no answers.
     """
     if source is None:
         raise DataError("the model has no chat template: set data.template to alpaca or to a file")
 
-    def render(messages: list[dict[str, Any]], **how: Any) -> str:
+    def render(messages: list[Message], **options: Any) -> str:
         try:
             return render_template(
-                source, messages, chat.tools, tokenizer.special_tokens, date=ROW_DATE, **how
+                source, messages, chat.tools, tokenizer.special_tokens, date=ROW_DATE, **options
             )
         except TokenizerError as error:
             raise DataError(f"the chat template refuses it: {error}") from None
 
     roles = [message["role"] for message in chat.messages]
     if chat.tools and next(role for role in roles if role != "system") == "assistant":
-        # Llama 3.1's template writes tools into the first turn, whoever's it is, as the user's.
+        # Llama 3.1's template writes tools into the first turn, as the user's, whoever speaks.
         raise DataError("has tools but begins with the assistant; put the user's question first")
     whole = render(chat.messages)
     refuse_unwritten(chat, whole)
@@ -378,13 +338,14 @@ def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segme
         after = whole if i + 1 == len(chat.messages) else render(chat.messages[: i + 1])
         if i:
             before = render(chat.messages[:i], add_generation_prompt=True)
-        else:  # templates want a message: what two different first answers have in common
+        else:  # most templates refuse no messages: what two first answers have in common
             other = "B" if chat.messages[0]["content"].lstrip().startswith("A") else "A"
             same = zip(after, render([{**chat.messages[0], "content": other}]))
             n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
             before = after[:n]
-        begun = whole.startswith(after) and after.startswith(before) and at <= len(before)
-        if not begun or before == after:
+        # Templates that drop earlier thoughts, or open an answer with <think>, fail here.
+        nested = whole.startswith(after) and after.startswith(before) and at <= len(before)
+        if not nested or before == after:
             return _marked_segments(chat, source, render(chat.messages, mark=True))
         segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
         at = len(after)
@@ -392,7 +353,7 @@ def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segme
 
 
 def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
-    """The stretches that the template itself marks as the assistant's words."""
+    """The segments that the template itself marks as the assistant's words."""
     if not can_mark(source):
         raise DataError(
             "what the chat template writes before an answer is not how it begins the text with "
@@ -413,13 +374,10 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
 
 
 def refuse_unwritten(chat: Chat, whole: str) -> None:
-    """Refuses a chat of which the template leaves something out.
+    """Raises a DataError that names the first message, call or tool that the template leaves out.
 
-    Many templates know no tools, and Llama 3.1's writes no text beside a call: the row would
-    teach other words than it says.
-
-    Raises:
-        DataError: naming the first message, or the tool, that is not in the text.
+    Many templates ignore tools, and Llama 3.1's drops the text beside a call: the row would teach
+    other words than it says.
     """
     for i, message in enumerate(chat.messages):
         if not _is_written(message["content"], whole):
@@ -430,16 +388,16 @@ def refuse_unwritten(chat: Chat, whole: str) -> None:
             if not all(name in whole for name in (function["name"], *function["arguments"])):
                 raise DataError(f"the chat template does not write the call in messages[{i}]")
     for tool in chat.tools or ():
-        name = tool.get("function", tool).get("name")
-        if isinstance(name, str) and name not in whole:
+        name = tool.get("function", tool)["name"]
+        if name not in whole:
             raise DataError(f"the chat template does not write the tool {name!r}")
 
 
 def _is_written(content: str, whole: str) -> bool:
     """Whether the last line of a text is there, as it is or as JSON.
 
-    The last line alone: templates cut thoughts from the front of an answer, and trim.
+    Only the last line: templates cut thoughts from the front of an answer, and trim.
     """
-    said = content.rpartition("</think>")[2].strip()
-    line = (said.splitlines() or [""])[-1].strip()
+    answer = content.rpartition("</think>")[2].strip()
+    line = (answer.splitlines() or [""])[-1].strip()
     return line in whole or json.dumps(line, ensure_ascii=False)[1:-1] in whole

@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 
 # ---- chat templates ------------------------------------------------------------------------------
 
-
-# Stands on both sides of the words that a template marks as the assistant's. A private-use
-# character and a word around it: no template writes it, and no text of a person holds it.
+# Written on both sides of the words that a template marks as the assistant's. A private-use
+# character on both sides of a word: no template writes it, and no text of a person holds it.
 GENERATED = "\U000f1a2bmlx-qlora:generated\U000f1a2b"
 
 
@@ -62,8 +61,8 @@ def render_template(
         tools: JSON schemas of functions.
         special_tokens: what the template may call `bos_token`, `eos_token`, ...
         add_generation_prompt: ends the text where the assistant's answer begins.
-        mark: puts GENERATED on both sides of what stands in `{% generation %}`.
-        date: what the template takes for today, as (year, month, day); None asks the clock.
+        mark: puts GENERATED on both sides of the text inside `{% generation %}`.
+        date: today's, for the template, as (year, month, day); None asks the clock.
 
     Raises:
         TokenizerError: the template is damaged, or refuses these messages.
@@ -89,12 +88,7 @@ def can_mark(source: str) -> bool:
 def compile_template(
     source: str, mark: bool = False, date: tuple[int, int, int] | None = None
 ) -> jinja2.Template:
-    """Compiles a template from the hub, which is untrusted code, in a sandbox."""
-    return _environment(mark, date).from_string(source)
-
-
-def _environment(mark: bool, date: tuple[int, int, int] | None) -> Any:
-    """The environment that templates are written for: transformers' own."""
+    """Compiles a template from the hub, which is untrusted code, in transformers' environment."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes
@@ -128,45 +122,31 @@ def _environment(mark: bool, date: tuple[int, int, int] | None) -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment
+    return environment.from_string(source)
 
 
 # ---- text <-> ids --------------------------------------------------------------------------------
-
 
 SHIPPED = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
 ]
-
-
 # Special tokens that end a response in some Llama-family model, whatever its EOS is.
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>")
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text <-> ids for one model.
+    """Text <-> ids for one model."""
 
-    Attributes:
-        vocab_size: Number of ids, special and added tokens included.
-        bos_id: The id that opens a sequence; None where the model has none.
-        eos_id: The id to append after a response.
-        eos_ids: Every id that ends generation, `eos_id` among them.
-        adds_bos: True if the model expects `bos_id` in front of a sequence.
-        chat_template: Jinja source that turns messages into text; None for most base models.
-        special_tokens: The strings that a template may name: `bos_token`, `eos_token`, ...
-        source: The folder or file it was loaded from.
-    """
-
-    vocab_size: int
+    vocab_size: int  # special and added tokens included
     bos_id: int | None
-    eos_id: int
-    eos_ids: frozenset[int]
-    adds_bos: bool
-    chat_template: str | None
-    special_tokens: Mapping[str, str]
-    source: Path
+    eos_id: int  # to append after a response
+    eos_ids: frozenset[int]  # every id that ends generation, `eos_id` among them
+    adds_bos: bool  # whether the model expects `bos_id` at the start of a sequence
+    chat_template: str | None  # Jinja source; None for most base models
+    special_tokens: Mapping[str, str]  # what a template may name: `bos_token`, `eos_token`, ...
+    source: Path  # the folder or file it was loaded from
     _codec: Codec
     _built_files: Callable[[], dict[str, str]] | None  # None: `source` has files to copy
     _own_template: bool = False  # True: the template is not the one that `source` ships
@@ -177,7 +157,7 @@ class Tokenizer:
         Adds neither BOS nor EOS. Half of a surrogate pair, which JSON can hold and UTF-8 cannot,
         is read as U+FFFD.
         """
-        return self._codec.encode_batch([_whole_characters(text)])[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them; on several threads where the codec can."""
@@ -194,19 +174,13 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tools: list[dict[str, Any]] | None = None,
     ) -> str:
-        """Writes a conversation as the one text that the model's chat template makes of it.
+        """Writes a conversation as text by the model's chat template; see `render_template`.
 
         The text holds the special tokens, BOS included where the template writes it: encode it
         without adding another.
 
-        Args:
-            messages: `{"role": ..., "content": ...}` in order; more keys where the template
-                reads them (`tool_calls`, ...).
-            add_generation_prompt: True ends the text where the assistant's answer begins.
-            tools: JSON schemas of the functions that the model may call.
-
         Raises:
-            TokenizerError: There is no template, or it is damaged or refuses these messages.
+            TokenizerError: there is no template, or it is damaged or refuses these messages.
         """
         if self.chat_template is None:
             raise TokenizerError(
@@ -228,14 +202,14 @@ class Tokenizer:
             ) from error
 
     def with_chat_template(self, source: str) -> Tokenizer:
-        """The same tokenizer with another chat template, which `save` then writes too."""
+        """The same tokenizer with another chat template, which `save` then writes."""
         return replace(self, chat_template=source, _own_template=True)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text becomes."""
-        decides = (self._codec, self.bos_id, self.eos_id, sorted(self.eos_ids), self.adds_bos)
-        return hashlib.blake2b(pickle.dumps(decides), digest_size=16).hexdigest()
+        deciding = (self._codec, self.bos_id, self.eos_id, sorted(self.eos_ids), self.adds_bos)
+        return hashlib.blake2b(pickle.dumps(deciding), digest_size=16).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process needs: everything but the files to save."""
@@ -246,9 +220,6 @@ class Tokenizer:
 
         A folder's tokenizer files are copied byte for byte. A GGUF's tokenizer becomes
         `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
-
-        Args:
-            folder: Made if it does not exist.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,20 +247,21 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     """Loads a model's tokenizer, whichever format it comes in.
 
     Args:
-        source: A model folder, or a GGUF file (then `gguf_metadata` is needed).
-        gguf_metadata: The second value of `mx.load(source, return_metadata=True)`.
+        source: a model folder, or a GGUF file (then `gguf_metadata` is needed).
+        gguf_metadata: the second value of `mx.load(source, return_metadata=True)`.
 
     Raises:
-        TokenizerError: A file is missing or damaged, the format is unknown, or no EOS is known.
+        TokenizerError: a file is missing or damaged, the format is unknown, or no EOS is known.
     """
     source = Path(source)
     if gguf_metadata is not None:
-        built = build_gguf_tokenizer(gguf_metadata, source.name)
-        codec = TokenizersCodec(built.backend)
-        return _assemble(source, codec, built.config, built.end_ids, built.files)
+        gguf = build_gguf_tokenizer(gguf_metadata, source.name)
+        codec = TokenizersCodec(gguf.backend)
+        return _assemble(source, codec, gguf.config, gguf.end_ids, gguf.files)
 
     config = _read_configs(source)
-    end_ids = _as_list(_read_json(source / "generation_config.json").get("eos_token_id"))
+    ends = _read_json(source / "generation_config.json").get("eos_token_id")
+    end_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     vocabulary, model = source / "tokenizer.json", source / "tokenizer.model"
     if vocabulary.exists():
         codec, defaults = open_tokenizers(vocabulary, config)
@@ -348,7 +320,7 @@ def _known_id(source: Path, codec: Codec, key: str, named: Mapping[str, str]) ->
 
 
 def _read_configs(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` and its satellites as one dict, in transformers' precedence."""
+    """`tokenizer_config.json` and the files beside it as one dict, in transformers' precedence."""
     config = _read_json(folder / "tokenizer_config.json")
     named = _read_json(folder / "special_tokens_map.json")
     # A config that lists its added tokens is complete; an older one yields to the map beside it.
@@ -365,28 +337,19 @@ def _read_configs(folder: Path) -> dict[str, Any]:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     template = template or _read_json(folder / "chat_template.json").get("chat_template")
     jinja_file = folder / "chat_template.jinja"
-    config["chat_template"] = _read_text(jinja_file) if jinja_file.exists() else template
+    config["chat_template"] = _read(jinja_file, str) if jinja_file.exists() else template
     return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise TokenizerError(f"{path} is damaged: {error}; download it again") from error
+    value = _read(path, json.loads) if path.exists() else {}
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 
-def _read_text(path: Path) -> str:
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
         raise TokenizerError(f"{path} is damaged: {error}; download it again") from error
-
-
-def _as_list(value: Any) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]

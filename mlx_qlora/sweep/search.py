@@ -21,8 +21,8 @@ from mlx_qlora.adapters.peft import original_base
 from mlx_qlora.after.bootstrap import FEWEST
 from mlx_qlora.before.plan import settled
 from mlx_qlora.config import RunConfig, to_dict
-from mlx_qlora.data.examples import Examples, check_lengths
-from mlx_qlora.data.read import train_validation_test
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import check_lengths, train_validation_test
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing, require, say, warn
 from mlx_qlora.folders import check_writable, disk_errors, locked

@@ -14,11 +14,12 @@ from rich.text import Text
 from safetensors.numpy import load_file, save_file
 from support.tiny_folder import write_model, write_rows
 
-from mlx_qlora.before.inspect import inspect_data
+from mlx_qlora.before.inspect import PICTURES, inspect_data
+from mlx_qlora.before.inspect import rows as rows_as_shown
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import make_batches
-from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -411,3 +412,55 @@ def test_what_cannot_be_inspected_is_one_message_and_code_2(
     assert error.startswith("mlx-qlora: ") and error.count("mlx-qlora: ") == 1
     assert said in error
     assert "Traceback" not in error
+
+
+# ---- signs that a terminal acts on ---------------------------------------------------------------
+
+
+def first_row(examples: Examples, tokenizer: Tokenizer, colour: bool = False) -> str:
+    """The first row of the first batch."""
+    console = Console(file=io.StringIO())
+    console.print(rows_as_shown(make_batches(examples, 1), tokenizer, 1, colour), soft_wrap=True)
+    return console.file.getvalue()
+
+
+def test_a_row_that_ends_in_context_is_shown_without_a_foreign_token(tokenizer: Tokenizer) -> None:
+    ids = [0, *tokenizer.encode("abc")]
+    learned = np.array([False, True, True, False])
+    assert len(ids) == 4
+    examples = Examples.of([Example(np.array(ids, np.int32), learned, 1)])
+    # The last id is not learned and no input: a batch does not hold it.
+    assert first_row(examples, tokenizer) == (
+        "batch 1, row 1: 3 of 64 positions used\n"
+        "rows:1: 4 tokens, 2 supervised\n"
+        "<|bos|>⟦ab⟧\n"
+        "61 x padding\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "pictures"),
+    [
+        ("if x:\n\treturn\t1", "if x:\n␉return␉1"),
+        ("a\r\nb", "a␍\nb"),
+        ("bell\x07 back\x08", "bell␇ back␈"),
+        ("a\x0bb\x0c", "a␋b␌"),
+        ("\x1b[31mred\x1b[0m", "␛[31mred␛[0m"),
+        ("a\x00b\x1f\x7f", "a␀b␟␡"),
+        ("é 漢字 😀 ␉", "é 漢字 😀 ␉"),
+    ],
+)
+@pytest.mark.parametrize("colour", [False, True])
+def test_signs_that_a_terminal_acts_on_are_shown_as_their_pictures(
+    text: str, pictures: str, colour: bool, tokenizer: Tokenizer
+) -> None:
+    out = first_row(read_examples([{"text": text}], tokenizer), tokenizer, colour)
+    learned = f"{pictures}<|eos|>"
+    assert f" supervised\n<|bos|>{learned if colour else f'⟦{learned}⟧'}\n" in out
+
+
+def test_every_control_sign_but_the_line_break_has_a_picture() -> None:
+    codes = [*(code for code in range(32) if code != 10), 127]
+    assert sorted(PICTURES) == [*codes, *range(0x80, 0xA0)]
+    assert {PICTURES[code] for code in range(0x80, 0xA0)} == {0xFFFD}
+    assert "".join(map(chr, codes)).translate(PICTURES) == "␀␁␂␃␄␅␆␇␈␉␋␌␍␎␏␐␑␒␓␔␕␖␗␘␙␚␛␜␝␞␟␡"

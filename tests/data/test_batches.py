@@ -16,7 +16,6 @@ from mlx_qlora.data.batches import (
     Batch,
     Batches,
     collate,
-    lay_out,
     make_batches,
     packed_width,
     padded_width,
@@ -429,14 +428,6 @@ def test_the_end_of_a_document_never_predicts_the_next_one() -> None:
     batch = collate([row], 64)
     assert np.array(batch.tokens)[0, :6].tolist() == [1000, 1001, 1002, 2000, 2001, 0]
     assert np.array(batch.labels)[0, :6].tolist() == [1001, 1002, 1003, 2001, 2002, IGNORE]
-
-
-def test_the_host_s_arrays_are_those_of_the_batch() -> None:
-    rows = [[example(0, 9), example(1, 4)], [example(2, 5)]]
-    host, batch = lay_out(rows, 64), collate(rows, 64)
-    assert np.array_equal(host.tokens, np.array(batch.tokens))
-    assert np.array_equal(host.labels, np.array(batch.labels))
-    assert host.places == batch.places == ("rows:0", "rows:1", "rows:2")
 
 
 def test_a_batch_without_documents_has_no_padding() -> None:

@@ -1,24 +1,20 @@
 """Chats as templates write them, token for token, and exactly the assistant's words learned."""
 
-import datetime
 import json
 import re
 from collections.abc import Callable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import llama31_instruct
-from support.tiny_folder import CHAT, write_tokenizer
+from support.tiny_folder import write_tokenizer
 
 from mlx_qlora.data.examples import Example
 from mlx_qlora.data.read import DataConfig, read_examples
-from mlx_qlora.data.rows import Instruction, Template, alpaca_prompt
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.errors import ConfigError, DataError
 
 Message = dict[str, Any]
 Runs = list[tuple[str, bool]]
@@ -306,7 +302,6 @@ FORGETS = (
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PLAIN = FORGETS.replace("BEGIN", "").replace("END", "")
 MARKED = FORGETS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
 REASONS = (
     "what the chat template writes before an answer is not how it begins the text with the answer "
@@ -318,7 +313,6 @@ CALLS = FORGETS.replace(
     "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}",
     "{{ m.tool_calls | tojson if m.tool_calls else m['content'] }}",
 )
-TODAY = "{{ strftime_now('%d %b %Y') }}" + CHAT
 MESSAGES = [user("a"), answer("<think>x</think>b"), user("c"), answer("<think>y</think>d")]
 
 
@@ -327,17 +321,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tiny")))
 
 
-def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
-    return tokenizer.with_chat_template(source)
-
-
 def spelled(text: str) -> str:
     return text.replace("<s>", "<|bos|>").replace("</s>", "<|eos|>")
 
 
 def test_llama_2_s_style_has_one_bos_and_one_eos_to_a_turn(tiny: Tokenizer) -> None:
     messages = [system("S"), user("a"), answer("b"), user("c"), answer("d")]
-    example = read(with_template(tiny, LLAMA2), messages)
+    example = read(tiny.with_chat_template(LLAMA2), messages)
     assert runs(tiny, example) == [
         (spelled("<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST]"), False),
         (spelled(" b </s>"), True),
@@ -349,22 +339,18 @@ def test_llama_2_s_style_has_one_bos_and_one_eos_to_a_turn(tiny: Tokenizer) -> N
 def test_rows_that_a_template_refuses_are_named_by_number(tiny: Tokenizer) -> None:
     good, twice = [user("a"), answer("b")], [user("a"), user("b"), answer("c")]
     rows = [{"messages": messages} for messages in (twice, good, twice)]
-    examples = read_examples(rows, with_template(tiny, LLAMA2), LONG)
+    examples = read_examples(rows, tiny.with_chat_template(LLAMA2), LONG)
     reason = "the chat template refuses it: roles must alternate user/assistant/user/assistant/..."
     assert examples.report.refused == [(1, reason), (3, reason)]
     assert [example.line for example in examples] == [2]
 
 
-def test_a_damaged_template_says_why(tiny: Tokenizer) -> None:
-    reason = r"\n  row 1: the chat template refuses it: Encountered unknown tag 'nonsense'\.$"
-    with pytest.raises(DataError, match=reason):
-        read(with_template(tiny, "{% nonsense %}"), MESSAGES)
-
-
 def test_a_template_without_a_generation_prompt_leaves_the_header_to_the_model(
     tiny: Tokenizer,
 ) -> None:
-    example = read(with_template(tiny, NO_PROMPT), [user("a"), answer("b"), user("c"), answer("d")])
+    example = read(
+        tiny.with_chat_template(NO_PROMPT), [user("a"), answer("b"), user("c"), answer("d")]
+    )
     assert runs(tiny, example) == [
         (spelled("<s><|user|>a</s>"), False),
         (spelled("<|assistant|>b</s>"), True),
@@ -373,37 +359,11 @@ def test_a_template_without_a_generation_prompt_leaves_the_header_to_the_model(
     ]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_number(tiny: Tokenizer) -> None:
-    plain = [user("a"), answer("b"), user("c"), answer("<think>y</think>d")]
-    rows = [{"messages": m} for m in (MESSAGES, plain, MESSAGES[:2], MESSAGES)]
-    examples = read_examples(rows, with_template(tiny, PLAIN), LONG)
-    assert examples.report.refused == [(1, REASONS), (4, REASONS)]
-    assert [learned(tiny, example) for example in examples] == [
-        [spelled("b</s>"), spelled("<think>y</think>d</s>")],
-        [spelled("<think>x</think>b</s>")],
-    ]
-
-
-@pytest.mark.parametrize("dash", ["", "-"])
-def test_generation_markers_show_the_answers_of_a_template_that_rewrites(
-    tiny: Tokenizer, dash: str
-) -> None:
-    marked = with_template(tiny, MARKED.replace("{% generation", "{%" + dash + " generation"))
-    first = (spelled("<s><|user|>a</s><|assistant|>"), False)
-    second = (spelled("<|user|>c</s><|assistant|>"), False)
-    last = (spelled("<think>y</think>d</s>"), True)
-    assert runs(tiny, read(marked, MESSAGES)) == [first, (spelled("b</s>"), True), second, last]
-    unlearned = [*MESSAGES[:3], {**MESSAGES[3], "weight": 0}, user("e"), answer("f")]
-    context = second[0] + spelled("d</s><|user|>e</s><|assistant|>")
-    answers = [(spelled("b</s>"), True), (spelled("f</s>"), True)]
-    assert runs(tiny, read(marked, unlearned)) == [first, answers[0], (context, False), answers[1]]
-
-
 def test_the_end_of_the_last_answer_is_learned_though_no_marker_holds_it(tiny: Tokenizer) -> None:
     narrow = MARKED.replace("{{ eos_token }}{% endg", "{% endg").replace(
         "{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"
     )
-    got = runs(tiny, read(with_template(tiny, narrow), MESSAGES))
+    got = runs(tiny, read(tiny.with_chat_template(narrow), MESSAGES))
     assert got[1:] == [
         ("b", True),
         (spelled("</s><|user|>c</s><|assistant|>"), False),
@@ -411,190 +371,17 @@ def test_the_end_of_the_last_answer_is_learned_though_no_marker_holds_it(tiny: T
     ]
 
 
-def test_markers_that_do_not_match_the_answers_are_refused(tiny: Tokenizer) -> None:
-    marks_all = MARKED.replace("m['role'] == 'assistant'", "true")
-    with pytest.raises(DataError, match=r"the chat template marks 4 answers of the 2 there are"):
-        read(with_template(tiny, marks_all), MESSAGES)
-
-
 def test_a_call_that_begins_a_chat_is_learned_by_markers_or_the_chat_refused(
     tiny: Tokenizer,
 ) -> None:
     messages = [call("weather", city="Rome"), user("b"), answer("c")]
     marked = CALLS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
-    assert runs(tiny, read(with_template(tiny, marked), messages)) == [
+    assert runs(tiny, read(tiny.with_chat_template(marked), messages)) == [
         (spelled("<s><|assistant|>"), False),
         (spelled(json.dumps(messages[0]["tool_calls"]) + "</s>"), True),
         (spelled("<|user|>b</s><|assistant|>"), False),
         (spelled("c</s>"), True),
     ]
-    plain = with_template(tiny, CALLS.replace("BEGIN", "").replace("END", ""))
+    plain = tiny.with_chat_template(CALLS.replace("BEGIN", "").replace("END", ""))
     rows = [{"messages": m} for m in (messages, messages[1:])]
     assert read_examples(rows, plain, LONG).report.refused == [(1, REASONS)]
-
-
-def test_the_last_answer_alone_may_be_learned_of_what_is_rewritten(tiny: Tokenizer) -> None:
-    unlearned = [MESSAGES[0], {**MESSAGES[1], "weight": 0}, *MESSAGES[2:]]
-    example = read(with_template(tiny, PLAIN), unlearned)
-    assert runs(tiny, example) == [
-        (spelled("<s><|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>"), False),
-        (spelled("<think>y</think>d</s>"), True),
-    ]
-
-
-def test_a_generation_prompt_that_no_answer_begins_with_is_refused(tiny: Tokenizer) -> None:
-    thinks = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
-    with pytest.raises(DataError, match=f"\n  row 1: {re.escape(REASONS)}$"):
-        read(with_template(tiny, thinks), [user("a"), answer("b")])
-    example = read(with_template(tiny, thinks), MESSAGES[:2])
-    assert runs(tiny, example)[1] == (spelled("x</think>b</s>"), True)
-
-
-def test_rows_do_not_depend_on_today_s_date(
-    tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dated = with_template(tiny, TODAY)
-    before = read(dated, [user("a"), answer("b")])
-    assert runs(tiny, before)[0][0] == spelled("<s>26 Jul 2024<|user|>a</s><|assistant|>")
-    now = datetime.datetime.now().strftime("%d %b %Y")
-    assert dated.render_chat([user("a")]) == spelled(f"{now}<|user|>a</s>")
-
-
-@pytest.mark.parametrize("escape", ["messages.__class__.__mro__", "messages.append(1)"])
-def test_a_template_stays_in_its_sandbox(tiny: Tokenizer, escape: str) -> None:
-    with pytest.raises(DataError, match=r"the chat template refuses it: access to attribute"):
-        read(with_template(tiny, "{{ " + escape + " }}" + CHAT), MESSAGES)
-
-
-# ---- data.template -----------------------------------------------------------------------------
-
-INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3"}
-WITH = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
-WITHOUT = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
-
-
-def fill(form: str, **texts: str) -> str:
-    """Fills a form in one pass, so that texts which hold `{input}` stay as they are."""
-    return "".join(texts.get(piece, piece) for piece in form.replace("}", "{").split("{"))
-
-
-@given(st.text(), st.text(min_size=1), st.text())
-def test_an_instruction_is_exactly_one_of_the_two_forms_of_alpaca(
-    tiny: Tokenizer, instruction: str, input: str, output: str
-) -> None:
-    for name in ("auto", "alpaca"):
-        for form, texts in [
-            (WITH, (instruction, input, output)),
-            (WITHOUT, (instruction, "", output)),
-        ]:
-            said = Instruction(*texts)
-            (prompt, asked), (response, answered) = Template(name, CHAT).segments(said, tiny)
-            assert prompt + response == fill(form, **vars(said))
-            assert response == output and not asked and answered
-            assert prompt == alpaca_prompt(said.instruction, said.input)
-
-
-@pytest.mark.parametrize("text", ["{input}", "{}", "{0}", "{{", "{% x %}", "%s", "$x", "\\n"])
-def test_braces_and_other_marks_are_text(tiny: Tokenizer, text: str) -> None:
-    row = {"instruction": text, "input": text, "output": text}
-    (example,) = read_examples([row], tiny)
-    assert runs(tiny, example) == [
-        (f"<|bos|>### Instruction:\n{text}\n\n### Input:\n{text}\n\n### Response:\n", False),
-        (f"{text}<|eos|>", True),
-    ]
-    (example,) = read_examples(
-        [{"messages": [user(text), answer(text)]}], with_template(tiny, CHAT)
-    )
-    assert runs(tiny, example) == [
-        (f"<|bos|><|user|>{text}<|eos|><|assistant|>", False),
-        (f"{text}<|eos|>", True),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("row", "asked", "answered"),
-    [
-        (INSTRUCTION, "Add.\n\n1 2", "3"),
-        ({"instruction": "Add.", "output": "3"}, "Add.", "3"),
-        ({"prompt": "a", "completion": "b"}, "a", "b"),
-    ],
-)
-def test_the_chat_template_may_write_instructions_and_pairs(
-    tiny: Tokenizer, row: dict[str, str], asked: str, answered: str
-) -> None:
-    chatty = with_template(tiny, CHAT)
-    (example,) = read_examples([row], chatty, DataConfig(template="chat"))
-    assert runs(tiny, example) == [
-        (f"<|bos|><|user|>{asked}<|eos|><|assistant|>", False),
-        (f"{answered}<|eos|>", True),
-    ]
-
-
-def test_a_plain_text_is_no_chat(tiny: Tokenizer) -> None:
-    chatty = with_template(tiny, CHAT)
-    (example,) = read_examples([{"text": "a b"}], chatty, DataConfig(template="chat"))
-    assert runs(tiny, example) == [("<|bos|>", False), ("a b<|eos|>", True)]
-
-
-def test_without_a_choice_only_messages_are_written_by_the_chat_template(tiny: Tokenizer) -> None:
-    chatty = with_template(tiny, CHAT)
-    for row, begin in [
-        (INSTRUCTION, "<|bos|>### Instruction:"),
-        ({"prompt": "a", "completion": "b"}, "<|bos|>a"),
-        ({"prompt": [user("a")], "completion": [answer("b")]}, "<|bos|><|user|>a"),
-        ({"conversations": [user("a"), answer("b")]}, "<|bos|><|user|>a"),
-    ]:
-        (example,) = read_examples([row], chatty)
-        assert tiny.decode(example.tokens).startswith(begin)
-
-
-def test_a_file_may_hold_the_chat_template(tiny: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "mine.jinja"
-    path.write_text(
-        "«{{ messages[0]['content'] }}»\n{% for m in messages[1:] %}\n    {% if true %}\n"
-        "{{ m['content'] }}{% endif %}\n{% endfor %}\n",
-        encoding="utf-8",
-    )
-    config = DataConfig(template=str(path))
-    for row in (INSTRUCTION, {"messages": [user("Add.\n\n1 2"), answer("3")]}):
-        (example,) = read_examples([row], with_template(tiny, CHAT), config)
-        assert runs(tiny, example) == [("<|bos|>«Add.\n\n1 2»\n", False), ("3<|eos|>", True)]
-
-
-def test_a_template_that_cannot_be_read_names_the_field(tiny: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
-    for path in (tmp_path / "none.jinja", tmp_path, tmp_path / "bytes.jinja"):
-        with pytest.raises(ConfigError) as caught:
-            read_examples([INSTRUCTION], tiny, DataConfig(template=str(path)))
-        assert str(caught.value).startswith(
-            "data.template must be auto, alpaca, chat or a file with a chat template; "
-            f"'{path}' cannot be read: "
-        )
-
-
-def test_a_model_without_a_chat_template_says_what_to_do(tiny: Tokenizer) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_examples([INSTRUCTION], tiny, DataConfig(template="chat"))
-    assert str(caught.value) == (
-        "data.template=chat, but the model has no chat template; name a file with one"
-    )
-    with pytest.raises(DataError) as caught:
-        read_examples([{"messages": MESSAGES}], tiny)
-    assert str(caught.value).splitlines()[1:] == [
-        "  row 1: the model has no chat template: set data.template to alpaca or to a file"
-    ]
-
-
-@pytest.mark.parametrize("form", ["messages", "sharegpt"])
-def test_alpaca_cannot_write_chats(tiny: Tokenizer, form: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        DataConfig(template="alpaca", format=form)
-    assert str(caught.value) == (
-        f"data.template=alpaca cannot write rows of data.format={form}; set data.template=chat"
-    )
-    field = {"messages": "messages", "sharegpt": "conversations"}[form]
-    with pytest.raises(ConfigError) as caught:
-        read_examples([{field: MESSAGES}], tiny, DataConfig(template="alpaca"))
-    assert str(caught.value) == (
-        f"rows holds {form}, which data.template=alpaca cannot write; set data.template=chat"
-    )

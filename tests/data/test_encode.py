@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.limits import small_chunks
 from support.tiny_folder import write_tokenizer
 
-from mlx_qlora.data import encode
 from mlx_qlora.data.encode import (
     Chunk,
     Encoded,
-    Recipe,
+    Encoder,
     TooLong,
     chunks,
     default_workers,
@@ -25,7 +26,6 @@ from mlx_qlora.data.encode import (
     encode_rows,
     fit,
 )
-from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.rows import Segments, Template
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import DataError
@@ -432,7 +432,7 @@ def test_a_row_without_anything_to_learn_says_so(tiny: Tokenizer) -> None:
         fit(encode(tiny, [("x", False)]), tiny, 5, "left-context")
 
 
-# ---- worker processes --------------------------------------------------------------------------
+# ---- many rows, and worker processes ------------------------------------------------------------
 
 
 def raw_rows(n: int) -> Iterator[tuple[int, bytes]]:
@@ -443,8 +443,8 @@ def raw_rows(n: int) -> Iterator[tuple[int, bytes]]:
         yield i, b'{"prompt": "%d", "x": 1}' % i if i % 3 == 0 else good
 
 
-def recipe(truncation: str = "drop", train_on: str = "response") -> Recipe:
-    return Recipe(Template("auto", None), train_on, 60, truncation)
+def encoder(tokenizer: Tokenizer, truncation: str = "drop", train_on: str = "response") -> Encoder:
+    return Encoder(tokenizer, Template("auto", None), train_on, 60, truncation)
 
 
 def work(n: int) -> Iterator[Chunk]:
@@ -452,109 +452,90 @@ def work(n: int) -> Iterator[Chunk]:
         yield from chunks(file, name, "prompt_completion", raw_rows(n))
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Chunks of some rows, and workers after the first; holds the rows done in this process."""
-    done: list[int] = []
-    encode_chunk = encode.encode_chunk
-
-    def counted(chunk: Chunk, *how: Any) -> encode.Made:
-        done.append(len(chunk.rows))
-        return encode_chunk(chunk, *how)
-
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 600)
-    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(encode, "encode_chunk", counted)
-    return done
-
-
 @pytest.mark.parametrize("name", ["tiny", "sentencepiece", "smollm2"])
 def test_workers_make_the_same_of_every_chunk_in_the_same_order(
-    made: dict[str, Tokenizer], small_chunks: list[int], name: str
+    made: dict[str, Tokenizer], name: str
 ) -> None:
-    here = list(encode_chunks(work(100), made[name], recipe(), 0))
-    n_chunks = len(small_chunks)
-    assert n_chunks > 10 and sum(small_chunks) == 200
-    small_chunks.clear()
-    there = list(encode_chunks(work(100), made[name], recipe(), 2))
-    assert len(small_chunks) == 1
-    assert len(there) == n_chunks
-    for a, b in zip(here, there):
-        assert a.piece.tokens.tobytes() == b.piece.tokens.tobytes()
-        assert a.piece.rows.tobytes() == b.piece.rows.tobytes()
-        assert (a.refused, a.read, a.chunk) == (b.refused, b.read, b.chunk)
-        assert a.chunk.rows == []
-        starts = np.cumsum([0, *a.piece.rows["length"]])
-        assert [*a.piece.rows["start"], len(a.piece.tokens)] == starts.tolist()
-    refused = [line for chunk in there for line, _ in chunk.refused]
-    assert refused == 2 * [i for i in range(1, 101) if i % 3 == 0 or i % 7 == 0]
+    with small_chunks(600):
+        here = list(encode_chunks(work(100), encoder(made[name]), 0))
+        there = list(encode_chunks(work(100), encoder(made[name]), 2))
+    assert len(here) == len(there) > 10
+    for (chunk, piece, refused), (same_chunk, same_piece, same_refused) in zip(here, there):
+        assert (chunk, refused) == (same_chunk, same_refused)
+        assert piece.tokens.tobytes() == same_piece.tokens.tobytes()
+        assert piece.rows.tobytes() == same_piece.rows.tobytes()
+        starts = np.cumsum([0, *piece.rows["length"]])
+        assert [*piece.rows["start"], len(piece.tokens)] == starts.tolist()
+    lines = [line for _, _, refused in there for line, _ in refused]
+    assert lines == 2 * [i for i in range(1, 101) if i % 3 == 0 or i % 7 == 0]
 
 
-def test_a_file_read_by_workers_is_the_file_read_here(
-    tiny: Tokenizer, tmp_path: Path, small_chunks: list[int]
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(row for _, row in raw_rows(200)))
+class TellsProcess(Template):
+    """Refuses every row with the process that it is in."""
 
-    def read(**how: Any) -> Any:
-        config = DataConfig(max_length=60, truncation="drop", cache_dir=None, **how)
-        small_chunks.clear()
-        examples = read_examples(path, tiny, config)
-        report = examples.report
-        lines = [example.line for example in examples]
-        return examples.digest, lines, report.refused, report.tokens, report.supervised
-
-    assert read(num_workers=0) == read(num_workers=1) and len(small_chunks) > 10
-    wanted = read(num_workers=0)
-    assert read(num_workers=2) == wanted and len(small_chunks) == 1
-    assert read(num_workers=2, train_on="all")[1:3] == wanted[1:3]
+    def segments(self, said: Any, tokenizer: Tokenizer) -> Segments:
+        raise DataError(str(os.getpid()))
 
 
-def test_a_row_that_is_too_long_stops_the_workers_with_its_place(
-    tiny: Tokenizer, small_chunks: list[int]
-) -> None:
+def test_what_there_is_little_of_is_done_here_and_the_rest_by_workers(tiny: Tokenizer) -> None:
+    telling = replace(encoder(tiny), template=TellsProcess("auto", None))
+    here, rows = str(os.getpid()), [(i, b'{"text": "%d"}' % i) for i in range(200)]
+
+    def processes(n_workers: int) -> list[str]:
+        """Where each chunk was encoded."""
+        done = encode_chunks(chunks(0, "a", "text", rows), telling, n_workers)
+        return [refused[0][1] for _, _, refused in done]
+
+    assert processes(2) == [here]
+    with small_chunks(600):
+        for n_workers in (0, 1):
+            assert set(processes(n_workers)) == {here}
+        first, *rest = processes(2)
+    assert first == here and len(rest) > 3 and here not in rest
+
+
+def test_a_row_that_is_too_long_stops_the_workers_with_its_place(tiny: Tokenizer) -> None:
     rows = ((i, b'{"text": "%s"}' % (b"is" * (200 if i == 170 else 1))) for i in range(1, 300))
-    with pytest.raises(DataError) as caught:
-        list(encode_chunks(chunks(0, "a", "text", rows), tiny, recipe("error"), 2))
+    with small_chunks(600), pytest.raises(DataError) as caught:
+        list(encode_chunks(chunks(0, "a", "text", rows), encoder(tiny, "error"), 2))
     assert str(caught.value) == (
         "a:170: 202 tokens, longer than max_length 60; shorten it, or set data.truncation"
     )
-    assert len(small_chunks) == 1
 
 
-def test_a_file_that_breaks_off_stops_the_workers(tiny: Tokenizer, small_chunks: list[int]) -> None:
+def test_a_file_that_breaks_off_stops_the_workers(tiny: Tokenizer) -> None:
     def broken() -> Iterator[Chunk]:
         yield from work(30)
         raise DataError("damaged")
 
-    with pytest.raises(DataError, match=r"^damaged$"):
-        list(encode_chunks(broken(), tiny, recipe(), 2))
-    assert len(small_chunks) == 1
+    with small_chunks(600), pytest.raises(DataError, match=r"^damaged$"):
+        list(encode_chunks(broken(), encoder(tiny), 2))
 
 
 def test_all_of_a_row_but_its_first_id_is_learned_if_asked(tiny: Tokenizer) -> None:
-    (made,) = encode_chunks(chunks(0, "a", "auto", raw_rows(1)), tiny, recipe(train_on="all"), 0)
-    stored = made.piece.tokens
+    everything = encoder(tiny, train_on="all")
+    ((_, piece, _),) = encode_chunks(chunks(0, "a", "auto", raw_rows(1)), everything, 0)
+    stored = piece.tokens
     assert [bool(i < 0) for i in stored] == [False] + [True] * (len(stored) - 1)
     assert tiny.decode(np.where(stored < 0, ~stored, stored)) == "<|bos|>the fox 1is<|eos|>"
 
 
-def test_chunks_end_at_a_size_or_a_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 10)
-    monkeypatch.setattr(encode, "CHUNK_ROWS", 3)
+def test_chunks_end_at_a_size_or_a_number_of_rows() -> None:
     sizes = [4, 4, 4, 1, 1, 1, 1, 30, 2]
     rows = [(i, b"x" * size) for i, size in enumerate(sizes)]
-    made = list(chunks(2, "name", "text", iter(rows)))
+    with small_chunks(10):
+        made = list(chunks(2, "name", "text", iter(rows)))
     assert [[len(raw) for _, raw in chunk.rows] for chunk in made] == [
         [4, 4, 4],
-        [1, 1, 1],
-        [1, 30],
+        [1, 1, 1, 1, 30],
         [2],
     ]
-    assert [chunk.size for chunk in made] == [12, 3, 31, 2]
+    assert [chunk.size for chunk in made] == [12, 34, 2]
     assert [row for chunk in made for row in chunk.rows] == rows
     assert {(chunk.file, chunk.name, chunk.form) for chunk in made} == {(2, "name", "text")}
     assert list(chunks(0, "name", "text", iter([]))) == []
+    many = list(chunks(0, "name", "text", ((i, b"{}") for i in range(10_000))))
+    assert [len(chunk.rows) for chunk in many] == [4096, 4096, 1808]
 
 
 def test_there_is_at_least_one_worker_and_no_more_than_cores() -> None:

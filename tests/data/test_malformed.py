@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.limits import small_chunks
 from support.tiny_folder import write_tokenizer
 
-from mlx_qlora.data import encode, files
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.files import RowFile, read_rows
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.rows import FORMATS
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.errors import DataError
 
 MALFORMED = 2000  # lines for each of the five formats
 WORDS = [
@@ -321,57 +319,15 @@ def test_of_ten_thousand_malformed_lines_each_is_named_and_no_good_row_is_harmed
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_worker_processes_and_a_guessed_format_find_the_same(
-    form: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     content, bad, good = mixture(form, 300, random.Random(1))
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 3000)
-    here = encode.encode_chunk
-    done_here = []
-    monkeypatch.setattr(encode, "encode_chunk", lambda *a: done_here.append(a) or here(*a))
-    examples = read_examples(path, tokenizer, DataConfig(cache_dir=None, num_workers=2))
+    with small_chunks(3000):
+        examples = read_examples(path, tokenizer, DataConfig(cache_dir=None, num_workers=2))
     assert examples.report.format == form
-    assert len(done_here) == 1
     check(examples, tokenizer, bad, good)
-
-
-def test_lines_of_five_megabytes_are_refused_or_kept_as_any_other(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    five = "a" * 5_000_000
-    row = {"text": "short"}
-    lines = [{**row, "id": five}, {"text": five}, {five: 1}, row]
-    content = [json.dumps(line).encode() for line in lines]
-    content[1:1] = [content[0][:-2], b"[" * 5_000_000, content[0][:9] + b"\xff" + content[0][9:]]
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(content))
-    how = DataConfig(format="text", cache_dir=None, num_workers=0, truncation="drop")
-    examples = read_examples(path, tokenizer, how)
-    check(examples, tokenizer, [2, 3, 4, 5, 6], {1: ("", "short"), 7: ("", "short")})
-    reasons = dict(examples.report.refused)
-    assert "not JSON" in reasons[2] and "nested too deeply" in reasons[3]
-    assert "not UTF-8 (byte 9)" in reasons[4] and "tokens, longer than" in reasons[5]
-    assert reasons[6] == "field 'text' is missing"
-
-
-@pytest.mark.parametrize("ends", [b"\r", b"\x0b", b"\x0c", b"\x1c", b"\xc2\x85", b"\xe2\x80\xa8"])
-def test_a_file_whose_lines_end_with_anything_but_a_newline_is_one_malformed_line(
-    ends: bytes, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(ends.join([b'{"text": "a"}'] * 3) + b'\n{"text": "b"}')
-    examples = read_examples(path, tokenizer, DataConfig(cache_dir=None))
-    check(examples, tokenizer, [1], {2: ("", "b")})
-
-
-def test_a_file_in_utf_16_is_refused_line_by_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"text": "a"}\r\n{"text": "b"}\r\n'.encode("utf-16"))
-    with pytest.raises(DataError, match="3 rows read, 0 kept, 3 refused") as caught:
-        read_examples(path, tokenizer, DataConfig(cache_dir=None))
-    assert "line 1: not UTF-8 (byte 0)" in str(caught.value)
 
 
 # ---- JSON arrays and CSV -----------------------------------------------------------------------
@@ -382,18 +338,10 @@ OF_ANOTHER_SHAPE: list[Breaks] = [
 ]
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("form", FORMATS)
 def test_items_of_an_array_that_are_no_rows_hide_none_behind_them(
-    form: str,
-    n_workers: int,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    form: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(files, "PIECE", 500)
-    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 20_000)
     draw, items, bad, good = random.Random(2), [], [], {}
     for i in range(400):
         row, before, answer = good_row(form, draw)
@@ -407,65 +355,16 @@ def test_items_of_an_array_that_are_no_rows_hide_none_behind_them(
     ends = [draw.choice([b",", b", ", b"\n,\r\n", b",\n\n\t"]) for _ in items[1:]]
     content = b"".join(item + end for item, end in zip(items, [*ends, b"\n"]))
     path.write_bytes(b"\xef\xbb\xbf [" + content + b"]\n")
-    config = DataConfig(format=form, cache_dir=None, num_workers=n_workers)
-    check(read_examples(path, tokenizer, config), tokenizer, bad, good)
+    for n_workers in (0, 2):
+        config = DataConfig(format=form, cache_dir=None, num_workers=n_workers)
+        with small_chunks(20_000):
+            check(read_examples(path, tokenizer, config), tokenizer, bad, good)
 
 
-def test_items_of_an_array_with_a_name_twice_or_no_number_hide_none_behind_them(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    row, draw = {"text": "a"}, random.Random(0)
-    wrong = [with_field(row, "id", word) for word in ("NaN", "Infinity", "-Infinity")]
-    wrong += [twice("text", row, draw) for _ in range(20)]
-    good = json.dumps(row).encode()
-    path = tmp_path / "rows.json"
-    path.write_bytes(b"[" + b",\n".join([good, *wrong, good]) + b"]")
-    examples = read_examples(path, tokenizer, DataConfig(cache_dir=None))
-    check(examples, tokenizer, list(range(2, 25)), {1: ("", "a"), 25: ("", "a")})
-
-
-def test_an_array_cut_anywhere_keeps_all_before_and_names_the_item_of_the_cut(
-    tmp_path: Path,
-) -> None:
-    draw = random.Random(0)
-    rows = [good_row("messages", draw)[0] for _ in range(5)]
-    content = ("[" + ",\n".join(map(json.dumps, rows)) + "]").encode()
-    ends = [i for i in range(1, len(content)) if content[i : i + 2] in (b"},", b"}]")]
-    ends = [i + 1 for i in ends if content[i - 1 : i] == b"]"]
-    assert len(ends) == 5
-    for cut in range(2, len(content)):
-        path = tmp_path / "rows.json"
-        path.write_bytes(content[:cut])
-        found = list(read_rows(RowFile("rows.json", "json", path)))
-        n_whole = sum(end <= cut for end in ends)
-        assert found[:n_whole] == list(enumerate(rows[:n_whole], 1))
-        ((number, reason),) = found[n_whole:]
-        assert number == n_whole + 1
-        assert isinstance(reason, DataError) and is_a_line(str(reason))
-
-
-def test_a_number_longer_than_what_is_read_at_a_time_is_one_item(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "rows.json"
-    path.write_bytes(b'[123456,\n-7125,\n{"text": "a"}]')
-    for piece in range(1, 30):
-        monkeypatch.setattr(files, "PIECE", piece)
-        found = list(read_rows(RowFile("rows.json", "json", path)))
-        assert found == [(1, 123456), (2, -7125), (3, {"text": "a"})]
-
-
-@pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("form", ["alpaca", "prompt_completion", "text"])
 def test_lines_of_csv_that_are_no_rows_hide_none_behind_them(
-    form: str,
-    n_workers: int,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    form: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(encode, "BEFORE_WORKERS", 1)
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 5000)
     draw, bad, good = random.Random(3), [], {}
     header = list(good_row(form, draw)[0])
     n = len(header)
@@ -485,5 +384,7 @@ def test_lines_of_csv_that_are_no_rows_hide_none_behind_them(
             good[line] = before, answer
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
-    config = DataConfig(format=form, cache_dir=None, num_workers=n_workers)
-    check(read_examples(path, tokenizer, config), tokenizer, bad, good)
+    for n_workers in (0, 2):
+        config = DataConfig(format=form, cache_dir=None, num_workers=n_workers)
+        with small_chunks(20_000):
+            check(read_examples(path, tokenizer, config), tokenizer, bad, good)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_qlora.data.files import RowFile, read_rows
+from mlx_qlora.data.files import RowFile, raw_rows
 from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row
 from mlx_qlora.errors import DataError
 
@@ -244,6 +244,9 @@ def test_no_tools_are_none(none: Any) -> None:
         ({"a": 1}, "field 'tools' must be a list of JSON schemas, each with a name"),
         (["add"], "field 'tools' must be a list of JSON schemas, each with a name"),
         (7, "field 'tools' must be a list of JSON schemas, each with a name"),
+        ([{"function": "add"}], "field 'tools' must be a list of JSON schemas, each with a name"),
+        ([{"function": None}], "field 'tools' must be a list of JSON schemas, each with a name"),
+        ([{}], "field 'tools' must be a list of JSON schemas, each with a name"),
     ],
 )
 def test_other_tools_are_refused(tools: Any, reason: str) -> None:
@@ -262,7 +265,7 @@ def test_nulls_that_parquet_fills_in_are_no_fields(tmp_path: Path) -> None:
         {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "weight": 1}], "tools": "[]"},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    (_, first), (_, second) = read_rows(RowFile("a", "parquet", tmp_path / "a.parquet"))
+    (_, first), (_, second) = raw_rows(RowFile("a", "parquet", tmp_path / "a.parquet"))
     assert first == {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
     made = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
     assert read_row(first, "auto") == Chat(
@@ -279,7 +282,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
     [
         ("Hi", "messages[1] is not an object but str"),
         (None, "messages[1] is not an object but NoneType"),
-        ({1: "a", **USER}, "messages[1] has a field whose name is no text"),
+        ({1: "a", **USER}, "messages[1] has a field whose name is not text"),
         ({"content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": "", "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": ["user"], "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
@@ -309,7 +312,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ),
         (
             {**ANSWER, "tool_calls": [{"name": "add", "arguments": "[1]"}]},
-            "messages[1].tool_calls has arguments that are no object",
+            "messages[1].tool_calls has arguments that are not an object",
         ),
     ],
 )

@@ -4,7 +4,6 @@ import errno
 import gc
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.limits import files_of_at_most
 from support.tiny_folder import write_rows, write_tokenizer
 
 from mlx_qlora import __version__
@@ -69,7 +69,7 @@ def content_of(store: TokenStore) -> list[Row]:
 
 
 def write(entry: Path, content: list[list[Row]], **about: Any) -> TokenStore:
-    return on_disk(entry, pieces_of(content), about)
+    return on_disk(entry, pieces_of(content), lambda: about)
 
 
 SOME: list[list[Row]] = [[[(7, False), (0, True)], []], [[(5, True), (9, False), (3, True)]]]
@@ -84,7 +84,10 @@ SOME_ROWS = [row for piece in SOME for row in piece]
 def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[Row]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         entry = Path(folder) / "new" / "entry"
-        stores = [in_memory(pieces_of(content)), on_disk(None, pieces_of(content), {"a": [1]})]
+        stores = [
+            in_memory(pieces_of(content)),
+            on_disk(None, pieces_of(content), lambda: {"a": [1]}),
+        ]
         stores += [write(entry, content, a=[1]), cached(entry)]
         assert sorted(os.listdir(entry)) == FILES and os.listdir(entry.parent) == ["entry"]
     rows = [row for piece in content for row in piece]
@@ -97,14 +100,14 @@ def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[
     assert [store.about for store in stores if store] == [{}, {"a": [1]}, {"a": [1]}, {"a": [1]}]
 
 
-def test_pieces_may_fill_in_what_is_known_about_them(tmp_path: Path) -> None:
+def test_what_is_known_of_the_pieces_is_asked_when_all_are_written(tmp_path: Path) -> None:
     about: dict[str, Any] = {}
 
     def pieces() -> Iterator[Piece]:
         yield from pieces_of(SOME)
         about["n"] = 3
 
-    assert on_disk(tmp_path / "entry", pieces(), about).about == {"n": 3}
+    assert on_disk(tmp_path / "entry", pieces(), lambda: about).about == {"n": 3}
 
 
 def test_a_store_goes_on_when_its_files_are_removed(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_threads_that_make_the_same_entry_at_once_all_get_it(tmp_path: Path) -> 
         together.wait(30)
 
     def make() -> None:
-        made.append(content_of(on_disk(tmp_path / "entry", pieces(), {})))
+        made.append(content_of(on_disk(tmp_path / "entry", pieces(), dict)))
 
     threads = [threading.Thread(target=make) for _ in range(n)]
     for thread in threads:
@@ -139,26 +142,24 @@ def test_threads_that_make_the_same_entry_at_once_all_get_it(tmp_path: Path) -> 
     assert again is not None and content_of(again) == SOME_ROWS
 
 
-def test_an_entry_that_appears_while_one_looks_for_it_is_not_removed(
+def test_an_entry_that_appears_while_a_damaged_one_is_read_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry, looked = tmp_path / "entry", []
-    read_text = Path.read_text
+    entry, read_text = tmp_path / "entry", Path.read_text
+    write(entry, SOME)
+    (entry / "about.json").write_text("{")
 
     def late(path: Path, *how: Any, **more: Any) -> str:
-        try:
-            return read_text(path, *how, **more)
-        except FileNotFoundError:
-            looked.append(path)
+        text = read_text(path, *how, **more)
+        if text == "{":  # the other run finds the damage, too, and mends it at once
+            shutil.rmtree(entry)
             write(entry, SOME)
-            raise
+        return text
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", late)
-        assert cached(entry) is None
-    assert looked == [entry / "about.json"] and os.listdir(tmp_path) == ["entry"]
-    again = cached(entry)
-    assert again is not None and content_of(again) == SOME_ROWS
+    monkeypatch.setattr(Path, "read_text", late)
+    store = cached(entry)
+    assert store is not None and content_of(store) == SOME_ROWS
+    assert os.listdir(tmp_path) == ["entry"]
 
 
 def test_an_entry_that_another_run_made_meanwhile_is_taken(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_an_entry_that_another_run_made_meanwhile_is_taken(tmp_path: Path) -> No
         yield from pieces_of(SOME)
         write(entry, SOME, made="theirs")
 
-    store = on_disk(entry, pieces(), {"made": "mine"})
+    store = on_disk(entry, pieces(), lambda: {"made": "mine"})
     assert store.about == {"made": "theirs"} and content_of(store) == SOME_ROWS
     assert os.listdir(tmp_path) == ["entry"]
 
@@ -181,7 +182,7 @@ def test_a_damaged_entry_that_appears_meanwhile_gives_way(tmp_path: Path) -> Non
         entry.mkdir()
         (entry / "about.json").write_text("{")
 
-    store = on_disk(entry, pieces(), {"made": "mine"})
+    store = on_disk(entry, pieces(), lambda: {"made": "mine"})
     assert content_of(store) == SOME_ROWS and os.listdir(tmp_path) == ["entry"]
     again = cached(entry)
     assert again is not None and again.about == {"made": "mine"}
@@ -394,20 +395,9 @@ def test_using_an_entry_makes_it_young_again(tmp_path: Path) -> None:
 # ---- what cannot be written --------------------------------------------------------------------
 
 
-@pytest.fixture
-def at_most() -> Iterator[Callable[[int], None]]:
-    """Limits the size of any file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_names_the_field_and_leaves_nothing(
-    tmp_path: Path, at_most: Callable[[int], None]
-) -> None:
+def test_a_full_disk_names_the_field_and_leaves_nothing(tmp_path: Path) -> None:
     entry = tmp_path / "cache" / "entry"
-    at_most(100_000)
-    with pytest.raises(DataError) as caught:
+    with files_of_at_most(100_000), pytest.raises(DataError) as caught:
         write(entry, [[[(1, True)] * 50_000]])
     assert str(caught.value) == (
         f"the tokens cannot be written to {entry}: {os.strerror(errno.EFBIG)}; free some space "
@@ -444,7 +434,7 @@ def test_rows_that_fail_leave_nothing(
         raise error("no more")
 
     with pytest.raises(error, match="no more"):
-        on_disk(tmp_path / "entry" if is_kept else None, pieces(), {})
+        on_disk(tmp_path / "entry" if is_kept else None, pieces(), dict)
     assert os.listdir(tmp_path) == []
 
 
@@ -455,7 +445,7 @@ def test_files_that_no_cache_keeps_go_with_their_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    store = on_disk(None, pieces_of(SOME), {})
+    store = on_disk(None, pieces_of(SOME), dict)
     (staging,) = tmp_path.iterdir()
     assert sorted(os.listdir(staging)) == FILES and content_of(store) == SOME_ROWS
     del store

@@ -266,7 +266,8 @@ def test_a_template_that_rewrites_earlier_turns_is_followed_by_its_markers(
     turns = [*TURNS, ("user", "x"), ("assistant", "y\nc")]
     answers = iter(learned)
     said = chat(*turns, learned=[role == "assistant" and next(answers) for role, _ in turns])
-    assert merged(Template("chat", MARKED).segments(said, tokenizer)) == expected
+    for source in (MARKED, MARKED.replace("{% generation", "{%- generation")):
+        assert merged(Template("chat", source).segments(said, tokenizer)) == expected
 
 
 def test_without_markers_such_a_template_is_refused_but_for_single_answers(
@@ -392,6 +393,15 @@ def test_a_row_of_which_the_template_leaves_something_out_is_refused(
         Template("chat", deaf).segments(read_row(row, "auto"), tokenizer)
     assert str(caught.value) == f"the chat template {words}"
     assert Template("chat", deaf).segments(read_row({"messages": MESSAGES}, "auto"), tokenizer)
+
+
+def test_a_chat_with_tools_that_begins_with_the_assistant_is_refused(tokenizer: Tokenizer) -> None:
+    said = chat(("assistant", "a"), tools=[{"name": "add"}])
+    with pytest.raises(DataError) as caught:
+        Template("chat", CHAT).segments(said, tokenizer)
+    assert str(caught.value) == (
+        "has tools but begins with the assistant; put the user's question first"
+    )
 
 
 def test_what_a_template_trims_or_writes_as_json_is_not_left_out(tokenizer: Tokenizer) -> None:
