@@ -79,25 +79,17 @@ def test_no_more_rows_than_first_fit_needs_and_a_hundredth(kind: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 10, 15, 16, 24, 25, 95, 1004])
-def test_windows_are_of_equal_size_and_hold_everything_in_order(
+def test_documents_share_rows_within_windows_of_equal_size_alone(
     monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
     monkeypatch.setattr(batches, "PACKING_WINDOW", 10)
-    windows = [window.tolist() for window in batches._windows(np.arange(n))]
-    assert [i for window in windows for i in window] == list(range(n))
-    sizes = [len(window) for window in windows]
-    assert max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= 15
+    rows = pack([1] * n, 2000, seed=3)  # a row holds any window
+    sizes = [len(row) for row in rows]
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 15
     assert len(sizes) == 1 or min(sizes) >= 6
-
-
-def test_documents_share_rows_within_a_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "PACKING_WINDOW", 10)
-    shuffled = np.random.default_rng(3).permutation(100).tolist()
-    rows = pack([1] * 100, 1000, seed=3)
-    assert [sorted(row) for row in rows] == [
-        sorted(shuffled[i : i + 10]) for i in range(0, 100, 10)
-    ]
+    shuffled = iter(np.random.default_rng(3).permutation(n).tolist())
+    windows = [sorted(next(shuffled) for _ in range(size)) for size in sizes]
+    assert [sorted(row) for row in rows] == windows
 
 
 # ---- packed is the same as one by one ----------------------------------------------------------
