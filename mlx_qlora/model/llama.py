@@ -44,7 +44,7 @@ def swiglu(
     return _with_gradient(gate, up, mx.stop_gradient(sigmoid(gate)) if s is None else s)
 
 
-def swiglu_back(
+def swiglu_vjp(
     gate: mx.array,
     up: mx.array,
     dy: mx.array,

@@ -1,44 +1,41 @@
-"""Gradients of the LoRA weights, layer by layer.
+"""Loss and gradients of the LoRA weights: a tape of six pieces per layer.
 
-The forward keeps, of each layer, what lies between its four pieces (`DecoderLayer`): then the
-backward of a piece is MLX's own derivative of that piece, and because MLX computes only what is
-asked for, no frozen matrix is multiplied a second time. What a layer keeps is chosen by memory:
-
-    level          kept of a layer                      computed again in the backward
-    NOTHING        the rest, and all exponentials       norms
-    EXPONENTIALS   x, q, k, v, heads, h, gate, up       attention weights and sigmoid
-    MLP            x, q, k, v, heads, h                 and gate and up
-    LAYER          x                                    and everything else
-
-A layer is evaluated before the next but one begins, so that at most two layers' temporary arrays
-exist at once (docs/log.md has the figures).
+The documents of a batch in which something is learned lie end to end on one axis of N positions,
+without padding. They are split into chunks that fit into memory, and on a CPU a chunk into a shard
+for each core; gradients are sums, so nothing is lost by that. A layer is six pieces (`PIECES`)
+with named values between them. The forward runs them and keeps the values that the layer's level
+names in `memory.KEPT`; the memory planner sums the same table. The head then computes loss and
+gradient of the supervised positions alone, a slice of the vocabulary at a time (`train.loss`).
+The backward runs those pieces again whose values were not kept, then takes the VJP of each piece in
+reverse order and adds gradients by name. Frozen matrices are multiplied with and never
+differentiated. Dropout is a function of seed, row, column, layer and linear, so a piece that runs
+twice draws the same mask. What is evaluated when decides the peak of memory: a layer is finished
+before the next but one begins. The gradients of all chunks, micro-batches and processes are added
+up, and divided once by the step's supervised tokens (`train.step`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from mlx_qlora.cpu.attention import Residuals
 from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.device import this_machine
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM, swiglu, swiglu_back
+from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM, swiglu, swiglu_vjp
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.train.allreduce import GradientAllReduce
-from mlx_qlora.train.loss import losses_by_piece
+from mlx_qlora.train.loss import losses_by_slice
 from mlx_qlora.train.memory import (
-    LAYER,
-    MLP,
-    NOTHING,
+    EXPONENTIALS,
+    KEPT,
     Recompute,
-    Schedule,
     Shard,
     budget_for,
     check_recompute,
@@ -50,182 +47,202 @@ from mlx_qlora.train.memory import (
 )
 from mlx_qlora.tree import flat, nested
 
+# ---- the pieces of a layer -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of a layer, by the names of the values that it takes and gives.
+
+    `residuals` are values beside its inputs that its VJP needs; its linears may have LoRA weights.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    residuals: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ()
+
+
+QKV = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
+PIECES = (
+    Piece("project", ("x",), ("q", "k", "v"), linears=QKV),
+    Piece("attend", ("q", "k", "v"), ("heads",), residuals=("heads", "residuals")),
+    Piece("add_attention", ("x", "heads"), ("h",), linears=("self_attn.o_proj",)),
+    Piece("widen", ("h",), ("gate", "up"), linears=("mlp.gate_proj", "mlp.up_proj")),
+    Piece("swiglu", ("gate", "up"), ("gated",), residuals=("s",)),
+    Piece("add_mlp", ("h", "gated"), ("y",), linears=("mlp.down_proj",)),
+)
+# As wide as the MLP, and kept at no level. Neither it nor its gradient is evaluated by itself, so
+# that they exist only while what is made of them is computed.
+FLEETING = "gated"
+
+
+def names_needed(pieces: tuple[Piece, ...]) -> set[str]:
+    """The values that some pieces and their VJPs take."""
+    return {name for piece in pieces for name in (*piece.inputs, *piece.residuals)}
+
+
 # ---- LoRA weights --------------------------------------------------------------------------------
-
-
-# Which linears a piece of a layer multiplies with.
-PIECES = {
-    "project": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "add_attention": ("self_attn.o_proj",),
-    "widen": ("mlp.gate_proj", "mlp.up_proj"),
-    "add_mlp": ("mlp.down_proj",),
-}
-
-
-LayerSlots = dict[str, list["Slot"]]  # by piece
 
 
 @dataclass
 class Slot:
-    """Where a trainable weight lives."""
+    """Where a LoRA weight is in the model."""
 
     path: str
     module: nn.Module
     name: str
 
 
+LayerSlots = dict[str, list[Slot]]  # by the name of a piece
+
+
 def slots_of(model: LlamaForCausalLM, trainable: dict[str, mx.array]) -> list[LayerSlots]:
     """The slots of every layer; each trainable weight, by its path, is in one of them."""
-    layers = [
-        {piece: _slots_of(layer, i, PIECES[piece], trainable) for piece in PIECES}
-        for i, layer in enumerate(model.layers)
-    ]
-    known = {slot.path for layer in layers for slots in layer.values() for slot in slots}
-    assert known == set(trainable), f"no gradient for {sorted(set(trainable) - known)}"
+    layers: list[LayerSlots] = [{piece.name: [] for piece in PIECES} for _ in model.layers]
+    missing = set(trainable)
+    for i, slots in enumerate(layers):
+        for name, linear in [(piece.name, linear) for piece in PIECES for linear in piece.linears]:
+            prefix = f"model.layers.{i}.{linear}."
+            for path in [path for path in trainable if path.startswith(prefix)]:
+                *owners, weight = path.split(".")[3:]
+                module: Any = reduce(operator.getitem, owners, model.layers[i])
+                slots[name].append(Slot(path, module, weight))
+                missing.remove(path)
+    assert not missing, f"no gradient for {sorted(missing)}"
     return layers
 
 
-def _slots_of(
-    layer: DecoderLayer, i: int, linears: tuple[str, ...], trainable: dict[str, mx.array]
-) -> list[Slot]:
-    """The trainable weights within some of a layer's linears."""
-    slots = []
-    for linear in linears:
-        prefix = f"model.layers.{i}."
-        for path in trainable:
-            if path.startswith(f"{prefix}{linear}."):
-                *owners, name = path.removeprefix(prefix).split(".")
-                module: Any = layer
-                for owner in owners:
-                    module = module[owner]
-                slots.append(Slot(path, module, name))
-    return slots
-
-
 @contextmanager
-def lent(layers: list[LayerSlots], weights: dict[str, mx.array], dtype: mx.Dtype) -> Iterator[None]:
-    """Lends a model other LoRA weights, in the compute dtype, and takes them back after."""
-    slots = [slot for layer in layers for piece in layer.values() for slot in piece]
+def bound(slots: list[Slot], weights: Iterable[mx.array]) -> Iterator[None]:
+    """Puts weights into their slots, and what was there back afterwards, whatever happens.
+
+    Within a VJP they are MLX's tracers: one that stayed in a module would break its next use.
+    """
     before = [slot.module[slot.name] for slot in slots]
-    for slot in slots:
-        weight = weights[slot.path]
-        # The lengths of DoRA stay float32: 16 bits would swallow what they have moved.
-        slot.module[slot.name] = weight.astype(dtype) if weight.ndim > 1 else weight
+    for slot, weight in zip(slots, weights):
+        slot.module[slot.name] = weight
     try:
         yield
     finally:
-        for slot, array in zip(slots, before):
-            slot.module[slot.name] = array
+        for slot, weight in zip(slots, before):
+            slot.module[slot.name] = weight
 
 
-# ---- one layer -----------------------------------------------------------------------------------
+# ---- the tape of one layer -----------------------------------------------------------------------
+
+Stages = Iterator[list[mx.array]]  # arrays to evaluate, and then the next ones
 
 
-Arrays = Sequence[mx.array]
+class Tape:
+    """One layer's forward for one shard, and then its backward.
 
-
-Pieces = Iterator[Arrays]  # what is to be computed next
-
-
-@dataclass
-class Kept:
-    """What the backward of a layer of a part starts from; None where it has to be made again."""
-
-    x: mx.array
-    qkv: Arrays | None = None
-    heads: tuple[mx.array, list[Residuals]] | None = None
-    h: mx.array | None = None
-    wide: Arrays | None = None
-    s: mx.array | None = None
-
-
-def keep(level: int, x: Any, qkv: Any, heads: Any, h: Any, wide: Any, s: Any) -> Kept:
-    """What of a layer's forward is kept."""
-    if level == LAYER:
-        return Kept(x)
-    if level == MLP:
-        return Kept(x, qkv, heads, h)
-    return Kept(x, qkv, heads, h, wide, s if level == NOTHING else None)
-
-
-def noted(notes: list[Residuals]) -> list[mx.array]:
-    """The arrays of some notes."""
-    return [array for note in notes for array in note.arrays()]
-
-
-@dataclass
-class Walk:
-    """One part on its way up and down the layers."""
-
-    part: Shard
-    x: mx.array
-    dx: mx.array | None = None
-    kept: list[Kept] = field(default_factory=list)
-
-
-class Descent:
-    """One layer's backward for one part; `grads` has the gradients of its LoRA weights after."""
+    Attributes:
+        values: by name. The forward starts from `x` and leaves `y` and what is kept.
+        gradients: of values by name, of LoRA weights by path. The backward starts from that of `y`
+            and leaves those of the weights and of `x`.
+    """
 
     def __init__(
-        self, layer: DecoderLayer, slots: LayerSlots, walk: Walk, i: int, compiled: bool
+        self, layer: DecoderLayer, slots: LayerSlots, shard: Shard, i: int, compiled: bool
     ) -> None:
-        self.layer, self.slots, self.walk, self.compiled = layer, slots, walk, compiled
-        self.documents, self.keys = walk.part.documents, walk.part.keys[i]
-        self.grads: dict[str, mx.array] = {}
+        self.layer, self.slots, self.compiled = layer, slots, compiled
+        self.shard, self.keys = shard, shard.keys[i]
+        self.values: dict[str, Any] = {}
+        self.gradients: dict[str, mx.array] = {}
 
-    def pieces(self, wants_dx: bool) -> Pieces:
-        """From the gradient of the layer's output, in the walk, to that of its input."""
-        layer, keys, documents, kept = self.layer, self.keys, self.documents, self.walk.kept.pop()
-        x, dy, compiled = kept.x, self.walk.dx, self.compiled
-        assert dy is not None
-        q, k, v = kept.qkv or layer.project(x, documents, keys)
-        heads, notes = kept.heads or documents.attend_with_residuals(q, k, v)
-        h = kept.h if kept.h is not None else layer.add_attention(x, heads, keys)
-        gate, up = kept.wide or layer.widen(h, keys)
-        s = kept.s
-        del kept
-        yield [q, k, v, heads, *noted(notes), h, gate, up]
+    def forward(self, kept: tuple[str, ...]) -> Stages:
+        """From `x` to `y`, keeping the values of some names."""
+        for i, piece in enumerate(PIECES):
+            outputs = self._run(piece, "weights" in kept)
+            self.values |= outputs
+            self._drop_all_but({*kept, "y"} | names_needed(PIECES[i + 1 :]))
+            if FLEETING not in self.values:
+                yield arrays_of(outputs)
 
-        gated = swiglu(gate, up, s, compiled)
-        dh, dgated = self.pull("add_mlp", partial(layer.add_mlp, keys=keys), [h, gated], [dy])
-        dwide = swiglu_back(gate, up, dgated, s, compiled)
-        del gate, up, s, gated, dgated
-        yield [*dwide, *self.grads.values()]
-        dh = dh + self.pull("widen", lambda h: layer.widen(h, keys), [h], dwide)[0]
-        del dwide
-        yield [dh, *self.grads.values()]
-        dx, dheads = self.pull(
-            "add_attention", partial(layer.add_attention, keys=keys), [x, heads], [dh]
-        )
-        yield [dheads, *self.grads.values()]
-        dqkv = documents.attend_vjp(q, k, v, heads, notes, dheads)
-        yield dqkv
-        project: Any = lambda x: layer.project(x, documents, keys)  # noqa: E731
-        dx = dx + self.pull("project", project, [x], dqkv)[0]
-        self.walk.dx = dx if wants_dx else None
-        yield [*self.grads.values(), *([dx] if wants_dx else [])]
+    def backward(self, wants_dx: bool) -> Stages:
+        """From the gradient of `y` to those of the LoRA weights and of `x`."""
+        for piece in PIECES[:-1]:
+            if any(name not in self.values for name in piece.outputs):
+                self.values = self._run(piece) | self.values
+        yield arrays_of({name: self.values[name] for name in KEPT[EXPONENTIALS]})
+        for i, piece in reversed(list(enumerate(PIECES))):
+            self._vjp(piece)
+            self._drop_all_but(names_needed(PIECES[:i]))  # or they would live through the stage
+            if i == 0 and not wants_dx:
+                del self.gradients["x"]
+            if FLEETING not in self.gradients:
+                yield list(self.gradients.values())
 
-    def pull(
-        self, piece: str, forward: Callable[..., Any], inputs: Arrays, cotangents: Arrays
-    ) -> Arrays:
-        """Gradients of a piece's inputs; those of its weights go to `grads`."""
-        slots = self.slots[piece]
-        weights = [slot.module[slot.name] for slot in slots]
-        n = len(inputs)
+    def _run(self, piece: Piece, keep_weights: bool = False) -> dict[str, Any]:
+        """What a piece gives, and what its VJP needs of that."""
+        inputs = [self.values[name] for name in piece.inputs]
+        if piece.name == "attend":
+            heads, residuals = self.shard.documents.attend_with_residuals(*inputs, keep_weights)
+            return {"heads": heads, "residuals": residuals}
+        if piece.name != "swiglu":
+            return dict(zip(piece.outputs, self._multiply(piece, inputs)))
+        if self.compiled:
+            return {"gated": swiglu(*inputs, compiled=True)}
+        s = self.values["s"] if "s" in self.values else sigmoid(inputs[0])
+        return {"gated": swiglu(*inputs, s), "s": s}
 
-        def run(*arrays: mx.array) -> Any:
-            for slot, weight in zip(slots, arrays[n:]):
-                slot.module[slot.name] = weight
-            out = forward(*arrays[:n])
-            return list(out) if isinstance(out, tuple) else out
+    def _multiply(self, piece: Piece, inputs: Any) -> list[mx.array]:
+        """The outputs of a piece that has linears."""
+        context = [self.shard.documents] if piece.name == "project" else []
+        outputs = getattr(self.layer, piece.name)(*inputs, *context, self.keys)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
-        try:
-            _, gradients = mx.vjp(run, [*inputs, *weights], list(cotangents))
-        finally:  # or tracers would stay in the modules
-            for slot, weight in zip(slots, weights):
-                slot.module[slot.name] = weight
-        self.grads |= {slot.path: gradient for slot, gradient in zip(slots, gradients[n:])}
-        return gradients[:n]
+    def _vjp(self, piece: Piece) -> None:
+        """From the gradients of a piece's outputs to those of its inputs and LoRA weights."""
+        inputs, slots = [self.values[name] for name in piece.inputs], self.slots[piece.name]
+        gradients = [self.gradients.pop(name) for name in piece.outputs]
+        if piece.name == "attend":
+            residuals = [self.values[name] for name in piece.residuals]
+            gradients = self.shard.documents.attend_vjp(*inputs, *residuals, *gradients)
+        elif piece.name == "swiglu":
+            gradients = swiglu_vjp(*inputs, *gradients, self.values.get("s"), self.compiled)
+        else:
+
+            def run(*arrays: mx.array) -> list[mx.array]:
+                with bound(slots, arrays[len(inputs) :]):
+                    return self._multiply(piece, arrays[: len(inputs)])
+
+            # MLX runs the piece to find its derivative, but computes only what is asked for, and
+            # nobody asks for the outputs: no product with a frozen matrix is computed again. The
+            # VJP of several pieces at once would need the values between them.
+            weights = [slot.module[slot.name] for slot in slots]
+            gradients = mx.vjp(run, [*inputs, *weights], gradients)[1]
+        for name, gradient in zip([*piece.inputs, *(slot.path for slot in slots)], gradients):
+            earlier = self.gradients.get(name)
+            self.gradients[name] = gradient if earlier is None else earlier + gradient
+
+    def _drop_all_but(self, names: set[str]) -> None:
+        self.values = {name: value for name, value in self.values.items() if name in names}
+
+
+def arrays_of(values: dict[str, Any]) -> list[mx.array]:
+    """The arrays of some values; an attention's residuals are those of each of its groups."""
+    residuals = [array for group in values.get("residuals", ()) for array in group.arrays()]
+    return [value for name, value in values.items() if name != "residuals"] + residuals
+
+
+def side_by_side(tapes: list[Tape], computations: list[Stages]) -> None:
+    """Starts the computations of several shards, each in its stream, a stage of each at a time.
+
+    MLX hands at most some hundred operations to its streams in advance: all of one shard's first
+    would leave the other streams without work. Those of one evaluation it hands over breadth first,
+    so all shards' mixed.
+    """
+    running = list(zip(tapes, computations))
+    while running:
+        stages = []
+        for tape, computation in running:
+            with mx.stream(tape.shard.stream):
+                stages.append(next(computation, None))
+        running = [one for one, stage in zip(running, stages) if stage is not None]
+        mx.async_eval([array for stage in stages for array in stage or ()])
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -282,14 +299,15 @@ class Engine:
         if not trainable:
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
         self.model, self.compiled = model, compiled
+        self.dtype = model.model.embed_tokens.dtype
         self.recompute = check_recompute(recompute, len(model.layers))
-        self.standing = persistent_bytes(model)
+        self.persistent = persistent_bytes(model)
         self.slots = slots_of(model, trainable)
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
-        # Below the first layer that learns there is no backward at all.
+        # Below the first layer that learns nothing is kept, and there is no backward.
         self.first = next(i for i, layer in enumerate(self.slots) if any(layer.values()))
 
     def __call__(
@@ -306,138 +324,92 @@ class Engine:
             weights: by path.
             batch: tokens and labels.
             dropout_key: as in `loss_and_grads`.
-            before: gradients of the micro-batches before, which these are added to.
-            all_reduce: told of each layer whose gradients are done; for a step's last batch.
+            before: gradients of earlier micro-batches, to which these are added.
+            all_reduce: gets each layer's gradients as soon as they are complete; for the last batch
+                of a step.
         """
-        documents = supervised_documents(batch)
-        grads = dict(before or {})
-        loss, n_tokens = mx.array(0.0), 0
-        with lent(self.slots, weights, self.model.model.embed_tokens.dtype):
-            how = self._schedule(documents)
-            waves = list(chunks_of(self.model, batch, documents, how.n_chunks, dropout_key))
-            for parts in waves:
-                told = all_reduce if parts is waves[-1] else None
-                with cores_shared(parts):
-                    loss = loss + self._wave(parts, how.levels, grads, told)
-                n_tokens += sum(part.targets.size for part in parts)
+        documents, config = supervised_documents(batch), self.model.config
+        lengths = (documents[:, 2] - documents[:, 1]).tolist()
+        budget = budget_for(config, lengths, self.dtype.size, self.persistent, this_machine())
+        # Depends on nothing but the lengths: the same batch is always computed the same way.
+        plan = schedule(config, lengths, self.dtype.size, self.recompute, budget)
+        grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
+        slots = [slot for layer in self.slots for piece in layer.values() for slot in piece]
+        # Cast once, and not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits
+        # would swallow what they have moved.
+        cast = [w.astype(self.dtype) if w.ndim > 1 else w for w in (weights[s.path] for s in slots)]
+        with bound(slots, cast):
+            chunks = chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
+            for shards in chunks:
+                with cores_shared(shards):
+                    hook = all_reduce if shards is chunks[-1] else None
+                    loss = loss + self._chunk(shards, plan.levels, grads, hook)
+                n_tokens += sum(shard.targets.size for shard in shards)
         # In the weights' order, and none left out.
         return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}
 
-    def _schedule(self, documents: np.ndarray) -> Schedule:
-        """How the documents are computed: as memory asks, and always the same for the same ones."""
-        lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        config, itemsize = self.model.config, self.model.model.embed_tokens.dtype.size
-        budget = budget_for(config, lengths, itemsize, self.standing, this_machine())
-        return schedule(config, lengths, itemsize, self.recompute, budget)
-
-    def _wave(
+    def _chunk(
         self,
-        parts: list[Shard],
+        shards: list[Shard],
         levels: list[int],
         grads: dict[str, mx.array],
         all_reduce: GradientAllReduce | None,
     ) -> mx.array:
-        """The loss sum of some parts; their gradients are added to `grads`."""
-        walks = [Walk(part, self._embed(part)) for part in parts]
-        self._forward(walks, levels)
-        loss = self._losses(walks)
-        self._backward(walks, grads, all_reduce)
-        return loss
+        """The loss sum of a chunk; its gradients are added to `grads`."""
+        tapes = [
+            [Tape(layer, self.slots[i], shard, i, self.compiled) for shard in shards]
+            for i, layer in enumerate(self.model.layers)
+        ]
+        for tape in tapes[0]:
+            with mx.stream(tape.shard.stream):
+                tape.values["x"] = self.model.model.embed_tokens(tape.shard.tokens)
+        for i, layer in enumerate(tapes):
+            kept = KEPT[levels[i]] if i >= self.first else ()
+            x = [tape.values["x"] for tape in layer]
+            self._start(i, layer, [tape.forward(kept) for tape in layer])
+            # The layer before this one is finished before the next one begins: the device always
+            # has work at hand, and at most two layers' temporary arrays exist (docs/log.md has the
+            # figures).
+            mx.eval(x)
+            for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
+                above.values["x"] = tape.values.pop("y")
 
-    def _embed(self, part: Shard) -> mx.array:
-        with mx.stream(part.stream):
-            return self.model.model.embed_tokens(part.tokens)
-
-    # ---- up --------------------------------------------------------------------------------------
-
-    def _forward(self, walks: list[Walk], levels: list[int]) -> None:
-        before: list[mx.array] = []
-        for i, layer in enumerate(self.model.layers):
-            with dense_for_now(self.matrices[i]):
-                side_by_side(walks, [self._climb(layer, walk, i, levels[i]) for walk in walks])
-            mx.eval(before)  # of the layer before this one: the device always has some at hand
-            before = [walk.x for walk in walks]
-
-    def _climb(self, layer: DecoderLayer, walk: Walk, i: int, level: int) -> Pieces:
-        """One layer's forward; what is kept of it goes to the walk."""
-        x, keys, documents = walk.x, walk.part.keys[i], walk.part.documents
-        q, k, v = qkv = layer.project(x, documents, keys)
-        yield qkv
-        learns = i >= self.first
-        heads = documents.attend_with_residuals(q, k, v, learns and level == NOTHING)
-        yield [heads[0], *noted(heads[1])]
-        h = layer.add_attention(x, heads[0], keys)
-        wide = layer.widen(h, keys)
-        s = None if self.compiled else sigmoid(wide[0])
-        yield [h, *wide]
-        walk.x = layer.add_mlp(h, swiglu(*wide, s, self.compiled), keys)
-        if learns:
-            walk.kept.append(keep(level, x, qkv, heads, h, wide, s))
-        yield [walk.x]
-
-    def _losses(self, walks: list[Walk]) -> mx.array:
-        """The loss sum; and each walk's gradient at the last layer's output."""
         losses: list[mx.array] = []
-        side_by_side(walks, [self._lose(walk, losses) for walk in walks])
-        return mx.stack(losses).sum() if losses else mx.array(0.0)
-
-    def _lose(self, walk: Walk, losses: list[mx.array]) -> Pieces:
-        def supervised(x: mx.array) -> mx.array:
-            return self.model.model.norm(x[walk.part.positions])
-
-        hidden, targets = supervised(walk.x), walk.part.targets
-        yield [hidden]
-        found = yield from losses_by_piece(self.model.head, hidden, targets, differentiate=True)
-        gradient = found.gradient.astype(walk.x.dtype)
-        walk.dx = mx.vjp(supervised, [walk.x], [gradient])[1][0]
-        losses.append(found.nats.sum())
-        yield [walk.dx, losses[-1]]
-
-    # ---- down ------------------------------------------------------------------------------------
-
-    def _backward(
-        self, walks: list[Walk], grads: dict[str, mx.array], all_reduce: GradientAllReduce | None
-    ) -> None:
-        before: list[Any] = []
-        done: set[str] = set()
-        for i in reversed(range(self.first, len(self.model.layers))):
-            layer, slots = self.model.layers[i], self.slots[i]
-            descents = [Descent(layer, slots, walk, i, self.compiled) for walk in walks]
-            with dense_for_now(self.matrices[i]):
-                side_by_side(
-                    walks, [descent.pieces(wants_dx=i > self.first) for descent in descents]
-                )
-            mx.eval(before)
-            for path in descents[0].grads if descents else ():
-                own = [descent.grads[path].astype(mx.float32) for descent in descents]
-                own += [grads[path]] if path in grads else []
-                grads[path] = reduce(mx.add, own)
-                done.add(path)
+        side_by_side(tapes[-1], [self._loss(tape, losses) for tape in tapes[-1]])
+        complete: set[str] = set()
+        for i in reversed(range(self.first, len(tapes))):
+            layer = tapes.pop()
+            dy = [tape.gradients["y"] for tape in layer]
+            self._start(i, layer, [tape.backward(wants_dx=i > self.first) for tape in layer])
+            mx.eval(dy)
+            for tape, below in zip(layer, tapes[-1] if i > self.first else []):
+                below.gradients["y"] = tape.gradients.pop("x")
+            for path in layer[0].gradients:
+                terms = [tape.gradients[path].astype(mx.float32) for tape in layer]
+                grads[path] = reduce(mx.add, [*terms, grads[path]] if path in grads else terms)
+                complete.add(path)
             if all_reduce is not None:
-                all_reduce.reduce(grads, done)
-            before = [walk.dx for walk in walks] if i > self.first else []
+                all_reduce.reduce(grads, complete)
+        return mx.stack(losses).sum()
 
+    def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
+        """Starts a layer's computations, with one dequantised copy of each of its matrices."""
+        with ExitStack() as stack:
+            for matrix in self.matrices[i]:
+                stack.enter_context(matrix.dense_for_now())
+            side_by_side(layer, computations)
 
-@contextmanager
-def dense_for_now(matrices: list[FrozenMatrix]) -> Iterator[None]:
-    """One dequantised copy of each of a layer's matrices, for all graphs built within."""
-    with ExitStack() as stack:
-        for matrix in matrices:
-            stack.enter_context(matrix.dense_for_now())
-        yield
+    def _loss(self, tape: Tape, losses: list[mx.array]) -> Stages:
+        """From the last layer's output of a shard to its loss sum and gradient."""
+        x, shard = tape.values.pop("y"), tape.shard
 
+        def supervised(x: mx.array) -> mx.array:
+            return self.model.model.norm(x[shard.positions])
 
-def side_by_side(walks: list[Walk], pieces: list[Pieces]) -> None:
-    """Starts the pieces of several walks, each in its stream, one of each at a time.
-
-    MLX hands at most some hundred operations to its streams in advance: all of one walk's first
-    would leave the other streams without work. Of one graph it hands over those of all walks mixed.
-    """
-    going = list(zip(walks, pieces))
-    while going:
-        found = []
-        for walk, own in going:
-            with mx.stream(walk.part.stream):
-                found.append(next(own, None))
-        going = [one for one, arrays in zip(going, found) if arrays is not None]
-        mx.async_eval([array for arrays in found for array in arrays or ()])
+        hidden = supervised(x)
+        yield [hidden]
+        found = yield from losses_by_slice(self.model.head, hidden, shard.targets, True)
+        gradient = found.gradient.astype(x.dtype)
+        tape.gradients["y"] = mx.vjp(supervised, [x], [gradient])[1][0]
+        losses.append(found.nats.sum())
+        yield [tape.gradients["y"], losses[-1]]

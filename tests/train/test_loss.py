@@ -7,7 +7,7 @@ import pytest
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
 from mlx_qlora.train import loss
-from mlx_qlora.train.loss import cross_entropy, pieces
+from mlx_qlora.train.loss import cross_entropy, vocabulary_slices
 
 V, D = 331, 64  # 331 rows are no multiple of anything
 MATMULS = ["quantized", "dequantize", "resident"]
@@ -16,7 +16,7 @@ MATMULS = ["quantized", "dequantize", "resident"]
 @pytest.fixture
 def narrow(monkeypatch):
     """Pieces of 48 rows for any number of tokens."""
-    for name in ("CPU_PIECE", "GPU_PIECE"):
+    for name in ("CPU_SLICE", "GPU_SLICE"):
         monkeypatch.setattr(loss, name, 0)
     monkeypatch.setattr(loss, "NARROWEST", 48)
 
@@ -75,10 +75,10 @@ def assert_exact(head: FrozenMatrix, W, hidden, targets, tolerance: float = 2e-6
 
 def test_pieces_cover_the_vocabulary_once_and_in_order(narrow):
     for rows in (1, 47, 48, 49, V, 1000):
-        made = pieces(rows, D, 37)
+        made = vocabulary_slices(rows, D, 37)
         assert [i for start, end in made for i in range(start, end)] == list(range(rows))
         assert all(end - start <= 48 for start, end in made)
-    assert len(pieces(V, D, 37)) == 7
+    assert len(vocabulary_slices(V, D, 37)) == 7
 
 
 @pytest.mark.parametrize("S", [1, 2, 37, 130])
@@ -89,7 +89,7 @@ def test_a_dense_head_equals_float64_piece_by_piece(narrow, S):
 
 def test_a_dense_head_equals_float64_in_one_piece():
     W = normal(V, D) * 0.3
-    assert len(pieces(V, D, 37)) == 1
+    assert len(vocabulary_slices(V, D, 37)) == 1
     assert_exact(dense_head(W), W, normal(37, D, seed=1), some_targets(37))
 
 
@@ -202,7 +202,7 @@ def peak(run) -> int:
 @pytest.mark.parametrize("matmul", [None, "dequantize", "resident"])
 def test_no_more_than_a_few_pieces_of_the_logits_exist_at_once(monkeypatch, matmul):
     S, rows = 1024, 32768
-    monkeypatch.setattr(loss, "GPU_PIECE", loss.CPU_PIECE)
+    monkeypatch.setattr(loss, "GPU_SLICE", loss.CPU_SLICE)
     W, hidden = normal(rows, D) * 0.3, mx.array(normal(S, D, seed=1))
     targets = mx.array(some_targets(S, rows))
     quant = QuantConfig(4, 32)
@@ -235,7 +235,7 @@ def test_a_head_that_is_dequantised_never_is_whole():
     hidden, targets = mx.array(normal(2, wide)), mx.array(some_targets(2, rows))
     mx.eval(head.parameters(), hidden, targets)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("CPU_PIECE", "GPU_PIECE"):
+        for name in ("CPU_SLICE", "GPU_SLICE"):
             patch.setattr(loss, name, 1 << 20)
         used = peak(lambda: cross_entropy(head, hidden, targets).gradient)
     assert used < 0.25 * rows * wide * 4 < peak(head.dense)
