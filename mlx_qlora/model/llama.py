@@ -31,11 +31,7 @@ def swiglu(
 ) -> mx.array:
     """gate, up (..., F) -> silu(gate) * up (..., F), in their dtype.
 
-    Args:
-        gate: (..., F).
-        up: (..., F).
-        s: sigmoid(gate), if it is known.
-        compiled: as one kernel, whatever the shapes.
+    `s` is sigmoid(gate), if it is known; `compiled` computes in one kernel, whatever the shapes.
     """
     if compiled:
         return _fused(gate, up)
@@ -45,11 +41,7 @@ def swiglu(
 
 
 def swiglu_vjp(
-    gate: mx.array,
-    up: mx.array,
-    dy: mx.array,
-    s: mx.array | None = None,
-    compiled: bool = False,
+    gate: mx.array, up: mx.array, dy: mx.array, s: mx.array | None = None, compiled: bool = False
 ) -> tuple[mx.array, mx.array]:
     """The gradients of gate and up; arguments as in `swiglu`.
 
@@ -75,35 +67,18 @@ def _vjp(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
 
 
 _with_gradient: Any = mx.custom_function(_forward)
-
-
 _with_gradient.vjp(_vjp)
-
-
 # Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
 _compiled: Any = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
-
-
 _compiled_back: Any = mx.compile(
     lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
 )
-
-
 _fused: Any = mx.custom_function(lambda gate, up: _compiled(gate, up))
-
-
 _fused.vjp(lambda primals, dy, _: _compiled_back(*primals, dy))
-
 
 # ---- keys of dropout -----------------------------------------------------------------------------
 
-
 RANGE = 1 << 16
-
-
-def row_keys(key: mx.array, rows: int) -> mx.array:
-    """One key (2,) becomes a key for each row (B, 2); keys for rows stay what they are."""
-    return mx.random.split(key, rows) if key.ndim == 1 else key
 
 
 def split_keys(keys: mx.array, n: int) -> list[mx.array]:
@@ -113,13 +88,7 @@ def split_keys(keys: mx.array, n: int) -> list[mx.array]:
 
 
 def position_keys(keys: mx.array, row: mx.array, column: mx.array) -> mx.array:
-    """Keys of rows (B, 2) become keys of positions (N, 2).
-
-    Args:
-        keys: (B, 2) uint32.
-        row: (N,) int, which of the rows a position comes from.
-        column: (N,) int, its place in the row.
-    """
+    """Keys of rows (B, 2) become keys of positions (N, 2), each in a row and column (N,) int."""
     # One draw for a whole row would depend on its width, and with it on the batch's longest row.
     return keys[row] + mx.stack([mx.zeros_like(column), column], axis=1).astype(mx.uint32)
 
@@ -130,12 +99,9 @@ def threshold(dropout: float) -> int:
 
 
 def kept(keys: mx.array, dropout: float, shape: tuple[int, ...]) -> mx.array:
-    """Which inputs are kept: bool of `shape`.
+    """Which inputs are kept: bool of `shape`, (N, d) with keys (N, 2), any with a single key (2,).
 
-    Args:
-        keys: (2,) for one draw, or one for each position (N, 2).
-        dropout: probability that an input is dropped, in [0, 1).
-        shape: (N, d) with keys (N, 2); any with a single key.
+    `dropout` is the probability that an input is dropped, in [0, 1).
     """
     if keys.ndim == 1:
         return kept(keys[None], dropout, (1, math.prod(shape))).reshape(shape)
@@ -149,13 +115,8 @@ def kept(keys: mx.array, dropout: float, shape: tuple[int, ...]) -> mx.array:
 
 # ---- the tree ------------------------------------------------------------------------------------
 
-
 Context = Documents | Cached  # what the tokens of a forward attend to
-
-
 Keys = Sequence[mx.array | None]  # of the seven linears of a layer
-
-
 NO_KEYS: Keys = [None] * 7
 
 
@@ -242,23 +203,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        D, Hd = config.hidden_size, config.head_dim
-        self.H, self.K, self.Hd = config.num_attention_heads, config.num_key_value_heads, Hd
-        bias = config.attention_bias
-        self.q_proj = Linear(D, self.H * Hd, bias)
-        self.k_proj = Linear(D, self.K * Hd, bias)
-        self.v_proj = Linear(D, self.K * Hd, bias)
-        self.o_proj = Linear(self.H * Hd, D, bias)
-
-    def project(
-        self, x: mx.array, context: Context, keys: Keys
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """x (..., D) -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
-        heads = *x.shape[:-1], -1, self.Hd
-        q = self.q_proj(x, keys[0]).reshape(heads)
-        k = self.k_proj(x, keys[1]).reshape(heads)
-        v = self.v_proj(x, keys[2]).reshape(heads)
-        return context.rotate(q), context.rotate(k), v
+        self.Hd, D, bias = config.head_dim, config.hidden_size, config.attention_bias
+        q_size = config.num_attention_heads * self.Hd
+        k_size = config.num_key_value_heads * self.Hd
+        self.q_proj = Linear(D, q_size, bias)
+        self.k_proj = Linear(D, k_size, bias)
+        self.v_proj = Linear(D, k_size, bias)
+        self.o_proj = Linear(q_size, D, bias)
 
 
 class MLP(nn.Module):
@@ -275,8 +226,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Two sentences: normalise, attend, add; normalise, mix, add.
 
-    They are cut into four pieces between which the training engine keeps what its backward needs.
-    `keys` are the dropout keys of the layer's seven linears, each (N, 2) or None.
+    They are cut into pieces between which the training engine keeps what its backward needs
+    (`train.engine.PIECES`). `keys` are the dropout keys of the seven linears, each (N, 2) or None.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -296,12 +247,17 @@ class DecoderLayer(nn.Module):
     def project(
         self, x: mx.array, context: Context, keys: Keys
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """x (..., D) -> q (..., H, Hd), k and v (..., K, Hd)."""
-        return self.self_attn.project(self.input_layernorm(x), context, keys)
+        """x (..., D) -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
+        attention, x = self.self_attn, self.input_layernorm(x)
+        heads = *x.shape[:-1], -1, attention.Hd
+        q = attention.q_proj(x, keys[0]).reshape(heads)
+        k = attention.k_proj(x, keys[1]).reshape(heads)
+        v = attention.v_proj(x, keys[2]).reshape(heads)
+        return context.rotate(q), context.rotate(k), v
 
-    def add_attention(self, x: mx.array, out: mx.array, keys: Keys) -> mx.array:
-        """x (..., D) and what the heads found (..., H, Hd) -> h (..., D)."""
-        return x + self.self_attn.o_proj(out.flatten(-2), keys[3])
+    def add_attention(self, x: mx.array, heads: mx.array, keys: Keys) -> mx.array:
+        """x (..., D) and heads (..., H, Hd) -> h (..., D)."""
+        return x + self.self_attn.o_proj(heads.flatten(-2), keys[3])
 
     def widen(self, h: mx.array, keys: Keys) -> tuple[mx.array, mx.array]:
         """h (..., D) -> gate and up (..., F)."""
@@ -309,7 +265,7 @@ class DecoderLayer(nn.Module):
         return self.mlp.gate_proj(x, keys[4]), self.mlp.up_proj(x, keys[5])
 
     def add_mlp(self, h: mx.array, gated: mx.array, keys: Keys) -> mx.array:
-        """h (..., D) and the product of gate and up (..., F) -> (..., D)."""
+        """h (..., D) and silu(gate) * up (..., F) -> y (..., D)."""
         return h + self.mlp.down_proj(gated, keys[6])
 
 
@@ -322,7 +278,7 @@ class LlamaModel(nn.Module):
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._rope_periods = rope_periods(config.head_dim, config.rope)
-        mx.eval(self._rope_periods)  # lazy, it could be computed in the thread that made it alone
+        mx.eval(self._rope_periods)  # a lazy array could only be computed in this thread
 
     def __call__(
         self,
@@ -335,8 +291,8 @@ class LlamaModel(nn.Module):
         if cache is not None:
             mask = cache[0].make_mask(tokens.shape[1], return_array=False, window_size=None)
             h = self.embed_tokens(tokens)
-            for layer, own in zip(self.layers, cache):
-                h = layer(h, Cached(mask, own, self._rope_periods))
+            for layer, of_layer in zip(self.layers, cache):
+                h = layer(h, Cached(mask, of_layer, self._rope_periods))
             return self.norm(h)
 
         B, T = tokens.shape
@@ -349,10 +305,10 @@ class LlamaModel(nn.Module):
     def hidden(
         self, tokens: mx.array, documents: Documents, keys: list[Keys] | None = None
     ) -> mx.array:
-        """Tokens (N,) of documents, one behind the other -> (N, D); no keys mean no dropout."""
+        """Tokens (N,) of documents, end to end -> (N, D); no keys mean no dropout."""
         h = self.embed_tokens(tokens)
-        for layer, own in zip(self.layers, keys or [NO_KEYS] * len(self.layers)):
-            h = layer(h, documents, own)
+        for layer, of_layer in zip(self.layers, keys or [NO_KEYS] * len(self.layers)):
+            h = layer(h, documents, of_layer)
         return self.norm(h)
 
     def documents(
@@ -369,12 +325,13 @@ class LlamaModel(nn.Module):
             B: rows of the batch.
             documents: which row and column each position comes from.
         """
-        n = len(self.layers)
+        n, row, column = len(self.layers), documents.row, documents.column
         if key is None:
             return [NO_KEYS] * n
+        keys = mx.random.split(key, B) if key.ndim == 1 else key
         return [
-            [position_keys(own, documents.row, documents.column) for own in split_keys(layer, 7)]
-            for layer in split_keys(row_keys(key, B), n)
+            [position_keys(of_linear, row, column) for of_linear in split_keys(of_layer, 7)]
+            for of_layer in split_keys(keys, n)
         ]
 
 

@@ -177,16 +177,18 @@ class Tape:
 
     def _run(self, piece: Piece, keep_weights: bool = False) -> dict[str, Any]:
         """What a piece gives, and what its VJP needs of that."""
-        inputs = [self.values[name] for name in piece.inputs]
+        inputs: Any = [self.values[name] for name in piece.inputs]
         if piece.name == "attend":
-            heads, residuals = self.shard.documents.attend_with_residuals(*inputs, keep_weights)
+            heads, residuals = self.shard.documents.attend_with_residuals(
+                *inputs, keep_weights=keep_weights
+            )
             return {"heads": heads, "residuals": residuals}
         if piece.name != "swiglu":
             return dict(zip(piece.outputs, self._multiply(piece, inputs)))
         if self.compiled:
             return {"gated": swiglu(*inputs, compiled=True)}
         s = self.values["s"] if "s" in self.values else sigmoid(inputs[0])
-        return {"gated": swiglu(*inputs, s), "s": s}
+        return {"gated": swiglu(*inputs, s=s), "s": s}
 
     def _multiply(self, piece: Piece, inputs: Any) -> list[mx.array]:
         """The outputs of a piece that has linears."""
@@ -196,13 +198,15 @@ class Tape:
 
     def _vjp(self, piece: Piece) -> None:
         """From the gradients of a piece's outputs to those of its inputs and LoRA weights."""
-        inputs, slots = [self.values[name] for name in piece.inputs], self.slots[piece.name]
-        gradients = [self.gradients.pop(name) for name in piece.outputs]
+        slots, inputs = self.slots[piece.name], [self.values[name] for name in piece.inputs]
+        gradients: Any = [self.gradients.pop(name) for name in piece.outputs]
         if piece.name == "attend":
             residuals = [self.values[name] for name in piece.residuals]
             gradients = self.shard.documents.attend_vjp(*inputs, *residuals, *gradients)
         elif piece.name == "swiglu":
-            gradients = swiglu_vjp(*inputs, *gradients, self.values.get("s"), self.compiled)
+            gradients = swiglu_vjp(
+                *inputs, *gradients, s=self.values.get("s"), compiled=self.compiled
+            )
         else:
 
             def run(*arrays: mx.array) -> list[mx.array]:
