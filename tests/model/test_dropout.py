@@ -4,12 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.grad_sums import add_grads
+from support.gradients import drawn_here, gap, tuned
 from support.models import random_tokens
-from test_engine import drawn_here, gap, model  # noqa: F401
 
 from mlx_qlora.data.batches import IGNORE, Batch, halves
 from mlx_qlora.model import lora
-from mlx_qlora.model.llama import kept, position_keys, row_keys, split_keys
+from mlx_qlora.model.llama import kept, position_keys, split_keys
 from mlx_qlora.train.engine import Engine, loss_and_grads
 from mlx_qlora.train.step import dropout_keys
 from mlx_qlora.tree import flat
@@ -20,6 +20,11 @@ KEYS = dropout_keys(3, (5, 6, 7, 8))  # (4, 2), of four rows of a stream
 DOCUMENTS = np.array(
     [(0, 0, 10), (0, 10, 24), (1, 0, 24), (2, 0, 9), (2, 9, 20), (3, 0, 15)], np.int32
 )
+
+
+@pytest.fixture
+def model(hf_tiny):
+    return tuned(hf_tiny[1], lora_dropout=0.3)
 
 
 def a_batch(packed: bool) -> Batch:
@@ -92,11 +97,19 @@ def test_keys_of_rows_are_split_row_by_row():
         assert all(mx.array_equal(a[i], b[0]).item() for a, b in zip(whole, alone))
 
 
-def test_one_key_becomes_a_key_for_each_row_and_keys_of_rows_stay():
-    made = row_keys(mx.random.key(1), 4)
-    assert made.shape == (4, 2)
-    assert len({tuple(key) for key in made.tolist()}) == 4
-    assert mx.array_equal(row_keys(KEYS, 4), KEYS).item()
+def test_one_key_becomes_a_key_for_each_row_and_keys_of_rows_stay(model):
+    documents = model.model.documents(DOCUMENTS, 4 * T, T)
+    key = mx.random.key(1)
+    one, each = (
+        [
+            np.array(keys)
+            for layer in model.model.dropout_keys(given, 4, documents)
+            for keys in layer
+        ]
+        for given in (key, mx.random.split(key, 4))
+    )
+    assert len(one) == 2 * 7 and len({array.tobytes() for array in one}) == len(one)
+    assert all(np.array_equal(a, b) for a, b in zip(one, each))
 
 
 def test_no_key_is_used_twice_or_after_it_was_split(model, monkeypatch):

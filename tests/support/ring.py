@@ -178,7 +178,7 @@ def one(
     found: dict[str, Any] = {"sent": [], "wire": [], "parts": 0}
     out, err = io.StringIO(), io.StringIO()
     train, step, call = run.train, step.Update.step, engine.Engine.__call__
-    embed, steps = engine.Engine._embed, itertools.count()
+    steps = itertools.count()
     move, moves = optim.AdamW.update, itertools.count(1)
     save, score, scored = loop.save_checkpoint, loop.score, itertools.count(1)
     side_by_side = engine.side_by_side
@@ -201,20 +201,18 @@ def one(
         return result
 
     def poisoned_call(self: Any, weights: Any, batch: Any, *args: Any) -> Any:
-        self.is_poisoned = poison in batch.rows
+        if poison in batch.rows:
+            weights = {name: weight * float("nan") for name, weight in weights.items()}
         return call(self, weights, batch, *args)
-
-    def poisoned_embed(self: Any, part: Any) -> Any:
-        return embed(self, part) * (float("nan") if self.is_poisoned else 1.0)
 
     def starved_move(self: Any, *args: Any) -> Any:
         if starved and starved[0] <= next(moves) <= starved[1]:
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         return move(self, *args)
 
-    def counted_side_by_side(walks: Any, *args: Any) -> None:
-        found["parts"] = max(found["parts"], len(walks))
-        side_by_side(walks, *args)
+    def counted_side_by_side(tapes: Any, *args: Any) -> None:
+        found["parts"] = max(found["parts"], len(tapes))
+        side_by_side(tapes, *args)
 
     def slow_save_checkpoint(*args: Any) -> Any:
         time.sleep(slow_save)
@@ -230,7 +228,6 @@ def one(
         change += [(engine, "side_by_side", counted_side_by_side)]
         if poison is not None:
             change += [(engine.Engine, "__call__", poisoned_call)]
-            change += [(engine.Engine, "_embed", poisoned_embed)]
         change += [(run, "__version__", version)] if version else []
         change += [(optim.AdamW, "update", starved_move)] if starved else []
         change += [(loop, "save_checkpoint", slow_save_checkpoint)] if slow_save else []
