@@ -24,16 +24,7 @@ PACKING_WINDOW = 4096  # documents that are packed together; which ones is drawn
 
 
 def pack(lengths: np.ndarray, width: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Decides which documents share a row.
-
-    Args:
-        lengths: (n,) int; none longer than `width`.
-        width: positions in a row.
-        random: draws the windows.
-
-    Returns:
-        One array of indices for each row; every document is in exactly one.
-    """
+    """Puts each of n documents into one row of `width` positions; returns the indices of each."""
     shuffled = random.permutation(len(lengths))
     # Windows of equal size: a small last one would be packed badly.
     windows = np.array_split(shuffled, max(1, round(len(shuffled) / PACKING_WINDOW)))

@@ -266,12 +266,7 @@ class GgufTokenizer(NamedTuple):
 
 
 def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokenizer:
-    """Builds the tokenizer that a GGUF file embeds.
-
-    Args:
-        metadata: the second value of `mx.load(path, return_metadata=True)`: str, list[str] and
-            `mx.array` scalars and vectors.
-        source: the file's name, for messages.
+    """Builds the tokenizer that a GGUF file embeds; `source` names it in messages.
 
     Raises:
         TokenizerError: a key is missing, or the tokenizer's model or pre-tokenizer is unknown.
@@ -320,7 +315,7 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
 
 def _named_ids(metadata: Mapping[str, Any], kind: str, size: int) -> dict[str, int]:
     """Ids of BOS, EOS, ... by Hugging Face's names; an id outside the vocabulary means none."""
-    # The format's own defaults; llama.cpp has the same.
+    # Defaults as in llama.cpp.
     ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
     stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
     return ids | {name: i for name, i in stated.items() if 0 <= i < size}

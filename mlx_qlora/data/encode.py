@@ -37,8 +37,7 @@ def encode_rows(tokenizer: Tokenizer, rows: list[Segments]) -> list[Encoded]:
     """Token ids of rows, with one BOS if the model expects one and an end after the answer.
 
     The token that ends a turn is learned. After the last answer there is always one: the model's
-    EOS if the template wrote none. What a template writes after it (a line break) is context, and
-    after the last one it is left out.
+    EOS if the template wrote none. Text after an end (a line break) is context, or left out.
     """
     rows = [[segment for segment in segments if segment[0]] for segments in rows]
     texts = []

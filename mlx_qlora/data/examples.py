@@ -109,12 +109,9 @@ def in_memory(pieces: Iterable[Piece]) -> TokenStore:
 def on_disk(
     folder: Path | None, pieces: Iterable[Piece], about: Callable[[], dict[str, Any]]
 ) -> TokenStore:
-    """Writes pieces as they come, and opens what was written.
+    """Writes pieces as they come, then what `about` returns, and opens what was written.
 
-    Args:
-        folder: the cache entry to write; None keeps the files as long as the store.
-        pieces: in order.
-        about: asked when all pieces are written.
+    `folder` is the cache entry to write; None keeps the files as long as the store.
 
     Raises:
         DataError: the disk is full, or cannot be written to.
@@ -276,7 +273,7 @@ class DataReport:
 
     @property
     def read(self) -> int:
-        """Rows of all files."""
+        """Rows that were read, of all files."""
         return sum(file.read for file in self.files)
 
     @property

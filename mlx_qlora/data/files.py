@@ -409,11 +409,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def hub_dataset(file: RowFile) -> Any:
-    """A `datasets.Dataset`, from the cache or the hub; its rows come as dicts.
-
-    Raises:
-        DataError: the package is missing, or there is no such data set, config or split.
-    """
+    """A `datasets.Dataset`, from its cache or the hub, or a DataError that says why not."""
     try:
         import datasets
     except ImportError:

@@ -300,16 +300,11 @@ def _progress(console: Console | None, size: int) -> Iterator[Callable[[int], No
 def write_refused(path: Path, sources: list[tuple[DataReport, list[RowFile]]]) -> None:
     """Writes every refused row to a JSONL file: where it was, why it is refused, and what it was.
 
-    Args:
-        path: of the file to write; it appears whole or not at all.
-        sources: reports with their files, which are read once more: rows that cannot be used are
-            not kept in memory.
-
-    Raises:
-        DataError: the file cannot be written.
+    The file appears whole or not at all; a DataError says why it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        # Files are read once more, as rows that cannot be used are not kept in memory.
         with open(partial, "w", encoding="utf-8") as out:
             for report, files in sources:
                 for file_report, file in zip(report.files, files):

@@ -119,8 +119,7 @@ def detect_format(row: Mapping[str, Any]) -> str:
 def read_row(row: Any, form: str) -> Said:
     """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell.
 
-    Raises:
-        DataError: why it cannot be used; also if the row is a DataError.
+    A row that cannot be used raises the DataError that says why, or that it is.
     """
     if isinstance(row, DataError):
         raise row

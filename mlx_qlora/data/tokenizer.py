@@ -53,16 +53,10 @@ def render_template(
     mark: bool = False,
     date: tuple[int, int, int] | None = None,
 ) -> str:
-    """Writes a conversation as text.
+    """Writes a conversation as text; `add_generation_prompt` ends it where an answer begins.
 
-    Args:
-        source: the template.
-        messages: `{"role": ..., "content": ...}` in order.
-        tools: JSON schemas of functions.
-        special_tokens: what the template may call `bos_token`, `eos_token`, ...
-        add_generation_prompt: ends the text where the assistant's answer begins.
-        mark: puts GENERATED on both sides of the text inside `{% generation %}`.
-        date: today's, for the template, as (year, month, day); None asks the clock.
+    `mark` puts GENERATED on both sides of the text inside `{% generation %}`; `date` is what the
+    template takes for today, (year, month, day), or None for the clock's.
 
     Raises:
         TokenizerError: the template is damaged, or refuses these messages.
@@ -246,9 +240,8 @@ def _whole_characters(text: str) -> str:
 def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer:
     """Loads a model's tokenizer, whichever format it comes in.
 
-    Args:
-        source: a model folder, or a GGUF file (then `gguf_metadata` is needed).
-        gguf_metadata: the second value of `mx.load(source, return_metadata=True)`.
+    `source` is a model folder, or a GGUF file and `gguf_metadata` the second value of
+    `mx.load(source, return_metadata=True)`.
 
     Raises:
         TokenizerError: a file is missing or damaged, the format is unknown, or no EOS is known.

@@ -218,21 +218,6 @@ def test_behind_a_special_token_an_answer_is_a_text_of_its_own(made: dict[str, T
         assert learned_of(row) == [*tokenizer.encode(answer), tokenizer.eos_id]
 
 
-@settings(deadline=None, max_examples=500)
-@given(prompt=some_text, completion=some_text)
-def test_a_prompt_and_its_completion_come_back_from_sentencepiece(
-    made: dict[str, Tokenizer], prompt: str, completion: str
-) -> None:
-    """Also where a token straddles the border: no space is invented there, and none lost."""
-    tokenizer = made["sentencepiece"]
-    row = encode(tokenizer, [(prompt, False), (completion, True)])
-    ids = row.ids.tolist()
-    assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
-    assert ids[1 : row.context] == tokenizer.encode(prompt)
-    assert tokenizer.decode(ids[1:-1]) == prompt + completion
-    assert tokenizer.decode([*tokenizer.encode("|"), *ids[row.context : -1]]) == f"|{completion}"
-
-
 # ---- beginnings and ends -----------------------------------------------------------------------
 
 
@@ -388,39 +373,6 @@ def test_a_row_that_cannot_be_cut_says_why(
     with pytest.raises(DataError) as caught:
         fit(row_of(3, 6), tiny, 5, truncation)
     assert type(caught.value) is kind and str(caught.value) == reason
-
-
-@pytest.mark.parametrize(("most", "kept"), [(9, 9), (8, 6), (7, 6), (6, 6), (5, 5), (4, 4), (3, 0)])
-def test_the_right_cut_drops_the_context_that_no_answer_follows(
-    tiny: Tokenizer, most: int, kept: int
-) -> None:
-    """Three ids of context, three of an answer, two of context, the end of an answer."""
-    learned = np.array([False] * 3 + [True] * 3 + [False] * 2 + [True])
-    row = Encoded(np.arange(10, 19, dtype=np.int32), learned, 3)
-    if not kept:
-        with pytest.raises(DataError, match=rf"^no supervised token within max_length {most}$"):
-            fit(row, tiny, most, "right")
-        return
-    got = fit(row, tiny, most, "right")
-    assert got.ids.tolist() == list(range(10, 10 + kept))
-    assert got.learned.tolist() == learned[:kept].tolist()
-    assert (got.context, got.cut) == (3, 9 - kept)
-
-
-def test_the_left_cut_keeps_one_id_before_the_answer(tiny: Tokenizer) -> None:
-    without = fit(row_of(3, 6), tiny, 7, "left-context")
-    assert without.ids.tolist() == list(range(12, 19)) and without.context == 1
-    assert without.learned.tolist() == [False] + [True] * 6
-    row = Encoded(np.array([0, 11, 12, 13, 14], np.int32), np.arange(5) >= 3, 3)  # behind a BOS
-    got = fit(row, tiny, 3, "left-context")
-    assert got.ids.tolist() == [0, 13, 14] and got.learned.tolist() == [False, True, True]
-    for whole, most, end in ((row_of(3, 6), 6, 6), (row, 2, 2)):
-        reason = (
-            f"{len(whole.ids)} tokens, of which {end} from the first answer on: longer than "
-            f"max_length {most}; truncation=right would cut the end"
-        )
-        with pytest.raises(DataError, match=f"^{reason}$"):
-            fit(whole, tiny, most, "left-context")
 
 
 def test_a_row_without_anything_to_learn_says_so(tiny: Tokenizer) -> None:

@@ -233,17 +233,6 @@ def test_a_pattern_matches_files_in_order(tmp_path: Path) -> None:
     assert refusal(tmp_path / "c/*.t*").startswith(f"data file {tmp_path}/c/x.txt: .txt ending")
 
 
-def test_the_hash_of_a_file_is_that_of_its_kind_and_bytes(tmp_path: Path) -> None:
-    write(tmp_path, "a.jsonl", "b.jsonl", "a.json", content=b"x" * 3_000_000)
-    write(tmp_path, "c.jsonl", content=b"x" * 2_999_999 + b"y")
-    write(tmp_path, "a.jsonl.gz", content=b"x" * 3_000_000)
-    a, b, c, other_kind, compressed = (
-        find_files(tmp_path / name)["train"][0].content_hash()
-        for name in ("a.jsonl", "b.jsonl", "c.jsonl", "a.json", "a.jsonl.gz")
-    )
-    assert a == b and len({a, c, other_kind, compressed}) == 4
-
-
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
@@ -471,12 +460,6 @@ def test_an_item_longer_than_a_piece_is_read(tmp_path: Path) -> None:
     rows = [{"a": "é" * files.PIECE}, {"a": "x" * 3 * files.PIECE}, {"a": 1}]
     content = json.dumps(rows, ensure_ascii=False, indent=0)
     assert read(tmp_path / "a.json", content) == list(enumerate(rows, 1))
-
-
-def test_a_json_file_may_hold_lines_and_lines_may_be_compressed(tmp_path: Path) -> None:
-    lines = '{"a": 1}\n\n{"a": 2}\n'
-    for name in ("a.json", "b.jsonl.gz", "c.ndjson"):
-        assert read(tmp_path / name, lines) == [(1, {"a": 1}), (3, {"a": 2})]
 
 
 def test_damaged_compression_names_the_file(tmp_path: Path) -> None:

@@ -400,47 +400,16 @@ def test_a_folder_may_hold_files_of_many_formats(chatty: Tokenizer, tmp_path: Pa
     assert str(examples.report).startswith(told)
 
 
-def test_refusals_in_several_files_are_named_with_their_file(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    a = write_rows(tmp_path / "a.jsonl", [{"text": 1}, {"text": "x"}])
-    b = write_rows(tmp_path / "b.jsonl", [{"text": "y"}, {"text": ""}])
-    report = read_examples(str(tmp_path / "*.jsonl"), tokenizer).report
-    assert report.refused == [
-        (1, "field 'text' must be a string, not int"),
-        (2, "field 'text' is empty"),
-    ]
-    assert f"\n  {a}, line 1: field 'text' must" in str(report)
-    assert f"\n  {b}, line 2: field 'text' is empty" in str(report)
-
-
-@pytest.mark.parametrize(
-    ("rows", "form"),
-    [
-        ([{"prompt": "Count: ", "completion": "one two"}], "prompt_completion"),
-        ([{"text": "one two three"}], "text"),
-        ([7, {"question": 1}, {"text": "one two three"}], "text"),
-    ],
-)
-def test_other_formats_are_detected_stated_and_learned(
-    tokenizer: Tokenizer, rows: list[Any], form: str
-) -> None:
-    examples = read_examples(rows, tokenizer, DataConfig())
-    assert examples.report.format == form and f"rows ({form}): " in str(examples.report)
-    (example,) = examples
-    learned = tokenizer.decode(example.tokens[example.learned].tolist())
-    assert learned == (rows[-1].get("completion") or rows[-1]["text"]) + "<|eos|>"
-    assert len(examples.report.refused) == len(rows) - 1
-
-
 def test_one_format_to_a_file_and_a_named_one_is_not_guessed(tokenizer: Tokenizer) -> None:
-    rows = [{"text": "first"}, {"prompt": "a", "completion": "b"}]
-    assert read_examples(rows, tokenizer, DataConfig()).report.refused == [
-        (2, "field 'text' is missing")
-    ]
-    named = DataConfig(format="prompt_completion")
-    assert read_examples(rows, tokenizer, named).report.refused == [
-        (1, "field 'prompt' is missing")
+    rows = [7, {"question": 1}, {"text": "first"}, {"prompt": "a", "completion": "b"}]
+    report = read_examples(rows, tokenizer).report
+    assert report.format == "text" and "rows (text): " in str(report)
+    assert [line for line, _ in report.refused] == [1, 2, 4]
+    assert report.refused[2][1] == "field 'text' is missing"
+    named = read_examples(rows, tokenizer, DataConfig(format="prompt_completion"))
+    assert named.report.refused[1:] == [
+        (2, "field 'prompt' is missing"),
+        (3, "field 'prompt' is missing"),
     ]
 
 
@@ -548,6 +517,10 @@ def test_named_files_stand_for_their_parts(tokenizer: Tokenizer, tmp_path: Path)
     assert train and validation and train + validation == 100 and test == 7
     assert lengths(tokenizer, path=path, **named) == [100, 7, 7]
     assert lengths(tokenizer, path=path, split=[1.0, 0.0, 0.0]) == [100, None, None]
+    config = DataConfig(path=path)
+    _, _, test = train_validation_test(config, tokenizer, 0)
+    _, _, again = train_validation_test(replace(config, validation_path=other), tokenizer, 0)
+    assert test is not None and again is not None and test.digest == again.digest
     config = DataConfig(path=path, split=[1.0, 0.0, 0.0], test_path=other)
     whole, none, test = train_validation_test(config, tokenizer, 0)
     assert len(whole) == 100 and none is None and test is not None and len(test) == 7
@@ -571,19 +544,6 @@ def test_a_folder_s_files_stand_for_their_parts(tokenizer: Tokenizer, tmp_path: 
     (folder / "valid.jsonl").unlink()
     train, validation, test = lengths(tokenizer, path=str(folder))
     assert train and validation and train + validation == 100 and test == 6
-
-
-def test_an_unchanged_test_set_is_the_same_with_a_validation_file(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    path = str(write_rows(tmp_path / "a.jsonl", rows(300)))
-    other = str(write_rows(tmp_path / "b.jsonl", rows(3, 1000)))
-    tests = [
-        train_validation_test(DataConfig(path=path, validation_path=p), tokenizer, 0)[2]
-        for p in (None, other)
-    ]
-    assert tests[0] is not None and tests[1] is not None
-    assert tests[0].digest == tests[1].digest
 
 
 def test_the_seed_of_a_run_decides_its_split(tokenizer: Tokenizer, tmp_path: Path) -> None:

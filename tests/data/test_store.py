@@ -5,8 +5,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -37,7 +35,6 @@ from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import DataError
 
-ROOT = Path(__file__).parents[2]
 FILES = ["about.json", "rows.npy", "tokens.bin"]
 
 Row = list[tuple[int, bool]]  # ids, and whether each is learned
@@ -220,46 +217,6 @@ def test_an_entry_that_cannot_be_touched_serves_as_well(
     for _ in range(2):
         store = cached(tmp_path / "entry")
         assert store is not None and content_of(store) == SOME_ROWS
-
-
-CHILD = """
-import sys
-from pathlib import Path
-from mlx_qlora.data.read import DataConfig, read_examples
-from mlx_qlora.data.tokenizer import load_tokenizer
-tokenizer = load_tokenizer(Path("tokenizer"))
-print("ready", flush=True)
-sys.stdin.readline()
-print(read_examples("rows.jsonl", tokenizer, DataConfig(cache_dir="cache")).digest)
-"""
-
-
-def test_processes_that_read_the_same_file_at_once_all_get_its_rows(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    tokenizer.save(tmp_path / "tokenizer")
-    wanted = read_examples(write_rows(tmp_path / "rows.jsonl", 300), tokenizer).digest
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(3)
-    ]
-    for child in children:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    said = [child.communicate(timeout=60)[0].strip() for child in children]
-    assert said == [wanted] * 3
-    (entry,) = (tmp_path / "cache" / "tokens").iterdir()
-    assert sorted(os.listdir(entry)) == FILES
 
 
 # ---- damage ------------------------------------------------------------------------------------
