@@ -49,7 +49,6 @@ docs: $(VENV)/.docs ## Write what docs show of the program, and build the site i
 	$(BIN)/python docs/make_screens.py
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_figures.py
-	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python examples/make_notebooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

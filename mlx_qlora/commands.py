@@ -8,17 +8,19 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, save_gguf_adapter, save_portable
-from mlx_qlora.adapters.merge import Merged, save_merged
+from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.adapters.peft import save_adapter, save_mlx_lm
-from mlx_qlora.adapters.push import Pushed, push_to_hub
-from mlx_qlora.config import RunConfig
+from mlx_qlora.adapters.push import push_to_hub
+from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
 from mlx_qlora.distributed import launched, processes
 from mlx_qlora.errors import ConfigError, Terminal, UserError, say
 from mlx_qlora.folders import (
@@ -29,23 +31,26 @@ from mlx_qlora.folders import (
     disk_errors,
     is_merged,
 )
-from mlx_qlora.loading import with_adapter
+from mlx_qlora.loading import model_to_ask, recorded, with_adapter
 from mlx_qlora.model.quantize import QuantConfig
 
-Found = dict[str, Any] | None
+if TYPE_CHECKING:
+    from mlx_qlora.before.plan import Plan
+    from mlx_qlora.run import Inputs
+
+JsonObject = dict[str, Any] | None
+OUTPUT = "--output-dir"  # of merge and export
 
 
 # ---- arguments -> config -------------------------------------------------------------------------
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
-    """The file, then the shorthands, then the overrides; later ones win.
+    """Build the config: the file, then the shorthands, then the overrides; later ones win.
 
     Raises:
         ConfigError: a field that does not exist, that the command does not read, or a wrong value.
     """
-    from mlx_qlora.config import SECTIONS, build, read_yaml, set_override
-
     words = _assignments(args)
     file = getattr(args, "config", None)
     values: dict[str, dict[str, Any]] = read_yaml(file) if file else {}
@@ -65,7 +70,7 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 
 
 def _assignments(args: argparse.Namespace) -> list[str]:
-    """The words of a command that are no flags; `inspect` takes one of them for its FILE.
+    """The words of a command that are not flags; `inspect` takes one of them for its FILE.
 
     Raises:
         ConfigError: a word that is no assignment, or a second source.
@@ -87,7 +92,7 @@ def _assignments(args: argparse.Namespace) -> list[str]:
 
 
 def _is_path(word: str) -> bool:
-    """Whether a word with an equals sign is yet a file (lang=en/rows.jsonl), and no field."""
+    """Whether a word with an equals sign is a file (lang=en/rows.jsonl), not a field."""
     if re.match(r"\w+\.\w+=", word):
         return False
     path = os.path.expanduser(word)
@@ -97,27 +102,24 @@ def _is_path(word: str) -> bool:
 def _with_record(
     args: argparse.Namespace, values: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """With what the run that made the adapter was told, for fields that nobody has set now.
+    """Fill fields that are not set from the record of the run that made the adapter.
 
-    An adapter is used with its own model, as it was trained: only a model that is named anew
-    stands for itself.
+    An adapter is used with its own model, as it was trained, unless another model is named.
     """
-    from mlx_qlora.loading import recorded
-
     chosen = values.get("model", {})
     adapter, read = chosen.get("adapter"), args.about.sections
     if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
         return values
-    told = recorded(adapter)
-    merged = {section: {**told.get(section, {}), **values.get(section, {})} for section in told}
-    return {**values, **{section: merged[section] for section in merged if section in read}}
+    record = recorded(adapter)
+    merged = {name: {**fields, **values.get(name, {})} for name, fields in record.items()}
+    return {**values, **{name: merged[name] for name in merged if name in read}}
 
 
-# ---- the commands ------------------------------------------------------------
+# ---- a command runs ------------------------------------------------------------------------------
 
 
-def run_command(args: argparse.Namespace) -> Found:
-    """Runs the command that was asked for; returns what it found, for `--json`.
+def run_command(args: argparse.Namespace) -> JsonObject:
+    """Run the command that was asked for; return what `--json` prints.
 
     Raises:
         UserError: any of its kinds.
@@ -132,8 +134,8 @@ def run_command(args: argparse.Namespace) -> Found:
     return RUN[args.command](config, console, args)
 
 
-def _train_together(console: Console, args: argparse.Namespace) -> Found:
-    """`train` as one of several processes: those behind the first one talk to a file."""
+def _train_together(console: Console, args: argparse.Namespace) -> JsonObject:
+    """`train` as one of several processes: all but the first print to a file."""
     from mlx_qlora.run import check_output
 
     if args.command != "train" or args.dry_run or args.print_config:
@@ -148,17 +150,15 @@ def _train_together(console: Console, args: argparse.Namespace) -> Found:
     everyone.agree(lambda: check_output(output) if everyone.is_first else None)
     console = everyone.agree(lambda: everyone.console(output, console))
     try:
-        found = _train(config, console, args)
+        result = _train(config, console, args)
     except UserError as error:
         if not everyone.is_first:
             say(console, str(error))
         raise
-    return found if everyone.is_first else None
+    return result if everyone.is_first else None
 
 
-def _print_config(config: RunConfig, args: argparse.Namespace) -> Found:
-    from mlx_qlora.config import to_dict, to_yaml
-
+def _print_config(config: RunConfig, args: argparse.Namespace) -> JsonObject:
     if getattr(args, "json", False):
         return to_dict(config)
     print(to_yaml(config), end="")
@@ -166,34 +166,55 @@ def _print_config(config: RunConfig, args: argparse.Namespace) -> Found:
 
 
 # ---- one for each command ----------------------------------------------------------------------
-def _train(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
-    from mlx_qlora.run import dry_run, run
+def _train(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    from mlx_qlora.before.inspect import dry_run
+    from mlx_qlora.run import run
 
-    return dry_run(config, console) if args.dry_run else run(config, console).to_dict()
+    if args.dry_run:  # the file of refused rows is the run's to write
+        config = replace(config, data=replace(config.data, refused_path=None))
+    inputs, plan = processes().agree(lambda: open_with_plan(config, console))
+    if args.dry_run:
+        return dry_run(inputs, plan, console)
+    return run(inputs, console, plan).to_dict()
 
 
-def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]":
+    """Open the inputs of a run, and print what they are and what the run will need.
+
+    Raises:
+        UserError: any of its kinds.
+    """
+    from mlx_qlora.before.inspect import say_split
+    from mlx_qlora.before.plan import plan_inputs
+    from mlx_qlora.run import open_inputs
+
+    inputs = open_inputs(config, console)
+    plan = plan_inputs(inputs)
+    say_split(inputs, console)
+    say(console, f"plan\n{textwrap.indent(str(plan), ' ' * 10)}")
+    return inputs, plan
+
+
+def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.plan import plan
+    from mlx_qlora.run import source_of
 
-    if config.model.source is None:
-        raise ConfigError("model.source is missing; name a model with --model SOURCE")
-    found = plan(config.model.source, config, args.machine, args.processes)
+    prediction = plan(source_of(config), config, args.machine, args.processes)
     if not args.json:
-        print(found)
-    return found.to_dict()
+        print(prediction)
+    return prediction.to_dict()
 
 
-def _inspect(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def _inspect(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.inspect import inspect_data
 
     if args.show < 0:
         raise ConfigError(f"--show must be at least 0; got {args.show}")
-    return inspect_data(config, console, args.show).to_dict()
+    return inspect_data(config, console, args.show)
 
 
-def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.infer.generate import stream
-    from mlx_qlora.loading import as_taught, loaded, with_model
 
     if args.prompt is None and args.instruction is None:
         raise ConfigError("nothing to answer: pass --prompt TEXT, or --instruction TEXT")
@@ -202,11 +223,9 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     if args.prompt == "-":
         args.prompt = _standard_input()
     settings: dict[str, Any] = dataclasses.asdict(config.generation) | {"seed": args.seed}
-    config = with_model(config)
-    llama, tokenizer = loaded(config)
-    config, tokenizer = as_taught(config, tokenizer)
+    config, model, tokenizer = model_to_ask(config)
     prompt = _prompt(args, tokenizer.chat_template is not None, config.data.template)
-    answer = stream(llama, tokenizer, prompt, **settings)
+    answer = stream(model, tokenizer, prompt, **settings)
     text = ""
     for piece in answer:
         text += piece
@@ -217,21 +236,20 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     return {"text": text, **dataclasses.asdict(answer.speed)}
 
 
-def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.infer.chat import chat
-    from mlx_qlora.loading import model_to_ask
 
     if sys.stdin is None:
         raise ConfigError(
             "chat reads what you type from standard input, which is closed; run it in a terminal, "
             "or ask one question with mlx-qlora generate"
         )
-    model, tokenizer = model_to_ask(config)
+    _, model, tokenizer = model_to_ask(config)
     chat(model, tokenizer, console, config.generation, args.system, args.seed)
     return None
 
 
-def _evaluate(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def _evaluate(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.after.evaluation import ANSWERS, evaluate_run
 
     answers = ANSWERS if args.answers is None else args.answers
@@ -239,36 +257,77 @@ def _evaluate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     return evaluation.to_dict()
 
 
-def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.sweep.search import sweep
 
     lists = {"learning_rate": args.learning_rates, "r": args.ranks, "batch_size": args.batch_sizes}
     grid = {field: _numbers(field, text) for field, text in lists.items() if text is not None}
-    how = {"product": args.product, "repeat_best": args.repeat_best}
-    return sweep(config, console, grid or None, args.steps, args.rungs, **how).record
-
-
-def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
-
-    merged = merge_adapter(
-        config, args.folder, console, args.base, args.save_dtype, args.requantize
+    result = sweep(
+        config,
+        console,
+        grid or None,
+        args.steps,
+        args.rungs,
+        product=args.product,
+        repeat_best=args.repeat_best,
     )
+    return result.record
+
+
+def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    model_config, bits = config.model, args.requantize
+    quantize = bits and QuantConfig(bits, model_config.group_size, model_config.mode)
+    target = _target(args.folder)
+    check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
+    model, tokenizer = with_adapter(config)
+    with disk_errors(target):
+        merged = save_merged(
+            model, tokenizer, target, dtype=args.save_dtype, base=args.base, quantize=quantize
+        )
+    say(console, f"merged    {merged.bytes / 1e9:.2f} GB in {merged.folder}")
+    if merged.drift is not None:
+        say(console, str(merged.drift))
+    else:
+        command = MERGED_GGUF_COMMAND.replace("MERGED_FOLDER", shlex.quote(str(merged.folder)))
+        say(console, f"for llama.cpp: {command}")
     return dataclasses.asdict(merged)
 
 
-def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    form, target = args.form or "peft", _target(args.folder)
+    names = {"peft": ADAPTER_FOLDER, "portable": ADAPTER_FOLDER, "mlx": MLX_LM, "gguf": ()}[form]
+    check_writable(target, names, OUTPUT, whole=form == "portable")
+    model, _ = with_adapter(config)
+    base = config.model.base_model_name_or_path
+    with disk_errors(target):
+        if form == "gguf":
+            path = save_gguf_adapter(model, target / "adapter.gguf", base)
+        elif form == "mlx":
+            path = save_mlx_lm(model, target)
+        elif form == "portable":
+            path = save_portable(model, target, base)
+        else:
+            path = save_adapter(model, target, base)
+    say(console, f"exported  {path}")
+    return {"format": form, "path": path}
 
-    form = args.form or "peft"
-    return {"format": form, "path": export_adapter(config, args.folder, console, form)}
+
+def _target(folder: str) -> Path:
+    if not folder:
+        raise ConfigError(f"{OUTPUT} must name a folder; got nothing")
+    return Path(folder).expanduser()
 
 
-def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
-
-    pushed = push_folder(args.folder, args.repo_id, console, args.public, args.dry_run)
+def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
+    for path, size in pushed.files:
+        say(console, f"{size / 1e6:10.2f} MB  {path}")
+    to = f"would go to {args.repo_id}" if pushed.url is None else f"pushed    {pushed.url}"
+    say(console, to)
     return dataclasses.asdict(pushed)
 
 
-def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> Found:
+def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.doctor import PlannedRun, doctor
 
     model, checkpointing = config.model, config.checkpointing
@@ -319,12 +378,11 @@ def _standard_input() -> str:
         return io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict").read()
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--prompt -: standard input is no {error.encoding} at byte {error.start}; convert it, "
-            "for example with iconv -f latin1 -t utf-8"
+            f"--prompt -: standard input is not {error.encoding} at byte {error.start}"
         ) from None
 
 
-RUN: dict[str, Callable[[RunConfig, Console, argparse.Namespace], Found]] = {
+RUN: dict[str, Callable[[RunConfig, Console, argparse.Namespace], JsonObject]] = {
     "train": _train,
     "plan": _plan,
     "inspect": _inspect,
@@ -337,108 +395,3 @@ RUN: dict[str, Callable[[RunConfig, Console, argparse.Namespace], Found]] = {
     "push": _push,
     "doctor": _doctor,
 }
-
-
-# ---- merge, export and push ----------------------------------------------------------------------
-
-
-FORMATS = ("peft", "portable", "mlx", "gguf")
-
-
-OUTPUT = "--output-dir"
-
-
-def merge_adapter(
-    config: RunConfig,
-    folder: str,
-    console: Console,
-    base: str | None = None,
-    dtype: str = "bfloat16",
-    bits: int | None = None,
-) -> Merged:
-    """Writes a model with its adapter folded in, and says what that cost.
-
-    Args:
-        config: its model and adapter.
-        folder: where the merged model goes.
-        console: where it is said.
-        base: the original 16-bit weights; those of the model, dequantised, if not given.
-        dtype: of the written weights.
-        bits: quantise them again, to so many.
-
-    Raises:
-        UserError: the model, the adapter or the folder cannot be used.
-    """
-    quantize = (
-        None if bits is None else QuantConfig(bits, config.model.group_size, config.model.mode)
-    )
-    target = _target(folder)
-    check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
-    model, tokenizer = with_adapter(config)
-    with disk_errors(target):
-        made = save_merged(model, tokenizer, target, dtype=dtype, base=base, quantize=quantize)
-    say(console, f"merged    {made.bytes / 1e9:.2f} GB in {made.folder}")
-    if made.drift is not None:
-        say(console, str(made.drift))
-    else:
-        command = MERGED_GGUF_COMMAND.replace("MERGED_FOLDER", shlex.quote(str(made.folder)))
-        say(console, f"for llama.cpp: {command}")
-    return made
-
-
-def export_adapter(config: RunConfig, folder: str, console: Console, form: str = "peft") -> Path:
-    """Writes an adapter in another format.
-
-    Args:
-        config: its model and adapter.
-        folder: where it goes.
-        console: where it is said.
-        form: `peft` (with `mlx/`), `portable`, `mlx` or `gguf`; see `mlx_qlora.adapters`.
-
-    Raises:
-        UserError: the adapter cannot be used, or has no such form.
-    """
-    target = _target(folder)
-    names = {"peft": ADAPTER_FOLDER, "portable": ADAPTER_FOLDER, "mlx": MLX_LM, "gguf": ()}[form]
-    check_writable(target, names, OUTPUT, whole=form == "portable")
-    model, _ = with_adapter(config)
-    original = config.model.base_model_name_or_path
-    with disk_errors(target):
-        if form == "gguf":
-            made = save_gguf_adapter(model, target / "adapter.gguf", original)
-        elif form == "mlx":
-            made = save_mlx_lm(model, target)
-        elif form == "portable":
-            made = save_portable(model, target, original)
-        else:
-            made = save_adapter(model, target, original)
-    say(console, f"exported  {made}")
-    return made
-
-
-def _target(folder: str) -> Path:
-    if not folder:
-        raise ConfigError(f"{OUTPUT} must name a folder; got nothing")
-    return Path(folder).expanduser()
-
-
-def push_folder(
-    folder: str, repo_id: str, console: Console, public: bool = False, dry_run: bool = False
-) -> Pushed:
-    """Uploads an adapter or a merged model to the hub, or lists what would be.
-
-    Args:
-        folder: of a run, of an export, or of a merged model.
-        repo_id: owner/name.
-        console: where the files are listed.
-        public: whether everybody may read it.
-        dry_run: only list.
-
-    Raises:
-        UserError: there is nothing to upload, or the hub refuses it.
-    """
-    pushed = push_to_hub(folder, repo_id, private=not public, dry_run=dry_run)
-    for path, size in pushed.files:
-        say(console, f"{size / 1e6:10.2f} MB  {path}")
-    say(console, f"would go to {repo_id}" if pushed.url is None else f"pushed    {pushed.url}")
-    return pushed

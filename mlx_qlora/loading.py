@@ -1,16 +1,19 @@
 """A source, or a config, becomes a model and its tokenizer."""
 
 import dataclasses
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_qlora import device
-from mlx_qlora.adapters.peft import load_adapter
+from mlx_qlora.adapters.peft import is_mlx_lm, load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
@@ -61,30 +64,31 @@ def load(
 
 
 def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """The model of a config with its adapter.
+    """Load the model of a config with its adapter.
 
     Raises:
-        UserError: no adapter is named, nothing says which model it is for, or one of both cannot
-            be used.
+        UserError: no adapter is named, nothing says which model it is for, or one of the two
+            cannot be used.
     """
     if config.model.adapter is None:
         raise ConfigError("model.adapter is missing; name a PEFT folder with --adapter DIR")
     return loaded(with_model(config))
 
 
-def model_to_ask(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """The model of a config, with the chat template that its adapter was taught with.
+def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokenizer]:
+    """Load the model of a config, with the chat template that its adapter was taught with.
 
     Raises:
         UserError: nothing says which model it is, or it or its adapter cannot be used.
     """
     config = with_model(config)
     model, tokenizer = loaded(config)
-    return model, as_taught(config, tokenizer)[1]
+    config, tokenizer = as_taught(config, tokenizer)
+    return config, model, tokenizer
 
 
 def with_model(config: RunConfig) -> RunConfig:
-    """With the model that an adapter of ours was trained on, if none is named."""
+    """Fill in the model that an adapter of ours was trained on, if none is named."""
     chosen = config.model
     if chosen.source is not None:
         return config
@@ -94,31 +98,29 @@ def with_model(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"model.adapter: there is no folder {chosen.adapter}; name one that a run has left"
         )
-    own, default = dataclasses.asdict(chosen), dataclasses.asdict(ModelConfig())
-    changed = {name: value for name, value in own.items() if value != default[name]}
-    chosen = dataclasses.replace(build(recorded(chosen.adapter)).model, **changed)
+    default = dataclasses.asdict(ModelConfig())
+    given = {k: v for k, v in dataclasses.asdict(chosen).items() if v != default[k]}
+    chosen = replace(build(recorded(chosen.adapter)).model, **given)
     if chosen.source is None:
         raise ConfigError(
             f"model.source is missing, and {chosen.adapter} has no run.yaml that names it; "
             "name the model with --model SOURCE"
         )
-    return dataclasses.replace(config, model=chosen)
+    return replace(config, model=chosen)
 
 
 def recorded(adapter: str) -> dict[str, dict[str, Any]]:
-    """What the run that made an adapter was told of model and generation.
+    """Section -> field -> value of model and generation, from the record beside an adapter.
 
-    Section -> field -> value; empty for an adapter that no run of ours made.
+    Empty for an adapter that no run of ours made.
     """
     record = Path(adapter).expanduser() / "run.yaml"
-    if not record.is_file():
-        return {}
-    found = read_yaml(record)
-    return {section: found[section] for section in ("model", "generation") if section in found}
+    values = read_yaml(record) if record.is_file() else {}
+    return {section: values[section] for section in ("model", "generation") if section in values}
 
 
 def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """The model that a config names, with its adapter if it names one."""
+    """Load the model that a config names, with its adapter if it names one."""
     chosen = config.model
     assert chosen.source is not None
     return load(
@@ -132,7 +134,7 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Tokenizer]:
-    """Rows are written as the run that made the adapter wrote them, unless the config says how."""
+    """Write rows as the run that made the adapter did, unless the config names a template."""
     if config.model.adapter is None or config.data.template != "auto":
         return config, tokenizer
     adapter = Path(config.model.adapter).expanduser()
@@ -140,10 +142,68 @@ def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Token
     if (adapter / "run.yaml").is_file():
         template = build({"data": read_yaml(adapter / "run.yaml").get("data", {})}).data.template
     if (adapter / "chat_template.jinja").is_file():
-        own = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
-        tokenizer = tokenizer.with_chat_template(own)
+        source = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+        tokenizer = tokenizer.with_chat_template(source)
         if template not in ("auto", "alpaca", "chat"):
             template = "chat"  # the file that it was read from may be gone; this is its copy
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, template=template)), (
-        tokenizer
+    return replace(config, data=dataclasses.replace(config.data, template=template)), (tokenizer)
+
+
+def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
+    """Refuse values for an adapter's shape that are not those of the adapter to train on.
+
+    A value that is the default may be there because nobody set it, so it is passed over.
+
+    Raises:
+        ConfigError: naming the first field, its value in the adapter and the one asked for.
+    """
+    default, unsaid = LoraConfig(), {"loraplus_lr_ratio", "init_lora_weights"}  # in no file
+    if is_mlx_lm(Path(adapter).expanduser()):  # which lists every matrix, and scale x rank
+        unsaid |= {"target_modules", "layers_to_transform", "lora_alpha"}
+    for name in (each.name for each in dataclasses.fields(LoraConfig)):
+        wanted, has = getattr(asked, name), getattr(trained, name)
+        if name in unsaid or wanted == getattr(default, name):
+            continue
+        if _meaning(wanted) != _meaning(has):
+            raise ConfigError(
+                f"lora.{name} is {has!r} in {adapter}, which is trained on as it is, and not "
+                f"{wanted!r}: leave lora.{name} out, or train a new adapter without --adapter"
+            )
+
+
+def _meaning(value: Any) -> Any:
+    """A value in one spelling: targets have no order, and an empty list of layers means all."""
+    if value == "all-linear":
+        value = ALL_SEVEN
+    return set(value) if isinstance(value, list) and value else value or None
+
+
+def as_loaded(chosen: ModelConfig, model: LlamaForCausalLM) -> ModelConfig:
+    """With the arguments that a model was loaded with, so that the record opens the same one."""
+    files, quant, dtype = model.source, model.quantized_to, model.model.norm.weight.dtype
+    packing = {"bits": None} if quant is None else dataclasses.asdict(quant)
+    auto = dtype == device.compute_dtype("auto")
+    return replace(
+        chosen,
+        source=str(files.source),
+        revision=files.revision,
+        dtype="auto" if auto else str(dtype).rpartition(".")[2],
+        **packing,
     )
+
+
+def sample_of(path: Path) -> bytes:
+    """A hash of the sizes of a model's weight files and of pieces all over them.
+
+    Reading all of a large model would take longer than anybody waits.
+    """
+    hashed = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files:
+        size = file.stat().st_size
+        hashed.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for piece in range(64):
+                stream.seek(size * piece // 64)
+                hashed.update(stream.read(1024))
+    return hashed.digest()

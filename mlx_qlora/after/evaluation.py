@@ -6,7 +6,7 @@ and asked, the two are compared example by example, and the adapter is tried on 
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,16 @@ from mlx_qlora.after.answer_metrics import (
     variety,
 )
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
-from mlx_qlora.config import RunConfig, read_yaml
+from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
-from mlx_qlora.data.read import check_lengths, read_examples
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.errors import ConfigError, require, say, warn
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import ConfigError, require, say
 from mlx_qlora.folders import staged
 from mlx_qlora.infer.evaluate import ExampleScores, progress, score_examples
 from mlx_qlora.infer.generate import generate_batch
-from mlx_qlora.loading import as_taught, loaded, with_model
-from mlx_qlora.model.hub import resolve
-from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.weights import open_checkpoint
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.run import open_inputs
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
 BATCH, PROMPTS_PER_CALL = 8, 32  # prompts at once; where one ends, the next takes its place
@@ -91,7 +88,10 @@ def evaluate_run(
     data = data if data is not None else config.data.path
     texts = _check_arguments(config, data, limit, n_answers, general_text, output)
     assert data is not None
-    config, tokenizer, examples = _open(config, data, console)
+    config = replace(config, data=replace(config.data, path=data))
+    inputs = open_inputs(config, console, writes=False, split=False)
+    config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
+    _warn_of_training_rows(config, data, console)
     seed, n_rows = config.training.seed, len(examples)
     examples = _drawn_examples(examples, limit, seed, console)
     asked = _drawn_questions(examples, tokenizer, n_answers, seed, console)
@@ -99,7 +99,7 @@ def evaluate_run(
     longest = max((question.tokens for question in asked), default=0)
     max_new_tokens = min(config.generation.max_new_tokens, 2 * longest + 16)
 
-    model, _ = loaded(config)
+    model = inputs.load()
     tuned, general = None, None
     if config.model.adapter is None:
         base = measure(model, tokenizer, examples, asked, max_new_tokens, console)
@@ -124,6 +124,16 @@ def evaluate_run(
         evaluation.write(Path(output).expanduser())
         say(console, f"written   {Path(output).expanduser()}")
     return evaluation
+
+
+def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> None:
+    record = Path(config.model.adapter or "").expanduser() / "run.yaml"
+    if config.model.adapter is None or not record.is_file():
+        return
+    trained = read_yaml(record).get("data", {}).get("path")
+    if trained and Path(str(trained)).expanduser().absolute() == Path(data).expanduser().absolute():
+        better = "on those it is better than on new ones"
+        warn(console, f"the adapter was trained on rows of {data}: {better}")
 
 
 def _check_arguments(
@@ -154,26 +164,6 @@ def _check_arguments(
     if n_answers:
         metrics.scorers()
     return None if general_text is None else read_texts(user_path(general_text, "--general"))
-
-
-def _open(config: RunConfig, data: str, console: Console) -> tuple[RunConfig, Tokenizer, Examples]:
-    """The config with its model, the tokenizer and the rows, which fit the model."""
-    config = with_model(config)
-    assert config.model.source is not None
-    checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
-    tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
-    config, tokenizer = as_taught(config, tokenizer)
-    examples = read_examples(data, tokenizer, config.data, console=console)
-    say(console, f"data      {examples.report}")
-    check_lengths(LlamaConfig.from_hf(checkpoint.config), examples)
-    if config.model.adapter is not None:
-        record = Path(config.model.adapter).expanduser() / "run.yaml"
-        trained = read_yaml(record).get("data", {}).get("path") if record.is_file() else None
-        paths = [Path(str(path)).expanduser().absolute() for path in (trained, data)]
-        if trained and paths[0] == paths[1]:
-            where = "on those it is better than on new ones"
-            warn(console, f"the adapter was trained on rows of {data}: {where}")
-    return config, tokenizer, examples
 
 
 def _drawn_examples(examples: Examples, limit: int | None, seed: int, console: Console) -> Examples:

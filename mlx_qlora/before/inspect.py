@@ -1,24 +1,23 @@
-"""`mlx-qlora inspect`: what would be trained, without training it; no weight is loaded."""
+"""What would be trained, without training it: `inspect`, and `train --dry-run`."""
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from mlx_qlora.before.plan import settled
+from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import IGNORE, Batch, Batches
-from mlx_qlora.data.examples import DataReport, Examples
-from mlx_qlora.data.read import check_lengths, train_validation_test
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
-from mlx_qlora.errors import ConfigError, say
-from mlx_qlora.model.hub import resolve
-from mlx_qlora.model.llama import LlamaConfig
-from mlx_qlora.model.weights import read_config
+from mlx_qlora.data.examples import DataReport
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import say, warn
+from mlx_qlora.model.lora import trainable_count
+from mlx_qlora.run import Inputs, open_inputs
 from mlx_qlora.train.config import batches_of
+from mlx_qlora.train.loop import course_of
+from mlx_qlora.train.score import score
 
 # ---- views of the rows ---------------------------------------------------------------------------
 
@@ -115,77 +114,113 @@ def _runs(ids: list[int], learned: list[bool]) -> list[tuple[bool, list[int]]]:
     return runs
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- the commands --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """What a run would train on.
-
-    Attributes:
-        train, validation, test: the rows.
-        batches: of the rows to train on.
-    """
-
-    train: Examples
-    validation: Examples | None
-    test: Examples | None
-    batches: Batches
-
-    @property
-    def reports(self) -> list[DataReport]:
-        """What became of the rows, one for each source."""
-        parts = [part for part in (self.train, self.validation, self.test) if part]
-        return list({id(part.report): part.report for part in parts}.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Reports with every refusal, the split and the epoch, as JSON has it."""
-        parts = (self.train, self.validation, self.test)
-        return {
-            "sources": [
-                {**dataclasses.asdict(report), "read": report.read, "kept": report.kept}
-                for report in self.reports
-            ],
-            "rows": dict(zip(("train", "validation", "test"), (len(p or ()) for p in parts))),
-            "rows_per_epoch": self.batches.rows_per_epoch,
-            "positions_per_row": self.batches.width,
-            "useful_share": self.batches.useful_share,
-        }
-
-
-def inspect_data(config: RunConfig, console: Console, show: int = 0) -> Inspected:
-    """Reads the data of a run and prints the report, the split, the lengths and the batches.
+def inspect_data(config: RunConfig, console: Console, show: int = 0) -> dict[str, Any]:
+    """Read the data of a run and print the report, the split, the lengths and the batches.
 
     Args:
-        config: of the run; its model names the tokenizer.
+        config: of the run; its model names the tokenizer. No weight is loaded.
         console: where it is printed.
-        show: how many rows to print as the model will see them.
+        show: rows to print as the model will see them.
 
     Returns:
-        The rows, and the batches that they make.
+        Reports with every refusal, the split and the epoch, as JSON has it.
 
     Raises:
         UserError: the model or the data cannot be used; with `data.strict`, if any row cannot.
     """
-    if config.model.source is None:
-        raise ConfigError("model.source is missing; name the model of the run with --model SOURCE")
-    files = resolve(config.model.source, config.model.revision, weights=False)
-    hf_config, metadata = read_config(files)
-    tokenizer = load_tokenizer(files.path, metadata)
-    parts = train_validation_test(config.data, tokenizer, config.training.seed, console)
-    train = parts[0]
-    check_lengths(LlamaConfig.from_hf(hf_config), *parts)
-
-    batches = batches_of(train, config.data, settled(config, train).training)
-    found = Inspected(*parts, batches)
-    for report in found.reports:
-        say(console, f"data      {report}")
-        say(console, f"lengths\n{histogram(report)}")
-    sizes = [len(part or ()) for part in parts]
-    say(console, "split     {:,} train, {:,} validation, {:,} test".format(*sizes))
+    inputs = open_inputs(config, console, writes=False, weights=False)
+    batches = batches_of(inputs.train, inputs.config.data, inputs.config.training)
+    for report in inputs.reports:
+        source = f" of {report.source}" if len(inputs.reports) > 1 else ""
+        say(console, f"lengths{source}\n{histogram(report)}")
+    say_split(inputs, console)
     say(console, f"epoch     {epoch(batches)}")
     if show:
         console.print()
-        colour = console.color_system is not None and not console.no_color
-        console.print(rows(batches, tokenizer, show, colour), soft_wrap=True)
-    return found
+        print_rows(batches, inputs.tokenizer, show, console)
+    return {
+        "sources": [
+            {**dataclasses.asdict(report), "read": report.read, "kept": report.kept}
+            for report in inputs.reports
+        ],
+        "rows": inputs.sizes,
+        "rows_per_epoch": batches.rows_per_epoch,
+        "positions_per_row": batches.width,
+        "useful_share": batches.useful_share,
+    }
+
+
+def say_split(inputs: Inputs, console: Console) -> None:
+    """Print how many rows each part has."""
+    parts = "{train:,} train, {validation:,} validation, {test:,} test"
+    say(console, f"split     {parts.format(**inputs.sizes)}")
+
+
+def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Console) -> None:
+    """Print the first rows, with colour where there is some."""
+    colour = console.color_system is not None and not console.no_color
+    console.print(rows(batches, tokenizer, count, colour), soft_wrap=True)
+
+
+def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
+    """Do all that a run does before its first step, and score its first batch.
+
+    Nothing is written but the cache of tokens.
+
+    Args:
+        inputs: from `open_inputs`.
+        plan: of the run.
+        console: where it is printed.
+
+    Returns:
+        The plan, how many rows there are, the first batch's figures, and where a run would go
+        on from.
+
+    Raises:
+        UserError: any of its kinds.
+    """
+    model = inputs.load()
+    inputs = inputs.prepare(model).to_resume(console)
+    batches = batches_of(inputs.train, inputs.config.data, inputs.config.training)
+    first = next(iter(batches))
+    total = score(model, [first])
+    figures = {
+        "rows": first.tokens.shape[0],
+        "positions": first.tokens.shape[1],
+        "documents": len(first.places),
+        "supervised_tokens": total.tokens,
+        "loss": total.nats / total.tokens,
+    }
+    print_rows(batches, inputs.tokenizer, 1, console)
+    say(
+        console,
+        "batch     {rows} rows of {positions:,} positions, {documents} documents, "
+        "{supervised_tokens:,} tokens to learn; the model's loss on them is {loss:.4f}".format(
+            **figures
+        ),
+    )
+    course = course_of(inputs.config.training, batches, len(inputs.train))
+    tokens = course.passes * float((inputs.train.lengths - 1).sum())
+    minutes = tokens / plan.tokens_per_second / 60
+    say(console, f"course    {course}, about {minutes:,.0f} min at the planned speed")
+    for warning in course.warnings:
+        warn(console, warning)
+    resumed = None if inputs.resumed is None else str(inputs.resumed)
+    onward = "" if resumed is None else f", going on from {resumed}"
+    say(
+        console,
+        f"dry run   {trainable_count(model):,} parameters would be trained for {course.steps:,} "
+        f"steps{onward}; nothing was trained, and nothing but the token cache was written",
+    )
+    return {
+        "plan": plan.to_dict(),
+        "rows": inputs.sizes,
+        "first_batch": figures,
+        "steps": course.steps,
+        "passes": course.passes,
+        "warnings": course.warnings,
+        "resume_from_checkpoint": resumed,
+    }

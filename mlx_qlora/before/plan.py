@@ -6,8 +6,7 @@ forward kept is there, and the optimiser's update. `benchmarks/memory.py` compar
 then takes.
 """
 
-import dataclasses
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import packed_width, padded_width
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.device import Machine, machine, this_machine
+from mlx_qlora.distributed import processes as processes_of_run
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.model.weights import Checkpoint, open_checkpoint, packed_size
+from mlx_qlora.model.weights import Checkpoint, packed_size
+from mlx_qlora.run import Inputs, open_files, settle
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
 from mlx_qlora.train.memory import (
-    AT_ONCE,
     EXPONENTIALS,
     LAYER,
     MLP,
@@ -185,57 +184,6 @@ SMALL_SUMS = 2  # messages besides the buckets: the counts of a step, and its lo
 
 
 @dataclass(frozen=True)
-class Link:
-    """What joins two processes.
-
-    Attributes:
-        name: for people.
-        nominal: bytes per second one way, as its maker states it.
-        share: of that which a ring is expected to reach.
-        latency: seconds of one hop.
-    """
-
-    name: str
-    nominal: float
-    share: float
-    latency: float
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second one way that are counted on."""
-        return self.nominal * self.share
-
-
-# Thunderbolt 5: 80 Gb/s each way. Others measured 53 to 64 Gb/s with four TCP streams and 0.3 to
-# 0.7 ms there and back (exo-explore/exo#2063); one stream and the additions: 0.5 assumed.
-# 10 GbE: 0.9 and 0.1 ms assumed; TCP's and Ethernet's headers alone leave 0.95.
-# NVLink of an H100: 900 GB/s both ways together, of 450 one way 370 reached, says NCCL's maintainer
-# (NVIDIA/nccl-tests#212); 10 microseconds assumed.
-LINKS = (
-    Link("Thunderbolt 5", 80e9 / 8, 0.5, 300e-6),
-    Link("10 GbE", 10e9 / 8, 0.9, 100e-6),
-    Link("NVLink (H100)", 450e9, 370 / 450, 10e-6),
-)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A step over one link.
-
-    Attributes:
-        link: its name.
-        step_seconds: computing and sending, one after the other.
-        efficiency: the share of the step that is computing, at most 1.
-        tokens_per_second: of all processes together.
-    """
-
-    link: str
-    step_seconds: float
-    efficiency: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
 class Scaling:
     """What a run of several processes adds to the plan of one.
 
@@ -273,14 +221,6 @@ class Scaling:
             return 0
         return -(-self.handed_bytes // bucket_bytes(self.handed_bytes)) + SMALL_SUMS
 
-    def over(self, link: Link) -> Expected:
-        """A step over one link."""
-        N = self.processes
-        sending = self.wire_bytes / link.bandwidth + 2 * (N - 1) * link.latency * self.messages
-        seconds = self.compute_seconds + sending
-        together = N * self.step_tokens / seconds
-        return Expected(link.name, seconds, self.compute_seconds / seconds, together)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it; sizes in bytes, times in seconds."""
         return {
@@ -291,24 +231,17 @@ class Scaling:
             "messages": self.messages,
             "step_tokens": self.processes * self.step_tokens,
             "compute_seconds": self.compute_seconds,
-            "links": [asdict(self.over(link)) for link in LINKS],
         }
 
     def __str__(self) -> str:
         handed, wire = self.handed_bytes / 1e9, self.wire_bytes / 1e9
         tokens = self.processes * self.step_tokens
-        lines = [
-            f"{'processes':<22}{self.processes}; each needs the memory above",
-            f"{'handed over':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process",
-            f"{'step of all':<22}{tokens:,} tokens; expected by a model that hides no sending:",
-        ]
-        for link in LINKS:
-            found = self.over(link)
-            lines.append(
-                f"  {link.name:<20}{found.step_seconds:,.2f} s, efficiency {found.efficiency:.4f}, "
-                f"about {found.tokens_per_second:,.0f} tokens/s"
-            )
-        return "\n".join(lines)
+        return (
+            f"{'processes':<22}{self.processes}; each needs the memory above\n"
+            f"{'handed over':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
+            f"{self.messages} messages\n"
+            f"{'step of all':<22}{tokens:,} tokens, {self.compute_seconds:,.2f} s of computing"
+        )
 
 
 def bucket_bytes(total: int) -> int:
@@ -439,26 +372,18 @@ def plan(
             processes.
     """
     check_processes(processes)
-    where = machine(machine_name)
-    config = settled(config or RunConfig(), where=where)
-    checkpoint = open_checkpoint(resolve(source, config.model.revision, weights=False))
-    return plan_checkpoint(checkpoint, config, where=where, processes=processes)
+    config = config or RunConfig()
+    config = replace(config, model=replace(config.model, source=source))
+    checkpoint = open_files(config, weights=False)
+    return plan_checkpoint(checkpoint, config, None, machine(machine_name), processes)
 
 
-def settled(
-    config: RunConfig, examples: Examples | None = None, where: Machine | None = None
-) -> RunConfig:
-    """The config with a number of rows, where it leaves that to the machine.
-
-    More than keeps the device busy would gain no speed, and take longer to stop. Memory is no
-    matter here: a micro-batch that is too large is computed in parts anyway.
-    """
-    longest = config.data.max_length
-    if examples is not None:
-        longest = min(longest, int(examples.lengths.max()))
-        longest = longest if config.data.packing else int(examples.lengths.mean())
-    most = AT_ONCE[(where or this_machine()).device] // max(longest, 1)
-    return dataclasses.replace(config, training=config.training.at_once(most))
+def plan_inputs(inputs: Inputs) -> Plan:
+    """The plan of a run whose rows are known, on this machine."""
+    assert inputs.checkpoint is not None
+    n_processes = processes_of_run().size
+    several = n_processes if n_processes > 1 else None
+    return plan_checkpoint(inputs.checkpoint, inputs.config, inputs.train, processes=several)
 
 
 def plan_checkpoint(
@@ -470,8 +395,8 @@ def plan_checkpoint(
 ) -> Plan:
     """The plan for opened files, and for the examples of a run if they are known."""
     where = where or this_machine()
-    config = settled(config, examples, where)
     llama = LlamaConfig.from_hf(checkpoint.config)
+    config = settle(config, llama, examples, where)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
     itemsize = itemsize_of(config, where)
     base, resident = base_bytes(model, checkpoint, config, where)

@@ -19,17 +19,12 @@ from rich.console import Console
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import original_base
 from mlx_qlora.after.bootstrap import FEWEST
-from mlx_qlora.before.plan import settled
-from mlx_qlora.config import RunConfig, to_dict
-from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.read import check_lengths, train_validation_test
-from mlx_qlora.data.tokenizer import load_tokenizer
+from mlx_qlora.config import RunConfig
 from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing, require, say, warn
 from mlx_qlora.folders import check_writable, disk_errors, locked
-from mlx_qlora.model.hub import resolve
-from mlx_qlora.model.llama import LlamaConfig
-from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.run import OUTPUT, check_output, sample_of
+from mlx_qlora.loading import sample_of
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.run import OUTPUT, Inputs, open_inputs
 from mlx_qlora.sweep.page import (
     BEST,
     PLOT,
@@ -40,7 +35,6 @@ from mlx_qlora.sweep.page import (
     write_sweep,
 )
 from mlx_qlora.sweep.trial import (
-    Ground,
     Measured,
     Point,
     budget,
@@ -55,8 +49,8 @@ from mlx_qlora.sweep.trial import (
     start_point,
     ties,
 )
+from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.config import batches_of
-from mlx_qlora.train.metrics import require_trackers
 
 TOO_FEW_EXAMPLES = 20
 
@@ -96,13 +90,12 @@ def sweep(
     check_swept(config)
     require(1 <= rungs <= 10, "the sweep's rungs", "be from 1 to 10", rungs)
     output = Path(config.checkpointing.output_dir)
-    check_output(output)
     is_sweep = read_fingerprint(output) is not None
     check_writable(output, (BEST, PLOT), OUTPUT, is_ours=lambda _: is_sweep)
-    require_trackers([*config.logging.report_to])
-    config, ground, loaded = _open(config, output, console)
+    inputs = _open(config, console)
+    config = inputs.config
     if steps is None:
-        batches = batches_of(ground[0], config.data, config.training)
+        batches = batches_of(inputs.train, config.data, config.training)
         steps = config.training.total_steps(batches)
     shortest = 2 ** (rungs - 1)
     require(steps >= shortest, "the sweep's steps", f"be at least {shortest}", steps)
@@ -113,55 +106,39 @@ def sweep(
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output):
-        _check_same(output, ground[2])
+        _check_same(output, inputs.state.fingerprint)
         for leftover in output.glob(f".{output.name}-*.tmp"):  # of a sweep that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        search.ground = Ground(loaded(), *ground)
+        search.model, search.inputs = inputs.load(), inputs
         return search.run(product, repeat_best)
 
 
-def _open(config: RunConfig, output: Path, console: Console) -> Any:
-    """Reads the data and looks at the model, which is not loaded yet.
+def _open(config: RunConfig, console: Console) -> Inputs:
+    """Open what all trials share; the hashes of the model and the data are in its state.
 
-    Returns:
-        The settled config; training rows, validation rows and fingerprint; and a function that
-        loads the model.
+    Raises:
+        DataError: too few validation rows to compare by.
     """
-    if config.model.source is None:
-        raise ConfigError("model.source is missing; name a model with --model SOURCE")
-    checkpoint = open_checkpoint(resolve(config.model.source, config.model.revision))
-    base = config.model.base_model_name_or_path or original_base(checkpoint.files)
-    tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
-    seed = config.training.seed
-    examples, validation, _ = train_validation_test(config.data, tokenizer, seed, console)
+    inputs = open_inputs(config, console)
+    config, validation, checkpoint = inputs.config, inputs.validation, inputs.checkpoint
+    assert checkpoint is not None
     if validation is None or len(validation) < FEWEST:
         raise DataError(
             f"a sweep compares by validation rows, at least {FEWEST}, and there are "
             f"{len(validation or ())}; name some with data.validation_path, or raise data.split's "
             "second share"
         )
-    llama = LlamaConfig.from_hf(checkpoint.config)
-    check_lengths(llama, examples, validation, None)
-    config = settled(config, examples)
-    config = replace(config, training=config.training.at_hidden_size(llama.hidden_size))
-    say(console, f"data      {len(examples):,} train, {len(validation):,} validation")
+    say(console, f"split     {len(inputs.train):,} train, {len(validation):,} validation")
     if len(validation) < TOO_FEW_EXAMPLES:
         warn(console, f"{len(validation)} validation rows tell little apart")
-    dtype = device.compute_dtype(config.model.dtype)
-    how = {k: v for k, v in to_dict(config)["model"].items() if k in ("bits", "group_size", "mode")}
-    model = hashlib.sha256(json.dumps([base, how, str(dtype)]).encode())
+    base = config.model.base_model_name_or_path or original_base(checkpoint.files)
+    packing = {name: getattr(config.model, name) for name in ("bits", "group_size", "mode")}
+    dtype = str(device.compute_dtype(config.model.dtype))
+    model = hashlib.sha256(json.dumps([base, packing, dtype]).encode())
     model.update(sample_of(checkpoint.files.path))
-    fingerprint = {"model": model.hexdigest(), "data": _digest(examples, validation)}
-
-    def loaded() -> Any:
-        matmul = config.model.frozen_matmul
-        return load_model(checkpoint, config.model.quantize(), dtype, matmul)
-
-    return config, (examples, validation, fingerprint), loaded
-
-
-def _digest(examples: Examples, validation: Examples) -> str:
-    return hashlib.sha256((examples.digest + validation.digest).encode()).hexdigest()
+    data = hashlib.sha256((inputs.train.digest + validation.digest).encode())
+    fingerprint = {"model": model.hexdigest(), "data": data.hexdigest()}
+    return replace(inputs, state=RunState(fingerprint=fingerprint))
 
 
 def _check_same(output: Path, fingerprint: dict[str, str]) -> None:
@@ -188,7 +165,7 @@ class _Search:
         rungs: how many budgets there are.
         found: point -> what was measured of it, rung after rung.
         done: stages that are over.
-        ground: what the trials share.
+        model, inputs: what the trials share.
     """
 
     config: RunConfig
@@ -199,7 +176,8 @@ class _Search:
     rungs: int
     found: dict[Point, list[Measured]] = field(default_factory=dict)
     done: list[Stage] = field(default_factory=list)
-    ground: Ground = field(init=False)
+    model: LlamaForCausalLM = field(init=False)
+    inputs: Inputs = field(init=False)
 
     def run(self, product: bool, repeat_best: bool) -> SweepResult:
         """All stages, and the seed that is tried once more."""
@@ -253,12 +231,12 @@ class _Search:
         steps = config.training.max_steps
         assert steps is not None
         step = budget(steps, rung, self.rungs)
-        result = recorded(config, step, self.ground)
+        result = recorded(config, step, self.inputs)
         if result is not None:
             say(self.console, f"reused    {name} at step {step}")
         else:
             say(self.console, f"trial     {name}: to step {step} of {steps}")
-            result = measure(config, step, self.ground, self.console)
+            result = measure(config, step, self.model, self.inputs, self.console)
         loss = f"failed: {result.failed}" if result.failed else f"{result.validation_loss:.4f}"
         say(self.console, f"          validation loss {loss}")
         known.append(result)
@@ -275,7 +253,7 @@ class _Search:
         return write_sweep(
             self.output,
             self.config,
-            {"fingerprint": self.ground.fingerprint, **about},
+            {"fingerprint": self.inputs.state.fingerprint, **about},
             trials,
             self.done,
             winner,

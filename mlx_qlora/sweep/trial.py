@@ -22,11 +22,11 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.data.batches import collate
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.errors import ConfigError, did_you_mean, require, say, warn
+from mlx_qlora.errors import ConfigError, did_you_mean, require, say
 from mlx_qlora.folders import disk_errors, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
-from mlx_qlora.run import Prepared, deciding_values, prepare, write_record
+from mlx_qlora.run import Inputs, deciding_values, write_record
 from mlx_qlora.train.checkpoint import last_checkpoint, load_checkpoint, restore_set_aside, step_of
 from mlx_qlora.train.loop import Run
 from mlx_qlora.train.score import score_rows
@@ -275,23 +275,6 @@ ROWS = 8  # validation examples that are scored at once
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What all trials stand on.
-
-    Attributes:
-        model: the frozen base; between trials it has no LoRA layers.
-        examples: to learn from.
-        validation: what every trial is measured on.
-        fingerprint: hashes of the model and the data.
-    """
-
-    model: LlamaForCausalLM
-    examples: Examples
-    validation: Examples
-    fingerprint: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Measured:
     """A trial at a rung, as its record on disk has it.
 
@@ -329,44 +312,53 @@ class Measured:
         return math.inf if self.failed else self.losses.mean
 
 
-def recorded(config: RunConfig, step: int, ground: Ground) -> Measured | None:
-    """What an earlier sweep has measured of this very trial at this step, or None."""
+def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
+    """What an earlier sweep has measured of this very trial at this step, or None.
+
+    Args:
+        config: the trial's.
+        step: of its rung.
+        inputs: the sweep's, with the hashes of its model and data in their state.
+    """
     path = _record(config, step)
     try:
         found = Measured(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # none, or a damaged one: it is measured again
         return None
-    same = found.key == _key(config, ground)
-    return found if same and (found.failed or len(found.nats) == len(ground.validation)) else None
+    same = found.key == _key(config, inputs)
+    whole = found.failed or len(found.nats) == len(inputs.validation or ())
+    return found if same and whole else None
 
 
-def measure(config: RunConfig, step: int, ground: Ground, console: Console) -> Measured:
+def measure(
+    config: RunConfig, step: int, model: LlamaForCausalLM, inputs: Inputs, console: Console
+) -> Measured:
     """Trains a trial up to a step, from its newest checkpoint if it has one, and scores it.
 
     Args:
         config: the trial's, whose output folder is its own.
         step: where to stop.
-        ground: the shared base and data; the base is bare again afterwards, and unchanged.
+        model: the shared base; it is bare again afterwards, and unchanged.
+        inputs: the sweep's, whose rows all trials share.
         console: where progress goes.
 
     Raises:
         Interrupted: a signal came, and what was done is saved.
         TrainingError: the disk failed.
     """
-    output, model, began = Path(config.checkpointing.output_dir), ground.model, time.perf_counter()
+    output, began = Path(config.checkpointing.output_dir), time.perf_counter()
+    assert inputs.validation is not None
     with disk_errors(output, lambda: last_checkpoint(output)):
         output.mkdir(parents=True, exist_ok=True)
         restore_set_aside(output)
     mx.reset_peak_memory()
     failed, again, losses, speed = "", False, Losses(np.zeros(0), np.zeros(0)), None
     try:
-        prepared = prepare(model, ground.examples, ground.validation, config)
-        for damage in prepared.damaged:
-            warn(console, f"{damage}: the checkpoint before it is used")
-        write_record(output, prepared.config, prepared.state.fingerprint, ground.examples)
-        run, speed = _advance(prepared, step, ground, console)
+        trial = replace(inputs, config=config).prepare(model).to_resume(console)
+        write_record(output, trial.config, trial.state.fingerprint, trial.train)
+        run, speed = _advance(model, trial, step, console)
         train_loss = statistics.fmean(run.state.recent_losses or [math.nan])
-        losses = per_example(model, ground.validation)
+        losses = per_example(model, inputs.validation)
         if not np.isfinite(losses.nats).all():
             failed = f"step {step}: the validation loss is not finite"
     except StepError as error:  # the other trials go on; one that the device gave up may be tried
@@ -374,7 +366,7 @@ def measure(config: RunConfig, step: int, ground: Ground, console: Console) -> M
     finally:
         bare(model)
     found = Measured(
-        _key(config, ground),
+        _key(config, inputs),
         step,
         train_loss,
         [] if failed else losses.nats.tolist(),
@@ -392,7 +384,7 @@ def measure(config: RunConfig, step: int, ground: Ground, console: Console) -> M
 
 
 def _advance(
-    prepared: Prepared, until: int, ground: Ground, console: Console
+    model: LlamaForCausalLM, trial: Inputs, until: int, console: Console
 ) -> tuple[Run, float | None]:
     """Takes the steps that `train.loop.train` would take, but stops before the last one.
 
@@ -403,13 +395,13 @@ def _advance(
     Returns:
         The run, and real tokens per second if any were trained.
     """
-    config, state, resumed = prepared.config, prepared.state, prepared.resumed
+    config, state, resumed = trial.config, trial.state, trial.resumed
     device.limit_memory()
     sections = config.data, config.training, config.checkpointing, config.logging
-    run = Run(ground.model, ground.examples, None, *sections, prepared.base, console)
+    run = Run(model, trial.train, None, *sections, trial.base, console)
     # A checkpoint from behind this rung is of a sweep with fewer rungs; its steps come again.
     if resumed is not None and step_of(resumed) <= until:
-        state = load_checkpoint(resumed, ground.model, run.optimizer)
+        state = load_checkpoint(resumed, model, run.optimizer)
         say(console, f"continuing from {resumed}")
     before, began = state.tokens, time.perf_counter()
     with (
@@ -447,10 +439,10 @@ def _record(config: RunConfig, step: int) -> Path:
     return Path(config.checkpointing.output_dir) / f"validation-{step}.json"
 
 
-def _key(config: RunConfig, ground: Ground) -> str:
+def _key(config: RunConfig, inputs: Inputs) -> str:
     # What a run learns does not depend on it, but whether a trial failed does.
     patience = config.training.max_skipped_steps
-    decides = {"config": deciding_values(config), "patience": patience, **ground.fingerprint}
+    decides = {"config": deciding_values(config), "patience": patience, **inputs.state.fingerprint}
     # `prepare` names the base where the user did not; that is hashed with the model already.
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

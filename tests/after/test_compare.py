@@ -199,7 +199,7 @@ def test_what_is_wrong_is_found_before_a_weight_is_loaded(
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("mlx_qlora.after.evaluation.loaded", load)
+    monkeypatch.setattr("mlx_qlora.run.load_model", load)
     empty, note = tmp_path / "empty.jsonl", tmp_path / "note.txt"
     empty.write_text("")
     note.write_text("  \n\n ")

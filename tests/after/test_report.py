@@ -15,9 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from support.report import HOSTILE, Page, history, result_in, written
-from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora.after.advice import CUT, changed, is_other
@@ -28,7 +26,6 @@ from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.loading import with_model
-from mlx_qlora.run import run
 
 # ---- the page ------------------------------------------------------------------------------------
 
@@ -305,6 +302,9 @@ def test_an_answer_that_was_cut_elsewhere_is_no_other(before, after, other):
 def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
     """The command line's own run, on a tiny model: everything in the page is of this run."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    from support.runs import train_run
+    from support.tiny_folder import write_model, write_rows
+
     write_model(tmp_path / "model")
     values = {
         "model": {"source": str(tmp_path / "model"), "bits": None},
@@ -315,7 +315,7 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
         "logging": {"logging_steps": 1},
         "generation": {"max_new_tokens": 8},
     }  # fmt: skip
-    result = run(build(values), Console(quiet=True))
+    result = train_run(values)
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     record = json.loads((tmp_path / "out" / "training_args.json").read_text())
     for said in (

@@ -311,7 +311,8 @@ def on_terminal(folder: Path, path: Path, color_system: Any, show: int) -> tuple
         "model": {"source": str(folder)},
         "data": {"path": str(path), "split": [1, 0, 0], "packing": False, "shuffle": False},
     }
-    return console, inspect_data(build(values), console, show).train
+    inspect_data(build(values), console, show)
+    return console, read_examples(path, load_tokenizer(folder), DataConfig())
 
 
 def test_a_colour_of_its_own_tells_what_is_learned(
@@ -372,7 +373,7 @@ def test_no_weight_is_loaded(
         ({"--data": "no.jsonl"}, "data file no.jsonl is missing"),
         ({"--data": "EMPTY"}, "empty.jsonl is empty"),
         ({"--data": "NONE"}, "no usable row in"),
-        ({"--model": None}, "model.source is missing; name the model of the run with --model"),
+        ({"--model": None}, "model.source is missing; name a model with --model SOURCE"),
         ({"--model": "smollm2-136m"}, "did you mean 'smollm2-135m'"),
         ({"--model": "FOLDER"}, "bare is not a complete model: it lacks *.safetensors"),
         ({"--max-length": "1"}, "data.max_length must be at least 2; got 1"),

@@ -9,7 +9,7 @@ from support.models import make_hf_model, save_hf
 
 import mlx_qlora as mq
 from mlx_qlora import device
-from mlx_qlora.before.plan import Plan, flops_per_token, plan, plan_checkpoint, settled
+from mlx_qlora.before.plan import Plan, flops_per_token, plan, plan_checkpoint
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.device import Machine, machine, this_machine
@@ -17,8 +17,11 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.run import settle
 from mlx_qlora.train.memory import LAYER, NOTHING
 from mlx_qlora.tree import flat
+
+LLAMA = LlamaConfig(4096, 32, 32, 8, 128, 14336, 128256)  # 8B
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,7 @@ def test_a_machine_that_is_none_is_refused(name):
 
 
 def test_flops_of_llama_8b_are_those_counted_by_hand():
-    llama = LlamaConfig(4096, 32, 32, 8, 128, 14336, 128256)
+    llama = LLAMA
     nothing = flops_per_token(llama, [NOTHING] * 32, [2048], 1.0)
     everything = flops_per_token(llama, [LAYER] * 32, [2048], 1.0)
     assert nothing == pytest.approx(32.2e9, rel=0.05)
@@ -266,11 +269,12 @@ def test_auto_takes_what_keeps_the_device_busy_of_the_same_rows_a_step(
     }
     config = build({"training": training, "data": {"max_length": max_length}})
     where = dataclasses.replace(this_machine(), device=device)
-    made = settled(config, where=where).training
+    settled = settle(config, LLAMA, machine=where)
+    made = settled.training
     assert made.per_device_train_batch_size == rows
     assert made.rows * made.gradient_accumulation_steps == 6 * accumulation
-    assert settled(settled(config, where=where), where=where).training == made
+    assert settle(settled, LLAMA, machine=where) == settled
 
 
 def test_a_number_of_rows_stays_as_it_is():
-    assert settled(RunConfig()) == RunConfig()
+    assert settle(RunConfig(), LLAMA) == RunConfig()

@@ -25,14 +25,14 @@ import pytest
 import wandb
 from rich.console import Console
 from safetensors.numpy import load_file
+from support.runs import train_run
 from support.tiny_folder import write_model, write_rows
 
 from mlx_qlora import cli
-from mlx_qlora.config import SECTIONS, build
+from mlx_qlora.config import SECTIONS
 from mlx_qlora.data import encode
 from mlx_qlora.errors import UserError
 from mlx_qlora.model import quantize
-from mlx_qlora.run import run
 from mlx_qlora.train import engine
 from mlx_qlora.train.optim import SCHEDULES
 from mlx_qlora.train.step import Update
@@ -337,11 +337,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         patch.setattr(encode, "CHUNK_BYTES", 200)  # of rows for a worker, so that few are enough
         patch.setattr(encode, "BEFORE_WORKERS", 800)
         # They take most of a run's time here, and no field is about them.
-        patch.setattr("mlx_qlora.run.write_report", lambda *args, **how: None)
+        patch.setattr("mlx_qlora.after.observer.write_report", lambda *args, **how: None)
         patch.setattr(os, "fsync", lambda file: None)
         runs = Runs(tmp_path_factory.mktemp("runs"), places)
         first = BASE | {"lora.r": 2, "checkpointing.output_dir": str(places["adapter"])}
-        run(build(runs.by_section(first)), Console(quiet=True))
+        train_run(runs.by_section(first))
         yield runs
 
 
@@ -375,7 +375,7 @@ def observed(values: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name in ("_quantized_matmul", "_dense_product"):
             watch(quantize, name, lambda *_, name=name, **how: products.update([name]))
         try:
-            run(build(values), Console(file=printed, width=160))
+            train_run(values, Console(file=printed, width=160))
         except UserError as raised:
             error = str(raised)
     return {

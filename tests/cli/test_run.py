@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.models import random_tokens, torch_logits
+from support.runs import train_run
 from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml
-from mlx_qlora.run import open_run, run
+from mlx_qlora.run import open_inputs
 
 LAYOUT = [
     "README.md",
@@ -64,7 +65,7 @@ def finished(tmp_path_factory, matplotlib):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", matplotlib)
-        result = run(build(values), Console(file=printed, width=160))
+        result = train_run(values, Console(file=printed, width=160))
     return folder, values, result, printed.getvalue()
 
 
@@ -107,7 +108,7 @@ def test_the_record_repeats_the_run(finished):
     assert len(record["fingerprint"]["data"]) == 64
 
     recorded["checkpointing"]["output_dir"] = str(folder / "again")
-    run(build(recorded), Console(file=io.StringIO()))
+    train_run(recorded, Console(file=io.StringIO()))
     for name in ("adapter_model.safetensors", "checkpoint-6/optimizer.safetensors"):
         assert (folder / "out" / name).read_bytes() == (folder / "again" / name).read_bytes()
 
@@ -134,7 +135,7 @@ def test_an_adapter_can_be_trained_on_and_its_own_config_stands(finished, tmp_pa
     more["lora"] = {}  # the defaults give way to the adapter's
     more["checkpointing"] = {"output_dir": str(tmp_path / "more"), "save_steps": 6}
     more["training"] = {**values["training"], "max_steps": 2, "learning_rate": 1e-6}
-    run(build(more), Console(file=io.StringIO()))
+    train_run(more, Console(file=io.StringIO()))
     assert read_yaml(tmp_path / "more" / "run.yaml")["lora"]["r"] == 4
     config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
@@ -256,7 +257,7 @@ def test_files_of_others_are_never_overwritten(finished, tmp_path, name, text):
     with pytest.raises(
         mq.ConfigError, match="is not known to be from mlx-qlora and would be overwritten"
     ):
-        run(build(values), Console(quiet=True))
+        train_run(values, Console(quiet=True))
     assert path.read_text() == text
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
 
@@ -273,7 +274,7 @@ def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp
         "checkpointing": {"output_dir": str(tmp_path / "a")},
     }
     with pytest.raises(mq.ConfigError, match="holds the adapter that training goes on from"):
-        run(build(values), Console(quiet=True))
+        train_run(values, Console(quiet=True))
     after = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
     assert after == before
 
@@ -300,10 +301,10 @@ def test_another_shape_than_the_adapters_is_refused(finished, tmp_path, lora, to
         "checkpointing": {"output_dir": str(tmp_path / "more")},
     }
     if told is None:
-        assert open_run(build(values), Console(quiet=True)).plan.trainable
+        assert open_inputs(build(values), Console(quiet=True))
         return
     with pytest.raises(mq.ConfigError) as caught:
-        open_run(build(values), Console(quiet=True))
+        open_inputs(build(values), Console(quiet=True))
     assert str(caught.value).startswith(told.format(folder / "out"))
 
 
@@ -312,10 +313,10 @@ def test_an_adapter_s_own_settings_fit_its_copy_for_mlx_lm(finished, tmp_path):
     own = read_yaml(folder / "out" / "run.yaml")
     own["model"] = {**values["model"], "adapter": str(folder / "out" / "mlx")}
     own["checkpointing"] = {"output_dir": str(tmp_path / "more")}
-    assert open_run(build(own), Console(quiet=True)).plan.trainable
+    assert open_inputs(build(own), Console(quiet=True))
     own["lora"]["r"] = 64
     with pytest.raises(mq.ConfigError, match=r"lora\.r is 4"):
-        open_run(build(own), Console(quiet=True))
+        open_inputs(build(own), Console(quiet=True))
 
 
 def test_a_run_that_died_between_its_two_records_goes_on(finished, tmp_path):
@@ -323,7 +324,7 @@ def test_a_run_that_died_between_its_two_records_goes_on(finished, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(folder / "out" / "training_args.json", tmp_path / "out")
     values = {**values, "checkpointing": {"output_dir": str(tmp_path / "out")}}
-    assert open_run(build(values), Console(quiet=True)).plan.trainable
+    assert open_inputs(build(values), Console(quiet=True))
 
 
 def test_a_notebook_run_records_the_model_it_used(finished, tmp_path):
@@ -358,7 +359,7 @@ def test_rows_beyond_the_models_context_are_refused_before_loading(finished, tmp
         "checkpointing": {"output_dir": str(tmp_path / "out")},
     }
     with pytest.raises(mq.ConfigError, match=r"was made for 8; set data\.max_length=8"):
-        run(build(values), Console(quiet=True))
+        train_run(values, Console(quiet=True))
     assert not (tmp_path / "out").exists()
     model, tokenizer = mq.load(short)
     examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))

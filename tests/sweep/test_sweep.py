@@ -21,9 +21,9 @@ from support.models import our_logits, random_tokens
 from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
+from mlx_qlora import run
 from mlx_qlora.config import build, read_yaml, to_yaml
 from mlx_qlora.model.lora import trainable_count
-from mlx_qlora.sweep import search
 from mlx_qlora.sweep.search import sweep
 from mlx_qlora.sweep.trial import (
     Difference,
@@ -113,7 +113,7 @@ def weights(folder: Path, step: int) -> list[bytes]:
 def done(place: Path, tmp_path_factory: pytest.TempPathFactory):
     """The sweep that most tests look at, with the base that it used."""
     out = tmp_path_factory.mktemp("done") / "out"
-    bases, logits, load = [], [], search.load_model
+    bases, logits, load = [], [], run.load_model
     tokens = random_tokens(2, 20)
 
     def loading(*words: Any) -> Any:
@@ -122,7 +122,7 @@ def done(place: Path, tmp_path_factory: pytest.TempPathFactory):
         return bases[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "load_model", loading)
+        patch.setattr(run, "load_model", loading)
         result, _, printed = swept(config(place, out), GRID, repeat_best=True)
     assert len(bases) == 1, "the base is loaded once"
     return result, printed, logits[0], our_logits(bases[0], tokens), bases[0]
@@ -487,7 +487,7 @@ def test_other_data_and_another_model_are_refused(place: Path, tmp_path: Path, m
     out = tmp_path / "out"
     swept(config(place, out), {"r": [2]}, steps=1, rungs=1)
     kept = (out / "sweep.json").read_bytes()
-    monkeypatch.setattr(search, "load_model", lambda *_: pytest.fail("refused too late"))
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("refused too late"))
     other = str(write_rows(tmp_path / "rows.jsonl", 50))
     with pytest.raises(mq.ConfigError, match="a sweep of another data"):
         swept(config(place, out, data={"path": other}), {"r": [2]}, steps=1, rungs=1)
