@@ -31,11 +31,11 @@ from mlx_qlora.after.answer_metrics import (
     variety,
 )
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
-from mlx_qlora.config import RunConfig
+from mlx_qlora.config import RunConfig, read_yaml
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError, require, say
+from mlx_qlora.errors import ConfigError, require, say, warn
 from mlx_qlora.folders import staged
 from mlx_qlora.infer.evaluate import ExampleScores, progress, score_examples
 from mlx_qlora.infer.generate import generate_batch
