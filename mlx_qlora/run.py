@@ -228,17 +228,18 @@ def open_inputs(
     """
     if not split:
         config = with_model(config)
-    source = source_of(config)
+    source_of(config)  # before anything is read
     if not processes().is_first:  # one of them writes the refused rows
         config = replace(config, data=replace(config.data, refused_path=None))
     elif writes:
         check_output(Path(config.checkpointing.output_dir), config.model.adapter)
         require_trackers([*config.logging.report_to])
-    files, checkpoint = resolve(source, config.model.revision, weights=weights), None
+    checkpoint = None
     if weights:
-        checkpoint = open_checkpoint(files)
-        hf_config, metadata = checkpoint.config, checkpoint.metadata
+        checkpoint = open_files(config)
+        files, hf_config, metadata = checkpoint.files, checkpoint.config, checkpoint.metadata
     else:
+        files = resolve(source_of(config), config.model.revision, weights=False)
         hf_config, metadata = read_config(files)
     if writes and config.model.base_model_name_or_path is None:
         original_base(files)
@@ -461,14 +462,10 @@ def fingerprint_of(
     config: RunConfig,
     base: str,
 ) -> dict[str, str]:
-    """Hashes of what decides the weights: two runs with the same ones end alike.
+    """Hash what decides the weights: two runs with the same hashes end with the same bytes.
 
-    Args:
-        model: with its LoRA layers as they begin.
-        examples: to train on.
-        validation: to measure on, which decides early stopping and the best weights.
-        config: of the run.
-        base: the original repository.
+    The model has its LoRA layers as they begin; the validation rows count because they decide early
+    stopping and the best weights.
     """
     digest = hashlib.sha256(base.encode())
     for name, matrix in model.named_modules():
@@ -488,7 +485,7 @@ def fingerprint_of(
 def write_record(
     output: Path, config: RunConfig, fingerprint: dict[str, str], examples: Examples
 ) -> None:
-    """Writes `run.yaml` and `training_args.json`: what is needed to repeat the run."""
+    """Write `run.yaml` and `training_args.json`: what is needed to repeat the run."""
     names = ("mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
     versions = {name: importlib.metadata.version(name) for name in names}
     record = {
@@ -498,7 +495,7 @@ def write_record(
         "fingerprint": fingerprint,
         "data": {"rows": len(examples), "tokens": int(examples.lengths.sum())},
     }
-    with staged(output) as staging:  # first: by this one a folder is known to be ours
+    with staged(output) as staging:  # first: it marks the folder as ours
         text = json.dumps(record, indent=2) + "\n"
         (staging / "training_args.json").write_text(text, encoding="utf-8")
     with staged(output) as staging:
@@ -506,7 +503,10 @@ def write_record(
 
 
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """What decides the weights; where files go and how often, and what memory asks for, do not."""
+    """Section -> field -> value of what decides the weights.
+
+    Where files go and how often, and what only memory asks for, does not.
+    """
     decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
     training = decides["training"]
     for name in ("gradient_checkpointing", "compile", "max_skipped_steps"):
@@ -514,9 +514,9 @@ def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
     # How a step's rows are divided among micro-batches and processes is not what it learns.
     rows = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
     training["rows_per_step"] = rows * processes().size
-    for name in ("source", "revision", "adapter"):  # where it lies; what it is, is hashed
+    for name in ("source", "revision", "adapter"):  # where it is; its content is hashed
         del decides["model"][name]
-    data = to_dict(config)["data"]  # which rows there are is told by the hash of the data
+    data = to_dict(config)["data"]  # the rows themselves have a hash of their own
     return {**decides, "data": {name: data[name] for name in ("packing", "max_length", "shuffle")}}
 
 
