@@ -320,10 +320,7 @@ class LlamaModel(nn.Module):
     def dropout_keys(self, key: mx.array | None, B: int, documents: Documents) -> list[Keys]:
         """For each layer the keys of its seven linears, one for each position.
 
-        Args:
-            key: one (2,) for a batch, or one for each of its rows (B, 2); None means no dropout.
-            B: rows of the batch.
-            documents: which row and column each position comes from.
+        `key` is one (2,) for a batch of B rows, or one for each row (B, 2); None means no dropout.
         """
         n, row, column = len(self.layers), documents.row, documents.column
         if key is None:
@@ -338,20 +335,13 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """A Llama with its output head; the head is the embedding where the config ties them.
 
-    Args:
-        config: the sizes. Weights are zeros that cost no memory until a loader fills them.
-
-    Attributes:
-        hf_config: the `config.json` that the loader read, as a dict.
-        source: the loader's record of where the weights came from (a `hub.ModelFiles`).
-        quantized_to: the `QuantConfig` by which dense files were packed while loading, or None.
-        lora_config: the `LoraConfig` of the LoRA layers, once `add_lora` has put them in.
+    Its weights are zeros that cost no memory until a loader fills them.
     """
 
-    hf_config: dict[str, Any]
-    source: Any
-    quantized_to: Any
-    lora_config: Any
+    hf_config: dict[str, Any]  # the `config.json` that the loader read
+    source: Any  # where the weights came from, a `hub.ModelFiles`
+    quantized_to: Any  # the `QuantConfig` by which dense files were packed while loading, or None
+    lora_config: Any  # the `LoraConfig` of the LoRA layers, once `add_lora` has put them in
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

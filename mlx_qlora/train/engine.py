@@ -17,7 +17,7 @@ up, and divided once by the step's supervised tokens (`train.step`).
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -28,7 +28,7 @@ from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.device import this_machine
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM, swiglu, swiglu_vjp
+from mlx_qlora.model.llama import DecoderLayer, Keys, LlamaForCausalLM, swiglu, swiglu_vjp
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import losses_by_slice
@@ -135,37 +135,36 @@ def bound(slots: list[Slot], weights: Iterable[mx.array]) -> Iterator[None]:
 Stages = Iterator[list[mx.array]]  # arrays to evaluate, and then the next ones
 
 
+@dataclass
 class Tape:
-    """One layer's forward for one shard, and then its backward.
+    """The forward of one layer for one shard, and then its backward.
 
-    Attributes:
-        values: by name. The forward starts from `x` and leaves `y` and what is kept.
-        gradients: of values by name, of LoRA weights by path. The backward starts from that of `y`
-            and leaves those of the weights and of `x`.
+    The forward starts from the value `x` and leaves `y` and what is kept; the backward starts from
+    the gradient of `y` and leaves those of the LoRA weights, by path, and of `x`.
     """
 
-    def __init__(
-        self, layer: DecoderLayer, slots: LayerSlots, shard: Shard, i: int, compiled: bool
-    ) -> None:
-        self.layer, self.slots, self.compiled = layer, slots, compiled
-        self.shard, self.keys = shard, shard.keys[i]
-        self.values: dict[str, Any] = {}
-        self.gradients: dict[str, mx.array] = {}
+    layer: DecoderLayer
+    slots: LayerSlots
+    shard: Shard
+    keys: Keys
+    compiled: bool
+    values: dict[str, Any] = field(default_factory=dict)
+    gradients: dict[str, mx.array] = field(default_factory=dict)
 
     def forward(self, kept: tuple[str, ...]) -> Stages:
-        """From `x` to `y`, keeping the values of some names."""
+        """Runs the pieces, and keeps the values of some names."""
         for i, piece in enumerate(PIECES):
-            outputs = self._run(piece, "weights" in kept)
+            outputs = self._run(piece, self._inputs(piece), "weights" in kept)
             self.values |= outputs
             self._drop_all_but({*kept, "y"} | names_needed(PIECES[i + 1 :]))
             if FLEETING not in self.values:
                 yield arrays_of(outputs)
 
     def backward(self, wants_dx: bool) -> Stages:
-        """From the gradient of `y` to those of the LoRA weights and of `x`."""
+        """Runs the pieces whose values are missing, and takes the VJPs in reverse."""
         for piece in PIECES[:-1]:
             if any(name not in self.values for name in piece.outputs):
-                self.values = self._run(piece) | self.values
+                self.values = self._run(piece, self._inputs(piece)) | self.values
         yield arrays_of({name: self.values[name] for name in KEPT[EXPONENTIALS]})
         for i, piece in reversed(list(enumerate(PIECES))):
             self._vjp(piece)
@@ -175,43 +174,35 @@ class Tape:
             if FLEETING not in self.gradients:
                 yield list(self.gradients.values())
 
-    def _run(self, piece: Piece, keep_weights: bool = False) -> dict[str, Any]:
-        """What a piece gives, and what its VJP needs of that."""
-        inputs: Any = [self.values[name] for name in piece.inputs]
+    def _run(self, piece: Piece, inputs: Any, keep_weights: bool = False) -> dict[str, Any]:
+        """The outputs of a piece, and what its VJP needs besides."""
         if piece.name == "attend":
-            heads, residuals = self.shard.documents.attend_with_residuals(
-                *inputs, keep_weights=keep_weights
-            )
-            return {"heads": heads, "residuals": residuals}
-        if piece.name != "swiglu":
-            return dict(zip(piece.outputs, self._multiply(piece, inputs)))
-        if self.compiled:
+            attend = self.shard.documents.attend_with_residuals
+            return dict(zip(piece.residuals, attend(*inputs, keep_weights=keep_weights)))
+        if piece.name == "swiglu" and self.compiled:
             return {"gated": swiglu(*inputs, compiled=True)}
-        s = self.values["s"] if "s" in self.values else sigmoid(inputs[0])
-        return {"gated": swiglu(*inputs, s=s), "s": s}
-
-    def _multiply(self, piece: Piece, inputs: Any) -> list[mx.array]:
-        """The outputs of a piece that has linears."""
+        if piece.name == "swiglu":
+            s = self.values["s"] if "s" in self.values else sigmoid(inputs[0])
+            return {"gated": swiglu(*inputs, s=s), "s": s}
         context = [self.shard.documents] if piece.name == "project" else []
         outputs = getattr(self.layer, piece.name)(*inputs, *context, self.keys)
-        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+        return dict(zip(piece.outputs, outputs if isinstance(outputs, tuple) else [outputs]))
 
     def _vjp(self, piece: Piece) -> None:
         """From the gradients of a piece's outputs to those of its inputs and LoRA weights."""
-        slots, inputs = self.slots[piece.name], [self.values[name] for name in piece.inputs]
+        inputs, slots = self._inputs(piece), self.slots[piece.name]
         gradients: Any = [self.gradients.pop(name) for name in piece.outputs]
         if piece.name == "attend":
             residuals = [self.values[name] for name in piece.residuals]
             gradients = self.shard.documents.attend_vjp(*inputs, *residuals, *gradients)
         elif piece.name == "swiglu":
-            gradients = swiglu_vjp(
-                *inputs, *gradients, s=self.values.get("s"), compiled=self.compiled
-            )
+            known = {"s": self.values.get("s"), "compiled": self.compiled}
+            gradients = swiglu_vjp(*inputs, *gradients, **known)
         else:
 
             def run(*arrays: mx.array) -> list[mx.array]:
                 with bound(slots, arrays[len(inputs) :]):
-                    return self._multiply(piece, arrays[: len(inputs)])
+                    return list(self._run(piece, arrays[: len(inputs)]).values())
 
             # MLX runs the piece to find its derivative, but computes only what is asked for, and
             # nobody asks for the outputs: no product with a frozen matrix is computed again. The
@@ -221,6 +212,9 @@ class Tape:
         for name, gradient in zip([*piece.inputs, *(slot.path for slot in slots)], gradients):
             earlier = self.gradients.get(name)
             self.gradients[name] = gradient if earlier is None else earlier + gradient
+
+    def _inputs(self, piece: Piece) -> list[Any]:
+        return [self.values[name] for name in piece.inputs]
 
     def _drop_all_but(self, names: set[str]) -> None:
         self.values = {name: value for name, value in self.values.items() if name in names}
@@ -361,7 +355,7 @@ class Engine:
     ) -> mx.array:
         """The loss sum of a chunk; its gradients are added to `grads`."""
         tapes = [
-            [Tape(layer, self.slots[i], shard, i, self.compiled) for shard in shards]
+            [Tape(layer, self.slots[i], shard, shard.keys[i], self.compiled) for shard in shards]
             for i, layer in enumerate(self.model.layers)
         ]
         for tape in tapes[0]:

@@ -14,83 +14,70 @@ from mlx_qlora.train.memory import chunks_of, cores_shared, default_chunks, supe
 
 @dataclass
 class Score:
-    """Sums over the supervised tokens of some batches.
-
-    Attributes:
-        nats: of the targets.
-        hits: targets that were the model's first choice.
-        tokens: how many targets there are.
-        pairs: targets whose predecessor is a target of the same document, too.
-        repeated: pairs of which the model's first choices are the same token.
-        repeated_targets: pairs that are the same token in the data.
-    """
+    """Sums over the supervised tokens of some batches."""
 
     nats: float = 0.0
-    hits: int = 0
+    hits: int = 0  # targets that were the model's first choice
     tokens: int = 0
-    pairs: int = 0
-    repeated: int = 0
-    repeated_targets: int = 0
+    pairs: int = 0  # targets whose predecessor is a target of the same document, too
+    repeated: int = 0  # pairs for which the model's first choices are the same token
+    repeated_targets: int = 0  # pairs that are the same token in the data
 
 
 def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
     """Scores a model on batches, without dropout."""
     total = Score()
     for batch in batches:
-        for _, at, place, chosen, wanted, nats in _scored(model, batch):
-            follows = (np.diff(at) == 1) & (place[1:] > 0)
+        for _, position, place, choice, target, nats in _scored(model, batch):
+            follows = (np.diff(position) == 1) & (place[1:] > 0)
             total.nats += float(nats.sum(dtype=np.float64))
-            total.hits += int((chosen == wanted).sum())
-            total.tokens += len(wanted)
+            total.hits += int((choice == target).sum())
+            total.tokens += len(target)
             total.pairs += int(follows.sum())
-            total.repeated += int((follows & (chosen[1:] == chosen[:-1])).sum())
-            total.repeated_targets += int((follows & (wanted[1:] == wanted[:-1])).sum())
+            total.repeated += int((follows & (choice[1:] == choice[:-1])).sum())
+            total.repeated_targets += int((follows & (target[1:] == target[:-1])).sum())
     return total
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """Sums over the supervised tokens of each row of a batch.
+    """Sums over the supervised tokens of each of a batch's B rows."""
 
-    Attributes:
-        nats: (B,) float64, of the targets.
-        hits: (B,) int64, targets that were the model's first choice.
-        tokens: (B,) int64, how many targets there are; 0 where a row teaches nothing.
-    """
-
-    nats: np.ndarray
-    hits: np.ndarray
-    tokens: np.ndarray
+    nats: np.ndarray  # (B,) float64
+    hits: np.ndarray  # (B,) int64, targets that were the model's first choice
+    tokens: np.ndarray  # (B,) int64; 0 where nothing of a row is learned
 
 
 def score_rows(model: LlamaForCausalLM, batch: Batch) -> RowScores:
     """Scores each row of a batch by itself, without dropout."""
     B = batch.tokens.shape[0]
     total = RowScores(np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64))
-    for row, _, _, chosen, wanted, nats in _scored(model, batch):
+    for row, _, _, choice, target, nats in _scored(model, batch):
         np.add.at(total.nats, row, nats.astype(np.float64))
-        np.add.at(total.hits, row, chosen == wanted)
+        np.add.at(total.hits, row, choice == target)
         np.add.at(total.tokens, row, 1)
     return total
 
 
 def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]:
-    """Of each part: rows of the batch, supervised positions, places in their documents.
+    """Of each shard's supervised tokens, rows (S,) of what the head says and where they are.
 
-    Then what is there: the first choices, the targets and the losses.
+    The row of the batch, the position in the shard, the place in the document, the model's first
+    choice, the target, the loss.
     """
     documents = supervised_documents(batch)
-    lengths = (documents[:, 2] - documents[:, 1]).tolist()
-    for parts in chunks_of(model, batch, documents, default_chunks(lengths)):
-        found = []
-        with cores_shared(parts):
-            for part in parts:
-                with mx.stream(part.stream):
-                    x = model.model.hidden(part.tokens, part.documents)
-                    found.append(cross_entropy(model.head, x[part.positions], part.targets, False))
-            mx.eval([(losses.nats, losses.choices) for losses in found])
-        for part, losses in zip(parts, found):
-            at = np.array(part.positions)
-            there = map(np.array, (losses.choices, part.targets, losses.nats))
-            row, place = (np.array(a)[at] for a in (part.documents.row, part.documents.positions))
-            yield [row, at, place, *there]
+    n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
+    for shards in chunks_of(model, batch, documents, n_chunks):
+        results = []
+        with cores_shared(shards):
+            for shard in shards:
+                with mx.stream(shard.stream):
+                    x = model.model.hidden(shard.tokens, shard.documents)[shard.positions]
+                    results.append(cross_entropy(model.head, x, shard.targets, False))
+            mx.eval([(losses.nats, losses.choices) for losses in results])
+        for shard, losses in zip(shards, results):
+            position = np.array(shard.positions)
+            row = np.array(shard.documents.row)[position]
+            place = np.array(shard.documents.positions)[position]
+            of_head = losses.choices, shard.targets, losses.nats
+            yield [row, position, place, *map(np.array, of_head)]

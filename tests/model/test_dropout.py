@@ -153,7 +153,7 @@ def test_inputs_are_kept_at_the_rate_and_rows_independently(dropout, d):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "all", 1])
+@pytest.mark.parametrize("recompute", ["none", "all", 1, "auto"])
 def test_recomputing_and_compiling_change_no_gradient(model, recompute, compiled, packed):
     batch = a_batch(packed)
     loss, n, grads = loss_and_grads(model, batch, KEYS, "none")
@@ -164,7 +164,7 @@ def test_recomputing_and_compiling_change_no_gradient(model, recompute, compiled
     assert gap(grads, again_grads) < 1e-5
 
 
-def test_a_checkpoint_that_draws_its_own_masks_is_wrong_on_packed_rows_too(model):
+def test_a_checkpoint_that_draws_its_own_masks_is_wrong(model):
     """The control: the same comparison, with keys from the global state within the layer."""
     h, layer = mx.random.normal((4 * T, 64)), model.layers[0]
     documents = model.model.documents(DOCUMENTS, 4 * T, T)

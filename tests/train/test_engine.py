@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support.grad_sums import add_grads
-from support.gradients import autodiff, drawn_here, gap, packed_batch, tuned
+from support.gradients import autodiff, gap, packed_batch, tuned
 from support.models import load_folder, our_logits, random_tokens, randomise_lora
 
 from mlx_qlora import device
@@ -135,55 +134,12 @@ def test_gradients_equal_finite_differences(model):
         assert measured == pytest.approx(promised, rel=2e-2, abs=2e-3), name
 
 
-@pytest.mark.parametrize("recompute", ["all", 1, 2, "auto"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recompute_changes_nothing_with_dropout_on(model, recompute, compiled):
-    batch, key = a_batch(), mx.random.key(8)
-    loss, _, grads = loss_and_grads(model, batch, key, recompute="none")
-    engine = Engine(model, recompute, compiled)
-    again, _, again_grads = engine(flat(model.trainable_parameters()), batch, key)
-    assert again.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert gap(grads, again_grads) < 1e-5
-
-
-def test_a_checkpoint_that_draws_its_own_dropout_is_wrong(model):
-    """The control: what mx.checkpoint does to a layer that calls mx.random without a key."""
-    layer, rows = model.layers[0], np.array([(0, 0, 16), (1, 0, 16)], np.int32)
-    documents, h = model.model.documents(rows), mx.random.normal((32, 64))
-
-    def run(x, weights):
-        layer.update(weights)
-        return layer(x, documents, drawn_here(32))
-
-    weights = layer.trainable_parameters()
-    mx.random.seed(0)
-    plain = mx.grad(lambda w: run(h, w).square().sum())(weights)
-    mx.random.seed(0)
-    checkpointed = mx.grad(lambda w: mx.checkpoint(run)(h, w).square().sum())(weights)
-    layer.update(weights)
-    assert gap(plain, checkpointed) > 1e-2
-
-
 def test_dropout_key_decides_the_masks(model):
     batch = a_batch()
     losses = [loss_and_grads(model, batch, mx.random.key(k))[0].item() for k in (1, 1, 2)]
     without = loss_and_grads(model, batch)[0].item()
     assert losses[0] == losses[1] != losses[2]
     assert without not in losses
-
-
-def test_micro_batches_add_up_to_one_batch(model):
-    """Unequal supervised counts, which a mean of means would weigh wrongly."""
-    batch = a_batch(B=4)
-    whole_loss, whole_n, whole = loss_and_grads(model, batch)
-    total, nats, count = None, 0.0, 0
-    for rows in (slice(0, 1), slice(1, 4)):
-        part = Batch(batch.tokens[rows], batch.labels[rows])
-        loss, n, grads = loss_and_grads(model, part)
-        total, nats, count = add_grads(total, grads), nats + loss.item(), count + n
-    assert count == whole_n
-    assert nats == pytest.approx(whole_loss.item(), rel=1e-6)
-    assert gap(whole, total) < 1e-5
 
 
 def test_gradients_are_float32_and_of_lora_weights_alone(model):
@@ -204,15 +160,6 @@ def test_bfloat16_compute_gives_float32_gradients_close_to_float32s(hf_tiny):
     assert all(g.dtype == mx.float32 for _, g in tree_flatten(bf_grads))
     assert bf_loss.item() == pytest.approx(loss.item(), rel=1e-2)
     assert gap(grads, bf_grads) < 0.1
-
-
-def test_the_model_is_left_as_it_was(model):
-    before = dict(tree_flatten(model.parameters()))
-    engine = Engine(model, "all", compiled=True)
-    mx.eval(engine(flat(model.trainable_parameters()), a_batch(), mx.random.key(0)))
-    after = dict(tree_flatten(model.parameters()))
-    assert before.keys() == after.keys()
-    assert all(mx.array_equal(before[name], after[name]).item() for name in before)
 
 
 def test_a_model_without_lora_and_a_wrong_recompute_are_refused(hf_tiny, model):
@@ -408,12 +355,16 @@ def all_arrays(model) -> dict[str, mx.array]:
         *(("add_mlp", n) for n in (1, 2, 3, 4)),
     ],
 )
-def test_an_exception_in_the_middle_leaves_the_model_as_it_was(hf_tiny, monkeypatch, piece, calls):
+def test_a_call_and_an_exception_in_the_middle_of_one_leave_the_model_as_it_was(
+    hf_tiny, monkeypatch, piece, calls
+):
     model = load_folder(hf_tiny[1], QuantConfig(4, 32), "dequantize")
     add_lora(model, LoraConfig(r=4, lora_dropout=0.2), seed=5)
     randomise_lora(model)
     batch, key, before = a_batch(B=1), mx.random.key(2), all_arrays(model)
     expected = loss_and_grads(model, batch, key, "none")
+    mx.eval(expected)
+    assert all(before[name] is array for name, array in all_arrays(model).items())
     doubled = {n: 2 * w for n, w in tree_flatten(model.trainable_parameters())}
     real, left = getattr(llama.DecoderLayer, piece), [calls]
 
@@ -598,7 +549,7 @@ def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
     for shard in memory.chunks_of(model, batch, documents, 1)[0]:
         x = model.model.embed_tokens(shard.tokens)
         for i, layer in enumerate(model.layers):
-            tape = Tape(layer, engine.slots[i], shard, i, compiled=False)
+            tape = Tape(layer, engine.slots[i], shard, shard.keys[i], compiled=False)
             tape.values["x"] = x
             assert len(list(tape.forward(KEPT[level]))) == 5
             x = tape.values.pop("y")
