@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-
 # flag -> (field, what its value is called; None for a flag that says true)
 SHORTHANDS = {
     "--model": ("model.source", "SOURCE"),
@@ -36,14 +35,12 @@ SHORTHANDS = {
     "--strict": ("data.strict", None),
     "--refused": ("data.refused_path", "FILE"),
 }
-
-
 EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging", "generation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What one command is told.
+    """What one command takes.
 
     Attributes:
         help: one line.
@@ -176,8 +173,8 @@ def make_parser() -> argparse.ArgumentParser:
             quiet = "say nothing but warnings and errors"
             command.add_argument("--quiet", action="store_true", help=quiet)
         if about.json:
-            how = "end in one JSON object on standard output; all else goes to standard error"
-            command.add_argument("--json", action="store_true", help=how)
+            ends = "end in one JSON object on standard output; all else goes to standard error"
+            command.add_argument("--json", action="store_true", help=ends)
         if about.sections:
             _add_fields(about, command)
     return parser
@@ -188,10 +185,10 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("fields, and flags that are short for them")
     for flag in about.shorthands:
         field, value = SHORTHANDS[flag]
-        how: dict[str, Any] = {"metavar": value, "help": f"short for {field}="}
+        options: dict[str, Any] = {"metavar": value, "help": f"short for {field}="}
         if value is None:
-            how = {"action": "store_const", "const": "true", "help": f"short for {field}=true"}
-        action = group.add_argument(flag, dest=field, **how)
+            options = {"action": "store_const", "const": "true", "help": f"short for {field}=true"}
+        action = group.add_argument(flag, dest=field, **options)
         if value in ("FILE", "DIR"):
             _complete(action, value)
     _complete(group.add_argument("--config", metavar="FILE", help="YAML with the fields"), "FILE")
@@ -211,7 +208,7 @@ def _complete(action: argparse.Action, kind: str) -> None:
 
 
 def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
-    """What a command is told besides fields."""
+    """Add what a command takes besides fields."""
     add = command.add_argument
     if name == "train":
         dry = "load, read, plan and show the first batch, but train nothing"
@@ -234,13 +231,13 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--raw", action="store_true", help="do not use the chat template")
         add("--seed", type=int, help="the same seed gives the same text")
     if name == "chat":
-        add("--system", metavar="TEXT", help="what the model is told first")
+        add("--system", metavar="TEXT", help="instructions that the model gets first")
         add("--seed", type=int, help="the same seed gives the same answers")
     if name == "evaluate":
         add("--limit", type=int, metavar="N", help="score N rows, drawn by training.seed")
         asked = "let the models answer N questions (default 32); 0 asks none"
         add("--answers", type=int, metavar="N", help=asked)
-        add("--general", metavar="FILE", help="text to look for what was forgotten on")
+        add("--general", metavar="FILE", help="text on which to look for what was forgotten")
         add("--output", metavar="FILE", help="JSON of everything")
     if name == "sweep":
         for flag, what in (("learning-rates", "1e-4,2e-4,5e-4"), ("ranks", "8,16,32")):
@@ -370,16 +367,16 @@ def _command(argv: Sequence[str]) -> int:
     from mlx_qlora.distributed import tells
 
     try:
-        found = run_command(args)
+        result = run_command(args)
     except UserError as error:
         if tells(error):
             print(f"mlx-qlora: {error}", file=sys.stderr)
         if as_json and tells(error):
             _print_json({"error": str(error), "kind": type(error).__name__})
         return 2
-    if as_json and found is not None:
-        _print_json(found)
-    return 0 if found is None or found.get("ok", True) else 1
+    if as_json and result is not None:
+        _print_json(result)
+    return 0 if result is None or result.get("ok", True) else 1
 
 
 def train_main() -> int:
@@ -387,9 +384,9 @@ def train_main() -> int:
     return main(["train", *sys.argv[1:]])
 
 
-def _print_json(found: Any) -> None:
-    """One object; what is not a number is null, which JSON has no other word for."""
-    print(json.dumps(_plain(found), ensure_ascii=False))
+def _print_json(result: Any) -> None:
+    """Print one object; NaN and infinity become null, as JSON cannot write them."""
+    print(json.dumps(_plain(result), ensure_ascii=False))
 
 
 def _plain(value: Any) -> Any:

@@ -45,7 +45,7 @@ class ModelConfig:
     group_size: int = option(64, "weights that share one scale")
     mode: str = option(
         "affine",
-        "how: integers with a scale and a bias, or a float format",
+        "integers with a scale and a bias, or a float format",
         choices=("affine", "mxfp4", "mxfp8", "nvfp4"),
     )
     dtype: str = option(
@@ -85,8 +85,6 @@ SECTIONS: dict[str, type] = {
     section.name: typing.get_type_hints(RunConfig)[section.name]
     for section in dataclasses.fields(RunConfig)
 }
-
-
 # What other trainers and papers call a field.
 USUAL_WORDS = {
     "lr": "training.learning_rate",

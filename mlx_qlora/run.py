@@ -217,8 +217,6 @@ def open_inputs(
     the adapter, the rows. No weight is loaded.
 
     Args:
-        config: of the run.
-        console: where progress goes.
         writes: whether a run will write to the output folder, which is then checked.
         weights: False for a look at the rows alone: the weights stay where they are.
         split: False reads all of `data.path` as `train`, written as the adapter was taught.
@@ -288,8 +286,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     """Refuse an output folder that cannot be written to, or that holds files of others.
 
     Args:
-        output: the folder.
-        adapter: that training goes on from.
+        adapter: folder of the adapter that training goes on from.
 
     Raises:
         ConfigError: naming the folder, and the file that a run would overwrite.
@@ -312,10 +309,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
 def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainResult:
     """Train on opened inputs and leave an output folder, with answers and scores in the report.
 
-    Args:
-        inputs: from `open_inputs`.
-        console: where progress goes.
-        plan: the prediction, which the report compares with what was measured.
+    The report compares the plan with what was measured.
 
     Raises:
         UserError: any of its kinds.
@@ -339,8 +333,7 @@ def fine_tune(
         model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (an
             adapter was attached) it goes on training those.
         tokenizer: the model's.
-        train_examples: from `read_examples`.
-        validation: to measure the loss on.
+        train_examples, validation: from `read_examples`.
         config: everything else; the defaults if not given.
         console: where progress goes; standard error if not given.
 

@@ -24,9 +24,6 @@ class Observer:
     The first process asks and writes; the scores on the test rows are shared out over all.
 
     Args:
-        model: with its LoRA layers.
-        inputs: of the run.
-        console: where progress goes.
         n_questions: held-out rows to answer; 0 asks none.
         plan: the prediction, if one was made.
     """

@@ -21,17 +21,10 @@ from mlx_qlora.train.score import score
 
 # ---- views of the rows ---------------------------------------------------------------------------
 
-
 BAR = 40  # characters of the longest bar
-
-
 SUPERVISED, CONTEXT, PADDING, NOTE = "bold green", "default", "dim red", "dim cyan"
-
-
 # Signs that a terminal would swallow or turn into spaces are shown as their Unicode pictures.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {127: 0x2421}
-
-
 PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # some terminals act on these, too
 
 
@@ -60,9 +53,7 @@ def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> Re
     """The first rows of the first batches, token by token as they are trained.
 
     Args:
-        batches: of the run.
         tokenizer: to write ids as text again.
-        count: how many rows.
         colour: False puts ⟦ ⟧ around what is supervised, where no colour can say it.
     """
     shown: list[Text] = []
@@ -122,7 +113,6 @@ def inspect_data(config: RunConfig, console: Console, show: int = 0) -> dict[str
 
     Args:
         config: of the run; its model names the tokenizer. No weight is loaded.
-        console: where it is printed.
         show: rows to print as the model will see them.
 
     Returns:
@@ -169,11 +159,6 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
     """Do all that a run does before its first step, and score its first batch.
 
     Nothing is written but the cache of tokens.
-
-    Args:
-        inputs: from `open_inputs`.
-        plan: of the run.
-        console: where it is printed.
 
     Returns:
         The plan, how many rows there are, the first batch's figures, and where a run would go

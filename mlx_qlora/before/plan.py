@@ -74,7 +74,7 @@ def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
 
 
 def weights_of_layer(llama: LlamaConfig) -> tuple[int, int]:
-    """How many frozen weights the linears of one layer's attention have, and those of its MLP."""
+    """Frozen weights in the linears of one layer's attention, and in those of its MLP."""
     D, F = llama.hidden_size, llama.intermediate_size
     heads = 2 * llama.num_attention_heads + 2 * llama.num_key_value_heads
     return D * llama.head_dim * heads, 3 * D * F
@@ -95,18 +95,18 @@ def documents_of(
         return full, full, supervised
     lengths = np.sort(examples.lengths - 1)
     if not config.data.packing:
-        return lengths[-rows:].tolist(), _standing_for(lengths, rows), supervised
+        return lengths[-rows:].tolist(), _representative(lengths, rows), supervised
     most = max(config.data.max_length, int(examples.lengths.max()))
     positions = rows * packed_width(examples.lengths, rows, most)
     # The longest document, and of the usual mixture as many as fill the rows beside it.
     longest, others = int(lengths[-1]), lengths[:-1]
     n = round(len(others) * (positions - longest) / max(int(others.sum()), 1))
-    mixture = [*_standing_for(others, n), longest]
+    mixture = [*_representative(others, n), longest]
     return mixture, mixture, supervised
 
 
-def _standing_for(lengths: np.ndarray, n: int) -> list[int]:
-    """At most n lengths with the mean of all: each is that of an equal part of the sorted ones."""
+def _representative(lengths: np.ndarray, n: int) -> list[int]:
+    """At most n lengths with the mean of all: the means of n equal parts of the sorted lengths."""
     n = min(n, len(lengths))
     return [round(float(part.mean())) for part in np.array_split(lengths, n)] if n else []
 
@@ -176,22 +176,15 @@ def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Mac
 
 # ---- several processes ---------------------------------------------------------------------------
 
-
 FLOAT32 = 4
-
-
 SMALL_SUMS = 2  # messages besides the buckets: the counts of a step, and its loss
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a run of several processes adds to the plan of one.
+    """What a run of N processes adds to the plan of one.
 
-    Attributes:
-        processes: how many, N.
-        trainable: numbers that are trained.
-        step_tokens: positions of an optimiser step in one process.
-        compute_seconds: of such a step, without the others.
+    `step_tokens` and `compute_seconds` are of an optimiser step in one process.
     """
 
     processes: int
@@ -219,7 +212,8 @@ class Scaling:
         """Sums of a step, at most."""
         if self.processes == 1:
             return 0
-        return -(-self.handed_bytes // bucket_bytes(self.handed_bytes)) + SMALL_SUMS
+        bucket = max(SMALLEST_BUCKET, self.handed_bytes // MOST_BUCKETS)
+        return -(-self.handed_bytes // bucket) + SMALL_SUMS
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it; sizes in bytes, times in seconds."""
@@ -244,17 +238,8 @@ class Scaling:
         )
 
 
-def bucket_bytes(total: int) -> int:
-    """The least size of a bucket, as `GradientAllReduce` cuts them."""
-    return max(SMALLEST_BUCKET, total // MOST_BUCKETS)
-
-
 def check_processes(processes: int | None) -> None:
-    """Refuses a number that no launcher could start.
-
-    Raises:
-        ConfigError: not a whole number of at least 1.
-    """
+    """Refuse a number that no launcher could start."""
     if processes is None:
         return
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
@@ -266,7 +251,6 @@ def check_processes(processes: int | None) -> None:
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-
 LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
 
 
@@ -277,10 +261,8 @@ class Plan:
     Attributes:
         parts: name -> bytes; their sum is `total_bytes`.
         memory_bytes: what the machine can give.
-        machine: its name.
-        trainable: how many numbers are trained.
         schedule: how a micro-batch is computed.
-        longest_context: the longest document that could be trained, everything recomputed.
+        longest_context: tokens of the longest document that fits, everything recomputed.
         tokens_per_second: to be expected, from the machine's matmul rate.
         advice: what to change, if it does not fit.
         scaling: of several processes, if their number is known.
@@ -335,7 +317,7 @@ class Plan:
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         lines.append(f"{'recomputed':<22}{self._recomputed()}")
         if self.schedule.n_chunks > 1:
-            lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} parts")
+            lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} chunks")
         lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
         lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
         if self.scaling is not None:
@@ -413,10 +395,10 @@ def plan_checkpoint(
         budget = budget_for(llama, lengths, itemsize, standing, where)
         return schedule(llama, lengths, itemsize, levels, budget, where)
 
-    how = scheduled(largest)
-    kept, work = activation_bytes(llama, how, largest, itemsize, where)
+    chosen = scheduled(largest)
+    kept, work = activation_bytes(llama, chosen, largest, itemsize, where)
     accumulation = training.gradient_accumulation_steps
-    step = step_bytes(trained, how.n_chunks, accumulation > 1)
+    step = step_bytes(trained, chosen.n_chunks, accumulation > 1)
     usually, tokens = scheduled(usual), sum(usual)
     flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
@@ -438,10 +420,10 @@ def plan_checkpoint(
         where.working_set_bytes,
         where.name,
         trained,
-        how,
+        chosen,
         longest,
         tokens / seconds,
-        "" if fits else _advice(parts, dense, how.levels, longest, max(largest)),
+        "" if fits else _advice(parts, dense, chosen.levels, longest, max(largest)),
         scaling,
     )
 
@@ -461,8 +443,8 @@ def _advice(
     remedy = remedies.get(largest, "lower lora.r")
     # Nothing of a micro-batch is in memory while the optimiser's update is at its peak.
     less = "" if "optimiser's update" in parts else _less_at_once(levels, longest, document)
-    told = ", or ".join(filter(None, (remedy, less))) or smaller
-    return f"This will not fit. Largest part: {largest}; {told}."
+    advice = ", or ".join(filter(None, (remedy, less))) or smaller
+    return f"This will not fit. Largest part: {largest}; {advice}."
 
 
 def _less_at_once(levels: list[int], longest: int, document: int) -> str:
