@@ -17,7 +17,7 @@ MODEL = "smollm2-135m"
 OUTPUT = "outputs/chat_data"
 HERE = Path(globals().get("__file__", "../chat_data.py")).parent  # a notebook runs in its folder
 ROWS = [json.loads(line) for line in (HERE / "chat_rows.jsonl").read_text("utf-8").splitlines()]
-HELD_OUT = 6
+HELD_OUT = 4
 
 # %% [markdown]
 # A captain answers household questions, always in two lines. Some dialogues have two turns.
@@ -59,13 +59,13 @@ config = mq.RunConfig(
     training=mq.TrainingConfig(
         learning_rate=3e-3,
         warmup_steps=2,
-        max_steps=9,
-        per_device_train_batch_size=4,
+        max_steps=8,
+        per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
     ),
     data=mq.DataConfig(packing=False),
     checkpointing=mq.CheckpointingConfig(output_dir=OUTPUT, resume_from_checkpoint="none"),
-    logging=mq.LoggingConfig(logging_steps=3),
+    logging=mq.LoggingConfig(logging_steps=2),
 )
 train, unseen = examples[:-HELD_OUT], examples[-HELD_OUT:]
 before = mq.evaluate(model, tokenizer, unseen)
@@ -74,8 +74,9 @@ result
 
 # %%
 after = mq.evaluate(model, tokenizer, unseen)
+question = ROWS[-1]["messages"][:2]
 answer = mq.generate(
-    model, tokenizer, ROWS[-1]["messages"][:2], 40, temperature=0.0, repetition_penalty=1.0
+    model, tokenizer, question, max_new_tokens=20, temperature=0.0, repetition_penalty=1.0
 )
 print(f"loss on unseen dialogues {before.loss:.3f} -> {after.loss:.3f}\n{answer}")
 

@@ -19,14 +19,14 @@ from mlx_qlora.sweep.trial import Losses, difference, in_words
 MODEL = "smollm2-135m"
 OUTPUT = Path("outputs/compare_learning_rates")
 RATES = {"1e-6": 1e-6, "3e-4": 3e-4, "2e-3": 2e-3}
-STEPS, SEED = 5, 0
+STEPS, SEED = 4, 0
 ROWS = [
     {
         "instruction": "Write the amount in house style.",
         "input": f"{n} euros",
         "output": f"EUR {n:,}.00",
     }
-    for n in range(1_000, 900_000, 27_000)
+    for n in range(1_000, 900_000, 40_000)
 ]
 
 # %% [markdown]

@@ -20,7 +20,7 @@ import mlx_qlora as mq
 
 MODEL = "smollm2-135m"
 OUTPUT = Path("outputs/export")
-STEPS, RANK, ALPHA = 5, 8, 16
+STEPS, RANK, ALPHA = 4, 8, 16
 ROWS = [
     {
         "instruction": "Write the amount in house style.",
@@ -111,9 +111,9 @@ mq.save_merged(plain, tokenizer, OUTPUT / "base", dtype="float32")
 del plain
 loaded = mlx_lm.load(str(OUTPUT / "base"), adapter_path=str(folder / "mlx"))
 theirs, their_tokenizer = loaded[0], loaded[1]
-their_answer = mlx_lm.generate(theirs, their_tokenizer, prompt=PROMPT, max_tokens=12)
+their_answer = mlx_lm.generate(theirs, their_tokenizer, prompt=PROMPT, max_tokens=8)
 our_answer = mq.generate(
-    model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, repetition_penalty=1.0
+    model, tokenizer, PROMPT, max_new_tokens=8, temperature=0, repetition_penalty=1.0
 )
 print(f"mlx-lm     {their_answer!r}\nmlx-qlora  {our_answer!r}")
 apart = np.abs(np.array(theirs(tokens)) - ours).max()

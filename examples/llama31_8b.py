@@ -70,7 +70,7 @@ settings["data"]["max_length"] = 160
 settings["training"] |= {
     "max_steps": 3,
     "warmup_steps": 1,
-    "per_device_train_batch_size": 2,
+    "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 2,
 }
 settings["checkpointing"] |= {"output_dir": str(OUTPUT), "resume_from_checkpoint": "none"}

@@ -11,14 +11,14 @@ import mlx_qlora as mq
 MODEL = "smollm2-135m"
 OUTPUT = "outputs/quick_start"
 FOUR_BITS = mq.QuantConfig(bits=4, group_size=64)
-GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 16}
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 12}
 ROWS = [
     {
         "instruction": "Write the amount in house style.",
         "input": f"{n} dollars",
         "output": f"USD {n:,}.00",
     }
-    for n in range(1_000, 900_000, 23_000)
+    for n in range(1_000, 900_000, 46_000)
 ]
 PROMPT = "### Instruction:\nWrite the amount in house style.\n\n### Input:\n{}\n\n### Response:\n"
 QUESTION = PROMPT.format("740500 dollars")
@@ -35,7 +35,7 @@ before = mq.evaluate(model, tokenizer, examples)
 print("before:", mq.generate(model, tokenizer, QUESTION, **GREEDY))
 
 # %% [markdown]
-# A short run: ten steps of four rows, without warmup to speak of and at a high rate.
+# A short run: eight steps of three rows, without warmup to speak of and at a high rate.
 # Everything that is not given keeps the default that suits Llama 3.1 8B.
 
 # %%
@@ -43,10 +43,10 @@ config = mq.RunConfig(
     lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
     data=mq.DataConfig(packing=False),
     training=mq.TrainingConfig(
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         warmup_steps=2,
-        max_steps=10,
-        per_device_train_batch_size=4,
+        max_steps=8,
+        per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
     ),
     checkpointing=mq.CheckpointingConfig(output_dir=OUTPUT, resume_from_checkpoint="none"),

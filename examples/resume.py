@@ -17,7 +17,7 @@ import mlx_qlora as mq
 
 MODEL = "smollm2-135m"
 OUTPUT = Path("outputs/resume")
-STEPS, SAVE_STEPS, SEED = 8, 2, 0
+STEPS, SAVE_STEPS, SEED = 6, 2, 0
 ROWS = [
     {
         "instruction": "Write the amount in house style.",
