@@ -14,10 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
 from support.documented_commands import (
     NOT_RUN,
     PAGES,
@@ -30,8 +28,7 @@ from support.documented_commands import (
     ours,
     steps,
 )
-from support.models import TINY
-from support.tiny_folder import write_rows, write_tokenizer
+from support.tiny_folder import write_random_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora import cli
@@ -149,29 +146,9 @@ def script_fault(script: str, flags: tuple[str, ...]) -> str | None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama: sizes that groups of 64 divide, and room for rows of the default length.
-
-    Written without torch and transformers, whose import takes longer than all that is done here.
-    """
-    folder = write_tokenizer(tmp_path_factory.mktemp("docs") / "model", chat=True)
-    config = {**TINY, "intermediate_size": 192, "max_position_embeddings": 4096}
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 1e4}
-    (folder / "config.json").write_text(json.dumps(config))
-    D, F, V, K = 64, 192, TINY["vocab_size"], 32
-    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
-    for layer in range(TINY["num_hidden_layers"]):
-        linears = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (K, D)}
-        linears |= {"self_attn.v_proj": (K, D), "self_attn.o_proj": (D, D)}
-        linears |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
-        linears |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in linears.items()}
-    draw = np.random.default_rng(0)
-    weights = {
-        f"{name}.weight": (draw.normal(size=shape) * 0.08 + (len(shape) == 1)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    """With room for rows of the default length."""
+    folder = tmp_path_factory.mktemp("docs") / "model"
+    return write_random_model(folder, max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,10 @@ import zipfile
 from email.message import Message
 from pathlib import Path
 
-import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from safetensors.numpy import save_file
-from support.models import TINY
-from support.tiny_folder import write_rows, write_tokenizer
+from support.tiny_folder import write_random_model, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +62,7 @@ def tuned(source: str, rows: Path, output: Path) -> mq.TrainResult:
     return result
 
 
-def told(result: mq.TrainResult) -> str:
+def described(result: mq.TrainResult) -> str:
     folder: Path = result.output_dir
     steps: int = result.steps
     losses: list[float] = [result.train_loss]
@@ -80,7 +77,7 @@ def told(result: mq.TrainResult) -> str:
 
 if __name__ == "__main__":
     try:
-        print(told(tuned("model", Path("rows.jsonl"), Path("from-python"))))
+        print(described(tuned("model", Path("rows.jsonl"), Path("from-python"))))
     except mq.UserError as error:
         raise SystemExit(f"sorry: {error}") from error
 '''
@@ -97,8 +94,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site")
     sources = Path(shutil.copytree(ROOT, place / "sources", ignore=unwanted))
     build = [sys.executable, "-m", "build", "--no-isolation", str(sources), "--outdir"]
-    told([*build, str(place / "both")])
-    told([*build, str(place / "direct"), "--wheel"])
+    printed([*build, str(place / "both")])
+    printed([*build, str(place / "direct"), "--wheel"])
     return {
         "sdist": only(place / "both", "*.tar.gz"),
         "wheel": only(place / "both", "*.whl"),
@@ -111,18 +108,12 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
-def told(words: list[str], cwd: Path | None = None, code: int = 0, stdin: str = "") -> str:
-    """What a command prints on both streams; it must end with `code`."""
+def printed(words: list[str], cwd: Path | None = None) -> str:
+    """What a command that succeeds prints on both streams."""
     done = subprocess.run(
-        words,
-        cwd=cwd,
-        env=bare(),
-        input=stdin,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        words, cwd=cwd, env=bare(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-3000:]}"
+    assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout[-3000:]}"
     return done.stdout
 
 
@@ -160,10 +151,10 @@ def test_the_sdist_makes_the_same_wheel(built: dict[str, Path]):
 
 
 def test_the_metadata_says_what_pip_and_the_index_need(built: dict[str, Path]):
-    said, version = metadata(built["wheel"]), built["wheel"].name.split("-")[1]
-    assert said["Version"] == version and said["Requires-Python"] == ">=3.10"
-    assert said["License-Expression"] == "Apache-2.0" and said["Summary"]
-    shown = said.get_payload(decode=True)
+    fields, version = metadata(built["wheel"]), built["wheel"].name.split("-")[1]
+    assert fields["Version"] == version and fields["Requires-Python"] == ">=3.10"
+    assert fields["License-Expression"] == "Apache-2.0" and fields["Summary"]
+    shown = fields.get_payload(decode=True)
     assert isinstance(shown, bytes)
     assert shown.decode() == (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -203,14 +194,14 @@ def link_packages(names: set[str], folder: Path) -> None:
 def venv(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the wheel; returns the folder of its commands."""
     place = tmp_path_factory.mktemp("installed")
-    told([sys.executable, "-m", "venv", "--without-pip", str(place / "venv")])
+    printed([sys.executable, "-m", "venv", "--without-pip", str(place / "venv")])
     commands = place / "venv" / "bin"
     link_packages(asked_for(built["wheel"]), place / "packages")
     site = only(place / "venv" / "lib", "python*") / "site-packages"
     (site / "packages.pth").write_text(f"{place / 'packages'}\n")
     pip = [sys.executable, "-m", "pip", "--python", str(commands / "python")]
-    told([*pip, "install", "--quiet", "--no-index", "--no-deps", str(built["wheel"])])
-    told([*pip, "check"])
+    printed([*pip, "install", "--quiet", "--no-index", "--no-deps", str(built["wheel"])])
+    printed([*pip, "check"])
     return commands
 
 
@@ -219,46 +210,24 @@ def empty(venv: Path, tmp_path: Path) -> Path:
     """An empty folder, in which `import mlx_qlora` finds the wheel and nothing else."""
     where = "import importlib.util as u, mlx_qlora; "
     where += "print(mlx_qlora.__file__, u.find_spec('torch'), u.find_spec('pytest'))"
-    found, *of_others = told([str(venv / "python"), "-c", where], tmp_path).split()
-    assert Path(found).is_relative_to(venv.parent) and of_others == ["None", "None"]
+    file, *others = printed([str(venv / "python"), "-c", where], tmp_path).split()
+    assert Path(file).is_relative_to(venv.parent) and others == ["None", "None"]
     return tmp_path
 
 
 @pytest.fixture
 def with_model(empty: Path) -> Path:
     """The same folder with a tiny `model` and `rows.jsonl`."""
-    write_tiny_model(empty / "model")
+    write_random_model(empty / "model")
     write_rows(empty / "rows.jsonl", 40)
     return empty
 
 
-def write_tiny_model(folder: Path) -> None:
-    """A random Llama whose widths groups of 64 divide, without torch, whose import takes long."""
-    write_tokenizer(folder, chat=True)
-    config = {**TINY, "intermediate_size": 192, "rope_theta": 1e4, "model_type": "llama"}
-    config |= {"architectures": ["LlamaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    D, F, K, V = 64, 192, 32, TINY["vocab_size"]
-    linears = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (K, D), "self_attn.v_proj": (K, D)}
-    linears |= {"self_attn.o_proj": (D, D), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D)}
-    layer = {**linears, "mlp.down_proj": (D, F), "input_layernorm": (D,)}
-    layer["post_attention_layernorm"] = (D,)
-    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
-    for i in range(TINY["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    draw = np.random.default_rng(0)
-    weights = {
-        f"{name}.weight": (draw.normal(size=shape) * 0.08 + (len(shape) == 1)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def test_the_command_names_its_version_and_its_commands(venv: Path, empty: Path):
     command = str(venv / "mlx-qlora")
-    said = told([command, "--version"], empty)
-    assert re.fullmatch(r"mlx-qlora \d+\.\d+\.\d+\S*\n", said)
-    shown = told([command, "--help"], empty)
+    version = printed([command, "--version"], empty)
+    assert re.fullmatch(r"mlx-qlora \d+\.\d+\.\d+\S*\n", version)
+    shown = printed([command, "--help"], empty)
     for name in ("train", "plan", "generate", "evaluate", "export", "push", "doctor"):
         assert re.search(rf"^    {name}\b", shown, re.MULTILINE), name
     assert list(empty.iterdir()) == []
@@ -266,65 +235,70 @@ def test_the_command_names_its_version_and_its_commands(venv: Path, empty: Path)
 
 def test_plan_and_train_run_from_the_wheel(venv: Path, with_model: Path):
     command = str(venv / "mlx-qlora")
-    assert "predicted peak" in told([command, "plan", "--model", "model"], with_model)
+    assert "predicted peak" in printed([command, "plan", "--model", "model"], with_model)
     words = ["train", "--model", "model", "--data", "rows.jsonl", *SHORT]
     words += ["model.base_model_name_or_path=some/model"]
-    said = told([command, *words, "--output-dir", "outputs"], with_model)
-    assert "step 2/2" in said and "warning" not in said.lower()
+    shown = printed([command, *words, "--output-dir", "outputs"], with_model)
+    assert "step 2/2" in shown and "warning" not in shown.lower()
     left = {path.name for path in (with_model / "outputs").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "report.html", "mlx"} <= left
     module = [str(venv / "python"), "-m", "mlx_qlora.train", "--print-config", *words[1:]]
-    assert "learning_rate: 0.0002" in told(module, with_model)
+    assert "learning_rate: 0.0002" in printed(module, with_model)
 
 
-def test_a_users_script_is_sound_to_pyright_and_runs(venv: Path, with_model: Path):
-    script = with_model / "tune.py"
-    script.write_text(SCRIPT)
-    assert faults_of(script, venv) == []
-    said = told([str(venv / "python"), "tune.py"], with_model)
-    assert "from-python 2 [" in said
+# ---- a user's script ---------------------------------------------------------------------------
+
+# What is right in SCRIPT -> (what is wrong instead, what pyright must say of it).
+WRONG = {
+    "result.train_loss]": ("result.trian_loss]", "trian_loss"),
+    "max_length=64": ("max_lenght=64", "max_lenght"),
+    "scores.n_tokens": ("scores.perplexity", '"float" is not assignable to "int"'),
+    "learning_rate=1e-3": ("learning_rate=None", '"learning_rate"'),
+    "split([0.8, 0.1, 0.1])": ("split(None)", '"shares"'),
+}
 
 
-def test_pyright_finds_what_is_wrong_in_a_users_script(venv: Path, empty: Path):
-    """The control: public names are no Any, or anything at all would be sound."""
-    wrongs = {
-        "result.train_loss]": ("result.trian_loss]", "trian_loss"),
-        "max_length=64": ("max_lenght=64", "max_lenght"),
-        "scores.n_tokens": ("scores.perplexity", '"float" is not assignable to "int"'),
-        "learning_rate=1e-3": ("learning_rate=None", '"learning_rate"'),
-        "split([0.8, 0.1, 0.1])": ("split(None)", '"shares"'),
-    }
+def test_a_users_script_runs(venv: Path, with_model: Path):
+    (with_model / "tune.py").write_text(SCRIPT)
+    shown = printed([str(venv / "python"), "tune.py"], with_model)
+    assert "from-python 2 [" in shown
+
+
+def test_a_users_script_is_sound_to_pyright_and_a_wrong_one_is_not(venv: Path, empty: Path):
+    """The wrong one is the control: were public names Any, anything at all would be sound."""
     text = SCRIPT
-    for right, (wrong, _) in wrongs.items():
+    for right, (wrong, _) in WRONG.items():
         assert right in text
         text = text.replace(right, wrong)
-    script = empty / "tune.py"
-    script.write_text(text)
-    found = faults_of(script, venv)
-    for right, (_, told_of) in wrongs.items():
-        assert any(told_of in fault for fault in found), (right, found)
+    (empty / "right.py").write_text(SCRIPT)
+    (empty / "wrong.py").write_text(text)
+    errors = pyright(empty, venv)
+    assert errors["right.py"] == []
+    for right, (_, message) in WRONG.items():
+        assert any(message in error for error in errors["wrong.py"]), (right, errors)
 
 
-def faults_of(script: Path, venv: Path) -> list[str]:
-    """The errors that pyright finds in a script, with the installed package's types."""
+def pyright(folder: Path, venv: Path) -> dict[str, list[str]]:
+    """The errors of each script of a folder, with the installed package's types."""
     rules = {"typeCheckingMode": "standard", "pythonVersion": "3.10"}
     # Beyond the standard: nothing of ours may be of unknown type to a user.
     rules |= dict.fromkeys(
         ("reportUnknownMemberType", "reportUnknownVariableType", "reportUnknownArgumentType"),
         "error",
     )
-    (script.parent / "pyrightconfig.json").write_text(json.dumps(rules))
-    words = [sys.executable, "-m", "pyright", "--pythonpath", str(venv / "python")]
-    done = subprocess.run(
-        [*words, "--outputjson", script.name],
-        cwd=script.parent,
-        env=bare(),
-        capture_output=True,
-        text=True,
-    )
+    (folder / "pyrightconfig.json").write_text(json.dumps(rules))
+    words = [sys.executable, "-m", "pyright", "--pythonpath", str(venv / "python"), "--outputjson"]
+    done = subprocess.run(words, cwd=folder, env=bare(), capture_output=True, text=True)
     report = json.loads(done.stdout[done.stdout.index("{") :])
-    assert report["summary"]["filesAnalyzed"] == 1, done.stdout + done.stderr
-    return [f"{found['rule']}: {found['message']}" for found in report["generalDiagnostics"]]
+    scripts = [path.name for path in folder.glob("*.py")]
+    assert report["summary"]["filesAnalyzed"] == len(scripts), done.stdout + done.stderr
+    errors: dict[str, list[str]] = {name: [] for name in scripts}
+    for found in report["generalDiagnostics"]:
+        errors[Path(found["file"]).name].append(f"{found['rule']}: {found['message']}")
+    return errors
+
+
+# ---- the import --------------------------------------------------------------------------------
 
 
 def test_an_import_is_quick_and_brings_nothing_heavy(venv: Path, empty: Path):
@@ -333,8 +307,8 @@ def test_an_import_is_quick_and_brings_nothing_heavy(venv: Path, empty: Path):
         "print(time.process_time() - begun, *sys.modules)"
     )
     seconds = []
-    for _ in range(5):
-        spent, *modules = told([str(venv / "python"), "-c", code], empty).split()
+    for _ in range(3):
+        spent, *modules = printed([str(venv / "python"), "-c", code], empty).split()
         seconds.append(float(spent))
         heavy = {"torch", "transformers", "mlx_lm", "matplotlib", "numpy", "mlx.core", "rich"}
         assert not heavy & set(modules)

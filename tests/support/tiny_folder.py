@@ -6,7 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from support.models import LLAMA3_ROPE, make_hf_model, save_hf
+import numpy as np
+from safetensors.numpy import save_file
+from support.models import LLAMA3_ROPE, TINY, make_hf_model, save_hf
 
 from mlx_qlora.model.hub import resolve
 
@@ -58,6 +60,32 @@ def write_model(folder: Path, *, chat: bool = False, seed: int = 0, **changes: A
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     (folder / "config.json").write_text(json.dumps(config))
     return write_tokenizer(folder, chat=chat)
+
+
+def write_random_model(folder: Path, **changes: Any) -> Path:
+    """A whole tiny chat model whose widths groups of 64 divide.
+
+    Written without torch, whose import takes longer than all that a test does with the model.
+    """
+    write_tokenizer(folder, chat=True)
+    config = {**TINY, "intermediate_size": 192, "rope_theta": 1e4, "model_type": "llama"}
+    config |= {"architectures": ["LlamaForCausalLM"], **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    D, F, K, V = 64, 192, 32, TINY["vocab_size"]
+    layer = {f"self_attn.{name}_proj": (D, D) for name in "qo"}
+    layer |= {f"self_attn.{name}_proj": (K, D) for name in "kv"}
+    layer |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+    layer |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
+    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
+    for i in range(TINY["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    draw = np.random.default_rng(0)
+    weights = {
+        f"{name}.weight": (draw.normal(size=shape) * 0.08 + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @functools.cache
