@@ -135,7 +135,6 @@ def read_fingerprint(output: Path) -> dict[str, str] | None:
 
 
 def write_sweep(
-    output: Path,
     config: RunConfig,
     about: dict[str, Any],
     trials: list[Trial],
@@ -147,8 +146,7 @@ def write_sweep(
     """Writes the sweep's files; with a winner, prints the table and the sentences, too.
 
     Args:
-        output: the sweep's folder.
-        config: of the sweep.
+        config: of the sweep, with its folder.
         about: fingerprint, grid, steps and rungs, for the record.
         trials: in the order in which they began.
         stages: those that are over.
@@ -156,6 +154,7 @@ def write_sweep(
         repeated: the winner with another seed, if that was asked for.
         console: where the table goes.
     """
+    output = Path(config.checkpointing.output_dir)
     by_point, rungs = {trial.point: trial for trial in trials}, about["rungs"]
     best = by_point[winner] if winner is not None else None
     findings = [line for stage in stages for line in stage_findings(stage, by_point)]

@@ -65,7 +65,7 @@ def sweep(
     product: bool = False,
     repeat_best: bool = False,
 ) -> SweepResult:
-    """Finds a learning rate, a rank and a batch size by short runs.
+    """Find a learning rate, a rank and a batch size by short runs.
 
     Args:
         config: everything that is not varied; `checkpointing.output_dir` is the sweep's folder.
@@ -99,17 +99,16 @@ def sweep(
         steps = config.training.total_steps(batches)
     shortest = 2 ** (rungs - 1)
     require(steps >= shortest, "the sweep's steps", f"be at least {shortest}", steps)
-    search = _Search(config, output, console, values, steps, rungs)
     for fields in stages(values, product):  # a wrong value is found before the model is loaded
         for point in candidates(start_point(config), fields, values):
-            search.config_of(point)
+            config_of(config, point, steps, output)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         _check_same(output, inputs.state.fingerprint)
         for leftover in output.glob(f".{output.name}-*.tmp"):  # of a sweep that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        search.model, search.inputs = inputs.load(), inputs
+        search = _Search(inputs, inputs.load(), console, values, steps, rungs)
         return search.run(product, repeat_best)
 
 
@@ -142,9 +141,9 @@ def _open(config: RunConfig, console: Console) -> Inputs:
 
 
 def _check_same(output: Path, fingerprint: dict[str, str]) -> None:
-    """Refuses a folder whose trials were of another model, or on other data."""
-    found = read_fingerprint(output)
-    changed = [name for name, value in fingerprint.items() if found and found.get(name) != value]
+    """Refuse a folder whose trials were of another model, or on other data."""
+    recorded = read_fingerprint(output) or fingerprint
+    changed = [name for name, value in fingerprint.items() if recorded.get(name) != value]
     if changed:
         raise ConfigError(
             f"{output} holds a sweep of another {' and '.join(changed)}, whose losses cannot be "
@@ -157,78 +156,74 @@ class _Search:
     """A sweep under way.
 
     Attributes:
-        config: what is not varied.
-        output: the sweep's folder.
+        inputs: what all trials share, with a config of what is not varied.
+        model: the base, which they share, too.
         console: where progress goes.
         grid: field -> values.
-        steps: the full budget, at the rows of a step that `config` has.
+        steps: the full budget, at the rows of a step that the config has.
         rungs: how many budgets there are.
-        found: point -> what was measured of it, rung after rung.
+        measured: point -> what was measured of it, rung after rung.
         done: stages that are over.
-        model, inputs: what the trials share.
     """
 
-    config: RunConfig
-    output: Path
+    inputs: Inputs
+    model: LlamaForCausalLM
     console: Console
     grid: dict[str, list[Any]]
     steps: int
     rungs: int
-    found: dict[Point, list[Measured]] = field(default_factory=dict)
+    measured: dict[Point, list[Measured]] = field(default_factory=dict)
     done: list[Stage] = field(default_factory=list)
-    model: LlamaForCausalLM = field(init=False)
-    inputs: Inputs = field(init=False)
 
     def run(self, product: bool, repeat_best: bool) -> SweepResult:
-        """All stages, and the seed that is tried once more."""
-        self.write(None, None)
-        at = start_point(self.config)
+        """Run all stages, and the winner once more with another seed if that is asked for."""
+        self.write()
+        best = start_point(self.inputs.config)
         for fields in stages(self.grid, product):
-            at = self.stage(fields, candidates(at, fields, self.grid))
+            best = self.stage(fields, candidates(best, fields, self.grid))
         repeated = None
         if repeat_best:
-            repeated = replace(at, seed=at.seed + 1)
+            repeated = replace(best, seed=best.seed + 1)
             for rung in range(self.rungs):
-                if self.measured(repeated, rung).failed:
+                if self.measure(repeated, rung).failed:
                     break
-        return self.write(at, repeated)
+        return self.write(best, repeated)
 
     def stage(self, fields: tuple[str, ...], points: list[Point]) -> Point:
-        """Successive halving among points; returns the winner."""
+        """Halve the points rung by rung; returns the winner."""
         alive, history = points, []
         results: dict[Point, Measured] = {}
         for rung in range(self.rungs):
-            results = {point: self.measured(point, rung) for point in alive}
-            whole = [point for point in alive if not results[point].failed]
-            if not whole:
+            results = {point: self.measure(point, rung) for point in alive}
+            finite = [point for point in alive if not results[point].failed]
+            if not finite:
                 reasons = [f"{p.label(fields)}: {results[p].failed}" for p in alive]
                 raise TrainingError(f"every candidate failed:\n{listing(reasons)}")
             # Points are in order and sorting is stable: of equals the more cautious one is first.
-            best = sorted(whole, key=lambda point: results[point].validation_loss)
-            on = best if rung == self.rungs - 1 else best[: kept(len(alive))]
-            history.append((tuple(alive), tuple(on)))
-            alive = sorted(on)
+            best = sorted(finite, key=lambda point: results[point].validation_loss)
+            going_on = best if rung == self.rungs - 1 else best[: kept(len(alive))]
+            history.append((tuple(alive), tuple(going_on)))
+            alive = sorted(going_on)
             if rung < self.rungs - 1:
                 names = "; ".join(point.label(fields) for point in alive)
                 say(self.console, f"rung {rung + 1}/{self.rungs}: {names} go on")
         tied = ties([results[point].losses for point in alive])
         winner = alive[tied[0]]  # the most cautious one
         self.done.append(Stage(fields, tuple(points), tuple(history), winner))
-        self.write(None, None)
+        self.write()
         return winner
 
     def config_of(self, point: Point) -> RunConfig:
         """The point's run."""
-        return config_of(self.config, point, self.steps, self.output)
+        return config_of(self.inputs.config, point, self.steps, self.inputs.output)
 
-    def measured(self, point: Point, rung: int) -> Measured:
-        """A point at a rung: known from this sweep, from the disk, or by training."""
-        known = self.found.setdefault(point, [])
+    def measure(self, point: Point, rung: int) -> Measured:
+        """Take a point's figures at a rung from this sweep, from the disk, or by training."""
+        known = self.measured.setdefault(point, [])
         if len(known) > rung:
             return known[rung]
         config = self.config_of(point)
-        name = Path(config.checkpointing.output_dir).name
-        steps = config.training.max_steps
+        name, steps = Path(config.checkpointing.output_dir).name, config.training.max_steps
         assert steps is not None
         step = budget(steps, rung, self.rungs)
         result = recorded(config, step, self.inputs)
@@ -242,21 +237,14 @@ class _Search:
         known.append(result)
         return result
 
-    def write(self, winner: Point | None, repeated: Point | None) -> SweepResult:
-        """Leaves what is known until now in the folder; with a winner, the sweep is over."""
+    def write(self, winner: Point | None = None, repeated: Point | None = None) -> SweepResult:
+        """Leave what is known so far in the folder; with a winner, the sweep is over."""
         trials = [
             Trial(point, self.config_of(point), tuple(measured))
-            for point, measured in self.found.items()
+            for point, measured in self.measured.items()
             if measured
         ]
         about = {"grid": self.grid, "steps": self.steps, "rungs": self.rungs}
-        return write_sweep(
-            self.output,
-            self.config,
-            {"fingerprint": self.inputs.state.fingerprint, **about},
-            trials,
-            self.done,
-            winner,
-            repeated,
-            self.console,
-        )
+        about = {"fingerprint": self.inputs.state.fingerprint, **about}
+        config = self.inputs.config
+        return write_sweep(config, about, trials, self.done, winner, repeated, self.console)

@@ -17,19 +17,17 @@ from rich.console import Console
 
 from mlx_qlora import device
 from mlx_qlora.adapters.several import adapter_names, detach
-from mlx_qlora.after.bootstrap import ratio_interval
+from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
-from mlx_qlora.data.batches import collate
-from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import ConfigError, did_you_mean, require, say
 from mlx_qlora.folders import disk_errors, staged
+from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
 from mlx_qlora.run import Inputs, deciding_values, write_record
 from mlx_qlora.train.checkpoint import last_checkpoint, load_checkpoint, restore_set_aside, step_of
 from mlx_qlora.train.loop import Run
-from mlx_qlora.train.score import score_rows
 from mlx_qlora.train.signals import Interrupted, Interruption
 from mlx_qlora.train.step import StepError
 
@@ -208,36 +206,19 @@ class Losses:
         return float(self.nats.sum() / self.tokens.sum())
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference of two validation losses, in nats per token.
-
-    Attributes:
-        mean: the first minus the second.
-        low, high: its 95 % interval.
-        leaves_out_zero: whether that does; never if the examples allow no interval.
-    """
-
-    mean: float
-    low: float
-    high: float
-    leaves_out_zero: bool
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out 0, and the difference is at least WORTH."""
-        return self.leaves_out_zero and abs(self.mean) >= WORTH
-
-
-def difference(first: Losses, second: Losses) -> Difference:
-    """The difference of two losses on the same examples, with its bootstrap interval.
+def difference(first: Losses, second: Losses) -> Interval:
+    """First minus second, in nats per token of the same examples.
 
     Examples are drawn again, the same ones for both, so that what both find hard or easy cancels
     (paired: Koehn 2004, W04-3250). The interval is about the choice of validation examples. Of
     the chance in training, the seed, it knows nothing.
     """
-    interval = ratio_interval(first.nats - second.nats, first.tokens)
-    return Difference(interval.estimate, interval.low, interval.high, not interval.includes_zero)
+    return ratio_interval(first.nats - second.nats, first.tokens)
+
+
+def is_clear(apart: Interval) -> bool:
+    """Whether the interval leaves out 0, and the difference is at least WORTH."""
+    return not apart.includes_zero and abs(apart.estimate) >= WORTH
 
 
 def standard_error(losses: Losses) -> float:
@@ -253,25 +234,23 @@ def standard_error(losses: Losses) -> float:
 def ties(losses: Sequence[Losses]) -> list[int]:
     """Positions of the best of some models, and of those that cannot be told from it."""
     best = min(losses, key=lambda model: model.mean)
-    return [i for i, model in enumerate(losses) if not difference(model, best).is_clear]
+    return [i for i, model in enumerate(losses) if not is_clear(difference(model, best))]
 
 
-def in_words(first: str, second: str, apart: Difference) -> str:
+def in_words(first: str, second: str, apart: Interval) -> str:
     """One sentence: which one is better and by how much, or that they cannot be told apart."""
-    better, worse = (first, second) if apart.mean < 0 else (second, first)
+    better, worse = (first, second) if apart.estimate < 0 else (second, first)
     # Both ends: the interval reaches farther to the side where single examples differ much.
-    ends = sorted((-apart.low, -apart.high) if apart.mean < 0 else (apart.low, apart.high))
-    interval = f"{ends[0]:.4f} to {ends[1]:.4f}" if ends[0] < ends[1] else "not known"
-    if not apart.is_clear:
-        shown = f"difference {abs(apart.mean):.4f}, interval {interval}"
+    low, high = (-apart.high, -apart.low) if apart.estimate < 0 else (apart.low, apart.high)
+    interval = f"{low:.4f} to {high:.4f}" if apart.known else "not known"
+    by = abs(apart.estimate)
+    if not is_clear(apart):
+        shown = f"difference {by:.4f}, interval {interval}"
         return f"{first} and {second} are indistinguishable here ({shown})"
-    return f"{better} is better than {worse} by {abs(apart.mean):.4f} ({interval}) nats per token"
+    return f"{better} is better than {worse} by {by:.4f} ({interval}) nats per token"
 
 
 # ---- a trial -------------------------------------------------------------------------------------
-
-
-ROWS = 8  # validation examples that are scored at once
 
 
 @dataclass(frozen=True)
@@ -322,12 +301,12 @@ def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
     """
     path = _record(config, step)
     try:
-        found = Measured(**json.loads(path.read_text(encoding="utf-8")))
+        measured = Measured(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # none, or a damaged one: it is measured again
         return None
-    same = found.key == _key(config, inputs)
-    whole = found.failed or len(found.nats) == len(inputs.validation or ())
-    return found if same and whole else None
+    same = measured.key == _key(config, inputs)
+    whole = measured.failed or len(measured.nats) == len(inputs.validation or ())
+    return measured if same and whole else None
 
 
 def measure(
@@ -352,35 +331,38 @@ def measure(
         output.mkdir(parents=True, exist_ok=True)
         restore_set_aside(output)
     mx.reset_peak_memory()
-    failed, again, losses, speed = "", False, Losses(np.zeros(0), np.zeros(0)), None
+    failed, may_pass, train_loss, speed = "", False, math.nan, None
+    nats, tokens = np.zeros(0), np.zeros(0, int)
     try:
         trial = replace(inputs, config=config).prepare(model).to_resume(console)
         write_record(output, trial.config, trial.state.fingerprint, trial.train)
         run, speed = _advance(model, trial, step, console)
         train_loss = statistics.fmean(run.state.recent_losses or [math.nan])
-        losses = per_example(model, inputs.validation)
-        if not np.isfinite(losses.nats).all():
+        scores = score_examples(model, inputs.tokenizer, inputs.validation)
+        if np.isfinite(scores.nats).all():
+            nats, tokens = scores.nats, scores.tokens
+        else:
             failed = f"step {step}: the validation loss is not finite"
-    except StepError as error:  # the other trials go on; one that the device gave up may be tried
-        failed, again, train_loss = str(error), error.again, math.nan
+    except StepError as error:  # the other trials go on
+        failed, may_pass = str(error), error.again
     finally:
         bare(model)
-    found = Measured(
+    measured = Measured(
         _key(config, inputs),
         step,
         train_loss,
-        [] if failed else losses.nats.tolist(),
-        [] if failed else losses.tokens.tolist(),
+        nats.tolist(),
+        tokens.tolist(),
         failed,
         speed,
         mx.get_peak_memory(),
         time.perf_counter() - began,
     )
-    if not again:
+    if not may_pass:  # what the device gave up is tried again by the next sweep
         with disk_errors(output, lambda: last_checkpoint(output)), staged(output) as staging:
-            text = json.dumps(asdict(found)) + "\n"
+            text = json.dumps(asdict(measured)) + "\n"
             (staging / _record(config, step).name).write_text(text, encoding="utf-8")
-    return found
+    return measured
 
 
 def _advance(
@@ -416,16 +398,6 @@ def _advance(
             raise Interrupted(interruption.signum, saved)
     tokens = state.tokens - before
     return run, tokens / max(time.perf_counter() - began, 1e-9) if tokens else None
-
-
-def per_example(model: LlamaForCausalLM, examples: Examples) -> Losses:
-    """What each example costs the model, without dropout."""
-    found = []
-    for first in range(0, len(examples), ROWS):
-        some = range(first, min(first + ROWS, len(examples)))
-        found.append(score_rows(model, collate([[examples[i]] for i in some])))
-    nats, tokens = ([getattr(part, name) for part in found] for name in ("nats", "tokens"))
-    return Losses(np.concatenate(nats), np.concatenate(tokens))
 
 
 def bare(model: LlamaForCausalLM) -> None:

@@ -22,11 +22,11 @@ from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora import run
+from mlx_qlora.after.bootstrap import Interval
 from mlx_qlora.config import build, read_yaml, to_yaml
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.sweep.search import sweep
 from mlx_qlora.sweep.trial import (
-    Difference,
     Losses,
     budget,
     candidates,
@@ -34,15 +34,14 @@ from mlx_qlora.sweep.trial import (
     config_of,
     difference,
     in_words,
+    is_clear,
     kept,
-    per_example,
     stages,
     standard_error,
     start_point,
     ties,
 )
 from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.score import score
 from mlx_qlora.train.signals import Interrupted
 
 GRID = {"learning_rate": [1e-7, 1e-2, 1.0, 1e30], "r": [2, 4]}
@@ -310,17 +309,17 @@ def test_equals_are_called_so_and_clear_winners_too():
     assert "are indistinguishable here (difference " in in_words("a", "b", difference(first, near))
     tiny = tokens * random.uniform(1e-6, 2e-6, 80)  # everywhere worse, and by nothing
     hair = Losses(first.nats + tiny, tokens)
-    assert difference(hair, first).low > 0 and not difference(hair, first).is_clear
+    assert difference(hair, first).low > 0 and not is_clear(difference(hair, first))
     said = in_words("a", "b", difference(far, first))
     number = r"0\.[45]\d+"
     assert re.fullmatch(
         rf"b is better than a by {number} \({number} to {number}\) nats per token", said
     )
     assert in_words("b", "a", difference(first, far)) == said
-    lopsided = Difference(-0.03, -0.17, 0.001, False)
+    lopsided = Interval(-0.03, -0.17, 0.001, 80, 0.95, "bca")
     assert in_words("a", "b", lopsided).endswith("(difference 0.0300, interval -0.0010 to 0.1700)")
     few = Losses(first.nats[:7], tokens[:7]), Losses(far.nats[:7], tokens[:7])
-    assert not difference(*few).is_clear, "of seven examples nothing is said"
+    assert not is_clear(difference(*few)), "of seven examples nothing is said"
     assert in_words("a", "b", difference(*few)).endswith(", interval not known)")
 
 
@@ -335,17 +334,6 @@ def test_indistinguishable_candidates_are_reported_and_the_cautious_one_taken(
     best = min(result.trials, key=lambda t: t.measured[-1].validation_loss)
     said = any("has the lowest loss, but cannot be told from" in x for x in result.findings)
     assert said == (best is not winner)
-
-
-def test_losses_per_example_add_up_to_the_score(place: Path):
-    model, tokenizer = mq.load(place / "model")
-    rows = mq.read_examples(place / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
-    found, total = per_example(model, rows), score(model, mq.make_batches(rows))
-    assert found.tokens.sum() == total.tokens
-    assert found.nats.sum() == pytest.approx(total.nats, rel=1e-6)
-    for i in (0, 7, 8, len(rows) - 1):
-        one = score(model, mq.make_batches(rows[i : i + 1]))
-        assert (found.tokens[i], found.nats[i]) == (one.tokens, pytest.approx(one.nats, rel=1e-5))
 
 
 # ---- again -------------------------------------------------------------------------------------
