@@ -19,9 +19,9 @@ from support.report import HOSTILE, Page, history, result_in, written
 
 import mlx_qlora as mq
 from mlx_qlora.after.advice import CUT, changed, is_other
+from mlx_qlora.after.observer import questions
 from mlx_qlora.after.plots import Line, Plot, Tail, css, in_kernel, plots_of, svg_file, thin, ticks
 from mlx_qlora.after.report import Report, write_report
-from mlx_qlora.after.samples import questions
 from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
