@@ -356,7 +356,7 @@ def folders_of(words: list[str]) -> list[str]:
 
 def short_of(name: str) -> Any:
     """A public function that stops after a few tokens, or a few steps."""
-    home = importlib.import_module(f"mlx_qlora.{mq._HOME[name]}")
+    home = importlib.import_module(mq._HOME[name])
     real = getattr(home, name)
 
     @functools.wraps(real)

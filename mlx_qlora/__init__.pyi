@@ -1,0 +1,53 @@
+"""The public names, and the module that each comes from; `__init__.py` reads this file."""
+
+from mlx_qlora.adapters.export import save_gguf_adapter as save_gguf_adapter
+from mlx_qlora.adapters.export import save_portable as save_portable
+from mlx_qlora.adapters.merge import merge as merge
+from mlx_qlora.adapters.merge import save_merged as save_merged
+from mlx_qlora.adapters.peft import load_adapter as load_adapter
+from mlx_qlora.adapters.peft import save_adapter as save_adapter
+from mlx_qlora.adapters.push import push_to_hub as push_to_hub
+from mlx_qlora.adapters.several import active as active
+from mlx_qlora.adapters.several import adapter_names as adapter_names
+from mlx_qlora.adapters.several import attach as attach
+from mlx_qlora.adapters.several import combine as combine
+from mlx_qlora.adapters.several import detach as detach
+from mlx_qlora.adapters.several import disabled as disabled
+from mlx_qlora.adapters.several import switch as switch
+from mlx_qlora.before.plan import plan as plan
+from mlx_qlora.config import ModelConfig as ModelConfig
+from mlx_qlora.config import RunConfig as RunConfig
+from mlx_qlora.data.batches import Batch as Batch
+from mlx_qlora.data.batches import make_batches as make_batches
+from mlx_qlora.data.examples import Examples as Examples
+from mlx_qlora.data.read import DataConfig as DataConfig
+from mlx_qlora.data.read import read_examples as read_examples
+from mlx_qlora.errors import AdapterError as AdapterError
+from mlx_qlora.errors import ConfigError as ConfigError
+from mlx_qlora.errors import DataError as DataError
+from mlx_qlora.errors import ProcessError as ProcessError
+from mlx_qlora.errors import SourceError as SourceError
+from mlx_qlora.errors import TokenizerError as TokenizerError
+from mlx_qlora.errors import TrainingError as TrainingError
+from mlx_qlora.errors import UserError as UserError
+from mlx_qlora.errors import WeightsError as WeightsError
+from mlx_qlora.infer.chat import chat as chat
+from mlx_qlora.infer.evaluate import evaluate as evaluate
+from mlx_qlora.infer.generate import Speed as Speed
+from mlx_qlora.infer.generate import generate as generate
+from mlx_qlora.infer.generate import generate_batch as generate_batch
+from mlx_qlora.infer.generate import stream as stream
+from mlx_qlora.infer.tokens import GenerationConfig as GenerationConfig
+from mlx_qlora.infer.tokens import PromptCache as PromptCache
+from mlx_qlora.loading import load as load
+from mlx_qlora.model.lora import LoraConfig as LoraConfig
+from mlx_qlora.model.lora import add_lora as add_lora
+from mlx_qlora.model.quantize import QuantConfig as QuantConfig
+from mlx_qlora.run import fine_tune as fine_tune
+from mlx_qlora.train.checkpoint import CheckpointingConfig as CheckpointingConfig
+from mlx_qlora.train.config import TrainingConfig as TrainingConfig
+from mlx_qlora.train.engine import loss_and_grads as loss_and_grads
+from mlx_qlora.train.loop import TrainResult as TrainResult
+from mlx_qlora.train.metrics import LoggingConfig as LoggingConfig
+
+__version__: str
