@@ -152,9 +152,9 @@ def predicted_beyond(
     """What the planner adds to the base."""
     here, config = this_machine(), model.config
     levels = memory.check_recompute(recompute, config.num_hidden_layers)
-    how = memory.schedule(config, lengths, 4, levels, 0, here)
-    step = sum(memory.activation_bytes(config, how, lengths, 4, here))
-    step += memory.step_bytes(trainable, how.n_chunks, False)
+    footprint = memory.Footprint(config, lengths, 4, here)
+    schedule = footprint.schedule(levels, 0)
+    step = sum(footprint.highest(schedule)) + memory.step_bytes(trainable, schedule.n_chunks, False)
     update = memory.update_bytes(trainable, here)
     return memory.adapter_bytes(trainable) + max(step, update)
 

@@ -30,12 +30,10 @@ from mlx_qlora.train.memory import (
     EXPONENTIALS,
     LAYER,
     MLP,
+    Footprint,
     Schedule,
-    activation_bytes,
     adapter_bytes,
-    budget_for,
     check_recompute,
-    schedule,
     step_bytes,
     update_bytes,
 )
@@ -168,8 +166,7 @@ def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Mac
     low, high = 0, llama.max_position_embeddings // 64
     while low < high:  # the need grows with the length
         middle = (low + high + 1) // 2
-        lengths = [64 * middle]
-        need = standing + sum(activation_bytes(llama, all_layers, lengths, itemsize, where))
+        need = standing + sum(Footprint(llama, [64 * middle], itemsize, where).highest(all_layers))
         low, high = (middle, high) if need <= where.working_set_bytes else (low, middle - 1)
     return 64 * low
 
@@ -391,15 +388,12 @@ def plan_checkpoint(
     largest, usual, supervised = documents_of(config, examples)
     standing = base + resident + adapter_bytes(trained)
 
-    def scheduled(lengths: list[int]) -> Schedule:
-        budget = budget_for(llama, lengths, itemsize, standing, where)
-        return schedule(llama, lengths, itemsize, levels, budget, where)
-
-    chosen = scheduled(largest)
-    kept, work = activation_bytes(llama, chosen, largest, itemsize, where)
+    batches = [Footprint(llama, lengths, itemsize, where) for lengths in (largest, usual)]
+    chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
+    kept, work = batches[0].highest(chosen)
     accumulation = training.gradient_accumulation_steps
     step = step_bytes(trained, chosen.n_chunks, accumulation > 1)
-    usually, tokens = scheduled(usual), sum(usual)
+    tokens = sum(usual)
     flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
     seconds = where.seconds(flops, read)  # of a micro-batch

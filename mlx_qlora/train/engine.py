@@ -26,7 +26,6 @@ import mlx.nn as nn
 
 from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.data.batches import Batch
-from mlx_qlora.device import this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import DecoderLayer, Keys, LlamaForCausalLM, swiglu, swiglu_vjp
 from mlx_qlora.model.quantize import FrozenMatrix
@@ -35,14 +34,13 @@ from mlx_qlora.train.loss import losses_by_slice
 from mlx_qlora.train.memory import (
     EXPONENTIALS,
     KEPT,
+    Footprint,
     Recompute,
     Shard,
-    budget_for,
     check_recompute,
     chunks_of,
     cores_shared,
     persistent_bytes,
-    schedule,
     supervised_documents,
 )
 from mlx_qlora.tree import flat, nested
@@ -326,11 +324,11 @@ class Engine:
             all_reduce: gets each layer's gradients as soon as they are complete; for the last batch
                 of a step.
         """
-        documents, config = supervised_documents(batch), self.model.config
+        documents = supervised_documents(batch)
         lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        budget = budget_for(config, lengths, self.dtype.size, self.persistent, this_machine())
-        # Depends on nothing but the lengths: the same batch is always computed the same way.
-        plan = schedule(config, lengths, self.dtype.size, self.recompute, budget)
+        footprint = Footprint(self.model.config, lengths, self.dtype.size)
+        # By nothing but the lengths, so that the same batch is always computed the same way.
+        plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
         slots = [slot for layer in self.slots for piece in layer.values() for slot in piece]
         # Cast once, and not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits

@@ -29,17 +29,11 @@ CPU_SLICE, GPU_SLICE, NARROWEST = 8 << 20, 256 << 20, 1024
 
 @dataclass
 class Losses:
-    """What the head says of S tokens.
+    """What the head says of S tokens."""
 
-    Attributes:
-        nats: (S,) float32, the loss of each target.
-        gradient: (S, D) float32, of the sum of the nats with respect to the hidden states.
-        choices: (S,) uint32, the head's first choices.
-    """
-
-    nats: mx.array
-    gradient: Any = None
-    choices: Any = None
+    nats: mx.array  # (S,) float32, the loss of each target
+    gradient: Any = None  # (S, D) float32, of the sum of the nats by the hidden states
+    choices: Any = None  # (S,) uint32, the head's first choices
 
 
 def cross_entropy(

@@ -43,9 +43,9 @@ FLOAT32 = 4  # bytes
 
 def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, kind: str) -> int:
     """What a layer keeps of one position in a document of T, in bytes."""
-    D, F, q = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    k, H = config.num_key_value_heads * config.head_dim, config.num_attention_heads
-    q, on_cpu = H * config.head_dim, kind == "cpu"  # a GPU's kernels keep no exponentials
+    D, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    on_cpu = kind == "cpu"  # a GPU's fused kernels keep no exponentials
     numbers = {"x": D, "q": q, "k": k, "v": k, "heads": q, "h": D, "gate": F, "up": F}
     numbers["residuals"] = 0  # the log-sums, one number for a head: too few to count
     numbers["weights"] = on_cpu * H * (T + min(T, BLOCK)) // 2  # by blocks, up to the diagonal
@@ -53,52 +53,132 @@ def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, kind: st
     return itemsize * sum(numbers[name] for name in KEPT[level])
 
 
-def kept_bytes(
-    config: LlamaConfig,
-    levels: list[int],
-    lengths: Sequence[int],
-    n_chunks: int,
-    itemsize: int,
-    machine: Machine | None = None,
-) -> int:
-    """What the forward of the largest chunk keeps for the backward, in bytes."""
-    kind = (machine or this_machine()).device
-    positions, typical = largest_chunk(lengths, n_chunks)
-    per_position = [layer_bytes(config, level, typical, itemsize, kind) for level in LEVELS]
-    return positions * sum(per_position[level] for level in levels)
+@dataclass(frozen=True)
+class Schedule:
+    """How a batch is computed: in how many chunks, and at which level each layer."""
+
+    n_chunks: int
+    levels: list[int]
 
 
-def work_bytes(
-    config: LlamaConfig,
-    level: int,
-    lengths: Sequence[int],
-    n_chunks: int,
-    itemsize: int,
-    machine: Machine,
-) -> int:
-    """Arrays that come and go while layers are computed, of about two layers at once.
+class Footprint:
+    """The memory that a batch takes while it is computed, in bytes.
 
-    Fitted to measured peaks of models of many shapes (benchmarks/memory.py).
+    Args:
+        config: sizes of the model.
+        lengths: of the batch's documents.
+        itemsize: bytes of a number in the compute dtype.
+        machine: that computes; this one if not given.
     """
-    positions, typical = largest_chunk(lengths, n_chunks)
-    D, F, Hd = config.hidden_size, config.intermediate_size, config.head_dim
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    per_position = 11.0 * F
-    if level >= MLP:
-        per_position = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
-        per_position += 1.2 * H * min(typical, BLOCK) if machine.device == "cpu" else 0
-    return int(positions * per_position * itemsize)
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        lengths: Sequence[int],
+        itemsize: int,
+        machine: Machine | None = None,
+    ) -> None:
+        self.config, self.lengths, self.itemsize = config, lengths, itemsize
+        self.machine = machine or this_machine()
+
+    def kept(self, levels: list[int], n_chunks: int) -> int:
+        """What the forward of the largest chunk keeps for the backward."""
+        positions, T = largest_chunk(self.lengths, n_chunks)
+        kind = self.machine.device
+        each = [layer_bytes(self.config, level, T, self.itemsize, kind) for level in LEVELS]
+        return positions * sum(each[level] for level in levels)
+
+    def working(self, level: int, n_chunks: int) -> int:
+        """Arrays that come and go while layers are computed, of about two layers at once.
+
+        Fitted to measured peaks of models of many shapes (benchmarks/memory.py).
+        """
+        positions, T = largest_chunk(self.lengths, n_chunks)
+        D, F, Hd = self.config.hidden_size, self.config.intermediate_size, self.config.head_dim
+        H, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        numbers = 11.0 * F
+        if level >= MLP:
+            numbers = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
+            numbers += 1.2 * H * min(T, BLOCK) if self.machine.device == "cpu" else 0
+        return int(positions * numbers * self.itemsize)
+
+    def highest(self, schedule: Schedule) -> tuple[int, int]:
+        """What is kept and what comes and goes at the highest moment of the backward."""
+        levels, n_chunks = schedule.levels, schedule.n_chunks
+        moments = [
+            (self.kept(levels[: i + 1], n_chunks), self.working(level, n_chunks))
+            for i, level in enumerate(levels)
+        ]
+        return max(moments, key=sum)
+
+    def budget(self, persistent: int) -> float:
+        """What the forward may keep, beside what is persistent and what comes and goes."""
+        work = self.working(LAYER, default_chunks(self.lengths, self.machine))
+        share = FILLED[self.machine.device]
+        return share * self.machine.working_set_bytes - persistent - work
+
+    def schedule(self, recompute: list[int] | str, budget: float) -> Schedule:
+        """The schedule that recomputes least and keeps within a budget, if one does.
+
+        Args:
+            recompute: each layer's level, or "auto" to choose them.
+            budget: bytes for what the forward keeps.
+        """
+        lengths, machine = self.lengths, self.machine
+        n_chunks, n = default_chunks(lengths, machine), max(len(lengths), 1)
+        most_chunks = max(n_chunks, min(-(-sum(lengths) // ENOUGH[machine.device]), n))
+        if not isinstance(recompute, str):
+            if all(level == LAYER for level in recompute):  # whoever asks for it is short of memory
+                n_chunks = max(n_chunks, min(most_chunks, n // machine.cores))
+            return Schedule(n_chunks, recompute)
+        # Chunks before levels: they cost nothing as long as each keeps the device busy.
+        levels = [NOTHING] * self.config.num_hidden_layers
+        while n_chunks < most_chunks and self.kept(levels, n_chunks) > budget:
+            n_chunks += 1
+        # The MLP before the whole layer: its two matmuls free the most, and need no attention.
+        for level in LEVELS[1:]:
+            for i in range(len(levels)):
+                if self.kept(levels, n_chunks) <= budget:
+                    return Schedule(n_chunks, levels)
+                levels[i] = level
+        return Schedule(n_chunks, levels)
 
 
-def activation_bytes(
-    config: LlamaConfig, plan: "Schedule", lengths: Sequence[int], itemsize: int, machine: Machine
-) -> tuple[int, int]:
-    """What is kept and what comes and goes at the backward's highest moment."""
-    n_chunks, moments = plan.n_chunks, []
-    for i, level in enumerate(plan.levels):
-        kept = kept_bytes(config, plan.levels[: i + 1], lengths, n_chunks, itemsize, machine)
-        moments.append((kept, work_bytes(config, level, lengths, n_chunks, itemsize, machine)))
-    return max(moments, key=sum)
+def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
+    """The level of each layer, or "auto".
+
+    Raises:
+        ConfigError: neither a known word nor a number of layers that exists.
+    """
+    if isinstance(recompute, list):
+        assert len(recompute) == n_layers and set(recompute) <= set(LEVELS)
+        return recompute
+    if recompute == "auto":
+        return "auto"
+    words = {"none": 0, "all": n_layers}
+    layers = words.get(recompute) if isinstance(recompute, str) else recompute
+    if isinstance(layers, int) and 0 <= layers <= n_layers:
+        return [LAYER] * layers + [NOTHING] * (n_layers - layers)
+    raise ConfigError(
+        f"recompute must be none, all, auto, or a number of layers from 0 to {n_layers}; "
+        f"got {recompute!r}"
+    )
+
+
+def default_chunks(lengths: Sequence[int], machine: Machine | None = None) -> int:
+    """How many chunks a batch is computed in where memory is plentiful."""
+    machine = machine or this_machine()
+    at_once, n = AT_ONCE[machine.device], max(len(lengths), 1)
+    # A chunk should have a document for each core, unless it gets far too large by that.
+    most = max(n // machine.cores, -(-sum(lengths) // (4 * at_once)))
+    return max(1, min(-(-sum(lengths) // at_once), most, n))
+
+
+def largest_chunk(lengths: Sequence[int], n_chunks: int) -> tuple[int, int]:
+    """Positions of the largest chunk, and the document length that most of them are in."""
+    array, chunk_of = np.array(lengths, int), spread(lengths, n_chunks)
+    largest = array[chunk_of == np.bincount(chunk_of, weights=array, minlength=1).argmax()]
+    return int(largest.sum()), int((largest**2).sum() // max(largest.sum(), 1))
 
 
 # ---- what else needs memory ----------------------------------------------------------------------
@@ -131,107 +211,6 @@ def update_bytes(trainable: int, machine: Machine) -> int:
     return 6 * buffer + min(4 * buffer, 8 << 20) if machine.device == "cpu" else 10 * buffer
 
 
-def budget_for(
-    config: LlamaConfig, lengths: Sequence[int], itemsize: int, persistent: int, machine: Machine
-) -> float:
-    """Bytes that the forward may keep, beside what is persistent and what comes and goes."""
-    n_chunks = default_chunks(lengths, machine)
-    work = work_bytes(config, LAYER, lengths, n_chunks, itemsize, machine)
-    return FILLED[machine.device] * machine.working_set_bytes - persistent - work
-
-
-# ---- the schedule --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a batch is computed: in how many chunks, and at which level each layer."""
-
-    n_chunks: int
-    levels: list[int]
-
-
-def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
-    """The level of each layer, or "auto".
-
-    Raises:
-        ConfigError: neither a known word nor a number of layers that exists.
-    """
-    if isinstance(recompute, list):
-        assert len(recompute) == n_layers and set(recompute) <= set(LEVELS)
-        return recompute
-    if recompute == "auto":
-        return "auto"
-    words = {"none": 0, "all": n_layers}
-    layers = words.get(recompute) if isinstance(recompute, str) else recompute
-    if isinstance(layers, int) and 0 <= layers <= n_layers:
-        return [LAYER] * layers + [NOTHING] * (n_layers - layers)
-    raise ConfigError(
-        f"recompute must be none, all, auto, or a number of layers from 0 to {n_layers}; "
-        f"got {recompute!r}"
-    )
-
-
-def schedule(
-    config: LlamaConfig,
-    lengths: Sequence[int],
-    itemsize: int,
-    recompute: list[int] | str,
-    budget: float,
-    machine: Machine | None = None,
-) -> Schedule:
-    """The schedule that recomputes least and keeps within a budget, if one does.
-
-    Args:
-        config: sizes of the model.
-        lengths: of the batch's documents.
-        itemsize: bytes of a number in the compute dtype.
-        recompute: each layer's level, or "auto" to choose them.
-        budget: bytes for what the forward keeps.
-        machine: that computes; this one if not given.
-    """
-    machine = machine or this_machine()
-    n_chunks, n = default_chunks(lengths, machine), max(len(lengths), 1)
-    most_chunks = max(n_chunks, min(-(-sum(lengths) // ENOUGH[machine.device]), n))
-    if not isinstance(recompute, str):
-        if all(level == LAYER for level in recompute):  # whoever asks for that is short of memory
-            n_chunks = max(n_chunks, min(most_chunks, n // machine.cores))
-        return Schedule(n_chunks, recompute)
-    levels = [NOTHING] * config.num_hidden_layers
-
-    def fits() -> bool:
-        return kept_bytes(config, levels, lengths, n_chunks, itemsize, machine) <= budget
-
-    # Chunks before levels: they cost nothing as long as each keeps the device busy.
-    while n_chunks < most_chunks and not fits():
-        n_chunks += 1
-    # The MLP before the whole layer: its two matmuls free the most, and need no attention first.
-    for level in LEVELS[1:]:
-        for i in range(len(levels)):
-            if fits():
-                return Schedule(n_chunks, levels)
-            levels[i] = level
-    return Schedule(n_chunks, levels)
-
-
-def default_chunks(lengths: Sequence[int], machine: Machine | None = None) -> int:
-    """How many chunks a batch is computed in where memory is plentiful."""
-    machine = machine or this_machine()
-    at_once, n = AT_ONCE[machine.device], max(len(lengths), 1)
-    # A chunk should have a document for each core, unless it gets far too large by that.
-    most = max(n // machine.cores, -(-sum(lengths) // (4 * at_once)))
-    return max(1, min(-(-sum(lengths) // at_once), most, n))
-
-
-def largest_chunk(lengths: Sequence[int], n_chunks: int) -> tuple[int, int]:
-    """Positions of the largest chunk, and the document length that most of them are in."""
-    array = np.array(lengths, int)
-    chunk_of = spread(lengths, n_chunks)
-    loads = np.bincount(chunk_of, weights=array, minlength=1)
-    largest = array[chunk_of == loads.argmax()]
-    return int(largest.sum()), int((largest**2).sum() // max(largest.sum(), 1))
-
-
 # ---- chunks and shards of a batch ----------------------------------------------------------------
 
 # Fewer positions than this do not keep a core busy enough to be worth a stream.
@@ -241,22 +220,13 @@ GPU_MULTIPLE = 64  # positions of a shard there: few shapes, so that freed buffe
 
 @dataclass(frozen=True)
 class Shard:
-    """Documents of a chunk that are computed on one stream, laid end to end.
+    """Documents of a chunk, end to end on one axis of N positions, computed on one stream."""
 
-    Attributes:
-        tokens: (N,) int32.
-        documents: which of the N positions belong together.
-        keys: for each layer, the dropout keys of its seven linears.
-        positions: (S,) int32 into N, of the supervised tokens, in order.
-        targets: (S,) int32, the token to predict there.
-        stream: where it is computed.
-    """
-
-    tokens: mx.array
-    documents: Documents
-    keys: list[Keys]
-    positions: mx.array
-    targets: mx.array
+    tokens: mx.array  # (N,) int32
+    documents: Documents  # which positions belong together
+    keys: list[Keys]  # for each layer, the dropout keys of its seven linears
+    positions: mx.array  # (S,) int32 into N, of the supervised tokens, in order
+    targets: mx.array  # (S,) int32, the token to predict there
     stream: mx.Stream
 
 
@@ -277,48 +247,35 @@ def chunks_of(
     n_chunks: int,
     dropout_key: mx.array | None = None,
 ) -> list[list[Shard]]:
-    """The chunks of a batch, at most so many; each as the shards that are computed side by side.
+    """At most so many chunks of a batch; each as the shards that are computed side by side.
 
     Args:
         model: whose layers will draw dropout.
         batch: tokens and labels.
-        documents: those of the batch's that are to be computed.
+        documents: (n, 3) of row, start and end: those of the batch's that are to be computed.
         n_chunks: how many there may be at most.
         dropout_key: (2,) for the batch or (B, 2) for its rows; None turns dropout off.
     """
+    tokens, labels = np.array(batch.tokens), np.array(batch.labels)
+
+    def shard(documents: np.ndarray, stream: mx.Stream) -> Shard:
+        spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
+        ids = np.concatenate([tokens[row, span] for row, span in spans])
+        targets = np.concatenate([labels[row, span] for row, span in spans])
+        padding = 0 if device.current().kind == "cpu" else -len(ids) % GPU_MULTIPLE
+        context = model.model.documents(documents, len(ids) + padding)
+        keys = model.model.dropout_keys(dropout_key, len(tokens), context)
+        positions = np.flatnonzero(targets != IGNORE).astype(np.int32)
+        ids, targets = mx.array(np.pad(ids, (0, padding))), mx.array(targets[positions])
+        return Shard(ids, context, keys, mx.array(positions), targets, stream)
+
     chunks = []
     for chunk in split_evenly(documents, n_chunks):
-        lengths = chunk[:, 2] - chunk[:, 1]
-        n_shards = max(1, min(device.cores(), len(chunk), int(lengths.sum()) // FEWEST_POSITIONS))
+        n_positions = int((chunk[:, 2] - chunk[:, 1]).sum())
+        n_shards = max(1, min(device.cores(), len(chunk), n_positions // FEWEST_POSITIONS))
         shards = zip(split_evenly(chunk, n_shards), streams(n_shards))
-        chunks.append([_shard(model, batch, some, dropout_key, stream) for some, stream in shards])
+        chunks.append([shard(some, stream) for some, stream in shards])
     return chunks
-
-
-def _shard(
-    model: LlamaForCausalLM,
-    batch: Batch,
-    documents: np.ndarray,
-    dropout_key: mx.array | None,
-    stream: mx.Stream,
-) -> Shard:
-    tokens, labels = np.array(batch.tokens), np.array(batch.labels)
-    spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
-    ids = np.concatenate([tokens[row, span] for row, span in spans])
-    targets = np.concatenate([labels[row, span] for row, span in spans])
-    N = len(ids)
-    if device.current().kind != "cpu":
-        N += -N % GPU_MULTIPLE
-    context = model.model.documents(documents, N)
-    positions = np.flatnonzero(targets != IGNORE).astype(np.int32)
-    return Shard(
-        mx.array(np.pad(ids, (0, N - len(ids)))),
-        context,
-        model.model.dropout_keys(dropout_key, len(tokens), context),
-        mx.array(positions),
-        mx.array(targets[positions]),
-        stream,
-    )
 
 
 def split_evenly(documents: np.ndarray, n: int) -> list[np.ndarray]:

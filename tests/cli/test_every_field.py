@@ -33,7 +33,7 @@ from mlx_qlora.config import SECTIONS
 from mlx_qlora.data import encode
 from mlx_qlora.errors import UserError
 from mlx_qlora.model import quantize
-from mlx_qlora.train import engine
+from mlx_qlora.train import engine, memory
 from mlx_qlora.train.optim import SCHEDULES
 from mlx_qlora.train.step import Update
 
@@ -369,7 +369,7 @@ def observed(values: dict[str, dict[str, Any]]) -> dict[str, Any]:
             patch.setattr(owner, name, watched)
 
         watch(Update, "step", lambda _, *args: steps.append(args))
-        watch(engine, "schedule", lambda made, *_: schedules.append(made.levels))
+        watch(memory.Footprint, "schedule", lambda made, *_: schedules.append(made.levels))
         watch(loky, "ProcessPoolExecutor", lambda _, n, **how: pools.append(n))
         watch(wandb, "init", lambda _, **how: projects.append(how["project"]))
         for name in ("_quantized_matmul", "_dense_product"):

@@ -33,9 +33,8 @@ from mlx_qlora.train.memory import (
     LEVELS,
     MLP,
     NOTHING,
+    Footprint,
     check_recompute,
-    kept_bytes,
-    schedule,
 )
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.score import score
@@ -445,20 +444,20 @@ def test_a_schedule_saves_with_chunks_first_then_level_by_level_and_keeps_its_bu
     kind = device.current().kind
     monkeypatch.setitem(memory.AT_ONCE, kind, 1000)
     monkeypatch.setitem(memory.ENOUGH, kind, 300)
-    N, n_layers = sum(lengths), SIZES.num_hidden_layers
+    N, n_layers, batch = sum(lengths), SIZES.num_hidden_layers, Footprint(SIZES, lengths, 4)
 
     def kept(made: memory.Schedule) -> int:
-        return kept_bytes(SIZES, made.levels, lengths, made.n_chunks, 4)
+        return batch.kept(made.levels, made.n_chunks)
 
-    roomy = schedule(SIZES, lengths, 4, "auto", 1e18)
+    roomy = batch.schedule("auto", 1e18)
     assert roomy == memory.Schedule(memory.default_chunks(lengths), [NOTHING] * n_layers)
-    tightest = schedule(SIZES, lengths, 4, "auto", 0)
+    tightest = batch.schedule("auto", 0)
     assert tightest.levels == [LAYER] * n_layers
     most = max(roomy.n_chunks, min(-(-N // 300), len(lengths)))
     assert tightest.n_chunks == most
     made = [roomy]
     for budget in np.linspace(kept(roomy), kept(tightest), 200).tolist():
-        made.append(schedule(SIZES, lengths, 4, "auto", budget))
+        made.append(batch.schedule("auto", budget))
         assert kept(made[-1]) <= budget
         assert made[-1].levels == [NOTHING] * n_layers or made[-1].n_chunks == most
         levels = made[-1].levels
@@ -482,7 +481,7 @@ def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_chunks(m
     monkeypatch.setitem(memory.ENOUGH, device.current().kind, 300)
     lengths = [100] * 20
     for levels in ([LAYER, MLP, NOTHING, NOTHING], [LAYER] * 4):
-        made = schedule(SIZES, lengths, 4, levels, 0)
+        made = Footprint(SIZES, lengths, 4).schedule(levels, 0)
         assert made.levels == levels
         assert made.n_chunks >= memory.default_chunks(lengths)
     assert made.n_chunks == 7 > memory.default_chunks(lengths) == 2
@@ -556,5 +555,5 @@ def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
             arrays += arrays_of(tape.values)
     kept = {id(array): array.nbytes for array in arrays}
     lengths = (documents[:, 2] - documents[:, 1]).tolist()
-    counted = kept_bytes(model.config, engine.recompute, lengths, 1, 4)
+    counted = Footprint(model.config, lengths, 4).kept(engine.recompute, 1)
     assert sum(kept.values()) == pytest.approx(counted, rel=0.05)
