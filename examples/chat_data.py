@@ -59,7 +59,7 @@ config = mq.RunConfig(
     training=mq.TrainingConfig(
         learning_rate=3e-3,
         warmup_steps=2,
-        max_steps=8,
+        max_steps=6,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
     ),

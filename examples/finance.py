@@ -30,7 +30,7 @@ print(f"{len(train)} rows to train, {len(validation)} to validate")
 before = mq.evaluate(model, tokenizer, validation)
 
 # %% [markdown]
-# Eight steps see a fifth of the rows. The validation loss is measured twice on the way.
+# Six steps see a tenth of the rows. The validation loss is measured twice on the way.
 
 # %%
 config = mq.RunConfig(
@@ -39,12 +39,12 @@ config = mq.RunConfig(
     training=mq.TrainingConfig(
         learning_rate=3e-3,
         warmup_steps=2,
-        max_steps=8,
-        per_device_train_batch_size=4,
+        max_steps=6,
+        per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
     ),
     checkpointing=mq.CheckpointingConfig(
-        output_dir=OUTPUT, eval_steps=4, resume_from_checkpoint="none"
+        output_dir=OUTPUT, eval_steps=3, resume_from_checkpoint="none"
     ),
     logging=mq.LoggingConfig(logging_steps=2),
 )
@@ -57,7 +57,7 @@ print(f"validation loss {before.loss:.3f} -> {after.loss:.3f}")
 print(f"perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}")
 
 # %% [markdown]
-# The answer has the manner of the data. A model this small gets the arithmetic wrong, and eight
+# The answer has the manner of the data. A model this small gets the arithmetic wrong, and six
 # steps do not change that.
 
 # %%

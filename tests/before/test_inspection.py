@@ -101,8 +101,8 @@ def line_of(out: str, word: str) -> str:
 
 
 def test_the_report_counts_the_rows_and_names_what_is_wrong_with_the_others(
-    folder: Path, tokenizer: Tokenizer, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    folder, tokenizer, data, capsys
+):
     out = inspect(capsys, data, "--model", folder, "--max-length", 64)
     examples = as_read(data, tokenizer)
     tokens = sum(len(example) for example in examples)
@@ -121,9 +121,7 @@ def test_the_report_counts_the_rows_and_names_what_is_wrong_with_the_others(
     assert lines[2].startswith(f"  line 46: {whole} tokens, of which {n} from the first answer on")
 
 
-def test_the_lengths_add_up_to_the_kept_rows(
-    folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_lengths_add_up_to_the_kept_rows(folder, tokenizer, tmp_path, capsys):
     path = write_texts(tmp_path / "texts.jsonl", [*range(40), *[7] * 400])
     out = inspect(capsys, path, "--model", folder)
     lines = out.splitlines()
@@ -144,13 +142,7 @@ def test_the_lengths_add_up_to_the_kept_rows(
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_the_split_and_the_epoch_are_those_of_the_run(
-    packing: str,
-    folder: Path,
-    tokenizer: Tokenizer,
-    data: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_split_and_the_epoch_are_those_of_the_run(packing, folder, tokenizer, data, capsys):
     words = ["--model", folder, "--max-length", 64, "training.per_device_train_batch_size=4"]
     out = inspect(capsys, data, *words, f"data.packing={packing}")
     parts = as_read(data, tokenizer).split([0.8, 0.1, 0.1], seed=0)
@@ -169,9 +161,7 @@ def test_the_split_and_the_epoch_are_those_of_the_run(
     )
 
 
-def test_files_of_their_own_for_validation_are_reported_too(
-    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_their_own_for_validation_are_reported_too(folder, data, tmp_path, capsys):
     other = write_rows(tmp_path / "other.jsonl", 7)
     words = ["--model", folder, f"data.validation_path={other}", "data.split=[1, 0, 0]"]
     out = inspect(capsys, data, *words)
@@ -181,9 +171,7 @@ def test_files_of_their_own_for_validation_are_reported_too(
     assert line_of(out, "split") == "44 train, 7 validation, 0 test"
 
 
-def test_the_file_may_be_named_in_any_way_and_read_again_from_the_cache(
-    folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_may_be_named_in_any_way_and_read_again_from_the_cache(folder, data, capsys):
     out = inspect(capsys, data, "--model", folder, "--max-length", 64)
     for words in ([data], ["--data", data], [f"data.path={data}"]):
         assert inspect(capsys, *words, "--model", folder, "data.max_length=64") == out
@@ -192,9 +180,7 @@ def test_the_file_may_be_named_in_any_way_and_read_again_from_the_cache(
 # ---- refused rows ------------------------------------------------------------------------------
 
 
-def test_strict_ends_with_the_lines_and_code_2(
-    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_strict_ends_with_the_lines_and_code_2(folder, data, tmp_path, capsys):
     words = ["inspect", str(data), "--model", str(folder), "--strict", "--max-length", "64"]
     capsys.readouterr()
     assert main(words) == 2
@@ -207,9 +193,7 @@ def test_strict_ends_with_the_lines_and_code_2(
 
 
 @pytest.mark.parametrize("strict", [[], ["--strict"]])
-def test_refused_rows_are_written_with_where_why_and_what(
-    strict: list[str], folder: Path, data: Path, tmp_path: Path
-) -> None:
+def test_refused_rows_are_written_with_where_why_and_what(strict, folder, data, tmp_path):
     refused = tmp_path / "refused.jsonl"
     refused.write_text("of an earlier run\n")
     words = ["--model", str(folder), "--max-length", "64", "--refused", str(refused)]
@@ -237,13 +221,8 @@ def shown_rows(out: str) -> list[tuple[list[int], str]]:
 @pytest.mark.parametrize("packing", ["true", "false"])
 @pytest.mark.parametrize("file", ["data", "chats"])
 def test_shown_rows_are_the_tokens_and_their_brackets_what_is_learned(
-    file: str,
-    packing: str,
-    folder: Path,
-    tokenizer: Tokenizer,
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    file, packing, folder, tokenizer, request, capsys
+):
     path = request.getfixturevalue(file)
     words = ["--model", folder, "--max-length", 256, "--show", 1000, "data.split=[1, 0, 0]"]
     words += [f"data.packing={packing}", "training.per_device_train_batch_size=3"]
@@ -285,9 +264,7 @@ def bracketed(example: Any, tokenizer: Tokenizer) -> str:
     return text
 
 
-def test_as_many_rows_are_shown_as_asked_for(
-    folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_as_many_rows_are_shown_as_asked_for(folder, data, capsys):
     words = [data, "--model", folder, "--max-length", 64]
     assert shown_rows(inspect(capsys, *words)) == []
     for n in (1, 6, 7):  # a batch has 6
@@ -295,9 +272,7 @@ def test_as_many_rows_are_shown_as_asked_for(
         assert [place[:2] for place, _ in rows] == [[i // 6 + 1, i % 6 + 1] for i in range(n)]
 
 
-def test_a_full_row_has_no_padding(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_row_has_no_padding(folder, tmp_path, capsys):
     path = write_texts(tmp_path / "full.jsonl", [63])
     words = ["--model", folder, "--max-length", 65, "--show", 1, "data.split=[1, 0, 0]"]
     ((place, content),) = shown_rows(inspect(capsys, path, *words))
@@ -315,9 +290,7 @@ def on_terminal(folder: Path, path: Path, color_system: Any, show: int) -> tuple
     return console, read_examples(path, load_tokenizer(folder), DataConfig())
 
 
-def test_a_colour_of_its_own_tells_what_is_learned(
-    folder: Path, tokenizer: Tokenizer, chats: Path
-) -> None:
+def test_a_colour_of_its_own_tells_what_is_learned(folder, tokenizer, chats):
     console, examples = on_terminal(folder, chats, "truecolor", show=2)
     shown = console.file.getvalue()
     assert "⟦" not in shown and "⟧" not in shown
@@ -339,7 +312,7 @@ def decoded(example: Any, tokenizer: Tokenizer, where: np.ndarray) -> str:
     return tokenizer.decode(example.tokens[where]).replace("\n", "")
 
 
-def test_a_terminal_without_colours_gets_brackets(folder: Path, chats: Path) -> None:
+def test_a_terminal_without_colours_gets_brackets(folder, chats):
     console, _ = on_terminal(folder, chats, None, show=3)
     shown = console.file.getvalue()
     assert shown.count("⟦") == shown.count("⟧") == 1 + 2 + 3
@@ -349,9 +322,7 @@ def test_a_terminal_without_colours_gets_brackets(folder: Path, chats: Path) -> 
 # ---- no weights, and what cannot be inspected --------------------------------------------------
 
 
-def test_no_weight_is_loaded(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_weight_is_loaded(tmp_path, data, capsys):
     broken = write_model(tmp_path / "model")
     weights = load_file(broken / "model.safetensors")
     del weights["model.norm.weight"]
@@ -386,14 +357,8 @@ def test_no_weight_is_loaded(
     ],
 )
 def test_what_cannot_be_inspected_is_one_message_and_code_2(
-    changes: dict[str, str | None],
-    said: str,
-    folder: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    changes, said, folder, data, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "none.jsonl").write_text("{}\n")
@@ -425,7 +390,7 @@ def first_row(examples: Examples, tokenizer: Tokenizer, colour: bool = False) ->
     return console.file.getvalue()
 
 
-def test_a_row_that_ends_in_context_is_shown_without_a_foreign_token(tokenizer: Tokenizer) -> None:
+def test_a_row_that_ends_in_context_is_shown_without_a_foreign_token(tokenizer):
     ids = [0, *tokenizer.encode("abc")]
     learned = np.array([False, True, True, False])
     assert len(ids) == 4
@@ -453,14 +418,14 @@ def test_a_row_that_ends_in_context_is_shown_without_a_foreign_token(tokenizer: 
 )
 @pytest.mark.parametrize("colour", [False, True])
 def test_signs_that_a_terminal_acts_on_are_shown_as_their_pictures(
-    text: str, pictures: str, colour: bool, tokenizer: Tokenizer
-) -> None:
+    text, pictures, colour, tokenizer
+):
     out = first_row(read_examples([{"text": text}], tokenizer), tokenizer, colour)
     learned = f"{pictures}<|eos|>"
     assert f" supervised\n<|bos|>{learned if colour else f'⟦{learned}⟧'}\n" in out
 
 
-def test_every_control_sign_but_the_line_break_has_a_picture() -> None:
+def test_every_control_sign_but_the_line_break_has_a_picture():
     codes = [*(code for code in range(32) if code != 10), 127]
     assert sorted(PICTURES) == [*codes, *range(0x80, 0xA0)]
     assert {PICTURES[code] for code in range(0x80, 0xA0)} == {0xFFFD}

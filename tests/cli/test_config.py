@@ -112,7 +112,7 @@ def read_back(config: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
-def test_every_field_survives_yaml(tmp_path: Path, section: str, field: str) -> None:
+def test_every_field_survives_yaml(tmp_path, section, field):
     if (section, field) == ("lora", "bias"):  # has one legal value
         assert read_back(RunConfig(), tmp_path).lora.bias == "none"
         return
@@ -126,7 +126,7 @@ def test_every_field_survives_yaml(tmp_path: Path, section: str, field: str) -> 
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
-def test_every_field_can_be_set_from_the_command_line(section: str, field: str) -> None:
+def test_every_field_can_be_set_from_the_command_line(section, field):
     value = OTHER[section].get(field)
     if field in ("mode", "bias"):
         return
@@ -138,7 +138,7 @@ def test_every_field_can_be_set_from_the_command_line(section: str, field: str) 
     assert getattr(getattr(build(values), section), field) == value
 
 
-def test_defaults_are_the_contract_s(tmp_path: Path) -> None:
+def test_defaults_are_the_contract_s(tmp_path):
     config = RunConfig()
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     wanted: dict[str, dict[str, Any]] = {
@@ -170,7 +170,7 @@ def test_defaults_are_the_contract_s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2.0e-4", "0.0002", "2E-04"])
-def test_a_rate_may_be_written_in_any_way(tmp_path: Path, text: str) -> None:
+def test_a_rate_may_be_written_in_any_way(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(f"training:\n  learning_rate: {text}\n")
     assert build(read_yaml(path)).training.learning_rate == 2e-4
@@ -225,21 +225,19 @@ def test_a_rate_may_be_written_in_any_way(tmp_path: Path, text: str) -> None:
         ({"generation": {"top_p": 2}}, ["generation.top_p must be in (0, 1]"]),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_right(
-    values: dict[str, Any], words: list[str]
-) -> None:
+def test_what_is_wrong_is_named_with_what_is_right(values, words):
     with pytest.raises(ConfigError) as caught:
         build(values)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_either_steps_or_epochs_decide_the_length() -> None:
+def test_either_steps_or_epochs_decide_the_length():
     assert build({"training": {"num_train_epochs": 2}}).training.max_steps is None
     assert build({"training": {"max_steps": 5}}).training.num_train_epochs is None
 
 
-def test_a_later_override_wins_over_the_file(tmp_path: Path) -> None:
+def test_a_later_override_wins_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lora: {r: 4, lora_alpha: 8}\ntraining:\n")
     values = read_yaml(path)
@@ -271,7 +269,7 @@ def test_a_later_override_wins_over_the_file(tmp_path: Path) -> None:
         ("model.bits=null", None),
     ],
 )
-def test_an_override_is_read_as_its_field_s_type(assignment: str, value: Any) -> None:
+def test_an_override_is_read_as_its_field_s_type(assignment, value):
     values: dict[str, Any] = {}
     set_override(values, assignment)
     section, field = assignment.split("=")[0].split(".")
@@ -279,7 +277,7 @@ def test_an_override_is_read_as_its_field_s_type(assignment: str, value: Any) ->
 
 
 @pytest.mark.parametrize("text", ["lora.r", "r=5", "=5", "lora.=5", ".r=5", "lora"])
-def test_an_override_of_another_form_is_refused(text: str) -> None:
+def test_an_override_of_another_form_is_refused(text):
     with pytest.raises(ConfigError, match=r"expected section\.field=value"):
         set_override({}, text)
 
@@ -296,7 +294,7 @@ def test_an_override_of_another_form_is_refused(text: str) -> None:
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
-def test_a_file_that_holds_no_config_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_file_that_holds_no_config_is_named(tmp_path, content, words):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -304,7 +302,7 @@ def test_a_file_that_holds_no_config_is_named(tmp_path: Path, content: bytes, wo
     assert words in str(caught.value) and "run.yaml" in str(caught.value)
 
 
-def test_a_missing_file_is_named_and_an_empty_one_is_the_defaults(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_and_an_empty_one_is_the_defaults(tmp_path):
     with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read"):
         read_yaml(tmp_path / "missing.yaml")
     (tmp_path / "empty.yaml").touch()
@@ -312,7 +310,7 @@ def test_a_missing_file_is_named_and_an_empty_one_is_the_defaults(tmp_path: Path
 
 
 @pytest.mark.parametrize("path", ["rows #1.jsonl", "&a out", "a: b", "*x", "[draft] rows.jsonl"])
-def test_a_path_is_kept_as_it_is_typed(path: str) -> None:
+def test_a_path_is_kept_as_it_is_typed(path):
     values: dict[str, dict[str, Any]] = {}
     set_override(values, f"data.path={path}")
     assert build(values).data.path == path
@@ -320,12 +318,12 @@ def test_a_path_is_kept_as_it_is_typed(path: str) -> None:
     assert build(values).data.path == "quoted"
 
 
-def test_a_yaml_word_that_is_no_text_can_be_misspelt_too() -> None:
+def test_a_yaml_word_that_is_no_text_can_be_misspelt_too():
     with pytest.raises(ConfigError, match=r"unknown field training\.True"):
         build({"training": {True: 5}})
 
 
-def test_the_usual_words_name_real_fields_and_are_none() -> None:
+def test_the_usual_words_name_real_fields_and_are_none():
     for word, place in USUAL_WORDS.items():
         section, field = place.split(".")
         assert field in {f.name for f in dataclasses.fields(SECTIONS[section])}, word

@@ -221,11 +221,11 @@ LISTED = [
 # ---- the tests ---------------------------------------------------------------------------------
 
 
-def test_every_field_has_a_case() -> None:
+def test_every_field_has_a_case():
     assert CASES.keys() == set(FIELDS), "say in CASES what a field changes in a run"
 
 
-def test_a_run_without_a_change_is_the_same_again(runs: "Runs") -> None:
+def test_a_run_without_a_change_is_the_same_again(runs):
     """The control: what differs by chance would prove nothing of a field."""
     case = Case(None, base=TESTED)
     first, second = runs.once(case, {}), runs.once(case, {})
@@ -234,7 +234,7 @@ def test_a_run_without_a_change_is_the_same_again(runs: "Runs") -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), LISTED)
-def test_a_field_changes_what_it_promises(runs: "Runs", name: str, case: Case) -> None:
+def test_a_field_changes_what_it_promises(runs, name, case):
     before, after = runs.unchanged(case), runs.once(case, {name: case.value})
     if case.error:
         assert before["error"] == ""

@@ -16,8 +16,6 @@ from support.gguf_names import gguf_name, permuted, unpermuted
 from support.models import load_folder, make_hf_model, our_logits, randomise_lora
 
 from mlx_qlora.adapters.export import save_gguf_adapter
-from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
@@ -155,9 +153,7 @@ def tiny_prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_llama_cpp_computes_our_probabilities_in_float32(
-    tiny_base: Path, tiny_prompts: list[list[int]], tmp_path: Path, name: str
-) -> None:
+def test_llama_cpp_computes_our_probabilities_in_float32(tiny_base, tiny_prompts, tmp_path, name):
     model = load_folder(tiny_base)
     without = ours(model, tiny_prompts)
     add_lora(model, CONFIGS[name])
@@ -171,26 +167,20 @@ def test_llama_cpp_computes_our_probabilities_in_float32(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_float16_adapter_is_off_by_its_rounding_only(
-    tiny_base: Path, tiny_prompts: list[list[int]], tmp_path: Path, name: str
-) -> None:
+def test_a_float16_adapter_is_off_by_its_rounding_only(tiny_base, tiny_prompts, tmp_path, name):
     model = add_lora(load_folder(tiny_base), CONFIGS[name])
     randomise_lora(model, scale=0.1)
     theirs = list(llama_cpp(tiny_base, tiny_prompts, save_gguf_adapter(model, tmp_path / "a.gguf")))
     assert differences(theirs, ours(model, tiny_prompts)).max() < 0.02
 
 
-def test_in_float32_the_base_alone_is_ours_too(
-    tiny_base: Path, tiny_prompts: list[list[int]]
-) -> None:
+def test_in_float32_the_base_alone_is_ours_too(tiny_base, tiny_prompts):
     theirs = list(llama_cpp(tiny_base, tiny_prompts))
     assert differences(theirs, ours(load_folder(tiny_base), tiny_prompts)).max() < 1e-4
 
 
 @pytest.mark.parametrize("how", ["order", "alpha"])
-def test_a_damaged_adapter_is_seen(
-    tiny_base: Path, tiny_prompts: list[list[int]], tmp_path: Path, how: str
-) -> None:
+def test_a_damaged_adapter_is_seen(tiny_base, tiny_prompts, tmp_path, how):
     model = add_lora(load_folder(tiny_base), LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))
     randomise_lora(model, scale=0.2)
     file = save_gguf_adapter(model, tmp_path / "a.gguf", dtype="float32")
@@ -204,9 +194,7 @@ def test_a_damaged_adapter_is_seen(
 
 
 @pytest.mark.slow
-def test_on_smollm2_only_the_quantised_base_s_own_noise_remains(
-    smollm2_files: ModelFiles, smollm2: tuple[Any, Tokenizer], tmp_path: Path
-) -> None:
+def test_on_smollm2_only_the_quantised_base_s_own_noise_remains(smollm2_files, smollm2, tmp_path):
     base, tokenizer = smollm2
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     path = smollm2_files.path

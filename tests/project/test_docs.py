@@ -204,13 +204,7 @@ WITH_STEPS = [page for page in PAGES if any(s.kind != "file" for s in steps(page
 
 
 @pytest.mark.parametrize("page", WITH_STEPS)
-def test_every_command_of_a_page_does_what_it_says(
-    page: str,
-    sandbox: Path,
-    trained: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+def test_every_command_of_a_page_does_what_it_says(page, sandbox, trained, monkeypatch, capsys):
     """In the order of the page, in one folder: exit code 0 from each."""
     reader = Reader(trained, monkeypatch, page)
     faults = []
@@ -375,9 +369,7 @@ def short_of(name: str) -> Any:
     return short
 
 
-def test_the_reader_notices_a_wrong_page(
-    sandbox: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_reader_notices_a_wrong_page(sandbox, trained, monkeypatch):
     """The control: what is wrong in a page is found, and not passed over."""
     reader = Reader(trained, monkeypatch)
     assert reader.does(Step("shell", "mlx-qlora plan --model smollm2-135m --bathc 8", 1))
@@ -391,9 +383,7 @@ def test_the_reader_notices_a_wrong_page(
     assert fault_of("pip install 'mlx-qlora[plots]'", known) is None
 
 
-def test_what_a_page_trains_is_what_its_next_command_reads(
-    sandbox: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_a_page_trains_is_what_its_next_command_reads(sandbox, trained, monkeypatch):
     """A page that trains into one folder and evaluates another is wrong."""
     reader = Reader(trained, monkeypatch)
     train = "mlx-qlora train --model smollm2-135m --data rows.jsonl --output-dir first"

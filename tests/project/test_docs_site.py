@@ -62,7 +62,7 @@ def site(tmp_path_factory: pytest.TempPathFactory):
     return folder, records
 
 
-def test_the_build_has_no_warning(site: tuple[Path, list[str]]):
+def test_the_build_has_no_warning(site):
     """What `mkdocs build --strict` counts."""
     assert site[1] == []
 
@@ -74,7 +74,7 @@ def test_every_page_is_in_the_nav_and_the_nav_names_only_pages():
     assert len(named) == len(set(named)) and set(named) == pages
 
 
-def test_no_page_fetches_anything_from_elsewhere(site: tuple[Path, list[str]]):
+def test_no_page_fetches_anything_from_elsewhere(site):
     built = list(site[0].rglob("*.html"))
     assert len(built) > 20
     for path in built:
@@ -88,7 +88,7 @@ def test_no_page_fetches_anything_from_elsewhere(site: tuple[Path, list[str]]):
         assert not imported, f"{sheet}: {imported}"
 
 
-def test_links_within_pages_lead_somewhere(site: tuple[Path, list[str]]):
+def test_links_within_pages_lead_somewhere(site):
     """Anchors too: strict mode says of them only what it calls info."""
     ids = {}
     for path in site[0].rglob("*.html"):
@@ -105,7 +105,7 @@ def test_links_within_pages_lead_somewhere(site: tuple[Path, list[str]]):
     assert checked > 10
 
 
-def test_the_python_reference_shows_every_public_name(site: tuple[Path, list[str]]):
+def test_the_python_reference_shows_every_public_name(site):
     import mlx_qlora as mq
 
     text = (site[0] / "reference" / "python.html").read_text(encoding="utf-8")
@@ -116,6 +116,6 @@ def test_the_python_reference_shows_every_public_name(site: tuple[Path, list[str
     assert not re.search(r"<p>\s*Args:", text)
 
 
-def test_material_toggles_light_and_dark(site: tuple[Path, list[str]]):
+def test_material_toggles_light_and_dark(site):
     text = (site[0] / "index.html").read_text(encoding="utf-8")
     assert 'data-md-color-scheme="default"' in text and 'data-md-color-scheme="slate"' in text

@@ -32,7 +32,7 @@ def test_the_examples_are_found_and_the_demo_is_not_one_of_them():
 
 
 @EACH
-def test_an_example_has_a_head_and_checks_its_claim(script: Path):
+def test_an_example_has_a_head_and_checks_its_claim(script):
     cells = jupytext.read(script, fmt="py:percent").cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
     tree = ast.parse(script.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def test_the_readme_names_each_example_and_no_other():
 
 
 @EACH
-def test_a_notebook_is_its_script(script: Path):
+def test_a_notebook_is_its_script(script):
     place = make_notebooks.place_of(script)
     again = "run: python examples/make_notebooks.py"
     assert place.is_file(), again
@@ -88,7 +88,7 @@ def test_writing_again_changes_no_byte_and_removes_what_has_no_script(tmp_path, 
 
 @pytest.mark.slow
 @EACH
-def test_an_example_runs_as_its_notebook_and_shows_its_result(script: Path, tmp_path: Path):
+def test_an_example_runs_as_its_notebook_and_shows_its_result(script, tmp_path):
     """In its folder, as Jupyter starts it; `test_a_notebook_is_its_script` has the same cells."""
     notebook = nbformat.read(make_notebooks.place_of(script), as_version=4)
     place = tmp_path / "examples" / "notebooks"
@@ -120,9 +120,7 @@ def test_an_example_runs_as_its_notebook_and_shows_its_result(script: Path, tmp_
     [s for s in SCRIPTS if "HERE" in s.read_text(encoding="utf-8")],
     ids=lambda script: script.stem,
 )
-def test_a_script_finds_the_files_beside_it_from_any_folder(
-    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_script_finds_the_files_beside_it_from_any_folder(script, tmp_path, monkeypatch):
     """Of a notebook only its folder is known, of a script only __file__."""
     cells = [c for c in jupytext.read(script, fmt="py:percent").cells if c.cell_type == "code"]
     names: dict[str, Any] = {"__file__": str(script)}

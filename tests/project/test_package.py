@@ -133,7 +133,7 @@ def metadata(wheel: Path) -> Message:
     return email.message_from_bytes(files[name])
 
 
-def test_the_wheel_holds_the_library_and_nothing_else(built: dict[str, Path]):
+def test_the_wheel_holds_the_library_and_nothing_else(built):
     names = set(contents(built["wheel"]))
     inside = {name for name in names if not re.match(r"mlx_qlora-[\d.]+\.dist-info/", name)}
     tree = [path.relative_to(ROOT) for path in (ROOT / "mlx_qlora").rglob("*") if path.is_file()]
@@ -143,14 +143,14 @@ def test_the_wheel_holds_the_library_and_nothing_else(built: dict[str, Path]):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_sdist_makes_the_same_wheel(built: dict[str, Path]):
+def test_the_sdist_makes_the_same_wheel(built):
     assert contents(built["wheel"]) == contents(built["direct"])
     with tarfile.open(built["sdist"]) as file:
         parts = {name.split("/", 1)[-1] for name in file.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "mlx_qlora/py.typed"} <= parts
 
 
-def test_the_metadata_says_what_pip_and_the_index_need(built: dict[str, Path]):
+def test_the_metadata_says_what_pip_and_the_index_need(built):
     fields, version = metadata(built["wheel"]), built["wheel"].name.split("-")[1]
     assert fields["Version"] == version and fields["Requires-Python"] == ">=3.10"
     assert fields["License-Expression"] == "Apache-2.0" and fields["Summary"]
@@ -223,7 +223,7 @@ def with_model(empty: Path) -> Path:
     return empty
 
 
-def test_the_command_names_its_version_and_its_commands(venv: Path, empty: Path):
+def test_the_command_names_its_version_and_its_commands(venv, empty):
     command = str(venv / "mlx-qlora")
     version = printed([command, "--version"], empty)
     assert re.fullmatch(r"mlx-qlora \d+\.\d+\.\d+\S*\n", version)
@@ -233,7 +233,7 @@ def test_the_command_names_its_version_and_its_commands(venv: Path, empty: Path)
     assert list(empty.iterdir()) == []
 
 
-def test_plan_and_train_run_from_the_wheel(venv: Path, with_model: Path):
+def test_plan_and_train_run_from_the_wheel(venv, with_model):
     command = str(venv / "mlx-qlora")
     assert "predicted peak" in printed([command, "plan", "--model", "model"], with_model)
     words = ["train", "--model", "model", "--data", "rows.jsonl", *SHORT]
@@ -258,13 +258,13 @@ WRONG = {
 }
 
 
-def test_a_users_script_runs(venv: Path, with_model: Path):
+def test_a_users_script_runs(venv, with_model):
     (with_model / "tune.py").write_text(SCRIPT)
     shown = printed([str(venv / "python"), "tune.py"], with_model)
     assert "from-python 2 [" in shown
 
 
-def test_a_users_script_is_sound_to_pyright_and_a_wrong_one_is_not(venv: Path, empty: Path):
+def test_a_users_script_is_sound_to_pyright_and_a_wrong_one_is_not(venv, empty):
     """The wrong one is the control: were public names Any, anything at all would be sound."""
     text = SCRIPT
     for right, (wrong, _) in WRONG.items():
@@ -301,7 +301,7 @@ def pyright(folder: Path, venv: Path) -> dict[str, list[str]]:
 # ---- the import --------------------------------------------------------------------------------
 
 
-def test_an_import_is_quick_and_brings_nothing_heavy(venv: Path, empty: Path):
+def test_an_import_is_quick_and_brings_nothing_heavy(venv, empty):
     code = (
         "import sys, time; begun = time.process_time(); import mlx_qlora; "
         "print(time.process_time() - begun, *sys.modules)"
