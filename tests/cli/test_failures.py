@@ -180,7 +180,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(command):
     [
         ("generate --model nowhere --prompt - <&-", b"", b"--prompt - reads standard input"),
         ("chat --model nowhere <&-", b"", b"chat reads what you type from standard input"),
-        ("generate --model nowhere --prompt -", b"caf\xe9", b"standard input is not utf-8 at byte 3"),
+        ("generate --model nowhere --prompt -", b"caf\xe9", b"input is not utf-8 at byte 3"),
     ],
 )
 def test_standard_input_that_is_none_is_refused_before_the_model_is_looked_for(

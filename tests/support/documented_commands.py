@@ -156,7 +156,7 @@ def ours(text: str) -> Command | None:
 def is_a_name_only(text: str) -> bool:
     """Whether running text merely names a command, or shows its shape: no step for the reader."""
     words = shlex.split(text)
-    shape = any(re.fullmatch(r"\.\.\.|…|[A-Z][A-Z/-]+|\[.*|.*\]", word) for word in words[1:])
+    shape = any(re.fullmatch(r"\.\.\.|…|[A-Z][A-Z/-]*|\[.*|.*\]", word) for word in words[1:])
     return len(words) == 2 or shape
 
 
