@@ -48,10 +48,9 @@ class Advice:
 
 
 def advise(history: History, ends_with_best: bool = False) -> list[Advice]:
-    """Applies all rules to a history, and returns the most urgent advice first.
+    """Apply all rules to a history, and return the most urgent advice first.
 
     Args:
-        history: of the run.
         ends_with_best: whether the run ended with the weights of its best validation.
     """
     best = best_eval(history) if ends_with_best else None
@@ -170,8 +169,6 @@ class Answer(NamedTuple):
     """One question about a run, and what the figures say.
 
     Attributes:
-        question: as a person asks it.
-        verdict: the answer, short.
         why: the figures behind it.
         tone: good, bad, note, or nothing where there is nothing to judge.
         code: a command, if that is the answer.
@@ -185,7 +182,7 @@ class Answer(NamedTuple):
 
 
 def learned(history: History, scores: Mapping[str, Scores], advice: Sequence[Advice]) -> Answer:
-    """Judges by the test set if there is one, else by validation, else by the training loss.
+    """Judge by the test set if there is one, else by validation, else by the training loss.
 
     Args:
         history: up to the step whose weights the adapter has.

@@ -32,7 +32,6 @@ class Line:
     """One figure over the steps, or over what else the axis shows.
 
     Attributes:
-        label: in the legend.
         points: (x, y), by x; thinned.
         errors: of each point, half the height of its error bar; empty for none.
     """
@@ -47,8 +46,6 @@ class Plot:
     """One plot, however it will be drawn.
 
     Attributes:
-        name: of its file.
-        unit: of the values.
         warmup: the last step of the warmup, shown as a shaded stretch; 0 for none.
         best: step of the best validation loss, if it is to be marked.
         level: (label, value) of a horizontal line to compare with.
@@ -109,13 +106,10 @@ def plots_of(
     best: int | None = None,
     planned_bytes: int | None = None,
 ) -> list[Plot]:
-    """Makes the plots of a history (the records of `metrics.jsonl`), the loss first.
+    """Make the plots of a history (the records of `metrics.jsonl`), the loss first.
 
-    Args:
-        history: of the run.
-        warmup: steps of the warmup.
-        best: step of the best validation loss.
-        planned_bytes: the predicted peak of memory.
+    The last step of the warmup and that of the best validation are marked, and the predicted peak
+    of memory is drawn beside the measured one.
     """
 
     def line(key: str, label: str, scale: float = 1.0) -> Line:
@@ -139,7 +133,7 @@ def plots_of(
 
 
 def thin(points: Points, buckets: int = BUCKETS) -> Points:
-    """Keeps about two points for each bucket of steps, its lowest and its highest, and both ends.
+    """Keep about two points for each bucket of steps, its lowest and its highest, and both ends.
 
     So every extreme of the line stays: a spike of one step in 100,000 is still seen.
 
@@ -190,7 +184,7 @@ Scale = Callable[[float], float]  # a value -> percent, pixels or units of the b
 
 
 def svg(plot: Plot) -> str:
-    """Draws an `<svg>` element as wide as what it stands in and HEIGHT pixels high.
+    """Draw an `<svg>` element as wide as what it stands in and HEIGHT pixels high.
 
     It takes its colours from plot.css, below an element of class `mq`.
     """
@@ -198,7 +192,7 @@ def svg(plot: Plot) -> str:
 
 
 def svg_file(plot: Plot) -> str:
-    """Draws a document of its own, with title, legend and colours."""
+    """Draw a document of its own, with title, legend and colours."""
     legend = plot.lines if len(plot.lines) > 1 else []
     height = HEIGHT + LEGEND * len(legend)
     root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "mq"})
@@ -291,7 +285,7 @@ def _percent(share: float) -> str:
 
 
 def _add(parent: Element, tag: str, text: str = "", /, **attributes: str | float) -> Element:
-    """Adds an element, whose text and attributes the serialiser escapes."""
+    """Add an element, whose text and attributes the serialiser escapes."""
     child = SubElement(parent, tag)
     for name, value in attributes.items():
         child.set(name.rstrip("_"), value if isinstance(value, str) else f"{value:.4g}")
@@ -310,7 +304,7 @@ def can_draw_png() -> bool:
 
 
 def write_png(plot: Plot, path: Path) -> None:
-    """Draws a run's plot with matplotlib, 1440 pixels wide."""
+    """Draw a run's plot with matplotlib, 1440 pixels wide."""
     # Not pyplot, which would choose a window system and keep the figure.
     from matplotlib.figure import Figure
 
@@ -358,7 +352,7 @@ def _templates() -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a template of this package, and escapes every value."""
+    """Fill a template of this package, and escape every value."""
     return _templates().get_template(template).render(values)
 
 
@@ -367,14 +361,13 @@ EVERY = 1.0  # seconds
 
 @contextmanager
 def live_plots(metrics: Path, warmup: int = 0) -> Iterator[None]:
-    """Shows the plots of a growing `metrics.jsonl` below the cell that trains, if there is one.
+    """Show the plots of a growing `metrics.jsonl` below the cell that trains, if there is one.
 
     Training is not touched for it: a thread reads the lines that it adds, and redraws at most once
     a second. Without a Jupyter kernel nothing is started.
 
     Args:
         metrics: the file; it need not exist yet, and may be written again from the start.
-        warmup: steps of the warmup, to be marked.
     """
     if not in_kernel():
         yield
@@ -422,7 +415,7 @@ class Tail:
         self._position, self._inode = 0, 0
 
     def read(self) -> bool:
-        """Takes what was added since the last call; returns whether that was anything."""
+        """Take what was added since the last call, and say whether that was anything."""
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())

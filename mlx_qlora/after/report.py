@@ -51,19 +51,16 @@ def write_report(
     plan: Plan | None = None,
     evaluation: Evaluation | None = None,
 ) -> Path:
-    """Writes `report.html` and `plots/` into the run's output folder.
+    """Write `report.html` and `plots/` into the run's output folder.
 
     `plots/` gets SVG files, and PNG files too where matplotlib is installed. A notebook that shows
     the result shows the summary and the plots that were written last.
 
     Args:
-        result: the finished run.
-        config: as it was resolved.
         scores: "before" and "after", of the test set, if there was one.
         samples: dicts of heading -> text: prompt, reference, before, after.
         data: what became of the rows of each source.
         rows: part (train, validation, test) -> how many rows it has.
-        plan: the prediction, to compare with what was measured.
         evaluation: metric -> base, tuned, difference, and where known low and high (the interval
             of the difference) and n; made from `scores` if not given.
 
@@ -149,8 +146,8 @@ class Report:
     def page(self) -> str:
         """The HTML."""
         png_hint = "" if can_draw_png() else f"The {PNG_HINT}."
-        more = {"data_facts": data_facts, "version": __version__, "png_hint": png_hint}
-        return render("page.html", report=self, **more)
+        yaml, more = to_yaml(self.config), {"data_facts": data_facts, "version": __version__}
+        return render("page.html", report=self, png_hint=png_hint, yaml=yaml, **more)
 
     @property
     def title(self) -> str:
@@ -210,15 +207,6 @@ class Report:
         planned = self.plan.total_bytes if self.plan else None
         warmup, best = self.config.training.warmup_steps, self.result.best_step
         return plots_of(self.result.log_history, warmup, best, planned)
-
-    @property
-    def yaml(self) -> str:
-        """The configuration."""
-        return to_yaml(self.config)
-
-    def count(self, key: str) -> int:
-        """How many records of the history have a key."""
-        return sum(key in record for record in self.result.log_history)
 
     def history_table(self) -> tuple[list[str], list[list[str]], int]:
         """Heads and rows of a short history, or of every n-th step of a long one; all its steps."""

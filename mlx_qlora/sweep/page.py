@@ -98,7 +98,6 @@ class SweepResult:
 
     Attributes:
         trials: in the order in which they began.
-        stages: in order.
         winner: the trial to go on with; None while the sweep is under way.
         best: the config in `best.yaml`: the winner's, into a folder of its own.
         findings: sentences on what is better than what, and what cannot be told apart.
@@ -143,16 +142,13 @@ def write_sweep(
     repeated: Point | None,
     console: Console,
 ) -> SweepResult:
-    """Writes the sweep's files; with a winner, prints the table and the sentences, too.
+    """Write the sweep's files; with a winner, print the table and the sentences, too.
 
     Args:
         config: of the sweep, with its folder.
         about: fingerprint, grid, steps and rungs, for the record.
-        trials: in the order in which they began.
-        stages: those that are over.
         winner: None while the sweep is under way.
         repeated: the winner with another seed, if that was asked for.
-        console: where the table goes.
     """
     output = Path(config.checkpointing.output_dir)
     by_point, rungs = {trial.point: trial for trial in trials}, about["rungs"]

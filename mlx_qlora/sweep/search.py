@@ -69,7 +69,6 @@ def sweep(
 
     Args:
         config: everything that is not varied; `checkpointing.output_dir` is the sweep's folder.
-        console: where progress goes.
         grid: any of `learning_rate`, `r` and `batch_size` (rows of an optimiser step) -> values;
             three learning rates if not given.
         steps: the full budget of a trial in optimiser steps; those of the config if not given.
@@ -158,8 +157,6 @@ class _Search:
     Attributes:
         inputs: what all trials share, with a config of what is not varied.
         model: the base, which they share, too.
-        console: where progress goes.
-        grid: field -> values.
         steps: the full budget, at the rows of a step that the config has.
         rungs: how many budgets there are.
         measured: point -> what was measured of it, rung after rung.

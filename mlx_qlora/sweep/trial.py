@@ -84,7 +84,7 @@ def checked_grid(grid: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any
 
 
 def check_swept(config: RunConfig) -> None:
-    """Refuses a config whose trials could not share one base, or could not be continued.
+    """Refuse a config whose trials could not share one base, or could not be continued.
 
     Raises:
         ConfigError: naming the field.
@@ -259,7 +259,6 @@ class Measured:
 
     Attributes:
         key: hash of the trial's config, model and data: what decides its figures.
-        step: optimiser steps done.
         train_loss: mean nats per supervised token of the last steps, at most 20.
         nats: of each validation example; empty if the trial failed.
         tokens: supervised ones of each validation example.
@@ -292,13 +291,7 @@ class Measured:
 
 
 def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
-    """What an earlier sweep has measured of this very trial at this step, or None.
-
-    Args:
-        config: the trial's.
-        step: of its rung.
-        inputs: the sweep's, with the hashes of its model and data in their state.
-    """
+    """What an earlier sweep has measured of this very trial at this step, or None."""
     path = _record(config, step)
     try:
         measured = Measured(**json.loads(path.read_text(encoding="utf-8")))
@@ -312,14 +305,12 @@ def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
 def measure(
     config: RunConfig, step: int, model: LlamaForCausalLM, inputs: Inputs, console: Console
 ) -> Measured:
-    """Trains a trial up to a step, from its newest checkpoint if it has one, and scores it.
+    """Train a trial up to a step, from its newest checkpoint if it has one, and score it.
 
     Args:
         config: the trial's, whose output folder is its own.
-        step: where to stop.
         model: the shared base; it is bare again afterwards, and unchanged.
-        inputs: the sweep's, whose rows all trials share.
-        console: where progress goes.
+        inputs: the sweep's, with the hashes of its model and data in their state.
 
     Raises:
         Interrupted: a signal came, and what was done is saved.
@@ -368,7 +359,7 @@ def measure(
 def _advance(
     model: LlamaForCausalLM, trial: Inputs, until: int, console: Console
 ) -> tuple[Run, float | None]:
-    """Takes the steps that `train.loop.train` would take, but stops before the last one.
+    """Take the steps that `train.loop.train` would take, but stops before the last one.
 
     Raises:
         StepError: one cannot be taken, or too many in a row moved nothing.
@@ -401,7 +392,7 @@ def _advance(
 
 
 def bare(model: LlamaForCausalLM) -> None:
-    """Takes all LoRA layers out of a model: the base's own linears stand there again."""
+    """Take all LoRA layers out of a model: the base's own linears stand there again."""
     for name in adapter_names(model):
         detach(model, name)
     mx.clear_cache()
