@@ -1,4 +1,7 @@
-"""What a user can get wrong, how a field of the config is declared, and how lines are printed."""
+"""What a user can get wrong, how a field of the config is declared, and what a person is told.
+
+Everything imports this file, and it imports nothing of ours.
+"""
 
 import copy
 import dataclasses
@@ -11,13 +14,11 @@ from rich.console import Console
 
 
 class UserError(ValueError):
-    """The root of all errors that the user's input, and not our code, has caused.
+    """The root of all errors that the user's input, and not our code, has caused."""
 
-    Attributes:
-        is_shared: whether all processes of a run know it, so that only the first one says it.
-    """
-
-    is_shared = False
+    is_shared = (
+        False  # whether all processes of a run have it, so that only the first one prints it
+    )
 
 
 class ConfigError(UserError):
@@ -70,7 +71,7 @@ def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | No
 
 
 def listing(problems: list[str], most: int = 20) -> str:
-    """Joins problems into indented lines, so that one error reports all of them."""
+    """Join problems into indented lines, so that one error reports all of them."""
     lines = [f"  {problem}" for problem in problems[:most]]
     if len(problems) > most:
         lines.append(f"  ... and {len(problems) - most} more")
@@ -81,7 +82,7 @@ def listing(problems: list[str], most: int = 20) -> str:
 
 
 def option(default: Any, help: str, *, choices: Iterable[Any] | None = None) -> Any:
-    """Declares a field with its default, its one line of help and, if closed, its legal values."""
+    """Declare a field with its default, its one line of help and, if closed, its legal values."""
     metadata = {"help": help, "choices": tuple(choices) if choices is not None else None}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -89,14 +90,11 @@ def option(default: Any, help: str, *, choices: Iterable[Any] | None = None) -> 
 
 
 def check_choices(section: str, config: Any) -> None:
-    """Refuses a value outside its field's legal set.
+    """Refuse a value outside its field's legal set.
 
     Args:
         section: the name that the user knows the dataclass by, for example `training`.
-        config: an instance of a dataclass whose fields were declared with `option`.
-
-    Raises:
-        ConfigError: naming field, value and legal values.
+        config: a dataclass whose fields were declared with `option`.
     """
     for field in dataclasses.fields(config):
         choices = field.metadata.get("choices")
@@ -107,7 +105,7 @@ def check_choices(section: str, config: Any) -> None:
 
 
 def require(holds: bool, field: str, rule: str, got: Any) -> None:
-    """Raises a ConfigError `FIELD must RULE; got VALUE` unless the rule holds."""
+    """Raise a ConfigError `FIELD must RULE; got VALUE` unless the rule holds."""
     if not holds:
         raise ConfigError(f"{field} must {rule}; got {got!r}")
 
@@ -119,21 +117,17 @@ class Terminal(Console):
     """Rich's console, which would end the program with 1 where nobody reads what it prints."""
 
     def on_broken_pipe(self) -> None:
-        """Leaves it to the command line.
-
-        Raises:
-            BrokenPipeError: always.
-        """
+        """Leave it to the command line."""
         raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it is: not wrapped at 80 columns where nobody has a terminal."""
+    """Print a line as it is, not wrapped at 80 columns where there is no terminal."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(console: Console, text: str) -> None:
-    """Prints a warning, which a quiet console lets through to standard error."""
+    """Print a warning; from a quiet console it goes to standard error."""
     if console.quiet:
         console = Console(stderr=True)
     say(console, f"warning   {text}")

@@ -1,4 +1,4 @@
-"""Folders: written whole, and never over files that are not ours."""
+"""Folders: written whole, by one run at a time, and never over files that are not ours."""
 
 import fcntl
 import functools
@@ -102,14 +102,11 @@ def _umask() -> int:
 
 @contextmanager
 def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
-    """Turns what the system says about a folder into an error with a remedy.
+    """Turn what the system says about a folder into a TrainingError with a remedy.
 
     Args:
         folder: that is written to.
         hint: what to add to the message, asked for only when there is one.
-
-    Raises:
-        TrainingError: naming the folder, the reason and the hint.
     """
     try:
         yield
@@ -126,12 +123,7 @@ def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; the system gives the lock back if a run dies.
-
-    Raises:
-        ConfigError: another run holds it.
-        TrainingError: the folder cannot be opened.
-    """
+    """Keep other runs out of a folder; the system gives the lock back if a run dies."""
     with disk_errors(folder):
         lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:

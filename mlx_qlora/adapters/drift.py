@@ -1,13 +1,14 @@
-"""What an export has changed: the written model against the model with its adapter.
+"""Drift: what an export has changed, the written model against the model with its adapter.
 
 Re-quantising rounds W + s B A to steps that are often larger than s B A itself, and then the files
-hold little of what was learned. The weights do not tell; the next-token distributions do.
+hold little of what was learned. The weights do not show it; the next-token distributions do.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,46 +20,9 @@ from mlx_qlora.model.lora import LoRALinear, lora_layers
 from mlx_qlora.tree import nested
 
 POSITIONS = 64  # whose logits exist at once: a vocabulary of 128,256 in float64 is 1 MB each
-
-
 NO_EFFECT = 1e-9  # nats per token; below it rounding is larger than what the adapter does
-
-
 WELL_KEPT = 0.95
-
-
-TEXTS: tuple[str, ...] = (
-    "The lighthouse stands at the end of a long pier, and in winter the waves reach its lowest "
-    "windows. The keeper's family left many years ago, when the lamp was made to turn by itself. "
-    "Today a small museum fills the rooms below the gallery. Visitors can see old charts, a brass "
-    "telescope and a diary in which every storm of the last century is noted, with the hour at "
-    "which it began and the names of the boats that were late.",
-    "Bread needs flour, water, salt, yeast and above all time. Mix the first two and let them rest "
-    "for half an hour before anything else is added, because the dough then becomes smooth with "
-    "less work. Knead it until it no longer sticks to the table. After two hours in a warm place "
-    "it should have doubled. Shape it, let it rise once more, and bake it in a very hot oven with "
-    "a bowl of water beside it.",
-    "A river carries more sand than most people expect. Where the current is fast the grains are "
-    "lifted and taken along, and where it slows down they sink. This is why the outer bank of a "
-    "bend is worn away while the inner bank grows. Over thousands of years a bend can become so "
-    "narrow that the water breaks through its neck, and the old course is left behind as a lake "
-    "in the shape of a crescent.",
-    "To find the largest number in a list, keep the best one seen so far and compare it with each "
-    "of the others in turn. If the next number is larger, it takes the place of the best. When "
-    "the list ends, the best is the answer. The method looks at every number once, so a list that "
-    "is twice as long takes twice the time. An empty list has no largest number, and a careful "
-    "program says so instead of guessing.",
-    "The committee met on Tuesday to discuss the new timetable. Several members said that the "
-    "first bus leaves too early for the school and too late for the factory. It was agreed to ask "
-    "the passengers before anything is decided. A short form will be handed out during the first "
-    "week of March, and the results are expected before the summer. Until then the present "
-    "timetable stays in force on all lines except the one to the harbour.",
-    "Music was part of every evening in that house. The grandmother played the piano, not always "
-    "in tune but never out of time, and the children took turns at the violin. Neighbours who "
-    "passed by would stop under the window and listen. Once a man whom nobody knew knocked, asked "
-    "whether he might join them, and sang for an hour. He thanked them, put on his hat and was "
-    "never seen in the village again.",
-)
+TEXTS = tuple(Path(__file__).with_name("drift_texts.txt").read_text("utf-8").splitlines())
 
 
 @dataclass(frozen=True)
@@ -69,7 +33,7 @@ class Drift:
     text of the tuned model costs the other in nats per token, beyond what it must cost. `kept` is
     1 - KL(exact || written) / KL(exact || base). A written model equal to the tuned one keeps all;
     one that is as far from it as the base is keeps nothing; noise beyond that gives a negative
-    number, which is not cut off. It is a number of these texts, not of all text.
+    number. It holds for these texts, not for all text.
 
     Attributes:
         loss_exact: of the model with its adapter, in nats per token.
@@ -78,8 +42,8 @@ class Drift:
         kl: KL(exact || written), in nats per token.
         kl_base: KL(exact || base): the adapter's effect.
         max_logit_difference: largest |logit of written - logit of exact|.
-        kept: the share of the effect that is in the files; NaN if there is hardly any effect.
-        tokens: predictions that were compared.
+        kept: the share of the effect that is in the files; NaN where there is next to no effect.
+        tokens: how many predictions were compared.
         bits: what the files are quantised to; None if they are dense.
     """
 
@@ -116,15 +80,14 @@ class Drift:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int]]:
-    """The ids of each text, behind one BOS if the model expects it; None means `TEXTS`.
+    """The ids of each text, after a BOS if the model expects one; None means `TEXTS`.
 
     Raises:
         ConfigError: no text has a token to predict.
     """
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    chosen = texts if texts is not None else [*TEXTS]
-    rows = [bos + ids for ids in tokenizer.encode_batch(chosen)]
-    rows = [row for row in rows if len(row) > 1]
+    encoded = tokenizer.encode_batch(texts if texts is not None else [*TEXTS])
+    rows = [bos + ids for ids in encoded if len(bos + ids) > 1]
     if not rows:
         raise ConfigError("texts: none of them has two tokens, so there is nothing to compare")
     return rows
@@ -133,10 +96,10 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int
 def measure(
     exact: LlamaForCausalLM, written: LlamaForCausalLM, rows: list[list[int]], bits: int | None
 ) -> Drift:
-    """Compares two models, and the first without its adapter, on every prediction of some texts.
+    """Compare two models, and the first without its adapter, on every prediction of some texts.
 
     Args:
-        exact: with LoRA layers; it leaves as it came.
+        exact: with LoRA layers, which it keeps.
         written: the exported model, loaded with the same compute dtype.
         rows: ids of each text, at least two.
         bits: what `written` is quantised to, for the report.
@@ -145,7 +108,9 @@ def measure(
     largest = 0.0
     for ids in rows:
         tokens = mx.array([ids[:-1]])
-        hidden = exact.model(tokens)[0], _hidden_of_base(exact, tokens), written.model(tokens)[0]
+        with without_adapter(exact):
+            hidden_of_base = exact.model(tokens)[0]
+        hidden = exact.model(tokens)[0], hidden_of_base, written.model(tokens)[0]
         mx.eval(hidden)
         labels = np.array(ids[1:])
         with exact.head.dense_for_now(), written.head.dense_for_now():
@@ -182,23 +147,18 @@ def float64_of(logits: mx.array) -> np.ndarray:
     return np.array(logits.astype(mx.float32)).astype(np.float64)
 
 
-def _hidden_of_base(model: LlamaForCausalLM, tokens: mx.array) -> mx.array:
-    with without_adapter(model):
-        return model.model(tokens)[0]
-
-
 @contextmanager
 def without_adapter(model: LlamaForCausalLM) -> Iterator[None]:
     """Inside the block the model computes what it did before training; afterwards it is as it was.
 
-    Where the base made way for the update (PiSSA, OLoRA), what was taken is added again.
+    Where training began by changing the base (PiSSA, OLoRA), what was taken from it is added again.
     """
     layers = lora_layers(model)
-    before = {}
+    bases = {}
     for path, layer in layers:
         base, begun = layer.base_layer, layer._begun
-        before[path] = base if begun is None else LoRALinear(base, *begun, layer.scale, 0.0)
-    model.update_modules(nested(before))
+        bases[path] = base if begun is None else LoRALinear(base, *begun, layer.scale, 0.0)
+    model.update_modules(nested(bases))
     try:
         yield
     finally:

@@ -6,26 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qlora.adapters.peft import PREFIX, original_base, peft_config, write_peft
+from mlx_qlora.adapters.peft import (
+    PREFIX,
+    layers_of,
+    original_base,
+    peft_config,
+    same_tensors,
+    write_peft,
+)
 from mlx_qlora.errors import AdapterError, require
 from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import lora_layers
+
+DTYPES = {"float16": np.float16, "float32": np.float32}
+UNKNOWN_BASE = "./base.gguf"
+# A merged model as GGUF is llama.cpp's own work; to be run in its folder.
+MERGED_GGUF_COMMAND = (
+    "python convert_hf_to_gguf.py MERGED_FOLDER --outfile model.gguf --outtype f16"
+)
+Update = tuple[np.ndarray, np.ndarray, float]  # A (r, d_in), B (d_out, r), both float32; scale
 
 # ---- plain LoRA ----------------------------------------------------------------------------------
-
-
-Update = tuple[np.ndarray, np.ndarray, float]
 
 
 def save_portable(
     model: LlamaForCausalLM, folder: str | Path, base_model_name_or_path: str | None = None
 ) -> Path:
-    """Writes the adapter as a PEFT folder of uniform rank whose scaling is exactly 1.
+    """Write the adapter as a PEFT folder of uniform rank whose scaling is exactly 1.
 
-    It computes the same as `save_adapter`'s folder, in every reader. Training is better continued
-    from that one: here A and B have been rescaled.
+    Every reader computes from it what PEFT computes from `save_adapter`'s folder. Continue training
+    from that one: here A and B are rescaled.
 
     Args:
         model: with LoRA layers, but not DoRA's.
@@ -33,36 +44,32 @@ def save_portable(
         base_model_name_or_path: the original Hugging Face repository; by default what the model's
             own files say they are a copy of.
 
-    Returns:
-        The folder.
-
     Raises:
         AdapterError: the model has no LoRA layers or has DoRA's, or nothing says what the base is.
         ConfigError: the folder holds anything but an adapter of ours, or is the current folder.
     """
-    updates = plain_updates(model, "vLLM and llama.cpp refuse DoRA")
+    updates = _plain_updates(model, "vLLM and llama.cpp refuse DoRA")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
     check_writable(folder, ADAPTER_FOLDER, whole=True)
     rank = max(len(A) for A, _, _ in updates.values())
+    tensors = {}
+    for path, (A, B, scale) in updates.items():
+        missing = (0, rank - len(A))
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.pad(A, (missing, (0, 0)))
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.pad(B * np.float32(scale), ((0, 0), missing))
+    config = peft_config(model, base) | {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}
+    if isinstance(config["target_modules"], str):  # a regex; not every reader has Python's
+        config["target_modules"] = [*updates]
     with staged(folder.resolve(), replace=True) as staging:  # a link stays one
-        write_peft(staging, _uniform(updates, rank), _config(model, base, rank))
+        write_peft(staging, tensors, config)
     return folder
 
 
-def plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
-    """Path -> A (r, d_in), B (d_out, r), both float32, and the scale, of the original base.
-
-    Args:
-        model: with LoRA layers.
-        why: DoRA's are not possible, for the message.
-
-    Raises:
-        AdapterError: the model has no LoRA layers, or has DoRA's.
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
+def _plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
+    """Path -> update of the original base; DoRA is refused, and the message says why."""
+    layers = layers_of(model)
     if model.lora_config.use_dora:
         raise AdapterError(f"{why}: merge the adapter into its base instead (mlx-qlora merge)")
     updates = {}
@@ -72,37 +79,7 @@ def plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
     return updates
 
 
-def _uniform(updates: dict[str, Update], rank: int) -> dict[str, np.ndarray]:
-    """PEFT key -> float32 array, all of one rank and with the scale in lora_B."""
-    tensors = {}
-    for path, (A, B, scale) in updates.items():
-        more = (0, rank - len(A))
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.pad(A, (more, (0, 0)))
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.pad(B * np.float32(scale), ((0, 0), more))
-    return tensors
-
-
-def _config(model: LlamaForCausalLM, base: str, rank: int) -> dict[str, Any]:
-    config = peft_config(model, base)
-    if isinstance(config["target_modules"], str):  # a regex; not every reader has Python's
-        config["target_modules"] = [path for path, _ in lora_layers(model)]
-    uniform = {"r": rank, "lora_alpha": rank, "use_rslora": False}
-    return config | uniform | {"rank_pattern": {}, "alpha_pattern": {}}
-
-
 # ---- GGUF ----------------------------------------------------------------------------------------
-
-
-# A merged model as GGUF is llama.cpp's own work; to be run in its folder.
-MERGED_GGUF_COMMAND = (
-    "python convert_hf_to_gguf.py MERGED_FOLDER --outfile model.gguf --outtype f16"
-)
-
-
-DTYPES = {"float16": np.float16, "float32": np.float32}
-
-
-UNKNOWN_BASE = "./base.gguf"
 
 
 def save_gguf_adapter(
@@ -113,7 +90,7 @@ def save_gguf_adapter(
     dtype: str = "float16",
     ollama_base: str | None = None,
 ) -> Path:
-    """Writes the adapter as a GGUF file, and a `Modelfile` beside it.
+    """Write the adapter as a GGUF file, and a `Modelfile` beside it.
 
     Args:
         model: with LoRA layers, but not DoRA's.
@@ -124,9 +101,6 @@ def save_gguf_adapter(
         ollama_base: what the Modelfile begins FROM, a GGUF file or a name in Ollama; by default
             the file that the model was loaded from, if it is a GGUF file.
 
-    Returns:
-        The GGUF file.
-
     Raises:
         AdapterError: the model has no LoRA layers or has DoRA's, a weight is beyond float16, the
             Modelfile says something else, or the `gguf` package is missing.
@@ -135,16 +109,20 @@ def save_gguf_adapter(
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     if importlib.util.find_spec("gguf") is None:
         raise AdapterError("a GGUF file needs the package gguf: pip install 'mlx-qlora[gguf]'")
-    updates = plain_updates(model, "llama.cpp knows no DoRA")
+    updates = _plain_updates(model, "llama.cpp knows no DoRA")
     file = Path(file).expanduser()
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
-    alpha = _common_alpha(updates)
+    # The file has one alpha, the first layer's; zero would mean a scale of 1.
+    first_A, _, first_scale = next(iter(updates.values()))
+    alpha = float(np.float32(first_scale * len(first_A)))
     tensors = _gguf_tensors(updates, alpha, model.config, DTYPES[dtype])
     if file.suffix.lower() != ".gguf":
         raise AdapterError(f"{file}: a GGUF adapter's name must end in .gguf")
     check_writable(file.parent, [file.name], "file", is_ours=_is_adapter)
-    text = modelfile(ollama_base or _gguf_of(source), file.name, base)
+    if ollama_base is None and source is not None and source.path.suffix.lower() == ".gguf":
+        ollama_base = str(source.path.absolute())
+    text = modelfile(ollama_base, file.name, base)
     keeps = _keeps_modelfile(file.parent / "Modelfile", text)
     with staged(file.parent) as staging:
         _write(staging / file.name, tensors, alpha, base)
@@ -153,11 +131,7 @@ def save_gguf_adapter(
     return file
 
 
-# ---- LoRA weights in llama.cpp's terms ---------------------------------------------------------
-def _common_alpha(updates: dict[str, Update]) -> float:
-    """The file's one alpha: the first layer's, as float32. Zero would mean a scale of 1."""
-    A, _, scale = next(iter(updates.values()))
-    return float(np.float32(scale * len(A)))
+# ---- GGUF: names, order of rows, scale -----------------------------------------------------------
 
 
 def _gguf_tensors(
@@ -197,9 +171,11 @@ def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     return np.ascontiguousarray(array.astype(dtype))
 
 
-# ---- the file ----------------------------------------------------------------------------------
+# ---- GGUF: the file ------------------------------------------------------------------------------
+
+
 def _write(file: Path, tensors: dict[str, np.ndarray], alpha: float, base: str | None) -> None:
-    """Writes what llama.cpp's converter writes, in its order, and reads it back."""
+    """Write what llama.cpp's converter writes, in its order, and read it back."""
     import gguf
 
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
@@ -223,11 +199,7 @@ def _write(file: Path, tensors: dict[str, np.ndarray], alpha: float, base: str |
     writer.close()
 
     reader = gguf.GGUFReader(file)
-    written = {tensor.name: tensor.data for tensor in reader.tensors}
-    same = written.keys() == tensors.keys() and all(
-        written[name].shape == array.shape and written[name].tobytes() == array.tobytes()
-        for name, array in tensors.items()
-    )
+    same = same_tensors({tensor.name: tensor.data for tensor in reader.tensors}, tensors)
     if not same or _field(reader, gguf.Keys.Adapter.LORA_ALPHA) != alpha:
         raise AdapterError(f"{file.name}: what was read back is not what was written")
 
@@ -247,7 +219,9 @@ def _field(reader: Any, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-# ---- Ollama ------------------------------------------------------------------------------------
+# ---- Ollama --------------------------------------------------------------------------------------
+
+
 def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
     """The text of an Ollama Modelfile.
 
@@ -269,23 +243,13 @@ def modelfile(base: str | None, adapter_file: str, original: str | None = None) 
     return "\n".join([*lines, f"FROM {base or UNKNOWN_BASE}", f"ADAPTER ./{adapter_file}", ""])
 
 
-def _gguf_of(source: ModelFiles | None) -> str | None:
-    """The file that the model was loaded from, if Ollama can begin with it."""
-    is_gguf = source is not None and source.path.suffix.lower() == ".gguf"
-    return str(source.path.absolute()) if source is not None and is_gguf else None
-
-
 def _keeps_modelfile(path: Path, text: str) -> bool:
-    """Whether an existing Modelfile already says all that `text` does, and perhaps more.
-
-    Raises:
-        AdapterError: it says something else; it may be the user's own.
-    """
+    """Whether a Modelfile of the user's already says all that `text` does; if not, refuse it."""
     if not path.exists():
         return False
-    there = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    present = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
     needed = [line for line in text.splitlines() if line and not line.startswith("#")]
-    if set(needed) - {f"FROM {UNKNOWN_BASE}"} <= there:
+    if set(needed) - {f"FROM {UNKNOWN_BASE}"} <= present:
         return True
     raise AdapterError(
         f"{path} exists and lacks one of these lines; add them, or move it away, or give the "

@@ -1,7 +1,7 @@
 """The adapter folded into its base: in memory, or as a Hugging Face folder that any tool opens.
 
-The checks come first (`merge_checks`), then the weights, one matrix at a time (`hf_weights`), then
-what stands beside them; the drift is measured on what was written.
+`save_merged` tells the story: checks, then the weights one matrix at a time (never a second dense
+model in memory), then the files beside them, then the drift, measured on what was written.
 """
 
 import json
@@ -22,7 +22,7 @@ from mlx_qlora.adapters.drift import Drift, encode_texts, measure
 from mlx_qlora.adapters.push import render
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import AdapterError, ConfigError, WeightsError, listing, require
-from mlx_qlora.folders import MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
+from mlx_qlora.folders import CARD, MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import DoRALinear, LoRALinear, lora_layers
@@ -36,297 +36,21 @@ from mlx_qlora.model.weights import (
 )
 from mlx_qlora.tree import flat, nested
 
-# ---- weights in Hugging Face's layout ------------------------------------------------------------
-
-
 # Name -> safetensors' name of it, and bytes of one number.
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
-
-
-FLOAT = mx.floating
-
-
-# ---- which tensor goes where -------------------------------------------------------------------
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: the weight that it is a part of, and what the header says of it."""
-
-    name: str
-    weight: str
-    dtype: str
-    shape: tuple[int, ...]
-    width: int  # bytes of one number
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in the file."""
-        return math.prod(self.shape) * self.width
-
-
-def shapes(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Weight -> shape, of the model without an adapter and with nothing packed, in its order."""
-    plain = LlamaForCausalLM(model.config)  # zeros that are never computed
-    return {name: tuple(array.shape) for name, array in flat(plain.parameters()).items()}
-
-
-def plan(
-    model: LlamaForCausalLM, dtype: str, quantize: QuantConfig | None, most: int
-) -> dict[str, list[Entry]]:
-    """File name -> its tensors. What one matrix is packed into stays together."""
-    shards: list[list[Entry]] = [[]]
-    for name, shape in shapes(model).items():
-        entries = entries_of(name, shape, dtype, quantize)
-        if shards[-1] and size_of(shards[-1]) + size_of(entries) > most:
-            shards.append([])
-        shards[-1] += entries
-    n = len(shards)
-    if n == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def size_of(entries: list[Entry]) -> int:
-    """Bytes of some tensors."""
-    return sum(entry.nbytes for entry in entries)
-
-
-def entries_of(
-    name: str, shape: tuple[int, ...], dtype: str, quantize: QuantConfig | None
-) -> list[Entry]:
-    """What a weight becomes: itself, or what it is packed into.
-
-    Raises:
-        ConfigError: its columns do not divide into groups.
-    """
-    kind, width = DTYPES[dtype]
-    if quantize is None or len(shape) != 2:
-        return [Entry(name, name, kind, shape, width)]
-    path, (rows, columns) = name.removesuffix(".weight"), shape
-    if not quantize.fits(shape):
-        raise ConfigError(
-            f"group_size {quantize.group_size} does not divide the {columns} columns of {path}; "
-            "choose a smaller group_size"
-        )
-    groups = rows, columns // quantize.group_size
-    packed = Entry(name, name, "U32", (rows, columns * quantize.bits // 32), 4)
-    if quantize.mode != "affine":
-        return [packed, Entry(f"{path}.scales", name, "U8", groups, 1)]
-    rest = [Entry(f"{path}.{leaf}", name, kind, groups, width) for leaf in ("scales", "biases")]
-    return [packed, *rest]
-
-
-# ---- from the model to the disk ----------------------------------------------------------------
-class Tensors:
-    """Makes the weights of the merged model, each when it is asked for.
-
-    Args:
-        model: with LoRA layers.
-        original: where W comes from, or None for the model itself; used up.
-        quantize: how matrices are packed, or None.
-        dtype: of everything that is not packed.
-    """
-
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        original: Checkpoint | None,
-        quantize: QuantConfig | None,
-        dtype: mx.Dtype,
-    ) -> None:
-        self.modules: dict[str, Any] = dict(model.named_modules())
-        self.originals: dict[str, mx.array] | None = None
-        if original is not None:
-            shards = original.shards
-            self.originals = {name: a for shard in shards for name, a in shard.items()}
-            shards.clear()  # or every tensor that was read would stay
-        self.quantize, self.dtype = quantize, dtype
-
-    def make(self, name: str) -> tuple[mx.array, ...]:
-        """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
-
-        Raises:
-            WeightsError: a number that the dtype cannot hold.
-        """
-        module = self.modules[name.rpartition(".")[0]]
-        is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))
-        dense: tuple[mx.array, ...] = ()
-        if self.quantize is None or not is_matrix:
-            made = (self.dense(name, module),)
-        elif (
-            self.originals is None
-            and isinstance(module, FrozenMatrix)
-            and module.quant == self.quantize
-        ):
-            made = module.packed()  # packing again what was packed would lose a little more
-        else:  # scales and biases are found in float32, as they are while loading
-            dense = (self.dense(name, module).astype(mx.float32),)
-            made = pack(dense[0], self.quantize)
-        made = tuple(a.astype(self.dtype) if mx.issubdtype(a.dtype, FLOAT) else a for a in made)
-        floats = [a for a in (*dense, *made) if mx.issubdtype(a.dtype, FLOAT)]
-        if not all(mx.isfinite(a).all().item() for a in floats):
-            raise WeightsError(
-                f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN: "
-                "export as bfloat16, or train again if the loss was NaN"
-            )
-        return made
-
-    def dense(self, name: str, module: Any) -> mx.array:
-        """The merged weight, or another tensor of the base as it is."""
-        is_weight = name.endswith(".weight")
-        if isinstance(module, LoRALinear) and is_weight:
-            return module.merged() if self.originals is None else self._onto_original(name, module)
-        if self.originals is not None:
-            return self.originals.pop(name)
-        if isinstance(module, LoRALinear):
-            module = module.base_layer
-        if isinstance(module, FrozenMatrix) and is_weight:
-            return module.dense()
-        return module[name.rpartition(".")[2]]
-
-    def _onto_original(self, name: str, layer: LoRALinear) -> mx.array:
-        assert self.originals is not None
-        A, B = (factor.astype(mx.float32) for factor in layer.update_of_the_base())
-        W = self.originals.pop(name).astype(mx.float32) + layer.scale * (B @ A)
-        if isinstance(layer, DoRALinear):
-            lengths = mx.sqrt(W.square().sum(axis=1))
-            W = (layer.lora_magnitude_vector.astype(mx.float32) / lengths)[:, None] * W
-        return W
-
-
-def write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
-    """Writes one safetensors file, tensor by tensor, and reads it back."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    # Wide numbers first, as safetensors itself does: readers map them, and want them aligned.
-    for entry in sorted(entries, key=lambda entry: -entry.width):
-        offsets = [offset, offset := offset + entry.nbytes]
-        header[entry.name] = dict(dtype=entry.dtype, shape=entry.shape, data_offsets=offsets)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    sums = {}
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for weight, parts in groupby(entries, key=lambda entry: entry.weight):
-            for entry, array in zip(parts, tensors.make(weight), strict=True):
-                assert tuple(array.shape) == entry.shape and array.nbytes == entry.nbytes
-                content = np.array(array.reshape(-1).view(mx.uint8), copy=False).data
-                file.seek(8 + len(text) + header[entry.name]["data_offsets"][0])
-                file.write(content)
-                sums[entry.name] = zlib.crc32(content)
-            mx.clear_cache()
-    read = read_safetensors_header(path, WeightsError)
-    with path.open("rb") as file:
-        for name, checksum in sums.items():
-            start, end = read[name]["data_offsets"]
-            file.seek(8 + len(text) + start)
-            if zlib.crc32(file.read(end - start)) != checksum:
-                raise WeightsError(f"{path}: {name} reads back otherwise than it was written")
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
 GENERATION = "generation_config.json"
-
-
-def check_disk(target: Path, needed: int) -> None:
-    """Refuses a disk that has not so many bytes free.
-
-    Raises:
-        ConfigError: with both numbers.
-    """
-    there = next(place for place in target.parents if place.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise ConfigError(
-            f"the merged model needs {needed:,} bytes, and {there} has {free:,} free: free some, "
-            "or choose a folder on a larger disk (an older export there stays until the end)"
-        )
-
-
-def check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
-    """Refuses original weights that are quantised, or another model's.
-
-    Raises:
-        ConfigError: they are quantised.
-        WeightsError: they differ; all differences are listed.
-    """
-    where = original.files.path
-    if original.packing:
-        raise ConfigError(
-            f"base: {where} is quantised itself; give the original 16-bit model, or no base"
-        )
-    theirs, ours = LlamaConfig.from_hf(original.config), model.config
-    problems = [
-        f"config.json: {field} is {getattr(theirs, field)!r}; the model's is {value!r}"
-        for field, value in vars(ours).items()
-        # How long a context is allowed does not show in the weights.
-        if field != "max_position_embeddings" and not _same(getattr(theirs, field), value)
-    ]
-    if not problems:
-        expected = shapes(model)
-        for name, shape in expected.items():
-            info = original.found.get(name)
-            if info is None:
-                problems.append(f"{name} is missing")
-            elif info.shape != shape or info.dtype not in FLOATS:
-                problems.append(f"{name} is {info.dtype} {info.shape}; the model's is {shape}")
-    problems = problems or _different_norms(model, original)
-    if problems:
-        raise WeightsError(f"base: {where} is another model:\n{listing(problems)}")
-
-
-def _same(theirs: Any, ours: Any) -> bool:
-    """Whether two values of a config agree; a GGUF has its numbers in float32."""
-    if isinstance(ours, float) and isinstance(theirs, (int, float)):
-        return abs(theirs - ours) <= 1e-6 * abs(ours)
-    if isinstance(ours, (int, str)):
-        return theirs == ours
-    return all(_same(getattr(theirs, field), value) for field, value in vars(ours).items())
-
-
-def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
-    """Norms are never quantised, so they tell two models of the same sizes apart."""
-    arrays = {name: array for shard in original.shards for name, array in shard.items()}
-    norms = {n: w for n, w in flat(model.parameters()).items() if n.endswith("norm.weight")}
-    return [
-        f"{name} has other values"
-        for name, ours in norms.items()
-        if not mx.allclose(ours.astype(mx.float32), arrays[name].astype(mx.float32), 1e-2, 1e-3)
-    ]
-
-
-# ---- merging -------------------------------------------------------------------------------------
-
-
-# What is true of the files that were read, and not of those that are written.
+# True of the files that were read, but not of those that are written.
 DROPPED = ("quantization", "quantization_config", "_name_or_path")
 
-
-@dataclass(frozen=True)
-class Merged:
-    """What an export left on disk.
-
-    Attributes:
-        folder: where.
-        bytes: of all its files.
-        drift: what the export changed; None if that was not measured.
-    """
-
-    folder: Path
-    bytes: int
-    drift: Drift | None
+# ---- in memory -----------------------------------------------------------------------------------
 
 
-# ---- in memory ---------------------------------------------------------------------------------
 def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Folds the adapter into dense weights of the compute dtype, in place.
+    """Fold the adapter into dense weights of the compute dtype, in place.
 
-    Every LoRA layer becomes a plain frozen `Linear`; other matrices stay as they are, packed ones
-    too. Matrices that were packed now take their dense size.
-
-    Returns:
-        The same model, without LoRA layers, `lora_config` or anything to train.
+    Every LoRA layer becomes a plain frozen `Linear`, and takes the size of a dense one; other
+    matrices stay as they are, packed ones too. The model then has no LoRA layers, no `lora_config`
+    and nothing to train.
 
     Raises:
         AdapterError: the model has no LoRA layers.
@@ -355,7 +79,23 @@ def _check_has_adapter(model: LlamaForCausalLM) -> None:
         )
 
 
-# ---- as a folder -------------------------------------------------------------------------------
+# ---- as a folder ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What an export left on disk.
+
+    Attributes:
+        bytes: of all files in the folder.
+        drift: what the export changed; None if that was not measured.
+    """
+
+    folder: Path
+    bytes: int
+    drift: Drift | None
+
+
 def save_merged(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
@@ -367,10 +107,10 @@ def save_merged(
     max_shard_bytes: int = 5_000_000_000,
     texts: list[str] | None = None,
 ) -> Merged:
-    """Writes the model with its adapter folded in as a Hugging Face folder.
+    """Write the model with its adapter folded in as a Hugging Face folder.
 
     The model keeps its LoRA layers. The folder appears whole, after what was written has been read
-    back, or not at all. An older export in its place makes way for it.
+    back, or not at all. It replaces an older export.
 
     Args:
         model: with LoRA layers.
@@ -381,17 +121,14 @@ def save_merged(
             files. Then all weights, config.json and generation_config.json come from there, and
             only the update from the model. None takes the model's own, dequantised.
         quantize: packs every matrix in MLX's format, embedding and head included; matrices
-            that the adapter does not touch and that are packed so already are copied as they are.
+            that the adapter does not touch and that are packed so already are copied.
         max_shard_bytes: most bytes of tensors in one file; a larger matrix has a file of its own.
-        texts: what the drift is measured on. None means a few built-in paragraphs if `quantize`
-            is given, and otherwise no measurement. It loads the written model beside this one.
-
-    Returns:
-        Where it is, its size, and the drift.
+        texts: what the drift is measured on, which loads the written model beside this one. None
+            means a few built-in paragraphs if `quantize` is given, and otherwise no measurement.
 
     Raises:
         AdapterError: the model has no LoRA layers.
-        ConfigError: a dtype, size, group size or base that does not do; a folder that holds
+        ConfigError: a dtype, size, group size or base that cannot be used; a folder that holds
             anything but an older export, or that the weights are read from; too little disk.
         WeightsError: a base that is another model, or a number that `dtype` cannot hold.
         SourceError: the base cannot be found.
@@ -403,59 +140,300 @@ def save_merged(
     original = None
     if base is not None:
         original = open_checkpoint(base if isinstance(base, ModelFiles) else resolve(base))
-        check_base(model, original)
-    sources = [getattr(model, "source", None), original.files if original else None]
-    for files in filter(None, sources):
-        if target == files.path.resolve():
-            raise ConfigError(f"{target} is what the weights are read from; choose another folder")
+        _check_base(model, original)
+    sources: list[ModelFiles] = [original.files] if original else []
+    sources += [model.source] if getattr(model, "source", None) else []
+    if any(target == files.path.resolve() for files in sources):
+        raise ConfigError(f"{target} is what the weights are read from; choose another folder")
     check_writable(target, MERGED_FOLDER, whole=True, is_ours=is_merged)
-    rows = None
-    if quantize is not None or texts is not None:
-        rows = encode_texts(tokenizer, texts)
-    shards = plan(model, dtype, quantize, max_shard_bytes)
-    check_disk(target, sum(map(size_of, shards.values())))
+    measured = quantize is not None or texts is not None
+    rows = encode_texts(tokenizer, texts) if measured else []
+    shards = _layout(model, dtype, quantize, max_shard_bytes)
+    _check_disk(target, sum(map(_size_of, shards.values())))
 
     drift = None
     with staged(target, replace=True) as staging:
         tensors = Tensors(model, original, quantize, getattr(mx, dtype))
         for name, shard in shards.items():
-            write_shard(staging / name, shard, tensors)
-        _write_rest(staging, model, tokenizer, original, dtype, quantize, shards)
-        if rows is not None:
+            _write_shard(staging / name, shard, tensors)
+        if len(shards) > 1:
+            _write_json(staging / "model.safetensors.index.json", _index(shards))
+        config = original.config if original else model.hf_config
+        _write_json(staging / "config.json", _hf_config(config, tokenizer, dtype, quantize))
+        for path in (files.path / GENERATION for files in sources[::-1]):  # the last one counts
+            if path.is_file():
+                shutil.copyfile(path, staging / GENERATION)
+        tokenizer.save(staging)
+        if measured:
             files = ModelFiles(staging, None, None, str(staging))
             embedding = model.model.embed_tokens
             # Never resident: that would be a dense copy of the whole model.
             matmul = "quantized" if embedding.matmul == "quantized" else "dequantize"
             written = load_model(open_checkpoint(files), None, embedding.dtype, matmul)
             drift = measure(model, written, rows, None if quantize is None else quantize.bits)
-        (staging / "README.md").write_text(_card(model, original, dtype, quantize, drift))
+        repo = (sources[0].hf_id if sources else None) or ""
+        card = render(
+            "merged_card.md.jinja",
+            repo=repo if HUB_ID.fullmatch(repo) else None,
+            mark=MERGED_MARK,
+            version=__version__,
+            dtype=dtype,
+            quantize=quantize,
+            drift=drift,
+        )
+        (staging / CARD).write_text(card)
         size = sum(path.stat().st_size for path in staging.iterdir())
     return Merged(Path(folder).expanduser(), size, drift)
 
 
-# ---- beside the weights ------------------------------------------------------------------------
-def _write_rest(
-    staging: Path,
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    original: Checkpoint | None,
-    dtype: str,
-    quantize: QuantConfig | None,
-    shards: dict[str, list[Entry]],
-) -> None:
-    """Writes the index, `config.json`, `generation_config.json` and the tokenizer's files."""
-    if len(shards) > 1:
-        places = {entry.name: name for name, shard in shards.items() for entry in shard}
-        size = sum(map(size_of, shards.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        _write_json(staging / "model.safetensors.index.json", index)
-    config = model.hf_config if original is None else original.config
-    _write_json(staging / "config.json", _hf_config(config, tokenizer, dtype, quantize))
-    for files in (original.files if original else None, getattr(model, "source", None)):
-        if files is not None and (files.path / GENERATION).is_file():
-            shutil.copyfile(files.path / GENERATION, staging / GENERATION)
-            break
-    tokenizer.save(staging)
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _check_disk(target: Path, needed: int) -> None:
+    disk = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise ConfigError(
+            f"the merged model needs {needed:,} bytes, and {disk} has {free:,} free: free some, "
+            "or choose a folder on a larger disk (an older export there stays until the end)"
+        )
+
+
+def _check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
+    """Refuse original weights that are quantised or another model's, listing all differences."""
+    where = original.files.path
+    if original.packing:
+        raise ConfigError(
+            f"base: {where} is quantised itself; give the original 16-bit model, or no base"
+        )
+    theirs, ours = LlamaConfig.from_hf(original.config), model.config
+    problems = [
+        f"config.json: {field} is {getattr(theirs, field)!r}; the model's is {value!r}"
+        for field, value in vars(ours).items()
+        # How long a context is allowed does not show in the weights.
+        if field != "max_position_embeddings" and not _same(getattr(theirs, field), value)
+    ]
+    if not problems:
+        for name, shape in _shapes(model).items():
+            info = original.found.get(name)
+            if info is None:
+                problems.append(f"{name} is missing")
+            elif info.shape != shape or info.dtype not in FLOATS:
+                problems.append(f"{name} is {info.dtype} {info.shape}; the model's is {shape}")
+    problems = problems or _different_norms(model, original)
+    if problems:
+        raise WeightsError(f"base: {where} is another model:\n{listing(problems)}")
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether two values of a config are equal; a GGUF has its numbers in float32."""
+    if isinstance(ours, float) and isinstance(theirs, (int, float)):
+        return abs(theirs - ours) <= 1e-6 * abs(ours)
+    if isinstance(ours, (int, str)):
+        return theirs == ours
+    return all(_same(getattr(theirs, field), value) for field, value in vars(ours).items())
+
+
+def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
+    """Norms are never quantised, so they tell two models of the same sizes apart."""
+    arrays = {name: array for shard in original.shards for name, array in shard.items()}
+    norms = {n: w for n, w in flat(model.parameters()).items() if n.endswith("norm.weight")}
+    return [
+        f"{name} has other values"
+        for name, ours in norms.items()
+        if not mx.allclose(ours.astype(mx.float32), arrays[name].astype(mx.float32), 1e-2, 1e-3)
+    ]
+
+
+# ---- which tensor goes into which file -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: the weight that it is a part of, and what the header says of it."""
+
+    name: str
+    weight: str
+    dtype: str
+    shape: tuple[int, ...]
+    width: int  # bytes of one number
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.width
+
+
+def _size_of(entries: list[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries)
+
+
+def _shapes(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Weight -> shape, of the model without an adapter and with nothing packed, in its order."""
+    plain = LlamaForCausalLM(model.config)  # zeros that are never computed
+    return {name: tuple(array.shape) for name, array in flat(plain.parameters()).items()}
+
+
+def _layout(
+    model: LlamaForCausalLM, dtype: str, quantize: QuantConfig | None, max_bytes: int
+) -> dict[str, list[Entry]]:
+    """File name -> its tensors. What one matrix is packed into stays in one file."""
+    shards: list[list[Entry]] = [[]]
+    for name, shape in _shapes(model).items():
+        entries = _entries_of(name, shape, dtype, quantize)
+        if shards[-1] and _size_of(shards[-1]) + _size_of(entries) > max_bytes:
+            shards.append([])
+        shards[-1] += entries
+    n = len(shards)
+    if n == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _entries_of(
+    name: str, shape: tuple[int, ...], dtype: str, quantize: QuantConfig | None
+) -> list[Entry]:
+    """What a weight becomes: itself, or what it is packed into."""
+    kind, width = DTYPES[dtype]
+    if quantize is None or len(shape) != 2:
+        return [Entry(name, name, kind, shape, width)]
+    path, (rows, columns) = name.removesuffix(".weight"), shape
+    if not quantize.fits(shape):
+        raise ConfigError(
+            f"group_size {quantize.group_size} does not divide the {columns} columns of {path}; "
+            "choose a smaller group_size"
+        )
+    groups = rows, columns // quantize.group_size
+    packed = Entry(name, name, "U32", (rows, columns * quantize.bits // 32), 4)
+    if quantize.mode != "affine":
+        return [packed, Entry(f"{path}.scales", name, "U8", groups, 1)]
+    rest = [Entry(f"{path}.{leaf}", name, kind, groups, width) for leaf in ("scales", "biases")]
+    return [packed, *rest]
+
+
+# ---- the weights, one at a time ------------------------------------------------------------------
+
+
+class Tensors:
+    """Makes the weights of the merged model, each when it is asked for.
+
+    Args:
+        model: with LoRA layers.
+        original: where W comes from, or None for the model itself; used up.
+        quantize: how matrices are packed, or None.
+        dtype: of everything that is not packed.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        original: Checkpoint | None,
+        quantize: QuantConfig | None,
+        dtype: mx.Dtype,
+    ) -> None:
+        self.modules: dict[str, Any] = dict(model.named_modules())
+        self.originals: dict[str, mx.array] | None = None
+        if original is not None:
+            self.originals = {name: a for shard in original.shards for name, a in shard.items()}
+            original.shards.clear()  # or every tensor that was read would stay in memory
+        self.quantize, self.dtype = quantize, dtype
+
+    def make(self, name: str) -> tuple[mx.array, ...]:
+        """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
+
+        Raises:
+            WeightsError: a number that the dtype cannot hold.
+        """
+        module = self.modules[name.rpartition(".")[0]]
+        is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))
+        dense: tuple[mx.array, ...] = ()
+        if self.quantize is None or not is_matrix:
+            tensors = (self._dense(name, module),)
+        elif (
+            self.originals is None
+            and isinstance(module, FrozenMatrix)
+            and module.quant == self.quantize
+        ):
+            tensors = module.packed()  # packing again what was packed would lose a little more
+        else:  # scales and biases are found in float32, as they are while loading
+            dense = (self._dense(name, module).astype(mx.float32),)
+            tensors = pack(dense[0], self.quantize)
+        tensors = tuple(a.astype(self.dtype) if _is_float(a) else a for a in tensors)
+        if not all(mx.isfinite(a).all().item() for a in (*dense, *tensors) if _is_float(a)):
+            raise WeightsError(
+                f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN: "
+                "export as bfloat16, or train again if the loss was NaN"
+            )
+        return tensors
+
+    def _dense(self, name: str, module: Any) -> mx.array:
+        """The merged weight, or another tensor of the base as it is."""
+        is_weight = name.endswith(".weight")
+        if isinstance(module, LoRALinear) and is_weight:
+            if self.originals is None:
+                return module.merged()
+            return _onto(self.originals.pop(name).astype(mx.float32), module)
+        if self.originals is not None:
+            return self.originals.pop(name)
+        if isinstance(module, LoRALinear):
+            module = module.base_layer
+        if isinstance(module, FrozenMatrix) and is_weight:
+            return module.dense()
+        return module[name.rpartition(".")[2]]
+
+
+def _onto(W: mx.array, layer: LoRALinear) -> mx.array:
+    """W (out, in) float32 of the original base with a layer's update."""
+    A, B = (factor.astype(mx.float32) for factor in layer.update_of_the_base())
+    W = W + layer.scale * (B @ A)
+    if isinstance(layer, DoRALinear):
+        lengths = mx.sqrt(W.square().sum(axis=1))
+        W = (layer.lora_magnitude_vector.astype(mx.float32) / lengths)[:, None] * W
+    return W
+
+
+def _is_float(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating)
+
+
+def _write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
+    """Write one safetensors file, tensor by tensor, and read it back."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wide numbers first, as safetensors itself does: readers map them, and want them aligned.
+    for entry in sorted(entries, key=lambda entry: -entry.width):
+        offsets = [offset, offset := offset + entry.nbytes]
+        header[entry.name] = dict(dtype=entry.dtype, shape=entry.shape, data_offsets=offsets)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    checksums = {}
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for weight, parts in groupby(entries, key=lambda entry: entry.weight):
+            for entry, array in zip(parts, tensors.make(weight), strict=True):
+                assert tuple(array.shape) == entry.shape and array.nbytes == entry.nbytes
+                content = np.array(array.reshape(-1).view(mx.uint8), copy=False).data
+                file.seek(8 + len(text) + header[entry.name]["data_offsets"][0])
+                file.write(content)
+                checksums[entry.name] = zlib.crc32(content)
+            mx.clear_cache()
+    read = read_safetensors_header(path, WeightsError)
+    with path.open("rb") as file:
+        for name, checksum in checksums.items():
+            start, end = read[name]["data_offsets"]
+            file.seek(8 + len(text) + start)
+            if zlib.crc32(file.read(end - start)) != checksum:
+                raise WeightsError(f"{path}: what was read back of {name} is not what was written")
+
+
+# ---- beside the weights --------------------------------------------------------------------------
+
+
+def _index(shards: dict[str, list[Entry]]) -> dict[str, Any]:
+    """The content of `model.safetensors.index.json`."""
+    places = {entry.name: name for name, shard in shards.items() for entry in shard}
+    size = sum(map(_size_of, shards.values()))
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -465,10 +443,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _hf_config(
     config: dict[str, Any], tokenizer: Tokenizer, dtype: str, quantize: QuantConfig | None
 ) -> dict[str, Any]:
-    """The source's config in the words of every reader.
+    """The source's config in every reader's spelling.
 
-    mlx-lm and old transformers read `rope_theta` and `rope_scaling` and pass over v5's
-    `rope_parameters`; without the former they would compute with theta 10000 and not say so.
+    mlx-lm and old transformers read `rope_theta` and `rope_scaling` and ignore v5's
+    `rope_parameters`; without the former they would silently compute with theta 10000.
     """
     read = LlamaConfig.from_hf(config)
     rope, kind = read.rope, read.rope.rope_type
@@ -494,23 +472,3 @@ def _hf_config(
         packing = {name: getattr(quantize, name) for name in ("group_size", "bits", "mode")}
         full |= {"quantization": packing, "quantization_config": packing}
     return full
-
-
-def _card(
-    model: LlamaForCausalLM,
-    original: Checkpoint | None,
-    dtype: str,
-    quantize: QuantConfig | None,
-    drift: Drift | None,
-) -> str:
-    files = original.files if original else getattr(model, "source", None)
-    name = (files and files.hf_id) or ""
-    return render(
-        "merged_card.md.jinja",
-        repo=name if HUB_ID.fullmatch(name) else None,
-        mark=MERGED_MARK,
-        version=__version__,
-        dtype=dtype,
-        quantize=quantize,
-        drift=drift,
-    )

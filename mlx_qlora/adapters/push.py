@@ -6,6 +6,7 @@ What is uploaded is a closed list: a file that is not on it stays here and is na
 machine; the settings and figures in them are in the model card.
 """
 
+import functools
 import json
 import os
 import re
@@ -43,14 +44,13 @@ class Facts:
     """What a card is made from.
 
     Attributes:
-        adapter: of `adapter_config.json`.
+        adapter: the content of `adapter_config.json`.
         record: of `training_args.json`; without it the settings of the run are left out.
         metrics: the records of `metrics.jsonl`.
         tokens_seen: in the whole training, repeated epochs included.
         plots: paths relative to the card.
-        tokenizer: whether its files are beside the adapter.
-        mlx: whether the copy for mlx-lm is.
-        license: as Hugging Face names it; None if nothing says.
+        tokenizer, mlx: whether its files, and the copy for mlx-lm, are beside the adapter.
+        license: as Hugging Face names it.
         name: under which others find the adapter.
     """
 
@@ -78,10 +78,12 @@ def read_facts(folder: Path, name: str = Facts.name) -> Facts:
     states = map(_read_object, folder.glob("checkpoint-*/trainer_state.json"))
     seen = [state.get("num_input_tokens_seen") or 0 for state in states]
     record = _read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if not record and (folder / "run.yaml").is_file():
+        record = {"config": _read_object(folder / "run.yaml")}
     license = card_header(folder / CARD).get("license")
     return Facts(
         adapter=_read_object(folder / PEFT[0]),
-        record=record or _record_from_yaml(folder / "run.yaml"),
+        record=record,
         metrics=read_metrics(folder / "metrics.jsonl"),
         tokens_seen=max(seen, default=0) or None,
         plots=sorted(f"plots/{path.name}" for path in folder.glob("plots/[!.]*.svg")),
@@ -113,21 +115,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError, OSError) as error:
-        raise SourceError(f"{path} cannot be read as a JSON object: {error}") from None
-
-
-def _record_from_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    if not path.is_file():
-        return {}
+    is_yaml = path.suffix == ".yaml"
     try:
-        return {"config": dict(yaml.safe_load(path.read_text(encoding="utf-8")))}
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise SourceError(f"{path} cannot be read as YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        return dict(yaml.safe_load(text) if is_yaml else json.loads(text))
+    except (TypeError, ValueError, OSError, yaml.YAMLError) as error:
+        kind = "YAML" if is_yaml else "a JSON object"
+        raise SourceError(f"{path} cannot be read as {kind}: {error}") from None
 
 
 # ---- facts -> Markdown ---------------------------------------------------------------------------
@@ -182,6 +178,11 @@ def model_card(facts: Facts) -> str:
 
 def render(template: str, **values: Any) -> str:
     """Fill a template beside this file; values go in as they are, for Markdown has no escapes."""
+    return _templates().get_template(template).render(values)
+
+
+@functools.cache
+def _templates() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -191,7 +192,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def _losses(facts: Facts, key: str) -> list[str]:
@@ -242,17 +243,11 @@ PATH_IN_TEXT = re.compile(r"(?<![\w:/.])(?:/|~/|[A-Za-z]:\\)[^\s\"'`<>|()\[\]]+"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What went to the hub, or would go.
+    """What was uploaded to the hub, or would be."""
 
-    Attributes:
-        files: path in the repository, and its bytes.
-        url: of the commit; None after a dry run.
-        left_out: paths in the folder that stay here; a folder of them ends with a slash.
-    """
-
-    files: list[tuple[str, int]]
-    url: str | None
-    left_out: list[str]
+    files: list[tuple[str, int]]  # path in the repository, bytes
+    url: str | None  # of the commit; None after a dry run
+    left_out: list[str]  # paths that stay here; a folder of them ends with a slash
 
     def __str__(self) -> str:
         rows = [f"{size:>15,}  {name}" for name, size in self.files]
@@ -303,10 +298,11 @@ def push_to_hub(
         (name, len(content) if isinstance(content, bytes) else content.stat().st_size)
         for name, content in uploads.items()
     ]
-    if dry_run:
-        return Pushed(files, None, left_out)
-    message = commit_message or "Upload with mlx-qlora"
-    return Pushed(files, _upload(uploads, repo_id, private, token, revision, message), left_out)
+    url = None
+    if not dry_run:
+        message = commit_message or "Upload with mlx-qlora"
+        url = _upload(uploads, repo_id, private, token, revision, message)
+    return Pushed(files, url, left_out)
 
 
 # ---- what is uploaded ----------------------------------------------------------------------------
@@ -368,10 +364,9 @@ def _check_is_model(folder: Path, present: list[str]) -> None:
 
 
 def _check_base(path: Path) -> None:
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (KeyError, TypeError, ValueError):
-        raise SourceError(f"{path} does not name a base model; save the adapter again") from None
+    base = _read_object(path).get("base_model_name_or_path")
+    if base is None:
+        raise SourceError(f"{path} does not name a base model; save the adapter again")
     if not isinstance(base, str) or not HUB_ID.fullmatch(base):
         raise ConfigError(
             f"{path}: the base model {base!r} is no repository on the hub, so nobody else could "
@@ -387,14 +382,11 @@ def _check_text(path: Path, text: str) -> None:
 
 
 def _is_private(word: str) -> bool:
-    """Whether a path is one of this machine: it exists, or would be in a user's home."""
+    """Whether a path is one of this machine: it exists, or would be in the user's home."""
     path, home = Path(word.rstrip(".,;:")).expanduser(), Path.home()
-    in_home = len(home.parts) > 2 and str(path).startswith(str(home))
-    return (
-        len(path.parts) > 2
-        and not str(path).startswith(SYSTEM)
-        and (in_home or os.path.exists(path))
-    )
+    if len(path.parts) < 3 or str(path).startswith(SYSTEM):
+        return False
+    return os.path.exists(path) or (len(home.parts) > 2 and str(path).startswith(str(home)))
 
 
 def _public(folder: Path, name: str) -> Path | bytes:

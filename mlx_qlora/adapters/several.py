@@ -1,8 +1,8 @@
-"""Several adapters on one base: one of them, or none, is in the tree; the others lie beside it.
+"""Several adapters on one base: one of them, or none, is in the tree; the others wait beside it.
 
-All layers of all adapters are made around the same frozen linears. Switching exchanges modules of
-the tree and computes nothing, so that without an adapter the model is the base bit for bit, and
-only the active adapter is trained, saved, or costs time.
+All adapters wrap the same frozen linears. Switching exchanges modules of the tree and computes
+nothing, so that without an adapter the model is the base bit for bit, and only the active adapter
+is trained, saved, or costs time.
 """
 
 import math
@@ -21,40 +21,30 @@ from mlx_qlora.model.lora import LoraConfig, LoRALinear, lora_layers
 from mlx_qlora.tree import nested
 
 COMBINATIONS = ("cat", "linear")
-
-
 UNNAMED = "default"  # PEFT's name for an adapter that was given none
 
 
 @dataclass
 class Adapter:
-    """One adapter of a model.
+    """One adapter of a model."""
 
-    Attributes:
-        config: what `add_lora` made it from.
-        layers: path in the tree -> its layer, around the base's own linear.
-    """
-
-    config: LoraConfig
-    layers: dict[str, LoRALinear]
+    config: LoraConfig  # that `add_lora` made it from
+    layers: dict[str, LoRALinear]  # path in the tree -> the layer around the base's linear
 
 
 def adapter_names(model: LlamaForCausalLM) -> list[str]:
-    """The names of a model's adapters, in the order in which they came."""
+    """The names of a model's adapters, the oldest first."""
     return list(_adapters(model))
 
 
 def active(model: LlamaForCausalLM) -> str | None:
     """The name of the adapter that is on; None means the base alone."""
-    adapters, here = _adapters(model), {id(layer) for _, layer in lora_layers(model)}
-    for name, adapter in adapters.items():
-        if any(id(layer) in here for layer in adapter.layers.values()):
-            return name
-    return None
+    adapters, in_tree = _adapters(model), dict(lora_layers(model))
+    return next((name for name, each in adapters.items() if _is_in(in_tree, each)), None)
 
 
 def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCausalLM:
-    """Adds a PEFT adapter to a model under a name, and switches to it.
+    """Add a PEFT adapter to a model under a name, and switch to it.
 
     LoRA layers that `add_lora` or `load_adapter` put into the model count as an adapter called
     `default` (or `default_2` and so on, where that is taken).
@@ -63,9 +53,6 @@ def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCa
         model: with any number of adapters; all of them stay.
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         name: any text that no adapter of the model has yet.
-
-    Returns:
-        The same model.
 
     Raises:
         AdapterError: as `load_adapter`; the model is as it was.
@@ -84,10 +71,7 @@ def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCa
 
 
 def detach(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
-    """Forgets an adapter and frees its memory; if it was on, the base is on afterwards.
-
-    Returns:
-        The same model.
+    """Remove an adapter and free its memory; if it was on, the base is on afterwards.
 
     Raises:
         ConfigError: no such adapter, or the base was changed by PiSSA or OLoRA.
@@ -101,12 +85,9 @@ def detach(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
 
 
 def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
-    """Turns on one adapter, or with None the base alone.
+    """Turn on one adapter, or with None the base alone.
 
     `model.trainable_parameters()`, `save_adapter` and `generate` are then the adapter's.
-
-    Returns:
-        The same model.
 
     Raises:
         ConfigError: no such adapter, or the base is no longer what it was attached to.
@@ -120,7 +101,7 @@ def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
 
 @contextmanager
 def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
-    """Lends the base alone; afterwards, also after an exception, what was on is on again.
+    """Lend the base alone; afterwards, also after an exception, what was on is on again.
 
     Raises:
         ConfigError: the base was changed by PiSSA or OLoRA.
@@ -137,7 +118,7 @@ def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
 def combine(
     model: LlamaForCausalLM, weights: dict[str, float], name: str, combination_type: str = "cat"
 ) -> LlamaForCausalLM:
-    """Makes a new adapter of a weighted sum of others, and switches to it.
+    """Make a new adapter of a weighted sum of others, and switch to it.
 
     As PEFT's `add_weighted_adapter`. Of each linear, with factors f = weight * scale:
 
@@ -153,9 +134,6 @@ def combine(
         name: of the new adapter.
         combination_type: `cat` or `linear`.
 
-    Returns:
-        The same model.
-
     Raises:
         ConfigError: an unknown adapter or type, a name that is taken, weights that are not finite,
             an adapter with DoRA, or for `linear` ranks that differ.
@@ -168,49 +146,50 @@ def combine(
     rank = sum(ranks) if combination_type == "cat" else max(ranks)
     layers = {}
     for path in dict.fromkeys(path for part, _ in parts for path in part.layers):
-        own = [(p.layers[path], weight) for p, weight in parts if path in p.layers]
-        A, B = _cat(own) if combination_type == "cat" else _linear(path, own)
+        terms = [(part.layers[path], weight) for part, weight in parts if path in part.layers]
+        A, B = _cat(terms) if combination_type == "cat" else _linear(path, terms)
         missing = rank - len(A)
         A, B = mx.pad(A, [(0, missing), (0, 0)]), mx.pad(B, [(0, 0), (0, missing)])
         mx.eval(A, B)
-        layers[path] = LoRALinear(own[0][0].base_layer, A, B, 1.0, own[0][0].dropout)
-    adapters[name] = Adapter(_config_of_sum([part for part, _ in parts], layers, rank), layers)
-    _put(model, name)
-    return model
-
-
-def _cat(own: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
-    """A (sum of ranks, d_in) and B (d_out, sum of ranks), float32."""
-    A = [(weight * layer.scale) * layer.lora_A.weight for layer, weight in own]
-    return mx.concatenate(A), mx.concatenate([layer.lora_B.weight for layer, _ in own], axis=1)
-
-
-def _linear(path: str, own: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
-    """A (r, d_in) and B (d_out, r), float32; the sign goes to one side alone."""
-    ranks = [len(layer.lora_A.weight) for layer, _ in own]
-    if len(set(ranks)) > 1:
-        raise ConfigError(f"linear needs equal ranks; those of {path} are {ranks}: use cat")
-    roots = [math.sqrt(abs(weight * layer.scale)) for layer, weight in own]
-    A = [math.copysign(f, w) * layer.lora_A.weight for f, (layer, w) in zip(roots, own)]
-    B = [f * layer.lora_B.weight for f, (layer, _) in zip(roots, own)]
-    return mx.stack(A).sum(axis=0), mx.stack(B).sum(axis=0)
-
-
-def _config_of_sum(parts: list[Adapter], layers: dict[str, LoRALinear], rank: int) -> LoraConfig:
-    first = parts[0].config
-    targets = [(part.config.target_modules, part.config.layers_to_transform) for part in parts]
-    same = all(each == targets[0] for each in targets)
-    return replace(
-        first,
+        first = terms[0][0]
+        layers[path] = LoRALinear(first.base_layer, A, B, 1.0, first.dropout)
+    configs = [part.config for part, _ in parts]
+    same = all(
+        (each.target_modules, each.layers_to_transform)
+        == (configs[0].target_modules, configs[0].layers_to_transform)
+        for each in configs
+    )
+    config = replace(
+        configs[0],
         r=rank,
         lora_alpha=rank,
         rank_pattern={},
         alpha_pattern={},
         use_rslora=False,
         init_lora_weights=True,
-        target_modules=first.target_modules if same else list(layers),
-        layers_to_transform=first.layers_to_transform if same else None,
+        target_modules=configs[0].target_modules if same else list(layers),
+        layers_to_transform=configs[0].layers_to_transform if same else None,
     )
+    adapters[name] = Adapter(config, layers)
+    _put(model, name)
+    return model
+
+
+def _cat(terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
+    """A (sum of ranks, d_in) and B (d_out, sum of ranks), float32."""
+    A = [(weight * layer.scale) * layer.lora_A.weight for layer, weight in terms]
+    return mx.concatenate(A), mx.concatenate([layer.lora_B.weight for layer, _ in terms], axis=1)
+
+
+def _linear(path: str, terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
+    """A (r, d_in) and B (d_out, r), float32; the sign goes to A alone."""
+    ranks = [len(layer.lora_A.weight) for layer, _ in terms]
+    if len(set(ranks)) > 1:
+        raise ConfigError(f"linear needs equal ranks; those of {path} are {ranks}: use cat")
+    roots = [math.sqrt(abs(weight * layer.scale)) for layer, weight in terms]
+    A = [math.copysign(f, w) * layer.lora_A.weight for f, (layer, w) in zip(roots, terms)]
+    B = [f * layer.lora_B.weight for f, (layer, _) in zip(roots, terms)]
+    return mx.stack(A).sum(axis=0), mx.stack(B).sum(axis=0)
 
 
 def _check_sum(adapters: dict[str, Adapter], weights: dict[str, float], kind: str) -> None:
@@ -231,27 +210,27 @@ def _check_sum(adapters: dict[str, Adapter], weights: dict[str, float], kind: st
 
 
 def _adapters(model: LlamaForCausalLM) -> dict[str, Adapter]:
-    """`model.adapters`, with what was put into the tree since it was last looked at."""
+    """`model.adapters`, with layers that were put into the tree since the last call."""
     # In the object's __dict__: as an item of the module its layers would be parameters.
     adapters: dict[str, Adapter] = vars(model).setdefault("adapters", {})
-    here = dict(lora_layers(model))
+    in_tree = dict(lora_layers(model))
     for adapter in adapters.values():
-        if any(adapter.layers.get(path) is layer for path, layer in here.items()):
-            adapter.config = model.lora_config  # a run may have put in another LoRA+ ratio
+        if _is_in(in_tree, adapter):
+            adapter.config = model.lora_config  # a run may have set another LoRA+ ratio
             return adapters
-    if here:
+    if in_tree:
         names = (UNNAMED, *(f"{UNNAMED}_{n}" for n in range(2, len(adapters) + 2)))
         name = next(name for name in names if name not in adapters)
-        adapters[name] = Adapter(model.lora_config, here)
+        adapters[name] = Adapter(model.lora_config, in_tree)
     return adapters
 
 
-def _unchanged(model: LlamaForCausalLM) -> dict[str, Adapter]:
-    """The adapters, if the base beneath them is the one that was loaded.
+def _is_in(in_tree: dict[str, LoRALinear], adapter: Adapter) -> bool:
+    return any(in_tree.get(path) is layer for path, layer in adapter.layers.items())
 
-    Raises:
-        ConfigError: PiSSA or OLoRA took their beginning from it.
-    """
+
+def _unchanged(model: LlamaForCausalLM) -> dict[str, Adapter]:
+    """The adapters, unless PiSSA or OLoRA changed the base that all of them share."""
     adapters = _adapters(model)
     for name, adapter in adapters.items():
         if any(layer._begun is not None for layer in adapter.layers.values()):
@@ -265,7 +244,7 @@ def _unchanged(model: LlamaForCausalLM) -> dict[str, Adapter]:
 
 
 def _put(model: LlamaForCausalLM, name: str | None) -> None:
-    """Makes one adapter's layers, or the bare linears, the modules of the tree."""
+    """Make one adapter's layers, or the bare linears, the modules of the tree."""
     adapter = vars(model)["adapters"][name] if name is not None else None
     bare: dict[str, nn.Module] = {path: layer.base_layer for path, layer in lora_layers(model)}
     base = dict(model.named_modules()) | bare
