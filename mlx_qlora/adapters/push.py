@@ -20,7 +20,7 @@ from mlx_qlora.errors import ConfigError, SourceError, listing
 from mlx_qlora.folders import CARD, MLX_COPY, PEFT, RECORD, TAG, card_header
 from mlx_qlora.model.hub import HUB_ID, resolve
 
-# ---- what a card is made from --------------------------------------------------------------------
+# ---- the model card ------------------------------------------------------------------------------
 
 # Settings that a card shows. Whatever may hold a path or a text of the user's is not among them.
 SHOWN = {
@@ -68,12 +68,8 @@ class Facts:
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
     """The facts of an output folder, a checkpoint, or any folder with a PEFT adapter.
 
-    Args:
-        folder: with `adapter_config.json`; all else may be missing.
-        name: the repository on the hub that it goes to.
-
     Raises:
-        SourceError: a file cannot be read.
+        SourceError: there is no `adapter_config.json`, or a file cannot be read.
     """
     states = map(_read_object, folder.glob("checkpoint-*/trainer_state.json"))
     seen = [state.get("num_input_tokens_seen") or 0 for state in states]
@@ -95,11 +91,7 @@ def read_facts(folder: Path, name: str = Facts.name) -> Facts:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, their numbers alone; none if there is no such file.
-
-    Raises:
-        SourceError: a line is not a JSON object.
-    """
+    """The records of a `metrics.jsonl`, their numbers alone; none if there is no such file."""
     records = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
@@ -126,9 +118,6 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path} cannot be read as {kind}: {error}") from None
 
 
-# ---- facts -> Markdown ---------------------------------------------------------------------------
-
-
 def model_card(facts: Facts) -> str:
     """The card, as Markdown with a YAML header; what is not known is left out."""
     import yaml
@@ -152,10 +141,8 @@ def model_card(facts: Facts) -> str:
     for section, names in SHOWN.items():
         values = config.get(section, {})
         settings |= {f"{section}.{n}": values[n] for n in names if values.get(n) is not None}
-    losses = {
-        "training loss": _losses(facts, "loss"),
-        "validation loss": _losses(facts, "eval_loss"),
-    }
+    labels = {"training loss": "loss", "validation loss": "eval_loss"}
+    losses = {label: _losses(facts, key) for label, key in labels.items()}
     versions = facts.record.get("versions", {})
     return render(
         "card.md.jinja",
@@ -326,7 +313,15 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
             records = read_metrics(folder / "metrics.jsonl")
             made["metrics.jsonl"] = "".join(json.dumps(r) + "\n" for r in records).encode()
     else:
-        _check_is_model(folder, present)
+        if "config.json" not in present:
+            missing = [name for name in PEFT if name not in present]
+            half = f"; of an adapter {missing[0]} is missing" if len(missing) == 1 else ""
+            raise SourceError(
+                f"{folder} holds neither an adapter ({' and '.join(PEFT)}) nor a merged model "
+                f"(config.json and model.safetensors){half}: give the output folder of a run or a "
+                "merge"
+            )
+        resolve(folder)  # names the shards that are missing
         known = {*MODEL, *SHIPPED}
         chosen = [name for name in present if name in known or WEIGHTS.fullmatch(name)]
     if card:
@@ -347,20 +342,6 @@ def _left_out(folder: Path, uploads: dict[str, Path | bytes]) -> list[str]:
         if name not in uploads:
             left_out.add(f"{top}/" if slash and top not in used else name)
     return sorted(left_out)
-
-
-def _check_is_model(folder: Path, present: list[str]) -> None:
-    if "config.json" not in present:
-        missing = [name for name in PEFT if name not in present]
-        if len(missing) == 1:
-            raise SourceError(
-                f"{folder} holds half an adapter: {missing[0]} is missing; save it again"
-            )
-        raise SourceError(
-            f"{folder} holds neither an adapter ({' and '.join(PEFT)}) nor a merged model "
-            "(config.json and model.safetensors): give the output folder of a run or a merge"
-        )
-    resolve(folder)  # names the shards that are missing
 
 
 def _check_base(path: Path) -> None:

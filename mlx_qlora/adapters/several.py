@@ -2,7 +2,8 @@
 
 All adapters wrap the same frozen linears. Switching exchanges modules of the tree and computes
 nothing, so that without an adapter the model is the base bit for bit, and only the active adapter
-is trained, saved, or costs time.
+is trained, saved, or costs time. A base that PiSSA or OLoRA changed cannot be shared, and every
+function that would switch raises ConfigError.
 """
 
 import math
@@ -56,7 +57,7 @@ def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCa
 
     Raises:
         AdapterError: as `load_adapter`; the model is as it was.
-        ConfigError: the name is taken, or the base was changed by PiSSA or OLoRA.
+        ConfigError: the name is taken.
     """
     adapters, former = _unchanged(model), active(model)
     _check_new(adapters, name)
@@ -71,11 +72,7 @@ def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCa
 
 
 def detach(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
-    """Remove an adapter and free its memory; if it was on, the base is on afterwards.
-
-    Raises:
-        ConfigError: no such adapter, or the base was changed by PiSSA or OLoRA.
-    """
+    """Remove an adapter and free its memory; if it was on, the base is on afterwards."""
     adapters = _unchanged(model)
     _check_known(adapters, name)
     if active(model) == name:
@@ -88,9 +85,6 @@ def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
     """Turn on one adapter, or with None the base alone.
 
     `model.trainable_parameters()`, `save_adapter` and `generate` are then the adapter's.
-
-    Raises:
-        ConfigError: no such adapter, or the base is no longer what it was attached to.
     """
     adapters = _unchanged(model)
     if name is not None:
@@ -101,11 +95,7 @@ def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
 
 @contextmanager
 def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
-    """Lend the base alone; afterwards, also after an exception, what was on is on again.
-
-    Raises:
-        ConfigError: the base was changed by PiSSA or OLoRA.
-    """
+    """Lend the base alone; afterwards, also after an exception, what was on is on again."""
     former = active(model)
     switch(model, None)
     try:

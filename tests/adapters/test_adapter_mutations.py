@@ -10,9 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.adapters import CONFIG, WEIGHTS, by_peft, move, weights_of
 from support.models import load_folder, make_hf_model, our_logits, random_tokens, save_hf
-from test_peft import CONFIG, WEIGHTS
-from test_variants import by_peft, move, weights_of
 
 from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.errors import AdapterError

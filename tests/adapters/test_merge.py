@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.adapters import largest, silence
+from support.command_line import contents
 from support.models import (
     LLAMA3_ROPE,
     load_folder,
@@ -23,10 +25,8 @@ from support.models import (
     torch_logits,
 )
 from support.tiny_folder import write_model
-from test_peft import silence
 
 import mlx_qlora as mq
-from mlx_qlora.adapters import merge
 from mlx_qlora.adapters.drift import TEXTS, Drift, without_adapter
 from mlx_qlora.adapters.merge import merge, save_merged
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,7 +34,7 @@ from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers, trainable_count
 from mlx_qlora.model.quantize import Linear, QuantConfig
-from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.model.weights import load_model, open_checkpoint, read_safetensors_header
 
 TOKENS = random_tokens(2, 150)  # well beyond LLAMA3_ROPE's 64 original positions
 CONFIGS = {
@@ -92,14 +92,6 @@ def mlx_lm_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
     loaded: Any = mlx_lm.load(str(folder))[0]
     return np.array(loaded(mx.array(tokens)).astype(mx.float32))
-
-
-def largest(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # ---- in memory ---------------------------------------------------------------------------------
@@ -536,7 +528,6 @@ def test_bytes_that_read_back_otherwise_are_found(
     source: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that flips a bit between write and read."""
-    read_header = merge.read_safetensors_header
 
     def flip(path: Path, error: type[Exception]) -> dict[str, Any]:
         with path.open("r+b") as file:
@@ -544,9 +535,9 @@ def test_bytes_that_read_back_otherwise_are_found(
             byte = file.read(1)[0]
             file.seek(-1000, 2)
             file.write(bytes([byte ^ 1]))
-        return read_header(path, error)
+        return read_safetensors_header(path, error)
 
-    monkeypatch.setattr(merge, "read_safetensors_header", flip)
+    monkeypatch.setattr("mlx_qlora.adapters.merge.read_safetensors_header", flip)
     with pytest.raises(mq.WeightsError, match=r"what was read back of .* is not what was written"):
         save_merged(adapted(source), tokenizer, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -613,7 +604,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(
     class Usage:
         free = dense - 1
 
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda place: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage)
     with pytest.raises(
         mq.ConfigError, match=rf"needs {dense:,} bytes, and .* has {dense - 1:,} free"
     ):

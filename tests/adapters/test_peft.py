@@ -1,13 +1,9 @@
 """Adapters against PEFT itself: what it reads of ours, what we read of its, what we refuse."""
 
-import contextlib
 import json
-import logging
 import os
 import shutil
 import struct
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
+from support.adapters import CONFIG, WEIGHTS, adapted, largest, silence
+from support.command_line import contents
 from support.models import (
     LLAMA3_ROPE,
     load_folder,
@@ -30,13 +28,13 @@ from support.models import (
 from support.tiny_folder import hf_smollm2
 
 from mlx_qlora.adapters import peft as ours_peft
-from mlx_qlora.adapters.peft import load_adapter, save_adapter
+from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
+from mlx_qlora.adapters.peft import load_adapter, save_adapter, save_mlx_lm
 from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = random_tokens(2, 21)
 
 # Every way to say what is adapted; float alpha, rsLoRA and one layer among them.
@@ -51,55 +49,9 @@ CONFIGS = {
 }
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Fails on any warning, and on anything that transformers, peft or others log as one."""
-    import transformers
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    said: list[str] = []
-    handler = Collect(logging.WARNING)
-    loggers = [logging.getLogger(n) for n in ("", "transformers", "peft", "huggingface_hub")]
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_warning()
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            # PEFT's own call, which transformers 5 renames; it comes with every adapter.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        for logger in loggers:
-            logger.removeHandler(handler)
-    assert not said
-
-
 @pytest.fixture
 def base(hf_tiny: tuple[Any, Path]) -> Path:
     return hf_tiny[1]
-
-
-@pytest.fixture
-def fresh(base: Path) -> Any:
-    """Makes our frozen tiny model, as often as it is called."""
-    return lambda: load_folder(base)
-
-
-def adapted(base: Path, config: LoraConfig | None = None, seed: int = 1) -> Any:
-    """Our tiny model with an adapter that does something."""
-    model = add_lora(load_folder(base), config or LoraConfig(r=4))
-    randomise_lora(model, seed)
-    return model
-
-
-def largest(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max())
 
 
 # ---- ours, read by PEFT ------------------------------------------------------------------------
@@ -278,10 +230,11 @@ def test_a_loaded_adapter_is_trainable_and_remembers_its_config(base: Path, tmp_
 # ---- refusals ----------------------------------------------------------------------------------
 
 
-def test_a_model_without_lora_layers_cannot_be_saved(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [save_adapter, save_mlx_lm, save_portable, save_gguf_adapter])
+def test_a_model_without_lora_layers_cannot_be_saved(base: Path, tmp_path: Path, save: Any) -> None:
     with pytest.raises(AdapterError, match="no LoRA layers"):
-        save_adapter(load_folder(base), tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+        save(load_folder(base), tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_base_is_refused_and_the_message_names_the_field(
@@ -392,70 +345,7 @@ def test_a_missing_file_is_named(base: Path, tmp_path: Path, missing: str) -> No
         load_adapter(load_folder(base), tmp_path / "a")
 
 
-Q, V = (f"base_model.model.model.layers.1.self_attn.{n}_proj.lora_A.weight" for n in "qv")
-
-
-def drop(arrays: dict[str, Any]) -> None:
-    del arrays[Q], arrays[V]
-
-
-def rename(arrays: dict[str, Any]) -> None:
-    for name in (Q, V):
-        arrays[name.replace("lora_A", "lora_a")] = arrays.pop(name)
-
-
-def transpose(arrays: dict[str, Any]) -> None:
-    for name in (Q, V):
-        arrays[name] = np.ascontiguousarray(arrays[name].T)
-
-
-def other_rank(arrays: dict[str, Any]) -> None:
-    for name in (Q, V):
-        arrays[name] = np.ascontiguousarray(arrays[name][:2])
-
-
-def extra(arrays: dict[str, Any]) -> None:
-    for name in (Q, V):
-        arrays[name.replace("layers.1", "layers.2")] = arrays[name]
-
-
-def magnitude(arrays: dict[str, Any]) -> None:
-    for name in (Q, V):
-        arrays[name.replace("lora_A.weight", "lora_magnitude_vector")] = np.ones(64, np.float32)
-
-
-def integers(arrays: dict[str, Any]) -> None:
-    for name in (Q, V):
-        arrays[name] = arrays[name].astype(np.int32)
-
-
-@pytest.mark.parametrize(
-    ("mutate", "words"),
-    [
-        (drop, "is missing"),
-        (rename, "is missing"),
-        (rename, "belongs to no target"),
-        (transpose, "has shape [64, 4], not [4, 64]"),
-        (other_rank, "has shape [2, 64], not [4, 64]"),
-        (extra, "belongs to no target"),
-        (magnitude, "belongs to no target"),
-        (integers, "has dtype I32"),
-    ],
-)
-def test_every_bad_tensor_is_listed_and_the_model_is_left_as_it_was(
-    base: Path, tmp_path: Path, mutate: Any, words: str
-) -> None:
-    save_adapter(adapted(base), tmp_path / "a")
-    arrays = load_file(tmp_path / "a" / WEIGHTS)
-    mutate(arrays)
-    save_file(arrays, tmp_path / "a" / WEIGHTS)
-    model = load_folder(base)
-    with pytest.raises(AdapterError) as caught:
-        load_adapter(model, tmp_path / "a")
-    named = [line for line in str(caught.value).splitlines() if words in line]
-    assert len(named) == 2  # both tensors, in one message
-    assert not lora_layers(model)
-    assert not tree_flatten(model.trainable_parameters())
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 
 
 def reheadered(data: bytes, change: Any) -> bytes:
@@ -468,10 +358,6 @@ def reheadered(data: bytes, change: Any) -> bytes:
 
 
 DAMAGE = {
-    "empty": lambda data: b"",
-    "cut in the length": lambda data: data[:5],
-    "cut in the header": lambda data: data[:100],
-    "cut in the data": lambda data: data[:-7],
     "not a header": lambda data: data[:8] + b"\xff" * 64 + data[72:],
     "huge length": lambda data: b"\xff" * 8 + data[8:],
     "text": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n",
@@ -538,36 +424,38 @@ def test_saving_over_a_folder_keeps_other_files_and_leaves_no_traces(
     np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(newer, TOKENS))
 
 
-@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.peft"])
+@pytest.mark.parametrize("at", ["adapter_model.safetensors", "adapters.safetensors"])
 def test_a_failure_while_saving_leaves_the_old_adapter_whole(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     old = adapted(base)
     save_adapter(old, tmp_path / "a")
-    before = {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()}
+    before = contents(tmp_path)
 
     def full_disk(arrays: Any, path: Path, metadata: Any = None) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        save_file(arrays, path, metadata)
+        if path.name == at:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"{where}.save_file", full_disk)
+    monkeypatch.setattr("mlx_qlora.adapters.peft.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(adapted(base, LoraConfig(r=2), seed=9), tmp_path / "a")
-    assert {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert contents(tmp_path) == before
     again = load_adapter(load_folder(base), tmp_path / "a")
     np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(old, TOKENS))
 
 
-@pytest.mark.parametrize("where", ["mlx_qlora.adapters.peft", "mlx_qlora.adapters.peft"])
+@pytest.mark.parametrize("at", ["adapter_model.safetensors", "adapters.safetensors"])
 def test_what_the_disk_garbles_is_noticed_before_it_replaces_anything(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     def garble(arrays: dict[str, Any], path: Path, metadata: Any = None) -> None:
         first = next(iter(arrays))
-        save_file({**arrays, first: arrays[first] + np.float32(1e-6)}, path)
+        garbled = {first: arrays[first] + np.float32(1e-6)} if path.name == at else {}
+        save_file({**arrays, **garbled}, path)
 
-    monkeypatch.setattr(f"{where}.save_file", garble)
+    monkeypatch.setattr("mlx_qlora.adapters.peft.save_file", garble)
     with pytest.raises(AdapterError, match="read back is not what was written"):
         save_adapter(adapted(base), tmp_path / "a")
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,6 @@ zero proves nothing.
 import copy
 import json
 import math
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.adapters import CONFIG, WEIGHTS, by_peft, largest, move, silence, weights_of
 from support.models import (
     LLAMA3_ROPE,
     load_folder,
@@ -28,7 +28,6 @@ from support.models import (
 )
 from support.tiny_folder import write_model
 from test_checkpoint import SETTINGS, Finished, assert_same, at_step, go, stop
-from test_peft import CONFIG, WEIGHTS, largest, silence
 from test_weights import quantise_with_mlx_lm
 
 import mlx_qlora as mq
@@ -79,38 +78,12 @@ def without(hf_tiny: tuple[Any, Path]) -> np.ndarray:
     return torch_logits(hf_tiny[0], TOKENS)
 
 
-def weights_of(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    return {name: np.array(w) for name, w in flat(model.trainable_parameters()).items()}
-
-
-def move(model: LlamaForCausalLM, seed: int = 1, by: float = 0.03) -> LlamaForCausalLM:
-    """Adds small numbers to all that is trained, the lengths of DoRA among it."""
-    draw = np.random.default_rng(seed)
-    new = {n: w + by * draw.normal(size=w.shape) for n, w in weights_of(model).items()}
-    model.update(nested({name: mx.array(w.astype(np.float32)) for name, w in new.items()}))
-    mx.eval(model.trainable_parameters())
-    return model
-
-
 def in_peft(hf: Any, folder: Path, **how: Any) -> Any:
     """A folder as PEFT opens it on a copy of the original model, without a warning."""
     from peft import PeftModel
 
     with silence():
         return PeftModel.from_pretrained(copy.deepcopy(hf), folder, **how).eval()
-
-
-def by_peft(hf: Any, **options: Any) -> Any:
-    """A copy of a model with an adapter that PEFT has made."""
-    import torch
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    torch.manual_seed(3)
-    options = {"task_type": "CAUSAL_LM", "lora_dropout": 0.0, **options}
-    with warnings.catch_warnings():  # of a conversion on saving, which is not asked for
-        warnings.filterwarnings("ignore", ".*post-training conversion", UserWarning)
-        return get_peft_model(copy.deepcopy(hf), PeftConfig(**options)).eval()
 
 
 def peft_layers(model: Any) -> dict[str, Any]:
