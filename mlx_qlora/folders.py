@@ -179,11 +179,11 @@ def check_writable(
     Raises:
         ConfigError: naming what is in the way.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        reason = "may not be written to" if os.path.isdir(there) else "is a file"
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        reason = "may not be written to" if os.path.isdir(above) else "is a file"
         raise ConfigError(
-            f"{field}: {folder} cannot be made: {there} {reason}; choose another with --output-dir"
+            f"{field}: {folder} cannot be made: {above} {reason}; choose another with --output-dir"
         )
     is_ours = is_ours or functools.partial(_is_vouched_for, folder)
     allowed = list(names)
@@ -208,7 +208,7 @@ def check_writable(
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run of ours has left its record there."""
+    """Whether the record of one of our runs is in a folder."""
     versions = _object(folder / RECORD).get("versions")
     return isinstance(versions, dict) and "mlx-qlora" in versions
 

@@ -301,7 +301,7 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
         raise SourceError(f"no such folder: {folder}; give the output folder of a run or a merge")
     present = [name for name in _names(folder) if (folder / name).stat().st_size]
     card = (folder / CARD).read_bytes() if CARD in present else b""
-    made: dict[str, bytes] = {}
+    rewritten: dict[str, bytes] = {}
     if all(name in present for name in PEFT):
         known = {*PEFT, *MLX_COPY, *SHIPPED}
         chosen = [name for name in present if name in known or PLOT.fullmatch(name)]
@@ -311,7 +311,7 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
             card = model_card(read_facts(folder, repo_id)).encode()
         if "metrics.jsonl" in present:
             records = read_metrics(folder / "metrics.jsonl")
-            made["metrics.jsonl"] = "".join(json.dumps(r) + "\n" for r in records).encode()
+            rewritten["metrics.jsonl"] = "".join(json.dumps(r) + "\n" for r in records).encode()
     else:
         if "config.json" not in present:
             missing = [name for name in PEFT if name not in present]
@@ -326,8 +326,9 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
         chosen = [name for name in present if name in known or WEIGHTS.fullmatch(name)]
     if card:
         _check_text(folder / CARD, card.decode("utf-8", "replace"))
-        made[CARD] = card
-    return dict(sorted(({name: _public(folder, name) for name in chosen} | made).items()))
+        rewritten[CARD] = card
+    uploads = {name: _public(folder, name) for name in chosen} | rewritten
+    return dict(sorted(uploads.items()))
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,11 +1,20 @@
-"""A folder is written whole or not at all."""
+"""A folder is written whole or not at all, and never over files of others."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from mlx_qlora.folders import staged
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.folders import (
+    ADAPTER_FOLDER,
+    MERGED_FOLDER,
+    MLX_LM,
+    check_writable,
+    is_merged,
+    staged,
+)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -114,3 +123,66 @@ def test_replace_swaps_the_whole_folder_and_a_failure_keeps_the_old(tmp_path: Pa
         (staging / "new").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+# ---- whose files a folder holds ----------------------------------------------------------------
+
+HEADER = "---\ntags:\n- lora\n- mlx-qlora\n---\n"
+CARD = HEADER + "\nA LoRA adapter of rank 4 for `x`, trained with mlx-qlora 1.\n"
+RECORD = json.dumps({"versions": {"mlx-qlora": "1"}})
+MERGED = "A LoRA adapter and `x`, merged by mlx-qlora 1 in float32.\n"
+OURS = '{"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "names", "foreign"),
+    [
+        ({}, ADAPTER_FOLDER, None),
+        ({"notes.txt": "mine"}, ADAPTER_FOLDER, None),
+        ({"README.md": CARD, "adapter_config.json": "{}", "mlx/x": ""}, ADAPTER_FOLDER, None),
+        ({"README.md": CARD, "run.yaml": ""}, ["run.yaml"], "run.yaml"),  # no adapter's file
+        ({"training_args.json": RECORD, "run.yaml": ""}, ["run.yaml"], None),
+        ({"training_args.json": RECORD, "README.md": "mine"}, ADAPTER_FOLDER, "README.md"),
+        ({"training_args.json": "[" * 99_999, "run.yaml": ""}, ["run.yaml"], "run.yaml"),
+        ({"README.md": "# mlx-qlora is good"}, ADAPTER_FOLDER, "README.md"),
+        ({"README.md": MERGED, "adapter_config.json": "{}"}, ADAPTER_FOLDER, "README.md"),
+        ({"adapter_config.json": "{}"}, ADAPTER_FOLDER, "adapter_config.json"),
+        ({"adapter_config.json": OURS, "adapters.safetensors": ""}, MLX_LM, None),
+        ({"adapter_config.json": OURS[:-1] + ', "seed": 0}'}, MLX_LM, "adapter_config.json"),
+    ],
+)
+def test_a_file_is_overwritten_if_our_record_or_our_card_vouches_for_it(
+    tmp_path: Path, files: dict[str, str], names: list[str], foreign: str | None
+) -> None:
+    write(tmp_path / "out", files)
+    if foreign is None:
+        check_writable(tmp_path / "out", names)
+    else:
+        with pytest.raises(ConfigError, match=f"folder: .*/{foreign}.* is not known to be from"):
+            check_writable(tmp_path / "out", names)
+
+
+@pytest.mark.parametrize(
+    ("files", "names", "foreign"),
+    [
+        ({"README.md": MERGED, "model-1.safetensors": "", ".DS_Store": ""}, MERGED_FOLDER, None),
+        ({"README.md": MERGED, "model.gguf": "", "z": ""}, MERGED_FOLDER, r"model.gguf \(and 1 mo"),
+        ({"README.md": MERGED, "tokenizer_old/a": ""}, MERGED_FOLDER, "tokenizer_old/a"),
+        ({"config.json": "{}"}, MERGED_FOLDER, "config.json"),
+    ],
+)
+def test_a_folder_is_replaced_as_a_whole_if_all_of_it_is_ours(
+    tmp_path: Path, files: dict[str, str], names: list[str], foreign: str | None
+) -> None:
+    write(tmp_path / "out", files)
+    if foreign is None:
+        check_writable(tmp_path / "out", names, whole=True, is_ours=is_merged)
+    else:
+        with pytest.raises(ConfigError, match=f"{foreign}.* and would be deleted"):
+            check_writable(tmp_path / "out", names, whole=True, is_ours=is_merged)
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)

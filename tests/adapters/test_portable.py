@@ -115,7 +115,7 @@ def test_a_reader_of_r_and_lora_alpha_alone_computes_our_logits(
     model = adapted(base, CONFIGS[name])
     save_portable(model, tmp_path / "portable")
     ours = our_logits(model, TOKENS)
-    assert largest(torch_logits(naive_reader(tmp_path / "portable"), TOKENS), ours) < 1e-5
+    assert largest(torch_logits(naive_reader(tmp_path / "portable"), TOKENS), ours) < 2e-5
     # What the folder is for: the same reader gets our own format wrong.
     save_adapter(model, tmp_path / "ours")
     error = largest(torch_logits(naive_reader(tmp_path / "ours"), TOKENS), ours)

@@ -315,7 +315,7 @@ def test_cat_is_the_exact_sum_whatever_the_configs(base, tmp_path):
         expected = sum(w * updates[n][path] for n, w in weights.items() if path in updates[n])
         got = layer.scale * np.array(layer.lora_B.weight) @ np.array(layer.lora_A.weight)
         assert layer.lora_A.weight.shape[0] == model.lora_config.r == 9
-        np.testing.assert_alllargest(got, expected, atol=1e-6)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
     again = load_adapter(load_folder(base), save_adapter(model, tmp_path / "sum"))
     np.testing.assert_array_equal(our_logits(again, TOKENS), our_logits(model, TOKENS))
 
