@@ -40,6 +40,7 @@ from trainers import ALPHA, MODEL, RANK, RATE, own_rows
 import mlx_qlora as mq
 from mlx_qlora import device
 from mlx_qlora.cpu import blas
+from mlx_qlora.cpu.streams import streams
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.train.engine import Engine
@@ -48,7 +49,6 @@ from mlx_qlora.train.memory import (
     cores,
     default_chunks,
     split_evenly,
-    streams,
     supervised_documents,
 )
 from mlx_qlora.train.optim import AdamW
@@ -253,7 +253,7 @@ def multiply(waves: list[list[Share]]) -> None:
 
 def our_step(model: Any) -> Callable[[Batch], None]:
     """Our engine and optimiser, as the training loop sets them up."""
-    engine = Engine(model, "auto", compiled=device.current().kind != "cpu")
+    engine = Engine(model, "auto", compiled=device.current().compiles)
     optimizer = AdamW(model.trainable_parameters())
 
     def step(batch: Batch) -> None:

@@ -102,7 +102,7 @@ def load_and_train(batch: Any) -> dict[str, float]:
     from mlx_qlora.train.optim import AdamW
 
     mq.add_lora(model, mq.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0))
-    engine = Engine(model, "auto", compiled=device.current().kind != "cpu")
+    engine = Engine(model, "auto", compiled=device.current().compiles)
     optimizer = AdamW(model.trainable_parameters())
     (rows,) = own_rows([batch[0]])
     with blas.threads(1):  # as around a run of the training loop

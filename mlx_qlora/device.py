@@ -1,120 +1,212 @@
-"""What this machine is, what other machines are, and what follows for a run."""
+"""What this machine computes on and what follows from it; what other machines are."""
 
 import functools
 import importlib.metadata
 import os
 import platform
 import re
-import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# ---- this machine --------------------------------------------------------------------------------
-
+# ---- the device ----------------------------------------------------------------------------------
 
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
-
-
-Kind = Literal["metal", "cuda", "cpu"]
-
-
 COPY_SHARE = 0.4  # of the memory that a dequantised copy may take; the rest is for training
 
 
 @dataclass(frozen=True)
 class Device:
-    """The machine's device, and the dtype that it computes in."""
+    """A kind of device, and every choice of this package that follows from it.
 
-    kind: Kind
-    compute_dtype: "mx.Dtype"
+    The one place where they are made: whoever computes something in two ways asks `current()` for
+    its attribute. The defaults are a GPU's; docs/log.md has the measurements.
+    """
+
+    kind: Literal["cpu", "metal", "cuda"]
+    dtype: str = "bfloat16"  # of activations, by MLX's name
+
+    # How a layer is computed.
+    fused_attention: bool = True  # MLX's kernel; False: cpu/attention.py, for float32
+    attention_multiple: int = 1  # document lengths that the kernel's gradient needs
+    attention_positions: int = 16384  # of documents attended to at once; 0: each document alone
+    fast_exponentials: bool = False  # cpu/exponentials.py, for float32
+    compiles: bool = True  # whether `training.compile: auto` fuses elementwise operations
+    packed_matmul: bool = False  # whether `frozen_matmul: auto` never makes dense copies
+    few_rows: int = 32  # multiplied packed, which is faster than dequantising the matrix
+    row_as_column: bool = False  # a single row times a dense matrix: cpu/blas.py
+
+    # How much at once.
+    side_by_side: bool = False  # each core computes a shard of a chunk: cpu/streams.py
+    busy_positions: int = 4096  # of a chunk: fewer leave the device idle
+    chunk_positions: int = 16384  # more gain no speed, and memory is better left to others
+    position_multiple: int = 64  # few shapes, so that freed buffers can be used again
+    head_bytes: int = 256 << 20  # of logits, and of the head's rows, in a slice of the vocabulary
+    adamw_slice: int = 1 << 26  # numbers of the flat buffers that AdamW moves at once
+    adamw_bytes: int | None = None  # temporary arrays of that; None: as large as the buffers
+
+    # What it reaches.
+    memory_share: float = 0.92  # that a plan may fill
+    matmul_share: float = 0.55  # of the chip's matmul rate that training reaches
+    waits_for_weights: bool = False  # reads them before it multiplies, and not meanwhile
+    wires_memory: bool = False  # keeps MLX's memory from being paged out
+
+    @property
+    def compute_dtype(self) -> "mx.Dtype":
+        """The dtype of activations."""
+        import mlx.core as mx
+
+        return getattr(mx, self.dtype)
+
+
+CUDA = Device("cuda", attention_multiple=128, attention_positions=0)  # cuDNN; a shape per length
+
+METAL = Device(
+    "metal",
+    packed_matmul=True,
+    busy_positions=2048,
+    chunk_positions=8192,
+    memory_share=0.85,  # a Mac runs other programs, too
+    matmul_share=0.85,
+    wires_memory=True,
+)
+
+CPU = Device(
+    "cpu",
+    "float32",  # BLAS has no 16-bit products
+    fused_attention=False,
+    attention_positions=1024,
+    fast_exponentials=True,
+    compiles=False,  # saves next to nothing
+    few_rows=4,  # 8 ns to dequantise a number, 1.3 to multiply it packed
+    row_as_column=True,
+    side_by_side=True,
+    busy_positions=512,
+    chunk_positions=1024,
+    position_multiple=1,
+    head_bytes=8 << 20,  # near the caches, like the next
+    adamw_slice=1 << 19,
+    adamw_bytes=8 << 20,
+    memory_share=0.5,
+    matmul_share=0.45,
+    waits_for_weights=True,
+)
+
+_in_use: Device | None = None
+
+
+def current() -> Device:
+    """The device whose choices hold: that of `use`, or the one that MLX computes on."""
+    return _in_use or _found()
+
+
+@contextmanager
+def use(device: Device) -> Iterator[None]:
+    """Makes the choices of another device, in all threads: a test runs a GPU's route on a CPU.
+
+    MLX goes on to compute where it did. `dataclasses.replace` mixes routes.
+    """
+    global _in_use
+    before, _in_use = _in_use, device
+    try:
+        yield
+    finally:
+        _in_use = before
 
 
 @functools.cache
-def current() -> Device:
+def _found() -> Device:
     """The device that MLX computes on in this process."""
     import mlx.core as mx
 
-    if mx.default_device() == mx.Device(mx.cpu):
-        if blas.has_gpu_wheel():
-            # Both wheels write the same libmlx.so, and pip cannot leave mlx-cpu out.
-            warnings.warn(
-                "a CUDA wheel of MLX is installed but MLX computes on the CPU: the last one "
-                "installed wins. Remedy: pip uninstall -y mlx-cpu && "
-                "pip install --force-reinstall --no-deps mlx-cuda-13",
-                stacklevel=2,
-            )
-        return Device("cpu", mx.float32)
-    if mx.metal.is_available():
-        return Device("metal", mx.bfloat16)
-    return Device("cuda", mx.bfloat16)
+    if mx.default_device() != mx.Device(mx.cpu):
+        return METAL if mx.metal.is_available() else CUDA
+    if has_gpu_wheel():
+        # Both wheels write the same libmlx.so, and pip cannot leave mlx-cpu out.
+        warnings.warn(
+            "a CUDA wheel of MLX is installed but MLX computes on the CPU: the last one "
+            "installed wins. Remedy: pip uninstall -y mlx-cpu && "
+            "pip install --force-reinstall --no-deps mlx-cuda-13",
+            stacklevel=3,
+        )
+    return CPU
+
+
+def has_gpu_wheel() -> bool:
+    """Whether a CUDA backend of MLX is installed."""
+    for name in ("mlx-cuda-12", "mlx-cuda-13"):
+        try:
+            importlib.metadata.version(name)
+            return True
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return False
 
 
 def compute_dtype(name: str) -> "mx.Dtype":
-    """The dtype that activations have: `auto` asks the device, a name is taken as it is.
+    """The dtype of activations that a name stands for; `auto` leaves it to the device.
 
     Raises:
         ConfigError: an unknown name.
     """
     import mlx.core as mx
 
-    known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
     if name == "auto":
         return current().compute_dtype
+    known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
     if name not in known:
         raise ConfigError(f"model.dtype must be one of auto, {', '.join(known)}; got {name!r}")
     return known[name]
 
 
 def frozen_matmul(
-    name: str,
-    dense_bytes: int = 0,
-    device: Kind | None = None,
-    working_set_bytes: int | None = None,
+    name: str, dense_bytes: int = 0, machine: "Machine | None" = None
 ) -> FrozenMatmul:
-    """How frozen quantised weights are multiplied.
+    """How frozen quantised weights are multiplied: `auto` or a strategy, which is taken as it is.
 
     Args:
-        name: a strategy, which is taken as it is, or `auto`.
+        name: of the strategy.
         dense_bytes: of a copy of all packed matrices in the compute dtype.
-        device: of another machine than this one.
-        working_set_bytes: of another machine than this one.
+        machine: another one than this.
 
     Raises:
         ConfigError: an unknown name.
     """
     if name == "auto":
-        if (device or current().kind) == "metal":
+        machine = machine or this_machine()
+        if machine.device.packed_matmul:
             return "quantized"
-        memory = facts()["working_set_bytes"] if working_set_bytes is None else working_set_bytes
-        return "resident" if dense_bytes <= COPY_SHARE * memory else "dequantize"
+        fits = dense_bytes <= COPY_SHARE * machine.working_set_bytes
+        return "resident" if fits else "dequantize"
     if name not in ("quantized", "dequantize", "resident"):
         legal = "auto, quantized, dequantize, resident"
         raise ConfigError(f"model.frozen_matmul must be one of {legal}; got {name!r}")
     return name  # pyright: ignore[reportReturnType]
 
 
+# ---- cores ---------------------------------------------------------------------------------------
+
 _processes_here = 1
 
 
 def share_cores(processes: int) -> None:
-    """Notes how many processes of this run are on this machine; each uses its share of `cores`."""
+    """Sets how many processes of this run are on this machine; each uses its share of the cores."""
     global _processes_here
     _processes_here = processes
 
 
 def cores() -> int:
-    """How many cores a CPU may use; on a GPU 1, as nothing is computed side by side."""
-    return own_cores() if current().kind == "cpu" else 1
+    """How many cores compute side by side; 1 on a GPU."""
+    return own_cores() if current().side_by_side else 1
 
 
 def own_cores() -> int:
@@ -129,6 +221,11 @@ def own_cores() -> int:
     return max(1, min(allowed, of_machine // _processes_here))
 
 
+# ---- facts, memory, errors -----------------------------------------------------------------------
+
+openblas: str | None = None  # what cpu/blas.py loaded over MLX's own BLAS: a path or name
+
+
 def facts() -> dict[str, Any]:
     """What a bug report needs to know about this machine, as plain data.
 
@@ -140,11 +237,7 @@ def facts() -> dict[str, Any]:
 
     info = mx.device_info()
     memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    chosen = current()
-    if sys.platform == "darwin":
-        multiplies = "Accelerate"
-    else:
-        multiplies = blas.loaded() or "reference BLAS (slow; pip install cmeel-openblas)"
+    own_blas = "reference BLAS (slow; pip install cmeel-openblas)"
     return {
         "chip": str(info.get("device_name") or platform.processor()),
         "cores": os.cpu_count(),
@@ -153,9 +246,9 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "mlx": importlib.metadata.version("mlx"),
-        "device": chosen.kind,
-        "compute_dtype": str(chosen.compute_dtype).removeprefix("mlx.core."),
-        "blas": multiplies,
+        "device": current().kind,
+        "compute_dtype": current().dtype,
+        "blas": "Accelerate" if sys.platform == "darwin" else openblas or own_blas,
     }
 
 
@@ -168,23 +261,21 @@ def limit_memory() -> None:
     import mlx.core as mx
 
     working_set = facts()["working_set_bytes"]
-    if current().kind == "metal":
+    if current().wires_memory:
         mx.set_wired_limit(working_set)
     mx.set_cache_limit(working_set // 8)
 
 
-# What Metal, CUDA and the C++ library say when memory is at an end.
+# What Metal, CUDA and the C++ library say when memory is exhausted.
 OUT_OF_MEMORY = (
     *("Insufficient Memory", "OutOfMemory", "out of memory", "Unable to allocate"),
     *("Attempting to allocate", "bad_alloc", "cudaErrorMemoryAllocation"),
 )
-
-
 WATCHDOG = ("ImpactingInteractivity", "CallbackErrorTimeout")
 
 
 def is_out_of_memory(reason: str) -> bool:
-    """Whether an error of MLX says that memory is at an end."""
+    """Whether an error of MLX says that memory is exhausted."""
     return any(words in reason for words in OUT_OF_MEMORY)
 
 
@@ -201,7 +292,6 @@ def hint(reason: str) -> str:
 
 # ---- machines by name ----------------------------------------------------------------------------
 
-
 # Teraflops of each chip. Measured: m3-max, m4-max, m3-ultra, m5-max, h100.
 APPLE = {
     **{"m1": 2.0, "m1-pro": 3.9, "m1-max": 7.8, "m1-ultra": 15.6},
@@ -210,24 +300,11 @@ APPLE = {
     **{"m4": 3.2, "m4-pro": 6.9, "m4-max": 13.4},
     **{"m5": 13.0, "m5-max": 57.0},
 }
-
-
 NVIDIA = {"a100": 250.0, "h100": 798.0, "h200": 798.0}
 
-
-# What training reaches of a device's matmul rate (estimates; a CPU's is measured, in docs/log.md).
-REACHED = {"cpu": 0.45, "metal": 0.85, "cuda": 0.55}
-
-
-# What of its memory a device gives to one process. macOS: two thirds of small memories, three
-# quarters of others (the default of `iogpu.wired_limit_mb`); a CPU shares with everything else.
-SMALL_MAC = 36e9
-
-
+SMALL_MAC = 36e9  # macOS gives a process 2/3 of so little memory, else 3/4 (iogpu.wired_limit_mb)
 PROBE = 1024  # rows and columns of the product that measures this machine
-
-
-LONG = 1 << 25  # numbers of an array that no cache holds
+UNCACHED = 1 << 25  # numbers of an array that no cache holds
 
 
 @dataclass(frozen=True)
@@ -236,24 +313,22 @@ class Machine:
 
     Attributes:
         name: for people.
-        device: which of MLX's backends it has.
+        device: what it computes on.
         working_set_bytes: what MLX may use.
         cores: that compute side by side; 1 on a GPU.
-        itemsize: bytes of a number in its compute dtype.
     """
 
     name: str
-    device: Kind
+    device: Device
     working_set_bytes: int
     cores: int
-    itemsize: int
 
     @functools.cached_property
     def flops(self) -> float:
         """Matmul rate in the compute dtype: from the table, or of this machine, measured."""
         chip = self.name.rpartition("-")[0]
         known = {**APPLE, **NVIDIA}.get(chip)
-        return known * 1e12 if known else _measured_flops()
+        return known * 1e12 if known else _measured_flops(self.device.dtype)
 
     def seconds(self, flops: float, read: int) -> float:
         """How long training takes for so many multiplications and additions.
@@ -263,21 +338,20 @@ class Machine:
             read: bytes of weights that these take from memory. A CPU's cores wait for them, which
                 is most of a small micro-batch's time; a GPU reads them meanwhile.
         """
-        waiting = read / _measured_reading() if self.device == "cpu" else 0.0
-        return flops / (self.flops * REACHED[self.device]) + waiting
+        waiting = read / _measured_reading() if self.device.waits_for_weights else 0.0
+        return flops / (self.flops * self.device.matmul_share) + waiting
+
+
+def this_machine() -> Machine:
+    """The machine of this process, with its current device."""
+    chip, working_set = _chip_and_working_set()
+    return Machine(f"this machine ({chip})", current(), working_set, cores())
 
 
 @functools.cache
-def this_machine() -> Machine:
-    """The machine of this process."""
+def _chip_and_working_set() -> tuple[str, int]:
     here = facts()
-    return Machine(
-        f"this machine ({here['chip']})",
-        current().kind,
-        here["working_set_bytes"],
-        cores(),
-        current().compute_dtype.size,
-    )
+    return here["chip"], here["working_set_bytes"]
 
 
 def machine(name: str | None) -> Machine:
@@ -290,27 +364,26 @@ def machine(name: str | None) -> Machine:
         return this_machine()
     match = re.fullmatch(r"([a-z]+\d+(?:-[a-z]+)?)-(\d+)", name.lower())
     chip, gigabytes = (match[1], int(match[2])) if match else (name, 0)
+    memory = gigabytes << 30
     if chip in APPLE and gigabytes:
-        memory = gigabytes << 30
         share = 2 / 3 if memory <= SMALL_MAC else 3 / 4
-        return Machine(name.lower(), "metal", int(memory * share), 1, 2)
+        return Machine(name.lower(), METAL, int(memory * share), 1)
     if chip in NVIDIA and gigabytes:
-        return Machine(name.lower(), "cuda", int((gigabytes << 30) * 0.95), 1, 2)
-    hint = did_you_mean(chip, [*APPLE, *NVIDIA])
+        return Machine(name.lower(), CUDA, int(memory * 0.95), 1)
+    chips = [*APPLE, *NVIDIA]
     raise ConfigError(
-        f"--machine: {name!r} is not CHIP-GB, like m4-max-64{hint}; "
-        f"chips: {', '.join([*APPLE, *NVIDIA])}"
+        f"--machine: {name!r} is not CHIP-GB, like m4-max-64{did_you_mean(chip, chips)}; "
+        f"chips: {', '.join(chips)}"
     )
 
 
 @functools.cache
-def _measured_flops() -> float:
+def _measured_flops(dtype: str) -> float:
     """The rate of square products on this machine."""
     import mlx.core as mx
 
-    dtype = current().compute_dtype
-    x = mx.random.normal((PROBE, PROBE)).astype(dtype)
-    return 2 * PROBE**3 / _usual_seconds(lambda: x @ x)
+    x = mx.random.normal((PROBE, PROBE)).astype(getattr(mx, dtype))
+    return 2 * PROBE**3 / _median_seconds(lambda: x @ x)
 
 
 @functools.cache
@@ -318,12 +391,12 @@ def _measured_reading() -> float:
     """Bytes per second that a core reads from memory."""
     import mlx.core as mx
 
-    x = mx.arange(LONG, dtype=mx.float32)
-    return x.nbytes / _usual_seconds(x.sum)
+    x = mx.arange(UNCACHED, dtype=mx.float32)
+    return x.nbytes / _median_seconds(x.sum)
 
 
-def _usual_seconds(compute: Callable[[], "mx.array"]) -> float:
-    """The median of a few measurements, one more before them to warm up."""
+def _median_seconds(compute: Callable[[], "mx.array"]) -> float:
+    """The median of five measurements, after one to warm up."""
     import mlx.core as mx
 
     mx.eval(compute())
@@ -332,4 +405,4 @@ def _usual_seconds(compute: Callable[[], "mx.array"]) -> float:
         start = time.perf_counter()
         mx.eval(compute())
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return sorted(times)[2]

@@ -58,7 +58,6 @@ from mlx_qlora.train.checkpoint import (
     restore_set_aside,
 )
 from mlx_qlora.train.loop import TrainResult, train
-from mlx_qlora.train.memory import AT_ONCE
 from mlx_qlora.train.metrics import require_trackers
 
 if TYPE_CHECKING:
@@ -277,7 +276,7 @@ def settle(
     if examples:
         longest = min(longest, int(examples.lengths.max()))
         longest = longest if config.data.packing else int(examples.lengths.mean())
-    at_once = AT_ONCE[(machine or this_machine()).device] // max(longest, 1)
+    at_once = (machine or this_machine()).device.chunk_positions // max(longest, 1)
     training = config.training.at_once(at_once).at_hidden_size(llama.hidden_size)
     return replace(config, training=training)
 

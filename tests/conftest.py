@@ -1,5 +1,7 @@
 """Fixtures that tests share: tiny real Llamas made by transformers, and the real SmolLM2."""
 
+import contextlib
+import dataclasses
 import importlib
 import os
 import shutil
@@ -16,7 +18,9 @@ import pytest
 from support.cores import stay_on_core
 from support.models import LLAMA3_ROPE, make_hf_model, save_hf
 
+from mlx_qlora import device
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.device import Device
 from mlx_qlora.model.hub import ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.weights import load_model, open_checkpoint
@@ -87,6 +91,18 @@ def no_matplotlib() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         yield
+
+
+@pytest.fixture
+def use_device():
+    """`use_device(METAL, position_multiple=1)`: choices of a device, until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def change(base: Device | None = None, **choices: Any) -> None:
+            chosen = dataclasses.replace(base or device.current(), **choices)
+            stack.enter_context(device.use(chosen))
+
+        yield change
 
 
 @pytest.fixture

@@ -105,6 +105,7 @@ def show(console: Console, finding: Finding) -> None:
 # ---- the machine ---------------------------------------------------------------------------------
 
 SIDE = {"cpu": 1024, "metal": 4096, "cuda": 8192}  # of the products that are timed
+IF_THROTTLED = {"metal": "sudo pmset -a lowpowermode 0", "cuda": "nvidia-smi"}
 REFERENCE_BLAS = 10e9  # FLOP/s: the reference BLAS stays below on any core, an OpenBLAS above
 
 
@@ -137,16 +138,18 @@ def mlx() -> Iterator[Finding]:
     """Versions, and the device and dtype that are computed with."""
     try:
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm")]
-        kind, dtype = device.current().kind, _dtype()
+        here = device.current()
     except (ImportError, OSError) as cause:
         fix = "pip install --upgrade --force-reinstall mlx mlx-lm"
         yield _error("mlx", f"MLX cannot be loaded ({cause})", fix)
         return
-    text = f"{', '.join(versions)}; computes on {kind} in {dtype}"
-    if kind == "cpu" and cpu_blas.has_gpu_wheel():
+    text = f"{', '.join(versions)}; computes on {here.kind} in {here.dtype}"
+    if here.kind != "cpu":
+        yield _ok("mlx", text)
+    elif device.has_gpu_wheel():
         fix = "pip uninstall -y mlx-cpu && pip install --force-reinstall --no-deps mlx-cuda-13"
         yield _warning("mlx", f"{text}, though a CUDA wheel is installed", fix)
-    elif kind == "cpu" and sys.platform == "darwin":
+    elif sys.platform == "darwin":
         yield _warning("mlx", f"{text}: Metal is not available, as in a virtual machine")
     else:
         yield _ok("mlx", text)
@@ -186,7 +189,7 @@ def blas() -> Iterator[Finding]:
     """Which library multiplies on a CPU."""
     if device.current().kind == "cuda":
         yield _ok("blas", "the GPU multiplies")
-    elif sys.platform == "darwin" or cpu_blas.loaded():
+    elif sys.platform == "darwin" or device.openblas:
         yield _ok("blas", str(device.facts()["blas"]))
     else:
         text = "MLX's reference BLAS, some 70 times slower in float32 than OpenBLAS"
@@ -198,24 +201,27 @@ def blas() -> Iterator[Finding]:
 
 def matmul() -> Iterator[Finding]:
     """The measured rate, against what the chip is known for."""
-    kind, chip = device.current().kind, str(device.facts()["chip"]).lower()
-    side = SIDE[kind]
+    here, chip = device.current(), str(device.facts()["chip"]).lower()
+    side = SIDE[here.kind]
     with cpu_blas.threads(device.cores()):
         rate = matmul_rate(side)
-    text = f"{rate / 1e9:,.0f} GFLOP/s in {_dtype()}, {side} x {side}"
-    apple = re.sub(r"\W+", "-", chip.removeprefix("apple ").strip())
-    nvidia = next((name for name in device.NVIDIA if name in chip), "")
-    teraflops = {**device.NVIDIA, **device.APPLE}.get(apple if apple in device.APPLE else nvidia)
-    expected = teraflops * 1e12 if teraflops and kind != "cpu" else 0.0
-    if expected:
-        text += f"; about {expected / 1e9:,.0f} are expected of this chip"
-    if kind == "cpu" and rate < REFERENCE_BLAS:
+    text = f"{rate / 1e9:,.0f} GFLOP/s in {here.dtype}, {side} x {side}"
+    if here.kind == "cpu":
+        if rate >= REFERENCE_BLAS:
+            yield _ok("matmul", text)
+            return
         fix = "pip install cmeel-openblas" if sys.platform.startswith("linux") else None
         text += ": the speed of a reference BLAS, which an OpenBLAS exceeds many times"
         yield _warning("matmul", text, fix)
-    elif rate < expected / 2:
-        fix = "sudo pmset -a lowpowermode 0" if kind == "metal" else "nvidia-smi"
-        yield _warning("matmul", f"{text}: is it throttled, or shared?", fix)
+        return
+    apple = re.sub(r"\W+", "-", chip.removeprefix("apple ").strip())
+    nvidia = next((name for name in device.NVIDIA if name in chip), "")
+    teraflops = {**device.NVIDIA, **device.APPLE}.get(apple if apple in device.APPLE else nvidia)
+    expected = teraflops * 1e12 if teraflops else 0.0
+    if expected:
+        text += f"; about {expected / 1e9:,.0f} are expected of this chip"
+    if rate < expected / 2:
+        yield _warning("matmul", f"{text}: is it throttled, or shared?", IF_THROTTLED[here.kind])
     else:
         yield _ok("matmul", text)
 
@@ -239,10 +245,6 @@ def matmul_rate(
 
 def _macos() -> int:
     return int(platform.mac_ver()[0].split(".")[0])
-
-
-def _dtype() -> str:
-    return str(device.current().compute_dtype).removeprefix("mlx.core.")
 
 
 def output_of(*command: str) -> str:

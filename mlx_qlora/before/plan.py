@@ -112,7 +112,7 @@ def _representative(lengths: np.ndarray, n: int) -> list[int]:
 def itemsize_of(config: RunConfig, where: Machine) -> int:
     """Bytes of a number in the dtype that the run computes in."""
     if config.model.dtype == "auto":
-        return where.itemsize
+        return where.device.compute_dtype.size
     return device.compute_dtype(config.model.dtype).size
 
 
@@ -122,8 +122,7 @@ def base_bytes(
     """Bytes of the frozen weights as they will be kept, and of dequantised copies of them."""
     itemsize, quantize = itemsize_of(config, where), config.model.quantize()
     dense = itemsize * packed_size(model, checkpoint, quantize)
-    memory = where.device, where.working_set_bytes
-    keeps_copy = device.frozen_matmul(config.model.frozen_matmul, dense, *memory) == "resident"
+    keeps_copy = device.frozen_matmul(config.model.frozen_matmul, dense, where) == "resident"
     base = resident = 0
     for path, module in model.named_modules():
         if not isinstance(module, FrozenMatrix):

@@ -1,47 +1,49 @@
-"""Which BLAS multiplies on a Linux CPU.
+"""Which BLAS multiplies on a Linux CPU, and how.
 
 MLX's CPU wheel links the reference BLAS (about 2 GFLOP/s on one thread). An OpenBLAS loaded into
 the global namespace takes over its symbols and is some 70 times faster in float32.
 
 Python binds a library's symbols when it loads it. Where mlx_qlora is imported first, loading
 OpenBLAS first is all there is to do; where MLX was imported first (sorted imports do that), the
-addresses that libmlx.so has already noted down are written anew.
+addresses that libmlx.so has already bound are overwritten.
 """
 
 import ctypes
 import ctypes.util
-import importlib.metadata
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# What libmlx.so calls to multiply matrices.
-SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+from mlx_qlora import device
 
+if TYPE_CHECKING:
+    import mlx.core as mx
 
-_loaded: str | None = None
+SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")  # what libmlx.so multiplies with
+TALL = 16  # times as many rows as columns: an output head, no other matrix
 
 
 def load_fast_blas() -> str | None:
-    """Loads an OpenBLAS over MLX's reference BLAS.
+    """Loads an OpenBLAS over MLX's reference BLAS, on Linux.
 
-    Does nothing but on Linux. `MLX_QLORA_BLAS=PATH` names another library with the CBLAS
-    symbols, and `MLX_QLORA_BLAS=none` keeps MLX's own.
+    `MLX_QLORA_BLAS=PATH` names another library with the CBLAS symbols, and `MLX_QLORA_BLAS=none`
+    keeps MLX's own.
 
     Returns:
         The path or name of the library that was loaded, or None.
     """
-    global _loaded
-    if not sys.platform.startswith("linux") or _loaded:
-        return _loaded
+    if not sys.platform.startswith("linux") or device.openblas:
+        return device.openblas
     wanted = os.environ.get("MLX_QLORA_BLAS")
     if wanted == "none":
         return None
     _provide_libgfortran()
+    problem = f"MLX_QLORA_BLAS={wanted} could not be loaded" if wanted else "no OpenBLAS found"
+    remedy = "pip install cmeel-openblas"
     for candidate in [wanted] if wanted else _openblas_candidates():
         try:
             # RTLD_GLOBAL puts the symbols in front of those that libmlx.so was linked with.
@@ -49,28 +51,17 @@ def load_fast_blas() -> str | None:
             library.cblas_sgemm  # noqa: B018
         except (OSError, AttributeError):
             continue
-        if "mlx.core" in sys.modules and not _rebind(library) and not has_gpu_wheel():
-            warnings.warn(
-                "MLX was imported before mlx_qlora, so matmuls on this CPU will be some 70 times "
-                "slower. Remedy: import mlx_qlora before mlx",
-                stacklevel=3,
-            )
-            return None
-        _loaded = candidate
-        return candidate
-    if not has_gpu_wheel():
-        problem = f"MLX_QLORA_BLAS={wanted} could not be loaded" if wanted else "no OpenBLAS found"
+        if "mlx.core" not in sys.modules or _rebind(library) or device.has_gpu_wheel():
+            device.openblas = candidate
+            return candidate
+        problem, remedy = "MLX was imported before mlx_qlora", "import mlx_qlora before mlx"
+        break
+    if not device.has_gpu_wheel():
         warnings.warn(
-            f"{problem}: matmuls on this CPU will be some 70 times slower. "
-            "Remedy: pip install cmeel-openblas",
+            f"{problem}: matmuls on this CPU will be some 70 times slower. Remedy: {remedy}",
             stacklevel=3,
         )
     return None
-
-
-def loaded() -> str | None:
-    """The path or name of the BLAS that took MLX's own's place, or None."""
-    return _loaded
 
 
 @contextmanager
@@ -79,7 +70,7 @@ def threads(n: int) -> Iterator[None]:
 
     Around a whole run, too: each change wakes OpenBLAS's threads, which then spin for a while.
     """
-    library = ctypes.CDLL(_loaded) if _loaded else None
+    library = ctypes.CDLL(device.openblas) if device.openblas else None
     if library is None or not hasattr(library, "openblas_set_num_threads"):
         yield
         return
@@ -94,11 +85,24 @@ def threads(n: int) -> Iterator[None]:
         library.openblas_set_num_threads(before)
 
 
-def _rebind(library: ctypes.CDLL) -> bool:
-    """Points the jump slots of a libmlx.so that is loaded already at another BLAS.
+def row_product(x: "mx.array", W: "mx.array") -> "mx.array":
+    """x @ W.T of a single row x (..., columns), computed as the column W @ x.
 
-    A slot is where the dynamic loader noted the address of an imported function; the file says
-    where its slots are, the process where the file lies in memory.
+    A token that is generated costs what it takes to read all weights, and BLAS reads W once for
+    a column (gemv) where it packs it for a row (gemm). Only an output head, far taller than wide,
+    gains nothing from that.
+    """
+    if W.shape[0] >= TALL * W.shape[1]:
+        return x @ W.T
+    return (W @ x.reshape(-1, 1)).reshape(*x.shape[:-1], W.shape[0])
+
+
+def _rebind(library: ctypes.CDLL) -> bool:
+    """Points the jump slots of a libmlx.so that is already loaded at another BLAS.
+
+    A slot is where the dynamic loader keeps the address of an imported function; the file says
+    where its slots are, the process where the file lies in memory. Needed because formatters sort
+    `import mlx` before `import mlx_qlora`; without it, such a program runs 70 times slower.
 
     Returns:
         Whether every slot could be written.
@@ -146,9 +150,9 @@ def _openblas_candidates() -> Iterator[str]:
 def _provide_libgfortran() -> None:
     """Makes `libgfortran.so.5`, which OpenBLAS asks for by that name, loadable without root.
 
-    A bare Linux has no Fortran runtime, but MLX's wheel bundles one, renamed to
-    `libgfortran-<hash>.so.5.0.0`. The loader matches a needed library against the names that
-    loaded ones carry inside (DT_SONAME), so a copy in memory with its plain name satisfies it.
+    A bare Linux (a CI image, a container) has no Fortran runtime, but MLX's wheel bundles one,
+    renamed to `libgfortran-<hash>.so.5.0.0`. The loader matches a needed library against the names
+    that loaded ones carry inside (DT_SONAME), so a copy in memory with its plain name satisfies it.
     """
     try:
         ctypes.CDLL("libgfortran.so.5")
@@ -171,14 +175,3 @@ def _provide_libgfortran() -> None:
                 ctypes.CDLL(f"/proc/self/fd/{in_memory.fileno()}")
             except OSError:
                 continue  # the OpenBLAS that needs it will fail to load, and the caller says so
-
-
-def has_gpu_wheel() -> bool:
-    """Whether a CUDA backend of MLX is installed."""
-    for name in ("mlx-cuda-12", "mlx-cuda-13"):
-        try:
-            importlib.metadata.version(name)
-            return True
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return False

@@ -1,10 +1,11 @@
 """What the tokens of a forward attend to: their own document, or a cache.
 
-In training the positions of all documents are one axis N: nothing is padded, each document attends
-to itself as if it stood alone, and scores between documents are never computed. Documents of about
-the same length are attended to at once.
+In training the positions of all documents are one axis N, without padding: each document attends to
+itself as if it stood alone, and scores between documents are never computed. Documents of similar
+length are attended to at once.
 
-Axes: N positions of all documents, H heads, K key-value heads, Hd head size.
+Axes: N positions of all documents, n documents of a group, T positions of each, H heads,
+K key-value heads, Hd head size.
 """
 
 import functools
@@ -15,24 +16,113 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import device
-from mlx_qlora.cpu.attention import Residuals, attend_vjp, attend_with_residuals, has_fused_kernel
+from mlx_qlora.cpu import attention as blocks
+from mlx_qlora.cpu.attention import Residuals
 
-CUDA_MULTIPLE = 128  # cuDNN's fused attention has a gradient for such lengths alone
+MOST_PADDING = 0.1  # of a group's positions, for its documents to share a call
+FEWEST_FUSED_QUERIES = 9  # Metal's fused attention has no gradient for fewer
+
+# ---- RoPE ----------------------------------------------------------------------------------------
 
 
-# Documents share a group while little of it is padding and it is no larger than this.
-MOST_PADDING, MOST_IN_BLOCKS, MOST_FUSED = 0.1, 1024, 16384
+def rope(x: mx.array, offset: Any, periods: mx.array) -> mx.array:
+    """RoPE in Hugging Face's layout: pair i is (i, i + Hd / 2), not (2i, 2i + 1).
+
+    Args:
+        x: (B, H, T, Hd).
+        offset: position of the first token, one for all or one for each of B.
+        periods: (Hd / 2,), from `rope_periods`.
+    """
+    Hd = x.shape[-1]
+    return mx.fast.rope(
+        x, Hd, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
+    )
+
+
+def _swapped(x: mx.array) -> mx.array:
+    """The two halves of the last axis, in the other order."""
+    # `split`, as the gradients of two slices would each fill a whole array with zeros.
+    first, second = mx.split(x, 2, axis=-1)
+    return mx.concatenate([second, first], axis=-1)
+
+
+def _rotation(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+    return x * cosine + _swapped(x) * sine
+
+
+def _rotation_vjp(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
+    """The inverse of a rotation is its transpose; nobody learns the angles."""
+    _, cosine, sine = primals
+    return dy * cosine - _swapped(dy) * sine, mx.zeros_like(cosine), mx.zeros_like(sine)
+
+
+_rotate: Any = mx.custom_function(_rotation)
+_rotate.vjp(_rotation_vjp)
+
+
+# ---- documents of one length ---------------------------------------------------------------------
+
+
+def attend_with_residuals(
+    q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
+) -> tuple[mx.array, Residuals]:
+    """Causal attention of n documents.
+
+    Args:
+        q: (n, T, H, Hd).
+        k: (n, T, K, Hd).
+        v: (n, T, K, Hd).
+        keep_weights: also keep the scores' exponentials for the backward, T / 2 numbers for each
+            position and head. A fused kernel keeps none.
+
+    Returns:
+        (n, T, H, Hd); and what `attend_vjp` needs.
+    """
+    if is_fused(q.dtype):
+        return _fused(q, k, v), Residuals()
+    if keep_weights:
+        return blocks.forward(q, k, v)
+    out, log_sum = blocks.by_blocks(q, k, v)
+    return out, Residuals(log_sum)
+
+
+def attend_vjp(
+    q: mx.array, k: mx.array, v: mx.array, out: mx.array, residuals: Residuals, dout: mx.array
+) -> tuple[mx.array, ...]:
+    """Gradients of q, k and v."""
+    if residuals.log_sum is None:  # the kernel keeps its own, in a forward that is run again
+        return tuple(mx.vjp(_fused, [q, k, v], [dout])[1])
+    return blocks.backward(q, k, v, out, residuals, dout)
+
+
+def is_fused(dtype: mx.Dtype) -> bool:
+    """Whether MLX's own attention is used: on a GPU, and for 16-bit numbers everywhere."""
+    return device.current().fused_attention or dtype != mx.float32
+
+
+def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    T, Hd = q.shape[1], q.shape[3]
+    # The word "causal" where possible: an array would make the backward build T x T scores.
+    mask: Any = "causal"
+    if T < FEWEST_FUSED_QUERIES:
+        mask = mx.tril(mx.ones((T, T), dtype=mx.bool_))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=Hd**-0.5, mask=mask)
+    return out.swapaxes(1, 2)
+
+
+# ---- documents of any length ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Group:
-    """Documents of about the same length, attended to at once.
+    """Documents of similar length, attended to at once.
 
     Attributes:
-        index: (n * T,) int32 into N; behind a document's end it names any position.
-        n: how many there are.
-        T: length of the longest, or somewhat more.
-        real: (n, T, 1, 1) float32, 0 behind a document's end; None if all fill T.
+        index: (n * T,) int32 into N; beyond a document's end it names any position.
+        n: number of documents.
+        T: length of the longest, rounded up as the device's attention needs it.
+        real: (n, T, 1, 1) float32, 0 beyond a document's end; None if all fill T.
     """
 
     index: mx.array
@@ -55,8 +145,8 @@ class Documents:
         column: (N,) int32, its place in that row; with `row`, what dropout is drawn from.
         periods: (Hd / 2,), of RoPE.
         groups: the documents.
-        place: (N,) int32, of each position among those of all groups, one behind the other; of
-            padding, behind all of them.
+        place: (N,) int32, of each position in the concatenation of all groups; padding is past
+            its end.
     """
 
     positions: mx.array
@@ -79,7 +169,7 @@ class Documents:
         Args:
             documents: of the rows of a batch.
             periods: from `rope_periods`.
-            N: positions in all, if there is padding behind the documents.
+            N: positions in all, if padding follows the documents.
             T: given, the positions are those of whole rows of this width, padding and all;
                 else the documents follow each other.
         """
@@ -92,9 +182,11 @@ class Documents:
         for first, (b, start, end) in zip(firsts.tolist(), documents.tolist()):
             span = slice(first, first + end - start)
             positions[span], row[span], column[span] = np.arange(end - start), b, range(start, end)
+        multiple = device.current().attention_multiple
         groups, place, used = [], np.full(N, -1, np.int32), 0
-        for members in _alike(lengths):
-            width = _group_width(int(lengths[members].max()))
+        for members in _of_similar_length(lengths):
+            width = int(lengths[members].max())
+            width += -width % multiple
             index, real = np.zeros((2, len(members), width), np.int32)
             for line, member in enumerate(members):
                 first, length = firsts[member], lengths[member]
@@ -108,7 +200,7 @@ class Documents:
         return cls(positions, row, column, periods, groups, place)
 
     @functools.cached_property
-    def turns(self) -> tuple[mx.array, mx.array]:
+    def angles(self) -> tuple[mx.array, mx.array]:
         """Cosine and signed sine (N, 1, Hd) of each position's angles, float32."""
         angles = self.positions[:, None, None] / self.periods
         cosine, sine = mx.cos(angles), mx.sin(angles)
@@ -116,10 +208,9 @@ class Documents:
 
     def rotate(self, x: mx.array) -> mx.array:
         """RoPE of x (N, H, Hd), each document's positions from 0 on."""
-        if has_fused_kernel(x.dtype):
+        if is_fused(x.dtype):
             return rope(x[:, :, None], self.positions, self.periods)[:, :, 0]
-        cosine, sine = self.turns
-        return _turn(x, cosine, sine)  # the kernel's stand-in would make all angles anew each time
+        return _rotate(x, *self.angles)  # MLX's fallback on a CPU recomputes every angle
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """q (N, H, Hd), k and v (N, K, Hd), rotated -> (N, H, Hd)."""
@@ -128,12 +219,12 @@ class Documents:
     def attend_with_residuals(
         self, q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
     ) -> tuple[mx.array, list[Residuals]]:
-        """As `attend`; and of each group what `attend_vjp` wants to know."""
-        found = [
+        """As `attend`; and what `attend_vjp` needs, for each group."""
+        results = [
             attend_with_residuals(group.gather(q), group.gather(k), group.gather(v), keep_weights)
             for group in self.groups
         ]
-        return self._scatter([out for out, _ in found]), [residuals for _, residuals in found]
+        return self._scatter([out for out, _ in results]), [residuals for _, residuals in results]
 
     def attend_vjp(
         self,
@@ -152,14 +243,33 @@ class Documents:
                 dout1 = dout1 * group.real.astype(dout.dtype)
             q1, k1, v1, out1 = map(group.gather, (q, k, v, out))
             grads.append(attend_vjp(q1, k1, v1, out1, of_group, dout1))
-        dq, dk, dv = (self._scatter(list(parts)) for parts in zip(*grads))
+        dq, dk, dv = (self._scatter(list(by_group)) for by_group in zip(*grads))
         return dq, dk, dv
 
-    def _scatter(self, parts: list[mx.array]) -> mx.array:
+    def _scatter(self, by_group: list[mx.array]) -> mx.array:
         """Each group's (n, T, ...) -> (N, ...), zeros where there is padding."""
-        shape = parts[0].shape[2:]
-        flat = [part.reshape(-1, *shape) for part in parts]
+        shape = by_group[0].shape[2:]
+        flat = [x.reshape(-1, *shape) for x in by_group]
         return mx.concatenate([*flat, mx.zeros((1, *shape), flat[0].dtype)])[self.place]
+
+
+def _of_similar_length(lengths: np.ndarray) -> list[np.ndarray]:
+    """The documents of each group: of similar length, and not too many at once."""
+    most = device.current().attention_positions
+    if not most:
+        return [np.array([i]) for i in range(len(lengths))]
+    groups: list[list[int]] = []
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        longest = lengths[groups[-1][0]] if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest <= most
+        if fits and longest - lengths[i] <= longest * MOST_PADDING:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [np.array(members) for members in groups]
+
+
+# ---- a cache -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,7 +293,7 @@ class Cached:
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """q (B, T, H, Hd), k and v (B, T, K, Hd), rotated -> (B, T, H, Hd)."""
         scale = q.shape[-1] ** -0.5
-        q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         k, v = self.cache.update_and_fetch(k, v)
         if hasattr(self.cache, "bits"):  # mlx-lm's quantised cache: k and v are packed triples
             from mlx_lm.models.base import scaled_dot_product_attention
@@ -194,61 +304,3 @@ class Cached:
         else:
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self.mask)
         return out.swapaxes(1, 2)
-
-
-def rope(x: mx.array, offset: Any, periods: mx.array) -> mx.array:
-    """RoPE in Hugging Face's layout: pair i is (i, i + Hd / 2), not (2i, 2i + 1).
-
-    Args:
-        x: (B, H, T, Hd).
-        offset: position of the first token, one for all or one for each of B.
-        periods: (Hd / 2,), from `rope_periods`.
-    """
-    Hd = x.shape[-1]
-    return mx.fast.rope(
-        x, Hd, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
-    )
-
-
-def _swapped(x: mx.array) -> mx.array:
-    """The two halves of the last axis, in the other order."""
-    first, second = mx.split(x, 2, axis=-1)
-    return mx.concatenate([second, first], axis=-1)
-
-
-def _turn_forth(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    return x * cosine + _swapped(x) * sine
-
-
-def _turn_back(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
-    """The inverse of a rotation is its transpose; the angles are no one's to learn."""
-    _, cosine, sine = primals
-    return dy * cosine - _swapped(dy) * sine, mx.zeros_like(cosine), mx.zeros_like(sine)
-
-
-_turn: Any = mx.custom_function(_turn_forth)
-
-
-_turn.vjp(_turn_back)
-
-
-def _alike(lengths: np.ndarray) -> list[np.ndarray]:
-    """The documents of each group: of like lengths, and not too many at once."""
-    fused = has_fused_kernel()
-    if device.current().kind == "cuda":  # each (n, T) would be a shape of its own to cuDNN's cache
-        return [np.array([i]) for i in range(len(lengths))]
-    most = MOST_FUSED if fused else MOST_IN_BLOCKS
-    groups: list[list[int]] = []
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        longest = lengths[groups[-1][0]] if groups else 0
-        fits = groups and (len(groups[-1]) + 1) * longest <= most
-        if fits and longest - lengths[i] <= longest * MOST_PADDING:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [np.array(members) for members in groups]
-
-
-def _group_width(longest: int) -> int:
-    """T of a group."""
-    return longest + -longest % CUDA_MULTIPLE if device.current().kind == "cuda" else longest

@@ -8,6 +8,7 @@ Axes: B batch, T tokens, D hidden, H heads, K key-value heads, Hd head size, F M
 V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.cpu.exponentials import sigmoid
+from mlx_qlora.device import Device, current
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.quantize import Embedding, Linear
@@ -48,7 +50,7 @@ def swiglu_vjp(
     A function of its own because MLX compiles nothing within `mx.vjp`.
     """
     if compiled:
-        return _compiled_back(gate, up, dy)
+        return _compiled(current())[1](gate, up, dy)
     return _backward(gate, up, dy, sigmoid(gate) if s is None else s)
 
 
@@ -68,13 +70,21 @@ def _vjp(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
 
 _with_gradient: Any = mx.custom_function(_forward)
 _with_gradient.vjp(_vjp)
-# Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
-_compiled: Any = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
-_compiled_back: Any = mx.compile(
-    lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
-)
-_fused: Any = mx.custom_function(lambda gate, up: _compiled(gate, up))
-_fused.vjp(lambda primals, dy, _: _compiled_back(*primals, dy))
+
+
+@functools.cache
+def _compiled(here: Device) -> tuple[Any, Any]:
+    """SwiGLU and its backward, compiled; a trace keeps the exponentials of the device it met."""
+    # Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
+    forward = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
+    backward = mx.compile(
+        lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
+    )
+    return forward, backward
+
+
+_fused: Any = mx.custom_function(lambda gate, up: _compiled(current())[0](gate, up))
+_fused.vjp(lambda primals, dy, _: _compiled(current())[1](*primals, dy))
 
 # ---- keys of dropout -----------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora import device
+from mlx_qlora.cpu.blas import row_product
 from mlx_qlora.device import FrozenMatmul
 from mlx_qlora.errors import ConfigError
 
@@ -22,14 +23,6 @@ AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 AFFINE_GROUPS = (32, 64, 128)
-
-
-# So few rows are multiplied faster than a matrix is dequantised: a word at a time, while text is
-# generated (a CPU dequantises in 8 ns a number, and multiplies in 1.3).
-FEW_ROWS = {"cpu": 4, "metal": 32, "cuda": 32}
-
-
-TALL = 16  # times as many rows as columns: an output head, no other matrix
 
 
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
@@ -122,10 +115,10 @@ class FrozenMatrix(nn.Module):
         """x (..., columns) -> x @ W.T (..., rows), in x's dtype."""
         if self.quant is None:
             return _dense_product(x, self.weight)
-        kind = device.current().kind
-        few = x.size <= FEW_ROWS[kind] * x.shape[-1]
-        if few and kind == "cpu":
-            few = self._resident is None  # a dense product is faster still, where it is there
+        here = device.current()
+        few = x.size <= here.few_rows * x.shape[-1]  # a word at a time, while text is generated
+        if few and here.row_as_column:
+            few = self._resident is None  # a dense column product is faster still
         if self.matmul == "quantized" or few:
             return _quantized_matmul(x, self.packed(), self.quant, transpose=True)
         if self._resident is not None:
@@ -222,16 +215,9 @@ def unpack(packed: tuple[mx.array, ...], quant: QuantConfig, dtype: mx.Dtype) ->
 
 
 def _dense_product(x: mx.array, W: mx.array) -> mx.array:
-    """x @ W.T; on a CPU a single row as the column W @ x.
-
-    A token that is generated costs what it takes to read all weights, and BLAS reads W once for
-    a column (gemv) where it packs it for a row (gemm). Only an output head, far taller than wide,
-    gains nothing from that.
-    """
-    one_row = x.size == x.shape[-1] and W.shape[0] < TALL * W.shape[1]
-    if not one_row or device.current().kind != "cpu":
-        return x @ W.T
-    return (W @ x.reshape(-1, 1)).reshape(*x.shape[:-1], W.shape[0])
+    """x (..., columns) -> x @ W.T."""
+    is_row = x.size == x.shape[-1]
+    return row_product(x, W) if is_row and device.current().row_as_column else x @ W.T
 
 
 def _quantized_matmul(

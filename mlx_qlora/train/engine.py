@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.cpu.exponentials import sigmoid
+from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import DecoderLayer, Keys, LlamaForCausalLM, swiglu, swiglu_vjp
@@ -39,7 +40,6 @@ from mlx_qlora.train.memory import (
     Shard,
     check_recompute,
     chunks_of,
-    cores_shared,
     persistent_bytes,
     supervised_documents,
 )

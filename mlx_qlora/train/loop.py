@@ -352,8 +352,8 @@ class Run:
         self.held_out = batches_of(validation, data, training) if validation else None
         self.total_steps = training.total_steps(self.batches)
         compiled = training.compile
-        if compiled == "auto":  # on a CPU it saves next to nothing; see docs/log.md
-            compiled = device.current().kind != "cpu"
+        if compiled == "auto":
+            compiled = device.current().compiles
         self.engine = Engine(model, training.recompute, compiled=bool(compiled))
         self.optimizer = AdamW(
             model.trainable_parameters(),

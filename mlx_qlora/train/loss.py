@@ -22,9 +22,7 @@ from mlx_qlora import device
 from mlx_qlora.cpu.exponentials import exp
 from mlx_qlora.model.quantize import FrozenMatrix
 
-# Bytes that a slice's logits, and its rows of W, may take. On a CPU they should stay near its
-# caches; on a GPU there should be few and large matmuls.
-CPU_SLICE, GPU_SLICE, NARROWEST = 8 << 20, 256 << 20, 1024
+NARROWEST = 1024  # rows of the head in a slice
 
 
 @dataclass
@@ -89,6 +87,5 @@ def losses_by_slice(
 
 def vocabulary_slices(V: int, D: int, S: int) -> list[tuple[int, int]]:
     """First row, and the one after the last, of each slice of a head (V, D), for S tokens."""
-    budget = CPU_SLICE if device.current().kind == "cpu" else GPU_SLICE
-    width = max(NARROWEST, budget // (4 * max(S, D)) // NARROWEST * NARROWEST)
+    width = max(NARROWEST, device.current().head_bytes // (4 * max(S, D)) // NARROWEST * NARROWEST)
     return [(start, min(start + width, V)) for start in range(0, V, width)]

@@ -1,18 +1,16 @@
 """The memory schedule: what each layer keeps for its backward, and how much is computed at once."""
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import device
-from mlx_qlora.cpu import blas
 from mlx_qlora.cpu.attention import BLOCK
+from mlx_qlora.cpu.streams import streams
 from mlx_qlora.data.batches import IGNORE, Batch
-from mlx_qlora.device import Machine, this_machine
+from mlx_qlora.device import Device, Machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.llama import Keys, LlamaConfig, LlamaForCausalLM
@@ -32,20 +30,14 @@ KEPT = {
 }
 Recompute = int | str | list[int]  # how many layers, "none", "all", "auto", or each layer's level
 
-# Positions of a chunk that keep a device busy, and those that it takes at once if memory allows:
-# beyond that speed gains nothing, and memory is better left to others.
-ENOUGH = {"cpu": 512, "metal": 2048, "cuda": 4096}
-AT_ONCE = {"cpu": 1024, "metal": 8192, "cuda": 16384}
-# How much of a machine's memory a plan may fill: a Mac and a desktop run other programs, too.
-FILLED = {"cpu": 0.5, "metal": 0.85, "cuda": 0.92}
 FLOAT32 = 4  # bytes
 
 
-def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, kind: str) -> int:
+def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: Device) -> int:
     """What a layer keeps of one position in a document of T, in bytes."""
     D, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
-    on_cpu = kind == "cpu"  # a GPU's fused kernels keep no exponentials
+    on_cpu = not device.fused_attention  # a GPU's fused kernels keep no exponentials
     numbers = {"x": D, "q": q, "k": k, "v": k, "heads": q, "h": D, "gate": F, "up": F}
     numbers["residuals"] = 0  # the log-sums, one number for a head: too few to count
     numbers["weights"] = on_cpu * H * (T + min(T, BLOCK)) // 2  # by blocks, up to the diagonal
@@ -84,8 +76,8 @@ class Footprint:
     def kept(self, levels: list[int], n_chunks: int) -> int:
         """What the forward of the largest chunk keeps for the backward."""
         positions, T = largest_chunk(self.lengths, n_chunks)
-        kind = self.machine.device
-        each = [layer_bytes(self.config, level, T, self.itemsize, kind) for level in LEVELS]
+        here = self.machine.device
+        each = [layer_bytes(self.config, level, T, self.itemsize, here) for level in LEVELS]
         return positions * sum(each[level] for level in levels)
 
     def working(self, level: int, n_chunks: int) -> int:
@@ -99,7 +91,7 @@ class Footprint:
         numbers = 11.0 * F
         if level >= MLP:
             numbers = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
-            numbers += 1.2 * H * min(T, BLOCK) if self.machine.device == "cpu" else 0
+            numbers += 0 if self.machine.device.fused_attention else 1.2 * H * min(T, BLOCK)
         return int(positions * numbers * self.itemsize)
 
     def highest(self, schedule: Schedule) -> tuple[int, int]:
@@ -114,8 +106,7 @@ class Footprint:
     def budget(self, persistent: int) -> float:
         """What the forward may keep, beside what is persistent and what comes and goes."""
         work = self.working(LAYER, default_chunks(self.lengths, self.machine))
-        share = FILLED[self.machine.device]
-        return share * self.machine.working_set_bytes - persistent - work
+        return self.machine.device.memory_share * self.machine.working_set_bytes - persistent - work
 
     def schedule(self, recompute: list[int] | str, budget: float) -> Schedule:
         """The schedule that recomputes least and keeps within a budget, if one does.
@@ -126,7 +117,7 @@ class Footprint:
         """
         lengths, machine = self.lengths, self.machine
         n_chunks, n = default_chunks(lengths, machine), max(len(lengths), 1)
-        most_chunks = max(n_chunks, min(-(-sum(lengths) // ENOUGH[machine.device]), n))
+        most_chunks = max(n_chunks, min(-(-sum(lengths) // machine.device.busy_positions), n))
         if not isinstance(recompute, str):
             if all(level == LAYER for level in recompute):  # whoever asks for it is short of memory
                 n_chunks = max(n_chunks, min(most_chunks, n // machine.cores))
@@ -168,7 +159,7 @@ def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
 def default_chunks(lengths: Sequence[int], machine: Machine | None = None) -> int:
     """How many chunks a batch is computed in where memory is plentiful."""
     machine = machine or this_machine()
-    at_once, n = AT_ONCE[machine.device], max(len(lengths), 1)
+    at_once, n = machine.device.chunk_positions, max(len(lengths), 1)
     # A chunk should have a document for each core, unless it gets far too large by that.
     most = max(n // machine.cores, -(-sum(lengths) // (4 * at_once)))
     return max(1, min(-(-sum(lengths) // at_once), most, n))
@@ -208,14 +199,14 @@ def update_bytes(trainable: int, machine: Machine) -> int:
     Measured on a CPU, where it goes slice by slice; on a GPU whole buffers are temporary.
     """
     buffer = trainable * FLOAT32
-    return 6 * buffer + min(4 * buffer, 8 << 20) if machine.device == "cpu" else 10 * buffer
+    temporary = machine.device.adamw_bytes
+    return 6 * buffer + (4 * buffer if temporary is None else min(4 * buffer, temporary))
 
 
 # ---- chunks and shards of a batch ----------------------------------------------------------------
 
 # Fewer positions than this do not keep a core busy enough to be worth a stream.
 FEWEST_POSITIONS = 64
-GPU_MULTIPLE = 64  # positions of a shard there: few shapes, so that freed buffers are used again
 
 
 @dataclass(frozen=True)
@@ -262,7 +253,7 @@ def chunks_of(
         spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
         ids = np.concatenate([tokens[row, span] for row, span in spans])
         targets = np.concatenate([labels[row, span] for row, span in spans])
-        padding = 0 if device.current().kind == "cpu" else -len(ids) % GPU_MULTIPLE
+        padding = -len(ids) % device.current().position_multiple
         context = model.model.documents(documents, len(ids) + padding)
         keys = model.model.dropout_keys(dropout_key, len(tokens), context)
         positions = np.flatnonzero(targets != IGNORE).astype(np.int32)
@@ -292,22 +283,3 @@ def spread(lengths: Sequence[int], n: int) -> np.ndarray:
         group_of[i] = load.argmin()  # the longest first, to where there is least
         load[group_of[i]] += lengths[i]
     return group_of
-
-
-_of_thread = threading.local()  # a stream belongs to the thread that made it
-
-
-def streams(n: int) -> list[mx.Stream]:
-    """The default stream, and others of the same device: n in all."""
-    default = mx.default_device()
-    others = _of_thread.__dict__.setdefault("streams", [])
-    while len(others) < n - 1:
-        others.append(mx.new_stream(default))
-    return [mx.default_stream(default), *others[: max(n - 1, 0)]]
-
-
-@contextmanager
-def cores_shared(shards: list[Shard]) -> Iterator[None]:
-    """While shards are computed side by side, each matmul has its share of the cores."""
-    with blas.threads(max(1, device.cores() // max(len(shards), 1))):
-        yield

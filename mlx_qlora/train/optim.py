@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qlora import device
-from mlx_qlora.train.memory import streams
+from mlx_qlora.cpu.streams import streams
 from mlx_qlora.tree import flat, nested
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -166,7 +166,7 @@ class AdamW:
 
 def _slices(size: int) -> list[slice]:
     """Of a buffer: on a CPU such that they stay near its caches, on a GPU few."""
-    step = 1 << 19 if device.current().kind == "cpu" else 1 << 26
+    step = device.current().adamw_slice
     return [slice(start, start + step) for start in range(0, size, step)]
 
 

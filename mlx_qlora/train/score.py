@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.loss import cross_entropy
-from mlx_qlora.train.memory import chunks_of, cores_shared, default_chunks, supervised_documents
+from mlx_qlora.train.memory import chunks_of, default_chunks, supervised_documents
 
 
 @dataclass

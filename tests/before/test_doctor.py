@@ -12,7 +12,6 @@ import types
 from dataclasses import asdict
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from rich.console import Console
 from support.hub_server import GOOD_TOKEN, STRANGERS_TOKEN
@@ -23,7 +22,6 @@ from mlx_qlora import device
 from mlx_qlora.before import doctor
 from mlx_qlora.before.doctor import Finding, PlannedRun
 from mlx_qlora.cli import main
-from mlx_qlora.cpu import blas
 from mlx_qlora.model.hub import BUILT_IN
 
 LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -302,7 +300,7 @@ def mac(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     monkeypatch.setattr(platform, "mac_ver", lambda: (facts.get("macos", "15.1"), (), ""))
     monkeypatch.setattr(device, "facts", lambda: facts)
-    on = types.SimpleNamespace(facts=facts, said=said, device=device.Device("metal", mx.bfloat16))
+    on = types.SimpleNamespace(facts=facts, said=said, device=device.METAL)
     monkeypatch.setattr(device, "current", lambda: on.device)
     monkeypatch.setattr(doctor, "output_of", lambda command, *_: said[command])
     return on
@@ -365,10 +363,10 @@ def test_mlx(mac, monkeypatch):
     (found,) = doctor.mlx()
     assert found.state == "ok"
     assert re.fullmatch(r"mlx \S+, mlx-lm \S+; computes on metal in bfloat16", found.text)
-    mac.device = device.Device("cpu", mx.float32)
+    mac.device = device.CPU
     (found,) = doctor.mlx()
     assert found.state == "warning" and "Metal is not available" in found.text
-    monkeypatch.setattr(blas, "has_gpu_wheel", lambda: True)
+    monkeypatch.setattr(device, "has_gpu_wheel", lambda: True)
     (found,) = doctor.mlx()
     assert found.state == "warning" and found.fix.startswith("pip uninstall -y mlx-cpu && pip inst")
 
@@ -388,8 +386,8 @@ def test_mlx(mac, monkeypatch):
 def test_the_blas(mac, monkeypatch):
     assert [*doctor.blas()] == [Finding("blas", "ok", "Accelerate")]
     monkeypatch.setattr(sys, "platform", "linux")
-    mac.device = device.Device("cpu", mx.float32)
-    monkeypatch.setattr(blas, "loaded", lambda: None)
+    mac.device = device.CPU
+    monkeypatch.setattr(device, "openblas", None)
     monkeypatch.delenv("MLX_QLORA_BLAS", raising=False)
     (found,) = doctor.blas()
     assert (found.state, found.fix) == ("warning", "pip install cmeel-openblas")
@@ -397,10 +395,10 @@ def test_the_blas(mac, monkeypatch):
     monkeypatch.setenv("MLX_QLORA_BLAS", "none")
     (found,) = doctor.blas()
     assert (found.state, found.fix) == ("warning", "unset MLX_QLORA_BLAS")
-    monkeypatch.setattr(blas, "loaded", lambda: "/x/libopenblas.so.0")
+    monkeypatch.setattr(device, "openblas", "/x/libopenblas.so.0")
     mac.facts["blas"] = "/x/libopenblas.so.0"
     assert [*doctor.blas()] == [Finding("blas", "ok", "/x/libopenblas.so.0")]
-    mac.device = device.Device("cuda", mx.bfloat16)
+    mac.device = device.CUDA
     assert [*doctor.blas()] == [Finding("blas", "ok", "the GPU multiplies")]
 
 
@@ -425,7 +423,7 @@ def test_a_rate_is_two_n_cubed_over_the_shortest_product():
     ],
 )
 def test_the_matmul_rate_against_the_chips(mac, monkeypatch, kind, chip, rate, state, said):
-    mac.device = device.Device(kind, mx.float32 if kind == "cpu" else mx.bfloat16)
+    mac.device = getattr(device, kind.upper())
     monkeypatch.setattr(doctor, "matmul_rate", lambda side: rate)
     mac.facts["chip"] = chip
     if kind != "metal":
@@ -476,7 +474,7 @@ def test_the_watchdog_of_a_display(mac, monkeypatch):
 
 def test_variables_that_matter(mac, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    mac.device = device.Device("cpu", mx.float32)
+    mac.device = device.CPU
     said = {"OPENBLAS_NUM_THREADS": "3", "HF_HOME": "/big", "HF_ENDPOINT": "https://mirror"}
     for name, value in said.items():
         monkeypatch.setenv(name, value)
@@ -578,7 +576,7 @@ def test_without_mlx_the_rest_is_examined(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    device.current.cache_clear()
+    device._found.cache_clear()
     found = doctor.doctor(Console(file=io.StringIO()), PlannedRun(None, output_dir=str(tmp_path)))
     assert only(found, "mlx").state == "error"
     assert only(found, "python").state == "ok"

@@ -139,22 +139,28 @@ def test_longest_context_fits_and_a_longer_one_does_not(checkpoint_files):
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "gigabytes"),
-    [("m4-max-64", "metal", 51.5), ("M1-8", "metal", 5.7), ("h100-80", "cuda", 81.6)],
+    ("name", "kind", "gigabytes"),
+    [
+        ("m4-max-64", device.METAL, 51.5),
+        ("M1-8", device.METAL, 5.7),
+        ("h100-80", device.CUDA, 81.6),
+    ],
 )
-def test_machines_by_name(name, device, gigabytes):
+def test_machines_by_name(name, kind, gigabytes):
     found = machine(name)
-    assert (found.device, found.itemsize) == (device, 2)
+    assert (found.device, found.device.compute_dtype) == (kind, mx.bfloat16)
     assert found.working_set_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
     assert found.flops > 1e12
 
 
 def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeypatch):
     monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
-    cpu, gpu = (dataclasses.replace(small(1 << 30), device=name) for name in ("cpu", "cuda"))
+    cpu, gpu = (
+        dataclasses.replace(small(1 << 30), device=kind) for kind in (device.CPU, device.CUDA)
+    )
     for each in (cpu, gpu):
         vars(each)["flops"] = 1e11
-    busy = [1e11 / (1e11 * device.REACHED[each.device]) for each in (cpu, gpu)]
+    busy = [1e11 / (1e11 * each.device.matmul_share) for each in (cpu, gpu)]
     assert cpu.seconds(1e11, 500_000_000) == pytest.approx(busy[0] + 0.5)
     assert gpu.seconds(1e11, 500_000_000) == pytest.approx(busy[1])
 
@@ -162,7 +168,7 @@ def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeyp
 def test_few_rows_are_expected_to_take_longer_on_a_cpu(checkpoint_files, monkeypatch):
     monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
     checkpoint = open_checkpoint(checkpoint_files)
-    where = dataclasses.replace(small(8 << 30), device="cpu")
+    where = dataclasses.replace(small(8 << 30), device=device.CPU)
     vars(where)["flops"] = 1e11
 
     def seconds(rows: int, **training: bool) -> float:
@@ -250,25 +256,25 @@ def test_long_rows_among_many_short_ones_ask_for_memory_and_not_for_time(checkpo
 
 
 @pytest.mark.parametrize(
-    ("device", "max_length", "accumulation", "rows"),
+    ("kind", "max_length", "accumulation", "rows"),
     [
-        ("cpu", 2048, 3, 1),  # not even one keeps within what a CPU takes at once
-        ("cpu", 512, 3, 2),
-        ("metal", 2048, 3, 3),  # four would fit, but do not divide the 18 rows of a step
-        ("metal", 512, 3, 9),
-        ("cuda", 2048, 1, 6),
-        ("cuda", 64, 3, 18),
+        (device.CPU, 2048, 3, 1),  # not even one keeps within what a CPU takes at once
+        (device.CPU, 512, 3, 2),
+        (device.METAL, 2048, 3, 3),  # four would fit, but do not divide the 18 rows of a step
+        (device.METAL, 512, 3, 9),
+        (device.CUDA, 2048, 1, 6),
+        (device.CUDA, 64, 3, 18),
     ],
 )
 def test_auto_takes_what_keeps_the_device_busy_of_the_same_rows_a_step(
-    device, max_length, accumulation, rows
+    kind, max_length, accumulation, rows
 ):
     training = {
         "per_device_train_batch_size": "auto",
         "gradient_accumulation_steps": accumulation,
     }
     config = build({"training": training, "data": {"max_length": max_length}})
-    where = dataclasses.replace(this_machine(), device=device)
+    where = dataclasses.replace(this_machine(), device=kind)
     settled = settle(config, LLAMA, machine=where)
     made = settled.training
     assert made.per_device_train_batch_size == rows

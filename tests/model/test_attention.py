@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from mlx_qlora import device
-from mlx_qlora.cpu import attention
-from mlx_qlora.cpu.attention import Residuals, attend_vjp, attend_with_residuals
-from mlx_qlora.model import attention as documents_module
-from mlx_qlora.model.attention import Documents, rope
+from mlx_qlora.cpu import attention as blocks
+from mlx_qlora.cpu.attention import Residuals
+from mlx_qlora.model import attention
+from mlx_qlora.model.attention import Documents, attend_vjp, attend_with_residuals, rope
 from mlx_qlora.model.rope import RopeConfig, rope_periods
 
 HD = 16
@@ -69,12 +69,12 @@ def test_output_and_gradients_equal_float64(T, H, K, keep_weights):
 
 @pytest.mark.parametrize("keep_weights", [False, True])
 def test_narrower_blocks_for_longer_documents_give_the_same(monkeypatch, keep_weights):
-    monkeypatch.setattr(attention, "MOST_SCORES", 0)
+    monkeypatch.setattr(blocks, "MOST_SCORES", 0)
     q, k, v, dout = inputs(2, 131, 6, 2)
-    out, residuals = attention._forward(*map(mx.array, (q, k, v)))
+    out, residuals = blocks.forward(*map(mx.array, (q, k, v)))
     assert len(residuals.weights) == 9
     residuals = residuals if keep_weights else Residuals(residuals.log_sum)
-    found = attention._backward(*map(mx.array, (q, k, v)), out, residuals, mx.array(dout))
+    found = blocks.backward(*map(mx.array, (q, k, v)), out, residuals, mx.array(dout))
     assert_close([out, *found], exact(q, k, v, dout), 5e-6)
 
 
@@ -99,7 +99,7 @@ def test_very_large_scores_stay_finite_and_right(T, keep_weights):
     wanted = exact(q, k, v, dout)
     q64 = np.abs((q[0, :, 0].astype(np.float64) @ k[0, :, 0].T) / 4)
     assert q64.max() > 1e4
-    # Made anew from the log-sum, a weight is as exact as float32 tells 1e4 from its neighbour.
+    # Recomputed from the log-sum, a weight is as exact as float32 tells 1e4 from its neighbour.
     tolerance = 1e-5 if keep_weights else 2e-2
     assert_close(ours(q, k, v, dout, keep_weights), wanted, tolerance, size=100)
 
@@ -107,10 +107,12 @@ def test_very_large_scores_stay_finite_and_right(T, keep_weights):
 @pytest.mark.parametrize("T", LENGTHS)
 def test_the_fused_kernel_and_the_blocks_give_the_same(T):
     q, k, v, dout = map(mx.array, inputs(2, T, 6, 2))
-    fused, dfused = mx.vjp(attention._fused, [q, k, v], [dout])
-    out, residuals = attention._forward(q, k, v)
+    with device.use(device.METAL):
+        fused, none_kept = attend_with_residuals(q, k, v)
+        dfused = attend_vjp(q, k, v, fused, none_kept, dout)
+    out, residuals = blocks.forward(q, k, v)
     for kept in (residuals, Residuals(residuals.log_sum)):
-        assert_close([*fused, *dfused], [out, *attention._backward(q, k, v, out, kept, dout)], 1e-5)
+        assert_close([fused, *dfused], [out, *blocks.backward(q, k, v, out, kept, dout)], 1e-5)
 
 
 def test_memory_grows_with_the_positions_and_not_with_their_square():
@@ -126,8 +128,8 @@ def test_memory_grows_with_the_positions_and_not_with_their_square():
         return mx.get_peak_memory() - before
 
     def in_blocks():
-        out, log_sum = attention._by_blocks(q, k, v)
-        return attention._backward(q, k, v, out, Residuals(log_sum), dout)
+        out, log_sum = blocks.by_blocks(q, k, v)
+        return blocks.backward(q, k, v, out, Residuals(log_sum), dout)
 
     def at_once():
         keys, values = (mx.repeat(x, 2, axis=2).swapaxes(1, 2) for x in (k, v))
@@ -182,13 +184,15 @@ def size(documents: Documents) -> int:
     return documents.positions.size
 
 
-def test_documents_of_like_lengths_share_a_group():
-    groups = Documents.of(ALIKE, PERIODS).groups
-    if device.current().kind == "cuda":
-        assert len(groups) == 3
-    else:
-        assert [(group.n, group.T) for group in groups] == [(3, 100)]
-        assert groups[0].real.sum().item() == 100 + 95 + 91
+def test_documents_of_similar_length_share_a_group():
+    for kind in (device.CPU, device.METAL):
+        with device.use(kind):
+            (group,) = Documents.of(ALIKE, PERIODS).groups
+        assert (group.n, group.T) == (3, 100)
+        assert group.real.sum().item() == 100 + 95 + 91
+    with device.use(device.CUDA):  # a document each, of lengths that cuDNN differentiates
+        groups = Documents.of(ALIKE, PERIODS).groups
+    assert [(group.n, group.T) for group in groups] == [(1, 128)] * 3
 
 
 def test_positions_rows_and_columns_say_where_a_token_comes_from(laid_out):
@@ -228,7 +232,7 @@ def test_nothing_outside_a_document_changes_a_bit_of_it(laid_out, keep_weights):
             assert np.array_equal(before[span], after[span])
 
 
-def test_mlx_differentiates_documents_as_pull_does(laid_out):
+def test_mlx_differentiates_documents_as_attend_vjp_does(laid_out):
     documents, spans = laid_out
     q, k, v, dout = flat_inputs(size(documents))
     inside = np.zeros(size(documents), bool)
@@ -269,7 +273,7 @@ def test_rope_by_table_equals_the_kernel_and_float64_document_by_document(laid_o
     documents, spans = laid_out
     x = normal(size(documents), 6, HD)
     found = np.array(documents.rotate(mx.array(x)))
-    by_table = np.array(documents_module._turn(mx.array(x), *documents.turns))
+    by_table = np.array(attention._rotate(mx.array(x), *documents.angles))
     for span in spans:
         kernel = rope(mx.array(x[span]).swapaxes(0, 1)[None], 0, PERIODS)[0].swapaxes(0, 1)
         for rotated in (found, by_table):
@@ -280,7 +284,7 @@ def test_rope_by_table_equals_the_kernel_and_float64_document_by_document(laid_o
 def test_gradients_of_rope_by_table_equal_the_kernel_s(laid_out):
     documents, spans = laid_out
     x, dy = (mx.array(normal(size(documents), 6, HD, seed=s)) for s in (0, 1))
-    found = mx.vjp(lambda x: documents_module._turn(x, *documents.turns), [x], [dy])[1][0]
+    found = mx.vjp(lambda x: attention._rotate(x, *documents.angles), [x], [dy])[1][0]
     rotated = mx.vjp(documents.rotate, [x], [dy])[1][0]
     np.testing.assert_allclose(np.array(found), np.array(rotated), atol=2e-5)
     for span in spans:

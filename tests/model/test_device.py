@@ -1,5 +1,6 @@
 """What the machine is, and which BLAS multiplies on Linux."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -10,10 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from support.gradients import gap, packed_batch
+from support.models import load_folder, randomise_lora
 
-from mlx_qlora import device as room
-from mlx_qlora.device import Device, compute_dtype, facts, frozen_matmul
+from mlx_qlora import device
+from mlx_qlora.device import CPU, CUDA, METAL, Machine, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.lora import LoraConfig, add_lora
+from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.train.engine import Engine
+from mlx_qlora.tree import flat
 
 ON_LINUX = sys.platform.startswith("linux")
 
@@ -152,28 +159,28 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 
 def test_the_device_decides_dtype_and_strategy() -> None:
-    chosen = room.current()
-    assert chosen in (
-        Device("cpu", mx.float32),
-        Device("metal", mx.bfloat16),
-        Device("cuda", mx.bfloat16),
-    )
-    assert (chosen.kind == "cpu") == (mx.default_device() == mx.Device(mx.cpu))
-    assert compute_dtype("auto") == chosen.compute_dtype
+    chosen = device.current()
+    assert (chosen == CPU) == (mx.default_device() == mx.Device(mx.cpu))
+    for here, dtype in ((CPU, mx.float32), (METAL, mx.bfloat16), (CUDA, mx.bfloat16)):
+        with device.use(here):
+            assert compute_dtype("auto") == dtype and facts()["device"] == here.kind
+            assert (device.this_machine().device, device.machine(None).device) == (here, here)
+    assert device.current() == chosen
 
 
 @pytest.mark.parametrize(
-    ("device", "dense_bytes", "strategy"),
+    ("here", "dense_bytes", "strategy"),
     [
-        ("cpu", 4e9, "resident"),
-        ("cpu", 5e9, "dequantize"),
-        ("cuda", 4e9, "resident"),
-        ("cuda", 5e9, "dequantize"),
-        ("metal", 1e9, "quantized"),
+        (CPU, 4e9, "resident"),
+        (CPU, 5e9, "dequantize"),
+        (CUDA, 4e9, "resident"),
+        (CUDA, 5e9, "dequantize"),
+        (METAL, 1e9, "quantized"),
     ],
 )
-def test_a_dequantised_copy_is_kept_where_it_helps_and_fits(device, dense_bytes, strategy) -> None:
-    assert frozen_matmul("auto", int(dense_bytes), device, 10 * 1000**3) == strategy
+def test_a_dequantised_copy_is_kept_where_it_helps_and_fits(here, dense_bytes, strategy) -> None:
+    machine = Machine("another", here, 10 * 1000**3, cores=1)
+    assert frozen_matmul("auto", int(dense_bytes), machine) == strategy
 
 
 @pytest.mark.parametrize(
@@ -189,20 +196,23 @@ def test_a_dequantised_copy_is_kept_where_it_helps_and_fits(device, dense_bytes,
 def test_processes_of_one_machine_share_its_cores(
     monkeypatch, of_machine, allowed, processes, share
 ) -> None:
-    monkeypatch.setattr(room, "current", lambda: Device("cpu", mx.float32))
-    monkeypatch.setattr(room, "_processes_here", 1)
+    monkeypatch.setattr(device, "_processes_here", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: of_machine)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(allowed), raising=False)
-    room.share_cores(processes)
-    assert room.cores() == share
-    monkeypatch.setattr(room, "current", lambda: Device("metal", mx.bfloat16))
-    assert room.cores() == 1
+    device.share_cores(processes)
+    with device.use(CPU):
+        assert device.cores() == share
+    with device.use(METAL):
+        assert device.cores() == 1
 
 
 def test_this_machine_is_asked_where_no_other_is_named() -> None:
-    assert frozen_matmul("auto") == ("quantized" if room.current().kind == "metal" else "resident")
-    if room.current().kind != "metal":
-        assert frozen_matmul("auto", 1 << 60) == "dequantize"
+    for here, fits, too_large in (
+        (CPU, "resident", "dequantize"),
+        (METAL, "quantized", "quantized"),
+    ):
+        with device.use(here):
+            assert (frozen_matmul("auto"), frozen_matmul("auto", 1 << 60)) == (fits, too_large)
 
 
 def test_a_named_choice_is_taken_as_it_is() -> None:
@@ -238,3 +248,46 @@ def test_facts_are_plain_data_with_these_keys() -> None:
     assert known["python"] == ".".join(map(str, sys.version_info[:3]))
     assert known["compute_dtype"] in ("float32", "bfloat16")
     assert 2**28 < known["working_set_bytes"] <= known["memory_bytes"] < 2**45
+
+
+# ---- another device's route --------------------------------------------------------------------
+
+# MLX computes all of a GPU's route on a CPU too, by fallbacks (attention) or slower (16 bits,
+# packed products); only wiring memory needs Metal.
+ROUTES = {
+    "metal": (dataclasses.replace(METAL, dtype="float32"), "quantized", 5e-6),
+    "metal, dequantised": (dataclasses.replace(METAL, dtype="float32"), "dequantize", 5e-6),
+    "cuda": (dataclasses.replace(CUDA, dtype="float32"), "dequantize", 5e-6),
+    "cuda in bfloat16": (CUDA, "resident", 0.1),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_gpu_s_route_has_the_gradients_of_a_cpu_s(hf_tiny, monkeypatch, route) -> None:
+    """Fused attention, packed products, compiled, one stream, a GPU's chunks and padding."""
+    batch = packed_batch([[20, 9, 3], [30, 1], [17, 8, 5], [12, 12], [31], [2, 25]])
+    used, fused, packed = [], mx.fast.scaled_dot_product_attention, mx.quantized_matmul
+
+    def counted(name: str, real: Any) -> Any:
+        return lambda *args, **settings: used.append(name) or real(*args, **settings)
+
+    def gradients(here: device.Device, matmul: str) -> tuple[float, int, Any, set[str]]:
+        used.clear()
+        with device.use(here):
+            model = load_folder(hf_tiny[1], QuantConfig(4, 32), matmul, here.compute_dtype)
+            add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=5)
+            randomise_lora(model)
+            weights = flat(model.trainable_parameters())
+            loss, n, grads = Engine(model, "auto", here.compiles)(weights, batch, mx.random.key(3))
+            mx.eval(loss, grads)
+        return loss.item(), n, grads, set(used)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted("fused", fused))
+    monkeypatch.setattr(mx, "quantized_matmul", counted("packed", packed))
+    loss, n, grads, kernels = gradients(CPU, "resident")
+    assert kernels == set()
+    here, matmul, tolerance = ROUTES[route]
+    other_loss, other_n, other_grads, kernels = gradients(here, matmul)
+    assert kernels == ({"fused", "packed"} if matmul == "quantized" else {"fused"})
+    assert other_n == n and other_loss == pytest.approx(loss, rel=tolerance / 10)
+    assert 0 < gap(grads, other_grads) < tolerance  # a route that was not taken would give 0

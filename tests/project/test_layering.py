@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "mlx_qlora"
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
     {"errors", "tree", "folders"},
-    {"cpu.blas", "device", "distributed"},
+    {"device", "distributed"},
     {"cpu"},
     {"model"},
     {"data"},

@@ -177,7 +177,7 @@ def one(
 
     found: dict[str, Any] = {"sent": [], "wire": [], "parts": 0}
     out, err = io.StringIO(), io.StringIO()
-    train, step, call = run.train, step.Update.step, engine.Engine.__call__
+    train, take_step, call = run.train, step.Update.step, engine.Engine.__call__
     steps = itertools.count()
     move, moves = optim.AdamW.update, itertools.count(1)
     save, score, scored = loop.save_checkpoint, loop.score, itertools.count(1)
@@ -191,7 +191,7 @@ def one(
         if next(steps) == 0:
             count()
         time.sleep(pause)
-        outcome = step(self, *args)
+        outcome = take_step(self, *args)
         count()
         return outcome
 

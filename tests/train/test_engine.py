@@ -193,21 +193,17 @@ LEVEL_LISTS = [
 @contextmanager
 def split_into(n_chunks: int, cores: int, positions: int = SIZE):
     """So many chunks and cores; yields how many shards each chunk had."""
-    kind, seen = device.current().kind, []
-    real = memory.chunks_of
+    seen, real, limit = [], memory.chunks_of, -(-positions // n_chunks)
+    here = dataclasses.replace(device.current(), chunk_positions=limit, busy_positions=limit)
 
     def chunks_of(*args: Any) -> Any:
         made = real(*args)
         seen.extend(map(len, made))
         return made
 
-    with pytest.MonkeyPatch.context() as patch:
-        for limit in (memory.AT_ONCE, memory.ENOUGH):
-            patch.setitem(limit, kind, -(-positions // n_chunks))
+    with device.use(here), pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "FEWEST_POSITIONS", 1)
         patch.setattr(device, "cores", lambda: cores)
-        machine = dataclasses.replace(memory.this_machine(), cores=cores)
-        patch.setattr(memory, "this_machine", lambda: machine)
         patch.setattr(engine_module, "chunks_of", chunks_of)
         yield seen
 
@@ -309,8 +305,10 @@ def test_gates_that_saturate_have_finite_and_equal_gradients(hf_tiny, levels, co
     assert gap(wanted, grads) < 1e-4
 
 
-def test_documents_with_nothing_to_learn_and_padding_are_not_computed(model, monkeypatch):
-    monkeypatch.setattr(memory, "GPU_MULTIPLE", 1)
+def test_documents_with_nothing_to_learn_and_padding_are_not_computed(
+    model, monkeypatch, use_device
+):
+    use_device(position_multiple=1)
     batch, seen, look_up = packed_batch(ROWS, width=50), [], Embedding.__call__
 
     def noting(self, tokens):
@@ -439,11 +437,9 @@ SIZES = llama.LlamaConfig(
 
 @pytest.mark.parametrize("lengths", [[100] * 12, [700, 20, 30, 500, 600, 90], [3000], [5] * 9])
 def test_a_schedule_saves_with_chunks_first_then_level_by_level_and_keeps_its_budget(
-    monkeypatch, lengths
+    use_device, lengths
 ):
-    kind = device.current().kind
-    monkeypatch.setitem(memory.AT_ONCE, kind, 1000)
-    monkeypatch.setitem(memory.ENOUGH, kind, 300)
+    use_device(chunk_positions=1000, busy_positions=300)
     N, n_layers, batch = sum(lengths), SIZES.num_hidden_layers, Footprint(SIZES, lengths, 4)
 
     def kept(made: memory.Schedule) -> int:
@@ -467,18 +463,19 @@ def test_a_schedule_saves_with_chunks_first_then_level_by_level_and_keeps_its_bu
     assert len({tuple(m.levels) for m in made}) == 1 + 3 * n_layers
 
 
-@pytest.mark.parametrize(("device", "different"), [("cpu", 4), ("metal", 3), ("cuda", 3)])
+@pytest.mark.parametrize(
+    ("here", "different"), [(device.CPU, 4), (device.METAL, 3), (device.CUDA, 3)]
+)
 @pytest.mark.parametrize("T", [1, 100, 1000])
-def test_each_level_keeps_less_than_the_one_before(T, device, different):
+def test_each_level_keeps_less_than_the_one_before(T, here, different):
     """A fused kernel keeps no exponentials."""
-    sizes = [memory.layer_bytes(SIZES, level, T, 4, device) for level in LEVELS]
+    sizes = [memory.layer_bytes(SIZES, level, T, 4, here) for level in LEVELS]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == different
 
 
-def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_chunks(monkeypatch):
-    monkeypatch.setitem(memory.AT_ONCE, device.current().kind, 1000)
-    monkeypatch.setitem(memory.ENOUGH, device.current().kind, 300)
+def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_chunks(use_device):
+    use_device(chunk_positions=1000, busy_positions=300)
     lengths = [100] * 20
     for levels in ([LAYER, MLP, NOTHING, NOTHING], [LAYER] * 4):
         made = Footprint(SIZES, lengths, 4).schedule(levels, 0)

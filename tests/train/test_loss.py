@@ -1,9 +1,12 @@
 """Cross-entropy piece by piece against float64 with all logits, and what memory it takes."""
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_qlora import device
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
 from mlx_qlora.train import loss
@@ -14,10 +17,9 @@ MATMULS = ["quantized", "dequantize", "resident"]
 
 
 @pytest.fixture
-def narrow(monkeypatch):
+def narrow(monkeypatch, use_device):
     """Pieces of 48 rows for any number of tokens."""
-    for name in ("CPU_SLICE", "GPU_SLICE"):
-        monkeypatch.setattr(loss, name, 0)
+    use_device(head_bytes=0)
     monkeypatch.setattr(loss, "NARROWEST", 48)
 
 
@@ -200,9 +202,9 @@ def peak(run) -> int:
 
 
 @pytest.mark.parametrize("matmul", [None, "dequantize", "resident"])
-def test_no_more_than_a_few_pieces_of_the_logits_exist_at_once(monkeypatch, matmul):
+def test_no_more_than_a_few_pieces_of_the_logits_exist_at_once(use_device, matmul):
     S, rows = 1024, 32768
-    monkeypatch.setattr(loss, "GPU_SLICE", loss.CPU_SLICE)
+    use_device(head_bytes=device.CPU.head_bytes)
     W, hidden = normal(rows, D) * 0.3, mx.array(normal(S, D, seed=1))
     targets = mx.array(some_targets(S, rows))
     quant = QuantConfig(4, 32)
@@ -234,8 +236,6 @@ def test_a_head_that_is_dequantised_never_is_whole():
     head = packed_head(normal(rows, wide), "dequantize", QuantConfig(4, 32))
     hidden, targets = mx.array(normal(2, wide)), mx.array(some_targets(2, rows))
     mx.eval(head.parameters(), hidden, targets)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("CPU_SLICE", "GPU_SLICE"):
-            patch.setattr(loss, name, 1 << 20)
+    with device.use(dataclasses.replace(device.current(), head_bytes=1 << 20)):
         used = peak(lambda: cross_entropy(head, hidden, targets).gradient)
     assert used < 0.25 * rows * wide * 4 < peak(head.dense)

@@ -360,11 +360,9 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
     finally:
         mx.set_cache_limit(before)
 
-    for kind, wired in (("metal", [working_set]), ("cuda", []), ("cpu", [])):
+    for kind, wired in ((device.METAL, [working_set]), (device.CUDA, []), (device.CPU, [])):
         limits, caches = [], []
-        chosen = device.Device(kind, mx.float32)
-        with monkeypatch.context() as patch:
-            patch.setattr(device, "current", lambda chosen=chosen: chosen)
+        with device.use(kind), monkeypatch.context() as patch:
             patch.setattr(mx, "set_wired_limit", limits.append)
             patch.setattr(mx, "set_cache_limit", caches.append)
             device.limit_memory()
