@@ -85,6 +85,7 @@ SECTIONS: dict[str, type] = {
     section.name: typing.get_type_hints(RunConfig)[section.name]
     for section in dataclasses.fields(RunConfig)
 }
+
 # What other trainers and papers call a field.
 USUAL_WORDS = {
     "lr": "training.learning_rate",

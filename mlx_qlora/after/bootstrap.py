@@ -22,13 +22,11 @@ from mlx_qlora.errors import DataError, require
 RESAMPLES = 4000  # the ends of an interval then vary by a few percent of its width with the seed
 FEWEST = 8  # examples; below this quantiles of resamples mean nothing
 DRAWS_AT_ONCE = 1 << 21
-
 # The least error of a resample over the greatest, for studentised intervals. Where a few examples
 # carry the change, a resample without them has next to no spread, and what is divided by that
 # reaches far beyond every example. In 2,000 sets each of n = 20, 6 % of log-normal ones are below
 # and lose no coverage.
 LEAST_SPREAD = 0.05
-
 STUDENTISED, BCA, NONE = "studentised", "bca", "none"
 
 

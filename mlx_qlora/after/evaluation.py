@@ -44,7 +44,6 @@ from mlx_qlora.run import open_inputs
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
 BATCH, PROMPTS_PER_CALL = 8, 32  # prompts at once; where one ends, the next takes its place
-
 # name -> which is better, and the function
 ANSWER_METRICS: dict[str, tuple[str, Callable[[str, str], float]]] = {
     "exact_match": (HIGHER, metrics.exact_match),

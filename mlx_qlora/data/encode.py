@@ -172,7 +172,6 @@ CHUNK_ROWS = 4096
 # This much is encoded here first: starting workers for less would take longer than the work.
 BEFORE_WORKERS = 4 * CHUNK_BYTES
 LONGEST_REASON = 300  # characters
-
 Refused = list[tuple[int, str]]  # (line, reason)
 
 

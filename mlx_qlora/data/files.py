@@ -293,7 +293,6 @@ def _array_rows(file: IO[bytes]) -> Rows:
 
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
 LONGEST_ITEM = 1 << 28  # characters; a longer item is taken for one that never ends
-
 # Only finds where a value ends. It takes what _STRICT refuses (numbers of any length, NaN, a name
 # twice), so that a refused item does not hide the ones after it, as a streaming parser would.
 _LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)

@@ -12,7 +12,6 @@ from mlx_qlora.errors import DataError, TokenizerError
 # ---- a row -> what it says -----------------------------------------------------------------------
 
 Message = dict[str, Any]
-
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
 ROLES = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
@@ -259,7 +258,6 @@ def _chat(messages: list[Message], tools: list[dict[str, Any]] | None) -> Chat:
 # ---- what it says -> text ------------------------------------------------------------------------
 
 Segments = list[tuple[str, bool]]  # (text, whether it is learned), in order
-
 # A template that writes today's date would give a row other tokens tomorrow, so that a run could
 # not be continued. This day is the one that Llama 3.1's template falls back to.
 ROW_DATE = (2024, 7, 26)
