@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -25,17 +26,17 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from support.tiny_folder import write_model
-from test_loop import make_examples
+from support.training import at_step, losses, make_examples, recorded, settings, without_clocks
 
 import mlx_qlora as mq
-from mlx_qlora.config import SECTIONS, build
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import ConfigError, TrainingError
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import disk_errors, staged
 from mlx_qlora.train import checkpoint, loop
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
+    best_eval,
     checkpoint_to_resume,
     checkpoints,
     read_state,
@@ -44,25 +45,19 @@ from mlx_qlora.train.loop import Run, TrainResult
 from mlx_qlora.train.score import Score
 from mlx_qlora.train.signals import Interrupted
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
 STEPS = 8
 SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS,
-    "per_device_train_batch_size": 3,
-    "gradient_accumulation_steps": 2,
-    "warmup_steps": 2,
-    "learning_rate": 1e-2,
     "r": 2,
     "lora_alpha": 4,
     "lora_dropout": 0.3,
-    "packing": False,
     "max_length": 40,
-    "save_steps": 3,
     "eval_steps": 2,
-    "save_total_limit": 10,
     "logging_steps": 3,
 }
-SECTION_OF = {
-    field.name: section for section, made in SECTIONS.items() for field in dataclasses.fields(made)
+SHAPE = {
+    **{"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1},
 }
 FILES = [
     "README.md",
@@ -93,9 +88,6 @@ def go(
     **fields: Any,
 ) -> Finished:
     """One run by the public call, on a fresh tiny model; keywords are fields of the config."""
-    values: dict[str, dict[str, Any]] = {"checkpointing": {"output_dir": str(out)}}
-    for name, value in {**SETTINGS, **fields}.items():
-        values.setdefault(SECTION_OF[name], {})[name] = value
     model, tokenizer = mq.load(folder)
     printed = io.StringIO()
     result = mq.fine_tune(
@@ -103,49 +95,14 @@ def go(
         tokenizer,
         make_examples() if examples is None else examples,
         make_examples(6, seed=9) if held_out is None else held_out,
-        build(values),
+        settings(out, **{**SETTINGS, **fields}),
         console=Console(file=printed, width=300),
     )
     return Finished(out, model, result, printed.getvalue())
 
 
-@contextmanager
-def at_step(step: int, action: Callable[[Run], Any]) -> Iterator[None]:
-    """Within it something happens after a step, before its validation and checkpoint."""
-    note = Run.note
-
-    def noted(self: Run, *args: Any) -> None:
-        note(self, *args)
-        if self.state.step == step:
-            action(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "note", noted)
-        yield
-
-
 def stop(_: Run) -> None:
     signal.raise_signal(signal.SIGTERM)
-
-
-@contextmanager
-def losses(values: list[float]) -> Iterator[None]:
-    """Within it validations measure these losses, one after the other, and no more of them."""
-    left = iter(values)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "score", lambda model, batches: Score(nats=next(left), tokens=1))
-        yield
-    assert next(left, None) is None, "fewer validations than losses"
-
-
-def figures(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without what a clock or the machine decides."""
-    measured = ("tokens_per_second", "peak_memory_bytes", "eval_runtime")
-    return [{k: v for k, v in record.items() if k not in measured} for record in history]
-
-
-def recorded(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same(run: Finished, whole: Finished) -> None:
@@ -153,7 +110,7 @@ def assert_same(run: Finished, whole: Finished) -> None:
     last = f"checkpoint-{STEPS}"
     for name in ("adapter_model.safetensors", f"{last}/optimizer.safetensors"):
         assert (run.out / name).read_bytes() == (whole.out / name).read_bytes(), name
-    assert figures(run.result.log_history) == figures(whole.result.log_history)
+    assert without_clocks(run.result.log_history) == without_clocks(whole.result.log_history)
     assert recorded(run.out) == run.result.log_history
     assert run.result.steps == STEPS
 
@@ -176,9 +133,7 @@ def hidden(out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return write_model(tmp_path_factory.mktemp("tiny") / "model", **shape, **heads)
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", **SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +158,8 @@ def asked(out: Path, wanted: str = "auto") -> tuple[Path | None, list[str]]:
     saved = read_state(out / "checkpoint-3")
     state = RunState(fingerprint=saved["fingerprint"], config=saved["config"])
     config = CheckpointingConfig(output_dir=str(out), resume_from_checkpoint=wanted)
-    return checkpoint_to_resume(config, state)
+    found = checkpoint_to_resume(config, state)
+    return found.path, found.damaged
 
 
 # ---- damage ------------------------------------------------------------------------------------
@@ -295,7 +251,7 @@ def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(
     assert str(error.value) == (
         f"no checkpoint of {copy} is whole:\n"
         + "".join(f"  {line}\n" for line in damage)
-        + "to start anew pass checkpointing.resume_from_checkpoint=none"
+        + "to start from the beginning pass checkpointing.resume_from_checkpoint=none"
     )
     assert everything(copy) == before
     assert_same(go(folder, copy, resume_from_checkpoint="none"), whole)
@@ -356,12 +312,40 @@ def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> No
     assert (again.result.best_step, again.result.eval_loss) == (5, 2.0)
 
 
+def test_where_the_best_weights_cannot_be_read_a_run_ends_with_the_last(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The best was not saved, as nobody asked for it then; or it is damaged at the end."""
+    with losses([1, 2, 3, 4]):
+        last = go(folder, tmp_path / "out").adapter
+    late = go(folder, tmp_path / "out", load_best_model_at_end=True)
+    assert "checkpoint-2/resume_state.json is missing: the last weights stay" in late.printed
+
+    def damage(run: Run) -> None:
+        spoil(run.output / "checkpoint-2" / "adapter_model.safetensors")
+
+    with losses([1, 2, 3, 4]), at_step(7, damage):
+        run = go(folder, tmp_path / "damaged", load_best_model_at_end=True)
+    assert "adapter_model.safetensors is damaged: the last weights stay" in run.printed
+    assert late.adapter == run.adapter == last
+
+
+def test_a_validation_loss_of_nan_is_never_the_best(folder: Path, tmp_path: Path) -> None:
+    records = [{"step": 2, "eval_loss": math.nan}, {"step": 4, "eval_loss": 1.0}]
+    assert best_eval(records) == (4, 1.0)
+    with losses([math.nan, 3.0, 2.0, 2.5]):
+        run = go(folder, tmp_path / "out", load_best_model_at_end=True)
+    assert run.result.best_step == 6
+
+
 def test_without_it_a_run_ends_with_its_last_weights(folder: Path, tmp_path: Path) -> None:
     with losses([1, 2, 3, 4]):
         run = go(folder, tmp_path / "out")
     assert (run.result.best_step, run.result.eval_loss) == (2, 4.0)
     assert run.adapter == (run.out / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
     assert steps_in(run.out) == [3, 6, 8]
+    state = json.loads((run.out / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 2 and state["best_model_checkpoint"] is None, "not saved"
 
 
 @pytest.mark.parametrize("load_best", [False, True])
@@ -421,7 +405,7 @@ def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path, 
     with losses(values[step - 1 :]):
         run = go(folder, tmp_path / "out", **fields)
     assert run.adapter == unbroken.adapter
-    assert figures(run.result.log_history) == figures(unbroken.result.log_history)
+    assert without_clocks(run.result.log_history) == without_clocks(unbroken.result.log_history)
     assert (run.result.steps, run.result.best_step, run.result.stopped_early) == (5, 2, True)
 
 
@@ -430,9 +414,11 @@ def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path, 
 
 def test_transformers_reads_the_trainer_state(folder: Path, tmp_path: Path) -> None:
     from transformers import TrainerState
+    from transformers.trainer_utils import get_last_checkpoint
 
     with losses([3, 1, 2, 4]):
         run = go(folder, tmp_path / "out", load_best_model_at_end=True, logging_steps=1)
+    assert get_last_checkpoint(str(run.out)) == str(run.out / "checkpoint-8")
     path = run.out / "checkpoint-8" / "trainer_state.json"
     state = TrainerState.load_from_json(str(path))
     assert json.loads(path.read_text()).keys() == dataclasses.asdict(TrainerState()).keys()
@@ -525,6 +511,30 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_remove
     assert steps_in(copy) == [3, 6, 8]
 
 
+def test_a_kill_between_the_two_renames_loses_no_checkpoint(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    for name in ("checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(copy / name)
+    shutil.copytree(copy / "checkpoint-3", copy / ".checkpoint-3-x.tmp")
+    (copy / "checkpoint-3").rename(copy / ".checkpoint-3-x.old")
+    run = go(folder, copy)
+    assert f"continuing from {copy / 'checkpoint-3'}\n" in run.printed
+    assert_same(run, whole)
+
+
+def test_a_resume_hashes_every_file_once(
+    folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, sha256 = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path) or sha256(path))
+    shutil.rmtree(copy / "checkpoint-8")
+    go(folder, copy, save_steps=100)
+    old = sorted(path.name for path in hashed if path.parent == copy / "checkpoint-6")
+    assert old == [name for name in FILES if name != "resume_state.json"]
+    assert len(hashed) == 2 * len(old), "and those of the one new checkpoint"
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -581,8 +591,62 @@ def test_another_config_or_data_is_refused_and_nothing_is_touched(
     text = str(error.value)
     assert text.startswith(f"{path} was made from another {what}{':' if shown else '.'}")
     assert [line[2:] for line in text.splitlines() if line.startswith("  ")] == shown
-    assert "To start anew pass checkpointing.resume_from_checkpoint=none" in text
+    assert "To start from the beginning pass checkpointing.resume_from_checkpoint=none" in text
     assert everything(copy) == before
+
+
+def rewrite_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes what a checkpoint's state holds, as another version would have written it."""
+    saved = read_state(path)
+    change(saved)
+    (path / "resume_state.json").unlink()
+    checkpoint._write_state(path, RunState(**saved))
+
+
+def test_a_checkpoint_without_numerics_and_a_later_field_is_continued(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    """As 8129655 wrote it: its config is hashed over fewer fields, and numerics are version 1."""
+
+    def older(saved: dict[str, Any]) -> None:
+        assert saved["fingerprint"].pop("numerics") == "1"
+        assert saved["config"]["lora"].pop("use_dora") is False  # the default
+        saved["fingerprint"]["config"] = "of fewer fields"
+
+    shutil.rmtree(copy / "checkpoint-8")
+    rewrite_state(copy / "checkpoint-6", older)
+    run = go(folder, copy)
+    assert f"continuing from {copy / 'checkpoint-6'}\n" in run.printed
+    assert_same(run, whole)
+    new, theirs = (read_state(r.out / "checkpoint-8") for r in (run, whole))
+    assert (new["fingerprint"], new["config"]) == (theirs["fingerprint"], theirs["config"])
+
+
+def test_a_later_field_with_another_value_than_then_is_refused(folder: Path, copy: Path) -> None:
+    def older(saved: dict[str, Any]) -> None:
+        del saved["config"]["lora"]["lora_dropout"]  # 0.3 now, and 0.1 by default
+        saved["fingerprint"]["config"] = "of fewer fields"
+
+    rewrite_state(copy / "checkpoint-8", older)
+    with pytest.raises(ConfigError, match=r"another config:\n  lora\.lora_dropout: 0\.1 -> 0\.3\n"):
+        go(folder, copy)
+
+
+def test_other_numerics_are_refused_with_the_ways_out(folder: Path, copy: Path) -> None:
+    path, before = copy / "checkpoint-8", everything(copy)
+    rewrite_state(path, lambda saved: saved["fingerprint"].update(numerics="2"))
+    before = everything(copy)
+    with pytest.raises(ConfigError) as error:
+        go(folder, copy)
+    assert str(error.value) == (
+        f"{path} was trained with version 2 of the numerics, and this mlx-qlora computes version "
+        f"1: the run would not end as it began. Finish it with the version that began it ({copy}"
+        f"/training_args.json names it), or train on from its adapter: --adapter {path} and "
+        "another --output-dir"
+    )
+    assert everything(copy) == before
+    model, _ = mq.load(folder, adapter=path)
+    assert model.lora_config.r == 2, "the second way out is open"
 
 
 def test_another_model_is_refused_and_nothing_is_touched(
@@ -593,6 +657,18 @@ def test_another_model_is_refused_and_nothing_is_touched(
     with pytest.raises(ConfigError, match=r"made from another (config and )?model"):
         go(other, copy)
     assert everything(copy) == before
+
+
+def test_weights_replaced_in_the_same_folder_are_another_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    with at_step(3, stop), pytest.raises(Interrupted):
+        go(model, tmp_path / "out")
+    other = write_model(tmp_path / "other", seed=5, **SHAPE)
+    shutil.copy(other / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(ConfigError, match="another model"):
+        go(model, tmp_path / "out")
 
 
 def test_what_does_not_decide_the_weights_may_change(
@@ -800,6 +876,35 @@ def test_a_folder_that_is_removed_during_the_run_is_missed(
     assert not out.exists()
 
 
+def test_a_start_on_a_full_disk_leaves_no_partial_metrics(
+    folder: Path, whole: Finished, disk: Path
+) -> None:
+    out = shutil.copytree(whole.out, disk / "out")
+    shutil.rmtree(out / "checkpoint-8")
+    with full(disk) as fill:
+        fill(0)
+        with pytest.raises(TrainingError):
+            go(folder, out)
+    assert hidden(out) == []
+
+
+def test_a_start_without_space_keeps_the_old_record(folder: Path, copy: Path) -> None:
+    before = (copy / "run.yaml").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
+    try:
+        with pytest.raises(TrainingError):
+            go(folder, copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (copy / "run.yaml").read_bytes() == before
+
+
+def test_a_pipe_that_breaks_is_no_disk_error(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError), disk_errors(tmp_path):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
 # ---- two runs, one folder ----------------------------------------------------------------------
 
 
@@ -908,3 +1013,47 @@ def test_every_file_of_a_checkpoint_is_flushed(
     assert {path.stat().st_ino for path in (made, *made.iterdir())} <= flushed
     final = ("adapter_model.safetensors", "adapter_config.json", "mlx/adapters.safetensors")
     assert {(run.out / name).stat().st_ino for name in final} <= flushed
+
+
+def test_files_of_a_run_have_the_modes_that_the_umask_asks_for(whole: Finished) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    wrong = {
+        str(path.relative_to(whole.out)): oct(path.stat().st_mode & 0o777)
+        for path in whole.out.rglob("*")
+        if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask
+    }
+    assert wrong == {}
+
+
+def test_existing_folders_are_flushed_after_files_were_moved_into_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, events, replace = tmp_path / "out", [], os.replace
+    (out / "mlx").mkdir(parents=True)
+    monkeypatch.setattr(os, "fsync", lambda n: events.append(os.fstat(n).st_ino))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    with staged(out) as staging:
+        (staging / "mlx").mkdir()
+        (staging / "a").write_text("1")
+        (staging / "mlx" / "b").write_text("1")
+    after = events[len(events) - events[::-1].index("replace") :]
+    assert {out.stat().st_ino, (out / "mlx").stat().st_ino} <= set(after)
+
+
+def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path) -> None:
+    out, rename = tmp_path / "checkpoint-4", Path.rename
+    out.mkdir()
+    (out / "a").write_text("old")
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, "I/O error")
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "rename", fails)
+        with staged(out, replace=True) as staging:
+            (staging / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert (out / "a").read_text() == "old"

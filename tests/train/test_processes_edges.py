@@ -202,8 +202,8 @@ def test_the_smallest_array_passes_through_the_largest_ring(
 
     monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
     many = Processes(ManyInARing(size))  # pyright: ignore[reportArgumentType]
-    assert many.summed(mx.array([3], mx.int64)).tolist() == [3 * size]
-    assert many.summed(mx.array(2.0)).item() == 2 * size
+    assert many.all_sum(mx.array([3], mx.int64)).tolist() == [3 * size]
+    assert many.all_sum(mx.array(2.0)).item() == 2 * size
 
 
 def test_a_sum_that_finds_no_memory_is_not_another_s_fault(
@@ -215,7 +215,7 @@ def test_a_sum_that_finds_no_memory_is_not_another_s_fault(
     monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
     two = Processes(ManyInARing(2))  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeError, match="Unable to allocate"):
-        two.summed(mx.zeros(4))
+        two.all_sum(mx.zeros(4))
     assert two.sent_bytes == 0
 
 
