@@ -3,11 +3,12 @@
 import dataclasses
 import io
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 from support.models import load_folder
 
+import mlx_qlora as mq
 from mlx_qlora.config import SECTIONS, RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.model.lora import LoraConfig, add_lora
@@ -39,6 +41,15 @@ SETTINGS: dict[str, Any] = {
     "eval_steps": 4,
     "save_total_limit": 10,
     "logging_steps": 1,
+}
+# Of whole runs by the public call.
+PUBLIC: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 4,
+    "lora_dropout": 0.3,
+    "max_length": 40,
+    "eval_steps": 2,
+    "logging_steps": 3,
 }
 CLOCKS = {"tokens_per_second", "peak_memory_bytes", "eval_runtime"}
 NAN_TOKEN = 319  # whose embedding is no number in a model that `start` was asked to poison
@@ -144,3 +155,52 @@ def without_clocks(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def recorded(output: Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- whole runs by the public call --------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    out: Path
+    model: Any
+    result: TrainResult
+    printed: str
+
+    @property
+    def adapter(self) -> bytes:
+        return (self.out / "adapter_model.safetensors").read_bytes()
+
+
+def fine_tune(
+    folder: Path,
+    out: Path,
+    examples: Examples | None = None,
+    held_out: Examples | None = None,
+    **fields: Any,
+) -> Finished:
+    """One run by the public call, on a fresh tiny model; keywords are fields of the config."""
+    model, tokenizer = mq.load(folder)
+    printed = io.StringIO()
+    result = mq.fine_tune(
+        model,
+        tokenizer,
+        make_examples() if examples is None else examples,
+        make_examples(6, seed=9) if held_out is None else held_out,
+        settings(out, **{**PUBLIC, **fields}),
+        console=Console(file=printed, width=300),
+    )
+    return Finished(out, model, result, printed.getvalue())
+
+
+def stop(_: Run) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def assert_same(run: Finished, whole: Finished) -> None:
+    """That a run ended bit for bit like one that nothing happened to."""
+    last = f"checkpoint-{SETTINGS['max_steps']}"
+    for name in ("adapter_model.safetensors", f"{last}/optimizer.safetensors"):
+        assert (run.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+    assert without_clocks(run.result.log_history) == without_clocks(whole.result.log_history)
+    assert recorded(run.out) == run.result.log_history
+    assert run.result.steps == SETTINGS["max_steps"]
