@@ -162,10 +162,7 @@ class Processes:
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self._sum_now(page)]
 
     def must_equal(self, facts: dict[str, Any]) -> None:
-        """Refuses processes that differ in what decides the weights.
-
-        Args:
-            facts: what -> its value in this process, as JSON has it.
+        """Refuses processes whose facts differ: name -> value, as JSON has it.
 
         Raises:
             ProcessError: naming the processes and what differs there.

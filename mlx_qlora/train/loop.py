@@ -272,20 +272,12 @@ class Run:
             self._watch_for_spike(result)
         else:
             self._record_skipped(result)
-        record = self.metrics.train_step(state.step, self.epoch, result, rate)
-        if record:
-            state.log_history.append(record)
-        state.open_losses = list(self.metrics.window.losses)
-        state.open_grad_norm = self.metrics.window.grad_norm
+        self.metrics.train_step(self.epoch, result, rate)
 
     @property
     def epoch(self) -> float:
         """Passes over the data so far."""
         return self.state.rows / self.batches.rows_per_epoch
-
-    def _event(self, **values: Any) -> None:
-        record = {"step": self.state.step, "epoch": round(self.epoch, 4), **values}
-        self.state.log_history.append(self.metrics.event(record))
 
     def _record_skipped(self, result: StepResult) -> None:
         """Records which rows made a step that moved nothing.
@@ -296,7 +288,7 @@ class Run:
         state, rows = self.state, list(result.suspects)
         state.skipped_in_a_row += 1
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        self._event(skipped=reason, rows=rows)
+        self.metrics.event(self.epoch, skipped=reason, rows=rows)
         shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
         warn(self.console, f"step {state.step}: {reason}: skipped. Rows: {shown}")
         if state.skipped_in_a_row >= self.config.training.max_skipped_steps:
@@ -317,7 +309,7 @@ class Run:
         usual = statistics.median(recent)
         spread = statistics.median(abs(loss - usual) for loss in recent)
         if result.loss > max(SPIKE * usual, usual + SPREADS * spread):
-            self._event(spike=result.loss, usual=usual)
+            self.metrics.event(self.epoch, spike=result.loss, usual=usual)
             warn(
                 self.console,
                 f"step {state.step}: loss {result.loss:.3f}, where {usual:.3f} was usual; if this "
@@ -355,10 +347,9 @@ class Run:
         took, received = time.perf_counter() - started, self.stop.received
         total, signum = score_of_all(ours, self.processes, took, received)
         self.stop.signum = self.stop.signum or signum
-        state, took = self.state, time.perf_counter() - started
-        state.log_history.append(self.metrics.validation(state.step, self.epoch, total, took))
-        best = best_eval(state.log_history)
-        return best is not None and best[0] == state.step
+        self.metrics.validation(self.epoch, total, time.perf_counter() - started)
+        best = best_eval(self.state.log_history)
+        return best is not None and best[0] == self.state.step
 
     def save(self) -> Path | None:
         """Writes a checkpoint of this step, in the first process."""

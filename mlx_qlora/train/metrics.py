@@ -177,9 +177,9 @@ class Wandb:
         project: of wandb.
         name: of the run.
         output: the output folder; wandb's own files go to `<output>/wandb`.
-        settings: section -> field -> value; wandb's config.
-        history: the records up to here.
-        step: the last optimiser step that was done.
+        settings: wandb's config; section -> field -> value.
+        history: the records up to `step`, the last optimiser step that was done.
+        step: 0 begins a new run.
 
     Raises:
         ConfigError: wandb refuses or cannot be reached.
@@ -247,12 +247,6 @@ def open_trackers(
 ) -> list[Tracker]:
     """Opens what `report_to` names.
 
-    Args:
-        config: what to open, and the run's name and project there.
-        output: the output folder; it exists.
-        settings: section -> field -> value.
-        state: of the run; step 0 begins a new one.
-
     Raises:
         ConfigError: a package is missing, or wandb cannot begin.
         OSError: the output folder cannot be written to.
@@ -277,12 +271,12 @@ def open_trackers(
 
 
 class Metrics:
-    """Writes `metrics.jsonl` and shows the progress.
+    """Writes `metrics.jsonl`, keeps the history, and shows the progress.
 
     Args:
         path: the JSONL file, opened for appending; each line is a dict with `step`.
         total_steps: optimiser steps of the whole run.
-        state: of the run; its steps are done, and its open losses begin the first record.
+        state: of the run; its open losses are those of the log window that is not full yet.
         every: steps in a log window.
         console: where the live line goes; on anything but a terminal it becomes plain lines.
         trackers: what else takes the records; they are closed with the metrics.
@@ -297,12 +291,10 @@ class Metrics:
         console: Console,
         trackers: list[Tracker],
     ) -> None:
-        self.trackers, self.console = trackers, console
+        self.state, self.trackers, self.console = state, trackers, console
         self.total_steps, self.every = total_steps, every
         self.file = path.open("a", encoding="utf-8")
-        self.window = Window()
-        self.window.losses = list(state.open_losses)
-        self.window.grad_norm = state.open_grad_norm
+        self.tokens, self.started = 0, time.perf_counter()  # of the log window
         self.live = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -318,7 +310,7 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self.live.start()
-        self.window.started = time.perf_counter()
+        self.started = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -330,58 +322,61 @@ class Metrics:
             except (Exception, KeyboardInterrupt) as error:  # what was trained is worth more
                 self._warn(tracker, error, "its last figures may be missing there")
 
-    def train_step(
-        self, step: int, epoch: float, result: StepResult, rate: float
-    ) -> dict[str, Any] | None:
-        """Records one optimiser step; returns what was written, or None between log steps.
+    def train_step(self, epoch: float, result: StepResult, rate: float) -> None:
+        """Shows an optimiser step, and records the mean loss of each log window.
 
-        The loss of a skipped step is left out of the means.
+        As Hugging Face's Trainer logs it: the mean of the steps' losses. That of a skipped step is
+        left out.
         """
-        self.window.add(result)
+        state, step, every = self.state, self.state.step, self.every
+        self.tokens += result.tokens
+        if result.finite:
+            state.open_losses.append(result.loss)
+            state.open_grad_norm = result.grad_norm
+        speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
         figures = (
             f"loss {result.loss:.4f}  lr {rate:.2e}  grad {result.grad_norm:.2f}  "
-            f"{self.window.tokens_per_second:,.0f} tok/s  {mx.get_peak_memory() / 1e9:.2f} GB"
+            f"{speed:,.0f} tok/s  {mx.get_peak_memory() / 1e9:.2f} GB"
         )
         self.live.update(self.task, completed=step, description=figures)
-        if (step % self.every and step != self.total_steps) or not self.window.losses:
-            return None
+        if (step % every and step != self.total_steps) or not state.open_losses:
+            return
         if not self.console.is_terminal:
             say(self.console, f"step {step}/{self.total_steps}  {figures}")
         record = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "loss": self.window.mean_loss,
-            "grad_norm": self.window.grad_norm,
+            "loss": sum(state.open_losses) / len(state.open_losses),
+            "grad_norm": state.open_grad_norm,
             "learning_rate": rate,
-            "tokens_per_second": round(self.window.tokens_per_second, 1),
+            "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
         }
-        self.window = Window()
-        return self.event(record)
+        state.open_losses, state.open_grad_norm = [], 0.0
+        self.tokens, self.started = 0, time.perf_counter()
+        self.event(epoch, **record)
 
-    def validation(self, step: int, epoch: float, total: Score, seconds: float) -> dict[str, Any]:
+    def validation(self, epoch: float, total: Score, seconds: float) -> None:
         """Records one pass over the validation set, and keeps its time out of tokens/s."""
-        self.window.started += seconds
+        self.started += seconds
         loss, pairs = total.nats / total.tokens, max(total.pairs, 1)
-        say(self.console, f"step {step}: validation loss {loss:.4f}")
-        record = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "eval_loss": loss,
-            "eval_token_accuracy": total.hits / total.tokens,
-            "eval_repetition": total.repeated / pairs,
-            "eval_reference_repetition": total.repeated_targets / pairs,
-            "eval_runtime": round(seconds, 3),
-        }
-        return self.event(record)
+        say(self.console, f"step {self.state.step}: validation loss {loss:.4f}")
+        self.event(
+            epoch,
+            eval_loss=loss,
+            eval_token_accuracy=total.hits / total.tokens,
+            eval_repetition=total.repeated / pairs,
+            eval_reference_repetition=total.repeated_targets / pairs,
+            eval_runtime=round(seconds, 3),
+        )
 
-    def event(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Appends a record as one line, readable by others at once, and returns it.
+    def event(self, epoch: float, **values: Any) -> None:
+        """Adds a record of the last step to the history, and a line that others can read at once.
 
         A tracker that fails is left out from then on: only the run's own disk may end the run.
         """
+        record = {"step": self.state.step, "epoch": round(epoch, 4), **values}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        self.state.log_history.append(record)
         for tracker in tuple(self.trackers):
             try:
                 tracker.write(record["step"], tracked(record))
@@ -390,38 +385,10 @@ class Metrics:
                 self._warn(tracker, error, "the run goes on without it; metrics.jsonl has it all")
                 with contextlib.suppress(Exception):
                     tracker.close(failed=True)
-        return record
 
     def _warn(self, tracker: Tracker, error: BaseException, then: str) -> None:
         reason = str(error) or type(error).__name__
         warn(self.console, f"logging.report_to: {tracker.name}: {reason}; {then}")
-
-
-class Window:
-    """The steps since the last log line."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.losses: list[float] = []
-        self.grad_norm = 0.0
-        self.tokens = 0
-
-    def add(self, result: StepResult) -> None:
-        """Adds one optimiser step."""
-        self.tokens += result.tokens
-        if result.finite:
-            self.losses.append(result.loss)
-            self.grad_norm = result.grad_norm
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean of the steps' losses, as Hugging Face's Trainer logs it."""
-        return sum(self.losses) / len(self.losses)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens per second of training time."""
-        return self.tokens / max(time.perf_counter() - self.started, 1e-9)
 
 
 def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
