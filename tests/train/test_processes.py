@@ -125,7 +125,8 @@ def two(place: Place) -> dict[str, Any]:
         for rank in ranks:
             started[rank].send_signal(signal.SIGINT)
     ring.ends(started, 300)
-    return dict(zip(runs, zip(*(ring.found_by(rank, place.folder / "two") for rank in (0, 1)))))
+    both = (ring.found_by(rank, place.folder / "two") for rank in (0, 1))
+    return dict(zip(runs, map(list, zip(*both))))
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +484,7 @@ def test_memory_that_ends_while_weights_are_moved_ends_the_run(
 def test_one_process_under_the_launcher_is_alone(place: Place) -> None:
     words = place.words("single", 1, "training.max_steps=2")
     launcher = launch(1, [sys.executable, "-m", "mlx_qlora", *words])
-    out, err = launcher.communicate(timeout=120)
+    out, err = printed_by(launcher)
     assert launcher.returncode == 0, err
     assert "step 2/2" in out and last_step(place.output("single", 1)) == 2
 
@@ -612,7 +613,7 @@ def killed_under_launcher(place: Place) -> tuple[Path, str]:
     launcher = launch(2, [sys.executable, *script])
     wait_for_step(output, 5, [launcher])
     os.kill(int((folder / "pid-1").read_text()), signal.SIGKILL)
-    out, err = launcher.communicate(timeout=30)
+    out, err = printed_by(launcher)
     return output, ring.found_by(0, folder)[0]["err"] + out + err
 
 
@@ -634,6 +635,16 @@ def launch(n: int, command: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def printed_by(launcher: subprocess.Popen[str]) -> tuple[str, str]:
+    """Standard output and errors of a launcher, once it has ended."""
+    try:
+        return launcher.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.communicate()
+        raise
 
 
 @pytest.mark.parametrize("name", ["everyone", "second"])
@@ -768,7 +779,7 @@ LAUNCHED = ("launched", 2), ("packed", 1)
 def test_the_launcher_starts_a_run_as_it_stands(place: Place, alone: dict[str, Any]) -> None:
     _, *words = place.words("launched", 2)
     launcher = launch(2, [sys.executable, "-m", "mlx_qlora.train", *words])
-    out, err = launcher.communicate(timeout=120)
+    out, err = printed_by(launcher)
     assert launcher.returncode == 0, err
     assert f"step {STEPS}/{STEPS}" in out and out.count("done   ") == 1, out
     assert "Traceback" not in err
