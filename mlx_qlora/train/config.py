@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,30 +70,27 @@ class TrainingConfig:
                 "training.max_steps and training.num_train_epochs exclude each other; "
                 f"got {self.max_steps} and {self.num_train_epochs}"
             )
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "max_steps", "max_skipped_steps"):
+        for name in ("per_device_train_batch_size", "learning_rate"):
             value = getattr(self, name)
-            if name == "per_device_train_batch_size" and isinstance(value, str):
-                require(value == "auto", f"training.{name}", "be a number or auto", value)
-                continue
-            require(value is None or value >= 1, f"training.{name}", "be at least 1", value)
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"):
-            value = getattr(self, name)
-            if name == "learning_rate" and isinstance(value, str):
-                require(value == "auto", f"training.{name}", "be number or auto", value)
-                continue
-            legal = value is None or 0 < value < math.inf
-            require(legal, f"training.{name}", "be above 0 and finite", value)
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            value = getattr(self, name)
-            require(0 <= value < 2**63, f"training.{name}", "be at least 0", value)
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"training.{name}", "be in [0, 1)", value)
+            legal = not isinstance(value, str) or value == "auto"
+            require(legal, f"training.{name}", "be a number or auto", value)
         for name in ("gradient_checkpointing", "compile"):
-            word = getattr(self, name)
-            legal = not isinstance(word, str) or word == "auto"
-            require(legal, f"training.{name}", "be true, false or auto", word)
+            value = getattr(self, name)
+            legal = not isinstance(value, str) or value == "auto"
+            require(legal, f"training.{name}", "be true, false or auto", value)
+
+        def check(names: tuple[str, ...], rule: str, legal: Callable[[float], bool]) -> None:
+            for name in names:
+                value = getattr(self, name)
+                known = value is None or isinstance(value, str) or legal(value)
+                require(known, f"training.{name}", rule, value)
+
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        check((*counts, "max_steps", "max_skipped_steps"), "be at least 1", lambda n: n >= 1)
+        sizes = ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+        check(sizes, "be above 0 and finite", lambda x: 0 < x < math.inf)
+        check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
+        check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
 
     @property
     def recompute(self) -> str | int:

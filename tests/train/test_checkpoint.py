@@ -40,6 +40,7 @@ from support.training import (
 import mlx_qlora as mq
 from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.folders import disk_errors, staged
+from mlx_qlora.run import Inputs
 from mlx_qlora.train import checkpoint, loop
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
@@ -879,6 +880,23 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(
     expected = f"another run is writing to {out}; choose another --output-dir, or wait for it"
     assert refusals == [expected] * 2
     assert_same(run, whole)
+
+
+def test_the_checkpoint_to_resume_is_chosen_under_the_lock(folder: Path, tmp_path: Path) -> None:
+    """Another run finishes after this one's model is prepared and before it takes the folder."""
+    prepare, prepared = Inputs.prepare, []
+
+    def slow(self: Inputs, model: Any) -> Inputs:
+        inputs = prepare(self, model)
+        if not prepared:
+            prepared.append(inputs)
+            fine_tune(folder, tmp_path / "out")
+        return inputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inputs, "prepare", slow)
+        run = fine_tune(folder, tmp_path / "out")
+    assert f"continuing from {tmp_path / 'out' / 'checkpoint-8'}\n" in run.printed
 
 
 HOLD = """
