@@ -422,6 +422,7 @@ class Interrupting(io.StringIO):
         return written
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_ctrl_c_saves_the_last_step_and_the_sweep_goes_on_from_there(
     place: Path, alone: Path, tmp_path: Path
 ):
