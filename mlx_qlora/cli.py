@@ -364,14 +364,14 @@ def _command(argv: Sequence[str]) -> int:
         print(completion_script(args.shell), end="")
         return 0
     from mlx_qlora.commands import run_command
-    from mlx_qlora.distributed import tells
+    from mlx_qlora.distributed import prints
 
     try:
         result = run_command(args)
     except UserError as error:
-        if tells(error):
+        if prints(error):
             print(f"mlx-qlora: {error}", file=sys.stderr)
-        if as_json and tells(error):
+        if as_json and prints(error):
             _print_json({"error": str(error), "kind": type(error).__name__})
         return 2
     if as_json and result is not None:

@@ -1,9 +1,9 @@
 """Several processes that train one model, by MLX's own collectives (`mx.distributed`).
 
 `mlx.launch` starts them; nothing here opens a connection. Rank 0 alone writes, prints and decides
-what to go on from; what it decides is sent to the others, so all hold the same bits. Every process
-goes through the same collectives in the same order, which is what keeps them from waiting for each
-other in vain; where one is lost or too slow, the others give up with a message.
+what to go on from, and sends what it decides to the others, so that all hold the same bits. Every
+process goes through the same collectives in the same order: otherwise they would wait for each
+other in vain. Where one is lost or too slow, the others give up with a message.
 """
 
 import atexit
@@ -26,22 +26,13 @@ from mlx_qlora.errors import ConfigError, ProcessError, UserError, listing
 
 # What launchers leave in the environment: mlx.launch, Open MPI, MPICH.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-
-
 LOCALLY = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # processes on the same machine
-
 
 # Seconds that others are waited for: while all prepare or the first one writes, and in a run beyond
 # ten times what this process's own longest piece of work took (machines may differ).
 TO_BEGIN, AT_LEAST, TIMES = 1800.0, 20.0, 10.0
-
-
 RING_PADS = 1024  # bytes: MLX's ring takes an array of fewer elements than processes up to here
-
-
 WORDS = 2048  # bytes of a message that a process sends to the others
-
-
 T = TypeVar("T")
 
 
@@ -52,7 +43,7 @@ class Processes:
         rank: of this one, from 0.
         size: how many there are.
         sent_bytes: of all arrays that were handed to the collectives so far.
-        longest: seconds that this process's longest piece of work took; 0 before the first.
+        longest: seconds of this process's longest piece of work; 0 before the first.
     """
 
     def __init__(self, group: mx.distributed.Group | None) -> None:
@@ -61,8 +52,8 @@ class Processes:
         self.size = 1 if group is None else group.size()
         self.sent_bytes = 0
         self.longest = 0.0
-        # Of its own: sums are under way while the device computes, and what never arrives holds
-        # up nothing else.
+        # A stream of its own: sums travel while the device computes, and one that never arrives
+        # holds up nothing else.
         device = mx.gpu if "NCCL_HOST_IP" in os.environ else mx.cpu  # as mlx.launch sets it
         self._stream = mx.cpu if group is None else mx.new_stream(device)
 
@@ -73,12 +64,11 @@ class Processes:
 
     # ---- collectives ---------------------------------------------------------------------------
 
-    def summed(self, array: mx.array) -> mx.array:
-        """The sum over all processes, under way but not waited for.
+    def all_sum(self, array: mx.array) -> mx.array:
+        """The sum over all processes, started but not waited for.
 
         The ring sends from the CPU, whatever the device, and unified memory needs nothing else;
-        NCCL sends from the GPU. The order of addition is the same for all processes, and so are
-        the bits that they get.
+        NCCL sends from the GPU. All processes add in the same order, and so get the same bits.
 
         Raises:
             ProcessError: another process is gone.
@@ -88,7 +78,7 @@ class Processes:
             return array
         if array.size < self.size and array.itemsize * self.size > RING_PADS:
             rest = mx.zeros(self.size - array.size, array.dtype)
-            return self.summed(mx.concatenate([array.reshape(-1), rest]))[: array.size].reshape(
+            return self.all_sum(mx.concatenate([array.reshape(-1), rest]))[: array.size].reshape(
                 array.shape
             )
         mx.async_eval(array)  # what fails here is this process's own
@@ -107,12 +97,12 @@ class Processes:
         """Waits for sums, but not for ever.
 
         Args:
-            arrays: from `summed`.
-            seconds: how long; as long as this process's own work suggests, if not given, which
-                is as long as while all prepare where it has had none.
+            arrays: from `all_sum`.
+            seconds: how long; if not given, as this process's own work suggests, or `TO_BEGIN`
+                where it has had none.
 
         Raises:
-            ProcessError: another process is gone, or has not come in time.
+            ProcessError: another process is gone, or did not answer in time.
         """
         limit = seconds or (AT_LEAST + TIMES * self.longest if self.longest else TO_BEGIN)
         done, failed = threading.Event(), []
@@ -134,7 +124,7 @@ class Processes:
             self._give_up(f"another process is gone ({failed[0]})")
 
     def worked(self, seconds: float) -> None:
-        """Notes how long a piece of this process's own work took, between two collectives."""
+        """Remembers how long this process worked between two collectives."""
         self.longest = max(self.longest, seconds)
 
     def _give_up(self, reason: str) -> NoReturn:
@@ -151,78 +141,75 @@ class Processes:
         """
         if self._group is None:
             return work()
-        error, made = None, None
+        error, result = None, None
         try:
-            made = work()
+            result = work()
         except UserError as raised:
             error = raised
-        said = self.gather("" if error is None else str(error))
+        messages = self.gather("" if error is None else str(error))
         if error is not None:
-            error.is_shared = True  # rank 0 tells it
+            error.is_shared = True  # rank 0 prints it
             raise error
-        if failed := [rank for rank, words in enumerate(said) if words]:
-            raise ProcessError(f"process {failed[0]}: {said[failed[0]]}", is_shared=True)
-        return made  # pyright: ignore[reportReturnType]
+        if failed := [rank for rank, message in enumerate(messages) if message]:
+            raise ProcessError(f"process {failed[0]}: {messages[failed[0]]}", is_shared=True)
+        return result  # pyright: ignore[reportReturnType]
 
-    def gather(self, words: str) -> list[str]:
-        """What every process says, by rank; cut to `WORDS` bytes."""
+    def gather(self, message: str) -> list[str]:
+        """Every process's message, by rank; cut to `WORDS` bytes."""
         page = np.zeros((self.size, WORDS), np.uint8)
-        line = words.encode()[:WORDS]
+        line = message.encode()[:WORDS]
         page[self.rank, : len(line)] = np.frombuffer(line, np.uint8)
-        told = self.summed(mx.array(page))
-        self.wait(told, seconds=TO_BEGIN)
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.array(told)]
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self._sum_now(page)]
 
     def must_equal(self, facts: dict[str, Any]) -> None:
-        """Refuses processes that differ in what decides the weights.
-
-        Args:
-            facts: what -> its value in this process, as JSON has it.
+        """Refuses processes whose facts differ: name -> value, as JSON has it.
 
         Raises:
             ProcessError: naming the processes and what differs there.
         """
         if self._group is None:
             return
-        firsts = json.loads(self.from_first(json.dumps(facts).encode()))
-        own = json.loads(json.dumps(facts))
-        names = [name for name in {**firsts, **own} if own.get(name) != firsts.get(name)]
-        unlike = [f"{n} is {own.get(n)}, in process 0 {firsts.get(n)}" for n in names]
-        said = self.gather("; ".join(unlike))
-        if any(said):
-            lines = [f"in process {rank} {words}" for rank, words in enumerate(said) if words]
+        text = json.dumps(facts).encode()
+        ours, firsts = json.loads(text), json.loads(self.broadcast(text))
+        names = [name for name in {**firsts, **ours} if ours.get(name) != firsts.get(name)]
+        unlike = [f"{n} is {ours.get(n)}, in process 0 {firsts.get(n)}" for n in names]
+        messages = self.gather("; ".join(unlike))
+        if any(messages):
+            lines = [f"in process {rank} {words}" for rank, words in enumerate(messages) if words]
             raise ProcessError(
-                f"the processes are unlike each other: {listing(lines)}\n"
+                f"the processes differ: {listing(lines)}\n"
                 "every process needs the same settings, rows, model and versions",
                 is_shared=True,
             )
 
-    def from_first(self, content: bytes) -> bytes:
+    def broadcast(self, content: bytes) -> bytes:
         """Rank 0's bytes, in every process."""
         if self._group is None:
             return content
-        size = self.summed(mx.array([len(content) if self.is_first else 0], mx.int64))
-        self.wait(size, seconds=TO_BEGIN)
-        page = np.zeros(int(np.array(size)[0]), np.uint8)
+        size = self._sum_now(np.array([len(content) if self.is_first else 0], np.int64))
+        page = np.zeros(size[0], np.uint8)
         if self.is_first:
             page[:] = np.frombuffer(content, np.uint8)
-        told = self.summed(mx.array(page))
-        self.wait(told, seconds=TO_BEGIN)
-        return bytes(np.array(told))
+        return bytes(self._sum_now(page))
 
-    def array_from_first(self, array: mx.array) -> mx.array:
+    def broadcast_array(self, array: mx.array) -> mx.array:
         """Rank 0's float32 array, bit for bit, in every process; all have one of that shape."""
         if self._group is None:
             return array
         bits = array.view(mx.uint32)  # as numbers, -0.0 would become 0.0
-        told = self.summed(bits if self.is_first else mx.zeros_like(bits))
-        self.wait(told, seconds=TO_BEGIN)
-        return told.view(array.dtype)
+        bits = self.all_sum(bits if self.is_first else mx.zeros_like(bits))
+        self.wait(bits, seconds=TO_BEGIN)
+        return bits.view(array.dtype)
+
+    def _sum_now(self, numbers: np.ndarray) -> np.ndarray:
+        total = self.all_sum(mx.array(numbers))
+        self.wait(total, seconds=TO_BEGIN)
+        return np.array(total)
 
     # ---- lines ---------------------------------------------------------------------------------
 
     def console(self, output: Path, console: Console) -> Console:
-        """Where this process says what it does: rank 0 as asked, the others into their own file.
+        """Where this process prints: rank 0 as asked, the others into their own file.
 
         Raises:
             ConfigError: that file cannot be made.
@@ -267,10 +254,9 @@ def _hosts() -> list[list[str]] | None:
 def _on_this_machine(rank: int) -> int:
     """How many processes the launcher has started on this one's machine, as far as it says so."""
     if hosts := _hosts():
-        own = {address.rpartition(":")[0] for address in hosts[rank]}
-        return sum(not own.isdisjoint(a.rpartition(":")[0] for a in others) for others in hosts)
-    said = [os.environ[name] for name in LOCALLY if name in os.environ]
-    return int(said[0]) if said else 1
+        ours = {address.rpartition(":")[0] for address in hosts[rank]}
+        return sum(not ours.isdisjoint(a.rpartition(":")[0] for a in others) for others in hosts)
+    return int(next((os.environ[name] for name in LOCALLY if name in os.environ), 1))
 
 
 @functools.cache
@@ -292,11 +278,11 @@ def processes() -> Processes:
     return Processes(group)
 
 
-def tells(error: UserError) -> bool:
+def prints(error: UserError) -> bool:
     """Whether this process is the one to print an error that ends it.
 
-    What all know is told by the first process; that another is gone, by the first and the second,
-    either of which may be the one; anything else by the process that it happened to.
+    The first process prints what all know; the first and the second print that another is gone,
+    since either may be that one; anything else is printed by the process that it happened to.
     """
     rank = processes().rank if processes.cache_info().currsize else 0
     return rank == 0 or not (error.is_shared or (isinstance(error, ProcessError) and rank > 1))

@@ -57,6 +57,7 @@ from mlx_qlora.train.checkpoint import (
     last_checkpoint,
     restore_set_aside,
 )
+from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import require_trackers
 
@@ -155,10 +156,11 @@ class Inputs:
         Raises:
             ConfigError: a checkpoint of another run, or none that is whole.
         """
-        resumed, damaged = checkpoint_to_resume(self.config.checkpointing, self.state)
-        for damage in damaged:
+        defaults = deciding_values(RunConfig())
+        start = checkpoint_to_resume(self.config.checkpointing, self.state, defaults)
+        for damage in start.damaged:
             warn(console, f"{damage}: the checkpoint before it is used")
-        return replace(self, resumed=resumed)
+        return replace(self, resumed=start.path, state=start.state)
 
     def shared_facts(self) -> dict[str, Any]:
         """What all processes of a run must have alike: what they learn, and when they meet."""
@@ -389,19 +391,7 @@ def _run(
             f"{device.facts()['chip']} ({device.current().kind}){others}",
         )
         with observer.live_plots():
-            result = train(
-                model,
-                inputs.train,
-                inputs.validation,
-                inputs.config.data,
-                inputs.config.training,
-                inputs.config.checkpointing,
-                inputs.config.logging,
-                inputs.base,
-                inputs.state,
-                inputs.resumed,
-                console,
-            )
+            result = train(model, inputs, inputs.config, console)
         if everyone.is_first:
             save_adapter(model, inputs.output, inputs.base)
             inputs.tokenizer.save(inputs.output)
@@ -472,6 +462,7 @@ def fingerprint_of(
         "config": _hash(json.dumps(deciding_values(config), sort_keys=True)),
         "data": _hash(examples.digest + (validation.digest if validation else "")),
         "model": digest.hexdigest(),
+        "numerics": str(NUMERICS),
     }
 
 

@@ -106,6 +106,23 @@ def use_device():
 
 
 @pytest.fixture
+def usual_signals():
+    """What Python does with signals by itself, in this process and those that it starts.
+
+    A shell tells what it runs in the background to ignore Ctrl-C, and `nohup` a closed terminal.
+    """
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield usual
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def no_warnings():
     """Turns every warning of any library into a failure, beyond what pytest is configured to."""
     with warnings.catch_warnings():

@@ -15,8 +15,7 @@ from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import say, warn
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
-from mlx_qlora.train.config import batches_of
-from mlx_qlora.train.loop import course_of
+from mlx_qlora.train.config import RunLength, batches_of
 from mlx_qlora.train.score import score
 
 # ---- views of the rows ---------------------------------------------------------------------------
@@ -187,25 +186,25 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
             **figures
         ),
     )
-    course = course_of(inputs.config.training, batches, len(inputs.train))
-    tokens = course.passes * float((inputs.train.lengths - 1).sum())
+    length = RunLength.of(inputs.config.training, batches, len(inputs.train))
+    tokens = length.passes * float((inputs.train.lengths - 1).sum())
     minutes = tokens / plan.tokens_per_second / 60
-    say(console, f"course    {course}, about {minutes:,.0f} min at the planned speed")
-    for warning in course.warnings:
+    say(console, f"length    {length}, about {minutes:,.0f} min at the planned speed")
+    for warning in length.warnings:
         warn(console, warning)
     resumed = None if inputs.resumed is None else str(inputs.resumed)
     onward = "" if resumed is None else f", going on from {resumed}"
     say(
         console,
-        f"dry run   {trainable_count(model):,} parameters would be trained for {course.steps:,} "
+        f"dry run   {trainable_count(model):,} parameters would be trained for {length.steps:,} "
         f"steps{onward}; nothing was trained, and nothing but the token cache was written",
     )
     return {
         "plan": plan.to_dict(),
         "rows": inputs.sizes,
         "first_batch": figures,
-        "steps": course.steps,
-        "passes": course.passes,
-        "warnings": course.warnings,
+        "steps": length.steps,
+        "passes": length.passes,
+        "warnings": length.warnings,
         "resume_from_checkpoint": resumed,
     }

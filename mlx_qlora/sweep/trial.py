@@ -20,15 +20,15 @@ from mlx_qlora.adapters.several import adapter_names, detach
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
-from mlx_qlora.errors import ConfigError, did_you_mean, require, say
+from mlx_qlora.errors import ConfigError, did_you_mean, require
 from mlx_qlora.folders import disk_errors, staged
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
 from mlx_qlora.run import Inputs, deciding_values, write_record
-from mlx_qlora.train.checkpoint import last_checkpoint, load_checkpoint, restore_set_aside, step_of
+from mlx_qlora.train.checkpoint import RunState, last_checkpoint, restore_set_aside
 from mlx_qlora.train.loop import Run
-from mlx_qlora.train.signals import Interrupted, Interruption
+from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.train.step import StepError
 
 # ---- the grid ------------------------------------------------------------------------------------
@@ -362,32 +362,31 @@ def _advance(
     """Take the steps that `train.loop.train` would take, but stops before the last one.
 
     Raises:
-        StepError: one cannot be taken, or too many in a row moved nothing.
+        StepError: one cannot be taken, or too many in a row were skipped.
         Interrupted: a signal came, and what was done is saved.
 
     Returns:
         The run, and real tokens per second if any were trained.
     """
-    config, state, resumed = trial.config, trial.state, trial.resumed
     device.limit_memory()
-    sections = config.data, config.training, config.checkpointing, config.logging
-    run = Run(model, trial.train, None, *sections, trial.base, console)
-    # A checkpoint from behind this rung is of a sweep with fewer rungs; its steps come again.
-    if resumed is not None and step_of(resumed) <= until:
-        state = load_checkpoint(resumed, model, run.optimizer)
-        say(console, f"continuing from {resumed}")
-    before, began = state.tokens, time.perf_counter()
+    if trial.state.step > until:  # of a sweep with fewer rungs: the steps are taken again
+        fresh = RunState(fingerprint=trial.state.fingerprint, config=trial.state.config)
+        trial = replace(trial, state=fresh, resumed=None)
+    run = Run(model, replace(trial, validation=None), trial.config, console)
+    if trial.resumed is not None:
+        run.resume(trial.resumed)
+    before, began = run.state.tokens, time.perf_counter()
     with (
-        Interruption() as interruption,
+        run.stop,
         disk_errors(run.output, lambda: last_checkpoint(run.output)),
-        run.begin(state),
+        run.begin(),
         blas.threads(1),
     ):
-        run.take_steps(until, interruption)
+        run.take_steps(until)
         saved = run.save_if_new()
-        if interruption.signum is not None:
-            raise Interrupted(interruption.signum, saved)
-    tokens = state.tokens - before
+        if run.stop.signum is not None:
+            raise Interrupted(run.stop.signum, saved)
+    tokens = run.state.tokens - before
     return run, tokens / max(time.perf_counter() - began, 1e-9) if tokens else None
 
 

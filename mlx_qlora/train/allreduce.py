@@ -1,44 +1,21 @@
-"""What the processes of a run share: gradients, validation losses, decisions."""
+"""What the processes of a run share: gradients, validation sums, the state they begin from."""
 
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.distributed import Processes
 from mlx_qlora.train.checkpoint import RunState
-from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.optim import AdamW, unflatten
 from mlx_qlora.train.score import Score
 from mlx_qlora.train.signals import WATCHED
 
-# ---- gradients -----------------------------------------------------------------------------------
-
-
 SMALLEST_BUCKET, MOST_BUCKETS = 4 << 20, 8  # bytes; messages of a step
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What all processes have gone through in a step.
-
-    Attributes:
-        supervised: tokens that are learned.
-        tokens: real ones.
-        rows: of the stream.
-        signum: of a signal that any process has had; None if none has.
-    """
-
-    supervised: int
-    tokens: int
-    rows: int
-    signum: int | None = None
-
-    def with_more(self, supervised: int, tokens: int) -> "Counts":
-        """With those of another batch."""
-        return replace(self, supervised=self.supervised + supervised, tokens=self.tokens + tokens)
+FIXED = 1 << 20  # parts of a nat: sums of whole numbers do not depend on their order
 
 
 class GradientAllReduce:
@@ -72,90 +49,94 @@ class GradientAllReduce:
     def reduce(self, grads: dict[str, mx.array], done: set[str]) -> None:
         """Sends the buckets whose gradients are all done.
 
-        What was sent stays sent if the step is computed again in smaller parts: it is the same.
+        What was sent stays sent if the step is computed again in smaller pieces: it is the same.
         """
         while len(self.sent) < len(self.buckets):
             bucket = self.buckets[len(self.sent)]
             if not done.issuperset(bucket):
                 return
-            parts = [grads[name].reshape(-1) for name in bucket]
-            self.sent.append(self.processes.summed(mx.concatenate(parts)))
+            flat = mx.concatenate([grads[name].reshape(-1) for name in bucket])
+            self.sent.append(self.processes.all_sum(flat))
 
     def wait(
-        self, grads: dict[str, mx.array], nats: mx.array, own: Counts
-    ) -> tuple[dict[str, mx.array], mx.array, Counts]:
-        """(gradients, loss sum, counts) of all processes, once they are all there.
+        self,
+        grads: dict[str, mx.array],
+        nats: mx.array,
+        counts: tuple[int, int, int],
+        received: int | None,
+    ) -> tuple[dict[str, mx.array], mx.array, tuple[int, int, int], int | None]:
+        """Waits for the sums over all processes.
+
+        Args:
+            grads: of this process; what is not sent yet is sent now.
+            nats: its loss sum.
+            counts: its supervised tokens, real tokens, and rows.
+            received: a signal that it received.
+
+        Returns:
+            The same of all processes; the signal is one that any of them received.
 
         Raises:
-            ProcessError: another process is gone, or has not come in time.
+            ProcessError: another process is gone, or did not answer in time.
         """
         self.reduce(grads, set(grads))
-        signals = [int(own.signum == number) for number in WATCHED]
-        numbers = mx.array([own.supervised, own.tokens, own.rows, *signals], mx.int64)
-        counts, nats = self.processes.summed(numbers), self.processes.summed(nats)
+        numbers = mx.array([*counts, *_one_hot(received)], mx.int64)
+        numbers, nats = self.processes.all_sum(numbers), self.processes.all_sum(nats)
         self.processes.worked(time.perf_counter() - self.started)
-        self.processes.wait(*self.sent, counts, nats)
+        self.processes.wait(*self.sent, numbers, nats)
         total: dict[str, mx.array] = {}
-        for bucket, found in zip(self.buckets, self.sent):
-            start = 0
-            for name in bucket:
-                size = math.prod(self.shapes[name])
-                total[name] = found[start : start + size].reshape(self.shapes[name])
-                start += size
-        supervised, tokens, rows, *had = map(int, np.array(counts))
-        signum = next((number for number, n in zip(WATCHED, had) if n), None)
+        for bucket, flat in zip(self.buckets, self.sent):
+            total |= unflatten(flat, {name: self.shapes[name] for name in bucket})
         self.sent = []
-        return (
-            {name: total[name] for name in self.shapes},
-            nats,
-            Counts(supervised, tokens, rows, signum),
-        )
-
-
-# ---- everything else -----------------------------------------------------------------------------
-
-
-FIXED = 1 << 20  # parts of a nat: sums of whole numbers do not depend on their order
+        supervised, tokens, rows, *signals = map(int, np.array(numbers))
+        grads = {name: total[name] for name in self.shapes}
+        return grads, nats, (supervised, tokens, rows), _signal(signals)
 
 
 def score_of_all(
-    own: Score,
+    score: Score,
     processes: Processes,
     took: float,
-    came: int | None = None,
+    received: int | None = None,
     seconds: float | None = None,
 ) -> tuple[Score, int | None]:
     """The sums over all processes of what each has scored of a set.
 
     Args:
-        own: of this process's share.
+        score: of this process's share.
         processes: of the run.
         took: seconds that this needed.
-        came: a signal that this process has had.
+        received: a signal that this process received.
         seconds: how long to wait for the others; as `Processes.wait` if not given.
 
     Returns:
-        The sums; and a signal that any process has had, or None.
+        The sums; and a signal that any process received, or None.
 
     Raises:
-        ProcessError: another process is gone, or has not come in time.
+        ProcessError: another process is gone, or did not answer in time.
     """
     if processes.size == 1:
-        return own, None
-    nats, *counts = asdict(own).values()
+        return score, None
+    nats, *counts = asdict(score).values()
     whole = [round(nats * FIXED), 0] if math.isfinite(nats) else [0, 1]
-    signals = [int(came == number) for number in WATCHED]
-    told = processes.summed(mx.array([*whole, *counts, *signals], mx.int64))
-    if own.tokens:
+    sums = processes.all_sum(mx.array([*whole, *counts, *_one_hot(received)], mx.int64))
+    if score.tokens:
         processes.worked(took)
-    processes.wait(told, seconds=seconds)
-    nats, spoilt, *numbers = map(int, np.array(told))
-    counts, had = numbers[: len(counts)], numbers[len(counts) :]
-    signum = next((number for number, n in zip(WATCHED, had) if n), None)
-    return Score(math.nan if spoilt else nats / FIXED, *counts), signum
+    processes.wait(sums, seconds=seconds)
+    nats, not_finite, *numbers = map(int, np.array(sums))
+    n = len(counts)
+    return Score(math.nan if not_finite else nats / FIXED, *numbers[:n]), _signal(numbers[n:])
 
 
-def from_first(state: RunState, optimizer: AdamW, processes: Processes) -> RunState:
+def _one_hot(received: int | None) -> list[int]:
+    return [int(received == number) for number in WATCHED]
+
+
+def _signal(counts: list[int]) -> int | None:
+    return next((number for number, n in zip(WATCHED, counts) if n), None)
+
+
+def broadcast_state(state: RunState, optimizer: AdamW, processes: Processes) -> RunState:
     """Rank 0's state, with its weights and moments put into the optimizer.
 
     Only rank 0 need have the checkpoint; and whatever was drawn or decomposed on other machines,
@@ -163,14 +144,8 @@ def from_first(state: RunState, optimizer: AdamW, processes: Processes) -> RunSt
     """
     if processes.size == 1:
         return state
-    state = RunState(**json.loads(processes.from_first(json.dumps(asdict(state)).encode())))
-    weights_from_first(optimizer, processes)
-    optimizer.mean = processes.array_from_first(optimizer.mean)
-    optimizer.square = processes.array_from_first(optimizer.square)
+    state = RunState(**json.loads(processes.broadcast(json.dumps(asdict(state)).encode())))
+    for name in ("weights", "mean", "square"):
+        setattr(optimizer, name, processes.broadcast_array(getattr(optimizer, name)))
     optimizer.step = state.updates
     return state
-
-
-def weights_from_first(optimizer: AdamW, processes: Processes) -> None:
-    """Rank 0's weights, in every process."""
-    optimizer.weights = processes.array_from_first(optimizer.weights)

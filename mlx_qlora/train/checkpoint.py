@@ -11,10 +11,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,84 +25,17 @@ from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
 from mlx_qlora.folders import disk_errors, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.config import TrainingConfig
+from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
 
-# ---- the history ---------------------------------------------------------------------------------
-
-
-def best_eval(history: list[dict[str, Any]]) -> tuple[int, float] | None:
-    """(step, loss) of the best validation; the first of equals."""
-    evals = [(r["eval_loss"], r["step"]) for r in history if "eval_loss" in r]
-    finite = [pair for pair in evals if math.isfinite(pair[0])]
-    return min(finite)[::-1] if finite else None
-
-
-def was_validated(history: list[dict[str, Any]], step: int) -> bool:
-    """Whether there was a validation after this step."""
-    return any(record["step"] == step and "eval_loss" in record for record in history)
-
-
-def validations_since_best(history: list[dict[str, Any]]) -> int:
-    """How many validations came after the best one; 0 if none had a finite loss."""
-    best, steps = best_eval(history), [r["step"] for r in history if "eval_loss" in r]
-    return steps[::-1].index(best[0]) if best else 0
-
-
-# ---- trainer_state.json --------------------------------------------------------------------------
-
-
-TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
-
-
-EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
-
-
-def trainer_state(
-    state: "RunState",
-    training: TrainingConfig,
-    checkpointing: "CheckpointingConfig",
-    logging_steps: int,
-    batches: Batches,
-) -> dict[str, Any]:
-    """Exactly the keys that transformers' `TrainerState` accepts, and records as it writes them."""
-    best = best_eval(state.log_history)
-    folder = Path(checkpointing.output_dir) / f"checkpoint-{best[0]}" if best else None
-    if folder and best and best[0] != state.step and not folder.exists():
-        folder = None  # its step was validated, and not saved
-    records = []
-    for record in state.log_history:
-        keys = EVAL_KEYS if "eval_loss" in record else TRAIN_KEYS
-        if all(key in record for key in keys):
-            records.append({key: record[key] for key in keys})
-    return {
-        "best_global_step": best[0] if best else None,
-        "best_metric": best[1] if best else None,
-        "best_model_checkpoint": str(folder) if folder else None,
-        "epoch": batches.epoch(state.step * training.gradient_accumulation_steps),
-        "eval_steps": checkpointing.eval_steps,
-        "global_step": state.step,
-        "is_hyper_param_search": False,
-        "is_local_process_zero": True,
-        "is_world_process_zero": True,
-        "log_history": records,
-        "logging_steps": logging_steps,
-        "max_steps": training.total_steps(batches),
-        "num_input_tokens_seen": state.tokens,
-        "num_train_epochs": math.ceil(batches.epoch(training.micro_batches(batches))),
-        "save_steps": checkpointing.save_steps,
-        "stateful_callbacks": {},
-        "total_flos": 0,
-        "train_batch_size": training.rows,
-        "trial_name": None,
-        "trial_params": None,
-    }
-
+if TYPE_CHECKING:
+    from mlx_qlora.config import RunConfig
 
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
-
-
 STATE = "resume_state.json"
+# Of `trainer_state.json`'s records, as transformers writes them.
+TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
 
 
 @dataclass(frozen=True)
@@ -144,8 +77,8 @@ class RunState:
             dropout are drawn from the config's seed and these numbers, so there is no other
             state of a random generator.
         tokens: real tokens that were trained.
-        fingerprint: name -> hash of the config, the data and the model; a run goes on only from
-            its own.
+        fingerprint: name -> hash of the config, the data and the model, and the version of the
+            numerics; a run goes on only from its own.
         config: the values behind the config's hash, to show what differs.
         log_history: every record of `metrics.jsonl`.
         open_losses: of the steps since the last logged record, whose mean is the next one's.
@@ -167,14 +100,37 @@ class RunState:
     skipped_in_a_row: int = 0
 
 
-# ---- out ---------------------------------------------------------------------------------------
+# ---- the history ---------------------------------------------------------------------------------
+
+
+def best_eval(history: list[dict[str, Any]]) -> tuple[int, float] | None:
+    """(step, loss) of the best validation; the first of equals."""
+    evals = [(r["eval_loss"], r["step"]) for r in history if "eval_loss" in r]
+    finite = [pair for pair in evals if math.isfinite(pair[0])]
+    return min(finite)[::-1] if finite else None
+
+
+def was_validated(history: list[dict[str, Any]], step: int) -> bool:
+    """Whether there was a validation after this step."""
+    return any(record["step"] == step and "eval_loss" in record for record in history)
+
+
+def validations_since_best(history: list[dict[str, Any]]) -> int:
+    """How many validations came after the best one; 0 if none had a finite loss."""
+    best, steps = best_eval(history), [r["step"] for r in history if "eval_loss" in r]
+    return steps[::-1].index(best[0]) if best else 0
+
+
+# ---- out -----------------------------------------------------------------------------------------
+
+
 def save_checkpoint(
     model: LlamaForCausalLM,
     optimizer: AdamW,
     state: RunState,
-    trainer_state: dict[str, Any],
     base: str,
-    config: CheckpointingConfig,
+    config: "RunConfig",
+    batches: Batches,
 ) -> Path:
     """Writes `checkpoint-<step>` and removes what `save_total_limit` no longer covers.
 
@@ -182,7 +138,7 @@ def save_checkpoint(
         TrainingError: the disk is full, read-only, or the output folder is gone; what was there
             before is as it was.
     """
-    output = Path(config.output_dir)
+    output = Path(config.checkpointing.output_dir)
     folder = output / f"checkpoint-{state.step}"
     moments = {
         f"{name}.{theirs}": np.array(array)
@@ -195,10 +151,10 @@ def save_checkpoint(
         with staged(folder, replace=True) as staging:
             write_peft(staging, adapter_tensors(model), peft_config(model, base))
             save_file(moments, staging / "optimizer.safetensors")
-            text = json.dumps(trainer_state, indent=2) + "\n"
+            text = json.dumps(trainer_state(state, config, batches), indent=2) + "\n"
             (staging / "trainer_state.json").write_text(text, encoding="utf-8")
             _write_state(staging, state)
-        rotate(output, state, config.save_total_limit)
+        rotate(output, state, config.checkpointing.save_total_limit)
     return folder
 
 
@@ -206,16 +162,51 @@ def _write_state(folder: Path, state: RunState) -> None:
     """Writes `resume_state.json`: its first line is the checksum of all that follows."""
     checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     body = json.dumps({"checksums": checksums, **asdict(state)}, indent=2)[1:] + "\n"
-    own = hashlib.sha256(body.encode()).hexdigest()
-    (folder / STATE).write_text(f'{{"sha256": "{own}",{body}', encoding="utf-8")
+    first = hashlib.sha256(body.encode()).hexdigest()
+    (folder / STATE).write_text(f'{{"sha256": "{first}",{body}', encoding="utf-8")
+
+
+def trainer_state(state: RunState, config: "RunConfig", batches: Batches) -> dict[str, Any]:
+    """Exactly the keys that transformers' `TrainerState` accepts, and records as it writes them."""
+    training, best = config.training, best_eval(state.log_history)
+    folder = Path(config.checkpointing.output_dir) / f"checkpoint-{best[0]}" if best else None
+    if folder and best and best[0] != state.step and not folder.exists():
+        folder = None  # its step was validated, and not saved
+    records = []
+    for record in state.log_history:
+        keys = EVAL_KEYS if "eval_loss" in record else TRAIN_KEYS
+        if all(key in record for key in keys):
+            records.append({key: record[key] for key in keys})
+    return {
+        "best_global_step": best[0] if best else None,
+        "best_metric": best[1] if best else None,
+        "best_model_checkpoint": str(folder) if folder else None,
+        "epoch": batches.epoch(state.step * training.gradient_accumulation_steps),
+        "eval_steps": config.checkpointing.eval_steps,
+        "global_step": state.step,
+        "is_hyper_param_search": False,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "log_history": records,
+        "logging_steps": config.logging.logging_steps,
+        "max_steps": training.total_steps(batches),
+        "num_input_tokens_seen": state.tokens,
+        "num_train_epochs": math.ceil(batches.epoch(training.micro_batches(batches))),
+        "save_steps": config.checkpointing.save_steps,
+        "stateful_callbacks": {},
+        "total_flos": 0,
+        "train_batch_size": training.rows,
+        "trial_name": None,
+        "trial_params": None,
+    }
 
 
 def rotate(output: Path, state: RunState, limit: int) -> None:
     """Removes all but the newest checkpoints and the best of those that there are."""
-    found = checkpoints(output)
-    steps = {step_of(path) for path in found}
+    saved = checkpoints(output)
+    steps = {step_of(path) for path in saved}
     best = best_eval([r for r in state.log_history if r["step"] in steps])
-    for path in found[:-limit]:
+    for path in saved[:-limit]:
         if best is None or step_of(path) != best[0]:
             _discard(path)
 
@@ -228,19 +219,13 @@ def _discard(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def last_checkpoint(output: Path) -> str:
-    """What there is to go on from, for messages about the disk."""
-    saved = checkpoints(output)
-    if not saved:
-        return "No checkpoint was written yet"
-    return f"{saved[-1]} is whole, and the same command goes on from it"
+# ---- what there is -------------------------------------------------------------------------------
 
 
-# ---- what there is -----------------------------------------------------------------------------
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of an output folder, oldest first."""
-    found = filter(is_ours, output.glob("checkpoint-*"))
-    return sorted((p for p in found if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
+    ours = filter(is_ours, output.glob("checkpoint-*"))
+    return sorted((p for p in ours if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -253,8 +238,16 @@ def is_ours(path: Path) -> bool:
     return (path / STATE).is_file()
 
 
+def last_checkpoint(output: Path) -> str:
+    """What there is to go on from, for messages about the disk."""
+    saved = checkpoints(output)
+    if not saved:
+        return "No checkpoint was written yet"
+    return f"{saved[-1]} is whole, and the same command goes on from it"
+
+
 def remove_leftovers(output: Path, step: int) -> None:
-    """Removes what a run that goes on from `step` will write anew, and halves of a run that died.
+    """Removes what a run that goes on from `step` will write again, and halves of a dead run.
 
     Otherwise the checkpoints of an abandoned run would count as the newest, be kept in the place
     of this run's, and be resumed.
@@ -275,7 +268,108 @@ def restore_set_aside(output: Path) -> None:
             aside.rename(output / name[1])
 
 
-# ---- in ----------------------------------------------------------------------------------------
+# ---- which one to go on from ---------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        path: the checkpoint that it goes on from; None for step 0.
+        state: of the run at that step.
+        damaged: what is wrong with newer checkpoints, which were passed over.
+    """
+
+    path: Path | None
+    state: RunState
+    damaged: list[str]
+
+
+def checkpoint_to_resume(
+    config: CheckpointingConfig,
+    state: RunState,
+    defaults: dict[str, Any] | None = None,
+) -> Start:
+    """The checkpoint that the config asks for, every file of it hashed once, and its state.
+
+    Args:
+        config: whose output folder is looked into.
+        state: of the run that is to begin, with its fingerprint and config.
+        defaults: of the fields that decide the weights, as `state.config` has them.
+
+    Raises:
+        ConfigError: a named folder that is no checkpoint or a damaged one, no whole checkpoint
+            where there are some, or one that was made from another config, data or model, or with
+            other numerics.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted == "none":
+        return Start(None, state, [])
+    if wanted != "auto":
+        path = Path(wanted).expanduser()
+        if not is_ours(path):
+            raise ConfigError(f"checkpointing.resume_from_checkpoint: {path} is no checkpoint")
+        return Start(path, _same_run(path, read_state(path), state, defaults or {}), [])
+    damaged = []
+    for path in reversed(checkpoints(Path(config.output_dir))):
+        try:
+            saved = read_state(path)
+        except ConfigError as error:
+            damaged.append(str(error))
+            continue
+        return Start(path, _same_run(path, saved, state, defaults or {}), damaged)
+    if damaged:
+        raise ConfigError(
+            f"no checkpoint of {config.output_dir} is whole:\n{listing(damaged)}\n"
+            "to start from the beginning pass checkpointing.resume_from_checkpoint=none"
+        )
+    return Start(None, state, [])
+
+
+def _same_run(
+    path: Path, saved: dict[str, Any], state: RunState, defaults: dict[str, Any]
+) -> RunState:
+    """The state of a checkpoint, if it is of the run that is to begin."""
+    theirs = saved["fingerprint"]
+    numerics = theirs.get("numerics", "1")
+    if numerics != str(NUMERICS):
+        raise ConfigError(
+            f"{path} was trained with version {numerics} of the numerics, and this mlx-qlora "
+            f"computes version {NUMERICS}: the run would not end as it began. Finish it with the "
+            f"version that began it ({path.parent / 'training_args.json'} names it), or train on "
+            f"from its adapter: --adapter {path} and another --output-dir"
+        )
+    differences = list(_differences(saved["config"], state.config, defaults))
+    changed = [name for name in state.fingerprint if name != "numerics"]
+    changed = [name for name in changed if theirs.get(name) != state.fingerprint[name]]
+    if "config" in changed and saved["config"] and not differences:
+        changed.remove("config")  # hashed over fewer fields, whose values are the same
+    if changed:
+        raise ConfigError(
+            f"{path} was made from another {' and '.join(changed)}"
+            + (f":\n{listing(differences)}\n" if differences else ". ")
+            + "To start from the beginning pass checkpointing.resume_from_checkpoint=none, or "
+            "choose another --output-dir"
+        )
+    return replace(RunState(**saved), fingerprint=state.fingerprint, config=state.config)
+
+
+def _differences(
+    theirs: dict[str, Any], ours: dict[str, Any], defaults: dict[str, Any]
+) -> Iterator[str]:
+    """Deciding fields whose values differ; one that a checkpoint lacks has its value of then."""
+    for section, fields in ours.items():
+        saved = theirs.get(section, {})
+        for name in {**fields, **saved}:
+            then = THEN.get(f"{section}.{name}", defaults.get(section, {}).get(name))
+            before, now = saved.get(name, then), fields.get(name)
+            if before != now:
+                yield f"{section}.{name}: {before} -> {now}"
+
+
+# ---- in ------------------------------------------------------------------------------------------
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The content of `resume_state.json`, after every checksum of the checkpoint was compared.
 
@@ -284,124 +378,61 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         text = (path / STATE).read_bytes().decode()
-        begun = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
-        if begun is None or hashlib.sha256(text[begun.end() :].encode()).hexdigest() != begun[1]:
+        first = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
+        if first is None or hashlib.sha256(text[first.end() :].encode()).hexdigest() != first[1]:
             raise ConfigError(f"{path / STATE} is damaged")
         saved = json.loads(text)
-        for name, checksum in saved.pop("checksums").items():
+        for name, checksum in saved["checksums"].items():
             if sha256(path / name) != checksum:
                 raise ConfigError(f"{path / name} is damaged")
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path / STATE} cannot be read: {error}") from None
-    del saved["sha256"]
-    return saved
+    return {name: value for name, value in saved.items() if name not in ("sha256", "checksums")}
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
-    hashed = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
-            hashed.update(piece)
-    return hashed.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def checkpoint_to_resume(
-    config: CheckpointingConfig, state: RunState
-) -> tuple[Path | None, list[str]]:
-    """The checkpoint that the config asks for, or None to start at step 0.
+def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates: int) -> None:
+    """Puts a checkpoint's weights and moments back, bit for bit; its files were hashed before."""
+    moments = load_file(path / "optimizer.safetensors")
+    optimizer.weights = _concatenate(_weights(path, optimizer))
+    for theirs, ours in MOMENTS.items():
+        arrays = (moments[f"{name}.{theirs}"] for name in optimizer.shapes)
+        setattr(optimizer, ours, _concatenate(arrays))
+    optimizer.step = updates
+    model.update(optimizer.tree())
 
-    Args:
-        config: whose output folder is looked into.
-        state: of the run that is to begin, with its fingerprint and config.
 
-    Returns:
-        The checkpoint, and what is wrong with newer ones that were passed over.
+def load_weights(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> None:
+    """Puts a checkpoint's weights alone back into the model and the optimizer.
 
     Raises:
-        ConfigError: a named folder that is no checkpoint or a damaged one, no whole checkpoint
-            where there are some, or one that was made from another config, data or model.
+        ConfigError: naming the file that is damaged or missing.
     """
-    wanted = config.resume_from_checkpoint
-    if wanted == "none":
-        return None, []
-    if wanted != "auto":
-        path = Path(wanted).expanduser()
-        if not is_ours(path):
-            raise ConfigError(f"checkpointing.resume_from_checkpoint: {path} is no checkpoint")
-        _refuse_another_run(path, read_state(path), state)
-        return path, []
-    damaged = []
-    for path in reversed(checkpoints(Path(config.output_dir))):
-        try:
-            saved = read_state(path)
-        except ConfigError as error:
-            damaged.append(str(error))
-            continue
-        _refuse_another_run(path, saved, state)
-        return path, damaged
-    if damaged:
-        raise ConfigError(
-            f"no checkpoint of {config.output_dir} is whole:\n{listing(damaged)}\n"
-            "to start anew pass checkpointing.resume_from_checkpoint=none"
-        )
-    return None, []
-
-
-def _refuse_another_run(path: Path, saved: dict[str, Any], state: RunState) -> None:
-    theirs = saved.get("fingerprint", {})
-    changed = [name for name in state.fingerprint if theirs.get(name) != state.fingerprint[name]]
-    if changed:
-        shown = [f"{name}: {old} -> {new}" for name, old, new in _differences(saved, state)]
-        raise ConfigError(
-            f"{path} was made from another {' and '.join(changed)}"
-            + (f":\n{listing(shown)}\n" if shown else ". ")
-            + "To start anew pass checkpointing.resume_from_checkpoint=none, or choose another "
-            "--output-dir"
-        )
-
-
-def _differences(saved: dict[str, Any], state: RunState) -> Iterator[tuple[str, Any, Any]]:
-    theirs = saved.get("config", {})
-    for section, fields in state.config.items():
-        for name, value in fields.items():
-            before = theirs.get(section, {}).get(name)
-            if before != value:
-                yield f"{section}.{name}", before, value
-
-
-def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> RunState:
-    """Puts a checkpoint's weights and moments back, bit for bit."""
-    state = RunState(**read_state(path))
-    moments = load_file(path / "optimizer.safetensors")
-    optimizer.weights = _concatenate(saved_weights(path, optimizer))
-    for theirs, ours in MOMENTS.items():
-        parts = (moments[f"{name}.{theirs}"] for name in optimizer.shapes)
-        setattr(optimizer, ours, _concatenate(parts))
-    optimizer.step = state.updates
+    read_state(path)
+    optimizer.weights = _concatenate(_weights(path, optimizer))
     model.update(optimizer.tree())
-    return state
 
 
-def saved_weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
+def _weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
     """The weights of a checkpoint, in the optimiser's order."""
     weights = load_file(path / "adapter_model.safetensors")
-    # An adapter whose base made way for it is written with twice the rank; what is trained is
-    # the first half.
+    # PiSSA and OLoRA change the base: their adapter is written with twice the rank, so that it fits
+    # the original one, and what is trained is the first half.
     return (
         weights[f"base_model.model.{name}"][tuple(slice(n) for n in shape)]
         for name, shape in optimizer.shapes.items()
     )
 
 
-def load_weights(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> None:
-    """Puts a checkpoint's weights alone back into the model."""
-    read_state(path)
-    buffer = _concatenate(saved_weights(path, optimizer))
-    model.update(optimizer.tree(buffer))
-
-
-def _concatenate(parts: Any) -> mx.array:
-    return mx.array(np.concatenate([part.reshape(-1) for part in parts]))
+def _concatenate(arrays: Iterable[np.ndarray]) -> mx.array:
+    return mx.array(np.concatenate([array.reshape(-1) for array in arrays]))

@@ -1,8 +1,10 @@
-"""How long and how fast to learn, and the batches that follow from it."""
+"""How long and how fast to learn, and the batches and the run length that follow from it."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
@@ -11,10 +13,17 @@ from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, check_choices, option, require
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
 
+# The version of the arithmetic, in every run's fingerprint. 1 is what commit 8129655 computes, and
+# what a checkpoint without a number has. Whoever changes a trained bit raises it, records the
+# golden run again and says why in docs/log.md; a run is not continued under another number.
+NUMERICS = 1
+# A deciding field that a checkpoint is too old to have counts as its default of today. Where runs
+# did something else before there was the field, it stands here: "training.warmup_ratio": 0.0
+THEN: dict[str, Any] = {}
+
 DEFAULT_STEPS = 1000
-
-
 DEFAULT_ROWS = 6
+MANY_PASSES, USUAL_PASSES = 20, 3  # that learn rows by heart, and that are a start
 
 
 @dataclass(frozen=True)
@@ -61,30 +70,27 @@ class TrainingConfig:
                 "training.max_steps and training.num_train_epochs exclude each other; "
                 f"got {self.max_steps} and {self.num_train_epochs}"
             )
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "max_steps", "max_skipped_steps"):
+        for name in ("per_device_train_batch_size", "learning_rate"):
             value = getattr(self, name)
-            if name == "per_device_train_batch_size" and isinstance(value, str):
-                require(value == "auto", f"training.{name}", "be a number or auto", value)
-                continue
-            require(value is None or value >= 1, f"training.{name}", "be at least 1", value)
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"):
-            value = getattr(self, name)
-            if name == "learning_rate" and isinstance(value, str):
-                require(value == "auto", f"training.{name}", "be number or auto", value)
-                continue
-            legal = value is None or 0 < value < math.inf
-            require(legal, f"training.{name}", "be above 0 and finite", value)
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            value = getattr(self, name)
-            require(0 <= value < 2**63, f"training.{name}", "be at least 0", value)
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"training.{name}", "be in [0, 1)", value)
+            legal = not isinstance(value, str) or value == "auto"
+            require(legal, f"training.{name}", "be a number or auto", value)
         for name in ("gradient_checkpointing", "compile"):
-            word = getattr(self, name)
-            legal = not isinstance(word, str) or word == "auto"
-            require(legal, f"training.{name}", "be true, false or auto", word)
+            value = getattr(self, name)
+            legal = not isinstance(value, str) or value == "auto"
+            require(legal, f"training.{name}", "be true, false or auto", value)
+
+        def check(names: tuple[str, ...], rule: str, legal: Callable[[float], bool]) -> None:
+            for name in names:
+                value = getattr(self, name)
+                known = value is None or isinstance(value, str) or legal(value)
+                require(known, f"training.{name}", rule, value)
+
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        check((*counts, "max_steps", "max_skipped_steps"), "be at least 1", lambda n: n >= 1)
+        sizes = ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+        check(sizes, "be above 0 and finite", lambda x: 0 < x < math.inf)
+        check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
+        check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
 
     @property
     def recompute(self) -> str | int:
@@ -96,11 +102,8 @@ class TrainingConfig:
     def at_once(self, most: int) -> "TrainingConfig":
         """With numbers in the place of `per_device_train_batch_size: auto`.
 
-        A step has as many rows on every machine, so the same run is trained on all of them; how
-        many are computed at once is up to the machine.
-
-        Args:
-            most: rows that keep the device busy.
+        A step has as many rows on every machine, so the same run is trained on all of them; only
+        how many are computed at once, at most those that keep the device busy, differs.
         """
         if self.per_device_train_batch_size != "auto":
             return self
@@ -119,10 +122,7 @@ class TrainingConfig:
 
         which was fitted to LoRA on all linears with lora_alpha 32 and a scale of alpha / r
         (Schulman et al. 2025, "LoRA Without Regret"); 5e-5 is for all weights, and LoRA wants
-        some ten times that. It gives 2.86e-4 for Llama 3.1 8B. A start, which a sweep may move.
-
-        Args:
-            hidden_size: of the model.
+        about ten times that. It gives 2.86e-4 for Llama 3.1 8B. A start, which a sweep may move.
         """
         if self.learning_rate != "auto":
             return self
@@ -177,3 +177,54 @@ def batches_of(
         world_size=size,
         rows_per_step=rows * training.gradient_accumulation_steps * size,
     )
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is.
+
+    Attributes:
+        steps: optimiser steps.
+        examples: to learn from.
+        passes: over the examples, as a fraction.
+        warmup_steps: during which the learning rate rises.
+        by_passes: whether the config gives the passes, and not the steps.
+    """
+
+    steps: int
+    examples: int
+    passes: float
+    warmup_steps: int
+    by_passes: bool = False
+
+    @classmethod
+    def of(cls, training: TrainingConfig, batches: Batches, examples: int) -> "RunLength":
+        """The length of a run on these batches of so many examples."""
+        steps, passes = (
+            training.total_steps(batches),
+            batches.epoch(training.micro_batches(batches)),
+        )
+        return cls(steps, examples, passes, training.warmup_steps, training.max_steps is None)
+
+    def __str__(self) -> str:
+        passes = f"{self.passes:,.0f}" if self.passes >= 10 else f"{self.passes:.2f}"
+        return f"{self.steps:,} steps: {passes} passes over {self.examples:,} examples"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is most likely not intended, with the remedy."""
+        warnings = []
+        if self.warmup_steps >= self.steps > 1:
+            warnings.append(
+                f"training.warmup_steps={self.warmup_steps} is all of the run's {self.steps:,} "
+                "steps, so the learning rate does not reach its peak before the end; set "
+                f"training.warmup_steps={self.steps // 10}"
+            )
+        if self.passes > MANY_PASSES:
+            steps = math.ceil(self.steps / self.passes * USUAL_PASSES)
+            fewer = f"num_train_epochs={USUAL_PASSES}" if self.by_passes else f"max_steps={steps}"
+            warnings.append(
+                f"{self.passes:,.0f} passes over {self.examples:,} examples learn them by heart; "
+                f"set training.{fewer}, which is {USUAL_PASSES} passes, or collect more rows"
+            )
+        return warnings

@@ -21,26 +21,47 @@ from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, wa
 from mlx_qlora.folders import staged
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.score import Score
-from mlx_qlora.train.step import Outcome
+from mlx_qlora.train.step import StepResult
+
+NAMES = ("tensorboard", "wandb")
+RUN_ID = "wandb_run_id"
+NUMBER = itertools.count()  # of an event file within this process
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """How often figures are written, and where besides `metrics.jsonl`."""
+
+    logging_steps: int = option(10, "write figures every this many steps (and at the last)")
+    report_to: list[str] | str = option(
+        [], "tensorboard, wandb or both, besides metrics.jsonl, which is always written"
+    )
+    run_name: str | None = option(
+        None, "of the run in trackers; null takes the output folder's name"
+    )
+    project: str = option("mlx-qlora", "the project that wandb files the run under")
+
+    def __post_init__(self) -> None:
+        steps, name = self.logging_steps, self.run_name
+        require(steps >= 1, "logging.logging_steps", "be at least 1", steps)
+        chosen = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        for word in chosen:
+            if word not in NAMES:
+                raise ConfigError(
+                    f"logging.report_to must be tensorboard, wandb, [tensorboard, wandb] or []; "
+                    f"got {word!r}{did_you_mean(word, NAMES)}"
+                )
+        object.__setattr__(self, "report_to", list(dict.fromkeys(chosen)))
+        is_name = name is None or (name.strip(".") and "/" not in name and "\0" not in name)
+        require(bool(is_name), "logging.run_name", "name a folder, without a /", name)
+        require(bool(self.project), "logging.project", "name a project", "nothing")
+
 
 # ---- trackers ------------------------------------------------------------------------------------
 
 
-NAMES = ("tensorboard", "wandb")
-
-
-RUN_ID = "wandb_run_id"
-
-
-NUMBER = itertools.count()  # of an event file within this process
-
-
-# ---- before the run ----------------------------------------------------------------------------
 def require_trackers(report_to: list[str]) -> None:
     """Refuses a tracker that could not begin; nothing is written, nobody is asked anything.
-
-    Args:
-        report_to: names out of `NAMES`.
 
     Raises:
         ConfigError: a package is missing, or wandb has no key and was not told to stay offline.
@@ -72,34 +93,33 @@ def _require_key() -> None:
         )
 
 
-# ---- a record ----------------------------------------------------------------------------------
 def tracked(record: dict[str, Any]) -> dict[str, float]:
     """A line of `metrics.jsonl` as trackers take it: name -> number.
 
     Text and lists stay in the file; a step that was skipped is a 1 at `train/skipped`.
     """
-    marks = {"skipped": 1} if "skipped" in record else {}
-    values = {name: value for name, value in {**record, **marks}.items() if name != "step"}
+    numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+    if "skipped" in record:
+        numbers["skipped"] = 1
     return {
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
-        for name, value in values.items()
-        if isinstance(value, (int, float))
+        for name, value in numbers.items()
+        if name != "step"
     }
 
 
-# ---- the two -----------------------------------------------------------------------------------
 class TensorBoard:
     """One event file of `tensorboard`'s own records, which needs neither TensorFlow nor torch.
 
-    Each record reaches the file before `write` returns. `EventFileWriter` of the same package
-    would write from a thread, where a full disk ends in a traceback, and imports TensorFlow where
-    there is one; its `RecordWriter` does neither.
+    Each record reaches the file before `write` returns. `tensorboard.summary.Writer` would write
+    from a thread, where a full disk ends in a traceback, imports TensorFlow where there is one, and
+    knows neither session logs nor text; the `RecordWriter` under it has none of that.
 
     Args:
         folder: of the run, made if need be; TensorBoard reads all its event files as one run.
         settings: section -> field -> value, shown under Text as `args`, as the Trainer does.
         history: the records up to here; written where the folder has no event file yet.
-        step: the last optimiser step that was done. What another process wrote behind it is
+        step: the last optimiser step that was done. What another process wrote after it is
             purged from view by a `SessionLog.START`, as TensorBoard does for its own restarts.
     """
 
@@ -109,6 +129,7 @@ class TensorBoard:
         self, folder: Path, settings: dict[str, Any], history: list[dict[str, Any]], step: int
     ) -> None:
         from tensorboard.compat.proto import event_pb2
+        from tensorboard.plugins.text.summary_v2 import text_pb
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +142,8 @@ class TensorBoard:
         self._event(0, file_version="brain.Event:2")
         self._event(step + 1 if continues else 0, session_log={"status": "START"})
         if not continues:
-            self._event(0, summary={"value": [_text("args", settings)]})
+            text = textwrap.indent(json.dumps(settings, indent=2), "    ")  # a block of code
+            self._event(0, summary=text_pb("args/text_summary", text))
             for record in history:
                 self.write(record["step"], tracked(record))
 
@@ -134,25 +156,14 @@ class TensorBoard:
         points = [{"tag": tag, "simple_value": value} for tag, value in values.items()]
         self._event(step, summary={"value": points})
 
-    def _event(self, step: int, **what: Any) -> None:
-        event = self.make_event(wall_time=time.time(), step=step, **what)
+    def _event(self, step: int, **content: Any) -> None:
+        event = self.make_event(wall_time=time.time(), step=step, **content)
         self.records.write(event.SerializeToString())
         self.records.flush()
 
     def close(self, failed: bool) -> None:
         """Closes the file; how the run ended has no place in it."""
         self.records.close()
-
-
-def _text(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """JSON as torch's `SummaryWriter.add_text` writes text; the indent makes it a block of code."""
-    text = textwrap.indent(json.dumps(values, indent=2), "    ")
-    shape = {"dim": [{"size": 1}]}
-    return {
-        "tag": f"{name}/text_summary",
-        "metadata": {"plugin_data": {"plugin_name": "text"}},
-        "tensor": {"dtype": "DT_STRING", "string_val": [text.encode()], "tensor_shape": shape},
-    }
 
 
 class Wandb:
@@ -166,9 +177,9 @@ class Wandb:
         project: of wandb.
         name: of the run.
         output: the output folder; wandb's own files go to `<output>/wandb`.
-        settings: section -> field -> value; wandb's config.
-        history: the records up to here.
-        step: the last optimiser step that was done.
+        settings: wandb's config; section -> field -> value.
+        history: the records up to `step`, the last optimiser step that was done.
+        step: 0 begins a new run.
 
     Raises:
         ConfigError: wandb refuses or cannot be reached.
@@ -187,8 +198,8 @@ class Wandb:
     ) -> None:
         import wandb
 
-        kept = output / RUN_ID
-        known = kept.read_text(encoding="utf-8").strip() if step and kept.is_file() else ""
+        place = output / RUN_ID
+        known = place.read_text(encoding="utf-8").strip() if step and place.is_file() else ""
         try:
             self.run = wandb.init(
                 project=project,
@@ -231,38 +242,24 @@ class Wandb:
 Tracker: TypeAlias = TensorBoard | Wandb
 
 
-def trackers(
-    report_to: list[str],
-    output: Path,
-    run_name: str | None,
-    project: str,
-    settings: dict[str, Any],
-    history: list[dict[str, Any]],
-    step: int,
+def open_trackers(
+    config: LoggingConfig, output: Path, settings: dict[str, Any], state: RunState
 ) -> list[Tracker]:
     """Opens what `report_to` names.
-
-    Args:
-        report_to: names out of `NAMES`.
-        output: the output folder; it exists.
-        run_name: None takes the output folder's name.
-        project: for wandb.
-        settings: section -> field -> value.
-        history: records of the run up to here.
-        step: the last optimiser step that was done; 0 begins a new run.
 
     Raises:
         ConfigError: a package is missing, or wandb cannot begin.
         OSError: the output folder cannot be written to.
     """
-    require_trackers(report_to)
-    name = run_name or output.resolve().name
+    require_trackers(list(config.report_to))
+    name = config.run_name or output.resolve().name
+    about = settings, state.log_history, state.step
     opened: list[Tracker] = []
-    if "tensorboard" in report_to:
-        opened.append(TensorBoard(output / "runs" / name, settings, history, step))
-    if "wandb" in report_to:
+    if "tensorboard" in config.report_to:
+        opened.append(TensorBoard(output / "runs" / name, *about))
+    if "wandb" in config.report_to:
         try:
-            opened.append(Wandb(project, name, output, settings, history, step))
+            opened.append(Wandb(config.project, name, output, *about))
         except BaseException:
             for tracker in opened:
                 tracker.close(failed=True)
@@ -273,43 +270,14 @@ def trackers(
 # ---- metrics -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LoggingConfig:
-    """How often figures are written, and where besides `metrics.jsonl`."""
-
-    logging_steps: int = option(10, "write figures every this many steps (and at the last)")
-    report_to: list[str] | str = option(
-        [], "tensorboard, wandb or both, besides metrics.jsonl, which is always written"
-    )
-    run_name: str | None = option(
-        None, "of the run in trackers; null takes the output folder's name"
-    )
-    project: str = option("mlx-qlora", "the project that wandb files the run under")
-
-    def __post_init__(self) -> None:
-        steps, name = self.logging_steps, self.run_name
-        require(steps >= 1, "logging.logging_steps", "be at least 1", steps)
-        chosen = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-        for word in chosen:
-            if word not in NAMES:
-                raise ConfigError(
-                    f"logging.report_to must be tensorboard, wandb, [tensorboard, wandb] or []; "
-                    f"got {word!r}{did_you_mean(word, NAMES)}"
-                )
-        object.__setattr__(self, "report_to", list(dict.fromkeys(chosen)))
-        is_name = name is None or (name.strip(".") and "/" not in name and "\0" not in name)
-        require(bool(is_name), "logging.run_name", "name a folder, without a /", name)
-        require(bool(self.project), "logging.project", "name a project", "nothing")
-
-
 class Metrics:
-    """Writes `metrics.jsonl` and shows the progress.
+    """Writes `metrics.jsonl`, keeps the history, and shows the progress.
 
     Args:
         path: the JSONL file, opened for appending; each line is a dict with `step`.
         total_steps: optimiser steps of the whole run.
-        state: of the run; its steps are done, and its open losses begin the first record.
-        config: how often.
+        state: of the run; its open losses are those of the log window that is not full yet.
+        every: steps in a log window.
         console: where the live line goes; on anything but a terminal it becomes plain lines.
         trackers: what else takes the records; they are closed with the metrics.
     """
@@ -319,18 +287,14 @@ class Metrics:
         path: Path,
         total_steps: int,
         state: RunState,
-        config: LoggingConfig,
+        every: int,
         console: Console,
         trackers: list[Tracker],
     ) -> None:
-        self.trackers = trackers
-        self.total_steps = total_steps
-        self.every = config.logging_steps
-        self.console = console
+        self.state, self.trackers, self.console = state, trackers, console
+        self.total_steps, self.every = total_steps, every
         self.file = path.open("a", encoding="utf-8")
-        self.window = Window()
-        self.window.losses = list(state.open_losses)
-        self.window.grad_norm = state.open_grad_norm
+        self.tokens, self.started = 0, time.perf_counter()  # of the log window
         self.live = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -346,7 +310,7 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self.live.start()
-        self.window.started = time.perf_counter()
+        self.started = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -358,63 +322,61 @@ class Metrics:
             except (Exception, KeyboardInterrupt) as error:  # what was trained is worth more
                 self._warn(tracker, error, "its last figures may be missing there")
 
-    def train_step(
-        self, step: int, epoch: float, outcome: Outcome, rate: float
-    ) -> dict[str, Any] | None:
-        """Notes one optimiser step; returns what was written, or None between log steps.
+    def train_step(self, epoch: float, result: StepResult, rate: float) -> None:
+        """Shows an optimiser step, and records the mean loss of each log window.
 
-        Args:
-            step: from 1.
-            epoch: how many times the data has been seen, as a fraction.
-            outcome: of the step; the loss of one that was skipped is left out of the means.
-            rate: learning rate of this step.
+        As Hugging Face's Trainer logs it: the mean of the steps' losses. That of a skipped step is
+        left out.
         """
-        self.window.add(outcome)
+        state, step, every = self.state, self.state.step, self.every
+        self.tokens += result.tokens
+        if result.finite:
+            state.open_losses.append(result.loss)
+            state.open_grad_norm = result.grad_norm
+        speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
         figures = (
-            f"loss {outcome.loss:.4f}  lr {rate:.2e}  grad {outcome.grad_norm:.2f}  "
-            f"{self.window.tokens_per_second:,.0f} tok/s  {_gb(mx.get_peak_memory())}"
+            f"loss {result.loss:.4f}  lr {rate:.2e}  grad {result.grad_norm:.2f}  "
+            f"{speed:,.0f} tok/s  {mx.get_peak_memory() / 1e9:.2f} GB"
         )
         self.live.update(self.task, completed=step, description=figures)
-        if (step % self.every and step != self.total_steps) or not self.window.losses:
-            return None
+        if (step % every and step != self.total_steps) or not state.open_losses:
+            return
         if not self.console.is_terminal:
             say(self.console, f"step {step}/{self.total_steps}  {figures}")
         record = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "loss": self.window.mean_loss,
-            "grad_norm": self.window.grad_norm,
+            "loss": sum(state.open_losses) / len(state.open_losses),
+            "grad_norm": state.open_grad_norm,
             "learning_rate": rate,
-            "tokens_per_second": round(self.window.tokens_per_second, 1),
+            "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
         }
-        self.window = Window()
-        return self.event(record)
+        state.open_losses, state.open_grad_norm = [], 0.0
+        self.tokens, self.started = 0, time.perf_counter()
+        self.event(epoch, **record)
 
-    def validation(self, step: int, epoch: float, total: Score, seconds: float) -> dict[str, Any]:
-        """Notes one pass over the validation set, and keeps its time out of tokens/s."""
-        self.window.started += seconds
+    def validation(self, epoch: float, total: Score, seconds: float) -> None:
+        """Records one pass over the validation set, and keeps its time out of tokens/s."""
+        self.started += seconds
         loss, pairs = total.nats / total.tokens, max(total.pairs, 1)
-        say(self.console, f"step {step}: validation loss {loss:.4f}")
-        record = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "eval_loss": loss,
-            "eval_token_accuracy": total.hits / total.tokens,
-            "eval_repetition": total.repeated / pairs,
-            "eval_reference_repetition": total.repeated_targets / pairs,
-            "eval_runtime": round(seconds, 3),
-        }
-        return self.event(record)
+        say(self.console, f"step {self.state.step}: validation loss {loss:.4f}")
+        self.event(
+            epoch,
+            eval_loss=loss,
+            eval_token_accuracy=total.hits / total.tokens,
+            eval_repetition=total.repeated / pairs,
+            eval_reference_repetition=total.repeated_targets / pairs,
+            eval_runtime=round(seconds, 3),
+        )
 
-    def event(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Appends a record as one line, at once readable by others, and returns it.
+    def event(self, epoch: float, **values: Any) -> None:
+        """Adds a record of the last step to the history, and a line that others can read at once.
 
-        A tracker that fails is left out from then on: no disk and no network but the run's own
-        may end the run.
+        A tracker that fails is left out from then on: only the run's own disk may end the run.
         """
+        record = {"step": self.state.step, "epoch": round(epoch, 4), **values}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        self.state.log_history.append(record)
         for tracker in tuple(self.trackers):
             try:
                 tracker.write(record["step"], tracked(record))
@@ -423,38 +385,10 @@ class Metrics:
                 self._warn(tracker, error, "the run goes on without it; metrics.jsonl has it all")
                 with contextlib.suppress(Exception):
                     tracker.close(failed=True)
-        return record
 
     def _warn(self, tracker: Tracker, error: BaseException, then: str) -> None:
         reason = str(error) or type(error).__name__
         warn(self.console, f"logging.report_to: {tracker.name}: {reason}; {then}")
-
-
-class Window:
-    """The steps since the last log line."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.losses: list[float] = []
-        self.grad_norm = 0.0
-        self.tokens = 0
-
-    def add(self, outcome: Outcome) -> None:
-        """Adds one optimiser step."""
-        self.tokens += outcome.tokens
-        if outcome.finite:
-            self.losses.append(outcome.loss)
-            self.grad_norm = outcome.grad_norm
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean of the steps' losses, as Hugging Face's Trainer logs it."""
-        return sum(self.losses) / len(self.losses)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens per second of training time."""
-        return self.tokens / max(time.perf_counter() - self.started, 1e-9)
 
 
 def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
@@ -468,7 +402,3 @@ def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"

@@ -7,6 +7,7 @@ passes, however many LoRA matrices there are.
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -105,7 +106,9 @@ class AdamW:
     def update(
         self, grads: dict[str, Any], n_tokens: int, rate: float, nats: mx.array | float = 0.0
     ) -> mx.array:
-        """Moves the weights by one step; not, if the gradient or the loss is not finite.
+        """Moves the weights by one step: one division, clipping, AdamW.
+
+        Nothing moves if the gradient or the loss is not finite, or if an error is raised.
 
         Args:
             grads: tree of gradients of the loss sum over all micro-batches of the step.
@@ -114,12 +117,10 @@ class AdamW:
             nats: the loss sum.
 
         Returns:
-            The gradient's global norm before clipping, a lazy float32 scalar. If it or `nats`
-            turns out not to be finite, take the step back with `step -= 1`.
+            The gradient's global norm before clipping, a float32 scalar.
         """
-        self.step += 1
-        grad = flatten(grads)
-        norm = _norm(grad) / max(n_tokens, 1)
+        step, grad = self.step + 1, flatten(grads)
+        norm = self._norm(grad) / max(n_tokens, 1)
         # Before clipping, which would make a finite number of an infinite one. A moment that has
         # once been NaN stays so: nothing moves where anything is not finite.
         finite = mx.isfinite(norm) & mx.isfinite(mx.array(nats, mx.float32))
@@ -131,24 +132,44 @@ class AdamW:
         # Python numbers would be baked into the compiled update.
         numbers = (
             rate * self.weight_decay,
-            rate / (1 - self.beta1**self.step),
-            1 / math.sqrt(1 - self.beta2**self.step),
+            rate / (1 - self.beta1**step),
+            1 / math.sqrt(1 - self.beta2**step),
         )
-        facts = [factor, finite, *(mx.array(number, mx.float32) for number in numbers)]
+        scalars = [factor, finite, *(mx.array(number, mx.float32) for number in numbers)]
 
         buffers = self.weights, self.mean, self.square
         moved: list[list[mx.array]] = []
-        for part, stream in zip(_slices(grad.size), itertools.cycle(streams(device.cores()))):
+        for part, stream in self._slices():
             with mx.stream(stream):
                 olds = (buffer[part] for buffer in buffers)
                 ratios = self.ratios if self.ratios.ndim == 0 else self.ratios[part]
-                moved.append(list(self._move(*olds, grad[part], ratios, *facts)))
+                moved.append(list(self._move(*olds, grad[part], ratios, *scalars)))
             mx.async_eval(moved[-1])
             if len(moved) > device.cores():  # so that only few temporary arrays exist
                 mx.eval(moved[-1 - device.cores()])
         del grad
-        self.square, self.mean, self.weights = (_joined(moved) for _ in buffers)
+        square, mean, weights = (_joined(moved) for _ in buffers)
+        mx.eval(square, mean, weights, norm)
+        self.square, self.mean, self.weights = square, mean, weights
+        if finite.item():
+            self.step = step
         return norm
+
+    def _slices(self) -> Iterator[tuple[slice, mx.Stream]]:
+        """The slices of a buffer, each with the stream that computes it."""
+        size = device.current().adamw_slice  # near a CPU's caches; few of them on a GPU
+        slices = (slice(start, start + size) for start in range(0, self.weights.size, size))
+        return zip(slices, itertools.cycle(streams(device.cores())))
+
+    def _norm(self, grad: mx.array) -> mx.array:
+        """Of the whole buffer, whose squares never exist all at once."""
+        mx.async_eval(grad)
+        squares = []
+        for part, stream in self._slices():
+            with mx.stream(stream):
+                squares.append(grad[part].square().sum())
+            mx.async_eval(squares[-1])
+        return mx.sqrt(mx.stack(squares).sum())
 
     def tree(self, buffer: mx.array | None = None) -> dict[str, Any]:
         """The weights (or another buffer of their size) in the model's tree."""
@@ -156,18 +177,7 @@ class AdamW:
 
     def named(self, buffer: mx.array) -> dict[str, mx.array]:
         """Name -> its part of a flat buffer, in its own shape."""
-        parts, start = {}, 0
-        for name, shape in self.shapes.items():
-            size = math.prod(shape)
-            parts[name] = buffer[start : start + size].reshape(shape)
-            start += size
-        return parts
-
-
-def _slices(size: int) -> list[slice]:
-    """Of a buffer: on a CPU such that they stay near its caches, on a GPU few."""
-    step = device.current().adamw_slice
-    return [slice(start, start + step) for start in range(0, size, step)]
+        return unflatten(buffer, self.shapes)
 
 
 def _joined(moved: list[list[mx.array]]) -> mx.array:
@@ -178,17 +188,6 @@ def _joined(moved: list[list[mx.array]]) -> mx.array:
     whole = mx.concatenate(parts)
     mx.eval(whole)
     return whole
-
-
-def _norm(grad: mx.array) -> mx.array:
-    """Of the whole buffer, whose squares never exist all at once."""
-    mx.async_eval(grad)
-    squares = []
-    for part, stream in zip(_slices(grad.size), itertools.cycle(streams(device.cores()))):
-        with mx.stream(stream):
-            squares.append(grad[part].square().sum())
-        mx.async_eval(squares[-1])
-    return mx.sqrt(mx.stack(squares).sum())
 
 
 def _ratios(shapes: dict[str, tuple[int, ...]], lr_ratio: float) -> mx.array:
@@ -205,3 +204,13 @@ def flatten(tree: dict[str, Any]) -> mx.array:
     """All leaves of a tree, in its order, as one (P,) float32 buffer."""
     leaves = [array.reshape(-1).astype(mx.float32) for array in flat(tree).values()]
     return mx.concatenate(leaves)
+
+
+def unflatten(buffer: mx.array, shapes: dict[str, tuple[int, ...]]) -> dict[str, mx.array]:
+    """Name -> its part of a flat buffer, in its own shape."""
+    parts, start = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        parts[name] = buffer[start : start + size].reshape(shape)
+        start += size
+    return parts

@@ -23,54 +23,54 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
         self.checkpoint = checkpoint
         name = signal.Signals(signum).name
-        kept = f"saved {checkpoint}" if checkpoint else "no step was done yet"
-        super().__init__(f"stopped by {name}; {kept}. The same command goes on from there")
+        saved = f"saved {checkpoint}" if checkpoint else "no step was done yet"
+        super().__init__(f"stopped by {name}; {saved}. The same command goes on from there")
 
 
-class Interruption:
-    """Within it a first signal is only noted, and the next one has its usual effect.
+class StopSignal:
+    """Within it the first signal is only remembered, and the next one has its usual effect.
 
     A terminal that is closed (SIGHUP) counts as Ctrl-C, but is not followed by another one.
     Only the main thread may set handlers: elsewhere (a run in a thread of a notebook) signals
     keep their usual effect.
 
     Attributes:
-        came: the signal that came to this process; None if none did.
-        signum: the signal that ends the run. One process stops for its own; of several, each
-            stops for what all have agreed on, since none may leave the others waiting.
+        received: the signal that came to this process; None if none did.
+        signum: the signal that ends the run. One process stops for its own; several stop for
+            what all have agreed on, since none may leave the others waiting.
 
     Args:
-        together: whether there are several processes.
+        agreed: whether several processes have to agree on stopping.
     """
 
-    def __init__(self, together: bool = False) -> None:
-        self.came: int | None = None
+    def __init__(self, agreed: bool = False) -> None:
+        self.received: int | None = None
         self.signum: int | None = None
-        self._together = together
+        self._agreed = agreed
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Interruption":
-        self._heard = [descriptor for descriptor in (1, 2) if not _is_file(descriptor)]
+    def __enter__(self) -> "StopSignal":
+        self._open = [descriptor for descriptor in (1, 2) if not _is_file(descriptor)]
         if threading.current_thread() is threading.main_thread():
             for number in WATCHED:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `command &` leaves SIGINT
-                    self._before[number] = signal.signal(number, self._note)
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._restore()
 
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        self.came = self.came or signum
-        if not self._together:
-            self.signum = self.came
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        self.received = self.received or signum
+        if not self._agreed:
+            self.signum = self.received
         if signum != signal.SIGHUP:
             self._restore(but=signal.SIGHUP)
             return
-        # The terminal is gone, or who read our pipe: writing there would fail, before the
-        # checkpoint is written. What ssh and launchers send behind it is no second thought.
+        # The terminal is gone, or who read our pipe: writing there would fail before the
+        # checkpoint is written. What ssh and launchers send after it is no second Ctrl-C.
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in self._heard:
+        for descriptor in self._open:
             os.dup2(nowhere, descriptor)
         os.close(nowhere)
 

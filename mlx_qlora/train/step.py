@@ -1,8 +1,10 @@
-"""One optimiser step, and steps that are skipped."""
+"""One optimiser step: `Step.__call__` is all of it, from micro-batches to new weights."""
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,27 +14,27 @@ from mlx_qlora import device
 from mlx_qlora.data.batches import Batch, halves
 from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import TrainingError, warn
-from mlx_qlora.train.allreduce import Counts, GradientAllReduce
+from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.optim import AdamW
-from mlx_qlora.train.signals import Interruption
+from mlx_qlora.train.signals import StopSignal
 from mlx_qlora.tree import number
 
-# ---- the result of a step ------------------------------------------------------------------------
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What one step was.
 
     Attributes:
         loss: mean nats per supervised token.
         grad_norm: of the gradient, before clipping.
-        tokens: real tokens that were gone through, by all processes.
-        rows: of the stream that were gone through, by all processes.
-        signum: of a signal that another process has had; None for none, or with one process.
-        suspects: the rows of the micro-batches whose loss is not finite, or of all if each loss
-            is but the gradient is not.
+        tokens: real ones in its rows, of all processes.
+        rows: of the stream, of all processes.
+        signum: of a signal that any of several processes received.
+        suspects: of a step that moved nothing, the rows whose loss is not finite; all of its
+            rows if each loss is finite but the gradient is not.
     """
 
     loss: float
@@ -49,10 +51,10 @@ class Outcome:
 
 
 class StepError(TrainingError):
-    """A step cannot be taken, or too many were in vain.
+    """A step cannot be taken, or too many in a row were skipped.
 
     Attributes:
-        again: whether another attempt may succeed: it was the device's doing, not the numbers'.
+        again: whether another attempt may succeed: the device failed, not the numbers.
     """
 
     def __init__(self, message: str, again: bool) -> None:
@@ -60,18 +62,15 @@ class StepError(TrainingError):
         self.again = again
 
 
-# ---- the step ------------------------------------------------------------------------------------
-
-
-class Update:
+class Step:
     """Takes optimiser steps.
 
     Args:
         engine: differentiates.
         optimizer: holds the weights and moves them.
         seed: of the run, for the dropout.
-        interruption: looked at after each micro-batch; a signal gives the step up.
-        console: where it is said that micro-batches were halved.
+        stop: looked at after each micro-batch; a signal abandons the step.
+        console: where it is said that micro-batches are split.
         processes: that share the step; every one of them has to take it.
     """
 
@@ -80,174 +79,153 @@ class Update:
         engine: Engine,
         optimizer: AdamW,
         seed: int,
-        interruption: Interruption,
+        stop: StopSignal,
         console: Console,
         processes: Processes | None = None,
     ) -> None:
         self.engine, self.optimizer, self.seed = engine, optimizer, seed
-        self.interruption, self.console = interruption, console
+        self.stop, self.console = stop, console
         self.all_reduce = None
         if processes is not None and processes.size > 1:
             self.all_reduce = GradientAllReduce(optimizer.shapes, processes)
-        self.parts = 1  # a micro-batch is computed in so many
+        self.n_splits = 1  # a micro-batch is computed in so many pieces
 
-    def step(self, micro_batches: list[Batch], rate: float) -> Outcome | None:
-        """One step, or None if it was given up; then nothing has moved.
+    def __call__(self, micro_batches: list[Batch], rate: float) -> StepResult | None:
+        """One step at this learning rate; None if a signal abandoned it, and nothing has moved.
 
         Raises:
             StepError: a single row does not fit into memory, or the device gave up.
-            ProcessError: another process is gone, or has not come in time.
+            ProcessError: another process is gone, or did not answer in time.
         """
-        if self.all_reduce is not None:
-            self.all_reduce.begin()
-        while True:
-            try:
-                found = self._gradients(micro_batches)
-                break
-            except (RuntimeError, MemoryError) as error:
-                reason = _reason(error)
-            # Outside of the handler, whose traceback would keep the arrays of the step alive.
-            self.shrink(max(batch.tokens.shape[0] for batch in micro_batches), reason)
-        return None if found is None else self._outcome(found, rate)
-
-    def _gradients(self, micro_batches: list[Batch]) -> "Gradients | None":
-        """What this process's rows say; None if a signal came meanwhile."""
-        weights = self.optimizer.named(self.optimizer.weights)
-        total, nats = None, mx.array(0.0)
-        own = Counts(0, 0, sum(len(batch.rows) for batch in micro_batches))
+        optimizer, all_reduce = self.optimizer, self.all_reduce
         losses: list[tuple[Batch, mx.array]] = []
-        pieces = [split(whole, self.parts) for whole in micro_batches]
-        for some in pieces:
-            for batch in some:
-                keys = dropout_keys(self.seed, batch.rows)
-                told = self.all_reduce if batch is pieces[-1][-1] else None
-                loss, n_tokens, total = self.engine(weights, batch, keys, total, told)
-                nats = nats + loss
-                own = own.with_more(n_tokens, batch.real_tokens)
-                losses.append((batch, loss))
-                mx.eval(total, nats)  # or the graphs of all micro-batches would be alive at once
-            if self.interruption.signum is not None:
-                return None
-        assert total is not None
-        return Gradients(total, nats, own, losses)
 
-    def _outcome(self, found: "Gradients", rate: float) -> Outcome:
-        """Sums over the processes, and moves the weights."""
-        total, nats, counts, own_finite = found.total, found.nats, found.counts, True
-        found.total = {}  # a sum over processes takes their place
-        if self.all_reduce is not None:
-            own_finite = bool(mx.stack([mx.isfinite(g).all() for g in total.values()]).all())
-            counts = replace(counts, signum=self.interruption.came)
-            try:
-                total, nats, counts = self.all_reduce.wait(total, nats, counts)
-            except RuntimeError as error:
-                raise _gave_up(_reason(error)) from None
-        norm = self._move(total, nats, counts.supervised, rate)
+        def forward_backward() -> tuple[dict[str, mx.array], mx.array, int]:
+            weights = optimizer.named(optimizer.weights)
+            pieces = [piece for batch in micro_batches for piece in split(batch, self.n_splits)]
+            grads, nats, n_tokens = {}, mx.array(0.0), 0
+            losses.clear()
+            for piece in pieces:
+                keys = dropout_keys(self.seed, piece.rows)
+                hook = all_reduce if piece is pieces[-1] else None  # gradients go out from there
+                loss, n, grads = self.engine(weights, piece, keys, grads, hook)
+                nats, n_tokens = nats + loss, n_tokens + n
+                losses.append((piece, loss))
+                mx.eval(grads, nats)  # or the graphs of all micro-batches would be alive at once
+                if self.stop.signum is not None:
+                    break
+            return grads, nats, n_tokens
 
-        mean = number(nats) / max(counts.supervised, 1)
-        outcome = Outcome(mean, number(norm), counts.tokens, counts.rows, counts.signum)
-        if outcome.finite:
-            return outcome
-        self.optimizer.step -= 1  # AdamW counts updates, and this was none
-        return replace(outcome, suspects=found.suspects(self.all_reduce is None, own_finite))
+        if all_reduce is not None:
+            all_reduce.begin()
+        longest = max(batch.tokens.shape[0] for batch in micro_batches)
+        grads, nats, n = retried(forward_backward, lambda error, _: self.split_more(longest, error))
+        if self.stop.signum is not None:
+            return None
+        tokens = sum(batch.real_tokens for batch in micro_batches)
+        rows = sum(len(batch.rows) for batch in micro_batches)
+        signum, elsewhere = None, False
+        if all_reduce is not None:
+            counts, elsewhere = (n, tokens, rows), all_finite(grads)
+            grads, nats, (n, tokens, rows), signum = retried(
+                lambda: all_reduce.wait(grads, nats, counts, self.stop.received), give_up
+            )
+        # The one division, by the tokens supervised in the step; then clipping and AdamW.
+        norm = retried(lambda: optimizer.update(grads, n, rate, nats), only_once)
+        result = StepResult(number(nats) / max(n, 1), number(norm), tokens, rows, signum)
+        return result if result.finite else replace(result, suspects=suspects(losses, elsewhere))
 
-    def _move(
-        self, total: dict[str, mx.array], nats: mx.array, supervised: int, rate: float
-    ) -> mx.array:
-        """Moves the weights; returns the gradient's norm.
-
-        Where memory ends, all that is only kept in stock is given back, and it is tried once more.
-        Fewer rows would not help here, and what was summed over processes is not sent again.
-        """
-        optimizer, is_last = self.optimizer, False
-        before = optimizer.weights, optimizer.mean, optimizer.square, optimizer.step
-        while True:
-            try:
-                norm = optimizer.update(total, supervised, rate, nats)
-                mx.eval(optimizer.weights, optimizer.mean, optimizer.square, norm)
-                return norm
-            except (RuntimeError, MemoryError) as error:
-                optimizer.weights, optimizer.mean, optimizer.square, optimizer.step = before
-                reason = _reason(error)
-            if not device.is_out_of_memory(reason):
-                raise _gave_up(reason)
-            if is_last:
-                words = f"out of memory while the weights are moved; lower lora.r ({reason})"
-                raise StepError(words, again=True)
-            is_last = True
-            gc.collect()
-            mx.clear_cache()
-
-    def shrink(self, rows: int, reason: str) -> None:
-        """Halves what is computed at once, if that can help.
+    def split_more(self, rows: int, reason: str) -> None:
+        """Halves the rows that are computed at once, of so many in the largest micro-batch.
 
         Raises:
-            StepError: it cannot.
+            StepError: it is one row already.
         """
-        if not device.is_out_of_memory(reason):
-            raise _gave_up(reason)
-        gc.collect()
-        mx.clear_cache()
-        if self.parts >= rows:
+        if self.n_splits >= rows:
             raise StepError(
                 "out of memory with a single row; lower data.max_length, set "
                 f"training.gradient_checkpointing=true, or lower lora.r ({reason})",
                 again=True,
             )
-        self.parts *= 2
+        self.n_splits *= 2
         warn(
             self.console,
-            f"out of memory: of {rows} rows at most {-(-rows // self.parts)} are computed at once "
-            "from here on; the result is the same",
+            f"out of memory: of {rows} rows at most {-(-rows // self.n_splits)} are computed at "
+            "once from here on; the result is the same",
         )
 
 
-@dataclass
-class Gradients:
-    """What one process has found in a step.
+# ---- where memory ends ---------------------------------------------------------------------------
 
-    Attributes:
-        total: sums over supervised tokens, by name.
-        nats: their loss, summed.
-        counts: of what it went through.
-        losses: of each batch.
+
+def retried(work: Callable[[], T], make_room: Callable[[str, int], None]) -> T:
+    """Does some work, and does it again as often as memory ends and room can be made.
+
+    Args:
+        work: that leaves nothing behind if it fails.
+        make_room: is given the error's words and how often the work has failed.
+
+    Raises:
+        StepError: from `make_room`, or for any other error of the device.
     """
+    failures = 0
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error) or "out of memory"  # Python's own MemoryError has no words
+        # Outside of the handler, whose traceback would keep the arrays of the step alive.
+        if not device.is_out_of_memory(reason):
+            give_up(reason)
+        gc.collect()
+        mx.clear_cache()
+        failures += 1
+        make_room(reason, failures)
 
-    total: dict[str, mx.array]
-    nats: mx.array
-    counts: Counts
-    losses: list[tuple[Batch, mx.array]]
 
-    def suspects(self, alone: bool, finite: bool) -> tuple[str, ...]:
-        """The rows that may have made a step's numbers infinite or none.
+def only_once(reason: str, failures: int) -> None:
+    """Makes no more room than `retried` does, for the update: fewer rows would not help there."""
+    if failures > 1:
+        words = f"out of memory while the weights are moved; lower lora.r ({reason})"
+        raise StepError(words, again=True)
 
-        Args:
-            alone: whether no other process shared the step.
-            finite: whether these gradients are.
-        """
-        bad = [batch for batch, loss in self.losses if not math.isfinite(number(loss))]
-        if bad or alone or not finite:
-            batches = bad or [batch for batch, _ in self.losses]
-            return tuple(place for batch in batches for place in batch.places)
+
+def give_up(reason: str, _: int = 1) -> NoReturn:
+    """Ends the run: the device failed, or what other processes have counted cannot be repeated."""
+    raise StepError(f"the device gave up: {reason}{device.hint(reason)}", again=True)
+
+
+def split(batch: Batch, n: int) -> list[Batch]:
+    """A batch in at least `n` pieces of fewer rows, as far as it has rows."""
+    pieces = [batch]
+    while len(pieces) < n and any(len(piece.tokens) > 1 for piece in pieces):
+        cut = [halves(piece) if len(piece.tokens) > 1 else [piece] for piece in pieces]
+        pieces = [half for both in cut for half in both]
+    return pieces
+
+
+# ---- where numbers end ---------------------------------------------------------------------------
+
+
+def all_finite(grads: dict[str, mx.array]) -> bool:
+    """Whether every gradient is a finite number."""
+    return bool(mx.stack([mx.isfinite(grad).all() for grad in grads.values()]).all())
+
+
+def suspects(losses: list[tuple[Batch, mx.array]], elsewhere: bool) -> tuple[str, ...]:
+    """The rows that may have made a step infinite or no number.
+
+    Args:
+        losses: of each batch, summed.
+        elsewhere: whether there are other processes and the gradients of this one are finite.
+    """
+    spoilt = [batch for batch, loss in losses if not math.isfinite(number(loss))]
+    if elsewhere and not spoilt:
         return ("rows of another process: see its rank-*.log",)
+    return tuple(place for batch in spoilt or (b for b, _ in losses) for place in batch.places)
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in at least `parts` batches of fewer rows, as far as it has rows."""
-    made = [batch]
-    while len(made) < parts and any(part.tokens.shape[0] > 1 for part in made):
-        made = [
-            half for part in made for half in (halves(part) if part.tokens.shape[0] > 1 else [part])
-        ]
-    return made
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or "out of memory"  # Python's own MemoryError has no words
-
-
-def _gave_up(reason: str) -> StepError:
-    return StepError(f"the device gave up: {reason}{device.hint(reason)}", again=True)
+# ---- dropout -------------------------------------------------------------------------------------
 
 
 def dropout_keys(seed: int, rows: tuple[int, ...]) -> mx.array:

@@ -111,6 +111,25 @@ def test_skipped_steps_are_a_divergence_whose_rows_are_in_the_metrics():
     assert "rows named in metrics.jsonl" in advice.remedy
 
 
+def test_one_skipped_step_in_a_thousand_is_no_divergence():
+    healthy = history([3.0 - 0.002 * i for i in range(1000)])
+    assert not any("1 steps were" in str(advice) for advice in advise([*healthy, skipped(500)]))
+
+
+FALL_AND_CLIMB = history([3.0, 2.4, 2.0, 1.6, 1.5, 1.4, 1.6, 2.2, 2.8, 3.1])
+FLAT_WITH_A_SKIP = [*history([3.0, 2.99, 3.0, 2.99, 2.98, 3.0]), skipped(30)]
+FLAT_AND_OVERFITTED = history([2.00, 2.00, 1.99, 1.99, 1.98, 1.97, 1.97, 1.96], [1.9, 1.95, 2.0])
+
+
+@pytest.mark.parametrize("found", [FALL_AND_CLIMB, FLAT_WITH_A_SKIP, FLAT_AND_OVERFITTED])
+def test_advice_does_not_contradict_itself(found):
+    advice = " ".join(map(str, advise(found)))
+    rate = "raise training.learning_rate" in advice and "lower training.learning_rate" in advice
+    steps = "train for more steps" in advice and "train for fewer steps" in advice
+    rank = "raise lora.r" in advice and "lower lora.r" in advice
+    assert not (rate or steps or rank)
+
+
 def test_a_run_that_ends_with_its_best_weights_is_not_told_to():
     (advice,) = advise(OVERFITTED, ends_with_best=True)
     assert advice.finding == advise(OVERFITTED)[0].finding

@@ -21,7 +21,7 @@ STEP = """
 import json, sys
 import mlx.core as mx
 from mlx_qlora.distributed import processes
-from mlx_qlora.train.allreduce import Counts, GradientAllReduce
+from mlx_qlora.train.allreduce import GradientAllReduce
 
 own, (count, rows) = processes(), map(int, sys.argv[1:])
 shapes = {f"layers.{i}": (rows, 16) for i in range(count)}
@@ -34,7 +34,7 @@ before, done = mx.get_active_memory(), set()
 for name in reversed(shapes):
     done.add(name)
     ring.reduce(grads, done)
-total, _, _ = ring.wait(grads, mx.array(1.0), Counts(1, 1, 1))
+total, *_ = ring.wait(grads, mx.array(1.0), (1, 1, 1), None)
 mx.eval(total)
 print(json.dumps({
     "sent": own.sent_bytes,

@@ -35,7 +35,7 @@ from mlx_qlora.errors import UserError
 from mlx_qlora.model import quantize
 from mlx_qlora.train import engine, memory
 from mlx_qlora.train.optim import SCHEDULES
-from mlx_qlora.train.step import Update
+from mlx_qlora.train.step import Step
 
 FIELDS = [f"{s}.{f.name}" for s, config in SECTIONS.items() for f in dataclasses.fields(config)]
 Values = dict[str, Any]
@@ -368,7 +368,7 @@ def observed(values: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
             patch.setattr(owner, name, watched)
 
-        watch(Update, "step", lambda _, *args: steps.append(args))
+        watch(Step, "__call__", lambda _, *args: steps.append(args))
         watch(memory.Footprint, "schedule", lambda made, *_: schedules.append(made.levels))
         watch(loky, "ProcessPoolExecutor", lambda _, n, **how: pools.append(n))
         watch(wandb, "init", lambda _, **how: projects.append(how["project"]))

@@ -27,7 +27,7 @@ from support.models import (
     torch_logits,
 )
 from support.tiny_folder import write_model
-from test_checkpoint import SETTINGS, Finished, assert_same, at_step, go, stop
+from support.training import SETTINGS, Finished, assert_same, at_step, fine_tune, stop
 from test_weights import quantise_with_mlx_lm
 
 import mlx_qlora as mq
@@ -726,12 +726,12 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_unbroken_one(
     folder: Path, tmp_path: Path, run: tuple[str, dict[str, Any]]
 ) -> None:
     name, fields = run
-    whole = go(folder, tmp_path / "whole", **fields)
+    whole = fine_tune(folder, tmp_path / "whole", **fields)
     for step in (1, 4):
         out = tmp_path / f"stopped-{step}"
         with at_step(step, stop), pytest.raises(Interrupted):
-            go(folder, out, **fields)
-        assert_same(go(folder, out, **fields), whole)
+            fine_tune(folder, out, **fields)
+        assert_same(fine_tune(folder, out, **fields), whole)
     assert trained(whole)
     if "4 bits" not in name:
         hf = make_hf_model(0, rope_parameters=LLAMA3_ROPE, **SHAPE)
@@ -756,7 +756,7 @@ def trained(whole: Finished) -> bool:
 
 def test_the_best_weights_of_a_pissa_run_are_put_back(folder: Path, tmp_path: Path) -> None:
     fields = {"init_lora_weights": "pissa", "use_dora": True, "load_best_model_at_end": True}
-    run = go(folder, tmp_path / "out", **fields, learning_rate=0.3, eval_steps=1)
+    run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=0.3, eval_steps=1)
     assert run.result.best_step is not None and run.result.best_step < SETTINGS["max_steps"]
     best = run.out / f"checkpoint-{run.result.best_step}"
     assert run.adapter == (best / WEIGHTS).read_bytes()

@@ -7,5 +7,5 @@ from mlx.utils import tree_map
 
 
 def add_grads(total: Any, grads: Any) -> Any:
-    """The sum of two trees; plain addition, because gradients are of sums. None is nothing yet."""
-    return grads if total is None else tree_map(mx.add, total, grads)
+    """The sum of two trees; plain addition, because gradients are of sums; `total` may be empty."""
+    return tree_map(mx.add, total, grads) if total else grads

@@ -177,7 +177,7 @@ def one(
 
     found: dict[str, Any] = {"sent": [], "wire": [], "parts": 0}
     out, err = io.StringIO(), io.StringIO()
-    train, take_step, call = run.train, step.Update.step, engine.Engine.__call__
+    train, take, call = run.train, step.Step.__call__, engine.Engine.__call__
     steps = itertools.count()
     move, moves = optim.AdamW.update, itertools.count(1)
     save, score, scored = loop.save_checkpoint, loop.score, itertools.count(1)
@@ -191,9 +191,9 @@ def one(
         if next(steps) == 0:
             count()
         time.sleep(pause)
-        outcome = take_step(self, *args)
+        result = take(self, *args)
         count()
-        return outcome
+        return result
 
     def told_train(model: Any, *args: Any) -> Any:
         result = train(model, *args)
@@ -224,7 +224,7 @@ def one(
         return score(*args)
 
     with contextlib.ExitStack() as patches:
-        change = [(run, "train", told_train), (step.Update, "step", told_step)]
+        change = [(run, "train", told_train), (step.Step, "__call__", told_step)]
         change += [(engine, "side_by_side", counted_side_by_side)]
         if poison is not None:
             change += [(engine.Engine, "__call__", poisoned_call)]

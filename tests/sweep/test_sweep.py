@@ -171,7 +171,7 @@ def test_the_automatic_learning_rate_is_the_published_rule():
         rate = auto.at_hidden_size(hidden).learning_rate
         assert rate == pytest.approx(published, rel=2e-3)
     assert TrainingConfig(learning_rate=3e-4).at_hidden_size(64).learning_rate == 3e-4
-    with pytest.raises(mq.ConfigError, match=r"training\.learning_rate must be number or auto"):
+    with pytest.raises(mq.ConfigError, match=r"training\.learning_rate must be a number or auto"):
         TrainingConfig(learning_rate="fast")
 
 
@@ -422,6 +422,7 @@ class Interrupting(io.StringIO):
         return written
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_ctrl_c_saves_the_last_step_and_the_sweep_goes_on_from_there(
     place: Path, alone: Path, tmp_path: Path
 ):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import errno
-import io
 import json
+import math
 import os
 import random
 import resource
@@ -16,53 +16,48 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from support.tiny_folder import write_model
-from test_loop import make_examples
+from support.training import (
+    SETTINGS,
+    Finished,
+    assert_same,
+    at_step,
+    fine_tune,
+    losses,
+    make_examples,
+    recorded,
+    stop,
+    without_clocks,
+)
 
 import mlx_qlora as mq
-from mlx_qlora.config import SECTIONS, build
-from mlx_qlora.data.examples import Examples
 from mlx_qlora.errors import ConfigError, TrainingError
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import disk_errors, staged
+from mlx_qlora.run import Inputs
 from mlx_qlora.train import checkpoint, loop
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
+    best_eval,
     checkpoint_to_resume,
     checkpoints,
     read_state,
 )
-from mlx_qlora.train.loop import Run, TrainResult
+from mlx_qlora.train.loop import Run
 from mlx_qlora.train.score import Score
 from mlx_qlora.train.signals import Interrupted
 
-STEPS = 8
-SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS,
-    "per_device_train_batch_size": 3,
-    "gradient_accumulation_steps": 2,
-    "warmup_steps": 2,
-    "learning_rate": 1e-2,
-    "r": 2,
-    "lora_alpha": 4,
-    "lora_dropout": 0.3,
-    "packing": False,
-    "max_length": 40,
-    "save_steps": 3,
-    "eval_steps": 2,
-    "save_total_limit": 10,
-    "logging_steps": 3,
-}
-SECTION_OF = {
-    field.name: section for section, made in SECTIONS.items() for field in dataclasses.fields(made)
+pytestmark = pytest.mark.usefixtures("usual_signals")
+SHAPE = {
+    **{"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1},
 }
 FILES = [
     "README.md",
@@ -72,90 +67,6 @@ FILES = [
     "resume_state.json",
     "trainer_state.json",
 ]
-
-
-class Finished(NamedTuple):
-    out: Path
-    model: Any
-    result: TrainResult
-    printed: str
-
-    @property
-    def adapter(self) -> bytes:
-        return (self.out / "adapter_model.safetensors").read_bytes()
-
-
-def go(
-    folder: Path,
-    out: Path,
-    examples: Examples | None = None,
-    held_out: Examples | None = None,
-    **fields: Any,
-) -> Finished:
-    """One run by the public call, on a fresh tiny model; keywords are fields of the config."""
-    values: dict[str, dict[str, Any]] = {"checkpointing": {"output_dir": str(out)}}
-    for name, value in {**SETTINGS, **fields}.items():
-        values.setdefault(SECTION_OF[name], {})[name] = value
-    model, tokenizer = mq.load(folder)
-    printed = io.StringIO()
-    result = mq.fine_tune(
-        model,
-        tokenizer,
-        make_examples() if examples is None else examples,
-        make_examples(6, seed=9) if held_out is None else held_out,
-        build(values),
-        console=Console(file=printed, width=300),
-    )
-    return Finished(out, model, result, printed.getvalue())
-
-
-@contextmanager
-def at_step(step: int, action: Callable[[Run], Any]) -> Iterator[None]:
-    """Within it something happens after a step, before its validation and checkpoint."""
-    note = Run.note
-
-    def noted(self: Run, *args: Any) -> None:
-        note(self, *args)
-        if self.state.step == step:
-            action(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "note", noted)
-        yield
-
-
-def stop(_: Run) -> None:
-    signal.raise_signal(signal.SIGTERM)
-
-
-@contextmanager
-def losses(values: list[float]) -> Iterator[None]:
-    """Within it validations measure these losses, one after the other, and no more of them."""
-    left = iter(values)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "score", lambda model, batches: Score(nats=next(left), tokens=1))
-        yield
-    assert next(left, None) is None, "fewer validations than losses"
-
-
-def figures(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without what a clock or the machine decides."""
-    measured = ("tokens_per_second", "peak_memory_bytes", "eval_runtime")
-    return [{k: v for k, v in record.items() if k not in measured} for record in history]
-
-
-def recorded(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same(run: Finished, whole: Finished) -> None:
-    """That a run ended bit for bit like one that nothing happened to."""
-    last = f"checkpoint-{STEPS}"
-    for name in ("adapter_model.safetensors", f"{last}/optimizer.safetensors"):
-        assert (run.out / name).read_bytes() == (whole.out / name).read_bytes(), name
-    assert figures(run.result.log_history) == figures(whole.result.log_history)
-    assert recorded(run.out) == run.result.log_history
-    assert run.result.steps == STEPS
 
 
 def steps_in(out: Path) -> list[int]:
@@ -176,20 +87,18 @@ def hidden(out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return write_model(tmp_path_factory.mktemp("tiny") / "model", **shape, **heads)
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", **SHAPE)
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run that nothing happened to; tests must not change its files."""
-    return go(folder, tmp_path_factory.mktemp("whole") / "out")
+    return fine_tune(folder, tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.fixture(scope="module")
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return go(folder, tmp_path_factory.mktemp("packed") / "out", packing=True)
+    return fine_tune(folder, tmp_path_factory.mktemp("packed") / "out", packing=True)
 
 
 @pytest.fixture
@@ -203,7 +112,8 @@ def asked(out: Path, wanted: str = "auto") -> tuple[Path | None, list[str]]:
     saved = read_state(out / "checkpoint-3")
     state = RunState(fingerprint=saved["fingerprint"], config=saved["config"])
     config = CheckpointingConfig(output_dir=str(out), resume_from_checkpoint=wanted)
-    return checkpoint_to_resume(config, state)
+    found = checkpoint_to_resume(config, state)
+    return found.path, found.damaged
 
 
 # ---- damage ------------------------------------------------------------------------------------
@@ -255,7 +165,7 @@ def test_auto_uses_the_checkpoint_before_a_damaged_one_and_says_so(
 ) -> None:
     damage = [spoil(copy / f"checkpoint-{n}" / "optimizer.safetensors") for n in (8, 6)]
     assert asked(copy) == (copy / "checkpoint-3", damage)
-    again = go(folder, copy)
+    again = fine_tune(folder, copy)
     for line in damage:
         assert f"warning   {line}: the checkpoint before it is used\n" in again.printed
     assert f"continuing from {copy / 'checkpoint-3'}\n" in again.printed
@@ -277,12 +187,12 @@ def test_a_named_checkpoint_must_be_whole(folder: Path, whole: Finished, copy: P
     damage = spoil(copy / "checkpoint-6" / "adapter_config.json")
     before = everything(copy)
     with pytest.raises(ConfigError) as error:
-        go(folder, copy, resume_from_checkpoint=named)
+        fine_tune(folder, copy, resume_from_checkpoint=named)
     assert str(error.value) == damage
     with pytest.raises(ConfigError, match=r"checkpoint-5 is no checkpoint"):
-        go(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-5"))
+        fine_tune(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-5"))
     assert everything(copy) == before
-    assert_same(go(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3")), whole)
+    assert_same(fine_tune(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3")), whole)
 
 
 def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(
@@ -291,14 +201,14 @@ def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(
     damage = [spoil(copy / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (8, 6, 3)]
     before = everything(copy)
     with pytest.raises(ConfigError) as error:
-        go(folder, copy)
+        fine_tune(folder, copy)
     assert str(error.value) == (
         f"no checkpoint of {copy} is whole:\n"
         + "".join(f"  {line}\n" for line in damage)
-        + "to start anew pass checkpointing.resume_from_checkpoint=none"
+        + "to start from the beginning pass checkpointing.resume_from_checkpoint=none"
     )
     assert everything(copy) == before
-    assert_same(go(folder, copy, resume_from_checkpoint="none"), whole)
+    assert_same(fine_tune(folder, copy, resume_from_checkpoint="none"), whole)
 
 
 # ---- which checkpoints are kept ----------------------------------------------------------------
@@ -317,7 +227,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
     folder: Path, tmp_path: Path, limit: int, values: list[float], kept: list[int]
 ) -> None:
     with losses(values):
-        go(folder, tmp_path / "out", save_steps=1, eval_steps=1, save_total_limit=limit)
+        fine_tune(folder, tmp_path / "out", save_steps=1, eval_steps=1, save_total_limit=limit)
     assert steps_in(tmp_path / "out") == kept
     for n in kept:
         read_state(tmp_path / "out" / f"checkpoint-{n}")
@@ -328,7 +238,7 @@ def test_the_best_of_those_on_disk_is_kept_where_the_best_of_all_was_not_saved(
     folder: Path, tmp_path: Path
 ) -> None:
     with losses([9, 1, 4, 9, 9, 5, 9, 9]):
-        go(folder, tmp_path / "out", eval_steps=1, save_total_limit=1)
+        fine_tune(folder, tmp_path / "out", eval_steps=1, save_total_limit=1)
     assert steps_in(tmp_path / "out") == [3, 8]
 
 
@@ -336,7 +246,7 @@ def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> No
     """The best at step 5 is saved though save_steps is 3, and so is each best before it."""
     best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 3}
     with losses([7, 8, 6, 6, 2, 4, 3, 9]):
-        run = go(folder, tmp_path / "out", **best)
+        run = fine_tune(folder, tmp_path / "out", **best)
     assert steps_in(run.out) == [1, 3, 5, 6, 8]
     result = run.result
     assert (result.steps, result.best_step, result.eval_loss) == (8, 5, 2.0)
@@ -351,17 +261,45 @@ def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> No
     assert len(weights) == len(tree_flatten(run.model.trainable_parameters()))
 
     with losses([]):
-        again = go(folder, run.out, **best)
+        again = fine_tune(folder, run.out, **best)
     assert again.adapter == run.adapter
     assert (again.result.best_step, again.result.eval_loss) == (5, 2.0)
 
 
+def test_where_the_best_weights_cannot_be_read_a_run_ends_with_the_last(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The best was not saved, as nobody asked for it then; or it is damaged at the end."""
+    with losses([1, 2, 3, 4]):
+        last = fine_tune(folder, tmp_path / "out").adapter
+    late = fine_tune(folder, tmp_path / "out", load_best_model_at_end=True)
+    assert "checkpoint-2/resume_state.json is missing: the last weights stay" in late.printed
+
+    def damage(run: Run) -> None:
+        spoil(run.output / "checkpoint-2" / "adapter_model.safetensors")
+
+    with losses([1, 2, 3, 4]), at_step(7, damage):
+        run = fine_tune(folder, tmp_path / "damaged", load_best_model_at_end=True)
+    assert "adapter_model.safetensors is damaged: the last weights stay" in run.printed
+    assert late.adapter == run.adapter == last
+
+
+def test_a_validation_loss_of_nan_is_never_the_best(folder: Path, tmp_path: Path) -> None:
+    records = [{"step": 2, "eval_loss": math.nan}, {"step": 4, "eval_loss": 1.0}]
+    assert best_eval(records) == (4, 1.0)
+    with losses([math.nan, 3.0, 2.0, 2.5]):
+        run = fine_tune(folder, tmp_path / "out", load_best_model_at_end=True)
+    assert run.result.best_step == 6
+
+
 def test_without_it_a_run_ends_with_its_last_weights(folder: Path, tmp_path: Path) -> None:
     with losses([1, 2, 3, 4]):
-        run = go(folder, tmp_path / "out")
+        run = fine_tune(folder, tmp_path / "out")
     assert (run.result.best_step, run.result.eval_loss) == (2, 4.0)
     assert run.adapter == (run.out / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
     assert steps_in(run.out) == [3, 6, 8]
+    state = json.loads((run.out / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 2 and state["best_model_checkpoint"] is None, "not saved"
 
 
 @pytest.mark.parametrize("load_best", [False, True])
@@ -375,7 +313,7 @@ def test_patience_ends_a_run_and_starting_it_again_does_nothing_more(
         "save_total_limit": 1,
     }
     with losses([4, 3, 3, 5, 4]):  # an equal loss is no better one
-        run = go(folder, tmp_path / "out", **fields)
+        run = fine_tune(folder, tmp_path / "out", **fields)
     result = run.result
     assert (result.steps, result.best_step, result.stopped_early) == (5, 2, True)
     assert "stopped early at step 5: no better validation loss\n" in run.printed
@@ -385,7 +323,7 @@ def test_patience_ends_a_run_and_starting_it_again_does_nothing_more(
 
     kept = {name: everything(run.out / name) for name in ("checkpoint-5", end)}
     with losses([]):
-        again = go(folder, run.out, **fields)
+        again = fine_tune(folder, run.out, **fields)
     assert again.adapter == run.adapter
     assert again.result.log_history == result.log_history == recorded(run.out)
     assert (again.result.steps, again.result.best_step) == (5, 2)
@@ -395,19 +333,19 @@ def test_patience_ends_a_run_and_starting_it_again_does_nothing_more(
 
 def test_a_better_loss_renews_the_patience(folder: Path, tmp_path: Path) -> None:
     with losses([4, 5, 3, 5, 2, 5, 1, 5]):
-        run = go(folder, tmp_path / "out", eval_steps=1, early_stopping_patience=2)
+        run = fine_tune(folder, tmp_path / "out", eval_steps=1, early_stopping_patience=2)
     assert (run.result.steps, run.result.best_step) == (8, 7)
     assert not run.result.stopped_early
 
 
 def test_more_patience_lets_a_run_that_stopped_early_go_on(folder: Path, tmp_path: Path) -> None:
     with losses([1, 2, 3, 4]):
-        unbroken = go(folder, tmp_path / "whole")
+        unbroken = fine_tune(folder, tmp_path / "whole")
     with losses([1, 2]):
-        early = go(folder, tmp_path / "out", early_stopping_patience=1)
+        early = fine_tune(folder, tmp_path / "out", early_stopping_patience=1)
     assert early.result.stopped_early
     with losses([3, 4]):
-        assert_same(go(folder, tmp_path / "out", early_stopping_patience=3), unbroken)
+        assert_same(fine_tune(folder, tmp_path / "out", early_stopping_patience=3), unbroken)
 
 
 @pytest.mark.parametrize("step", [3, 4, 5])
@@ -415,13 +353,13 @@ def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path, 
     fields = {"eval_steps": 1, "early_stopping_patience": 3, "load_best_model_at_end": True}
     values = [4.0, 3.0, 5.0, 5.0, 5.0]
     with losses(values):
-        unbroken = go(folder, tmp_path / "whole", **fields)
+        unbroken = fine_tune(folder, tmp_path / "whole", **fields)
     with losses(values[:step]), at_step(step, stop), pytest.raises(Interrupted):
-        go(folder, tmp_path / "out", **fields)
+        fine_tune(folder, tmp_path / "out", **fields)
     with losses(values[step - 1 :]):
-        run = go(folder, tmp_path / "out", **fields)
+        run = fine_tune(folder, tmp_path / "out", **fields)
     assert run.adapter == unbroken.adapter
-    assert figures(run.result.log_history) == figures(unbroken.result.log_history)
+    assert without_clocks(run.result.log_history) == without_clocks(unbroken.result.log_history)
     assert (run.result.steps, run.result.best_step, run.result.stopped_early) == (5, 2, True)
 
 
@@ -430,9 +368,11 @@ def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path, 
 
 def test_transformers_reads_the_trainer_state(folder: Path, tmp_path: Path) -> None:
     from transformers import TrainerState
+    from transformers.trainer_utils import get_last_checkpoint
 
     with losses([3, 1, 2, 4]):
-        run = go(folder, tmp_path / "out", load_best_model_at_end=True, logging_steps=1)
+        run = fine_tune(folder, tmp_path / "out", load_best_model_at_end=True, logging_steps=1)
+    assert get_last_checkpoint(str(run.out)) == str(run.out / "checkpoint-8")
     path = run.out / "checkpoint-8" / "trainer_state.json"
     state = TrainerState.load_from_json(str(path))
     assert json.loads(path.read_text()).keys() == dataclasses.asdict(TrainerState()).keys()
@@ -459,26 +399,26 @@ def test_transformers_reads_the_trainer_state(folder: Path, tmp_path: Path) -> N
 # ---- going on ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize("step", range(1, SETTINGS["max_steps"]))
 def test_a_stop_after_any_step_changes_no_bit(
     folder: Path, whole: Finished, tmp_path: Path, step: int
 ) -> None:
     out = tmp_path / "out"
     with at_step(step, stop), pytest.raises(Interrupted) as stopped:
-        go(folder, out)
+        fine_tune(folder, out)
     assert stopped.value.checkpoint == out / f"checkpoint-{step}"
     assert steps_in(out)[-1] == step
-    assert_same(go(folder, out), whole)
+    assert_same(fine_tune(folder, out), whole)
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize("step", range(1, SETTINGS["max_steps"]))
 def test_a_stop_after_any_step_of_packed_rows_changes_no_bit(
     folder: Path, packed: Finished, tmp_path: Path, step: int
 ) -> None:
     out = tmp_path / "out"
     with at_step(step, stop), pytest.raises(Interrupted):
-        go(folder, out, packing=True)
-    assert_same(go(folder, out, packing=True), packed)
+        fine_tune(folder, out, packing=True)
+    assert_same(fine_tune(folder, out, packing=True), packed)
 
 
 def test_stops_within_a_validation_and_after_every_step_change_no_bit(
@@ -490,23 +430,23 @@ def test_stops_within_a_validation_and_after_every_step_change_no_bit(
         signal.raise_signal(signal.SIGINT)
         return score(model, batches)
 
-    for step in range(1, STEPS + 1):
+    for step in range(1, SETTINGS["max_steps"] + 1):
         with at_step(step, stop), pytest.raises(Interrupted):
-            go(folder, out)
+            fine_tune(folder, out)
         if step % 2 == 0:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
                 patch.setattr(loop, "score", interrupted)
-                go(folder, out)
-    assert_same(go(folder, out), whole)
+                fine_tune(folder, out)
+    assert_same(fine_tune(folder, out), whole)
 
 
 def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behind(
     folder: Path, whole: Finished, copy: Path
 ) -> None:
     with at_step(4, stop), pytest.raises(Interrupted):
-        go(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3"))
+        fine_tune(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3"))
     assert steps_in(copy) == [3, 4]
-    assert_same(go(folder, copy), whole)
+    assert_same(fine_tune(folder, copy), whole)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_removed(
@@ -518,11 +458,35 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_remove
     (copy / ".checkpoint-6-abc.tmp" / "resume_state.json").unlink()
     shutil.copytree(whole.out / "checkpoint-3", copy / ".checkpoint-3-abc.old")
     (copy / "adapter_model.safetensors").unlink()
-    run = go(folder, copy)
+    run = fine_tune(folder, copy)
     assert f"continuing from {copy / 'checkpoint-3'}\n" in run.printed
     assert_same(run, whole)
     assert hidden(copy) == []
     assert steps_in(copy) == [3, 6, 8]
+
+
+def test_a_kill_between_the_two_renames_loses_no_checkpoint(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    for name in ("checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(copy / name)
+    shutil.copytree(copy / "checkpoint-3", copy / ".checkpoint-3-x.tmp")
+    (copy / "checkpoint-3").rename(copy / ".checkpoint-3-x.old")
+    run = fine_tune(folder, copy)
+    assert f"continuing from {copy / 'checkpoint-3'}\n" in run.printed
+    assert_same(run, whole)
+
+
+def test_a_resume_hashes_every_file_once(
+    folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, sha256 = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path) or sha256(path))
+    shutil.rmtree(copy / "checkpoint-8")
+    fine_tune(folder, copy, save_steps=100)
+    old = sorted(path.name for path in hashed if path.parent == copy / "checkpoint-6")
+    assert old == [name for name in FILES if name != "resume_state.json"]
+    assert len(hashed) == 2 * len(old), "and those of the one new checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -548,7 +512,7 @@ def test_the_metrics_file_is_made_what_it_was(
     if harmed is not None:
         path.write_text(harmed)
     shutil.rmtree(copy / "checkpoint-8")
-    assert_same(go(folder, copy), whole)
+    assert_same(fine_tune(folder, copy), whole)
 
 
 # ---- another run -------------------------------------------------------------------------------
@@ -577,12 +541,66 @@ def test_another_config_or_data_is_refused_and_nothing_is_touched(
     path = copy / ("checkpoint-8" if wanted == "auto" else wanted)
     before = everything(copy)
     with pytest.raises(ConfigError) as error:
-        go(folder, copy, resume_from_checkpoint=named, **change)
+        fine_tune(folder, copy, resume_from_checkpoint=named, **change)
     text = str(error.value)
     assert text.startswith(f"{path} was made from another {what}{':' if shown else '.'}")
     assert [line[2:] for line in text.splitlines() if line.startswith("  ")] == shown
-    assert "To start anew pass checkpointing.resume_from_checkpoint=none" in text
+    assert "To start from the beginning pass checkpointing.resume_from_checkpoint=none" in text
     assert everything(copy) == before
+
+
+def rewrite_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes what a checkpoint's state holds, as another version would have written it."""
+    saved = read_state(path)
+    change(saved)
+    (path / "resume_state.json").unlink()
+    checkpoint._write_state(path, RunState(**saved))
+
+
+def test_a_checkpoint_without_numerics_and_a_later_field_is_continued(
+    folder: Path, whole: Finished, copy: Path
+) -> None:
+    """As 8129655 wrote it: its config is hashed over fewer fields, and numerics are version 1."""
+
+    def older(saved: dict[str, Any]) -> None:
+        assert saved["fingerprint"].pop("numerics") == "1"
+        assert saved["config"]["lora"].pop("use_dora") is False  # the default
+        saved["fingerprint"]["config"] = "of fewer fields"
+
+    shutil.rmtree(copy / "checkpoint-8")
+    rewrite_state(copy / "checkpoint-6", older)
+    run = fine_tune(folder, copy)
+    assert f"continuing from {copy / 'checkpoint-6'}\n" in run.printed
+    assert_same(run, whole)
+    new, theirs = (read_state(r.out / "checkpoint-8") for r in (run, whole))
+    assert (new["fingerprint"], new["config"]) == (theirs["fingerprint"], theirs["config"])
+
+
+def test_a_later_field_with_another_value_than_then_is_refused(folder: Path, copy: Path) -> None:
+    def older(saved: dict[str, Any]) -> None:
+        del saved["config"]["lora"]["lora_dropout"]  # 0.3 now, and 0.1 by default
+        saved["fingerprint"]["config"] = "of fewer fields"
+
+    rewrite_state(copy / "checkpoint-8", older)
+    with pytest.raises(ConfigError, match=r"another config:\n  lora\.lora_dropout: 0\.1 -> 0\.3\n"):
+        fine_tune(folder, copy)
+
+
+def test_other_numerics_are_refused_with_the_ways_out(folder: Path, copy: Path) -> None:
+    path, before = copy / "checkpoint-8", everything(copy)
+    rewrite_state(path, lambda saved: saved["fingerprint"].update(numerics="2"))
+    before = everything(copy)
+    with pytest.raises(ConfigError) as error:
+        fine_tune(folder, copy)
+    assert str(error.value) == (
+        f"{path} was trained with version 2 of the numerics, and this mlx-qlora computes version "
+        f"1: the run would not end as it began. Finish it with the version that began it ({copy}"
+        f"/training_args.json names it), or train on from its adapter: --adapter {path} and "
+        "another --output-dir"
+    )
+    assert everything(copy) == before
+    model, _ = mq.load(folder, adapter=path)
+    assert model.lora_config.r == 2, "the second way out is open"
 
 
 def test_another_model_is_refused_and_nothing_is_touched(
@@ -591,15 +609,27 @@ def test_another_model_is_refused_and_nothing_is_touched(
     other = shutil.copytree(folder, tmp_path / "other")
     before = everything(copy)
     with pytest.raises(ConfigError, match=r"made from another (config and )?model"):
-        go(other, copy)
+        fine_tune(other, copy)
     assert everything(copy) == before
+
+
+def test_weights_replaced_in_the_same_folder_are_another_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    with at_step(3, stop), pytest.raises(Interrupted):
+        fine_tune(model, tmp_path / "out")
+    other = write_model(tmp_path / "other", seed=5, **SHAPE)
+    shutil.copy(other / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(ConfigError, match="another model"):
+        fine_tune(model, tmp_path / "out")
 
 
 def test_what_does_not_decide_the_weights_may_change(
     folder: Path, whole: Finished, copy: Path
 ) -> None:
     shutil.rmtree(copy / "checkpoint-8")
-    run = go(folder, copy, save_steps=1, save_total_limit=2)
+    run = fine_tune(folder, copy, save_steps=1, save_total_limit=2)
     assert f"continuing from {copy / 'checkpoint-6'}\n" in run.printed
     assert_same(run, whole)
     assert steps_in(copy)[-2:] == [7, 8]
@@ -610,7 +640,7 @@ def test_recomputing_may_change_and_decides_nothing_but_the_last_digits(
 ) -> None:
     """Attention weights that are made anew come from the log-sum, and are rounded otherwise."""
     shutil.rmtree(copy / "checkpoint-8")
-    run = go(folder, copy, gradient_checkpointing=True)
+    run = fine_tune(folder, copy, gradient_checkpointing=True)
     assert f"continuing from {copy / 'checkpoint-6'}\n" in run.printed
     ours, theirs = (load_file(r.out / "adapter_model.safetensors") for r in (run, whole))
     assert ours.keys() == theirs.keys()
@@ -684,13 +714,13 @@ def test_a_full_disk_costs_no_finished_step(
     out = disk / "out"
     with full(disk) as fill:
         with pytest.raises(TrainingError) as error, at_step(4, lambda _: fill(room)):
-            go(folder, out)
+            fine_tune(folder, out)
         reason = "No space left on device" if os.path.ismount(disk) else "File too large"
         assert_explained(str(error.value), out, reason, 3)
         assert steps_in(out) == [3]
         read_state(out / "checkpoint-3")
         assert hidden(out) == []
-    assert_same(go(folder, out), whole)
+    assert_same(fine_tune(folder, out), whole)
 
 
 def test_a_disk_that_fills_up_at_the_very_end_leaves_the_last_checkpoint(
@@ -700,13 +730,13 @@ def test_a_disk_that_fills_up_at_the_very_end_leaves_the_last_checkpoint(
     with full(disk) as fill:
         monkeypatch.setattr(Run, "end", lambda _: fill(4))
         with pytest.raises(TrainingError) as error:
-            go(folder, out)
+            fine_tune(folder, out)
         monkeypatch.undo()
         reason = "No space left on device" if os.path.ismount(disk) else "File too large"
         assert_explained(str(error.value), out, reason, 8)
         assert not (out / "adapter_model.safetensors").exists()
         assert hidden(out) == []
-    assert_same(go(folder, out), whole)
+    assert_same(fine_tune(folder, out), whole)
 
 
 def no_space(*_: Any, **__: Any) -> Any:
@@ -734,12 +764,12 @@ def test_whatever_write_fails_costs_no_finished_step(
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
         with at_step(4, lambda _: patch.setattr(owner, name, fails)):
-            go(folder, out)
+            fine_tune(folder, out)
     assert_explained(str(error.value), out, "No space left on device", 3)
     assert steps_in(out) == [3]
     read_state(out / "checkpoint-3")
     assert hidden(out) == []
-    assert_same(go(folder, out), whole)
+    assert_same(fine_tune(folder, out), whole)
 
 
 def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(
@@ -747,7 +777,7 @@ def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
         with at_step(1, lambda _: patch.setattr(checkpoint, "save_file", half_a_file)):
-            go(folder, tmp_path / "out")
+            fine_tune(folder, tmp_path / "out")
     assert str(error.value).endswith("No checkpoint was written yet")
     assert steps_in(tmp_path / "out") == []
 
@@ -772,20 +802,20 @@ def test_a_folder_that_becomes_read_only_costs_no_finished_step(
     try:
         with pytest.MonkeyPatch.context() as patch, at_step(4, close):
             with pytest.raises(TrainingError) as error:
-                go(folder, out)
+                fine_tune(folder, out)
         reason = "Permission denied" if os.geteuid() else "Read-only file system"
         assert_explained(str(error.value), out, reason, 3)
         if not os.access(out, os.W_OK):
             before = everything(out)
             with pytest.raises(ConfigError, match=r"out cannot be made: .*may not be written to"):
-                go(folder, out)
+                fine_tune(folder, out)
             assert everything(out) == before
     finally:
         for path in mounts:
             subprocess.run(["umount", "-l", str(path)], check=True)
         out.chmod(0o755)
     read_state(out / "checkpoint-3")
-    assert_same(go(folder, out), whole)
+    assert_same(fine_tune(folder, out), whole)
 
 
 @pytest.mark.parametrize("step", [2, 4, 8])
@@ -794,10 +824,39 @@ def test_a_folder_that_is_removed_during_the_run_is_missed(
 ) -> None:
     out = tmp_path / "out"
     with at_step(step, lambda _: shutil.rmtree(out)), pytest.raises(TrainingError) as error:
-        go(folder, out)
+        fine_tune(folder, out)
     assert str(error.value).startswith(f"cannot write to {out}: it was removed during the run; ")
     assert str(error.value).endswith("No checkpoint was written yet")
     assert not out.exists()
+
+
+def test_a_start_on_a_full_disk_leaves_no_partial_metrics(
+    folder: Path, whole: Finished, disk: Path
+) -> None:
+    out = shutil.copytree(whole.out, disk / "out")
+    shutil.rmtree(out / "checkpoint-8")
+    with full(disk) as fill:
+        fill(0)
+        with pytest.raises(TrainingError):
+            fine_tune(folder, out)
+    assert hidden(out) == []
+
+
+def test_a_start_without_space_keeps_the_old_record(folder: Path, copy: Path) -> None:
+    before = (copy / "run.yaml").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
+    try:
+        with pytest.raises(TrainingError):
+            fine_tune(folder, copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (copy / "run.yaml").read_bytes() == before
+
+
+def test_a_pipe_that_breaks_is_no_disk_error(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError), disk_errors(tmp_path):
+        raise BrokenPipeError(32, "Broken pipe")
 
 
 # ---- two runs, one folder ----------------------------------------------------------------------
@@ -812,15 +871,32 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(
         before = everything(out)
         for wanted in ("auto", "none"):
             with pytest.raises(ConfigError) as error:
-                go(folder, out, resume_from_checkpoint=wanted)
+                fine_tune(folder, out, resume_from_checkpoint=wanted)
             refusals.append(str(error.value))
         assert everything(out) == before
 
     with at_step(5, second):
-        run = go(folder, out)
+        run = fine_tune(folder, out)
     expected = f"another run is writing to {out}; choose another --output-dir, or wait for it"
     assert refusals == [expected] * 2
     assert_same(run, whole)
+
+
+def test_the_checkpoint_to_resume_is_chosen_under_the_lock(folder: Path, tmp_path: Path) -> None:
+    """Another run finishes after this one's model is prepared and before it takes the folder."""
+    prepare, prepared = Inputs.prepare, []
+
+    def slow(self: Inputs, model: Any) -> Inputs:
+        inputs = prepare(self, model)
+        if not prepared:
+            prepared.append(inputs)
+            fine_tune(folder, tmp_path / "out")
+        return inputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inputs, "prepare", slow)
+        run = fine_tune(folder, tmp_path / "out")
+    assert f"continuing from {tmp_path / 'out' / 'checkpoint-8'}\n" in run.printed
 
 
 HOLD = """
@@ -841,12 +917,12 @@ def test_the_lock_ends_with_its_process(folder: Path, whole: Finished, tmp_path:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"
             with pytest.raises(ConfigError, match="another run is writing to"):
-                go(folder, out)
+                fine_tune(folder, out)
             assert list(out.iterdir()) == []
         finally:
             holder.send_signal(signal.SIGKILL)
         holder.wait()
-    assert_same(go(folder, out), whole)
+    assert_same(fine_tune(folder, out), whole)
     assert hidden(out) == []
 
 
@@ -903,8 +979,52 @@ def test_every_file_of_a_checkpoint_is_flushed(
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", noted)
-    run = go(folder, tmp_path / "out", max_steps=1)
+    run = fine_tune(folder, tmp_path / "out", max_steps=1)
     made = run.out / "checkpoint-1"
     assert {path.stat().st_ino for path in (made, *made.iterdir())} <= flushed
     final = ("adapter_model.safetensors", "adapter_config.json", "mlx/adapters.safetensors")
     assert {(run.out / name).stat().st_ino for name in final} <= flushed
+
+
+def test_files_of_a_run_have_the_modes_that_the_umask_asks_for(whole: Finished) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    wrong = {
+        str(path.relative_to(whole.out)): oct(path.stat().st_mode & 0o777)
+        for path in whole.out.rglob("*")
+        if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask
+    }
+    assert wrong == {}
+
+
+def test_existing_folders_are_flushed_after_files_were_moved_into_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, events, replace = tmp_path / "out", [], os.replace
+    (out / "mlx").mkdir(parents=True)
+    monkeypatch.setattr(os, "fsync", lambda n: events.append(os.fstat(n).st_ino))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    with staged(out) as staging:
+        (staging / "mlx").mkdir()
+        (staging / "a").write_text("1")
+        (staging / "mlx" / "b").write_text("1")
+    after = events[len(events) - events[::-1].index("replace") :]
+    assert {out.stat().st_ino, (out / "mlx").stat().st_ino} <= set(after)
+
+
+def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path) -> None:
+    out, rename = tmp_path / "checkpoint-4", Path.rename
+    out.mkdir()
+    (out / "a").write_text("old")
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, "I/O error")
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "rename", fails)
+        with staged(out, replace=True) as staging:
+            (staging / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert (out / "a").read_text() == "old"

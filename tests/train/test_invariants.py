@@ -134,6 +134,21 @@ def test_unpacked_runs_are_the_same_however_they_are_computed(command, tmp_path)
         assert_same(losses(tmp_path / str(number), *alone, *how), plain)
 
 
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_unpacked_rows_of_different_widths_are_the_same_in_any_batch(command, tmp_path, dropout):
+    """Rows of 30 to 110 tokens: batches of 64, 112 and 128 columns."""
+    draw = random.Random(0)
+    rows = [
+        {"instruction": f"count {i}", "output": " ".join(["one two"] * draw.randrange(1, 13))}
+        for i in range(160)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*command, "--data", str(path), "data.packing=false", f"lora.lora_dropout={dropout}"]
+    plain = losses(tmp_path / "8x1", *words, *batch_of(8, 1))
+    assert_same(losses(tmp_path / "2x4", *words, *batch_of(2, 4)), plain)
+
+
 def test_packing_changes_nothing_where_each_step_sees_all_rows(command, tmp_path):
     rows = write_counts(tmp_path / "rows.jsonl", 12)
     words = [*command, "--data", str(rows), "lora.lora_dropout=0"]

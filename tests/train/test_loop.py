@@ -2,20 +2,15 @@
 
 import dataclasses
 import io
-import json
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
-from support.models import load_folder
+from support.training import FINGERPRINT, recorded, start, without_clocks
 
-from mlx_qlora.data.examples import Example, Examples
-from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.checkpoint import (
     CheckpointingConfig,
     RunState,
@@ -23,57 +18,7 @@ from mlx_qlora.train.checkpoint import (
     checkpoints,
 )
 from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.loop import train
-from mlx_qlora.train.metrics import LoggingConfig
 from mlx_qlora.train.step import dropout_keys
-
-FINGERPRINT = {"config": "c", "data": "d"}
-
-
-def make_examples(n: int = 22, seed: int = 0) -> Examples:
-    """Counting by threes from a few starts; the second half of each row is learned."""
-    random = np.random.default_rng(seed)
-    made = []
-    for line in range(1, n + 1):
-        length = int(random.integers(8, 30))
-        tokens = ((random.integers(0, 4) + 3 * np.arange(length)) % 320).astype(np.int32)
-        made.append(Example(tokens, np.arange(length) >= length // 2, line))
-    return Examples.of(made)
-
-
-def start(folder: Path, output: Path, console: Console | None = None, **changes):
-    """One run on a fresh tiny model; returns (model, result)."""
-    logging = changes.pop("logging", LoggingConfig(logging_steps=1))
-    data = changes.pop("data", DataConfig(packing=False))
-    model = load_folder(folder)
-    add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=1)
-    training = TrainingConfig(
-        max_steps=changes.pop("max_steps", 8),
-        num_train_epochs=changes.pop("num_train_epochs", None),
-        learning_rate=1e-2,
-        warmup_steps=2,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=2,
-    )
-    output.mkdir(exist_ok=True)
-    checkpointing = CheckpointingConfig(
-        output_dir=str(output),
-        **{"save_steps": 3, "eval_steps": 4, "save_total_limit": 10, **changes},
-    )
-    result = train(
-        model,
-        make_examples(),
-        make_examples(6, seed=9),
-        data,
-        training,
-        checkpointing,
-        logging,
-        "org/base",
-        RunState(fingerprint=FINGERPRINT),
-        checkpoint_to_resume(checkpointing, RunState(fingerprint=FINGERPRINT))[0],
-        console or Console(file=io.StringIO()),
-    )
-    return model, result
 
 
 def weights_of(model) -> dict[str, np.ndarray]:
@@ -95,32 +40,24 @@ def test_a_run_learns_and_says_so(hf_tiny, tmp_path):
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(
     hf_tiny, tmp_path, stopped_after, packing
 ):
-    data = DataConfig(packing=packing)
-    whole, whole_result = start(hf_tiny[1], tmp_path / "whole", data=data)
-    start(hf_tiny[1], tmp_path / "parts", data=data)
+    whole, whole_result = start(hf_tiny[1], tmp_path / "whole", packing=packing)
+    start(hf_tiny[1], tmp_path / "parts", packing=packing)
     for path in checkpoints(tmp_path / "parts"):  # as if the run had died after this one
         if int(path.name.split("-")[1]) > stopped_after:
             (path / "resume_state.json").unlink()
     printed = io.StringIO()
-    resumed, result = start(hf_tiny[1], tmp_path / "parts", Console(file=printed), data=data)
+    console = Console(file=printed)
+    resumed, result = start(hf_tiny[1], tmp_path / "parts", console, packing=packing)
     assert f"checkpoint-{stopped_after}" in printed.getvalue()
     ours, theirs = weights_of(resumed), weights_of(whole)
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
 
-    def figures(history):
-        return [(r["step"], r.get("loss"), r.get("eval_loss"), r.get("grad_norm")) for r in history]
-
-    assert figures(result.log_history) == figures(whole_result.log_history)
-    steps = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    ]
+    assert without_clocks(result.log_history) == without_clocks(whole_result.log_history)
+    steps = [record["step"] for record in recorded(tmp_path / "parts")]
     assert steps == [r["step"] for r in whole_result.log_history], "each line once"
-    name = f"checkpoint-{8}"
     for file in ("adapter_model.safetensors", "optimizer.safetensors"):
-        assert (tmp_path / "parts" / name / file).read_bytes() == (
-            tmp_path / "whole" / name / file
-        ).read_bytes()
+        ours, theirs = (tmp_path / run / "checkpoint-8" / file for run in ("parts", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_none_starts_anew(hf_tiny, tmp_path):
@@ -133,30 +70,6 @@ def test_a_checkpoint_of_another_run_is_refused_and_none_starts_anew(hf_tiny, tm
     assert result.log_history[0]["step"] == 1
     with pytest.raises(ConfigError, match="is no checkpoint"):
         start(hf_tiny[1], tmp_path / "out", resume_from_checkpoint=str(tmp_path))
-
-
-def test_only_the_newest_checkpoints_are_kept(hf_tiny, tmp_path):
-    start(hf_tiny[1], tmp_path / "out", save_steps=1, save_total_limit=2)
-    assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-7", "checkpoint-8"]
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_transformers_reads_the_trainer_state_and_peft_the_adapter(hf_tiny, tmp_path):
-    from safetensors import safe_open
-    from transformers import TrainerState
-    from transformers.trainer_utils import get_last_checkpoint
-
-    start(hf_tiny[1], tmp_path / "out")
-    last = get_last_checkpoint(str(tmp_path / "out"))
-    assert last is not None and last.endswith("checkpoint-8")
-    state = TrainerState.load_from_json(f"{last}/trainer_state.json")
-    assert (state.global_step, state.max_steps, state.train_batch_size) == (8, 8, 3)
-    logged = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
-    assert state.log_history[0].keys() == logged
-    assert any("eval_loss" in record for record in state.log_history)
-    with safe_open(f"{last}/adapter_model.safetensors", "np") as file:
-        assert file.metadata() == {"format": "pt"}
-        assert all(name.startswith("base_model.model.model.layers.") for name in file.keys())
 
 
 def test_epochs_train_every_row_and_the_last_step_may_be_short(hf_tiny, tmp_path):
@@ -235,12 +148,11 @@ def test_a_run_that_starts_anew_keeps_its_own_checkpoints_not_the_abandoned_ones
 
 def test_log_records_of_a_resumed_run_are_those_of_an_unbroken_one(hf_tiny, tmp_path):
     """Logged every 4 steps, stopped after 3: the mean at step 4 is over all four."""
-    logging = LoggingConfig(logging_steps=4)
-    _, whole = start(hf_tiny[1], tmp_path / "whole", logging=logging)
-    start(hf_tiny[1], tmp_path / "parts", logging=logging)
+    _, whole = start(hf_tiny[1], tmp_path / "whole", logging_steps=4)
+    start(hf_tiny[1], tmp_path / "parts", logging_steps=4)
     for name in ("checkpoint-6", "checkpoint-8"):
         (tmp_path / "parts" / name / "resume_state.json").unlink()
-    _, resumed = start(hf_tiny[1], tmp_path / "parts", logging=logging)
+    _, resumed = start(hf_tiny[1], tmp_path / "parts", logging_steps=4)
     pairs = [(r["step"], r["loss"]) for r in whole.log_history if "loss" in r]
     assert [(r["step"], r["loss"]) for r in resumed.log_history if "loss" in r] == pairs
 
@@ -253,12 +165,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_lines_of_other_tools_are_droppe
         file.write('{"epoch": 3}\nnot json\n')
     (tmp_path / "out" / "checkpoint-8" / "resume_state.json").write_text("{")
     config = CheckpointingConfig(output_dir=str(tmp_path / "out"))
-    path, damaged = checkpoint_to_resume(config, RunState(fingerprint=FINGERPRINT))
+    path, _, damaged = checkpoint_to_resume(config, RunState(fingerprint=FINGERPRINT))
     assert path == tmp_path / "out" / "checkpoint-6"
     assert damaged == [f"{tmp_path / 'out' / 'checkpoint-8' / 'resume_state.json'} is damaged"]
     _, result = start(hf_tiny[1], tmp_path / "out")
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == result.log_history
+    assert recorded(tmp_path / "out") == result.log_history
 
 
 def test_a_home_folder_is_expanded_once_for_all_files(monkeypatch, tmp_path):

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.models import load_folder, randomise_lora
+from support.training import inputs
 
 from mlx_qlora.adapters.peft import load_adapter, save_adapter
+from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.batches import IGNORE
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.train.checkpoint import CheckpointingConfig, RunState
+from mlx_qlora.run import Inputs
+from mlx_qlora.train.checkpoint import CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.loop import train
 from mlx_qlora.train.metrics import LoggingConfig
@@ -142,19 +145,14 @@ def torch_losses(base: Path, adapter: Path) -> list[float]:
 
 def our_losses(model, output: Path) -> list[float]:
     output.mkdir()
-    result = train(
-        model,
-        counting(),
-        None,
-        DataConfig(packing=False),
-        TRAINING,
-        CheckpointingConfig(output_dir=str(output)),
-        LoggingConfig(logging_steps=1),
-        "org/base",
-        RunState(),
-        None,
-        Console(file=io.StringIO()),
+    places = CheckpointingConfig(output_dir=str(output))
+    config = RunConfig(
+        data=DataConfig(packing=False),
+        training=TRAINING,
+        checkpointing=places,
+        logging=LoggingConfig(logging_steps=1),
     )
+    result = train(model, inputs(counting()), config, Console(file=io.StringIO()))
     return [record["loss"] for record in result.log_history]
 
 
@@ -205,3 +203,14 @@ def test_the_adapters_files_do_not_know_of_the_ratio(hf_tiny, tmp_path):
     assert set(json.loads((tmp_path / "with" / "adapter_config.json").read_text())) <= known
     loaded = load_adapter(load_folder(hf_tiny[1]), tmp_path / "with")
     assert loaded.lora_config.loraplus_lr_ratio == 1.0
+
+
+def test_an_attached_adapter_is_trained_and_recorded_with_the_ratio_that_is_asked_for(
+    hf_tiny, tmp_path
+):
+    save_adapter(adapted(hf_tiny[1]), tmp_path / "adapter", "org/base")
+    ours = load_adapter(load_folder(hf_tiny[1]), tmp_path / "adapter")
+    asked = {"lora": {"loraplus_lr_ratio": 8.0}, "model": {"base_model_name_or_path": "org/base"}}
+    tokenizer: Any = None
+    prepared = Inputs(build(asked), tokenizer, ours.config, counting()).prepare(ours)
+    assert prepared.config.lora.loraplus_lr_ratio == ours.lora_config.loraplus_lr_ratio == 8.0

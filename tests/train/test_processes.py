@@ -1,6 +1,7 @@
 """Several processes train as one does: the same weights, whatever happens to any of them.
 
-They are real processes that MLX's ring joins; `ring.py` starts them.
+They are real processes that MLX's ring joins; `ring.py` starts them. Starting costs more than a
+run, so one ring of two does all that leaves both of them alive, one run after the other.
 """
 
 import json
@@ -21,8 +22,10 @@ from support import ring
 from support.tiny_folder import write_model
 
 from mlx_qlora import device
-from mlx_qlora.distributed import AT_LEAST, TIMES, WORDS
-from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, Counts, GradientAllReduce
+from mlx_qlora import distributed as room
+from mlx_qlora.cli import main
+from mlx_qlora.distributed import AT_LEAST, RING_PADS, TIMES, WORDS, Processes
+from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, GradientAllReduce
 from mlx_qlora.train.checkpoint import checkpoints, read_state
 
 STEPS, CLOSE = 20, 1e-5
@@ -30,6 +33,8 @@ LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the ti
 # What is sent in a step besides the gradients: three counts and three signals, and the loss sum.
 BESIDES = 6 * 8 + 4
 SCORE = 10 * 8  # numbers of a validation
+# Ten rows to test on besides, which both processes score.
+SPLIT = ("data.split=[0.6, 0.2, 0.2]", "--json")
 # What a run is told besides, by name.
 KINDS = {
     "packed": (),
@@ -42,6 +47,7 @@ KINDS = {
     "epoch": ("training.max_steps=null", "training.num_train_epochs=1"),
     "large": ("lora.r=512", "training.max_steps=4", "checkpointing.save_steps=9"),
     "wide": ("training.per_device_train_batch_size=3",),
+    "tested": SPLIT,
 }
 POISONED_ROW = 25  # of the stream: of step 5, and of the second process
 
@@ -100,17 +106,70 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def alone(place: Place) -> dict[str, Any]:
-    return place.runs(1, "packed", "loose", "best", "poisoned", "epoch", "wide")
+    return place.runs(1, "packed", "loose", "best", "poisoned", "epoch", "wide", "tested")
 
 
 @pytest.fixture(scope="module")
 def two(place: Place) -> dict[str, Any]:
-    return place.runs(2, "packed", "loose", "best", "poisoned", "large", "wide")
+    """Name -> what was found by each of two processes, of all that they go through together."""
+    names = ("packed", "loose", "best", "poisoned", "large", "wide", "tested")
+    runs = {name: place.run(name, 2) for name in names}
+    runs |= different(place) | eventful(place)
+    for name in ("everyone", "second"):  # of these one or both get a signal
+        runs[name] = {"words": place.words(name, 2), "pause": 0.1}
+    runs["starved"] = runs.pop("starved")  # the last: it ends one of them
+    words = ring.prepare(2, [*runs.values()], place.folder / "two")
+    started = ring.start(2, lambda rank: words, place.folder / "two")
+    for name, ranks in (("everyone", (0, 1)), ("second", (1,))):
+        wait_for_step(place.output(name, 2), 8, started, 900)
+        for rank in ranks:
+            started[rank].send_signal(signal.SIGINT)
+    ring.ends(started, 300)
+    both = (ring.found_by(rank, place.folder / "two") for rank in (0, 1))
+    return dict(zip(runs, map(list, zip(*both))))
 
 
 @pytest.fixture(scope="module")
 def three(place: Place) -> dict[str, Any]:
     return place.runs(3, "packed", "poisoned", "epoch", "large")
+
+
+def different(place: Place) -> dict[str, Any]:
+    """Runs that are refused, most because the second process is unlike the first one."""
+
+    def unlike(name: str, *more: str, **fields: Any) -> list[Any]:
+        words = place.words(name, 2)
+        return [{"words": words}, {"words": [*words, *more], **fields}]
+
+    other_rows = place.write_rows("other.jsonl", 50)
+    other_model = write_model(place.folder / "other", seed=1)
+    return {
+        "rate": unlike("rate", "training.learning_rate=0.02"),
+        "rows": unlike("rows", "--data", str(other_rows)),
+        "model": unlike("model", "--model", str(other_model)),
+        "version": unlike("version", version="9.9.9"),
+        "patience": unlike("patience", "checkpointing.early_stopping_patience=3"),
+        "mistyped": {"words": [*place.words("mistyped", 2), "training.learning_rat=1"]},
+        "nowhere": unlike("nowhere", "--output-dir", "/dev/null/out"),
+        "missing": unlike("missing", "--data", str(place.folder / "nowhere.jsonl")),
+        "sweep": {"words": place.words("sweep", 2, command="sweep")},
+        "evaluate": {"words": ["evaluate", "--model", str(place.model), "--data", str(place.rows)]},
+    }
+
+
+def eventful(place: Place) -> dict[str, Any]:
+    """Runs in which something happens to the first or the second process alone."""
+
+    def one(name: str, *more: str, **event: Any) -> dict[str, Any]:
+        return {"words": place.words(name, 2, *more), **event}
+
+    return {
+        "slow": one("slow", "training.max_steps=8", slow_save=3.0, patience=1.5),
+        "signalled": [one("signalled"), one("signalled", signalled=STEPS // 5)],
+        "hungry": [one("hungry"), one("hungry", starved=(4, 4))],
+        "full": one("full"),
+        "starved": [one("starved"), one("starved", starved=(9, 10))],
+    }
 
 
 @pytest.fixture
@@ -178,7 +237,8 @@ def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(
 def test_the_first_process_alone_writes_and_prints(
     place: Place, together: dict[str, Any], n: int
 ) -> None:
-    for name, found in together.items():
+    for name in {2: ("packed", "loose", "best", "large"), 3: ("packed", "epoch", "large")}[n]:
+        found = together[name]
         assert "step 4" in found[0]["out"]
         assert [(other["out"], other["err"]) for other in found[1:]] == [("", "")] * (n - 1)
         logs = sorted(place.output(name, n).glob("*rank*"))
@@ -240,7 +300,7 @@ class Recorder:
         self.events: list[Any] = []
         self.size = 2
 
-    def summed(self, array: mx.array) -> mx.array:
+    def all_sum(self, array: mx.array) -> mx.array:
         self.events.append(np.array(array))
         return array * 2
 
@@ -273,10 +333,9 @@ def test_buckets_go_out_as_soon_as_their_layers_are_done() -> None:
     summed.reduce(grads, {"layers.5.A", "layers.5.B"})
     summed.reduce(grads, done)
     assert len(recorder.events) == 6
-    own = Counts(supervised=3, tokens=7, rows=2, signum=signal.SIGTERM)
-    total, nats, counts = summed.wait(grads, mx.array(1.5), own)
+    total, nats, counts, signum = summed.wait(grads, mx.array(1.5), (3, 7, 2), signal.SIGTERM)
     assert recorder.events[-2:] == ["worked", "waited"] and len(recorder.events) == 10
-    assert counts == Counts(6, 14, 4, signal.SIGTERM) and nats.item() == 3
+    assert (counts, signum, nats.item()) == ((6, 14, 4), signal.SIGTERM, 3)
     assert [*total] == [*shapes]
     for name in shapes:
         assert np.array_equal(np.array(total[name]), 2 * np.array(grads[name])), name
@@ -306,27 +365,14 @@ def test_a_large_adapter_goes_in_few_messages_and_a_small_one_in_one() -> None:
 
 # ---- refused -------------------------------------------------------------------------------------
 
+REFUSED = ("rate", "rows", "model", "version", "patience", "mistyped", "nowhere", "missing")
+REFUSED += ("sweep", "evaluate")
 
-def test_processes_that_are_unlike_each_other_are_refused_with_one_message(place: Place) -> None:
-    def unlike(name: str, *more: str, **how: Any) -> list[Any]:
-        own = place.words(name, 2)
-        return [{"words": own}, {"words": [*own, *more], **how}]
 
-    other_rows = place.write_rows("other.jsonl", 50)
-    other_model = write_model(place.folder / "other", seed=1)
-    cases = {
-        "rate": unlike("rate", "training.learning_rate=0.02"),
-        "rows": unlike("rows", "--data", str(other_rows)),
-        "model": unlike("model", "--model", str(other_model)),
-        "version": unlike("version", version="9.9.9"),
-        "patience": unlike("patience", "checkpointing.early_stopping_patience=3"),
-        "mistyped": {"words": [*place.words("mistyped", 2), "training.learning_rat=1"]},
-        "nowhere": unlike("nowhere", "--output-dir", "/dev/null/out"),
-        "missing": unlike("missing", "--data", str(place.folder / "nowhere.jsonl")),
-        "sweep": {"words": place.words("sweep", 2, command="sweep")},
-        "evaluate": {"words": ["evaluate", "--model", str(place.model), "--data", str(place.rows)]},
-    }
-    found = dict(zip(cases, ring.commands(2, [*cases.values()], place.folder / "refused")))
+def test_processes_that_are_unlike_each_other_are_refused_with_one_message(
+    place: Place, two: dict[str, Any]
+) -> None:
+    found = {name: two[name] for name in REFUSED}
     assert {each["code"] for ranks in found.values() for each in ranks} == {2}
     wanted = {
         "rate": "in process 1 training.learning_rate is 0.02, in process 0 0.01",
@@ -370,10 +416,10 @@ own = processes()
 own.gather("ready")
 if own.rank == 0:
     os._exit(9)
-found = [own.summed(mx.ones((1000,)))]
+found = [own.all_sum(mx.ones((1000,)))]
 time.sleep(1)  # it has failed by now, and nobody has waited for it
 try:
-    own.summed(mx.ones((5,)))
+    own.all_sum(mx.ones((5,)))
 except ProcessError as error:
     print(error)
     sys.exit(5)
@@ -384,6 +430,124 @@ def test_a_lost_process_is_told_by_the_next_sum_too(tmp_path: Path) -> None:
     _, (code, out, _) = ring.ends(ring.start(2, lambda rank: ["-c", LOST], tmp_path))
     assert code == 1, "MLX would have waited at the end of the process"
     assert out.startswith("another process is gone") and "says process 1 of 2" in out
+
+
+# ---- what happens to one of them -----------------------------------------------------------------
+
+
+def test_the_others_wait_for_a_slow_disk(place: Place, two: dict[str, Any]) -> None:
+    assert [each["code"] for each in two["slow"]] == [0, 0], two["slow"][0]["err"]
+    assert last_step(place.output("slow", 2)) == 8
+
+
+def test_a_signal_within_the_last_validation_is_heard_by_all(
+    place: Place, two: dict[str, Any]
+) -> None:
+    assert [each["code"] for each in two["signalled"]] == [143, 143]
+    assert last_step(place.output("signalled", 2)) == STEPS
+    assert not (place.output("signalled", 2) / "report.html").exists()
+
+
+def test_test_rows_are_shared_out_and_scored_as_by_one(
+    alone: dict[str, Any], two: dict[str, Any]
+) -> None:
+    mine, theirs = (json.loads(runs["tested"][0]["out"])["test_scores"] for runs in (alone, two))
+    for when in ("before", "after"):
+        assert mine[when]["n_tokens"] == theirs[when]["n_tokens"] > 0
+        assert mine[when]["loss"] == pytest.approx(theirs[when]["loss"], abs=CLOSE)
+    assert mine["before"]["loss"] - mine["after"]["loss"] > 0.1
+    assert two["tested"][1]["out"] == ""
+
+
+def test_memory_that_ends_once_while_weights_are_moved_changes_nothing(
+    place: Place, two: dict[str, Any]
+) -> None:
+    """The sums of that step were sent: sent again they would meet those of the next one."""
+    assert [each["code"] for each in [*two["hungry"], *two["full"]]] == [0] * 4
+    assert len({each["weights"] for each in [*two["hungry"], *two["full"]]}) == 1
+    assert two["hungry"][1]["sent"] != [] == two["hungry"][1]["err"].splitlines()
+
+
+def test_memory_that_ends_while_weights_are_moved_ends_the_run(
+    place: Place, two: dict[str, Any]
+) -> None:
+    first, second = two["starved"]
+    assert [first["code"], second["code"]] == [2, 2]
+    assert "out of memory while the weights are moved; lower lora.r" in second["err"]
+    assert "another process is gone" in first["err"]
+    # The first one had the sums of step 9, and could take it.
+    assert (len(first["sent"]), len(second["sent"])) == (1 + 9, 1 + 8)
+    assert str(place.output("starved", 2) / "checkpoint-9") in first["err"]
+    assert last_step(place.output("starved", 2)) == 9
+
+
+def test_one_process_under_the_launcher_is_alone(place: Place) -> None:
+    words = place.words("single", 1, "training.max_steps=2")
+    launcher = launch(1, [sys.executable, "-m", "mlx_qlora", *words])
+    out, err = printed_by(launcher)
+    assert launcher.returncode == 0, err
+    assert "step 2/2" in out and last_step(place.output("single", 1)) == 2
+
+
+SCORES = """
+from mlx_qlora.distributed import processes
+from mlx_qlora.train.score import Score
+from mlx_qlora.train.allreduce import score_of_all
+
+own = processes()
+received = [None, 15][own.rank]
+for nats in (4.5, float("nan"), float("inf")):
+    total, signum = score_of_all(Score([2.5, nats][own.rank], 1, 2, 3, 4, 5), own, 0.1, received)
+    print(total.nats, total.hits, total.tokens, total.repeated_targets, signum)
+"""
+
+
+def test_a_validation_that_is_no_number_is_one_in_all(tmp_path: Path) -> None:
+    ended = ring.ends(ring.start(2, lambda rank: ["-c", SCORES], tmp_path))
+    printed = "".join(f"{nats} 2 4 10 {int(signal.SIGTERM)}\n" for nats in (7.0, "nan", "nan"))
+    assert ended == [(0, printed, "")] * 2
+
+
+class ManyInARing:
+    """A group of so many processes, of which this is the first."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.mark.parametrize("size", [2, 128, 129, 512])
+def test_the_smallest_array_passes_through_the_largest_ring(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    def all_sum(array: mx.array, group: ManyInARing, stream: Any) -> mx.array:
+        padded = array.itemsize * group.size() <= RING_PADS  # as MLX's ring does by itself
+        if array.size < group.size() and not padded:
+            raise RuntimeError(f"Can't perform the ring all reduce of {array.size} elements")
+        return array * group.size()
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    many = Processes(ManyInARing(size))  # pyright: ignore[reportArgumentType]
+    assert many.all_sum(mx.array([3], mx.int64)).tolist() == [3 * size]
+    assert many.all_sum(mx.array(2.0)).item() == 2 * size
+
+
+def test_a_sum_that_finds_no_memory_is_not_another_s_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def all_sum(*_: Any, **__: Any) -> mx.array:
+        raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    two = Processes(ManyInARing(2))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RuntimeError, match="Unable to allocate"):
+        two.all_sum(mx.zeros(4))
+    assert two.sent_bytes == 0
 
 
 # ---- stopped -------------------------------------------------------------------------------------
@@ -420,8 +584,8 @@ class Broken:
         return ring.found_by(rank, self.folder)[0]
 
 
-def wait_for_step(output: Path, step: int, started: list[Any]) -> None:
-    deadline = time.monotonic() + 60
+def wait_for_step(output: Path, step: int, started: list[Any], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
     metrics = output / "metrics.jsonl"
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert time.monotonic() < deadline and all(each.poll() is None for each in started)
@@ -431,13 +595,6 @@ def wait_for_step(output: Path, step: int, started: list[Any]) -> None:
 def last_step(output: Path) -> int:
     """The step of the newest checkpoint; all are whole."""
     return max(read_state(path)["step"] for path in checkpoints(output))
-
-
-@pytest.fixture(scope="module")
-def interrupted(place: Place) -> dict[str, Broken]:
-    everyone = Broken(place, "everyone", signal.SIGINT, 0, 1)
-    second = Broken(place, "second", signal.SIGINT, 1)
-    return {"everyone": everyone, "second": second}
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +613,7 @@ def killed_under_launcher(place: Place) -> tuple[Path, str]:
     launcher = launch(2, [sys.executable, *script])
     wait_for_step(output, 5, [launcher])
     os.kill(int((folder / "pid-1").read_text()), signal.SIGKILL)
-    out, err = launcher.communicate(timeout=30)
+    out, err = printed_by(launcher)
     return output, ring.found_by(0, folder)[0]["err"] + out + err
 
 
@@ -480,18 +637,27 @@ def launch(n: int, command: list[str]) -> subprocess.Popen[str]:
     )
 
 
+def printed_by(launcher: subprocess.Popen[str]) -> tuple[str, str]:
+    """Standard output and errors of a launcher, once it has ended."""
+    try:
+        return launcher.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.communicate()
+        raise
+
+
 @pytest.mark.parametrize("name", ["everyone", "second"])
 def test_a_signal_to_any_process_ends_all_after_the_same_step(
-    interrupted: dict[str, Broken], name: str
+    place: Place, two: dict[str, Any], name: str
 ) -> None:
-    broken = interrupted[name]
-    first, second = broken.found(0), broken.found(1)
+    (first, second), output = two[name], place.output(name, 2)
     assert [first["code"], second["code"]] == [130, 130]
     assert len(first["sent"]) == len(second["sent"]) > 5
     step = len(first["sent"]) - 1
-    assert step < STEPS and last_step(broken.output) == step
+    assert step < STEPS and last_step(output) == step
     assert first["err"].startswith(
-        f"mlx-qlora: stopped by SIGINT; saved {broken.output}/checkpoint-{step}"
+        f"mlx-qlora: stopped by SIGINT; saved {output}/checkpoint-{step}"
     )
     assert (second["out"], second["err"]) == ("", "")
 
@@ -532,11 +698,11 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(place: Place) -> None:
 def test_one_process_goes_on_from_whatever_several_have_left(
     place: Place,
     alone: dict[str, Any],
-    interrupted: dict[str, Broken],
+    two: dict[str, Any],
     killed: dict[str, Broken],
     killed_under_launcher: tuple[Path, str],
 ) -> None:
-    left = {name: broken.output for name, broken in {**interrupted, **killed}.items()}
+    left = {name: place.output(name, 2) for name in ("everyone", "second", *killed)}
     left["launched-killed"] = killed_under_launcher[0]
     runs, begun = [], {}
     for name, output in left.items():
@@ -554,7 +720,57 @@ def test_one_process_goes_on_from_whatever_several_have_left(
     assert_same_adapter(place.output("second", 3), place.output("packed", 1))
 
 
-# ---- as it is documented -------------------------------------------------------------------------
+# ---- launchers -----------------------------------------------------------------------------------
+
+
+def test_a_launcher_of_one_process_may_plan(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PMI_RANK", "0")  # as srun leaves it
+    room.processes.cache_clear()
+    assert main(["plan", "--model", str(place.model), "model.bits=null"]) == 0
+    room.processes.cache_clear()
+    assert "predicted peak" in capsys.readouterr().out
+
+
+RING = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5000"], ["10.0.1.1:5002"], ["[::1]:5000"]]
+
+
+@pytest.mark.parametrize(
+    ("environ", "rank", "n"),
+    [
+        ({}, 0, 1),
+        ({"MLX_HOSTFILE": "ring"}, 0, 2),
+        ({"MLX_HOSTFILE": "ring"}, 1, 1),
+        ({"MLX_HOSTFILE": "ring"}, 2, 2),
+        ({"MLX_HOSTFILE": "nowhere"}, 0, 1),
+        ({"MLX_HOSTFILE": "spoilt"}, 0, 1),  # MLX says what is wrong with it
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 0, 4),
+        ({"MPI_LOCALNRANKS": "3"}, 7, 3),
+    ],
+)
+def test_launchers_say_how_many_processes_share_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], rank: int, n: int
+) -> None:
+    (tmp_path / "ring").write_text(json.dumps(RING))
+    (tmp_path / "spoilt").write_text('[["10.0.0.1')
+    monkeypatch.chdir(tmp_path)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert room._on_this_machine(rank) == n
+
+
+def test_a_spoilt_list_of_hosts_is_told_without_a_traceback(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text('[["127.0.0.1')
+    run = subprocess.run(
+        [sys.executable, "-m", "mlx_qlora", *place.words("spoilt", 1)],
+        env={**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "the other processes cannot be reached" in run.stderr
 
 
 LAUNCHED = ("launched", 2), ("packed", 1)
@@ -563,7 +779,7 @@ LAUNCHED = ("launched", 2), ("packed", 1)
 def test_the_launcher_starts_a_run_as_it_stands(place: Place, alone: dict[str, Any]) -> None:
     _, *words = place.words("launched", 2)
     launcher = launch(2, [sys.executable, "-m", "mlx_qlora.train", *words])
-    out, err = launcher.communicate(timeout=120)
+    out, err = printed_by(launcher)
     assert launcher.returncode == 0, err
     assert f"step {STEPS}/{STEPS}" in out and out.count("done   ") == 1, out
     assert "Traceback" not in err

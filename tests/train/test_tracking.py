@@ -21,23 +21,24 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from test_loop import start
+from support.training import recorded, start
 
 from mlx_qlora.config import build, set_override
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.train.checkpoint import checkpoints
 from mlx_qlora.train.metrics import LoggingConfig, require_trackers, tracked
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+PATHS = f"{ROOT}:{ROOT / 'tests'}"
 CLOCK = ("train/tokens_per_second", "eval/runtime", "train/peak_memory_bytes")
 BOTH = ["tensorboard", "wandb"]
+pytestmark = pytest.mark.usefixtures("usual_signals")
 # A run in a process of its own; `ACT` happens when its console is told of step 5.
 CHILD = """
 import io, os, signal, sys, time
 from pathlib import Path
 from rich.console import Console
-from test_loop import start
-from mlx_qlora.train.metrics import LoggingConfig
+from support.training import start
 
 class Ear(io.StringIO):
     def write(self, text):
@@ -46,8 +47,8 @@ class Ear(io.StringIO):
         sys.__stderr__.write(text)
         return super().write(text)
 
-logging = LoggingConfig(logging_steps=1, report_to=["tensorboard", "wandb"])
-start(Path(sys.argv[1]), Path(sys.argv[2]), Console(file=Ear(), width=200), logging=logging)
+trackers = ["tensorboard", "wandb"]
+start(Path(sys.argv[1]), Path(sys.argv[2]), Console(file=Ear(), width=200), report_to=trackers)
 """
 
 
@@ -72,13 +73,12 @@ def offline(tmp_path_factory):
 def whole(hf_tiny, tmp_path_factory):
     """An unbroken run with both trackers; (its folder, its result)."""
     out = tmp_path_factory.mktemp("tracked") / "whole"
-    logging = LoggingConfig(logging_steps=1, report_to=BOTH)
-    return out, start(hf_tiny[1], out, logging=logging)[1]
+    return out, start(hf_tiny[1], out, report_to=BOTH)[1]
 
 
-def child(act: str, *arguments: Any, **how: Any) -> subprocess.CompletedProcess[str]:
+def child(act: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """The script above, in a process group of its own."""
-    env = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OPENBLAS_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": PATHS, "OPENBLAS_NUM_THREADS": "1"}
     env.pop("WANDB_SERVICE", None)  # or it would share wandb's process with these tests
     return subprocess.run(
         [sys.executable, "-c", CHILD.replace("ACT", act), *map(str, arguments)],
@@ -87,12 +87,7 @@ def child(act: str, *arguments: Any, **how: Any) -> subprocess.CompletedProcess[
         capture_output=True,
         start_new_session=True,
         timeout=60,
-        **how,
     )
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def points(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -214,36 +209,21 @@ def test_of_an_event_only_numbers_go_out():
 def test_tensorboard_reads_what_metrics_jsonl_holds(whole):
     out, result = whole
     read = events(out)
-    assert scalars(read) == points(records(out))
+    assert scalars(read) == points(recorded(out))
     assert [step for step, _ in scalars(read)["train/loss"]] == list(range(1, 9))
     assert [step for step, _ in scalars(read)["eval/loss"]] == [4, 8]
     (args,) = args_of(read)
     assert args["training"]["learning_rate"] == 1e-2 and args["lora"]["r"] == 4
     assert args["model"]["base_model_name_or_path"] == "org/base"
-    assert result.log_history == records(out)
-
-
-def test_the_text_is_what_torch_writes(tmp_path):
-    """The same summary as torch's SummaryWriter makes of the same text."""
-    from torch.utils.tensorboard.summary import text
-
-    from mlx_qlora.train.metrics import _text
-
-    ours, theirs = _text("args", {"a": {"b": 1}}), text("args", "").value[0]
-    value = type(theirs)(**ours)
-    assert (
-        value.tensor.string_val[0].decode() == '    {\n      "a": {\n        "b": 1\n      }\n    }'
-    )
-    value.tensor.string_val[0] = b""
-    assert value == theirs
+    assert result.log_history == recorded(out)
 
 
 def test_wandb_has_the_history_and_the_settings(whole):
     out = whole[0]
     (path,) = offline_runs(out)
     log = wandb_log(path)
-    assert series(log).keys() == points(records(out)).keys()
-    wanted = {name: dict(values) for name, values in points(records(out)).items()}
+    assert series(log).keys() == points(recorded(out)).keys()
+    wanted = {name: dict(values) for name, values in points(recorded(out)).items()}
     assert {name: dict(values) for name, values in series(log).items()} == wanted
     assert [row["_step"] for row in rows(log)] == list(range(1, 9)), "one row per step"
     assert all(row["train/global_step"] == row["_step"] for row in rows(log))
@@ -256,8 +236,8 @@ def test_wandb_has_the_history_and_the_settings(whole):
 
 
 def test_the_name_and_the_project_can_be_chosen(hf_tiny, tmp_path):
-    how = LoggingConfig(logging_steps=8, report_to=BOTH, run_name="my run", project="others")
-    start(hf_tiny[1], tmp_path / "out", logging=how, max_steps=2)
+    names = {"run_name": "my run", "project": "others"}
+    start(hf_tiny[1], tmp_path / "out", report_to=BOTH, logging_steps=8, max_steps=2, **names)
     assert [step for step, _ in scalars(events(tmp_path / "out", "my run"))["train/loss"]] == [2]
     (path,) = offline_runs(tmp_path / "out")
     (run,) = (record.run for record in wandb_log(path) if record.HasField("run"))
@@ -276,10 +256,10 @@ def test_a_killed_run_goes_on_as_one_series(hf_tiny, whole, tmp_path):
     assert scalars(events(out))["train/loss"][-1][0] == 4, "it had written more than it kept"
     run_id = (out / "wandb_run_id").read_text()
 
-    start(hf_tiny[1], out, logging=LoggingConfig(logging_steps=1, report_to=BOTH))
+    start(hf_tiny[1], out, report_to=BOTH)
     assert len(list((out / "runs" / "parts").iterdir())) == 2
     read = events(out)
-    assert scalars(read) == points(records(out))
+    assert scalars(read) == points(recorded(out))
     assert without_clock(scalars(read)) == without_clock(scalars(events(whole[0])))
     assert len(args_of(read)) == 1
 
@@ -294,16 +274,16 @@ def test_a_tracker_that_joins_late_gets_what_came_before(hf_tiny, whole, tmp_pat
     out = tmp_path / "late"
     start(hf_tiny[1], out)
     (out / "checkpoint-8" / "resume_state.json").unlink()
-    start(hf_tiny[1], out, logging=LoggingConfig(logging_steps=1, report_to=["tensorboard"]))
-    assert scalars(events(out)) == points(records(out))
+    start(hf_tiny[1], out, report_to=["tensorboard"])
+    assert scalars(events(out)) == points(recorded(out))
     assert len(args_of(events(out))) == 1
 
 
 def test_a_run_that_starts_anew_takes_the_place_of_the_old_one(hf_tiny, tmp_path):
-    out, how = tmp_path / "out", LoggingConfig(logging_steps=1, report_to=["tensorboard"])
-    start(hf_tiny[1], out, logging=how)
-    start(hf_tiny[1], out, logging=how, resume_from_checkpoint="none", max_steps=3)
-    assert scalars(events(out)) == points(records(out))
+    out, board = tmp_path / "out", {"report_to": ["tensorboard"]}
+    start(hf_tiny[1], out, **board)
+    start(hf_tiny[1], out, **board, resume_from_checkpoint="none", max_steps=3)
+    assert scalars(events(out)) == points(recorded(out))
     assert args_of(events(out))[-1]["training"]["max_steps"] == 3  # TensorBoard keeps old texts
 
 
@@ -333,9 +313,9 @@ def test_ctrl_c_leaves_both_whole(hf_tiny, tmp_path):
     out = tmp_path / "out"
     stopped = child("os.killpg(0, signal.SIGINT)", hf_tiny[1], out)
     assert "Interrupted: stopped by SIGINT; saved" in stopped.stderr, stopped.stderr
-    assert scalars(events(out)) == points(records(out))
+    assert scalars(events(out)) == points(recorded(out))
     log = wandb_log(offline_runs(out)[0])
-    assert series(log)["train/loss"] == points(records(out))["train/loss"]
+    assert series(log)["train/loss"] == points(recorded(out))["train/loss"]
     assert [r.exit.exit_code for r in log if r.HasField("exit")] == [1]
 
 
@@ -355,9 +335,9 @@ def test_a_full_disk_ends_the_tracker_and_not_the_run(hf_tiny, whole, monkeypatc
 
     monkeypatch.setattr(RecordWriter, "write", fails)
     printed = io.StringIO()
-    how = LoggingConfig(logging_steps=1, report_to=["tensorboard"])
-    _, result = start(hf_tiny[1], tmp_path / "out", Console(file=printed), logging=how)
-    assert result.steps == 8 and len(records(tmp_path / "out")) == len(result.log_history) == 10
+    console = Console(file=printed)
+    _, result = start(hf_tiny[1], tmp_path / "out", console, report_to=["tensorboard"])
+    assert result.steps == 8 and len(recorded(tmp_path / "out")) == len(result.log_history) == 10
     (warning,) = re.findall("warning.*", printed.getvalue())
     assert "logging.report_to: tensorboard:" in warning and "No space left" in warning
     assert "the run goes on without it" in warning
@@ -369,13 +349,12 @@ def test_what_wandb_refuses_is_said_before_training(hf_tiny, tmp_path):
     from mlx_qlora.train.metrics import Wandb
 
     out = tmp_path / "out"
-    how = LoggingConfig(logging_steps=1, report_to=BOTH)
-    start(hf_tiny[1], out, logging=how)
+    start(hf_tiny[1], out, report_to=BOTH)
     (out / "checkpoint-8" / "resume_state.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*")}
     other = Wandb("p", "n", out, {}, [], 6)
     with pytest.raises(ConfigError, match=r"wandb cannot begin a run: run ID .* in use; set WAN"):
-        start(hf_tiny[1], out, logging=how)
+        start(hf_tiny[1], out, report_to=BOTH)
     other.close(failed=False)
     kept = ("metrics.jsonl", "checkpoint-3", "checkpoint-6", "wandb_run_id")
     assert {name: before[out / name] for name in kept} == {
@@ -393,8 +372,8 @@ def test_wandb_s_own_process_may_die(hf_tiny, tmp_path):
     ended = child(act, hf_tiny[1], tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     assert len(re.findall(r"warning   logging\.report_to: wandb", ended.stderr)) == 1
-    assert records(tmp_path / "out")[-1]["step"] == 8
-    assert scalars(events(tmp_path / "out")) == points(records(tmp_path / "out"))
+    assert recorded(tmp_path / "out")[-1]["step"] == 8
+    assert scalars(events(tmp_path / "out")) == points(recorded(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -445,7 +424,7 @@ def test_nobody_is_asked_for_a_key(env, words):
         stdout=subprocess.PIPE,
         stderr=theirs,
         env={k: v for k, v in {**os.environ, **env}.items() if v},
-        cwd=HERE.parents[1],
+        cwd=ROOT,
         text=True,
     ) as process:
         said, _ = process.communicate(timeout=30)
@@ -461,7 +440,7 @@ def test_a_run_without_trackers_imports_neither_package(hf_tiny, tmp_path):
     code = CHILD.replace("ACT", "pass").replace('["tensorboard", "wandb"]', "[]")
     code += "print([n for n in sys.modules if n in ('wandb', 'tensorboard', 'tensorflow')])"
     code = f"import mlx_qlora\n{code}"
-    env = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
+    env = {**os.environ, "PYTHONPATH": PATHS}
     arguments = [sys.executable, "-c", code, hf_tiny[1], tmp_path / "out"]
     ended = subprocess.run(arguments, env=env, text=True, capture_output=True, timeout=60)
     assert ended.stdout.strip() == "[]", ended.stderr

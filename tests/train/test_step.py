@@ -1,8 +1,8 @@
 """Steps that go wrong: numbers that are not finite, spikes, and a device that gives up."""
 
+import dataclasses
 import io
 import itertools
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,29 +16,29 @@ from mlx.utils import tree_map
 from rich.console import Console
 from support.grad_sums import add_grads
 from support.models import load_folder, random_tokens, randomise_lora
-from test_loop import make_examples
+from support.training import (
+    changed,
+    make_examples,
+    poisoned,
+    recorded,
+    settings,
+    start,
+    without_clocks,
+)
 
 from mlx_qlora import device
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.data.examples import Example, Examples
-from mlx_qlora.data.read import DataConfig
 from mlx_qlora.errors import TrainingError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train import loop
-from mlx_qlora.train.checkpoint import (
-    CheckpointingConfig,
-    RunState,
-    checkpoint_to_resume,
-    checkpoints,
-    read_state,
-)
-from mlx_qlora.train.config import TrainingConfig
+from mlx_qlora.train.checkpoint import checkpoints, read_state
+from mlx_qlora.train.config import batches_of
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.loop import TrainResult, train
-from mlx_qlora.train.metrics import LoggingConfig
+from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.optim import AdamW
-from mlx_qlora.train.signals import Interruption
-from mlx_qlora.train.step import Update, split
+from mlx_qlora.train.signals import StopSignal
+from mlx_qlora.train.step import Step, split, suspects
 
 MALLOC = "[malloc] Unable to allocate 123 bytes."
 OUT_OF_MEMORY = [
@@ -53,6 +53,7 @@ OUT_OF_MEMORY = [
     ),
     RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory"),
     MemoryError("std::bad_alloc"),
+    MemoryError(),
 ]
 WATCHDOG = (
     "[METAL] Command buffer execution failed: Impacting Interactivity "
@@ -71,16 +72,6 @@ def engine_that(change: Change) -> type[Engine]:
             return loss, n_tokens, add_grads(before, grads)
 
     return Changed
-
-
-def poisoning(*rows: int) -> type[Engine]:
-    """An engine whose loss and gradients are NaN where one of these rows is in the batch."""
-
-    def change(batch: Batch, loss: Any, grads: Any) -> Any:
-        bad = float("nan") if set(rows) & set(batch.rows) else 1.0
-        return loss * bad, tree_map(lambda g: g * bad, grads)
-
-    return engine_that(change)
 
 
 def too_small_for(rows: int, error: Exception) -> type[Engine]:
@@ -122,20 +113,26 @@ def a_batch(first_row: int, packed: bool) -> Batch:
     return Batch(mx.array(tokens[:, :-1]), mx.array(labels), documents, places, rows)
 
 
-def updater(model, engine: type[Engine] = Engine, console: Console | None = None) -> Update:
+def stepper(
+    model,
+    engine: type[Engine] = Engine,
+    console: Console | None = None,
+    optimizer: type[AdamW] = AdamW,
+    stop: StopSignal | None = None,
+) -> Step:
     # This epsilon: Adam divides by the gradient, and would make much of the rounding of tiny ones.
-    optimizer = AdamW(model.trainable_parameters(), epsilon=1e-4)
+    moves = optimizer(model.trainable_parameters(), epsilon=1e-4)
     quiet = console or Console(file=io.StringIO())
-    return Update(engine(model, "none", compiled=False), optimizer, 3, Interruption(), quiet)
+    return Step(engine(model, "none", compiled=False), moves, 3, stop or StopSignal(), quiet)
 
 
-def numbers_of(update: Update) -> tuple[bytes, ...]:
-    optimizer = update.optimizer
+def numbers_of(step: Step) -> tuple[bytes, ...]:
+    optimizer = step.optimizer
     buffers = optimizer.weights, optimizer.mean, optimizer.square
     return *(np.array(buffer).tobytes() for buffer in buffers), str(optimizer.step).encode()
 
 
-def same_to_rounding(first: Update, second: Update) -> bool:
+def same_to_rounding(first: Step, second: Step) -> bool:
     pairs = [
         (getattr(first.optimizer, name), getattr(second.optimizer, name))
         for name in ("weights", "mean", "square")
@@ -169,61 +166,70 @@ def test_a_step_that_is_not_finite_has_not_been(model, poison, row):
     def change(batch: Batch, loss: Any, grads: Any) -> Any:
         return POISONS[poison](loss, grads) if row in batch.rows else (loss, grads)
 
-    poisoned, clean = updater(model, engine_that(change)), updater(model)
+    dirty, clean = stepper(model, engine_that(change)), stepper(model)
     for first_row in (0, 20):
-        assert poisoned.step(a_step(first_row), 1e-2).finite
-        assert clean.step(a_step(first_row), 1e-2).finite
-    before = numbers_of(poisoned)
-    outcome = poisoned.step(a_step(12), 1e-2)
-    assert not outcome.finite
-    assert numbers_of(poisoned) == before
+        assert dirty(a_step(first_row), 1e-2).finite
+        assert clean(a_step(first_row), 1e-2).finite
+    before = numbers_of(dirty)
+    result = dirty(a_step(12), 1e-2)
+    assert not result.finite
+    assert numbers_of(dirty) == before
     everyone = [f"rows:{n}" for n in range(12, 20)]
     blamed = everyone[:4] if row < 16 else everyone[4:]
-    assert list(outcome.suspects) == (blamed if "loss" in poison else everyone)
-    assert poisoned.step(a_step(40), 1e-2).finite
-    clean.step(a_step(40), 1e-2)
-    assert numbers_of(poisoned) == numbers_of(clean) != before
+    assert list(result.suspects) == (blamed if "loss" in poison else everyone)
+    assert dirty(a_step(40), 1e-2).finite
+    clean(a_step(40), 1e-2)
+    assert numbers_of(dirty) == numbers_of(clean) != before
 
 
-def test_of_a_halved_batch_only_the_part_that_is_not_finite_is_named(model):
+def test_of_a_split_batch_only_the_piece_that_is_not_finite_is_named(model):
     def change(batch: Batch, loss: Any, grads: Any) -> Any:
         return (loss * float("nan") if 14 in batch.rows else loss), grads
 
-    update = updater(model, engine_that(change))
-    update.parts = 2
-    assert (
-        update.step(a_step(12, packed=True), 1e-2).suspects == ("rows:14",) * 2 + ("rows:15",) * 2
-    )
+    step = stepper(model, engine_that(change))
+    step.n_splits = 2
+    named = step(a_step(12, packed=True), 1e-2).suspects
+    assert named == ("rows:14",) * 2 + ("rows:15",) * 2
 
 
-def test_a_step_that_is_given_up_has_not_been(model):
-    update = updater(model)
-    update.step(a_step(0), 1e-2)
-    before, asked = numbers_of(update), []
+def test_a_gradient_that_is_no_number_is_looked_for_where_it_was_made():
+    batch = a_batch(3, False)
+    losses = [(batch, mx.array(1.5))]
+    assert suspects(losses, elsewhere=False) == batch.places
+    assert suspects(losses, elsewhere=True) == ("rows of another process: see its rank-*.log",)
+    losses += [(a_batch(7, False), mx.array(mx.nan))]
+    assert suspects(losses, elsewhere=True) == losses[1][0].places
 
-    class Second(Interruption):
-        """A signal comes within the second micro-batch."""
 
-        signum = property(lambda self: asked.append(1) or (2 if len(asked) == 2 else None))
-        signum = signum.setter(lambda self, value: None)
+def test_a_step_that_a_signal_abandons_has_not_been(model):
+    """It comes within the second micro-batch of three."""
+    stop, seen = StopSignal(), []
 
-    update.interruption = Second()
-    assert update.step(a_step(8), 1e-2) is None
-    assert len(asked) == 2
-    assert numbers_of(update) == before
+    def change(batch: Batch, loss: Any, grads: Any) -> Any:
+        seen.append(batch.rows[0])
+        if batch.rows[0] == 12:
+            stop.signum = 2
+        return loss, grads
+
+    step = stepper(model, engine_that(change), stop=stop)
+    step(a_step(0), 1e-2)
+    before = numbers_of(step)
+    assert step([*a_step(8), a_batch(16, False)], 1e-2) is None
+    assert seen == [0, 4, 8, 12]
+    assert numbers_of(step) == before
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_micro_batches_make_the_step_of_the_batch(model, packed):
     """Rows 0 to 7 as 2 x 4, 4 x 2 and 8 x 1, with dropout."""
-    updates = []
-    for parts in (1, 2, 4):
-        updates.append(updater(model))
-        micro = [part for batch in a_step(0, packed) for part in split(batch, parts)]
-        assert len(micro) == 2 * parts
-        updates[-1].step(micro, 1e-2)
-    assert all(same_to_rounding(other, updates[0]) for other in updates[1:])
-    assert not same_to_rounding(updater(model), updates[0])
+    steps = []
+    for n in (1, 2, 4):
+        steps.append(stepper(model))
+        micro = [piece for batch in a_step(0, packed) for piece in split(batch, n)]
+        assert len(micro) == 2 * n
+        steps[-1](micro, 1e-2)
+    assert all(same_to_rounding(other, steps[0]) for other in steps[1:])
+    assert not same_to_rounding(stepper(model), steps[0])
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -231,18 +237,20 @@ def test_micro_batches_make_the_step_of_the_batch(model, packed):
 
 SHORTAGES = [
     *((error, 4, 2, False) for error in OUT_OF_MEMORY),
-    *((RuntimeError(MALLOC), *how) for how in ((4, 2, True), (2, 4, False), (2, 4, True))),
+    *((RuntimeError(MALLOC), *case) for case in ((4, 2, True), (2, 4, False), (2, 4, True))),
 ]
 
 
-@pytest.mark.parametrize(("error", "too_many", "parts", "packed"), SHORTAGES)
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(model, error, too_many, parts, packed):
+@pytest.mark.parametrize(("error", "too_many", "n_splits", "packed"), SHORTAGES)
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    model, error, too_many, n_splits, packed
+):
     printed = io.StringIO()
-    halved = updater(model, too_small_for(too_many, error), Console(file=printed, width=30))
-    whole = updater(model)
+    halved = stepper(model, too_small_for(too_many, error), Console(file=printed, width=30))
+    whole = stepper(model)
     for first_row in (0, 8):
-        ours = halved.step(a_step(first_row, packed), 1e-2)
-        theirs = whole.step(a_step(first_row, packed), 1e-2)
+        ours = halved(a_step(first_row, packed), 1e-2)
+        theirs = whole(a_step(first_row, packed), 1e-2)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
         assert ours.tokens == theirs.tokens
@@ -252,7 +260,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(model, error, too_man
         f"warning   out of memory: of 4 rows at most {4 // n} are computed at once from here on; "
         "the result is the same"
         for n in (2, 4)
-        if n <= parts
+        if n <= n_splits
     ]
 
 
@@ -266,64 +274,73 @@ def test_memory_that_ends_within_a_step_leaves_nothing_of_it(model):
             raise RuntimeError(MALLOC)
         return loss, grads
 
-    class Ends(AdamW):
+    class EndsOnce(AdamW):
         ended = False
 
-        def update(self, *what, **how):
-            norm = super().update(*what, **how)
-            if self.step == 2 and not self.ended:
+        def update(self, *args, **keywords):
+            if self.step == 1 and not self.ended:
                 self.ended = True
                 raise RuntimeError(MALLOC)
-            return norm
+            return super().update(*args, **keywords)
 
-    ended, whole = updater(model, engine_that(change)), updater(model)
-    ended.optimizer = Ends(model.trainable_parameters(), epsilon=1e-4)
+    ended, whole = stepper(model, engine_that(change), optimizer=EndsOnce), stepper(model)
     for first_row in (0, 8):
-        ended.step(a_step(first_row), 1e-2)
-        whole.step(a_step(first_row), 1e-2)
+        ended(a_step(first_row), 1e-2)
+        whole(a_step(first_row), 1e-2)
+    assert ended.optimizer.ended
     assert calls == [4, 4, 4, 4] + [2] * 4
     assert ended.optimizer.step == 2
     assert same_to_rounding(ended, whole)
 
 
-def test_no_memory_to_move_the_weights_ends_the_run_with_a_remedy(model, monkeypatch):
-    update = updater(model)
-    before = numbers_of(update)
+def test_no_memory_to_move_the_weights_ends_the_run_with_a_remedy(model):
+    class Starved(AdamW):
+        def update(self, *_, **__):
+            raise RuntimeError(MALLOC)
 
-    def starved(*_: Any, **__: Any) -> Any:
-        update.optimizer.step += 1
-        raise RuntimeError(MALLOC)
-
-    monkeypatch.setattr(update.optimizer, "update", starved)
+    step = stepper(model, optimizer=Starved)
+    before = numbers_of(step)
     message = "^out of memory while the weights are moved; lower lora.r"
     with pytest.raises(TrainingError, match=message):
-        update.step(a_step(0), 1e-2)
-    assert numbers_of(update) == before and update.parts == 1 and update.optimizer.step == 0
+        step(a_step(0), 1e-2)
+    assert numbers_of(step) == before and step.n_splits == 1
+
+
+def test_no_more_rows_are_split_than_there_are(model):
+    printed = io.StringIO()
+    step = stepper(model, too_small_for(2, RuntimeError(MALLOC)), Console(file=printed, width=200))
+    batch = a_batch(0, False)
+    names = ("tokens", "labels", "documents", "places", "rows")
+    step([dataclasses.replace(batch, **{name: getattr(batch, name)[:3] for name in names})], 1e-2)
+    assert re.findall("of 3 rows at most . are", printed.getvalue()) == [
+        "of 3 rows at most 2 are",
+        "of 3 rows at most 1 are",
+    ]
 
 
 def test_a_single_row_that_does_not_fit_ends_the_run_with_a_remedy(model):
-    update = updater(model, too_small_for(1, RuntimeError(MALLOC)))
-    before = numbers_of(update)
+    step = stepper(model, too_small_for(1, RuntimeError(MALLOC)))
+    before = numbers_of(step)
     with pytest.raises(TrainingError) as raised:
-        update.step(a_step(0), 1e-2)
+        step(a_step(0), 1e-2)
     assert str(raised.value) == (
         "out of memory with a single row; lower data.max_length, set "
         f"training.gradient_checkpointing=true, or lower lora.r ({MALLOC})"
     )
-    assert update.parts == 4
-    assert numbers_of(update) == before
+    assert step.n_splits == 4
+    assert numbers_of(step) == before
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 6, 8])
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
-def test_parts_are_whole_rows_in_order(rows, parts):
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_pieces_are_whole_rows_in_order(rows, n):
     tokens = mx.array(random_tokens(rows, 8))
     documents = np.array([(b, *span) for b in range(rows) for span in ((0, 5), (5, 7))], np.int32)
     places = tuple(f"{b}-{i}" for b in range(rows) for i in range(2))
-    made = split(Batch(tokens, tokens, documents, places, tuple(range(7, 7 + rows))), parts)
+    made = split(Batch(tokens, tokens, documents, places, tuple(range(7, 7 + rows))), n)
     sizes = [part.tokens.shape[0] for part in made]
-    assert min(parts, rows) <= len(made) <= rows and sum(sizes) == rows
-    assert max(sizes) <= -(-rows // parts)
+    assert min(n, rows) <= len(made) <= rows and sum(sizes) == rows
+    assert max(sizes) <= -(-rows // n)
     assert mx.array_equal(mx.concatenate([part.tokens for part in made]), tokens).item()
     assert [row for part in made for row in part.rows] == list(range(7, 7 + rows))
     assert [place for part in made for place in part.places] == list(places)
@@ -341,10 +358,10 @@ def test_parts_are_whole_rows_in_order(rows, parts):
     ],
 )
 def test_other_errors_of_the_device_end_the_run_in_its_own_words(model, words, remedy):
-    update = updater(model, too_small_for(1, RuntimeError(words)))
+    step = stepper(model, too_small_for(1, RuntimeError(words)))
     with pytest.raises(TrainingError) as raised:
-        update.step(a_step(0), 1e-2)
-    assert update.parts == 1, "halving is for want of memory"
+        step(a_step(0), 1e-2)
+    assert step.n_splits == 1, "splitting is for want of memory"
     message = str(raised.value)
     assert message.startswith(f"the device gave up: {words}")
     hint = message.removeprefix(f"the device gave up: {words}")
@@ -355,7 +372,7 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
     working_set = device.facts()["working_set_bytes"]
     before = mx.set_cache_limit(12345)
     try:
-        start(hf_tiny[1], tmp_path / "out", max_steps=1)
+        run(hf_tiny[1], tmp_path / "out", max_steps=1)
         assert mx.set_cache_limit(before) == working_set // 8
     finally:
         mx.set_cache_limit(before)
@@ -378,174 +395,144 @@ def noise(n: int, seed: int) -> Examples:
     return Examples.of(Example(row, np.arange(32) > 0, i) for i, row in enumerate(drawn))
 
 
-def start(
-    folder: Path, output: Path, printed: io.StringIO | None = None, packing=False, **changes: Any
-) -> TrainResult:
-    """A run of steps of 2 micro-batches of 2 rows: step k has rows 4 k - 4 to 4 k - 1."""
-    model = load_folder(folder)
-    add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=1)
-    examples = changes.pop("examples", (make_examples(24), make_examples(6, seed=9)))
-    training = TrainingConfig(
-        max_steps=changes.pop("max_steps", 8),
-        learning_rate=changes.pop("learning_rate", 1e-2),
-        warmup_steps=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_skipped_steps=changes.pop("max_skipped_steps", 3),
-    )
-    output.mkdir(exist_ok=True)
-    places = {"output_dir": str(output), "save_steps": 3, "eval_steps": 100}
-    checkpointing = CheckpointingConfig(**{**places, "save_total_limit": 10, **changes})
-    state = RunState(fingerprint={"config": "c"})
-    return train(
-        model,
-        *examples,
-        DataConfig(packing=packing),
-        training,
-        checkpointing,
-        LoggingConfig(logging_steps=1),
-        "org/base",
-        state,
-        checkpoint_to_resume(checkpointing, state)[0],
-        Console(file=printed or io.StringIO(), width=60),
-    )
+def run(folder: Path, output: Path, *, printed: io.StringIO | None = None, **fields) -> TrainResult:
+    """Steps of 2 micro-batches of 2 rows, in order: step k has rows 4 k - 4 to 4 k - 1."""
+    console = Console(file=printed or io.StringIO(), width=60)
+    sizes = {"per_device_train_batch_size": 2, "shuffle": False, "max_skipped_steps": 3}
+    fields = {"examples": make_examples(40), "eval_steps": 100, **sizes, **fields}
+    return start(folder, output, console, **fields)[1]
 
 
 def adapter(output: Path, step: int) -> bytes:
     return (output / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes()
 
 
-def lines_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def kept_apart(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records, less what differs from machine to machine and from hour to hour."""
-    clocks = {"tokens_per_second", "peak_memory_bytes", "eval_runtime"}
-    return [{k: v for k, v in record.items() if k not in clocks} for record in history]
-
-
-def test_a_skipped_step_is_recorded_with_its_rows(hf_tiny, tmp_path, monkeypatch):
+def test_a_skipped_step_is_recorded_with_its_rows(hf_tiny, tmp_path):
     from transformers import TrainerState
 
-    batches = loop.batches_of(
-        make_examples(24),
-        DataConfig(packing=False),
-        TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2),
-    )
-    named = list(batches[5].places)  # the micro-batch of rows 10 and 11
-    assert len(named) == 2
-    monkeypatch.setattr(loop, "Engine", poisoning(10))
-    printed = io.StringIO()
-    result = start(hf_tiny[1], tmp_path / "out", printed)
-    what = "loss nan, gradient norm nan"
-    skipped = [record for record in lines_of(tmp_path / "out") if "skipped" in record]
-    assert skipped == [{"step": 3, "epoch": 0.5, "skipped": what, "rows": named}]
+    out, printed, examples = tmp_path / "out", io.StringIO(), poisoned(make_examples(40), 10)
+    result = run(hf_tiny[1], out, printed=printed, examples=examples)
+    config = settings(out, per_device_train_batch_size=2, shuffle=False)
+    named = list(batches_of(examples, config.data, config.training)[5].places)
+    assert named == ["rows:11", "rows:12"], "the micro-batch of rows 10 and 11, counted from 1"
+    reason = "loss nan, gradient norm nan"
+    skipped = [record for record in recorded(out) if "skipped" in record]
+    assert skipped == [{"step": 3, "epoch": 0.3, "skipped": reason, "rows": named}]
     assert skipped[0] in result.log_history
     assert [r["step"] for r in result.log_history if "loss" in r] == [1, 2, 4, 5, 6, 7, 8]
-    assert f"step 3: {what}: skipped. Rows: {', '.join(named)}\n" in printed.getvalue()
+    assert f"step 3: {reason}: skipped. Rows: {', '.join(named)}\n" in printed.getvalue()
     assert printed.getvalue().count("skipped") == 1
 
-    last = tmp_path / "out" / "checkpoint-8"
+    last = out / "checkpoint-8"
     shown = TrainerState.load_from_json(str(last / "trainer_state.json")).log_history
     assert [record["step"] for record in shown] == [1, 2, 4, 5, 6, 7, 8, 8]
     assert not any(record.keys() & {"skipped", "rows"} for record in shown)
     assert (read_state(last)["updates"], read_state(last)["step"]) == (7, 8)
-    assert adapter(tmp_path / "out", 3) != adapter(tmp_path / "out", 6)
+    assert adapter(out, 3) != adapter(out, 6)
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run(hf_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "Engine", poisoning(0, 4, 12, 16, 20))  # of steps 1, 2, 4, 5 and 6
+def test_too_many_skipped_steps_in_a_row_end_the_run(hf_tiny, tmp_path):
     out = tmp_path / "out"
+    bad = poisoned(make_examples(40), 0, 4, 12, 16, 20)  # of steps 1, 2, 4, 5 and 6
     message = (
-        r"^step 6: loss nan, gradient norm nan: 3 steps in a row have moved nothing "
+        r"^step 6: loss nan, gradient norm nan: 3 steps in a row were skipped "
         r"\(training\.max_skipped_steps\); lower training\.learning_rate, or look at these rows: "
-        rf"rows:\d+, rows:\d+\. {re.escape(str(out))}/checkpoint-3 is the last checkpoint$"
+        rf"rows:21, rows:22\. {re.escape(str(out))}/checkpoint-3 is the last checkpoint$"
     )
     with pytest.raises(TrainingError, match=message):
-        start(hf_tiny[1], out)
+        run(hf_tiny[1], out, examples=bad)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-3"]
     assert read_state(out / "checkpoint-3")["step"] == 3  # every checksum fits
-    assert [r["step"] for r in lines_of(out) if "skipped" in r] == [1, 2, 4, 5, 6]
+    assert [r["step"] for r in recorded(out) if "skipped" in r] == [1, 2, 4, 5, 6]
 
-    monkeypatch.setattr(loop, "Engine", Engine)  # as if the rows had been mended
-    assert start(hf_tiny[1], out).steps == 8
-    assert [r["step"] for r in lines_of(out) if "skipped" in r] == [1, 2]
+    assert run(hf_tiny[1], out).steps == 8  # the rows were repaired
+    assert [r["step"] for r in recorded(out) if "skipped" in r] == [1, 2]
 
 
-def test_no_checkpoint_yet_is_said_too(hf_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "Engine", poisoning(0))
+def test_a_run_without_a_checkpoint_says_so(hf_tiny, tmp_path):
     with pytest.raises(TrainingError, match=r"lower training.*No checkpoint was written yet$"):
-        start(hf_tiny[1], tmp_path / "out", max_skipped_steps=1)
+        run(
+            hf_tiny[1], tmp_path / "out", examples=poisoned(make_examples(), 0), max_skipped_steps=1
+        )
 
 
 def test_a_rate_at_which_numbers_overflow_ends_the_run(hf_tiny, tmp_path):
-    """Nothing is simulated here."""
-    with pytest.raises(TrainingError, match="3 steps in a row have moved nothing"):
-        start(hf_tiny[1], tmp_path / "out", learning_rate=1e30)
-    assert [r["step"] for r in lines_of(tmp_path / "out") if "skipped" in r] == [2, 3, 4]
+    with pytest.raises(TrainingError, match="3 steps in a row were skipped"):
+        run(hf_tiny[1], tmp_path / "out", learning_rate=1e30)
+    assert [r["step"] for r in recorded(tmp_path / "out") if "skipped" in r] == [2, 3, 4]
 
 
-def test_one_poisoned_batch_hardly_changes_how_a_run_ends(hf_tiny, tmp_path, monkeypatch):
-    how = {"examples": (noise(64, seed=0), noise(8, seed=1)), "max_steps": 30}
-    how["learning_rate"] = 3e-2
-    clean = start(hf_tiny[1], tmp_path / "clean", **how)
-    monkeypatch.setattr(loop, "Engine", poisoning(41))
-    poisoned = start(hf_tiny[1], tmp_path / "poisoned", **how)
-    assert sum("skipped" in record for record in poisoned.log_history) == 1
+def test_one_poisoned_batch_barely_changes_how_a_run_ends(hf_tiny, tmp_path):
+    rows = noise(120, seed=0)
+    fields = {"validation": noise(8, seed=1), "max_steps": 30, "learning_rate": 3e-2}
+    clean = run(hf_tiny[1], tmp_path / "clean", examples=rows, **fields)
+    dirty = run(hf_tiny[1], tmp_path / "dirty", examples=poisoned(rows, 41), **fields)
+    assert sum("skipped" in record for record in dirty.log_history) == 1
     assert clean.eval_loss < 0.8 * clean.log_history[0]["loss"], "or there is nothing to compare"
-    assert poisoned.train_loss == pytest.approx(clean.train_loss, rel=0.01)
-    assert poisoned.eval_loss == pytest.approx(clean.eval_loss, rel=0.01)
+    assert dirty.train_loss == pytest.approx(clean.train_loss, rel=0.01)
+    assert dirty.eval_loss == pytest.approx(clean.eval_loss, rel=0.01)
 
 
-@pytest.mark.parametrize("skipped", [2, 3, 4])
+@pytest.mark.parametrize(("skipped", "logging_steps"), [(2, 1), (3, 1), (4, 1), (4, 4)])
 def test_a_run_resumed_around_a_skipped_step_is_the_unbroken_one(
-    hf_tiny, tmp_path, monkeypatch, skipped
+    hf_tiny, tmp_path, skipped, logging_steps
 ):
-    """Resumed after step 3; the step before, of or after the checkpoint was skipped."""
-    monkeypatch.setattr(loop, "Engine", poisoning(4 * skipped - 1))
+    """Resumed after step 3; the step before, of or after the checkpoint was skipped.
+
+    Logged every fourth step, the record of a step that was skipped has the gradient's norm of the
+    step before it, which the checkpoint carries on.
+    """
+    fields: dict[str, Any] = {"examples": poisoned(make_examples(40), 4 * skipped - 1)}
+    fields["logging_steps"] = logging_steps
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    unbroken = start(hf_tiny[1], whole)
+    unbroken = run(hf_tiny[1], whole, **fields)
     shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
-    resumed = start(hf_tiny[1], parts)
+    resumed = run(hf_tiny[1], parts, **fields)
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         ours, theirs = (out / "checkpoint-8" / name for out in (parts, whole))
         assert ours.read_bytes() == theirs.read_bytes()
-    assert kept_apart(resumed.log_history) == kept_apart(unbroken.log_history)
-    assert kept_apart(lines_of(parts)) == kept_apart(lines_of(whole))
+    assert without_clocks(resumed.log_history) == without_clocks(unbroken.log_history)
+    assert without_clocks(recorded(parts)) == without_clocks(recorded(whole))
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_run_without_enough_memory_ends_like_one_with_enough(
     hf_tiny, tmp_path, monkeypatch, packing
 ):
-    start(hf_tiny[1], tmp_path / "whole", packing=packing)
+    run(hf_tiny[1], tmp_path / "whole", packing=packing)
     monkeypatch.setattr(loop, "Engine", too_small_for(2, RuntimeError(MALLOC)))
     printed = io.StringIO()
-    start(hf_tiny[1], tmp_path / "halved", printed, packing=packing)
+    run(hf_tiny[1], tmp_path / "split", printed=printed, packing=packing)
     assert printed.getvalue().count("out of memory") == 1
     ours, theirs = (
-        [r["loss"] for r in lines_of(tmp_path / name) if "loss" in r]
-        for name in ("halved", "whole")
+        [r["loss"] for r in recorded(tmp_path / name) if "loss" in r] for name in ("split", "whole")
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_memory_that_ends_in_a_validation_is_a_training_error(hf_tiny, tmp_path, monkeypatch):
+    def score(*_):
+        raise RuntimeError(MALLOC)
+
+    monkeypatch.setattr(loop, "score", score)
+    with pytest.raises(TrainingError, match="out of memory with a single row"):
+        run(hf_tiny[1], tmp_path / "out")
 
 
 # ---- spikes ------------------------------------------------------------------------------------
 
 
-def test_a_spike_gives_one_warning_and_one_record(hf_tiny, tmp_path, monkeypatch):
-    def change(batch: Batch, loss: Any, grads: Any) -> Any:
-        return loss * (3 if {48, 50} & set(batch.rows) else 1), grads  # all of step 13
-
-    monkeypatch.setattr(loop, "Engine", engine_that(change))
-    printed = io.StringIO()
-    history = start(hf_tiny[1], tmp_path / "out", printed, max_steps=16).log_history
+def test_a_spike_gives_one_warning_and_one_record(hf_tiny, tmp_path):
+    draw, out, printed = np.random.default_rng(0), tmp_path / "out", io.StringIO()
+    rows = {i: lambda tokens: np.full(len(tokens), 100) for i in range(64)}  # soon learned
+    rows |= {i: lambda tokens: draw.integers(0, 300, len(tokens)) for i in range(48, 52)}
+    examples = changed(noise(64, 0), rows)  # 48 to 51 are all of step 13
+    history = run(hf_tiny[1], out, printed=printed, examples=examples, max_steps=16).log_history
     losses = {r["step"]: r["loss"] for r in history if "loss" in r}
     usual = float(np.median([losses[step] for step in range(1, 13)]))
     (spike,) = [record for record in history if "spike" in record]
-    assert spike == {"step": 13, "epoch": 2.1667, "spike": losses[13], "usual": usual}
-    assert spike in lines_of(tmp_path / "out")
+    assert spike == {"step": 13, "epoch": 0.8125, "spike": losses[13], "usual": usual}
+    assert spike in recorded(out)
     assert printed.getvalue().count("warning") == 1
     assert (
         f"warning   step 13: loss {losses[13]:.3f}, where {usual:.3f} was usual; if this happens "
@@ -556,6 +543,7 @@ def test_a_spike_gives_one_warning_and_one_record(hf_tiny, tmp_path, monkeypatch
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_normal_run_has_no_spike(hf_tiny, tmp_path, packing):
     printed = io.StringIO()
-    result = start(hf_tiny[1], tmp_path / "out", printed, packing, max_steps=24)
+    fields = {"packing": packing, "max_steps": 24, "shuffle": True, "examples": make_examples(24)}
+    result = run(hf_tiny[1], tmp_path / "out", printed=printed, **fields)
     assert not any("spike" in record for record in result.log_history)
     assert "was usual" not in printed.getvalue()
