@@ -132,17 +132,10 @@ def model_card(facts: Facts) -> str:
         **({"license": facts.license} if facts.license else {}),
         "tags": [*([f"base_model:adapter:{base}"] if is_repo else []), "lora", TAG],
     }
-    patterns = adapter.get("rank_pattern") or {}
-    largest = max(adapter.get("r") or 0, *patterns.values(), 0)
-    not_for_vllm = "DoRA" if adapter.get("use_dora") else ""
-    if not not_for_vllm and (patterns or adapter.get("alpha_pattern")):
-        not_for_vllm = "ranks or scales of their own"
     settings = {f"lora.{name}": adapter[name] for name in LORA if adapter.get(name)}
     for section, names in SHOWN.items():
         values = config.get(section, {})
         settings |= {f"{section}.{n}": values[n] for n in names if values.get(n) is not None}
-    labels = {"training loss": "loss", "validation loss": "eval_loss"}
-    losses = {label: _losses(facts, key) for label, key in labels.items()}
     versions = facts.record.get("versions", {})
     return render(
         "card.md.jinja",
@@ -150,21 +143,20 @@ def model_card(facts: Facts) -> str:
         adapter=adapter,
         header=yaml.safe_dump(header, sort_keys=False).strip(),
         base=base,
-        link=f"[`{base}`](https://huggingface.co/{base})" if is_repo else f"`{base}`",
+        is_repo=is_repo,
         on_hub=HUB_ID.fullmatch(facts.name) is not None,
         bits=config.get("model", {}).get("bits"),
         version=versions.get("mlx-qlora", __version__),
-        not_for_vllm=not_for_vllm,
-        vllm_rank=next((rank for rank in VLLM_RANKS if rank >= largest), None),
+        vllm_rank=next((r for r in VLLM_RANKS if r >= (adapter.get("r") or 0)), None),
         settings=settings,
-        losses={label: points for label, points in losses.items() if points},
+        losses=_losses(facts),
         figures=_figures(facts),
         versions=versions,
     )
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template beside this file; values go in as they are, for Markdown has no escapes."""
+    """Fill a template beside this file; values go in as they are: it is Markdown, not HTML."""
     return _templates().get_template(template).render(values)
 
 
@@ -182,11 +174,15 @@ def _templates() -> Any:
     return environment
 
 
-def _losses(facts: Facts, key: str) -> list[str]:
-    """The first, the last and the lowest value of a loss; none if it was not recorded."""
-    points = [(record[key], record.get("step")) for record in facts.metrics if key in record]
-    shown = (points[0], points[-1], min(points)) if points else ()
-    return [f"{loss:.4f} (step {step})" for loss, step in shown]
+def _losses(facts: Facts) -> dict[str, list[str]]:
+    """What a loss is called -> its first, last and lowest value; only those that were recorded."""
+    losses = {}
+    for label, key in (("training loss", "loss"), ("validation loss", "eval_loss")):
+        points = [(record[key], record.get("step")) for record in facts.metrics if key in record]
+        if points:
+            shown = points[0], points[-1], min(points)
+            losses[label] = [f"{loss:.4f} (step {step})" for loss, step in shown]
+    return losses
 
 
 def _figures(facts: Facts) -> list[str]:
