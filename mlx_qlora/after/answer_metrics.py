@@ -29,19 +29,12 @@ from mlx_qlora.errors import ConfigError
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked, and the answer in the data.
+    """What a model is asked, and the answer in the data."""
 
-    Attributes:
-        prompt: all text before the last answer, as the model saw it in training.
-        reference: the last answer, without the token that ends it.
-        tokens: of the reference.
-        place: file and line of the row.
-    """
-
-    prompt: str
-    reference: str
-    tokens: int
-    place: str
+    prompt: str  # all text before the last answer, as the model saw it in training
+    reference: str  # the last answer, without the token that ends it
+    tokens: int  # of the reference
+    place: str  # file and line of the row
 
 
 def questions(examples: Examples, tokenizer: Tokenizer) -> list[Question]:
@@ -110,11 +103,7 @@ def chrf(prediction: str, reference: str) -> float:
 
 @functools.cache
 def scorers() -> tuple[Any, Any]:
-    """rouge-score's scorer and sacrebleu's, which are imported here.
-
-    Raises:
-        ConfigError: one is not installed.
-    """
+    """rouge-score's scorer and sacrebleu's; a ConfigError if one is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics.chrf import CHRF
@@ -242,22 +231,15 @@ def excess_repetition(prediction: str, reference: str) -> float:
 class Variety:
     """Whether a set of answers collapses into a few.
 
-    The references show what is normal: those of a classifier are few, too.
-
-    Attributes:
-        distinct: different answers over all answers, 0 to 1 (as distinct-n of Li et al. 2015,
-            arXiv 1510.03055, of whole answers).
-        same_opening: share of answers that open with the commonest first OPENING words, 0 to 1.
-        opening: those words.
-        repetition: mean of `repetition`, 0 to 1.
-        empty: share of answers without a character, 0 to 1.
+    The references show what is normal: those of a classifier are few, too. All shares are 0 to 1.
     """
 
+    # Different answers over all answers: distinct-n of Li et al. 2015, arXiv 1510.03055, of wholes.
     distinct: float
-    same_opening: float
-    opening: str
-    repetition: float
-    empty: float
+    same_opening: float  # share of answers that open with the commonest first OPENING words
+    opening: str  # those words
+    repetition: float  # mean of `repetition`
+    empty: float  # share of answers without a character
 
 
 def variety(answers: list[str]) -> Variety:
@@ -282,21 +264,14 @@ MOST_NATS = 700.0  # exp of more is not finite
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of two models.
-
-    Attributes:
-        better: `lower`, `higher` or `neither`.
-        tuned: the adapter's figure; None if there is no adapter.
-        change: tuned minus base, paired by example; of perplexity, tuned over base minus 1.
-        relative: whether `change` is a share of the base's figure.
-    """
+    """One metric of two models, or of a base alone."""
 
     metric: str
-    better: str
+    better: str  # LOWER, HIGHER or NEITHER
     base: Interval
     tuned: Interval | None = None
-    change: Interval | None = None
-    relative: bool = False
+    change: Interval | None = None  # tuned minus base, paired by example
+    relative: bool = False  # of perplexity: `change` is tuned over base minus 1
 
     @property
     def name(self) -> str:
@@ -360,11 +335,8 @@ def paired_row(
 ) -> Row:
     """The row of a metric, from its sums over each example.
 
-    Args:
-        metric: its name.
-        better: LOWER, HIGHER or NEITHER.
-        values: (n,) of the base, and (n,) of the tuned model if there is one.
-        weights: (n,) tokens of each example; None counts examples alike.
+    `values` are (n,) of the base, and (n,) of the tuned model if there is one; `weights` (n,) the
+    tokens of each example, None counts examples alike.
     """
     figures = [ratio_interval(each, weights) for each in values]
     if len(values) == 1:

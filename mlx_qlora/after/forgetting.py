@@ -45,20 +45,14 @@ class Forgetting:
     Intervals come from drawing blocks of BLOCK neighbouring predictions (Künsch 1989, the block
     bootstrap). Of the built-in texts there are some 16 blocks of six subjects: an interval then
     covers chance within them, not other kinds of text.
-
-    Attributes:
-        loss: nats per token, as in a comparison.
-        kl: KL(base || tuned), nats per token; `kl_reverse` is KL(tuned || base).
-        tokens: predictions that were compared.
-        source: what the text was.
     """
 
-    loss: Row
+    loss: Row  # nats per token, as in a comparison
     perplexity: Row
-    kl: Interval
-    kl_reverse: Interval
-    tokens: int
-    source: str
+    kl: Interval  # KL(base || tuned), nats per token
+    kl_reverse: Interval  # KL(tuned || base)
+    tokens: int  # predictions that were compared
+    source: str  # what the text was
 
     @property
     def sentence(self) -> str:
@@ -68,11 +62,9 @@ class Forgetting:
         moved = "rose" if change.estimate > 0 else "fell"
         ends = f"{100 * change.low:+.2g} to {100 * change.high:+.2g} %"
         interval = f", {100 * change.level:g} % interval {ends}" if change.known else ""
-        low, high = degree(change.low), degree(change.high)
+        low, high = degree(change.low), degree(change.high)  # without an interval both the same
         if not change.known:
-            verdict = (
-                f"{degree(change.estimate)} was forgotten, but the text is too short to be sure"
-            )
+            verdict = f"{low} was forgotten, but the text is too short to be sure"
         elif low == high:
             verdict = f"{low} was forgotten"
         else:
@@ -141,10 +133,8 @@ def forgetting(
 
     Args:
         model: that is compared, at every prediction of the texts.
-        tokenizer: the model's.
         texts: general ones; None means the six built-in ones.
         source: what messages call the texts.
-        console: where a progress bar goes if it is a terminal.
 
     Raises:
         ConfigError: no adapter is on or it cannot be turned off, or no text has two tokens.
