@@ -1,11 +1,8 @@
 """How near generated answers are to the references, and how two models differ in it.
 
-Each metric is a function (prediction, reference) -> float of two texts. None of them knows whether
-an answer is right: they compare words, characters and form, and that is all they say.
-
-ROUGE-L and chrF come from Google's `rouge-score` (Apache-2.0) and `sacrebleu` (Apache-2.0), the
-implementations that papers report; the extra `evaluate` brings both, and they are imported where
-they are used.
+A metric is a function (prediction, reference) -> float of two texts. It compares words, characters
+and form; none knows whether an answer is right. ROUGE-L and chrF are `rouge-score`'s and
+`sacrebleu`'s (both Apache-2.0), which papers report and the extra `evaluate` brings.
 """
 
 import functools
@@ -143,11 +140,7 @@ def length_agreement(prediction: str, reference: str) -> float:
 
 
 def structure(text: str) -> dict[str, int]:
-    """How a text is laid out: counts of lines, list items, fences and headings, and two flags.
-
-    The flags are whether it ends with a mark that ends a sentence, and whether the whole of it is
-    a JSON object or list.
-    """
+    """How a text is laid out: counts, and whether it ends like a sentence and is JSON."""
     text = text.strip()
     return {
         "lines": sum(1 for line in text.splitlines() if line.strip()),
@@ -193,13 +186,10 @@ def _agreement(a: int, b: int) -> float:
 
 
 def _is_json(text: str) -> bool:
-    if not text.startswith(("{", "[")):  # nobody means a number or a quoted word as JSON
-        return False
-    try:
-        json.loads(text)
+    try:  # nobody means a number or a quoted word as JSON
+        return isinstance(json.loads(text), (dict, list))
     except (ValueError, RecursionError):
         return False
-    return True
 
 
 # ---- repetition and collapse ---------------------------------------------------------------------
@@ -220,10 +210,7 @@ def repetition(text: str, n: int = REPEATED_GRAM) -> float:
 
 
 def excess_repetition(prediction: str, reference: str) -> float:
-    """`repetition` of the prediction less that of the reference, -1 to 1.
-
-    The reference's own belongs to the task: a table rightly repeats itself.
-    """
+    """`repetition` less the reference's, -1 to 1: that belongs to the task, as in a table."""
     return repetition(prediction) - repetition(reference)
 
 

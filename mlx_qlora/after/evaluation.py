@@ -184,7 +184,7 @@ def _drawn_questions(
     return [possible[int(i)] for i in sorted(chosen)]
 
 
-# ---- one model -----------------------------------------------------------------------------------
+# ---- one model, and with and without its adapter -------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,6 @@ def measure(
             seed=0,
         )
     return Performance(scores, tuple(answers))
-
-
-# ---- with and without the adapter ----------------------------------------------------------------
 
 
 def compare_adapter(

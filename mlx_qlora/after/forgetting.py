@@ -1,13 +1,10 @@
 """What an adapter does to text that has nothing to do with its data.
 
-Two figures: the perplexity of general text, without the adapter and with it, and how far the two
-next-token distributions are apart there.
-
-The divergence that counts as forgetting is KL(base || tuned), the mean over positions of
-sum_v p_base log(p_base / p_tuned). It grows where the tuned model has no probability left for what
-the base would have said, which is what forgetting is, and it predicts losses on earlier tasks
-(Shenfeld et al. 2025, arXiv 2509.04259). KL(tuned || base) grows where the tuned model says what
-the base never would; it is the penalty of reinforcement learning, and reported too.
+The perplexity of general text, without the adapter and with it, and KL(base || tuned) there: the
+mean over positions of sum_v p_base log(p_base / p_tuned). It grows where the tuned model has no
+probability left for what the base would have said, and predicts losses on earlier tasks (Shenfeld
+et al. 2025, arXiv 2509.04259). KL(tuned || base), the penalty of reinforcement learning, grows
+where the tuned model says what the base never would.
 """
 
 from dataclasses import dataclass

@@ -157,10 +157,10 @@ def wired_limit() -> Iterator[Finding]:
     if _macos() < 15:
         yield _ok("wired limit", f"{text}; macOS 15 could raise it")
     elif limit > most:
-        text = f"{text} of {megabytes:,}: macOS itself may run out of memory"
+        text += f" of {megabytes:,}: macOS itself may run out of memory"
         yield _warning("wired limit", text, f"{command}0")
     elif most > max(limit, working_set):
-        text = f"{text}; a model that needs more may have {most:,} MB, until the next restart"
+        text += f"; a model that needs more may have {most:,} MB, until the next restart"
         yield _ok("wired limit", text, f"{command}{most}")
     else:
         yield _ok("wired limit", text)
@@ -330,8 +330,8 @@ class PlannedRun:
             whole = "; whole in the cache" if hub.is_on_hub(source) else ""
             return f"{files.path}: {family}{whole}"
         begun = "in part in the cache" if to_fetch < size else "not in the cache yet"
-        fetch = f"{to_fetch / 1e9:,.2f} GB to fetch"
-        return f"{source}: {family} that you may read, {begun}; {fetch}"
+        begun += f"; {to_fetch / 1e9:,.2f} GB to fetch"
+        return f"{source}: {family} that you may read, {begun}"
 
     def disk(self) -> Iterator[Finding]:
         """Whether there is room for the download, and for the checkpoints of a run."""
@@ -420,8 +420,7 @@ def packages() -> Iterator[Finding]:
     """Which optional ones are installed, and what each is for."""
     for package, (extra, purpose) in EXTRAS.items():
         try:
-            version = importlib.metadata.version(package)
-            yield _ok(package, f"{version}, for {purpose}")
+            yield _ok(package, f"{importlib.metadata.version(package)}, for {purpose}")
         except importlib.metadata.PackageNotFoundError:
             fix = f"pip install 'mlx-qlora[{extra}]'"
             yield _ok(package, f"not installed; optional, for {purpose}", fix)

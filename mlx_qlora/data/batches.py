@@ -310,12 +310,10 @@ def halves(batch: Batch) -> list[Batch]:
 
 
 def lay_out(rows: list[list[Example]], width: int | None, numbers: tuple[int, ...] = ()) -> Layout:
-    """As `collate`, on the host; `numbers` are those of the rows in the stream.
-
-    No rows make one row of padding: a process that has nothing to do still takes part.
-    """
+    """As `collate`, on the host; `numbers` are those of the rows in the stream."""
     used = [sum(len(example) - 1 for example in row) for row in rows]
     T = width or padded_width(max(used, default=1))
+    # No rows make one row of padding: a process that has nothing to do still takes part.
     tokens = np.zeros((max(1, len(rows)), T), np.int32)
     labels = np.full(tokens.shape, IGNORE, np.int32)
     documents, places = [], []

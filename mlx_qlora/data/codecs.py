@@ -274,7 +274,10 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
     kind = _required(metadata, "model", source)
     tokens = _required(metadata, "tokens", source)
     types = _required(metadata, "token_type", source).tolist()
-    ids = _named_ids(metadata, kind, len(tokens))
+    # BOS, EOS, ... by Hugging Face's names; defaults are llama.cpp's, an id outside is none.
+    ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
+    stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
+    ids |= {name: i for name, i in stated.items() if 0 <= i < len(tokens)}
     if kind == "gpt2":
         backend, adds_bos = _byte_level(metadata, tokens, source)
     elif kind == "llama":
@@ -308,14 +311,6 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
         config["chat_template"] = metadata["tokenizer.chat_template"]
     ends = [_scalar(metadata, f"{key}_token_id") for key in ("eot", "eom")]
     return GgufTokenizer(backend, config, [i for i in ends if i is not None])
-
-
-def _named_ids(metadata: Mapping[str, Any], kind: str, size: int) -> dict[str, int]:
-    """Ids of BOS, EOS, ... by Hugging Face's names; an id outside the vocabulary means none."""
-    # Defaults as in llama.cpp.
-    ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
-    stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
-    return ids | {name: i for name, i in stated.items() if 0 <= i < size}
 
 
 def _byte_level(
@@ -379,11 +374,7 @@ def _sentencepiece(
 def _merges_from_scores(
     tokens: list[str], scores: list[float], types: list[int]
 ) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces, best piece first.
-
-    SentencePiece joins the neighbours whose union has the highest score; merges in order of the
-    union's score make `tokenizers` do the same.
-    """
+    """Every split of a piece in two, best piece first, as SentencePiece joins by score."""
     position = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
     merges = []
     for piece, i in position.items():

@@ -109,12 +109,8 @@ def _encode_tail(tokenizer: Tokenizer, tail: str) -> list[int]:
 
 def _after_last_end(tokenizer: Tokenizer, ids: list[int]) -> int:
     """The place after the token that ends an answer, if only space follows it; else 0."""
-    if tokenizer.eos_ids.isdisjoint(ids):
-        return 0
-    for place in range(len(ids), 0, -1):
-        if ids[place - 1] in tokenizer.eos_ids:
-            return place if not tokenizer.decode(ids[place:]).strip() else 0
-    return 0
+    place = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in tokenizer.eos_ids), 0)
+    return place if place and not tokenizer.decode(ids[place:]).strip() else 0
 
 
 # ---- rows that are too long ----------------------------------------------------------------------
@@ -164,7 +160,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     return row
 
 
-# ---- many rows -----------------------------------------------------------------------------------
+# ---- many rows, in many processes ----------------------------------------------------------------
 
 CHUNK_BYTES = 1 << 20  # raw rows that a worker gets at once
 CHUNK_ROWS = 4096
@@ -264,9 +260,6 @@ def _one_line(reason: Exception) -> str:
     text = " ".join(str(reason).split())
     text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
-
-
-# ---- many processes ------------------------------------------------------------------------------
 
 
 def default_workers() -> int:

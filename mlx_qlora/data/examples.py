@@ -411,8 +411,8 @@ class Examples(Sequence[Example]):
         """
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")
-        where = _uniform(self.contents, seed)
-        parts = np.searchsorted(np.cumsum(shares)[:-1], where, "right")
+        places = _uniform(self.contents, seed)
+        parts = np.searchsorted(np.cumsum(shares)[:-1], places, "right")
         rows = [self._rows[parts == i] for i in range(len(shares))]
         return [Examples(self._store, self.report, part) for part in rows]
 

@@ -208,9 +208,6 @@ def _opened(file: RowFile) -> Iterator[Any]:
         raise DataError(f"data file {file.name} is damaged: {error}") from None
 
 
-# ---- JSON --------------------------------------------------------------------------------------
-
-
 def parse(raw: Any) -> Any:
     """The row of one JSON line, or the DataError that says why there is none."""
     if not isinstance(raw, bytes):
@@ -335,9 +332,6 @@ class _ArrayText:
             self._read(max(PIECE, len(self._text)))
 
 
-# ---- tables ------------------------------------------------------------------------------------
-
-
 def _csv_rows(file: IO[bytes], name: str) -> Rows:
     """Rows of a CSV file as dicts by its header; a quoted field may hold line breaks."""
     csv.field_size_limit(sys.maxsize)
@@ -364,13 +358,11 @@ def _csv_rows(file: IO[bytes], name: str) -> Rows:
             lost = f"; lines {line} to {reader.line_num} are lost" * (reader.line_num > line)
             yield line, DataError(f"not CSV: {error}{lost}")
             continue
-        if not values:
-            continue
-        if len(values) != len(header):
+        if values and len(values) != len(header):
             yield line, DataError(f"{len(values)} fields, where the header has {len(header)}")
         elif any("\udc80" <= character <= "\udcff" for value in values for character in value):
             yield line, DataError("not UTF-8")
-        else:
+        elif values:
             yield line, dict(zip(header, values))
 
 

@@ -111,18 +111,12 @@ def detect_format(row: Mapping[str, Any]) -> str:
 
 
 def read_row(row: Any, form: str) -> Said:
-    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell.
-
-    A row that cannot be used raises the DataError that says why, or that it is.
-    """
+    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):
         raise DataError(f"not an object but {type(row).__name__}")
     return FORMATS[detect_format(row) if form == "auto" else form](row)
-
-
-# ---- the fields of a row -----------------------------------------------------------------------
 
 
 def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
@@ -380,10 +374,7 @@ def _refuse_unwritten(chat: Chat, whole: str) -> None:
 
 
 def _is_written(content: str, whole: str) -> bool:
-    """Whether the last line of a text is there, as it is or as JSON.
-
-    Only the last line: templates cut thoughts from the front of an answer, and trim.
-    """
+    """Whether the last line is there, as it is or as JSON; templates cut thoughts, and trim."""
     answer = content.rpartition("</think>")[2].strip()
     line = (answer.splitlines() or [""])[-1].strip()
     return line in whole or json.dumps(line, ensure_ascii=False)[1:-1] in whole

@@ -193,7 +193,6 @@ class Tokenizer:
         A folder's tokenizer files are copied byte for byte. A GGUF's tokenizer becomes
         `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
         """
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._built_files is not None:
             for name, text in self._built_files().items():

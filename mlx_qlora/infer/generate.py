@@ -156,8 +156,7 @@ class Answer:
 
 def _begun(text: str, stop: str) -> int:
     """How many characters at the end of a text may be the beginning of a stop text."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
@@ -337,10 +336,8 @@ def generate_batch(
     single = isinstance(prompts, str) or any(isinstance(each, dict | int) for each in prompts)
     require(not single, "prompts", "be a list of prompts ([prompt] for a single one)", prompts)
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    room = [
-        room_for(model, row, f"prompts[{i}]" if len(rows) > 1 else "the prompt")
-        for i, row in enumerate(rows)
-    ]
+    names = [f"prompts[{i}]" for i in range(len(rows))] if len(rows) > 1 else ["the prompt"]
+    room = [room_for(model, row, name) for row, name in zip(rows, names)]
     answers = [Answer(tokenizer, stop) for _ in rows]
     texts, ended = [""] * len(rows), set[int]()
     for i, token in batch_tokens(model, rows, config, seed, batch_size, ended):
