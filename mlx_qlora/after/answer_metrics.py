@@ -1,11 +1,8 @@
 """How near generated answers are to the references, and how two models differ in it.
 
-Each metric is a function (prediction, reference) -> float of two texts. None of them knows whether
-an answer is right: they compare words, characters and form, and that is all they say.
-
-ROUGE-L and chrF come from Google's `rouge-score` (Apache-2.0) and `sacrebleu` (Apache-2.0), the
-implementations that papers report; the extra `evaluate` brings both, and they are imported where
-they are used.
+A metric is a function (prediction, reference) -> float of two texts. It compares words, characters
+and form; none knows whether an answer is right. ROUGE-L and chrF are `rouge-score`'s and
+`sacrebleu`'s (both Apache-2.0), which papers report and the extra `evaluate` brings.
 """
 
 import functools
@@ -29,19 +26,12 @@ from mlx_qlora.errors import ConfigError
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked, and the answer in the data.
+    """What a model is asked, and the answer in the data."""
 
-    Attributes:
-        prompt: all text before the last answer, as the model saw it in training.
-        reference: the last answer, without the token that ends it.
-        tokens: of the reference.
-        place: file and line of the row.
-    """
-
-    prompt: str
-    reference: str
-    tokens: int
-    place: str
+    prompt: str  # all text before the last answer, as the model saw it in training
+    reference: str  # the last answer, without the token that ends it
+    tokens: int  # of the reference
+    place: str  # file and line of the row
 
 
 def questions(examples: Examples, tokenizer: Tokenizer) -> list[Question]:
@@ -110,11 +100,7 @@ def chrf(prediction: str, reference: str) -> float:
 
 @functools.cache
 def scorers() -> tuple[Any, Any]:
-    """rouge-score's scorer and sacrebleu's, which are imported here.
-
-    Raises:
-        ConfigError: one is not installed.
-    """
+    """rouge-score's scorer and sacrebleu's; a ConfigError if one is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics.chrf import CHRF
@@ -154,11 +140,7 @@ def length_agreement(prediction: str, reference: str) -> float:
 
 
 def structure(text: str) -> dict[str, int]:
-    """How a text is laid out: counts of lines, list items, fences and headings, and two flags.
-
-    The flags are whether it ends with a mark that ends a sentence, and whether the whole of it is
-    a JSON object or list.
-    """
+    """How a text is laid out: counts, and whether it ends like a sentence and is JSON."""
     text = text.strip()
     return {
         "lines": sum(1 for line in text.splitlines() if line.strip()),
@@ -204,13 +186,10 @@ def _agreement(a: int, b: int) -> float:
 
 
 def _is_json(text: str) -> bool:
-    if not text.startswith(("{", "[")):  # nobody means a number or a quoted word as JSON
-        return False
-    try:
-        json.loads(text)
+    try:  # nobody means a number or a quoted word as JSON
+        return isinstance(json.loads(text), (dict, list))
     except (ValueError, RecursionError):
         return False
-    return True
 
 
 # ---- repetition and collapse ---------------------------------------------------------------------
@@ -231,10 +210,7 @@ def repetition(text: str, n: int = REPEATED_GRAM) -> float:
 
 
 def excess_repetition(prediction: str, reference: str) -> float:
-    """`repetition` of the prediction less that of the reference, -1 to 1.
-
-    The reference's own belongs to the task: a table rightly repeats itself.
-    """
+    """`repetition` less the reference's, -1 to 1: that belongs to the task, as in a table."""
     return repetition(prediction) - repetition(reference)
 
 
@@ -242,22 +218,15 @@ def excess_repetition(prediction: str, reference: str) -> float:
 class Variety:
     """Whether a set of answers collapses into a few.
 
-    The references show what is normal: those of a classifier are few, too.
-
-    Attributes:
-        distinct: different answers over all answers, 0 to 1 (as distinct-n of Li et al. 2015,
-            arXiv 1510.03055, of whole answers).
-        same_opening: share of answers that open with the commonest first OPENING words, 0 to 1.
-        opening: those words.
-        repetition: mean of `repetition`, 0 to 1.
-        empty: share of answers without a character, 0 to 1.
+    The references show what is normal: those of a classifier are few, too. All shares are 0 to 1.
     """
 
+    # Different answers over all answers: distinct-n of Li et al. 2015, arXiv 1510.03055, of wholes.
     distinct: float
-    same_opening: float
-    opening: str
-    repetition: float
-    empty: float
+    same_opening: float  # share of answers that open with the commonest first OPENING words
+    opening: str  # those words
+    repetition: float  # mean of `repetition`
+    empty: float  # share of answers without a character
 
 
 def variety(answers: list[str]) -> Variety:
@@ -282,21 +251,14 @@ MOST_NATS = 700.0  # exp of more is not finite
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of two models.
-
-    Attributes:
-        better: `lower`, `higher` or `neither`.
-        tuned: the adapter's figure; None if there is no adapter.
-        change: tuned minus base, paired by example; of perplexity, tuned over base minus 1.
-        relative: whether `change` is a share of the base's figure.
-    """
+    """One metric of two models, or of a base alone."""
 
     metric: str
-    better: str
+    better: str  # LOWER, HIGHER or NEITHER
     base: Interval
     tuned: Interval | None = None
-    change: Interval | None = None
-    relative: bool = False
+    change: Interval | None = None  # tuned minus base, paired by example
+    relative: bool = False  # of perplexity: `change` is tuned over base minus 1
 
     @property
     def name(self) -> str:
@@ -360,11 +322,8 @@ def paired_row(
 ) -> Row:
     """The row of a metric, from its sums over each example.
 
-    Args:
-        metric: its name.
-        better: LOWER, HIGHER or NEITHER.
-        values: (n,) of the base, and (n,) of the tuned model if there is one.
-        weights: (n,) tokens of each example; None counts examples alike.
+    `values` are (n,) of the base, and (n,) of the tuned model if there is one; `weights` (n,) the
+    tokens of each example, None counts examples alike.
     """
     figures = [ratio_interval(each, weights) for each in values]
     if len(values) == 1:

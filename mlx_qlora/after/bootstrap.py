@@ -40,19 +40,15 @@ class Interval:
     and the rest barely move, n = 20 gives 85 %, n = 50 96 %; if such changes go either way, 80 % of
     both: a change that no example shows, no resample knows.
 
-    Attributes:
-        low: lower end, and `high` the upper one; both `estimate` where nothing could be said.
-        n: examples.
-        level: the share of such intervals that hold the true value, 0 to 1.
-        method: `studentised`; `bca` where most examples are (nearly) equal, and a resample may
-            have no spread to divide by; `none` where all are equal or there are fewer than FEWEST.
+    `method` is `studentised`; `bca` where most examples are (nearly) equal, and a resample may have
+    no spread to divide by; `none` where all are equal or there are fewer than FEWEST.
     """
 
     estimate: float
-    low: float
+    low: float  # as `high`, the estimate where nothing could be said
     high: float
-    n: int
-    level: float
+    n: int  # examples
+    level: float  # the share of such intervals that hold the true value, 0 to 1
     method: str
 
     @property
@@ -94,8 +90,6 @@ def ratio_interval(
         values: (n,) y of each example, for a paired difference tuned minus base.
         weights: (n,) x of each example, above 0; None for a mean.
         level: of confidence, in (0, 1).
-        seed: of the resamples.
-        resamples: how many.
 
     Raises:
         DataError: no examples, or values that are not finite.
@@ -133,8 +127,7 @@ def _resampled(
     """Of each resample r* - r and the standard error of r*, both (resamples,)."""
     n = len(residuals)
     columns = np.stack([residuals, x, residuals**2, residuals * x, x**2], axis=1)
-    sums = []
-    size = max(1, DRAWS_AT_ONCE // n)
+    sums, size = [], max(1, DRAWS_AT_ONCE // n)
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
         drawn = random.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]

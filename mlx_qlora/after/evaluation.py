@@ -18,18 +18,7 @@ from mlx_qlora import __version__
 from mlx_qlora.adapters.peft import read_adapter_config
 from mlx_qlora.adapters.several import active, disabled
 from mlx_qlora.after import answer_metrics as metrics
-from mlx_qlora.after.answer_metrics import (
-    HIGHER,
-    LOWER,
-    NEITHER,
-    Question,
-    Row,
-    Variety,
-    paired_row,
-    perplexity_row,
-    questions,
-    variety,
-)
+from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
 from mlx_qlora.config import RunConfig, read_yaml
 from mlx_qlora.data.examples import Examples
@@ -73,7 +62,6 @@ def evaluate_run(
     Args:
         config: its model and adapter, how data is read, the seed of the choice of rows, and
             `generation.max_new_tokens`. An adapter of ours brings its model and its template.
-        console: where tables, and on a terminal progress bars, go.
         data: the rows, in the place of `data.path`.
         limit: score so many rows, drawn by the seed; None scores all.
         n_answers: let the models answer so many questions, drawn too; 0 asks none.
@@ -85,8 +73,9 @@ def evaluate_run(
         UserError: any of its kinds, before a weight is loaded.
     """
     data = data if data is not None else config.data.path
+    if data is None:
+        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
     texts = _check_arguments(config, data, limit, n_answers, general_text, output)
-    assert data is not None
     config = replace(config, data=replace(config.data, path=data))
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
@@ -107,11 +96,11 @@ def evaluate_run(
         comparison, base, tuned = compare_adapter(
             model, tokenizer, examples, asked, max_new_tokens, console
         )
-        source = "the built-in texts" if general_text is None else str(general_text)
+        source = general_text or "the built-in texts"
         general = forgetting(model, tokenizer, texts, source, console=console)
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
-    inputs |= {"max_new_tokens": max_new_tokens}
+    inputs["max_new_tokens"] = max_new_tokens
     samples = []
     for i, question in enumerate(asked):
         sample = {"place": question.place, "prompt": question.prompt}
@@ -137,15 +126,13 @@ def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> No
 
 def _check_arguments(
     config: RunConfig,
-    data: str | None,
+    data: str,
     limit: int | None,
     n_answers: int,
     general_text: str | None,
     output: str | None,
 ) -> list[str] | None:
     """Refuses what cannot work; returns the paragraphs of the general text, if it is named."""
-    if data is None:
-        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
     find_files(data)
     require(limit is None or limit >= 1, "--limit", "be at least 1", limit)
     require(n_answers >= 0, "n_answers", "be at least 0", n_answers)
@@ -182,7 +169,7 @@ def _drawn_questions(
     """`n_answers` of the questions, drawn by the seed, in their order."""
     if not n_answers:
         return []
-    possible = questions(examples, tokenizer)
+    possible = metrics.questions(examples, tokenizer)
     if left_out := len(examples) - len(possible):
         say(
             console,
@@ -196,7 +183,7 @@ def _drawn_questions(
     return [possible[int(i)] for i in sorted(chosen)]
 
 
-# ---- one model -----------------------------------------------------------------------------------
+# ---- one model, and with and without its adapter -------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -237,9 +224,6 @@ def measure(
     return Performance(scores, tuple(answers))
 
 
-# ---- with and without the adapter ----------------------------------------------------------------
-
-
 def compare_adapter(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
@@ -248,10 +232,9 @@ def compare_adapter(
     max_new_tokens: int = 512,
     console: Console | None = None,
 ) -> tuple["Comparison", Performance, Performance]:
-    """Measures a model with its adapter, which is on and stays on, and without it.
+    """Compares a model with its adapter, which is on and stays on, and without it.
 
-    Returns:
-        The comparison, and what the base and the tuned model did.
+    Returns the comparison, and what the base and the tuned model did.
 
     Raises:
         ConfigError: no adapter is on, or it is not one that can be turned off.
@@ -267,20 +250,14 @@ def compare_adapter(
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an adapter changed on a set, or with `adapter` false what a base does on it.
+    """What an adapter changed on a set."""
 
-    Attributes:
-        rows: one for each metric.
-        n_tokens: supervised ones.
-        variety: of the answers of `base` and `tuned`, and of the `reference`s.
-    """
-
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # one for each metric
     n_examples: int
-    n_tokens: int
+    n_tokens: int  # supervised ones
     n_answers: int
-    variety: dict[str, Variety]
-    adapter: bool
+    variety: dict[str, metrics.Variety]  # of base's and tuned's answers, and of the `reference`s
+    adapter: bool  # False: what a base does on the set
 
     def __getitem__(self, metric: str) -> Row:
         """The row of a metric, by its name."""
@@ -325,7 +302,7 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
     tokens = base.scores.tokens
     loss = paired_row("loss", LOWER, [each.scores.nats for each in models], tokens)
     hits = [each.scores.hits for each in models]
-    rows = [loss, perplexity_row("perplexity", loss)]
+    rows = [loss, metrics.perplexity_row("perplexity", loss)]
     rows.append(paired_row("token_accuracy", HIGHER, hits, tokens))
     references = [question.reference for question in asked]
     if asked:
@@ -338,7 +315,7 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
         n_examples=len(tokens),
         n_tokens=int(tokens.sum()),
         n_answers=len(asked),
-        variety={who: variety([*answers]) for who, answers in texts.items() if answers},
+        variety={who: metrics.variety([*answers]) for who, answers in texts.items() if answers},
         adapter=tuned is not None,
     )
 
@@ -348,18 +325,12 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that `evaluate_run` found.
-
-    Attributes:
-        forgetting: None if there is no adapter.
-        samples: of each question: place, prompt, reference, base and, with an adapter, tuned.
-        inputs: model, adapter, data, seed and how many rows of how many.
-    """
+    """Everything that `evaluate_run` found."""
 
     comparison: Comparison
-    forgetting: Forgetting | None
-    samples: tuple[dict[str, str], ...]
-    inputs: dict[str, Any]
+    forgetting: Forgetting | None  # None if there is no adapter
+    samples: tuple[dict[str, str], ...]  # each question: place, prompt, reference, base and tuned
+    inputs: dict[str, Any]  # model, adapter, data, seed and how many rows of how many
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""

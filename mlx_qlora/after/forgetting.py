@@ -1,13 +1,10 @@
 """What an adapter does to text that has nothing to do with its data.
 
-Two figures: the perplexity of general text, without the adapter and with it, and how far the two
-next-token distributions are apart there.
-
-The divergence that counts as forgetting is KL(base || tuned), the mean over positions of
-sum_v p_base log(p_base / p_tuned). It grows where the tuned model has no probability left for what
-the base would have said, which is what forgetting is, and it predicts losses on earlier tasks
-(Shenfeld et al. 2025, arXiv 2509.04259). KL(tuned || base) grows where the tuned model says what
-the base never would; it is the penalty of reinforcement learning, and reported too.
+The perplexity of general text, without the adapter and with it, and KL(base || tuned) there: the
+mean over positions of sum_v p_base log(p_base / p_tuned). It grows where the tuned model has no
+probability left for what the base would have said, and predicts losses on earlier tasks (Shenfeld
+et al. 2025, arXiv 2509.04259). KL(tuned || base), the penalty of reinforcement learning, grows
+where the tuned model says what the base never would.
 """
 
 from dataclasses import dataclass
@@ -45,20 +42,14 @@ class Forgetting:
     Intervals come from drawing blocks of BLOCK neighbouring predictions (Künsch 1989, the block
     bootstrap). Of the built-in texts there are some 16 blocks of six subjects: an interval then
     covers chance within them, not other kinds of text.
-
-    Attributes:
-        loss: nats per token, as in a comparison.
-        kl: KL(base || tuned), nats per token; `kl_reverse` is KL(tuned || base).
-        tokens: predictions that were compared.
-        source: what the text was.
     """
 
-    loss: Row
+    loss: Row  # nats per token, as in a comparison
     perplexity: Row
-    kl: Interval
-    kl_reverse: Interval
-    tokens: int
-    source: str
+    kl: Interval  # KL(base || tuned), nats per token
+    kl_reverse: Interval  # KL(tuned || base)
+    tokens: int  # predictions that were compared
+    source: str  # what the text was
 
     @property
     def sentence(self) -> str:
@@ -68,11 +59,9 @@ class Forgetting:
         moved = "rose" if change.estimate > 0 else "fell"
         ends = f"{100 * change.low:+.2g} to {100 * change.high:+.2g} %"
         interval = f", {100 * change.level:g} % interval {ends}" if change.known else ""
-        low, high = degree(change.low), degree(change.high)
+        low, high = degree(change.low), degree(change.high)  # without an interval both the same
         if not change.known:
-            verdict = (
-                f"{degree(change.estimate)} was forgotten, but the text is too short to be sure"
-            )
+            verdict = f"{low} was forgotten, but the text is too short to be sure"
         elif low == high:
             verdict = f"{low} was forgotten"
         else:
@@ -141,10 +130,8 @@ def forgetting(
 
     Args:
         model: that is compared, at every prediction of the texts.
-        tokenizer: the model's.
         texts: general ones; None means the six built-in ones.
         source: what messages call the texts.
-        console: where a progress bar goes if it is a terminal.
 
     Raises:
         ConfigError: no adapter is on or it cannot be turned off, or no text has two tokens.

@@ -20,7 +20,7 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -38,31 +38,15 @@ from mlx_qlora.train.memory import adapter_bytes
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """One line of the report."""
 
-    Attributes:
-        name: what was looked at.
-        state: `warning` works, but slowly or not in every case; `error` does not work.
-        fix: a command to paste; beside `ok`, one that is worth knowing. None where there is none.
-    """
-
-    name: str
-    state: Literal["ok", "warning", "error"]
+    state: str  # "ok"; "warning": works, but slowly or not in every case; "error": does not work
+    name: str  # of what was looked at
     text: str
-    fix: str | None = None
+    fix: str | None = None  # a command to paste; beside "ok", one that is worth knowing
 
 
-def _ok(name: str, text: str, fix: str | None = None) -> Finding:
-    return Finding(name, "ok", text, fix)
-
-
-def _warning(name: str, text: str, fix: str | None = None) -> Finding:
-    return Finding(name, "warning", text, fix)
-
-
-def _error(name: str, text: str, fix: str | None = None) -> Finding:
-    return Finding(name, "error", text, fix)
-
+_ok, _warning, _error = (partial(Finding, state) for state in ("ok", "warning", "error"))
 
 # ---- the command ---------------------------------------------------------------------------------
 
@@ -71,17 +55,14 @@ MARGIN = 9 + 13  # columns of the state and the name
 
 
 def doctor(console: Console, run: "PlannedRun") -> list[Finding]:
-    """Examines this machine, and the model of a run if it names one, and prints what it finds.
-
-    Raises nothing: a check that breaks is a finding, too.
-    """
+    """Examines this machine, and the model of a run if it names one; prints what it finds."""
     report = []
     for check in (*MACHINE, run.hub, run.model, run.disk, packages, environment):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the findings say it
                 findings = [*check()]
-        except Exception as cause:  # a check must not keep the others from being made
+        except Exception as cause:  # a check that breaks must not keep the others from being made
             name = check.__name__.replace("_", " ")
             findings = [_warning(name, f"could not be checked ({type(cause).__name__}: {cause})")]
         for finding in findings:
@@ -176,10 +157,10 @@ def wired_limit() -> Iterator[Finding]:
     if _macos() < 15:
         yield _ok("wired limit", f"{text}; macOS 15 could raise it")
     elif limit > most:
-        text = f"{text} of {megabytes:,}: macOS itself may run out of memory"
+        text += f" of {megabytes:,}: macOS itself may run out of memory"
         yield _warning("wired limit", text, f"{command}0")
     elif most > max(limit, working_set):
-        text = f"{text}; a model that needs more may have {most:,} MB, until the next restart"
+        text += f"; a model that needs more may have {most:,} MB, until the next restart"
         yield _ok("wired limit", text, f"{command}{most}")
     else:
         yield _ok("wired limit", text)
@@ -265,24 +246,17 @@ LLAMA_8B_BYTES, LLAMA_8B_TRAINED = 2 * 8_030_261_248, 41_943_040
 
 @dataclass
 class PlannedRun:
-    """The run that somebody has in mind, and what is found out about it check by check.
-
-    Attributes:
-        away: what kept the hub from answering; None if it answered, or was not asked yet.
-        to_fetch: bytes to download.
-        n_trained: how many numbers the run trains.
-        of: the model whose figures these are: Llama 3.1 8B as long as none is known.
-    """
+    """The run that somebody has in mind, and what is found out about it check by check."""
 
     source: str | None
     revision: str | None = None
     output_dir: str = "outputs"
     lora: LoraConfig = field(default_factory=LoraConfig)
     save_total_limit: int = 3
-    away: Exception | None = None
-    to_fetch: int = LLAMA_8B_BYTES
-    n_trained: int = LLAMA_8B_TRAINED
-    of: str = "Llama 3.1 8B"
+    away: Exception | None = None  # what kept the hub from answering
+    to_fetch: int = LLAMA_8B_BYTES  # bytes to download
+    n_trained: int = LLAMA_8B_TRAINED  # numbers that the run trains
+    of: str = "Llama 3.1 8B"  # the model whose figures these are; this one until another is known
 
     def hub(self) -> Iterator[Finding]:
         """Whether the hub answers, and as whom it knows us."""
@@ -356,8 +330,8 @@ class PlannedRun:
             whole = "; whole in the cache" if hub.is_on_hub(source) else ""
             return f"{files.path}: {family}{whole}"
         begun = "in part in the cache" if to_fetch < size else "not in the cache yet"
-        fetch = f"{to_fetch / 1e9:,.2f} GB to fetch"
-        return f"{source}: {family} that you may read, {begun}; {fetch}"
+        begun += f"; {to_fetch / 1e9:,.2f} GB to fetch"
+        return f"{source}: {family} that you may read, {begun}"
 
     def disk(self) -> Iterator[Finding]:
         """Whether there is room for the download, and for the checkpoints of a run."""
@@ -376,19 +350,17 @@ class PlannedRun:
 
     def _room(self, name: str, folder: Path, need: int, what: str, fix: str) -> Finding:
         """Whether a disk has room for a folder that need not exist yet, and we may write there."""
-        existing = _existing(folder)
+        existing, fix = _existing(folder), f"{fix}/path/on/another/disk"
         if not existing.is_dir():
-            text = f"{existing} is a file, so {folder} cannot be made"
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            text = f"{existing} cannot be written to by this user"
-        else:
-            free = shutil.disk_usage(existing).free
-            text = f"{folder}: {free / 1e9:,.2f} GB free, needed: {what}"
-            if free >= need:
-                return _ok(name, text)
-            if self.of != self.source:  # too small for the yardstick, perhaps not for the model
-                return _warning(name, text, f"{fix}/path/on/another/disk")
-        return _error(name, text, f"{fix}/path/on/another/disk")
+            return _error(name, f"{existing} is a file, so {folder} cannot be made", fix)
+        if not os.access(existing, os.W_OK | os.X_OK):
+            return _error(name, f"{existing} cannot be written to by this user", fix)
+        free = shutil.disk_usage(existing).free
+        text = f"{folder}: {free / 1e9:,.2f} GB free, needed: {what}"
+        if free >= need:
+            return _ok(name, text)
+        # Too small for the yardstick is perhaps not too small for the model.
+        return _error(name, text, fix) if self.of == self.source else _warning(name, text, fix)
 
 
 def _existing(folder: Path) -> Path:
@@ -396,10 +368,9 @@ def _existing(folder: Path) -> Path:
 
 
 def _in_time(work: Callable[[], Any], seconds: float) -> Any:
-    """What `work` returns, if it does so in time: name servers heed no client's timeout.
+    """What `work` returns, or a RuntimeError if it takes longer: name servers heed no timeout.
 
-    Raises:
-        RuntimeError: it took longer; its thread goes on, and ends with the process.
+    Its thread then goes on, and ends with the process; that of an executor would be waited for.
     """
     future: futures.Future[Any] = futures.Future()
 
@@ -449,8 +420,7 @@ def packages() -> Iterator[Finding]:
     """Which optional ones are installed, and what each is for."""
     for package, (extra, purpose) in EXTRAS.items():
         try:
-            version = importlib.metadata.version(package)
-            yield _ok(package, f"{version}, for {purpose}")
+            yield _ok(package, f"{importlib.metadata.version(package)}, for {purpose}")
         except importlib.metadata.PackageNotFoundError:
             fix = f"pip install 'mlx-qlora[{extra}]'"
             yield _ok(package, f"not installed; optional, for {purpose}", fix)

@@ -6,6 +6,7 @@ few: so the same rows make up a step, however many micro-batches and processes s
 """
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def make_batches(
 
     Args:
         examples: the rows of one pass, before packing.
-        batch_size: B, rows per batch.
+        batch_size: B, rows per batch of each process.
         seed: decides what is packed together and the order.
         shuffle: False keeps the examples' own order, for evaluation.
         packing: several examples share a row of `max_length`; False gives each a row of its own,
@@ -119,7 +120,6 @@ def make_batches(
         epochs: passes after which the batches end, the last one with the rows that are left; None
             never ends.
         rank: of this process, which gets every `world_size`-th row of the stream.
-        world_size: processes that share the rows; each has batches of B.
         rows_per_step: rows of an optimiser step, over its micro-batches and all processes. Runs
             with the same number take the same rows in each step, however they are divided.
 
@@ -161,7 +161,13 @@ class Batches:
 
     def __post_init__(self) -> None:
         self._lengths = np.array(self.examples.lengths)
-        self._packed = self._pack()
+        # Documents of each row; packed once, as each epoch only shuffles the rows.
+        self._packed: list[np.ndarray] | None = None
+        positions = self._lengths - 1  # the last token of a document is only a label
+        if self.width is not None and self.shuffle:
+            self._packed = pack(positions, self.width, np.random.default_rng([self.seed, 0x9AC4]))
+        elif self.width is not None:
+            self._packed = _in_order(positions, self.width)
         # R, rows of one pass, over all processes.
         self.rows_per_epoch = len(self.examples if self._packed is None else self._packed)
         self._end = self.stop = None  # rows, and batches, after which the stream ends
@@ -221,27 +227,17 @@ class Batches:
         ]
         return real / sum(len(rows) * padded_width(int(rows.max())) for rows in shares if len(rows))
 
-    def _pack(self) -> list[np.ndarray] | None:
-        """Documents of each row; packed once, as each epoch only shuffles the rows."""
-        if self.width is None:
-            return None
-        positions = self._lengths - 1  # the last token of a document is only a label
-        if self.shuffle:
-            return pack(positions, self.width, np.random.default_rng([self.seed, 0x9AC4]))
-        return _in_order(positions, self.width)
-
     def _layout(self, index: int, end: int | None) -> "Layout":
         first = index * self.step
         last = first + self.step if end is None else min(first + self.step, end)
-        rows = range(first + self.rank, last, self.world_size)
-        return lay_out([self._row(i) for i in rows], self.width, tuple(rows))
-
-    def _row(self, index: int) -> list[Example]:
-        """The documents of a row, by its place in the stream."""
-        epoch, place = divmod(index, self.rows_per_epoch)
-        row = self._epoch_order(epoch)[place]
-        documents = [row] if self._packed is None else self._packed[row]
-        return [self.examples[int(i)] for i in documents]
+        numbers = range(first + self.rank, last, self.world_size)
+        rows = []
+        for number in numbers:
+            epoch, place = divmod(number, self.rows_per_epoch)
+            row = self._epoch_order(epoch)[place]
+            documents = [row] if self._packed is None else self._packed[row]
+            rows.append([self.examples[int(i)] for i in documents])
+        return lay_out(rows, self.width, tuple(numbers))
 
     def _order(self, epoch: int) -> np.ndarray:
         """The rows of an epoch in order.
@@ -286,15 +282,15 @@ def _in_order(lengths: np.ndarray, width: int) -> list[np.ndarray]:
 Layout = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[int, ...]]
 
 
-def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
-    """Puts documents side by side in rows, right-padded to `width` or to one from a small set."""
-    return as_batch(lay_out(rows, width))
-
-
 def as_batch(layout: Layout) -> Batch:
     """Hands the arrays to MLX."""
     tokens, labels, documents, places, rows = layout
     return Batch(mx.array(tokens), mx.array(labels), documents, places, rows)
+
+
+def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
+    """Puts documents side by side in rows, right-padded to `width` or to one from a small set."""
+    return as_batch(lay_out(rows, width))
 
 
 def halves(batch: Batch) -> list[Batch]:
@@ -306,25 +302,18 @@ def halves(batch: Batch) -> list[Batch]:
     parts = []
     for rows in (slice(0, B // 2), slice(B // 2, B)):
         inside = (documents[:, 0] >= rows.start) & (documents[:, 0] < rows.stop)
-        parts.append(
-            Batch(
-                batch.tokens[rows],
-                batch.labels[rows],
-                documents[inside] - np.array([rows.start, 0, 0], np.int32),
-                tuple(place for place, is_inside in zip(batch.places, inside) if is_inside),
-                batch.rows[rows],
-            )
-        )
+        shifted = documents[inside] - np.array([rows.start, 0, 0], np.int32)
+        places = tuple(itertools.compress(batch.places, inside))
+        tokens, labels = batch.tokens[rows], batch.labels[rows]
+        parts.append(Batch(tokens, labels, shifted, places, batch.rows[rows]))
     return parts
 
 
 def lay_out(rows: list[list[Example]], width: int | None, numbers: tuple[int, ...] = ()) -> Layout:
-    """As `collate`, on the host; `numbers` are those of the rows in the stream.
-
-    No rows make one row of padding: a process that has nothing to do still takes part.
-    """
+    """As `collate`, on the host; `numbers` are those of the rows in the stream."""
     used = [sum(len(example) - 1 for example in row) for row in rows]
     T = width or padded_width(max(used, default=1))
+    # No rows make one row of padding: a process that has nothing to do still takes part.
     tokens = np.zeros((max(1, len(rows)), T), np.int32)
     labels = np.full(tokens.shape, IGNORE, np.int32)
     documents, places = [], []

@@ -91,11 +91,11 @@ class SplitCodec:
         """Text of ids."""
         parts = []
         for is_whole, run in itertools.groupby(ids, key=self._tokens.__contains__):
-            if not is_whole:
+            if is_whole:
+                tokens = [self._tokens[i] for i in run]
+                parts += [t for t in tokens if not (skip_special_tokens and t in self.specials)]
+            else:
                 parts.append(self._decode_plain(list(run)))
-                continue
-            tokens = [self._tokens[i] for i in run]
-            parts += [t for t in tokens if not (skip_special_tokens and t in self.specials)]
         return "".join(parts)
 
     def token_id(self, token: str) -> int | None:
@@ -104,7 +104,6 @@ class SplitCodec:
 
 
 Codec = TokenizersCodec | SplitCodec
-
 
 # ---- a folder's files ----------------------------------------------------------------------------
 
@@ -132,9 +131,8 @@ def open_tokenizers(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[
                 f"{i}; download them all again"
             )
     # Special in the configuration alone still means: matched whole, and skipped by decode.
-    named = [config.get(key) for key in NAMED_TOKENS] + (
-        config.get("additional_special_tokens") or []
-    )
+    named = [config.get(key) for key in NAMED_TOKENS]
+    named += config.get("additional_special_tokens") or []
     texts = [token_text(token) for token in named if token is not None]
     backend.add_special_tokens([t for t in texts if backend.token_to_id(t) is not None])
     prefix = [backend.id_to_token(i) for i in backend.encode("").ids[:1]]
@@ -163,7 +161,7 @@ LLAMA3_SPLIT = (
 _MOST_CHARACTERS, _LONGEST_RUN = 400_000, 25_000
 
 
-def open_tiktoken(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[str, Any]]:
+def open_tiktoken(path: Path) -> tuple[Codec, dict[str, Any]]:
     """Opens Meta's Llama 3 `tokenizer.model`; returns as `open_tokenizers` does."""
     import tiktoken
 
@@ -177,11 +175,11 @@ def open_tiktoken(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[st
             f"{path} holds {len(ranks)} ranks where Llama 3 has {_LLAMA3_RANKS}; download it "
             "again, or, for another family, use a folder with tokenizer.json"
         )
-    plain = tiktoken.Encoding(
+    bpe = tiktoken.Encoding(
         "llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={}
     )
-    encode = functools.partial(_encode_long, plain)
-    codec = SplitCodec({}, _LLAMA3_SPECIALS, _LLAMA3_RANKS, encode, plain.decode)
+    encode = functools.partial(_encode_long, bpe)
+    codec = SplitCodec({}, _LLAMA3_SPECIALS, _LLAMA3_RANKS, encode, bpe.decode)
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     return codec, {"bos_token": bos, "eos_token": eos, "add_bos_token": True}
 
@@ -256,12 +254,12 @@ class GgufTokenizer(NamedTuple):
     end_ids: list[int]  # what ends a turn or a message, besides the EOS that `config` names
 
     def files(self) -> dict[str, str]:
-        """Name -> text of the files of a folder that transformers opens."""
+        """Name -> text of the files that transformers opens."""
         named = {key: self.config[key] for key in NAMED_TOKENS if key in self.config}
-        configs = {"tokenizer_config.json": self.config, "special_tokens_map.json": named}
-        return {"tokenizer.json": self.backend.to_str()} | {
-            name: json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            for name, config in configs.items()
+        return {
+            "tokenizer.json": self.backend.to_str(),
+            "tokenizer_config.json": json.dumps(self.config, indent=2, ensure_ascii=False) + "\n",
+            "special_tokens_map.json": json.dumps(named, indent=2, ensure_ascii=False) + "\n",
         }
 
 
@@ -276,7 +274,10 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
     kind = _required(metadata, "model", source)
     tokens = _required(metadata, "tokens", source)
     types = _required(metadata, "token_type", source).tolist()
-    ids = _named_ids(metadata, kind, len(tokens))
+    # BOS, EOS, ... by Hugging Face's names; defaults are llama.cpp's, an id outside is none.
+    ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
+    stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
+    ids |= {name: i for name, i in stated.items() if 0 <= i < len(tokens)}
     if kind == "gpt2":
         backend, adds_bos = _byte_level(metadata, tokens, source)
     elif kind == "llama":
@@ -288,13 +289,12 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
             "supported; use the model's Hugging Face folder instead"
         )
     # Control and user-defined tokens match whole in text, before anything is cut.
-    backend.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=type_ != _USER_DEFINED)
-            for token, type_ in zip(tokens, types)
-            if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
-        ]
-    )
+    whole = [
+        AddedToken(token, normalized=False, special=type_ != _USER_DEFINED)
+        for token, type_ in zip(tokens, types)
+        if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
+    ]
+    backend.add_tokens(whole)
     adds_bos = bool(_scalar(metadata, "add_bos_token", adds_bos)) and "bos_token" in ids
     if adds_bos:  # for whoever opens the saved tokenizer.json: our encode adds no special tokens
         bos, bos_id = tokens[ids["bos_token"]], ids["bos_token"]
@@ -311,14 +311,6 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
         config["chat_template"] = metadata["tokenizer.chat_template"]
     ends = [_scalar(metadata, f"{key}_token_id") for key in ("eot", "eom")]
     return GgufTokenizer(backend, config, [i for i in ends if i is not None])
-
-
-def _named_ids(metadata: Mapping[str, Any], kind: str, size: int) -> dict[str, int]:
-    """Ids of BOS, EOS, ... by Hugging Face's names; an id outside the vocabulary means none."""
-    # Defaults as in llama.cpp.
-    ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
-    stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
-    return ids | {name: i for name, i in stated.items() if 0 <= i < size}
 
 
 def _byte_level(
@@ -364,21 +356,16 @@ def _sentencepiece(
 
     scores = _required(metadata, "scores", source).tolist()
     vocab = {token: i for i, token in enumerate(tokens)}
-    prefix = bool(_scalar(metadata, "add_space_prefix", True))
-    model = models.BPE(
-        vocab=vocab,
-        merges=_merges_from_scores(tokens, scores, types),
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=True,
+    merges = _merges_from_scores(tokens, scores, types)
+    backend = Tokenizer(
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    backend = Tokenizer(model)
+    prefix = bool(_scalar(metadata, "add_space_prefix", True))
     # Normalisation runs on each text between special tokens, so each of them gets the dummy
     # prefix: as in llama.cpp and Llama 2's own tokenizer.json, and unlike transformers 5.
     space = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), space] if prefix else [space]
-    )
+    first = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*first, space])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return backend
@@ -387,11 +374,7 @@ def _sentencepiece(
 def _merges_from_scores(
     tokens: list[str], scores: list[float], types: list[int]
 ) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces, best piece first.
-
-    SentencePiece joins the neighbours whose union has the highest score. A list of merges in
-    order of the union's score makes `tokenizers` do the same.
-    """
+    """Every split of a piece in two, best piece first, as SentencePiece joins by score."""
     position = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
     merges = []
     for piece, i in position.items():

@@ -1,6 +1,7 @@
 """Text becomes ids and labels, in as many processes as help."""
 
 import functools
+import itertools
 import json
 import platform
 import subprocess
@@ -45,7 +46,7 @@ def encode_rows(tokenizer: Tokenizer, rows: list[Segments]) -> list[Encoded]:
         before = ""
         for text, _ in segments:
             texts.append(before + text)
-            before = (before + text)[-TAIL:]
+            before = texts[-1][-TAIL:]
     ids = iter(tokenizer.encode_batch(texts))
     return [_assemble(tokenizer, segments, ids) for segments in rows]
 
@@ -89,15 +90,12 @@ def _one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def _without_tail(tokenizer: Tokenizer, joint: list[int], tail: str, text: str) -> list[int]:
-    """Token ids of a text, from `joint`, those of the text after the tail of its context.
-
-    A token may straddle the border between the two. The text is then tokenised after a line
-    break, which almost no token straddles. On its own would be wrong: a SentencePiece model
-    begins a text with a space.
-    """
+    """Token ids of a text, from `joint`, those of the text after the tail of its context."""
     tail_ids = _encode_tail(tokenizer, tail)
     if joint[: len(tail_ids)] == tail_ids:
         return joint[len(tail_ids) :]
+    # A token straddles the border. Almost none straddles a line break, so the text is tokenised
+    # after one; on its own would be wrong, as a SentencePiece model begins a text with a space.
     break_ids, ids = _encode_tail(tokenizer, "\n"), tokenizer.encode("\n" + text)
     if ids[: len(break_ids)] == break_ids:
         return ids[len(break_ids) :]
@@ -111,12 +109,8 @@ def _encode_tail(tokenizer: Tokenizer, tail: str) -> list[int]:
 
 def _after_last_end(tokenizer: Tokenizer, ids: list[int]) -> int:
     """The place after the token that ends an answer, if only space follows it; else 0."""
-    if tokenizer.eos_ids.isdisjoint(ids):
-        return 0
-    for place in range(len(ids), 0, -1):
-        if ids[place - 1] in tokenizer.eos_ids:
-            return place if not tokenizer.decode(ids[place:]).strip() else 0
-    return 0
+    place = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in tokenizer.eos_ids), 0)
+    return place if place and not tokenizer.decode(ids[place:]).strip() else 0
 
 
 # ---- rows that are too long ----------------------------------------------------------------------
@@ -155,17 +149,18 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
         learned = row.learned[kept]
         learned[0] = False
         row = Encoded(row.ids[kept], learned, row.context - excess, excess)
+    elif excess > 0 and truncation == "error":
+        remedy = "shorten it, or set data.truncation"
+        raise TooLong(f"{n} tokens, longer than max_length {max_length}; {remedy}")
     elif excess > 0:
-        kind = TooLong if truncation == "error" else DataError
-        remedy = "; shorten it, or set data.truncation" * (kind is TooLong)
-        raise kind(f"{n} tokens, longer than max_length {max_length}{remedy}")
+        raise DataError(f"{n} tokens, longer than max_length {max_length}")
     if not row.learned.any():
         where = f" within max_length {max_length}" if row.cut else ""
         raise DataError(f"no supervised token{where}")
     return row
 
 
-# ---- many rows -----------------------------------------------------------------------------------
+# ---- many rows, in many processes ----------------------------------------------------------------
 
 CHUNK_BYTES = 1 << 20  # raw rows that a worker gets at once
 CHUNK_ROWS = 4096
@@ -200,10 +195,8 @@ def chunks(file: int, name: str, form: str, rows: Iterable[tuple[int, Any]]) -> 
 
 
 def _rough_size(row: Any) -> int:
-    if isinstance(row, dict):
-        return sum(map(_rough_size, row.values()))
-    if isinstance(row, list):
-        return sum(map(_rough_size, row))
+    if isinstance(row, (dict, list)):
+        return sum(map(_rough_size, row.values() if isinstance(row, dict) else row))
     return len(row) if isinstance(row, str) else 8
 
 
@@ -269,9 +262,6 @@ def _one_line(reason: Exception) -> str:
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
-# ---- many processes ------------------------------------------------------------------------------
-
-
 def default_workers() -> int:
     """The performance cores: a Mac's slow ones would hold up the others' chunks."""
     if platform.system() == "Darwin":
@@ -304,12 +294,11 @@ def encode_chunks(
     ahead: deque[Any] = deque()
     with loky.ProcessPoolExecutor(n_workers, initializer=_begin, initargs=(encoder,), env=env) as p:
         try:
-            for chunk in chunks:
-                ahead.append((chunk, p.submit(_encode_there, chunk)))
-                if len(ahead) > 2 * n_workers:
-                    chunk, future = ahead.popleft()
-                    yield chunk, *future.result()
-            while ahead:
+            while True:
+                for chunk in itertools.islice(chunks, 2 * n_workers + 1 - len(ahead)):
+                    ahead.append((chunk, p.submit(_encode_there, chunk)))
+                if not ahead:
+                    return
                 chunk, future = ahead.popleft()
                 yield chunk, *future.result()
         except loky.BrokenProcessPool:

@@ -119,8 +119,7 @@ def on_disk(
     try:
         if folder is not None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-        parent = folder.parent if folder is not None else None
-        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=parent))
+        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=folder and folder.parent))
         try:
             _write(staging, pieces, about)
             if folder is not None and (store := _move_into_place(staging, folder)):
@@ -140,24 +139,17 @@ def on_disk(
 
 
 def _write(folder: Path, pieces: Iterable[Piece], about: Callable[[], dict[str, Any]]) -> None:
-    rows, total, checksum = [np.zeros(0, ROW)], 0, 0
+    rows, total = [np.zeros(0, ROW)], 0
     with open(folder / "tokens.bin", "wb") as file:
         for piece in pieces:
             piece.rows["start"] += total
             total += len(piece.tokens)
-            content = piece.tokens.tobytes()
-            checksum = zlib.crc32(content, checksum)
-            file.write(content)
+            file.write(piece.tokens.tobytes())
             rows.append(piece.rows)
     np.save(folder / "rows.npy", np.concatenate(rows))
-    about_text = json.dumps(about())
-    checksums = {
-        "tokens.bin": checksum,
-        "rows.npy": _checksum(folder / "rows.npy"),
-        "about": zlib.crc32(about_text.encode()),
-    }
-    text = json.dumps({"version": VERSION, "checksums": checksums, "about": about_text})
-    (folder / "about.json").write_text(text, encoding="utf-8")
+    text = json.dumps(about())
+    entry = {"version": VERSION, "checksums": _checksums(folder, text), "about": text}
+    (folder / "about.json").write_text(json.dumps(entry), encoding="utf-8")
 
 
 def _move_into_place(staging: Path, folder: Path) -> TokenStore | None:
@@ -176,10 +168,7 @@ def _move_into_place(staging: Path, folder: Path) -> TokenStore | None:
 
 
 def cached(folder: Path) -> TokenStore | None:
-    """The store of a cache entry; None if there is none. A damaged entry is removed.
-
-    One that appears meanwhile is not: only what was read and found wrong is.
-    """
+    """The store of a cache entry; None if there is none. A damaged entry is removed."""
     if not folder.exists():
         return None
     if _is_whole(folder):
@@ -200,11 +189,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether the files of an entry are those that its `about.json` names."""
     try:
         entry = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        checksums = {
-            "tokens.bin": _checksum(folder / "tokens.bin"),
-            "rows.npy": _checksum(folder / "rows.npy"),
-            "about": zlib.crc32(entry["about"].encode()),
-        }
+        checksums = _checksums(folder, entry["about"])
         return checksums == entry["checksums"] and entry["version"] == VERSION
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -223,17 +208,17 @@ def forget_unused(folder: Path) -> None:
 
 def _open(folder: Path) -> TokenStore:
     about = json.loads(json.loads((folder / "about.json").read_text(encoding="utf-8"))["about"])
-    return TokenStore(
-        TokenFile(folder / "tokens.bin"), np.load(folder / "rows.npy", mmap_mode="r"), about
-    )
+    rows = np.load(folder / "rows.npy", mmap_mode="r")
+    return TokenStore(TokenFile(folder / "tokens.bin"), rows, about)
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while content := file.read(1 << 20):
-            checksum = zlib.crc32(content, checksum)
-    return checksum
+def _checksums(folder: Path, about: str) -> dict[str, int]:
+    checksums = {"tokens.bin": 0, "rows.npy": 0, "about": zlib.crc32(about.encode())}
+    for name in ("tokens.bin", "rows.npy"):
+        with open(folder / name, "rb") as file:
+            while content := file.read(1 << 20):
+                checksums[name] = zlib.crc32(content, checksums[name])
+    return checksums
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -273,7 +258,7 @@ class DataReport:
 
     @property
     def read(self) -> int:
-        """Rows that were read, of all files."""
+        """Rows of all files."""
         return sum(file.read for file in self.files)
 
     @property
@@ -297,7 +282,7 @@ class DataReport:
         lengths = np.array(rows["length"])
         self.tokens = int(lengths.sum())
         self.supervised = int(rows["supervised"].sum())
-        self.duplicates = len(rows) - len(np.unique(np.array(rows["said"])))
+        self.duplicates = len(rows) - len(np.unique(rows["said"]))
         self.truncated = int(np.count_nonzero(rows["cut"]))
         self.longest = int(lengths.max(initial=0))
         step = max(1, -(-self.longest // BARS))
@@ -334,12 +319,9 @@ class DataReport:
 
     def restore(self, about: dict[str, Any], files: list[RowFile]) -> None:
         """Fills in what `as_dict` returned, read from JSON; the files may have moved since."""
-        self.files = [
-            FileReport(
-                **{**entry, "name": file.name, "refused": list(map(tuple, entry["refused"]))}
-            )
-            for entry, file in zip(about["files"], files)
-        ]
+        for entry, file in zip(about["files"], files):
+            refused = [(line, reason) for line, reason in entry["refused"]]
+            self.files.append(FileReport(**{**entry, "name": file.name, "refused": refused}))
 
 
 # ---- examples ------------------------------------------------------------------------------------
@@ -429,11 +411,10 @@ class Examples(Sequence[Example]):
         """
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")
-        where = _uniform(self.contents, seed)
-        parts = np.searchsorted(np.cumsum(shares)[:-1], where, "right")
-        return [
-            Examples(self._store, self.report, self._rows[parts == i]) for i in range(len(shares))
-        ]
+        places = _uniform(self.contents, seed)
+        parts = np.searchsorted(np.cumsum(shares)[:-1], places, "right")
+        rows = [self._rows[parts == i] for i in range(len(shares))]
+        return [Examples(self._store, self.report, part) for part in rows]
 
 
 def _uniform(hashes: np.ndarray, seed: int) -> np.ndarray:

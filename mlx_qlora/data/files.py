@@ -45,8 +45,18 @@ class RowFile:
         """Bytes on disk; 0 where that is not known."""
         return Path(self.path).stat().st_size if self.kind in KINDS else 0
 
+    @property
+    def unit(self) -> str:
+        """What the numbers of its rows count: "line", or "row" where many share a line."""
+        if self.kind == "json":
+            with _opened(self) as stream:
+                return "row" if _is_array(stream) else "line"
+        return "line" if self.kind in ("jsonl", "ndjson", "csv") else "row"
+
     def content_hash(self) -> str:
-        """A hash of every byte, and of the kind that decides how they are read."""
+        """A hash of every byte, and of the kind that decides how they are read; the hub's own."""
+        if self.kind == "hub":
+            return str(getattr(hub_dataset(self), "_fingerprint", self.path))
         content = hashlib.blake2b(f"{self.kind} {self.compressed}".encode(), digest_size=16)
         with readable(self.name), open(self.path, "rb") as file:
             while piece := file.read(1 << 20):
@@ -74,15 +84,11 @@ def user_path(text: str | Path, field: str) -> Path:
 
 
 def find_files(path: str | Path) -> dict[str, list[RowFile]]:
-    """Finds the files behind a path, by the part of a run that they are for.
+    """The files behind a path, in the order of their names: part of a run -> files.
 
-    Args:
-        path: a file, a folder (searched through, hidden files left out), a glob, or a data set on
-            the hub as `owner/name`, `owner/name/config` or `owner/name/config:split`.
-
-    Returns:
-        "train", "validation" and "test" -> files in the order of their names. All are "train"
-        except in a folder whose file names say otherwise.
+    All are "train" except in a folder whose file names say otherwise. A path is a file, a folder
+    (searched through, hidden files left out), a glob, or a data set on the hub as `owner/name`,
+    `owner/name/config` or `owner/name/config:split`.
 
     Raises:
         DataError: there is nothing, or nothing that holds rows.
@@ -93,11 +99,10 @@ def find_files(path: str | Path) -> dict[str, list[RowFile]]:
             return _by_part(place)
         if place.exists():
             return _all_train([_row_file(place, text)])
-        hub_id = HUB_ID.fullmatch(text)
-        if hub_id and (kind_of(place) or Path(place.parts[0]).exists()):
-            hub_id = None
+        is_local = kind_of(place) or Path(place.parts[0]).exists()
+        hub_id = None if is_local else HUB_ID.fullmatch(text)
         if glob.has_magic(text) and not (hub_id and ":" in text):  # a split may be "train[:10%]"
-            matches = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
+            matches = map(Path, sorted(glob.glob(str(place), recursive=True)))
             files = [_row_file(match, str(match)) for match in matches if match.is_file()]
             if not files:
                 raise DataError(f"data {text} matches no file; correct the pattern")
@@ -170,7 +175,7 @@ def raw_rows(file: RowFile) -> Rows:
     """Yields (line number from 1, raw row) for every row of a file; `parse` makes it a row.
 
     Only JSON lines are raw, bytes that a worker process can parse. Where rows have no lines of
-    their own they are counted; see `unit_of`.
+    their own they are counted; see `RowFile.unit`.
 
     Raises:
         DataError: the file is damaged, or a package that its kind needs is missing.
@@ -191,14 +196,6 @@ def raw_rows(file: RowFile) -> Rows:
                 yield from _json_lines(stream)
 
 
-def unit_of(file: RowFile) -> str:
-    """What the numbers of a file's rows count: "line", or "row" where many share a line."""
-    if file.kind == "json":
-        with _opened(file) as stream:
-            return "row" if _is_array(stream) else "line"
-    return "line" if file.kind in ("jsonl", "ndjson", "csv") else "row"
-
-
 @contextmanager
 def _opened(file: RowFile) -> Iterator[Any]:
     try:
@@ -211,16 +208,10 @@ def _opened(file: RowFile) -> Iterator[Any]:
         raise DataError(f"data file {file.name} is damaged: {error}") from None
 
 
-# ---- JSON --------------------------------------------------------------------------------------
-
-
 def parse(raw: Any) -> Any:
-    """The row of one JSON line, or the DataError that says why there is none.
-
-    Whatever is not bytes is a row already.
-    """
+    """The row of one JSON line, or the DataError that says why there is none."""
     if not isinstance(raw, bytes):
-        return raw
+        return raw  # of a file that is no JSON lines: a row already
     try:
         return _STRICT.decode(raw.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
@@ -265,18 +256,14 @@ def _is_array(file: IO[bytes]) -> bool:
 
 
 def _array_rows(file: IO[bytes]) -> Rows:
-    """The items of one JSON array, counted from 1, however large the file is.
-
-    An item that is JSON but no row is refused alone; after text that is no JSON nothing more can
-    be found.
-    """
+    """The items of one JSON array, counted from 1; after text that is no JSON all is lost."""
     text = _ArrayText(file)
     text.peek()
     text.skip()  # the bracket
     number = 1
     while text.peek() != "]":
         item = text.item()
-        yield number, item if isinstance(item, DataError) else parse(item)
+        yield number, parse(item)
         if isinstance(item, DataError):
             return
         number += 1
@@ -344,9 +331,6 @@ class _ArrayText:
             self._read(max(PIECE, len(self._text)))
 
 
-# ---- tables ------------------------------------------------------------------------------------
-
-
 def _csv_rows(file: IO[bytes], name: str) -> Rows:
     """Rows of a CSV file as dicts by its header; a quoted field may hold line breaks."""
     csv.field_size_limit(sys.maxsize)
@@ -373,13 +357,11 @@ def _csv_rows(file: IO[bytes], name: str) -> Rows:
             lost = f"; lines {line} to {reader.line_num} are lost" * (reader.line_num > line)
             yield line, DataError(f"not CSV: {error}{lost}")
             continue
-        if not values:
-            continue
-        if len(values) != len(header):
+        if values and len(values) != len(header):
             yield line, DataError(f"{len(values)} fields, where the header has {len(header)}")
         elif any("\udc80" <= character <= "\udcff" for value in values for character in value):
             yield line, DataError("not UTF-8")
-        else:
+        elif values:
             yield line, dict(zip(header, values))
 
 

@@ -29,15 +29,7 @@ from mlx_qlora.data.examples import (
     in_memory,
     on_disk,
 )
-from mlx_qlora.data.files import (
-    RowFile,
-    find_files,
-    hub_dataset,
-    parse,
-    raw_rows,
-    unit_of,
-    user_path,
-)
+from mlx_qlora.data.files import RowFile, find_files, parse, raw_rows, user_path
 from mlx_qlora.data.rows import FORMATS, ROW_DATE, Template, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
@@ -118,7 +110,6 @@ def read_examples(
     Args:
         source: a path as `data.path` takes it, or rows as dicts. Of a folder that names its parts
             the training files are read.
-        tokenizer: the model's.
         config: template, lengths and what is learned; its own paths are not read.
         console: where a progress bar goes if there is much to do; none if not given.
 
@@ -157,9 +148,16 @@ def _read_all(
                 )
     read = [_read_files(name, files, tokenizer, config, console) for name, files in sources]
     if refused_path is not None:
-        write_refused(refused_path, [(e.report, files) for e, (_, files) in zip(read, sources)])
-    for examples in read:
-        _check_kept(examples.report, config)
+        _write_refused(refused_path, [(e.report, files) for e, (_, files) in zip(read, sources)])
+    for report in (examples.report for examples in read):
+        if not report.kept:
+            empty = "" if report.read else ": it holds no row at all"
+            raise DataError(f"no usable row in {report}{empty}")
+        if config.strict and report.refused:
+            raise DataError(
+                f"data.strict: {report.source} has {len(report.refused):,} rows that cannot be "
+                f"used:\n{report.refusals(20)}"
+            )
     return read
 
 
@@ -177,8 +175,8 @@ def _read_files(
     if config.cache_dir is not None and in_files:
         entry = cache_folder(config.cache_dir) / "tokens" / _cache_key(files, encoder, config)
         store = cached(entry)
-    report.cached = store is not None
     if store is not None:
+        report.cached = True
         report.restore(store.about, files)
     else:
         with _progress(console, sum(file.size for file in files)) as advance:
@@ -219,12 +217,7 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
 
 def _cache_key(files: list[RowFile], encoder: Encoder, config: DataConfig) -> str:
     """A hash of all that decides ids and labels: files, tokenizer, template, settings, code."""
-    contents = [
-        str(getattr(hub_dataset(file), "_fingerprint", file.path))
-        if file.kind == "hub"
-        else file.content_hash()
-        for file in files
-    ]
+    contents = [file.content_hash() for file in files]
     settings = (config.format, config.train_on, config.max_length, config.truncation)
     tokenizer = (encoder.tokenizer.fingerprint, encoder.tokenizer.special_tokens)
     text = repr((VERSION, ROW_DATE, encoder.template, settings, tokenizer, contents))
@@ -250,7 +243,7 @@ def _pieces(
                     f"{file.name} holds {form}, which data.template=alpaca cannot write; "
                     "set data.template=chat"
                 )
-            report.files.append(FileReport(file.name, form, unit_of(file)))
+            report.files.append(FileReport(file.name, form, file.unit))
             yield from chunks(number, file.name, form, chain(first, rows))
 
     n_workers = default_workers() if config.num_workers is None else config.num_workers
@@ -273,17 +266,6 @@ def _format_of(rows: list[tuple[int, Any]]) -> str:
     return "auto"
 
 
-def _check_kept(report: DataReport, config: DataConfig) -> None:
-    if not report.kept:
-        empty = "" if report.read else ": it holds no row at all"
-        raise DataError(f"no usable row in {report}{empty}")
-    if config.strict and report.refused:
-        raise DataError(
-            f"data.strict: {report.source} has {len(report.refused):,} rows that cannot be used:\n"
-            f"{report.refusals(20)}"
-        )
-
-
 @contextlib.contextmanager
 def _progress(console: Console | None, size: int) -> Iterator[Callable[[int], None]]:
     """A progress bar by bytes, for files that take longer than a moment."""
@@ -297,11 +279,8 @@ def _progress(console: Console | None, size: int) -> Iterator[Callable[[int], No
 # ---- refused rows in a file ----------------------------------------------------------------------
 
 
-def write_refused(path: Path, sources: list[tuple[DataReport, list[RowFile]]]) -> None:
-    """Writes every refused row to a JSONL file: where it was, why it is refused, and what it was.
-
-    The file appears whole or not at all; a DataError says why it cannot be written.
-    """
+def _write_refused(path: Path, sources: list[tuple[DataReport, list[RowFile]]]) -> None:
+    """Writes a JSONL file of refused rows, whole or not at all: place, reason, and the row."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         # Files are read once more, as rows that cannot be used are not kept in memory.
@@ -347,12 +326,12 @@ def train_validation_test(
     """
     if config.path is None:
         raise ConfigError("data.path is missing; name a file of rows with --data FILE")
-    found = find_files(config.path)
-    sources = {part: (config.path, files) for part, files in found.items() if files}
+    files_of = find_files(config.path)
+    sources = {part: (config.path, files) for part, files in files_of.items() if files}
     named = {"validation": config.validation_path, "test": config.test_path}
-    sources |= {
-        part: (path, find_files(path)["train"]) for part, path in named.items() if path is not None
-    }
+    for part, path in named.items():
+        if path is not None:
+            sources[part] = path, find_files(path)["train"]
     read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, console)))
 
     shares = list(config.split)
@@ -370,8 +349,8 @@ def train_validation_test(
         if part in read:
             parts[i] = read[part]
             parts[i].report.leaked = int(np.isin(parts[i].contents, parts[0].contents).sum())
-    train, validation, test = (part if len(part) else None for part in parts)
-    assert train is not None
+    train, *others = parts
+    validation, test = (part if len(part) else None for part in others)
     return train, validation, test
 
 

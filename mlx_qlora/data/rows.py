@@ -2,22 +2,21 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_qlora.data.tokenizer import GENERATED, Tokenizer, can_mark, render_template
+from mlx_qlora.data.tokenizer import GENERATED, Tokenizer, render_template
 from mlx_qlora.errors import DataError, TokenizerError
 
 # ---- a row -> what it says -----------------------------------------------------------------------
 
 Message = dict[str, Any]
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
-ROLES = {
-    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
-    **{"model": "assistant", "function_call": "assistant"},
-    **{"function": "tool", "observation": "tool"},
-}
+ROLES = {"human": "user", "function": "tool", "observation": "tool"} | dict.fromkeys(
+    ("gpt", "chatgpt", "bot", "model", "function_call"), "assistant"
+)
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
 
@@ -51,21 +50,21 @@ class Chat:
 Said = Instruction | Pair | Chat
 
 
-def read_alpaca(row: Mapping[str, Any]) -> Instruction:
+def _read_alpaca(row: Mapping[str, Any]) -> Instruction:
     """Fields `instruction`, `input` (may be left out) and `output`."""
-    instruction, output = text_of(row, "instruction"), text_of(row, "output")
-    return Instruction(instruction, text_of(row, "input", optional=True), output)
+    instruction, output = _text_of(row, "instruction"), _text_of(row, "output")
+    return Instruction(instruction, _text_of(row, "input", optional=True), output)
 
 
-def read_messages(row: Mapping[str, Any]) -> Chat:
+def _read_messages(row: Mapping[str, Any]) -> Chat:
     """Field `messages`, and `tools` if there are any; OpenAI's format for fine-tuning."""
     return _chat(_messages_of(row, "messages"), _tools_of(row))
 
 
-def read_sharegpt(row: Mapping[str, Any]) -> Chat:
+def _read_sharegpt(row: Mapping[str, Any]) -> Chat:
     """Field `conversations` with `from` and `value`; `system` and `tools` may stand beside it."""
     messages = _messages_of(row, "conversations")
-    system = {"role": "system", "content": text_of(row, "system", optional=True)}
+    system = {"role": "system", "content": _text_of(row, "system", optional=True)}
     if system["content"] and system != messages[0]:
         if messages[0]["role"] == "system":
             raise DataError("field 'system' says something else than the system message")
@@ -73,25 +72,20 @@ def read_sharegpt(row: Mapping[str, Any]) -> Chat:
     return _chat(messages, _tools_of(row))
 
 
-def read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
+def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
     """Fields `prompt` and `completion`: two texts, or two lists of messages; the second learned."""
     if not isinstance(row.get("prompt"), list) and not isinstance(row.get("completion"), list):
-        return Pair(text_of(row, "prompt"), text_of(row, "completion"))
+        return Pair(_text_of(row, "prompt"), _text_of(row, "completion"))
     prompt, completion = _messages_of(row, "prompt"), _messages_of(row, "completion")
     return _chat([*({**m, "weight": 0} for m in prompt), *completion], _tools_of(row))
 
 
-def read_text(row: Mapping[str, Any]) -> Pair:
-    """Field `text`: it has no prompt, all of it is learned."""
-    return Pair("", text_of(row, "text"))
-
-
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
-    "alpaca": read_alpaca,
-    "messages": read_messages,
-    "sharegpt": read_sharegpt,
-    "prompt_completion": read_prompt_completion,
-    "text": read_text,
+    "alpaca": _read_alpaca,
+    "messages": _read_messages,
+    "sharegpt": _read_sharegpt,
+    "prompt_completion": _read_prompt_completion,
+    "text": lambda row: Pair("", _text_of(row, "text")),  # no prompt: all of it is learned
 }
 # The fields that tell a format, the surest first: chats often carry a `prompt` or a `text` too.
 TELLING = {
@@ -116,10 +110,7 @@ def detect_format(row: Mapping[str, Any]) -> str:
 
 
 def read_row(row: Any, form: str) -> Said:
-    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell.
-
-    A row that cannot be used raises the DataError that says why, or that it is.
-    """
+    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):
@@ -127,10 +118,7 @@ def read_row(row: Any, form: str) -> Said:
     return FORMATS[detect_format(row) if form == "auto" else form](row)
 
 
-# ---- the fields of a row -----------------------------------------------------------------------
-
-
-def text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
+def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
     """A field that must be text, and not blank unless it is optional; a DataError if it is not."""
     value = row.get(field)
     if optional and value is None:
@@ -145,10 +133,9 @@ def text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
 
 
 def _messages_of(row: Mapping[str, Any], field: str) -> list[Message]:
-    values = row.get(field)
     if field not in row:
         raise DataError(f"field {field!r} is missing")
-    if not isinstance(values, (list, tuple)):
+    if not isinstance(values := row[field], (list, tuple)):
         raise DataError(f"field {field!r} must be a list of messages, not {type(values).__name__}")
     if not values:
         raise DataError(f"field {field!r} is empty")
@@ -189,8 +176,7 @@ def _content(content: Any, where: str, optional: bool) -> str:
         if len(known) < len(content):
             raise DataError(f"{where} has content that is not text")
         content = "".join(known)
-    if content is None:
-        content = ""
+    content = "" if content is None else content
     if not isinstance(content, str):
         raise DataError(f"{where} must have text as content, not {type(content).__name__}")
     if not content.strip() and not optional:
@@ -278,7 +264,7 @@ class Template:
             return [(alpaca_prompt(said.instruction, said.input), False), (said.output, True)]
         if self.name == "alpaca":
             raise DataError("data.template=alpaca cannot write messages; set data.template=chat")
-        return chat_segments(_as_chat(said), self.source, tokenizer)
+        return _chat_segments(_as_chat(said), self.source, tokenizer)
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -304,19 +290,16 @@ def _as_chat(said: Said) -> Chat:
     return Chat(turns, [False, True])
 
 
-def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segments:
-    """The segments of a chat, found by prefixes or, where those fail, by generation markers.
-
-    Raises:
-        DataError: the template refuses the messages, leaves some out, or shows no answers.
-    """
+def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segments:
+    """The segments of a chat, found by prefixes or, where those fail, by generation markers."""
     if source is None:
         raise DataError("the model has no chat template: set data.template to alpaca or to a file")
 
     def render(messages: list[Message], **options: Any) -> str:
+        options["date"] = ROW_DATE
         try:
             return render_template(
-                source, messages, chat.tools, tokenizer.special_tokens, date=ROW_DATE, **options
+                source, messages, chat.tools, tokenizer.special_tokens, **options
             )
         except TokenizerError as error:
             raise DataError(f"the chat template refuses it: {error}") from None
@@ -326,7 +309,7 @@ def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segme
         # Llama 3.1's template writes tools into the first turn, as the user's, whoever speaks.
         raise DataError("has tools but begins with the assistant; put the user's question first")
     whole = render(chat.messages)
-    refuse_unwritten(chat, whole)
+    _refuse_unwritten(chat, whole)
     segments: Segments = []
     at = 0
     for i, learned in enumerate(chat.learned):
@@ -351,16 +334,14 @@ def chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segme
 
 def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     """The segments that the template itself marks as the assistant's words."""
-    if not can_mark(source):
+    if not re.search(r"\{%[-+]?\s*generation\b", source):
         raise DataError(
             "what the chat template writes before an answer is not how it begins the text with "
             "the answer or with all turns, and it has no {% generation %} markers: where the "
             "answers begin cannot be known"
         )
-    texts = marked.split(GENERATED)
-    answers = [
-        learned for m, learned in zip(chat.messages, chat.learned) if m["role"] == "assistant"
-    ]
+    texts, turns = marked.split(GENERATED), zip(chat.messages, chat.learned)
+    answers = [learned for message, learned in turns if message["role"] == "assistant"]
     if len(texts) != 2 * len(answers) + 1:
         raise DataError(
             f"the chat template marks {len(texts) // 2} answers of the {len(answers)} there are"
@@ -370,7 +351,7 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     return segments[: last + 1]
 
 
-def refuse_unwritten(chat: Chat, whole: str) -> None:
+def _refuse_unwritten(chat: Chat, whole: str) -> None:
     """Raises a DataError that names the first message, call or tool that the template leaves out.
 
     Many templates ignore tools, and Llama 3.1's drops the text beside a call: the row would teach
@@ -391,10 +372,7 @@ def refuse_unwritten(chat: Chat, whole: str) -> None:
 
 
 def _is_written(content: str, whole: str) -> bool:
-    """Whether the last line of a text is there, as it is or as JSON.
-
-    Only the last line: templates cut thoughts from the front of an answer, and trim.
-    """
+    """Whether the last line is there, as it is or as JSON; templates cut thoughts, and trim."""
     answer = content.rpartition("</think>")[2].strip()
     line = (answer.splitlines() or [""])[-1].strip()
     return line in whole or json.dumps(line, ensure_ascii=False)[1:-1] in whole

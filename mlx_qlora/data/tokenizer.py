@@ -12,24 +12,13 @@ import functools
 import hashlib
 import json
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_qlora.data.codecs import (
-    NAMED_TOKENS,
-    Codec,
-    TokenizersCodec,
-    build_gguf_tokenizer,
-    is_tiktoken,
-    open_sentencepiece,
-    open_tiktoken,
-    open_tokenizers,
-    token_text,
-)
+from mlx_qlora.data import codecs
 from mlx_qlora.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -38,8 +27,8 @@ if TYPE_CHECKING:
 
 # ---- chat templates ------------------------------------------------------------------------------
 
-# Written on both sides of the words that a template marks as the assistant's. A private-use
-# character on both sides of a word: no template writes it, and no text of a person holds it.
+# Written on both sides of the words that a template marks as the assistant's. With its private-use
+# characters, no template writes it and no text of a person holds it.
 GENERATED = "\U000f1a2bmlx-qlora:generated\U000f1a2b"
 
 
@@ -55,8 +44,8 @@ def render_template(
 ) -> str:
     """Writes a conversation as text; `add_generation_prompt` ends it where an answer begins.
 
-    `mark` puts GENERATED on both sides of the text inside `{% generation %}`; `date` is what the
-    template takes for today, (year, month, day), or None for the clock's.
+    `mark` puts GENERATED on both sides of the text inside `{% generation %}`; `date` (year, month,
+    day) is the template's today, None the clock's.
 
     Raises:
         TokenizerError: the template is damaged, or refuses these messages.
@@ -71,11 +60,6 @@ def render_template(
         )
     except Exception as error:  # the template is the user's code: whatever it raises is input
         raise TokenizerError(str(error) or repr(error)) from error
-
-
-def can_mark(source: str) -> bool:
-    """Whether a template marks the assistant's words."""
-    return re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
 
 @functools.lru_cache(maxsize=16)
@@ -108,8 +92,7 @@ def compile_template(
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     def strftime_now(form: str) -> str:
-        now = datetime.datetime(*date) if date else datetime.datetime.now()
-        return now.strftime(form)
+        return (datetime.datetime(*date) if date else datetime.datetime.now()).strftime(form)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -141,7 +124,7 @@ class Tokenizer:
     chat_template: str | None  # Jinja source; None for most base models
     special_tokens: Mapping[str, str]  # what a template may name: `bos_token`, `eos_token`, ...
     source: Path  # the folder or file it was loaded from
-    _codec: Codec
+    _codec: codecs.Codec
     _built_files: Callable[[], dict[str, str]] | None  # None: `source` has files to copy
     _own_template: bool = False  # True: the template is not the one that `source` ships
 
@@ -181,14 +164,9 @@ class Tokenizer:
                 f"{self.source} has no chat template, so messages cannot be rendered; use an "
                 "instruct model, or put the template in a chat_template.jinja beside the tokenizer"
             )
+        chat = (self.chat_template, messages, tools, self.special_tokens)
         try:
-            return render_template(
-                self.chat_template,
-                messages,
-                tools,
-                self.special_tokens,
-                add_generation_prompt=add_generation_prompt,
-            )
+            return render_template(*chat, add_generation_prompt=add_generation_prompt)
         except TokenizerError as error:
             raise TokenizerError(
                 f"{self.source}: the chat template fails on these messages: {error}; give it the "
@@ -215,7 +193,6 @@ class Tokenizer:
         A folder's tokenizer files are copied byte for byte. A GGUF's tokenizer becomes
         `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
         """
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._built_files is not None:
             for name, text in self._built_files().items():
@@ -248,8 +225,8 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     """
     source = Path(source)
     if gguf_metadata is not None:
-        gguf = build_gguf_tokenizer(gguf_metadata, source.name)
-        codec = TokenizersCodec(gguf.backend)
+        gguf = codecs.build_gguf_tokenizer(gguf_metadata, source.name)
+        codec = codecs.TokenizersCodec(gguf.backend)
         return _assemble(source, codec, gguf.config, gguf.end_ids, gguf.files)
 
     config = _read_configs(source)
@@ -257,10 +234,11 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     end_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     vocabulary, model = source / "tokenizer.json", source / "tokenizer.model"
     if vocabulary.exists():
-        codec, defaults = open_tokenizers(vocabulary, config)
+        codec, defaults = codecs.open_tokenizers(vocabulary, config)
+    elif model.exists() and codecs.is_tiktoken(model):
+        codec, defaults = codecs.open_tiktoken(model)
     elif model.exists():
-        opener = open_tiktoken if is_tiktoken(model) else open_sentencepiece
-        codec, defaults = opener(model, config)
+        codec, defaults = codecs.open_sentencepiece(model, config)
     else:
         raise TokenizerError(
             f"{source} holds neither tokenizer.json nor tokenizer.model; copy the tokenizer files "
@@ -271,12 +249,13 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
 
 def _assemble(
     source: Path,
-    codec: Codec,
+    codec: codecs.Codec,
     config: Mapping[str, Any],
     end_ids: list[int],
     built_files: Callable[[], dict[str, str]] | None,
 ) -> Tokenizer:
-    named = {key: token_text(config[key]) for key in NAMED_TOKENS if config.get(key) is not None}
+    stated = {key: config[key] for key in codecs.NAMED_TOKENS if config.get(key) is not None}
+    named = {key: codecs.token_text(token) for key, token in stated.items()}
     bos_id = _known_id(source, codec, "bos_token", named)
     eos_id = _known_id(source, codec, "eos_token", named)
     if eos_id is None and not end_ids:
@@ -300,7 +279,7 @@ def _assemble(
     )
 
 
-def _known_id(source: Path, codec: Codec, key: str, named: Mapping[str, str]) -> int | None:
+def _known_id(source: Path, codec: codecs.Codec, key: str, named: Mapping[str, str]) -> int | None:
     if key not in named:
         return None
     token_id = codec.token_id(named[key])

@@ -40,9 +40,6 @@ def chat(
     Args:
         model: base or tuned.
         tokenizer: the model's, with a chat template.
-        console: where answers go.
-        how: settings of generation.
-        system: the system message.
         seed: the answer to turn n of the chat draws with `seed + n`, n from 0.
         read: asks for a line; EOFError ends the chat.
 
@@ -79,14 +76,7 @@ def chat(
 
 @dataclass
 class _Conversation:
-    """What was said, and the tokens that it was said with.
-
-    Attributes:
-        turns: messages of user and assistant.
-        text: the last prompt as the template wrote it, and its answer.
-        ids: the tokens of `text`.
-        adapter: the name of the adapter that `/adapter on` means.
-    """
+    """What was said, and the tokens that it was said with."""
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
@@ -94,12 +84,12 @@ class _Conversation:
     config: GenerationConfig
     system: str | None
     seed: int | None
-    turns: list[dict[str, Any]] = field(default_factory=list)
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)  # of user and assistant
+    text: str = ""  # the last prompt as the template wrote it, and its answer
+    ids: list[int] = field(default_factory=list)  # the tokens of `text`
     cache: PromptCache = field(default_factory=PromptCache)
     n_asked: int = 0
-    adapter: str | None = None
+    adapter: str | None = None  # the name of the adapter that `/adapter on` means
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -148,10 +138,6 @@ class _Conversation:
 
         The model's own tokens are kept as it chose them: the same text can be written in others,
         after which all keys and values would have to be computed again.
-
-        Raises:
-            TokenizerError: the template refuses the messages.
-            ConfigError: the conversation has outgrown the model.
         """
         text = self.tokenizer.render_chat(self.messages, add_generation_prompt=True)
         if self.text and text.startswith(self.text):

@@ -28,16 +28,11 @@ POSITIONS = 4096  # of the examples that are scored at once
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over all supervised tokens of a set.
+    """Means over all supervised tokens of a set."""
 
-    Attributes:
-        loss: nats per token.
-        token_accuracy: share of tokens that were the model's first choice, 0 to 1.
-    """
-
-    loss: float
+    loss: float  # nats per token
     perplexity: float
-    token_accuracy: float
+    token_accuracy: float  # share of tokens that were the model's first choice, 0 to 1
     n_tokens: int
 
     @classmethod
@@ -53,7 +48,6 @@ def evaluate(
     """Scores a model on every example, without dropout; the same figures each time.
 
     Args:
-        model: base or tuned.
         tokenizer: the one that made the examples.
         examples: from `read_examples`.
         batch_size: rows per forward; the scores depend on it by float32 rounding alone.
@@ -121,8 +115,8 @@ def score_examples(
 
 def progress(work: Sequence[T], label: str, console: Console | None) -> Iterable[T]:
     """The same, one by one, with a progress bar if the console is a terminal."""
-    quiet = console is None or not console.is_terminal
-    return track(work, label, console=console, disable=quiet)
+    shown = console is not None and console.is_terminal
+    return track(work, label, console=console, disable=not shown)
 
 
 def _groups(lengths: np.ndarray) -> list[list[int]]:

@@ -33,14 +33,13 @@ Prompt = str | list[dict[str, Any]] | list[int]
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, of chat messages that await the assistant's answer, or as they are."""
-    if isinstance(prompt, str):
-        ids = encode_prompt(tokenizer, prompt)
-    elif prompt and isinstance(prompt[0], int):
+    if prompt and isinstance(prompt[0], int):
         ids = cast("list[int]", prompt)
     else:
-        messages = cast("list[dict[str, Any]]", prompt)
-        text = tokenizer.render_chat(messages, add_generation_prompt=True)
-        ids = encode_prompt(tokenizer, text)
+        if not isinstance(prompt, str):
+            messages = cast("list[dict[str, Any]]", prompt)
+            prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
+        ids = encode_prompt(tokenizer, prompt)
     if not ids:
         raise ConfigError("the prompt is empty")
     return ids
@@ -51,25 +50,17 @@ def room_for(
 ) -> int:
     """How many tokens fit into the model's context after these.
 
-    Beyond the positions that a model was trained on it writes noise, without any error.
-
     Raises:
         ConfigError: there is no room for an answer; `what` is too long, and `remedy` helps.
     """
-    limit = model.config.max_position_embeddings
-    if len(ids) >= limit:
-        raise ConfigError(
-            f"{what} has {len(ids)} tokens, and the model was made for {limit}: {remedy}"
-        )
-    return limit - len(ids)
+    limit, n = model.config.max_position_embeddings, len(ids)
+    if n >= limit:  # beyond the positions that it was trained on a model writes noise, silently
+        raise ConfigError(f"{what} has {n} tokens, and the model was made for {limit}: {remedy}")
+    return limit - n
 
 
 def _config_of(settings: Mapping[str, Any], known: Collection[str]) -> GenerationConfig:
-    """The fields of GenerationConfig among some keywords.
-
-    Raises:
-        ConfigError: a value out of range, or a keyword that is not known.
-    """
+    """The fields of GenerationConfig among some keywords; a ConfigError if one is not known."""
     for name in settings:
         if name not in known:
             hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
@@ -127,15 +118,11 @@ class Answer:
 
     Of several stop texts the one that is complete first counts. What may be the beginning of one
     is held back until more is known.
-
-    Attributes:
-        ids: the tokens so far, without one that ended the text.
-        ended: whether no more tokens are wanted.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
-        self.ids: list[int] = []
-        self.ended = False
+        self.ids: list[int] = []  # so far, without one that ended the text
+        self.ended = False  # whether no more tokens are wanted
         self._stop, self._stopped = stop, False
         self._end_ids = tokenizer.eos_ids
         self._pieces, self._held = Pieces(tokenizer), ""
@@ -169,16 +156,11 @@ class Answer:
 
 def _begun(text: str, stop: str) -> int:
     """How many characters at the end of a text may be the beginning of a stop text."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
-    """The texts that end an answer, of one or several.
-
-    Raises:
-        ConfigError: one is empty.
-    """
+    """The texts that end an answer, of one or several; a ConfigError if one is empty."""
     texts = [stop] if isinstance(stop, str) else list(stop or [])
     require(all(texts), "stop", "hold texts that are not empty", stop)
     return texts
@@ -196,8 +178,6 @@ def generate(
     """The model's continuation of a prompt: the new text alone, without the token that ended it.
 
     Args:
-        model: base or tuned.
-        tokenizer: the model's.
         prompt: text, taken as it is (after one BOS if the model expects one), a list of chat
             messages, rendered with the model's chat template, or token ids.
         **settings: the fields of `GenerationConfig` (temperature=0.7, top_p=0.9, top_k=50,
@@ -337,8 +317,6 @@ def generate_batch(
     Each step of a batch reads all weights once, which is most of what a token costs.
 
     Args:
-        model: base or tuned.
-        tokenizer: the model's.
         prompts: each as `generate` takes it; a single one is a list of one.
         batch_size: most prompts at once; memory and speed depend on it, and the texts by the
             rounding of their logits alone.
@@ -358,10 +336,8 @@ def generate_batch(
     single = isinstance(prompts, str) or any(isinstance(each, dict | int) for each in prompts)
     require(not single, "prompts", "be a list of prompts ([prompt] for a single one)", prompts)
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    room = [
-        room_for(model, row, f"prompts[{i}]" if len(rows) > 1 else "the prompt")
-        for i, row in enumerate(rows)
-    ]
+    names = [f"prompts[{i}]" for i in range(len(rows))] if len(rows) > 1 else ["the prompt"]
+    room = [room_for(model, row, name) for row, name in zip(rows, names)]
     answers = [Answer(tokenizer, stop) for _ in rows]
     texts, ended = [""] * len(rows), set[int]()
     for i, token in batch_tokens(model, rows, config, seed, batch_size, ended):

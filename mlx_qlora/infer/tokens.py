@@ -4,6 +4,7 @@ mlx-lm brings `generate_step` for one prompt and `BatchGenerator` for many, and 
 caches. The sampler is ours: its draws depend on a seed and on nothing else.
 """
 
+import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -63,15 +64,8 @@ class StreamSettings(GenerationSettings, total=False):
 
 
 def key_of(seed: int | None) -> mx.array:
-    """The random key (2,) uint32 of a seed; None takes a fresh one.
-
-    Raises:
-        ConfigError: the seed is no unsigned number of 64 bits.
-    """
-    if seed is None:
-        import secrets
-
-        seed = secrets.randbits(64)
+    """The random key (2,) uint32 of a seed of 64 bits; None takes a fresh one."""
+    seed = secrets.randbits(64) if seed is None else seed
     require(0 <= seed < 2**64, "seed", "be in [0, 2**64)", seed)
     return mx.random.key(seed)
 
@@ -85,8 +79,7 @@ class Sampler:
     """
 
     def __init__(self, config: GenerationConfig, key: mx.array) -> None:
-        self.config = config
-        self.key = key
+        self.config, self.key = config, key
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Log-probabilities (1, V) -> token (1,)."""
@@ -124,10 +117,8 @@ def repetition_processor(
 ) -> Callable[[mx.array, mx.array], mx.array]:
     """A logits processor in mlx-lm's form: (tokens so far (n,), logits (1, V)) -> logits (1, V).
 
-    Args:
-        penalty: divides positive and multiplies negative logits of tokens that were seen (Keskar
-            et al. 2019, arXiv 1909.05858).
-        cached: tokens that a prompt cache holds, which mlx-lm does not pass on.
+    The penalty divides positive and multiplies negative logits of tokens that were seen (Keskar et
+    al. 2019, arXiv 1909.05858), also of those in a prompt cache, which mlx-lm does not pass on.
     """
     known = mx.array(sorted(set(cached)), mx.int32)
 
@@ -145,11 +136,7 @@ def repetition_processor(
 
 
 def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
-    """How many numbers of a head share a scale in a quantised cache.
-
-    Raises:
-        ConfigError: a width, or a model, that MLX cannot quantise.
-    """
+    """How many numbers of a head share a scale in a quantised cache, if MLX can quantise it."""
     require(kv_bits in (None, 2, 4, 8), "kv_bits", "be one of 2, 4, 8, or None", kv_bits)
     size = model.config.head_dim
     if kv_bits is not None and size % 32:
@@ -161,11 +148,8 @@ def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
 class PromptCache:
     """The keys and values of the last prompt and its answer, for the next prompt.
 
-    It belongs to the weights that made it: for another model, another adapter or one that was
-    trained meanwhile it starts over.
-
-    Attributes:
-        ids: the tokens that it holds.
+    It holds the tokens `ids`, and belongs to the weights that made it: for another model, another
+    adapter or one that was trained meanwhile it starts over.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -186,11 +170,7 @@ class PromptCache:
         return next((i for i in range(longest) if self.ids[i] != prompt[i]), longest)
 
     def check(self, kv_bits: int | None) -> None:
-        """Refuses to go on with keys and values of another precision.
-
-        Raises:
-            ConfigError: naming both.
-        """
+        """Raises a ConfigError if the keys and values are of another precision."""
         if self.ids and self._kv_bits != kv_bits:
             raise ConfigError(
                 f"the prompt cache was made with kv_bits={self._kv_bits}; got {kv_bits}: pass the "
@@ -291,13 +271,8 @@ def batch_tokens(
 ) -> Iterator[tuple[int, int]]:
     """The new tokens of one or more prompts, as they come: (number of the prompt, token).
 
-    Args:
-        model: base or tuned.
-        prompts: token ids of each.
-        config: for all of them.
-        seed: of the first prompt; each following one adds 1.
-        batch_size: most prompts at once.
-        ended: numbers of prompts that want no more tokens; read after each token.
+    `seed` is the first prompt's, each following one adds 1. `batch_size` is the most prompts at
+    once. `ended`, numbers of prompts that want no more tokens, is read after each token.
     """
     from mlx_lm.generate import BatchGenerator
 

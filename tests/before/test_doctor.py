@@ -85,11 +85,11 @@ def ask(hub, away):
 def test_a_model_that_can_be_fetched_is_not(hub, away, ask):
     hub.repos[REPO]["model.safetensors"] = bytes(50_000_000)
     found = ask(HF_TOKEN=GOOD_TOKEN)
-    assert only(found, "hub") == Finding("hub", "ok", f"{hub.url} answers")
-    assert only(found, "login") == Finding("login", "ok", "logged in as ada")
+    assert only(found, "hub") == Finding("ok", "hub", f"{hub.url} answers")
+    assert only(found, "login") == Finding("ok", "login", "logged in as ada")
     assert only(found, "model") == Finding(
-        "model",
         "ok",
+        "model",
         f"{REPO}: a Llama of 2 layers that you may read, not in the cache yet; 0.05 GB to fetch",
     )
     assert only(found, "cache").text.startswith(f"{away.cache}: ")
@@ -102,7 +102,7 @@ def test_a_model_that_can_be_fetched_is_not(hub, away, ask):
 
 def test_a_copy_needs_nothing_even_without_a_network(hub, away, ask):
     folder = away.resolve(REPO).path
-    whole = Finding("model", "ok", f"{folder}: a Llama of 2 layers; whole in the cache")
+    whole = Finding("ok", "model", f"{folder}: a Llama of 2 layers; whole in the cache")
     hub.log.clear()
     assert only(ask(), "model") == whole
     assert {path for _, path, _ in hub.log} == {"api/whoami-v2"}
@@ -110,8 +110,8 @@ def test_a_copy_needs_nothing_even_without_a_network(hub, away, ask):
     assert only(offline, "model") == whole
     assert only(offline, "cache").text.endswith("needed: none")
     assert only(offline, "hub") == Finding(
-        "hub",
         "warning",
+        "hub",
         "HF_HUB_OFFLINE is set: only models on this disk can be used",
         "unset HF_HUB_OFFLINE",
     )
@@ -140,20 +140,20 @@ def test_gated(hub, ask):
     page = f"https://huggingface.co/{REPO}"
     found = ask()
     assert only(found, "model") == Finding(
-        "model",
         "error",
+        "model",
         f"{REPO} is gated: ask for access at {page}, then run `hf auth login`",
         f"python -m webbrowser {page}",
     )
     assert only(found, "login") == Finding(
-        "login",
         "ok",
+        "login",
         "not logged in; enough for public models, not for gated ones such as Meta's Llama",
         "hf auth login",
     )
     assert only(ask(HF_TOKEN=STRANGERS_TOKEN), "model") == Finding(
-        "model",
         "error",
+        "model",
         f"{REPO} is gated: ask for access at {page}, as your token has none yet",
         f"python -m webbrowser {page}",
     )
@@ -164,8 +164,8 @@ def test_a_token_that_is_refused(away, ask):
     found = ask(HF_TOKEN="hf_old")
     said = "the hub refuses your token (401 for {}): correct or unset HF_TOKEN"
     about_us, about_it = said.format("/api/whoami-v2"), said.format(REPO)
-    assert only(found, "login") == Finding("login", "error", about_us, "unset HF_TOKEN")
-    assert only(found, "model") == Finding("model", "error", about_it, "unset HF_TOKEN")
+    assert only(found, "login") == Finding("error", "login", about_us, "unset HF_TOKEN")
+    assert only(found, "model") == Finding("error", "model", about_it, "unset HF_TOKEN")
     (away.home / "token").write_text("hf_old")
     assert only(ask(), "login").fix == "hf auth login"
 
@@ -233,7 +233,7 @@ def test_models_on_this_disk(tmp_path):
     for name, body in FILES.items():
         (folder / name).write_bytes(body)
     found, run = on_model(folder)
-    assert found == Finding("model", "ok", f"{folder}: a Llama of 2 layers")
+    assert found == Finding("ok", "model", f"{folder}: a Llama of 2 layers")
     assert (run.to_fetch, run.n_trained, run.of) == (0, TRAINED, str(folder))
     (folder / "model.safetensors").write_bytes(b"broken")
     found, run = on_model(folder)
@@ -241,7 +241,7 @@ def test_models_on_this_disk(tmp_path):
     assert run.of == "Llama 3.1 8B" and run.to_fetch > 1e10
     found, _ = on_model(tmp_path / "modle")
     assert found == Finding(
-        "model", "error", f"no such file or folder: {tmp_path}/modle; did you mean 'model'?"
+        "error", "model", f"no such file or folder: {tmp_path}/modle; did you mean 'model'?"
     )
 
 
@@ -261,11 +261,11 @@ def test_a_disk_without_room(tmp_path, monkeypatch, of, state):
     run.to_fetch, run.n_trained, run.of = int(9.9e9), 10**7, of
     cache, output = run.disk()
     text = f"{tmp_path}/a/hub: 10.00 GB free, needed: 9.90 GB to fetch {of}"
-    assert cache == Finding("cache", "ok", text)
+    assert cache == Finding("ok", "cache", text)
     # Either alone would fit, both on one disk do not: 5 x 3 arrays x 4 bytes x 1e7 are 0.6 GB.
     assert output == Finding(
-        "output",
         state,
+        "output",
         f"{tmp_path}/runs: 10.00 GB free, needed: "
         f"0.60 GB for 5 checkpoints of {of}, besides the download",
         "mlx-qlora train --output-dir /path/on/another/disk",
@@ -308,7 +308,7 @@ def mac(monkeypatch):
 
 def test_python(mac, monkeypatch):
     (found,) = doctor.python()
-    assert found == Finding("python", "ok", f"Python {platform.python_version()}, arm64")
+    assert found == Finding("ok", "python", f"Python {platform.python_version()}, arm64")
     monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "9", "1"))
     (found,) = doctor.python()
     assert (found.state, found.fix) == ("error", "uv venv --python 3.12")
@@ -336,7 +336,7 @@ def test_the_system(mac, monkeypatch, version, state):
 def test_the_chip(mac):
     (found,) = doctor.chip()
     text = "Apple M4 Max, 16 cores, 64 GiB of memory, of which MLX may use 48.0"
-    assert found == Finding("chip", "ok", text)
+    assert found == Finding("ok", "chip", text)
 
 
 @pytest.mark.parametrize(
@@ -376,15 +376,15 @@ def test_mlx(mac, monkeypatch):
     monkeypatch.setattr(device, "current", broken)
     (found,) = doctor.mlx()
     assert found == Finding(
-        "mlx",
         "error",
+        "mlx",
         "MLX cannot be loaded (no libmlx.so)",
         "pip install --upgrade --force-reinstall mlx mlx-lm",
     )
 
 
 def test_the_blas(mac, monkeypatch):
-    assert [*doctor.blas()] == [Finding("blas", "ok", "Accelerate")]
+    assert [*doctor.blas()] == [Finding("ok", "blas", "Accelerate")]
     monkeypatch.setattr(sys, "platform", "linux")
     mac.device = device.CPU
     monkeypatch.setattr(device, "openblas", None)
@@ -397,9 +397,9 @@ def test_the_blas(mac, monkeypatch):
     assert (found.state, found.fix) == ("warning", "unset MLX_QLORA_BLAS")
     monkeypatch.setattr(device, "openblas", "/x/libopenblas.so.0")
     mac.facts["blas"] = "/x/libopenblas.so.0"
-    assert [*doctor.blas()] == [Finding("blas", "ok", "/x/libopenblas.so.0")]
+    assert [*doctor.blas()] == [Finding("ok", "blas", "/x/libopenblas.so.0")]
     mac.device = device.CUDA
-    assert [*doctor.blas()] == [Finding("blas", "ok", "the GPU multiplies")]
+    assert [*doctor.blas()] == [Finding("ok", "blas", "the GPU multiplies")]
 
 
 def test_a_rate_is_two_n_cubed_over_the_shortest_product():
@@ -455,7 +455,7 @@ def test_packages():
 def test_a_package_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(doctor, "EXTRAS", {"no-such-package": ("plots", "plots as PNG")})
     text, fix = "not installed; optional, for plots as PNG", "pip install 'mlx-qlora[plots]'"
-    assert [*doctor.packages()] == [Finding("no-such-package", "ok", text, fix)]
+    assert [*doctor.packages()] == [Finding("ok", "no-such-package", text, fix)]
 
 
 def test_the_watchdog_of_a_display(mac, monkeypatch):
@@ -493,12 +493,12 @@ def shown(*findings, **how):
     return out.getvalue()
 
 
-LONG = Finding("disk", "warning", "word " * 30, "x" * 100)
+LONG = Finding("warning", "disk", "word " * 30, "x" * 100)
 
 
 def test_lines_are_aligned_and_a_fix_has_a_line_to_itself():
     how = {"width": 60, "force_terminal": True, "color_system": None}
-    lines = shown(Finding("blas", "ok", "[good]"), LONG, **how).splitlines()
+    lines = shown(Finding("ok", "blas", "[good]"), LONG, **how).splitlines()
     assert lines[0].rstrip() == "ok       blas         [good]"
     assert lines[1].startswith("warning  disk         word word")
     assert all(line.startswith(" " * 22 + "word") for line in lines[2:-1])
@@ -507,14 +507,14 @@ def test_lines_are_aligned_and_a_fix_has_a_line_to_itself():
 
 
 def test_states_are_coloured():
-    findings = [Finding("a", state, "text") for state in ("ok", "warning", "error")]
+    findings = [Finding(state, "a", "text") for state in ("ok", "warning", "error")]
     text = shown(*findings, force_terminal=True, color_system="standard")
     assert "\x1b[32mok" in text and "\x1b[33mwarning" in text and "\x1b[1;31merror" in text
 
 
 @pytest.mark.parametrize("state", ["warning", "error"])
 def test_json_is_one_object_and_an_error_is_the_exit_code(monkeypatch, state, capsys):
-    findings = [LONG, Finding("b", state, "t\u00e9xt [x]", None)]
+    findings = [LONG, Finding(state, "b", "t\u00e9xt [x]", None)]
     monkeypatch.setattr(doctor, "doctor", lambda console, run: findings)
     code = main(["doctor", "--json"])
     expected = {"ok": state != "error", "findings": [asdict(finding) for finding in findings]}
@@ -541,7 +541,7 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch):
     found = doctor.doctor(Console(file=io.StringIO()), PlannedRun("smollm2-135m"))
     text = "could not be checked (KeyError: 'what')"
     names = ["python", "wired limit", "hub", "model", "disk", "packages", "environment"]
-    assert found == [Finding(name, "warning", text) for name in names]
+    assert found == [Finding("warning", name, text) for name in names]
 
 
 def test_the_whole_of_it_on_this_machine(tmp_path: Path):
