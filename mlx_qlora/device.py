@@ -301,7 +301,6 @@ APPLE = {
     **{"m5": 13.0, "m5-max": 57.0},
 }
 NVIDIA = {"a100": 250.0, "h100": 798.0, "h200": 798.0}
-
 SMALL_MAC = 36e9  # macOS gives a process 2/3 of so little memory, else 3/4 (iogpu.wired_limit_mb)
 PROBE = 1024  # rows and columns of the product that measures this machine
 UNCACHED = 1 << 25  # numbers of an array that no cache holds

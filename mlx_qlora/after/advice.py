@@ -20,7 +20,6 @@ from mlx_qlora.train.loop import TrainResult
 # ---- advice --------------------------------------------------------------------------------------
 
 History = list[dict[str, Any]]  # the records of `metrics.jsonl`
-
 FEWEST = 5  # logged losses, or 3 validations, before anything is said
 SHORT = 30  # steps: before that, a stretch of losses says more of its rows than of the run
 RISE = 0.02  # of the validation loss above its best, while the training loss falls

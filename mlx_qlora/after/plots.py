@@ -179,7 +179,6 @@ BOX = 1000  # units of the stretched box
 DOTTED = 40  # points of a line, up to which each has a dot with its figures
 COLOURS = 6  # that plot.css has; a seventh line has the first one's
 FILE_WIDTH, LEGEND = 720, 16  # pixels: a plot that is a file of its own, a line of its legend
-
 Scale = Callable[[float], float]  # a value -> percent, pixels or units of the box
 
 

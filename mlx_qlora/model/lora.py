@@ -151,7 +151,6 @@ class DoRALinear(LoRALinear):
 
 # ---- LoRA on a model -----------------------------------------------------------------------------
 
-
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -417,13 +416,8 @@ def _ends_with(path: str, target: str) -> bool:
 
 # ---- initial weights -----------------------------------------------------------------------------
 
-
 PLAIN = (True, "gaussian")
-
-
 FROM_WEIGHTS = ("pissa", "olora", "loftq")
-
-
 OVERSAMPLED = 6  # columns that a randomised SVD draws beyond r, as torch.svd_lowrank does
 
 

@@ -20,11 +20,7 @@ from mlx_qlora.errors import ConfigError
 
 # What mx.quantize accepts. The floating-point modes each have exactly one shape.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-
-
 AFFINE_GROUPS = (32, 64, 128)
-
-
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 

@@ -25,7 +25,6 @@ from mlx_qlora.tree import flat
 
 # ---- weights that stay on the hub ----------------------------------------------------------------
 
-
 AT_ONCE = 8  # requests; the largest models have hundreds of files
 
 
@@ -57,9 +56,7 @@ def remote_headers(files: ModelFiles) -> dict[str, dict[str, Any]]:
 
 # ---- from files to a frozen model ----------------------------------------------------------------
 
-
 FLOATS = ("F32", "F16", "BF16")
-
 
 # Old Llama 2 checkpoints store a buffer that every reader computes itself.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)

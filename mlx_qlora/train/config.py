@@ -20,7 +20,6 @@ NUMERICS = 1
 # A deciding field that a checkpoint is too old to have counts as its default of today. Where runs
 # did something else before there was the field, it stands here: "training.warmup_ratio": 0.0
 THEN: dict[str, Any] = {}
-
 DEFAULT_STEPS = 1000
 DEFAULT_ROWS = 6
 MANY_PASSES, USUAL_PASSES = 20, 3  # that learn rows by heart, and that are a start

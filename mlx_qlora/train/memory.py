@@ -29,7 +29,6 @@ KEPT = {
     LAYER: ("x",),
 }
 Recompute = int | str | list[int]  # how many layers, "none", "all", "auto", or each layer's level
-
 FLOAT32 = 4  # bytes
 
 
