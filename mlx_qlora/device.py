@@ -111,7 +111,7 @@ def current() -> Device:
 
 @contextmanager
 def use(device: Device) -> Iterator[None]:
-    """Makes the choices of another device, in all threads: a test runs a GPU's route on a CPU.
+    """Make the choices of another device, in all threads: a test runs a GPU's route on a CPU.
 
     MLX goes on to compute where it did. `dataclasses.replace` mixes routes.
     """
@@ -171,12 +171,10 @@ def compute_dtype(name: str) -> "mx.Dtype":
 def frozen_matmul(
     name: str, dense_bytes: int = 0, machine: "Machine | None" = None
 ) -> FrozenMatmul:
-    """How frozen quantised weights are multiplied: `auto` or a strategy, which is taken as it is.
+    """How frozen quantised weights are multiplied; a strategy's name is taken as it is.
 
-    Args:
-        name: of the strategy.
-        dense_bytes: of a copy of all packed matrices in the compute dtype.
-        machine: another one than this.
+    For `auto` it depends on the machine, this one if not given, and on the bytes of a copy of all
+    packed matrices in the compute dtype.
 
     Raises:
         ConfigError: an unknown name.
@@ -199,7 +197,7 @@ _processes_here = 1
 
 
 def share_cores(processes: int) -> None:
-    """Sets how many processes of this run are on this machine; each uses its share of the cores."""
+    """Set how many processes of this run are on this machine; each uses its share of the cores."""
     global _processes_here
     _processes_here = processes
 
@@ -227,12 +225,7 @@ openblas: str | None = None  # what cpu/blas.py loaded over MLX's own BLAS: a pa
 
 
 def facts() -> dict[str, Any]:
-    """What a bug report needs to know about this machine, as plain data.
-
-    Returns:
-        Chip, cores, memory in bytes, operating system, Python and MLX versions, the device, its
-        compute dtype, and the BLAS that multiplies on the CPU.
-    """
+    """What a bug report needs to know about this machine, as plain data."""
     import mlx.core as mx
 
     info = mx.device_info()
@@ -253,7 +246,7 @@ def facts() -> dict[str, Any]:
 
 
 def limit_memory() -> None:
-    """Keeps MLX's memory where the machine can serve it; the one place that sets its limits.
+    """Keep MLX's memory where the machine can serve it; the one place that sets its limits.
 
     On Metal the working set is wired, so that macOS does not page weights out between steps. The
     cache of freed buffers is bounded everywhere: batches of many shapes would fill memory with it.
@@ -308,19 +301,12 @@ UNCACHED = 1 << 25  # numbers of an array that no cache holds
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan needs to know of a machine.
-
-    Attributes:
-        name: for people.
-        device: what it computes on.
-        working_set_bytes: what MLX may use.
-        cores: that compute side by side; 1 on a GPU.
-    """
+    """What a plan needs to know of a machine."""
 
     name: str
     device: Device
-    working_set_bytes: int
-    cores: int
+    working_set_bytes: int  # what MLX may use
+    cores: int  # that compute side by side; 1 on a GPU
 
     @functools.cached_property
     def flops(self) -> float:

@@ -22,17 +22,11 @@ BLOCK, SMALLEST_BLOCK, MOST_SCORES = 128, 16, 1 << 21
 
 @dataclass(frozen=True)
 class Residuals:
-    """What an attention's forward keeps for its backward; a fused kernel keeps nothing here.
+    """What an attention's forward keeps for its backward; a fused kernel keeps nothing here."""
 
-    Attributes:
-        log_sum: (n, K, G, T, 1), of the exponentials of each query's scores.
-        total: (n, K, G, T, 1), the sum of its weights.
-        weights: of each block the exponentials, less a common factor of each query.
-    """
-
-    log_sum: Any = None
-    total: Any = None
-    weights: list[mx.array] | None = None
+    log_sum: Any = None  # (n, K, G, T, 1), of the exponentials of each query's scores
+    total: Any = None  # (n, K, G, T, 1), the sum of its weights
+    weights: list[mx.array] | None = None  # a block's exponentials, but for a factor of each query
 
     def arrays(self) -> list[mx.array]:
         """All that the backward will read, to be evaluated."""

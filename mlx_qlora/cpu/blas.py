@@ -28,7 +28,7 @@ TALL = 16  # times as many rows as columns: an output head, no other matrix
 
 
 def load_fast_blas() -> str | None:
-    """Loads an OpenBLAS over MLX's reference BLAS, on Linux.
+    """Load an OpenBLAS over MLX's reference BLAS, on Linux.
 
     `MLX_QLORA_BLAS=PATH` names another library with the CBLAS symbols, and `MLX_QLORA_BLAS=none`
     keeps MLX's own.
@@ -66,7 +66,7 @@ def load_fast_blas() -> str | None:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Lets the loaded OpenBLAS use n threads for a matmul; does nothing to another BLAS.
+    """Let the loaded OpenBLAS use n threads for a matmul; does nothing to another BLAS.
 
     Around a whole run, too: each change wakes OpenBLAS's threads, which then spin for a while.
     """
@@ -98,7 +98,7 @@ def row_product(x: "mx.array", W: "mx.array") -> "mx.array":
 
 
 def _rebind(library: ctypes.CDLL) -> bool:
-    """Points the jump slots of a libmlx.so that is already loaded at another BLAS.
+    """Point the jump slots of a libmlx.so that is already loaded at another BLAS.
 
     A slot is where the dynamic loader keeps the address of an imported function; the file says
     where its slots are, the process where the file lies in memory. Needed because formatters sort
@@ -148,7 +148,7 @@ def _openblas_candidates() -> Iterator[str]:
 
 
 def _provide_libgfortran() -> None:
-    """Makes `libgfortran.so.5`, which OpenBLAS asks for by that name, loadable without root.
+    """Make `libgfortran.so.5`, which OpenBLAS asks for by that name, loadable without root.
 
     A bare Linux (a CI image, a container) has no Fortran runtime, but MLX's wheel bundles one,
     renamed to `libgfortran-<hash>.so.5.0.0`. The loader matches a needed library against the names

@@ -26,12 +26,9 @@ FEWEST_FUSED_QUERIES = 9  # Metal's fused attention has no gradient for fewer
 
 
 def rope(x: mx.array, offset: Any, periods: mx.array) -> mx.array:
-    """RoPE in Hugging Face's layout: pair i is (i, i + Hd / 2), not (2i, 2i + 1).
+    """RoPE of x (B, H, T, Hd), in Hugging Face's layout: pair i is (i, i + Hd / 2).
 
-    Args:
-        x: (B, H, T, Hd).
-        offset: position of the first token, one for all or one for each of B.
-        periods: (Hd / 2,), from `rope_periods`.
+    `offset` is the position of the first token, one for all or one for each of B.
     """
     Hd = x.shape[-1]
     return mx.fast.rope(
@@ -66,17 +63,10 @@ _rotate.vjp(_rotation_vjp)
 def attend_with_residuals(
     q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
 ) -> tuple[mx.array, Residuals]:
-    """Causal attention of n documents.
+    """Causal attention: q (n, T, H, Hd), k and v (n, T, K, Hd) -> (n, T, H, Hd).
 
-    Args:
-        q: (n, T, H, Hd).
-        k: (n, T, K, Hd).
-        v: (n, T, K, Hd).
-        keep_weights: also keep the scores' exponentials for the backward, T / 2 numbers for each
-            position and head. A fused kernel keeps none.
-
-    Returns:
-        (n, T, H, Hd); and what `attend_vjp` needs.
+    And what `attend_vjp` needs; with `keep_weights` the scores' exponentials are part of it, T / 2
+    numbers for each position and head. A fused kernel keeps none.
     """
     if is_fused(q.dtype):
         return _fused(q, k, v), Residuals()
@@ -116,19 +106,12 @@ def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Group:
-    """Documents of similar length, attended to at once.
+    """n documents of similar length, attended to at once."""
 
-    Attributes:
-        index: (n * T,) int32 into N; beyond a document's end it names any position.
-        n: number of documents.
-        T: length of the longest, rounded up as the device's attention needs it.
-        real: (n, T, 1, 1) float32, 0 beyond a document's end; None if all fill T.
-    """
-
-    index: mx.array
+    index: mx.array  # (n * T,) int32 into N; beyond a document's end it names any position
     n: int
-    T: int
-    real: mx.array | None
+    T: int  # length of the longest, rounded up as the device's attention needs it
+    real: mx.array | None  # (n, T, 1, 1) float32, 0 beyond a document's end; None if all fill T
 
     def gather(self, x: mx.array) -> mx.array:
         """(N, ...) -> (n, T, ...)."""
@@ -137,24 +120,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Documents:
-    """Which of N positions belong together.
+    """Which of N positions belong together; all arrays but the periods are (N,) int32."""
 
-    Attributes:
-        positions: (N,) int32, of each token in its document, from 0.
-        row: (N,) int32, the batch row that each position comes from.
-        column: (N,) int32, its place in that row; with `row`, what dropout is drawn from.
-        periods: (Hd / 2,), of RoPE.
-        groups: the documents.
-        place: (N,) int32, of each position in the concatenation of all groups; padding is past
-            its end.
-    """
-
-    positions: mx.array
-    row: mx.array
-    column: mx.array
-    periods: mx.array
+    positions: mx.array  # of each token in its document, from 0
+    row: mx.array  # the batch row that each position comes from
+    column: mx.array  # its place in that row; with `row`, what dropout is drawn from
+    periods: mx.array  # (Hd / 2,), of RoPE
     groups: list[Group]
-    place: mx.array
+    place: mx.array  # in the concatenation of all groups; padding is past its end
 
     @classmethod
     def of(
@@ -164,14 +137,13 @@ class Documents:
         N: int | None = None,
         T: int | None = None,
     ) -> "Documents":
-        """From (n, 3) of row, start and end, in order.
+        """From documents (n, 3) of row, start and end, in order, which follow each other.
 
         Args:
             documents: of the rows of a batch.
             periods: from `rope_periods`.
             N: positions in all, if padding follows the documents.
-            T: given, the positions are those of whole rows of this width, padding and all;
-                else the documents follow each other.
+            T: given, the positions are those of whole rows of this width, padding and all.
         """
         lengths = documents[:, 2] - documents[:, 1]
         firsts = (
@@ -274,17 +246,11 @@ def _of_similar_length(lengths: np.ndarray) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Cached:
-    """New tokens that follow those in a layer's key-value cache, while text is generated.
+    """New tokens that follow those in a layer's key-value cache, while text is generated."""
 
-    Attributes:
-        mask: what mlx-lm's cache made for them.
-        cache: of one layer.
-        periods: (Hd / 2,), of RoPE.
-    """
-
-    mask: Any
-    cache: Any
-    periods: mx.array
+    mask: Any  # what mlx-lm's cache made for them
+    cache: Any  # of one layer
+    periods: mx.array  # (Hd / 2,), of RoPE
 
     def rotate(self, x: mx.array) -> mx.array:
         """RoPE of x (B, T, H, Hd), positions from the cache's end on."""

@@ -29,29 +29,21 @@ SUPPORTED_TYPES = {
     3: ("Q4_1", 20, 32),
     8: ("Q8_0", 34, 32),
 }
-
 OTHER_TYPES = {
     6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
     15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
     21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
-
 STRING, ARRAY = 8, 9  # metadata types; the scalars with their struct codes:
-
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
 
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
 LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
+    **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
     "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -59,23 +51,16 @@ LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class GGUF:
-    """One GGUF file in Hugging Face's terms.
+    """One GGUF file in Hugging Face's terms."""
 
-    Attributes:
-        config: what its `config.json` would say.
-        tensors: Hugging Face names -> arrays; a packed matrix has `.weight`, `.scales`, `.biases`.
-        metadata: the file's own key-value pairs, tokenizer included.
-        hf_id: the repository it was made from, where the metadata says so.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, mx.array]
-    metadata: dict[str, Any]
-    hf_id: str | None
+    config: dict[str, Any]  # what its `config.json` would say
+    tensors: dict[str, mx.array]  # a packed matrix has `.weight`, `.scales`, `.biases`
+    metadata: dict[str, Any]  # the file's own key-value pairs, tokenizer included
+    hf_id: str | None  # the repository it was made from, where the metadata says so
 
 
 def read_gguf(path: Path) -> GGUF:
-    """Reads a GGUF file of architecture llama.
+    """Read a GGUF file of architecture llama.
 
     Raises:
         WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that MLX
@@ -108,9 +93,11 @@ def read_gguf(path: Path) -> GGUF:
     return GGUF(config, tensors, metadata, _original_repository(metadata))
 
 
-# ---- the header: types and sizes, before anything is loaded ------------------------------------
+# ---- the header: types and sizes, before anything is loaded --------------------------------------
+
+
 def _check_tensors(path: Path) -> None:
-    """Refuses damaged files, which MLX would map into memory and crash on, and unknown types."""
+    """Refuse damaged files, which MLX would map into memory and crash on, and unknown types."""
     try:
         with path.open("rb") as file:
             tensors, data_start = _read_header(file)
@@ -183,7 +170,9 @@ def _read_header(file: BinaryIO) -> tuple[list[tuple[str, list[int], int, int]] 
     return tensors, -(-file.tell() // alignment) * alignment
 
 
-# ---- GGUF's terms -> Hugging Face's ------------------------------------------------------------
+# ---- GGUF's terms -> Hugging Face's --------------------------------------------------------------
+
+
 def _hf_config(path: Path, metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":

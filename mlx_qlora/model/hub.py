@@ -24,7 +24,6 @@ WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
 NEEDED = ["config.json", "generation_config.json", WEIGHTS, INDEX]
 NEEDED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
 NEEDED += ["added_tokens.json", "chat_template.*"]
-
 # A star matches slashes too: sub-folders hold other formats of the same weights (onnx, original).
 UNREAD = ["*/*", "consolidated*", "adapter_*"]
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*\b/\w(?:[\w.-]{0,94}\w)?")
@@ -38,12 +37,15 @@ class ModelFiles:
     path: Path  # a folder with config.json and *.safetensors, or one .gguf file
     hf_id: str | None  # PEFT's base_model_name_or_path: the original repository; None if unknown
     revision: str | None  # the commit hash, if the files came from the hub
-    source: str  # what the user typed
-    left_on_hub: tuple[str, ...] = ()  # weight files that were not fetched, as nobody asked
+    source: str  # what the user gave
+    left_on_hub: tuple[str, ...] = ()  # weight files that were not asked for, so not fetched
+
+
+# ---- from a name to files ------------------------------------------------------------------------
 
 
 def resolve(source: str | Path, revision: str | None = None, weights: bool = True) -> ModelFiles:
-    """Finds a model's files, and downloads them if they are not here yet.
+    """Find a model's files, and download them if they are not here yet.
 
     Args:
         source: a folder, a `.gguf` file, a built-in name, or a hub repository as `org/name`,
@@ -67,8 +69,8 @@ def resolve(source: str | Path, revision: str | None = None, weights: bool = Tru
     if not is_path and HUB_ID.fullmatch(typed):
         return _from_hub(typed, revision, weights)
     if is_path or "/" in typed:
-        raise SourceError(f"no such file or folder: {typed}{_nearest(path)}")
-    near = typed and (did_you_mean(typed, BUILT_IN) or _nearest(path))
+        raise SourceError(f"no such file or folder: {typed}{_nearest_path(path)}")
+    near = typed and (did_you_mean(typed, BUILT_IN) or _nearest_path(path))
     raise SourceError(
         f"no model is called {typed!r}{near}; give a built-in name ({', '.join(BUILT_IN)}), "
         "a hub repository as org/name, a folder, or a .gguf file"
@@ -85,7 +87,7 @@ def _looks_like_a_path(typed: str) -> bool:
     return typed.startswith((".", "~")) or typed.lower().endswith(".gguf")
 
 
-def _nearest(path: Path) -> str:
+def _nearest_path(path: Path) -> str:
     while not path.parent.is_dir():  # the first part that does not exist is misspelt
         path = path.parent
     return did_you_mean(path.name, os.listdir(path.parent))
@@ -97,8 +99,8 @@ def _from_disk(path: Path, typed: str) -> ModelFiles:
             raise SourceError(f"{typed} is not a .gguf file: give the folder that holds the model")
         return ModelFiles(path, None, None, typed)
     names, missing = os.listdir(path), _missing_files(path)
-    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
-    if missing == ["config.json", "*.safetensors"] and len(ggufs) == 1:
+    ggufs = _ggufs(names)
+    if missing == ["config.json", WEIGHTS] and len(ggufs) == 1:
         return ModelFiles(path / ggufs[0], None, None, typed)
     if missing:
         raise SourceError(_not_a_model(typed, names, missing, "pass the path of one of them"))
@@ -131,7 +133,7 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
         missing = _missing_files(folder)
         # Raises if the hub is away, so that a partial cache is told from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
-    except (OSError, RuntimeError, _http_error()) as error:  # the last two are xet's and httpx's
+    except (OSError, RuntimeError, http_error()) as error:  # the last two are xet's and httpx's
         raise SourceError(explain(error, repo, revision)) from error
     if missing and not weights:
         missing = _missing_files(folder, names)
@@ -141,7 +143,7 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
     return ModelFiles(folder, original_repository(folder, repo), folder.name, repo, left)
 
 
-def _http_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     """What the client raises of its connections: huggingface_hub 1 has httpx, 2 has httpx2."""
     from huggingface_hub import errors
 
@@ -149,7 +151,7 @@ def _http_error() -> type[Exception]:
 
 
 def whole_copy(repo: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository that the cache holds whole; None if it does not. Asks no hub."""
+    """The folder of a repository that the cache holds completely, or None; asks no hub."""
     from huggingface_hub import errors, snapshot_download
 
     here: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD}
@@ -181,7 +183,7 @@ def on_offer(
         names = [*filter_repo_objects(sizes, allow_patterns=NEEDED, ignore_patterns=UNREAD)]
         missing = [] if "config.json" in names else ["config.json"]
         if not any(name.endswith(".safetensors") for name in names):
-            missing.append("*.safetensors")
+            missing.append(WEIGHTS)
         if missing:
             raise SourceError(unfit(repo, [*sizes], missing))
         # Everybody may list a gated repository: only a file tells who may read it.
@@ -189,11 +191,14 @@ def on_offer(
         answer = get_session().get(url, headers=build_hf_headers(), timeout=timeout)
         raise_for_status(answer)
         config = answer.json()
-    except (OSError, RuntimeError, _http_error()) as cause:
+    except (OSError, RuntimeError, http_error()) as cause:
         raise SourceError(explain(cause, repo, revision)) from cause
     cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
     to_fetch = sum(sizes[name] for name, path in cached.items() if not isinstance(path, str))
     return config if isinstance(config, dict) else {}, sum(sizes[name] for name in names), to_fetch
+
+
+# ---- what can go wrong ---------------------------------------------------------------------------
 
 
 def explain(error: Exception, repo: str, revision: str | None) -> str:
@@ -215,7 +220,7 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     if status == 401 and get_token() is not None:
         return token_refused(repo)
     if isinstance(cause, errors.RepositoryNotFoundError):
-        near = _nearest(Path(repo).absolute())  # it may have been meant as a path
+        near = _nearest_path(Path(repo).absolute())  # it may have been meant as a path
         fix = f"check the spelling; if it is private, {login}"
         return f"the hub shows no repository {repo}{near}: {fix}"
     if isinstance(cause, errors.RevisionNotFoundError):
@@ -248,7 +253,7 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
     try:
         files = snapshot_download(repo, revision=revision, **wanted)
         needs = f"{sum(file.file_size for file in files if file.will_download):,} bytes"
-    except (OSError, RuntimeError, _http_error()):  # the hub is away by now, or the disk too full
+    except (OSError, RuntimeError, http_error()):  # the hub is away by now, or the disk too full
         needs = "more"
     fix = "free some, or set HF_HOME to a folder on a larger disk, and run the same command again"
     free = shutil.disk_usage(cache).free
@@ -279,6 +284,10 @@ def _weights(names: list[str]) -> list[str]:
     return sorted({name for name in found if not name.startswith(unread)})
 
 
+def _ggufs(names: list[str]) -> list[str]:
+    return sorted(name for name in names if name.lower().endswith(".gguf"))
+
+
 def unfit(repo: str, names: list[str], missing: list[str]) -> str:
     """Why a repository is no model that we read, and what to do; `names` are its files."""
     names = [name for name in names if "/" not in name or name.endswith(".gguf")]
@@ -287,7 +296,7 @@ def unfit(repo: str, names: list[str], missing: list[str]) -> str:
 
 
 def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str) -> str:
-    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    ggufs = _ggufs(names)
     pickles = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt")))
     if "adapter_config.json" in names:
         return f"{where} holds an adapter, not a model: give its base as model.source"
@@ -299,8 +308,11 @@ def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str
     return f"{where} is not a complete model: it lacks {', '.join(missing)}"
 
 
+# ---- whose copy it is ----------------------------------------------------------------------------
+
+
 def original_repository(files_path: Path, hub_id: str | None) -> str | None:
-    """Names the repository that an adapter trained on these files belongs to.
+    """Name the repository that an adapter trained on these files belongs to.
 
     Args:
         files_path: the folder with `config.json`, and perhaps a `README.md`.

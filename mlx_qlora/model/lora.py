@@ -1,15 +1,7 @@
-"""Where an update begins: A and B of one linear, and what is left to the frozen matrix.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): small trainable matrices beside frozen ones.
 
-    true                Hu et al. 2021: A uniform, B zero; the update begins at nothing.
-    gaussian            the same with A normal (Diffusers' way).
-    pissa               Meng et al. 2024 (arXiv 2404.02948): the r principal components of W are
-                        trained, the rest is frozen.
-    pissa_niter_N       the same components by N rounds of a randomised SVD (Halko et al. 2011).
-    olora               Büyükakyüz 2024 (arXiv 2406.01775): the first r columns of W's QR.
-    loftq               Li et al. 2023 (arXiv 2310.08659), one round: what quantisation lost of W,
-                        as far as rank r can give it back.
-
-Names and definitions are PEFT's.
+A linear W gets an update, y = W x + scale * B A x. DoRA (Liu et al. 2024, arXiv 2402.09353) trains
+the length of each row as well. Names and definitions are PEFT's.
 """
 
 import math
@@ -27,131 +19,11 @@ from mlx_qlora.model.quantize import Linear, pack
 from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.tree import flat, nested
 
-# ---- one linear layer ----------------------------------------------------------------------------
-
-
-class LowRank(nn.Module):
-    """One trainable factor of an update, float32; it is called `lora_A` or `lora_B`."""
-
-    def __init__(self, weight: mx.array) -> None:
-        super().__init__()
-        self.weight = weight
-
-
-class LoRALinear(nn.Module):
-    """y = base(x) + scale * B(A(dropout(x))), after Hu et al., equation 3 and section 4.1.
-
-    A and B are float32 masters; the forward casts them to x's dtype, so that the output's dtype
-    is the input's and nothing downstream widens.
-
-    Args:
-        base_layer: the frozen linear of weight (d_out, d_in).
-        lora_A: (r, d_in) float32.
-        lora_B: (d_out, r) float32.
-        scale: factor of the update; applied to the rank-r tensor, which is the smallest.
-        dropout: probability of dropping an input of A. Acts only where a key is given.
-    """
-
-    def __init__(
-        self, base_layer: Linear, lora_A: mx.array, lora_B: mx.array, scale: float, dropout: float
-    ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = LowRank(lora_A)
-        self.lora_B = LowRank(lora_B)
-        self.scale = scale
-        self.dropout = dropout
-        # A and B that were taken from the base at the beginning; None if it is as it was.
-        self._begun: tuple[mx.array, mx.array] | None = None
-
-    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout.
-
-        One key (2,) draws for all of x, keys (N, 2) for each of x's N rows.
-        """
-        y = self.base_layer(x)
-        A = self.lora_A.weight.astype(x.dtype)
-        B = self.lora_B.weight.astype(x.dtype)
-        scale = self.scale
-        if dropout_key is not None and self.dropout > 0:
-            x = x * kept(dropout_key, self.dropout, x.shape).astype(x.dtype)
-            scale /= 1 - threshold(self.dropout) / RANGE  # what is kept stands for what is not
-        return mx.addmm(y, scale * (x @ A.T), B.T)
-
-    def update_of_the_base(self) -> tuple[mx.array, mx.array]:
-        """A (r, d_in) and B (d_out, r) of the update to the base as it was before training.
-
-        Where the base made way for the update (PiSSA, OLoRA), B A - B0 A0 is [B, -B0] [A; A0], of
-        twice the rank; its first half is what is trained.
-        """
-        A, B = self.lora_A.weight, self.lora_B.weight
-        if self._begun is None:
-            return A, B
-        A0, B0 = self._begun
-        return mx.concatenate([A, A0]), mx.concatenate([B, -B0], axis=1)
-
-    def merged(self) -> mx.array:
-        """The dense matrix (d_out, d_in) float32 that computes the same."""
-        A, B = self.lora_A.weight.astype(mx.float32), self.lora_B.weight.astype(mx.float32)
-        return self.base_layer.dense().astype(mx.float32) + self.scale * (B @ A)
-
-
-# ---- DoRA ----------------------------------------------------------------------------------------
-
-
-class DoRALinear(LoRALinear):
-    """A `LoRALinear` whose rows have a trainable length; arguments as there.
-
-    Attributes:
-        lora_magnitude_vector: (d_out,) float32; PEFT's name, without `.weight`.
-    """
-
-    def __init__(
-        self, base_layer: Linear, lora_A: mx.array, lora_B: mx.array, scale: float, dropout: float
-    ) -> None:
-        super().__init__(base_layer, lora_A, lora_B, scale, dropout)
-        self._squares = base_layer.dense().astype(mx.float32).square().sum(axis=1)
-        self.lora_magnitude_vector = self.norm()
-        mx.eval(self._squares, self.lora_magnitude_vector)
-
-    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); the key as for `LoRALinear`.
-
-        PEFT's formula: with dropout, what the new lengths change of the base's output is dropped
-        as the update is, and the base's own output is not.
-        """
-        base, scale = self.base_layer, self.scale
-        through_base = base.multiply(x)
-        y = through_base + base.bias if "bias" in base else through_base
-        if dropout_key is not None and self.dropout > 0:
-            x = x * kept(dropout_key, self.dropout, x.shape).astype(x.dtype)
-            x = x / (1 - threshold(self.dropout) / RANGE)
-            through_base = base.multiply(x)
-        A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
-        # In float32: a length that has hardly moved yet is lost in 16 bits, what it adds is not.
-        longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
-        update = (scale * (x @ A.T)) @ B.T
-        return y + (longer - 1).astype(x.dtype) * through_base + longer.astype(x.dtype) * update
-
-    def norm(self) -> mx.array:
-        """(d_out,) float32: the length of each row of W + s B A, a constant to the gradient."""
-        A = mx.stop_gradient(self.lora_A.weight).astype(mx.float32)
-        B = mx.stop_gradient(self.lora_B.weight).astype(mx.float32)
-        base: Any = self.base_layer
-        crossed = base.multiply(A.astype(base.dtype)).astype(mx.float32).T  # W A^T (d_out, r)
-        within = B @ (A @ A.T)
-        squares = ((2 * self.scale) * crossed + self.scale**2 * within) * B
-        return mx.sqrt(self._squares + squares.sum(axis=1))
-
-    def merged(self) -> mx.array:
-        """The dense matrix (d_out, d_in) float32 that computes the same."""
-        longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
-        return longer[:, None] * super().merged()
-
-
-# ---- LoRA on a model -----------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLAIN = (True, "gaussian")  # initial weights that need nothing of the base
+INITS = re.compile(r"gaussian|olora|loftq|pissa(_niter_[1-9]\d*)?")
 
 
 @dataclass(frozen=True)
@@ -187,32 +59,21 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_choices("lora", self)
-        require(isinstance(self.r, int) and self.r >= 1, "lora.r", "be at least 1", self.r)
-        require(self.lora_alpha > 0, "lora.lora_alpha", "be above 0", self.lora_alpha)
-        finite = math.isfinite(self.lora_alpha)
-        require(finite, "lora.lora_alpha", "be finite", self.lora_alpha)
+        r, alpha, ratio = self.r, self.lora_alpha, self.loraplus_lr_ratio
+        require(isinstance(r, int) and r >= 1, "lora.r", "be at least 1", r)
+        require(alpha > 0, "lora.lora_alpha", "be above 0", alpha)
+        require(math.isfinite(alpha), "lora.lora_alpha", "be finite", alpha)
         in_range = 0 <= self.lora_dropout < 1
         require(in_range, "lora.lora_dropout", "be in [0, 1)", self.lora_dropout)
-        ratio = self.loraplus_lr_ratio
         legal = 0 < ratio < math.inf
         require(legal, "lora.loraplus_lr_ratio", "be above 0 and finite", ratio)
         require(bool(self.target_modules), "lora.target_modules", "not be empty", "nothing")
-        known = "be true, gaussian, pissa, pissa_niter_N, olora or loftq"
-        begin = self.init_lora_weights
-        require(is_known(begin), "lora.init_lora_weights", known, begin)
-        self._check_patterns()
-        if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
-            object.__setattr__(self, "target_modules", list(self.target_modules))
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ConfigError(
-                "lora.layers_to_transform needs lora.target_modules to be a list of names "
-                f"(PEFT's rule); got {self.target_modules!r}"
-            )
-
-    def _check_patterns(self) -> None:
+        init = self.init_lora_weights
+        known = init is True or (isinstance(init, str) and INITS.fullmatch(init) is not None)
+        names = "be true, gaussian, pissa, pissa_niter_N, olora or loftq"
+        require(known, "lora.init_lora_weights", names, init)
         for key, r in self.rank_pattern.items():
-            legal = isinstance(r, int) and r >= 1
-            require(legal, f"lora.rank_pattern.{key}", "be at least 1", r)
+            require(isinstance(r, int) and r >= 1, f"lora.rank_pattern.{key}", "be at least 1", r)
         for key, alpha in self.alpha_pattern.items():
             legal = 0 < alpha < math.inf
             require(legal, f"lora.alpha_pattern.{key}", "be above 0 and finite", alpha)
@@ -221,31 +82,256 @@ class LoraConfig:
                 re.compile(key)
             except re.error as error:
                 raise ConfigError(f"lora: the pattern {key!r} is no regex: {error}") from None
+        if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
+            object.__setattr__(self, "target_modules", list(self.target_modules))
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                "lora.layers_to_transform needs lora.target_modules to be a list of names "
+                f"(PEFT's rule); got {self.target_modules!r}"
+            )
 
     def rank_of(self, path: str) -> int:
         """The rank of the update of a linear."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, path), self.r)
-
-    def alpha_of(self, path: str) -> float:
-        """`lora_alpha` of a linear."""
-        return self.alpha_pattern.get(_first_match(self.alpha_pattern, path), self.lora_alpha)
+        return _first_match(self.rank_pattern, path, self.r)
 
     def scale_of(self, path: str) -> float:
         """The factor of a linear's update: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         r = self.rank_of(path)
-        return self.alpha_of(path) / (math.sqrt(r) if self.use_rslora else r)
+        alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _first_match(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
+    """The value of the first pattern that matches a path, by PEFT's rule."""
+    return next((value for key, value in patterns.items() if _matches(key, path)), otherwise)
+
+
+def _matches(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+# ---- one linear ----------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """One trainable factor of an update, float32; it is called `lora_A` or `lora_B`."""
+
+    def __init__(self, weight: mx.array) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scale * B(A(dropout(x))), after Hu et al., equation 3 and section 4.1.
+
+    A (r, d_in) and B (d_out, r) are float32 masters; the forward casts them to x's dtype, so that
+    the output's dtype is the input's and nothing downstream widens. The scale is applied to the
+    rank-r tensor, which is the smallest. Dropout acts only where a key is given.
+    """
+
+    def __init__(
+        self, base_layer: Linear, lora_A: mx.array, lora_B: mx.array, scale: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = LowRank(lora_A)
+        self.lora_B = LowRank(lora_B)
+        self.scale = scale
+        self.dropout = dropout
+        # A and B that were taken from the base at the beginning; None if it is as it was.
+        self._begun: tuple[mx.array, mx.array] | None = None
+
+    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
+        """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout.
+
+        One key (2,) draws for all of x, keys (N, 2) for each of x's N rows.
+        """
+        y = self.base_layer(x)
+        x, share = self._drop(x, dropout_key)
+        A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
+        return mx.addmm(y, (self.scale / share) * (x @ A.T), B.T)
+
+    def _drop(self, x: mx.array, key: mx.array | None) -> tuple[mx.array, float]:
+        """x with dropped inputs at 0, and the share that is kept, which the caller divides by.
+
+        LoRA divides the rank-r tensor, the smallest; DoRA needs all of x.
+        """
+        if key is None or self.dropout == 0:
+            return x, 1.0
+        mask = kept(key, self.dropout, x.shape).astype(x.dtype)
+        return x * mask, 1 - threshold(self.dropout) / RANGE
+
+    def update_of_the_base(self) -> tuple[mx.array, mx.array]:
+        """A (r, d_in) and B (d_out, r) of the update to the base as it was before training.
+
+        Where the base made way for the update (PiSSA, OLoRA), B A - B0 A0 is [B, -B0] [A; A0], of
+        twice the rank; its first half is what is trained.
+        """
+        A, B = self.lora_A.weight, self.lora_B.weight
+        if self._begun is None:
+            return A, B
+        A0, B0 = self._begun
+        return mx.concatenate([A, A0]), mx.concatenate([B, -B0], axis=1)
+
+    def merged(self) -> mx.array:
+        """The dense matrix (d_out, d_in) float32 that computes the same."""
+        A, B = self.lora_A.weight.astype(mx.float32), self.lora_B.weight.astype(mx.float32)
+        return self.base_layer.dense().astype(mx.float32) + self.scale * (B @ A)
+
+
+class DoRALinear(LoRALinear):
+    """A `LoRALinear` whose rows have a trainable length; arguments as there.
+
+    Attributes:
+        lora_magnitude_vector: (d_out,) float32; PEFT's name, without `.weight`.
+    """
+
+    def __init__(self, base_layer: Linear, *args: Any) -> None:
+        super().__init__(base_layer, *args)
+        self._squares = base_layer.dense().astype(mx.float32).square().sum(axis=1)
+        self.lora_magnitude_vector = self.norm()
+        mx.eval(self._squares, self.lora_magnitude_vector)
+
+    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
+        """x (..., d_in) -> (..., d_out); the key as for `LoRALinear`.
+
+        PEFT's formula: with dropout, what the new lengths change of the base's output is dropped
+        as the update is, and the base's own output is not.
+        """
+        base = self.base_layer
+        through_base = base.multiply(x)
+        y = through_base + base.bias if "bias" in base else through_base
+        dropped, share = self._drop(x, dropout_key)
+        if dropped is not x:
+            x = dropped / share
+            through_base = base.multiply(x)
+        A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
+        # In float32: 16 bits would lose a length that has barely moved, but not what it adds.
+        longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
+        update = (self.scale * (x @ A.T)) @ B.T
+        return y + (longer - 1).astype(x.dtype) * through_base + longer.astype(x.dtype) * update
+
+    def norm(self) -> mx.array:
+        """(d_out,) float32: the length of each row of W + s B A, a constant to the gradient."""
+        A = mx.stop_gradient(self.lora_A.weight).astype(mx.float32)
+        B = mx.stop_gradient(self.lora_B.weight).astype(mx.float32)
+        base: Any = self.base_layer
+        crossed = base.multiply(A.astype(base.dtype)).astype(mx.float32).T  # W A^T (d_out, r)
+        within = B @ (A @ A.T)
+        squares = ((2 * self.scale) * crossed + self.scale**2 * within) * B
+        return mx.sqrt(self._squares + squares.sum(axis=1))
+
+    def merged(self) -> mx.array:
+        """The dense matrix (d_out, d_in) float32 that computes the same."""
+        longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
+        return longer[:, None] * super().merged()
+
+
+# ---- where the update begins ---------------------------------------------------------------------
+
+OVERSAMPLED = 6  # columns that a randomised SVD draws beyond r, as torch.svd_lowrank does
+Factors = tuple[mx.array, mx.array]  # A (r, d_in) and B (d_out, r), float32
+
+
+def changes_base(name: Any) -> bool:
+    """Whether the frozen matrices make way for what is trained."""
+    return isinstance(name, str) and name.startswith(("pissa", "olora"))
+
+
+def initial(
+    name: Any, linear: Linear, r: int, scale: float, key: mx.array, original: mx.array | None
+) -> Factors:
+    """A and B of the update of W (d_out, d_in), by the name of the initialisation.
+
+    true            Hu et al. 2021: A uniform, B zero; the update begins at nothing.
+    gaussian        the same with A normal (Diffusers' way).
+    pissa           Meng et al. 2024 (arXiv 2404.02948): the r principal components of W learn,
+                    the rest is frozen.
+    pissa_niter_N   the same components by N rounds of a randomised SVD (Halko et al. 2011).
+    olora           Büyükakyüz 2024 (arXiv 2406.01775): the first r columns of W's QR.
+    loftq           Li et al. 2023 (arXiv 2310.08659), one round: what quantisation lost of W,
+                    as far as rank r can give it back.
+
+    `original` is W before it was quantised; None where W is dense, or was packed in its files.
+
+    Raises:
+        ConfigError: what it starts from is not there.
+    """
+    d_out, d_in = linear.shape
+    if name in PLAIN:
+        B = mx.zeros((d_out, r), mx.float32)
+        if name == "gaussian":
+            return mx.random.normal((r, d_in), mx.float32, scale=1 / r, key=key), B
+        bound = d_in**-0.5  # PEFT's kaiming_uniform(a=sqrt(5))
+        return mx.random.uniform(-bound, bound, (r, d_in), mx.float32, key), B
+    if linear.quant is not None and original is None:
+        raise ConfigError(
+            f"lora.init_lora_weights: {name} needs the weights as they were before they were "
+            "quantised; use a 16-bit model, which is quantised while it is loaded (model.bits)"
+        )
+    W = _exact(linear, original)
+    if name == "loftq":
+        if linear.quant is None:
+            raise ConfigError(
+                "lora.init_lora_weights: loftq starts from what quantisation loses, and this model "
+                "is not quantised; set model.bits"
+            )
+        W = W - np.array(linear.dense().astype(mx.float32))
+    elif name == "olora":
+        Q, R = np.linalg.qr(W)
+        return mx.array(R[:r]), mx.array(Q[:, :r])
+    if name.startswith("pissa_niter"):
+        U, S, V = _randomised_svd(W, r, int(name.rpartition("_")[2]), key)
+    else:
+        U, S, V = np.linalg.svd(W, full_matrices=False)
+    root = np.sqrt(S[:r] / scale)  # shared evenly by A and B
+    return mx.array(root[:, None] * V[:r]), mx.array(U[:, :r] * root)
+
+
+def _exact(linear: Linear, original: mx.array | None) -> np.ndarray:
+    """W (d_out, d_in) float32; the original still has what rounding lost."""
+    W = linear.dense() if original is None else original
+    return np.array(W.astype(mx.float32))
+
+
+def make_way(linear: Linear, update: mx.array, original: mx.array | None) -> None:
+    """Take an update (d_out, d_in) float32 out of a frozen matrix, which is packed as before."""
+    left = mx.array(_exact(linear, original)) - update
+    if linear.quant is None:
+        linear.weight = left.astype(linear.weight.dtype)
+    else:
+        names = ("weight", "scales", "biases")
+        for name, array in zip(names, pack(left, linear.quant)):
+            linear[name] = array.astype(linear[name].dtype)
+        linear.make_resident()
+    linear.freeze()
+    mx.eval(linear.parameters())
+
+
+def _randomised_svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[np.ndarray, ...]:
+    """The first singular vectors and values (Halko et al. 2011, algorithms 4.4 and 5.1)."""
+    columns = min(r + OVERSAMPLED, *W.shape)
+    Q = np.linalg.qr(W @ np.array(mx.random.normal((W.shape[1], columns), key=key)))[0]
+    for _ in range(rounds):
+        Q = np.linalg.qr(W.T @ Q)[0]
+        Q = np.linalg.qr(W @ Q)[0]
+    U, S, V = np.linalg.svd(Q.T @ W, full_matrices=False)
+    return Q @ U, S, V
+
+
+# ---- on a model ----------------------------------------------------------------------------------
 
 
 def add_lora(
     model: LlamaForCausalLM, config: LoraConfig, seed: int = 0, *, begin: bool = True
 ) -> LlamaForCausalLM:
-    """Puts a LoRALinear around every targeted linear, in place.
+    """Put a LoRALinear around every targeted linear, in place.
 
     By default A is uniform in +-1 / sqrt(d_in) and B is zero, so that the first forward is the
     base model exactly; A must not be zero too, or neither would ever move.
 
     Args:
-        model: a model without LoRA layers.
+        model: without LoRA layers.
         config: ranks, scale, dropout, targets, and how the update begins.
         seed: draws A. The same seed gives the same adapter.
         begin: False leaves the base as it is, for weights that will be loaded.
@@ -258,33 +344,31 @@ def add_lora(
             model already has LoRA layers, or it does not have what the update begins from.
     """
     if lora_layers(model):
-        raise ConfigError("the model already has LoRA layers; load it again to start anew")
+        raise ConfigError("the model already has LoRA layers; load it again to start over")
     targets = target_paths(model, config)
+    linears, wrapped, originals = dict(_linears(model)), {}, {}
+    init = config.init_lora_weights if begin else True
     if begin:  # PEFT lets a pattern match nothing, and so may what others have written
-        _check_patterns(config, targets)
-    keys = mx.random.split(mx.random.key(seed), len(targets))
-    how = config.init_lora_weights if begin else True
-    linears, wrapped = dict(_linears(model)), {}
-    if how not in PLAIN:
-        _check_ranks(config, {path: linears[path] for path in targets})
-    packed = any(linears[path].quant is not None for path in targets)
-    originals = _originals(model) if packed and how not in PLAIN else {}
-    for path, key in zip(targets, keys):
-        linear, r, scale = linears[path], config.rank_of(path), config.scale_of(path)
-        begun = start(how, linear, r, scale, key, originals.get(f"{path}.weight"))
-        if begun.left is not None:
-            leave(linear, begun.left)
+        _check(config, {path: linears[path] for path in targets})
+    if init not in PLAIN and any(linears[path].quant is not None for path in targets):
+        originals = _originals(model)
+    for path, key in zip(targets, mx.random.split(mx.random.key(seed), len(targets))):
+        linear, scale = linears[path], config.scale_of(path)
+        original = originals.get(f"{path}.weight")
+        A, B = initial(init, linear, config.rank_of(path), scale, key, original)
+        if changes_base(init):
+            make_way(linear, scale * (B @ A), original)
         kind = DoRALinear if config.use_dora else LoRALinear
-        layer = kind(linear, begun.A, begun.B, scale, config.lora_dropout)
-        if begun.left is not None:
-            layer._begun = begun.A, begun.B
-        wrapped[path] = layer
+        wrapped[path] = kind(linear, A, B, scale, config.lora_dropout)
+        if changes_base(init):
+            wrapped[path]._begun = A, B
     model.update_modules(nested(wrapped))
     model.lora_config = config
     return model
 
 
-def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
+def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:
+    """Refuse patterns that match nothing, and ranks that an initialisation cannot find."""
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             if not any(_matches(key, path) for path in targets):
@@ -293,12 +377,9 @@ def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
                     f"lora.{name}: {key!r} matches no linear that has an update; the targets' "
                     f"names are {', '.join(endings)}"
                 )
-
-
-def _check_ranks(config: LoraConfig, linears: dict[str, Linear]) -> None:
-    for path, linear in linears.items():
+    for path, linear in targets.items():
         r, most = config.rank_of(path), min(linear.shape)
-        if r > most:
+        if r > most and config.init_lora_weights not in PLAIN:
             raise ConfigError(
                 f"lora.init_lora_weights: {config.init_lora_weights} finds {most} components in "
                 f"{path}, fewer than its rank of {r}; choose a smaller lora.r or "
@@ -320,15 +401,6 @@ def _originals(model: LlamaForCausalLM) -> dict[str, mx.array]:
     }
 
 
-def _first_match(patterns: dict[str, Any], path: str) -> str:
-    """The first key that matches a path, by PEFT's rule; the path itself if none does."""
-    return next((key for key in patterns if _matches(key, path)), path)
-
-
-def _matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
 def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
     """The paths of the linears that a config targets, by PEFT's rules, in the model's order.
 
@@ -339,11 +411,9 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
     Raises:
         ConfigError: a target, or a layer index, that matches nothing.
     """
-    paths = [path for path, _ in _linears(model)]
+    paths, wanted = [path for path, _ in _linears(model)], config.target_modules
     names = sorted({path.split(".", 3)[3] for path in paths})
     exists = "the linears of each layer are " + ", ".join(names)
-    wanted = config.target_modules
-
     if wanted == "all-linear":
         matched = paths
     elif isinstance(wanted, str):
@@ -364,19 +434,16 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
         endings = [name.rpartition(".")[2] for name in names]
         for target in wanted:
             if not any(_ends_with(path, target) for path in paths):
-                hint = did_you_mean(target, endings)
-                problem = f"lora.target_modules: {target!r} matches nothing{hint}"
-                raise ConfigError(f"{problem}; {exists}")
+                problem = f"{target!r} matches nothing{did_you_mean(target, endings)}"
+                raise ConfigError(f"lora.target_modules: {problem}; {exists}")
         matched = [path for path in paths if any(_ends_with(path, target) for target in wanted)]
-
     if not config.layers_to_transform:
         return matched
-    n = len(model.layers)
-    for index in config.layers_to_transform:
+    layers, n = config.layers_to_transform, len(model.layers)
+    for index in layers:
         rule = f"name layers from 0 to {n - 1}"
         require(0 <= index < n, "lora.layers_to_transform", rule, index)
-    layers = [path for path in matched if int(path.split(".")[2]) in config.layers_to_transform]
-    return [path for path in matched if path in layers or path in wanted]
+    return [path for path in matched if int(path.split(".")[2]) in layers or path in wanted]
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
@@ -412,118 +479,3 @@ def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _ends_with(path: str, target: str) -> bool:
     return path == target or path.endswith(f".{target}")
-
-
-# ---- initial weights -----------------------------------------------------------------------------
-
-PLAIN = (True, "gaussian")
-FROM_WEIGHTS = ("pissa", "olora", "loftq")
-OVERSAMPLED = 6  # columns that a randomised SVD draws beyond r, as torch.svd_lowrank does
-
-
-@dataclass(frozen=True)
-class Start:
-    """Of one linear.
-
-    Attributes:
-        A: (r, d_in) float32.
-        B: (d_out, r) float32.
-        left: (d_out, d_in) float32, what the frozen matrix becomes; None if it stays.
-    """
-
-    A: mx.array
-    B: mx.array
-    left: mx.array | None = None
-
-
-def is_known(name: Any) -> bool:
-    """Whether `init_lora_weights` may be this."""
-    if isinstance(name, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", name):
-        return True
-    return name is True or name in ("gaussian", *FROM_WEIGHTS)
-
-
-def changes_base(name: Any) -> bool:
-    """Whether the frozen matrices make way for what is trained."""
-    return isinstance(name, str) and name.startswith(("pissa", "olora"))
-
-
-def start(
-    name: Any, linear: Linear, r: int, scale: float, key: mx.array, original: mx.array | None
-) -> Start:
-    """The beginning of one linear's update.
-
-    Args:
-        name: of the initialisation.
-        linear: of weight W (d_out, d_in), packed or dense.
-        r: rank.
-        scale: of the update.
-        key: draws what is random.
-        original: W before it was quantised; None where W is dense, or was packed in its files.
-
-    Raises:
-        ConfigError: what it starts from is not there.
-    """
-    d_out, d_in = linear.shape
-    if name in PLAIN:
-        B = mx.zeros((d_out, r), mx.float32)
-        if name == "gaussian":
-            return Start(mx.random.normal((r, d_in), mx.float32, scale=1 / r, key=key), B)
-        bound = d_in**-0.5  # PEFT's kaiming_uniform(a=sqrt(5))
-        return Start(mx.random.uniform(-bound, bound, (r, d_in), mx.float32, key), B)
-    dense = linear.dense().astype(mx.float32)
-    # What rounding has lost is still in the original, and its largest part in the components.
-    W = np.array(dense if original is None else original.astype(mx.float32))
-    if linear.quant is not None and original is None:
-        raise ConfigError(
-            f"lora.init_lora_weights: {name} needs the weights as they were before they were "
-            "quantised; use a 16-bit model, which is quantised while it is loaded (model.bits)"
-        )
-    if name == "loftq":
-        if linear.quant is None:
-            raise ConfigError(
-                "lora.init_lora_weights: loftq starts from what quantisation loses, and this model "
-                "is not quantised; set model.bits"
-            )
-        U, S, V = np.linalg.svd(W - np.array(dense), full_matrices=False)
-        return _product(U[:, :r], S[:r] / scale, V[:r])
-    if name == "olora":
-        Q, R = np.linalg.qr(W)
-        A, B = mx.array(R[:r]), mx.array(Q[:, :r])
-        return Start(A, B, mx.array(W) - scale * (B @ A))
-    if name == "pissa":
-        U, S, V = np.linalg.svd(W, full_matrices=False)
-    else:
-        U, S, V = _svd(W, r, int(name.rpartition("_")[2]), key)
-    begun = _product(U[:, :r], S[:r] / scale, V[:r])
-    return Start(begun.A, begun.B, mx.array(W) - scale * (begun.B @ begun.A))
-
-
-def leave(linear: Linear, left: mx.array) -> None:
-    """Makes a matrix (d_out, d_in) float32 the frozen one, packed again as that was."""
-    if linear.quant is None:
-        linear.weight = left.astype(linear.weight.dtype)
-    else:
-        names = ("weight", "scales", "biases")
-        for name, array in zip(names, pack(left, linear.quant)):
-            linear[name] = array.astype(linear[name].dtype)
-        linear.make_resident()
-    linear.freeze()
-    mx.eval(linear.parameters())
-
-
-def _product(U: np.ndarray, S: np.ndarray, V: np.ndarray) -> Start:
-    """B A = U diag(S) V, shared out evenly."""
-    root = np.sqrt(S)
-    return Start(mx.array(root[:, None] * V), mx.array(U * root))
-
-
-def _svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[np.ndarray, ...]:
-    """The first singular vectors and values (Halko et al. 2011, algorithms 4.4 and 5.1)."""
-    columns = min(r + OVERSAMPLED, *W.shape)
-    Q = np.linalg.qr(W @ np.array(mx.random.normal((W.shape[1], columns), key=key)))[0]
-    for _ in range(rounds):
-        Q = np.linalg.qr(W.T @ Q)[0]
-        Q = np.linalg.qr(W @ Q)[0]
-    U, S, V = np.linalg.svd(Q.T @ W, full_matrices=False)
-    return Q @ U, S, V

@@ -60,20 +60,15 @@ class FrozenMatrix(nn.Module):
 
     `weight` is (rows, columns), or uint32 with `scales` (and, for affine, `biases`) beside it.
     `Linear` and `Embedding` below are its two uses.
-
-    Attributes:
-        quant: how `weight` is packed, or None if it is dense.
-        dtype: what `weight` has, or what it has once dequantised.
-        matmul: the device's strategy for a packed matrix.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.weight = mx.zeros((rows, columns))
-        self.quant: QuantConfig | None = None
-        self.dtype = mx.float32
-        self.matmul: FrozenMatmul = "quantized"
-        self._resident: mx.array | None = None
+        self.quant: QuantConfig | None = None  # how `weight` is packed, or None if it is dense
+        self.dtype = mx.float32  # what `weight` has, or has once dequantised
+        self.matmul: FrozenMatmul = "quantized"  # how a packed matrix is multiplied
+        self._resident: mx.array | None = None  # W, dequantised
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,7 +97,7 @@ class FrozenMatrix(nn.Module):
         return 0 if self._resident is None else self._resident.nbytes
 
     def make_resident(self) -> None:
-        """Keeps a dequantised copy, if the strategy asks for one."""
+        """Keep a dequantised copy, if the strategy asks for one."""
         if self.quant is not None and self.matmul == "resident":
             self._resident = unpack(self.packed(), self.quant, self.dtype)
             mx.eval(self._resident)
@@ -134,15 +129,10 @@ class FrozenMatrix(nn.Module):
         return unpack(tuple(part[indices] for part in self.packed()), self.quant, self.dtype)
 
     def rows(self, start: int, end: int, after: list[mx.array]) -> "FrozenMatrix":
-        """The matrix of some of the rows; dense once and for all, unless the kernel reads packed.
+        """The matrix of rows start .. end; dense from then on, unless the kernel reads packed.
 
         For the output head: the widest matrix of a small model, of which no dense copy may exist
-        as a whole.
-
-        Args:
-            start: first row.
-            end: row behind the last one.
-            after: arrays to wait for, before anything is dequantised.
+        as a whole. Nothing is dequantised before the arrays in `after` are computed.
         """
         part = FrozenMatrix(0, 0)
         part.quant, part.dtype, part.matmul = self.quant, self.dtype, self.matmul
@@ -159,7 +149,7 @@ class FrozenMatrix(nn.Module):
 
     @contextmanager
     def dense_for_now(self) -> Iterator[None]:
-        """Shares one dequantised copy among the graphs that are built within, and forgets it."""
+        """Share one dequantised copy among the graphs that are built within."""
         if self.quant is None or self._resident is not None or self.matmul == "quantized":
             yield
             return
@@ -171,13 +161,7 @@ class FrozenMatrix(nn.Module):
 
 
 class Linear(FrozenMatrix):
-    """y = x @ W.T + bias, frozen.
-
-    Args:
-        d_in: columns of W.
-        d_out: rows of W.
-        bias: whether there is a bias (d_out,).
-    """
+    """y = x @ W.T + bias (d_out,), frozen."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
         super().__init__(d_out, d_in)
@@ -185,7 +169,7 @@ class Linear(FrozenMatrix):
             self.bias = mx.zeros((d_out,))
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out). The key is for `LoRALinear`, which stands in its place."""
+        """x (..., d_in) -> (..., d_out). The key is for `LoRALinear`, which takes its place."""
         y = self.multiply(x)
         return y + self.bias if "bias" in self else y
 
@@ -199,12 +183,12 @@ class Embedding(FrozenMatrix):
 
 
 def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
-    """Quantises a dense matrix; the inverse of `unpack` up to rounding."""
+    """Quantise a dense matrix; the inverse of `unpack` up to rounding."""
     return tuple(mx.quantize(dense, group_size=quant.group_size, bits=quant.bits, mode=quant.mode))
 
 
 def unpack(packed: tuple[mx.array, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:
-    """Dequantises to `dtype`."""
+    """Dequantise to `dtype`."""
     return mx.dequantize(
         *packed, group_size=quant.group_size, bits=quant.bits, mode=quant.mode, dtype=dtype
     )

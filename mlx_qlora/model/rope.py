@@ -12,38 +12,27 @@ import mlx.core as mx
 
 from mlx_qlora.errors import WeightsError
 
-SUPPORTED = ("default", "linear", "llama3")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+NEEDED = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # parameters of each rope type
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The base `theta` and how it is scaled.
-
-    Attributes:
-        theta: base of the geometric series of periods.
-        rope_type: `default`, `linear` (positions divided by `factor`) or `llama3`.
-        factor: how much longer the stretched context is.
-        low_freq_factor: llama3: pairs with wavelength above original / low are stretched fully.
-        high_freq_factor: llama3: pairs with wavelength below original / high are kept.
-        original_max_position_embeddings: llama3: context length before stretching, in tokens.
-    """
+    """The base of the periods and how they are stretched; the last three are llama3's."""
 
     theta: float = 10000.0
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    rope_type: str = "default"  # or `linear` (positions divided by `factor`) or `llama3`
+    factor: float = 1.0  # how much longer the stretched context is
+    low_freq_factor: float = 1.0  # wavelengths above original / low are stretched fully
+    high_freq_factor: float = 4.0  # those below original / high not at all
+    original_max_position_embeddings: int = 8192  # tokens, before stretching
 
 
 def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
-    """Reads both spellings: `rope_theta` + `rope_scaling`, and v5's `rope_parameters`.
+    """Read a `config.json`, in both spellings: `rope_scaling`, and v5's `rope_parameters`.
 
     A reader that knows only the first falls back to theta = 10000 on the second without a word,
     and every logit is slightly wrong.
-
-    Args:
-        config: a Hugging Face `config.json` as a dict.
 
     Raises:
         WeightsError: a rope type that we do not support, or a missing, unknown or senseless
@@ -57,28 +46,16 @@ def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
     rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
     theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    if rope_type not in SUPPORTED:
+    if rope_type not in NEEDED:
         raise WeightsError(
-            f"config.json: rope_type {rope_type!r} is not supported; supported: "
-            f"{', '.join(SUPPORTED)}"
+            f"config.json: rope_type {rope_type!r} is not supported; supported: {', '.join(NEEDED)}"
         )
-
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }[rope_type]
+    needed = NEEDED[rope_type]
     missing = [name for name in needed if given.get(name) is None]
     unknown = [name for name in given if name not in needed and given[name] is not None]
     if missing or (unknown and rope_type != "default"):
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
         raise WeightsError(f"config.json: the {rope_type} rope scaling {problem}")
-
     numbers = {"rope_theta": theta, **{name: given[name] for name in needed}}
     for name, number in numbers.items():
         if not isinstance(number, (int, float)) or not number > 0:
@@ -89,14 +66,9 @@ def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
 
 
 def rope_periods(head_dim: int, rope: RopeConfig) -> mx.array:
-    """The periods of all feature pairs, in tokens per radian.
+    """The periods of all feature pairs (Hd / 2,) float32, in tokens per radian.
 
-    Args:
-        head_dim: Hd, the size of one attention head.
-        rope: base and scaling.
-
-    Returns:
-        float32 (Hd / 2,), what `mx.fast.rope` calls `freqs`.
+    They are what `mx.fast.rope` calls `freqs`; head_dim is Hd.
     """
     periods = rope.theta ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
     if rope.rope_type == "linear":

@@ -18,46 +18,16 @@ import mlx.nn as nn
 from mlx_qlora.device import FrozenMatmul, frozen_matmul
 from mlx_qlora.errors import ConfigError, SourceError, WeightsError, listing
 from mlx_qlora.model.gguf import read_gguf
-from mlx_qlora.model.hub import ModelFiles, explain
+from mlx_qlora.model.hub import INDEX, ModelFiles, explain, http_error
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
 from mlx_qlora.tree import flat
 
-# ---- weights that stay on the hub ----------------------------------------------------------------
-
-AT_ONCE = 8  # requests; the largest models have hundreds of files
-
-
-def remote_headers(files: ModelFiles) -> dict[str, dict[str, Any]]:
-    """File -> tensor name -> entry with `shape` and `dtype`, of files that were left on the hub.
-
-    Raises:
-        SourceError: the hub does not give them.
-        WeightsError: one is no safetensors file.
-    """
-    from huggingface_hub import HfApi, errors
-
-    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
-    api = HfApi()
-
-    def header(name: str) -> dict[str, Any]:
-        return api.parse_safetensors_file_metadata(
-            files.source, name, revision=files.revision
-        ).tensors
-
-    try:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return dict(zip(files.left_on_hub, pool.map(header, files.left_on_hub)))
-    except errors.SafetensorsParsingError as error:
-        raise WeightsError(f"{files.source} on the hub is damaged: {error}") from None
-    except (OSError, RuntimeError, http_error) as error:
-        raise SourceError(explain(error, files.source, files.revision)) from error
-
-
 # ---- from files to a frozen model ----------------------------------------------------------------
 
 FLOATS = ("F32", "F16", "BF16")
-
+PARTS = ("weight", "scales", "biases")  # of a packed matrix
+REQUESTS = 8  # at once; the largest models have hundreds of files on the hub
 # Old Llama 2 checkpoints store a buffer that every reader computes itself.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
@@ -75,36 +45,29 @@ class TensorInfo:
 class Checkpoint:
     """A model's files, opened: what they hold is known, but no tensor is in its place.
 
-    Attributes:
-        files: where they lie.
-        config: a Hugging Face `config.json` as a dict.
-        found: tensor name -> header entry.
-        packing: path of each matrix that the files hold quantised -> how.
-        shards: dicts of name -> array; arrays of safetensors are not read until used. Empty if
-            the weights were left on the hub: enough for a plan.
-        metadata: a GGUF's own key-value pairs, its tokenizer among them; None for a folder.
+    Arrays of safetensors are not read until they are used. Without shards, as the weights were left
+    on the hub, it is enough for a plan.
     """
 
     files: ModelFiles
-    config: dict[str, Any]
-    found: dict[str, TensorInfo]
-    packing: dict[str, QuantConfig]
-    shards: list[dict[str, mx.array]]
-    metadata: dict[str, Any] | None = None
+    config: dict[str, Any]  # a Hugging Face `config.json`
+    found: dict[str, TensorInfo]  # by tensor name
+    packing: dict[str, QuantConfig]  # by the path of each matrix that the files hold quantised
+    shards: list[dict[str, mx.array]]  # name -> array
+    metadata: dict[str, Any] | None = None  # a GGUF's key-value pairs, its tokenizer among them
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
-    """Opens a folder of safetensors or a GGUF file.
+    """Open a folder of safetensors or a GGUF file.
 
     Raises:
         WeightsError: files that are damaged, incomplete, or quantised in a way we cannot read.
     """
     if files.path.is_file():
         gguf = read_gguf(files.path)
+        dtypes = {mx.uint32: "U32"}
         found = {
-            name: TensorInfo(
-                files.path, tuple(array.shape), "U32" if array.dtype == mx.uint32 else "F16"
-            )
+            name: TensorInfo(files.path, tuple(array.shape), dtypes.get(array.dtype, "F16"))
             for name, array in gguf.tensors.items()
         }
         packing = _packing_in_gguf(gguf.tensors)
@@ -135,7 +98,7 @@ def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | Non
 def load_model(
     checkpoint: Checkpoint, quantize: QuantConfig | None, dtype: mx.Dtype, matmul: str = "auto"
 ) -> LlamaForCausalLM:
-    """Builds a model and moves a checkpoint's tensors into it, which uses the checkpoint up.
+    """Build a frozen model and move a checkpoint's tensors into it, which uses the checkpoint up.
 
     Args:
         checkpoint: the files, opened.
@@ -143,9 +106,6 @@ def load_model(
             MLX's converters do; matrices that are packed already stay as they are.
         dtype: of everything that is not packed, and of the scales of what is.
         matmul: how packed matrices will be multiplied; see `mlx_qlora.device`.
-
-    Returns:
-        A frozen model, evaluated.
 
     Raises:
         WeightsError: an unsupported architecture, or tensors that do not fit it.
@@ -170,7 +130,9 @@ def packed_size(
     return sum(matrix.weight.size for matrix in packed)
 
 
-# ---- what the files hold -----------------------------------------------------------------------
+# ---- what the files hold -------------------------------------------------------------------------
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
@@ -190,7 +152,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Name -> header entry over all shards; checks that every file is as long as it says."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             names = sorted({str(n) for n in json.loads(index.read_text())["weight_map"].values()})
@@ -213,9 +175,24 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
+    """Name -> header entry of the files that were left on the hub."""
+    from huggingface_hub import HfApi, errors
+
+    api, repo = HfApi(), {"repo_id": files.source, "revision": files.revision}
+
+    def header(shard: str) -> dict[str, Any]:
+        return api.parse_safetensors_file_metadata(filename=shard, **repo).tensors
+
+    try:
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            headers = dict(zip(files.left_on_hub, pool.map(header, files.left_on_hub)))
+    except errors.SafetensorsParsingError as error:
+        raise WeightsError(f"{files.source} on the hub is damaged: {error}") from None
+    except (OSError, RuntimeError, http_error()) as error:
+        raise SourceError(explain(error, files.source, files.revision)) from error
     return {
         name: TensorInfo(files.path / shard, tuple(entry.shape), entry.dtype)
-        for shard, entries in remote_headers(files).items()
+        for shard, entries in headers.items()
         for name, entry in entries.items()
         if not name.endswith(IGNORED_ENDINGS)
     }
@@ -224,12 +201,11 @@ def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
 def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any]:
     """The header of a safetensors file, after checking that the file is complete.
 
-    Args:
-        path: the file.
-        error: what to raise if it is damaged: a class from `mlx_qlora.errors`.
-
     Returns:
         Tensor name -> {"dtype", "shape", "data_offsets"}, without the file's metadata.
+
+    Raises:
+        `error`, a class from `mlx_qlora.errors`, if the file is damaged.
     """
     try:
         size = path.stat().st_size
@@ -294,7 +270,7 @@ def _packing_in_gguf(tensors: dict[str, mx.array]) -> dict[str, QuantConfig]:
 def _check_tensors(
     model: LlamaForCausalLM, checkpoint: Checkpoint, quantize: QuantConfig | None
 ) -> None:
-    """Compares names, shapes and dtypes with the model's; reports all differences in one error."""
+    """Compare names, shapes and dtypes with the model's; all differences are one error."""
     found, packing = checkpoint.found, checkpoint.packing
     expected = _expected_shapes(model, packing)
     problems = [f"{name} is missing" for name in expected if name not in found]
@@ -311,7 +287,6 @@ def _check_tensors(
         raise WeightsError(
             f"{checkpoint.files.path} does not hold this model:\n{listing(problems)}"
         )
-
     if quantize is not None:
         for path, matrix in _matrices(model).items():
             if path not in packing and not quantize.fits(matrix.shape):
@@ -350,7 +325,9 @@ def _legal_dtypes(name: str, packing: dict[str, QuantConfig]) -> tuple[str, ...]
     return FLOATS
 
 
-# ---- one tensor at a time ----------------------------------------------------------------------
+# ---- one tensor at a time ------------------------------------------------------------------------
+
+
 def _fill(
     model: LlamaForCausalLM,
     checkpoint: Checkpoint,
@@ -384,7 +361,7 @@ def _pack_into(matrix: FrozenMatrix, dense: mx.array, quant: QuantConfig, dtype:
     # Scales and biases are found in float32: half-precision arithmetic would cost accuracy.
     parts = pack(dense.astype(mx.float32), quant)
     del dense
-    for name, part in zip(("weight", "scales", "biases"), parts):
+    for name, part in zip(PARTS, parts):
         matrix[name] = _cast(part, dtype)
     matrix.quant = quant
     mx.eval(matrix.packed())

@@ -42,7 +42,7 @@ def coverage(make: Callable[[np.random.Generator, int], Made], n: int, sets: int
 
 
 @pytest.mark.parametrize("make", [lognormal, token_weighted, paired_losses, right_or_wrong])
-@pytest.mark.parametrize(("n", "sets"), [(50, 1000), (200, 1000)])
+@pytest.mark.parametrize(("n", "sets"), [(50, 2000), (200, 2000)])
 def test_95_percent_intervals_hold_the_truth_in_93_to_97_percent_of_sets(
     make: Callable[[np.random.Generator, int], Made], n: int, sets: int
 ) -> None:
