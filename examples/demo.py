@@ -20,6 +20,7 @@ from mlx_qlora.data.read import train_validation_test
 MODEL = "smollm2-135m"
 LEAST_FALL = 0.25  # of the test loss
 TEST_ROWS, VALIDATION_ROWS, SAMPLES = 96, 32, 3
+BATCH_SIZE, MAX_NEW_TOKENS = 16, 40
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
             learning_rate=2e-3,
             warmup_steps=5,
             max_steps=args.max_steps,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=BATCH_SIZE,
             gradient_accumulation_steps=1,
         ),
         checkpointing=mq.CheckpointingConfig(
@@ -99,10 +100,8 @@ def main() -> int:
 def answers(model, tokenizer, test) -> list[str]:
     """Greedy answers to the first few test rows."""
     prompts = [prompt_and_reference(tokenizer, example)[0] for example in test[:SAMPLES]]
-    return [
-        mq.generate(model, tokenizer, p, max_new_tokens=40, temperature=0, repetition_penalty=1.0)
-        for p in prompts
-    ]
+    greedy = {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": MAX_NEW_TOKENS}
+    return [mq.generate(model, tokenizer, prompt, **greedy) for prompt in prompts]
 
 
 def prompt_and_reference(tokenizer, example) -> tuple[str, str]:

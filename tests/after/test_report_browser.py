@@ -114,11 +114,12 @@ def test_the_demo_s_report_answers_the_five_questions(browser, tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(examples))
     demo = runpy.run_path(str(examples / "demo.py"))
     main = demo["main"]
-    short = {"LEAST_FALL": -1.0, "TEST_ROWS": 8, "VALIDATION_ROWS": 8}
+    short = {"LEAST_FALL": -1.0, "TEST_ROWS": 3, "VALIDATION_ROWS": 2}
+    short |= {"BATCH_SIZE": 2, "MAX_NEW_TOKENS": 6}
     for name, value in short.items():
         monkeypatch.setitem(main.__globals__, name, value)
     out = tmp_path / "demo"
-    monkeypatch.setattr("sys.argv", ["demo.py", "--output-dir", str(out), "--max-steps", "4"])
+    monkeypatch.setattr("sys.argv", ["demo.py", "--output-dir", str(out), "--max-steps", "2"])
     assert main() == 0
 
     brightness = {}
