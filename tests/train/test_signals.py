@@ -46,7 +46,7 @@ def pause(at):
     counts[at] += 1
     print(at, counts[at], flush=True)
     if (at, counts[at]) == (place, number):
-        handler, until = signal.getsignal(signal.SIGTERM), time.monotonic() + PATIENCE
+        handler, until = signal.getsignal(signal.SIGTERM), time.monotonic() + 300
         print("waiting", flush=True)
         while signal.getsignal(signal.SIGTERM) == handler:
             time.sleep(0.001)
