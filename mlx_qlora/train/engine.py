@@ -71,22 +71,21 @@ PIECES = (
     Piece("swiglu", ("gate", "up"), ("gated",), residuals=("s",)),
     Piece("add_mlp", ("h", "gated"), ("y",), linears=("mlp.down_proj",)),
 )
+# The values that the VJPs of all pieces before one take: what the backward still needs below it.
+NEEDED_BELOW = [
+    {name for piece in PIECES[:i] for name in (*piece.inputs, *piece.residuals)}
+    for i in range(len(PIECES))
+]
 # As wide as the MLP, and kept at no level. Neither it nor its gradient is evaluated by itself, so
 # that they exist only while what is made of them is computed.
 FLEETING = "gated"
-
-
-def names_needed(pieces: tuple[Piece, ...]) -> set[str]:
-    """The values that some pieces and their VJPs take."""
-    return {name for piece in pieces for name in (*piece.inputs, *piece.residuals)}
-
 
 # ---- LoRA weights --------------------------------------------------------------------------------
 
 
 @dataclass
 class Slot:
-    """Where a LoRA weight is in the model."""
+    """Where a LoRA weight is in the model: an attribute of a module."""
 
     path: str
     module: nn.Module
@@ -151,10 +150,11 @@ class Tape:
 
     def forward(self, kept: tuple[str, ...]) -> Stages:
         """Runs the pieces, and keeps the values of some names."""
-        for i, piece in enumerate(PIECES):
+        for piece in PIECES:
             outputs = self._run(piece, self._inputs(piece), "weights" in kept)
             self.values |= outputs
-            self._drop_all_but({*kept, "y"} | names_needed(PIECES[i + 1 :]))
+            if piece is PIECES[-1]:
+                self._drop_all_but({*kept, "y"})
             if FLEETING not in self.values:
                 yield arrays_of(outputs)
 
@@ -166,7 +166,7 @@ class Tape:
         yield arrays_of({name: self.values[name] for name in KEPT[EXPONENTIALS]})
         for i, piece in reversed(list(enumerate(PIECES))):
             self._vjp(piece)
-            self._drop_all_but(names_needed(PIECES[:i]))  # or they would live through the stage
+            self._drop_all_but(NEEDED_BELOW[i])  # before the stage, or they would live through it
             if i == 0 and not wants_dx:
                 del self.gradients["x"]
             if FLEETING not in self.gradients:
