@@ -33,10 +33,11 @@ def swiglu(
 ) -> mx.array:
     """gate, up (..., F) -> silu(gate) * up (..., F), in their dtype.
 
-    `s` is sigmoid(gate), if it is known; `compiled` computes in one kernel, whatever the shapes.
+    `s` is sigmoid(gate), if it is known; `compiled` computes in one kernel, whatever the shapes,
+    and is for whoever takes the derivative by `swiglu_vjp`.
     """
     if compiled:
-        return _fused(gate, up)
+        return _compiled(current())[0](gate, up)
     # The sigmoid's share of the derivative is in the gate's: its own would count twice, and is
     # not a number where an exponential has no end.
     return _with_gradient(gate, up, mx.stop_gradient(sigmoid(gate)) if s is None else s)
@@ -63,13 +64,8 @@ def _backward(gate: mx.array, up: mx.array, dy: mx.array, s: mx.array) -> tuple[
     return dys * up * (1 + gate * (1 - s)), dys * gate
 
 
-def _vjp(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
-    gate, up, s = primals
-    return *_backward(gate, up, dy, s), mx.zeros_like(s)
-
-
 _with_gradient: Any = mx.custom_function(_forward)
-_with_gradient.vjp(_vjp)
+_with_gradient.vjp(lambda xs, dy, _: (*_backward(xs[0], xs[1], dy, xs[2]), mx.zeros_like(xs[2])))
 
 
 @functools.cache
@@ -82,9 +78,6 @@ def _compiled(here: Device) -> tuple[Any, Any]:
     )
     return forward, backward
 
-
-_fused: Any = mx.custom_function(lambda gate, up: _compiled(current())[0](gate, up))
-_fused.vjp(lambda primals, dy, _: _compiled(current())[1](*primals, dy))
 
 # ---- keys of dropout -----------------------------------------------------------------------------
 
@@ -151,9 +144,6 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
         """Reads a `config.json`, and refuses what this tree would compute differently.
-
-        Args:
-            config: the file as a dict, in transformers v4's or v5's spelling.
 
         Raises:
             WeightsError: another architecture, or missing or unsupported values; lists them all.
@@ -369,7 +359,7 @@ class LlamaForCausalLM(nn.Module):
         dropout_key: mx.array | None = None,
         documents: np.ndarray | None = None,
     ) -> mx.array:
-        """The logits of every position.
+        """The logits (B, T, V) of every position, in the compute dtype.
 
         Args:
             tokens: (B, T) int, right-padded if rows differ in length.
@@ -378,9 +368,6 @@ class LlamaForCausalLM(nn.Module):
                 row (B, 2); None turns dropout off.
             documents: (N, 3) int of row, start and end, in order, where rows hold several
                 documents: each is attended to as if it stood alone, its positions from 0 on.
-
-        Returns:
-            (B, T, V), in the compute dtype.
         """
         return self.logits(self.model(tokens, cache, dropout_key, documents))
 

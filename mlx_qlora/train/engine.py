@@ -30,19 +30,10 @@ from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import DecoderLayer, Keys, LlamaForCausalLM, swiglu, swiglu_vjp
 from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import losses_by_slice
-from mlx_qlora.train.memory import (
-    EXPONENTIALS,
-    KEPT,
-    Footprint,
-    Recompute,
-    Shard,
-    check_recompute,
-    chunks_of,
-    persistent_bytes,
-    supervised_documents,
-)
+from mlx_qlora.train.memory import EXPONENTIALS, KEPT, Recompute, Shard
 from mlx_qlora.tree import flat, nested
 
 # ---- the pieces of a layer -----------------------------------------------------------------------
@@ -296,8 +287,8 @@ class Engine:
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
         self.model, self.compiled = model, compiled
         self.dtype = model.model.embed_tokens.dtype
-        self.recompute = check_recompute(recompute, len(model.layers))
-        self.persistent = persistent_bytes(model)
+        self.recompute = memory.check_recompute(recompute, len(model.layers))
+        self.persistent = memory.persistent_bytes(model)
         self.slots = slots_of(model, trainable)
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
@@ -316,26 +307,21 @@ class Engine:
     ) -> tuple[mx.array, int, dict[str, mx.array]]:
         """(loss_sum, n_tokens, grads) at the given LoRA weights; both by their paths.
 
-        Args:
-            weights: by path.
-            batch: tokens and labels.
-            dropout_key: as in `loss_and_grads`.
-            before: gradients of earlier micro-batches, to which these are added.
-            all_reduce: gets each layer's gradients as soon as they are complete; for the last batch
-                of a step.
+        The gradients are added to those `before`, of earlier micro-batches. `all_reduce` gets each
+        layer's as soon as they are complete; it is for the last batch of a step.
         """
-        documents = supervised_documents(batch)
+        documents = memory.supervised_documents(batch)
         lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        footprint = Footprint(self.model.config, lengths, self.dtype.size)
+        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size)
         # By nothing but the lengths, so that the same batch is always computed the same way.
         plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
         slots = [slot for layer in self.slots for piece in layer.values() for slot in piece]
-        # Cast once, and not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits
-        # would swallow what they have moved.
+        # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
+        # swallow what they have moved.
         cast = [w.astype(self.dtype) if w.ndim > 1 else w for w in (weights[s.path] for s in slots)]
         with bound(slots, cast):
-            chunks = chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
+            chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
                     hook = all_reduce if shards is chunks[-1] else None
@@ -364,8 +350,7 @@ class Engine:
             x = [tape.values["x"] for tape in layer]
             self._start(i, layer, [tape.forward(kept) for tape in layer])
             # The layer before this one is finished before the next one begins: the device always
-            # has work at hand, and at most two layers' temporary arrays exist (docs/log.md has the
-            # figures).
+            # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).
             mx.eval(x)
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")

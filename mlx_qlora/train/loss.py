@@ -37,13 +37,13 @@ class Losses:
 def cross_entropy(
     head: FrozenMatrix, hidden: mx.array, targets: mx.array, differentiate: bool = True
 ) -> Losses:
-    """The losses of some tokens.
+    """The losses of some tokens, and their gradient, or else the head's first choices.
 
     Args:
         head: W (V, D), of whatever packing.
         hidden: (S, D), in the compute dtype.
         targets: (S,) int, from 0 to V - 1.
-        differentiate: True for the gradient, False for the first choices.
+        differentiate: True for the gradient, False for the choices.
     """
     slices = losses_by_slice(head, hidden, targets, differentiate)
     while True:

@@ -1,7 +1,7 @@
 """The memory schedule: what each layer keeps for its backward, and how much is computed at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -52,25 +52,14 @@ class Schedule:
     levels: list[int]
 
 
+@dataclass(frozen=True)
 class Footprint:
-    """The memory that a batch takes while it is computed, in bytes.
+    """The memory that a batch takes while it is computed, in bytes."""
 
-    Args:
-        config: sizes of the model.
-        lengths: of the batch's documents.
-        itemsize: bytes of a number in the compute dtype.
-        machine: that computes; this one if not given.
-    """
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        lengths: Sequence[int],
-        itemsize: int,
-        machine: Machine | None = None,
-    ) -> None:
-        self.config, self.lengths, self.itemsize = config, lengths, itemsize
-        self.machine = machine or this_machine()
+    config: LlamaConfig
+    lengths: Sequence[int]  # of the batch's documents
+    itemsize: int  # bytes of a number in the compute dtype
+    machine: Machine = field(default_factory=lambda: this_machine())
 
     def kept(self, levels: list[int], n_chunks: int) -> int:
         """What the forward of the largest chunk keeps for the backward."""
@@ -108,11 +97,9 @@ class Footprint:
         return self.machine.device.memory_share * self.machine.working_set_bytes - persistent - work
 
     def schedule(self, recompute: list[int] | str, budget: float) -> Schedule:
-        """The schedule that recomputes least and keeps within a budget, if one does.
+        """The schedule that recomputes least and keeps at most `budget` bytes, if one does.
 
-        Args:
-            recompute: each layer's level, or "auto" to choose them.
-            budget: bytes for what the forward keeps.
+        `recompute` is each layer's level, or "auto" to choose them.
         """
         lengths, machine = self.lengths, self.machine
         n_chunks, n = default_chunks(lengths, machine), max(len(lengths), 1)
@@ -239,12 +226,8 @@ def chunks_of(
 ) -> list[list[Shard]]:
     """At most so many chunks of a batch; each as the shards that are computed side by side.
 
-    Args:
-        model: whose layers will draw dropout.
-        batch: tokens and labels.
-        documents: (n, 3) of row, start and end: those of the batch's that are to be computed.
-        n_chunks: how many there may be at most.
-        dropout_key: (2,) for the batch or (B, 2) for its rows; None turns dropout off.
+    `documents` (n, 3) of row, start and end are those of the batch to be computed. `dropout_key` is
+    (2,) for the batch or (B, 2) for its rows; None turns dropout off.
     """
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
 

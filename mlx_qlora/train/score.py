@@ -78,7 +78,6 @@ def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]
             mx.eval([(losses.nats, losses.choices) for losses in results])
         for shard, losses in zip(shards, results):
             position = np.array(shard.positions)
-            row = np.array(shard.documents.row)[position]
-            place = np.array(shard.documents.positions)[position]
-            of_head = losses.choices, shard.targets, losses.nats
-            yield [row, position, place, *map(np.array, of_head)]
+            row, place = np.array(shard.documents.row), np.array(shard.documents.positions)
+            of_head = map(np.array, (losses.choices, shard.targets, losses.nats))
+            yield [row[position], position, place[position], *of_head]

@@ -204,7 +204,7 @@ def split_into(n_chunks: int, cores: int, positions: int = SIZE):
     with device.use(here), pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "FEWEST_POSITIONS", 1)
         patch.setattr(device, "cores", lambda: cores)
-        patch.setattr(engine_module, "chunks_of", chunks_of)
+        patch.setattr(memory, "chunks_of", chunks_of)
         yield seen
 
 
