@@ -128,7 +128,7 @@ class Floor:
 
     Attributes:
         flops: of all of them.
-        ways: name -> waves of shares that are computed side by side.
+        ways: name -> chunks of shares that are computed side by side.
     """
 
     flops: int
@@ -174,15 +174,15 @@ class Maker:
     def floors(self, batch: Batch) -> Floor:
         """A batch's floor."""
         documents = supervised_documents(batch)
-        waves = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
-        sizes = [len(wave) for wave in chunks_of(self.model, batch, documents, waves)]
-        labels, lent = np.array(batch.labels), streams(sizes[0])
+        chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
+        sizes = [len(chunk) for chunk in chunks_of(self.model, batch, documents, chunks)]
+        labels, lanes = np.array(batch.labels), streams(sizes[0])
         shares = [
-            self.share(part, labels, lent[i % sizes[0]])
+            self.share(part, labels, lanes[i % sizes[0]])
             for i, part in enumerate(split_evenly(documents, sum(sizes)))
         ]
         shared = [shares[i : i + sizes[0]] for i in range(0, len(shares), sizes[0])]
-        whole = self.share(documents, labels, lent[0])
+        whole = self.share(documents, labels, lanes[0])
         ways = {"at once": [[whole]], f"{len(shares)} parts, {sizes[0]} at a time": shared}
         flops = sum(2 * a.size * b.shape[-1] for stage in whole.stages for a, b in stage)
         return Floor(flops, ways)
@@ -230,9 +230,9 @@ class Maker:
         return self.some(K, rows, Hd), self.some(K, T, Hd), self.some(K, rows, T)
 
 
-def multiply(waves: list[list[Share]]) -> None:
+def multiply(chunks: list[list[Share]]) -> None:
     """Computes a floor."""
-    for shares in waves:
+    for shares in chunks:
         with blas.threads(max(1, cores() // len(shares))):
             before: list[mx.array] = []
             for stages in zip(*(share.stages for share in shares)):
@@ -269,7 +269,7 @@ def one_round(
 ) -> list[dict[str, float]]:
     """For each batch, seconds of each way to compute its floor, and of our step."""
     return [
-        {name: seconds(multiply, waves) for name, waves in floor.ways.items()}
+        {name: seconds(multiply, chunks) for name, chunks in floor.ways.items()}
         | {"step": seconds(step, batch)}
         for floor, batch in zip(floors, batches)
     ]
