@@ -22,13 +22,13 @@ from support.models import (
     load_folder,
     make_hf_model,
     our_logits,
+    quantise_with_mlx_lm,
     random_tokens,
     save_hf,
     torch_logits,
 )
 from support.tiny_folder import write_model
 from support.training import SETTINGS, Finished, assert_same, at_step, fine_tune, stop
-from test_weights import quantise_with_mlx_lm
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.peft import load_adapter, save_adapter

@@ -11,7 +11,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.models import LLAMA3_ROPE, TINY, load_folder, make_hf_model, our_logits, random_tokens
+from support.models import (
+    LLAMA3_ROPE,
+    TINY,
+    load_folder,
+    make_hf_model,
+    our_logits,
+    quantise_with_mlx_lm,
+    random_tokens,
+)
 from support.models import save_hf as save
 
 from mlx_qlora.errors import UserError, WeightsError
@@ -63,17 +71,6 @@ MLX_FORMATS: dict[str, dict[str, Any]] = {
     "nvfp4": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
     "mxfp8": {"bits": 8, "group_size": 32, "mode": "mxfp8"},
 }
-
-
-def quantise_with_mlx_lm(source: Path, folder: Path, how: dict[str, Any]) -> Any:
-    """Writes an MLX folder as `mlx_lm.convert` does; returns mlx-lm's model of that folder."""
-    from mlx_lm import utils
-
-    model, config = utils.load_model(source)
-    model, config = utils.quantize_model(model, config, **how)
-    utils.save_model(folder, model)
-    utils.save_config(config, folder / "config.json")
-    return utils.load_model(folder)[0]
 
 
 @pytest.fixture(scope="module")

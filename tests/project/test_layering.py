@@ -123,3 +123,14 @@ def test_no_module_hides_a_public_name():
 def test_there_is_no_drawer_for_odds_and_ends():
     forbidden = {"utils", "util", "common", "helpers", "misc", "base"}
     assert not {name.split(".")[-1] for name in modules()} & forbidden
+
+
+def test_no_test_imports_another_test():
+    tests = Path(__file__).parents[1]
+    names = {path.stem for path in tests.rglob("test_*.py")}
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            tails = {name.split(".")[-1] for name in imported}
+            assert not tails & names, f"{path.name} imports {tails & names}: see tests/support"

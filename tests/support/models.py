@@ -52,6 +52,17 @@ def save_hf(model: Any, folder: Path, **how: Any) -> Path:
     return folder
 
 
+def quantise_with_mlx_lm(source: Path, folder: Path, how: dict[str, Any]) -> Any:
+    """Writes an MLX folder as `mlx_lm.convert` does; returns mlx-lm's model of that folder."""
+    from mlx_lm import utils
+
+    model, config = utils.load_model(source)
+    model, config = utils.quantize_model(model, config, **how)
+    utils.save_model(folder, model)
+    utils.save_config(config, folder / "config.json")
+    return utils.load_model(folder)[0]
+
+
 def load_folder(
     path: Path,
     quantize: QuantConfig | None = None,
