@@ -186,8 +186,8 @@ class DoRALinear(LoRALinear):
         lora_magnitude_vector: (d_out,) float32; PEFT's name, without `.weight`.
     """
 
-    def __init__(self, base_layer: Linear, *args: Any) -> None:
-        super().__init__(base_layer, *args)
+    def __init__(self, base_layer: Linear, *args: Any, **settings: Any) -> None:
+        super().__init__(base_layer, *args, **settings)
         self._squares = base_layer.dense().astype(mx.float32).square().sum(axis=1)
         self.lora_magnitude_vector = self.norm()
         mx.eval(self._squares, self.lora_magnitude_vector)
