@@ -487,7 +487,9 @@ def test_given_levels_are_kept_and_recomputing_everything_asks_for_more_chunks(u
 # ---- compiling ---------------------------------------------------------------------------------
 
 
-def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(model, monkeypatch):
+def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(
+    model, monkeypatch, use_device
+):
     traced, active, differentiating, compile_, vjp_ = [], [], [], mx.compile, mx.vjp
 
     def counting(fun, *args, **kwargs):
@@ -512,7 +514,7 @@ def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(mod
     spec.loader.exec_module(fresh)  # the module itself may have met these shapes before
     for name in ("swiglu", "swiglu_vjp"):
         monkeypatch.setattr(engine_module, name, getattr(fresh, name))
-    monkeypatch.setattr("mlx_qlora.train.optim._slices", in_slices_of_many_sizes)
+    use_device(adamw_slice=1000)  # slices of two sizes: the last one is shorter
     engine, optimizer = Engine(model, compiled=True), AdamW(model.trainable_parameters())
     random, shapes = np.random.default_rng(0), set()
     for i in range(200):
@@ -530,10 +532,6 @@ def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(mod
     assert 2 <= len(traced) <= 8
     # By then attention has made its masks for every width, which it keeps.
     assert active[-1] == pytest.approx(active[120], rel=0.02)
-
-
-def in_slices_of_many_sizes(size: int) -> list[slice]:
-    return [slice(0, 1000), slice(1000, 4000), slice(4000, size)]
 
 
 @pytest.mark.parametrize("level", [NOTHING, EXPONENTIALS, MLP, LAYER])
