@@ -81,15 +81,12 @@ def read_gguf(path: Path) -> GGUF:
     if factors is not None:
         config["rope_scaling"] = _llama3_scaling(path, factors, config["rope_theta"])
 
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors = {}
     for name in list(loaded):
         hf_name, array = _hf_name(path, name), loaded.pop(name)
-        if ".q_proj." in hf_name:
-            array = _undo_permute(array, heads)
-        elif ".k_proj." in hf_name:
-            array = _undo_permute(array, kv_heads)
-        tensors[hf_name] = array
+        module = hf_name.split(".")[-2]
+        tensors[hf_name] = _undo_permute(array, heads[module]) if module in heads else array
     return GGUF(config, tensors, metadata, _original_repository(metadata))
 
 
@@ -105,7 +102,6 @@ def _check_tensors(path: Path) -> None:
         raise WeightsError(f"{path} is damaged or truncated; download it again") from None
     if tensors is None:
         raise WeightsError(f"{path} is not a GGUF file (version 2 or 3)")
-
     problems = [
         f"{name}: {OTHER_TYPES.get(kind, f'type {kind}')}"
         for name, _, kind, _ in tensors

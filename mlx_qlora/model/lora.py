@@ -458,11 +458,8 @@ def trainable_count(model: nn.Module) -> int:
 
 def _linears(model: LlamaForCausalLM) -> list[tuple[str, Linear]]:
     """(path, linear) of every linear inside the decoder layers."""
-    return [
-        (path, module)
-        for path, module in _in_order(model)
-        if isinstance(module, Linear) and path.startswith("model.layers.")
-    ]
+    inside = [(p, m) for p, m in _in_order(model) if p.startswith("model.layers.")]
+    return [(path, module) for path, module in inside if isinstance(module, Linear)]
 
 
 def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -79,7 +79,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
         return Checkpoint(files, config, found, _packing_in_config(config, found), [])
     found = _read_headers(files.path)
     packing = _packing_in_config(config, found)
-    shards = [_open_safetensors(file) for file in _files(found)]
+    shards = [_open_safetensors(file) for file in sorted({info.file for info in found.values()})]
     return Checkpoint(files, config, found, packing, shards)
 
 
@@ -232,10 +232,6 @@ def _open_safetensors(path: Path) -> dict[str, mx.array]:
         raise WeightsError(f"{path} cannot be read: {error}; fetch or write it again") from None
 
 
-def _files(found: dict[str, TensorInfo]) -> list[Path]:
-    return sorted({info.file for info in found.values()})
-
-
 def _packing_in_config(
     config: dict[str, Any], found: dict[str, TensorInfo]
 ) -> dict[str, QuantConfig]:
@@ -272,17 +268,19 @@ def _check_tensors(
 ) -> None:
     """Compare names, shapes and dtypes with the model's; all differences are one error."""
     found, packing = checkpoint.found, checkpoint.packing
-    expected = _expected_shapes(model, packing)
+    expected = _expected(model, packing)
     problems = [f"{name} is missing" for name in expected if name not in found]
     for name, info in found.items():
         where = f"{name} in {info.file.name}"
         if name not in expected:
             if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
                 problems.append(f"{where} belongs to no module of this architecture")
-        elif info.shape != expected[name]:
-            problems.append(f"{where} has shape {info.shape}; config.json asks {expected[name]}")
-        elif info.dtype not in (legal := _legal_dtypes(name, packing)):
-            problems.append(f"{where} has dtype {info.dtype}; supported: {', '.join(legal)}")
+            continue
+        shape, dtypes = expected[name]
+        if info.shape != shape:
+            problems.append(f"{where} has shape {info.shape}; config.json asks {shape}")
+        elif info.dtype not in dtypes:
+            problems.append(f"{where} has dtype {info.dtype}; supported: {', '.join(dtypes)}")
     if problems:
         raise WeightsError(
             f"{checkpoint.files.path} does not hold this model:\n{listing(problems)}"
@@ -296,33 +294,24 @@ def _check_tensors(
                 )
 
 
-def _expected_shapes(
+def _expected(
     model: LlamaForCausalLM, packing: dict[str, QuantConfig]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Tensor name -> its shape, and the dtypes that it may have."""
+    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for name, array in flat(model.parameters()).items():
         path, _, leaf = name.rpartition(".")
         quant = packing.get(path)
         if quant is None or leaf == "bias":
-            shapes[name] = tuple(array.shape)
+            expected[name] = tuple(array.shape), FLOATS
             continue
         rows, columns = array.shape
-        groups = columns // quant.group_size
-        shapes[name] = (rows, columns * quant.bits // 32)
-        shapes[f"{path}.scales"] = (rows, groups)
+        groups = rows, columns // quant.group_size
+        expected[name] = (rows, columns * quant.bits // 32), ("U32",)
+        expected[f"{path}.scales"] = groups, FLOATS if quant.mode == "affine" else ("U8",)
         if quant.mode == "affine":
-            shapes[f"{path}.biases"] = (rows, groups)
-    return shapes
-
-
-def _legal_dtypes(name: str, packing: dict[str, QuantConfig]) -> tuple[str, ...]:
-    path, _, leaf = name.rpartition(".")
-    quant = packing.get(path)
-    if quant is not None and leaf == "weight":
-        return ("U32",)
-    if quant is not None and leaf == "scales" and quant.mode != "affine":
-        return ("U8",)
-    return FLOATS
+            expected[f"{path}.biases"] = groups, FLOATS
+    return expected
 
 
 # ---- one tensor at a time ------------------------------------------------------------------------
