@@ -116,7 +116,7 @@ def test_an_example_runs_as_its_notebook_and_shows_its_result(script, tmp_path):
     runs = [data for data in results if data["text/plain"].startswith("TrainResult(")]
     assert runs, "no cell ends in a result"
     html = [data.get("text/html", "") for data in runs]
-    assert all('class="mq"' in text and "<svg" in text for text in html)
+    assert all('class="mq cell"' in text and "<svg" in text for text in html)
     assert [path.name for path in place.iterdir()] == ["outputs"]
     assert {path.name for path in place.glob("outputs/*")} <= {script.stem}
 
