@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import glob
 import io
 import os
@@ -22,7 +23,7 @@ from mlx_qlora.adapters.peft import save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
 from mlx_qlora.distributed import launched, processes
-from mlx_qlora.errors import ConfigError, Terminal, UserError, say
+from mlx_qlora.errors import ConfigError, UserError, say
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
@@ -40,6 +41,14 @@ if TYPE_CHECKING:
 
 JsonObject = dict[str, Any] | None
 OUTPUT = "--output-dir"  # of merge and export
+
+
+class Terminal(Console):
+    """Rich's console, which would end the program with 1 where nobody reads what it prints."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
 
 
 # ---- arguments -> config -------------------------------------------------------------------------

@@ -6,11 +6,11 @@ Everything imports this file, and it imports nothing of ours.
 import copy
 import dataclasses
 import difflib
-import errno
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class UserError(ValueError):
@@ -113,21 +113,15 @@ def require(holds: bool, field: str, rule: str, got: Any) -> None:
 # ---- lines for a person --------------------------------------------------------------------------
 
 
-class Terminal(Console):
-    """Rich's console, which would end the program with 1 where nobody reads what it prints."""
-
-    def on_broken_pipe(self) -> None:
-        """Leave it to the command line."""
-        raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
-
-
-def say(console: Console, text: str) -> None:
+def say(console: "Console", text: str) -> None:
     """Print a line as it is, not wrapped at 80 columns where there is no terminal."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def warn(console: Console, text: str) -> None:
+def warn(console: "Console", text: str) -> None:
     """Print a warning; from a quiet console it goes to standard error."""
     if console.quiet:
+        from rich.console import Console
+
         console = Console(stderr=True)
     say(console, f"warning   {text}")

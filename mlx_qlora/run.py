@@ -101,6 +101,12 @@ class Inputs:
     state: RunState = field(default_factory=RunState)
     resumed: Path | None = None
 
+    def __post_init__(self) -> None:
+        template = self.train.report.chat_template  # the user's own, saved beside the adapter
+        if template is not None:
+            own = self.tokenizer.with_chat_template(template)
+            object.__setattr__(self, "tokenizer", own)
+
     @property
     def output(self) -> Path:
         """The output folder."""
@@ -359,10 +365,8 @@ def fine_tune(
             check_output(output)
             require_trackers([*config.logging.report_to])
         check_lengths(model.config, train_examples, validation)
-        template = train_examples.report.chat_template  # which the rows are written by
-        known = tokenizer if template is None else tokenizer.with_chat_template(template)
         settled = settle(config, model.config, train_examples)
-        return Inputs(settled, known, model.config, train_examples, validation)
+        return Inputs(settled, tokenizer, model.config, train_examples, validation)
 
     return _run(model, everyone.agree(opened), console, None, 0)
 

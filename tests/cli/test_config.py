@@ -207,7 +207,7 @@ def test_a_rate_may_be_written_in_any_way(tmp_path, text):
         ({"model": {"bits": 7}}, ["bits must be one of"]),
         ({"model": {"mode": "nf4"}}, ["model.mode must be one of 'affine'"]),
         ({"data": {"split": 0.8}}, ["data.split must be list of number; got 0.8"]),
-        ({"training": {"learning_rate": "fast"}}, ["training.learning_rate must be number"]),
+        ({"training": {"learning_rate": "fast"}}, ["must be a number or auto"]),
         ({"training": {"learning_rate": True}}, ["training.learning_rate must be number"]),
         ({"training": {"learning_rate": 10**400}}, ["training.learning_rate must be number"]),
         ({"training": {"learning_rate": 0}}, ["training.learning_rate must be above 0"]),
