@@ -14,7 +14,7 @@ import docstring_data
 from rich.console import Console
 
 import mlx_qlora as mq
-from mlx_qlora.after.report import write_report
+from mlx_qlora.after.report import Report, write_report
 from mlx_qlora.data.read import train_validation_test
 
 MODEL = "smollm2-135m"
@@ -76,15 +76,9 @@ def main() -> int:
             console.print(f"[bold]{name}:[/bold] ", end="")
             console.print(text.strip(), markup=False, highlight=False)
     console.rule()
-    report = write_report(
-        result,
-        config,
-        {"before": before, "after": after},
-        samples,
-        data=[train.report],
-        rows={"train": len(train), "validation": VALIDATION_ROWS, "test": len(test)},
-        plan=plan,
-    )
+    result.test_scores = {"before": before, "after": after}
+    rows = {"train": len(train), "validation": VALIDATION_ROWS, "test": len(test)}
+    report = write_report(Report(result, config, samples, [train.report], rows, plan))
 
     fall = 1 - after.loss / before.loss
     console.print(

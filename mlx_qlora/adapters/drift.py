@@ -33,29 +33,18 @@ class Drift:
     text of the tuned model costs the other in nats per token, beyond what it must cost. `kept` is
     1 - KL(exact || written) / KL(exact || base). A written model equal to the tuned one keeps all;
     one that is as far from it as the base is keeps nothing; noise beyond that gives a negative
-    number. It holds for these texts, not for all text.
-
-    Attributes:
-        loss_exact: of the model with its adapter, in nats per token.
-        loss_base: of the same model without it.
-        loss_written: of what was written, read back from the files.
-        kl: KL(exact || written), in nats per token.
-        kl_base: KL(exact || base): the adapter's effect.
-        max_logit_difference: largest |logit of written - logit of exact|.
-        kept: the share of the effect that is in the files; NaN where there is next to no effect.
-        tokens: how many predictions were compared.
-        bits: what the files are quantised to; None if they are dense.
+    number. It holds for these texts, not for all text. Losses and divergences are nats per token.
     """
 
-    loss_exact: float
-    loss_base: float
-    loss_written: float
-    kl: float
-    kl_base: float
-    max_logit_difference: float
-    kept: float
-    tokens: int
-    bits: int | None
+    loss_exact: float  # of the model with its adapter
+    loss_base: float  # of the same model without it
+    loss_written: float  # of what was written, read back from the files
+    kl: float  # KL(exact || written)
+    kl_base: float  # KL(exact || base): the adapter's effect
+    max_logit_difference: float  # largest |logit of written - logit of exact|
+    kept: float  # the share of the effect that is in the files; NaN where there is next to none
+    tokens: int  # how many predictions were compared
+    bits: int | None  # what the files are quantised to; None if they are dense
 
     def __str__(self) -> str:
         return (
@@ -99,7 +88,6 @@ def measure(
     """Compare two models, and the first without its adapter, on every prediction of some texts.
 
     Args:
-        exact: with LoRA layers, which it keeps.
         written: the exported model, loaded with the same compute dtype.
         rows: ids of each text, at least two.
         bits: what `written` is quantised to, for the report.
@@ -156,8 +144,8 @@ def without_adapter(model: LlamaForCausalLM) -> Iterator[None]:
     layers = lora_layers(model)
     bases = {}
     for path, layer in layers:
-        base, begun = layer.base_layer, layer._begun
-        bases[path] = base if begun is None else LoRALinear(base, *begun, layer.scale, 0.0)
+        base, taken = layer.base_layer, layer.initial_update
+        bases[path] = base if taken is None else LoRALinear(base, *taken, layer.scale, 0.0)
     model.update_modules(nested(bases))
     try:
         yield

@@ -84,16 +84,11 @@ def _check_has_adapter(model: LlamaForCausalLM) -> None:
 
 @dataclass(frozen=True)
 class Merged:
-    """What an export left on disk.
-
-    Attributes:
-        bytes: of all files in the folder.
-        drift: what the export changed; None if that was not measured.
-    """
+    """What an export left on disk."""
 
     folder: Path
-    bytes: int
-    drift: Drift | None
+    bytes: int  # of all files in the folder
+    drift: Drift | None  # what the export changed; None if that was not measured
 
 
 def save_merged(

@@ -65,7 +65,6 @@ def save_adapter(
     replaces anything older.
 
     Args:
-        model: with LoRA layers.
         folder: made if it does not exist; files of other names in it are left alone.
         base_model_name_or_path: the original Hugging Face repository, which every PEFT user will
             load; by default what the model's own files say they are a copy of.
@@ -185,12 +184,20 @@ def _whole(alpha: float) -> float:
 
 def write_peft(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
     """Write the three files of a PEFT adapter and read them back."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # Only the outer keys are sorted: of two patterns that match, the first counts.
-    (folder / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    _write_checked(folder / WEIGHTS, tensors, "pt", dict(sorted(config.items())))
     (folder / CARD).write_text(model_card(Facts(config)))
-    is_same = same_tensors(load_file(folder / WEIGHTS), tensors)
+
+
+def _write_checked(
+    file: Path, tensors: dict[str, np.ndarray], framework: str, config: dict[str, Any]
+) -> None:
+    """Write tensors, and beside them `adapter_config.json`, and read both back."""
+    folder = file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": framework})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    is_same = same_tensors(load_file(file), tensors)
     if not is_same or json.loads((folder / CONFIG).read_text()) != config:
         raise AdapterError(f"{folder}: what was read back is not what was written; nothing changed")
 
@@ -209,9 +216,7 @@ def same_tensors(read: dict[str, np.ndarray], written: dict[str, np.ndarray]) ->
 def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
     """Write the adapter for mlx-lm alone, into a folder that appears whole or not at all.
 
-    Args:
-        model: with LoRA layers.
-        folder: files of other names in it are left alone.
+    Files of other names in the folder are left alone.
 
     Raises:
         AdapterError: the model has no LoRA layers, or files of PEFT's adapter are in the folder:
@@ -229,7 +234,7 @@ def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
 
 
 def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write `adapters.safetensors` and `adapter_config.json` and read the tensors back.
+    """Write `adapters.safetensors` and `adapter_config.json` and read them back.
 
     Updates of smaller rank are padded with zeros, and those of another scale carry the
     difference in lora_b: the product stays the same.
@@ -256,11 +261,7 @@ def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
         "num_layers": len(model.layers),
         "lora_parameters": dict(rank=rank, scale=scale, dropout=lora.lora_dropout, keys=keys),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / MLX_LM_WEIGHTS, metadata={"format": "mlx"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if not same_tensors(load_file(folder / MLX_LM_WEIGHTS), tensors):
-        raise AdapterError(f"{folder}: what was read back is not what was written; nothing changed")
+    _write_checked(folder / MLX_LM_WEIGHTS, tensors, "mlx", config)
 
 
 # ---- in: an adapter's config ---------------------------------------------------------------------

@@ -41,28 +41,17 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is made from.
+    """What a card is made from."""
 
-    Attributes:
-        adapter: the content of `adapter_config.json`.
-        record: of `training_args.json`; without it the settings of the run are left out.
-        metrics: the records of `metrics.jsonl`.
-        tokens_seen: in the whole training, repeated epochs included.
-        plots: paths relative to the card.
-        tokenizer, mlx: whether its files, and the copy for mlx-lm, are beside the adapter.
-        license: as Hugging Face names it.
-        name: under which others find the adapter.
-    """
-
-    adapter: dict[str, Any]
-    record: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    tokens_seen: int | None = None
-    plots: list[str] = field(default_factory=list)
-    tokenizer: bool = False
-    mlx: bool = False
-    license: str | None = None
-    name: str = "path/to/this/folder"
+    adapter: dict[str, Any]  # the content of `adapter_config.json`
+    record: dict[str, Any] = field(default_factory=dict)  # of `training_args.json`
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # of `metrics.jsonl`
+    tokens_seen: int | None = None  # in the whole training, repeated epochs included
+    plots: list[str] = field(default_factory=list)  # paths relative to the card
+    tokenizer: bool = False  # whether its files are beside the adapter
+    mlx: bool = False  # whether the copy for mlx-lm is
+    license: str | None = None  # as Hugging Face names it
+    name: str = "path/to/this/folder"  # under which others find the adapter
 
 
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:

@@ -50,11 +50,6 @@ def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCa
     LoRA layers that `add_lora` or `load_adapter` put into the model count as an adapter called
     `default` (or `default_2` and so on, where that is taken).
 
-    Args:
-        model: with any number of adapters; all of them stay.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        name: any text that no adapter of the model has yet.
-
     Raises:
         AdapterError: as `load_adapter`; the model is as it was.
         ConfigError: the name is taken.
@@ -119,9 +114,7 @@ def combine(
     rsLoRA, PEFT 0.21 multiplies the sum by the square root of the new rank once more; we do not.
 
     Args:
-        model: with the adapters.
         weights: name -> factor; negative ones subtract.
-        name: of the new adapter.
         combination_type: `cat` or `linear`.
 
     Raises:
@@ -223,7 +216,7 @@ def _unchanged(model: LlamaForCausalLM) -> dict[str, Adapter]:
     """The adapters, unless PiSSA or OLoRA changed the base that all of them share."""
     adapters = _adapters(model)
     for name, adapter in adapters.items():
-        if any(layer._begun is not None for layer in adapter.layers.values()):
+        if any(layer.initial_update is not None for layer in adapter.layers.values()):
             raise ConfigError(
                 f"the adapter {name!r} began with init_lora_weights="
                 f"{adapter.config.init_lora_weights!r}, which changed the base that others would "

@@ -30,17 +30,11 @@ STUTTER = 0.10  # more repeated first choices than the references have
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing that a history shows.
+    """One thing that a history shows."""
 
-    Attributes:
-        kind: overfitting, underfitting, divergence or repetition.
-        finding: what is seen, with its figures.
-        remedy: what to change.
-    """
-
-    kind: str
-    finding: str
-    remedy: str
+    kind: str  # overfitting, underfitting, divergence or repetition
+    finding: str  # what is seen, with its figures
+    remedy: str  # what to change
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.finding}; {self.remedy}"
@@ -165,19 +159,13 @@ CUT = " …"  # ends a sampled answer that was not finished
 
 
 class Answer(NamedTuple):
-    """One question about a run, and what the figures say.
-
-    Attributes:
-        why: the figures behind it.
-        tone: good, bad, note, or nothing where there is nothing to judge.
-        code: a command, if that is the answer.
-    """
+    """One question about a run, and what the figures say."""
 
     question: str
     verdict: str
-    why: str
-    tone: str = ""
-    code: str = ""
+    why: str  # the figures behind it
+    tone: str = ""  # good, bad, note, or nothing where there is nothing to judge
+    code: str = ""  # a command, if that is the answer
 
 
 def learned(history: History, scores: Mapping[str, Scores], advice: Sequence[Advice]) -> Answer:

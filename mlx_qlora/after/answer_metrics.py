@@ -20,6 +20,7 @@ from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.infer.evaluate import MOST_NATS, perplexity
 
 # ---- questions -----------------------------------------------------------------------------------
 
@@ -246,7 +247,6 @@ def variety(answers: list[str]) -> Variety:
 # ---- one metric of two models --------------------------------------------------------------------
 
 LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
-MOST_NATS = 700.0  # exp of more is not finite
 
 
 @dataclass(frozen=True)
@@ -332,12 +332,8 @@ def paired_row(
     return Row(metric, better, figures[0], figures[1], change)
 
 
-def perplexity_row(metric: str, loss: Row) -> Row:
+def perplexity_row(loss: Row) -> Row:
     """The perplexities of a row of losses; exp keeps the order, so intervals keep their ends."""
-
-    def perplexity(nats: float) -> float:
-        return math.exp(min(nats, MOST_NATS))
-
     tuned = loss.tuned.mapped(perplexity) if loss.tuned else None
     rise = loss.change and loss.change.mapped(lambda nats: math.expm1(min(nats, MOST_NATS)))
-    return Row(metric, LOWER, loss.base.mapped(perplexity), tuned, rise, relative=True)
+    return Row("perplexity", LOWER, loss.base.mapped(perplexity), tuned, rise, relative=True)

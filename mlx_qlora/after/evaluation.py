@@ -26,10 +26,11 @@ from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, require, say, warn
 from mlx_qlora.folders import staged
-from mlx_qlora.infer.evaluate import ExampleScores, progress, score_examples
+from mlx_qlora.infer.evaluate import progress, score_examples
 from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
+from mlx_qlora.train.score import RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
 BATCH, PROMPTS_PER_CALL = 8, 32  # prompts at once; where one ends, the next takes its place
@@ -190,7 +191,7 @@ def _drawn_questions(
 class Performance:
     """What one model did: its score on every example, and its answer to every question."""
 
-    scores: ExampleScores
+    scores: RowScores
     answers: tuple[str, ...] = ()
 
 
@@ -302,7 +303,7 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
     tokens = base.scores.tokens
     loss = paired_row("loss", LOWER, [each.scores.nats for each in models], tokens)
     hits = [each.scores.hits for each in models]
-    rows = [loss, metrics.perplexity_row("perplexity", loss)]
+    rows = [loss, metrics.perplexity_row(loss)]
     rows.append(paired_row("token_accuracy", HIGHER, hits, tokens))
     references = [question.reference for question in asked]
     if asked:

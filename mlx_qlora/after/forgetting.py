@@ -150,7 +150,7 @@ def forgetting(
     loss = paired_row("loss", LOWER, [base, tuned], n)
     return Forgetting(
         loss,
-        perplexity_row("perplexity", loss),
+        perplexity_row(loss),
         ratio_interval(kl, n),
         ratio_interval(kl_reverse, n),
         int(n.sum()),

@@ -1,8 +1,7 @@
 """What a run's report shows besides its metrics: held-out rows before the training and after it."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from mlx_qlora.after.advice import CUT, advise
 from mlx_qlora.after.plots import PNG_HINT, can_draw_png, live_plots
-from mlx_qlora.after.report import write_report
+from mlx_qlora.after.report import Report, write_report
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -27,10 +26,7 @@ class Observer:
     """Looks at a model before and after its training, and writes the report.
 
     The first process asks and writes; the scores on the test rows are shared out over all.
-
-    Args:
-        n_questions: held-out rows to answer; 0 asks none.
-        plan: the prediction, if one was made.
+    `n_questions` held-out rows are answered, 0 asks none.
     """
 
     def __init__(
@@ -57,15 +53,12 @@ class Observer:
             say(self.console, f"before    {n_rows} held-out rows are answered{scored}")
         self.answers, self.score = self._look()
 
-    @contextmanager
-    def live_plots(self) -> Iterator[None]:
+    def live_plots(self) -> AbstractContextManager[None]:
         """Plots that grow in a notebook while the model trains."""
         if not self.processes.is_first:
-            yield
-            return
+            return nullcontext()
         warmup = self.inputs.config.training.warmup_steps
-        with live_plots(self.inputs.output / "metrics.jsonl", warmup):
-            yield
+        return live_plots(self.inputs.output / "metrics.jsonl", warmup)
 
     def after(self, result: TrainResult) -> None:
         """Look again, and write the report with both answers and scores."""
@@ -80,15 +73,9 @@ class Observer:
         if self.score and score:
             result.test_scores = {"before": self.score, "after": score}
             self._say_scores(self.score, score)
-        write_report(
-            result,
-            config,
-            result.test_scores,
-            samples_of(self.inputs.tokenizer, self.questions, self.answers, answers),
-            data=self.inputs.reports,
-            rows=self.inputs.sizes,
-            plan=self.plan,
-        )
+        samples = samples_of(self.inputs.tokenizer, self.questions, self.answers, answers)
+        rows, plan = self.inputs.sizes, self.plan
+        write_report(Report(result, config, samples, self.inputs.reports, rows, plan))
         if not can_draw_png():
             say(self.console, f"report    {PNG_HINT}")
 

@@ -29,39 +29,26 @@ BUCKETS = 300  # of a line: more than a plot on a page has pixels to show
 
 @dataclass(frozen=True)
 class Line:
-    """One figure over the steps, or over what else the axis shows.
-
-    Attributes:
-        points: (x, y), by x; thinned.
-        errors: of each point, half the height of its error bar; empty for none.
-    """
+    """One figure over the steps, or over what else the axis shows."""
 
     label: str
-    points: Points
-    errors: Sequence[float] = ()
+    points: Points  # by x; thinned
+    errors: Sequence[float] = ()  # of each point, half the height of its error bar, if it has one
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot, however it will be drawn.
-
-    Attributes:
-        warmup: the last step of the warmup, shown as a shaded stretch; 0 for none.
-        best: step of the best validation loss, if it is to be marked.
-        level: (label, value) of a horizontal line to compare with.
-        axis: what x is.
-        log: whether x is on a logarithmic axis, whose ticks are the points' own x.
-    """
+    """One plot, however it will be drawn."""
 
     name: str
     title: str
     unit: str
     lines: list[Line]
-    warmup: int = 0
-    best: int | None = None
-    level: tuple[str, float] | None = None
-    axis: str = "step"
-    log: bool = False
+    warmup: int = 0  # its last step, shown as a shaded stretch; 0 for none
+    best: int | None = None  # step of the best validation loss, if it is to be marked
+    level: tuple[str, float] | None = None  # label and value of a line to compare with
+    axis: str = "step"  # what x is
+    log: bool = False  # whether x is on a logarithmic axis, whose ticks are the points' own x
 
     @property
     def xs(self) -> list[float]:
@@ -133,13 +120,9 @@ def plots_of(
 
 
 def thin(points: Points, buckets: int = BUCKETS) -> Points:
-    """Keep about two points for each bucket of steps, its lowest and its highest, and both ends.
+    """Keep the lowest and the highest finite point of each bucket of steps, and both ends.
 
     So every extreme of the line stays: a spike of one step in 100,000 is still seen.
-
-    Args:
-        points: (step, value), by step, finite.
-        buckets: how many stretches of equal length the steps are cut into.
     """
     if len(points) <= 2 * buckets:
         return points
@@ -363,10 +346,7 @@ def live_plots(metrics: Path, warmup: int = 0) -> Iterator[None]:
     """Show the plots of a growing `metrics.jsonl` below the cell that trains, if there is one.
 
     Training is not touched for it: a thread reads the lines that it adds, and redraws at most once
-    a second. Without a Jupyter kernel nothing is started.
-
-    Args:
-        metrics: the file; it need not exist yet, and may be written again from the start.
+    a second. Without a Jupyter kernel nothing is started. The file need not exist yet.
     """
     if not in_kernel():
         yield

@@ -11,15 +11,7 @@ from typing import Any, NamedTuple
 
 from mlx_qlora import __version__
 from mlx_qlora.adapters.push import VLLM_RANKS
-from mlx_qlora.after.advice import (
-    Advice,
-    Answer,
-    advise,
-    changed,
-    cost,
-    learned,
-    overfitting,
-)
+from mlx_qlora.after.advice import Advice, Answer, advise, changed, cost, learned, overfitting
 from mlx_qlora.after.plots import (
     PNG_HINT,
     Plot,
@@ -34,52 +26,16 @@ from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
 from mlx_qlora.folders import staged
-from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.train.loop import TrainResult
 
-Evaluation = Mapping[str, Mapping[str, float]]
 
-
-def write_report(
-    result: TrainResult,
-    config: RunConfig,
-    scores: dict[str, Scores],
-    samples: Sequence[dict[str, str]] = (),
-    *,
-    data: Sequence[DataReport] = (),
-    rows: Mapping[str, int] | None = None,
-    plan: Plan | None = None,
-    evaluation: Evaluation | None = None,
-) -> Path:
-    """Write `report.html` and `plots/` into the run's output folder.
+def write_report(report: "Report") -> Path:
+    """Write `report.html` and `plots/` into the run's output folder; return the page's path.
 
     `plots/` gets SVG files, and PNG files too where matplotlib is installed. A notebook that shows
     the result shows the summary and the plots that were written last.
-
-    Args:
-        scores: "before" and "after", of the test set, if there was one.
-        samples: dicts of heading -> text: prompt, reference, before, after.
-        data: what became of the rows of each source.
-        rows: part (train, validation, test) -> how many rows it has.
-        evaluation: metric -> base, tuned, difference, and where known low and high (the interval
-            of the difference) and n; made from `scores` if not given.
-
-    Returns:
-        The path of the report.
     """
-    folder = result.output_dir
-    report = Report(
-        result,
-        config,
-        scores,
-        samples,
-        data,
-        rows or {},
-        plan,
-        evaluation_of(scores) if evaluation is None else evaluation,
-        record=_json_object(folder / "training_args.json"),
-        adapter=_json_object(folder / "adapter_config.json"),
-    )
+    folder = report.result.output_dir
     path = folder / "report.html"
     with staged(folder) as staging:
         (staging / "plots").mkdir()
@@ -90,31 +46,8 @@ def write_report(
                 write_png(plot, file.with_suffix(".png"))
         (staging / path.name).write_text(report.page(), encoding="utf-8")
     note = f"The whole report: {path}"
-    result.html = render("cell.html", report=report, plots=report.plots, note=note)
+    report.result.html = render("cell.html", report=report, plots=report.plots, note=note)
     return path
-
-
-def evaluation_of(scores: Mapping[str, Scores]) -> Evaluation:
-    """The table of scores before and after, as an evaluation without intervals."""
-    if not {"before", "after"} <= scores.keys():
-        return {}
-    before, after = scores["before"], scores["after"]
-    pairs = {
-        "loss (nats per token)": (before.loss, after.loss),
-        "perplexity": (before.perplexity, after.perplexity),
-        "token accuracy": (before.token_accuracy, after.token_accuracy),
-    }
-    return {
-        name: {"base": base, "tuned": tuned, "difference": tuned - base, "n": after.n_tokens}
-        for name, (base, tuned) in pairs.items()
-    }
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):  # missing or damaged: the page does without it
-        return {}
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -125,23 +58,14 @@ COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "
 
 @dataclass(frozen=True)
 class Report:
-    """What page.html shows: the arguments of `write_report`, and what follows from them.
-
-    Attributes:
-        record: of `training_args.json`; empty if the folder has none.
-        adapter: of `adapter_config.json`; empty if the folder has none.
-    """
+    """What page.html shows: a run, and what follows from its figures."""
 
     result: TrainResult
     config: RunConfig
-    scores: Mapping[str, Scores] = field(default_factory=dict)
-    samples: Sequence[dict[str, str]] = ()
-    data: Sequence[DataReport] = ()
-    rows: Mapping[str, int] = field(default_factory=dict)
+    samples: Sequence[dict[str, str]] = ()  # each: prompt, reference, before, after
+    data: Sequence[DataReport] = ()  # what became of the rows of each source
+    rows: Mapping[str, int] = field(default_factory=dict)  # train, validation, test -> how many
     plan: Plan | None = None
-    evaluation: Evaluation = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def page(self) -> str:
         """The HTML."""
@@ -162,6 +86,22 @@ class Report:
         weights = f"{model.bits}-bit weights" if model.bits else "the file's own precision"
         rate = f"learning rate {self.config.training.learning_rate:g}"
         return f"{kind} of rank {lora.r} on {weights}, {self.result.steps:,} steps, {rate}"
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Of `training_args.json`; empty if the folder has none."""
+        return self._json_object("training_args.json")
+
+    @cached_property
+    def adapter(self) -> dict[str, Any]:
+        """Of `adapter_config.json`; empty if the folder has none."""
+        return self._json_object("adapter_config.json")
+
+    def _json_object(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.result.output_dir / name).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError):  # missing or damaged: the page does without it
+            return {}
 
     @property
     def base(self) -> str:
@@ -189,9 +129,9 @@ class Report:
             kept = [record for record in kept if record["step"] <= best]
         why = "The adapter is in PEFT's format. Other tools: see below."
         return [
-            learned(kept, self.scores, self.advice),
+            learned(kept, result.test_scores, self.advice),
             overfitting(result.log_history, best, self.advice),
-            changed(self.samples, self.scores),
+            changed(self.samples, result.test_scores),
             cost(result, self.plan),
             Answer("How do I use it?", "Ask it something", why, code=ask_command(self)),
         ]
@@ -199,7 +139,23 @@ class Report:
     @property
     def usages(self) -> list["Usage"]:
         """What to type in each tool that opens the adapter."""
-        return [_here(self), _peft(self), _mlx_lm(self), _vllm(self), _llama_cpp(self)]
+        here = f"{ask_command(self)}\n{_merge(self)}"
+        folder = json.dumps(self.folder, ensure_ascii=False)
+        peft = (
+            "from peft import AutoPeftModelForCausalLM\n"
+            "from transformers import AutoTokenizer\n\n"
+            f"model = AutoPeftModelForCausalLM.from_pretrained({folder})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({folder})"
+        )
+        base, copy = shlex.quote(self.base), shlex.quote(f"{self.folder}/mlx")
+        mlx_lm = f'mlx_lm.generate --model {base} --adapter-path {copy} --prompt "Hello"'
+        return [
+            Usage("mlx-qlora", here, "merge makes a model that needs no adapter any more."),
+            Usage("PEFT", peft, f"Fetches {self.base}."),
+            Usage("mlx-lm", mlx_lm, "On a Mac."),
+            _vllm(self),
+            _llama_cpp(self),
+        ]
 
     @cached_property
     def plots(self) -> list[Plot]:
@@ -240,19 +196,19 @@ class Report:
         )
 
     def evaluation_table(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows: each metric before and after, with its interval where one is known."""
-        has_interval = any("low" in metric for metric in self.evaluation.values())
-        rows = []
-        for name, metric in self.evaluation.items():
-            change = metric.get("difference")
-            row = [name, figure(metric.get("base")), figure(metric.get("tuned"))]
-            row.append("–" if change is None else f"{change:+.4g}")
-            if has_interval:
-                known = "low" in metric and "high" in metric
-                row.append(f"{metric['low']:+.4g} to {metric['high']:+.4g}" if known else "–")
-            rows.append([*row, figure(metric.get("n"))])
-        interval = ["interval"] if has_interval else []
-        return ["", "before", "after", "difference", *interval, "n"], rows
+        """Heads and rows: each score on the test rows before and after."""
+        before, after = (self.result.test_scores[when] for when in ("before", "after"))
+        pairs = {
+            "loss (nats per token)": (before.loss, after.loss),
+            "perplexity": (before.perplexity, after.perplexity),
+            "token accuracy": (before.token_accuracy, after.token_accuracy),
+        }
+        n = figure(after.n_tokens)
+        rows = [
+            [name, figure(old), figure(new), f"{new - old:+.4g}", n]
+            for name, (old, new) in pairs.items()
+        ]
+        return ["", "before", "after", "difference", "n"], rows
 
     def record_tables(self) -> dict[str, dict[str, str]]:
         """Versions, machine and fingerprint, as the run itself wrote them down."""
@@ -320,28 +276,6 @@ def ask_command(report: Report) -> str:
 
 def _merge(report: Report) -> str:
     return f"mlx-qlora merge --adapter {shlex.quote(report.folder)} --output-dir merged"
-
-
-def _here(report: Report) -> Usage:
-    note = "merge makes a model that needs no adapter any more."
-    return Usage("mlx-qlora", f"{ask_command(report)}\n{_merge(report)}", note)
-
-
-def _peft(report: Report) -> Usage:
-    folder = json.dumps(report.folder, ensure_ascii=False)
-    code = (
-        "from peft import AutoPeftModelForCausalLM\n"
-        "from transformers import AutoTokenizer\n\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({folder})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({folder})"
-    )
-    return Usage("PEFT", code, f"Fetches {report.base}.")
-
-
-def _mlx_lm(report: Report) -> Usage:
-    base, folder = shlex.quote(report.base), shlex.quote(f"{report.folder}/mlx")
-    code = f'mlx_lm.generate --model {base} --adapter-path {folder} --prompt "Hello"'
-    return Usage("mlx-lm", code, "On a Mac.")
 
 
 def _vllm(report: Report) -> Usage:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 BATCH = 8  # rows of a forward
 WIDTH = 512  # tokens in a row of several examples
 POSITIONS = 4096  # of the examples that are scored at once
+MOST_NATS = 700.0  # exp of more is not finite
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,12 @@ class Scores:
     @classmethod
     def of(cls, nats: float, hits: int, n: int) -> "Scores":
         """From sums over n tokens."""
-        loss = nats / n
-        return cls(loss, math.exp(min(loss, 700)), hits / n, n)  # exp of more is not finite
+        return cls(nats / n, perplexity(nats / n), hits / n, n)
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token."""
+    return math.exp(min(loss, MOST_NATS))
 
 
 def evaluate(
@@ -80,21 +85,13 @@ def _batches(examples: Examples, batch_size: int) -> Batches:
     return make_batches(examples, batch_size, max_length=max(WIDTH, int(examples.lengths.max())))
 
 
-class ExampleScores(RowScores):
-    """Sums over the supervised tokens of each example of a set, in order; each has at least one."""
-
-    def total(self) -> Scores:
-        """The means over all tokens of the set, as `evaluate` gives them."""
-        return Scores.of(float(self.nats.sum()), int(self.hits.sum()), int(self.tokens.sum()))
-
-
 def score_examples(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     examples: Examples,
     console: Console | None = None,
-) -> ExampleScores:
-    """Scores every example by itself, without dropout; the same figures each time.
+) -> RowScores:
+    """Sums over the supervised tokens of each example, in order, without dropout.
 
     On a terminal, `console` shows a progress bar.
 
@@ -110,7 +107,7 @@ def score_examples(
     if not tokens.all():
         place = examples[int(tokens.argmin())].place
         raise DataError(f"{place} has no supervised token, so it has no loss; leave it out")
-    return ExampleScores(nats, hits, tokens)
+    return RowScores(nats, hits, tokens)
 
 
 def progress(work: Sequence[T], label: str, console: Console | None) -> Iterable[T]:

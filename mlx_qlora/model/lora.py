@@ -138,7 +138,6 @@ class LoRALinear(nn.Module):
         self.lora_B = LowRank(lora_B)
         self.scale = scale
         self.dropout = dropout
-        # A and B that were taken from the base at the beginning; None if it is as it was.
         self._begun: tuple[mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
@@ -160,6 +159,11 @@ class LoRALinear(nn.Module):
             return x, 1.0
         mask = kept(key, self.dropout, x.shape).astype(x.dtype)
         return x * mask, 1 - threshold(self.dropout) / RANGE
+
+    @property
+    def initial_update(self) -> tuple[mx.array, mx.array] | None:
+        """A and B that were taken from the base at the beginning; None if it is as it was."""
+        return self._begun
 
     def update_of_the_base(self) -> tuple[mx.array, mx.array]:
         """A (r, d_in) and B (d_out, r) of the update to the base as it was before training.

@@ -58,7 +58,7 @@ class Trial:
             "steps": last.step,
             "train_loss": last.train_loss if finite else None,
             "validation_loss": last.validation_loss if finite else None,
-            "validation_loss_error": standard_error(last.losses) if finite else None,
+            "validation_loss_error": standard_error(last) if finite else None,
             "state": self.state(rungs),
             "tokens_per_second": last.tokens_per_second,
             "peak_memory_bytes": max(measured.peak_memory_bytes for measured in self.measured),
@@ -68,19 +68,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Stage:
-    """One bracket of successive halving.
+    """One bracket of successive halving."""
 
-    Attributes:
-        fields: what was varied.
-        points: the candidates.
-        rungs: of each rung, who was measured, and who went on, the best first.
-        winner: the most cautious of those that the full budget cannot tell from the best.
-    """
-
-    fields: tuple[str, ...]
-    points: tuple[Point, ...]
+    fields: tuple[str, ...]  # what was varied
+    points: tuple[Point, ...]  # the candidates
+    # Of each rung, who was measured, and who went on, the best first.
     rungs: tuple[tuple[tuple[Point, ...], tuple[Point, ...]], ...]
-    winner: Point
+    winner: Point  # the most cautious of those that the full budget cannot tell from the best
 
     def row(self, trials: dict[Point, Trial]) -> dict[str, Any]:
         """The stage as `sweep.json` has it: names of trials."""
@@ -94,25 +88,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The outcome of a sweep.
-
-    Attributes:
-        trials: in the order in which they began.
-        winner: the trial to go on with; None while the sweep is under way.
-        best: the config in `best.yaml`: the winner's, into a folder of its own.
-        findings: sentences on what is better than what, and what cannot be told apart.
-        command: trains the winner for as long as the sweep's config says.
-        record: all of that as it stands in `sweep.json`.
-    """
+    """The outcome of a sweep."""
 
     output_dir: Path
-    trials: list[Trial]
+    trials: list[Trial]  # in the order in which they began
     stages: list[Stage]
-    winner: Trial | None
-    best: RunConfig | None
-    findings: list[str]
-    command: str
-    record: dict[str, Any] = field(repr=False)
+    winner: Trial | None  # to go on with; None while the sweep is under way
+    best: RunConfig | None  # in `best.yaml`: the winner's, into a folder of its own
+    findings: list[str]  # what is better than what, and what cannot be told apart
+    command: str  # trains the winner for as long as the sweep's config says
+    record: dict[str, Any] = field(repr=False)  # all of that as it stands in `sweep.json`
 
 
 def read_fingerprint(output: Path) -> dict[str, str] | None:
@@ -208,7 +193,7 @@ def stage_findings(stage: Stage, trials: dict[Point, Trial]) -> list[str]:
         if not finite:
             continue
         rung = len(finite) - 1
-        apart = difference(won.measured[rung].losses, finite[rung].losses)
+        apart = difference(won.measured[rung], finite[rung])
         early = rung < len(won.measured) - 1
         where = f", at step {finite[rung].step}, where it was stopped" if early else ""
         findings.append(in_words(winner, name, apart) + where)
@@ -295,7 +280,7 @@ def plot_of(trials: list[Trial]) -> Plot:
         for measured in trial.measured:
             if not measured.failed:
                 key = (measured.step, point.r, point.batch_size, point.seed)
-                error = standard_error(measured.losses)
+                error = standard_error(measured)
                 loss = (point.learning_rate, measured.validation_loss, error)
                 series.setdefault(key, []).append(loss)
     lines = []

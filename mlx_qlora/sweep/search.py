@@ -42,7 +42,6 @@ from mlx_qlora.sweep.trial import (
     check_swept,
     checked_grid,
     config_of,
-    kept,
     measure,
     recorded,
     stages,
@@ -152,24 +151,15 @@ def _check_same(output: Path, fingerprint: dict[str, str]) -> None:
 
 @dataclass
 class _Search:
-    """A sweep under way.
+    """A sweep under way."""
 
-    Attributes:
-        inputs: what all trials share, with a config of what is not varied.
-        model: the base, which they share, too.
-        steps: the full budget, at the rows of a step that the config has.
-        rungs: how many budgets there are.
-        measured: point -> what was measured of it, rung after rung.
-        done: stages that are over.
-    """
-
-    inputs: Inputs
-    model: LlamaForCausalLM
+    inputs: Inputs  # what all trials share, with a config of what is not varied
+    model: LlamaForCausalLM  # the base, which they share, too
     console: Console
     grid: dict[str, list[Any]]
-    steps: int
-    rungs: int
-    measured: dict[Point, list[Measured]] = field(default_factory=dict)
+    steps: int  # the full budget, at the rows of a step that the config has
+    rungs: int  # how many budgets there are
+    measured: dict[Point, list[Measured]] = field(default_factory=dict)  # rung after rung
     done: list[Stage] = field(default_factory=list)
 
     def run(self, product: bool, repeat_best: bool) -> SweepResult:
@@ -198,13 +188,14 @@ class _Search:
                 raise TrainingError(f"every candidate failed:\n{listing(reasons)}")
             # Points are in order and sorting is stable: of equals the more cautious one is first.
             best = sorted(finite, key=lambda point: results[point].validation_loss)
-            going_on = best if rung == self.rungs - 1 else best[: kept(len(alive))]
-            history.append((tuple(alive), tuple(going_on)))
-            alive = sorted(going_on)
+            if rung < self.rungs - 1:  # the better half goes on, and the odd one
+                best = best[: (len(alive) + 1) // 2]
+            history.append((tuple(alive), tuple(best)))
+            alive = sorted(best)
             if rung < self.rungs - 1:
                 names = "; ".join(point.label(fields) for point in alive)
                 say(self.console, f"rung {rung + 1}/{self.rungs}: {names} go on")
-        tied = ties([results[point].losses for point in alive])
+        tied = ties([results[point] for point in alive])
         winner = alive[tied[0]]  # the most cautious one
         self.done.append(Stage(fields, tuple(points), tuple(history), winner))
         self.write()

@@ -43,18 +43,14 @@ WARMUP_SHARE = 10  # a trial warms up for at most a tenth of its steps
 class Point:
     """One candidate. Points are ordered by caution: of two equally good ones the lower is taken.
 
-    Attributes:
-        learning_rate: at the end of the warmup.
-        r: rank. `lora_alpha` stays: at a scale of alpha / r the best learning rate depends little
-            on the rank (Schulman et al. 2025, "LoRA Without Regret").
-        batch_size: rows of an optimiser step, however many micro-batches make it up.
-        seed: of the adapter, the order of rows and the dropout; the split is the sweep's own.
+    `lora_alpha` is not varied: at a scale of alpha / r the best learning rate depends little on
+    the rank (Schulman et al. 2025, "LoRA Without Regret").
     """
 
-    learning_rate: float
+    learning_rate: float  # at the end of the warmup
     r: int
-    batch_size: int
-    seed: int
+    batch_size: int  # rows of an optimiser step, however many micro-batches make it up
+    seed: int  # of the adapter, the order of rows and the dropout; the split is the sweep's own
 
     def label(self, fields: Sequence[str]) -> str:
         """The point in words, as far as these fields go."""
@@ -176,11 +172,6 @@ def budget(steps: int, rung: int, rungs: int) -> int:
     return math.ceil(steps / 2 ** (rungs - 1 - rung))
 
 
-def kept(started: int) -> int:
-    """How many candidates of a rung go on: the better half, and the odd one."""
-    return (started + 1) // 2
-
-
 # ---- comparison ----------------------------------------------------------------------------------
 
 # Nats per token. Trials of one seed see the same rows and masks, so that even learning rates of
@@ -189,31 +180,35 @@ WORTH = 1e-3
 
 
 @dataclass(frozen=True)
-class Losses:
-    """What each validation example costs a model.
+class Measured:
+    """A trial at a rung, as its record on disk has it."""
 
-    Attributes:
-        nats: (n,) float64, summed over the example's supervised tokens.
-        tokens: (n,) int64, how many these are.
-    """
-
-    nats: np.ndarray
-    tokens: np.ndarray
+    key: str  # hash of the trial's config, model and data: what decides its figures
+    step: int
+    train_loss: float  # mean nats per supervised token of the last steps, at most 20
+    nats: list[float]  # of each validation example, over its tokens; empty if the trial failed
+    tokens: list[int]  # supervised ones of each validation example
+    failed: str = ""  # why it cannot go on, or nothing
+    # Real tokens trained per second by the process that finished the rung; None if only the
+    # validation was left to it.
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int = 0  # MLX's, since then
+    seconds: float = 0.0  # wall time of that process since then
 
     @property
-    def mean(self) -> float:
-        """Nats per token of all examples, as the validation loss of a run is."""
-        return float(self.nats.sum() / self.tokens.sum())
+    def validation_loss(self) -> float:
+        """Nats per token, as the validation loss of a run is; infinite if the trial failed."""
+        return math.inf if self.failed else float(np.sum(self.nats) / np.sum(self.tokens))
 
 
-def difference(first: Losses, second: Losses) -> Interval:
+def difference(first: Measured, second: Measured) -> Interval:
     """First minus second, in nats per token of the same examples.
 
     Examples are drawn again, the same ones for both, so that what both find hard or easy cancels
     (paired: Koehn 2004, W04-3250). The interval is about the choice of validation examples. Of
     the chance in training, the seed, it knows nothing.
     """
-    return ratio_interval(first.nats - second.nats, first.tokens)
+    return ratio_interval(np.subtract(first.nats, second.nats), np.array(first.tokens))
 
 
 def is_clear(apart: Interval) -> bool:
@@ -221,20 +216,20 @@ def is_clear(apart: Interval) -> bool:
     return not apart.includes_zero and abs(apart.estimate) >= WORTH
 
 
-def standard_error(losses: Losses) -> float:
-    """Of the mean, over the choice of validation examples; nats per token.
+def standard_error(measured: Measured) -> float:
+    """Of the validation loss, over the choice of validation examples; nats per token.
 
     That of a ratio of sums, to first order (Cochran 1977, Sampling Techniques, section 6.4).
     """
-    n = len(losses.nats)
-    residuals = losses.nats - losses.mean * losses.tokens
-    return float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / losses.tokens.sum())
+    n, tokens = len(measured.nats), np.array(measured.tokens)
+    residuals = np.array(measured.nats) - measured.validation_loss * tokens
+    return float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / tokens.sum())
 
 
-def ties(losses: Sequence[Losses]) -> list[int]:
+def ties(finalists: Sequence[Measured]) -> list[int]:
     """Positions of the best of some models, and of those that cannot be told from it."""
-    best = min(losses, key=lambda model: model.mean)
-    return [i for i, model in enumerate(losses) if not is_clear(difference(model, best))]
+    best = min(finalists, key=lambda measured: measured.validation_loss)
+    return [i for i, each in enumerate(finalists) if not is_clear(difference(each, best))]
 
 
 def in_words(first: str, second: str, apart: Interval) -> str:
@@ -251,43 +246,6 @@ def in_words(first: str, second: str, apart: Interval) -> str:
 
 
 # ---- a trial -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A trial at a rung, as its record on disk has it.
-
-    Attributes:
-        key: hash of the trial's config, model and data: what decides its figures.
-        train_loss: mean nats per supervised token of the last steps, at most 20.
-        nats: of each validation example; empty if the trial failed.
-        tokens: supervised ones of each validation example.
-        failed: why it cannot go on, or nothing.
-        tokens_per_second: real tokens trained per second by the process that finished the rung;
-            None if only the validation was left to it.
-        peak_memory_bytes: MLX's peak since then.
-        seconds: wall time since then, of the process that finished the rung.
-    """
-
-    key: str
-    step: int
-    train_loss: float
-    nats: list[float]
-    tokens: list[int]
-    failed: str = ""
-    tokens_per_second: float | None = None
-    peak_memory_bytes: int = 0
-    seconds: float = 0.0
-
-    @property
-    def losses(self) -> Losses:
-        """For comparisons."""
-        return Losses(np.array(self.nats), np.array(self.tokens))
-
-    @property
-    def validation_loss(self) -> float:
-        """Nats per token; infinite if the trial failed."""
-        return math.inf if self.failed else self.losses.mean
 
 
 def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:

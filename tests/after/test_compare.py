@@ -18,7 +18,8 @@ from mlx_qlora.after.answer_metrics import Question, questions
 from mlx_qlora.after.bootstrap import ratio_interval
 from mlx_qlora.after.evaluation import Performance, compare, compare_adapter, evaluate_run, measure
 from mlx_qlora.config import RunConfig, build, to_yaml
-from mlx_qlora.infer.evaluate import ExampleScores, score_examples
+from mlx_qlora.infer.evaluate import score_examples
+from mlx_qlora.train.score import RowScores
 
 TOKENS = random_tokens(1, 9)
 
@@ -54,9 +55,7 @@ def made_up(seed: int = 0, n: int = 60, gain: float = 0.1) -> tuple[Performance,
     better = nats - tokens * gain * random.gamma(4, 0.25, n)
     hits = random.binomial(tokens, 0.4)
     more = np.minimum(hits + random.binomial(2, 0.5, n), tokens)
-    return Performance(ExampleScores(nats, hits, tokens)), Performance(
-        ExampleScores(better, more, tokens)
-    )
+    return Performance(RowScores(nats, hits, tokens)), Performance(RowScores(better, more, tokens))
 
 
 def test_figures_are_weighted_by_tokens_and_paired() -> None:
@@ -80,7 +79,7 @@ def test_a_sentence_says_better_only_where_the_interval_leaves_out_0() -> None:
     assert compare(base, tuned, [])["loss"].sentence.endswith(": better")
     assert compare(tuned, base, [])["loss"].sentence.endswith(": worse")
     noise = np.random.default_rng(0).normal(0, 1, 60)
-    shaken = ExampleScores(base.scores.nats + noise, base.scores.hits, base.scores.tokens)
+    shaken = RowScores(base.scores.nats + noise, base.scores.hits, base.scores.tokens)
     found = compare(base, Performance(shaken), [])
     assert "the interval includes 0, so no change is shown" in found["loss"].sentence
     assert "all 60 examples changed alike" in found["token_accuracy"].sentence

@@ -127,7 +127,7 @@ def sentence(rise: float, half: float, method: str = STUDENTISED) -> str:
     change = interval(after - base, half)
     loss = Row("loss", LOWER, interval(base, half), interval(after, half), change)
     kl = interval(0.01, 0.001)
-    return Forgetting(loss, perplexity_row("perplexity", loss), kl, kl, 900, "the text").sentence
+    return Forgetting(loss, perplexity_row(loss), kl, kl, 900, "the text").sentence
 
 
 def test_the_verdict_follows_the_interval() -> None:

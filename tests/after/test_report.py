@@ -49,7 +49,12 @@ def test_no_word_of_a_refused_row_is_told(tmp_path):
 
 def test_the_numbers_of_the_history_stand_in_the_page(tmp_path):
     text = Page(written(tmp_path)).text
-    for row in ("5 0.05 1.4", "20 0.2 1.1 2.175", "40 0.4 1.05 2.15 1e-4 1.5 101.5"):
+    for row in (
+        "5 0.05 1.4",
+        "20 0.2 1.1 2.175",
+        "40 0.4 1.05 2.15 1e-4 1.5 101.5",
+        "loss (nats per token) 3 2 -1 99",
+    ):
         assert row in text, row
     assert "GB" in text and "nats per token" in text
 
@@ -107,14 +112,6 @@ def test_verdicts_follow_the_history(tmp_path):
     assert "Training was unstable" in written(tmp_path, explodes, **alone)
     nothing = written(tmp_path, [], **alone)
     assert "Not known" in nothing and "Nothing was recorded" in nothing
-
-
-def test_the_evaluation_shows_intervals_where_they_are_known(tmp_path):
-    loss = {"base": 3.0, "tuned": 2.0, "difference": -1.0, "low": -1.25, "high": -0.75, "n": 96}
-    rouge = {"base": 0.1, "tuned": 0.3, "difference": 0.2, "n": 96}
-    text = Page(written(tmp_path, evaluation={"loss": loss, "ROUGE-L": rouge})).text
-    assert "-1.25 to -0.75" in text and "+0.2 – 96" in text
-    assert "interval" not in Page(written(tmp_path)).text.split("Evaluation", 2)[2]
 
 
 # ---- plots ---------------------------------------------------------------------------------------
@@ -215,7 +212,9 @@ def test_text_has_contrast_in_both_themes(dark):
 
 def commands(folder: Path, adapter: dict[str, object]) -> dict[str, str]:
     config = build({"model": {"source": "smollm2-135m"}})
-    report = Report(result_in(folder, []), config, adapter=adapter)
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    report = Report(result_in(folder, []), config)
     return {usage.tool: usage.code for usage in report.usages}
 
 
@@ -243,7 +242,8 @@ def test_the_question_is_put_to_the_base_as_the_run_loaded_it(tmp_path, capsys):
     ask, merge = commands(tmp_path, {})["mlx-qlora"].splitlines()
     assert "--model" not in ask + merge
     base = {"base_model_name_or_path": "org/base"}  # of a model that Python has loaded
-    report = Report(result_in(tmp_path, []), RunConfig(), adapter=base)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base))
+    report = Report(result_in(tmp_path, []), RunConfig())
     assert report.answers[-1].code == ask.replace("--adapter", "--model org/base --adapter")
     assert cli([*shlex.split(ask)[1:], "--print-config"]) == 0
     assert f"adapter: {tmp_path}" in capsys.readouterr().out
@@ -340,7 +340,7 @@ def test_a_result_without_a_report_shows_as_text(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = result_in(tmp_path, history(10))
     assert result._repr_html_() is None
-    write_report(result, RunConfig(), {})
+    write_report(Report(result, RunConfig()))
     assert Page(result._repr_html_() or "").text.count("Loss") and "html" not in repr(result)
 
 

@@ -16,12 +16,8 @@ WIDTHS, THEMES = (1200, 375), ("light", "dark")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    table = {
-        name: {"base": 3.0, "tuned": 2.0, "difference": -1.0, "low": -1.2, "high": -0.8, "n": 9_600}
-        for name in ("loss (nats per token)", "A" * 60)
-    }
     long = {"prompt": "x" * 500 + HOSTILE, "before": "no\n" * 80, "after": "y" * 300}
-    written(folder, history(4000), evaluation=table, samples=[long] * 2)
+    written(folder, history(4000), samples=[long] * 2)
     return folder
 
 

@@ -1,12 +1,11 @@
 """A report with everything in it, made from figures, and a reader of its HTML."""
 
 import math
-from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.after.report import write_report
+from mlx_qlora.after.report import Report, write_report
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import DataReport, FileReport
@@ -54,14 +53,14 @@ def written(
     folder: Path,
     records: list[dict[str, Any]] | None = None,
     config: RunConfig | None = None,
+    scores: dict[str, Scores] = SCORES,
     **changes: Any,
 ) -> str:
-    """The HTML of a report with everything in it, or with these arguments of `write_report`."""
-    arguments: Mapping[str, Any] = {
-        "scores": SCORES, "samples": [SAMPLE], "data": [DATA], "plan": PLAN, **changes,
-    }  # fmt: skip
+    """The HTML of a report with everything in it, or with these fields of `Report`."""
+    fields: dict[str, Any] = {"samples": [SAMPLE], "data": [DATA], "plan": PLAN, **changes}
     result = result_in(folder, history(40) if records is None else records)
-    page = write_report(result, config or build({"model": {"source": HOSTILE}}), **arguments)
+    result.test_scores = scores
+    page = write_report(Report(result, config or build({"model": {"source": HOSTILE}}), **fields))
     return page.read_text(encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ from mlx_qlora.config import build, read_yaml, to_yaml
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.sweep.search import sweep
 from mlx_qlora.sweep.trial import (
-    Losses,
+    Measured,
     budget,
     candidates,
     checked_grid,
@@ -35,7 +35,6 @@ from mlx_qlora.sweep.trial import (
     difference,
     in_words,
     is_clear,
-    kept,
     stages,
     standard_error,
     start_point,
@@ -146,11 +145,10 @@ def test_stages_come_in_the_guides_order_and_each_varies_one_field(place: Path, 
     assert len(set(candidates(at, together, grid))) == 2 * 3 * 1
 
 
-def test_budgets_double_and_half_of_the_candidates_go_on():
+def test_budgets_double_from_rung_to_rung():
     assert [budget(100, rung, 3) for rung in range(3)] == [25, 50, 100]
     assert [budget(10, rung, 3) for rung in range(3)] == [3, 5, 10]
     assert [budget(7, rung, 1) for rung in range(1)] == [7]
-    assert [kept(n) for n in (1, 2, 3, 4, 5, 8)] == [1, 1, 2, 2, 3, 4]
 
 
 def test_a_batch_sees_as_many_rows_and_a_trial_is_planned_for_its_whole_budget(
@@ -203,7 +201,7 @@ def test_halving_the_absurd_lose_and_the_diverged_stop_nothing(done):
         (worse,) = [t for t in result.trials if t.point.learning_rate == rate]
         (better,) = [t for t in result.trials if t.point == rates.winner]
         rung = len(worse.measured) - 1
-        apart = difference(better.measured[rung].losses, worse.measured[rung].losses)
+        apart = difference(better.measured[rung], worse.measured[rung])
         assert apart.high < 0, "the interval leaves out 0"
         assert any(f"is better than learning rate {rate:g} by" in x for x in result.findings)
 
@@ -273,14 +271,18 @@ def test_the_best_config_is_the_winners_and_can_be_trained(done):
 # ---- noise -------------------------------------------------------------------------------------
 
 
+def measured(nats: np.ndarray, tokens: np.ndarray) -> Measured:
+    return Measured("", 1, 0.0, nats, tokens)
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says_and_pairing_narrows_it():
     random = np.random.default_rng(0)
     covered, narrower, trials, n = 0, 0, 200, 60
     for repeat in range(trials):
         tokens = random.integers(3, 30, n)
         hard = random.gamma(2.0, 0.5, n)
-        first = Losses(tokens * (hard + random.normal(0.02, 0.1, n)), tokens)
-        second = Losses(tokens * hard, tokens)
+        first = measured(tokens * (hard + random.normal(0.02, 0.1, n)), tokens)
+        second = measured(tokens * hard, tokens)
         found = difference(first, second)
         covered += found.low <= 0.02 <= found.high
         if repeat < 20:
@@ -293,7 +295,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_and_pairing_narrows_i
 def test_the_standard_error_is_that_of_resamples():
     random = np.random.default_rng(1)
     tokens = random.integers(3, 30, 100)
-    losses = Losses(tokens * random.gamma(2.0, 0.5, 100), tokens)
+    losses = measured(tokens * random.gamma(2.0, 0.5, 100), tokens)
     drawn = random.integers(0, 100, (20_000, 100))
     means = losses.nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
     assert standard_error(losses) == pytest.approx(means.std(), rel=0.04)
@@ -302,13 +304,13 @@ def test_the_standard_error_is_that_of_resamples():
 def test_equals_are_called_so_and_clear_winners_too():
     random = np.random.default_rng(2)
     tokens = random.integers(3, 30, 80)
-    first = Losses(tokens * random.gamma(2.0, 0.5, 80), tokens)
-    near = Losses(first.nats + tokens * random.normal(0.0, 0.1, 80), tokens)
-    far = Losses(first.nats + tokens * random.normal(0.5, 0.1, 80), tokens)
+    first = measured(tokens * random.gamma(2.0, 0.5, 80), tokens)
+    near = measured(first.nats + tokens * random.normal(0.0, 0.1, 80), tokens)
+    far = measured(first.nats + tokens * random.normal(0.5, 0.1, 80), tokens)
     assert ties([far, near, first]) == [1, 2]
     assert "are indistinguishable here (difference " in in_words("a", "b", difference(first, near))
     tiny = tokens * random.uniform(1e-6, 2e-6, 80)  # everywhere worse, and by nothing
-    hair = Losses(first.nats + tiny, tokens)
+    hair = measured(first.nats + tiny, tokens)
     assert difference(hair, first).low > 0 and not is_clear(difference(hair, first))
     said = in_words("a", "b", difference(far, first))
     number = r"0\.[45]\d+"
@@ -318,7 +320,7 @@ def test_equals_are_called_so_and_clear_winners_too():
     assert in_words("b", "a", difference(first, far)) == said
     lopsided = Interval(-0.03, -0.17, 0.001, 80, 0.95, "bca")
     assert in_words("a", "b", lopsided).endswith("(difference 0.0300, interval -0.0010 to 0.1700)")
-    few = Losses(first.nats[:7], tokens[:7]), Losses(far.nats[:7], tokens[:7])
+    few = measured(first.nats[:7], tokens[:7]), measured(far.nats[:7], tokens[:7])
     assert not is_clear(difference(*few)), "of seven examples nothing is said"
     assert in_words("a", "b", difference(*few)).endswith(", interval not known)")
 
