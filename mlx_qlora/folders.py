@@ -209,7 +209,7 @@ def check_writable(
 
 def is_run(folder: Path) -> bool:
     """Whether the record of one of our runs is in a folder."""
-    versions = _object(folder / RECORD).get("versions")
+    versions = json_object(folder / RECORD).get("versions")
     return isinstance(versions, dict) and "mlx-qlora" in versions
 
 
@@ -232,7 +232,7 @@ def _is_vouched_for(folder: Path, path: Path) -> bool:
     if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
         return True
     # mlx-lm's own trainer adds every argument that it had.
-    return name in MLX_LM and _object(folder / MLX_LM[0]).keys() == OUR_MLX_LM_CONFIG
+    return name in MLX_LM and json_object(folder / MLX_LM[0]).keys() == OUR_MLX_LM_CONFIG
 
 
 def _is_our_card(path: Path) -> bool:
@@ -254,8 +254,9 @@ def card_header(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError):  # whatever it is, not ours
+    except (OSError, TypeError, ValueError, RecursionError):
         return {}

@@ -71,8 +71,7 @@ class Drift:
 def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int]]:
     """The ids of each text, after a BOS if the model expects one; None means `TEXTS`.
 
-    Raises:
-        ConfigError: no text has a token to predict.
+    A ConfigError if no text has a token to predict.
     """
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     encoded = tokenizer.encode_batch(texts if texts is not None else [*TEXTS])

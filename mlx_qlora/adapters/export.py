@@ -39,7 +39,6 @@ def save_portable(
     from that one: here A and B are rescaled.
 
     Args:
-        model: with LoRA layers, but not DoRA's.
         folder: made if it does not exist; an earlier export in it is replaced as a whole.
         base_model_name_or_path: the original Hugging Face repository; by default what the model's
             own files say they are a copy of.
@@ -93,7 +92,6 @@ def save_gguf_adapter(
     """Write the adapter as a GGUF file, and a `Modelfile` beside it.
 
     Args:
-        model: with LoRA layers, but not DoRA's.
         file: `*.gguf`; an older adapter of this name is replaced, any other file is not.
         base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
             what the model's own files say they are a copy of. It may stay unknown.
@@ -131,9 +129,6 @@ def save_gguf_adapter(
     return file
 
 
-# ---- GGUF: names, order of rows, scale -----------------------------------------------------------
-
-
 def _gguf_tensors(
     updates: dict[str, Update], alpha: float, config: LlamaConfig, dtype: type[np.floating]
 ) -> dict[str, np.ndarray]:
@@ -169,9 +164,6 @@ def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
             "if the adapter is sound, write it with dtype='float32'"
         )
     return np.ascontiguousarray(array.astype(dtype))
-
-
-# ---- GGUF: the file ------------------------------------------------------------------------------
 
 
 def _write(file: Path, tensors: dict[str, np.ndarray], alpha: float, base: str | None) -> None:
@@ -226,11 +218,7 @@ def modelfile(base: str | None, adapter_file: str, original: str | None = None) 
     """The text of an Ollama Modelfile.
 
     It sets no TEMPLATE: Ollama's are Go templates, not the tokenizer's, and it takes the base's.
-
-    Args:
-        base: a GGUF file or a name in Ollama; None if it is not known.
-        adapter_file: name of the GGUF adapter in the Modelfile's own folder.
-        original: the Hugging Face repository that the adapter belongs to, if known.
+    `base` is a GGUF file or a name in Ollama, `original` the Hugging Face repository.
     """
     lines = [
         f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",

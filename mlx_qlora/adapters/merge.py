@@ -108,7 +108,6 @@ def save_merged(
     back, or not at all. It replaces an older export.
 
     Args:
-        model: with LoRA layers.
         tokenizer: the model's; its files are written too.
         folder: does not exist, is empty, or holds an older export and nothing else.
         dtype: of the weights, or of the scales of quantised ones: bfloat16, float16 or float32.
@@ -148,11 +147,19 @@ def save_merged(
 
     drift = None
     with staged(target, replace=True) as staging:
-        tensors = Tensors(model, original, quantize, getattr(mx, dtype))
+        originals = _arrays(original) if original else None
+        if original:
+            original.shards.clear()  # or every tensor that was read would stay in memory
+        tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
         for name, shard in shards.items():
             _write_shard(staging / name, shard, tensors)
         if len(shards) > 1:
-            _write_json(staging / "model.safetensors.index.json", _index(shards))
+            places = {entry.name: name for name, shard in shards.items() for entry in shard}
+            index = {
+                "metadata": {"total_size": sum(map(_size_of, shards.values()))},
+                "weight_map": dict(sorted(places.items())),
+            }
+            _write_json(staging / "model.safetensors.index.json", index)
         config = original.config if original else model.hf_config
         _write_json(staging / "config.json", _hf_config(config, tokenizer, dtype, quantize))
         for path in (files.path / GENERATION for files in sources[::-1]):  # the last one counts
@@ -231,13 +238,17 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
     """Norms are never quantised, so they tell two models of the same sizes apart."""
-    arrays = {name: array for shard in original.shards for name, array in shard.items()}
+    arrays = _arrays(original)
     norms = {n: w for n, w in flat(model.parameters()).items() if n.endswith("norm.weight")}
     return [
         f"{name} has other values"
         for name, ours in norms.items()
         if not mx.allclose(ours.astype(mx.float32), arrays[name].astype(mx.float32), 1e-2, 1e-3)
     ]
+
+
+def _arrays(original: Checkpoint) -> dict[str, mx.array]:
+    return {name: array for shard in original.shards for name, array in shard.items()}
 
 
 # ---- which tensor goes into which file -----------------------------------------------------------
@@ -309,29 +320,14 @@ def _entries_of(
 # ---- the weights, one at a time ------------------------------------------------------------------
 
 
+@dataclass
 class Tensors:
-    """Makes the weights of the merged model, each when it is asked for.
+    """Makes the weights of the merged model, each when it is asked for."""
 
-    Args:
-        model: with LoRA layers.
-        original: where W comes from, or None for the model itself; used up.
-        quantize: how matrices are packed, or None.
-        dtype: of everything that is not packed.
-    """
-
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        original: Checkpoint | None,
-        quantize: QuantConfig | None,
-        dtype: mx.Dtype,
-    ) -> None:
-        self.modules: dict[str, Any] = dict(model.named_modules())
-        self.originals: dict[str, mx.array] | None = None
-        if original is not None:
-            self.originals = {name: a for shard in original.shards for name, a in shard.items()}
-            original.shards.clear()  # or every tensor that was read would stay in memory
-        self.quantize, self.dtype = quantize, dtype
+    modules: dict[str, Any]  # of the model with LoRA layers
+    originals: dict[str, mx.array] | None  # where W comes from; used up. None: the model itself
+    quantize: QuantConfig | None  # how matrices are packed
+    dtype: mx.Dtype  # of everything that is not packed
 
     def make(self, name: str) -> tuple[mx.array, ...]:
         """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
@@ -422,13 +418,6 @@ def _write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
 
 
 # ---- beside the weights --------------------------------------------------------------------------
-
-
-def _index(shards: dict[str, list[Entry]]) -> dict[str, Any]:
-    """The content of `model.safetensors.index.json`."""
-    places = {entry.name: name for name, shard in shards.items() for entry in shard}
-    size = sum(map(_size_of, shards.values()))
-    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -87,11 +87,7 @@ def save_adapter(
 
 
 def layers_of(model: LlamaForCausalLM) -> list[tuple[str, LoRALinear]]:
-    """The LoRA layers of a model that is to be written.
-
-    Raises:
-        AdapterError: it has none.
-    """
+    """The LoRA layers of a model that is to be written; an AdapterError if it has none."""
     layers = lora_layers(model)
     if not layers:
         raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
@@ -99,10 +95,9 @@ def layers_of(model: LlamaForCausalLM) -> list[tuple[str, LoRALinear]]:
 
 
 def original_base(source: ModelFiles | None) -> str:
-    """The Hugging Face repository that a model's files are a copy of.
+    """The Hugging Face repository that a model's files say they are a copy of.
 
-    Raises:
-        AdapterError: they do not say, so the user must.
+    An AdapterError if they do not: then the user must.
     """
     if source is None or source.hf_id is None:
         what = source.source if source else "this model"

@@ -277,9 +277,6 @@ def push_to_hub(
     return Pushed(files, url, left_out)
 
 
-# ---- what is uploaded ----------------------------------------------------------------------------
-
-
 def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | bytes]:
     """Path in the repository -> a file, or bytes where the file itself must not leave."""
     if not folder.is_dir():

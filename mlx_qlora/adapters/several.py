@@ -137,11 +137,8 @@ def combine(
         first = terms[0][0]
         layers[path] = LoRALinear(first.base_layer, A, B, 1.0, first.dropout)
     configs = [part.config for part, _ in parts]
-    same = all(
-        (each.target_modules, each.layers_to_transform)
-        == (configs[0].target_modules, configs[0].layers_to_transform)
-        for each in configs
-    )
+    targets = [(each.target_modules, each.layers_to_transform) for each in configs]
+    same = all(each == targets[0] for each in targets)
     config = replace(
         configs[0],
         r=rank,

@@ -171,10 +171,7 @@ class Answer(NamedTuple):
 def learned(history: History, scores: Mapping[str, Scores], advice: Sequence[Advice]) -> Answer:
     """Judge by the test set if there is one, else by validation, else by the training loss.
 
-    Args:
-        history: up to the step whose weights the adapter has.
-        scores: "before" and "after", of the test set.
-        advice: of the whole run.
+    `history` ends with the step whose weights the adapter has, `advice` is of the whole run.
     """
     question = "Did it learn?"
     for item in advice:

@@ -104,8 +104,7 @@ def degree(rise: float) -> str:
 def read_texts(path: Path, max_characters: int = MOST_CHARACTERS) -> list[str]:
     """The paragraphs of a text file, evenly spaced ones if there are more than are needed.
 
-    Raises:
-        ConfigError: the file cannot be read as UTF-8, or holds no text.
+    A ConfigError if it cannot be read as UTF-8, or holds no text.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -129,7 +128,6 @@ def forgetting(
     """Compares a model with its adapter, which is on and stays on, and without it.
 
     Args:
-        model: that is compared, at every prediction of the texts.
         texts: general ones; None means the six built-in ones.
         source: what messages call the texts.
 

@@ -67,13 +67,30 @@ class Observer:
         if self.processes.is_first:
             for advice in advise(result.log_history, ends_with_best):
                 say(self.console, f"advice    {advice}")
-        answers, score = self._look()
+        before = self.score
+        answers, after = self._look()
         if not self.processes.is_first:
             return
-        if self.score and score:
-            result.test_scores = {"before": self.score, "after": score}
-            self._say_scores(self.score, score)
-        samples = samples_of(self.inputs.tokenizer, self.questions, self.answers, answers)
+        if before and after:
+            result.test_scores = {"before": before, "after": after}
+            change = (after.loss - before.loss) / before.loss
+            say(
+                self.console,
+                f"test      loss {before.loss:.4f} -> {after.loss:.4f} ({change:+.1%}), perplexity "
+                f"{before.perplexity:.2f} -> {after.perplexity:.2f}, token accuracy "
+                f"{before.token_accuracy:.1%} -> {after.token_accuracy:.1%} "
+                f"({after.n_tokens:,} tokens)",
+            )
+        decode, end_ids = self.inputs.tokenizer.decode, self.inputs.tokenizer.eos_ids
+        samples = [
+            {
+                "prompt": decode(row.prompt),
+                "reference": decode(i for i in row.reference if i not in end_ids),
+                "before": old,
+                "after": new,
+            }
+            for row, old, new in zip(self.questions, self.answers, answers)
+        ]
         rows, plan = self.inputs.sizes, self.plan
         write_report(Report(result, config, samples, self.inputs.reports, rows, plan))
         if not can_draw_png():
@@ -87,16 +104,6 @@ class Observer:
         answers = asked(model, tokenizer, self.questions, most) if first else []
         score = evaluate_distributed(model, tokenizer, test, self.processes) if test else None
         return answers, score
-
-    def _say_scores(self, before: Scores, after: Scores) -> None:
-        change = (after.loss - before.loss) / before.loss
-        say(
-            self.console,
-            f"test      loss {before.loss:.4f} -> {after.loss:.4f} ({change:+.1%}), perplexity "
-            f"{before.perplexity:.2f} -> {after.perplexity:.2f}, token accuracy "
-            f"{before.token_accuracy:.1%} -> {after.token_accuracy:.1%} "
-            f"({after.n_tokens:,} tokens)",
-        )
 
 
 # ---- held-out rows -------------------------------------------------------------------------------
@@ -147,18 +154,3 @@ def asked(
                 break
         answers.append(tokenizer.decode(ids) + ("" if ended else CUT))
     return answers
-
-
-def samples_of(
-    tokenizer: Tokenizer, rows: list[Question], before: list[str], after: list[str]
-) -> list[dict[str, str]]:
-    """What the report shows of each row: prompt, reference, and the two answers."""
-    return [
-        {
-            "prompt": tokenizer.decode(row.prompt),
-            "reference": tokenizer.decode(i for i in row.reference if i not in tokenizer.eos_ids),
-            "before": old,
-            "after": new,
-        }
-        for row, old, new in zip(rows, before, after)
-    ]

@@ -25,7 +25,7 @@ from mlx_qlora.after.plots import (
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import PEFT, RECORD, json_object, staged
 from mlx_qlora.train.loop import TrainResult
 
 
@@ -90,18 +90,12 @@ class Report:
     @cached_property
     def record(self) -> dict[str, Any]:
         """Of `training_args.json`; empty if the folder has none."""
-        return self._json_object("training_args.json")
+        return json_object(self.result.output_dir / RECORD)
 
     @cached_property
     def adapter(self) -> dict[str, Any]:
         """Of `adapter_config.json`; empty if the folder has none."""
-        return self._json_object("adapter_config.json")
-
-    def _json_object(self, name: str) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.result.output_dir / name).read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError):  # missing or damaged: the page does without it
-            return {}
+        return json_object(self.result.output_dir / PEFT[0])
 
     @property
     def base(self) -> str:

@@ -223,8 +223,7 @@ def generate_tokens(
 ) -> Generator[int]:
     """The new token ids of one prompt: `config.max_new_tokens` of them, end tokens or not.
 
-    Raises:
-        ConfigError: as `generate`, before the first token.
+    A ConfigError, as of `generate`, comes before the first token.
     """
     sampler, group = Sampler(config, key_of(seed)), kv_group(model, kv_bits)
     cache = cache if cache is not None else PromptCache()

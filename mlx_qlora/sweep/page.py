@@ -18,7 +18,6 @@ from mlx_qlora.sweep.trial import (
     Measured,
     Point,
     difference,
-    in_folder,
     in_words,
     scaled,
     standard_error,
@@ -101,11 +100,7 @@ class SweepResult:
 
 
 def read_fingerprint(output: Path) -> dict[str, str] | None:
-    """Of the sweep that a folder holds; None if it holds none.
-
-    Raises:
-        ConfigError: its record is damaged.
-    """
+    """Of the sweep that a folder holds, or None; a ConfigError if its record is damaged."""
     path = output / RECORD
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
@@ -130,7 +125,6 @@ def write_sweep(
     """Write the sweep's files; with a winner, print the table and the sentences, too.
 
     Args:
-        config: of the sweep, with its folder.
         about: fingerprint, grid, steps and rungs, for the record.
         winner: None while the sweep is under way.
         repeated: the winner with another seed, if that was asked for.
@@ -143,9 +137,8 @@ def write_sweep(
         findings += seed_findings(best, by_point[repeated], stages, by_point)
     best_config, command = None, ""
     if best is not None:
-        best_config = in_folder(best.config, output / "best")
         asked = replace(config.checkpointing, output_dir=str(output / "best"))
-        best_config = replace(best_config, checkpointing=asked)
+        best_config = replace(best.config, checkpointing=asked)
         command = ready_command(output, config, best)
     record = {
         **about,

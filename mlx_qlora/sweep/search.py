@@ -111,11 +111,7 @@ def sweep(
 
 
 def _open(config: RunConfig, console: Console) -> Inputs:
-    """Open what all trials share; the hashes of the model and the data are in its state.
-
-    Raises:
-        DataError: too few validation rows to compare by.
-    """
+    """Open what all trials share; the hashes of the model and the data are in its state."""
     inputs = open_inputs(config, console)
     config, validation, checkpoint = inputs.config, inputs.validation, inputs.checkpoint
     assert checkpoint is not None
@@ -232,7 +228,7 @@ class _Search:
             for point, measured in self.measured.items()
             if measured
         ]
-        about = {"grid": self.grid, "steps": self.steps, "rungs": self.rungs}
-        about = {"fingerprint": self.inputs.state.fingerprint, **about}
-        config = self.inputs.config
+        fingerprint, config = self.inputs.state.fingerprint, self.inputs.config
+        budgets = {"grid": self.grid, "steps": self.steps, "rungs": self.rungs}
+        about = {"fingerprint": fingerprint, **budgets}
         return write_sweep(config, about, trials, self.done, winner, repeated, self.console)

@@ -80,11 +80,7 @@ def checked_grid(grid: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any
 
 
 def check_swept(config: RunConfig) -> None:
-    """Refuse a config whose trials could not share one base, or could not be continued.
-
-    Raises:
-        ConfigError: naming the field.
-    """
+    """A ConfigError for a config whose trials could not share one base or be continued."""
     init = config.lora.init_lora_weights
     if init not in PLAIN:
         raise ConfigError(
@@ -317,14 +313,10 @@ def measure(
 def _advance(
     model: LlamaForCausalLM, trial: Inputs, until: int, console: Console
 ) -> tuple[Run, float | None]:
-    """Take the steps that `train.loop.train` would take, but stops before the last one.
+    """Take the steps of `train.loop.train` up to one, and save them.
 
-    Raises:
-        StepError: one cannot be taken, or too many in a row were skipped.
-        Interrupted: a signal came, and what was done is saved.
-
-    Returns:
-        The run, and real tokens per second if any were trained.
+    Returns the run, and real tokens per second if any were trained. Raises a StepError if a step
+    cannot be taken or too many in a row were skipped.
     """
     device.limit_memory()
     if trial.state.step > until:  # of a sweep with fewer rungs: the steps are taken again
@@ -365,8 +357,3 @@ def _key(config: RunConfig, inputs: Inputs) -> str:
     decides = {"config": deciding_values(config), "patience": patience, **inputs.state.fingerprint}
     # `prepare` names the base where the user did not; that is hashed with the model already.
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def in_folder(config: RunConfig, folder: Path) -> RunConfig:
-    """The same run, with its files elsewhere."""
-    return replace(config, checkpointing=replace(config.checkpointing, output_dir=str(folder)))
