@@ -332,8 +332,7 @@ class Tensors:
     def make(self, name: str) -> tuple[mx.array, ...]:
         """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
 
-        Raises:
-            WeightsError: a number that the dtype cannot hold.
+        A WeightsError if the dtype cannot hold a number.
         """
         module = self.modules[name.rpartition(".")[0]]
         is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))

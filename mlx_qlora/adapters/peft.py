@@ -268,11 +268,7 @@ def is_mlx_lm(folder: Path) -> bool:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The LoraConfig of an adapter's folder, PEFT's or mlx-lm's.
-
-    Raises:
-        AdapterError: it is neither, or one that we do not compute.
-    """
+    """The LoraConfig of PEFT's or mlx-lm's folder; an AdapterError if we do not compute it."""
     return _read_mlx_lm_config(folder) if is_mlx_lm(folder) else _read_peft_config(folder)
 
 

@@ -6,7 +6,6 @@ What is uploaded is a closed list: a file that is not on it stays here and is na
 machine; the settings and figures in them are in the model card.
 """
 
-import functools
 import json
 import os
 import re
@@ -57,8 +56,7 @@ class Facts:
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
     """The facts of an output folder, a checkpoint, or any folder with a PEFT adapter.
 
-    Raises:
-        SourceError: there is no `adapter_config.json`, or a file cannot be read.
+    A SourceError if there is no `adapter_config.json`, or a file cannot be read.
     """
     states = map(_read_object, folder.glob("checkpoint-*/trainer_state.json"))
     seen = [state.get("num_input_tokens_seen") or 0 for state in states]
@@ -146,11 +144,6 @@ def model_card(facts: Facts) -> str:
 
 def render(template: str, **values: Any) -> str:
     """Fill a template beside this file; values go in as they are: it is Markdown, not HTML."""
-    return _templates().get_template(template).render(values)
-
-
-@functools.cache
-def _templates() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -160,7 +153,7 @@ def _templates() -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
-    return environment
+    return environment.get_template(template).render(values)
 
 
 def _losses(facts: Facts) -> dict[str, list[str]]:

@@ -235,11 +235,8 @@ def compare_adapter(
 ) -> tuple["Comparison", Performance, Performance]:
     """Compares a model with its adapter, which is on and stays on, and without it.
 
-    Returns the comparison, and what the base and the tuned model did.
-
-    Raises:
-        ConfigError: no adapter is on, or it is not one that can be turned off.
-        DataError: no examples, or examples of another vocabulary.
+    Returns the comparison, and what the base and the tuned model did. A ConfigError if no adapter
+    is on or it cannot be turned off, a DataError if there are no examples of this vocabulary.
     """
     if active(model) is None:
         raise ConfigError("the model has no adapter that is on: attach one, or switch to it")
