@@ -13,12 +13,9 @@ import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_qlora import __version__
-
-if TYPE_CHECKING:
-    pass
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -40,21 +37,13 @@ EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What one command takes.
-
-    Attributes:
-        help: one line.
-        shorthands: flags that stand for fields.
-        sections: those whose fields it reads; a field of another one is refused.
-        quiet: whether it can work without a word.
-        json: whether it can end in a JSON object.
-    """
+    """What one command takes."""
 
     help: str
-    shorthands: Sequence[str] = ()
-    sections: Sequence[str] = ()
-    quiet: bool = False
-    json: bool = True
+    shorthands: Sequence[str] = ()  # flags that stand for fields
+    sections: Sequence[str] = ()  # whose fields it reads; a field of another one is refused
+    quiet: bool = False  # whether it can work without a word
+    json: bool = True  # whether it can end in a JSON object
 
     @property
     def fields(self) -> list[str]:
@@ -165,7 +154,6 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=about.help,
             description=about.help[0].upper() + about.help[1:] + ".",
-            epilog=_fields_help(about.sections),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_own_arguments(name, command)
@@ -182,6 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
     """The ways to set a field."""
+    command.epilog = "fields:" + "\n".join(map(_section_help, about.sections))
     group = command.add_argument_group("fields, and flags that are short for them")
     for flag in about.shorthands:
         field, value = SHORTHANDS[flag]
@@ -280,13 +269,9 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("shell", choices=("bash", "zsh"), help="which shell the script is for")
 
 
-def _fields_help(sections: Sequence[str]) -> str:
-    """The fields of some sections with type, default and one line."""
-    return "fields:" + "\n".join(map(_section_help, sections)) if sections else ""
-
-
 @functools.cache
 def _section_help(section: str) -> str:
+    """The fields of a section with type, default and one line."""
     from mlx_qlora.config import SECTIONS, type_name
 
     config = SECTIONS[section]
@@ -397,7 +382,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:  # NaN or infinite
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

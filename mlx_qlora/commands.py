@@ -23,7 +23,7 @@ from mlx_qlora.adapters.peft import save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
 from mlx_qlora.distributed import launched, processes
-from mlx_qlora.errors import ConfigError, UserError, say
+from mlx_qlora.errors import ConfigError, UserError, require, say
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
@@ -119,27 +119,25 @@ def _with_record(
     adapter, read = chosen.get("adapter"), args.about.sections
     if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
         return values
-    record = recorded(adapter)
-    merged = {name: {**fields, **values.get(name, {})} for name, fields in record.items()}
-    return {**values, **{name: merged[name] for name in merged if name in read}}
+    record = {name: fields for name, fields in recorded(adapter).items() if name in read}
+    return values | {name: fields | values.get(name, {}) for name, fields in record.items()}
 
 
 # ---- a command runs ------------------------------------------------------------------------------
 
 
 def run_command(args: argparse.Namespace) -> JsonObject:
-    """Run the command that was asked for; return what `--json` prints.
-
-    Raises:
-        UserError: any of its kinds.
-    """
+    """Run the command that was asked for; return what `--json` prints."""
     about = args.about
     console = Terminal(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
     if launched() and processes().size > 1:
         return _train_together(console, args)
     config = config_of(args)
     if getattr(args, "print_config", False):
-        return _print_config(config, args)
+        if about.json and args.json:
+            return to_dict(config)
+        print(to_yaml(config), end="")
+        return None
     return RUN[args.command](config, console, args)
 
 
@@ -167,13 +165,6 @@ def _train_together(console: Console, args: argparse.Namespace) -> JsonObject:
     return result if everyone.is_first else None
 
 
-def _print_config(config: RunConfig, args: argparse.Namespace) -> JsonObject:
-    if getattr(args, "json", False):
-        return to_dict(config)
-    print(to_yaml(config), end="")
-    return None
-
-
 # ---- one for each command ----------------------------------------------------------------------
 def _train(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.inspect import dry_run
@@ -188,11 +179,7 @@ def _train(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
 
 
 def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]":
-    """Open the inputs of a run, and print what they are and what the run will need.
-
-    Raises:
-        UserError: any of its kinds.
-    """
+    """Open the inputs of a run, and print what they are and what the run will need."""
     from mlx_qlora.before.inspect import say_split
     from mlx_qlora.before.plan import plan_inputs
     from mlx_qlora.run import open_inputs
@@ -217,8 +204,7 @@ def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
 def _inspect(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.inspect import inspect_data
 
-    if args.show < 0:
-        raise ConfigError(f"--show must be at least 0; got {args.show}")
+    require(args.show >= 0, "--show", "be at least 0", args.show)
     return inspect_data(config, console, args.show)
 
 
@@ -271,16 +257,8 @@ def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
 
     lists = {"learning_rate": args.learning_rates, "r": args.ranks, "batch_size": args.batch_sizes}
     grid = {field: _numbers(field, text) for field, text in lists.items() if text is not None}
-    result = sweep(
-        config,
-        console,
-        grid or None,
-        args.steps,
-        args.rungs,
-        product=args.product,
-        repeat_best=args.repeat_best,
-    )
-    return result.record
+    how = {"product": args.product, "repeat_best": args.repeat_best}
+    return sweep(config, console, grid or None, args.steps, args.rungs, **how).record
 
 
 def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -331,8 +309,7 @@ def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
     pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
     for path, size in pushed.files:
         say(console, f"{size / 1e6:10.2f} MB  {path}")
-    to = f"would go to {args.repo_id}" if pushed.url is None else f"pushed    {pushed.url}"
-    say(console, to)
+    say(console, f"pushed    {pushed.url}" if pushed.url else f"would go to {args.repo_id}")
     return dataclasses.asdict(pushed)
 
 
@@ -375,11 +352,7 @@ def _prompt(args: argparse.Namespace, can_chat: bool, template: str) -> str | li
 
 
 def _standard_input() -> str:
-    """All of it.
-
-    Raises:
-        ConfigError: it is closed, or no text.
-    """
+    """All of it; a ConfigError if it is closed, or no text."""
     if sys.stdin is None:
         raise ConfigError("--prompt - reads standard input, which is closed; pass --prompt TEXT")
     try:

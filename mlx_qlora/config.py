@@ -223,8 +223,8 @@ def coerce(value: Any, annotation: Any, name: str) -> Any:
 
 def type_name(annotation: Any) -> str:
     """A type as `--help` and messages show it."""
-    if _is_union(annotation):
-        return " or ".join(type_name(member) for member in typing.get_args(annotation))
+    if len(members := _members(annotation)) > 1:
+        return " or ".join(map(type_name, members))
     if annotation is type(None):
         return "null"
     if typing.get_origin(annotation) is list:
@@ -240,11 +240,8 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _convert(value: Any, kind: Any) -> tuple[bool, Any]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_qlora.errors import ConfigError, did_you_mean
+from mlx_qlora.errors import ConfigError, did_you_mean, require
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -153,7 +153,7 @@ def has_gpu_wheel() -> bool:
 
 
 def compute_dtype(name: str) -> "mx.Dtype":
-    """The dtype of activations that a name stands for; `auto` leaves it to the device.
+    """The dtype of activations by its name; `auto` leaves it to the device.
 
     Raises:
         ConfigError: an unknown name.
@@ -163,8 +163,7 @@ def compute_dtype(name: str) -> "mx.Dtype":
     if name == "auto":
         return current().compute_dtype
     known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-    if name not in known:
-        raise ConfigError(f"model.dtype must be one of auto, {', '.join(known)}; got {name!r}")
+    require(name in known, "model.dtype", f"be one of auto, {', '.join(known)}", name)
     return known[name]
 
 
@@ -185,9 +184,8 @@ def frozen_matmul(
             return "quantized"
         fits = dense_bytes <= COPY_SHARE * machine.working_set_bytes
         return "resident" if fits else "dequantize"
-    if name not in ("quantized", "dequantize", "resident"):
-        legal = "auto, quantized, dequantize, resident"
-        raise ConfigError(f"model.frozen_matmul must be one of {legal}; got {name!r}")
+    legal = "quantized", "dequantize", "resident"
+    require(name in legal, "model.frozen_matmul", f"be one of auto, {', '.join(legal)}", name)
     return name  # pyright: ignore[reportReturnType]
 
 
@@ -316,12 +314,10 @@ class Machine:
         return known * 1e12 if known else _measured_flops(self.device.dtype)
 
     def seconds(self, flops: float, read: int) -> float:
-        """How long training takes for so many multiplications and additions.
+        """How long training takes for so many flops of matmuls and bytes of weights that they read.
 
-        Args:
-            flops: of matmuls.
-            read: bytes of weights that these take from memory. A CPU's cores wait for them, which
-                is most of a small micro-batch's time; a GPU reads them meanwhile.
+        A CPU's cores wait for these, which is most of a small micro-batch's time; a GPU reads them
+        meanwhile.
         """
         waiting = read / _measured_reading() if self.device.waits_for_weights else 0.0
         return flops / (self.flops * self.device.matmul_share) + waiting

@@ -37,21 +37,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a run.
-
-    Attributes:
-        rank: of this one, from 0.
-        size: how many there are.
-        sent_bytes: of all arrays that were handed to the collectives so far.
-        longest: seconds of this process's longest piece of work; 0 before the first.
-    """
+    """The processes of a run."""
 
     def __init__(self, group: mx.distributed.Group | None) -> None:
         self._group = group
-        self.rank = 0 if group is None else group.rank()
+        self.rank = 0 if group is None else group.rank()  # of this process
         self.size = 1 if group is None else group.size()
-        self.sent_bytes = 0
-        self.longest = 0.0
+        self.sent_bytes = 0  # of all arrays that were handed to the collectives so far
+        self.longest = 0.0  # seconds of this process's longest piece of work
         # A stream of its own: sums travel while the device computes, and one that never arrives
         # holds up nothing else.
         device = mx.gpu if "NCCL_HOST_IP" in os.environ else mx.cpu  # as mlx.launch sets it
@@ -94,12 +87,7 @@ class Processes:
         return total
 
     def wait(self, *arrays: mx.array, seconds: float | None = None) -> None:
-        """Waits for sums, but not for ever.
-
-        Args:
-            arrays: from `all_sum`.
-            seconds: how long; if not given, as this process's own work suggests, or `TO_BEGIN`
-                where it has had none.
+        """Waits for sums: so many seconds, else as long as this process's own work suggests.
 
         Raises:
             ProcessError: another process is gone, or did not answer in time.
@@ -162,7 +150,7 @@ class Processes:
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self._sum_now(page)]
 
     def must_equal(self, facts: dict[str, Any]) -> None:
-        """Refuses processes whose facts differ: name -> value, as JSON has it.
+        """Refuses processes whose facts (name -> value, as JSON has it) differ.
 
         Raises:
             ProcessError: naming the processes and what differs there.

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 class UserError(ValueError):
     """The root of all errors that the user's input, and not our code, has caused."""
 
-    is_shared = (
-        False  # whether all processes of a run have it, so that only the first one prints it
-    )
+    is_shared = False  # whether all processes have it, so that only the first one prints it
 
 
 class ConfigError(UserError):
@@ -58,12 +56,9 @@ class AdapterError(UserError):
 
 
 def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
-    """Return `"; did you mean X?"` for the name that is most like a word, or an empty string.
+    """Return `"; did you mean X?"` for the known name that is most like a word, or an empty string.
 
-    Args:
-        word: what the user wrote.
-        known: the names that would have been right.
-        others: other spellings, each with what it stands for, which is shown in its place.
+    `others` are other spellings, each with what it stands for, which is shown in its place.
     """
     shown = {**(others or {}), **{name: repr(name) for name in known}}
     nearest = [word] if word in shown else difflib.get_close_matches(word, shown, n=1)
@@ -90,18 +85,13 @@ def option(default: Any, help: str, *, choices: Iterable[Any] | None = None) -> 
 
 
 def check_choices(section: str, config: Any) -> None:
-    """Refuse a value outside its field's legal set.
-
-    Args:
-        section: the name that the user knows the dataclass by, for example `training`.
-        config: a dataclass whose fields were declared with `option`.
-    """
+    """Refuse a value outside its field's legal set; the fields were declared with `option`."""
     for field in dataclasses.fields(config):
         choices = field.metadata.get("choices")
         value = getattr(config, field.name)
-        if choices is not None and value not in choices:
-            legal = ", ".join(repr(choice) for choice in choices)
-            raise ConfigError(f"{section}.{field.name} must be one of {legal}; got {value!r}")
+        if choices is not None:
+            rule = f"be one of {', '.join(map(repr, choices))}"
+            require(value in choices, f"{section}.{field.name}", rule, value)
 
 
 def require(holds: bool, field: str, rule: str, got: Any) -> None:

@@ -79,6 +79,12 @@ def staged(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, of which a reader finds all or what was there before."""
+    with staged(path.parent) as staging:
+        (staging / path.name).write_text(text, encoding="utf-8")
+
+
 def _flush(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

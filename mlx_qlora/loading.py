@@ -1,8 +1,7 @@
 """A source, or a config, becomes a model and its tokenizer."""
 
-import dataclasses
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +63,14 @@ def load(
 
 
 def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """Load the model of a config with its adapter.
-
-    Raises:
-        UserError: no adapter is named, nothing says which model it is for, or one of the two
-            cannot be used.
-    """
+    """Load the model of a config with its adapter; a ConfigError if it names none."""
     if config.model.adapter is None:
         raise ConfigError("model.adapter is missing; name a PEFT folder with --adapter DIR")
     return loaded(with_model(config))
 
 
 def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokenizer]:
-    """Load the model of a config, with the chat template that its adapter was taught with.
-
-    Raises:
-        UserError: nothing says which model it is, or it or its adapter cannot be used.
-    """
+    """Load the model of a config, with the chat template that its adapter was taught with."""
     config = with_model(config)
     model, tokenizer = loaded(config)
     config, tokenizer = as_taught(config, tokenizer)
@@ -88,7 +78,11 @@ def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokeni
 
 
 def with_model(config: RunConfig) -> RunConfig:
-    """Fill in the model that an adapter of ours was trained on, if none is named."""
+    """Fill in the model that an adapter of ours was trained on, if none is named.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing says which model it is for.
+    """
     chosen = config.model
     if chosen.source is not None:
         return config
@@ -98,8 +92,8 @@ def with_model(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"model.adapter: there is no folder {chosen.adapter}; name one that a run has left"
         )
-    default = dataclasses.asdict(ModelConfig())
-    given = {k: v for k, v in dataclasses.asdict(chosen).items() if v != default[k]}
+    default = asdict(ModelConfig())
+    given = {k: v for k, v in asdict(chosen).items() if v != default[k]}
     chosen = replace(build(recorded(chosen.adapter)).model, **given)
     if chosen.source is None:
         raise ConfigError(
@@ -110,10 +104,7 @@ def with_model(config: RunConfig) -> RunConfig:
 
 
 def recorded(adapter: str) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value of model and generation, from the record beside an adapter.
-
-    Empty for an adapter that no run of ours made.
-    """
+    """Section -> field -> value of model and generation, from the record of our run, if any."""
     record = Path(adapter).expanduser() / "run.yaml"
     values = read_yaml(record) if record.is_file() else {}
     return {section: values[section] for section in ("model", "generation") if section in values}
@@ -146,7 +137,7 @@ def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Token
         tokenizer = tokenizer.with_chat_template(source)
         if template not in ("auto", "alpaca", "chat"):
             template = "chat"  # the file that it was read from may be gone; this is its copy
-    return replace(config, data=dataclasses.replace(config.data, template=template)), (tokenizer)
+    return replace(config, data=replace(config.data, template=template)), tokenizer
 
 
 def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
@@ -160,7 +151,7 @@ def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
     default, unsaid = LoraConfig(), {"loraplus_lr_ratio", "init_lora_weights"}  # in no file
     if is_mlx_lm(Path(adapter).expanduser()):  # which lists every matrix, and scale x rank
         unsaid |= {"target_modules", "layers_to_transform", "lora_alpha"}
-    for name in (each.name for each in dataclasses.fields(LoraConfig)):
+    for name in (each.name for each in fields(LoraConfig)):
         wanted, has = getattr(asked, name), getattr(trained, name)
         if name in unsaid or wanted == getattr(default, name):
             continue
@@ -181,7 +172,7 @@ def _meaning(value: Any) -> Any:
 def as_loaded(chosen: ModelConfig, model: LlamaForCausalLM) -> ModelConfig:
     """With the arguments that a model was loaded with, so that the record opens the same one."""
     files, quant, dtype = model.source, model.quantized_to, model.model.norm.weight.dtype
-    packing = {"bits": None} if quant is None else dataclasses.asdict(quant)
+    packing = {"bits": None} if quant is None else asdict(quant)
     auto = dtype == device.compute_dtype("auto")
     return replace(
         chosen,

@@ -37,12 +37,13 @@ from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
+    CARD,
     RECORD,
     check_writable,
     disk_errors,
     is_run,
     locked,
-    staged,
+    write_whole,
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, sample_of, with_model
 from mlx_qlora.model.hub import resolve
@@ -76,30 +77,20 @@ N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the re
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from, in which nothing was found wrong.
+    """What a run starts from, in which nothing was found wrong."""
 
-    Attributes:
-        config: settled, with a number wherever the user left one to the machine.
-        tokenizer: with the chat template that the rows are written by.
-        llama: sizes of the model.
-        train, validation, test: the rows.
-        checkpoint: the model's files; None if a notebook has loaded it, or only headers were asked
-            for.
-        base: the original Hugging Face repository; known once the model is prepared, as is the
-        state: of a run that has not begun, with the hashes of what decides the weights.
-        resumed: the checkpoint to go on from, known once the output folder is taken.
-    """
-
-    config: RunConfig
-    tokenizer: Tokenizer
+    config: RunConfig  # settled: a number wherever the user left one to the machine
+    tokenizer: Tokenizer  # with the chat template that the rows are written by
     llama: LlamaConfig
     train: Examples
     validation: Examples | None = None
     test: Examples | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # if the weights are to be loaded from files
+    # Known once the model is prepared: the original Hugging Face repository, and the state of a run
+    # that has not begun, with the hashes of what decides the weights.
     base: str = ""
     state: RunState = field(default_factory=RunState)
-    resumed: Path | None = None
+    resumed: Path | None = None  # the checkpoint to go on from, once the output folder is taken
 
     def __post_init__(self) -> None:
         template = self.train.report.chat_template  # the user's own, saved beside the adapter
@@ -191,9 +182,7 @@ class Inputs:
 def open_files(config: RunConfig, weights: bool = True) -> Checkpoint:
     """The files of the config's model, with what their headers say.
 
-    Args:
-        config: its `model.source` and `model.revision`.
-        weights: False leaves weights that are not here yet on the hub.
+    Without `weights`, those that are not here yet stay on the hub.
 
     Raises:
         ConfigError: no model is named.
@@ -227,9 +216,6 @@ def open_inputs(
         writes: whether a run will write to the output folder, which is then checked.
         weights: False for a look at the rows alone: the weights stay where they are.
         split: False reads all of `data.path` as `train`, written as the adapter was taught.
-
-    Raises:
-        UserError: any of its kinds.
     """
     if not split:
         config = with_model(config)
@@ -292,8 +278,7 @@ def settle(
 def check_output(output: Path, adapter: str | None = None) -> None:
     """Refuse an output folder that cannot be written to, or that holds files of others.
 
-    Args:
-        adapter: folder of the adapter that training goes on from.
+    That of the `adapter` that training goes on from is one of these.
 
     Raises:
         ConfigError: naming the folder, and the file that a run would overwrite.
@@ -301,9 +286,8 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     check_writable(output, WRITTEN, OUTPUT)
     checkpoints = [path.name for path in output.glob("checkpoint-*")]
     check_writable(output, checkpoints, OUTPUT, is_ours=is_ours)
-    if adapter is None or is_run(output):
-        return
-    if output.resolve() == Path(adapter).expanduser().resolve():
+    same = adapter is not None and output.resolve() == Path(adapter).expanduser().resolve()
+    if same and not is_run(output):
         raise ConfigError(
             f"{OUTPUT}: {output} holds the adapter that training goes on from, which would be "
             "overwritten; choose another folder with --output-dir"
@@ -317,9 +301,6 @@ def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainRe
     """Train on opened inputs and leave an output folder, with answers and scores in the report.
 
     The report compares the plan with what was measured.
-
-    Raises:
-        UserError: any of its kinds.
     """
     model = processes().agree(inputs.load)
     return _run(model, inputs, console, plan, N_QUESTIONS)
@@ -402,9 +383,8 @@ def _run(
             say(console, _summary(result))
         observer.after(result)
         if everyone.is_first:
-            with staged(inputs.output) as staging:  # last: it shows figures of the run
-                card = model_card(read_facts(inputs.output))
-                (staging / "README.md").write_text(card, encoding="utf-8")
+            # Last: it shows figures of the run.
+            write_whole(inputs.output / CARD, model_card(read_facts(inputs.output)))
     return result
 
 
@@ -483,11 +463,9 @@ def write_record(
         "fingerprint": fingerprint,
         "data": {"rows": len(examples), "tokens": int(examples.lengths.sum())},
     }
-    with staged(output) as staging:  # first: it marks the folder as ours
-        text = json.dumps(record, indent=2) + "\n"
-        (staging / "training_args.json").write_text(text, encoding="utf-8")
-    with staged(output) as staging:
-        (staging / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+    # First: it marks the folder as ours.
+    write_whole(output / RECORD, json.dumps(record, indent=2) + "\n")
+    write_whole(output / "run.yaml", to_yaml(config))
 
 
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -195,10 +195,9 @@ def matmul() -> Iterator[Finding]:
         text += ": the speed of a reference BLAS, which an OpenBLAS exceeds many times"
         yield _warning("matmul", text, fix)
         return
-    apple = re.sub(r"\W+", "-", chip.removeprefix("apple ").strip())
-    nvidia = next((name for name in device.NVIDIA if name in chip), "")
-    teraflops = {**device.NVIDIA, **device.APPLE}.get(apple if apple in device.APPLE else nvidia)
-    expected = teraflops * 1e12 if teraflops else 0.0
+    apple = device.APPLE.get(re.sub(r"\W+", "-", chip.removeprefix("apple ").strip()))
+    nvidia = next((rate for name, rate in device.NVIDIA.items() if name in chip), 0.0)
+    expected = 1e12 * (apple or nvidia)
     if expected:
         text += f"; about {expected / 1e9:,.0f} are expected of this chip"
     if rate < expected / 2:

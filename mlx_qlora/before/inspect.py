@@ -1,6 +1,7 @@
 """What would be trained, without training it: `inspect`, and `train --dry-run`."""
 
 import dataclasses
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,7 @@ def epoch(batches: Batches) -> str:
 def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> RenderableType:
     """The first rows of the first batches, token by token as they are trained.
 
-    Args:
-        tokenizer: to write ids as text again.
-        colour: False puts ⟦ ⟧ around what is supervised, where no colour can say it.
+    Without `colour`, ⟦ ⟧ are around what is supervised.
     """
     shown: list[Text] = []
     for number, batch in enumerate(batches):
@@ -83,8 +82,10 @@ def _row(batch: Batch, b: int, tokenizer: Tokenizer, title: str, colour: bool) -
         learned = [False, *(inside != IGNORE).tolist()]
         if ids[-1] == IGNORE:  # not learned, and no input: the batch does not hold it
             ids, learned = ids[:-1], learned[:-1]
-        for is_learned, run in _runs(ids, learned):
-            words = tokenizer.decode(run).translate(PICTURES)
+        # Neighbours that are both learned, or both not, together: a character may span tokens.
+        pairs = zip(learned, ids)
+        for is_learned, run in groupby(pairs, key=lambda pair: pair[0]):
+            words = tokenizer.decode([token for _, token in run]).translate(PICTURES)
             marked = words if colour or not is_learned else f"⟦{words}⟧"
             text.append(marked, SUPERVISED if is_learned else CONTEXT)
         text.append("\n")
@@ -93,32 +94,16 @@ def _row(batch: Batch, b: int, tokenizer: Tokenizer, title: str, colour: bool) -
     return text
 
 
-def _runs(ids: list[int], learned: list[bool]) -> list[tuple[bool, list[int]]]:
-    """Neighbours that are both learned, or both not, together: a character may span tokens."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, is_learned in zip(ids, learned):
-        if runs and runs[-1][0] == is_learned:
-            runs[-1][1].append(token)
-        else:
-            runs.append((is_learned, [token]))
-    return runs
-
-
 # ---- the commands --------------------------------------------------------------------------------
 
 
 def inspect_data(config: RunConfig, console: Console, show: int = 0) -> dict[str, Any]:
     """Read the data of a run and print the report, the split, the lengths and the batches.
 
-    Args:
-        config: of the run; its model names the tokenizer. No weight is loaded.
-        show: rows to print as the model will see them.
+    Then `show` rows as the model will see them. No weight is loaded.
 
     Returns:
         Reports with every refusal, the split and the epoch, as JSON has it.
-
-    Raises:
-        UserError: the model or the data cannot be used; with `data.strict`, if any row cannot.
     """
     inputs = open_inputs(config, console, writes=False, weights=False)
     batches = batches_of(inputs.train, inputs.config.data, inputs.config.training)
@@ -158,13 +143,6 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
     """Do all that a run does before its first step, and score its first batch.
 
     Nothing is written but the cache of tokens.
-
-    Returns:
-        The plan, how many rows there are, the first batch's figures, and where a run would go
-        on from.
-
-    Raises:
-        UserError: any of its kinds.
     """
     model = inputs.load()
     inputs = inputs.prepare(model).to_resume(console)

@@ -28,6 +28,7 @@ from mlx_qlora.run import Inputs, open_files, settle
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
 from mlx_qlora.train.memory import (
     EXPONENTIALS,
+    FLOAT32,
     LAYER,
     MLP,
     Footprint,
@@ -124,11 +125,9 @@ def base_bytes(
     dense = itemsize * packed_size(model, checkpoint, quantize)
     keeps_copy = device.frozen_matmul(config.model.frozen_matmul, dense, where) == "resident"
     base = resident = 0
-    for path, module in model.named_modules():
-        if not isinstance(module, FrozenMatrix):
-            continue
-        quant = checkpoint.packing.get(path) or quantize
-        size = module.weight.size
+    matrices = ((p, m) for p, m in model.named_modules() if isinstance(m, FrozenMatrix))
+    for path, matrix in matrices:
+        quant, size = checkpoint.packing.get(path) or quantize, matrix.weight.size
         if quant is None:
             base += size * itemsize
             continue
@@ -148,18 +147,17 @@ def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
         paths = target_paths(model, lora)
     except ConfigError as error:
         raise ConfigError(f"the plan cannot be made: {error}") from None
-    modules = dict(model.named_modules())
-    shapes = ((path, modules[path].shape) for path in paths)
-    return sum(
-        lora.rank_of(path) * (rows + columns) + (rows if lora.use_dora else 0)
-        for path, (rows, columns) in shapes
-    )
+    modules, total = dict(model.named_modules()), 0
+    for path in paths:
+        rows, columns = modules[path].shape
+        total += lora.rank_of(path) * (rows + columns) + (rows if lora.use_dora else 0)
+    return total
 
 
 def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Machine) -> int:
-    """The longest document that fits alone, everything recomputed; a multiple of 64.
+    """The longest document that the model has positions for and that fits; a multiple of 64.
 
-    Never longer than the model has positions for.
+    Alone, and with everything recomputed.
     """
     all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
     low, high = 0, llama.max_position_embeddings // 64
@@ -172,20 +170,16 @@ def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Mac
 
 # ---- several processes ---------------------------------------------------------------------------
 
-FLOAT32 = 4
 SMALL_SUMS = 2  # messages besides the buckets: the counts of a step, and its loss
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a run of N processes adds to the plan of one.
-
-    `step_tokens` and `compute_seconds` are of an optimiser step in one process.
-    """
+    """What a run of N processes adds to the plan of one."""
 
     processes: int
     trainable: int
-    step_tokens: int
+    step_tokens: int  # of an optimiser step in one process, as is the next
     compute_seconds: float
 
     @property
@@ -234,17 +228,6 @@ class Scaling:
         )
 
 
-def check_processes(processes: int | None) -> None:
-    """Refuse a number that no launcher could start."""
-    if processes is None:
-        return
-    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
-        raise ConfigError(
-            f"--processes must be a whole number of at least 1; got {processes!r}: "
-            "pass as many as `mlx.launch` will start"
-        )
-
-
 # ---- the plan ------------------------------------------------------------------------------------
 
 LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
@@ -252,27 +235,17 @@ LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted peak memory of a run, by part, in bytes, and how it will be computed.
+    """Predicted peak memory of a run, and how it will be computed."""
 
-    Attributes:
-        parts: name -> bytes; their sum is `total_bytes`.
-        memory_bytes: what the machine can give.
-        schedule: how a micro-batch is computed.
-        longest_context: tokens of the longest document that fits, everything recomputed.
-        tokens_per_second: to be expected, from the machine's matmul rate.
-        advice: what to change, if it does not fit.
-        scaling: of several processes, if their number is known.
-    """
-
-    parts: dict[str, int]
-    memory_bytes: int
+    parts: dict[str, int]  # name -> bytes
+    memory_bytes: int  # what the machine can give
     machine: str
     trainable: int
-    schedule: Schedule
-    longest_context: int
-    tokens_per_second: float
-    advice: str
-    scaling: Scaling | None = None
+    schedule: Schedule  # of a micro-batch
+    longest_context: int  # tokens of the longest document that fits, everything recomputed
+    tokens_per_second: float  # to be expected, from the machine's matmul rate
+    advice: str  # what to change, if it does not fit
+    scaling: Scaling | None = None  # of several processes, if their number is known
 
     @property
     def total_bytes(self) -> int:
@@ -349,7 +322,11 @@ def plan(
         ConfigError: a target that matches nothing, an unknown machine, or a wrong number of
             processes.
     """
-    check_processes(processes)
+    if processes is not None and (type(processes) is not int or processes < 1):
+        raise ConfigError(
+            f"--processes must be a whole number of at least 1; got {processes!r}: "
+            "pass as many as `mlx.launch` will start"
+        )
     config = config or RunConfig()
     config = replace(config, model=replace(config.model, source=source))
     checkpoint = open_files(config, weights=False)

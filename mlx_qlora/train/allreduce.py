@@ -22,11 +22,8 @@ class GradientAllReduce:
     """Sums the gradients of a step over the processes, while the backward goes on.
 
     The backward makes the last layer's gradients first. As soon as those of some layers are done
-    they are sent as one bucket, in an order that is the same in every process.
-
-    Args:
-        shapes: of the LoRA weights, by name, from the first layer to the last.
-        processes: of the run.
+    they are sent as one bucket, in an order that is the same in every process. The `shapes` are
+    those of the LoRA weights, by name, from the first layer to the last.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], processes: Processes) -> None:
@@ -65,16 +62,13 @@ class GradientAllReduce:
         counts: tuple[int, int, int],
         received: int | None,
     ) -> tuple[dict[str, mx.array], mx.array, tuple[int, int, int], int | None]:
-        """Waits for the sums over all processes.
+        """Waits for the sums over all processes, and returns them in the place of this one's.
 
         Args:
-            grads: of this process; what is not sent yet is sent now.
-            nats: its loss sum.
-            counts: its supervised tokens, real tokens, and rows.
-            received: a signal that it received.
-
-        Returns:
-            The same of all processes; the signal is one that any of them received.
+            grads: of which the rest is sent now.
+            nats: the loss sum.
+            counts: supervised tokens, real tokens, and rows.
+            received: a signal; the one returned is one that any process received.
 
         Raises:
             ProcessError: another process is gone, or did not answer in time.
@@ -100,17 +94,10 @@ def score_of_all(
     received: int | None = None,
     seconds: float | None = None,
 ) -> tuple[Score, int | None]:
-    """The sums over all processes of what each has scored of a set.
+    """The sums over all processes of what each has scored, and a signal that any received.
 
-    Args:
-        score: of this process's share.
-        processes: of the run.
-        took: seconds that this needed.
-        received: a signal that this process received.
-        seconds: how long to wait for the others; as `Processes.wait` if not given.
-
-    Returns:
-        The sums; and a signal that any process received, or None.
+    This process `took` so many seconds for its share of the score. It waits `seconds` for the
+    others, or as `Processes.wait` if not given.
 
     Raises:
         ProcessError: another process is gone, or did not answer in time.

@@ -70,34 +70,24 @@ class CheckpointingConfig:
 class RunState:
     """Everything about a run but its weights and moments.
 
-    Attributes:
-        step: optimiser steps done.
-        updates: of them, those that moved the weights: AdamW's own count.
-        rows: rows of the stream that were consumed; the next batch begins there. Order and
-            dropout are drawn from the config's seed and these numbers, so there is no other
-            state of a random generator.
-        tokens: real tokens that were trained.
-        fingerprint: name -> hash of the config, the data and the model, and the version of the
-            numerics; a run goes on only from its own.
-        config: the values behind the config's hash, to show what differs.
-        log_history: every record of `metrics.jsonl`.
-        open_losses: of the steps since the last logged record, whose mean is the next one's.
-        open_grad_norm: the last one of those steps.
-        recent_losses: of the last steps, against which a spike is measured.
-        skipped_in_a_row: steps just before this one that moved nothing.
+    Order and dropout are drawn from the config's seed and the numbers of the rows, so there is no
+    state of a random generator.
     """
 
-    step: int = 0
-    updates: int = 0
-    rows: int = 0
-    tokens: int = 0
+    step: int = 0  # optimiser steps done
+    updates: int = 0  # of them, those that moved the weights: AdamW's own count
+    rows: int = 0  # of the stream that were consumed; the next batch begins there
+    tokens: int = 0  # real ones that were trained
+    # Name -> hash of the config, the data and the model, and the version of the numerics; a run
+    # goes on only from its own. Then the values behind the config's hash, to show what differs.
     fingerprint: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    log_history: list[dict[str, Any]] = field(default_factory=list)
+    log_history: list[dict[str, Any]] = field(default_factory=list)  # of `metrics.jsonl`
+    # Of the steps since the last logged record, whose mean is the next one's.
     open_losses: list[float] = field(default_factory=list)
-    open_grad_norm: float = 0.0
-    recent_losses: list[float] = field(default_factory=list)
-    skipped_in_a_row: int = 0
+    open_grad_norm: float = 0.0  # of the last of those steps
+    recent_losses: list[float] = field(default_factory=list)  # against which a spike is measured
+    skipped_in_a_row: int = 0  # steps just before this one that moved nothing
 
 
 # ---- the history ---------------------------------------------------------------------------------
@@ -238,12 +228,12 @@ def is_ours(path: Path) -> bool:
     return (path / STATE).is_file()
 
 
-def last_checkpoint(output: Path) -> str:
-    """What there is to go on from, for messages about the disk."""
+def last_checkpoint(
+    output: Path, fact: str = "is whole, and the same command goes on from it"
+) -> str:
+    """What there is to go on from, for messages: the newest checkpoint and a fact about it."""
     saved = checkpoints(output)
-    if not saved:
-        return "No checkpoint was written yet"
-    return f"{saved[-1]} is whole, and the same command goes on from it"
+    return f"{saved[-1]} {fact}" if saved else "No checkpoint was written yet"
 
 
 def remove_leftovers(output: Path, step: int) -> None:
@@ -272,17 +262,11 @@ def restore_set_aside(output: Path) -> None:
 
 
 class Start(NamedTuple):
-    """Where a run begins.
+    """Where a run begins."""
 
-    Attributes:
-        path: the checkpoint that it goes on from; None for step 0.
-        state: of the run at that step.
-        damaged: what is wrong with newer checkpoints, which were passed over.
-    """
-
-    path: Path | None
-    state: RunState
-    damaged: list[str]
+    path: Path | None  # the checkpoint that it goes on from; None for step 0
+    state: RunState  # of the run at that step
+    damaged: list[str]  # what is wrong with newer checkpoints, which were passed over
 
 
 def checkpoint_to_resume(
@@ -292,10 +276,8 @@ def checkpoint_to_resume(
 ) -> Start:
     """The checkpoint that the config asks for, every file of it hashed once, and its state.
 
-    Args:
-        config: whose output folder is looked into.
-        state: of the run that is to begin, with its fingerprint and config.
-        defaults: of the fields that decide the weights, as `state.config` has them.
+    `state` is that of the run that is to begin; `defaults` are those of the fields that decide the
+    weights, as `state.config` has them.
 
     Raises:
         ConfigError: a named folder that is no checkpoint or a damaged one, no whole checkpoint

@@ -180,30 +180,20 @@ def batches_of(
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is.
+    """How long a run is."""
 
-    Attributes:
-        steps: optimiser steps.
-        examples: to learn from.
-        passes: over the examples, as a fraction.
-        warmup_steps: during which the learning rate rises.
-        by_passes: whether the config gives the passes, and not the steps.
-    """
-
-    steps: int
+    steps: int  # of the optimiser
     examples: int
-    passes: float
+    passes: float  # over the examples
     warmup_steps: int
-    by_passes: bool = False
+    by_passes: bool = False  # whether the config gives the passes, and not the steps
 
     @classmethod
     def of(cls, training: TrainingConfig, batches: Batches, examples: int) -> "RunLength":
         """The length of a run on these batches of so many examples."""
-        steps, passes = (
-            training.total_steps(batches),
-            batches.epoch(training.micro_batches(batches)),
-        )
-        return cls(steps, examples, passes, training.warmup_steps, training.max_steps is None)
+        steps, by_passes = training.total_steps(batches), training.max_steps is None
+        passes = batches.epoch(training.micro_batches(batches))
+        return cls(steps, examples, passes, training.warmup_steps, by_passes)
 
     def __str__(self) -> str:
         passes = f"{self.passes:,.0f}" if self.passes >= 10 else f"{self.passes:.2f}"

@@ -270,10 +270,8 @@ def loss_and_grads(
 class Engine:
     """Differentiates a model's loss with respect to its LoRA weights.
 
-    Args:
-        model: with LoRA layers.
-        recompute: as in `loss_and_grads`, or the level of each layer.
-        compiled: fuse elementwise operations with `mx.compile`.
+    `recompute` is as in `loss_and_grads`, or the level of each layer; if `compiled`, elementwise
+    operations are fused with `mx.compile`.
 
     Raises:
         ConfigError: the model has nothing to train, or `recompute` is none of its words.

@@ -28,7 +28,6 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.allreduce import broadcast_state, score_of_all
 from mlx_qlora.train.checkpoint import (
     best_eval,
-    checkpoints,
     last_checkpoint,
     load_tensors,
     load_weights,
@@ -107,17 +106,7 @@ class TrainResult:
 def train(
     model: LlamaForCausalLM, inputs: "Inputs", config: "RunConfig", console: Console
 ) -> TrainResult:
-    """Trains the model's LoRA weights in place.
-
-    Args:
-        model: with LoRA layers.
-        inputs: the rows to learn from and to validate on, the original repository of the base,
-            and the state to begin with: that of the checkpoint `resumed`, if there is one.
-        config: of the run.
-        console: where the live line goes.
-
-    Returns:
-        What the run was; the model holds the trained weights.
+    """Trains the model's LoRA weights in place, from the inputs' state on.
 
     Raises:
         TrainingError: the run cannot go on; the last checkpoint is whole.
@@ -147,7 +136,8 @@ def train(
                 run.after_step()
             run.take_steps(run.total_steps)
         except StepError as error:
-            ended = TrainingError(f"{error}. {run.kept()}")
+            last = last_checkpoint(run.output, "is the last checkpoint")
+            ended = TrainingError(f"{error}. {last}")
             ended.is_shared = not error.again  # all have the same numbers; a device is one's own
             raise ended from None
         if run.stop.signum is not None:
@@ -161,20 +151,15 @@ def train(
 
 
 class Run:
-    """The parts of a run, and what happens between its steps.
-
-    Attributes:
-        state: of the run, up to the last step that was taken.
-        stop: the signal that ends it early.
-        step: takes optimiser steps, and remembers how small the pieces of a batch had to be.
-    """
+    """The parts of a run, and what happens between its steps."""
 
     def __init__(
         self, model: LlamaForCausalLM, inputs: "Inputs", config: "RunConfig", console: Console
     ) -> None:
         training = config.training
         self.model, self.base, self.config, self.console = model, inputs.base, config, console
-        self.processes, self.state = processes(), inputs.state
+        self.processes = processes()
+        self.state = inputs.state  # up to the last step that was taken
         self.output = Path(config.checkpointing.output_dir)
         self.batches = batches_of(inputs.train, config.data, training, self.processes)
         validation = inputs.validation
@@ -363,11 +348,6 @@ class Run:
         path = self.output / f"checkpoint-{self.state.step}"
         return path if path.exists() else self.save() if self.state.step else None
 
-    def kept(self) -> str:
-        """What there is to go on from, for messages."""
-        saved = checkpoints(self.output)
-        return f"{saved[-1]} is the last checkpoint" if saved else "No checkpoint was written yet"
-
     # ---- the end ---------------------------------------------------------------------------------
 
     def is_done(self) -> bool:
@@ -417,18 +397,13 @@ class Run:
 
 @contextmanager
 def saved_if_others_are_lost(run: Run) -> Iterator[None]:
-    """Saves the last finished step where another process is lost, in a step or a validation.
-
-    Raises:
-        ProcessError: with what there is to go on from.
-    """
+    """Saves the last finished step where another process is lost, and says so in the error."""
     try:
         yield
     except ProcessError as error:
         if run.processes.is_first:
-            saved = checkpoints(run.output)
-            last = run.save_if_new() or (saved[-1] if saved else None)
-            kept = f"The same command goes on from {last}" if last else run.kept()
+            last = run.save_if_new()
+            kept = f"The same command goes on from {last}" if last else last_checkpoint(run.output)
         else:  # whose disk may be another one
             kept = "The same command goes on from what process 0 has saved last"
         raise ProcessError(f"{error}. {kept}", error.is_shared) from None

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, warn
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import write_whole
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.score import Score
 from mlx_qlora.train.step import StepResult
@@ -115,12 +115,10 @@ class TensorBoard:
     from a thread, where a full disk ends in a traceback, imports TensorFlow where there is one, and
     knows neither session logs nor text; the `RecordWriter` under it has none of that.
 
-    Args:
-        folder: of the run, made if need be; TensorBoard reads all its event files as one run.
-        settings: section -> field -> value, shown under Text as `args`, as the Trainer does.
-        history: the records up to here; written where the folder has no event file yet.
-        step: the last optimiser step that was done. What another process wrote after it is
-            purged from view by a `SessionLog.START`, as TensorBoard does for its own restarts.
+    All event files of a folder are one run to TensorBoard. The settings are shown under Text as
+    `args`, as the Trainer does. The history up to the last `step` that was done is written where
+    there is no event file yet; what another process wrote after it is purged from view by a
+    `SessionLog.START`, as TensorBoard does for its own restarts.
     """
 
     name = "tensorboard"
@@ -171,15 +169,7 @@ class Wandb:
 
     wandb takes no step twice and none backwards. So what it lacks of the history is written when
     the run begins (all of it when offline: each folder of an offline run is whole), and what a
-    killed process has sent already is left out.
-
-    Args:
-        project: of wandb.
-        name: of the run.
-        output: the output folder; wandb's own files go to `<output>/wandb`.
-        settings: wandb's config; section -> field -> value.
-        history: the records up to `step`, the last optimiser step that was done.
-        step: 0 begins a new run.
+    killed process has sent already is left out. Step 0 begins a new run.
 
     Raises:
         ConfigError: wandb refuses or cannot be reached.
@@ -204,7 +194,7 @@ class Wandb:
             self.run = wandb.init(
                 project=project,
                 name=name,
-                dir=str(output),
+                dir=str(output),  # its own files go to `<output>/wandb`
                 config=settings,
                 id=known or secrets.token_hex(4),
                 resume="allow",
@@ -218,8 +208,7 @@ class Wandb:
                 "keep it on this machine, or leave wandb out"
             ) from None
         if not self.run.disabled and self.run.id != known:
-            with staged(output) as staging:
-                (staging / RUN_ID).write_text(f"{self.run.id}\n", encoding="utf-8")
+            write_whole(place, f"{self.run.id}\n")
         self.run.define_metric("train/global_step")
         self.run.define_metric("*", step_metric="train/global_step", step_sync=True)
         self.done, self.first = step, self.run.step
@@ -273,13 +262,9 @@ def open_trackers(
 class Metrics:
     """Writes `metrics.jsonl`, keeps the history, and shows the progress.
 
-    Args:
-        path: the JSONL file, opened for appending; each line is a dict with `step`.
-        total_steps: optimiser steps of the whole run.
-        state: of the run; its open losses are those of the log window that is not full yet.
-        every: steps in a log window.
-        console: where the live line goes; on anything but a terminal it becomes plain lines.
-        trackers: what else takes the records; they are closed with the metrics.
+    A log window is `every` steps long; the open losses of the state are those of one that is not
+    full yet. On anything but a terminal the live line becomes plain lines. The trackers are closed
+    with the metrics.
     """
 
     def __init__(
@@ -393,12 +378,4 @@ class Metrics:
 
 def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     """Makes `metrics.jsonl` what it was at a checkpoint: lines may be too many, cut, or lost."""
-    partial = path.with_name(f".{path.name}.partial")
-    lines = [json.dumps(record) + "\n" for record in history]
-    try:
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in history))

@@ -46,19 +46,12 @@ class AdamW:
 
     Args:
         weights: tree of float32 arrays, `model.trainable_parameters()`.
-        beta1: decay of the mean of gradients.
-        beta2: decay of the mean of squared gradients.
+        beta1, beta2: decay of the mean of gradients, and of squared gradients.
         epsilon: added to the root, after bias correction, as in the paper and in torch.
         weight_decay: decoupled; applied to every LoRA matrix, as torch does without groups.
         max_grad_norm: the gradient's global norm is clipped to this; None leaves it.
         lr_ratio: lora_B learns at this many times the learning rate (LoRA+, Hayou et al. 2024,
             arXiv 2402.12354); its decay is as much stronger, as in PEFT's optimiser.
-
-    Attributes:
-        weights: (P,) float32, all weights one after the other.
-        mean: (P,) float32, first moment.
-        square: (P,) float32, second moment.
-        step: updates made; a skipped one is none.
     """
 
     def __init__(
@@ -72,10 +65,10 @@ class AdamW:
         lr_ratio: float = 1.0,
     ) -> None:
         self.shapes = {name: array.shape for name, array in flat(weights).items()}
-        self.weights = flatten(weights)
-        self.mean = mx.zeros_like(self.weights)
-        self.square = mx.zeros_like(self.weights)
-        self.step = 0
+        self.weights = flatten(weights)  # (P,) float32, one after the other
+        self.mean = mx.zeros_like(self.weights)  # first moment
+        self.square = mx.zeros_like(self.weights)  # second moment
+        self.step = 0  # updates made; a skipped one is none
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
         self.max_grad_norm = max_grad_norm
         self.ratios = mx.array(1.0) if lr_ratio == 1 else _ratios(self.shapes, lr_ratio)
@@ -113,7 +106,7 @@ class AdamW:
         Args:
             grads: tree of gradients of the loss sum over all micro-batches of the step.
             n_tokens: supervised tokens of the step; the only division by them is here.
-            rate: this step's learning rate.
+            rate: the learning rate.
             nats: the loss sum.
 
         Returns:
@@ -171,9 +164,9 @@ class AdamW:
             mx.async_eval(squares[-1])
         return mx.sqrt(mx.stack(squares).sum())
 
-    def tree(self, buffer: mx.array | None = None) -> dict[str, Any]:
-        """The weights (or another buffer of their size) in the model's tree."""
-        return nested(self.named(self.weights if buffer is None else buffer))
+    def tree(self) -> dict[str, Any]:
+        """The weights in the model's tree."""
+        return nested(self.named(self.weights))
 
     def named(self, buffer: mx.array) -> dict[str, mx.array]:
         """Name -> its part of a flat buffer, in its own shape."""

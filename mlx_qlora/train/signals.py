@@ -12,15 +12,10 @@ WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal, and has saved what it had.
-
-    Attributes:
-        signum: of the signal; the exit code is 128 + signum.
-        checkpoint: where the run goes on from; None if no step was done yet.
-    """
+    """A run was stopped by a signal, and has saved what it had if a step was done."""
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
-        self.signum = signum
+        self.signum = signum  # the exit code is 128 + signum
         self.checkpoint = checkpoint
         name = signal.Signals(signum).name
         saved = f"saved {checkpoint}" if checkpoint else "no step was done yet"
@@ -33,18 +28,12 @@ class StopSignal:
     A terminal that is closed (SIGHUP) counts as Ctrl-C, but is not followed by another one.
     Only the main thread may set handlers: elsewhere (a run in a thread of a notebook) signals
     keep their usual effect.
-
-    Attributes:
-        received: the signal that came to this process; None if none did.
-        signum: the signal that ends the run. One process stops for its own; several stop for
-            what all have agreed on, since none may leave the others waiting.
-
-    Args:
-        agreed: whether several processes have to agree on stopping.
     """
 
     def __init__(self, agreed: bool = False) -> None:
-        self.received: int | None = None
+        self.received: int | None = None  # the signal that came to this process
+        # The one that ends the run. A single process stops for its own; several stop for what all
+        # have `agreed` on, since none may leave the others waiting.
         self.signum: int | None = None
         self._agreed = agreed
         self._before: dict[int, Any] = {}

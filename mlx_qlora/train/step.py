@@ -25,23 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step was.
+    """What one step was, of all processes."""
 
-    Attributes:
-        loss: mean nats per supervised token.
-        grad_norm: of the gradient, before clipping.
-        tokens: real ones in its rows, of all processes.
-        rows: of the stream, of all processes.
-        signum: of a signal that any of several processes received.
-        suspects: of a step that moved nothing, the rows whose loss is not finite; all of its
-            rows if each loss is finite but the gradient is not.
-    """
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    rows: int = 0
-    signum: int | None = None
+    loss: float  # mean nats per supervised token
+    grad_norm: float  # before clipping
+    tokens: int  # real ones in its rows
+    rows: int = 0  # of the stream
+    signum: int | None = None  # of a signal that any of several processes received
+    # Of a step that moved nothing, the rows of this process whose loss is not finite; all of its
+    # rows if each loss is finite but the gradient is not.
     suspects: tuple[str, ...] = ()
 
     @property
@@ -51,27 +43,18 @@ class StepResult:
 
 
 class StepError(TrainingError):
-    """A step cannot be taken, or too many in a row were skipped.
-
-    Attributes:
-        again: whether another attempt may succeed: the device failed, not the numbers.
-    """
+    """A step cannot be taken, or too many in a row were skipped."""
 
     def __init__(self, message: str, again: bool) -> None:
         super().__init__(message)
-        self.again = again
+        self.again = again  # whether another attempt may succeed: the device failed, not numbers
 
 
 class Step:
-    """Takes optimiser steps.
+    """Takes optimiser steps, each of them shared by the processes of the run.
 
-    Args:
-        engine: differentiates.
-        optimizer: holds the weights and moves them.
-        seed: of the run, for the dropout.
-        stop: looked at after each micro-batch; a signal abandons the step.
-        console: where it is said that micro-batches are split.
-        processes: that share the step; every one of them has to take it.
+    A signal to `stop`, which is looked at after each micro-batch, abandons a step. The seed is that
+    of the dropout.
     """
 
     def __init__(
@@ -215,9 +198,7 @@ def all_finite(grads: dict[str, mx.array]) -> bool:
 def suspects(losses: list[tuple[Batch, mx.array]], elsewhere: bool) -> tuple[str, ...]:
     """The rows that may have made a step infinite or no number.
 
-    Args:
-        losses: of each batch, summed.
-        elsewhere: whether there are other processes and the gradients of this one are finite.
+    `elsewhere`: whether there are other processes and the gradients of this one are finite.
     """
     spoilt = [batch for batch, loss in losses if not math.isfinite(number(loss))]
     if elsewhere and not spoilt:
