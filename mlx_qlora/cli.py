@@ -364,11 +364,6 @@ def _command(argv: Sequence[str]) -> int:
     return 0 if result is None or result.get("ok", True) else 1
 
 
-def train_main() -> int:
-    """`python -m mlx_qlora.train ...` is `mlx-qlora train ...`."""
-    return main(["train", *sys.argv[1:]])
-
-
 def _print_json(result: Any) -> None:
     """Print one object; NaN and infinity become null, as JSON cannot write them."""
     print(json.dumps(_plain(result), ensure_ascii=False))

@@ -5,6 +5,7 @@ together. A field that does not exist, a value of the wrong type and a pair that
 other are errors before anything else happens.
 """
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -215,9 +216,8 @@ def coerce(value: Any, annotation: Any, name: str) -> Any:
         ConfigError: it does not fit, naming the field, the type and the value.
     """
     for member in _members(annotation):
-        fits, converted = _convert(value, member)
-        if fits:
-            return converted
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return _convert(value, member)
     raise ConfigError(f"{name} must be {type_name(annotation)}; got {value!r}")
 
 
@@ -236,7 +236,11 @@ def type_name(annotation: Any) -> str:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    return any(_convert(value, member)[0] for member in _members(annotation))
+    try:
+        coerce(value, annotation, "")
+    except ConfigError:
+        return False
+    return True
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -244,30 +248,18 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
-    if kind is type(None):
-        return value is None, None
-    if typing.get_origin(kind) is list:
-        if not isinstance(value, (list, tuple)):
-            return False, None
-        parts = [_convert(item, typing.get_args(kind)[0]) for item in value]
-        return all(fits for fits, _ in parts), [converted for _, converted in parts]
-    if typing.get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            return False, None
-        names, kinds = value.keys(), typing.get_args(kind)
-        parts = [_convert(item, kinds[1]) for item in value.values()]
-        fits = all(_convert(name, kinds[0])[0] for name in names) and all(fit for fit, _ in parts)
-        return fits, dict(zip(names, (converted for _, converted in parts)))
-    if kind is float:
-        if isinstance(value, bool):
-            return False, None
-        try:
-            number = float(value)
-            # 32 stays 32: a resolved config must read back to the same text, and hash.
-            return True, value if isinstance(value, int) else number
-        except (TypeError, ValueError, OverflowError):
-            return False, None
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    return isinstance(value, kind), value
+def _convert(value: Any, kind: Any) -> Any:
+    """The value as a type that is no union; an error of Python's if it does not fit."""
+    whole, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if whole is list and isinstance(value, (list, tuple)):
+        return [_convert(item, parts[0]) for item in value]
+    if whole is dict and isinstance(value, dict):
+        return {_convert(k, parts[0]): _convert(v, parts[1]) for k, v in value.items()}
+    is_bool = isinstance(value, bool)  # which is an int to Python
+    if whole is float and not is_bool:
+        number = float(value)
+        # 32 stays 32: a resolved config must read back to the same text, and hash.
+        return value if isinstance(value, int) else number
+    if not isinstance(value, whole) or (whole is int and is_bool):
+        raise TypeError(value)
+    return value

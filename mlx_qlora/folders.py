@@ -110,9 +110,7 @@ def _umask() -> int:
 def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
     """Turn what the system says about a folder into a TrainingError with a remedy.
 
-    Args:
-        folder: that is written to.
-        hint: what to add to the message, asked for only when there is one.
+    `hint` makes the end of the message, and is called only when there is one.
     """
     try:
         yield
@@ -121,10 +119,9 @@ def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         place = getattr(error, "filename", None) or folder
-        message = (
-            f"cannot write to {place}: {reason}; free some space or choose another --output-dir. "
-        )
-        raise TrainingError(f"{message}{hint()}".rstrip(". ")) from None
+        remedy = "free some space or choose another --output-dir"
+        message = f"cannot write to {place}: {reason}; {remedy}. {hint()}"
+        raise TrainingError(message.rstrip(". ")) from None
 
 
 @contextmanager

@@ -320,7 +320,6 @@ def fine_tune(
     Args:
         model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (an
             adapter was attached) it goes on training those.
-        tokenizer: the model's.
         train_examples: from `read_examples`.
         validation: to measure the loss on.
         config: everything else; the defaults if not given.

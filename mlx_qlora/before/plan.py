@@ -311,7 +311,6 @@ def plan(
     Args:
         source: as for `load`. Of a hub repository that is not in the cache, only the headers of
             its weights are fetched.
-        config: of the run; the defaults if not given.
         machine_name: another machine than this one, as CHIP-GB, for example `m4-max-64`.
         processes: how many train together, each on a machine of its own; a plan of one process
             says nothing about others if it is not given.

@@ -2,6 +2,6 @@
 
 import sys
 
-from mlx_qlora.cli import train_main
+from mlx_qlora.cli import main
 
-sys.exit(train_main())
+sys.exit(main(["train", *sys.argv[1:]]))

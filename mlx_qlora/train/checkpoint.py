@@ -158,19 +158,19 @@ def _write_state(folder: Path, state: RunState) -> None:
 
 def trainer_state(state: RunState, config: "RunConfig", batches: Batches) -> dict[str, Any]:
     """Exactly the keys that transformers' `TrainerState` accepts, and records as it writes them."""
-    training, best = config.training, best_eval(state.log_history)
-    folder = Path(config.checkpointing.output_dir) / f"checkpoint-{best[0]}" if best else None
-    if folder and best and best[0] != state.step and not folder.exists():
-        folder = None  # its step was validated, and not saved
+    training = config.training
+    best_step, best_loss = best_eval(state.log_history) or (None, None)
+    best = Path(config.checkpointing.output_dir) / f"checkpoint-{best_step}"
+    was_saved = best_step == state.step or best.exists()  # and not only validated
     records = []
     for record in state.log_history:
         keys = EVAL_KEYS if "eval_loss" in record else TRAIN_KEYS
         if all(key in record for key in keys):
             records.append({key: record[key] for key in keys})
     return {
-        "best_global_step": best[0] if best else None,
-        "best_metric": best[1] if best else None,
-        "best_model_checkpoint": str(folder) if folder else None,
+        "best_global_step": best_step,
+        "best_metric": best_loss,
+        "best_model_checkpoint": str(best) if was_saved else None,
         "epoch": batches.epoch(state.step * training.gradient_accumulation_steps),
         "eval_steps": config.checkpointing.eval_steps,
         "global_step": state.step,

@@ -245,7 +245,6 @@ def loss_and_grads(
 
     Args:
         model: with LoRA layers.
-        batch: tokens and labels.
         dropout_key: `mx.random.key(...)` that draws the dropout masks, or one key for each row
             (B, 2): rows with the same keys have the same gradients however they are batched.
             None turns dropout off.

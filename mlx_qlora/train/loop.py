@@ -120,7 +120,8 @@ def train(
     for warning in length.warnings:
         warn(console, warning)
     if inputs.resumed is not None:
-        run.resume(inputs.resumed)
+        load_tensors(inputs.resumed, model, run.optimizer, run.state.updates)
+        say(console, f"continuing from {inputs.resumed}")
     run.state = broadcast_state(run.state, run.optimizer, run.processes)
     model.update(run.optimizer.tree())
     tokens_before = run.state.tokens
@@ -183,11 +184,6 @@ class Run:
         self.step = Step(engine, self.optimizer, seed, self.stop, console, several)
 
     # ---- before the first step -------------------------------------------------------------------
-
-    def resume(self, checkpoint: Path) -> None:
-        """Puts back the weights and moments that belong to the state."""
-        load_tensors(checkpoint, self.model, self.optimizer, self.state.updates)
-        say(self.console, f"continuing from {checkpoint}")
 
     def begin(self) -> Metrics:
         """Clears what a run that goes on from here will write again, and opens the metrics.

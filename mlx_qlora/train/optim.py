@@ -22,14 +22,10 @@ SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 def learning_rate(
     step: int, peak: float, warmup_steps: int, total_steps: int, schedule: str = "cosine"
 ) -> float:
-    """The learning rate of one optimiser step.
+    """The learning rate of one optimiser step, from 1 to total_steps; one of SCHEDULES.
 
-    Args:
-        step: from 1 to total_steps.
-        peak: the rate at the end of the warmup.
-        warmup_steps: n; step k <= n trains at peak * k / n, so that no batch meets a rate of 0.
-        total_steps: the last step; cosine and linear end at 0 there.
-        schedule: one of SCHEDULES.
+    Step k of n in the warmup trains at peak * k / n, so that no batch meets a rate of 0; cosine and
+    linear end at 0.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps
@@ -73,18 +69,8 @@ class AdamW:
         self.max_grad_norm = max_grad_norm
         self.ratios = mx.array(1.0) if lr_ratio == 1 else _ratios(self.shapes, lr_ratio)
 
-        def move(
-            weights: mx.array,
-            mean: mx.array,
-            square: mx.array,
-            grad: mx.array,
-            ratios: mx.array,
-            factor: mx.array,
-            finite: mx.array,
-            decay: mx.array,
-            rate: mx.array,
-            correction: mx.array,
-        ) -> tuple[mx.array, ...]:
+        def move(*arrays: mx.array) -> tuple[mx.array, ...]:
+            weights, mean, square, grad, ratios, factor, finite, decay, rate, correction = arrays
             grad = grad * factor
             new_mean = beta1 * mean + (1 - beta1) * grad
             new_square = beta2 * square + (1 - beta2) * grad.square()

@@ -144,9 +144,8 @@ class Step:
 def retried(work: Callable[[], T], make_room: Callable[[str, int], None]) -> T:
     """Does some work, and does it again as often as memory ends and room can be made.
 
-    Args:
-        work: that leaves nothing behind if it fails.
-        make_room: is given the error's words and how often the work has failed.
+    The work leaves nothing behind if it fails. `make_room` is given the error's words and how often
+    that happened.
 
     Raises:
         StepError: from `make_room`, or for any other error of the device.
