@@ -250,16 +250,16 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 def _convert(value: Any, kind: Any) -> Any:
     """The value as a type that is no union; an error of Python's if it does not fit."""
-    whole, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if whole is list and isinstance(value, (list, tuple)):
-        return [_convert(item, parts[0]) for item in value]
-    if whole is dict and isinstance(value, dict):
-        return {_convert(k, parts[0]): _convert(v, parts[1]) for k, v in value.items()}
+    base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if base is list and isinstance(value, (list, tuple)):
+        return [_convert(item, inner[0]) for item in value]
+    if base is dict and isinstance(value, dict):
+        return {_convert(k, inner[0]): _convert(v, inner[1]) for k, v in value.items()}
     is_bool = isinstance(value, bool)  # which is an int to Python
-    if whole is float and not is_bool:
+    if base is float and not is_bool:
         number = float(value)
         # 32 stays 32: a resolved config must read back to the same text, and hash.
         return value if isinstance(value, int) else number
-    if not isinstance(value, whole) or (whole is int and is_bool):
+    if not isinstance(value, base) or (base is int and is_bool):
         raise TypeError(value)
     return value

@@ -321,7 +321,6 @@ def fine_tune(
         model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (an
             adapter was attached) it goes on training those.
         train_examples: from `read_examples`.
-        validation: to measure the loss on.
         config: everything else; the defaults if not given.
         console: where progress goes; standard error if not given.
 

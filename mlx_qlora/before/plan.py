@@ -125,7 +125,8 @@ def base_bytes(
     dense = itemsize * packed_size(model, checkpoint, quantize)
     keeps_copy = device.frozen_matmul(config.model.frozen_matmul, dense, where) == "resident"
     base = resident = 0
-    matrices = ((p, m) for p, m in model.named_modules() if isinstance(m, FrozenMatrix))
+    modules = model.named_modules()
+    matrices = ((path, m) for path, m in modules if isinstance(m, FrozenMatrix))
     for path, matrix in matrices:
         quant, size = checkpoint.packing.get(path) or quantize, matrix.weight.size
         if quant is None:

@@ -162,11 +162,8 @@ def trainer_state(state: RunState, config: "RunConfig", batches: Batches) -> dic
     best_step, best_loss = best_eval(state.log_history) or (None, None)
     best = Path(config.checkpointing.output_dir) / f"checkpoint-{best_step}"
     was_saved = best_step == state.step or best.exists()  # and not only validated
-    records = []
-    for record in state.log_history:
-        keys = EVAL_KEYS if "eval_loss" in record else TRAIN_KEYS
-        if all(key in record for key in keys):
-            records.append({key: record[key] for key in keys})
+    pairs = ((r, EVAL_KEYS if "eval_loss" in r else TRAIN_KEYS) for r in state.log_history)
+    records = [{key: r[key] for key in keys} for r, keys in pairs if r.keys() >= set(keys)]
     return {
         "best_global_step": best_step,
         "best_metric": best_loss,

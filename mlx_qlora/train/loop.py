@@ -62,12 +62,10 @@ class TrainResult:
     """What a finished run was.
 
     Attributes:
-        output_dir: of the run.
         steps: optimiser steps of the whole run.
         train_loss: mean nats per supervised token over the last log window.
         eval_loss: the last validation loss, if there was a validation set; the best one, if the
             run ended with the best weights.
-        log_history: every logged record, in order.
         seconds: wall time of this process's part, validation and checkpoints included.
         tokens_per_second: real tokens trained per second of that time.
         peak_memory_bytes: MLX's peak.
@@ -120,8 +118,7 @@ def train(
     for warning in length.warnings:
         warn(console, warning)
     if inputs.resumed is not None:
-        load_tensors(inputs.resumed, model, run.optimizer, run.state.updates)
-        say(console, f"continuing from {inputs.resumed}")
+        run.resume(inputs.resumed)
     run.state = broadcast_state(run.state, run.optimizer, run.processes)
     model.update(run.optimizer.tree())
     tokens_before = run.state.tokens
@@ -184,6 +181,11 @@ class Run:
         self.step = Step(engine, self.optimizer, seed, self.stop, console, several)
 
     # ---- before the first step -------------------------------------------------------------------
+
+    def resume(self, checkpoint: Path) -> None:
+        """Puts back the weights and moments that belong to the state."""
+        load_tensors(checkpoint, self.model, self.optimizer, self.state.updates)
+        say(self.console, f"continuing from {checkpoint}")
 
     def begin(self) -> Metrics:
         """Clears what a run that goes on from here will write again, and opens the metrics.

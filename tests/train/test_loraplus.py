@@ -91,8 +91,8 @@ def test_ten_steps_equal_those_of_pefts_optimizer(hf_tiny, tmp_path):
         for group, relative in zip(optimizer.param_groups, rates):
             group["lr"] = rate * relative
         optimizer.step()
-        adamw.update(adamw.tree(mx.array(grads)), 1, rate)
-        plain.update(adamw.tree(mx.array(grads)), 1, rate)
+        adamw.update(adamw.named(mx.array(grads)), 1, rate)
+        plain.update(adamw.named(mx.array(grads)), 1, rate)
     without = plain.named(plain.weights)
     for name, weight in adamw.named(adamw.weights).items():
         expected = theirs[name].detach().numpy()
@@ -183,7 +183,7 @@ def test_a_ratio_of_one_is_no_ratio_to_the_bit(ratio, same):
     for _ in range(5):
         grads = mx.array(random.normal(size=30).astype(np.float32))
         for optimizer in optimizers:
-            optimizer.update(optimizer.tree(grads), 3, 1e-2)
+            optimizer.update(optimizer.named(grads), 3, 1e-2)
     plain, with_ratio = (np.array(optimizer.weights).tobytes() for optimizer in optimizers)
     assert (plain == with_ratio) == same
 

@@ -44,7 +44,7 @@ def test_four_steps_equal_the_paper_in_float64_however_they_are_sliced(
         np.array(flatten(tree)), gradients, n_tokens, 0.8, 0.95, 1e-6, decay, max_norm
     )
     for gradient, tokens, rate, norm in zip(gradients, n_tokens, RATES, norms):
-        grads = optimizer.tree(mx.array(gradient))
+        grads = optimizer.named(mx.array(gradient))
         measured = optimizer.update(grads, tokens, rate)
         assert measured.item() == pytest.approx(norm, rel=1e-6)
     np.testing.assert_allclose(np.array(optimizer.weights), expected, rtol=2e-5, atol=1e-7)
@@ -131,7 +131,7 @@ def test_slices_have_the_ratios_of_their_own_weights(use_device):
     for slice_size in (7, 10**6):
         use_device(adamw_slice=slice_size)
         optimizer = AdamW(tree, lr_ratio=16.0, weight_decay=0.0, max_grad_norm=None)
-        optimizer.update(optimizer.tree(mx.ones(90)), 1, 1e-3)
+        optimizer.update(optimizer.named(mx.ones(90)), 1, 1e-3)
         moved.append(np.array(optimizer.weights - flatten(tree)))
     np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5)
     by_matrix = moved[0].reshape(6, 15)
