@@ -308,15 +308,6 @@ def test_unpacked_lengths_do_not_come_in_waves() -> None:
     assert max(early) > 320 and min(early) < 320
 
 
-def test_packed_rows_are_nearly_full() -> None:
-    lengths = np.random.default_rng(0).integers(10, 400, 2000)
-    batches = make_batches(made(lengths.tolist()), 4, max_length=513)
-    assert batches.width == 512
-    least = math.ceil((lengths - 1).sum() / 512)
-    assert least <= batches.rows_per_epoch <= least * 1.01
-    assert any(batch.packed for batch in batches)
-
-
 @quick
 @given(lengths, sizes, worlds, shares, hows)
 def test_epochs_are_counted_in_rows(
@@ -377,14 +368,6 @@ def test_a_batch_is_what_its_definition_says(rows: list[list[Example]], width: i
     assert batch.places == tuple(e.place for row in rows for e in row)
     assert batch.real_tokens == sum(len(e) - 1 for row in rows for e in row)
     assert batch.packed == any(len(row) > 1 for row in rows)
-
-
-def test_the_end_of_a_document_never_predicts_the_next_one() -> None:
-    everything = [np.array([False, *[True] * n]) for n in (3, 2)]
-    row = [example(i, len(learned), learned) for i, learned in enumerate(everything)]
-    batch = collate([row], 64)
-    assert np.array(batch.tokens)[0, :6].tolist() == [1000, 1001, 1002, 2000, 2001, 0]
-    assert np.array(batch.labels)[0, :6].tolist() == [1001, 1002, 1003, 2001, 2002, IGNORE]
 
 
 def test_a_batch_without_documents_has_no_padding() -> None:
@@ -459,17 +442,6 @@ def test_the_useful_share_is_what_the_batches_show(
     real = sum(batch.real_tokens for batch in batches)
     assert real == sum(n - 1 for n in lengths)
     assert batches.useful_share == pytest.approx(real / sum(b.tokens.size for b in batches))
-
-
-def test_the_useful_share_counts_the_order_in_which_rows_share_a_batch() -> None:
-    lengths = np.random.default_rng(0).integers(2, 1000, 100).tolist()
-    shares = []
-    for shuffle in (False, True):
-        batches = make_batches(made(lengths), 7, shuffle=shuffle, packing=False)
-        shares.append(batches.useful_share)
-        real, positions = np.sum([(b.real_tokens, b.tokens.size) for b in batches], axis=0)
-        assert batches.useful_share == pytest.approx(real / positions)
-    assert shares[0] < 0.7 < 0.85 < shares[1]
 
 
 # ---- refusals ----------------------------------------------------------------------------------

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import llama31_instruct
-from support.tiny_folder import write_tokenizer
 
 from mlx_qlora.data.examples import Example
 from mlx_qlora.data.read import DataConfig, read_examples
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Runs = list[tuple[str, bool]]
@@ -190,38 +189,6 @@ def test_any_chat_is_written_so_and_turns_without_weight_are_context(
         assert example.learned.tolist() == turns_of_the_assistant(wanted)
 
 
-def test_calls_may_come_as_json_text_and_without_content(
-    llama31: Tokenizer, hf_ids: Callable[..., list[int]]
-) -> None:
-    messages, tools = CHATS["a call and its result"]
-    as_text = json.loads(json.dumps(messages))
-    for message in as_text:
-        for function in [call["function"] for call in message.get("tool_calls", [])]:
-            function["arguments"] = json.dumps(function["arguments"])
-            message["content"] = None
-    assert read(llama31, as_text, tools=json.dumps(tools)).tokens.tolist() == hf_ids(
-        messages, tools
-    )
-
-
-def test_what_follows_the_last_answer_is_left_out(
-    llama31: Tokenizer, hf_ids: Callable[..., list[int]]
-) -> None:
-    messages = [user("a"), answer("b"), user("c"), answer("d")]
-    shorter = read(llama31, [*messages[:3], {**messages[3], "weight": 0}])
-    assert shorter.tokens.tolist() == hf_ids(messages[:2])
-    assert read(llama31, messages[:3]).tokens.tolist() == hf_ids(messages[:2])
-
-
-def test_two_calls_in_one_turn_are_refused_by_the_template(llama31: Tokenizer) -> None:
-    twice = call("a")
-    twice["tool_calls"] *= 2
-    rows = [{"messages": [user("a"), answer("b")]}, {"messages": [user("a"), twice]}]
-    report = read_examples(rows, llama31, LONG).report
-    reason = "the chat template refuses it: This model only supports single tool-calls at once!"
-    assert report.refused == [(2, reason)]
-
-
 def test_a_text_beside_a_call_is_refused_as_the_template_leaves_it_out(llama31: Tokenizer) -> None:
     silent = [user("Warm?"), call("weather", city="Rome"), result("21"), answer("Yes.")]
     telling = [silent[0], {**silent[1], "content": "I will look."}, *silent[2:]]
@@ -256,26 +223,6 @@ def test_chatml_is_learned_to_the_end_of_each_turn(
     assert example.tokens.tolist() == tokenizer.encode("".join(text for text, _ in wanted))
     ids = [(tokenizer.decode(tokenizer.encode(text)), learned) for text, learned in wanted]
     assert runs(tokenizer, example) == ids
-
-
-def test_tools_and_calls_are_refused_by_a_template_that_knows_none(
-    smollm2: tuple[Any, Tokenizer],
-) -> None:
-    plain, called = [user("Warm?"), answer("Yes.")], [user("Warm?"), call("weather", city="Rome")]
-    rows: list[dict[str, Any]] = [
-        {"messages": plain},
-        {"messages": plain, "tools": [TOOL]},
-        {"messages": called},
-        {"messages": [*called, result("21"), *plain[1:]], "tools": [TOOL]},
-        {"messages": [*plain, result("21"), *plain]},
-    ]
-    examples = read_examples(rows, smollm2[1], LONG)
-    assert examples.report.refused == [
-        (2, "the chat template does not write the tool 'weather'"),
-        (3, "the chat template does not write the call in messages[1]"),
-        (4, "the chat template does not write the call in messages[1]"),
-    ]
-    assert [example.line for example in examples] == [1, 5]
 
 
 # ---- other templates ---------------------------------------------------------------------------
@@ -316,19 +263,14 @@ CALLS = FORGETS.replace(
 MESSAGES = [user("a"), answer("<think>x</think>b"), user("c"), answer("<think>y</think>d")]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tiny")))
-
-
 def spelled(text: str) -> str:
     return text.replace("<s>", "<|bos|>").replace("</s>", "<|eos|>")
 
 
-def test_llama_2_s_style_has_one_bos_and_one_eos_to_a_turn(tiny: Tokenizer) -> None:
+def test_llama_2_s_style_has_one_bos_and_one_eos_to_a_turn(tokenizer: Tokenizer) -> None:
     messages = [system("S"), user("a"), answer("b"), user("c"), answer("d")]
-    example = read(tiny.with_chat_template(LLAMA2), messages)
-    assert runs(tiny, example) == [
+    example = read(tokenizer.with_chat_template(LLAMA2), messages)
+    assert runs(tokenizer, example) == [
         (spelled("<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST]"), False),
         (spelled(" b </s>"), True),
         (spelled("<s>[INST] c [/INST]"), False),
@@ -336,22 +278,22 @@ def test_llama_2_s_style_has_one_bos_and_one_eos_to_a_turn(tiny: Tokenizer) -> N
     ]
 
 
-def test_rows_that_a_template_refuses_are_named_by_number(tiny: Tokenizer) -> None:
+def test_rows_that_a_template_refuses_are_named_by_number(tokenizer: Tokenizer) -> None:
     good, twice = [user("a"), answer("b")], [user("a"), user("b"), answer("c")]
     rows = [{"messages": messages} for messages in (twice, good, twice)]
-    examples = read_examples(rows, tiny.with_chat_template(LLAMA2), LONG)
+    examples = read_examples(rows, tokenizer.with_chat_template(LLAMA2), LONG)
     reason = "the chat template refuses it: roles must alternate user/assistant/user/assistant/..."
     assert examples.report.refused == [(1, reason), (3, reason)]
     assert [example.line for example in examples] == [2]
 
 
 def test_a_template_without_a_generation_prompt_leaves_the_header_to_the_model(
-    tiny: Tokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     example = read(
-        tiny.with_chat_template(NO_PROMPT), [user("a"), answer("b"), user("c"), answer("d")]
+        tokenizer.with_chat_template(NO_PROMPT), [user("a"), answer("b"), user("c"), answer("d")]
     )
-    assert runs(tiny, example) == [
+    assert runs(tokenizer, example) == [
         (spelled("<s><|user|>a</s>"), False),
         (spelled("<|assistant|>b</s>"), True),
         (spelled("<|user|>c</s>"), False),
@@ -359,11 +301,13 @@ def test_a_template_without_a_generation_prompt_leaves_the_header_to_the_model(
     ]
 
 
-def test_the_end_of_the_last_answer_is_learned_though_no_marker_holds_it(tiny: Tokenizer) -> None:
+def test_the_end_of_the_last_answer_is_learned_though_no_marker_holds_it(
+    tokenizer: Tokenizer,
+) -> None:
     narrow = MARKED.replace("{{ eos_token }}{% endg", "{% endg").replace(
         "{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"
     )
-    got = runs(tiny, read(tiny.with_chat_template(narrow), MESSAGES))
+    got = runs(tokenizer, read(tokenizer.with_chat_template(narrow), MESSAGES))
     assert got[1:] == [
         ("b", True),
         (spelled("</s><|user|>c</s><|assistant|>"), False),
@@ -372,16 +316,16 @@ def test_the_end_of_the_last_answer_is_learned_though_no_marker_holds_it(tiny: T
 
 
 def test_a_call_that_begins_a_chat_is_learned_by_markers_or_the_chat_refused(
-    tiny: Tokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     messages = [call("weather", city="Rome"), user("b"), answer("c")]
     marked = CALLS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
-    assert runs(tiny, read(tiny.with_chat_template(marked), messages)) == [
+    assert runs(tokenizer, read(tokenizer.with_chat_template(marked), messages)) == [
         (spelled("<s><|assistant|>"), False),
         (spelled(json.dumps(messages[0]["tool_calls"]) + "</s>"), True),
         (spelled("<|user|>b</s><|assistant|>"), False),
         (spelled("c</s>"), True),
     ]
-    plain = tiny.with_chat_template(CALLS.replace("BEGIN", "").replace("END", ""))
+    plain = tokenizer.with_chat_template(CALLS.replace("BEGIN", "").replace("END", ""))
     rows = [{"messages": m} for m in (messages, messages[1:])]
     assert read_examples(rows, plain, LONG).report.refused == [(1, REASONS)]

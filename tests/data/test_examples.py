@@ -4,25 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_folder import write_tokenizer
 
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.read import DataConfig, read_examples
-from mlx_qlora.data.rows import alpaca_prompt
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture(scope="module")
-def without_bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), bos=False))
 
 
 def rows(n: int, start: int = 0) -> list[dict[str, str]]:
@@ -33,43 +21,14 @@ def same(a: Example, b: Example) -> bool:
     return a.tokens.tolist() == b.tokens.tolist() and a.learned.tolist() == b.learned.tolist()
 
 
-row = st.fixed_dictionaries(
-    {
-        "instruction": st.text(max_size=30).map(lambda text: "a" + text),
-        "input": st.text(max_size=10),
-        "output": st.text(max_size=30).map(lambda text: "b" + text),
-    }
-)
-with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-
-
-@with_fixture
-@given(row=row, train_on=st.sampled_from(["response", "all"]))
-def test_tokens_and_labels_are_those_of_the_definition(
-    tokenizer: Tokenizer, row: dict[str, str], train_on: str
-) -> None:
-    """Prompt after one BOS, then the response, then EOS; learned from the response on."""
-    example = read_examples([row], tokenizer, DataConfig(train_on=train_on))[0]
-    prompt, response = alpaca_prompt(row["instruction"], row["input"]), row["output"]
-    context = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    ids = example.tokens.tolist()
-    assert ids[: len(context)] == context
-    assert ids.count(tokenizer.bos_id) == 1
-    assert ids[-1] == tokenizer.eos_id and ids.count(tokenizer.eos_id) == 1
-    clean = (prompt + response).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert tokenizer.decode(ids[1:-1]) == clean
-    first = 1 if train_on == "all" else len(context)
-    assert example.learned.tolist() == [i >= first for i in range(len(ids))]
-    assert example.tokens.dtype == np.int32
+slowly = settings(deadline=None)
+labelled = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=2, max_size=9)
 
 
 # ---- a sequence ----------------------------------------------------------------------------------
 
 
-labelled = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=2, max_size=9)
-
-
-@with_fixture
+@slowly
 @given(st.lists(labelled, min_size=1, max_size=6))
 def test_examples_by_hand_come_back_as_they_were(some: list[list[tuple[int, bool]]]) -> None:
     made = [
@@ -101,7 +60,7 @@ def test_slices_and_indices_are_those_of_a_list(tokenizer: Tokenizer) -> None:
         examples[10]
 
 
-@with_fixture
+@slowly
 @given(st.lists(st.integers(2, 500), min_size=1, max_size=60))
 def test_the_histogram_has_every_row_in_its_step(lengths: list[int]) -> None:
     made = (Example(np.zeros(n, np.int32), np.arange(n) > 0) for n in lengths)
@@ -138,7 +97,7 @@ def test_the_digest_changes_with_any_token_label_or_order(tokenizer: Tokenizer) 
     assert base[::-1][::-1].digest == base.digest
 
 
-@with_fixture
+@slowly
 @given(st.lists(labelled, min_size=1, max_size=4), st.data())
 def test_one_token_one_label_or_one_border_makes_another_digest(
     some: list[list[tuple[int, bool]]], data: st.DataObject
@@ -225,7 +184,7 @@ def test_shares_are_met_on_average_and_the_order_is_kept(tokenizer: Tokenizer) -
     assert [len(part) for part in examples.split([0.0, 0.0, 1.0])] == [0, 0, 3000]
 
 
-@with_fixture
+@slowly
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=5), st.integers(0, 3))
 def test_any_shares_take_their_rows_from_one_line(weights: list[int], seed: int) -> None:
     """Parts tile [0, 1) in their order: a first share that grows only takes from the next ones."""

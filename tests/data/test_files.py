@@ -23,7 +23,7 @@ from mlx_qlora.data import files
 from mlx_qlora.data.files import RowFile, find_files, hub_dataset, parse, raw_rows
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.rows import detect_format
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +51,6 @@ def read(path: Path, content: bytes | str) -> Rows:
     content = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return rows_of(find_files(path)["train"][0])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -600,15 +595,6 @@ def test_rows_that_have_no_lines_of_their_own_are_counted(
     report = read_examples(tmp_path / "rows", tokenizer, config).report
     place = f"{tmp_path / 'rows' / name}, {unit} {number}"
     assert report.refusals() == f"  {place}: field 'text' is empty"
-
-
-def test_rows_in_memory_are_counted(tokenizer: Tokenizer) -> None:
-    rows = [{"text": "a"}, {"text": ""}, {"text": None}]
-    report = read_examples(rows, tokenizer).report
-    assert [file.unit for file in report.files] == ["row"]
-    assert report.refusals() == (
-        "  row 2: field 'text' is empty\n  row 3: field 'text' must be a string, not NoneType"
-    )
 
 
 # ---- Parquet -----------------------------------------------------------------------------------

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 from support.limits import small_chunks
-from support.tiny_folder import write_tokenizer
 
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.rows import FORMATS
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.data.tokenizer import Tokenizer
 
 MALFORMED = 2000  # lines for each of the five formats
 WORDS = [
@@ -36,11 +35,6 @@ NO_TEXT: list[Any] = [7, -1.5, True, None, [], {}, [1, "a"], {"a": 1}, "", " \n\
 MESSAGE = {"role": "user", "content": "hello"}
 
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), chat=True))
 
 
 # ---- good rows, and what must become of them ---------------------------------------------------
@@ -281,7 +275,7 @@ def mixture(form: str, n: int, draw: random.Random) -> tuple[bytes, list[int], d
 # ---- JSON lines --------------------------------------------------------------------------------
 
 
-def check(examples: Examples, tokenizer: Tokenizer, bad: list[int], good: dict[int, Any]) -> None:
+def check(examples: Examples, chatty: Tokenizer, bad: list[int], good: dict[int, Any]) -> None:
     """Every bad line has a reason of its own, every good row the text and the answer it had."""
     refused = examples.report.refused
     assert [line for line, _ in refused] == bad
@@ -290,8 +284,8 @@ def check(examples: Examples, tokenizer: Tokenizer, bad: list[int], good: dict[i
     assert examples.report.read == len(bad) + len(good)
     for row, (before, answer) in zip(examples, good.values()):
         context, learned = row.tokens[~row.learned], row.tokens[row.learned]
-        assert tokenizer.decode(context) == f"<|bos|>{whole(before)}"
-        assert tokenizer.decode(learned) == f"{whole(answer)}<|eos|>"
+        assert chatty.decode(context) == f"<|bos|>{whole(before)}"
+        assert chatty.decode(learned) == f"{whole(answer)}<|eos|>"
         first = len(context)
         assert row.learned.tolist() == [i >= first for i in range(len(row))]
 
@@ -306,28 +300,28 @@ def whole(text: str) -> str:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_of_ten_thousand_malformed_lines_each_is_named_and_no_good_row_is_harmed(
-    form: str, tokenizer: Tokenizer, tmp_path: Path
+    form: str, chatty: Tokenizer, tmp_path: Path
 ) -> None:
     content, bad, good = mixture(form, MALFORMED, random.Random(0))
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     config = DataConfig(format=form, cache_dir=None, num_workers=0)
-    examples = read_examples(path, tokenizer, config)
+    examples = read_examples(path, chatty, config)
     assert len(bad) == MALFORMED == 10_000 / len(FORMATS)
-    check(examples, tokenizer, bad, good)
+    check(examples, chatty, bad, good)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_worker_processes_and_a_guessed_format_find_the_same(
-    form: str, tokenizer: Tokenizer, tmp_path: Path
+    form: str, chatty: Tokenizer, tmp_path: Path
 ) -> None:
     content, bad, good = mixture(form, 300, random.Random(1))
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with small_chunks(3000):
-        examples = read_examples(path, tokenizer, DataConfig(cache_dir=None, num_workers=2))
+        examples = read_examples(path, chatty, DataConfig(cache_dir=None, num_workers=2))
     assert examples.report.format == form
-    check(examples, tokenizer, bad, good)
+    check(examples, chatty, bad, good)
 
 
 # ---- JSON arrays and CSV -----------------------------------------------------------------------
@@ -340,7 +334,7 @@ OF_ANOTHER_SHAPE: list[Breaks] = [
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_items_of_an_array_that_are_no_rows_hide_none_behind_them(
-    form: str, tokenizer: Tokenizer, tmp_path: Path
+    form: str, chatty: Tokenizer, tmp_path: Path
 ) -> None:
     draw, items, bad, good = random.Random(2), [], [], {}
     for i in range(400):
@@ -358,12 +352,12 @@ def test_items_of_an_array_that_are_no_rows_hide_none_behind_them(
     for n_workers in (0, 2):
         config = DataConfig(format=form, cache_dir=None, num_workers=n_workers)
         with small_chunks(20_000):
-            check(read_examples(path, tokenizer, config), tokenizer, bad, good)
+            check(read_examples(path, chatty, config), chatty, bad, good)
 
 
 @pytest.mark.parametrize("form", ["alpaca", "prompt_completion", "text"])
 def test_lines_of_csv_that_are_no_rows_hide_none_behind_them(
-    form: str, tokenizer: Tokenizer, tmp_path: Path
+    form: str, chatty: Tokenizer, tmp_path: Path
 ) -> None:
     draw, bad, good = random.Random(3), [], {}
     header = list(good_row(form, draw)[0])
@@ -387,4 +381,4 @@ def test_lines_of_csv_that_are_no_rows_hide_none_behind_them(
     for n_workers in (0, 2):
         config = DataConfig(format=form, cache_dir=None, num_workers=n_workers)
         with small_chunks(20_000):
-            check(read_examples(path, tokenizer, config), tokenizer, bad, good)
+            check(read_examples(path, chatty, config), chatty, bad, good)

@@ -22,21 +22,6 @@ from mlx_qlora.errors import ConfigError, DataError
 TURNS = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture(scope="module")
-def without_bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), bos=False))
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), chat=True))
-
-
 def rows(n: int, start: int = 0) -> list[dict[str, str]]:
     return [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(start, start + n)]
 
@@ -157,18 +142,6 @@ def test_a_row_longer_than_max_length_is_refused_by_line_or_stops_all(
     assert not [place for place in (tmp_path / "cache").rglob("*") if place.is_file()]
     other = [{"instruction": "x"}, *rows(1)]  # a row that is wrong in another way does not
     assert len(read_examples(other, tokenizer, DataConfig(truncation="error"))) == 1
-
-
-def test_a_reason_names_the_fields_of_a_row_in_one_short_line(tokenizer: Tokenizer) -> None:
-    keys = ["a\nb", "\ud800", "\x1b[2J", "\u2028", "k" * 1_000_000]
-    rows = [{key: 1} for key in keys] * 25  # so many that the file has no format
-    report = read_examples([*rows, {"text": "a"}], tokenizer).report
-    said = (
-        "has the fields of no format: messages; conversations; instruction, output; prompt, "
-        "completion; text (it has: "
-    )
-    shown = [r"'a\nb'", r"'\ud800'", r"'\x1b[2J'", r"'\u2028'", "'" + "k" * 39]
-    assert [why for _, why in report.refused] == [f"{said}{key})" for key in shown] * 25
 
 
 PREFIX = "the chat template refuses it: "

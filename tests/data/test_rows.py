@@ -2,14 +2,12 @@
 
 import json
 from collections import UserDict
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_qlora.data.files import RowFile, raw_rows
 from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row
 from mlx_qlora.errors import DataError
 
@@ -55,7 +53,9 @@ def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
     assert refusal({"question": 1, "answer": 2}) == said + "'question', 'answer')"
     assert refusal({}) == said + "none)"
     assert refusal({i: i for i in range(9)}) == said + "0, 1, 2, 3, 4, 5)"
-    assert refusal({"a\nb": 1, "k" * 99: 1}) == said + r"'a\nb', '" + "k" * 39 + ")"
+    keys = {"a\nb": 1, "\ud800": 1, "\x1b[2J": 1, "\u2028": 1, "k" * 1_000_000: 1}
+    shown = r"'a\nb', '\ud800', '\x1b[2J', '\u2028', '" + "k" * 39
+    assert refusal(keys) == f"{said}{shown})"
 
 
 def test_a_named_format_is_not_guessed() -> None:
@@ -235,43 +235,20 @@ def test_no_tools_are_none(none: Any) -> None:
     assert chat(USER, ANSWER).tools is None
 
 
+NO_SCHEMAS = "field 'tools' must be a list of JSON schemas, each with a name"
+
+
 @pytest.mark.parametrize(
     ("tools", "reason"),
     [
-        ("[", "field 'tools' is not JSON"),
-        ("[" * 100_000, "field 'tools' is not JSON"),
-        ('{"a": 1}', "field 'tools' must be a list of JSON schemas, each with a name"),
-        ({"a": 1}, "field 'tools' must be a list of JSON schemas, each with a name"),
-        (["add"], "field 'tools' must be a list of JSON schemas, each with a name"),
-        (7, "field 'tools' must be a list of JSON schemas, each with a name"),
-        ([{"function": "add"}], "field 'tools' must be a list of JSON schemas, each with a name"),
-        ([{"function": None}], "field 'tools' must be a list of JSON schemas, each with a name"),
-        ([{}], "field 'tools' must be a list of JSON schemas, each with a name"),
+        *((text, "field 'tools' is not JSON") for text in ("[", "[" * 100_000)),
+        *((value, NO_SCHEMAS) for value in ('{"a": 1}', {"a": 1}, ["add"], 7, [{}])),
+        *(([{"function": value}], NO_SCHEMAS) for value in ("add", None)),
     ],
 )
 def test_other_tools_are_refused(tools: Any, reason: str) -> None:
     assert refusal({"messages": [USER, ANSWER], "tools": tools}) == reason
     assert refusal({"conversations": [USER, ANSWER], "tools": tools}) == reason
-
-
-def test_nulls_that_parquet_fills_in_are_no_fields(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
-    rows = [
-        {"messages": [USER, calls], "tools": None},
-        {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "weight": 1}], "tools": "[]"},
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    (_, first), (_, second) = raw_rows(RowFile("a", "parquet", tmp_path / "a.parquet"))
-    assert first == {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
-    made = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
-    assert read_row(first, "auto") == Chat(
-        [USER, {"role": "assistant", "content": "", "tool_calls": [made]}], [False, True]
-    )
-    assert read_row(second, "auto") == Chat([{**USER, "name": "Ann"}, ANSWER], [False, True])
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}

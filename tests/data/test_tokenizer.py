@@ -11,8 +11,6 @@ import itertools
 import json
 import pickle
 import random
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -373,20 +371,6 @@ def test_sentencepiece_equals_the_package(spm_folder, spm):
     assert tokenizer.eos_ids == {2} and tokenizer.adds_bos
     assert tokenizer.decode([1, *tokenizer.encode("a"), 2], skip_special_tokens=True) == "a"
     assert any(spm.is_byte(i) for i in tokenizer.encode("日"))
-
-
-def test_sentencepiece_equals_transformers_llama_tokenizer(spm_folder, tmp_path):
-    from transformers import LlamaTokenizer
-
-    tokenizer = load_tokenizer(spm_folder)
-    tokenizer.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
-    oracle = LlamaTokenizer.from_pretrained(tmp_path)
-    # transformers 5 gives no dummy prefix to a text that starts with a space, unlike the package.
-    for text in [t for t in [*CORPUS, *DIGITS] if not t.startswith(" ")]:
-        ids = tokenizer.encode(text)
-        assert ids == plain_ids(oracle, text), text
-        assert oracle.encode(text) == [tokenizer.bos_id, *ids]
 
 
 def test_sentencepiece_gguf_equals_the_package(spm_gguf, spm, tmp_path):
@@ -865,10 +849,3 @@ def test_control_token_outside_the_byte_alphabet(smol_metadata):
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
     assert tokenizer.eos_ids == {0, 2, 49152}
-
-
-def test_importing_the_module_is_cheap():
-    heavy = "tokenizers tiktoken sentencepiece jinja2 mlx mlx_lm transformers torch".split()
-    code = f"import sys, mlx_qlora.data.tokenizer; print([m for m in {heavy} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
