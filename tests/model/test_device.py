@@ -129,30 +129,28 @@ print(json.dumps([first, load_fast_blas(), mapped]))
 # ---- importing ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["mlx_qlora", "mlx_qlora.device", "mlx_qlora.errors"])
-def test_importing_loads_no_heavy_library(module: str) -> None:
-    script = f"""
+FOREIGN = {"mlx_lm", "torch", "transformers", "peft", "gguf"}
+HEAVY = {*FOREIGN, "mlx", "numpy", "tokenizers", "tiktoken", "sentencepiece", "jinja2"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import mlx_qlora", HEAVY),
+        ("import mlx_qlora.device, mlx_qlora.errors", HEAVY),
+        ("import mlx_qlora.data.tokenizer", HEAVY - {"numpy"}),
+        ("import mlx_qlora.model.hub", {"huggingface_hub"}),
+        ("import mlx_qlora.model.weights, mlx_qlora.adapters.export", FOREIGN),
+        ("from mlx_qlora import load, loss_and_grads, fine_tune, WeightsError", FOREIGN),
+    ],
+)
+def test_importing_loads_no_library_before_it_is_needed(statement: str, absent: set[str]) -> None:
+    loaded = fresh(f"""
 import json, sys
-import {module}
+{statement}
 print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
-"""
-    loaded = fresh(script)
-    assert "mlx_qlora" in loaded
-    heavy = {"mlx", "mlx_lm", "torch", "transformers", "peft", "numpy", "tokenizers", "gguf"}
-    assert heavy.isdisjoint(loaded)
-
-
-def test_the_model_needs_no_torch_transformers_or_mlx_lm() -> None:
-    script = """
-import json, sys
-import mlx_qlora
-mlx_qlora.load, mlx_qlora.loss_and_grads, mlx_qlora.fine_tune, mlx_qlora.WeightsError
-import mlx_qlora.model.weights
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
-"""
-    loaded = fresh(script)
-    assert "mlx" in loaded
-    assert {"mlx_lm", "torch", "transformers", "peft", "gguf"}.isdisjoint(loaded)
+""")
+    assert "mlx_qlora" in loaded and absent.isdisjoint(loaded)
 
 
 # ---- choices -----------------------------------------------------------------------------------

@@ -56,14 +56,6 @@ def masks(keys: mx.array, dropout: float, width: int, d: int) -> mx.array:
 # ---- masks -------------------------------------------------------------------------------------
 
 
-def test_a_row_has_the_same_mask_alone_in_halves_and_in_the_batch():
-    whole = masks(KEYS, 0.3, T, 32)
-    in_halves = [masks(KEYS[rows], 0.3, T, 32) for rows in (slice(0, 2), slice(2, 4))]
-    alone = [masks(KEYS[i : i + 1], 0.3, T, 32) for i in range(4)]
-    assert mx.array_equal(whole, mx.concatenate(in_halves)).item()
-    assert mx.array_equal(whole, mx.concatenate(alone)).item()
-
-
 def test_a_row_s_mask_does_not_depend_on_how_wide_it_is_padded():
     narrow, wide = masks(KEYS, 0.3, T, 32), masks(KEYS, 0.3, 2 * T, 32)
     assert mx.array_equal(narrow, wide[:, :T]).item()
@@ -88,13 +80,6 @@ def test_a_single_key_draws_a_mask_of_any_shape():
     drawn = kept(mx.random.key(3), 0.3, (2, 3, 500))
     assert drawn.shape == (2, 3, 500)
     assert abs(drawn.astype(mx.float32).mean().item() - 0.7) < 0.05
-
-
-def test_keys_of_rows_are_split_row_by_row():
-    whole = split_keys(KEYS, 7)
-    for i in range(4):
-        alone = split_keys(KEYS[i : i + 1], 7)
-        assert all(mx.array_equal(a[i], b[0]).item() for a, b in zip(whole, alone))
 
 
 def test_one_key_becomes_a_key_for_each_row_and_keys_of_rows_stay(model):

@@ -94,22 +94,6 @@ def test_periods_equal_transformers(name: str) -> None:
     np.testing.assert_allclose(ours, transformers_periods(head_dim, config), rtol=3e-6)
 
 
-def test_transformers_init_functions_agree_with_the_oracle_above() -> None:
-    """The two oracles are one: ROPE_INIT_FUNCTIONS by name, not through the Llama module."""
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    for name in ("llama 3.1", "llama 3.2", "linear"):
-        head_dim, config = KNOWN[name]
-        rope = rope_from_hf(config)
-        hf = LlamaConfig(
-            head_dim=head_dim, max_position_embeddings=131072, **in_v5_spelling(config)
-        )
-        frequencies, _ = ROPE_INIT_FUNCTIONS[rope.rope_type](hf, "cpu")
-        exact = exact_periods(head_dim, rope)
-        np.testing.assert_allclose(1 / frequencies.double().numpy(), exact, rtol=3e-6)
-
-
 @given(
     half=st.integers(1, 64),
     theta=st.floats(100.0, 1e6),
@@ -125,18 +109,6 @@ def test_llama3_periods_equal_the_formula_for_any_parameters(
     rope = RopeConfig(theta, "llama3", factor, low, low + spread, old)
     ours = np.array(rope_periods(2 * half, rope))
     np.testing.assert_allclose(ours, exact_periods(2 * half, rope), rtol=5e-5)
-
-
-def test_llama_31_keeps_fast_pairs_and_stretches_slow_ones_by_factor() -> None:
-    scaled = rope_periods(128, rope_from_hf(KNOWN["llama 3.1"][1]))
-    plain = rope_periods(128, rope_from_hf(KNOWN["llama 3"][1]))
-    stretch = np.array(scaled / plain)
-    wavelengths = 2 * np.pi * np.array(plain)
-    np.testing.assert_array_equal(stretch[wavelengths < 2048], 1)
-    np.testing.assert_allclose(stretch[wavelengths > 8192], 8, rtol=1e-6)
-    between = stretch[(wavelengths > 2048) & (wavelengths < 8192)]
-    assert len(between) >= 5 and (np.diff(between) > 0).all()
-    assert 1 < between[0] and between[-1] < 8
 
 
 # ---- the two spellings in config.json ----------------------------------------------------------

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from support.models import (
     LLAMA3_ROPE,
-    TINY,
     load_folder,
     make_hf_model,
     our_logits,
@@ -184,10 +183,7 @@ GARBAGE = {
     "a length beyond the file": struct.pack("<Q", 10**15) + b"{}",
     "no JSON": struct.pack("<Q", 4) + b"\xff\xfe{]" + bytes(64),
     "a list": struct.pack("<Q", 2) + b"[]" + bytes(64),
-    "an entry without offsets": struct.pack("<Q", 8) + b'{"a":{}}' + bytes(64),
-    "an entry without a shape": struct.pack("<Q", 37)
-    + b'{"a":{"data_offsets":[0,4],"b":"F32"}}'[:37]
-    + bytes(64),
+    "an empty entry": struct.pack("<Q", 8) + b'{"a":{}}' + bytes(64),
     "an entry that is no object": struct.pack("<Q", 7) + b'{"a":1}' + bytes(64),
     "a page of HTML": b"<!DOCTYPE html><html><body>404</body></html>" * 40,
 }
@@ -261,15 +257,6 @@ def test_an_index_that_is_none_is_refused(text: str, folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
     assert refusal(folder).startswith(f"{index} ")
-
-
-def test_a_missing_tensor_is_named(folder: Path) -> None:
-    weights = weights_of(folder)
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    write_weights(folder, weights)
-    assert refusal(folder) == (
-        f"{folder} does not hold this model:\n  model.layers.1.mlp.up_proj.weight is missing"
-    )
 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
@@ -369,14 +356,6 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
         "rope_type 'yarn' is not supported; supported: default, linear, llama3",
     ),
     (
-        {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        "rope_type 'dynamic' is not supported",
-    ),
-    (
-        {"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor"}},
-        "the llama3 rope scaling lacks low_freq_factor",
-    ),
-    (
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         "weights quantised by 'bitsandbytes' cannot be read; use the original 16-bit repository",
     ),
@@ -438,13 +417,3 @@ def test_a_quantization_entry_that_says_too_little_is_refused(
     change_config(tmp_path, quantization=entry, quantization_config=...)
     message = refusal(tmp_path)
     assert "config.json: `quantization` does not say how " in message
-
-
-def test_sizes_that_the_weights_do_not_have_are_refused(folder: Path) -> None:
-    change_config(folder, vocab_size=TINY["vocab_size"] + 1, num_hidden_layers=3)
-    message = refusal(folder)
-    assert (
-        "lm_head.weight in model.safetensors has shape (320, 64); config.json asks (321, 64)"
-        in (message)
-    )
-    assert "model.layers.2.input_layernorm.weight is missing" in message
