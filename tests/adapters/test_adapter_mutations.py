@@ -260,11 +260,16 @@ def test_no_bit_of_the_header_can_turn_over_and_change_what_is_loaded(
     whole.assert_still_loads()
 
 
-@pytest.mark.parametrize("offsets", [[0], [], [0, 1, 2], [0.5, 4], [None, 4], {}, "04", 3, None])
-def test_offsets_that_are_no_pair_are_refused(whole: Whole, bad: Path, offsets: Any) -> None:
+OFFSETS = [[0], [], [0, 1, 2], [0.5, 4], [None, 4], {}, "04", 3, None, [0, 4], [-4, 0]]
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "F99"}, *({"data_offsets": o} for o in OFFSETS)])
+def test_an_entry_of_the_header_that_says_something_else_is_refused(
+    whole: Whole, bad: Path, changes: dict[str, Any]
+) -> None:
     start = end_of_header(whole.bytes)
     header = json.loads(whole.bytes[8:start])
-    header[next(iter(whole.arrays))]["data_offsets"] = offsets
+    header[next(iter(whole.arrays))] |= changes
     text = json.dumps(header).encode()
     (bad / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + whole.bytes[start:])
     assert str(bad / WEIGHTS) in whole.refused(bad)

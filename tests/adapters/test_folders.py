@@ -94,13 +94,6 @@ def test_folder_and_files_have_the_permissions_that_the_umask_grants(
     assert (tmp_path / "out" / "mlx" / "a").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_an_empty_existing_folder_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with staged(tmp_path / "out") as staging:
-        (staging / "a").write_text("1")
-    assert contents(tmp_path) == {"out/a": "1"}
-
-
 def test_an_existing_folder_is_staged_inside_itself(tmp_path: Path) -> None:
     """Its parent may be another disk: a rename across disks fails after all the work is done."""
     folder = tmp_path / "mount"

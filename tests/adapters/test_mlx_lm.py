@@ -8,28 +8,39 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.adapters import move
 from support.models import our_logits, random_tokens, randomise_lora
 from support.tiny_folder import write_model
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.peft import save_mlx_lm
-from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.tree import flat
 
 TOKENS = random_tokens(2, 21)
+RANKS = {"q_proj": 8, "1.mlp.up_proj": 2}
+ALPHAS = {"v_proj": 3.5, r"model\.layers\.0\.mlp\..*": 11, "q_proj": 5}
 CONFIGS = {
     "default": mq.LoraConfig(),
     "rslora": mq.LoraConfig(r=4, lora_alpha=6, use_rslora=True),
     "one layer": mq.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[0]),
     "one regex": mq.LoraConfig(r=4, target_modules=r"model\.layers\.1\..*(k|down)_proj"),
     "all-linear": mq.LoraConfig(r=2, lora_alpha=3.5, target_modules="all-linear"),
-    "mixed": mq.LoraConfig(
-        r=4,
-        rank_pattern={"q_proj": 8, "1.mlp.up_proj": 2},
-        alpha_pattern={"v_proj": 3, "q_proj": 5},
-    ),
+    "ranks and alphas": mq.LoraConfig(r=4, rank_pattern=RANKS, alpha_pattern=ALPHAS),
+    "rslora, ranks": mq.LoraConfig(r=4, use_rslora=True, rank_pattern=RANKS),
     "dora": mq.LoraConfig(r=4, lora_alpha=6, use_dora=True),
+    "dora, all at once": mq.LoraConfig(
+        r=4,
+        use_dora=True,
+        use_rslora=True,
+        rank_pattern=RANKS,
+        alpha_pattern=ALPHAS,
+        init_lora_weights="pissa",
+    ),
+    "dora, one layer": mq.LoraConfig(
+        r=4, use_dora=True, target_modules=["k_proj", "down_proj"], layers_to_transform=[1]
+    ),
     "pissa": mq.LoraConfig(r=4, init_lora_weights="pissa"),
+    "olora, ranks": mq.LoraConfig(r=4, init_lora_weights="olora", rank_pattern=RANKS),
 }
 
 
@@ -44,36 +55,12 @@ def test_mlx_lm_computes_our_logits(folder: Path, tmp_path: Path, name: str) -> 
 
     model, _ = mq.load(folder)
     without = our_logits(model, TOKENS)
-    mq.add_lora(model, CONFIGS[name])
-    randomise_lora(model)
+    move(mq.add_lora(model, CONFIGS[name]))
     mq.save_adapter(model, tmp_path / "a")
     theirs = mlx_lm.load(str(folder), adapter_path=str(tmp_path / "a" / "mlx"))[0]
     logits = np.array(theirs(mx.array(TOKENS)))
     assert np.abs(logits - our_logits(model, TOKENS)).max() < 1e-5
     assert np.abs(logits - without).max() > 0.01
-
-
-def test_the_layout_is_the_transpose_of_peft_s_with_one_scale(folder: Path, tmp_path: Path) -> None:
-    model, _ = mq.load(folder)
-    mq.add_lora(model, mq.LoraConfig(r=4, lora_alpha=6, use_rslora=True))
-    randomise_lora(model)
-    mq.save_adapter(model, tmp_path / "a")
-    arrays = load_file(tmp_path / "a" / "mlx" / "adapters.safetensors")
-    layers = lora_layers(model)
-    assert len(arrays) == 2 * len(layers) == 28
-    for path, layer in layers:
-        np.testing.assert_array_equal(arrays[f"{path}.lora_a"], np.array(layer.lora_A.weight).T)
-        np.testing.assert_array_equal(arrays[f"{path}.lora_b"], np.array(layer.lora_B.weight).T)
-    config = json.loads((tmp_path / "a" / "mlx" / "adapter_config.json").read_text())
-    assert config["lora_parameters"]["rank"] == 4
-    assert config["lora_parameters"]["scale"] == 3.0
-
-
-def test_the_copy_can_be_left_out(folder: Path, tmp_path: Path) -> None:
-    model, _ = mq.load(folder)
-    mq.add_lora(model, mq.LoraConfig(r=2))
-    mq.save_adapter(model, tmp_path / "a", mlx_lm=False)
-    assert not (tmp_path / "a" / "mlx").exists()
 
 
 # ---- in ----------------------------------------------------------------------------------------

@@ -58,11 +58,6 @@ CONFIGS = {
 SCALE_IS_NOT_ALPHA_OVER_R = [name for name in CONFIGS if "rslora" in name or "patterns" in name]
 
 
-@pytest.fixture
-def base(hf_tiny: tuple[Any, Path]) -> Path:
-    return hf_tiny[1]
-
-
 adapted = partial(adapted_by, scale=0.1)
 
 
@@ -87,7 +82,7 @@ def naive_reader(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_peft_opens_it_without_a_warning_and_computes_our_logits(
+def test_peft_without_a_warning_and_we_open_it_and_compute_the_same_logits(
     base: Path, tmp_path: Path, name: str
 ) -> None:
     from peft import PeftModel
@@ -106,6 +101,9 @@ def test_peft_opens_it_without_a_warning_and_computes_our_logits(
     found = {path: m for path, m in modules if isinstance(m, LoraLayer)}
     assert found.keys() == {path for path, _ in lora_layers(model)}
     assert {m.scaling["default"] for m in found.values()} == {1.0}
+    again = load_adapter(load_folder(base), tmp_path / "a")
+    assert largest(our_logits(again, TOKENS), our_logits(model, TOKENS)) < 1e-5
+    assert [p for p, _ in lora_layers(again)] == [p for p, _ in lora_layers(model)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -143,15 +141,6 @@ def test_every_tensor_has_one_rank_and_the_config_names_nothing_else(
     for key, tensor in tensors.items():
         assert tensor.dtype == np.float32
         assert tensor.shape[0 if "lora_A" in key else 1] == r
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_we_open_it_too(base: Path, tmp_path: Path, name: str) -> None:
-    model = adapted(base, CONFIGS[name])
-    save_portable(model, tmp_path / "a")
-    again = load_adapter(load_folder(base), tmp_path / "a")
-    assert largest(our_logits(again, TOKENS), our_logits(model, TOKENS)) < 1e-5
-    assert [p for p, _ in lora_layers(again)] == [p for p, _ in lora_layers(model)]
 
 
 def test_what_needs_no_folding_is_written_bit_for_bit(base: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.command_line import contents
 from support.hub_uploads import READER, REPO, away, hub  # noqa: F401
 from support.tiny_folder import write_model, write_rows
 
@@ -80,14 +81,10 @@ def out(run_folder, tmp_path):
     return folder
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_a_run_arrives_whole_and_nothing_else_does(away, hub, out):
     with (out / "metrics.jsonl").open("a") as file:  # a step that was skipped names its rows
         file.write(json.dumps({"step": 7, "skipped": "loss nan", "rows": [SECRET]}) + "\n")
-    before = snapshot(out)
+    before = contents(out)
     pushed = away.push(out)
     files = hub.repos[REPO]["branches"]["main"]
     assert sorted(files) == ADAPTER_FILES
@@ -105,7 +102,7 @@ def test_a_run_arrives_whole_and_nothing_else_does(away, hub, out):
     assert SECRET in before["run.yaml"].decode()
     for name, body in files.items():
         assert SECRET.encode() not in body and str(Path.home()).encode() + b"/" not in body, name
-    assert snapshot(out) == before
+    assert contents(out) == before
     stays = {"report.html", "run.yaml", "training_args.json", "refused.jsonl", ".hidden"}
     stays |= {"checkpoint-3/", "checkpoint-6/", "notes.txt", "adapter.tmp", ".out-x.tmp/"}
     assert set(pushed["left_out"]) == stays

@@ -53,11 +53,6 @@ SUMMANDS = {
 }
 
 
-@pytest.fixture
-def base(hf_tiny: tuple[Any, Path]) -> Path:
-    return hf_tiny[1]
-
-
 @pytest.fixture(scope="module")
 def folders(
     hf_tiny: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory
