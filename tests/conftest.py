@@ -140,17 +140,3 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-@pytest.fixture
-def terminal_signals() -> Iterator[None]:
-    """Signals reach this process and its children, as they do where a terminal started them.
-
-    In the background and under nohup the suite ignores SIGINT and SIGHUP, and children inherit it.
-    """
-    handlers = {signal.SIGINT: signal.default_int_handler}
-    handlers |= dict.fromkeys((signal.SIGHUP, signal.SIGTERM), signal.SIG_DFL)
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

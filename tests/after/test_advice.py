@@ -5,7 +5,6 @@ import io
 import math
 import random
 import re
-import sys
 from typing import Any
 
 import pytest
@@ -261,7 +260,6 @@ def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, tim
 
 
 def test_advice_is_printed_at_the_end_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     model, tokenizer = mq.load(write_model(tmp_path / "model"))
     rows = write_rows(tmp_path / "rows.jsonl", 30)
     examples = mq.read_examples(rows, tokenizer, mq.DataConfig(max_length=64, cache_dir=None))

@@ -1,4 +1,4 @@
-"""`evaluate`, `chat` and `sweep` on the command line, with a run's own folder."""
+"""`evaluate` and `chat` on the command line, with a run's own folder."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import pytest
 from support.tiny_folder import write_model
 
 from mlx_qlora.cli import main
-from mlx_qlora.config import build, read_yaml
 
 
 def call(*words: Any) -> int:
@@ -59,15 +58,6 @@ def test_evaluate_compares_with_the_base_and_writes_it_down(
     assert all(f'"{name}"' in json.dumps(found["comparison"]) for name in ("loss", "chrf"))
 
 
-def test_evaluate_without_an_adapter_scores_the_model(
-    folder: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        call("evaluate", "--model", folder, "--data", rows, "--answers", 0, "model.bits=null") == 0
-    )
-    assert "loss" in capsys.readouterr().out
-
-
 def test_chat_answers_and_ends(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,19 +66,6 @@ def test_chat_answers_and_ends(
     assert call("chat", "--adapter", run, "--seed", 0, "generation.max_new_tokens=6") == 0
     shown = capsys.readouterr().out
     assert shown.count("/s; answer") == 2 and "/reset" in shown
-
-
-def test_sweep_finds_the_rate_that_learns(
-    folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--model", folder, "--data", rows, "--output-dir", tmp_path / "s", "--steps", 8]
-    words += ["--learning-rates", "1e-9,1e-2", "--rungs", 2, "model.bits=null"]
-    words += ["--max-length", 64, "training.warmup_steps=0", "data.split=[0.7,0.3,0.0]"]
-    assert call("sweep", *words, "model.base_model_name_or_path=org/base") == 0
-    assert "0.01" in capsys.readouterr().out
-    found = json.loads((tmp_path / "s" / "sweep.json").read_text())
-    assert found["finished"] and "0.01" in found["winner"]
-    assert build(read_yaml(tmp_path / "s" / "best.yaml")).training.learning_rate == 0.01
 
 
 @pytest.mark.parametrize(

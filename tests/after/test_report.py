@@ -301,7 +301,6 @@ def test_an_answer_that_was_cut_elsewhere_is_no_other(before, after, other):
 
 def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
     """The command line's own run, on a tiny model: everything in the page is of this run."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     from support.runs import train_run
     from support.tiny_folder import write_model, write_rows
 
@@ -337,7 +336,6 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
 
 
 def test_a_result_without_a_report_shows_as_text(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = result_in(tmp_path, history(10))
     assert result._repr_html_() is None
     write_report(Report(result, RunConfig()))

@@ -64,12 +64,9 @@ def ask(hub, away):
     hub.private.add("api/whoami-v2")
 
     def run(source=REPO, revision=None, before="", **environ):
-        kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGG|.*(?i:proxy)", k)}
-        kept |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
-        kept |= {"HF_HOME": str(away.home), "HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [sys.executable, "-c", CHILD.format(before=before), json.dumps([source, revision])],
-            env={**kept, "HF_HUB_DISABLE_XET": "1", **environ},
+            env=away.environ(**environ),
             cwd=away.home,
             capture_output=True,
             text=True,

@@ -208,11 +208,15 @@ def test_a_rate_may_be_written_in_any_way(tmp_path, text):
         ({"model": {"mode": "nf4"}}, ["model.mode must be one of 'affine'"]),
         ({"data": {"split": 0.8}}, ["data.split must be list of number; got 0.8"]),
         ({"training": {"learning_rate": "fast"}}, ["must be a number or auto"]),
+        ({"training": {"warmup_steps": -1}}, ["training.warmup_steps must be at least 0"]),
+        ({"training": {"per_device_train_batch_size": 0}}, ["_batch_size must be at least 1"]),
+        ({"training": {"per_device_train_batch_size": "most"}}, ["must be a number or auto"]),
+        ({"training": {"num_train_epochs": -1.0}}, ["training.num_train_epochs must be above 0"]),
         ({"training": {"learning_rate": True}}, ["training.learning_rate must be number"]),
         ({"training": {"learning_rate": 10**400}}, ["training.learning_rate must be number"]),
         ({"training": {"learning_rate": 0}}, ["training.learning_rate must be above 0"]),
-        ({"training": {"lr_scheduler_type": "cos"}}, ["training.lr_scheduler_type must be one of"]),
-        ({"training": {"gradient_checkpointing": "some"}}, ["training.gradient_checkpointing"]),
+        ({"training": {"lr_scheduler_type": "cos"}}, ["type must be one of 'cosine', 'linear'"]),
+        ({"training": {"gradient_checkpointing": "some"}}, ["ing must be", "true, false or auto"]),
         ({"training": {"max_steps": 0}}, ["training.max_steps must be at least 1; got 0"]),
         ({"training": {"adam_beta1": 1.0}}, ["training.adam_beta1 must be in [0, 1)"]),
         (
@@ -235,6 +239,7 @@ def test_what_is_wrong_is_named_with_what_is_right(values, words):
 def test_either_steps_or_epochs_decide_the_length():
     assert build({"training": {"num_train_epochs": 2}}).training.max_steps is None
     assert build({"training": {"max_steps": 5}}).training.num_train_epochs is None
+    assert dataclasses.replace(RunConfig().training, seed=1).max_steps == 1000
 
 
 def test_a_later_override_wins_over_the_file(tmp_path):

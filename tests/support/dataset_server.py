@@ -4,21 +4,15 @@
 """
 
 import json
-import threading
 from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-from support.hub_server import COMMIT, Hub, _Answers, etag
+from support.hub_server import COMMIT, Hub, _Answers, etag, serve
 
 
 class DatasetHub(Hub):
     def start(self) -> ThreadingHTTPServer:
-        bound = type("Bound", (_DatasetAnswers,), {"hub": self})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
-        server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        return server
+        return serve(self, _DatasetAnswers)
 
 
 class _DatasetAnswers(_Answers):

@@ -9,6 +9,7 @@ import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,15 +30,20 @@ class Hub:
     url: str = ""
 
     def start(self) -> ThreadingHTTPServer:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Answers,), {"hub": self}))
-        server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        return server
+        return serve(self, _Answers)
 
     def fetched(self, name: str) -> list[str | None]:
         """The byte range of each GET of a file; None for the whole."""
         return [r for method, path, r in self.log if method == "GET" and path.endswith("/" + name)]
+
+
+def serve(hub: Any, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    """Starts a server whose handlers know the hub, which learns its `url`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (answers,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server
 
 
 class _Answers(BaseHTTPRequestHandler):

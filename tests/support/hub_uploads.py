@@ -3,21 +3,20 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from support.hub_server import serve
+from support.hub_user import environ_of
 
-ROOT = Path(__file__).parents[2]
 REPO = "me/tuned"
 WRITER, READER = "hf_writer", "hf_reader"
 
@@ -145,10 +144,7 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Answers,), {"hub": hub}))
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    server = serve(hub, Answers)
     yield hub
     server.shutdown()
     server.server_close()
@@ -176,16 +172,12 @@ class Away:
         self.home, self.hub = home, hub
 
     def call(self, folder: Path, repo: str, how: dict[str, Any], environ: dict[str, str]) -> Any:
-        kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|.*(?i:proxy)", k)}
-        # Without xet the client speaks LFS, which the stand-in knows.
-        kept |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1"}
-        kept |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": WRITER}
-        kept = {k: v for k, v in (kept | environ).items() if v}
+        kept = environ_of(self.home, self.hub.url, **({"HF_TOKEN": WRITER} | environ))
         asked = json.dumps([str(folder), repo, how])
         child = subprocess.run(
             # The client's own PUT warns of how it calls httpx.
             [sys.executable, "-W", "error", "-W", "ignore:Use 'content", "-c", CHILD, asked],
-            env=kept,
+            env={name: value for name, value in kept.items() if value},
             cwd=self.home,
             capture_output=True,
             text=True,

@@ -49,6 +49,16 @@ def hub():
     server.server_close()
 
 
+def environ_of(home: Path, url: str, **environ: str) -> dict[str, str]:
+    """A user's environment, without what this machine's has to say of the hub.
+
+    Without xet the client speaks LFS, which the stand-ins know.
+    """
+    kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|.*(?i:proxy)", k)}
+    kept |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1"}
+    return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
+
+
 class Away:
     """A user's machine: a home, an environment, and calls of `resolve` on it."""
 
@@ -57,9 +67,7 @@ class Away:
         self.cache = home / "hub"
 
     def environ(self, **environ):
-        kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|.*(?i:proxy)", k)}
-        kept |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1"}
-        return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
+        return environ_of(self.home, self.hub.url, **environ)
 
     def start(self, source, revision=None, before="", weights=True, **environ):
         code = CHILD.format(before=before)

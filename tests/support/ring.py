@@ -37,6 +37,12 @@ def free_ports(n: int) -> list[int]:
     return ports
 
 
+def outside_a_ring() -> dict[str, str]:
+    """An environment in which this checkout is found, and no ring."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLX_R")}
+    return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OPENBLAS_NUM_THREADS": "1"}
+
+
 def start(
     n: int,
     words: Callable[[int], Sequence[str]],
@@ -55,15 +61,9 @@ def start(
     """
     hosts = folder / f"hosts-{n}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLX_R")}
-    kept |= {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OPENBLAS_NUM_THREADS": "1",
-        **(environ or {}),
-    }
     started = []
     for rank in range(n):
-        env = dict(kept)
+        env = {**outside_a_ring(), **(environ or {})}
         if n > 1:
             env |= {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
         with on_core(rank) if n > 1 else contextlib.nullcontext():

@@ -216,7 +216,6 @@ def test_a_trial_that_went_on_is_bit_for_bit_an_uninterrupted_run(
     done, place: Path, tmp_path, monkeypatch
 ):
     """`fine_tune` of the same config, with its own model, validation and checkpoints."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result, printed, *_ = done
     tried = result.winner
     assert printed.count("continuing from") >= 3

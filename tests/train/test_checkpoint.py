@@ -6,14 +6,13 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support.limits import files_of_at_most
 from support.tiny_folder import write_model
 from support.training import (
     SETTINGS,
@@ -97,8 +97,10 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return fine_tune(folder, tmp_path_factory.mktemp("packed") / "out", packing=True)
+def worsening(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run whose first validation, at step 2, is the best; tests must not change its files."""
+    with losses([1, 2, 3, 4]):
+        return fine_tune(folder, tmp_path_factory.mktemp("worsening") / "out")
 
 
 @pytest.fixture
@@ -215,39 +217,38 @@ def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(
 
 
 @pytest.mark.parametrize(
-    ("limit", "values", "kept"),
+    ("every", "limit", "values", "kept"),
     [
-        (2, [5, 4, 1, 3, 3, 3, 3, 3], [3, 7, 8]),
-        (2, [8, 7, 6, 5, 4, 3, 2, 1], [7, 8]),
-        (1, [2, 3, 3, 3, 1, 1, 3, 3], [5, 8]),
-        (3, [1, 1, 1, 1, 1, 1, 1, 1], [1, 6, 7, 8]),
+        (1, 2, [5, 4, 1, 3, 3, 3, 3, 3], [3, 7, 8]),
+        (1, 2, [8, 7, 6, 5, 4, 3, 2, 1], [7, 8]),
+        (1, 1, [2, 3, 3, 3, 1, 1, 3, 3], [5, 8]),
+        (1, 3, [1, 1, 1, 1, 1, 1, 1, 1], [1, 6, 7, 8]),
+        (3, 1, [9, 1, 4, 9, 9, 5, 9, 9], [3, 8]),  # the best of all was not saved
     ],
 )
-def test_the_newest_checkpoints_and_the_best_are_kept(
-    folder: Path, tmp_path: Path, limit: int, values: list[float], kept: list[int]
+def test_the_newest_checkpoints_and_the_best_of_those_on_disk_are_kept(
+    folder: Path, tmp_path: Path, every: int, limit: int, values: list[float], kept: list[int]
 ) -> None:
+    how = {"save_steps": every, "eval_steps": 1, "save_total_limit": limit}
     with losses(values):
-        fine_tune(folder, tmp_path / "out", save_steps=1, eval_steps=1, save_total_limit=limit)
+        fine_tune(folder, tmp_path / "out", **how)
     assert steps_in(tmp_path / "out") == kept
     for n in kept:
         read_state(tmp_path / "out" / f"checkpoint-{n}")
     assert hidden(tmp_path / "out") == []
 
 
-def test_the_best_of_those_on_disk_is_kept_where_the_best_of_all_was_not_saved(
-    folder: Path, tmp_path: Path
-) -> None:
-    with losses([9, 1, 4, 9, 9, 5, 9, 9]):
-        fine_tune(folder, tmp_path / "out", eval_steps=1, save_total_limit=1)
-    assert steps_in(tmp_path / "out") == [3, 8]
-
-
 def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> None:
-    """The best at step 5 is saved though save_steps is 3, and so is each best before it."""
+    """The best at step 5 is saved though save_steps is 3, and so is each best before it.
+
+    A loss of NaN, which compares as nothing else does, is never the best.
+    """
+    records = [{"step": 2, "eval_loss": math.nan}, {"step": 4, "eval_loss": 1.0}]
+    assert best_eval(records) == (4, 1.0)
     best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 3}
-    with losses([7, 8, 6, 6, 2, 4, 3, 9]):
+    with losses([math.nan, 8, 6, 6, 2, 4, 3, 9]):
         run = fine_tune(folder, tmp_path / "out", **best)
-    assert steps_in(run.out) == [1, 3, 5, 6, 8]
+    assert steps_in(run.out) == [2, 3, 5, 6, 8]
     result = run.result
     assert (result.steps, result.best_step, result.eval_loss) == (8, 5, 2.0)
     assert not result.stopped_early
@@ -267,12 +268,11 @@ def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> No
 
 
 def test_where_the_best_weights_cannot_be_read_a_run_ends_with_the_last(
-    folder: Path, tmp_path: Path
+    folder: Path, worsening: Finished, tmp_path: Path
 ) -> None:
     """The best was not saved, as nobody asked for it then; or it is damaged at the end."""
-    with losses([1, 2, 3, 4]):
-        last = fine_tune(folder, tmp_path / "out").adapter
-    late = fine_tune(folder, tmp_path / "out", load_best_model_at_end=True)
+    out = shutil.copytree(worsening.out, tmp_path / "out")
+    late = fine_tune(folder, out, load_best_model_at_end=True)
     assert "checkpoint-2/resume_state.json is missing: the last weights stay" in late.printed
 
     def damage(run: Run) -> None:
@@ -281,20 +281,11 @@ def test_where_the_best_weights_cannot_be_read_a_run_ends_with_the_last(
     with losses([1, 2, 3, 4]), at_step(7, damage):
         run = fine_tune(folder, tmp_path / "damaged", load_best_model_at_end=True)
     assert "adapter_model.safetensors is damaged: the last weights stay" in run.printed
-    assert late.adapter == run.adapter == last
+    assert late.adapter == run.adapter == worsening.adapter
 
 
-def test_a_validation_loss_of_nan_is_never_the_best(folder: Path, tmp_path: Path) -> None:
-    records = [{"step": 2, "eval_loss": math.nan}, {"step": 4, "eval_loss": 1.0}]
-    assert best_eval(records) == (4, 1.0)
-    with losses([math.nan, 3.0, 2.0, 2.5]):
-        run = fine_tune(folder, tmp_path / "out", load_best_model_at_end=True)
-    assert run.result.best_step == 6
-
-
-def test_without_it_a_run_ends_with_its_last_weights(folder: Path, tmp_path: Path) -> None:
-    with losses([1, 2, 3, 4]):
-        run = fine_tune(folder, tmp_path / "out")
+def test_without_it_a_run_ends_with_its_last_weights(worsening: Finished) -> None:
+    run = worsening
     assert (run.result.best_step, run.result.eval_loss) == (2, 4.0)
     assert run.adapter == (run.out / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
     assert steps_in(run.out) == [3, 6, 8]
@@ -338,29 +329,31 @@ def test_a_better_loss_renews_the_patience(folder: Path, tmp_path: Path) -> None
     assert not run.result.stopped_early
 
 
-def test_more_patience_lets_a_run_that_stopped_early_go_on(folder: Path, tmp_path: Path) -> None:
-    with losses([1, 2, 3, 4]):
-        unbroken = fine_tune(folder, tmp_path / "whole")
+def test_more_patience_lets_a_run_that_stopped_early_go_on(
+    folder: Path, worsening: Finished, tmp_path: Path
+) -> None:
     with losses([1, 2]):
         early = fine_tune(folder, tmp_path / "out", early_stopping_patience=1)
     assert early.result.stopped_early
     with losses([3, 4]):
-        assert_same(fine_tune(folder, tmp_path / "out", early_stopping_patience=3), unbroken)
+        assert_same(fine_tune(folder, tmp_path / "out", early_stopping_patience=3), worsening)
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])
-def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path, step: int) -> None:
+def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path) -> None:
     fields = {"eval_steps": 1, "early_stopping_patience": 3, "load_best_model_at_end": True}
     values = [4.0, 3.0, 5.0, 5.0, 5.0]
     with losses(values):
         unbroken = fine_tune(folder, tmp_path / "whole", **fields)
-    with losses(values[:step]), at_step(step, stop), pytest.raises(Interrupted):
-        fine_tune(folder, tmp_path / "out", **fields)
-    with losses(values[step - 1 :]):
-        run = fine_tune(folder, tmp_path / "out", **fields)
-    assert run.adapter == unbroken.adapter
-    assert without_clocks(run.result.log_history) == without_clocks(unbroken.result.log_history)
-    assert (run.result.steps, run.result.best_step, run.result.stopped_early) == (5, 2, True)
+    history = without_clocks(unbroken.result.log_history)
+    for step in (3, 4, 5):
+        out = tmp_path / f"stopped after {step}"
+        with losses(values[:step]), at_step(step, stop), pytest.raises(Interrupted):
+            fine_tune(folder, out, **fields)
+        with losses(values[step - 1 :]):
+            run = fine_tune(folder, out, **fields)
+        assert run.adapter == unbroken.adapter
+        assert without_clocks(run.result.log_history) == history
+        assert (run.result.steps, run.result.best_step, run.result.stopped_early) == (5, 2, True)
 
 
 # ---- trainer_state.json ------------------------------------------------------------------------
@@ -399,45 +392,27 @@ def test_transformers_reads_the_trainer_state(folder: Path, tmp_path: Path) -> N
 # ---- going on ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(1, SETTINGS["max_steps"]))
-def test_a_stop_after_any_step_changes_no_bit(
-    folder: Path, whole: Finished, tmp_path: Path, step: int
-) -> None:
-    out = tmp_path / "out"
-    with at_step(step, stop), pytest.raises(Interrupted) as stopped:
-        fine_tune(folder, out)
-    assert stopped.value.checkpoint == out / f"checkpoint-{step}"
-    assert steps_in(out)[-1] == step
-    assert_same(fine_tune(folder, out), whole)
-
-
-@pytest.mark.parametrize("step", range(1, SETTINGS["max_steps"]))
-def test_a_stop_after_any_step_of_packed_rows_changes_no_bit(
-    folder: Path, packed: Finished, tmp_path: Path, step: int
-) -> None:
-    out = tmp_path / "out"
-    with at_step(step, stop), pytest.raises(Interrupted):
-        fine_tune(folder, out, packing=True)
-    assert_same(fine_tune(folder, out, packing=True), packed)
-
-
-def test_stops_within_a_validation_and_after_every_step_change_no_bit(
-    folder: Path, whole: Finished, tmp_path: Path
+@pytest.mark.parametrize("packing", [False, True])
+def test_stops_within_every_validation_and_after_every_step_change_no_bit(
+    folder: Path, whole: Finished, tmp_path: Path, packing: bool
 ) -> None:
     out, score = tmp_path / "out", loop.score
+    unbroken = fine_tune(folder, tmp_path / "packed", packing=True) if packing else whole
 
     def interrupted(model: Any, batches: Any) -> Score:
         signal.raise_signal(signal.SIGINT)
         return score(model, batches)
 
     for step in range(1, SETTINGS["max_steps"] + 1):
-        with at_step(step, stop), pytest.raises(Interrupted):
-            fine_tune(folder, out)
+        with at_step(step, stop), pytest.raises(Interrupted) as stopped:
+            fine_tune(folder, out, packing=packing)
+        assert stopped.value.checkpoint == out / f"checkpoint-{step}"
+        assert steps_in(out)[-1] == step
         if step % 2 == 0:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
                 patch.setattr(loop, "score", interrupted)
-                fine_tune(folder, out)
-    assert_same(fine_tune(folder, out), whole)
+                fine_tune(folder, out, packing=packing)
+    assert_same(fine_tune(folder, out, packing=packing), unbroken)
 
 
 def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behind(
@@ -465,30 +440,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_remove
     assert steps_in(copy) == [3, 6, 8]
 
 
-def test_a_kill_between_the_two_renames_loses_no_checkpoint(
-    folder: Path, whole: Finished, copy: Path
-) -> None:
-    for name in ("checkpoint-6", "checkpoint-8"):
-        shutil.rmtree(copy / name)
-    shutil.copytree(copy / "checkpoint-3", copy / ".checkpoint-3-x.tmp")
-    (copy / "checkpoint-3").rename(copy / ".checkpoint-3-x.old")
-    run = fine_tune(folder, copy)
-    assert f"continuing from {copy / 'checkpoint-3'}\n" in run.printed
-    assert_same(run, whole)
-
-
-def test_a_resume_hashes_every_file_once(
-    folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed, sha256 = [], checkpoint.sha256
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path) or sha256(path))
-    shutil.rmtree(copy / "checkpoint-8")
-    fine_tune(folder, copy, save_steps=100)
-    old = sorted(path.name for path in hashed if path.parent == copy / "checkpoint-6")
-    assert old == [name for name in FILES if name != "resume_state.json"]
-    assert len(hashed) == 2 * len(old), "and those of the one new checkpoint"
-
-
 @pytest.mark.parametrize(
     "harm",
     [
@@ -498,10 +449,21 @@ def test_a_resume_hashes_every_file_once(
         lambda text: text[: text.index("\n") + 9],
         lambda text: text + text,
         lambda text: text + '{"step": 7, "loss": 1.0}\n{"step',
+        lambda text: text + '{"epoch": 3}\nnot json\n',
         lambda text: "\0" * 400,
         lambda text: "".join(reversed(text.splitlines(keepends=True))),
     ],
-    ids=["lost", "empty", "cut", "cut in a line", "twice", "too long", "zeros", "shuffled"],
+    ids=[
+        "lost",
+        "empty",
+        "cut",
+        "cut in a line",
+        "twice",
+        "too long",
+        "foreign",
+        "zeros",
+        "shuffled",
+    ],
 )
 def test_the_metrics_file_is_made_what_it_was(
     folder: Path, whole: Finished, copy: Path, harm: Callable[[str], str | None]
@@ -519,21 +481,21 @@ def test_the_metrics_file_is_made_what_it_was(
 
 
 @pytest.mark.parametrize(
-    ("change", "what", "shown"),
+    ("wanted", "change", "what", "shown"),
     [
-        ({"learning_rate": 0.001}, "config", ["training.learning_rate: 0.01 -> 0.001"]),
+        ("auto", {"learning_rate": 0.001}, "config", ["training.learning_rate: 0.01 -> 0.001"]),
         (
+            "checkpoint-6",
             {"seed": 7, "lora_dropout": 0.0, "r": 4},
             "config and model",
             ["lora.r: 2 -> 4", "lora.lora_dropout: 0.3 -> 0.0", "training.seed: 0 -> 7"],
         ),
-        ({"max_steps": 9}, "config", ["training.max_steps: 8 -> 9"]),
-        ({"packing": True}, "config", ["data.packing: False -> True"]),
-        ({"examples": make_examples(23)}, "data", []),
-        ({"held_out": make_examples(6, seed=8)}, "data", []),
+        ("auto", {"max_steps": 9}, "config", ["training.max_steps: 8 -> 9"]),
+        ("auto", {"packing": True}, "config", ["data.packing: False -> True"]),
+        ("auto", {"examples": make_examples(23)}, "data", []),
+        ("checkpoint-6", {"held_out": make_examples(6, seed=8)}, "data", []),
     ],
 )
-@pytest.mark.parametrize("wanted", ["auto", "checkpoint-6"])
 def test_another_config_or_data_is_refused_and_nothing_is_touched(
     folder: Path, copy: Path, wanted: str, change: dict[str, Any], what: str, shown: list[str]
 ) -> None:
@@ -587,7 +549,7 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder: Path, cop
 
 
 def test_other_numerics_are_refused_with_the_ways_out(folder: Path, copy: Path) -> None:
-    path, before = copy / "checkpoint-8", everything(copy)
+    path = copy / "checkpoint-8"
     rewrite_state(path, lambda saved: saved["fingerprint"].update(numerics="2"))
     before = everything(copy)
     with pytest.raises(ConfigError) as error:
@@ -603,36 +565,36 @@ def test_other_numerics_are_refused_with_the_ways_out(folder: Path, copy: Path) 
     assert model.lora_config.r == 2, "the second way out is open"
 
 
-def test_another_model_is_refused_and_nothing_is_touched(
+def test_a_model_elsewhere_and_other_weights_in_its_place_are_refused_and_nothing_is_touched(
     folder: Path, copy: Path, tmp_path: Path
 ) -> None:
-    other = shutil.copytree(folder, tmp_path / "other")
-    before = everything(copy)
+    """Here the very same weights are in another folder, there others are in the same one."""
+    model, out = shutil.copytree(folder, tmp_path / "model"), tmp_path / "mine"
+    with at_step(1, stop), pytest.raises(Interrupted):
+        fine_tune(model, out)
+    before = everything(copy), everything(out)
     with pytest.raises(ConfigError, match=r"made from another (config and )?model"):
-        fine_tune(other, copy)
-    assert everything(copy) == before
-
-
-def test_weights_replaced_in_the_same_folder_are_another_model(
-    folder: Path, tmp_path: Path
-) -> None:
-    model = shutil.copytree(folder, tmp_path / "model")
-    with at_step(3, stop), pytest.raises(Interrupted):
-        fine_tune(model, tmp_path / "out")
+        fine_tune(model, copy)
     other = write_model(tmp_path / "other", seed=5, **SHAPE)
     shutil.copy(other / "model.safetensors", model / "model.safetensors")
     with pytest.raises(ConfigError, match="another model"):
-        fine_tune(model, tmp_path / "out")
+        fine_tune(model, out)
+    assert (everything(copy), everything(out)) == before
 
 
-def test_what_does_not_decide_the_weights_may_change(
-    folder: Path, whole: Finished, copy: Path
+def test_what_does_not_decide_the_weights_may_change_and_every_file_is_hashed_once(
+    folder: Path, whole: Finished, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hashed, sha256 = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path) or sha256(path))
     shutil.rmtree(copy / "checkpoint-8")
     run = fine_tune(folder, copy, save_steps=1, save_total_limit=2)
     assert f"continuing from {copy / 'checkpoint-6'}\n" in run.printed
     assert_same(run, whole)
     assert steps_in(copy)[-2:] == [7, 8]
+    old = sorted(path.name for path in hashed if path.parent == copy / "checkpoint-6")
+    assert old == [name for name in FILES if name != "resume_state.json"]
+    assert len(hashed) == 3 * len(old), "and those of the two new checkpoints"
 
 
 def test_recomputing_may_change_and_decides_nothing_but_the_last_digits(
@@ -677,12 +639,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @contextmanager
 def full(disk: Path) -> Iterator[Callable[[int], None]]:
     """Lends what fills the disk but for some KiB; without a disk of its own, no file may grow."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ballast = disk / "ballast"
+    ballast, limits = disk / "ballast", ExitStack()
 
     def fill(room: int) -> None:
         if not os.path.ismount(disk):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room * 256, hard))
+            limits.enter_context(files_of_at_most(room * 256))
             return
         with ballast.open("wb", buffering=0) as file:
             try:
@@ -692,9 +653,9 @@ def full(disk: Path) -> Iterator[Callable[[int], None]]:
                 file.truncate(max(file.tell() - room * 1024, 0))
 
     try:
-        yield fill
+        with limits:
+            yield fill
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         ballast.unlink(missing_ok=True)
 
 
@@ -705,6 +666,9 @@ def assert_explained(error: str, out: Path, reason: str, last: int) -> None:
     assert error.endswith(
         f"; {remedy}{out / f'checkpoint-{last}'} is whole, and the same command goes on from it"
     ), error
+    assert steps_in(out)[-1] == last
+    read_state(out / f"checkpoint-{last}")
+    assert hidden(out) == []
 
 
 @pytest.mark.parametrize("room", [0, 4, 8, 16, 24, 32])
@@ -717,9 +681,6 @@ def test_a_full_disk_costs_no_finished_step(
             fine_tune(folder, out)
         reason = "No space left on device" if os.path.ismount(disk) else "File too large"
         assert_explained(str(error.value), out, reason, 3)
-        assert steps_in(out) == [3]
-        read_state(out / "checkpoint-3")
-        assert hidden(out) == []
     assert_same(fine_tune(folder, out), whole)
 
 
@@ -735,7 +696,6 @@ def test_a_disk_that_fills_up_at_the_very_end_leaves_the_last_checkpoint(
         reason = "No space left on device" if os.path.ismount(disk) else "File too large"
         assert_explained(str(error.value), out, reason, 8)
         assert not (out / "adapter_model.safetensors").exists()
-        assert hidden(out) == []
     assert_same(fine_tune(folder, out), whole)
 
 
@@ -766,9 +726,6 @@ def test_whatever_write_fails_costs_no_finished_step(
         with at_step(4, lambda _: patch.setattr(owner, name, fails)):
             fine_tune(folder, out)
     assert_explained(str(error.value), out, "No space left on device", 3)
-    assert steps_in(out) == [3]
-    read_state(out / "checkpoint-3")
-    assert hidden(out) == []
     assert_same(fine_tune(folder, out), whole)
 
 
@@ -814,7 +771,6 @@ def test_a_folder_that_becomes_read_only_costs_no_finished_step(
         for path in mounts:
             subprocess.run(["umount", "-l", str(path)], check=True)
         out.chmod(0o755)
-    read_state(out / "checkpoint-3")
     assert_same(fine_tune(folder, out), whole)
 
 
@@ -830,28 +786,16 @@ def test_a_folder_that_is_removed_during_the_run_is_missed(
     assert not out.exists()
 
 
-def test_a_start_on_a_full_disk_leaves_no_partial_metrics(
-    folder: Path, whole: Finished, disk: Path
+@pytest.mark.parametrize("size", [0, 512])
+def test_a_start_without_space_keeps_the_old_record_and_leaves_no_partial_file(
+    folder: Path, copy: Path, size: int
 ) -> None:
-    out = shutil.copytree(whole.out, disk / "out")
-    shutil.rmtree(out / "checkpoint-8")
-    with full(disk) as fill:
-        fill(0)
-        with pytest.raises(TrainingError):
-            fine_tune(folder, out)
-    assert hidden(out) == []
-
-
-def test_a_start_without_space_keeps_the_old_record(folder: Path, copy: Path) -> None:
     before = (copy / "run.yaml").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
-    try:
-        with pytest.raises(TrainingError):
-            fine_tune(folder, copy)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    shutil.rmtree(copy / "checkpoint-8")
+    with files_of_at_most(size), pytest.raises(TrainingError):
+        fine_tune(folder, copy)
     assert (copy / "run.yaml").read_bytes() == before
+    assert hidden(copy) == []
 
 
 def test_a_pipe_that_breaks_is_no_disk_error(tmp_path: Path) -> None:

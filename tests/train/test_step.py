@@ -133,11 +133,11 @@ def numbers_of(step: Step) -> tuple[bytes, ...]:
 
 
 def same_to_rounding(first: Step, second: Step) -> bool:
-    pairs = [
-        (getattr(first.optimizer, name), getattr(second.optimizer, name))
-        for name in ("weights", "mean", "square")
-    ]
-    return all(mx.abs(a - b).max().item() <= 2e-5 * mx.abs(b).max().item() for a, b in pairs)
+    for name in ("weights", "mean", "square"):
+        a, b = getattr(first.optimizer, name), getattr(second.optimizer, name)
+        if mx.abs(a - b).max().item() > 2e-5 * mx.abs(b).max().item():
+            return False
+    return True
 
 
 def one_element(grads: Any, value: float) -> Any:
@@ -160,9 +160,8 @@ POISONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("row", [12, 17])  # of the first and of the second micro-batch
-def test_a_step_that_is_not_finite_has_not_been(model, poison, row):
+def test_a_step_that_is_not_finite_has_not_been(model, row):
     def change(batch: Batch, loss: Any, grads: Any) -> Any:
         return POISONS[poison](loss, grads) if row in batch.rows else (loss, grads)
 
@@ -170,13 +169,13 @@ def test_a_step_that_is_not_finite_has_not_been(model, poison, row):
     for first_row in (0, 20):
         assert dirty(a_step(first_row), 1e-2).finite
         assert clean(a_step(first_row), 1e-2).finite
-    before = numbers_of(dirty)
-    result = dirty(a_step(12), 1e-2)
-    assert not result.finite
-    assert numbers_of(dirty) == before
-    everyone = [f"rows:{n}" for n in range(12, 20)]
-    blamed = everyone[:4] if row < 16 else everyone[4:]
-    assert list(result.suspects) == (blamed if "loss" in poison else everyone)
+    before, everyone = numbers_of(dirty), [f"rows:{n}" for n in range(12, 20)]
+    for poison in POISONS:
+        result = dirty(a_step(12), 1e-2)
+        assert not result.finite, poison
+        assert numbers_of(dirty) == before, poison
+        blamed = everyone[:4] if row < 16 else everyone[4:]
+        assert list(result.suspects) == (blamed if "loss" in poison else everyone), poison
     assert dirty(a_step(40), 1e-2).finite
     clean(a_step(40), 1e-2)
     assert numbers_of(dirty) == numbers_of(clean) != before
@@ -449,16 +448,10 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(hf_tiny, tmp_path):
     assert [r["step"] for r in recorded(out) if "skipped" in r] == [1, 2]
 
 
-def test_a_run_without_a_checkpoint_says_so(hf_tiny, tmp_path):
-    with pytest.raises(TrainingError, match=r"lower training.*No checkpoint was written yet$"):
-        run(
-            hf_tiny[1], tmp_path / "out", examples=poisoned(make_examples(), 0), max_skipped_steps=1
-        )
-
-
 def test_a_rate_at_which_numbers_overflow_ends_the_run(hf_tiny, tmp_path):
-    with pytest.raises(TrainingError, match="3 steps in a row were skipped"):
-        run(hf_tiny[1], tmp_path / "out", learning_rate=1e30)
+    message = r"3 steps in a row were skipped .*lower training.*No checkpoint was written yet$"
+    with pytest.raises(TrainingError, match=message):
+        run(hf_tiny[1], tmp_path / "out", learning_rate=1e30, save_steps=9)
     assert [r["step"] for r in recorded(tmp_path / "out") if "skipped" in r] == [2, 3, 4]
 
 

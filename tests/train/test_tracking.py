@@ -270,18 +270,15 @@ def test_a_killed_run_goes_on_as_one_series(hf_tiny, whole, tmp_path):
     assert without_clock(series(wandb_log(paths[-1]))) == without_clock(unbroken)
 
 
-def test_a_tracker_that_joins_late_gets_what_came_before(hf_tiny, whole, tmp_path):
-    out = tmp_path / "late"
+def test_a_tracker_that_joins_late_gets_what_came_before_and_of_a_run_anew_that_alone(
+    hf_tiny, tmp_path
+):
+    out, board = tmp_path / "out", {"report_to": ["tensorboard"]}
     start(hf_tiny[1], out)
     (out / "checkpoint-8" / "resume_state.json").unlink()
-    start(hf_tiny[1], out, report_to=["tensorboard"])
+    start(hf_tiny[1], out, **board)
     assert scalars(events(out)) == points(recorded(out))
     assert len(args_of(events(out))) == 1
-
-
-def test_a_run_that_starts_anew_takes_the_place_of_the_old_one(hf_tiny, tmp_path):
-    out, board = tmp_path / "out", {"report_to": ["tensorboard"]}
-    start(hf_tiny[1], out, **board)
     start(hf_tiny[1], out, **board, resume_from_checkpoint="none", max_steps=3)
     assert scalars(events(out)) == points(recorded(out))
     assert args_of(events(out))[-1]["training"]["max_steps"] == 3  # TensorBoard keeps old texts
