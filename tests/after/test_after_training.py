@@ -45,9 +45,7 @@ def run(folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def test_evaluate_compares_with_the_base_and_writes_it_down(
-    run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_compares_with_the_base_and_writes_it_down(run, rows, tmp_path, capsys):
     file = tmp_path / "scores.json"
     words = ["--adapter", run, "--data", rows, "--limit", 20, "--answers", 10, "--output", file]
     assert call("evaluate", *words, "generation.max_new_tokens=8") == 0
@@ -58,9 +56,7 @@ def test_evaluate_compares_with_the_base_and_writes_it_down(
     assert all(f'"{name}"' in json.dumps(found["comparison"]) for name in ("loss", "chrf"))
 
 
-def test_chat_answers_and_ends(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_answers_and_ends(run, monkeypatch, capsys):
     said = "Hello\n/adapter off\nHello\n/help\n/quit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     assert call("chat", "--adapter", run, "--seed", 0, "generation.max_new_tokens=6") == 0
@@ -76,9 +72,7 @@ def test_chat_answers_and_ends(
         (["chat"], "model.source is missing"),
     ],
 )
-def test_what_is_missing_is_named(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_what_is_missing_is_named(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"text": "x"}\n')
     assert call(*words) == 2

@@ -2,7 +2,6 @@
 
 import builtins
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,21 +21,21 @@ PAIRS = [
 ]
 
 
-def test_exact_match_forgives_white_space_and_nothing_else() -> None:
+def test_exact_match_forgives_white_space_and_nothing_else():
     assert on.exact_match(" a  b\n", "a b") == 1
     assert on.exact_match("A b", "a b") == 0
     assert on.exact_match("a b.", "a b") == 0
 
 
 @pytest.mark.parametrize(("prediction", "reference"), PAIRS)
-def test_rouge_l_is_rouge_score_s_own_on_ascii(prediction: str, reference: str) -> None:
+def test_rouge_l_is_rouge_score_s_own_on_ascii(prediction, reference):
     from rouge_score.rouge_scorer import RougeScorer
 
     wanted = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
     assert on.rouge_l(prediction, reference) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_rouge_l_by_hand_and_in_other_scripts() -> None:
+def test_rouge_l_by_hand_and_in_other_scripts():
     # "the cat on mat" is common: 4 of 6 words on both sides.
     assert on.rouge_l(*PAIRS[0]) == pytest.approx(4 / 6)
     assert on.rouge_l("кошка сидит", "кошка лежит") == pytest.approx(1 / 2)
@@ -45,27 +44,27 @@ def test_rouge_l_by_hand_and_in_other_scripts() -> None:
 
 
 @pytest.mark.parametrize(("prediction", "reference"), PAIRS)
-def test_chrf_is_sacrebleu_s(prediction: str, reference: str) -> None:
+def test_chrf_is_sacrebleu_s(prediction, reference):
     import sacrebleu
 
     wanted = sacrebleu.sentence_chrf(prediction, [reference]).score / 100
     assert on.chrf(prediction, reference) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_chrf_by_hand() -> None:
+def test_chrf_by_hand():
     # "abc" / "abd", n = 1: P = R = 2/3; n = 2: 1/2; n = 3: 0; longer n-grams do not exist.
     assert on.chrf("abc", "abd") == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert (on.chrf("", " "), on.chrf("same", "same")) == (1, 1)
 
 
-def test_lengths() -> None:
+def test_lengths():
     assert on.relative_length("abcd ", "ab") == 2
     assert (on.relative_length("", "ab"), on.relative_length("ab", "")) == (0, 2)
     assert on.length_agreement("abcd", "ab") == on.length_agreement("ab", "abcd") == 0.5
     assert (on.length_agreement("", ""), on.length_agreement("", "a")) == (1, 0)
 
 
-def test_structure_counts_what_a_person_sees() -> None:
+def test_structure_counts_what_a_person_sees():
     text = "# Title\n\n- one\n* two\n3) three\n\n```python\nx = 1\n```\nDone."
     assert on.structure(text) == {
         "lines": 8,
@@ -82,14 +81,14 @@ def test_structure_counts_what_a_person_sees() -> None:
     assert on.structure("-5 degrees, 3.5 more")["list_items"] == 0
 
 
-def test_structure_agreement_is_the_mean_of_six_shares() -> None:
+def test_structure_agreement_is_the_mean_of_six_shares():
     # lines 2/3, items 2/3, the rest agrees (0 = 0 and no mark at the end).
     assert on.structure_agreement("- a\n- b", "- a\n- b\n- c") == pytest.approx((4 / 3 + 4) / 6)
     assert on.structure_agreement("x.", "y.") == 1
     assert on.structure_agreement("x", "y.") == pytest.approx(5 / 6)
 
 
-def test_style_similarity_is_a_cosine_of_3_grams() -> None:
+def test_style_similarity_is_a_cosine_of_3_grams():
     # " ab", "abc", "bc " against " ab", "abd", "bd ": one of three in common.
     assert on.style_similarity("abc", "abd") == pytest.approx(1 / 3)
     # " aa", "aaa" x 2, "aa " against " aa", "aaa", "aa ": 1 + 2 + 1 over sqrt(6 * 3).
@@ -98,7 +97,7 @@ def test_style_similarity_is_a_cosine_of_3_grams() -> None:
     assert (on.style_similarity("", ""), on.style_similarity("", "abc")) == (1, 0)
 
 
-def test_repetition_is_the_share_of_n_grams_seen_before() -> None:
+def test_repetition_is_the_share_of_n_grams_seen_before():
     assert on.repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert on.repetition("x " * 13) == pytest.approx(9 / 10)
     assert on.repetition("a b a b", n=2) == pytest.approx(1 / 3)
@@ -106,7 +105,7 @@ def test_repetition_is_the_share_of_n_grams_seen_before() -> None:
     assert on.excess_repetition("x " * 13, "a b c d a b c d") == pytest.approx(0.9 - 0.2)
 
 
-def test_variety_shows_a_collapse() -> None:
+def test_variety_shows_a_collapse():
     collapsed = on.variety(["I am sorry, but I cannot", "I am  sorry, but I can", "", "Yes"])
     assert collapsed.distinct == 1 and collapsed.same_opening == 0.5
     assert collapsed.opening == "I am sorry, but I" and collapsed.empty == 0.25
@@ -114,7 +113,7 @@ def test_variety_shows_a_collapse() -> None:
     assert on.variety(["a"]).distinct == 1
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(monkeypatch):
     def without(name: str, *rest: Any, **how: Any) -> Any:
         if name.startswith(("rouge_score", "sacrebleu")):
             raise ImportError(name)
@@ -137,7 +136,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("t"), chat=True))
 
 
-def test_a_question_is_what_stands_before_the_answer_and_has_its_ids(chatty: Tokenizer) -> None:
+def test_a_question_is_what_stands_before_the_answer_and_has_its_ids(chatty):
     rows = [{"instruction": "Name a colour.", "input": "not red", "output": "Blue, löv."}]
     examples = mq.read_examples(rows, chatty)
     (question,) = on.questions(examples, chatty)
@@ -148,7 +147,7 @@ def test_a_question_is_what_stands_before_the_answer_and_has_its_ids(chatty: Tok
     assert question.place == "rows:1"
 
 
-def test_of_a_chat_the_last_answer_is_asked(chatty: Tokenizer) -> None:
+def test_of_a_chat_the_last_answer_is_asked(chatty):
     said = ["one", "ONE", "two", "TWO"]
     roles = ["user", "assistant"] * 2
     messages = [{"role": role, "content": text} for role, text in zip(roles, said)]
@@ -158,7 +157,7 @@ def test_of_a_chat_the_last_answer_is_asked(chatty: Tokenizer) -> None:
     assert "ONE" in question.prompt and question.prompt.endswith("<|assistant|>")
 
 
-def test_rows_without_a_question_or_with_a_cut_answer_are_left_out(chatty: Tokenizer) -> None:
+def test_rows_without_a_question_or_with_a_cut_answer_are_left_out(chatty):
     row = {"instruction": "Count.", "output": "one two three four five six seven eight"}
     whole = mq.read_examples([row], chatty, mq.DataConfig(train_on="all"))
     plain = mq.read_examples([{"text": "the quick brown fox"}], chatty)
@@ -168,7 +167,7 @@ def test_rows_without_a_question_or_with_a_cut_answer_are_left_out(chatty: Token
         assert len(examples) == 1 and on.questions(examples, chatty) == []
 
 
-def test_llama_s_own_template_gives_back_its_ids(llama31: Tokenizer) -> None:
+def test_llama_s_own_template_gives_back_its_ids(llama31):
     messages = [{"role": "user", "content": "Hi 🙂"}, {"role": "assistant", "content": "Hello."}]
     examples = mq.read_examples([{"messages": messages}], llama31)
     (question,) = on.questions(examples, llama31)
@@ -177,7 +176,7 @@ def test_llama_s_own_template_gives_back_its_ids(llama31: Tokenizer) -> None:
     assert question.reference == "Hello."
 
 
-def test_the_libraries_load_only_when_they_are_used(tmp_path: Path) -> None:
+def test_the_libraries_load_only_when_they_are_used(tmp_path):
     import subprocess
     import sys
 

@@ -43,13 +43,11 @@ def coverage(make: Callable[[np.random.Generator, int], Made], n: int, sets: int
 
 @pytest.mark.parametrize("make", [lognormal, token_weighted, paired_losses, right_or_wrong])
 @pytest.mark.parametrize(("n", "sets"), [(50, 2000), (200, 2000)])
-def test_95_percent_intervals_hold_the_truth_in_93_to_97_percent_of_sets(
-    make: Callable[[np.random.Generator, int], Made], n: int, sets: int
-) -> None:
+def test_95_percent_intervals_hold_the_truth_in_93_to_97_percent_of_sets(make, n, sets):
     assert 0.93 <= coverage(make, n, sets) <= 0.97
 
 
-def test_seldom_differing_answers_of_a_small_set_are_covered_less_often() -> None:
+def test_seldom_differing_answers_of_a_small_set_are_covered_less_often():
     def seldom(random: np.random.Generator, n: int) -> Made:
         before, after = random.random(n) < 0.1, random.random(n) < 0.2
         return after.astype(float) - before, None, 0.1
@@ -57,7 +55,7 @@ def test_seldom_differing_answers_of_a_small_set_are_covered_less_often() -> Non
     assert 0.85 <= coverage(seldom, 20, 600) < 0.95
 
 
-def test_the_level_is_the_share_that_is_held() -> None:
+def test_the_level_is_the_share_that_is_held():
     random, held = np.random.default_rng(3), 0
     for seed in range(600):
         found = ratio_interval(random.gamma(2, 1, 60), None, 0.8, seed, 1000)
@@ -65,7 +63,7 @@ def test_the_level_is_the_share_that_is_held() -> None:
     assert 0.77 <= held / 600 <= 0.84
 
 
-def test_on_normal_data_it_is_student_s_interval() -> None:
+def test_on_normal_data_it_is_student_s_interval():
     values = np.random.default_rng(0).normal(3, 2, 400)
     found = ratio_interval(values, resamples=40_000)
     half = 1.9659 * values.std(ddof=1) / math.sqrt(400)
@@ -75,12 +73,12 @@ def test_on_normal_data_it_is_student_s_interval() -> None:
     assert (found.n, found.level, found.method) == (400, 0.95, STUDENTISED)
 
 
-def test_the_upper_end_is_farther_off_where_the_data_reach_upwards() -> None:
+def test_the_upper_end_is_farther_off_where_the_data_reach_upwards():
     found = ratio_interval(np.random.default_rng(0).lognormal(0, 1.2, 60))
     assert found.high - found.estimate > 1.3 * (found.estimate - found.low)
 
 
-def test_a_ratio_is_weighted_by_its_weights() -> None:
+def test_a_ratio_is_weighted_by_its_weights():
     random = np.random.default_rng(0)
     tokens = random.integers(1, 90, 40)
     nats = tokens * random.gamma(2, 1, 40)
@@ -92,7 +90,7 @@ def test_a_ratio_is_weighted_by_its_weights() -> None:
     assert found.estimate != pytest.approx((nats / tokens).mean(), rel=1e-3)
 
 
-def test_paired_intervals_are_narrower_than_unpaired_ones_on_correlated_data() -> None:
+def test_paired_intervals_are_narrower_than_unpaired_ones_on_correlated_data():
     random = np.random.default_rng(0)
     base = random.gamma(2, 1, 80)
     tuned = 0.9 * base + 0.05 * random.normal(size=80)
@@ -105,7 +103,7 @@ def test_paired_intervals_are_narrower_than_unpaired_ones_on_correlated_data() -
     assert not paired.includes_zero and low < 0 < high
 
 
-def test_the_same_seed_gives_the_same_interval_and_the_order_of_draws_matters() -> None:
+def test_the_same_seed_gives_the_same_interval_and_the_order_of_draws_matters():
     values = np.random.default_rng(0).gamma(2, 1, 50)
     assert ratio_interval(values, seed=1) == ratio_interval(values, seed=1)
     one, two = ratio_interval(values, seed=1), ratio_interval(values, seed=2)
@@ -113,7 +111,7 @@ def test_the_same_seed_gives_the_same_interval_and_the_order_of_draws_matters() 
     assert abs(one.low - two.low) < 0.1 * (one.high - one.low)
 
 
-def test_few_ones_among_zeros_take_bca_and_stay_in_range() -> None:
+def test_few_ones_among_zeros_take_bca_and_stay_in_range():
     found = ratio_interval(np.array([1.0] + [0.0] * 29))
     assert found.method == BCA
     assert 0 <= found.low < 1 / 30 < found.high < 0.25
@@ -122,9 +120,7 @@ def test_few_ones_among_zeros_take_bca_and_stay_in_range() -> None:
 
 
 @pytest.mark.parametrize(("n", "noise", "moved"), [(20, 1e-3, 2), (32, 1e-4, 3), (20, 0.02, 2)])
-def test_a_change_that_a_few_examples_carry_reaches_no_farther_than_they_do(
-    n: int, noise: float, moved: int
-) -> None:
+def test_a_change_that_a_few_examples_carry_reaches_no_farther_than_they_do(n, noise, moved):
     values = np.random.default_rng(0).normal(0, noise, n)
     values[:moved] -= 0.5
     found = ratio_interval(values)
@@ -133,7 +129,7 @@ def test_a_change_that_a_few_examples_carry_reaches_no_farther_than_they_do(
     assert found.high - found.low < 0.3
 
 
-def test_rare_changes_of_either_sign_are_covered_less_often() -> None:
+def test_rare_changes_of_either_sign_are_covered_less_often():
     def rare(random: np.random.Generator, n: int) -> Made:
         changed = (random.random(n) < 0.1) * random.choice([-0.5, 0.5], n)
         return changed * random.gamma(4, 0.25, n) + random.normal(0, 1e-3, n), None, 0.0
@@ -142,19 +138,19 @@ def test_rare_changes_of_either_sign_are_covered_less_often() -> None:
 
 
 @pytest.mark.parametrize("values", [np.full(30, 0.7), np.zeros(30), np.arange(FEWEST - 1)])
-def test_what_allows_no_interval_says_so(values: np.ndarray) -> None:
+def test_what_allows_no_interval_says_so(values):
     found = ratio_interval(values)
     assert found.method == NONE and not found.known and found.includes_zero
     assert found.low == found.high == found.estimate == pytest.approx(values.mean())
     assert found.to_dict()["low"] is None and found.to_dict()["estimate"] == found.estimate
 
 
-def test_an_increasing_function_moves_the_ends() -> None:
+def test_an_increasing_function_moves_the_ends():
     found = Interval(1.0, 0.5, 2.0, 9, 0.95, STUDENTISED).mapped(math.exp)
     assert (found.estimate, found.low, found.high) == tuple(map(math.exp, (1.0, 0.5, 2.0)))
 
 
-def test_what_gives_no_interval_is_refused() -> None:
+def test_what_gives_no_interval_is_refused():
     with pytest.raises(DataError, match="no examples to draw"):
         ratio_interval(np.zeros(0))
     with pytest.raises(DataError, match="not finite"):

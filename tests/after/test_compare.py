@@ -58,7 +58,7 @@ def made_up(seed: int = 0, n: int = 60, gain: float = 0.1) -> tuple[Performance,
     return Performance(RowScores(nats, hits, tokens)), Performance(RowScores(better, more, tokens))
 
 
-def test_figures_are_weighted_by_tokens_and_paired() -> None:
+def test_figures_are_weighted_by_tokens_and_paired():
     base, tuned = made_up()
     found = compare(base, tuned, [])
     nats, tokens = base.scores.nats, base.scores.tokens
@@ -74,7 +74,7 @@ def test_figures_are_weighted_by_tokens_and_paired() -> None:
     assert (found.n_examples, found.n_tokens, found.n_answers) == (60, tokens.sum(), 0)
 
 
-def test_a_sentence_says_better_only_where_the_interval_leaves_out_0() -> None:
+def test_a_sentence_says_better_only_where_the_interval_leaves_out_0():
     base, tuned = made_up()
     assert compare(base, tuned, [])["loss"].sentence.endswith(": better")
     assert compare(tuned, base, [])["loss"].sentence.endswith(": worse")
@@ -88,7 +88,7 @@ def test_a_sentence_says_better_only_where_the_interval_leaves_out_0() -> None:
     assert "one interval in twenty" in found.sentences[-1]
 
 
-def test_answers_are_compared_by_every_metric() -> None:
+def test_answers_are_compared_by_every_metric():
     asked = [Question(f"q{i}", f"it is {i}.", 4, "x:1") for i in range(12)]
     scores = made_up(n=12)
     base = Performance(scores[0].scores, tuple("no idea" for _ in asked))
@@ -110,9 +110,7 @@ def test_answers_are_compared_by_every_metric() -> None:
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
 
 
-def test_the_base_is_the_model_without_its_adapter_and_the_adapter_stays_on(
-    folder: Path, adapter: Path, rows: Path
-) -> None:
+def test_the_base_is_the_model_without_its_adapter_and_the_adapter_stays_on(folder, adapter, rows):
     model, tokenizer = mq.load(folder, adapter=adapter)
     before = our_logits(model, TOKENS)
     examples = mq.read_examples(rows, tokenizer)
@@ -148,9 +146,7 @@ def said_to(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_a_run_s_adapter_is_evaluated_by_its_folder_alone(
-    adapter: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_a_run_s_adapter_is_evaluated_by_its_folder_alone(adapter, rows, tmp_path):
     console, out = quiet(), tmp_path / "new" / "scores.json"
     config = config_of(adapter=str(adapter))
     found = evaluate_run(config, console, str(rows), 12, 3, None, str(out))
@@ -166,7 +162,7 @@ def test_a_run_s_adapter_is_evaluated_by_its_folder_alone(
     assert again.to_dict() == found.to_dict()
 
 
-def test_a_base_alone_has_figures_and_no_change(folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_base_alone_has_figures_and_no_change(folder, rows, tmp_path):
     found = evaluate_run(config_of(source=str(folder)), quiet(), str(rows), n_answers=0)
     model, tokenizer = mq.load(folder)
     wanted = mq.evaluate(model, tokenizer, mq.read_examples(rows, tokenizer))
@@ -176,9 +172,7 @@ def test_a_base_alone_has_figures_and_no_change(folder: Path, rows: Path, tmp_pa
     assert found.comparison.n_answers == 0 and found.samples == ()
 
 
-def test_rows_that_were_trained_on_are_pointed_out(
-    adapter: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_rows_that_were_trained_on_are_pointed_out(adapter, rows, tmp_path):
     record = build({"model": {"source": str(adapter)}, "data": {"path": str(rows)}})
     taught = tmp_path / "adapter"
     taught.mkdir()
@@ -193,8 +187,8 @@ def test_rows_that_were_trained_on_are_pointed_out(
 
 
 def test_what_is_wrong_is_found_before_a_weight_is_loaded(
-    folder: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder, adapter, rows, tmp_path, monkeypatch
+):
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was loaded")
 

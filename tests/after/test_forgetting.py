@@ -52,7 +52,7 @@ def torch_figures(home: Path, rows: list[list[int]]) -> np.ndarray:
     return sums / n
 
 
-def test_the_figures_are_torch_s_in_float64(made: tuple[Any, Any, Path]) -> None:
+def test_the_figures_are_torch_s_in_float64(made):
     model, tokenizer, home = made
     found = forgetting(model, tokenizer)
     rows = encode_texts(tokenizer, None)
@@ -70,7 +70,7 @@ def test_the_figures_are_torch_s_in_float64(made: tuple[Any, Any, Path]) -> None
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
 
 
-def test_the_model_leaves_as_it_came_and_the_figures_repeat(made: tuple[Any, Any, Path]) -> None:
+def test_the_model_leaves_as_it_came_and_the_figures_repeat(made):
     model, tokenizer, _ = made
     tokens = random_tokens(1, 12)
     before = our_logits(model, tokens)
@@ -79,9 +79,7 @@ def test_the_model_leaves_as_it_came_and_the_figures_repeat(made: tuple[Any, Any
     assert np.array_equal(our_logits(model, tokens), before)
 
 
-def test_logits_exist_for_a_slice_of_the_positions_and_slices_change_nothing(
-    made: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_exist_for_a_slice_of_the_positions_and_slices_change_nothing(made, monkeypatch):
     model, tokenizer, _ = made
     wanted = forgetting(model, tokenizer, [*TEXTS[:1]])
     widths: list[int] = []
@@ -98,16 +96,14 @@ def test_logits_exist_for_a_slice_of_the_positions_and_slices_change_nothing(
     assert found.kl.estimate == pytest.approx(wanted.kl.estimate, rel=1e-5)
 
 
-def test_texts_longer_than_the_model_are_read_in_windows_that_predict_every_token_once(
-    tmp_path: Path,
-) -> None:
+def test_texts_longer_than_the_model_are_read_in_windows_that_predict_every_token_once(tmp_path):
     model, tokenizer = mq.load(write_model(tmp_path / "model", max_position_embeddings=50))
     mq.add_lora(model, mq.LoraConfig(r=4))
     n = len(encode_texts(tokenizer, [TEXTS[0]])[0])
     assert n > 100 and forgetting(model, tokenizer, [TEXTS[0]]).tokens == n - 1
 
 
-def test_an_adapter_that_does_nothing_forgets_nothing(made: tuple[Any, Any, Path]) -> None:
+def test_an_adapter_that_does_nothing_forgets_nothing(made):
     _, tokenizer, home = made
     model, _ = mq.load(home / "model")
     with pytest.raises(mq.ConfigError, match="no adapter that is on"):
@@ -130,7 +126,7 @@ def sentence(rise: float, half: float, method: str = STUDENTISED) -> str:
     return Forgetting(loss, perplexity_row(loss), kl, kl, 900, "the text").sentence
 
 
-def test_the_verdict_follows_the_interval() -> None:
+def test_the_verdict_follows_the_interval():
     assert "rose from 12.1 to 12.34 (+2 %" in sentence(0.02, 0.01)
     assert sentence(0.02, 0.01).endswith("little was forgotten")
     assert sentence(0.08, 0.01).endswith(": something was forgotten")
@@ -148,7 +144,7 @@ def test_the_verdict_follows_the_interval() -> None:
     ]
 
 
-def test_a_file_s_paragraphs_are_its_texts(tmp_path: Path) -> None:
+def test_a_file_s_paragraphs_are_its_texts(tmp_path):
     file = tmp_path / "t.txt"
     file.write_text("one\ntwo\n\n\n\n three \n\n" + "\n\n".join("x" * 10 for _ in range(9)))
     assert read_texts(file)[:2] == ["one\ntwo", "three"]

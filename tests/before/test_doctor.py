@@ -10,7 +10,6 @@ import subprocess
 import sys
 import types
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -541,7 +540,7 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch):
     assert found == [Finding("warning", name, text) for name in names]
 
 
-def test_the_whole_of_it_on_this_machine(tmp_path: Path):
+def test_the_whole_of_it_on_this_machine(tmp_path):
     """Nothing faked but the hub's address: one object, nothing else, and no traceback."""
     done = subprocess.run(
         [

@@ -53,14 +53,14 @@ def play(model: tuple[Any, Any], *lines: Any, **how: Any) -> str:
     return out.getvalue()
 
 
-def test_an_answer_is_the_generated_one_with_its_speed(model: tuple[Any, Any]) -> None:
+def test_an_answer_is_the_generated_one_with_its_speed(model):
     answer = generate(*model, [{"role": "user", "content": "Hi"}], **dataclasses.asdict(HOW))
     out = play(model, "Hi")
     assert answer in out
     assert "answer 8 tokens" in out and "/s; peak" in out and "GB" in out
 
 
-def test_only_the_new_turn_is_computed(model: tuple[Any, Any], asked: list[Any]) -> None:
+def test_only_the_new_turn_is_computed(model, asked):
     play(model, "Hi", "Name a colour.", "And the fox?")
     for before, after in itertools.pairwise(asked):
         held = before.prompt + before.ids
@@ -71,7 +71,7 @@ def test_only_the_new_turn_is_computed(model: tuple[Any, Any], asked: list[Any])
     assert asked[-1].prompt == asked[-2].prompt and asked[-1].speed.cached_tokens == 0
 
 
-def test_a_kept_cache_gives_the_answers_of_none(model: tuple[Any, Any], asked: list[Any]) -> None:
+def test_a_kept_cache_gives_the_answers_of_none(model, asked):
     play(model, "Hi", "Name a colour.", how=GenerationConfig(0, max_new_tokens=8))
     for made in asked:
         how = GenerationConfig(0, max_new_tokens=8)
@@ -79,7 +79,7 @@ def test_a_kept_cache_gives_the_answers_of_none(model: tuple[Any, Any], asked: l
         assert made.ids == fresh[: len(made.ids)] and made.ids
 
 
-def test_the_system_message_comes_first(model: tuple[Any, Any], asked: list[Any]) -> None:
+def test_the_system_message_comes_first(model, asked):
     play(model, "Hi", "/system Be kind.", "Hi", "/system", "Hi", system="Be brief.")
     begun = [model[1].decode(made.prompt) for made in asked]
     assert begun[0].startswith("<|bos|><|system|>Be brief.<|eos|><|user|>Hi")
@@ -87,9 +87,7 @@ def test_the_system_message_comes_first(model: tuple[Any, Any], asked: list[Any]
     assert begun[2].startswith("<|bos|><|user|>Hi")
 
 
-def test_the_adapter_goes_off_and_on_and_is_as_before_afterwards(
-    model: tuple[Any, Any], asked: list[Any]
-) -> None:
+def test_the_adapter_goes_off_and_on_and_is_as_before_afterwards(model, asked):
     llama, tokenizer = model
     base = generate(*model, "x", **dataclasses.asdict(HOW))
     mq.add_lora(llama, mq.LoraConfig(r=4))
@@ -107,7 +105,7 @@ def test_the_adapter_goes_off_and_on_and_is_as_before_afterwards(
     )
 
 
-def test_no_adapter_and_wrong_words_are_one_message(model: tuple[Any, Any]) -> None:
+def test_no_adapter_and_wrong_words_are_one_message(model):
     out = play(model, "/adapter off", "/adapter", "/nonsense", "/save", "/save x.jsonl", "/help")
     for words in (
         "the model has no adapter: start the chat with --adapter DIR",
@@ -121,9 +119,7 @@ def test_no_adapter_and_wrong_words_are_one_message(model: tuple[Any, Any]) -> N
     assert not Path("x.jsonl").exists()
 
 
-def test_a_saved_conversation_is_a_row_that_the_data_reader_takes(
-    model: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_a_saved_conversation_is_a_row_that_the_data_reader_takes(model, tmp_path):
     file = tmp_path / "chats.jsonl"
     play(model, "Hi [bold]猫[/bold]", f"/save {file}", "More", f"/save {file}", system="Be brief.")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -150,9 +146,7 @@ class Impatient(Console):
         super().out(*objects, **how)
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_the_chat(
-    model: tuple[Any, Any], asked: list[Any]
-) -> None:
+def test_ctrl_c_ends_the_answer_and_keeps_the_chat(model, asked):
     out = play(model, "Hi", "Go on", KeyboardInterrupt(), "And?", console=Impatient)
     assert len(asked) == 3 and len(asked[0].ids) < 8 and " ..." in out
     said = model[1].decode(asked[1].prompt)
@@ -160,16 +154,12 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_chat(
     assert asked[1].speed.cached_tokens > 0 and len(asked[2].ids) > 0
 
 
-def test_quit_ends_at_once_and_blank_lines_ask_nothing(
-    model: tuple[Any, Any], asked: list[Any]
-) -> None:
+def test_quit_ends_at_once_and_blank_lines_ask_nothing(model, asked):
     play(model, "", "   ", "/quit", "never")
     assert not asked
 
 
-def test_a_seed_repeats_a_chat_and_each_turn_draws_differently(
-    model: tuple[Any, Any], asked: list[Any]
-):
+def test_a_seed_repeats_a_chat_and_each_turn_draws_differently(model, asked):
     how = GenerationConfig(max_new_tokens=8, temperature=2.0)
     for _ in range(2):
         play(model, "Hi", "/reset", "Hi", how=how, seed=5)
@@ -177,12 +167,12 @@ def test_a_seed_repeats_a_chat_and_each_turn_draws_differently(
     assert texts[:2] == texts[2:] and texts[0] != texts[1]
 
 
-def test_a_conversation_longer_than_the_model_is_refused(model: tuple[Any, Any]) -> None:
+def test_a_conversation_longer_than_the_model_is_refused(model):
     out = play(model, "the fox " * 300, "Hi")
     assert "tokens, and the model was made for 512: /reset" in out
     assert out.count("/s; peak") == 1
 
 
-def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_template_is_refused(tmp_path):
     with pytest.raises(mq.TokenizerError, match="no chat template"):
         play(mq.load(write_model(tmp_path / "plain")), "Hi")

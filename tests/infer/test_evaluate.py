@@ -1,6 +1,5 @@
 """Scores against the definition in numpy, float64, from the model's own logits."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def test_scores_do_not_depend_on_the_batch_size_and_repeat_exactly(tuned: tuple[Any, Any]) -> None:
+def test_scores_do_not_depend_on_the_batch_size_and_repeat_exactly(tuned):
     model, tokenizer = tuned
     examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
     wanted = mq.evaluate(model, tokenizer, examples, batch_size=8)
@@ -41,7 +40,7 @@ def test_scores_do_not_depend_on_the_batch_size_and_repeat_exactly(tuned: tuple[
         assert scores.n_tokens == wanted.n_tokens
 
 
-def test_sets_that_cannot_be_scored_are_refused(tuned: tuple[Any, Any], tmp_path: Path) -> None:
+def test_sets_that_cannot_be_scored_are_refused(tuned, tmp_path):
     model, tokenizer = tuned
     examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
     with pytest.raises(mq.DataError, match="no examples to evaluate"):
@@ -58,8 +57,8 @@ def test_sets_that_cannot_be_scored_are_refused(tuned: tuple[Any, Any], tmp_path
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_scores_are_the_definition_s_of_each_example_and_add_up_to_those_of_the_set(
-    tuned: tuple[Any, Any], train_on: str
-) -> None:
+    tuned, train_on
+):
     model, tokenizer = tuned
     rows = [*ROWS[::-1], *ROWS]
     examples = mq.read_examples(rows, tokenizer, mq.DataConfig(train_on=train_on))
@@ -81,9 +80,7 @@ def test_scores_are_the_definition_s_of_each_example_and_add_up_to_those_of_the_
     assert np.array_equal(again.nats, scores.nats) and np.array_equal(again.hits, scores.hits)
 
 
-def test_many_examples_go_in_several_groups_and_keep_their_places(
-    tuned: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_examples_go_in_several_groups_and_keep_their_places(tuned, monkeypatch):
     model, tokenizer = tuned
     examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
     wanted = score_examples(model, tokenizer, examples)
@@ -95,7 +92,7 @@ def test_many_examples_go_in_several_groups_and_keep_their_places(
     assert np.array_equal(found.tokens, wanted.tokens)
 
 
-def test_the_loss_is_the_trainer_s_and_that_of_torch_and_peft(tmp_path: Path) -> None:
+def test_the_loss_is_the_trainer_s_and_that_of_torch_and_peft(tmp_path):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -129,7 +126,7 @@ def test_the_loss_is_the_trainer_s_and_that_of_torch_and_peft(tmp_path: Path) ->
     )
 
 
-def test_an_example_that_teaches_nothing_is_named(tuned: tuple[Any, Any]) -> None:
+def test_an_example_that_teaches_nothing_is_named(tuned):
     model, tokenizer = tuned
     blank = Example(np.arange(5, dtype=np.int32), np.zeros(5, bool), 3, "x.jsonl")
     with pytest.raises(mq.DataError, match=r"x\.jsonl:3 has no supervised token"):

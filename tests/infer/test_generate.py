@@ -59,7 +59,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
-def test_greedy_text_is_that_of_transformers(smollm2: tuple[Any, Any]) -> None:
+def test_greedy_text_is_that_of_transformers(smollm2):
     """Each of our tokens is transformers' first choice after all before it: its greedy text.
 
     All prompts together, as that takes a quarter of the time; the first ones also alone.
@@ -83,7 +83,7 @@ def test_greedy_text_is_that_of_transformers(smollm2: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_chat_prompt_is_the_template_s_text(smollm2: tuple[Any, Any]) -> None:
+def test_a_chat_prompt_is_the_template_s_text(smollm2):
     model, tokenizer = smollm2
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.render_chat(messages, add_generation_prompt=True)
@@ -96,7 +96,7 @@ def test_a_chat_prompt_is_the_template_s_text(smollm2: tuple[Any, Any]) -> None:
 # ---- seeds -------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_one_text_whatever_the_global_state(tiny: tuple[Any, Any]) -> None:
+def test_a_seed_gives_one_text_whatever_the_global_state(tiny):
     model, tokenizer = tiny
     texts = []
     for state in (1, 2):
@@ -108,9 +108,7 @@ def test_a_seed_gives_one_text_whatever_the_global_state(tiny: tuple[Any, Any]) 
     assert len(others) == 4
 
 
-def test_without_a_seed_texts_differ_and_the_global_state_is_not_touched(
-    tiny: tuple[Any, Any],
-) -> None:
+def test_without_a_seed_texts_differ_and_the_global_state_is_not_touched(tiny):
     model, tokenizer = tiny
     mx.random.seed(3)
     untouched = mx.random.normal((4,))
@@ -132,7 +130,7 @@ def said(tiny: tuple[Any, Any], ids: list[int] | str, **settings: Any) -> str:
     return "".join(pieces)
 
 
-def test_an_end_token_stops_and_is_not_in_the_text(tiny: tuple[Any, Any]) -> None:
+def test_an_end_token_stops_and_is_not_in_the_text(tiny):
     _, tokenizer = tiny
     blue = tokenizer.encode("Blue.")
     assert said(tiny, [*blue, tokenizer.eos_id, *tokenizer.encode("more")]) == "Blue."
@@ -151,13 +149,11 @@ def test_an_end_token_stops_and_is_not_in_the_text(tiny: tuple[Any, Any]) -> Non
         (["fox jumps", "jumps"], "The "),  # complete at once: the one that begins first
     ],
 )
-def test_a_stop_text_ends_the_answer_where_it_begins(
-    tiny: tuple[Any, Any], stop: list[str] | str, wanted: str
-) -> None:
+def test_a_stop_text_ends_the_answer_where_it_begins(tiny, stop, wanted):
     assert said(tiny, "The fox jumps.\n\n### Instruction:\nWhat", stop=stop) == wanted
 
 
-def test_a_character_of_several_tokens_is_whole_in_the_text(tiny: tuple[Any, Any]) -> None:
+def test_a_character_of_several_tokens_is_whole_in_the_text(tiny):
     assert len(tiny[1].encode("猫")) == 3
     assert said(tiny, "猫 Zoë") == "猫 Zoë"
 
@@ -229,7 +225,7 @@ def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
     return [*(pieces.add(i) for i in ids), pieces.end()]
 
 
-def test_pieces_join_to_the_text_of_all_tokens(tokenizers: list[Any]) -> None:
+def test_pieces_join_to_the_text_of_all_tokens(tokenizers):
     """Of texts, of tokens at random, and of those that make up characters and spaces."""
     draw = np.random.default_rng(0)
     for tokenizer in tokenizers:
@@ -244,7 +240,7 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizers: list[Any]) -> None:
             assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_pieces_come_early_and_never_show_half_a_character(tokenizers: list[Any]) -> None:
+def test_pieces_come_early_and_never_show_half_a_character(tokenizers):
     for tokenizer in tokenizers:
         text = "the fox jumps over the lazy dog"
         ids = tokenizer.encode(text)
@@ -254,7 +250,7 @@ def test_pieces_come_early_and_never_show_half_a_character(tokenizers: list[Any]
         assert not any("\ufffd" in piece for piece in said)
 
 
-def test_the_work_for_a_token_does_not_grow_with_the_text(tokenizers: list[Any]) -> None:
+def test_the_work_for_a_token_does_not_grow_with_the_text(tokenizers):
     for tokenizer in tokenizers:
         ids, sizes = tokenizer.encode("the fox jumps. " * 60), list[int]()
 
@@ -270,9 +266,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_text(tokenizers: list[Any])
 
 
 @pytest.mark.parametrize("stop", [["\n\n###"], ["jumps", "ps.\n"], ["W", "What"], ["zz"], ["e f"]])
-def test_a_stream_never_shows_a_stop_text_not_even_its_beginning(
-    tiny: tuple[Any, Any], stop: list[str]
-) -> None:
+def test_a_stream_never_shows_a_stop_text_not_even_its_beginning(tiny, stop):
     model, tokenizer = tiny
     text = "The fox jumps.\n\n## \U0001f680 ### Instruction:\nWhat"
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
@@ -290,7 +284,7 @@ def test_a_stream_never_shows_a_stop_text_not_even_its_beginning(
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
-def test_a_prompt_cache_changes_nothing_but_the_work(tiny: tuple[Any, Any], penalty: float) -> None:
+def test_a_prompt_cache_changes_nothing_but_the_work(tiny, penalty):
     model, tokenizer = tiny
     cache = PromptCache()
     how: Any = {"temperature": 0.0, "repetition_penalty": penalty, "max_new_tokens": 12}
@@ -303,7 +297,7 @@ def test_a_prompt_cache_changes_nothing_but_the_work(tiny: tuple[Any, Any], pena
         assert cache.ids[: made.speed.prompt_tokens] == prompt_ids(tokenizer, prompt)
 
 
-def test_a_prompt_cache_begins_anew_for_other_weights(tmp_path: Path) -> None:
+def test_a_prompt_cache_begins_anew_for_other_weights(tmp_path):
     model, tokenizer = mq.load(write_model(tmp_path / "model"))
     cache, how = PromptCache(), {"max_new_tokens": 9, "temperature": 0.0}
     assert generate(model, tokenizer, "the fox", prompt_cache=cache, **how)
@@ -318,9 +312,7 @@ def test_a_prompt_cache_begins_anew_for_other_weights(tmp_path: Path) -> None:
     assert cache.common(model, prompt_ids(tokenizer, "the fox")) > 0
 
 
-def test_an_exception_within_leaves_an_empty_cache(
-    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_within_leaves_an_empty_cache(tiny, monkeypatch):
     model, tokenizer = tiny
     cache = PromptCache()
     generate(model, tokenizer, "the fox", max_new_tokens=4, prompt_cache=cache)
@@ -336,14 +328,14 @@ def test_an_exception_within_leaves_an_empty_cache(
     assert cache.ids == []
 
 
-def test_kv_bits_that_cannot_be_are_refused(tiny: tuple[Any, Any]) -> None:
+def test_kv_bits_that_cannot_be_are_refused(tiny):
     with pytest.raises(mq.ConfigError, match="kv_bits must be one of 2, 4, 8, or None; got 3"):
         generate(*tiny, "x", kv_bits=3)
     with pytest.raises(mq.ConfigError, match="multiple of 32; this model's have 16"):
         generate(*tiny, "x", kv_bits=4)
 
 
-def test_speed_counts_what_was_done(tiny: tuple[Any, Any]) -> None:
+def test_speed_counts_what_was_done(tiny):
     made = stream(*tiny, "the fox", max_new_tokens=9, temperature=0, repetition_penalty=1)
     assert made.speed.new_tokens == 0
     list(made)
@@ -354,7 +346,7 @@ def test_speed_counts_what_was_done(tiny: tuple[Any, Any]) -> None:
     assert speed.peak_memory_bytes > 0
 
 
-def test_a_seed_gives_one_text_in_every_process(tiny: tuple[Any, Any]) -> None:
+def test_a_seed_gives_one_text_in_every_process(tiny):
     model, tokenizer = tiny
     code = (
         "import sys, mlx_qlora as mq\n"
@@ -370,34 +362,34 @@ def test_a_seed_gives_one_text_in_every_process(tiny: tuple[Any, Any]) -> None:
 # ---- prompts -----------------------------------------------------------------------------------
 
 
-def test_a_prompt_gets_exactly_one_bos(tiny: tuple[Any, Any]) -> None:
+def test_a_prompt_gets_exactly_one_bos(tiny):
     _, tokenizer = tiny
     for text in ("the fox", "<|bos|>the fox"):
         ids = prompt_ids(tokenizer, text)
         assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
 
 
-def test_token_ids_are_taken_as_they_are(tiny: tuple[Any, Any]) -> None:
+def test_token_ids_are_taken_as_they_are(tiny):
     model, tokenizer = tiny
     ids = prompt_ids(tokenizer, "the fox")
     assert prompt_ids(tokenizer, ids) == ids
     assert generate(model, tokenizer, ids, seed=1) == generate(model, tokenizer, "the fox", seed=1)
 
 
-def test_messages_are_rendered_with_the_chat_template(tiny: tuple[Any, Any]) -> None:
+def test_messages_are_rendered_with_the_chat_template(tiny):
     _, tokenizer = tiny
     messages = [{"role": "user", "content": "Hi"}]
     ids = prompt_ids(tokenizer, messages)
     assert tokenizer.decode(ids) == "<|bos|><|user|>Hi<|eos|><|assistant|>"
 
 
-def test_messages_without_a_template_are_refused(tiny: tuple[Any, Any]) -> None:
+def test_messages_without_a_template_are_refused(tiny):
     plain = dataclasses.replace(tiny[1], chat_template=None)
     with pytest.raises(mq.TokenizerError, match="no chat template"):
         prompt_ids(plain, [{"role": "user", "content": "Hi"}])
 
 
-def test_an_empty_prompt_is_refused_where_no_bos_stands_in(smollm2: tuple[Any, Any]) -> None:
+def test_an_empty_prompt_is_refused_where_no_bos_stands_in(smollm2):
     with pytest.raises(mq.ConfigError, match="the prompt is empty"):
         generate(*smollm2, "")
 
@@ -417,9 +409,7 @@ def test_an_empty_prompt_is_refused_where_no_bos_stands_in(smollm2: tuple[Any, A
         ({"seed": -1}, "seed must be in [0, 2**64); got -1"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_its_rule(
-    tiny: tuple[Any, Any], how: dict[str, Any], words: str
-) -> None:
+def test_a_value_out_of_range_is_named_with_its_rule(tiny, how, words):
     with pytest.raises(mq.ConfigError) as caught:
         generate(*tiny, "x", **how)
     assert str(caught.value) == words
@@ -428,7 +418,7 @@ def test_a_value_out_of_range_is_named_with_its_rule(
 # ---- settings ----------------------------------------------------------------------------------
 
 
-def test_the_keywords_are_the_fields_of_the_config_and_a_few_more() -> None:
+def test_the_keywords_are_the_fields_of_the_config_and_a_few_more():
     fields = {field.name: field.type for field in dataclasses.fields(GenerationConfig)}
     keywords = GenerationSettings.__annotations__
     assert {name: keywords[name] for name in fields} == fields
@@ -437,7 +427,7 @@ def test_the_keywords_are_the_fields_of_the_config_and_a_few_more() -> None:
     assert more == {"kv_bits", "prompt_cache"}
 
 
-def test_settings_are_keywords_and_an_unknown_one_names_the_nearest(tiny: tuple[Any, Any]) -> None:
+def test_settings_are_keywords_and_an_unknown_one_names_the_nearest(tiny):
     misspelt: Any = {"temprature": 0.0}
     asks: list[tuple[Any, Any]] = [(generate, "x"), (stream, "x"), (mq.generate_batch, ["x"])]
     for ask, prompt in asks:

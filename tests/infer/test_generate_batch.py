@@ -1,7 +1,6 @@
 """Many prompts at once: each text is the one that it would be alone."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_texts_are_those_of_single_prompts(
-    tiny: tuple[Any, Any], batch_size: int, penalty: float
-) -> None:
+def test_greedy_texts_are_those_of_single_prompts(tiny, batch_size, penalty):
     how: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.0, "repetition_penalty": penalty}
     texts = generate_batch(*tiny, PROMPTS, batch_size=batch_size, **how)
     assert texts == [generate(*tiny, prompt, **how) for prompt in PROMPTS]
@@ -36,9 +33,7 @@ def test_greedy_texts_are_those_of_single_prompts(
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_prompt_i_draws_as_a_single_one_with_seed_plus_i(
-    tiny: tuple[Any, Any], batch_size: int
-) -> None:
+def test_prompt_i_draws_as_a_single_one_with_seed_plus_i(tiny, batch_size):
     texts = generate_batch(*tiny, PROMPTS, max_new_tokens=16, seed=40, batch_size=batch_size)
     single = [
         generate(*tiny, prompt, max_new_tokens=16, seed=40 + i) for i, prompt in enumerate(PROMPTS)
@@ -46,9 +41,7 @@ def test_prompt_i_draws_as_a_single_one_with_seed_plus_i(
     assert texts == single
 
 
-def test_a_row_ends_at_its_stop_text_and_the_next_prompt_takes_its_place(
-    tiny: tuple[Any, Any],
-) -> None:
+def test_a_row_ends_at_its_stop_text_and_the_next_prompt_takes_its_place(tiny):
     how: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "repetition_penalty": 1.0}
     whole = [generate(*tiny, prompt, **how) for prompt in PROMPTS]
     stop = [whole[0][3:5], whole[2][6:8]]
@@ -60,15 +53,13 @@ def test_a_row_ends_at_its_stop_text_and_the_next_prompt_takes_its_place(
 
 
 @pytest.mark.parametrize("prompts", ["Hello", [{"role": "user", "content": "Hello"}], [5, 6]])
-def test_a_prompt_in_the_place_of_a_list_is_refused(tiny: tuple[Any, Any], prompts: Any) -> None:
+def test_a_prompt_in_the_place_of_a_list_is_refused(tiny, prompts):
     with pytest.raises(mq.ConfigError, match=r"prompts must be a list of prompts \(\[prompt\] for"):
         generate_batch(*tiny, prompts)
     assert len(generate_batch(*tiny, [prompts], max_new_tokens=4)) == 1
 
 
-def test_a_text_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refused(
-    tmp_path: Path,
-) -> None:
+def test_a_text_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refused(tmp_path):
     model, tokenizer = mq.load(write_model(tmp_path / "model", max_position_embeddings=72))
     tokenizer = dataclasses.replace(tokenizer, eos_ids=frozenset())
     prompts = ["fox", "the quick brown fox jumps"]
@@ -87,7 +78,7 @@ def test_a_text_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refuse
         generate_batch(model, tokenizer, ["fox", long])
 
 
-def test_no_prompts_give_no_texts(tiny: tuple[Any, Any]) -> None:
+def test_no_prompts_give_no_texts(tiny):
     assert generate_batch(*tiny, []) == []
 
 
@@ -102,13 +93,13 @@ def test_no_prompts_give_no_texts(tiny: tuple[Any, Any]) -> None:
         ({"top_p": 0.0}, "generation.top_p must be in"),
     ],
 )
-def test_a_value_out_of_range_is_named(tiny: tuple[Any, Any], how: dict[str, Any], words: str):
+def test_a_value_out_of_range_is_named(tiny, how, words):
     with pytest.raises(mq.ConfigError, match=words):
         generate_batch(*tiny, PROMPTS, **how)
 
 
 @pytest.mark.slow
-def test_real_texts_are_those_of_single_prompts(smollm2: tuple[Any, Any]) -> None:
+def test_real_texts_are_those_of_single_prompts(smollm2):
     prompts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village"]
     hows: list[dict[str, Any]] = [{"temperature": 0.0}, {"seed": 3}]
     for how in hows:

@@ -1,6 +1,5 @@
 """Token ids in and out: each step of sampling against transformers, and mlx-lm's loops."""
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -37,9 +36,7 @@ def logits(seed: int = 0, rows: int = 1, V: int = 300) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 50, 1000])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
-def test_what_may_be_sampled_and_how_likely_is_transformers_own(
-    temperature: float, top_k: int, top_p: float
-) -> None:
+def test_what_may_be_sampled_and_how_likely_is_transformers_own(temperature, top_k, top_p):
     import torch
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -58,13 +55,13 @@ def test_what_may_be_sampled_and_how_likely_is_transformers_own(
     assert np.abs(ours - theirs).max() < 1e-6
 
 
-def test_top_p_1_rules_out_nothing_whatever_the_rounding() -> None:
+def test_top_p_1_rules_out_nothing_whatever_the_rounding():
     wide = mx.array(logits(V=50_000))
     how = GenerationConfig(temperature=1.0, top_k=0, top_p=1.0)
     assert not mx.isinf(filtered(wide, how)).any()
 
 
-def test_draws_have_the_filtered_distribution() -> None:
+def test_draws_have_the_filtered_distribution():
     how = GenerationConfig(temperature=1.3, top_k=8, top_p=0.9)
     row = mx.array(logits(V=12)[:1] / 3)
     sampler = Sampler(how, mx.random.key(0))
@@ -78,7 +75,7 @@ def test_draws_have_the_filtered_distribution() -> None:
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.1, 2.0])
-def test_the_repetition_penalty_is_transformers_own(penalty: float) -> None:
+def test_the_repetition_penalty_is_transformers_own(penalty):
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -94,7 +91,7 @@ def test_the_repetition_penalty_is_transformers_own(penalty: float) -> None:
 # ---- one prompt --------------------------------------------------------------------------------
 
 
-def test_greedy_with_a_cache_is_the_argmax_of_the_whole_sequence(model: Any) -> None:
+def test_greedy_with_a_cache_is_the_argmax_of_the_whole_sequence(model):
     prompt = random_tokens(1, 13, seed=3)[0].tolist()
     how = GenerationConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=20)
     got = list(generate_tokens(model, prompt, how))
@@ -104,7 +101,7 @@ def test_greedy_with_a_cache_is_the_argmax_of_the_whole_sequence(model: Any) -> 
     assert got == ids[13:]
 
 
-def test_the_repetition_penalty_counts_prompt_and_answer(model: Any) -> None:
+def test_the_repetition_penalty_counts_prompt_and_answer(model):
     """Against the definition, without a cache: every token seen so far, prompt included."""
     prompt = random_tokens(1, 9, seed=5)[0].tolist()
     how = GenerationConfig(temperature=0, repetition_penalty=1.7, max_new_tokens=20)
@@ -120,13 +117,13 @@ def test_the_repetition_penalty_counts_prompt_and_answer(model: Any) -> None:
     assert got != list(generate_tokens(model, prompt, plain))
 
 
-def test_no_more_than_max_new_tokens_are_made(model: Any) -> None:
+def test_no_more_than_max_new_tokens_are_made(model):
     for n in (1, 2, 17):
         how = GenerationConfig(temperature=0, max_new_tokens=n)
         assert len(list(generate_tokens(model, [5, 6, 7], how))) == n
 
 
-def test_a_quantised_cache_holds_nearly_the_same(tmp_path: Path) -> None:
+def test_a_quantised_cache_holds_nearly_the_same(tmp_path):
     folder = write_model(tmp_path / "model", head_dim=32)
     model, tokenizer = mq.load(folder)
     how, exact = GenerationConfig(0, 1, 0, 1, 8), PromptCache()
@@ -147,7 +144,7 @@ def test_a_quantised_cache_holds_nearly_the_same(tmp_path: Path) -> None:
 # ---- many prompts ------------------------------------------------------------------------------
 
 
-def test_equal_logits_give_equal_draws_whatever_stands_beside() -> None:
+def test_equal_logits_give_equal_draws_whatever_stands_beside():
     """A model whose logits are the same everywhere: only the draws can differ."""
 
     class Flat:
@@ -179,7 +176,7 @@ def test_equal_logits_give_equal_draws_whatever_stands_beside() -> None:
     assert len({tuple(tokens) for tokens in many.values()}) == 6
 
 
-def test_a_row_that_has_ended_gets_no_more_tokens(model: Any) -> None:
+def test_a_row_that_has_ended_gets_no_more_tokens(model):
     how, ended = GenerationConfig(0, max_new_tokens=12), set[int]()
     counts = np.zeros(3, int)
     for i, _ in batch_tokens(model, [[5], [6, 7], [8]], how, None, 2, ended):

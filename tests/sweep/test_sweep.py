@@ -129,7 +129,7 @@ def done(place: Path, tmp_path_factory: pytest.TempPathFactory):
 # ---- the plan ----------------------------------------------------------------------------------
 
 
-def test_stages_come_in_the_guides_order_and_each_varies_one_field(place: Path, tmp_path: Path):
+def test_stages_come_in_the_guides_order_and_each_varies_one_field(place, tmp_path):
     grid = checked_grid({"r": [32, 8, 8, 16], "batch_size": [8], "learning_rate": [5e-4, 1e-4]})
     assert list(grid.items()) == [
         ("learning_rate", [1e-4, 5e-4]),
@@ -151,9 +151,7 @@ def test_budgets_double_from_rung_to_rung():
     assert [budget(7, rung, 1) for rung in range(1)] == [7]
 
 
-def test_a_batch_sees_as_many_rows_and_a_trial_is_planned_for_its_whole_budget(
-    place: Path, tmp_path: Path
-):
+def test_a_batch_sees_as_many_rows_and_a_trial_is_planned_for_its_whole_budget(place, tmp_path):
     whole = config(place, tmp_path)
     start = start_point(whole)
     for rows, made in {8: (4, 2), 16: (4, 4), 6: (3, 2), 5: (1, 5), 2: (2, 1)}.items():
@@ -173,7 +171,7 @@ def test_the_automatic_learning_rate_is_the_published_rule():
         TrainingConfig(learning_rate="fast")
 
 
-def test_auto_is_resolved_and_recorded(place: Path, tmp_path: Path):
+def test_auto_is_resolved_and_recorded(place, tmp_path):
     out = tmp_path / "out"
     asked = config(place, out, training={"learning_rate": "auto"})
     _, winner, _ = swept(asked, {"r": [2]}, steps=1, rungs=1)
@@ -213,7 +211,7 @@ def test_the_shared_base_is_unchanged_bit_for_bit(done):
 
 
 def test_a_trial_that_went_on_is_bit_for_bit_an_uninterrupted_run(
-    done, place: Path, tmp_path, monkeypatch
+    done, place, tmp_path, monkeypatch
 ):
     """`fine_tune` of the same config, with its own model, validation and checkpoints."""
     result, printed, *_ = done
@@ -324,9 +322,7 @@ def test_equals_are_called_so_and_clear_winners_too():
     assert in_words("a", "b", difference(*few)).endswith(", interval not known)")
 
 
-def test_indistinguishable_candidates_are_reported_and_the_cautious_one_taken(
-    place: Path, tmp_path: Path
-):
+def test_indistinguishable_candidates_are_reported_and_the_cautious_one_taken(place, tmp_path):
     grid = {"learning_rate": [1.0e-7, 1.1e-7, 1.2e-7]}
     result, winner, printed = swept(config(place, tmp_path / "out"), grid, steps=2, rungs=1)
     assert winner.point.learning_rate == 1.0e-7
@@ -340,7 +336,7 @@ def test_indistinguishable_candidates_are_reported_and_the_cautious_one_taken(
 # ---- again -------------------------------------------------------------------------------------
 
 
-def test_another_grid_reuses_what_is_there_and_says_so(done, place: Path):
+def test_another_grid_reuses_what_is_there_and_says_so(done, place):
     result, *_ = done
     before = without_times(result.output_dir)
     _, winner, printed = swept(config(place, result.output_dir), GRID, repeat_best=True)
@@ -354,9 +350,7 @@ def test_another_grid_reuses_what_is_there_and_says_so(done, place: Path):
     assert "reused    lr1e-07_r4" in printed and "reused    lr0.01_r4" in printed
 
 
-def test_a_trial_that_skipped_too_many_steps_is_tried_again_with_more_allowed(
-    place: Path, tmp_path: Path
-):
+def test_a_trial_that_skipped_too_many_steps_is_tried_again_with_more_allowed(place, tmp_path):
     grid, failed = {"learning_rate": [1e-7, 1e30]}, []
     for allowed in (1, 1, 6):
         patient = config(place, tmp_path, training={"max_skipped_steps": allowed})
@@ -387,7 +381,7 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_result(place: Path, alone: Path, tmp_path: Path):
+def test_killed_anywhere_it_goes_on_to_the_same_result(place, alone, tmp_path):
     """SIGKILL within the first rung's validation, and again amid a trial that went on."""
     out = tmp_path / "killed"
     (tmp_path / "config.yaml").write_text(to_yaml(config(place, out)))
@@ -424,9 +418,7 @@ class Interrupting(io.StringIO):
 
 
 @pytest.mark.usefixtures("usual_signals")
-def test_ctrl_c_saves_the_last_step_and_the_sweep_goes_on_from_there(
-    place: Path, alone: Path, tmp_path: Path
-):
+def test_ctrl_c_saves_the_last_step_and_the_sweep_goes_on_from_there(place, alone, tmp_path):
     asked = config(place, tmp_path / "out", logging={"logging_steps": 1})
     with pytest.raises(Interrupted, match=r"saved .*lr0\.01.*checkpoint-1\."):
         sweep(asked, Console(file=Interrupting(), width=200), SHORT_GRID, STEPS, 3)
@@ -435,7 +427,7 @@ def test_ctrl_c_saves_the_last_step_and_the_sweep_goes_on_from_there(
     assert without_times(tmp_path / "out") == without_times(alone)
 
 
-def test_a_product_is_one_stage_of_all_combinations(place: Path, tmp_path: Path):
+def test_a_product_is_one_stage_of_all_combinations(place, tmp_path):
     grid = {"learning_rate": [1e-3, 1e-2], "batch_size": [8, 4]}
     result, winner, _ = swept(config(place, tmp_path / "out"), grid, 2, 2, product=True)
     (only,) = result.stages
@@ -446,9 +438,7 @@ def test_a_product_is_one_stage_of_all_combinations(place: Path, tmp_path: Path)
     assert any("learning rate 0.001, batch 4" in line for line in result.findings)
 
 
-def test_a_damaged_record_is_measured_again_and_another_trials_is_not_taken(
-    place: Path, tmp_path: Path
-):
+def test_a_damaged_record_is_measured_again_and_another_trials_is_not_taken(place, tmp_path):
     asked = config(place, tmp_path / "out")
     swept(asked, {"r": [2, 4]}, steps=2, rungs=1)
     before = without_times(tmp_path / "out")
@@ -464,7 +454,7 @@ def test_a_damaged_record_is_measured_again_and_another_trials_is_not_taken(
 
 
 @pytest.mark.parametrize("name", ["best.yaml", "sweep.svg"])
-def test_files_of_others_are_left_alone(place: Path, tmp_path: Path, name: str):
+def test_files_of_others_are_left_alone(place, tmp_path, name):
     mine = tmp_path / "out" / name
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -473,7 +463,7 @@ def test_files_of_others_are_left_alone(place: Path, tmp_path: Path, name: str):
     assert mine.read_text() == "mine"
 
 
-def test_other_data_and_another_model_are_refused(place: Path, tmp_path: Path, monkeypatch):
+def test_other_data_and_another_model_are_refused(place, tmp_path, monkeypatch):
     out = tmp_path / "out"
     swept(config(place, out), {"r": [2]}, steps=1, rungs=1)
     kept = (out / "sweep.json").read_bytes()
@@ -503,13 +493,13 @@ def test_other_data_and_another_model_are_refused(place: Path, tmp_path: Path, m
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_written(
-    changes: Any, grid: Any, how: Any, message: str, place: Path, tmp_path: Path
+    changes, grid, how, message, place, tmp_path
 ):
     with pytest.raises(mq.UserError, match=message):
         swept(config(place, tmp_path / "out", **changes), grid, **how)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_in_which_everything_fails_says_why(place: Path, tmp_path: Path):
+def test_a_sweep_in_which_everything_fails_says_why(place, tmp_path):
     with pytest.raises(mq.UserError, match=r"every candidate failed:\n.*learning rate 1e\+30"):
         swept(config(place, tmp_path / "out"), {"learning_rate": [1e30]}, steps=4, rungs=1)

@@ -135,7 +135,7 @@ def flipped(content: bytes, draw: random.Random) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_damage_is_found_and_the_file_is_named(copy: Path, name: str) -> None:
+def test_every_damage_is_found_and_the_file_is_named(copy, name):
     path = copy / "checkpoint-8" / name
     whole = path.read_bytes()
     read_state(path.parent)
@@ -162,9 +162,7 @@ def spoil(path: Path) -> str:
     return f"{path} is damaged"
 
 
-def test_auto_uses_the_checkpoint_before_a_damaged_one_and_says_so(
-    folder: Path, whole: Finished, copy: Path
-) -> None:
+def test_auto_uses_the_checkpoint_before_a_damaged_one_and_says_so(folder, whole, copy):
     damage = [spoil(copy / f"checkpoint-{n}" / "optimizer.safetensors") for n in (8, 6)]
     assert asked(copy) == (copy / "checkpoint-3", damage)
     again = fine_tune(folder, copy)
@@ -177,13 +175,13 @@ def test_auto_uses_the_checkpoint_before_a_damaged_one_and_says_so(
 
 
 @pytest.mark.parametrize("name", FILES[:-2] + FILES[-1:])
-def test_auto_passes_over_a_checkpoint_with_a_missing_file(copy: Path, name: str) -> None:
+def test_auto_passes_over_a_checkpoint_with_a_missing_file(copy, name):
     (copy / "checkpoint-8" / name).unlink()
     damage = f"{copy / 'checkpoint-8' / name} is missing"
     assert asked(copy) == (copy / "checkpoint-6", [damage])
 
 
-def test_a_named_checkpoint_must_be_whole(folder: Path, whole: Finished, copy: Path) -> None:
+def test_a_named_checkpoint_must_be_whole(folder, whole, copy):
     named = str(copy / "checkpoint-6")
     assert asked(copy, named) == (copy / "checkpoint-6", [])
     damage = spoil(copy / "checkpoint-6" / "adapter_config.json")
@@ -197,9 +195,7 @@ def test_a_named_checkpoint_must_be_whole(folder: Path, whole: Finished, copy: P
     assert_same(fine_tune(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3")), whole)
 
 
-def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(
-    folder: Path, whole: Finished, copy: Path
-) -> None:
+def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(folder, whole, copy):
     damage = [spoil(copy / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (8, 6, 3)]
     before = everything(copy)
     with pytest.raises(ConfigError) as error:
@@ -227,8 +223,8 @@ def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(
     ],
 )
 def test_the_newest_checkpoints_and_the_best_of_those_on_disk_are_kept(
-    folder: Path, tmp_path: Path, every: int, limit: int, values: list[float], kept: list[int]
-) -> None:
+    folder, tmp_path, every, limit, values, kept
+):
     how = {"save_steps": every, "eval_steps": 1, "save_total_limit": limit}
     with losses(values):
         fine_tune(folder, tmp_path / "out", **how)
@@ -238,7 +234,7 @@ def test_the_newest_checkpoints_and_the_best_of_those_on_disk_are_kept(
     assert hidden(tmp_path / "out") == []
 
 
-def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> None:
+def test_a_run_may_end_with_its_best_weights(folder, tmp_path):
     """The best at step 5 is saved though save_steps is 3, and so is each best before it.
 
     A loss of NaN, which compares as nothing else does, is never the best.
@@ -268,8 +264,8 @@ def test_a_run_may_end_with_its_best_weights(folder: Path, tmp_path: Path) -> No
 
 
 def test_where_the_best_weights_cannot_be_read_a_run_ends_with_the_last(
-    folder: Path, worsening: Finished, tmp_path: Path
-) -> None:
+    folder, worsening, tmp_path
+):
     """The best was not saved, as nobody asked for it then; or it is damaged at the end."""
     out = shutil.copytree(worsening.out, tmp_path / "out")
     late = fine_tune(folder, out, load_best_model_at_end=True)
@@ -284,7 +280,7 @@ def test_where_the_best_weights_cannot_be_read_a_run_ends_with_the_last(
     assert late.adapter == run.adapter == worsening.adapter
 
 
-def test_without_it_a_run_ends_with_its_last_weights(worsening: Finished) -> None:
+def test_without_it_a_run_ends_with_its_last_weights(worsening):
     run = worsening
     assert (run.result.best_step, run.result.eval_loss) == (2, 4.0)
     assert run.adapter == (run.out / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
@@ -294,9 +290,7 @@ def test_without_it_a_run_ends_with_its_last_weights(worsening: Finished) -> Non
 
 
 @pytest.mark.parametrize("load_best", [False, True])
-def test_patience_ends_a_run_and_starting_it_again_does_nothing_more(
-    folder: Path, tmp_path: Path, load_best: bool
-) -> None:
+def test_patience_ends_a_run_and_starting_it_again_does_nothing_more(folder, tmp_path, load_best):
     fields = {
         "eval_steps": 1,
         "early_stopping_patience": 3,
@@ -322,16 +316,14 @@ def test_patience_ends_a_run_and_starting_it_again_does_nothing_more(
     assert {name: everything(run.out / name) for name in kept} == kept
 
 
-def test_a_better_loss_renews_the_patience(folder: Path, tmp_path: Path) -> None:
+def test_a_better_loss_renews_the_patience(folder, tmp_path):
     with losses([4, 5, 3, 5, 2, 5, 1, 5]):
         run = fine_tune(folder, tmp_path / "out", eval_steps=1, early_stopping_patience=2)
     assert (run.result.steps, run.result.best_step) == (8, 7)
     assert not run.result.stopped_early
 
 
-def test_more_patience_lets_a_run_that_stopped_early_go_on(
-    folder: Path, worsening: Finished, tmp_path: Path
-) -> None:
+def test_more_patience_lets_a_run_that_stopped_early_go_on(folder, worsening, tmp_path):
     with losses([1, 2]):
         early = fine_tune(folder, tmp_path / "out", early_stopping_patience=1)
     assert early.result.stopped_early
@@ -339,7 +331,7 @@ def test_more_patience_lets_a_run_that_stopped_early_go_on(
         assert_same(fine_tune(folder, tmp_path / "out", early_stopping_patience=3), worsening)
 
 
-def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path) -> None:
+def test_patience_and_best_weights_survive_a_stop(folder, tmp_path):
     fields = {"eval_steps": 1, "early_stopping_patience": 3, "load_best_model_at_end": True}
     values = [4.0, 3.0, 5.0, 5.0, 5.0]
     with losses(values):
@@ -359,7 +351,7 @@ def test_patience_and_best_weights_survive_a_stop(folder: Path, tmp_path: Path) 
 # ---- trainer_state.json ------------------------------------------------------------------------
 
 
-def test_transformers_reads_the_trainer_state(folder: Path, tmp_path: Path) -> None:
+def test_transformers_reads_the_trainer_state(folder, tmp_path):
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -394,8 +386,8 @@ def test_transformers_reads_the_trainer_state(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_stops_within_every_validation_and_after_every_step_change_no_bit(
-    folder: Path, whole: Finished, tmp_path: Path, packing: bool
-) -> None:
+    folder, whole, tmp_path, packing
+):
     out, score = tmp_path / "out", loop.score
     unbroken = fine_tune(folder, tmp_path / "packed", packing=True) if packing else whole
 
@@ -416,8 +408,8 @@ def test_stops_within_every_validation_and_after_every_step_change_no_bit(
 
 
 def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behind(
-    folder: Path, whole: Finished, copy: Path
-) -> None:
+    folder, whole, copy
+):
     with at_step(4, stop), pytest.raises(Interrupted):
         fine_tune(folder, copy, resume_from_checkpoint=str(copy / "checkpoint-3"))
     assert steps_in(copy) == [3, 4]
@@ -425,8 +417,8 @@ def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behin
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_removed(
-    folder: Path, whole: Finished, copy: Path
-) -> None:
+    folder, whole, copy
+):
     for n in (6, 8):
         shutil.rmtree(copy / f"checkpoint-{n}")
     shutil.copytree(whole.out / "checkpoint-6", copy / ".checkpoint-6-abc.tmp")
@@ -465,9 +457,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_remove
         "shuffled",
     ],
 )
-def test_the_metrics_file_is_made_what_it_was(
-    folder: Path, whole: Finished, copy: Path, harm: Callable[[str], str | None]
-) -> None:
+def test_the_metrics_file_is_made_what_it_was(folder, whole, copy, harm):
     path = copy / "metrics.jsonl"
     harmed = harm(path.read_text())
     path.unlink()
@@ -497,8 +487,8 @@ def test_the_metrics_file_is_made_what_it_was(
     ],
 )
 def test_another_config_or_data_is_refused_and_nothing_is_touched(
-    folder: Path, copy: Path, wanted: str, change: dict[str, Any], what: str, shown: list[str]
-) -> None:
+    folder, copy, wanted, change, what, shown
+):
     named = "auto" if wanted == "auto" else str(copy / wanted)
     path = copy / ("checkpoint-8" if wanted == "auto" else wanted)
     before = everything(copy)
@@ -519,9 +509,7 @@ def rewrite_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     checkpoint._write_state(path, RunState(**saved))
 
 
-def test_a_checkpoint_without_numerics_and_a_later_field_is_continued(
-    folder: Path, whole: Finished, copy: Path
-) -> None:
+def test_a_checkpoint_without_numerics_and_a_later_field_is_continued(folder, whole, copy):
     """As 8129655 wrote it: its config is hashed over fewer fields, and numerics are version 1."""
 
     def older(saved: dict[str, Any]) -> None:
@@ -538,7 +526,7 @@ def test_a_checkpoint_without_numerics_and_a_later_field_is_continued(
     assert (new["fingerprint"], new["config"]) == (theirs["fingerprint"], theirs["config"])
 
 
-def test_a_later_field_with_another_value_than_then_is_refused(folder: Path, copy: Path) -> None:
+def test_a_later_field_with_another_value_than_then_is_refused(folder, copy):
     def older(saved: dict[str, Any]) -> None:
         del saved["config"]["lora"]["lora_dropout"]  # 0.3 now, and 0.1 by default
         saved["fingerprint"]["config"] = "of fewer fields"
@@ -548,7 +536,7 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder: Path, cop
         fine_tune(folder, copy)
 
 
-def test_other_numerics_are_refused_with_the_ways_out(folder: Path, copy: Path) -> None:
+def test_other_numerics_are_refused_with_the_ways_out(folder, copy):
     path = copy / "checkpoint-8"
     rewrite_state(path, lambda saved: saved["fingerprint"].update(numerics="2"))
     before = everything(copy)
@@ -566,8 +554,8 @@ def test_other_numerics_are_refused_with_the_ways_out(folder: Path, copy: Path) 
 
 
 def test_a_model_elsewhere_and_other_weights_in_its_place_are_refused_and_nothing_is_touched(
-    folder: Path, copy: Path, tmp_path: Path
-) -> None:
+    folder, copy, tmp_path
+):
     """Here the very same weights are in another folder, there others are in the same one."""
     model, out = shutil.copytree(folder, tmp_path / "model"), tmp_path / "mine"
     with at_step(1, stop), pytest.raises(Interrupted):
@@ -583,8 +571,8 @@ def test_a_model_elsewhere_and_other_weights_in_its_place_are_refused_and_nothin
 
 
 def test_what_does_not_decide_the_weights_may_change_and_every_file_is_hashed_once(
-    folder: Path, whole: Finished, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder, whole, copy, monkeypatch
+):
     hashed, sha256 = [], checkpoint.sha256
     monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path) or sha256(path))
     shutil.rmtree(copy / "checkpoint-8")
@@ -597,9 +585,7 @@ def test_what_does_not_decide_the_weights_may_change_and_every_file_is_hashed_on
     assert len(hashed) == 3 * len(old), "and those of the two new checkpoints"
 
 
-def test_recomputing_may_change_and_decides_nothing_but_the_last_digits(
-    folder: Path, whole: Finished, copy: Path
-) -> None:
+def test_recomputing_may_change_and_decides_nothing_but_the_last_digits(folder, whole, copy):
     """Attention weights that are made anew come from the log-sum, and are rounded otherwise."""
     shutil.rmtree(copy / "checkpoint-8")
     run = fine_tune(folder, copy, gradient_checkpointing=True)
@@ -672,9 +658,7 @@ def assert_explained(error: str, out: Path, reason: str, last: int) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 4, 8, 16, 24, 32])
-def test_a_full_disk_costs_no_finished_step(
-    folder: Path, whole: Finished, disk: Path, room: int
-) -> None:
+def test_a_full_disk_costs_no_finished_step(folder, whole, disk, room):
     out = disk / "out"
     with full(disk) as fill:
         with pytest.raises(TrainingError) as error, at_step(4, lambda _: fill(room)):
@@ -685,8 +669,8 @@ def test_a_full_disk_costs_no_finished_step(
 
 
 def test_a_disk_that_fills_up_at_the_very_end_leaves_the_last_checkpoint(
-    folder: Path, whole: Finished, disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder, whole, disk, monkeypatch
+):
     out = disk / "out"
     with full(disk) as fill:
         monkeypatch.setattr(Run, "end", lambda _: fill(4))
@@ -718,9 +702,7 @@ def half_a_file(tensors: Any, path: Path, **_: Any) -> None:
         (tempfile, "mkdtemp", no_space),
     ],
 )
-def test_whatever_write_fails_costs_no_finished_step(
-    folder: Path, whole: Finished, tmp_path: Path, owner: Any, name: str, fails: Any
-) -> None:
+def test_whatever_write_fails_costs_no_finished_step(folder, whole, tmp_path, owner, name, fails):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
         with at_step(4, lambda _: patch.setattr(owner, name, fails)):
@@ -729,9 +711,7 @@ def test_whatever_write_fails_costs_no_finished_step(
     assert_same(fine_tune(folder, out), whole)
 
 
-def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(folder, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
         with at_step(1, lambda _: patch.setattr(checkpoint, "save_file", half_a_file)):
             fine_tune(folder, tmp_path / "out")
@@ -739,9 +719,7 @@ def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(
     assert steps_in(tmp_path / "out") == []
 
 
-def test_a_folder_that_becomes_read_only_costs_no_finished_step(
-    folder: Path, whole: Finished, tmp_path: Path
-) -> None:
+def test_a_folder_that_becomes_read_only_costs_no_finished_step(folder, whole, tmp_path):
     """Modes do not bind root: for root the folder is mounted anew, or the system is played."""
     out, mounts = tmp_path / "out", []
 
@@ -775,9 +753,7 @@ def test_a_folder_that_becomes_read_only_costs_no_finished_step(
 
 
 @pytest.mark.parametrize("step", [2, 4, 8])
-def test_a_folder_that_is_removed_during_the_run_is_missed(
-    folder: Path, tmp_path: Path, step: int
-) -> None:
+def test_a_folder_that_is_removed_during_the_run_is_missed(folder, tmp_path, step):
     out = tmp_path / "out"
     with at_step(step, lambda _: shutil.rmtree(out)), pytest.raises(TrainingError) as error:
         fine_tune(folder, out)
@@ -787,9 +763,7 @@ def test_a_folder_that_is_removed_during_the_run_is_missed(
 
 
 @pytest.mark.parametrize("size", [0, 512])
-def test_a_start_without_space_keeps_the_old_record_and_leaves_no_partial_file(
-    folder: Path, copy: Path, size: int
-) -> None:
+def test_a_start_without_space_keeps_the_old_record_and_leaves_no_partial_file(folder, copy, size):
     before = (copy / "run.yaml").read_bytes()
     shutil.rmtree(copy / "checkpoint-8")
     with files_of_at_most(size), pytest.raises(TrainingError):
@@ -798,7 +772,7 @@ def test_a_start_without_space_keeps_the_old_record_and_leaves_no_partial_file(
     assert hidden(copy) == []
 
 
-def test_a_pipe_that_breaks_is_no_disk_error(tmp_path: Path) -> None:
+def test_a_pipe_that_breaks_is_no_disk_error(tmp_path):
     with pytest.raises(BrokenPipeError), disk_errors(tmp_path):
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -806,9 +780,7 @@ def test_a_pipe_that_breaks_is_no_disk_error(tmp_path: Path) -> None:
 # ---- two runs, one folder ----------------------------------------------------------------------
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(
-    folder: Path, whole: Finished, tmp_path: Path
-) -> None:
+def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(folder, whole, tmp_path):
     out, refusals = tmp_path / "out", []
 
     def second(_: Run) -> None:
@@ -826,7 +798,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(
     assert_same(run, whole)
 
 
-def test_the_checkpoint_to_resume_is_chosen_under_the_lock(folder: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_to_resume_is_chosen_under_the_lock(folder, tmp_path):
     """Another run finishes after this one's model is prepared and before it takes the folder."""
     prepare, prepared = Inputs.prepare, []
 
@@ -853,7 +825,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_the_lock_ends_with_its_process(folder: Path, whole: Finished, tmp_path: Path) -> None:
+def test_the_lock_ends_with_its_process(folder, whole, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-c", HOLD, str(out)]
@@ -873,7 +845,7 @@ def test_the_lock_ends_with_its_process(folder: Path, whole: Finished, tmp_path:
 # ---- what the files are ------------------------------------------------------------------------
 
 
-def test_every_file_is_safetensors_json_text_or_a_picture(whole: Finished) -> None:
+def test_every_file_is_safetensors_json_text_or_a_picture(whole):
     seen = set()
     for path in (path for path in whole.out.rglob("*") if path.is_file()):
         seen.add(path.suffix)
@@ -890,9 +862,7 @@ def test_every_file_is_safetensors_json_text_or_a_picture(whole: Finished) -> No
     assert sorted(path.name for path in (whole.out / "checkpoint-8").iterdir()) == FILES
 
 
-def test_bytes_are_on_the_disk_before_the_folder_takes_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_are_on_the_disk_before_the_folder_takes_its_place(tmp_path, monkeypatch):
     """Or a power cut could leave a folder of the right name with empty files in it."""
     events: list[Any] = []
     rename = Path.rename
@@ -913,9 +883,7 @@ def test_bytes_are_on_the_disk_before_the_folder_takes_its_place(
     assert events[4:] == ["rename", tmp_path.stat().st_ino]
 
 
-def test_every_file_of_a_checkpoint_is_flushed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_of_a_checkpoint_is_flushed(folder, tmp_path, monkeypatch):
     flushed, fsync = set(), os.fsync
 
     def noted(number: int) -> None:
@@ -930,7 +898,7 @@ def test_every_file_of_a_checkpoint_is_flushed(
     assert {(run.out / name).stat().st_ino for name in final} <= flushed
 
 
-def test_files_of_a_run_have_the_modes_that_the_umask_asks_for(whole: Finished) -> None:
+def test_files_of_a_run_have_the_modes_that_the_umask_asks_for(whole):
     umask = os.umask(0)
     os.umask(umask)
     wrong = {
@@ -941,9 +909,7 @@ def test_files_of_a_run_have_the_modes_that_the_umask_asks_for(whole: Finished) 
     assert wrong == {}
 
 
-def test_existing_folders_are_flushed_after_files_were_moved_into_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_folders_are_flushed_after_files_were_moved_into_them(tmp_path, monkeypatch):
     out, events, replace = tmp_path / "out", [], os.replace
     (out / "mlx").mkdir(parents=True)
     monkeypatch.setattr(os, "fsync", lambda n: events.append(os.fstat(n).st_ino))
@@ -956,7 +922,7 @@ def test_existing_folders_are_flushed_after_files_were_moved_into_them(
     assert {out.stat().st_ino, (out / "mlx").stat().st_ino} <= set(after)
 
 
-def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path) -> None:
+def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path):
     out, rename = tmp_path / "checkpoint-4", Path.rename
     out.mkdir()
     (out / "a").write_text("old")

@@ -17,7 +17,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> LeftAlone:
     return LeftAlone(tmp_path_factory.mktemp("crash"))
 
 
-def test_six_of_six_killed_runs_end_identically_and_leave_nothing_behind(alone: LeftAlone) -> None:
+def test_six_of_six_killed_runs_end_identically_and_leave_nothing_behind(alone):
     moments = [
         [Moment(RANDOM, 0.8)],  # before the first line of progress
         [Moment(RANDOM, 4.5), Moment(RANDOM, 4.5)],
@@ -39,9 +39,7 @@ def test_six_of_six_killed_runs_end_identically_and_leave_nothing_behind(alone: 
     assert [trial.litter for trial in trials] == [[]] * 6
 
 
-def test_the_comparison_sees_one_bit_one_loss_and_one_file(
-    alone: LeftAlone, tmp_path: Path
-) -> None:
+def test_the_comparison_sees_one_bit_one_loss_and_one_file(alone, tmp_path):
     other = shutil.copytree(alone.out, tmp_path / "out")
     assert crash.differences(alone.out, other) == []
     weights = other / "checkpoint-36" / "adapter_model.safetensors"
@@ -59,7 +57,7 @@ def test_the_comparison_sees_one_bit_one_loss_and_one_file(
     ]
 
 
-def test_moments_are_drawn_from_the_seed_half_of_them_inside_writes(alone: LeftAlone) -> None:
+def test_moments_are_drawn_from_the_seed_half_of_them_inside_writes(alone):
     drawn = crash.draw_moments(alone, 50, seed=1)
     assert drawn == crash.draw_moments(alone, 50, seed=1) != crash.draw_moments(alone, 50, seed=2)
     kinds = [moments[0].kind for moments in drawn]

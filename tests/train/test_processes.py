@@ -200,9 +200,7 @@ SAME += [(3, "packed"), (3, "poisoned"), (3, "epoch")]
 
 
 @pytest.mark.parametrize(("n", "name"), SAME)
-def test_several_processes_train_as_one_does(
-    place: Place, alone: dict[str, Any], together: dict[str, Any], n: int, name: str
-) -> None:
+def test_several_processes_train_as_one_does(place, alone, together, n, name):
     one, several = place.output(name, 1), place.output(name, n)
     assert [found["code"] for found in alone[name] + together[name]] == [0] * (n + 1)
     for key in ("loss", "grad_norm", "eval_loss"):
@@ -215,9 +213,7 @@ def test_several_processes_train_as_one_does(
     assert len({found["weights"] for found in together[name]}) == 1, "not the same bits everywhere"
 
 
-def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(
-    place: Place, alone: dict[str, Any], two: dict[str, Any]
-) -> None:
+def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(place, alone, two):
     assert len(series(place.output("packed", 1), "loss")) == STEPS
     lengths = [len(json.loads(line)["output"]) for line in place.rows.read_text().splitlines()]
     assert len(set(lengths)) > 5
@@ -235,9 +231,7 @@ def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_the_first_process_alone_writes_and_prints(
-    place: Place, together: dict[str, Any], n: int
-) -> None:
+def test_the_first_process_alone_writes_and_prints(place, together, n):
     for name in {2: ("packed", "loose", "best", "large"), 3: ("packed", "epoch", "large")}[n]:
         found = together[name]
         assert "step 4" in found[0]["out"]
@@ -249,15 +243,13 @@ def test_the_first_process_alone_writes_and_prints(
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_processes_of_one_machine_share_its_cores(together: dict[str, Any], n: int) -> None:
+def test_processes_of_one_machine_share_its_cores(together, n):
     share = max(1, min(device.cores(), (os.cpu_count() or 1) // n))
     assert {found["cores"] for found in together["packed"]} == {share}
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_a_process_names_the_step_that_rows_of_another_have_spoilt(
-    place: Place, together: dict[str, Any], n: int
-) -> None:
+def test_a_process_names_the_step_that_rows_of_another_have_spoilt(place, together, n):
     logs = [place.output("poisoned", n) / f"rank-{rank}.log" for rank in range(1, n)]
     guilty = POISONED_ROW % n  # every n-th row of the stream is its own
     (record,) = [r for r in history(place.output("poisoned", n)) if "skipped" in r]
@@ -272,9 +264,7 @@ def test_a_process_names_the_step_that_rows_of_another_have_spoilt(
 @pytest.mark.parametrize(
     ("n", "name", "r"), [(2, "packed", 4), (2, "large", 512), (3, "large", 512)]
 )
-def test_a_step_sends_its_gradients_once(
-    together: dict[str, Any], n: int, name: str, r: int
-) -> None:
+def test_a_step_sends_its_gradients_once(together, n, name, r):
     for found in together[name]:
         steps = np.diff(found["sent"])
         between = np.zeros(len(steps), int)  # counted with the step after it
@@ -288,7 +278,7 @@ def test_a_step_sends_its_gradients_once(
 # `ring.acknowledged` asks the kernel for each connection's bytes; no other system counts them so.
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's count is Linux's")
 @pytest.mark.parametrize("n", [2, 3])
-def test_the_ring_puts_on_the_wire_what_a_ring_has_to(together: dict[str, Any], n: int) -> None:
+def test_the_ring_puts_on_the_wire_what_a_ring_has_to(together, n):
     arrays = np.diff(together["large"][0]["sent"]).sum()
     wire = sum(np.diff(found["wire"]).sum() for found in together["large"])
     assert wire == pytest.approx(2 * (n - 1) * arrays, rel=0.1)
@@ -317,7 +307,7 @@ def layers(n: int, floats: int) -> dict[str, tuple[int, ...]]:
     return dict.fromkeys(names, (floats // 8, 4))
 
 
-def test_buckets_go_out_as_soon_as_their_layers_are_done() -> None:
+def test_buckets_go_out_as_soon_as_their_layers_are_done():
     shapes = layers(6, SMALLEST_BUCKET // 4)  # two matrices of half a bucket in each layer
     grads = {name: mx.full(shape, i) for i, (name, shape) in enumerate(shapes.items())}
     recorder = Recorder()
@@ -345,7 +335,7 @@ def test_buckets_go_out_as_soon_as_their_layers_are_done() -> None:
     assert len(recorder.events) == 16, "the next step sends its own"
 
 
-def test_a_bucket_waits_for_the_whole_of_itself_and_for_those_before_it() -> None:
+def test_a_bucket_waits_for_the_whole_of_itself_and_for_those_before_it():
     shapes = layers(2, SMALLEST_BUCKET // 2)  # each matrix a bucket
     grads = {name: mx.zeros(shape) for name, shape in shapes.items()}
     recorder = Recorder()
@@ -357,7 +347,7 @@ def test_a_bucket_waits_for_the_whole_of_itself_and_for_those_before_it() -> Non
     assert len(recorder.events) == 1
 
 
-def test_a_large_adapter_goes_in_few_messages_and_a_small_one_in_one() -> None:
+def test_a_large_adapter_goes_in_few_messages_and_a_small_one_in_one():
     small = GradientAllReduce(layers(32, 64), Recorder())  # pyright: ignore[reportArgumentType]
     assert len(small.buckets) == 1
     large = GradientAllReduce(layers(64, SMALLEST_BUCKET // 2), Recorder())  # pyright: ignore
@@ -370,9 +360,7 @@ REFUSED = ("rate", "rows", "model", "version", "patience", "mistyped", "nowhere"
 REFUSED += ("sweep", "evaluate")
 
 
-def test_processes_that_are_unlike_each_other_are_refused_with_one_message(
-    place: Place, two: dict[str, Any]
-) -> None:
+def test_processes_that_are_unlike_each_other_are_refused_with_one_message(place, two):
     found = {name: two[name] for name in REFUSED}
     assert {each["code"] for ranks in found.values() for each in ranks} == {2}
     wanted = {
@@ -435,8 +423,8 @@ except ProcessError as error:
 
 
 def test_a_validation_that_is_no_number_is_one_in_all_and_a_lost_process_is_told_by_the_next_sum(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     script = ["-c", SCORED_AND_LOST]
     (_, first, _), (code, second, _) = ring.ends(ring.start(2, lambda rank: script, tmp_path))
     scores = "".join(f"{nats} 2 4 10 {int(signal.SIGTERM)}\n" for nats in (7.0, "nan", "nan"))
@@ -449,22 +437,18 @@ def test_a_validation_that_is_no_number_is_one_in_all_and_a_lost_process_is_told
 # ---- what happens to one of them -----------------------------------------------------------------
 
 
-def test_the_others_wait_for_a_slow_disk(place: Place, two: dict[str, Any]) -> None:
+def test_the_others_wait_for_a_slow_disk(place, two):
     assert [each["code"] for each in two["slow"]] == [0, 0], two["slow"][0]["err"]
     assert last_step(place.output("slow", 2)) == 8
 
 
-def test_a_signal_within_the_last_validation_is_heard_by_all(
-    place: Place, two: dict[str, Any]
-) -> None:
+def test_a_signal_within_the_last_validation_is_heard_by_all(place, two):
     assert [each["code"] for each in two["signalled"]] == [143, 143]
     assert last_step(place.output("signalled", 2)) == STEPS
     assert not (place.output("signalled", 2) / "report.html").exists()
 
 
-def test_test_rows_are_shared_out_and_scored_as_by_one(
-    alone: dict[str, Any], two: dict[str, Any]
-) -> None:
+def test_test_rows_are_shared_out_and_scored_as_by_one(alone, two):
     mine, theirs = (json.loads(runs["tested"][0]["out"])["test_scores"] for runs in (alone, two))
     for when in ("before", "after"):
         assert mine[when]["n_tokens"] == theirs[when]["n_tokens"] > 0
@@ -473,18 +457,14 @@ def test_test_rows_are_shared_out_and_scored_as_by_one(
     assert two["tested"][1]["out"] == ""
 
 
-def test_memory_that_ends_once_while_weights_are_moved_changes_nothing(
-    place: Place, two: dict[str, Any]
-) -> None:
+def test_memory_that_ends_once_while_weights_are_moved_changes_nothing(place, two):
     """The sums of that step were sent: sent again they would meet those of the next one."""
     assert [each["code"] for each in [*two["hungry"], *two["full"]]] == [0] * 4
     assert len({each["weights"] for each in [*two["hungry"], *two["full"]]}) == 1
     assert two["hungry"][1]["sent"] != [] == two["hungry"][1]["err"].splitlines()
 
 
-def test_memory_that_ends_while_weights_are_moved_ends_the_run(
-    place: Place, two: dict[str, Any]
-) -> None:
+def test_memory_that_ends_while_weights_are_moved_ends_the_run(place, two):
     first, second = two["starved"]
     assert [first["code"], second["code"]] == [2, 2]
     assert "out of memory while the weights are moved; lower lora.r" in second["err"]
@@ -495,7 +475,7 @@ def test_memory_that_ends_while_weights_are_moved_ends_the_run(
     assert last_step(place.output("starved", 2)) == 9
 
 
-def test_one_process_under_the_launcher_is_alone(place: Place) -> None:
+def test_one_process_under_the_launcher_is_alone(place):
     words = place.words("single", 1, "training.max_steps=2")
     launcher = launch(1, [sys.executable, "-m", "mlx_qlora", *words])
     out, err = printed_by(launcher)
@@ -509,9 +489,7 @@ def first_of(size: int) -> Any:
 
 
 @pytest.mark.parametrize("size", [2, 128, 129, 512])
-def test_the_smallest_array_passes_through_the_largest_ring(
-    monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
+def test_the_smallest_array_passes_through_the_largest_ring(monkeypatch, size):
     def all_sum(array: mx.array, group: Any, stream: Any) -> mx.array:
         padded = array.itemsize * group.size() <= RING_PADS  # as MLX's ring does by itself
         if array.size < group.size() and not padded:
@@ -524,9 +502,7 @@ def test_the_smallest_array_passes_through_the_largest_ring(
     assert many.all_sum(mx.array(2.0)).item() == 2 * size
 
 
-def test_a_sum_that_finds_no_memory_is_not_another_s_fault(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_sum_that_finds_no_memory_is_not_another_s_fault(monkeypatch):
     def all_sum(*_: Any, **__: Any) -> mx.array:
         raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
 
@@ -633,9 +609,7 @@ def printed_by(launcher: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", ["everyone", "second"])
-def test_a_signal_to_any_process_ends_all_after_the_same_step(
-    place: Place, two: dict[str, Any], name: str
-) -> None:
+def test_a_signal_to_any_process_ends_all_after_the_same_step(place, two, name):
     (first, second), output = two[name], place.output(name, 2)
     assert [first["code"], second["code"]] == [130, 130]
     assert len(first["sent"]) == len(second["sent"]) > 5
@@ -648,9 +622,7 @@ def test_a_signal_to_any_process_ends_all_after_the_same_step(
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-def test_a_process_that_is_killed_ends_the_other_with_a_message(
-    killed: dict[str, Broken], gone: int
-) -> None:
+def test_a_process_that_is_killed_ends_the_other_with_a_message(killed, gone):
     broken = killed[f"killed-{gone}"]
     left = 1 - gone
     assert broken.seconds < 30
@@ -663,15 +635,13 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(
     assert f". The same command goes on from {goes_on}" in found["err"]
 
 
-def test_a_process_that_is_killed_under_the_launcher_ends_all(
-    killed_under_launcher: tuple[Path, str],
-) -> None:
+def test_a_process_that_is_killed_under_the_launcher_ends_all(killed_under_launcher):
     output, printed = killed_under_launcher
     assert "another process is gone" in printed and "Traceback" not in printed
     assert last_step(output) >= 5
 
 
-def test_a_process_that_hangs_is_not_waited_for_for_ever(place: Place) -> None:
+def test_a_process_that_hangs_is_not_waited_for_for_ever(place):
     broken = Broken(place, "hanging", signal.SIGSTOP, 1, patience=6.0)
     assert [code for code, *_ in broken.ended] == [1]
     assert 4 < broken.seconds < 12
@@ -681,12 +651,8 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(place: Place) -> None:
 
 
 def test_one_process_goes_on_from_whatever_several_have_left(
-    place: Place,
-    alone: dict[str, Any],
-    two: dict[str, Any],
-    killed: dict[str, Broken],
-    killed_under_launcher: tuple[Path, str],
-) -> None:
+    place, alone, two, killed, killed_under_launcher
+):
     left = {name: place.output(name, 2) for name in ("everyone", "second", *killed)}
     left["launched-killed"] = killed_under_launcher[0]
     runs, begun = [], {}
@@ -708,9 +674,7 @@ def test_one_process_goes_on_from_whatever_several_have_left(
 # ---- launchers -----------------------------------------------------------------------------------
 
 
-def test_a_launcher_of_one_process_may_plan(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_launcher_of_one_process_may_plan(place, monkeypatch, capsys):
     monkeypatch.setenv("PMI_RANK", "0")  # as srun leaves it
     room.processes.cache_clear()
     assert main(["plan", "--model", str(place.model), "model.bits=null"]) == 0
@@ -734,9 +698,7 @@ RING = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5000"], ["10.0.1.1:5002"]
         ({"MPI_LOCALNRANKS": "3"}, 7, 3),
     ],
 )
-def test_launchers_say_how_many_processes_share_a_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], rank: int, n: int
-) -> None:
+def test_launchers_say_how_many_processes_share_a_machine(tmp_path, monkeypatch, environ, rank, n):
     (tmp_path / "ring").write_text(json.dumps(RING))
     (tmp_path / "spoilt").write_text('[["10.0.0.1')
     monkeypatch.chdir(tmp_path)
@@ -745,7 +707,7 @@ def test_launchers_say_how_many_processes_share_a_machine(
     assert room._on_this_machine(rank) == n
 
 
-def test_a_spoilt_list_of_hosts_is_told_without_a_traceback(place: Place, tmp_path: Path) -> None:
+def test_a_spoilt_list_of_hosts_is_told_without_a_traceback(place, tmp_path):
     (tmp_path / "hosts").write_text('[["127.0.0.1')
     run = subprocess.run(
         [sys.executable, "-m", "mlx_qlora", *place.words("spoilt", 1)],
@@ -761,7 +723,7 @@ def test_a_spoilt_list_of_hosts_is_told_without_a_traceback(place: Place, tmp_pa
 LAUNCHED = ("launched", 2), ("packed", 1)
 
 
-def test_the_launcher_starts_a_run_as_it_stands(place: Place, alone: dict[str, Any]) -> None:
+def test_the_launcher_starts_a_run_as_it_stands(place, alone):
     _, *words = place.words("launched", 2)
     launcher = launch(2, [sys.executable, "-m", "mlx_qlora.train", *words])
     out, err = printed_by(launcher)

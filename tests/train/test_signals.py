@@ -103,9 +103,7 @@ def resumes(alone: crash.LeftAlone, place: Path, step: int) -> None:
 
 
 @BOTH
-def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(
-    name: str, alone: crash.LeftAlone, tmp_path: Path
-) -> None:
+def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(name, alone, tmp_path):
     """In the first of the two micro-batches of step 11."""
     process, _ = paused(crash.command(alone.inputs, tmp_path), "micro-batch", 21)
     process.send_signal(signal.Signals[name])
@@ -166,9 +164,7 @@ def hang_up(words: list[str], ready: Callable[[], bool]) -> int:
         process.kill()
 
 
-def test_a_closed_terminal_saves_the_last_finished_step(
-    alone: crash.LeftAlone, tmp_path: Path
-) -> None:
+def test_a_closed_terminal_saves_the_last_finished_step(alone, tmp_path):
     metrics = tmp_path / "out" / "metrics.jsonl"
     words = ["-m", "mlx_qlora", *crash.command(alone.inputs, tmp_path)]
     code = hang_up(words, lambda: metrics.exists() and '"step": 9,' in metrics.read_text())
@@ -178,14 +174,14 @@ def test_a_closed_terminal_saves_the_last_finished_step(
     resumes(alone, tmp_path, last)
 
 
-def test_what_follows_a_closed_terminal_is_no_second_thought(tmp_path: Path) -> None:
+def test_what_follows_a_closed_terminal_is_no_second_thought(tmp_path):
     saved = tmp_path / "saved"
     until = time.monotonic() + 2
     code = hang_up(["-c", HANGING, str(saved)], lambda: time.monotonic() > until)
     assert code == 128 + signal.SIGHUP and saved.read_text() == "saved"
 
 
-def test_a_pipe_that_closes_with_the_terminal_is_written_to_no_more(tmp_path: Path) -> None:
+def test_a_pipe_that_closes_with_the_terminal_is_written_to_no_more(tmp_path):
     """As of a launcher, which passes on what its processes print."""
     process = subprocess.Popen(
         [sys.executable, "-c", HANGING, str(tmp_path / "saved")],
@@ -199,9 +195,7 @@ def test_a_pipe_that_closes_with_the_terminal_is_written_to_no_more(tmp_path: Pa
     assert (tmp_path / "saved").read_text() == "saved"
 
 
-def test_a_terminal_that_is_closed_after_ctrl_c_does_not_end_the_saving(
-    capfd: pytest.CaptureFixture[str], usual_signals: dict[int, Any]
-) -> None:
+def test_a_terminal_that_is_closed_after_ctrl_c_does_not_end_the_saving(capfd, usual_signals):
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGHUP)
@@ -210,7 +204,7 @@ def test_a_terminal_that_is_closed_after_ctrl_c_does_not_end_the_saving(
 
 
 @BOTH
-def test_a_second_signal_stops_at_once(name: str, alone: crash.LeftAlone, tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(name, alone, tmp_path):
     words = crash.command(alone.inputs, tmp_path)
     process, _ = paused(words, "micro-batch", 21, seconds_after=60)
     process.send_signal(signal.Signals[name])
@@ -223,9 +217,7 @@ def test_a_second_signal_stops_at_once(name: str, alone: crash.LeftAlone, tmp_pa
     assert there == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_a_signal_during_validation_leaves_it_to_the_next_process(
-    alone: crash.LeftAlone, tmp_path: Path
-) -> None:
+def test_a_signal_during_validation_leaves_it_to_the_next_process(alone, tmp_path):
     """The checkpoint without it is replaced, and a kill between the two renames harms nothing."""
     process, _ = paused(crash.command(alone.inputs, tmp_path), "validation", 2)
     process.send_signal(signal.SIGTERM)
@@ -293,14 +285,8 @@ def handlers() -> dict[int, Any]:
 
 @pytest.mark.parametrize(("name", "micro_batch", "step"), [("SIGINT", 5, 2), ("SIGTERM", 8, 3)])
 def test_fine_tune_raises_a_keyboard_interrupt_that_names_the_checkpoint(
-    name: str,
-    micro_batch: int,
-    step: int,
-    begin: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    usual_signals: dict[int, Any],
-) -> None:
+    name, micro_batch, step, begin, tmp_path, monkeypatch, usual_signals
+):
     signum = signal.Signals[name]
     seen = at_micro_batch(monkeypatch, micro_batch, lambda: signal.raise_signal(signum))
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -313,8 +299,8 @@ def test_fine_tune_raises_a_keyboard_interrupt_that_names_the_checkpoint(
 
 
 def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
-    begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usual_signals: dict[int, Any]
-) -> None:
+    begin, tmp_path, monkeypatch, usual_signals
+):
     at_micro_batch(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match=r"^stopped by SIGINT; no step was done yet\.") as caught:
         begin()
@@ -323,8 +309,8 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
 
 
 def test_handlers_are_watched_within_a_run_and_restored_even_after_an_exception(
-    begin: Any, monkeypatch: pytest.MonkeyPatch, usual_signals: dict[int, Any]
-) -> None:
+    begin, monkeypatch, usual_signals
+):
     within: dict[int, Any] = {}
 
     def fail() -> None:
@@ -338,9 +324,7 @@ def test_handlers_are_watched_within_a_run_and_restored_even_after_an_exception(
     assert handlers() == usual_signals
 
 
-def test_a_run_in_a_thread_sets_no_handlers(
-    begin: Any, monkeypatch: pytest.MonkeyPatch, usual_signals: dict[int, Any]
-) -> None:
+def test_a_run_in_a_thread_sets_no_handlers(begin, monkeypatch, usual_signals):
     within: dict[int, Any] = {}
     results: list[mq.TrainResult] = []
     at_micro_batch(monkeypatch, 3, lambda: within.update(handlers()))
@@ -351,7 +335,7 @@ def test_a_run_in_a_thread_sets_no_handlers(
     assert results[0].steps == 4
 
 
-def test_a_model_of_the_main_thread_is_computed_in_another() -> None:
+def test_a_model_of_the_main_thread_is_computed_in_another():
     model, tokenizer = mq.load("smollm2-135m")
     made: list[Any] = []
     tokens = mx.array([tokenizer.encode("one two three four five six seven eight nine ten")])
@@ -361,7 +345,7 @@ def test_a_model_of_the_main_thread_is_computed_in_another() -> None:
     assert made == [True]
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
+def test_an_ignored_signal_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
@@ -369,7 +353,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_a_second_signal_has_the_effect_that_it_had_before(usual_signals: dict[int, Any]) -> None:
+def test_a_second_signal_has_the_effect_that_it_had_before(usual_signals):
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
