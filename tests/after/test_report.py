@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.report import HOSTILE, Page, history, result_in, written
+from support.tiny_folder import write_model, write_rows
+from support.training import train_run
 
 import mlx_qlora as mq
 from mlx_qlora.after.advice import CUT, changed, is_other
@@ -301,9 +303,6 @@ def test_an_answer_that_was_cut_elsewhere_is_no_other(before, after, other):
 
 def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
     """The command line's own run, on a tiny model: everything in the page is of this run."""
-    from support.runs import train_run
-    from support.tiny_folder import write_model, write_rows
-
     write_model(tmp_path / "model")
     values = {
         "model": {"source": str(tmp_path / "model"), "bits": None},

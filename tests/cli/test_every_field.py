@@ -25,8 +25,8 @@ import pytest
 import wandb
 from rich.console import Console
 from safetensors.numpy import load_file
-from support.runs import train_run
 from support.tiny_folder import write_model, write_rows
+from support.training import train_run
 
 from mlx_qlora import cli
 from mlx_qlora.config import SECTIONS

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.models import random_tokens, torch_logits
-from support.runs import train_run
 from support.tiny_folder import write_model, write_rows
+from support.training import train_run
 
 import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support.grad_sums import add_grads
-from support.gradients import gap
+from support.gradients import add_grads, gap
 from support.models import TINY, load_folder, our_logits, random_tokens, randomise_lora
 from support.tiny_folder import write_model
 

@@ -3,8 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.grad_sums import add_grads
-from support.gradients import drawn_here, gap, tuned
+from support.gradients import add_grads, drawn_here, gap, tuned
 from support.models import random_tokens
 
 from mlx_qlora.data.batches import IGNORE, Batch, halves

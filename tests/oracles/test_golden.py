@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.grad_sums import add_grads
+from support.gradients import add_grads
 from support.models import LLAMA3_ROPE, TINY, load_folder, make_hf_model
 
 from mlx_qlora.adapters.peft import save_adapter

@@ -4,7 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from support.models import load_folder, random_tokens, randomise_lora
 
 from mlx_qlora.data.batches import IGNORE, Batch
@@ -36,6 +36,11 @@ def packed_batch(rows: list[list[int]], seed: int = 0, width: int | None = None)
             documents.append((row, start, start + n))
             start += n
     return Batch(mx.array(tokens[:, :-1]), mx.array(labels), np.array(documents, np.int32))
+
+
+def add_grads(total: Any, grads: Any) -> Any:
+    """The sum of two trees; plain addition, because gradients are of sums; `total` may be empty."""
+    return tree_map(mx.add, total, grads) if total else grads
 
 
 def gap(first, second) -> float:

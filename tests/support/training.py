@@ -17,9 +17,11 @@ from rich.console import Console
 from support.models import load_folder
 
 import mlx_qlora as mq
+from mlx_qlora.commands import open_with_plan
 from mlx_qlora.config import SECTIONS, RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.model.lora import LoraConfig, add_lora
+from mlx_qlora.run import run
 from mlx_qlora.train import loop
 from mlx_qlora.train.checkpoint import RunState, checkpoint_to_resume
 from mlx_qlora.train.loop import Run, TrainResult, train
@@ -113,13 +115,13 @@ def start(
     config = settings(output, **fields)
     fresh = RunState(fingerprint=FINGERPRINT)
     begin = checkpoint_to_resume(config.checkpointing, fresh)
-    run = inputs(
+    made = inputs(
         make_examples() if examples is None else examples,
         make_examples(6, seed=9) if validation is None else validation,
         state=begin.state,
         resumed=begin.path,
     )
-    return model, train(model, run, config, console or Console(file=io.StringIO()))
+    return model, train(model, made, config, console or Console(file=io.StringIO()))
 
 
 @contextmanager
@@ -157,7 +159,18 @@ def recorded(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---- whole runs by the public call --------------------------------------------------------------
+# ---- whole runs ---------------------------------------------------------------------------------
+
+
+def train_run(values: dict[str, dict[str, Any]], console: Console | None = None) -> TrainResult:
+    """A run as `mlx-qlora train` makes it, quiet unless a console is given.
+
+    Args:
+        values: section -> field -> value.
+    """
+    console = console or Console(quiet=True)
+    inputs, plan = open_with_plan(build(values), console)
+    return run(inputs, console, plan)
 
 
 class Finished(NamedTuple):

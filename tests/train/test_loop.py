@@ -27,6 +27,7 @@ def test_a_run_learns_and_says_so_line_by_line_off_a_terminal(hf_tiny, tmp_path)
     (line,) = (line for line in printed.getvalue().splitlines() if line.startswith("step 4/45"))
     assert all(part in line for part in ("loss", "lr 9.95e-03", "grad", "tok/s", "GB")), line
     assert "step 4: validation loss" in printed.getvalue()
+    assert "warning" not in printed.getvalue(), "of a spike, or of anything"
 
 
 def test_epochs_train_every_row_and_the_last_step_may_be_short(hf_tiny, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from rich.console import Console
-from support.grad_sums import add_grads
+from support.gradients import add_grads
 from support.models import load_folder, random_tokens, randomise_lora
 from support.training import (
     changed,
@@ -455,17 +455,6 @@ def test_a_rate_at_which_numbers_overflow_ends_the_run(hf_tiny, tmp_path):
     assert [r["step"] for r in recorded(tmp_path / "out") if "skipped" in r] == [2, 3, 4]
 
 
-def test_one_poisoned_batch_barely_changes_how_a_run_ends(hf_tiny, tmp_path):
-    rows = noise(120, seed=0)
-    fields = {"validation": noise(8, seed=1), "max_steps": 30, "learning_rate": 3e-2}
-    clean = run(hf_tiny[1], tmp_path / "clean", examples=rows, **fields)
-    dirty = run(hf_tiny[1], tmp_path / "dirty", examples=poisoned(rows, 41), **fields)
-    assert sum("skipped" in record for record in dirty.log_history) == 1
-    assert clean.eval_loss < 0.8 * clean.log_history[0]["loss"], "or there is nothing to compare"
-    assert dirty.train_loss == pytest.approx(clean.train_loss, rel=0.01)
-    assert dirty.eval_loss == pytest.approx(clean.eval_loss, rel=0.01)
-
-
 @pytest.mark.parametrize(("skipped", "logging_steps"), [(2, 1), (3, 1), (4, 1), (4, 4)])
 def test_a_run_resumed_around_a_skipped_step_is_the_unbroken_one(
     hf_tiny, tmp_path, skipped, logging_steps
@@ -488,14 +477,11 @@ def test_a_run_resumed_around_a_skipped_step_is_the_unbroken_one(
     assert without_clocks(recorded(parts)) == without_clocks(recorded(whole))
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_run_without_enough_memory_ends_like_one_with_enough(
-    hf_tiny, tmp_path, monkeypatch, packing
-):
-    run(hf_tiny[1], tmp_path / "whole", packing=packing)
+def test_a_run_without_enough_memory_ends_like_one_with_enough(hf_tiny, tmp_path, monkeypatch):
+    run(hf_tiny[1], tmp_path / "whole", packing=True)
     monkeypatch.setattr(loop, "Engine", too_small_for(2, RuntimeError(MALLOC)))
     printed = io.StringIO()
-    run(hf_tiny[1], tmp_path / "split", printed=printed, packing=packing)
+    run(hf_tiny[1], tmp_path / "split", printed=printed, packing=True)
     assert printed.getvalue().count("out of memory") == 1
     ours, theirs = (
         [r["loss"] for r in recorded(tmp_path / name) if "loss" in r] for name in ("split", "whole")
@@ -533,10 +519,9 @@ def test_a_spike_gives_one_warning_and_one_record(hf_tiny, tmp_path):
     ) in printed.getvalue()
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_normal_run_has_no_spike(hf_tiny, tmp_path, packing):
+def test_a_normal_run_has_no_spike(hf_tiny, tmp_path):
     printed = io.StringIO()
-    fields = {"packing": packing, "max_steps": 24, "shuffle": True, "examples": make_examples(24)}
+    fields = {"packing": True, "max_steps": 24, "shuffle": True, "examples": make_examples(24)}
     result = run(hf_tiny[1], tmp_path / "out", printed=printed, **fields)
     assert not any("spike" in record for record in result.log_history)
     assert "was usual" not in printed.getvalue()
