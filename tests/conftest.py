@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ import mlx.core as mx
 import pytest
 from support.cores import stay_on_core
 from support.models import LLAMA3_ROPE, make_hf_model, save_hf
+from support.tiny_folder import write_model
 
 from mlx_qlora import device
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
@@ -57,6 +57,12 @@ def hf_tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """(transformers model, its folder): Llama 3.1 RoPE, grouped heads, untied."""
     model = make_hf_model(rope_parameters=LLAMA3_ROPE)
     return model, save_hf(model, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny model with a chat template; tests must not change its files."""
+    return write_model(tmp_path_factory.mktemp("chat") / "model", chat=True)
 
 
 @pytest.fixture(scope="session")
@@ -132,11 +138,3 @@ def usual_signals():
     yield usual
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def no_warnings():
-    """Turns every warning of any library into a failure, beyond what pytest is configured to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield

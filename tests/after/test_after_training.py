@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_folder import write_model
 
 from mlx_qlora.cli import main
 
 
 def call(*words: Any) -> int:
     return main([str(word) for word in words])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("after") / "model", chat=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +30,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(chat_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "outputs"
-    words = ["--model", folder, "--data", rows, "--output-dir", out, "--max-steps", 3]
+    words = ["--model", chat_folder, "--data", rows, "--output-dir", out, "--max-steps", 3]
     words += ["--max-length", 64, "model.bits=null", "training.warmup_steps=0"]
     words += ["model.base_model_name_or_path=org/base", "generation.max_new_tokens=8"]
     assert call("train", *words) == 0

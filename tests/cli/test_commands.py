@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 from support.command_line import QUICK, printed_json
-from support.tiny_folder import write_model
 
 import mlx_qlora as mq
 from mlx_qlora.cli import COMMANDS, main
@@ -185,8 +184,8 @@ def test_plan_prints_the_trainable_parameters(model, capsys):
     assert f"trainable parameters  {trainable_count(adapted):,}" in capsys.readouterr().out
 
 
-def test_generate_asks_an_instruction_as_training_did(tmp_path, capsys):
-    folder = str(write_model(tmp_path / "model", chat=True))
+def test_generate_asks_an_instruction_as_training_did(chat_folder, capsys):
+    folder = str(chat_folder)
     settings = ["generation.temperature=0", "generation.max_new_tokens=6", "model.bits=null"]
     asked = ["--instruction", "count", "--input", "7"]
     assert main(["generate", "--model", folder, *asked, *settings]) == 0

@@ -21,8 +21,8 @@ HOW = GenerationConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> tuple[Any, Any]:
-    return mq.load(write_model(tmp_path / "model", chat=True))
+def model(chat_folder: Path) -> tuple[Any, Any]:
+    return mq.load(chat_folder)
 
 
 @pytest.fixture

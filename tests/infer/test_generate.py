@@ -51,8 +51,8 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return mq.load(write_model(tmp_path_factory.mktemp("generate") / "model", chat=True))
+def tiny(chat_folder: Path) -> tuple[Any, Any]:
+    return mq.load(chat_folder)
 
 
 # ---- greedy ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Many prompts at once: each text is the one that it would be alone."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ PROMPTS: list[Any] = [
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return mq.load(write_model(tmp_path_factory.mktemp("batch") / "model", chat=True))
+def tiny(chat_folder: Path) -> tuple[Any, Any]:
+    return mq.load(chat_folder)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
