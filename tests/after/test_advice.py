@@ -1,7 +1,6 @@
 """What is said of a run's history: of typical ones, and of ones made to a shape."""
 
 import dataclasses
-import io
 import math
 import random
 import re
@@ -10,10 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
-from support.tiny_folder import write_model, write_rows
+from support.tiny_folder import write_model
+from support.training import fine_tune
 
-import mlx_qlora as mq
 from mlx_qlora.after.advice import advise
 from mlx_qlora.config import SECTIONS
 
@@ -259,25 +257,10 @@ def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, tim
 # ---- in a run ----------------------------------------------------------------------------------
 
 
-def test_advice_is_printed_at_the_end_of_a_run(tmp_path, monkeypatch):
-    model, tokenizer = mq.load(write_model(tmp_path / "model"))
-    rows = write_rows(tmp_path / "rows.jsonl", 30)
-    examples = mq.read_examples(rows, tokenizer, mq.DataConfig(max_length=64, cache_dir=None))
-    config = mq.RunConfig(
-        lora=mq.LoraConfig(r=4, lora_dropout=0.0),
-        training=mq.TrainingConfig(
-            max_steps=30,
-            warmup_steps=2,
-            learning_rate=1e-9,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=1,
-        ),
-        checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")),
-        logging=mq.LoggingConfig(logging_steps=1),
-    )
-    printed = io.StringIO()
-    mq.fine_tune(model, tokenizer, examples, config=config, console=Console(file=printed, width=40))
-    lines = printed.getvalue().splitlines()
+def test_advice_is_printed_at_the_end_of_a_run(tmp_path):
+    how = {"max_steps": 30, "learning_rate": 1e-9, "lora_dropout": 0.0, "logging_steps": 1}
+    run = fine_tune(write_model(tmp_path / "model"), tmp_path / "out", **how)
+    lines = run.printed.splitlines()
     (done,) = (i for i, line in enumerate(lines) if line.startswith("done "))
     (advice,) = (i for i, line in enumerate(lines) if line.startswith("advice "))
     assert done < advice

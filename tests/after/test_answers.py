@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+from support.command_line import python
 from support.tiny_folder import write_tokenizer
 
 import mlx_qlora as mq
@@ -176,13 +177,10 @@ def test_llama_s_own_template_gives_back_its_ids(llama31):
     assert question.reference == "Hello."
 
 
-def test_the_libraries_load_only_when_they_are_used(tmp_path):
-    import subprocess
-    import sys
-
+def test_the_libraries_load_only_when_they_are_used():
     code = (
         "import sys; import mlx_qlora.after.answer_metrics, mlx_qlora.after.evaluation; "
         "print([m for m in ('rouge_score', 'sacrebleu', 'nltk') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = python("-c", code)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,7 @@ def test_a_base_alone_has_figures_and_no_change(folder, rows, tmp_path):
 
 def test_rows_that_were_trained_on_are_pointed_out(adapter, rows, tmp_path):
     record = build({"model": {"source": str(adapter)}, "data": {"path": str(rows)}})
-    taught = tmp_path / "adapter"
-    taught.mkdir()
-    for file in adapter.glob("adapter*"):
-        (taught / file.name).write_bytes(file.read_bytes())
+    taught = shutil.copytree(adapter, tmp_path / "adapter")
     (taught / "run.yaml").write_text(to_yaml(record))
     source = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     config = config_of(source=source, adapter=str(taught))

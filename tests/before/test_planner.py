@@ -1,6 +1,7 @@
 """Plans made from headers alone, against what a model then really holds."""
 
 import dataclasses
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -58,9 +59,9 @@ def test_llama_8b_counts_its_parameters_without_weights(checkpoint_files):
     )
 
 
-def small(bytes_: int) -> Machine:
+def small(bytes_: int, **other: Any) -> Machine:
     """A machine like this one, with less memory."""
-    made = dataclasses.replace(this_machine(), name="small", working_set_bytes=bytes_)
+    made = dataclasses.replace(this_machine(), name="small", working_set_bytes=bytes_, **other)
     vars(made)["flops"] = 1e11  # which is measured otherwise, and anew for each machine
     return made
 
@@ -101,9 +102,7 @@ def test_advice_names_what_helps_and_nothing_that_is_so_already(checkpoint_files
     def told(rows: int, length: int, memory: int) -> str:
         training = {"per_device_train_batch_size": rows, "gradient_checkpointing": True}
         config = build({"training": training, "data": {"max_length": length}})
-        where = dataclasses.replace(small(memory), cores=16)
-        vars(where)["flops"] = 1e11
-        return plan_checkpoint(checkpoint, config, where=where).advice
+        return plan_checkpoint(checkpoint, config, where=small(memory, cores=16)).advice
 
     alone = "Largest part: working arrays; lower training.per_device_train_batch_size."
     assert alone in told(256, 512, 64 << 20)
@@ -155,11 +154,7 @@ def test_machines_by_name(name, kind, gigabytes):
 
 def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeypatch):
     monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
-    cpu, gpu = (
-        dataclasses.replace(small(1 << 30), device=kind) for kind in (device.CPU, device.CUDA)
-    )
-    for each in (cpu, gpu):
-        vars(each)["flops"] = 1e11
+    cpu, gpu = (small(1 << 30, device=kind) for kind in (device.CPU, device.CUDA))
     busy = [1e11 / (1e11 * each.device.matmul_share) for each in (cpu, gpu)]
     assert cpu.seconds(1e11, 500_000_000) == pytest.approx(busy[0] + 0.5)
     assert gpu.seconds(1e11, 500_000_000) == pytest.approx(busy[1])
@@ -168,8 +163,7 @@ def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeyp
 def test_few_rows_are_expected_to_take_longer_on_a_cpu(checkpoint_files, monkeypatch):
     monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
     checkpoint = open_checkpoint(checkpoint_files)
-    where = dataclasses.replace(small(8 << 30), device=device.CPU)
-    vars(where)["flops"] = 1e11
+    where = small(8 << 30, device=device.CPU)
 
     def seconds(rows: int, **training: bool) -> float:
         wanted = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, **training}

@@ -16,6 +16,7 @@ import mlx_qlora as mq
 from mlx_qlora.config import build, read_yaml
 from mlx_qlora.run import open_inputs
 
+PLOTS = ["grad_norm", "learning_rate", "loss", "peak_memory_bytes", "tokens_per_second"]
 LAYOUT = [
     "README.md",
     "adapter_config.json",
@@ -23,16 +24,7 @@ LAYOUT = [
     "metrics.jsonl",
     "mlx/adapter_config.json",
     "mlx/adapters.safetensors",
-    "plots/grad_norm.png",
-    "plots/grad_norm.svg",
-    "plots/learning_rate.png",
-    "plots/learning_rate.svg",
-    "plots/loss.png",
-    "plots/loss.svg",
-    "plots/peak_memory_bytes.png",
-    "plots/peak_memory_bytes.svg",
-    "plots/tokens_per_second.png",
-    "plots/tokens_per_second.svg",
+    *(f"plots/{name}.{kind}" for name in PLOTS for kind in ("png", "svg")),
     "report.html",
     "run.yaml",
     "tokenizer.json",

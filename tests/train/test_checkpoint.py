@@ -706,14 +706,6 @@ def test_whatever_write_fails_costs_no_finished_step(folder, whole, tmp_path, ow
     assert_same(fine_tune(folder, out), whole)
 
 
-def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(folder, tmp_path):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
-        with at_step(1, lambda _: patch.setattr(checkpoint, "save_file", half_a_file)):
-            fine_tune(folder, tmp_path / "out")
-    assert str(error.value).endswith("No checkpoint was written yet")
-    assert steps_in(tmp_path / "out") == []
-
-
 def test_a_folder_that_becomes_read_only_costs_no_finished_step(folder, whole, tmp_path):
     """Modes do not bind root: for root the folder is mounted anew, or the system is played."""
     out, mounts = tmp_path / "out", []

@@ -19,12 +19,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from rich.console import Console
+from support.training import settings
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import crash
 
 import mlx_qlora as mq
-from mlx_qlora.config import build
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.signals import Interrupted, StopSignal
 
@@ -243,17 +243,8 @@ def test_a_signal_during_validation_leaves_it_to_the_next_process(alone, tmp_pat
 @pytest.fixture
 def begin(alone: crash.LeftAlone, tmp_path: Path) -> Callable[[], mq.TrainResult]:
     """Does a short run in this process."""
-    values = {
-        "data": {"max_length": 128, "cache_dir": None},
-        "training": {
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-        },
-        "lora": {"r": 2},
-        "checkpointing": {"output_dir": str(tmp_path / "out")},
-    }
-    config = build(values)
+    how = {"max_length": 128, "cache_dir": None, "packing": True, "max_steps": 4, "r": 2}
+    config = settings(tmp_path / "out", per_device_train_batch_size=2, save_steps=500, **how)
 
     def run() -> mq.TrainResult:
         model, tokenizer = mq.load(alone.inputs / "model")
