@@ -48,23 +48,28 @@ from rich.console import Console
 from mlx_qlora.before import doctor
 doctor.MACHINE = ()
 {before}
-run = doctor.PlannedRun(*json.loads(sys.argv[1]))
-found = doctor.doctor(Console(file=io.StringIO()), run)
-print("\\nFOUND " + json.dumps([asdict(finding) for finding in found]))
+answers = []
+for planned in json.loads(sys.argv[1]):
+    found = doctor.doctor(Console(file=io.StringIO()), doctor.PlannedRun(*planned))
+    answers.append([asdict(finding) for finding in found])
+print("\\nFOUND " + json.dumps(answers))
 """
 
 
 @pytest.fixture
 def ask(hub, away):
-    """Examines in a process of its own: huggingface_hub reads its environment on import."""
+    """Examines in a process of its own: huggingface_hub reads its environment on import.
+
+    Of one (source, revision) or of none it has the findings; of several a list of them for each.
+    """
     hub.repos[REPO] = dict(FILES)
     # The stand-in serves what lies at a repository's root as its answer.
     hub.repos["api/whoami-v2"] = {"": b'{"name": "ada"}'}
     hub.private.add("api/whoami-v2")
 
-    def run(source=REPO, revision=None, before="", **environ):
+    def run(*planned, before="", **environ):
         done = subprocess.run(
-            [sys.executable, "-c", CHILD.format(before=before), json.dumps([source, revision])],
+            [sys.executable, "-c", CHILD.format(before=before), json.dumps(planned or [[REPO]])],
             env=away.environ(**environ),
             cwd=away.home,
             capture_output=True,
@@ -73,7 +78,8 @@ def ask(hub, away):
         )
         found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
         assert found, done.stderr
-        return [Finding(**finding) for finding in json.loads(found[1])]
+        answers = [[Finding(**each) for each in answer] for answer in json.loads(found[1])]
+        return answers if len(answers) > 1 else answers[0]
 
     return run
 
@@ -167,21 +173,18 @@ def test_a_token_that_is_refused(away, ask):
 
 
 def test_models_that_are_none(hub, ask):
-    missing = only(ask("some-org/Nothing"), "model")
-    assert missing.state == "error" and missing.fix == "hf auth login"
-    assert missing.text.startswith("the hub shows no repository some-org/Nothing: check the spell")
     hub.repos["org/ggufs"] = {"config.json": b"{}", "Q4/a.gguf": b""}
-    found = only(ask("org/ggufs"), "model")
-    assert (found.state, found.fix) == (
-        "error",
-        "hf download org/ggufs FILE --local-dir .".replace("FILE", "Q4/a.gguf"),
-    )
-    assert found.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf): ")
-    bert = json.dumps({**LLAMA, "model_type": "bert"}).encode()
-    hub.repos["org/bert"] = {**FILES, "config.json": bert}
-    found = only(ask("org/bert"), "model")
-    assert found.state == "error" and "bert" in found.text
-    assert only(ask(REPO, "v9"), "model").text.startswith(f"{REPO} has no revision 'v9': ")
+    config = json.dumps({**LLAMA, "model_type": "bert"}).encode()
+    hub.repos["org/bert"] = {**FILES, "config.json": config}
+    answers = ask(["some-org/Nothing"], ["org/ggufs"], ["org/bert"], [REPO, "v9"])
+    missing, ggufs, bert, no_revision = (only(found, "model") for found in answers)
+    assert {missing.state, ggufs.state, bert.state, no_revision.state} == {"error"}
+    assert missing.fix == "hf auth login"
+    assert missing.text.startswith("the hub shows no repository some-org/Nothing: check the spell")
+    assert ggufs.fix == "hf download org/ggufs Q4/a.gguf --local-dir ."
+    assert ggufs.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf): ")
+    assert "bert" in bert.text
+    assert no_revision.text.startswith(f"{REPO} has no revision 'v9': ")
 
 
 def test_a_hub_that_is_away(hub, ask):
