@@ -43,22 +43,20 @@ def test_the_page_is_balanced_self_contained_and_keeps_hostile_text_as_text(tmp_
     assert any(policy.startswith("default-src 'none'; ") for policy in policies)
 
 
-def test_no_word_of_a_refused_row_is_told(tmp_path):
+def test_the_page_answers_five_questions_from_the_figures_and_shows_no_refused_row(tmp_path):
     text = Page(written(tmp_path)).text
-    assert "12 read, 10 kept, 2 refused" in text and "3, 7" in text
-    assert "SECRET" not in text
-
-
-def test_the_numbers_of_the_history_stand_in_the_page(tmp_path):
-    text = Page(written(tmp_path)).text
-    for row in (
-        "5 0.05 1.4",
-        "20 0.2 1.1 2.175",
-        "40 0.4 1.05 2.15 1e-4 1.5 101.5",
+    for said in (
+        "Yes: the loss fell by 33%", "3.0000 → 2.0000 (-33.3%)",
+        "Only 2 validations",
+        "1 of 1 sampled answers differ", "0 before, 1 after", "25.0% → 50.0%",
+        "1.0 minutes", "Peak memory 2.00 GB (planned 1.60 GB)", "123 tokens per second",
+        "measured / planned 1.25",
+        "5 0.05 1.4", "20 0.2 1.1 2.175", "40 0.4 1.05 2.15 1e-4 1.5 101.5",
         "loss (nats per token) 3 2 -1 99",
-    ):
-        assert row in text, row
-    assert "GB" in text and "nats per token" in text
+        "12 read, 10 kept, 2 refused", "3, 7",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "SECRET" not in text
 
 
 def test_the_table_of_the_history_has_small_rates_and_both_losses_of_a_step(tmp_path):
@@ -73,18 +71,6 @@ def test_the_table_of_the_history_has_small_rates_and_both_losses_of_a_step(tmp_
     assert all(row[1] and row[2] for row in rows), "training and validation in every row"
     assert {row[3] for row in rows[:-1]} == {"1.5e-6"}
     assert rows[-1] == ["100", "1", "2", "4e-7", "inf"]
-
-
-def test_the_five_questions_are_answered_from_the_figures(tmp_path):
-    text = Page(written(tmp_path)).text
-    for said in (
-        "Yes: the loss fell by 33%", "3.0000 → 2.0000 (-33.3%)",
-        "Only 2 validations",
-        "1 of 1 sampled answers differ", "0 before, 1 after", "25.0% → 50.0%",
-        "1.0 minutes", "Peak memory 2.00 GB (planned 1.60 GB)", "123 tokens per second",
-        "measured / planned 1.25",
-    ):  # fmt: skip
-        assert said in text, said
 
 
 def test_verdicts_follow_the_history(tmp_path):

@@ -338,42 +338,35 @@ def test_no_weight_is_loaded(tmp_path, data, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("words", "said"),
     [
-        ({"--data": None}, "data.path is missing; name a file of rows with --data FILE"),
-        ({"--data": "no.jsonl"}, "data file no.jsonl is missing"),
-        ({"--data": "EMPTY"}, "empty.jsonl is empty"),
-        ({"--data": "NONE"}, "no usable row in"),
-        ({"--model": None}, "model.source is missing; name a model with --model SOURCE"),
-        ({"--model": "smollm2-136m"}, "did you mean 'smollm2-135m'"),
-        ({"--model": "FOLDER"}, "bare is not a complete model: it lacks *.safetensors"),
-        ({"--max-length": "1"}, "data.max_length must be at least 2; got 1"),
-        ({"--max-length": "3"}, "no usable row in"),
-        ({"--show": "-1"}, "--show must be at least 0; got -1"),
-        ({"--refused": "no/such/folder"}, "data.refused_path: no/such/folder cannot be written"),
-        ({"data.form=text": None}, "unknown field data.form; did you mean 'format'?"),
-        ({"data.format=text": None}, "field 'text' is missing"),
-        ({"data.template=no.jinja": None}, "'no.jinja' cannot be read"),
+        ("data.path=null", "data.path is missing; name a file of rows with --data FILE"),
+        ("--data no.jsonl", "data file no.jsonl is missing"),
+        ("--data empty.jsonl", "empty.jsonl is empty"),
+        ("--data none.jsonl", "no usable row in"),
+        ("model.source=null", "model.source is missing; name a model with --model SOURCE"),
+        ("--model smollm2-136m", "did you mean 'smollm2-135m'"),
+        ("--model bare", "bare is not a complete model: it lacks *.safetensors"),
+        ("--max-length 1", "data.max_length must be at least 2; got 1"),
+        ("--max-length 3", "no usable row in"),
+        ("--show -1", "--show must be at least 0; got -1"),
+        ("--refused no/such/folder", "data.refused_path: no/such/folder cannot be written"),
+        ("data.form=text", "unknown field data.form; did you mean 'format'?"),
+        ("data.format=text", "field 'text' is missing"),
+        ("data.template=no.jinja", "'no.jinja' cannot be read"),
     ],
 )
 def test_what_cannot_be_inspected_is_one_message_and_code_2(
-    changes, said, folder, data, tmp_path, monkeypatch, capsys
+    words, said, folder, data, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "none.jsonl").write_text("{}\n")
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text("{}")
-    words: dict[str, str | None] = {"--data": str(data), "--model": str(folder)}
-    for flag, value in changes.items():
-        if flag in words and value is None:
-            del words[flag]
-        else:
-            files = {"EMPTY": "empty.jsonl", "NONE": "none.jsonl", "FOLDER": "bare"}
-            words[flag] = files.get(value, value) if value else None
-    argv = [word for pair in words.items() for word in pair if word is not None]
+    Path("empty.jsonl").touch()
+    Path("none.jsonl").write_text("{}\n")
+    Path("bare").mkdir()
+    Path("bare/config.json").write_text("{}")
     capsys.readouterr()
-    assert main(["inspect", *argv]) == 2
+    whole = ["inspect", "--data", str(data), "--model", str(folder)]
+    assert main([*whole, *words.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mlx-qlora: ") and error.count("mlx-qlora: ") == 1
     assert said in error
