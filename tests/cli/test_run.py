@@ -13,6 +13,7 @@ from support.tiny_folder import write_model, write_rows
 from support.training import train_run
 
 import mlx_qlora as mq
+from mlx_qlora.cli import main
 from mlx_qlora.config import build, read_yaml
 from mlx_qlora.run import open_inputs
 
@@ -134,8 +135,6 @@ def test_an_adapter_can_be_trained_on_and_its_own_config_stands(finished, tmp_pa
 )
 def test_the_record_opens_the_model_that_a_notebook_has_trained_on(finished, tmp_path, how):
     """With objects of its own: nothing of the config says how it was loaded, or from where."""
-    from mlx_qlora.cli import main
-
     folder, *_ = finished
     model, tokenizer = mq.load(folder / "model", **how)
     examples = mq.read_examples(folder / "rows.jsonl", tokenizer, mq.DataConfig(max_length=64))
@@ -278,8 +277,6 @@ def test_the_plan_counts_the_adapter_that_will_be_trained(finished):
 
 
 def test_rows_beyond_the_models_context_are_refused_before_loading(finished, tmp_path):
-    from support.tiny_folder import write_model
-
     folder, values, _ = finished
     short = write_model(tmp_path / "model", max_position_embeddings=8)
     values = {

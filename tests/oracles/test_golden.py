@@ -10,10 +10,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from support.gradients import add_grads
 from support.models import LLAMA3_ROPE, TINY, load_folder, make_hf_model
 
-from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.engine import Engine
@@ -83,8 +84,6 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def our_run(folder: Path, recompute: Any, compiled: bool) -> tuple[np.ndarray, np.ndarray, AdamW]:
-    from mlx_qlora.adapters.peft import load_adapter
-
     model = load_folder(folder / "base")
     load_adapter(model, folder / "adapter")
     engine = Engine(model, recompute, compiled)
@@ -106,8 +105,6 @@ def our_run(folder: Path, recompute: Any, compiled: bool) -> tuple[np.ndarray, n
     ("recompute", "compiled"), [("none", False), ("all", False), (1, False), ("none", True)]
 )
 def test_thirty_steps_equal_those_of_torch_and_peft(golden, recompute, compiled):
-    from safetensors.numpy import load_file
-
     losses, norms, optimizer = our_run(golden["folder"], recompute, compiled)
     loss_gap = np.abs(losses - golden["losses"])
     norm_gap = np.abs(norms - golden["norms"])
@@ -125,8 +122,6 @@ def test_thirty_steps_equal_those_of_torch_and_peft(golden, recompute, compiled)
 def test_a_mean_of_means_would_fail_this_trajectory(golden):
     """The control: weighting micro-batches equally is far outside the tolerance."""
     model = load_folder(golden["folder"] / "base")
-    from mlx_qlora.adapters.peft import load_adapter
-
     load_adapter(model, golden["folder"] / "adapter")
     engine = Engine(model, "none", compiled=False)
     means = []

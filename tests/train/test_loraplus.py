@@ -21,48 +21,34 @@ from mlx_qlora.train.optim import AdamW
 from mlx_qlora.tree import flat
 
 RATIO = 8.0
-PREFIX = "base_model.model."
 
 
-def adapted(folder: Path, ratio: float = RATIO, **how: Any):
-    model = load_folder(folder)
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, loraplus_lr_ratio=ratio, **how)
-    return add_lora(model, lora, seed=3)
+def adapted(folder: Path, ratio: float = RATIO):
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, loraplus_lr_ratio=ratio)
+    return add_lora(load_folder(folder), lora, seed=3)
 
 
-def peft_and_optimizer(base: Path, adapter: Path, **how: Any):
-    """A PEFT model and the optimiser that PEFT makes for LoRA+."""
+def test_ten_steps_equal_those_of_pefts_optimizer(hf_tiny, tmp_path):
     import torch
     from peft import PeftModel
     from peft.optimizers import create_loraplus_optimizer
     from transformers import AutoModelForCausalLM
 
-    hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(hf, adapter, is_trainable=True)
-    optimizer = create_loraplus_optimizer(
-        model, torch.optim.AdamW, loraplus_lr_ratio=RATIO, loraplus_weight_decay=0.1, **how
-    )
-    return model, optimizer
-
-
-def trained(model: Any) -> dict[str, Any]:
-    """Our names -> PEFT's parameters."""
-    return {
-        name.removeprefix(PREFIX).replace(".default", ""): weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
-
-
-def test_ten_steps_equal_those_of_pefts_optimizer(hf_tiny, tmp_path):
-    import torch
-
     ours = adapted(hf_tiny[1])
     randomise_lora(ours)
     folder = save_adapter(ours, tmp_path / "adapter", "org/base")
-    how = {"betas": (0.8, 0.95), "eps": 1e-6}
-    model, optimizer = peft_and_optimizer(hf_tiny[1], folder, lr=1.0, **how)
-    theirs, rates = trained(model), [group["lr"] for group in optimizer.param_groups]
+    hf = AutoModelForCausalLM.from_pretrained(hf_tiny[1], dtype=torch.float32)
+    model = PeftModel.from_pretrained(hf, folder, is_trainable=True)
+    how = {"lr": 1.0, "betas": (0.8, 0.95), "eps": 1e-6}
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, loraplus_lr_ratio=RATIO, loraplus_weight_decay=0.1, **how
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".default", ""): weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
     adamw, plain = (
         AdamW(ours.trainable_parameters(), 0.8, 0.95, 1e-6, 0.1, None, ratio)
         for ratio in (RATIO, 1.0)
