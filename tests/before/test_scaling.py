@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.models import LLAMA_31_8B
 from support.ring import ends, start
 
 from mlx_qlora import cli
@@ -97,25 +98,9 @@ def test_one_process_hands_over_nothing():
 # ---- in a plan -----------------------------------------------------------------------------------
 
 
-# Llama 3.1 8B from its config alone.
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-}
-
-
 def test_a_plan_of_several_processes_adds_the_sums_and_nothing_else():
     name = "meta-llama/Llama-3.1-8B"
-    checkpoint = Checkpoint(ModelFiles(Path(), name, None, name), CONFIG, {}, {}, [])
+    checkpoint = Checkpoint(ModelFiles(Path(), name, None, name), LLAMA_31_8B, {}, {}, [])
     config, where = build({}), machine("m4-max-64")
     alone = plan_checkpoint(checkpoint, config, where=where)
     one, four = (plan_checkpoint(checkpoint, config, where=where, processes=n) for n in (1, 4))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support.models import load_folder, make_hf_model, our_logits, random_tokens
+from support.models import LLAMA_31_8B, load_folder, make_hf_model, our_logits, random_tokens
 
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -22,16 +22,6 @@ from mlx_qlora.model.lora import (
     trainable_count,
 )
 from mlx_qlora.model.quantize import Linear
-
-LLAMA_31_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-}
 
 
 def layer(
