@@ -132,16 +132,11 @@ def test_the_verdict_follows_the_interval():
     assert sentence(0.08, 0.01).endswith(": something was forgotten")
     assert sentence(0.5, 0.01).endswith("much was forgotten")
     assert sentence(0.04, 0.03).endswith("little to something was forgotten; more text would tell")
-    assert "fell from" in sentence(-0.1, 0.01) and sentence(-0.1, 0.01).endswith(
-        "little was forgotten"
-    )
+    fell = sentence(-0.1, 0.01)
+    assert "fell from" in fell and fell.endswith("little was forgotten")
     assert sentence(0.5, 0.0, NONE).endswith("the text is too short to be sure")
-    assert [degree(x) for x in (0.049, 0.051, 0.119, 0.121)] == [
-        "little",
-        "something",
-        "something",
-        "much",
-    ]
+    degrees = [degree(x) for x in (0.049, 0.051, 0.119, 0.121)]
+    assert degrees == ["little", "something", "something", "much"]
 
 
 def test_a_file_s_paragraphs_are_its_texts(tmp_path):

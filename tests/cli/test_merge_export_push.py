@@ -183,19 +183,15 @@ def test_push_lists_what_it_would_upload(run, capsys):
     [
         (["merge", "--output-dir", "m"], "model.adapter is missing"),
         (["export", "--output-dir", "m", "--adapter", "nowhere"], "there is no folder nowhere"),
+        (["export", "--output-dir", "m", "--gguf", "--mlx"], "not allowed with argument --gguf"),
         (["push", "nowhere", "me/x", "--dry-run"], "nowhere"),
         (["merge", "--output-dir", "m", "--adapter", "a", "--model", "no/such/place"], "no/such"),
     ],
 )
-def test_what_is_missing_is_named_and_nothing_is_written(
+def test_what_is_missing_or_too_much_is_named_and_nothing_is_written(
     words, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     assert call(*words) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_one_form_at_a_time(run, tmp_path):
-    words = ["export", "--adapter", run[0], "--output-dir", tmp_path / "m"]
-    assert call(*words, "--gguf", "--mlx") == 2

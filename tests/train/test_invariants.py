@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.tiny_folder import write_model
+from support.training import recorded
 
 from mlx_qlora.cli import main
 from mlx_qlora.data.tokenizer import load_tokenizer
@@ -68,8 +69,7 @@ def batch_of(rows: int, micro_batches: int) -> list[str]:
 
 
 def records(output: Path) -> list[dict[str, float]]:
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    return [record for record in recorded(output) if "loss" in record]
 
 
 def losses(output: Path, *words: str) -> np.ndarray:

@@ -21,6 +21,7 @@ import pytest
 from safetensors.numpy import load_file
 from support import ring
 from support.tiny_folder import write_model
+from support.training import recorded
 
 from mlx_qlora import device
 from mlx_qlora import distributed as room
@@ -178,12 +179,8 @@ def together(request: pytest.FixtureRequest, n: int) -> dict[str, Any]:
     return request.getfixturevalue({2: "two", 3: "three"}[n])
 
 
-def history(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
 def series(output: Path, key: str) -> list[tuple[int, float]]:
-    return [(record["step"], record[key]) for record in history(output) if key in record]
+    return [(record["step"], record[key]) for record in recorded(output) if key in record]
 
 
 def assert_same_adapter(one: Path, other: Path) -> None:
@@ -217,15 +214,15 @@ def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(place, alone, 
     assert len(series(place.output("packed", 1), "loss")) == STEPS
     lengths = [len(json.loads(line)["output"]) for line in place.rows.read_text().splitlines()]
     assert len(set(lengths)) > 5
-    best = history(place.output("best", 1))
+    best = recorded(place.output("best", 1))
     losses = dict(series(place.output("best", 1), "eval_loss"))
     assert best[-1]["step"] < STEPS and min(losses, key=losses.__getitem__) < best[-1]["step"]
-    skipped = [record for record in history(place.output("poisoned", 1)) if "skipped" in record]
+    skipped = [record for record in recorded(place.output("poisoned", 1)) if "skipped" in record]
     assert [record["step"] for record in skipped] == [POISONED_ROW // 6 + 1]
     parts = [[each["parts"] for each in alone[name] + two[name]] for name in ("packed", "wide")]
     assert parts == [[1, 1, 1], [2, 2, 2]]
     # The last step of the pass has rows for some processes only.
-    epoch = history(place.output("epoch", 1))[-1]
+    epoch = recorded(place.output("epoch", 1))[-1]
     rows = json.loads((checkpoints(place.output("epoch", 1))[-1] / "resume_state.json").read_text())
     assert epoch["epoch"] == 1 and rows["rows"] % 6 in (1, 2), rows["rows"]
 
@@ -252,7 +249,7 @@ def test_processes_of_one_machine_share_its_cores(together, n):
 def test_a_process_names_the_step_that_rows_of_another_have_spoilt(place, together, n):
     logs = [place.output("poisoned", n) / f"rank-{rank}.log" for rank in range(1, n)]
     guilty = POISONED_ROW % n  # every n-th row of the stream is its own
-    (record,) = [r for r in history(place.output("poisoned", n)) if "skipped" in r]
+    (record,) = [r for r in recorded(place.output("poisoned", n)) if "skipped" in r]
     assert record["rows"] == ["rows of another process: see its rank-*.log"]
     shown = logs[guilty - 1].read_text().replace("\n", " ")
     assert "skipped" in shown and "rows.jsonl:" in shown.partition("skipped")[2]
