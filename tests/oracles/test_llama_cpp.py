@@ -166,7 +166,7 @@ def test_llama_cpp_computes_our_probabilities_and_float16_is_off_by_its_rounding
     assert all(len(row) == 320 for row in theirs)  # the whole vocabulary
     assert differences(theirs, mine).max() < 1e-4
     assert differences(theirs, without).min() > 0.1  # the adapter does something
-    half = save_gguf_adapter(model, tmp_path / "half.gguf")
+    half = save_gguf_adapter(model, tmp_path / "a.gguf")
     assert differences(list(llama_cpp(tiny_base, tiny_prompts, half)), mine).max() < 0.02
 
 
