@@ -287,7 +287,7 @@ def test_an_answer_that_was_cut_elsewhere_is_no_other(before, after, other):
 # ---- a whole run ---------------------------------------------------------------------------------
 
 
-def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
+def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
     """The command line's own run, on a tiny model: everything in the page is of this run."""
     write_model(tmp_path / "model")
     values = {
@@ -320,7 +320,7 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path, monkeypatch):
 # ---- notebooks ---------------------------------------------------------------------------------
 
 
-def test_a_result_without_a_report_shows_as_text(tmp_path, monkeypatch):
+def test_a_result_without_a_report_shows_as_text(tmp_path):
     result = result_in(tmp_path, history(10))
     assert result._repr_html_() is None
     write_report(Report(result, RunConfig()))

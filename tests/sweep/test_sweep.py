@@ -210,9 +210,7 @@ def test_the_shared_base_is_unchanged_bit_for_bit(done):
     assert trainable_count(base) == 0 and not mq.adapter_names(base)
 
 
-def test_a_trial_that_went_on_is_bit_for_bit_an_uninterrupted_run(
-    done, place, tmp_path, monkeypatch
-):
+def test_a_trial_that_went_on_is_bit_for_bit_an_uninterrupted_run(done, place, tmp_path):
     """`fine_tune` of the same config, with its own model, validation and checkpoints."""
     result, printed, *_ = done
     tried = result.winner
