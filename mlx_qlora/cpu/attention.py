@@ -36,10 +36,7 @@ class Residuals:
 
 
 def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Residuals]:
-    """q (n, T, H, Hd), k and v (n, T, K, Hd) -> (n, T, H, Hd), and all that `backward` can use.
-
-    `by_blocks` returns the output and the log-sums alone, and is differentiable.
-    """
+    """q (n, T, H, Hd), k and v (n, T, K, Hd) -> (n, T, H, Hd), and all that `backward` can use."""
     K, scale = k.shape[2], q.shape[3] ** -0.5
     queries, keys, values = _by_head(q, K) * scale, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     outs, log_sums, totals, exponentials = [], [], [], []
@@ -89,20 +86,6 @@ def backward(
     return dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
-def _by_blocks(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-    out, residuals = forward(q, k, v)
-    return out, residuals.log_sum
-
-
-def _by_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-    (q, k, v), (out, log_sum) = primals, outputs
-    return backward(q, k, v, out, Residuals(log_sum), cotangents[0])
-
-
-by_blocks: Any = mx.custom_function(_by_blocks)
-by_blocks.vjp(_by_blocks_vjp)
-
-
 def _blocks(q: mx.array) -> list[tuple[int, int]]:
     """First and last query of each block; the longer the documents, the fewer queries each has."""
     n, T, H, _ = q.shape
@@ -149,10 +132,9 @@ def _hide_future(scores: mx.array, start: int, end: int) -> tuple[mx.array, mx.a
 
 @functools.cache
 def _masks(width: int) -> tuple[mx.array, mx.array]:
-    """What a block of queries must not see, as -inf to add and as 0 to multiply with.
+    """What a block of queries must not see: -inf to add, 0 to multiply; (BLOCK, width + BLOCK).
 
-    Both (BLOCK, width + BLOCK), for the last block of `width + BLOCK` keys; a block further to the
-    left slices its own from further to the right.
+    They are those of the last block of so many keys; one further left slices from further right.
     """
     seen = np.tri(BLOCK, width + BLOCK, width, dtype=np.float32)
     return mx.array(np.where(seen, 0, -np.inf).astype(np.float32)), mx.array(seen)

@@ -8,13 +8,13 @@ OpenBLAS first is all there is to do; where MLX was imported first (sorted impor
 addresses that libmlx.so has already bound are overwritten.
 """
 
+import contextlib
 import ctypes
 import ctypes.util
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,10 @@ TALL = 16  # times as many rows as columns: an output head, no other matrix
 
 
 def load_fast_blas() -> str | None:
-    """Load an OpenBLAS over MLX's reference BLAS, on Linux.
+    """Load an OpenBLAS over MLX's reference BLAS, on Linux; returns its path or name, or None.
 
     `MLX_QLORA_BLAS=PATH` names another library with the CBLAS symbols, and `MLX_QLORA_BLAS=none`
     keeps MLX's own.
-
-    Returns:
-        The path or name of the library that was loaded, or None.
     """
     if not sys.platform.startswith("linux") or device.openblas:
         return device.openblas
@@ -64,17 +61,15 @@ def load_fast_blas() -> str | None:
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def threads(n: int) -> Iterator[None]:
     """Let the loaded OpenBLAS use n threads for a matmul; does nothing to another BLAS.
 
     Around a whole run, too: each change wakes OpenBLAS's threads, which then spin for a while.
     """
-    library = ctypes.CDLL(device.openblas) if device.openblas else None
-    if library is None or not hasattr(library, "openblas_set_num_threads"):
-        yield
-        return
-    before = library.openblas_get_num_threads()
+    library: Any = ctypes.CDLL(device.openblas) if device.openblas else None
+    is_openblas = hasattr(library, "openblas_set_num_threads")
+    before = library.openblas_get_num_threads() if is_openblas else n
     if before == n:
         yield
         return
@@ -98,14 +93,10 @@ def row_product(x: "mx.array", W: "mx.array") -> "mx.array":
 
 
 def _rebind(library: ctypes.CDLL) -> bool:
-    """Point the jump slots of a libmlx.so that is already loaded at another BLAS.
+    """Point the jump slots of a libmlx.so that is already loaded at another BLAS, if all can be.
 
     A slot is where the dynamic loader keeps the address of an imported function; the file says
-    where its slots are, the process where the file lies in memory. Needed because formatters sort
-    `import mlx` before `import mlx_qlora`; without it, such a program runs 70 times slower.
-
-    Returns:
-        Whether every slot could be written.
+    where its slots are, the process where the file lies in memory.
     """
     import elftools.common.exceptions
     from elftools.elf.elffile import ELFFile
@@ -154,18 +145,16 @@ def _provide_libgfortran() -> None:
     renamed to `libgfortran-<hash>.so.5.0.0`. The loader matches a needed library against the names
     that loaded ones carry inside (DT_SONAME), so a copy in memory with its plain name satisfies it.
     """
-    try:
+    with contextlib.suppress(OSError):
         ctypes.CDLL("libgfortran.so.5")
         return
-    except OSError:
-        pass
-    bundled = [library for folder in sys.path for library in Path(folder).glob("mlx_*.libs/lib*")]
-    for helper in bundled:
-        if helper.name.startswith("libquadmath-"):
-            ctypes.CDLL(str(helper))
-    for runtime in bundled:
-        if not runtime.name.startswith("libgfortran-"):
-            continue
+
+    def bundled(name: str) -> list[Path]:
+        return [file for folder in sys.path for file in Path(folder).glob(f"mlx_*.libs/{name}-*")]
+
+    for helper in bundled("libquadmath"):
+        ctypes.CDLL(str(helper))
+    for runtime in bundled("libgfortran"):
         hashed = runtime.name.encode() + b"\0"
         plain = b"libgfortran.so.5".ljust(len(hashed), b"\0")
         with open(os.memfd_create("libgfortran.so.5"), "wb") as in_memory:

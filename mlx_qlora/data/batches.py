@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -88,11 +88,6 @@ class Batch:
             return self.tokens.size
         return int((self.documents[:, 2] - self.documents[:, 1]).sum())
 
-    @functools.cached_property
-    def packed(self) -> bool:
-        """Whether a row holds more than the document that begins it."""
-        return self.documents is not None and bool(self.documents[:, 1].any())
-
 
 def make_batches(
     examples: Examples,
@@ -110,7 +105,6 @@ def make_batches(
     """Batches in a resumable, seeded order.
 
     Args:
-        examples: the rows of one pass, before packing.
         batch_size: B, rows per batch of each process.
         seed: decides what is packed together and the order.
         shuffle: False keeps the examples' own order, for evaluation.
@@ -140,8 +134,8 @@ def make_batches(
     limit = longest if max_length is None else max_length
     require(limit >= longest, "max_length", f"hold the longest example, {longest}", max_length)
     width = packed_width(examples.lengths, rows_per_step, limit) if packing else None
-    sharing = {"rank": rank, "world_size": world_size, "rows_per_step": rows_per_step}
-    return Batches(examples, batch_size, seed, shuffle, width, epochs, **sharing)
+    sharing = rank, world_size, rows_per_step
+    return Batches(examples, batch_size, seed, shuffle, width, epochs, *sharing)
 
 
 @dataclass(eq=False, repr=False)
@@ -154,7 +148,6 @@ class Batches:
     shuffle: bool
     width: int | None  # positions of a packed row; None gives each example a row of its own
     epochs: float | None
-    _: KW_ONLY
     rank: int
     world_size: int
     rows_per_step: int
@@ -275,8 +268,6 @@ def _in_order(lengths: np.ndarray, width: int) -> list[np.ndarray]:
         used += n
     return [*rows, np.arange(first, len(lengths))]
 
-
-# ---- arrays --------------------------------------------------------------------------------------
 
 # The fields of a Batch, in its order, as numpy arrays.
 Layout = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[int, ...]]

@@ -113,8 +113,6 @@ def _after_last_end(tokenizer: Tokenizer, ids: list[int]) -> int:
     return place if place and not tokenizer.decode(ids[place:]).strip() else 0
 
 
-# ---- rows that are too long ----------------------------------------------------------------------
-
 TRUNCATION = ("left-context", "right", "drop", "error")
 
 
@@ -134,6 +132,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     """
     n = len(row.ids)
     excess = n - max_length
+    too_long = f"{n} tokens, longer than max_length {max_length}"
     if excess > 0 and truncation == "right":
         # Context after the last learned id would teach nothing.
         end = max(np.flatnonzero(row.learned[:max_length]), default=-1) + 1
@@ -150,10 +149,9 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
         learned[0] = False
         row = Encoded(row.ids[kept], learned, row.context - excess, excess)
     elif excess > 0 and truncation == "error":
-        remedy = "shorten it, or set data.truncation"
-        raise TooLong(f"{n} tokens, longer than max_length {max_length}; {remedy}")
+        raise TooLong(f"{too_long}; shorten it, or set data.truncation")
     elif excess > 0:
-        raise DataError(f"{n} tokens, longer than max_length {max_length}")
+        raise DataError(too_long)
     if not row.learned.any():
         where = f" within max_length {max_length}" if row.cut else ""
         raise DataError(f"no supervised token{where}")
@@ -186,18 +184,12 @@ def chunks(file: int, name: str, form: str, rows: Iterable[tuple[int, Any]]) -> 
     chunk = Chunk(file, name, form)
     for line, raw in rows:
         chunk.rows.append((line, raw))
-        chunk.size += len(raw) if isinstance(raw, bytes) else _rough_size(raw)
+        chunk.size += len(raw if isinstance(raw, bytes) else repr(raw))
         if chunk.size >= CHUNK_BYTES or len(chunk.rows) >= CHUNK_ROWS:
             yield chunk
             chunk = Chunk(file, name, form)
     if chunk.rows:
         yield chunk
-
-
-def _rough_size(row: Any) -> int:
-    if isinstance(row, (dict, list)):
-        return sum(map(_rough_size, row.values() if isinstance(row, dict) else row))
-    return len(row) if isinstance(row, str) else 8
 
 
 @dataclass(frozen=True)

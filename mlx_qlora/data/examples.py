@@ -377,7 +377,7 @@ class Examples(Sequence[Example]):
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
+        if isinstance(index, (slice, np.ndarray)):
             return Examples(self._store, self.report, self._rows[index])
         row = int(self._rows[index])
         tokens, learned = self._store[row]
@@ -413,14 +413,12 @@ class Examples(Sequence[Example]):
             raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")
         places = _uniform(self.contents, seed)
         parts = np.searchsorted(np.cumsum(shares)[:-1], places, "right")
-        rows = [self._rows[parts == i] for i in range(len(shares))]
-        return [Examples(self._store, self.report, part) for part in rows]
+        return [self[parts == i] for i in range(len(shares))]
 
 
 def _uniform(hashes: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) for each hash and seed (the finaliser of SplitMix64)."""
-    salt = hashlib.blake2b(f"split {seed}".encode(), digest_size=8).digest()
-    x = np.array(hashes, np.uint64) ^ np.uint64(int.from_bytes(salt, "little"))
+    x = np.array(hashes, np.uint64) ^ np.uint64(hash64(f"split {seed}".encode()))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

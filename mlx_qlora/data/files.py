@@ -258,22 +258,18 @@ def _is_array(file: IO[bytes]) -> bool:
 def _array_rows(file: IO[bytes]) -> Rows:
     """The items of one JSON array, counted from 1; after text that is no JSON all is lost."""
     text = _ArrayText(file)
-    text.peek()
-    text.skip()  # the bracket
+    text.take("[")
     number = 1
-    while text.peek() != "]":
+    while not text.take("]"):
         item = text.item()
         yield number, parse(item)
         if isinstance(item, DataError):
             return
         number += 1
-        if text.peek() == ",":
-            text.skip()
-        elif text.peek() != "]":
+        if not text.take(",") and text.peek() != "]":
             reason = "a comma is missing" if text.peek() else "the file is cut short"
             yield number, DataError(f"not JSON, and all after it is lost: {reason}")
             return
-    text.skip()
     if text.peek():
         yield number, DataError("what follows the end of the array is lost")
 
@@ -310,12 +306,14 @@ class _ArrayText:
                 return self._text[self._at]
         return ""
 
-    def skip(self) -> None:
-        """Moves past the character that `peek` returned."""
-        self._at += 1
+    def take(self, character: str) -> bool:
+        """Moves past the next character if it is this one."""
+        is_next = self.peek() == character
+        self._at += is_next
+        return is_next
 
     def item(self) -> bytes | DataError:
-        """Takes the JSON value that begins with the character that `peek` returned."""
+        """Takes the JSON value that begins where `peek` or `take` has stopped."""
         while True:
             try:
                 _, end = _LENIENT.raw_decode(self._text, self._at)

@@ -51,14 +51,8 @@ Said = Instruction | Pair | Chat
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> Instruction:
-    """Fields `instruction`, `input` (may be left out) and `output`."""
     instruction, output = _text_of(row, "instruction"), _text_of(row, "output")
     return Instruction(instruction, _text_of(row, "input", optional=True), output)
-
-
-def _read_messages(row: Mapping[str, Any]) -> Chat:
-    """Field `messages`, and `tools` if there are any; OpenAI's format for fine-tuning."""
-    return _chat(_messages_of(row, "messages"), _tools_of(row))
 
 
 def _read_sharegpt(row: Mapping[str, Any]) -> Chat:
@@ -82,7 +76,7 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
     "alpaca": _read_alpaca,
-    "messages": _read_messages,
+    "messages": lambda row: _chat(_messages_of(row, "messages"), _tools_of(row)),  # OpenAI's
     "sharegpt": _read_sharegpt,
     "prompt_completion": _read_prompt_completion,
     "text": lambda row: Pair("", _text_of(row, "text")),  # no prompt: all of it is learned
@@ -295,17 +289,16 @@ def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segm
     if source is None:
         raise DataError("the model has no chat template: set data.template to alpaca or to a file")
 
+    special = tokenizer.special_tokens
+
     def render(messages: list[Message], **options: Any) -> str:
-        options["date"] = ROW_DATE
         try:
-            return render_template(
-                source, messages, chat.tools, tokenizer.special_tokens, **options
-            )
+            return render_template(source, messages, chat.tools, special, date=ROW_DATE, **options)
         except TokenizerError as error:
             raise DataError(f"the chat template refuses it: {error}") from None
 
-    roles = [message["role"] for message in chat.messages]
-    if chat.tools and next(role for role in roles if role != "system") == "assistant":
+    speakers = (m["role"] for m in chat.messages if m["role"] != "system")
+    if chat.tools and next(speakers) == "assistant":
         # Llama 3.1's template writes tools into the first turn, as the user's, whoever speaks.
         raise DataError("has tools but begins with the assistant; put the user's question first")
     whole = render(chat.messages)

@@ -22,8 +22,6 @@ from mlx_qlora.cpu.attention import Residuals
 MOST_PADDING = 0.1  # of a group's positions, for its documents to share a call
 FEWEST_FUSED_QUERIES = 9  # Metal's fused attention has no gradient for fewer
 
-# ---- RoPE ----------------------------------------------------------------------------------------
-
 
 def rope(x: mx.array, offset: Any, periods: mx.array) -> mx.array:
     """RoPE of x (B, H, T, Hd), in Hugging Face's layout: pair i is (i, i + Hd / 2).
@@ -36,25 +34,10 @@ def rope(x: mx.array, offset: Any, periods: mx.array) -> mx.array:
     )
 
 
-def _swapped(x: mx.array) -> mx.array:
-    """The two halves of the last axis, in the other order."""
+def _rotate(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
     # `split`, as the gradients of two slices would each fill a whole array with zeros.
     first, second = mx.split(x, 2, axis=-1)
-    return mx.concatenate([second, first], axis=-1)
-
-
-def _rotation(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    return x * cosine + _swapped(x) * sine
-
-
-def _rotation_vjp(primals: Any, dy: mx.array, _: Any) -> tuple[mx.array, ...]:
-    """The inverse of a rotation is its transpose; nobody learns the angles."""
-    _, cosine, sine = primals
-    return dy * cosine - _swapped(dy) * sine, mx.zeros_like(cosine), mx.zeros_like(sine)
-
-
-_rotate: Any = mx.custom_function(_rotation)
-_rotate.vjp(_rotation_vjp)
+    return x * cosine + mx.concatenate([second, first], axis=-1) * sine
 
 
 # ---- documents of one length ---------------------------------------------------------------------
@@ -70,10 +53,8 @@ def attend_with_residuals(
     """
     if is_fused(q.dtype):
         return _fused(q, k, v), Residuals()
-    if keep_weights:
-        return blocks.forward(q, k, v)
-    out, log_sum = blocks.by_blocks(q, k, v)
-    return out, Residuals(log_sum)
+    out, residuals = blocks.forward(q, k, v)
+    return out, residuals if keep_weights else Residuals(residuals.log_sum)
 
 
 def attend_vjp(
@@ -131,24 +112,16 @@ class Documents:
 
     @classmethod
     def of(
-        cls,
-        documents: np.ndarray,
-        periods: mx.array,
-        N: int | None = None,
-        T: int | None = None,
+        cls, documents: np.ndarray, periods: mx.array, N: int | None = None, T: int | None = None
     ) -> "Documents":
         """From documents (n, 3) of row, start and end, in order, which follow each other.
 
-        Args:
-            documents: of the rows of a batch.
-            periods: from `rope_periods`.
-            N: positions in all, if padding follows the documents.
-            T: given, the positions are those of whole rows of this width, padding and all.
+        Padding may follow them, up to `N` positions in all. With `T` the positions are those of
+        whole rows of this width, padding and all.
         """
-        lengths = documents[:, 2] - documents[:, 1]
-        firsts = (
-            np.cumsum(lengths) - lengths if T is None else documents[:, 0] * T + documents[:, 1]
-        )
+        rows, starts, ends = documents.T
+        lengths = ends - starts
+        firsts = np.cumsum(lengths) - lengths if T is None else rows * T + starts
         N = int(lengths.sum()) if N is None else N
         positions, row, column = np.zeros((3, N), np.int32)
         for first, (b, start, end) in zip(firsts.tolist(), documents.tolist()):
@@ -258,15 +231,10 @@ class Cached:
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """q (B, T, H, Hd), k and v (B, T, K, Hd), rotated -> (B, T, H, Hd)."""
+        from mlx_lm.models.base import scaled_dot_product_attention  # of quantised caches, too
+
         scale = q.shape[-1] ** -0.5
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         k, v = self.cache.update_and_fetch(k, v)
-        if hasattr(self.cache, "bits"):  # mlx-lm's quantised cache: k and v are packed triples
-            from mlx_lm.models.base import scaled_dot_product_attention
-
-            out = scaled_dot_product_attention(
-                q, k, v, cache=self.cache, scale=scale, mask=self.mask
-            )
-        else:
-            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self.mask)
+        out = scaled_dot_product_attention(q, k, v, self.cache, scale, self.mask)
         return out.swapaxes(1, 2)

@@ -11,7 +11,6 @@
 import math
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,18 +48,12 @@ LAYER_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class GGUF:
-    """One GGUF file in Hugging Face's terms."""
-
-    config: dict[str, Any]  # what its `config.json` would say
-    tensors: dict[str, mx.array]  # a packed matrix has `.weight`, `.scales`, `.biases`
-    metadata: dict[str, Any]  # the file's own key-value pairs, tokenizer included
-    hf_id: str | None  # the repository it was made from, where the metadata says so
-
-
-def read_gguf(path: Path) -> GGUF:
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, Any]]:
     """Read a GGUF file of architecture llama.
+
+    Returns:
+        What its `config.json` would say; the tensors, a packed matrix as `.weight`, `.scales` and
+        `.biases`; and the file's own key-value pairs, tokenizer included.
 
     Raises:
         WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that MLX
@@ -87,7 +80,7 @@ def read_gguf(path: Path) -> GGUF:
         hf_name, array = _hf_name(path, name), loaded.pop(name)
         module = hf_name.split(".")[-2]
         tensors[hf_name] = _undo_permute(array, heads[module]) if module in heads else array
-    return GGUF(config, tensors, metadata, _original_repository(metadata))
+    return config, tensors, metadata
 
 
 # ---- the header: types and sizes, before anything is loaded --------------------------------------
@@ -244,19 +237,16 @@ def _hf_name(path: Path, name: str) -> str:
 
 
 def _undo_permute(rows: mx.array, heads: int) -> mx.array:
-    """Rows (2i, 2i + 1) of each head go back to (i, i + Hd / 2).
-
-    Whole rows move, so packed weights, scales and biases are treated alike.
-    """
+    """Rows (2i, 2i + 1) of each head go back to (i, i + Hd / 2); whole, be they packed or not."""
     if rows.shape[0] % (2 * heads):
         return rows  # no shape of this model, as the loader is about to say
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _original_repository(metadata: dict[str, Any]) -> str | None:
-    for key in ("general.base_model.0.repo_url", "general.source.repo_url", "general.source.url"):
-        found = re.search(r"huggingface\.co/([\w.-]+/[\w.-]+)", str(metadata.get(key, "")))
-        if found:
-            return found[1]
-    return None
+def source_repository(metadata: dict[str, Any]) -> str | None:
+    """The repository that a file was made from, where its metadata says so."""
+    keys = ("general.base_model.0.repo_url", "general.source.repo_url", "general.source.url")
+    urls = " ".join(str(metadata.get(key)) for key in keys)
+    found = re.search(r"huggingface\.co/([\w.-]+/[\w.-]+)", urls)
+    return found[1] if found else None

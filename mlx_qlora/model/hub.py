@@ -6,7 +6,6 @@ message what went wrong and what to do, and to name the original repository for 
 """
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import SourceError, did_you_mean
+from mlx_qlora.folders import card_header, json_object
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -26,6 +26,7 @@ NEEDED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 NEEDED += ["added_tokens.json", "chat_template.*"]
 # A star matches slashes too: sub-folders hold other formats of the same weights (onnx, original).
 UNREAD = ["*/*", "consolidated*", "adapter_*"]
+READ: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD}
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*\b/\w(?:[\w.-]{0,94}\w)?")
 CONVERTED_FROM = re.compile(r"converted to MLX format from \[`?([^\]`]+)`?\]")
 
@@ -47,11 +48,9 @@ class ModelFiles:
 def resolve(source: str | Path, revision: str | None = None, weights: bool = True) -> ModelFiles:
     """Find a model's files, and download them if they are not here yet.
 
-    Args:
-        source: a folder, a `.gguf` file, a built-in name, or a hub repository as `org/name`,
-            tried in this order. A `Path` is only ever looked for on this disk.
-        revision: a branch, tag or commit of a hub repository.
-        weights: False leaves weights that are not here yet on the hub; `left_on_hub` names them.
+    A source is a folder, a `.gguf` file, a built-in name, or a hub repository as `org/name`, tried
+    in this order; a `Path` is only ever looked for on this disk. `weights=False` leaves weights
+    that are not here yet on the hub.
 
     Raises:
         SourceError: there is no such model, it cannot be fetched, or we do not read its format.
@@ -154,9 +153,8 @@ def whole_copy(repo: str, revision: str | None = None) -> Path | None:
     """The folder of a repository that the cache holds completely, or None; asks no hub."""
     from huggingface_hub import errors, snapshot_download
 
-    here: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD}
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **here))
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **READ))
     except errors.LocalEntryNotFoundError:
         return None
     return None if _missing_files(folder) else folder
@@ -180,7 +178,7 @@ def on_offer(
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=timeout, files_metadata=True)
         commit, sizes = info.sha, {f.rfilename: f.size or 0 for f in info.siblings or []}
-        names = [*filter_repo_objects(sizes, allow_patterns=NEEDED, ignore_patterns=UNREAD)]
+        names = [*filter_repo_objects(sizes, **READ)]
         missing = [] if "config.json" in names else ["config.json"]
         if not any(name.endswith(".safetensors") for name in names):
             missing.append(WEIGHTS)
@@ -249,9 +247,8 @@ def token_refused(asked: str) -> str:
 def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
-    wanted: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD, "dry_run": True}
     try:
-        files = snapshot_download(repo, revision=revision, **wanted)
+        files: Any = snapshot_download(repo, revision=revision, dry_run=True, **READ)
         needs = f"{sum(file.file_size for file in files if file.will_download):,} bytes"
     except (OSError, RuntimeError, http_error()):  # the hub is away by now, or the disk too full
         needs = "more"
@@ -273,7 +270,7 @@ def _missing_files(folder: Path, on_hub: list[str] | None = None) -> list[str]:
 def _shards(folder: Path, names: list[str]) -> list[str]:
     """The files with the weights: what the index says, or all that there are."""
     if INDEX in names and "model.safetensors" not in names:
-        index = _read_json(folder / INDEX).get("weight_map")
+        index = json_object(folder / INDEX).get("weight_map")
         return sorted(set(map(str, index.values() if isinstance(index, dict) else [])))
     return _weights(names)
 
@@ -314,19 +311,16 @@ def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str
 def original_repository(files_path: Path, hub_id: str | None) -> str | None:
     """Name the repository that an adapter trained on these files belongs to.
 
-    Args:
-        files_path: the folder with `config.json`, and perhaps a `README.md`.
-        hub_id: the repository that the folder is a copy of, if it came from the hub.
-
-    Returns:
-        Never a quantised copy, which PEFT could not open: its original, or None if it names none.
-        A dense local folder that names none is its own original.
+    `hub_id` is the repository that the folder is a copy of, if it came from the hub. Never a
+    quantised copy, which PEFT could not open: its original, or None if it names none. A dense
+    local folder that names none is its own original.
     """
-    config = _read_json(files_path / "config.json")
+    config = json_object(files_path / "config.json")
     is_quantised = "quantization" in config or "quantization_config" in config
     if hub_id and not is_quantised:
         return hub_id
-    header, text = _read_card(files_path / "README.md")
+    card = files_path / "README.md"
+    header = card_header(card)
     bases, relation = header.get("base_model"), header.get("base_model_relation")
     bases = bases if isinstance(bases, list) else [bases]
     base = _other_id(bases[0], hub_id) if len(bases) == 1 else None
@@ -335,6 +329,7 @@ def original_repository(files_path: Path, hub_id: str | None) -> str | None:
         return named or (base if relation == "quantized" else None) or str(files_path.absolute())
     # mlx-lm once kept the header of the original's card, so that base_model is the original's own
     # base, and only the sentence below it names the original.
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     sentence = CONVERTED_FROM.search(text)
     if original := _other_id(sentence and sentence[1], hub_id):
         return original
@@ -345,21 +340,3 @@ def original_repository(files_path: Path, hub_id: str | None) -> str | None:
 
 def _other_id(name: Any, hub_id: str | None) -> str | None:
     return name if isinstance(name, str) and HUB_ID.fullmatch(name) and name != hub_id else None
-
-
-def _read_card(path: Path) -> tuple[dict[str, Any], str]:
-    import yaml
-
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    header = text[3:].split("\n---", 1)[0] if text.startswith("---") else ""
-    try:
-        return dict(yaml.safe_load(header)), text
-    except (TypeError, ValueError, yaml.YAMLError):  # none, or broken: people write it by hand
-        return {}, text
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError):  # the loader of weights says what is wrong with it
-        return {}

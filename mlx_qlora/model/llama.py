@@ -25,8 +25,6 @@ from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
 
-# ---- SwiGLU --------------------------------------------------------------------------------------
-
 
 def swiglu(
     gate: mx.array, up: mx.array, s: mx.array | None = None, compiled: bool = False
@@ -166,35 +164,31 @@ class LlamaConfig:
                 f"config.json: num_attention_heads ({heads}) must be a multiple of "
                 f"num_key_value_heads ({kv_heads})"
             )
+        optional = ("tie_word_embeddings", "attention_bias", "mlp_bias", "max_position_embeddings")
+        stated = [name for name in optional if name in config]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         if head_dim % 2:
             raise WeightsError(f"config.json: head_dim must be even for RoPE; got {head_dim}")
         return cls(
-            **{name: config[name] for name in (*sizes, "vocab_size")},
+            **{name: config[name] for name in (*sizes, "vocab_size", *stated)},
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=eps,
             rope=rope_from_hf(config),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
         )
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
     """Values that change the arithmetic and that this tree does not implement."""
-    problems = []
+    ours = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_dropout": 0}
+    problems = [
+        f"{name} is {config[name]!r}; supported: {value!r}"
+        for name, value in ours.items()
+        if (config.get(name) or value) != value
+    ]
     if config.get("model_type") != "llama":
-        supported = "supported: 'llama' (Llama 2 and 3.x, TinyLlama, SmolLM2, ...)"
-        problems.append(f"model_type is {config.get('model_type')!r}; {supported}")
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        problems.append(f"architectures is {architectures}; supported: ['LlamaForCausalLM']")
-    if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act is {config['hidden_act']!r}; supported: 'silu'")
-    if config.get("attention_dropout"):
-        problems.append(f"attention_dropout is {config['attention_dropout']}; supported: 0")
+        family = "supported: 'llama' (Llama 2 and 3.x, TinyLlama, SmolLM2, ...)"
+        problems.insert(0, f"model_type is {config.get('model_type')!r}; {family}")
     return problems
 
 

@@ -15,11 +15,9 @@ import numpy as np
 
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
 from mlx_qlora.model.llama import RANGE, LlamaForCausalLM, kept, threshold
-from mlx_qlora.model.quantize import Linear, pack
+from mlx_qlora.model.quantize import Linear
 from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.tree import flat, nested
-
-# ---- settings ------------------------------------------------------------------------------------
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN = (True, "gaussian")  # initial weights that need nothing of the base
@@ -28,11 +26,7 @@ INITS = re.compile(r"gaussian|olora|loftq|pissa(_niter_[1-9]\d*)?")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which linears get an update, and of what shape; field names and meanings are PEFT's.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
+    """Which linears get an update, and of what shape; field names and meanings are PEFT's."""
 
     r: int = option(16, "rank of the update")
     lora_alpha: float = option(32, "the update is scaled by lora_alpha / r")
@@ -59,24 +53,20 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_choices("lora", self)
-        r, alpha, ratio = self.r, self.lora_alpha, self.loraplus_lr_ratio
-        require(isinstance(r, int) and r >= 1, "lora.r", "be at least 1", r)
-        require(alpha > 0, "lora.lora_alpha", "be above 0", alpha)
-        require(math.isfinite(alpha), "lora.lora_alpha", "be finite", alpha)
+        ranks = {f"rank_pattern.{key}": r for key, r in self.rank_pattern.items()}
+        for name, r in {"r": self.r, **ranks}.items():
+            require(isinstance(r, int) and r >= 1, f"lora.{name}", "be at least 1", r)
+        factors = {f"alpha_pattern.{key}": alpha for key, alpha in self.alpha_pattern.items()}
+        factors |= {"lora_alpha": self.lora_alpha, "loraplus_lr_ratio": self.loraplus_lr_ratio}
+        for name, factor in factors.items():
+            require(0 < factor < math.inf, f"lora.{name}", "be above 0 and finite", factor)
         in_range = 0 <= self.lora_dropout < 1
         require(in_range, "lora.lora_dropout", "be in [0, 1)", self.lora_dropout)
-        legal = 0 < ratio < math.inf
-        require(legal, "lora.loraplus_lr_ratio", "be above 0 and finite", ratio)
         require(bool(self.target_modules), "lora.target_modules", "not be empty", "nothing")
         init = self.init_lora_weights
         known = init is True or (isinstance(init, str) and INITS.fullmatch(init) is not None)
         names = "be true, gaussian, pissa, pissa_niter_N, olora or loftq"
         require(known, "lora.init_lora_weights", names, init)
-        for key, r in self.rank_pattern.items():
-            require(isinstance(r, int) and r >= 1, f"lora.rank_pattern.{key}", "be at least 1", r)
-        for key, alpha in self.alpha_pattern.items():
-            legal = 0 < alpha < math.inf
-            require(legal, f"lora.alpha_pattern.{key}", "be above 0 and finite", alpha)
         for key in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(key)
@@ -110,9 +100,6 @@ def _matches(key: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
-# ---- one linear ----------------------------------------------------------------------------------
-
-
 class LowRank(nn.Module):
     """One trainable factor of an update, float32; it is called `lora_A` or `lora_B`."""
 
@@ -141,20 +128,14 @@ class LoRALinear(nn.Module):
         self._begun: tuple[mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); the key draws the dropout mask, None means no dropout.
-
-        One key (2,) draws for all of x, keys (N, 2) for each of x's N rows.
-        """
+        """x (..., d_in) -> (..., d_out); a key (2,) draws dropout for all, (N, 2) for each row."""
         y = self.base_layer(x)
-        x, share = self._drop(x, dropout_key)
+        x, share = self._drop(x, dropout_key)  # the rank-r tensor is divided, the smallest
         A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
         return mx.addmm(y, (self.scale / share) * (x @ A.T), B.T)
 
     def _drop(self, x: mx.array, key: mx.array | None) -> tuple[mx.array, float]:
-        """x with dropped inputs at 0, and the share that is kept, which the caller divides by.
-
-        LoRA divides the rank-r tensor, the smallest; DoRA needs all of x.
-        """
+        """x with dropped inputs at 0, and the share that is kept: the caller divides by it."""
         if key is None or self.dropout == 0:
             return x, 1.0
         mask = kept(key, self.dropout, x.shape).astype(x.dtype)
@@ -184,16 +165,12 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """A `LoRALinear` whose rows have a trainable length; arguments as there.
-
-    Attributes:
-        lora_magnitude_vector: (d_out,) float32; PEFT's name, without `.weight`.
-    """
+    """A `LoRALinear` whose rows have a trainable length."""
 
     def __init__(self, base_layer: Linear, *args: Any, **settings: Any) -> None:
         super().__init__(base_layer, *args, **settings)
         self._squares = base_layer.dense().astype(mx.float32).square().sum(axis=1)
-        self.lora_magnitude_vector = self.norm()
+        self.lora_magnitude_vector = self.norm()  # float32; PEFT's name, without `.weight`
         mx.eval(self._squares, self.lora_magnitude_vector)
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
@@ -304,9 +281,7 @@ def make_way(linear: Linear, update: mx.array, original: mx.array | None) -> Non
     if linear.quant is None:
         linear.weight = left.astype(linear.weight.dtype)
     else:
-        names = ("weight", "scales", "biases")
-        for name, array in zip(names, pack(left, linear.quant)):
-            linear[name] = array.astype(linear[name].dtype)
+        linear.pack(left, linear.quant)
         linear.make_resident()
     linear.freeze()
     mx.eval(linear.parameters())
@@ -329,19 +304,15 @@ def _randomised_svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[
 def add_lora(
     model: LlamaForCausalLM, config: LoraConfig, seed: int = 0, *, begin: bool = True
 ) -> LlamaForCausalLM:
-    """Put a LoRALinear around every targeted linear, in place.
+    """Put a LoRALinear around every targeted linear, in place: nothing else is trainable then.
 
-    By default A is uniform in +-1 / sqrt(d_in) and B is zero, so that the first forward is the
-    base model exactly; A must not be zero too, or neither would ever move.
+    By default B is zero, so that the first forward is the base model exactly.
 
     Args:
-        model: without LoRA layers.
-        config: ranks, scale, dropout, targets, and how the update begins.
+        model: without LoRA layers; it is returned.
+        config: what gets an update, and of what shape.
         seed: draws A. The same seed gives the same adapter.
         begin: False leaves the base as it is, for weights that will be loaded.
-
-    Returns:
-        The same model; its trainable parameters are now exactly the LoRA weights.
 
     Raises:
         ConfigError: a target or a pattern matches nothing (the message lists what exists), the
@@ -397,12 +368,8 @@ def _originals(model: LlamaForCausalLM) -> dict[str, mx.array]:
     if source is None or not source.path.exists():
         return {}
     checkpoint = open_checkpoint(source)
-    return {
-        name: array
-        for shard in checkpoint.shards
-        for name, array in shard.items()
-        if name.rpartition(".")[0] not in checkpoint.packing
-    }
+    named = (item for shard in checkpoint.shards for item in shard.items())
+    return {name: x for name, x in named if name.rpartition(".")[0] not in checkpoint.packing}
 
 
 def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
@@ -462,8 +429,8 @@ def trainable_count(model: nn.Module) -> int:
 
 def _linears(model: LlamaForCausalLM) -> list[tuple[str, Linear]]:
     """(path, linear) of every linear inside the decoder layers."""
-    inside = [(p, m) for p, m in _in_order(model) if p.startswith("model.layers.")]
-    return [(path, module) for path, module in inside if isinstance(module, Linear)]
+    linears = [(path, m) for path, m in _in_order(model) if isinstance(m, Linear)]
+    return [(path, linear) for path, linear in linears if path.startswith("model.layers.")]
 
 
 def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:

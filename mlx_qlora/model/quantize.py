@@ -16,20 +16,20 @@ import mlx.nn as nn
 from mlx_qlora import device
 from mlx_qlora.cpu.blas import row_product
 from mlx_qlora.device import FrozenMatmul
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, require
 
 # What mx.quantize accepts. The floating-point modes each have exactly one shape.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+PARTS = ("weight", "scales", "biases")  # of a packed matrix; only affine has biases
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """How matrices are quantised: `bits` per weight in groups of `group_size` along a row.
 
-    Raises:
-        ConfigError: a combination that MLX has no kernel for.
+    The fields are the keywords of MLX's functions; a ConfigError if it has no such kernel.
     """
 
     bits: int = 4
@@ -37,18 +37,16 @@ class QuantConfig:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        if self.mode == "affine":
-            if self.bits not in AFFINE_BITS:
-                raise ConfigError(f"bits must be one of {AFFINE_BITS}; got {self.bits!r}")
-            if self.group_size not in AFFINE_GROUPS:
-                got = f"got {self.group_size!r}"
-                raise ConfigError(f"group_size must be one of {AFFINE_GROUPS}; {got}")
-        elif self.mode not in FLOAT_MODES:
-            legal = ", ".join(("affine", *FLOAT_MODES))
-            raise ConfigError(f"mode must be one of {legal}; got {self.mode!r}")
-        elif (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
-            bits, group = FLOAT_MODES[self.mode]
-            raise ConfigError(f"mode {self.mode} needs bits={bits} and group_size={group}")
+        bits, size, mode = self.bits, self.group_size, self.mode
+        if mode == "affine":
+            require(bits in AFFINE_BITS, "bits", f"be one of {AFFINE_BITS}", bits)
+            require(size in AFFINE_GROUPS, "group_size", f"be one of {AFFINE_GROUPS}", size)
+            return
+        legal = ", ".join(("affine", *FLOAT_MODES))
+        require(mode in FLOAT_MODES, "mode", f"be one of {legal}", mode)
+        if (bits, size) != FLOAT_MODES[mode]:
+            bits, size = FLOAT_MODES[mode]
+            raise ConfigError(f"mode {mode} needs bits={bits} and group_size={size}")
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a matrix of this shape divides into whole groups."""
@@ -79,9 +77,16 @@ class FrozenMatrix(nn.Module):
             columns = self["scales"].shape[-1] * self.quant.group_size
         return rows, columns
 
-    def packed(self) -> tuple[mx.array, ...]:
+    def packed(self) -> tuple[Any, ...]:
         """The arrays that `mx.quantize` made: weight, scales and, for affine, biases."""
-        return tuple(self[name] for name in ("weight", "scales", "biases") if name in self)
+        return tuple(self[name] for name in PARTS if name in self)
+
+    def pack(self, dense: mx.array, quant: QuantConfig) -> None:
+        """Put W, given dense in float32, in its place, packed; floats in `self.dtype`."""
+        for name, part in zip(PARTS, pack(dense, quant)):
+            self[name] = cast(part, self.dtype)
+        self.quant = quant
+        mx.eval(self.packed())
 
     def dense(self) -> mx.array:
         """W as a dense matrix in the compute dtype."""
@@ -111,7 +116,7 @@ class FrozenMatrix(nn.Module):
         if few and here.row_as_column:
             few = self._resident is None  # a dense column product is faster still
         if self.matmul == "quantized" or few:
-            return _quantized_matmul(x, self.packed(), self.quant, transpose=True)
+            return mx.quantized_matmul(x, *self.packed(), transpose=True, **vars(self.quant))
         if self._resident is not None:
             return _dense_product(x, self._resident)
         return _dequantize_and_multiply(x, self.packed(), self.quant)
@@ -119,7 +124,7 @@ class FrozenMatrix(nn.Module):
     def multiply_back(self, dy: mx.array) -> mx.array:
         """dy (..., rows) -> dy @ W (..., columns): the gradient of `multiply`."""
         if self.quant is not None and self._resident is None and self.matmul == "quantized":
-            return _quantized_matmul(dy, self.packed(), self.quant, transpose=False)
+            return mx.quantized_matmul(dy, *self.packed(), transpose=False, **vars(self.quant))
         return dy @ self.dense()
 
     def lookup(self, indices: mx.array) -> mx.array:
@@ -139,9 +144,8 @@ class FrozenMatrix(nn.Module):
         if self.quant is None or self._resident is not None:
             part.quant, part.weight = None, self.dense()[start:end]
             return part
-        names = [name for name in ("weight", "scales", "biases") if name in self]
-        rows = mx.depends([self[name][start:end] for name in names], after)
-        for name, array in zip(names, rows):
+        rows = mx.depends([array[start:end] for array in self.packed()], after)
+        for name, array in zip(PARTS, rows):
             part[name] = array
         if self.matmul != "quantized":
             part._resident = part.dense()
@@ -184,30 +188,23 @@ class Embedding(FrozenMatrix):
 
 def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
     """Quantise a dense matrix; the inverse of `unpack` up to rounding."""
-    return tuple(mx.quantize(dense, group_size=quant.group_size, bits=quant.bits, mode=quant.mode))
+    return tuple(mx.quantize(dense, **vars(quant)))
 
 
-def unpack(packed: tuple[mx.array, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:
+def unpack(packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:
     """Dequantise to `dtype`."""
-    return mx.dequantize(
-        *packed, group_size=quant.group_size, bits=quant.bits, mode=quant.mode, dtype=dtype
-    )
+    return mx.dequantize(*packed, **vars(quant), dtype=dtype)
+
+
+def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Floats take the compute dtype, once: one float32 scale would widen every activation."""
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _dense_product(x: mx.array, W: mx.array) -> mx.array:
     """x (..., columns) -> x @ W.T."""
     is_row = x.size == x.shape[-1]
     return row_product(x, W) if is_row and device.current().row_as_column else x @ W.T
-
-
-def _quantized_matmul(
-    x: mx.array, packed: tuple[mx.array, ...], quant: QuantConfig, transpose: bool
-) -> mx.array:
-    weight, scales, *biases = packed
-    bits, size, mode = quant.bits, quant.group_size, quant.mode
-    return mx.quantized_matmul(
-        x, weight, scales, *biases, transpose=transpose, group_size=size, bits=bits, mode=mode
-    )
 
 
 def _dequantize_and_multiply(

@@ -35,8 +35,7 @@ def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
     and every logit is slightly wrong.
 
     Raises:
-        WeightsError: a rope type that we do not support, or a missing, unknown or senseless
-            parameter.
+        WeightsError: an unsupported rope type, or a missing, unknown or senseless parameter.
     """
     given: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
@@ -66,10 +65,7 @@ def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
 
 
 def rope_periods(head_dim: int, rope: RopeConfig) -> mx.array:
-    """The periods of all feature pairs (Hd / 2,) float32, in tokens per radian.
-
-    They are what `mx.fast.rope` calls `freqs`; head_dim is Hd.
-    """
+    """The periods of all feature pairs (Hd / 2,) float32, in tokens per radian: MLX's `freqs`."""
     periods = rope.theta ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
     if rope.rope_type == "linear":
         return periods * rope.factor

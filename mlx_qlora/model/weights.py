@@ -15,21 +15,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.device import FrozenMatmul, frozen_matmul
+from mlx_qlora.device import frozen_matmul
 from mlx_qlora.errors import ConfigError, SourceError, WeightsError, listing
-from mlx_qlora.model.gguf import read_gguf
+from mlx_qlora.model.gguf import read_gguf, source_repository
 from mlx_qlora.model.hub import INDEX, ModelFiles, explain, http_error
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, cast
 from mlx_qlora.tree import flat
 
 # ---- from files to a frozen model ----------------------------------------------------------------
 
 FLOATS = ("F32", "F16", "BF16")
-PARTS = ("weight", "scales", "biases")  # of a packed matrix
 REQUESTS = 8  # at once; the largest models have hundreds of files on the hub
 # Old Llama 2 checkpoints store a buffer that every reader computes itself.
-IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
+IGNORED_ENDING = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,13 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
         WeightsError: files that are damaged, incomplete, or quantised in a way we cannot read.
     """
     if files.path.is_file():
-        gguf = read_gguf(files.path)
-        dtypes = {mx.uint32: "U32"}
+        config, tensors, metadata = read_gguf(files.path)
         found = {
-            name: TensorInfo(files.path, tuple(array.shape), dtypes.get(array.dtype, "F16"))
-            for name, array in gguf.tensors.items()
+            name: TensorInfo(files.path, array.shape, "U32" if array.dtype == mx.uint32 else "F16")
+            for name, array in tensors.items()
         }
-        packing = _packing_in_gguf(gguf.tensors)
-        files = replace(files, hf_id=files.hf_id or gguf.hf_id)
-        return Checkpoint(files, gguf.config, found, packing, [gguf.tensors], gguf.metadata)
+        files = replace(files, hf_id=files.hf_id or source_repository(metadata))
+        return Checkpoint(files, config, found, _packing_in_gguf(tensors), [tensors], metadata)
     config = _read_config(files.path)
     if files.left_on_hub:
         found = _headers_on_hub(files)
@@ -84,14 +81,10 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 
 def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What `Checkpoint` has as `config` and `metadata`, without a look at the weights.
-
-    Raises:
-        WeightsError: files that are damaged, or quantised in a way we cannot read.
-    """
+    """What a `Checkpoint` has as `config` and `metadata`; a folder's weights may be missing."""
     if files.path.is_file():
-        gguf = read_gguf(files.path)
-        return gguf.config, gguf.metadata
+        config, _, metadata = read_gguf(files.path)
+        return config, metadata
     return _read_config(files.path), None
 
 
@@ -101,7 +94,6 @@ def load_model(
     """Build a frozen model and move a checkpoint's tensors into it, which uses the checkpoint up.
 
     Args:
-        checkpoint: the files, opened.
         quantize: packs every matrix that the files hold dense, embedding and head included, as
             MLX's converters do; matrices that are packed already stay as they are.
         dtype: of everything that is not packed, and of the scales of what is.
@@ -116,8 +108,27 @@ def load_model(
     model.source = checkpoint.files
     model.quantized_to = quantize
     _check_tensors(model, checkpoint, quantize)
-    dense = dtype.size * packed_size(model, checkpoint, quantize)
-    _fill(model, checkpoint, quantize, dtype, frozen_matmul(matmul, dense))
+    strategy = frozen_matmul(matmul, dtype.size * packed_size(model, checkpoint, quantize))
+    packing, modules, matrices = checkpoint.packing, dict(model.named_modules()), _matrices(model)
+    for path, matrix in matrices.items():
+        matrix.quant, matrix.matmul, matrix.dtype = packing.get(path), strategy, dtype
+    for shard in checkpoint.shards:
+        for name in list(shard):
+            path, _, leaf = name.rpartition(".")
+            array = shard.pop(name)  # the reference must go, or the file's copy would stay
+            if path not in modules:
+                continue
+            if path in matrices and leaf == "weight" and path not in packing and quantize:
+                # Scales and biases are found in float32: half precision would cost accuracy.
+                array = array.astype(mx.float32)
+                matrices[path].pack(array, quantize)
+            else:
+                modules[path][leaf] = cast(array, dtype)
+                mx.eval(modules[path][leaf])
+            del array
+    model.freeze()
+    for matrix in matrices.values():
+        matrix.make_resident()
     return model
 
 
@@ -166,12 +177,11 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise WeightsError(f"{folder} holds no *.safetensors file; no other format is read")
-    found: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for name, entry in read_safetensors_header(shard, WeightsError).items():
-            if not name.endswith(IGNORED_ENDINGS):
-                found[name] = TensorInfo(shard, tuple(entry["shape"]), entry["dtype"])
-    return found
+    return {
+        name: TensorInfo(shard, tuple(entry["shape"]), entry["dtype"])
+        for shard in shards
+        for name, entry in read_safetensors_header(shard, WeightsError).items()
+    }
 
 
 def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
@@ -194,18 +204,14 @@ def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
         name: TensorInfo(files.path / shard, tuple(entry.shape), entry.dtype)
         for shard, entries in headers.items()
         for name, entry in entries.items()
-        if not name.endswith(IGNORED_ENDINGS)
     }
 
 
 def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any]:
-    """The header of a safetensors file, after checking that the file is complete.
-
-    Returns:
-        Tensor name -> {"dtype", "shape", "data_offsets"}, without the file's metadata.
+    """Tensor name -> {"dtype", "shape", "data_offsets"}, from the header of a safetensors file.
 
     Raises:
-        `error`, a class from `mlx_qlora.errors`, if the file is damaged.
+        `error`, a class from `mlx_qlora.errors`, if the file is damaged or truncated.
     """
     try:
         size = path.stat().st_size
@@ -273,7 +279,8 @@ def _check_tensors(
     for name, info in found.items():
         where = f"{name} in {info.file.name}"
         if name not in expected:
-            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            tied = name == "lm_head.weight" and model.config.tie_word_embeddings
+            if not tied and not name.endswith(IGNORED_ENDING):
                 problems.append(f"{where} belongs to no module of this architecture")
             continue
         shape, dtypes = expected[name]
@@ -312,53 +319,6 @@ def _expected(
         if quant.mode == "affine":
             expected[f"{path}.biases"] = groups, FLOATS
     return expected
-
-
-# ---- one tensor at a time ------------------------------------------------------------------------
-
-
-def _fill(
-    model: LlamaForCausalLM,
-    checkpoint: Checkpoint,
-    quantize: QuantConfig | None,
-    dtype: mx.Dtype,
-    matmul: FrozenMatmul,
-) -> None:
-    packing = checkpoint.packing
-    modules = dict(model.named_modules())
-    matrices = _matrices(model)
-    for path, matrix in matrices.items():
-        matrix.quant, matrix.matmul, matrix.dtype = packing.get(path), matmul, dtype
-    for shard in checkpoint.shards:
-        for name in list(shard):
-            path, _, leaf = name.rpartition(".")
-            array = shard.pop(name)  # the reference must go, or the file's copy would stay
-            if path not in modules or name.endswith(IGNORED_ENDINGS):
-                continue
-            if path in matrices and leaf == "weight" and path not in packing and quantize:
-                _pack_into(matrices[path], array, quantize, dtype)
-            else:
-                modules[path][leaf] = _cast(array, dtype)
-                mx.eval(modules[path][leaf])
-            del array
-    model.freeze()
-    for matrix in matrices.values():
-        matrix.make_resident()
-
-
-def _pack_into(matrix: FrozenMatrix, dense: mx.array, quant: QuantConfig, dtype: mx.Dtype) -> None:
-    # Scales and biases are found in float32: half-precision arithmetic would cost accuracy.
-    parts = pack(dense.astype(mx.float32), quant)
-    del dense
-    for name, part in zip(PARTS, parts):
-        matrix[name] = _cast(part, dtype)
-    matrix.quant = quant
-    mx.eval(matrix.packed())
-
-
-def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Floats take the compute dtype, once: one float32 scale would widen every activation."""
-    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _matrices(model: nn.Module) -> dict[str, FrozenMatrix]:

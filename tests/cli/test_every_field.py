@@ -372,8 +372,8 @@ def observed(values: dict[str, dict[str, Any]]) -> dict[str, Any]:
         watch(memory.Footprint, "schedule", lambda made, *_: schedules.append(made.levels))
         watch(loky, "ProcessPoolExecutor", lambda _, n, **how: pools.append(n))
         watch(wandb, "init", lambda _, **how: projects.append(how["project"]))
-        for name in ("_quantized_matmul", "_dense_product"):
-            watch(quantize, name, lambda *_, name=name, **how: products.update([name]))
+        for owner, name in ((mx, "quantized_matmul"), (quantize, "_dense_product")):
+            watch(owner, name, lambda *_, name=name, **how: products.update([name]))
         try:
             train_run(values, Console(file=printed, width=160))
         except UserError as raised:

@@ -231,7 +231,7 @@ def test_a_process_without_rows_has_one_of_padding_and_nothing_to_learn(packing:
     assert batch.tokens.shape == batch.labels.shape == (1, 128 if packing else 64)
     assert (np.array(batch.tokens) == 0).all() and (np.array(batch.labels) == IGNORE).all()
     assert batch.documents is not None and batch.documents.shape == (0, 3)
-    assert (batch.places, batch.real_tokens, batch.packed) == ((), 0, False)
+    assert (batch.places, batch.real_tokens) == ((), 0)
 
 
 # ---- order -------------------------------------------------------------------------------------
@@ -367,12 +367,11 @@ def test_a_batch_is_what_its_definition_says(rows: list[list[Example]], width: i
     assert batch.documents is not None and batch.documents.tolist() == spans
     assert batch.places == tuple(e.place for row in rows for e in row)
     assert batch.real_tokens == sum(len(e) - 1 for row in rows for e in row)
-    assert batch.packed == any(len(row) > 1 for row in rows)
 
 
 def test_a_batch_without_documents_has_no_padding() -> None:
     batch = Batch(mx.zeros((3, 7)), mx.zeros((3, 7)))
-    assert (batch.real_tokens, batch.packed) == (21, False)
+    assert batch.real_tokens == 21
 
 
 # ---- widths ------------------------------------------------------------------------------------

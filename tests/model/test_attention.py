@@ -128,8 +128,8 @@ def test_memory_grows_with_the_positions_and_not_with_their_square():
         return mx.get_peak_memory() - before
 
     def in_blocks():
-        out, log_sum = blocks.by_blocks(q, k, v)
-        return blocks.backward(q, k, v, out, Residuals(log_sum), dout)
+        out, residuals = blocks.forward(q, k, v)
+        return blocks.backward(q, k, v, out, Residuals(residuals.log_sum), dout)
 
     def at_once():
         keys, values = (mx.repeat(x, 2, axis=2).swapaxes(1, 2) for x in (k, v))

@@ -18,7 +18,7 @@ from support.models import load_folder, make_hf_model, our_logits, random_tokens
 from support.tiny_folder import hf_smollm2
 
 from mlx_qlora.errors import WeightsError
-from mlx_qlora.model.gguf import read_gguf
+from mlx_qlora.model.gguf import read_gguf, source_repository
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import QuantConfig
 
@@ -377,4 +377,5 @@ def test_metadata_that_lacks_a_key_is_refused_by_name(whole: bytes, tmp_path: Pa
 
 def test_the_original_repository_is_read_from_the_metadata(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), repository="someone/tiny-llama")
-    assert read_gguf(path).hf_id == "someone/tiny-llama"
+    _, _, metadata = read_gguf(path)
+    assert source_repository(metadata) == "someone/tiny-llama"
