@@ -199,11 +199,9 @@ def forget_unused(folder: Path) -> None:
     """Removes entries that no run has used for KEPT_DAYS, and the remains of a run that died."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         days = 1 if entry.name.startswith("staging-") else KEPT_DAYS
-        try:
+        with contextlib.suppress(OSError):  # another run removes it too
             if entry.is_dir() and time.time() - entry.stat().st_mtime > days * 86_400:
                 shutil.rmtree(entry)
-        except OSError:
-            continue  # another run removes it too
 
 
 def _open(folder: Path) -> TokenStore:

@@ -98,7 +98,7 @@ def find_files(path: str | Path) -> dict[str, list[RowFile]]:
         if place.is_dir():
             return _by_part(place)
         if place.exists():
-            return _all_train([_row_file(place, text)])
+            return {"train": [_row_file(place, text)]}
         is_local = kind_of(place) or Path(place.parts[0]).exists()
         hub_id = None if is_local else HUB_ID.fullmatch(text)
         if glob.has_magic(text) and not (hub_id and ":" in text):  # a split may be "train[:10%]"
@@ -106,9 +106,9 @@ def find_files(path: str | Path) -> dict[str, list[RowFile]]:
             files = [_row_file(match, str(match)) for match in matches if match.is_file()]
             if not files:
                 raise DataError(f"data {text} matches no file; correct the pattern")
-            return _all_train(files)
+            return {"train": files}
         if hub_id:
-            return _all_train([RowFile(text, "hub", hub_id.groups())])
+            return {"train": [RowFile(text, "hub", hub_id.groups())]}
         raise DataError(f"data file {text} is missing; give the path of a file or folder of rows")
 
 
@@ -139,7 +139,7 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
         raise DataError(f"data folder {folder} holds no file of rows; known endings: {ENDINGS}")
     part_of = {file.name: _part(file.path.relative_to(folder)) for file in files}
     if not any(part_of.values()):
-        return _all_train(files)
+        return {"train": files}
     parts = {name: [f for f in files if part_of[f.name] == name] for name in PART_NAMES}
     others = [file.name for file in files if part_of[file.name] is None]
     if others or not parts["train"]:
@@ -159,10 +159,6 @@ def _part(path: Path) -> str | None:
     if len(named) > 1:
         raise DataError(f"data file {path} is for {' and for '.join(named)} by its name; rename it")
     return named[0] if named else None
-
-
-def _all_train(files: list[RowFile]) -> dict[str, list[RowFile]]:
-    return {"train": files, "validation": [], "test": []}
 
 
 # ---- a file -> rows ------------------------------------------------------------------------------
@@ -365,7 +361,6 @@ def _csv_rows(file: IO[bytes], name: str) -> Rows:
 
 def _parquet_rows(file: IO[bytes], name: str) -> Rows:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"{name} needs pyarrow: pip install 'mlx-qlora[parquet]'") from None

@@ -23,7 +23,6 @@ from mlx_qlora.errors import TokenizerError
 
 if TYPE_CHECKING:
     import jinja2
-    import jinja2.nodes
 
 # ---- chat templates ------------------------------------------------------------------------------
 
@@ -67,12 +66,9 @@ def compile_template(
     source: str, mark: bool = False, date: tuple[int, int, int] | None = None
 ) -> jinja2.Template:
     """Compiles a template from the hub, which is untrusted code, in transformers' environment."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
+    from jinja2 import TemplateError, ext, nodes, sandbox
 
-    class Generation(jinja2.ext.Extension):
+    class Generation(ext.Extension):
         """`{% generation %}` marks the assistant's words for a mask; the text is unchanged."""
 
         tags = {"generation"}  # noqa: RUF012
@@ -80,12 +76,12 @@ def compile_template(
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            border = jinja2.nodes.Output([jinja2.nodes.TemplateData(GENERATED)], lineno=line)
+            border = nodes.Output([nodes.TemplateData(GENERATED)], lineno=line)
             body = [border, *body, border] if mark else body
-            return jinja2.nodes.Scope(body, lineno=line)
+            return nodes.Scope(body, lineno=line)
 
     def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+        raise TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         # Jinja's own filter escapes <, > and & for HTML.
@@ -94,8 +90,8 @@ def compile_template(
     def strftime_now(form: str) -> str:
         return (datetime.datetime(*date) if date else datetime.datetime.now()).strftime(form)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
@@ -256,8 +252,14 @@ def _assemble(
 ) -> Tokenizer:
     stated = {key: config[key] for key in codecs.NAMED_TOKENS if config.get(key) is not None}
     named = {key: codecs.token_text(token) for key, token in stated.items()}
-    bos_id = _known_id(source, codec, "bos_token", named)
-    eos_id = _known_id(source, codec, "eos_token", named)
+    ids = {key: codec.token_id(named[key]) for key in ("bos_token", "eos_token") if key in named}
+    for key, token_id in ids.items():
+        if token_id is None:
+            raise TokenizerError(
+                f"{source}: {key} is {named[key]!r}, which is not in the vocabulary; correct {key} "
+                "in tokenizer_config.json, or download the tokenizer files again"
+            )
+    bos_id, eos_id = ids.get("bos_token"), ids.get("eos_token")
     if eos_id is None and not end_ids:
         raise TokenizerError(
             f"{source}: no end-of-sequence token is known; set eos_token in "
@@ -277,18 +279,6 @@ def _assemble(
         _codec=codec,
         _built_files=built_files,
     )
-
-
-def _known_id(source: Path, codec: codecs.Codec, key: str, named: Mapping[str, str]) -> int | None:
-    if key not in named:
-        return None
-    token_id = codec.token_id(named[key])
-    if token_id is None:
-        raise TokenizerError(
-            f"{source}: {key} is {named[key]!r}, which is not in the vocabulary; correct {key} in "
-            "tokenizer_config.json, or download the tokenizer files again"
-        )
-    return token_id
 
 
 def _read_configs(folder: Path) -> dict[str, Any]:

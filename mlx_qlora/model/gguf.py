@@ -60,12 +60,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str
             would not read as it is (the message names types and tensors).
     """
     _check_tensors(path)
-    loaded: Any
-    metadata: Any
     try:
-        loaded, metadata = mx.load(str(path), return_metadata=True)
+        file: Any = mx.load(str(path), return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged ({error}); download it again") from None
+    loaded, metadata = file
     factors = loaded.pop("rope_freqs.weight", None)
     config = _hf_config(path, metadata, tied="output.weight" not in loaded)
     last = f"blk.{config['num_hidden_layers'] - 1}.attn_norm.weight"

@@ -154,14 +154,13 @@ class FrozenMatrix(nn.Module):
     @contextmanager
     def dense_for_now(self) -> Iterator[None]:
         """Share one dequantised copy among the graphs that are built within."""
-        if self.quant is None or self._resident is not None or self.matmul == "quantized":
-            yield
-            return
-        self._resident = self.dense()
+        before = self._resident
+        if self.quant is not None and self.matmul != "quantized":
+            self._resident = self.dense()
         try:
             yield
         finally:
-            self._resident = None
+            self._resident = before
 
 
 class Linear(FrozenMatrix):

@@ -103,7 +103,7 @@ def test_a_file_is_for_training_and_of_the_kind_that_its_ending_says(
 ) -> None:
     path = write(tmp_path, name, content=b"12345") / name
     file = RowFile(str(path), kind, path, compressed)
-    assert find_files(path) == {"train": [file], "validation": [], "test": []}
+    assert find_files(path) == {"train": [file]}
     assert file.size == 5
 
 
@@ -139,7 +139,7 @@ def test_a_folder_is_searched_through_in_order_and_without_what_is_hidden(tmp_pa
     write(tmp_path, "b.jsonl", "a/z.csv", "a/b/c.json.gz", "d.parquet")
     write(tmp_path, ".h.jsonl", "a/.cache/x.jsonl", "README.md", "a/x.txt")
     found = ["a/b/c.json.gz", "a/z.csv", "b.jsonl", "d.parquet"]
-    assert names(tmp_path, tmp_path) == {"train": found, "validation": [], "test": []}
+    assert names(tmp_path, tmp_path) == {"train": found}
     # A folder inside a hidden one is not hidden itself.
     assert names(tmp_path / "a" / ".cache", tmp_path)["train"] == ["a/.cache/x.jsonl"]
 
@@ -221,7 +221,7 @@ def test_a_pattern_matches_files_in_order(tmp_path: Path) -> None:
         ("**/*.jsonl", ["a.jsonl", "b.jsonl", "c/d/train.jsonl"]),
         ("t*", ["test.csv"]),
     ]:
-        parts = {"train": found, "validation": [], "test": []}
+        parts = {"train": found}
         assert names(tmp_path / pattern, tmp_path) == parts
     nothing = f"{tmp_path}/*.csv.gz"
     assert refusal(nothing) == f"data {nothing} matches no file; correct the pattern"
