@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora import device
-from mlx_qlora.data.examples import Piece, hash64
+from mlx_qlora.data.examples import TokenStore, hash64
 from mlx_qlora.data.files import parse
 from mlx_qlora.data.rows import Said, Segments, Template, read_row
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -202,7 +202,7 @@ class Encoder:
     max_length: int
     truncation: str  # one of TRUNCATION
 
-    def encode(self, chunk: Chunk) -> tuple[Piece, Refused]:
+    def encode(self, chunk: Chunk) -> tuple[TokenStore, Refused]:
         """The rows that are kept, and the others; what is wrong with one row affects no other.
 
         Raises:
@@ -233,7 +233,7 @@ class Encoder:
                 refused.append((line, _one_line(reason)))
             else:
                 kept.append((row.ids, row.learned, row.cut, chunk.file, line, content))
-        return Piece.of(kept), sorted(refused)
+        return TokenStore.of(kept), sorted(refused)
 
 
 _JSON = json.JSONEncoder(sort_keys=True, default=str)
@@ -266,7 +266,7 @@ def default_workers() -> int:
 
 def encode_chunks(
     chunks: Iterator[Chunk], encoder: Encoder, n_workers: int
-) -> Iterator[tuple[Chunk, Piece, Refused]]:
+) -> Iterator[tuple[Chunk, TokenStore, Refused]]:
     """Encodes chunks, in their order, reading only a few of them ahead.
 
     With 0 or 1 workers, and while there is little to do, the work is done in this process.
@@ -311,5 +311,5 @@ def _begin(encoder: Encoder) -> None:
     _encoder = encoder
 
 
-def _encode_there(chunk: Chunk) -> tuple[Piece, Refused]:
+def _encode_there(chunk: Chunk) -> tuple[TokenStore, Refused]:
     return _encoder.encode(chunk)

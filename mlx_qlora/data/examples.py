@@ -58,11 +58,11 @@ class TokenFile:
 
 @dataclass
 class TokenStore:
-    """All rows of one source."""
+    """All rows of one source, or a piece of them: `rows["start"]` counts from its first id."""
 
     tokens: Any  # TokenFile or int32 array; a learned id is complemented
     rows: np.ndarray  # (n,) of dtype ROW, mapped if it is a file
-    about: dict[str, Any]  # what else was known when it was written, as JSON has it
+    about: dict[str, Any] = field(default_factory=dict)  # what else was known, as JSON has it
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (n,) int32, learned (n,) bool) of one row."""
@@ -71,18 +71,10 @@ class TokenStore:
         learned = stored < 0
         return np.where(learned, ~stored, stored), learned
 
-
-@dataclass
-class Piece:
-    """Some rows on their way into a store; `rows["start"]` counts from the piece's first id."""
-
-    tokens: np.ndarray
-    rows: np.ndarray
-
     @classmethod
     def of(
         cls, rows: Iterable[tuple[np.ndarray, np.ndarray, int, int, int, int | None]]
-    ) -> "Piece":
+    ) -> "TokenStore":
         """Rows as (ids, learned, cut, file, line, hash of what it says; None takes its ids')."""
         tokens, table, start = [np.zeros(0, np.int32)], [], 0
         for ids, learned, cut, file, line, said in rows:
@@ -95,7 +87,7 @@ class Piece:
         return cls(np.concatenate(tokens), np.array(table, ROW))
 
 
-def in_memory(pieces: Iterable[Piece]) -> TokenStore:
+def in_memory(pieces: Iterable[TokenStore]) -> TokenStore:
     """A store without files, for rows that are in memory anyway."""
     tokens, rows, total = [np.zeros(0, np.int32)], [np.zeros(0, ROW)], 0
     for piece in pieces:
@@ -103,11 +95,11 @@ def in_memory(pieces: Iterable[Piece]) -> TokenStore:
         total += len(piece.tokens)
         tokens.append(piece.tokens)
         rows.append(piece.rows)
-    return TokenStore(np.concatenate(tokens), np.concatenate(rows), {})
+    return TokenStore(np.concatenate(tokens), np.concatenate(rows))
 
 
 def on_disk(
-    folder: Path | None, pieces: Iterable[Piece], about: Callable[[], dict[str, Any]]
+    folder: Path | None, pieces: Iterable[TokenStore], about: Callable[[], dict[str, Any]]
 ) -> TokenStore:
     """Writes pieces as they come, then what `about` returns, and opens what was written.
 
@@ -138,7 +130,7 @@ def on_disk(
         ) from None
 
 
-def _write(folder: Path, pieces: Iterable[Piece], about: Callable[[], dict[str, Any]]) -> None:
+def _write(folder: Path, pieces: Iterable[TokenStore], about: Callable[[], dict[str, Any]]) -> None:
     rows, total = [np.zeros(0, ROW)], 0
     with open(folder / "tokens.bin", "wb") as file:
         for piece in pieces:
@@ -360,11 +352,10 @@ class Examples(Sequence[Example]):
     def of(cls, examples: Iterable[Example], source: str = "rows") -> "Examples":
         """Examples that are not rows of a file."""
         files: dict[str, int] = {}
-        piece = Piece.of(
+        store = TokenStore.of(
             (e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None)
             for e in examples
         )
-        store = in_memory([piece])
         counts = np.bincount(store.rows["file"], minlength=len(files)).tolist()
         reports = [FileReport(name, "made", read=n, kept=n) for name, n in zip(files, counts)]
         report = DataReport(source, reports)

@@ -23,7 +23,7 @@ from mlx_qlora.data.examples import (
     DataReport,
     Examples,
     FileReport,
-    Piece,
+    TokenStore,
     cached,
     forget_unused,
     in_memory,
@@ -230,7 +230,7 @@ def _pieces(
     encoder: Encoder,
     config: DataConfig,
     advance: Callable[[int], None],
-) -> Iterator[Piece]:
+) -> Iterator[TokenStore]:
     """The pieces of all files in order; the report is filled in on the way."""
 
     def all_chunks() -> Iterator[Chunk]:
@@ -334,23 +334,17 @@ def train_validation_test(
             sources[part] = path, find_files(path)["train"]
     read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, console)))
 
-    shares = list(config.split)
-    for i, part in enumerate(named, 1):
-        if part in read:
-            shares[i] = 0.0  # it has files of its own: this part of `split` is trained instead
-    shares[0] = 1.0 - shares[1] - shares[2]
-
-    parts = read["train"].split(shares, seed)
-    if not len(parts[0]):
+    # Where a part has files of its own, its share of `split` is trained instead.
+    shares = [0.0 if part in read else share for part, share in zip(named, config.split[1:])]
+    train, *rest = read["train"].split([1.0 - shares[0] - shares[1], *shares], seed)
+    if not len(train):
         raise DataError(
             f"{config.path}: no row is left to train on; raise data.split's first share"
         )
-    for i, part in enumerate(named, 1):
-        if part in read:
-            parts[i] = read[part]
-            parts[i].report.leaked = int(np.isin(parts[i].contents, parts[0].contents).sum())
-    train, *others = parts
-    validation, test = (part if len(part) else None for part in others)
+    for examples in (read[part] for part in named if part in read):
+        examples.report.leaked = int(np.isin(examples.contents, train.contents).sum())
+    parts = (read.get(part, share) for part, share in zip(named, rest))
+    validation, test = (part if len(part) else None for part in parts)
     return train, validation, test
 
 

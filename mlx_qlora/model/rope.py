@@ -70,14 +70,10 @@ def rope_periods(head_dim: int, rope: RopeConfig) -> mx.array:
     if rope.rope_type == "linear":
         return periods * rope.factor
     if rope.rope_type == "llama3":
-        return periods * _llama3_stretch(2 * math.pi * periods, rope)
+        # Fast pairs stay, slow ones grow by `factor`; between them Llama 3.1 interpolates
+        # frequencies, not periods, by how often a pair turns within the old context.
+        turns = rope.original_max_position_embeddings / (2 * math.pi * periods)
+        spread = rope.high_freq_factor - rope.low_freq_factor
+        kept = mx.clip((turns - rope.low_freq_factor) / spread, 0, 1)
+        return periods * (1 / (kept + (1 - kept) / rope.factor))
     return periods
-
-
-def _llama3_stretch(wavelengths: mx.array, rope: RopeConfig) -> mx.array:
-    """By how much each period grows: 1 for fast pairs, `factor` for slow ones, smooth between."""
-    turns = rope.original_max_position_embeddings / wavelengths  # turns within the old context
-    spread = rope.high_freq_factor - rope.low_freq_factor
-    kept = mx.clip((turns - rope.low_freq_factor) / spread, 0, 1)
-    # Frequencies, not periods, are what Llama 3.1 interpolates between.
-    return 1 / (kept + (1 - kept) / rope.factor)

@@ -24,7 +24,6 @@ from mlx_qlora.data import read
 from mlx_qlora.data.examples import (
     ROW,
     VERSION,
-    Piece,
     TokenStore,
     cached,
     forget_unused,
@@ -43,7 +42,7 @@ some_rows = st.lists(st.lists(st.tuples(ids, st.booleans()), max_size=5), max_si
 some_pieces = st.lists(some_rows, max_size=4)
 
 
-def pieces_of(content: list[list[Row]]) -> Iterator[Piece]:
+def pieces_of(content: list[list[Row]]) -> Iterator[TokenStore]:
     line = 0
     for some in content:
         tokens = [~i if learned else i for row in some for i, learned in row]
@@ -53,7 +52,7 @@ def pieces_of(content: list[list[Row]]) -> Iterator[Piece]:
             about["start"], about["length"], about["line"] = start, len(row), line
             about["said"] = about["made"] = 2**64 - line
             start += len(row)
-        yield Piece(np.array(tokens, np.int32), rows)
+        yield TokenStore(np.array(tokens, np.int32), rows)
 
 
 def content_of(store: TokenStore) -> list[Row]:
@@ -100,7 +99,7 @@ def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[
 def test_what_is_known_of_the_pieces_is_asked_when_all_are_written(tmp_path: Path) -> None:
     about: dict[str, Any] = {}
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[TokenStore]:
         yield from pieces_of(SOME)
         about["n"] = 3
 
@@ -121,7 +120,7 @@ def test_threads_that_make_the_same_entry_at_once_all_get_it(tmp_path: Path) -> 
     together = threading.Barrier(n)
     made: list[list[Row]] = []
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[TokenStore]:
         yield from pieces_of(SOME)
         together.wait(30)
 
@@ -162,7 +161,7 @@ def test_an_entry_that_appears_while_a_damaged_one_is_read_is_not_removed(
 def test_an_entry_that_another_run_made_meanwhile_is_taken(tmp_path: Path) -> None:
     entry = tmp_path / "entry"
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[TokenStore]:
         yield from pieces_of(SOME)
         write(entry, SOME, made="theirs")
 
@@ -174,7 +173,7 @@ def test_an_entry_that_another_run_made_meanwhile_is_taken(tmp_path: Path) -> No
 def test_a_damaged_entry_that_appears_meanwhile_gives_way(tmp_path: Path) -> None:
     entry = tmp_path / "entry"
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[TokenStore]:
         yield from pieces_of(SOME)
         entry.mkdir()
         (entry / "about.json").write_text("{")
@@ -379,7 +378,7 @@ def test_rows_that_fail_leave_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[TokenStore]:
         yield from pieces_of(SOME)
         raise error("no more")
 
