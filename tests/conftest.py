@@ -25,6 +25,7 @@ from mlx_qlora.model.hub import ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
+ROOT = Path(__file__).parents[1]
 MEMORY = Path("/dev/shm")  # a folder that is kept there, on Linux
 
 
@@ -108,6 +109,21 @@ def no_matplotlib() -> Iterator[None]:
     """Runs draw no PNGs, which takes longer than a tiny run does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def light_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that tests start are as where matplotlib and torch are not installed.
+
+    Both are optional; transformers, which mlx-lm imports, would load torch where it finds it, which
+    takes longer than a tiny run does.
+    """
+    folder = tmp_path_factory.mktemp("children")
+    hide = "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'torch')))\n"
+    (folder / "sitecustomize.py").write_text(hide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [folder, ROOT, ROOT / "tests"])))
         yield
 
 

@@ -19,7 +19,6 @@ from support.report import HOSTILE, Page, history, result_in, written
 from support.tiny_folder import write_model, write_rows
 from support.training import train_run
 
-import mlx_qlora as mq
 from mlx_qlora.after.advice import CUT, changed, is_other
 from mlx_qlora.after.observer import questions
 from mlx_qlora.after.plots import Line, Plot, Tail, css, in_kernel, plots_of, svg_file, thin, ticks
@@ -364,9 +363,8 @@ TrainResult(Path("out"), 4, 1.0, None, [], html="<p>rich</p>")
 def test_a_real_kernel_gets_a_live_plot_and_a_rich_result(tmp_path, monkeypatch):
     from jupyter_client.manager import KernelManager
 
-    root = str(Path(mq.__file__).parents[1])
     manager = KernelManager()
-    manager.start_kernel(cwd=str(tmp_path), env={**os.environ, "PYTHONPATH": root})
+    manager.start_kernel(cwd=str(tmp_path))
     client = manager.blocking_client()
     client.start_channels()
     shown, updates = [], []

@@ -550,7 +550,7 @@ def test_the_whole_of_it_on_this_machine(tmp_path):
             *(sys.executable, "-W", "error", "-m", "mlx_qlora"),
             *("doctor", "--model", "smollm2-135m", "--json"),
         ],
-        env={**os.environ, "HF_ENDPOINT": closed_port(), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "HF_ENDPOINT": closed_port()},
         cwd=tmp_path,
         capture_output=True,
         text=True,

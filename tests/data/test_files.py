@@ -728,7 +728,7 @@ def read_away(home: Path, hub: str, *sources: str, **environ: str) -> dict[str, 
     kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CHILD, write_tokenizer(home / "tiny"), *sources],
-        env={**kept, "PYTHONPATH": str(ROOT)},
+        env={**kept, "PYTHONPATH": str(ROOT)},  # datasets looks for torch by itself
         cwd=home,
         capture_output=True,
         text=True,

@@ -38,8 +38,7 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
 
 def shell(line: str, given: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     """Runs a line of bash, in which `$us` is the command line, with `given` as standard input."""
-    us = {"us": f"{sys.executable} -m mlx_qlora", "PYTHONPATH": str(ROOT)}
-    words, env = ["bash", "-c", line], {**os.environ, **us}
+    words, env = ["bash", "-c", line], {**os.environ, "us": f"{sys.executable} -m mlx_qlora"}
     return subprocess.run(words, env=env, input=given, capture_output=True, timeout=120)
 
 

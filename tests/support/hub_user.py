@@ -56,7 +56,7 @@ def environ_of(home: Path, url: str, **environ: str) -> dict[str, str]:
     """
     kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|.*(?i:proxy)", k)}
     kept |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1"}
-    return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
+    return kept | {"HF_HUB_DISABLE_TELEMETRY": "1", **environ}
 
 
 class Away:

@@ -40,7 +40,7 @@ def free_ports(n: int) -> list[int]:
 def outside_a_ring() -> dict[str, str]:
     """An environment in which this checkout is found, and no ring."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MLX_R")}
-    return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OPENBLAS_NUM_THREADS": "1"}
+    return kept | {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def start(
@@ -278,9 +278,6 @@ def main() -> None:
     """Runs what `prepare` has written down; what is found is written after each run."""
     # A shell may have told the tests, and so their children, to ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # As where they are not installed, which is allowed: they take longer than training does.
-    for name in ("matplotlib", "torch"):
-        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
     folder, rank = Path(sys.argv[1]), os.environ.get("MLX_RANK", "0")
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     found: list[dict[str, Any]] = []

@@ -29,7 +29,6 @@ from mlx_qlora.train.checkpoint import checkpoints
 from mlx_qlora.train.metrics import LoggingConfig, require_trackers, tracked
 
 ROOT = Path(__file__).parents[2]
-PATHS = f"{ROOT}:{ROOT / 'tests'}"
 CLOCK = ("train/tokens_per_second", "eval/runtime", "train/peak_memory_bytes")
 BOTH = ["tensorboard", "wandb"]
 pytestmark = pytest.mark.usefixtures("usual_signals")
@@ -78,7 +77,7 @@ def whole(hf_tiny, tmp_path_factory):
 
 def child(act: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """The script above, in a process group of its own."""
-    env = {**os.environ, "PYTHONPATH": PATHS, "OPENBLAS_NUM_THREADS": "1"}
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     env.pop("WANDB_SERVICE", None)  # or it would share wandb's process with these tests
     return subprocess.run(
         [sys.executable, "-c", CHILD.replace("ACT", act), *map(str, arguments)],
@@ -437,9 +436,8 @@ def test_a_run_without_trackers_imports_neither_package(hf_tiny, tmp_path):
     code = CHILD.replace("ACT", "pass").replace('["tensorboard", "wandb"]', "[]")
     code += "print([n for n in sys.modules if n in ('wandb', 'tensorboard', 'tensorflow')])"
     code = f"import mlx_qlora\n{code}"
-    env = {**os.environ, "PYTHONPATH": PATHS}
     arguments = [sys.executable, "-c", code, hf_tiny[1], tmp_path / "out"]
-    ended = subprocess.run(arguments, env=env, text=True, capture_output=True, timeout=60)
+    ended = subprocess.run(arguments, text=True, capture_output=True, timeout=60)
     assert ended.stdout.strip() == "[]", ended.stderr
     assert not (tmp_path / "out" / "runs").exists() and not (tmp_path / "out" / "wandb").exists()
 
