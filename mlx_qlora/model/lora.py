@@ -84,11 +84,14 @@ class LoraConfig:
         """The rank of the update of a linear."""
         return _first_match(self.rank_pattern, path, self.r)
 
+    def alpha_of(self, path: str) -> float:
+        """The lora_alpha of the update of a linear."""
+        return _first_match(self.alpha_pattern, path, self.lora_alpha)
+
     def scale_of(self, path: str) -> float:
         """The factor of a linear's update: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         r = self.rank_of(path)
-        alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
-        return alpha / (math.sqrt(r) if self.use_rslora else r)
+        return self.alpha_of(path) / (math.sqrt(r) if self.use_rslora else r)
 
 
 def _first_match(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
