@@ -110,10 +110,7 @@ def make_inputs(folder: Path) -> Path:
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(special))
     number = random.Random(0)
-    rows = [
-        {"instruction": "count", "output": f"{number.randrange(10**6)} on {i % 3}"}
-        for i in range(60)
-    ]
+    rows = [{"text": f"count {number.randrange(10**6)} on {i % 3}"} for i in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

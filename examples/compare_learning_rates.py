@@ -14,7 +14,7 @@ from rich.table import Table
 
 import mlx_qlora as mq
 from mlx_qlora.infer.evaluate import score_examples
-from mlx_qlora.sweep.trial import Losses, difference, in_words, is_clear
+from mlx_qlora.sweep.trial import Measured, difference, in_words, is_clear
 
 MODEL = "smollm2-135m"
 OUTPUT = Path("outputs/compare_learning_rates")
@@ -40,7 +40,7 @@ print(f"{len(train)} rows to learn from, {len(validation)} to compare by")
 
 
 # %%
-def run(name: str) -> tuple[mq.TrainResult, Losses]:
+def run(name: str) -> tuple[mq.TrainResult, Measured]:
     """Trains at a rate; returns the run and what each validation row costs the model."""
     model, _ = mq.load(MODEL)
     config = mq.RunConfig(
@@ -61,7 +61,8 @@ def run(name: str) -> tuple[mq.TrainResult, Losses]:
     )
     result = mq.fine_tune(model, tokenizer, train, config=config)
     scores = score_examples(model, tokenizer, validation)
-    return result, Losses(scores.nats, scores.tokens)
+    nats, tokens = scores.nats.tolist(), scores.tokens.tolist()
+    return result, Measured(name, STEPS, result.train_loss, nats, tokens)
 
 
 found = {name: run(name) for name in RATES}
@@ -71,7 +72,7 @@ found = {name: run(name) for name in RATES}
 # choice of validation rows does not explain the difference. Of the seed it knows nothing.
 
 # %%
-best = min(found, key=lambda name: found[name][1].mean)
+best = min(found, key=lambda name: found[name][1].validation_loss)
 behind = {name: difference(losses, found[best][1]) for name, (_, losses) in found.items()}
 table = Table("learning rate", "train loss", "validation loss", f"behind {best}", "95 % interval")
 for name, (result, losses) in found.items():
@@ -80,7 +81,7 @@ for name, (result, losses) in found.items():
     table.add_row(
         name,
         f"{result.train_loss:.3f}",
-        f"{losses.mean:.3f}",
+        f"{losses.validation_loss:.3f}",
         f"{behind[name].estimate:.3f}",
         interval,
     )
@@ -95,7 +96,7 @@ found[best][0]
 # At 1e-6 next to nothing was learned: it is the worst rate, and clearly so.
 
 # %%
-worst = max(found, key=lambda name: found[name][1].mean)
+worst = max(found, key=lambda name: found[name][1].validation_loss)
 
 assert worst == "1e-6"
 assert is_clear(behind[worst]) and behind[worst].low > 0.2

@@ -16,6 +16,7 @@ import mlx.core as mx
 import pytest
 from support.cores import stay_on_core
 from support.models import LLAMA3_ROPE, make_hf_model, save_hf
+from support.short_smollm2 import write_package
 from support.tiny_folder import write_model
 
 from mlx_qlora import device
@@ -77,6 +78,12 @@ def smollm2(smollm2_files: ModelFiles) -> tuple[LlamaForCausalLM, Tokenizer]:
     checkpoint = open_checkpoint(smollm2_files)
     tokenizer = load_tokenizer(smollm2_files.path, checkpoint.metadata)
     return load_model(checkpoint, None, mx.float32, "resident"), tokenizer
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2_files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In front of sys.path it makes smollm2-135m that model's first layers."""
+    return write_package(smollm2_files.path, tmp_path_factory.mktemp("short"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import runpy
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,21 @@ def test_without_a_browser_one_message_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_demo_s_report_answers_the_five_questions(browser, tmp_path, monkeypatch):
+def test_the_demo_s_report_answers_the_five_questions(
+    browser, tmp_path, monkeypatch, short_smollm2
+):
     """The real demo, cut short: its model, its rows, its page."""
+    monkeypatch.syspath_prepend(str(short_smollm2))
     examples = Path(__file__).parents[2] / "examples"
     monkeypatch.syspath_prepend(str(examples))
     demo = runpy.run_path(str(examples / "demo.py"))
     main = demo["main"]
     short = {"LEAST_FALL": -1.0, "TEST_ROWS": 3, "VALIDATION_ROWS": 2}
     short |= {"BATCH_SIZE": 2, "MAX_NEW_TOKENS": 6}
+    import docstring_data
+
+    first = list(islice(docstring_data.rows(), 400))
+    monkeypatch.setattr(docstring_data, "rows", lambda: first)
     for name, value in short.items():
         monkeypatch.setitem(main.__globals__, name, value)
     out = tmp_path / "demo"

