@@ -3,7 +3,7 @@
 Run as: python benchmarks/crash.py --kills 50 --seed 0
 
 Each trial is the real command in a process of its own, on a tiny model that this file makes: 36
-steps with dropout, packing, accumulation, validation and the best weights at the end. The process
+steps with dropout, accumulation, validation and the best weights at the end. The process
 gets SIGKILL, the same command is given again, one to three times in a row, and then it is left
 alone. Half of the trials are killed at a random moment. The others kill themselves at a call that
 changes the disk: before a file is opened for writing, before it is flushed, before a rename, before
@@ -124,7 +124,7 @@ def command(inputs: Path, place: Path) -> list[str]:
         *("--learning-rate", "0.02", "training.lr_scheduler_type=constant_with_warmup"),
         *("training.warmup_steps=4", "training.gradient_accumulation_steps=2"),
         *("lora.r=4", "lora.lora_dropout=0.1"),
-        *("data.packing=true", "data.split=[0.8, 0.2, 0.0]", "logging.logging_steps=3"),
+        *("data.split=[0.8, 0.2, 0.0]", "logging.logging_steps=3"),
         *(f"checkpointing.save_steps={SAVE_STEPS}", f"checkpointing.eval_steps={EVAL_STEPS}"),
         *("checkpointing.save_total_limit=2", "checkpointing.load_best_model_at_end=true"),
     ]

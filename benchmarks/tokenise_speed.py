@@ -145,7 +145,7 @@ def read_and_iterate(tokenizer_folder, path: Path, folder: Path, results) -> Non
     examples = mq.read_examples(path, tokenizer, config)
     assert examples.report.cached
     opened = time.perf_counter()
-    batches = mq.make_batches(examples, 6, max_length=2048)
+    batches = mq.make_batches(examples, 18)
     seen = sum(batch.real_tokens for batch in batches.ahead(0, len(batches)))
     done = time.perf_counter()
     assert seen >= examples.report.tokens - len(examples), "every token of the epoch"
@@ -155,7 +155,6 @@ def read_and_iterate(tokenizer_folder, path: Path, folder: Path, results) -> Non
         "read_seconds": round(read - start, 2),
         "cached_seconds": round(opened - read, 2),
         "iterate_seconds": round(done - opened, 2),
-        "useful_share": round(batches.useful_share, 4),
         "own_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
     results.put(figures)

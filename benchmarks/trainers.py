@@ -46,7 +46,7 @@ def main() -> None:
     print(json.dumps(asdict(TRAINERS[name](json.loads(Path(file).read_text())))))
 
 
-def ours(recompute: str, frozen_matmul: str = "auto", packed: bool = False) -> Any:
+def ours(recompute: str, frozen_matmul: str = "auto") -> Any:
     """Our engine and optimiser."""
 
     def train(batches: Batches) -> Found:
@@ -64,7 +64,7 @@ def ours(recompute: str, frozen_matmul: str = "auto", packed: bool = False) -> A
         mq.add_lora(model, mq.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0))
         engine = Engine(model, recompute, compiled=False)
         optimizer = AdamW(model.trainable_parameters())
-        made = packed_batches(batches) if packed else own_rows(batches)
+        made = own_rows(batches)
 
         def step(batch: mq.Batch) -> float:
             loss, n, grads = engine(optimizer.named(optimizer.weights), batch)
@@ -96,20 +96,6 @@ def own_rows(batches: Batches) -> list[Any]:
     from mlx_qlora.data.batches import collate
 
     return [collate([[example(document)] for document in batch]) for batch in batches]
-
-
-def packed_batches(batches: Batches) -> list[Any]:
-    """All documents, packed into rows as wide as the longest, as many rows to a batch as before."""
-    from mlx_qlora.data.batches import collate, pack
-
-    examples = [example(document) for batch in batches for document in batch]
-    lengths = np.array([len(one) - 1 for one in examples])
-    rows = pack(lengths, int(lengths.max()), np.random.default_rng(0))
-    size = len(batches[0])
-    return [
-        collate([[examples[int(i)] for i in row] for row in rows[first : first + size]])
-        for first in range(0, len(rows), size)
-    ]
 
 
 def example(document: Document) -> Any:
@@ -249,7 +235,6 @@ def two_passes(step: Callable[[Any], float], batches: list[Any]) -> tuple[float,
 
 TRAINERS: dict[str, Callable[[Batches], Found]] = {
     "ours": ours("none"),
-    "ours, packed": ours("none", packed=True),
     "ours, recompute": ours("all"),
     "ours, 4-bit base only": ours("all", frozen_matmul="dequantize"),
     "mlx-lm": mlx_lm(False),

@@ -178,7 +178,7 @@ DOCUMENTS = [(5, 2), (4, 2), (6, 3)]  # positions, and how many of them are lear
 
 
 def packing() -> str:
-    """Which token of a packed row attends to which, and which are learned."""
+    """Which token of documents that lie end to end attends to which, and which are learned."""
     cell, left, top = 17, 20, 54
     body = legend(left, 28, [("b", "may be looked at"), ("c", "learned"), ("a", "padding")])
     start = 0
@@ -200,8 +200,8 @@ def packing() -> str:
         body.append(box(left + 18 * cell, top + row * cell, 34, cell - 2, "a"))
     body.append(text(left + 21.5 * cell, top + (start + 1.2) * cell, "never computed at all"))
     bottom = top + (start + 2) * cell
-    body.append(text(left, bottom + 16, "One row of the batch, position by position.", "small"))
-    return card(720, bottom + 30, "Attention and labels of three documents that share a row", body)
+    body.append(text(left, bottom + 16, "One axis of the engine, position by position.", "small"))
+    return card(720, bottom + 30, "Attention and labels of three documents that lie end to end", body)
 
 
 def schedule() -> str:

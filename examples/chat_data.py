@@ -45,7 +45,7 @@ def supervised(batch: mq.Batch, row: int) -> list[str]:
     return [tokenizer.decode(ids) for ids in stretches]
 
 
-batches = mq.make_batches(examples, batch_size=1, shuffle=False, packing=False, epochs=1)
+batches = mq.make_batches(examples, batch_size=1, shuffle=False, epochs=1)
 learned = [supervised(batch, 0) for batch in batches]
 print(learned[0])
 
@@ -63,7 +63,6 @@ config = mq.RunConfig(
         per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
     ),
-    data=mq.DataConfig(packing=False),
     checkpointing=mq.CheckpointingConfig(output_dir=OUTPUT, resume_from_checkpoint="none"),
     logging=mq.LoggingConfig(logging_steps=2),
 )

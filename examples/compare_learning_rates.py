@@ -45,7 +45,6 @@ def run(name: str) -> tuple[mq.TrainResult, Measured]:
     model, _ = mq.load(MODEL)
     config = mq.RunConfig(
         lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
-        data=mq.DataConfig(packing=False),
         training=mq.TrainingConfig(
             learning_rate=RATES[name],
             warmup_steps=1,

@@ -41,7 +41,6 @@ PROMPT = (
 model, tokenizer = mq.load(MODEL)
 config = mq.RunConfig(
     lora=mq.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0),
-    data=mq.DataConfig(packing=False),
     training=mq.TrainingConfig(
         learning_rate=2e-3,
         warmup_steps=2,

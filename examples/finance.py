@@ -35,7 +35,7 @@ before = mq.evaluate(model, tokenizer, validation)
 # %%
 config = mq.RunConfig(
     lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
-    data=mq.DataConfig(max_length=160, packing=False),
+    data=mq.DataConfig(max_length=160),
     training=mq.TrainingConfig(
         learning_rate=3e-3,
         warmup_steps=2,

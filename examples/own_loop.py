@@ -36,9 +36,7 @@ ROWS = [
 model, tokenizer = mq.load(MODEL)
 mq.add_lora(model, LORA, seed=SEED)
 examples = mq.read_examples(ROWS, tokenizer)
-batches = mq.make_batches(
-    examples, BATCH_SIZE, SEED, packing=False, rows_per_step=BATCH_SIZE * ACCUMULATION
-)
+batches = mq.make_batches(examples, BATCH_SIZE, SEED)
 
 # %% [markdown]
 # The loss is a sum of nats and not a mean. Sums over micro-batches add up, and one division by
@@ -68,7 +66,6 @@ mq.save_adapter(model, OUTPUT / "by_hand")
 # %%
 config = mq.RunConfig(
     lora=LORA,
-    data=mq.DataConfig(packing=False),
     training=mq.TrainingConfig(
         learning_rate=RATE,
         lr_scheduler_type="constant_with_warmup",

@@ -41,7 +41,6 @@ print("before:", mq.generate(model, tokenizer, QUESTION, **GREEDY))
 # %%
 config = mq.RunConfig(
     lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
-    data=mq.DataConfig(packing=False),
     training=mq.TrainingConfig(
         learning_rate=3e-3,
         warmup_steps=2,

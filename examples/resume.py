@@ -38,7 +38,6 @@ def run(folder: Path, resume: str) -> mq.TrainResult:
     model, tokenizer = mq.load(MODEL)
     config = mq.RunConfig(
         lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05),
-        data=mq.DataConfig(packing=False),
         training=mq.TrainingConfig(
             learning_rate=2e-3,
             warmup_steps=2,

@@ -180,13 +180,11 @@ def _train(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
 
 def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]":
     """Open the inputs of a run, and print what they are and what the run will need."""
-    from mlx_qlora.before.inspect import say_split
     from mlx_qlora.before.plan import plan_inputs
     from mlx_qlora.run import open_inputs
 
     inputs = open_inputs(config, console)
     plan = plan_inputs(inputs)
-    say_split(inputs, console)
     say(console, f"plan\n{textwrap.indent(str(plan), ' ' * 10)}")
     return inputs, plan
 

@@ -10,19 +10,22 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
+from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option
 from mlx_qlora.infer.tokens import GenerationConfig
+from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
-from mlx_qlora.train.checkpoint import CheckpointingConfig
-from mlx_qlora.train.config import TrainingConfig
+from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
+from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
 
 
@@ -203,6 +206,51 @@ def to_yaml(config: RunConfig) -> str:
     # Not folded: a long path with a space in it stays on its line.
     values = to_dict(config)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+# ---- what is left to the data and the model ------------------------------------------------------
+
+
+def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = None) -> RunConfig:
+    """Put numbers where the config leaves them to the data and the model.
+
+    Without examples, as for a plan of a model alone, what follows from their number stays open.
+    """
+    n = len(examples) if examples else None
+    training = config.training.at_hidden_size(llama.hidden_size)
+    training = training.for_examples(n, processes().size)
+    if not examples:
+        return replace(config, training=training)
+    steps = training.total_steps(batches_of(examples, config.data, training, processes()))
+    return replace(
+        config,
+        training=replace(training, warmup_steps=training.warmup_of(steps)),
+        checkpointing=config.checkpointing.for_steps(steps),
+    )
+
+
+def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list[str]:
+    """A line for each thing that `settle` has put a number to, with the reason."""
+    asked, training, checkpointing = config.training, settled.training, settled.checkpointing
+    batches = batches_of(examples, settled.data, training, processes())
+    steps, passes = training.total_steps(batches), batches.epoch(training.micro_batches(batches))
+    lines = []
+    if asked.per_device_train_batch_size == "auto" or asked.gradient_accumulation_steps == "auto":
+        in_step = training.rows * training.accumulation * processes().size
+        rows = f"{len(examples):,} rows x {passes:.3g} passes"
+        lines.append(f"batch     {in_step} examples in a step: {rows} make {steps:,} steps")
+    if asked.warmup_steps is None:
+        share = f"warmup_ratio {asked.warmup_ratio:g} of {steps:,}"
+        lines.append(f"warmup    {training.warmup_steps} steps: {share}")
+    if asked.learning_rate == "auto":
+        lines.append(f"rate      {training.peak:.3g}: by the model's width")
+    every = {"eval_steps": "validation", "save_steps": "a checkpoint"}
+    auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
+    if auto:
+        what = " and ".join(every[name] for name in auto)
+        n = getattr(checkpointing, auto[0])
+        lines.append(f"every     {n} steps {what}: {AUTO_EVERY}")
+    return lines
 
 
 # ---- types -------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Device:
     side_by_side: bool = False  # each core computes a shard of a chunk: cpu/streams.py
     busy_positions: int = 4096  # of a chunk: fewer leave the device idle
     chunk_positions: int = 16384  # more gain no speed, and memory is better left to others
-    position_multiple: int = 64  # few shapes, so that freed buffers can be used again
+    few_shapes: bool = True  # pads the position axis: freed buffers and graphs are used again
     head_bytes: int = 256 << 20  # of logits, and of the head's rows, in a slice of the vocabulary
     adamw_slice: int = 1 << 26  # numbers of the flat buffers that AdamW moves at once
     adamw_bytes: int | None = None  # temporary arrays of that; None: as large as the buffers
@@ -92,7 +92,7 @@ CPU = Device(
     side_by_side=True,
     busy_positions=512,
     chunk_positions=1024,
-    position_multiple=1,
+    few_shapes=False,
     head_bytes=8 << 20,  # near the caches, like the next
     adamw_slice=1 << 19,
     adamw_bytes=8 << 20,

@@ -115,3 +115,12 @@ def warn(console: "Console", text: str) -> None:
 
         console = Console(stderr=True)
     say(console, f"warning   {text}")
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 60:
+        return f"{seconds:.1f} seconds"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,11 +29,10 @@ from mlx_qlora.adapters.peft import (
     save_adapter,
 )
 from mlx_qlora.adapters.push import model_card, read_facts
-from mlx_qlora.config import RunConfig, to_dict, to_yaml
+from mlx_qlora.config import RunConfig, explained, settle, to_dict, to_yaml
 from mlx_qlora.data.examples import DataReport, Examples
 from mlx_qlora.data.read import check_lengths, read_examples, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
-from mlx_qlora.device import Machine, this_machine
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn
 from mlx_qlora.folders import (
@@ -170,7 +170,7 @@ class Inputs:
             "mlx-qlora": __version__,
             "MLX": importlib.metadata.version("mlx"),
             "training.per_device_train_batch_size": training.rows,
-            "training.gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "training.gradient_accumulation_steps": training.accumulation,
             "training.max_skipped_steps": training.max_skipped_steps,
             **{f"checkpointing.{name}": value for name, value in meetings.items()},
             **decides,
@@ -247,32 +247,17 @@ def open_inputs(
         assert config.data.path is not None
         train = read_examples(config.data.path, tokenizer, config.data, console=console)
     llama = LlamaConfig.from_hf(hf_config)
-    config = settle(config, llama, train)
-    inputs = Inputs(config, tokenizer, llama, train, validation, test, checkpoint)
+    check_lengths(llama, train, validation, test)
+    settled = settle(config, llama, train)
+    inputs = Inputs(settled, tokenizer, llama, train, validation, test, checkpoint)
     for report in inputs.reports:
         say(console, f"data      {report}")
-    check_lengths(llama, train, validation, test)
+    if split:
+        parts = "split     {train:,} train, {validation:,} validation, {test:,} test"
+        say(console, parts.format(**inputs.sizes))
+        for line in explained(config, settled, train):
+            say(console, line)
     return inputs
-
-
-def settle(
-    config: RunConfig,
-    llama: LlamaConfig,
-    examples: Examples | None = None,
-    machine: Machine | None = None,
-) -> RunConfig:
-    """Put numbers where the config leaves the batch size or the learning rate to us.
-
-    More rows at once than keep the device busy would gain no speed, and take longer to stop.
-    Memory does not matter here: a micro-batch that is too large is computed in chunks anyway.
-    """
-    longest = config.data.max_length
-    if examples:
-        longest = min(longest, int(examples.lengths.max()))
-        longest = longest if config.data.packing else int(examples.lengths.mean())
-    at_once = (machine or this_machine()).device.chunk_positions // max(longest, 1)
-    training = config.training.at_once(at_once).at_hidden_size(llama.hidden_size)
-    return replace(config, training=training)
 
 
 def check_output(output: Path, adapter: str | None = None) -> None:
@@ -345,6 +330,8 @@ def fine_tune(
             require_trackers([*config.logging.report_to])
         check_lengths(model.config, train_examples, validation)
         settled = settle(config, model.config, train_examples)
+        for line in explained(config, settled, train_examples):
+            say(console, line)
         return Inputs(settled, tokenizer, model.config, train_examples, validation)
 
     return _run(model, everyone.agree(opened), console, None, 0)
@@ -475,13 +462,16 @@ def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
     training = decides["training"]
     for name in ("gradient_checkpointing", "compile", "max_skipped_steps"):
         del training[name]
-    # How a step's rows are divided among micro-batches and processes is not what it learns.
-    rows = training.pop("per_device_train_batch_size") * training.pop("gradient_accumulation_steps")
-    training["rows_per_step"] = rows * processes().size
+    # How a step's examples are divided among micro-batches and processes is not what it learns.
+    sizes = "per_device_train_batch_size", "gradient_accumulation_steps"
+    numbers = [training.pop(name) for name in sizes]
+    if "auto" not in numbers:
+        training[f"{' x '.join(sizes)} x processes"] = math.prod(numbers) * processes().size
+    del training["warmup_ratio"]  # warmup_steps is what it gives
     for name in ("source", "revision", "adapter"):  # where it is; its content is hashed
         del decides["model"][name]
-    data = to_dict(config)["data"]  # the rows themselves have a hash of their own
-    return {**decides, "data": {name: data[name] for name in ("packing", "max_length", "shuffle")}}
+    # The rows themselves have a hash of their own.
+    return {**decides, "data": {"shuffle": config.data.shuffle}}
 
 
 def _hash(text: str) -> str:

@@ -136,7 +136,7 @@ def light_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def use_device():
-    """`use_device(METAL, position_multiple=1)`: choices of a device, until the test ends."""
+    """`use_device(METAL, few_shapes=False)`: choices of a device, until the test ends."""
     with contextlib.ExitStack() as stack:
 
         def change(base: Device | None = None, **choices: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_qlora.before.plan import Plan
+from mlx_qlora.errors import duration
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.infer.generate import UNREADABLE
 from mlx_qlora.train.checkpoint import best_eval
@@ -272,15 +273,6 @@ def cost(result: TrainResult, plan: Plan | None) -> Answer:
     why = f"{peak}; {result.steps:,} steps at {result.tokens_per_second:,.0f} tokens per second"
     early = ", stopped early." if result.stopped_early else "."
     return Answer("What did it cost?", duration(result.seconds), why + early)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 60:
-        return f"{seconds:.1f} seconds"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.1f} minutes"
-    return f"{seconds / 3600:.1f} hours"
 
 
 def _sentence(text: str) -> str:

@@ -13,7 +13,8 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import IGNORE, Batch, Batches
 from mlx_qlora.data.examples import DataReport
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import say, warn
+from mlx_qlora.distributed import processes
+from mlx_qlora.errors import duration, say, warn
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
 from mlx_qlora.train.config import RunLength, batches_of
@@ -41,12 +42,9 @@ def histogram(report: DataReport) -> str:
 
 def epoch(batches: Batches) -> str:
     """What one pass over the data is."""
-    rows, real = batches.rows_per_epoch, int((batches.examples.lengths - 1).sum())
-    kind = f"rows of {batches.width:,} positions" if batches.width else "rows of their own width"
-    return (
-        f"{real:,} tokens in {rows:,} {kind}, {batches.batch_size} to a batch; "
-        f"{batches.useful_share:.1%} of the positions are used"
-    )
+    tokens = int((batches.examples.lengths - 1).sum())
+    n = len(batches.examples)
+    return f"{tokens:,} tokens in {n:,} examples, {batches.batch_size} to a batch"
 
 
 def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> RenderableType:
@@ -110,7 +108,6 @@ def inspect_data(config: RunConfig, console: Console, show: int = 0) -> dict[str
     for report in inputs.reports:
         source = f" of {report.source}" if len(inputs.reports) > 1 else ""
         say(console, f"lengths{source}\n{histogram(report)}")
-    say_split(inputs, console)
     say(console, f"epoch     {epoch(batches)}")
     if show:
         console.print()
@@ -121,16 +118,8 @@ def inspect_data(config: RunConfig, console: Console, show: int = 0) -> dict[str
             for report in inputs.reports
         ],
         "rows": inputs.sizes,
-        "rows_per_epoch": batches.rows_per_epoch,
-        "positions_per_row": batches.width,
-        "useful_share": batches.useful_share,
+        "tokens_per_epoch": int((inputs.train.lengths - 1).sum()),
     }
-
-
-def say_split(inputs: Inputs, console: Console) -> None:
-    """Print how many rows each part has."""
-    parts = "{train:,} train, {validation:,} validation, {test:,} test"
-    say(console, f"split     {parts.format(**inputs.sizes)}")
 
 
 def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Console) -> None:
@@ -150,24 +139,22 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
     first = next(iter(batches))
     total = score(model, [first])
     figures = {
-        "rows": first.tokens.shape[0],
-        "positions": first.tokens.shape[1],
-        "documents": len(first.places),
+        "examples": len(first.places),
+        "tokens": first.real_tokens,
         "supervised_tokens": total.tokens,
         "loss": total.nats / total.tokens,
     }
     print_rows(batches, inputs.tokenizer, 1, console)
     say(
         console,
-        "batch     {rows} rows of {positions:,} positions, {documents} documents, "
-        "{supervised_tokens:,} tokens to learn; the model's loss on them is {loss:.4f}".format(
-            **figures
-        ),
+        "first     {examples} examples, {tokens:,} tokens, {supervised_tokens:,} of them to learn; "
+        "the model's loss on them is {loss:.4f}".format(**figures),
     )
-    length = RunLength.of(inputs.config.training, batches, len(inputs.train))
+    training = inputs.config.training
+    length = RunLength.of(training, batches, len(inputs.train))
     tokens = length.passes * float((inputs.train.lengths - 1).sum())
-    minutes = tokens / plan.tokens_per_second / 60
-    say(console, f"length    {length}, about {minutes:,.0f} min at the planned speed")
+    seconds = tokens / plan.tokens_per_second
+    say(console, f"length    {length}, about {duration(seconds)} at the planned speed")
     for warning in length.warnings:
         warn(console, warning)
     resumed = None if inputs.resumed is None else str(inputs.resumed)
@@ -183,6 +170,9 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
         "first_batch": figures,
         "steps": length.steps,
         "passes": length.passes,
+        "warmup_steps": length.warmup_steps,
+        "examples_per_step": training.rows * training.accumulation * processes().size,
+        "eta_seconds": seconds,
         "warnings": length.warnings,
         "resume_from_checkpoint": resumed,
     }

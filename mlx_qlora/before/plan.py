@@ -14,8 +14,8 @@ import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import read_adapter_config
-from mlx_qlora.config import RunConfig
-from mlx_qlora.data.batches import packed_width, padded_width
+from mlx_qlora.config import RunConfig, settle
+from mlx_qlora.data.batches import padded_width
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.device import Machine, machine, this_machine
 from mlx_qlora.distributed import processes as processes_of_run
@@ -24,7 +24,7 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, packed_size
-from mlx_qlora.run import Inputs, open_files, settle
+from mlx_qlora.run import Inputs, open_files
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
 from mlx_qlora.train.memory import (
     EXPONENTIALS,
@@ -93,15 +93,7 @@ def documents_of(
         full = [padded_width(config.data.max_length - 1)] * rows
         return full, full, supervised
     lengths = np.sort(examples.lengths - 1)
-    if not config.data.packing:
-        return lengths[-rows:].tolist(), _representative(lengths, rows), supervised
-    most = max(config.data.max_length, int(examples.lengths.max()))
-    positions = rows * packed_width(examples.lengths, rows, most)
-    # The longest document, and of the usual mixture as many as fill the rows beside it.
-    longest, others = int(lengths[-1]), lengths[:-1]
-    n = round(len(others) * (positions - longest) / max(int(others.sum()), 1))
-    mixture = [*_representative(others, n), longest]
-    return mixture, mixture, supervised
+    return lengths[-rows:].tolist(), _representative(lengths, rows), supervised
 
 
 def _representative(lengths: np.ndarray, n: int) -> list[int]:
@@ -351,7 +343,7 @@ def plan_checkpoint(
     """The plan for opened files, and for the examples of a run if they are known."""
     where = where or this_machine()
     llama = LlamaConfig.from_hf(checkpoint.config)
-    config = settle(config, llama, examples, where)
+    config = settle(config, llama, examples)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
     itemsize = itemsize_of(config, where)
     base, resident = base_bytes(model, checkpoint, config, where)
@@ -367,7 +359,7 @@ def plan_checkpoint(
     batches = [Footprint(llama, lengths, itemsize, where) for lengths in (largest, usual)]
     chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
     kept, work = batches[0].highest(chosen)
-    accumulation = training.gradient_accumulation_steps
+    accumulation = training.accumulation
     step = step_bytes(trained, chosen.n_chunks, accumulation > 1)
     tokens = sum(usual)
     flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)

@@ -1,8 +1,11 @@
 """Examples become batches, in an order that is a function of (seed, epoch) and nothing else.
 
 Any batch of a run can be made again from its index, without replaying the ones before it; that
-is what resuming rests on. Rows form one stream, epoch after epoch, of which a batch is the next
-few: so the same rows make up a step, however many micro-batches and processes share it.
+is what resuming rests on. Examples form one stream, epoch after epoch, of which a batch is the next
+few: so the same examples make up a step, however many micro-batches and processes share it.
+
+Each example has a row of its own here, padded on the host alone: the engine computes documents end
+to end, so that no padding is computed and short examples lose nothing by it.
 """
 
 import functools
@@ -16,49 +19,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_qlora import device
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import DataError, require
-
-# ---- documents that share a row ------------------------------------------------------------------
-
-PACKING_WINDOW = 4096  # documents that are packed together; which ones is drawn
-
-
-def pack(lengths: np.ndarray, width: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Puts each of n documents into one row of `width` positions; returns the indices of each."""
-    shuffled = random.permutation(len(lengths))
-    # Windows of equal size: a small last one would be packed badly.
-    windows = np.array_split(shuffled, max(1, round(len(shuffled) / PACKING_WINDOW)))
-    return [row for window in windows for row in _best_fit(window, lengths, width)]
-
-
-def _best_fit(window: np.ndarray, lengths: np.ndarray, width: int) -> list[np.ndarray]:
-    rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # free positions -> rows
-    # Bit f is set where a row has f free positions: the least f >= n is found without a search.
-    free_sizes = 0
-    for index in window[np.argsort(-lengths[window], kind="stable")].tolist():
-        n = int(lengths[index])
-        fitting = free_sizes >> n
-        if fitting:
-            free = n + (fitting & -fitting).bit_length() - 1
-            row = with_room[free].pop()
-            if not with_room[free]:
-                free_sizes ^= 1 << free
-            rows[row].append(index)
-        else:
-            free, row = width, len(rows)
-            rows.append([index])
-        if free - n:
-            with_room[free - n].append(row)
-            free_sizes |= 1 << (free - n)
-    return [np.array(row) for row in rows]
-
 
 # ---- batches -------------------------------------------------------------------------------------
 
 IGNORE = -100  # a label that is not learned; the value that Hugging Face and torch use
-WINDOW = 32  # batches within which unpacked rows are sorted by length
 AHEAD = 2  # batches that are laid out while the device works
 
 
@@ -72,7 +39,7 @@ class Batch:
         documents: (N, 3) int32 on the host: row, start and end of each document; positions
             outside all of them are padding. Not given, every row is one document.
         places: file and line of each document, for messages.
-        rows: the number of each row in the run's stream, from which its dropout is drawn.
+        rows: the number of each row in the run's stream, which its dropout is drawn from.
     """
 
     tokens: mx.array
@@ -94,28 +61,20 @@ def make_batches(
     batch_size: int = 6,
     seed: int = 0,
     shuffle: bool = True,
-    packing: bool = True,
-    max_length: int | None = None,
     *,
     epochs: float | None = None,
     rank: int = 0,
     world_size: int = 1,
-    rows_per_step: int | None = None,
 ) -> "Batches":
     """Batches in a resumable, seeded order.
 
     Args:
-        batch_size: B, rows per batch of each process.
-        seed: decides what is packed together and the order.
+        batch_size: B, examples per batch of each process.
+        seed: decides the order.
         shuffle: False keeps the examples' own order, for evaluation.
-        packing: several examples share a row of `max_length`; False gives each a row of its own,
-            as wide as the longest of its batch.
-        max_length: most tokens of an example, for packing; the longest one's if not given.
-        epochs: passes after which the batches end, the last one with the rows that are left; None
-            never ends.
-        rank: of this process, which gets every `world_size`-th row of the stream.
-        rows_per_step: rows of an optimiser step, over its micro-batches and all processes. Runs
-            with the same number take the same rows in each step, however they are divided.
+        epochs: passes after which the batches end, the last one with the examples that are left;
+            None never ends.
+        rank: of this process, which gets every `world_size`-th example of the stream.
 
     Raises:
         DataError: there are no examples.
@@ -127,15 +86,15 @@ def make_batches(
     legal = epochs is None or 0 < epochs < math.inf
     require(legal, "epochs", "be above 0 and finite", epochs)
     require(seed >= 0, "seed", "be at least 0", seed)
-    rows_per_step = rows_per_step or batch_size * world_size
     if not len(examples):
         raise DataError("there are no examples to make batches of")
-    longest = int(examples.lengths.max())
-    limit = longest if max_length is None else max_length
-    require(limit >= longest, "max_length", f"hold the longest example, {longest}", max_length)
-    width = packed_width(examples.lengths, rows_per_step, limit) if packing else None
-    sharing = rank, world_size, rows_per_step
-    return Batches(examples, batch_size, seed, shuffle, width, epochs, *sharing)
+    return Batches(examples, batch_size, seed, shuffle, epochs, rank, world_size)
+
+
+def evaluation_batches(examples: Examples, batch_size: int | None = None) -> "Batches":
+    """Examples in their own order; if no number is given, as many as keep the device busy."""
+    at_once = device.current().chunk_positions // max(1, int(examples.lengths.mean()))
+    return make_batches(examples, batch_size or max(1, at_once), shuffle=False)
 
 
 @dataclass(eq=False, repr=False)
@@ -146,41 +105,29 @@ class Batches:
     batch_size: int
     seed: int
     shuffle: bool
-    width: int | None  # positions of a packed row; None gives each example a row of its own
     epochs: float | None
     rank: int
     world_size: int
-    rows_per_step: int
 
     def __post_init__(self) -> None:
-        self._lengths = np.array(self.examples.lengths)
-        # Documents of each row; packed once, as each epoch only shuffles the rows.
-        self._packed: list[np.ndarray] | None = None
-        positions = self._lengths - 1  # the last token of a document is only a label
-        if self.width is not None and self.shuffle:
-            self._packed = pack(positions, self.width, np.random.default_rng([self.seed, 0x9AC4]))
-        elif self.width is not None:
-            self._packed = _in_order(positions, self.width)
-        # R, rows of one pass, over all processes.
-        self.rows_per_epoch = len(self.examples if self._packed is None else self._packed)
-        self._end = self.stop = None  # rows, and batches, after which the stream ends
+        self._end = self.stop = None  # examples, and batches, after which the stream ends
         if self.epochs is not None:
-            self._end = max(1, round(self.epochs * self.rows_per_epoch))
+            self._end = max(1, round(self.epochs * len(self.examples)))
             self.stop = -(-self._end // self.step)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._order)
 
     @property
     def step(self) -> int:
-        """Rows that one batch of every process takes from the stream."""
+        """Examples that one batch of every process takes from the stream."""
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
         """Batches of one pass."""
-        return -(-self.rows_per_epoch // self.step)
+        return -(-len(self.examples) // self.step)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields one pass over the examples, the last batch with the rows that are left."""
-        return (as_batch(self._layout(i, self.rows_per_epoch)) for i in range(len(self)))
+        return (as_batch(self._layout(i, len(self.examples))) for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Batch:
         """The batch at an index of the stream."""
@@ -192,7 +139,7 @@ class Batches:
     def epoch(self, index: int) -> float:
         """How many passes are done before the batch at an index."""
         rows = index * self.step if self._end is None else min(index * self.step, self._end)
-        return rows / self.rows_per_epoch
+        return rows / len(self.examples)
 
     def ahead(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches from `start` to `stop`, laid out while earlier ones are trained."""
@@ -206,67 +153,22 @@ class Batches:
             while waiting:
                 yield as_batch(waiting.popleft().result())
 
-    @functools.cached_property
-    def useful_share(self) -> float:
-        """Positions of a pass that are not padding, 0 to 1."""
-        real = int((self._lengths - 1).sum())
-        if self.width is not None:
-            return real / (self.rows_per_epoch * self.width)
-        rows = self._lengths[self._epoch_order(0)] - 1
-        shares = [
-            rows[first : first + self.step][rank :: self.world_size]
-            for first in range(0, len(rows), self.step)
-            for rank in range(self.world_size)
-        ]
-        return real / sum(len(rows) * padded_width(int(rows.max())) for rows in shares if len(rows))
-
     def _layout(self, index: int, end: int | None) -> "Layout":
         first = index * self.step
         last = first + self.step if end is None else min(first + self.step, end)
         numbers = range(first + self.rank, last, self.world_size)
         rows = []
         for number in numbers:
-            epoch, place = divmod(number, self.rows_per_epoch)
-            row = self._epoch_order(epoch)[place]
-            documents = [row] if self._packed is None else self._packed[row]
-            rows.append([self.examples[int(i)] for i in documents])
-        return lay_out(rows, self.width, tuple(numbers))
+            epoch, place = divmod(number, len(self.examples))
+            rows.append([self.examples[int(self._epoch_order(epoch)[place])]])
+        return lay_out(rows, tuple(numbers))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch in order.
-
-        Packed rows all have one width and are simply shuffled. Others are shuffled, then sorted by
-        length within windows so that little is padded; then the steps are shuffled, so that
-        lengths do not rise and fall in a pattern.
-        """
-        R, size = self.rows_per_epoch, self.rows_per_step
+        """The examples of an epoch in order, (n,)."""
+        n = len(self.examples)
         if not self.shuffle:
-            return np.arange(R)
-        random = np.random.default_rng([self.seed, epoch])
-        shuffled = random.permutation(R)
-        if self._packed is not None:
-            return shuffled
-        # An epoch may begin within a step: its first rows complete the one that is open.
-        lead = min(-(epoch * R) % size, R)
-        rest, batches = shuffled[lead:], []
-        for start in range(0, len(rest), WINDOW * size):
-            window = rest[start : start + WINDOW * size]
-            window = window[np.argsort(self._lengths[window], kind="stable")]
-            batches += [window[i : i + size] for i in range(0, len(window), size)]
-        short = [batches.pop()] if batches and len(batches[-1]) < size else []
-        mixed = [batches[i] for i in random.permutation(len(batches))]
-        return np.concatenate([shuffled[:lead], *mixed, *short])
-
-
-def _in_order(lengths: np.ndarray, width: int) -> list[np.ndarray]:
-    """Rows of documents that are neighbours in the file too."""
-    rows, first, used = [], 0, 0
-    for i, n in enumerate(lengths.tolist()):
-        if used + n > width:
-            rows.append(np.arange(first, i))
-            first, used = i, 0
-        used += n
-    return [*rows, np.arange(first, len(lengths))]
+            return np.arange(n)
+        return np.random.default_rng([self.seed, epoch]).permutation(n)
 
 
 # The fields of a Batch, in its order, as numpy arrays.
@@ -279,9 +181,9 @@ def as_batch(layout: Layout) -> Batch:
     return Batch(mx.array(tokens), mx.array(labels), documents, places, rows)
 
 
-def collate(rows: list[list[Example]], width: int | None = None) -> Batch:
-    """Puts documents side by side in rows, right-padded to `width` or to one from a small set."""
-    return as_batch(lay_out(rows, width))
+def collate(rows: list[list[Example]]) -> Batch:
+    """Puts documents side by side in rows, right-padded to the longest one."""
+    return as_batch(lay_out(rows))
 
 
 def halves(batch: Batch) -> list[Batch]:
@@ -300,10 +202,10 @@ def halves(batch: Batch) -> list[Batch]:
     return parts
 
 
-def lay_out(rows: list[list[Example]], width: int | None, numbers: tuple[int, ...] = ()) -> Layout:
+def lay_out(rows: list[list[Example]], numbers: tuple[int, ...] = ()) -> Layout:
     """As `collate`, on the host; `numbers` are those of the rows in the stream."""
     used = [sum(len(example) - 1 for example in row) for row in rows]
-    T = width or padded_width(max(used, default=1))
+    T = padded_width(max(used, default=1))
     # No rows make one row of padding: a process that has nothing to do still takes part.
     tokens = np.zeros((max(1, len(rows)), T), np.int32)
     labels = np.full(tokens.shape, IGNORE, np.int32)
@@ -320,22 +222,11 @@ def lay_out(rows: list[list[Example]], width: int | None, numbers: tuple[int, ..
     return tokens, labels, np.array(documents, np.int32).reshape(-1, 3), tuple(places), numbers
 
 
-def packed_width(lengths: np.ndarray, rows: int, max_length: int) -> int:
-    """The width of packed rows: `max_length`, or less if all examples would fill fewer rows.
-
-    A small data set in few wide rows would be mostly padding.
-    """
-    positions = int((lengths - 1).sum())
-    needed = max(int(lengths.max()) - 1, math.ceil(positions / rows))
-    return padded_width(min(max_length - 1, needed))
-
-
 def padded_width(n: int) -> int:
-    """The smallest width >= n that is a multiple of 64 and of an eighth of the power of two above.
+    """The smallest of a few lengths that is >= n; at most 6 % of it is padding, or 15 positions.
 
-    Each width compiles a graph of its own, and Metal cannot hold thousands of them; this set grows
-    with the logarithm of the length, and wastes less than 64 tokens or a fifth of the width,
-    whichever is more.
+    Each length compiles a graph of its own, and Metal cannot hold thousands of them: there are 16
+    from one power of two to the next.
     """
-    step = max(64, (1 << max(n - 1, 1).bit_length()) // 8)
+    step = max(16, (1 << max(n - 1, 1).bit_length()) // 32)
     return -(-n // step) * step

@@ -400,9 +400,20 @@ class Examples(Sequence[Example]):
         """
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")
-        places = _uniform(self.contents, seed)
-        parts = np.searchsorted(np.cumsum(shares)[:-1], places, "right")
-        return [self[parts == i] for i in range(len(shares))]
+        return self._split_at(np.cumsum(shares)[:-1], seed)
+
+    def split_off(self, numbers: Sequence[int], seed: int = 0) -> list["Examples"]:
+        """What is left, and parts of these numbers of rows; more where copies of a row straddle.
+
+        By the same hash as `split`.
+        """
+        places = np.sort(_uniform(self.contents, seed))
+        first_of = len(places) - np.cumsum([*numbers][::-1])[::-1]
+        return self._split_at(np.append(places, 1.0)[first_of], seed)
+
+    def _split_at(self, bounds: np.ndarray, seed: int) -> list["Examples"]:
+        parts = np.searchsorted(bounds, _uniform(self.contents, seed), "right")
+        return [self[parts == i] for i in range(len(bounds) + 1)]
 
 
 def _uniform(hashes: np.ndarray, seed: int) -> np.ndarray:

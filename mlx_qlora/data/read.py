@@ -36,6 +36,9 @@ from mlx_qlora.errors import ConfigError, DataError, check_choices, option, requ
 from mlx_qlora.model.llama import LlamaConfig
 
 PEEKED = 100  # rows that are looked at to find a file's format
+# Held-out rows by default. Fewer say little, more take longer than they are worth; below
+# FEWEST_TO_TEST a test would take rows that the training needs.
+FEWEST_HELD_OUT, MOST_HELD_OUT, FEWEST_TO_TEST = 8, 500, 200
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,11 @@ class DataConfig:
     )
     validation_path: str | None = option(None, "validation rows; null takes them from `split`")
     test_path: str | None = option(None, "test rows; null takes them from `split`")
-    split: list[float] = option(
-        [0.8, 0.1, 0.1], "shares of `path` that are trained, validated and tested"
+    split: list[float] | str = option(
+        "auto",
+        "shares of `path` that are trained, validated and tested, such as [0.8, 0.1, 0.1]; auto: a "
+        f"tenth is validated ({FEWEST_HELD_OUT} to {MOST_HELD_OUT} rows), and from "
+        f"{FEWEST_TO_TEST} rows on another tenth tested",
     )
     format: str = option(
         "auto", "the fields of a row; auto finds it for each file", choices=("auto", *FORMATS)
@@ -63,14 +69,16 @@ class DataConfig:
     train_on: str = option(
         "response", "learn the response alone, or all tokens", choices=("response", "all")
     )
-    max_length: int = option(2048, "most tokens in a row; also the width of packed rows")
+    max_length: int = option(2048, "most tokens in a row")
     truncation: str = option(
         "left-context",
         "of longer rows: cut what stands before the first answer, cut the end (right), refuse "
         "them (drop), or stop (error)",
         choices=TRUNCATION,
     )
-    packing: bool = option(True, "put several rows side by side, so that little is padded")
+    packing: bool = option(
+        True, "changes nothing: rows are computed end to end, without padding, either way"
+    )
     shuffle: bool = option(True, "train in another order each epoch; false keeps the file's")
     strict: bool = option(False, "stop if any row is refused")
     refused_path: str | None = option(None, "write refused rows, with reasons, to this JSONL file")
@@ -86,9 +94,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choices("data", self)
         require(self.max_length >= 2, "data.max_length", "be at least 2", self.max_length)
-        shares = self.split
-        legal = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
-        require(legal and shares[0] > 0, "data.split", "be three shares that sum to 1", shares)
+        if self.split != "auto":
+            shares = [] if isinstance(self.split, str) else [*self.split, 0.0][:3]
+            legal = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+            rule = "be auto, or shares of train, validation and test that sum to 1"
+            require(legal and shares[0] > 0, "data.split", rule, self.split)
+            object.__setattr__(self, "split", shares)
         workers = self.num_workers
         require(workers is None or workers >= 0, "data.num_workers", "be at least 0", workers)
         if self.template == "alpaca" and self.format in ("messages", "sharegpt"):
@@ -335,8 +346,13 @@ def train_validation_test(
     read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, console)))
 
     # Where a part has files of its own, its share of `split` is trained instead.
-    shares = [0.0 if part in read else share for part, share in zip(named, config.split[1:])]
-    train, *rest = read["train"].split([1.0 - shares[0] - shares[1], *shares], seed)
+    if isinstance(config.split, str):
+        n = len(read["train"])
+        numbers = [0 if part in read else held_out for part, held_out in zip(named, _held_out(n))]
+        train, *rest = read["train"].split_off(numbers, seed)
+    else:
+        shares = [0.0 if part in read else share for part, share in zip(named, config.split[1:])]
+        train, *rest = read["train"].split([1.0 - shares[0] - shares[1], *shares], seed)
     if not len(train):
         raise DataError(
             f"{config.path}: no row is left to train on; raise data.split's first share"
@@ -346,6 +362,12 @@ def train_validation_test(
     parts = (read.get(part, share) for part, share in zip(named, rest))
     validation, test = (part if len(part) else None for part in parts)
     return train, validation, test
+
+
+def _held_out(n: int) -> tuple[int, int]:
+    """How many of n rows are validated and tested by default."""
+    validated = min(max(n // 10, FEWEST_HELD_OUT), MOST_HELD_OUT, n // 4)
+    return validated, min(n // 10, MOST_HELD_OUT) if n >= FEWEST_TO_TEST else 0
 
 
 def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mlx_qlora.data.batches import Batches, collate, make_batches
+from mlx_qlora.data.batches import collate, evaluation_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import TO_BEGIN, Processes
@@ -22,7 +22,6 @@ from mlx_qlora.train.score import RowScores, score, score_rows
 
 T = TypeVar("T")
 BATCH = 8  # rows of a forward
-WIDTH = 512  # tokens in a row of several examples
 POSITIONS = 4096  # of the examples that are scored at once
 MOST_NATS = 700.0  # exp of more is not finite
 
@@ -48,7 +47,7 @@ def perplexity(loss: float) -> float:
 
 
 def evaluate(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, batch_size: int = BATCH
+    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, batch_size: int | None = None
 ) -> Scores:
     """Scores a model on every example, without dropout; the same figures each time.
 
@@ -61,7 +60,7 @@ def evaluate(
         DataError: no examples, or examples of another vocabulary.
     """
     _check(model, tokenizer, examples)
-    total = score(model, _batches(examples, batch_size))
+    total = score(model, evaluation_batches(examples, batch_size))
     return Scores.of(total.nats, total.hits, total.tokens)
 
 
@@ -76,13 +75,9 @@ def evaluate_distributed(
     """
     _check(model, tokenizer, examples)
     start = time.perf_counter()
-    share = score(model, islice(_batches(examples, BATCH), processes.rank, None, processes.size))
+    share = score(model, islice(evaluation_batches(examples), processes.rank, None, processes.size))
     total, _ = score_of_all(share, processes, time.perf_counter() - start, seconds=TO_BEGIN)
     return Scores.of(total.nats, total.hits, total.tokens)
-
-
-def _batches(examples: Examples, batch_size: int) -> Batches:
-    return make_batches(examples, batch_size, max_length=max(WIDTH, int(examples.lengths.max())))
 
 
 def score_examples(

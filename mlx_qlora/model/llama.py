@@ -9,7 +9,6 @@ V vocabulary.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.device import Device, current
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.attention import Cached, Documents
+from mlx_qlora.model.dropout import position_words
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
 
@@ -75,43 +75,6 @@ def _compiled(here: Device) -> tuple[Any, Any]:
         lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
     )
     return forward, backward
-
-
-# ---- keys of dropout -----------------------------------------------------------------------------
-
-RANGE = 1 << 16
-
-
-def split_keys(keys: mx.array, n: int) -> list[mx.array]:
-    """Keys (B, 2) become n independent ones, each (B, 2)."""
-    children = mx.vmap(lambda key: mx.random.split(key, n))(keys)  # (B, n, 2)
-    return [children[:, i] for i in range(n)]
-
-
-def position_keys(keys: mx.array, row: mx.array, column: mx.array) -> mx.array:
-    """Keys of rows (B, 2) become keys of positions (N, 2), each in a row and column (N,) int."""
-    # One draw for a whole row would depend on its width, and with it on the batch's longest row.
-    return keys[row] + mx.stack([mx.zeros_like(column), column], axis=1).astype(mx.uint32)
-
-
-def threshold(dropout: float) -> int:
-    """A number of 16 random bits below it is dropped; so dropout is a multiple of 1 / 65,536."""
-    return min(round(dropout * RANGE), RANGE - 1)
-
-
-def kept(keys: mx.array, dropout: float, shape: tuple[int, ...]) -> mx.array:
-    """Which inputs are kept: bool of `shape`, (N, d) with keys (N, 2), any with a single key (2,).
-
-    `dropout` is the probability that an input is dropped, in [0, 1).
-    """
-    if keys.ndim == 1:
-        return kept(keys[None], dropout, (1, math.prod(shape))).reshape(shape)
-    # Splitting a key is how MLX hands out bare random bits: of eight bytes, four numbers of 16
-    # bits. That is a third of what `bernoulli` costs on a CPU, which compares 32 as floats.
-    d = shape[1]
-    words = mx.vmap(lambda key: mx.random.split(key, -(-d // 4)))(keys)
-    numbers = words.reshape(len(keys), -1).view(mx.uint16)[:, :d]
-    return numbers >= mx.array(threshold(dropout), mx.uint16)
 
 
 # ---- the tree ------------------------------------------------------------------------------------
@@ -221,7 +184,7 @@ class DecoderLayer(nn.Module):
     """Two sentences: normalise, attend, add; normalise, mix, add.
 
     They are cut into pieces between which the training engine keeps what its backward needs
-    (`train.engine.PIECES`). `keys` are the dropout keys of the seven linears, each (N, 2) or None.
+    (`train.engine.PIECES`). `keys` are the dropout words of the seven linears, each (N, 1) or None.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -312,18 +275,16 @@ class LlamaModel(nn.Module):
         return Documents.of(documents, self._rope_periods, N, T)
 
     def dropout_keys(self, key: mx.array | None, B: int, documents: Documents) -> list[Keys]:
-        """For each layer the keys of its seven linears, one for each position.
+        """For each layer the words (N, 1) that its seven linears draw their dropout from.
 
         `key` is one (2,) for a batch of B rows, or one for each row (B, 2); None means no dropout.
         """
-        n, row, column = len(self.layers), documents.row, documents.column
+        n = len(self.layers)
         if key is None:
             return [NO_KEYS] * n
         keys = mx.random.split(key, B) if key.ndim == 1 else key
-        return [
-            [position_keys(of_linear, row, column) for of_linear in split_keys(of_layer, 7)]
-            for of_layer in split_keys(keys, n)
-        ]
+        words = position_words(keys, documents.row, documents.column, 7 * n)
+        return [words[7 * layer : 7 * layer + 7] for layer in range(n)]
 
 
 class LlamaForCausalLM(nn.Module):

@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
-from mlx_qlora.model.llama import RANGE, LlamaForCausalLM, kept, threshold
+from mlx_qlora.model.dropout import RANGE, mask, position_words, threshold
+from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.tree import flat, nested
@@ -131,7 +132,7 @@ class LoRALinear(nn.Module):
         self._begun: tuple[mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); a key (2,) draws dropout for all, (N, 2) for each row."""
+        """x (..., d_in) -> (..., d_out); dropout by a key (2,), or a word (..., 1) per position."""
         y = self.base_layer(x)
         x, share = self._drop(x, dropout_key)  # the rank-r tensor is divided, the smallest
         A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
@@ -141,8 +142,12 @@ class LoRALinear(nn.Module):
         """x with dropped inputs at 0, and the share that is kept: the caller divides by it."""
         if key is None or self.dropout == 0:
             return x, 1.0
-        mask = kept(key, self.dropout, x.shape).astype(x.dtype)
-        return x * mask, 1 - threshold(self.dropout) / RANGE
+        if key.ndim == 1:
+            position = mx.arange(math.prod(x.shape[:-1]), dtype=mx.int32)
+            (key,) = position_words(key[None], mx.zeros_like(position), position, 1)
+            key = key.reshape(*x.shape[:-1], 1)
+        kept = mask(key, self.dropout, x.shape[-1], x.dtype)
+        return x * kept, 1 - threshold(self.dropout) / RANGE
 
     @property
     def initial_update(self) -> tuple[mx.array, mx.array] | None:

@@ -99,7 +99,7 @@ def check_swept(config: RunConfig) -> None:
 def start_point(config: RunConfig) -> Point:
     """The values of the config, from which the first stage varies one."""
     training = config.training
-    rows = training.rows * training.gradient_accumulation_steps
+    rows = training.rows * training.accumulation
     return Point(training.peak, config.lora.r, rows, training.seed)
 
 
@@ -124,7 +124,7 @@ def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunC
     rates more than cautious ones, but all candidates of a rung are read at the same place of it.
     """
     training, start_rows = config.training, start_point(config).batch_size
-    rows, micro_batches = training.rows, training.gradient_accumulation_steps
+    rows, micro_batches = training.rows, training.accumulation
     if point.batch_size != start_rows:
         fits = range(1, min(rows, point.batch_size) + 1)
         rows = max(n for n in fits if point.batch_size % n == 0)
@@ -140,7 +140,7 @@ def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunC
             gradient_accumulation_steps=micro_batches,
             max_steps=steps,
             num_train_epochs=None,
-            warmup_steps=min(training.warmup_steps, steps // WARMUP_SHARE),
+            warmup_steps=min(training.warmup_of(steps), steps // WARMUP_SHARE),
             seed=point.seed,
         ),
     )

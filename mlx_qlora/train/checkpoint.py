@@ -38,13 +38,21 @@ TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
 
 
+PARTS, MOST_STEPS = 6, 500  # a run is validated and saved so often, and at least that often
+AUTO_EVERY = f"a {PARTS}th of the run, at most {MOST_STEPS}"
+
+
 @dataclass(frozen=True)
 class CheckpointingConfig:
     """Where a run leaves its files, and when."""
 
     output_dir: str = option("outputs", "folder for the adapter, the record and the checkpoints")
-    save_steps: int = option(500, "write a checkpoint every this many steps")
-    eval_steps: int = option(500, "measure the validation loss every this many steps")
+    save_steps: int | str = option(
+        "auto", f"write a checkpoint every this many steps; auto: {AUTO_EVERY}"
+    )
+    eval_steps: int | str = option(
+        "auto", f"measure the validation loss every this many steps; auto: {AUTO_EVERY}"
+    )
     save_total_limit: int = option(
         3, "how many checkpoints are kept: the newest ones, and the best besides"
     )
@@ -61,9 +69,17 @@ class CheckpointingConfig:
     def __post_init__(self) -> None:
         for name in ("save_steps", "eval_steps", "save_total_limit", "early_stopping_patience"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"checkpointing.{name}", "be at least 1", value)
+            legal = value in (None, "auto") or (isinstance(value, int) and value >= 1)
+            rule = "be at least 1" + ", or auto" * name.endswith("_steps")
+            require(legal, f"checkpointing.{name}", rule, value)
         require(bool(self.output_dir), "checkpointing.output_dir", "name a folder", "nothing")
         object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
+
+    def for_steps(self, steps: int) -> "CheckpointingConfig":
+        """With numbers in the place of `auto`, for a run of so many steps."""
+        every = min(-(-steps // PARTS), MOST_STEPS)
+        names = ("save_steps", "eval_steps")
+        return replace(self, **{name: every for name in names if getattr(self, name) == "auto"})
 
 
 @dataclass
@@ -168,7 +184,7 @@ def trainer_state(state: RunState, config: "RunConfig", batches: Batches) -> dic
         "best_global_step": best_step,
         "best_metric": best_loss,
         "best_model_checkpoint": str(best) if was_saved else None,
-        "epoch": batches.epoch(state.step * training.gradient_accumulation_steps),
+        "epoch": batches.epoch(state.step * training.accumulation),
         "eval_steps": config.checkpointing.eval_steps,
         "global_step": state.step,
         "is_hyper_param_search": False,

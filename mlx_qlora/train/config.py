@@ -16,13 +16,14 @@ from mlx_qlora.train.optim import SCHEDULES, learning_rate
 # The version of the arithmetic, in every run's fingerprint. 1 is what commit 8129655 computes, and
 # what a checkpoint without a number has. Whoever changes a trained bit raises it, records the
 # golden run again and says why in docs/log.md; a run is not continued under another number.
-NUMERICS = 1
+NUMERICS = 2
 # A deciding field that a checkpoint is too old to have counts as its default of today. Where runs
 # did something else before there was the field, it stands here: "training.warmup_ratio": 0.0
 THEN: dict[str, Any] = {}
-DEFAULT_STEPS = 1000
-DEFAULT_ROWS = 6
-MANY_PASSES, USUAL_PASSES = 20, 3  # that learn rows by heart, and that are a start
+USUAL_PASSES, MANY_PASSES = 3, 20  # that are a start, and that learn examples by heart
+# Examples in a step: 18 keep its gradient calm; a small data set rather has more steps, LEAST_STEPS
+# of them, but fewer than 4 examples make each step depend on which ones they are.
+FEWEST_EXAMPLES, MOST_EXAMPLES, LEAST_STEPS = 4, 18, 30
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,20 @@ class TrainingConfig:
         2e-4, "the rate at the end of the warmup; auto: a rule of thumb from the model's width"
     )
     lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
-    warmup_steps: int = option(100, "steps over which the rate grows from 0")
-    max_steps: int | None = option(
-        None, f"optimiser steps; {DEFAULT_STEPS} if num_train_epochs is not given either"
+    warmup_ratio: float = option(0.1, "share of the steps over which the rate grows from 0")
+    warmup_steps: int | None = option(None, "the same as a number of steps; overrides warmup_ratio")
+    num_train_epochs: float | None = option(
+        None, f"passes over the data; {USUAL_PASSES} if max_steps is not given either"
     )
-    num_train_epochs: float | None = option(None, "passes over the data, instead of max_steps")
+    max_steps: int | None = option(None, "optimiser steps, instead of num_train_epochs")
     per_device_train_batch_size: int | str = option(
-        DEFAULT_ROWS,
-        f"rows in a micro-batch; auto: what keeps the device busy, of {DEFAULT_ROWS} x "
-        "gradient_accumulation_steps rows in a step",
+        "auto",
+        "examples in a micro-batch; auto: what makes a step of "
+        f"{FEWEST_EXAMPLES} to {MOST_EXAMPLES} examples, by how many there are",
     )
-    gradient_accumulation_steps: int = option(3, "micro-batches in an optimiser step")
+    gradient_accumulation_steps: int | str = option(
+        "auto", "micro-batches in an optimiser step; auto: what the batch size leaves, mostly 1"
+    )
     max_grad_norm: float | None = option(1.0, "clip the gradient to this norm; null never clips")
     weight_decay: float = option(0.01, "decoupled, on every LoRA matrix")
     adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients")
@@ -63,13 +67,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_choices("training", self)
         if self.max_steps is None and self.num_train_epochs is None:
-            object.__setattr__(self, "max_steps", DEFAULT_STEPS)
+            object.__setattr__(self, "num_train_epochs", float(USUAL_PASSES))
         elif self.max_steps is not None and self.num_train_epochs is not None:
             raise ConfigError(
                 "training.max_steps and training.num_train_epochs exclude each other; "
                 f"got {self.max_steps} and {self.num_train_epochs}"
             )
-        for name in ("per_device_train_batch_size", "learning_rate"):
+        sizes = "per_device_train_batch_size", "gradient_accumulation_steps"
+        for name in (*sizes, "learning_rate"):
             value = getattr(self, name)
             legal = not isinstance(value, str) or value == "auto"
             require(legal, f"training.{name}", "be a number or auto", value)
@@ -84,11 +89,11 @@ class TrainingConfig:
                 known = value is None or isinstance(value, str) or legal(value)
                 require(known, f"training.{name}", rule, value)
 
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        check((*counts, "max_steps", "max_skipped_steps"), "be at least 1", lambda n: n >= 1)
-        sizes = ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs")
-        check(sizes, "be above 0 and finite", lambda x: 0 < x < math.inf)
+        check((*sizes, "max_steps", "max_skipped_steps"), "be at least 1", lambda n: n >= 1)
+        positive = ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+        check(positive, "be above 0 and finite", lambda x: 0 < x < math.inf)
         check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
+        check(("warmup_ratio",), "be in [0, 1]", lambda x: 0 <= x <= 1)
         check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
 
     @property
@@ -98,18 +103,24 @@ class TrainingConfig:
             return "all" if self.gradient_checkpointing else "none"
         return self.gradient_checkpointing
 
-    def at_once(self, most: int) -> "TrainingConfig":
-        """With numbers in the place of `per_device_train_batch_size: auto`.
+    def for_examples(self, n: int | None, n_processes: int = 1) -> "TrainingConfig":
+        """With numbers in the place of `auto`, for n examples to learn from; None for very many.
 
-        A step has as many rows on every machine, so the same run is trained on all of them; only
-        how many are computed at once, at most those that keep the device busy, differs.
+        How many of a step's examples are computed at once does not matter here: the engine cuts a
+        batch into chunks by its tokens and the memory. So a step is one micro-batch.
         """
-        if self.per_device_train_batch_size != "auto":
-            return self
-        in_step = DEFAULT_ROWS * self.gradient_accumulation_steps
-        rows = max(n for n in range(1, in_step + 1) if in_step % n == 0 and n <= max(most, 1))
+        wanted = MOST_EXAMPLES
+        if n is not None:
+            wanted = min(wanted, int(n * (self.num_train_epochs or USUAL_PASSES)) // LEAST_STEPS)
+            wanted = max(wanted, FEWEST_EXAMPLES)
+        size, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if isinstance(size, str):
+            micro_batches = 1 if isinstance(accumulation, str) else accumulation
+            size = -(-wanted // (micro_batches * n_processes))
+        if isinstance(accumulation, str):
+            accumulation = -(-wanted // (size * n_processes))
         return dataclasses.replace(
-            self, per_device_train_batch_size=rows, gradient_accumulation_steps=in_step // rows
+            self, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
         )
 
     def at_hidden_size(self, hidden_size: int) -> "TrainingConfig":
@@ -136,24 +147,36 @@ class TrainingConfig:
     @property
     def rows(self) -> int:
         """`per_device_train_batch_size`, once it is a number."""
-        assert isinstance(self.per_device_train_batch_size, int), "at_once() first"
+        assert isinstance(self.per_device_train_batch_size, int), "for_examples() first"
         return self.per_device_train_batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """`gradient_accumulation_steps`, once it is a number."""
+        assert isinstance(self.gradient_accumulation_steps, int), "for_examples() first"
+        return self.gradient_accumulation_steps
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps over which the learning rate grows, of so many in all."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_ratio * total_steps)
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of one optimiser step, counted from 1."""
-        peak, warmup = self.peak, self.warmup_steps
-        return learning_rate(step, peak, warmup, total_steps, self.lr_scheduler_type)
+        warmup = self.warmup_of(total_steps)
+        return learning_rate(step, self.peak, warmup, total_steps, self.lr_scheduler_type)
 
     def micro_batches(self, batches: Batches) -> int:
         """Micro-batches of the whole run; the last step may have fewer than the others."""
         if self.max_steps is not None:
-            return self.max_steps * self.gradient_accumulation_steps
+            return self.max_steps * self.accumulation
         assert batches.stop is not None
         return batches.stop
 
     def total_steps(self, batches: Batches) -> int:
         """Optimiser steps of the whole run."""
-        return -(-self.micro_batches(batches) // self.gradient_accumulation_steps)
+        return -(-self.micro_batches(batches) // self.accumulation)
 
 
 def batches_of(
@@ -162,20 +185,10 @@ def batches_of(
     training: TrainingConfig,
     processes: Processes | None = None,
 ) -> Batches:
-    """The batches of a run, or of its validation; of several processes, those of this one."""
-    rows, size = training.rows, processes.size if processes else 1
-    return make_batches(
-        examples,
-        rows,
-        training.seed,
-        data.shuffle,
-        data.packing,
-        max(data.max_length, int(examples.lengths.max())),
-        epochs=training.num_train_epochs,
-        rank=processes.rank if processes else 0,
-        world_size=size,
-        rows_per_step=rows * training.gradient_accumulation_steps * size,
-    )
+    """The batches of a run; of several processes, those of this one."""
+    share = {"rank": processes.rank, "world_size": processes.size} if processes else {}
+    size, epochs = training.rows, training.num_train_epochs
+    return make_batches(examples, size, training.seed, data.shuffle, epochs=epochs, **share)
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ class RunLength:
         """The length of a run on these batches of so many examples."""
         steps, by_passes = training.total_steps(batches), training.max_steps is None
         passes = batches.epoch(training.micro_batches(batches))
-        return cls(steps, examples, passes, training.warmup_steps, by_passes)
+        return cls(steps, examples, passes, training.warmup_of(steps), by_passes)
 
     def __str__(self) -> str:
         passes = f"{self.passes:,.0f}" if self.passes >= 10 else f"{self.passes:.2f}"

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mlx_qlora import device
 from mlx_qlora.cpu import blas
-from mlx_qlora.data.batches import Batches
+from mlx_qlora.data.batches import Batches, evaluation_batches
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, ProcessError, TrainingError, say, warn
 from mlx_qlora.folders import disk_errors
@@ -43,7 +43,7 @@ from mlx_qlora.train.metrics import Metrics, open_trackers, rewrite_metrics
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.score import Score, score
 from mlx_qlora.train.signals import Interrupted, StopSignal
-from mlx_qlora.train.step import Step, StepError, StepResult, retried, split
+from mlx_qlora.train.step import Step, StepError, StepResult, retried
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
@@ -161,7 +161,7 @@ class Run:
         self.output = Path(config.checkpointing.output_dir)
         self.batches = batches_of(inputs.train, config.data, training, self.processes)
         validation = inputs.validation
-        self.held_out = batches_of(validation, config.data, training) if validation else None
+        self.held_out = evaluation_batches(validation) if validation else None
         self.total_steps = training.total_steps(self.batches)
         compiled = training.compile
         if compiled == "auto":
@@ -227,7 +227,7 @@ class Run:
             StepError: one cannot be taken, or too many in a row were skipped.
         """
         training, state, stop = self.config.training, self.state, self.stop
-        accumulated = training.gradient_accumulation_steps
+        accumulated = training.accumulation
         end = min(until * accumulated, training.micro_batches(self.batches))
         stream = self.batches.ahead(state.step * accumulated, end)
         while state.step < until and not self.is_done() and stop.signum is None:
@@ -260,7 +260,7 @@ class Run:
     @property
     def epoch(self) -> float:
         """Passes over the data so far."""
-        return self.state.rows / self.batches.rows_per_epoch
+        return self.state.rows / len(self.batches.examples)
 
     def _record_skipped(self, result: StepResult) -> None:
         """Records which rows made a step that moved nothing.
@@ -320,7 +320,7 @@ class Run:
 
         def score_share() -> Score:
             share = islice(held_out, self.processes.rank, None, self.processes.size)
-            pieces = (piece for batch in share for piece in split(batch, self.step.n_splits))
+            pieces = (piece for batch in share for piece in self.step.split(batch))
             return score(self.model, (piece for piece in pieces if self.stop.signum is None))
 
         started, rows = time.perf_counter(), held_out.batch_size

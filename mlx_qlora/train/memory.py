@@ -9,7 +9,7 @@ import numpy as np
 from mlx_qlora import device
 from mlx_qlora.cpu.attention import BLOCK
 from mlx_qlora.cpu.streams import streams
-from mlx_qlora.data.batches import IGNORE, Batch
+from mlx_qlora.data.batches import IGNORE, Batch, padded_width
 from mlx_qlora.device import Device, Machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.attention import Documents
@@ -235,7 +235,7 @@ def chunks_of(
         spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
         ids = np.concatenate([tokens[row, span] for row, span in spans])
         targets = np.concatenate([labels[row, span] for row, span in spans])
-        padding = -len(ids) % device.current().position_multiple
+        padding = padded_width(len(ids)) - len(ids) if device.current().few_shapes else 0
         context = model.model.documents(documents, len(ids) + padding)
         keys = model.model.dropout_keys(dropout_key, len(tokens), context)
         positions = np.flatnonzero(targets != IGNORE).astype(np.int32)

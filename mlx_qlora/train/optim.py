@@ -24,14 +24,15 @@ def learning_rate(
 ) -> float:
     """The learning rate of one optimiser step, from 1 to total_steps; one of SCHEDULES.
 
-    Step k of n in the warmup trains at peak * k / n, so that no batch meets a rate of 0; cosine and
-    linear end at 0.
+    No step trains at a rate of 0, where it would learn nothing: step k of n in the warmup has
+    peak * k / n, and cosine and linear would reach 0 one step after the last.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps
     if schedule == "constant_with_warmup":
         return peak
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    first = max(warmup_steps, 1)  # the step at the peak
+    progress = (step - first) / (total_steps - first + 1)
     if schedule == "linear":
         return peak * (1 - progress)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -21,6 +21,7 @@ from mlx_qlora.train.signals import StopSignal
 from mlx_qlora.tree import number
 
 T = TypeVar("T")
+PIECE_CHUNKS = 4  # chunks that the engine computes before a signal is looked at
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Step:
 
         def forward_backward() -> tuple[dict[str, mx.array], mx.array, int]:
             weights = optimizer.named(optimizer.weights)
-            pieces = [piece for batch in micro_batches for piece in split(batch, self.n_splits)]
+            pieces = [piece for batch in micro_batches for piece in self.split(batch)]
             grads, nats, n_tokens = {}, mx.array(0.0), 0
             losses.clear()
             for piece in pieces:
@@ -117,6 +118,11 @@ class Step:
         norm = retried(lambda: optimizer.update(grads, n, rate, nats), only_once)
         result = StepResult(number(nats) / max(n, 1), number(norm), tokens, rows, signum)
         return result if result.finite else replace(result, suspects=suspects(losses, elsewhere))
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """The pieces of a micro-batch: small enough for memory, and for a signal to be heard."""
+        at_once = PIECE_CHUNKS * device.current().chunk_positions
+        return split(batch, max(self.n_splits, -(-batch.real_tokens // at_once)))
 
     def split_more(self, rows: int, reason: str) -> None:
         """Halves the rows that are computed at once, of so many in the largest micro-batch.

@@ -18,7 +18,6 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.run import settle
 from mlx_qlora.train.memory import LAYER, NOTHING
 from mlx_qlora.tree import flat
 
@@ -216,22 +215,9 @@ def rows_of(lengths: list[int]) -> Examples:
     return Examples.of(Example(each, np.ones(len(each), bool)) for each in tokens)
 
 
-@pytest.mark.parametrize(("n", "positions"), [(10, 1280), (32, 4096), (61, 4096), (1000, 4096)])
-def test_packed_rows_are_planned_as_full_and_not_fuller(checkpoint_files, n, positions):
-    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    config = build({"training": training, "data": {"max_length": 1025}})
-    checkpoint, whole = open_checkpoint(checkpoint_files), rows_of([128] * 32)
-    found = plan_checkpoint(checkpoint, config, rows_of([128] * n), processes=2)
-    assert found.scaling is not None and found.scaling.step_tokens == positions
-    if positions == 4096:
-        assert found.parts == plan_checkpoint(checkpoint, config, whole, processes=2).parts
-    mixed = plan_checkpoint(checkpoint, config, rows_of([1024] + [16] * 10_000), processes=2)
-    assert mixed.scaling is not None and mixed.scaling.step_tokens == 4096
-
-
 def test_long_rows_among_many_short_ones_ask_for_memory_and_not_for_time(checkpoint_files):
     training = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    config = build({"training": training, "data": {"max_length": 2048, "packing": False}})
+    config = build({"training": training, "data": {"max_length": 2048}})
     checkpoint, where = open_checkpoint(checkpoint_files), machine("m4-max-64")
 
     def planned(lengths: list[int]) -> Plan:
@@ -244,37 +230,3 @@ def test_long_rows_among_many_short_ones_ask_for_memory_and_not_for_time(checkpo
     mean = (128 * 10_000 + 2047 * 16) / 10_016
     assert 4 * mixed.scaling.step_tokens == pytest.approx(4 * 8 * mean, rel=0.01)
     assert mixed.scaling.compute_seconds == pytest.approx(short.scaling.compute_seconds, rel=0.01)
-
-
-# ---- a batch size that is left to the machine ---------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "max_length", "accumulation", "rows"),
-    [
-        (device.CPU, 2048, 3, 1),  # not even one keeps within what a CPU takes at once
-        (device.CPU, 512, 3, 2),
-        (device.METAL, 2048, 3, 3),  # four would fit, but do not divide the 18 rows of a step
-        (device.METAL, 512, 3, 9),
-        (device.CUDA, 2048, 1, 6),
-        (device.CUDA, 64, 3, 18),
-    ],
-)
-def test_auto_takes_what_keeps_the_device_busy_of_the_same_rows_a_step(
-    kind, max_length, accumulation, rows
-):
-    training = {
-        "per_device_train_batch_size": "auto",
-        "gradient_accumulation_steps": accumulation,
-    }
-    config = build({"training": training, "data": {"max_length": max_length}})
-    where = dataclasses.replace(this_machine(), device=kind)
-    settled = settle(config, LLAMA, machine=where)
-    made = settled.training
-    assert made.per_device_train_batch_size == rows
-    assert made.rows * made.gradient_accumulation_steps == 6 * accumulation
-    assert settle(settled, LLAMA, machine=where) == settled
-
-
-def test_a_number_of_rows_stays_as_it_is():
-    assert settle(RunConfig(), LLAMA) == RunConfig()

@@ -60,11 +60,11 @@ def test_a_quiet_run_still_warns(finished, capsys):
 
 
 def test_a_run_says_how_often_it_sees_its_rows(train, capsys):
-    assert main([*train, "--dry-run", "data.packing=false", "--batch-size", "8"]) == 0
+    assert main([*train, "--dry-run", "--batch-size", "8"]) == 0
     shown = capsys.readouterr().out
-    assert "length    2 steps: 0.67 passes over 24 examples, about 0 min" in shown
+    assert "length    2 steps: 0.67 passes over 24 examples, about 0.0 seconds" in shown
     assert "warning" not in shown
-    words = [*train, "--dry-run", "--quiet", "data.packing=false", "--batch-size", "24"]
+    words = [*train, "--dry-run", "--quiet", "--batch-size", "24"]
     assert main([*words, "training.warmup_steps=30", "training.max_steps=30"]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 2
@@ -208,7 +208,7 @@ def test_an_adapter_is_used_with_the_settings_of_its_run_but_for_what_is_typed(
     config = printed_json(capsys)
     assert (config["model"]["source"], config["model"]["bits"]) == (str(model), None)
     assert (config["model"]["adapter"], config["generation"]["top_k"]) == ("out", 7)
-    assert config["training"]["max_steps"] == 1000  # of the run, no use for it here
+    assert config["training"]["num_train_epochs"] == 3.0  # of the run, no use for it here
     assert main([*use, "model.bits=4", "generation.top_k=50"]) == 0  # the defaults, but typed
     config = printed_json(capsys)
     assert (config["model"]["bits"], config["generation"]["top_k"]) == (4, 50)

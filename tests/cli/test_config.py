@@ -64,10 +64,11 @@ OTHER: dict[str, dict[str, Any]] = {
     "training": {
         "learning_rate": 1e-5,
         "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.2,
         "warmup_steps": 7,
         "max_steps": 12,
         "num_train_epochs": 1.5,
-        "per_device_train_batch_size": "auto",
+        "per_device_train_batch_size": 7,
         "gradient_accumulation_steps": 5,
         "max_grad_norm": None,
         "weight_decay": 0.0,
@@ -136,15 +137,15 @@ def test_defaults_are_the_contract_s(tmp_path):
     wanted: dict[str, dict[str, Any]] = {
         "model": {"bits": 4, "group_size": 64, "mode": "affine", "dtype": "auto", "source": None},
         "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": seven},
-        "data": {"split": [0.8, 0.1, 0.1], "train_on": "response", "max_length": 2048},
+        "data": {"split": "auto", "train_on": "response", "max_length": 2048},
         "training": {
-            **{"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_steps": 100},
-            **{"max_steps": 1000, "num_train_epochs": None, "max_grad_norm": 1.0},
-            **{"per_device_train_batch_size": 6, "gradient_accumulation_steps": 3},
+            **{"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1},
+            **{"max_steps": None, "num_train_epochs": 3.0, "max_grad_norm": 1.0},
+            **{"per_device_train_batch_size": "auto", "gradient_accumulation_steps": "auto"},
             **{"weight_decay": 0.01, "gradient_checkpointing": "auto"},
         },
         "checkpointing": {
-            **{"save_steps": 500, "eval_steps": 500, "save_total_limit": 3},
+            **{"save_steps": "auto", "eval_steps": "auto", "save_total_limit": 3},
             **{"resume_from_checkpoint": "auto", "output_dir": "outputs"},
         },
         "generation": {
@@ -199,7 +200,7 @@ def test_a_rate_may_be_written_in_any_way(tmp_path, text):
         ({"model": {"bits": "four"}}, ["model.bits must be int or null; got 'four'"]),
         ({"model": {"bits": 7}}, ["bits must be one of"]),
         ({"model": {"mode": "nf4"}}, ["model.mode must be one of 'affine'"]),
-        ({"data": {"split": 0.8}}, ["data.split must be list of number; got 0.8"]),
+        ({"data": {"split": 0.8}}, ["data.split must be list of number or text; got 0.8"]),
         ({"training": {"learning_rate": "fast"}}, ["must be a number or auto"]),
         ({"training": {"warmup_steps": -1}}, ["training.warmup_steps must be at least 0"]),
         ({"training": {"per_device_train_batch_size": 0}}, ["_batch_size must be at least 1"]),
@@ -232,7 +233,7 @@ def test_what_is_wrong_is_named_with_what_is_right(values, words):
 def test_either_steps_or_epochs_decide_the_length():
     assert build({"training": {"num_train_epochs": 2}}).training.max_steps is None
     assert build({"training": {"max_steps": 5}}).training.num_train_epochs is None
-    assert dataclasses.replace(RunConfig().training, seed=1).max_steps == 1000
+    assert dataclasses.replace(RunConfig().training, seed=1).num_train_epochs == 3
 
 
 def test_a_later_override_wins_over_the_file(tmp_path):

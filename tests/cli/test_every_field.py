@@ -89,7 +89,7 @@ class Case:
 VALIDATED = {"data.split": [0.9, 0.1, 0.0]}
 TESTED = {"data.split": [0.8, 0.1, 0.1]}
 WORSE = {"data.validation_path": "{against}", "checkpointing.eval_steps": 1}
-WORSE["training.learning_rate"] = 0.1  # the first validation is the best, the next is worse
+WORSE["training.learning_rate"] = 1.0  # the first validation is the best, the next is worse
 SPOILT = {"data.path": "{spoilt}"}  # one row of it cannot be used
 SHORT = {"data.max_length": 24}
 EPOCHS = {"training.max_steps": None, "training.num_train_epochs": 0.5}
@@ -154,7 +154,7 @@ CASES: dict[str, list[Case]] = {
         Case("drop", "batches", base={"data.path": "{uneven}", "data.max_length": 42}),
         Case("error", base=SHORT, error="rows.jsonl:1: "),
     ],
-    "data.packing": [Case(False, "batches")],
+    "data.packing": [Case(False, "", "batches adapter")],
     "data.shuffle": [Case(False, "batches")],
     "data.strict": [Case(True, base=SPOILT, error="data.strict: .* has 1 rows")],
     "data.refused_path": [Case("refused.jsonl", "files", "batches adapter", SPOILT)],
@@ -166,6 +166,9 @@ CASES: dict[str, list[Case]] = {
     "training.learning_rate": [Case(rate, "adapter rates", "batches") for rate in (3e-3, "auto")],
     "training.lr_scheduler_type": [
         Case(name, "adapter rates", "batches") for name in SCHEDULES if name != "cosine"
+    ],
+    "training.warmup_ratio": [
+        Case(0.9, "adapter rates", "batches", {"training.warmup_steps": None})
     ],
     "training.warmup_steps": [Case(3, "adapter rates", "batches")],
     "training.max_steps": [Case(3, "adapter rates files")],

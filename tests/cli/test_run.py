@@ -43,12 +43,13 @@ def finished(tmp_path_factory, matplotlib):
     rows = write_rows(folder / "rows.jsonl", 60)
     values = {
         "model": {"source": str(folder / "model"), "bits": 4, "group_size": 32},
-        "data": {"path": str(rows), "max_length": 64},
+        "data": {"path": str(rows), "max_length": 64, "split": [0.8, 0.1, 0.1]},
         "lora": {"r": 4, "lora_alpha": 8},
         "training": {
             "max_steps": 12,
             "warmup_steps": 2,
             "learning_rate": 1e-2,
+            "per_device_train_batch_size": 5,
             "gradient_accumulation_steps": 1,
         },
         "checkpointing": {"output_dir": str(folder / "out"), "save_steps": 6, "eval_steps": 6},

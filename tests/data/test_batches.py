@@ -16,7 +16,6 @@ from mlx_qlora.data.batches import (
     Batches,
     collate,
     make_batches,
-    packed_width,
     padded_width,
 )
 from mlx_qlora.data.examples import Example, Examples
@@ -26,11 +25,8 @@ sizes = st.integers(1, 7)
 worlds = st.integers(1, 3)
 lengths = st.lists(st.integers(2, 200), min_size=1, max_size=40)
 shares = st.sampled_from([0.01, 0.3, 0.5, 1, 1.5, 2, 2.7, 3])
-# Every way in which rows are made and ordered.
-hows = st.fixed_dictionaries(
-    {"shuffle": st.booleans(), "packing": st.booleans(), "seed": st.integers(0, 5)},
-    optional={"max_length": st.sampled_from([200, 500, 2000])},
-)
+# Every way in which examples are ordered.
+hows = st.fixed_dictionaries({"shuffle": st.booleans(), "seed": st.integers(0, 5)})
 quick = settings(deadline=None, max_examples=60)
 
 
@@ -94,7 +90,7 @@ def test_every_example_comes_once_an_epoch_whoever_shares_the_rows(
 ) -> None:
     """Over several epochs and a part of one, with the last partial batch."""
     everyone = ranks(made(lengths), size, world, epochs=epochs, **how)
-    stop, R = everyone[0].stop, everyone[0].rows_per_epoch
+    stop, R = everyone[0].stop, len(lengths)
     assert stop is not None and {rank.stop for rank in everyone} == {stop}
     rows = stream(everyone, stop)
     assert len(rows) == max(1, round(epochs * R))
@@ -104,8 +100,7 @@ def test_every_example_comes_once_an_epoch_whoever_shares_the_rows(
         assert len(epoch) == len(set(epoch))
         if start + R <= len(rows):
             assert sorted(epoch) == list(range(len(lengths)))
-    if not how["packing"]:
-        assert all(len(row) == 1 for row in rows) and len(lengths) == R
+    assert all(len(row) == 1 for row in rows)
 
 
 @quick
@@ -166,7 +161,7 @@ def test_iterating_is_one_pass_with_the_rows_that_are_left_at_its_end(
         once, other = (ranks(examples, size, world, epochs=e, **how) for e in (1, epochs))
         for a, b in zip(once, other):
             passed = list(b)
-            assert len(passed) == len(b) == a.stop == math.ceil(a.rows_per_epoch / (size * world))
+            assert len(passed) == len(b) == a.stop == math.ceil(len(lengths) / (size * world))
             assert all(same(batch, a[i]) for i, batch in enumerate(passed))
 
 
@@ -203,32 +198,28 @@ def test_a_step_has_the_same_rows_however_many_processes_share_it(
 
 @quick
 @given(
-    st.lists(st.integers(40, 90), min_size=20, max_size=40),
-    st.booleans(),
-    st.booleans(),
+    lengths,
+    hows,
     st.sampled_from([(1, 1, 6), (2, 1, 3), (3, 1, 2), (1, 2, 3), (1, 3, 2), (2, 3, 1), (3, 2, 1)]),
 )
-def test_a_step_has_the_same_rows_however_many_micro_batches_share_it(
-    lengths: list[int], shuffle: bool, packing: bool, factors: tuple[int, int, int]
+def test_a_step_has_the_same_examples_however_many_micro_batches_share_it(
+    lengths: list[int], how: dict[str, Any], factors: tuple[int, int, int]
 ) -> None:
-    """Where the examples fill their rows, and where no rows are sorted by length."""
-    how = {"shuffle": shuffle and packing, "packing": packing, "max_length": 128}
     expected = steps(made(lengths), 6, 1, 1, 8, **how)
     assert steps(made(lengths), *factors, 8, **how) == expected
 
 
 def test_processes_take_turns_in_the_stream() -> None:
-    a, b, c = ranks(made([5] * 14), 2, 3, shuffle=False, packing=False, epochs=1)
+    a, b, c = ranks(made([5] * 14), 2, 3, shuffle=False, epochs=1)
     assert [documents(rank[0]) for rank in (a, b, c)] == [[[0], [3]], [[1], [4]], [[2], [5]]]
     assert [documents(rank[2]) for rank in (a, b, c)] == [[[12]], [[13]], [[]]]
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_process_without_rows_has_one_of_padding_and_nothing_to_learn(packing: bool) -> None:
-    idle = make_batches(made([100]), 2, packing=packing, epochs=1, rank=1, world_size=2)
+def test_a_process_without_rows_has_one_of_padding_and_nothing_to_learn() -> None:
+    idle = make_batches(made([100]), 2, epochs=1, rank=1, world_size=2)
     (batch,) = list(idle)
     assert same(batch, idle[0])
-    assert batch.tokens.shape == batch.labels.shape == (1, 128 if packing else 64)
+    assert batch.tokens.shape == batch.labels.shape == (1, 16)
     assert (np.array(batch.tokens) == 0).all() and (np.array(batch.labels) == IGNORE).all()
     assert batch.documents is not None and batch.documents.shape == (0, 3)
     assert (batch.places, batch.real_tokens) == ((), 0)
@@ -241,71 +232,29 @@ def order(batches: Batches, start: int, stop: int) -> list[list[list[int]]]:
     return [one(batches, i) for i in range(start, stop)]
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_order_is_a_function_of_seed_and_epoch_alone(packing: bool) -> None:
+def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
     examples = made([2 + i % 60 for i in range(300)])
-    how: dict[str, Any] = {"packing": packing, "max_length": 100}
-    first = make_batches(examples, 4, seed=5, **how)
+    first = make_batches(examples, 4, seed=5)
     n = len(first)
     epochs = [order(first, e * n, (e + 1) * n) for e in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     np.random.seed(1)  # no global state takes part
-    again = make_batches(examples, 4, seed=5, **how)
+    again = make_batches(examples, 4, seed=5)
     assert order(again, 2 * n, 3 * n) == epochs[2]  # without having made the others
     assert order(again, 0, n) == epochs[0]
-    assert order(make_batches(examples, 4, seed=6, **how), 0, n) != epochs[0]
-    limited = make_batches(examples, 4, seed=5, epochs=3, **how)
+    assert order(make_batches(examples, 4, seed=6), 0, n) != epochs[0]
+    limited = make_batches(examples, 4, seed=5, epochs=3)
     assert order(limited, 0, n) == epochs[0]  # the end of a run does not change its beginning
 
 
-def test_each_seed_packs_other_examples_together_and_each_epoch_the_same() -> None:
-    examples = made(np.random.default_rng(0).integers(2, 60, 200).tolist())
-
-    def rows(seed: int, epoch: int) -> set[tuple[int, ...]]:
-        batches = make_batches(examples, 1, seed, max_length=65)
-        R = batches.rows_per_epoch
-        return {tuple(one(batches, i)[0]) for i in range(epoch * R, (epoch + 1) * R)}
-
-    assert rows(0, 0) == rows(0, 1) == rows(0, 2)
-    assert rows(0, 0) != rows(1, 0)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_without_shuffling_the_examples_keep_their_order(packing: bool) -> None:
+def test_without_shuffling_the_examples_keep_their_order() -> None:
     lengths = [2 + 37 * i % 50 for i in range(40)]
-    batches = make_batches(made(lengths), 3, shuffle=False, packing=packing, max_length=64)
+    batches = make_batches(made(lengths), 3, shuffle=False)
     for _ in range(2):
         walked = [i for batch in batches for row in documents(batch) for i in row]
         assert walked == list(range(40))
     rows = stream([batches], 2 * len(batches))
     assert [i for row in rows for i in row][:80] == [*range(40), *range(40)][:80]
-
-
-def test_without_shuffling_a_row_is_as_full_as_the_order_lets_it_be() -> None:
-    batches = make_batches(made([41, 31, 11, 62, 4, 65]), 1, shuffle=False, max_length=65)
-    assert batches.width == 64
-    assert order(batches, 0, 4) == [[[0]], [[1, 2]], [[3, 4]], [[5]]]
-
-
-def test_unpacked_rows_of_similar_length_share_a_batch_in_every_epoch() -> None:
-    """Also in those that begin within a batch: 643 rows are 80 batches of 8, and 3 more."""
-    random = np.random.default_rng(0)
-    batches = make_batches(made(random.integers(10, 1000, 643).tolist()), 8, packing=False)
-    for first in (0, 81, 161, 242):
-        some = [batches[i] for i in range(first, first + 79)]
-        real, positions = np.sum([(b.real_tokens, b.tokens.size) for b in some], axis=0)
-        assert real / positions > 0.88  # random batches would reach 0.57
-
-
-def test_unpacked_lengths_do_not_come_in_waves() -> None:
-    random = np.random.default_rng(0)
-    examples = made(random.integers(10, 1000, 640).tolist())
-    batches = make_batches(examples, 8, seed=0, packing=False)
-    longest = [max(len(examples[row[0]]) for row in one(batches, i)) for i in range(80)]
-    assert abs(np.corrcoef(np.arange(80), longest)[0, 1]) < 0.3
-    assert abs(np.corrcoef(longest[1:], longest[:-1])[0, 1]) < 0.3
-    early = {row[0] for i in range(20) for row in one(batches, i)}
-    assert max(early) > 320 and min(early) < 320
 
 
 @quick
@@ -317,7 +266,7 @@ def test_epochs_are_counted_in_rows(
         make_batches(made(lengths), size, world_size=world, **how),
         make_batches(made(lengths), size, world_size=world, epochs=epochs, **how),
     ):
-        R = batches.rows_per_epoch
+        R = len(lengths)
         last = batches.stop or 9
         assert [batches.epoch(i) for i in range(last)] == [
             i * size * world / R for i in range(last)
@@ -344,10 +293,10 @@ def laid_out(draw: Any) -> list[list[Example]]:
 
 
 @quick
-@given(laid_out(), st.sampled_from([None, 80, 96]))
-def test_a_batch_is_what_its_definition_says(rows: list[list[Example]], width: int | None) -> None:
-    batch = collate(rows, width)
-    T = width or padded_width(max(sum(len(e) - 1 for e in row) for row in rows))
+@given(laid_out())
+def test_a_batch_is_what_its_definition_says(rows: list[list[Example]]) -> None:
+    batch = collate(rows)
+    T = padded_width(max(sum(len(e) - 1 for e in row) for row in rows))
     tokens = np.zeros((len(rows), T), int)
     labels = np.full((len(rows), T), IGNORE)
     spans = []
@@ -378,69 +327,13 @@ def test_a_batch_without_documents_has_no_padding() -> None:
 
 
 def test_widths_are_few_never_too_small_and_waste_is_bounded() -> None:
-    widths = {n: padded_width(n) for n in range(1, 8193)}
-    assert len(set(widths.values())) <= 40
+    widths = {n: padded_width(n) for n in range(1, 16385)}
+    assert len(set(widths.values())) <= 120
     for n, width in widths.items():
-        assert width >= n and width % 64 == 0
-        assert width - n < max(64, width / 5)
-    assert np.mean([1 - n / width for n, width in widths.items()]) < 0.1
-    assert all(widths[n] <= widths[n + 1] for n in range(1, 8192))
-
-
-@pytest.mark.parametrize(
-    ("lengths", "rows", "max_length", "width"),
-    [
-        ([2049] * 10, 4, 2049, 2048),  # the longest decides
-        ([101] * 1000, 4, 2049, 2048),  # there is enough for wide rows
-        ([101] * 40, 4, 2049, 1024),  # 4000 positions in 4 rows: 1000 each
-        ([101] * 40, 8, 2049, 512),
-        ([101] * 5 + [13], 4, 2049, 128),  # 512 positions
-        ([101] * 5 + [14], 4, 2049, 192),  # 513 positions
-        ([101] * 3, 4, 2049, 128),  # fewer examples than rows: one each
-        ([901, 11, 11], 4, 2049, 1024),
-        ([2], 1, 2, 64),
-    ],
-)
-def test_rows_are_as_wide_as_asked_unless_all_examples_would_not_fill_a_batch(
-    lengths: list[int], rows: int, max_length: int, width: int
-) -> None:
-    assert packed_width(np.array(lengths), rows, max_length) == width
-    assert make_batches(made(lengths), rows, max_length=max_length).width == width
-    if rows % 2 == 0:
-        halves = make_batches(made(lengths), rows // 2, max_length=max_length, world_size=2)
-        assert halves.width == width
-
-
-@quick
-@given(lengths, sizes, worlds, hows)
-def test_every_packed_row_has_the_one_width_and_any_other_its_batch_s(
-    lengths: list[int], size: int, world: int, how: dict[str, Any]
-) -> None:
-    for batches in ranks(made(lengths), size, world, **how):
-        for batch in batches:
-            rows = [sum(lengths[i] - 1 for i in row) for row in documents(batch)]
-            if how["packing"]:
-                assert batch.tokens.shape == (len(rows), batches.width)
-            else:
-                assert batches.width is None
-                assert batch.tokens.shape == (len(rows), padded_width(max(1, *rows)))
-            assert len(rows) <= size
-
-
-def test_without_max_length_rows_are_as_wide_as_the_longest_example() -> None:
-    assert make_batches(made([65] * 100), 2).width == 64
-    assert make_batches(made([65] * 100), 2, max_length=1000).width == 1024
-
-
-@quick
-@given(lengths, sizes, hows)
-def test_the_useful_share_is_what_the_batches_show(
-    lengths: list[int], size: int, how: dict[str, Any]
-) -> None:
-    batches = make_batches(made(lengths), size, **how)
-    real = sum(batch.real_tokens for batch in batches)
-    assert real == sum(n - 1 for n in lengths)
-    assert batches.useful_share == pytest.approx(real / sum(b.tokens.size for b in batches))
+        assert width >= n and width % 16 == 0
+        assert width - n < max(16, 0.06 * width)
+    assert np.mean([1 - n / width for n, width in widths.items()]) < 0.03
+    assert all(widths[n] <= widths[n + 1] for n in range(1, 16384))
 
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -458,7 +351,6 @@ def test_the_useful_share_is_what_the_batches_show(
         ({"epochs": 0}, "epochs must be above 0 and finite; got 0"),
         ({"epochs": -1.5}, "epochs must be above 0 and finite; got -1.5"),
         ({"epochs": float("nan")}, "epochs must be above 0 and finite; got nan"),
-        ({"max_length": 5}, "max_length must hold the longest example, 6; got 5"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(how: dict[str, Any], words: str) -> None:
@@ -473,7 +365,7 @@ def test_no_examples_are_refused() -> None:
 
 
 def test_an_index_outside_the_stream_is_refused() -> None:
-    ended = make_batches(made([5] * 5), 2, packing=False, epochs=1)
+    ended = make_batches(made([5] * 5), 2, epochs=1)
     for index in (3, -1):
         with pytest.raises(IndexError, match=f"the stream has 3 batches; got index {index}"):
             ended[index]

@@ -1,8 +1,7 @@
-"""Packed rows: how full they are, and that they train exactly what their documents would alone."""
+"""Documents that share a row or an axis train exactly what they would alone."""
 
-import sys
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +16,13 @@ from support.models import TINY, load_folder, our_logits, random_tokens, randomi
 from support.tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.data import batches
-from mlx_qlora.data.batches import IGNORE, Batch, collate, make_batches
+from mlx_qlora.data.batches import IGNORE, Batch, collate
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.engine import loss_and_grads
 
 Rows = list[list[int]]  # positions of each document of each row
-WIDTH = 48
-
-# ---- how rows are filled -----------------------------------------------------------------------
-
-
-def pack(lengths: list[int], width: int, seed: int = 0) -> list[list[int]]:
-    rows = batches.pack(np.array(lengths), width, np.random.default_rng(seed))
-    return [row.tolist() for row in rows]
-
-
-def fill(lengths: list[int], width: int, choose: Callable[[list[int]], int]) -> list[int]:
-    """Free positions of each row, the longest document first, each where `choose` says."""
-    free: list[int] = []
-    for n in sorted(lengths, reverse=True):
-        if fitting := [room for room in free if room >= n]:
-            free[free.index(choose(fitting))] -= n
-        else:
-            free.append(width - n)
-    return free
-
-
-def first_fit(fitting: list[int]) -> int:
-    return fitting[0]
-
-
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=200), st.integers(0, 3))
-def test_every_document_is_in_one_row_and_no_row_is_over_its_width(
-    lengths: list[int], seed: int
-) -> None:
-    rows = pack(lengths, 64, seed)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert max(sum(lengths[i] for i in row) for row in rows) <= 64
-
-
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=200), st.integers(0, 3))
-def test_rows_are_as_full_as_those_of_a_plain_best_fit(lengths: list[int], seed: int) -> None:
-    made = [64 - sum(lengths[i] for i in row) for row in pack(lengths, 64, seed)]
-    assert sorted(made) == sorted(fill(lengths, 64, min))
-
-
-@pytest.mark.parametrize("kind", ["uniform", "short", "long", "lognormal"])
-def test_no_more_rows_than_first_fit_needs_and_a_hundredth(kind: str) -> None:
-    random = np.random.default_rng(0)
-    lengths = {
-        "uniform": random.integers(1, 513, 1500),
-        "short": random.integers(1, 60, 1500),
-        "long": random.integers(200, 513, 1500),
-        "lognormal": np.clip(random.lognormal(5, 0.8, 1500), 1, 512).astype(int),
-    }[kind].tolist()
-    n_rows = len(pack(lengths, 512))
-    assert n_rows <= 1.01 * len(fill(lengths, 512, first_fit)) + 1
-    assert n_rows >= sum(lengths) / 512
-
-
-@pytest.mark.parametrize("n", [1, 10, 15, 16, 24, 25, 95, 1004])
-def test_documents_share_rows_within_windows_of_equal_size_alone(
-    monkeypatch: pytest.MonkeyPatch, n: int
-) -> None:
-    monkeypatch.setattr(batches, "PACKING_WINDOW", 10)
-    rows = pack([1] * n, 2000, seed=3)  # a row holds any window
-    sizes = [len(row) for row in rows]
-    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 15
-    assert len(sizes) == 1 or min(sizes) >= 6
-    shuffled = iter(np.random.default_rng(3).permutation(n).tolist())
-    windows = [sorted(next(shuffled) for _ in range(size)) for size in sizes]
-    assert [sorted(row) for row in rows] == windows
-
+WIDTH = 45  # padded to 48
 
 # ---- packed is the same as one by one ----------------------------------------------------------
 
@@ -184,7 +116,7 @@ def test_packed_loss_and_gradients_are_the_sums_of_the_documents_alone(
     model: Any, recompute: str, rows: Rows, seed: int
 ) -> None:
     documents = documents_of(rows, seed)
-    batch = collate(documents, WIDTH)
+    batch = collate(documents)
     loss, n_tokens, grads = loss_and_grads(model, batch, recompute=recompute)
     nats, count, total = one_by_one(model, chain(*documents))
     assert n_tokens == count
@@ -197,7 +129,7 @@ def test_packed_loss_and_gradients_are_the_sums_of_the_documents_alone(
 @given(rows=packed_rows(), seed=st.integers(0, 9))
 def test_packed_logits_are_those_of_each_document_alone(model: Any, rows: Rows, seed: int) -> None:
     documents = documents_of(rows, seed)
-    batch = collate(documents, WIDTH)
+    batch = collate(documents)
     packed = np.array(model(batch.tokens, documents=batch.documents))
     assert np.isfinite(packed).all()
     for document, (row, start, end) in zip(chain(*documents), batch.documents.tolist()):
@@ -208,7 +140,7 @@ def test_packed_logits_are_those_of_each_document_alone(model: Any, rows: Rows, 
 def test_a_row_taken_for_one_document_is_something_else(model: Any) -> None:
     """The control: where the borders are not told, the documents see each other."""
     documents = documents_of([[20, 28]], 0)
-    batch = collate(documents, WIDTH)
+    batch = collate(documents)
     whole = Batch(batch.tokens, batch.labels)
     nats, _, total = one_by_one(model, documents[0])
     loss, _, grads = loss_and_grads(model, whole)
@@ -220,7 +152,7 @@ def test_a_row_taken_for_one_document_is_something_else(model: Any) -> None:
 @extremes
 @given(rows=packed_rows(), seed=st.integers(0, 9))
 def test_whatever_stands_in_the_padding_changes_nothing(model: Any, rows: Rows, seed: int) -> None:
-    batch = collate(documents_of(rows, seed), WIDTH + 16)
+    batch = collate(documents_of(rows, seed))
     junk = random_tokens(*batch.tokens.shape, seed=seed)
     filled = np.where(is_real(batch), np.array(batch.tokens), junk)
     other = Batch(mx.array(filled), batch.labels, batch.documents)
@@ -240,7 +172,6 @@ def test_evaluate_on_packed_rows_gives_the_sums_over_documents(tmp_path: Path) -
     sizes = [1, 2, 7, 8, 9, 60, 130, 250, 3, 90, 400, 31]
     documents = documents_of([sizes], 0)[0]
     examples = Examples.of(documents)
-    assert make_batches(examples, 8, max_length=512).rows_per_epoch < len(sizes)
     nats, hits, count = 0.0, 0, 0
     for document in documents:
         logits = our_logits(tuned, document.tokens[None, :-1])[0].astype(np.float64)
@@ -260,40 +191,16 @@ def test_evaluate_on_packed_rows_gives_the_sums_over_documents(tmp_path: Path) -
 # ---- the real model and real rows --------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def docstrings() -> list[dict[str, str]]:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    try:
-        import docstring_data
-    finally:
-        sys.path.pop(0)
-    return list(docstring_data.rows())
-
-
 @pytest.mark.slow
-def test_packed_docstrings_leave_hardly_a_position_unused(
-    smollm2: tuple[Any, Any], docstrings: list[dict[str, str]]
-) -> None:
-    config = mq.DataConfig(max_length=512, cache_dir=None)
-    examples = mq.read_examples(docstrings, smollm2[1], config)
-    assert len(examples) > 1000
-    packed = make_batches(examples, 6, max_length=512)
-    assert packed.width == 512
-    assert packed.useful_share >= 0.97
-    positions = sum(batch.real_tokens for batch in packed)
-    assert positions == sum(len(row) - 1 for row in examples)
-    assert positions / sum(batch.tokens.size for batch in packed) == packed.useful_share
-    assert make_batches(examples, 6, packing=False).useful_share < packed.useful_share
+def test_packed_docstrings_train_the_real_model_as_one_by_one(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    import docstring_data
 
-
-@pytest.mark.slow
-def test_packed_docstrings_train_the_real_model_as_one_by_one(
-    docstrings: list[dict[str, str]],
-) -> None:
     real, tokenizer = mq.load("smollm2-135m", dtype="float32")
     mq.add_lora(real, mq.LoraConfig(r=4, lora_dropout=0.0))
     randomise_lora(real, scale=0.01)
-    examples = mq.read_examples(docstrings[:60], tokenizer, mq.DataConfig(cache_dir=None))
+    rows = list(islice(docstring_data.rows(), 60))
+    examples = mq.read_examples(rows, tokenizer, mq.DataConfig(cache_dir=None))
     chosen = sorted(examples, key=len)[:16:2]
     batch = collate([chosen[:3], chosen[3:]])
     assert batch.documents[:, 1].any() and batch.real_tokens < batch.tokens.size

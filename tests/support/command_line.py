@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A run that takes a second.
 QUICK = ["model.bits=null", "training.max_steps=2", "training.gradient_accumulation_steps=1"]
 QUICK += ["training.warmup_steps=1", "lora.r=2", "data.max_length=64"]
+QUICK += ["data.split=[0.8, 0.1, 0.1]"]
 
 
 def call(*words: Any) -> int:

@@ -24,10 +24,11 @@ from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.run import run
 from mlx_qlora.train import loop
 from mlx_qlora.train.checkpoint import RunState, checkpoint_to_resume
+from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import Run, TrainResult, train
 from mlx_qlora.train.score import Score
 
-FINGERPRINT = {"config": "c", "data": "d"}
+FINGERPRINT = {"config": "c", "data": "d", "numerics": str(NUMERICS)}
 SECTION_OF = {
     field.name: section for section, made in SECTIONS.items() for field in dataclasses.fields(made)
 }
@@ -38,7 +39,6 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 2,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
-    "packing": False,
     "save_steps": 3,
     "eval_steps": 4,
     "save_total_limit": 10,

@@ -255,7 +255,7 @@ def test_the_best_config_is_the_winners_and_can_be_trained(done):
     assert loaded == result.best
     assert replace(loaded, checkpointing=tried.checkpointing) == tried
     assert loaded.checkpointing.output_dir == str(result.output_dir / "best")
-    assert result.command.endswith("best.yaml training.max_steps=400 training.warmup_steps=100")
+    assert result.command.endswith("best.yaml training.max_steps=400 training.warmup_steps=40")
     assert result.command in printed
     from mlx_qlora import cli
 

@@ -379,12 +379,8 @@ def test_transformers_reads_the_trainer_state(folder, tmp_path):
 # ---- going on ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_stops_within_every_validation_and_after_every_step_change_no_bit(
-    folder, whole, tmp_path, packing
-):
+def test_stops_within_every_validation_and_after_every_step_change_no_bit(folder, whole, tmp_path):
     out, score = tmp_path / "out", loop.score
-    unbroken = fine_tune(folder, tmp_path / "packed", packing=True) if packing else whole
 
     def interrupted(model: Any, batches: Any) -> Score:
         signal.raise_signal(signal.SIGINT)
@@ -392,14 +388,14 @@ def test_stops_within_every_validation_and_after_every_step_change_no_bit(
 
     for step in range(1, SETTINGS["max_steps"] + 1):
         with at_step(step, stop), pytest.raises(Interrupted) as stopped:
-            fine_tune(folder, out, packing=packing)
+            fine_tune(folder, out)
         assert stopped.value.checkpoint == out / f"checkpoint-{step}"
         assert steps_in(out)[-1] == step
         if step % 2 == 0:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
                 patch.setattr(loop, "score", interrupted)
-                fine_tune(folder, out, packing=packing)
-    assert_same(fine_tune(folder, out, packing=packing), unbroken)
+                fine_tune(folder, out)
+    assert_same(fine_tune(folder, out), whole)
 
 
 def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behind(
@@ -476,7 +472,7 @@ def test_the_metrics_file_is_made_what_it_was(folder, whole, copy, harm):
             ["lora.r: 2 -> 4", "lora.lora_dropout: 0.3 -> 0.0", "training.seed: 0 -> 7"],
         ),
         ("auto", {"max_steps": 9}, "config", ["training.max_steps: 8 -> 9"]),
-        ("auto", {"packing": True}, "config", ["data.packing: False -> True"]),
+        ("auto", {"warmup_steps": 1}, "config", ["training.warmup_steps: 2 -> 1"]),
         ("auto", {"examples": make_examples(23)}, "data", []),
         ("checkpoint-6", {"held_out": make_examples(6, seed=8)}, "data", []),
     ],
@@ -504,11 +500,10 @@ def rewrite_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     checkpoint._write_state(path, RunState(**saved))
 
 
-def test_a_checkpoint_without_numerics_and_a_later_field_is_continued(folder, whole, copy):
-    """As 8129655 wrote it: its config is hashed over fewer fields, and numerics are version 1."""
+def test_a_checkpoint_that_lacks_a_later_field_is_continued(folder, whole, copy):
+    """As an older version wrote it: its config is hashed over fewer fields."""
 
     def older(saved: dict[str, Any]) -> None:
-        assert saved["fingerprint"].pop("numerics") == "1"
         assert saved["config"]["lora"].pop("use_dora") is False  # the default
         saved["fingerprint"]["config"] = "of fewer fields"
 
@@ -531,16 +526,23 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder, copy):
         fine_tune(folder, copy)
 
 
-def test_other_numerics_are_refused_with_the_ways_out(folder, copy):
+@pytest.mark.parametrize("version", [1, 7])
+def test_other_numerics_are_refused_with_the_ways_out(folder, copy, version):
+    """Version 1 wrote no number."""
     path = copy / "checkpoint-8"
-    rewrite_state(path, lambda saved: saved["fingerprint"].update(numerics="2"))
+
+    def other(saved: dict[str, Any]) -> None:
+        del saved["fingerprint"]["numerics"]
+        saved["fingerprint"] |= {"numerics": "7"} if version == 7 else {}
+
+    rewrite_state(path, other)
     before = everything(copy)
     with pytest.raises(ConfigError) as error:
         fine_tune(folder, copy)
     assert str(error.value) == (
-        f"{path} was trained with version 2 of the numerics, and this mlx-qlora computes version "
-        f"1: the run would not end as it began. Finish it with the version that began it ({copy}"
-        f"/training_args.json names it), or train on from its adapter: --adapter {path} and "
+        f"{path} was trained with version {version} of the numerics, and this mlx-qlora computes "
+        "version 2: the run would not end as it began. Finish it with the version that began it "
+        f"({copy}/training_args.json names it), or train on from its adapter: --adapter {path} and "
         "another --output-dir"
     )
     assert everything(copy) == before

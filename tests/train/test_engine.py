@@ -272,7 +272,7 @@ def test_gates_that_saturate_have_finite_and_equal_gradients(hf_tiny, levels, co
 def test_documents_with_nothing_to_learn_and_padding_are_not_computed(
     model, monkeypatch, use_device
 ):
-    use_device(position_multiple=1)
+    use_device(few_shapes=False)
     batch, seen, look_up = packed_batch(ROWS, width=50), [], Embedding.__call__
 
     def noting(self, tokens):

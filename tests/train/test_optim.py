@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qlora.train.optim import AdamW, flatten, learning_rate
+from mlx_qlora.train.optim import SCHEDULES, AdamW, flatten, learning_rate
 
 RATES = [1e-2, 3e-3, 0.0, 5e-2]
 
@@ -77,36 +77,45 @@ def test_tree_and_named_give_the_same_weights_back():
 # ---- schedule ----------------------------------------------------------------------------------
 
 
-def test_warmup_step_k_of_n_trains_at_k_nths_and_cosine_ends_at_zero():
-    rates = [learning_rate(k, 2.0, 4, 12) for k in range(1, 13)]
+def test_warmup_step_k_of_n_trains_at_k_nths_and_the_rates_fall_after_it():
+    rates = [learning_rate(k, 2.0, 4, 11) for k in range(1, 12)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[7] == pytest.approx(1.0)  # half of the way from 4 to 12
-    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
-    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[3:]))
 
 
 def test_linear_and_constant_schedules():
-    assert learning_rate(8, 2.0, 4, 12, "linear") == pytest.approx(1.0)
-    assert learning_rate(12, 2.0, 4, 12, "linear") == 0.0
+    assert learning_rate(8, 2.0, 4, 11, "linear") == pytest.approx(1.0)
+    assert learning_rate(11, 2.0, 4, 11, "linear") == pytest.approx(2.0 / 8)
     assert learning_rate(12, 2.0, 4, 12, "constant_with_warmup") == 2.0
     assert learning_rate(2, 2.0, 4, 12, "constant_with_warmup") == 1.0
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 1000])
+def test_no_step_of_any_run_trains_at_a_rate_of_zero_or_above_the_peak(schedule, total):
+    for warmup in {0, 1, total // 10, total}:
+        rates = [learning_rate(k, 2.0, warmup, total, schedule) for k in range(1, total + 1)]
+        assert all(0 < rate <= 2.0 for rate in rates) and max(rates) == 2.0
+
+
 def test_schedule_is_that_of_transformers_one_step_ahead():
-    """Hugging Face trains its first step at rate 0; ours starts where its second does."""
+    """Hugging Face trains its first step at rate 0; ours begins where its second does.
+
+    With a step more than there is, so that ours ends before the rate is 0.
+    """
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 4, 12)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 4, 13)
     for k in range(1, 13):
         optimizer.step()
         schedule.step()
         assert learning_rate(k, 2.0, 4, 12) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
 
 
-def test_no_warmup_starts_below_the_peak_and_a_run_of_warmup_alone_is_possible():
-    assert learning_rate(1, 2.0, 0, 10) == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi / 10)))
+def test_a_run_shorter_than_its_warmup_is_possible():
     assert learning_rate(3, 2.0, 10, 3) == pytest.approx(0.6)
 
 

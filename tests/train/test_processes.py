@@ -39,8 +39,7 @@ SCORE = 10 * 8  # numbers of a validation
 SPLIT = ("data.split=[0.6, 0.2, 0.2]", "--json")
 # What a run is told besides, by name.
 KINDS = {
-    "packed": (),
-    "loose": ("data.packing=false",),
+    "plain": (),
     "best": (
         *("training.learning_rate=0.02", "checkpointing.eval_steps=1"),
         *("checkpointing.early_stopping_patience=1", "checkpointing.load_best_model_at_end=true"),
@@ -108,13 +107,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def alone(place: Place) -> dict[str, Any]:
-    return place.runs(1, "packed", "loose", "best", "poisoned", "epoch", "wide", "tested")
+    return place.runs(1, "plain", "best", "poisoned", "epoch", "wide", "tested")
 
 
 @pytest.fixture(scope="module")
 def two(place: Place) -> dict[str, Any]:
     """Name -> what was found by each of two processes, of all that they go through together."""
-    names = ("packed", "loose", "best", "poisoned", "large", "wide", "tested")
+    names = ("plain", "best", "poisoned", "large", "wide", "tested")
     runs = {name: place.run(name, 2) for name in names}
     runs |= different(place) | eventful(place)
     for name in ("everyone", "second"):  # of these one or both get a signal
@@ -133,7 +132,7 @@ def two(place: Place) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def three(place: Place) -> dict[str, Any]:
-    return place.runs(3, "packed", "poisoned", "epoch", "large")
+    return place.runs(3, "plain", "poisoned", "epoch", "large")
 
 
 def different(place: Place) -> dict[str, Any]:
@@ -192,8 +191,8 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 # ---- the same run --------------------------------------------------------------------------------
 
-SAME = [(2, "packed"), (2, "loose"), (2, "best"), (2, "poisoned"), (2, "wide")]
-SAME += [(3, "packed"), (3, "poisoned"), (3, "epoch")]
+SAME = [(2, "plain"), (2, "best"), (2, "poisoned"), (2, "wide")]
+SAME += [(3, "plain"), (3, "poisoned"), (3, "epoch")]
 
 
 @pytest.mark.parametrize(("n", "name"), SAME)
@@ -211,7 +210,7 @@ def test_several_processes_train_as_one_does(place, alone, together, n, name):
 
 
 def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(place, alone, two):
-    assert len(series(place.output("packed", 1), "loss")) == STEPS
+    assert len(series(place.output("plain", 1), "loss")) == STEPS
     lengths = [len(json.loads(line)["output"]) for line in place.rows.read_text().splitlines()]
     assert len(set(lengths)) > 5
     best = recorded(place.output("best", 1))
@@ -219,7 +218,7 @@ def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(place, alone, 
     assert best[-1]["step"] < STEPS and min(losses, key=losses.__getitem__) < best[-1]["step"]
     skipped = [record for record in recorded(place.output("poisoned", 1)) if "skipped" in record]
     assert [record["step"] for record in skipped] == [POISONED_ROW // 6 + 1]
-    parts = [[each["parts"] for each in alone[name] + two[name]] for name in ("packed", "wide")]
+    parts = [[each["parts"] for each in alone[name] + two[name]] for name in ("plain", "wide")]
     assert parts == [[1, 1, 1], [2, 2, 2]]
     # The last step of the pass has rows for some processes only.
     epoch = recorded(place.output("epoch", 1))[-1]
@@ -229,7 +228,7 @@ def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(place, alone, 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_first_process_alone_writes_and_prints(place, together, n):
-    for name in {2: ("packed", "loose", "best", "large"), 3: ("packed", "epoch", "large")}[n]:
+    for name in {2: ("plain", "best", "large"), 3: ("plain", "epoch", "large")}[n]:
         found = together[name]
         assert "step 4" in found[0]["out"]
         assert [(other["out"], other["err"]) for other in found[1:]] == [("", "")] * (n - 1)
@@ -242,7 +241,7 @@ def test_the_first_process_alone_writes_and_prints(place, together, n):
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_of_one_machine_share_its_cores(together, n):
     share = max(1, min(device.cores(), (os.cpu_count() or 1) // n))
-    assert {found["cores"] for found in together["packed"]} == {share}
+    assert {found["cores"] for found in together["plain"]} == {share}
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -259,14 +258,14 @@ def test_a_process_names_the_step_that_rows_of_another_have_spoilt(place, togeth
 
 
 @pytest.mark.parametrize(
-    ("n", "name", "r"), [(2, "packed", 4), (2, "large", 512), (3, "large", 512)]
+    ("n", "name", "r"), [(2, "plain", 4), (2, "large", 512), (3, "large", 512)]
 )
 def test_a_step_sends_its_gradients_once(together, n, name, r):
     for found in together[name]:
         steps = np.diff(found["sent"])
         between = np.zeros(len(steps), int)  # counted with the step after it
         between[5::5] += SCORE
-        if name == "packed":
+        if name == "plain":
             between[7::7] += n * WORDS  # the others wait for the checkpoint
         assert (steps - between).tolist() == [4 * LORA * r + BESIDES] * len(steps)
         assert 4 * LORA * r + BESIDES <= 1.05 * 4 * LORA * r
@@ -661,11 +660,11 @@ def test_one_process_goes_on_from_whatever_several_have_left(
     found = dict(zip(left, ring.commands(1, runs, place.folder / "resumed")))
     for name, (only,) in found.items():
         assert only["code"] == 0 and len(only["sent"]) - 1 == STEPS - begun[name], name
-        assert_same_adapter(place.output(name, 1), place.output("packed", 1))
+        assert_same_adapter(place.output(name, 1), place.output("plain", 1))
     three = ring.commands(3, [{"words": place.words("second", 3)}], place.folder / "resumed-3")
     assert {each["code"] for each in three[0]} == {0}
     assert [len(each["sent"]) - 1 for each in three[0]] == [STEPS - begun["second"]] * 3
-    assert_same_adapter(place.output("second", 3), place.output("packed", 1))
+    assert_same_adapter(place.output("second", 3), place.output("plain", 1))
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -717,7 +716,7 @@ def test_a_spoilt_list_of_hosts_is_told_without_a_traceback(place, tmp_path):
     assert "the other processes cannot be reached" in run.stderr
 
 
-LAUNCHED = ("launched", 2), ("packed", 1)
+LAUNCHED = ("launched", 2), ("plain", 1)
 
 
 def test_the_launcher_starts_a_run_as_it_stands(place, alone):
@@ -727,6 +726,6 @@ def test_the_launcher_starts_a_run_as_it_stands(place, alone):
     assert launcher.returncode == 0, err
     assert f"step {STEPS}/{STEPS}" in out and out.count("done   ") == 1, out
     assert "Traceback" not in err
-    assert_same_adapter(place.output("launched", 2), place.output("packed", 1))
+    assert_same_adapter(place.output("launched", 2), place.output("plain", 1))
     mine, theirs = (dict(series(place.output(*of), "loss")) for of in LAUNCHED)
     assert mine == pytest.approx(theirs, abs=CLOSE)

@@ -243,7 +243,7 @@ def test_a_signal_during_validation_leaves_it_to_the_next_process(alone, tmp_pat
 @pytest.fixture
 def begin(alone: crash.LeftAlone, tmp_path: Path) -> Callable[[], mq.TrainResult]:
     """Does a short run in this process."""
-    how = {"max_length": 128, "cache_dir": None, "packing": True, "max_steps": 4, "r": 2}
+    how = {"max_length": 128, "cache_dir": None, "max_steps": 4, "r": 2}
     config = settings(tmp_path / "out", per_device_train_batch_size=2, save_steps=500, **how)
 
     def run() -> mq.TrainResult:

@@ -478,10 +478,10 @@ def test_a_run_resumed_around_a_skipped_step_is_the_unbroken_one(
 
 
 def test_a_run_without_enough_memory_ends_like_one_with_enough(hf_tiny, tmp_path, monkeypatch):
-    run(hf_tiny[1], tmp_path / "whole", packing=True)
+    run(hf_tiny[1], tmp_path / "whole")
     monkeypatch.setattr(loop, "Engine", too_small_for(2, RuntimeError(MALLOC)))
     printed = io.StringIO()
-    run(hf_tiny[1], tmp_path / "split", printed=printed, packing=True)
+    run(hf_tiny[1], tmp_path / "split", printed=printed)
     assert printed.getvalue().count("out of memory") == 1
     ours, theirs = (
         [r["loss"] for r in recorded(tmp_path / name) if "loss" in r] for name in ("split", "whole")
@@ -521,7 +521,7 @@ def test_a_spike_gives_one_warning_and_one_record(hf_tiny, tmp_path):
 
 def test_a_normal_run_has_no_spike(hf_tiny, tmp_path):
     printed = io.StringIO()
-    fields = {"packing": True, "max_steps": 24, "shuffle": True, "examples": make_examples(24)}
+    fields = {"max_steps": 24, "shuffle": True, "examples": make_examples(24)}
     result = run(hf_tiny[1], tmp_path / "out", printed=printed, **fields)
     assert not any("spike" in record for record in result.log_history)
     assert "was usual" not in printed.getvalue()

@@ -1,0 +1,193 @@
+"""What a run settles by itself: its steps, from the data; its warmup; when it validates."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+from support.command_line import call, printed_json
+from support.training import make_examples
+
+import mlx_qlora as mq
+from mlx_qlora.config import build, explained, settle
+from mlx_qlora.data.batches import make_batches
+from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.model.llama import LlamaConfig
+from mlx_qlora.train.config import RunLength, TrainingConfig
+
+LLAMA = LlamaConfig(4096, 32, 32, 8, 128, 14336, 128256)
+
+
+class Many:
+    """So many examples, of which nothing but their number is asked."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    lengths = np.array([64])
+
+
+def length_of(n: int, training: TrainingConfig) -> RunLength:
+    settled = training.for_examples(n)
+    batches = make_batches(Many(n), settled.rows, epochs=settled.num_train_epochs)
+    return RunLength.of(settled, batches, n)
+
+
+@pytest.mark.parametrize("n", [50, 200, 1_000, 20_000, 500_000])
+def test_the_defaults_learn_whatever_the_number_of_rows(n):
+    length = length_of(n, TrainingConfig())
+    assert 1 <= length.passes <= 5
+    assert length.steps >= 30
+    assert 1 <= length.warmup_steps <= 0.15 * length.steps
+    assert length.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("n", "fields", "rows", "accumulation"),
+    [
+        (10, {}, 4, 1),
+        (50, {}, 5, 1),
+        (170, {}, 17, 1),
+        (180, {}, 18, 1),
+        (10**6, {}, 18, 1),
+        (180, {"num_train_epochs": 1}, 6, 1),
+        (180, {"max_steps": 7}, 18, 1),
+        (180, {"per_device_train_batch_size": 6}, 6, 3),
+        (180, {"per_device_train_batch_size": 32}, 32, 1),
+        (180, {"gradient_accumulation_steps": 4}, 5, 4),
+        (180, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 6}, 6, 3),
+        (None, {}, 18, 1),
+    ],
+)
+def test_a_step_has_4_to_18_examples_and_a_given_number_is_kept(n, fields, rows, accumulation):
+    settled = TrainingConfig(**fields).for_examples(n)
+    assert (settled.rows, settled.accumulation) == (rows, accumulation)
+    assert settled.for_examples(10) == settled, "settled once and for all"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_a_step_and_do_not_make_it_larger(processes):
+    settled = TrainingConfig().for_examples(1_000, processes)
+    assert settled.rows * processes == 18
+
+
+def test_what_is_settled_is_in_the_config_and_said_with_its_reason():
+    examples = make_examples(90)
+    config = mq.RunConfig(training=mq.TrainingConfig(learning_rate="auto"))
+    settled = settle(config, LLAMA, examples)
+    training, checkpointing = settled.training, settled.checkpointing
+    assert (training.rows, training.accumulation, training.warmup_steps) == (9, 1, 3)
+    assert (checkpointing.eval_steps, checkpointing.save_steps) == (5, 5)
+    assert explained(config, settled, examples) == [
+        "batch     9 examples in a step: 90 rows x 3 passes make 30 steps",
+        "warmup    3 steps: warmup_ratio 0.1 of 30",
+        "rate      0.000286: by the model's width",
+        "every     5 steps validation and a checkpoint: a 6th of the run, at most 500",
+    ]
+    assert settle(settled, LLAMA, make_examples(500)) == settled
+    assert explained(settled, settled, examples) == []
+    assert settle(config, LLAMA).checkpointing.eval_steps == "auto", "without data it stays open"
+
+
+@pytest.mark.parametrize(
+    ("steps", "every"), [(1, 1), (6, 1), (7, 2), (135, 23), (3_000, 500), (10**6, 500)]
+)
+def test_a_run_is_validated_and_saved_six_times_or_every_500_steps(steps, every):
+    made = mq.CheckpointingConfig().for_steps(steps)
+    assert (made.eval_steps, made.save_steps) == (every, every)
+    assert mq.CheckpointingConfig(eval_steps=7).for_steps(steps).eval_steps == 7
+
+
+def test_a_config_of_steps_or_warmup_is_refused_where_it_makes_no_sense():
+    for fields, words in (
+        ({"num_train_epochs": 3, "max_steps": 5}, "exclude each other; got 5 and 3"),
+        ({"gradient_accumulation_steps": "many"}, "gradient_accumulation_steps must be a number"),
+        ({"warmup_ratio": 1.5}, "training.warmup_ratio must be in"),
+    ):
+        with pytest.raises(mq.ConfigError, match=words):
+            build({"training": fields})
+    for fields in ({"eval_steps": "often"}, {"save_steps": 0}):
+        with pytest.raises(mq.ConfigError, match="must be at least 1, or auto"):
+            build({"checkpointing": fields})
+
+
+# ---- the split ---------------------------------------------------------------------------------
+
+
+def split_of(n: int) -> tuple[int, int, int]:
+    rows = (np.array([i % 300, i // 300, 1, 2], np.int32) for i in range(n))
+    examples = Examples.of(Example(tokens, np.arange(4) > 1) for tokens in rows)
+    from mlx_qlora.data.read import _held_out
+
+    parts = examples.split_off(_held_out(n))
+    assert sum(map(len, parts)) == n
+    return tuple(map(len, parts))
+
+
+@pytest.mark.parametrize(
+    ("n", "parts"),
+    [
+        (4, (3, 1, 0)),
+        (20, (15, 5, 0)),
+        (50, (42, 8, 0)),
+        (199, (180, 19, 0)),
+        (200, (160, 20, 20)),
+        (1_000, (800, 100, 100)),
+        (20_000, (19_000, 500, 500)),
+    ],
+)
+def test_a_small_set_keeps_its_rows_for_the_training_and_a_large_one_is_not_scored_for_hours(
+    n, parts
+):
+    assert split_of(n) == parts
+
+
+def test_copies_of_a_row_stay_in_one_part():
+    examples = make_examples(40)
+    twice = Examples.of([examples[i % 40] for i in range(80)])
+    train, validation = twice.split_off([20])
+    assert len(validation) in (20, 21)
+    assert not set(train.contents) & set(validation.contents)
+
+
+def test_two_shares_are_enough_where_nothing_is_tested():
+    assert build({"data": {"split": [0.9, 0.1]}}).data.split == [0.9, 0.1, 0.0]
+
+
+# ---- the commands ------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_how_long_the_run_would_be(train_words, capsys):
+    assert call(*train_words, "--dry-run", "--json") == 0
+    figures = printed_json(capsys)
+    assert {"passes", "steps", "warmup_steps", "examples_per_step", "eta_seconds"} <= set(figures)
+    assert (figures["passes"], figures["examples_per_step"]) == (3.0, 4)
+    assert figures["steps"] == 18 and figures["warmup_steps"] == 2
+    assert figures["eta_seconds"] > 0
+
+
+@pytest.fixture
+def train_words(chat_folder, tmp_path, monkeypatch):
+    from support.tiny_folder import write_rows
+
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    words = ["train", "--model", str(chat_folder), "--data", str(rows), "--output-dir", "out"]
+    return [*words, "model.bits=null", "lora.r=2", "data.max_length=64"]
+
+
+def test_a_run_of_one_step_learns(tmp_path, chat_folder):
+    model, tokenizer = mq.load(chat_folder)
+    examples = make_examples(4)
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=1),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(tmp_path / "out")),
+    )
+    mq.fine_tune(model, tokenizer, examples, config=config, console=Console(file=io.StringIO()))
+    weights = dict(model.trainable_parameters()["model"]["layers"][0]["self_attn"])
+    assert np.array(weights["q_proj"]["lora_B"]["weight"]).any()
+    assert dataclasses.replace(config.training, seed=1).max_steps == 1
