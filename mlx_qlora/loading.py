@@ -125,19 +125,23 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Tokenizer]:
-    """Write rows as the run that made the adapter did, unless the config names a template."""
-    if config.model.adapter is None or config.data.template != "auto":
+    """Write rows as the run that made the adapter did, unless the config says how."""
+    data = config.data
+    if config.model.adapter is None:
         return config, tokenizer
     adapter = Path(config.model.adapter).expanduser()
-    template = config.data.template
-    if (adapter / "run.yaml").is_file():
-        template = build({"data": read_yaml(adapter / "run.yaml").get("data", {})}).data.template
-    if (adapter / "chat_template.jinja").is_file():
-        source = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
-        tokenizer = tokenizer.with_chat_template(source)
-        if template not in ("auto", "alpaca", "chat"):
-            template = "chat"  # the file that it was read from may be gone; this is its copy
-    return replace(config, data=replace(config.data, template=template)), tokenizer
+    record = read_yaml(adapter / "run.yaml") if (adapter / "run.yaml").is_file() else {}
+    taught = build({"data": record.get("data", {})}).data
+    data = replace(data, system=taught.system if data.system is None else data.system)
+    if data.template == "auto":
+        data = replace(data, template=taught.template)
+        if (adapter / "chat_template.jinja").is_file():
+            source = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+            tokenizer = tokenizer.with_chat_template(source)
+            if data.template not in ("auto", "alpaca", "chat"):
+                # The file that it was read from may be gone; this is its copy.
+                data = replace(data, template="chat")
+    return replace(config, data=data), tokenizer
 
 
 def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_qlora import device
 from mlx_qlora.data.examples import TokenStore, hash64
 from mlx_qlora.data.files import parse
-from mlx_qlora.data.rows import Said, Segments, Template, read_row
+from mlx_qlora.data.rows import Said, Segments, Template, read_row, with_system
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 
@@ -207,6 +207,8 @@ class Encoder:
     train_on: str  # "response" or "all"
     max_length: int
     truncation: str  # one of TRUNCATION
+    columns: dict[str, str] = field(default_factory=dict)  # our names of fields -> the rows'
+    system: str | None = None  # the message that rows without one begin with
 
     def encode(self, chunk: Chunk) -> tuple[TokenStore, Refused]:
         """The rows that are kept, and the others; what is wrong with one row affects no other.
@@ -218,8 +220,8 @@ class Encoder:
         refused: Refused = []
         for line, raw in chunk.rows:
             try:
-                said = read_row(parse(raw), chunk.form)
-                segments = self.template.segments(said, self.tokenizer)
+                said = read_row(parse(raw), chunk.form, self.columns)
+                segments = self.template.segments(with_system(said, self.system), self.tokenizer)
                 written.append((line, hash64(_content(said)), segments))
             except DataError as reason:
                 refused.append((line, _one_line(reason)))

@@ -236,6 +236,7 @@ class DataReport:
     source: str  # the path as it was given
     files: list[FileReport] = field(default_factory=list)
     template: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)  # our names of fields -> the rows'
     tokens: int = 0  # of the kept rows, as the figures below
     supervised: int = 0
     duplicates: int = 0  # rows that say the same as an earlier one
@@ -291,9 +292,11 @@ class DataReport:
         refused = len(self.refused)
         share = self.supervised / max(self.tokens, 1)
         several = f", {len(self.files)} files" if len(self.files) > 1 else ""
+        renamed = "".join(f", {column} as {ours}" for ours, column in self.columns.items())
         text = (
-            f"{self.source} ({self.format}{several}): {self.read:,} rows read, {self.kept:,} kept, "
-            f"{refused:,} refused; {self.tokens:,} tokens, {share:.0%} supervised"
+            f"{self.source} ({self.format}{renamed}{several}): {self.read:,} rows read, "
+            f"{self.kept:,} kept, {refused:,} refused; {self.tokens:,} tokens, "
+            f"{share:.0%} supervised"
         )
         if self.truncated:
             text += f"; {self.truncated:,} cut to max_length"

@@ -30,9 +30,9 @@ from mlx_qlora.data.examples import (
     on_disk,
 )
 from mlx_qlora.data.files import RowFile, find_files, parse, raw_rows, user_path
-from mlx_qlora.data.rows import FORMATS, ROW_DATE, Template, detect_format
+from mlx_qlora.data.rows import COLUMNS, FORMATS, ROW_DATE, Template, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
+from mlx_qlora.errors import ConfigError, DataError, check_choices, did_you_mean, option, require
 from mlx_qlora.model.llama import LlamaConfig
 
 PEEKED = 100  # rows that are looked at to find a file's format
@@ -47,8 +47,8 @@ class DataConfig:
 
     path: str | None = option(
         None,
-        "rows: a JSONL, JSON, CSV or Parquet file (also .gz), a folder or a glob of them, or a "
-        "data set on the hub as owner/name[/config][:split]",
+        "rows: file, folder, glob, or hub data set. JSONL, JSON, CSV or Parquet, also .gz; on the "
+        "hub owner/name[/config][:split]",
     )
     validation_path: str | None = option(None, "validation rows; null takes them from `split`")
     test_path: str | None = option(None, "test rows; null takes them from `split`")
@@ -61,6 +61,15 @@ class DataConfig:
     format: str = option(
         "auto", "the fields of a row; auto finds it for each file", choices=("auto", *FORMATS)
     )
+    columns: dict[str, str] = option(
+        {},
+        f"where rows have other names: {', '.join(COLUMNS)} -> the row's own, such as "
+        "{instruction: question, output: answer}",
+    )
+    system: str | None = option(
+        None,
+        "a system message for rows that have none; instructions are then written as chats, too",
+    )
     template: str = option(
         "auto",
         "how a row is written: alpaca, chat (the model's chat template), a file with a chat "
@@ -69,7 +78,9 @@ class DataConfig:
     train_on: str = option(
         "response", "learn the response alone, or all tokens", choices=("response", "all")
     )
-    max_length: int = option(2048, "most tokens in a row")
+    max_length: int = option(
+        2048, "most tokens in a row. Raise it if `inspect` says that rows are cut; it takes memory"
+    )
     truncation: str = option(
         "left-context",
         "of longer rows: cut what stands before the first answer, cut the end (right), refuse "
@@ -83,7 +94,7 @@ class DataConfig:
     strict: bool = option(False, "stop if any row is refused")
     refused_path: str | None = option(None, "write refused rows, with reasons, to this JSONL file")
     num_workers: int | None = option(
-        None, "processes that tokenise; null takes the performance cores"
+        None, "processes that tokenise. null takes the performance cores"
     )
     cache_dir: str | None = option(
         "auto",
@@ -93,6 +104,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_choices("data", self)
+        for field in self.columns.keys() - COLUMNS.keys():
+            near = did_you_mean(field, COLUMNS)
+            raise ConfigError(f"data.columns knows {', '.join(COLUMNS)}; got {field!r}{near}")
+        require(self.system != "", "data.system", "not be empty", self.system)
         require(self.max_length >= 2, "data.max_length", "be at least 2", self.max_length)
         if self.split != "auto":
             shares = [] if isinstance(self.split, str) else [*self.split, 0.0][:3]
@@ -179,7 +194,7 @@ def _read_files(
     config: DataConfig,
     console: Console | None,
 ) -> Examples:
-    report = DataReport(source, template=config.template)
+    report = DataReport(source, template=config.template, columns=config.columns)
     encoder = _encoder(config, tokenizer, report)
     in_files = all(file.kind != "memory" for file in files)
     entry = store = None
@@ -223,13 +238,15 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
             "data.template=chat, but the model has no chat template; name a file with one"
         )
     template = Template(name, source)
-    return Encoder(tokenizer, template, config.train_on, config.max_length, config.truncation)
+    settings = (config.train_on, config.max_length, config.truncation)
+    return Encoder(tokenizer, template, *settings, config.columns, config.system)
 
 
 def _cache_key(files: list[RowFile], encoder: Encoder, config: DataConfig) -> str:
     """A hash of all that decides ids and labels: files, tokenizer, template, settings, code."""
     contents = [file.content_hash() for file in files]
     settings = (config.format, config.train_on, config.max_length, config.truncation)
+    settings += (sorted(config.columns.items()), config.system)
     tokenizer = (encoder.tokenizer.fingerprint, encoder.tokenizer.special_tokens)
     text = repr((VERSION, ROW_DATE, encoder.template, settings, tokenizer, contents))
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
@@ -248,7 +265,7 @@ def _pieces(
         for number, file in enumerate(files):
             rows = raw_rows(file)
             first = list(islice(rows, PEEKED))
-            form = config.format if config.format != "auto" else _format_of(first)
+            form = config.format if config.format != "auto" else _format_of(first, config.columns)
             if encoder.template.name == "alpaca" and form in ("messages", "sharegpt"):
                 raise ConfigError(
                     f"{file.name} holds {form}, which data.template=alpaca cannot write; "
@@ -267,10 +284,9 @@ def _pieces(
         yield piece
 
 
-def _format_of(rows: list[tuple[int, Any]]) -> str:
-    """The format of the first row that has one; "auto" leaves it to each row."""
-    for _, raw in rows:
-        row = parse(raw)
+def _format_of(rows: list[tuple[int, Any]], columns: Mapping[str, str]) -> str:
+    """The format of the columns, or the first row, that tell one; "auto" leaves it to each row."""
+    for row in chain([columns], (parse(raw) for _, raw in rows)):
         if isinstance(row, Mapping):
             with contextlib.suppress(DataError):
                 return detect_format(row)

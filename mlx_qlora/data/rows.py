@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,17 +56,6 @@ def _read_alpaca(row: Mapping[str, Any]) -> Instruction:
     return Instruction(instruction, _text_of(row, "input", optional=True), output)
 
 
-def _read_sharegpt(row: Mapping[str, Any]) -> Chat:
-    """Field `conversations` with `from` and `value`; `system` and `tools` may stand beside it."""
-    messages = _messages_of(row, "conversations")
-    system = {"role": "system", "content": _text_of(row, "system", optional=True)}
-    if system["content"] and system != messages[0]:
-        if messages[0]["role"] == "system":
-            raise DataError("field 'system' says something else than the system message")
-        messages = [system, *messages]
-    return _chat(messages, _tools_of(row))
-
-
 def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
     """Fields `prompt` and `completion`: two texts, or two lists of messages; the second learned."""
     if not isinstance(row.get("prompt"), list) and not isinstance(row.get("completion"), list):
@@ -77,7 +67,7 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
     "alpaca": _read_alpaca,
     "messages": lambda row: _chat(_messages_of(row, "messages"), _tools_of(row)),  # OpenAI's
-    "sharegpt": _read_sharegpt,
+    "sharegpt": lambda row: _chat(_messages_of(row, "conversations"), _tools_of(row)),
     "prompt_completion": _read_prompt_completion,
     "text": lambda row: Pair("", _text_of(row, "text")),  # no prompt: all of it is learned
 }
@@ -89,6 +79,16 @@ TELLING = {
     "prompt_completion": {"prompt", "completion"},
     "text": {"text"},
 }
+# What `data.columns` may name -> what data sets often call it.
+COLUMNS = {
+    "messages": "conversation dialog dialogue chat turns",
+    "instruction": "question query problem prompt user user_input",
+    "output": "answer response solution completion reply target assistant",
+    "input": "context",
+    "system": "system_prompt system_message",
+    "text": "content body document article",
+} | dict.fromkeys(("prompt", "completion", "conversations", "tools"), "")
+OPTIONAL_COLUMNS = ("input", "system", "tools")
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
@@ -103,13 +103,75 @@ def detect_format(row: Mapping[str, Any]) -> str:
     )
 
 
-def read_row(row: Any, form: str) -> Said:
-    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell."""
+def likely_columns(row: Mapping[str, Any]) -> dict[str, str]:
+    """A `data.columns` that reads a row of other names; an empty one if none is likely."""
+    if any(fields <= row.keys() for fields in TELLING.values()):
+        return {}
+    names = {str(name).lower(): name for name in row}
+    found = {}
+    for field, likely in COLUMNS.items():
+        column = next((names[name] for name in (field, *likely.split()) if name in names), None)
+        if isinstance(row.get(column), (list, tuple) if field == "messages" else str):
+            found[field] = column
+    for needed, more in (
+        (1, "messages system"),
+        (2, "instruction output input system"),
+        (1, "text"),
+    ):
+        fields = [field for field in more.split() if field in found]
+        if fields[:needed] == more.split()[:needed]:
+            return {field: found[field] for field in fields if found[field] != field}
+    return {}
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """A row whose fields have our names; a DataError if one that must be there is not."""
+    for field, column in columns.items():
+        if column not in row and field not in OPTIONAL_COLUMNS:
+            raise DataError(f"field {column!r}, which data.columns takes as {field}, is missing")
+    rest = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
+    return rest | {field: row[column] for field, column in columns.items() if column in row}
+
+
+def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> Said:
+    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell.
+
+    Args:
+        columns: our names of fields -> the row's.
+    """
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):
         raise DataError(f"not an object but {type(row).__name__}")
-    return FORMATS[detect_format(row) if form == "auto" else form](row)
+    columns = columns or {}
+    ours = _renamed(row, columns) if columns else row
+    try:
+        form = detect_format(ours) if form == "auto" else form
+        said = FORMATS[form](ours)
+        if form not in ("messages", "sharegpt") and "system" not in columns:
+            return said
+        system = _text_of(ours, "system", optional=True)
+        said = with_system(said, system)
+        if system and isinstance(said, Chat) and said.messages[0]["content"] != system:
+            raise DataError("field 'system' says something else than the system message")
+        return said
+    except DataError as error:
+        text = re.sub(r"field '(\w+)'", lambda m: f"field {columns.get(m[1], m[1])!r}", str(error))
+        likely = {} if columns else likely_columns(row)
+        if likely and re.search("no format|is missing", text):
+            pairs = json.dumps(likely, ensure_ascii=False).replace('"', "")
+            text += f"; data.columns={shlex.quote(pairs)} would read it"
+        raise DataError(text) from None
+
+
+def with_system(said: Said, system: str | None) -> Said:
+    """As a chat that begins with a system message; as it is if it has one, or there is none."""
+    if not system or (isinstance(said, Chat) and said.messages[0]["role"] == "system"):
+        return said
+    if isinstance(said, Pair) and not said.prompt:
+        raise DataError("a text has no place for a system message")
+    chat, first = _as_chat(said), {"role": "system", "content": system}
+    return Chat([first, *chat.messages], [False, *chat.learned], chat.tools)
 
 
 def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:

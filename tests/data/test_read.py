@@ -457,11 +457,11 @@ def test_alpaca_cannot_write_chats(tokenizer: Tokenizer, form: str) -> None:
         ({"train_on": "prompt"}, "data.train_on must be one of 'response', 'all'"),
         ({"truncation": "left"}, "data.truncation must be one of 'left-context', 'right', 'drop'"),
         ({"format": "jsonl"}, "data.format must be one of 'auto', 'alpaca', 'messages'"),
-        ({"split": [0.5, 0.5]}, "data.split must be three shares"),
-        ({"split": [0.5, 0.4, 0.2]}, "data.split must be three shares"),
-        ({"split": [0.0, 0.5, 0.5]}, "data.split must be three shares"),
-        ({"split": [1.2, -0.1, -0.1]}, "data.split must be three shares"),
-        ({"split": [float("nan"), 0.5, 0.5]}, "data.split must be three shares"),
+        ({"split": "some"}, "data.split must be auto, or shares"),
+        ({"split": [0.5, 0.4, 0.2]}, "data.split must be auto, or shares"),
+        ({"split": [0.0, 0.5, 0.5]}, "data.split must be auto, or shares"),
+        ({"split": [1.2, -0.1, -0.1]}, "data.split must be auto, or shares"),
+        ({"split": [float("nan"), 0.5, 0.5]}, "data.split must be auto, or shares"),
     ],
 )
 def test_a_value_out_of_range_is_named(how: dict[str, Any], words: str) -> None:
@@ -482,15 +482,17 @@ def test_named_files_stand_for_their_parts(tokenizer: Tokenizer, tmp_path: Path)
     path = str(write_rows(tmp_path / "a.jsonl", rows(100)))
     other = str(write_rows(tmp_path / "b.jsonl", rows(7, 1000)))
     named = {"validation_path": other, "test_path": other}
+    assert lengths(tokenizer, path=path) == [90, 10, None]  # too few to test by default
 
-    train, validation, test = lengths(tokenizer, path=path)
+    tenths: dict[str, Any] = {"path": path, "split": [0.8, 0.1, 0.1]}
+    train, validation, test = lengths(tokenizer, **tenths)
     assert train and validation and test and train + validation + test == 100
-    assert lengths(tokenizer, path=path, validation_path=other) == [100 - test, 7, test]
-    train, validation, test = lengths(tokenizer, path=path, test_path=other)
+    assert lengths(tokenizer, **tenths, validation_path=other) == [100 - test, 7, test]
+    train, validation, test = lengths(tokenizer, **tenths, test_path=other)
     assert train and validation and train + validation == 100 and test == 7
     assert lengths(tokenizer, path=path, **named) == [100, 7, 7]
     assert lengths(tokenizer, path=path, split=[1.0, 0.0, 0.0]) == [100, None, None]
-    config = DataConfig(path=path)
+    config = DataConfig(**tenths)
     _, _, test = train_validation_test(config, tokenizer, 0)
     _, _, again = train_validation_test(replace(config, validation_path=other), tokenizer, 0)
     assert test is not None and again is not None and test.digest == again.digest
@@ -685,3 +687,61 @@ def test_a_file_that_was_moved_is_known_by_its_content_and_named_as_it_is_now(
     assert {e.file for e in second} == {str(moved)} == {f.name for f in second.report.files}
     assert second.report.source == str(moved)
     assert {e.file for e in first} == {str(path)}
+
+
+# ---- columns and system messages -----------------------------------------------------------------
+
+
+def test_columns_of_other_names_read_what_the_formats_own_names_say(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    asked = [{"q": r["instruction"], "a": r["output"], "text": "not this"} for r in rows(20)]
+    path = write_rows(tmp_path / "qa.jsonl", asked)
+    config = DataConfig(columns={"instruction": "q", "output": "a"})
+    examples = read_examples(path, tokenizer, config)
+    assert examples.digest == read_examples(rows(20), tokenizer).digest
+    assert list(examples.contents) == list(read_examples(rows(20), tokenizer).contents)
+    assert str(examples.report).startswith(f"{path} (alpaca, q as instruction, a as output): 20 ")
+
+
+def test_two_mappings_of_a_file_do_not_share_their_tokens(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "ab.jsonl", [{"a": f"{i} one", "b": f"{i} two"} for i in range(9)])
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    there = DataConfig(columns={"instruction": "a", "output": "b"}, **cache)
+    back = replace(there, columns={"instruction": "b", "output": "a"})
+    for cached in (False, True):
+        first, second = (read_examples(path, tokenizer, config) for config in (there, back))
+        assert (first.report.cached, second.report.cached) == (cached, cached)
+        assert first.digest != second.digest
+    turned = replace(there, columns=dict(reversed(there.columns.items())))
+    assert read_examples(path, tokenizer, turned).report.cached
+
+
+def test_a_system_message_is_written_before_each_row_without_one(
+    chatty: Tokenizer, tmp_path: Path
+) -> None:
+    brief = {"role": "system", "content": "Be brief."}
+    path = write_rows(tmp_path / "a.jsonl", rows(3))
+    config = DataConfig(system="Be brief.", cache_dir=str(tmp_path / "cache"))
+    plain = read_examples(path, chatty, replace(config, system=None, template="chat"))
+    examples = read_examples(path, chatty, config)
+    assert not examples.report.cached and examples.report.kept == 3
+    assert all(len(e) > len(p) for e, p in zip(examples, plain))
+    messages = [brief, *talk("q", "a")["messages"]]
+    whole = read_examples([{"messages": messages}], chatty)[0]
+    assert same(read_examples([talk("q", "a")], chatty, config)[0], whole)
+    # What a row says is the same, so that the parts of a run stay what they were.
+    assert list(examples.contents) == list(plain.contents)
+    with pytest.raises(DataError, match=r"data\.template=alpaca cannot write messages"):
+        read_examples(rows(2), chatty, replace(config, template="alpaca"))
+    with pytest.raises(DataError, match="a text has no place for a system message"):
+        read_examples([{"text": "a"}], chatty, config)
+
+
+def test_columns_that_no_format_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.columns knows messages.*got 'ouput'.*'output'"):
+        DataConfig(columns={"ouput": "answer"})
+    with pytest.raises(ConfigError, match=r"data\.system must not be empty"):
+        DataConfig(system="")

@@ -5,10 +5,11 @@ from collections import UserDict
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row
+from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row, with_system
 from mlx_qlora.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
@@ -407,3 +408,93 @@ def test_a_text_beside_a_list_of_messages_is_refused() -> None:
         "field 'prompt' must be a list of messages, not str"
     )
     assert refusal({"prompt": [USER]}) == "field 'completion' is missing"
+
+
+# ---- fields of other names ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        (
+            {"question": "a", "answer": "b", "text": "c"},
+            {"instruction": "question", "output": "answer"},
+            Instruction("a", "", "b"),
+        ),
+        ({"input": "a", "output": "b"}, {"output": "input", "instruction": "output"}, None),
+        ({"q": "a", "r": "b"}, {"prompt": "q", "completion": "r"}, Pair("a", "b")),
+        ({"body": "a", "messages": [USER]}, {"text": "body", "messages": "gone"}, "field 'gone'"),
+        ({"turns": [USER, ANSWER]}, {"messages": "turns"}, Chat([USER, ANSWER], [False, True])),
+        (
+            {"turns": [USER, ANSWER]},
+            {"conversations": "turns"},
+            Chat([USER, ANSWER], [False, True]),
+        ),
+        ({"q": "a", "r": " "}, {"instruction": "q", "output": "r"}, "field 'r' is empty"),
+        ({"q": "a", "r": 1}, {"instruction": "q", "output": "r"}, "field 'r' must be a string"),
+    ],
+)
+def test_columns_say_which_field_of_a_row_is_which(
+    row: dict[str, Any], columns: dict[str, str], said: Any
+) -> None:
+    if isinstance(said, str):
+        with pytest.raises(DataError, match=said):
+            read_row(row, "auto", columns)
+    else:
+        assert read_row(row, "auto", columns) == (said or Instruction("b", "", "a"))
+
+
+def test_a_column_that_may_be_empty_may_be_missing() -> None:
+    columns = {"instruction": "q", "output": "r", "input": "more", "system": "role"}
+    assert read_row({"q": "a", "r": "b"}, "auto", columns) == Instruction("a", "", "b")
+
+
+def test_a_system_message_of_a_row_makes_a_chat_of_it() -> None:
+    columns = {"instruction": "q", "input": "about", "output": "r", "system": "role"}
+    said = read_row({"q": "a", "about": "c", "r": "b", "role": "Be brief."}, "auto", columns)
+    turns = [("system", "Be brief."), ("user", "a\n\nc"), ("assistant", "b")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert said == Chat(messages, [False, False, True])
+    assert read_row({"messages": messages[1:], "system": "Be brief."}, "auto") == said
+
+
+def test_a_system_message_of_all_rows_is_that_of_rows_without_one() -> None:
+    own = Chat([{"role": "system", "content": "Be long."}, USER, ANSWER], [False, False, True])
+    assert with_system(own, "Be brief.") == own
+    assert with_system(Pair("a", "b"), None) == Pair("a", "b")
+    said = with_system(Chat([USER, ANSWER], [False, True], [TOOL]), "Be brief.")
+    brief = {"role": "system", "content": "Be brief."}
+    assert said == Chat([brief, USER, ANSWER], [False, False, True], [TOOL])
+    with pytest.raises(DataError, match="a text has no place for a system message"):
+        with_system(Pair("", "b"), "Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("row", "proposed"),
+    [
+        ({"question": "a", "answer": "b"}, "{instruction: question, output: answer}"),
+        ({"Question": "a", "Answer": "b"}, "{instruction: Question, output: Answer}"),
+        (
+            {"instruction": "a", "context": "c", "response": "b"},
+            "{output: response, input: context}",
+        ),
+        ({"prompt": "a", "response": "b"}, "{instruction: prompt, output: response}"),
+        ({"dialog": [USER, ANSWER]}, "{messages: dialog}"),
+        ({"content": "a"}, "{text: content}"),
+        (
+            {"system_prompt": "s", "query": "a", "solution": "b"},
+            "{instruction: query, output: solution, system: system_prompt}",
+        ),
+    ],
+)
+def test_a_row_of_other_names_is_refused_with_the_columns_that_would_read_it(
+    row: dict[str, Any], proposed: str
+) -> None:
+    reason = refusal(row)
+    assert reason.endswith(f"; data.columns='{proposed}' would read it")
+    read_row(row, "auto", yaml.safe_load(proposed))
+
+
+def test_no_columns_are_proposed_for_what_no_columns_would_mend() -> None:
+    for row in ({"a": "b"}, {"prompt": "a", "completion": " "}, {"question": "a", "answer": 2}):
+        assert "data.columns" not in refusal(row)
