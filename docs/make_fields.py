@@ -1,13 +1,18 @@
-"""Writes docs/fields.md from the fields' own declarations.
+"""Writes docs/fields.md from the fields' own declarations, and the names in docs/migration.md.
 
 Run as: make docs        (or: python docs/make_fields.py)
 """
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
 from mlx_qlora.config import SECTIONS, type_name
+from mlx_qlora.names import ALIASES, INSTEAD, MEANINGS, PRESETS
+
+DOCS = Path(__file__).parent
+BLOCK = re.compile(r"(<!-- (\w+): made by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def page() -> str:
@@ -16,7 +21,7 @@ def page() -> str:
         "# Fields",
         "",
         "Every field of a run: `learning_rate: 2e-4` below `training:` in YAML,",
-        "`training.learning_rate=2e-4` on the command line, and",
+        "`training.learning_rate=2e-4` or `--learning-rate 2e-4` on the command line, and",
         "`TrainingConfig(learning_rate=2e-4)` in Python.",
         "Made by `make docs` from the declarations; do not edit.",
     ]
@@ -34,7 +39,46 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def names() -> str:
+    """What other trainers call a field, as Markdown."""
+    lines = ["| Here | Elsewhere, with the same values |", "|---|---|"]
+    for field, words in ALIASES.items():
+        lines.append(f"| `{field}` | {', '.join(f'`{word}`' for word in words.split())} |")
+    lines += ["", "| Elsewhere | Its values here |", "|---|---|"]
+    for word, (field, meanings) in MEANINGS.items():
+        shown = ", ".join(
+            f"`{value}`: {'nothing to set' if ours is ... else f'`{field}={_yaml(ours)}`'}"
+            for value, ours in meanings.items()
+        )
+        lines.append(f"| `{word}` | {shown} |")
+    lines += ["", "| Elsewhere, and refused | Use |", "|---|---|"]
+    lines += [f"| `{word}` | {use} |" for word, use in INSTEAD.items()]
+    return "\n".join(lines) + "\n"
+
+
+def presets() -> str:
+    """The presets as Markdown."""
+    lines = ["| `--preset` | For | Sets |", "|---|---|---|"]
+    for name, (about, fields) in PRESETS.items():
+        shown = ", ".join(f"`{field}`" for field in fields.split())
+        lines.append(f"| `{name}` | {about} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """A page with its blocks as they are today."""
+    made = {"names": names, "presets": presets}
+    return BLOCK.sub(lambda found: f"{found[1]}\n{made[found[2]]()}\n{found[3]}", text)
+
+
+def _yaml(value: object) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+    )
+
+
 if __name__ == "__main__":
-    path = Path(__file__).parent / "fields.md"
-    path.write_text(page(), encoding="utf-8")
-    print(f"wrote {path}")
+    (DOCS / "fields.md").write_text(page(), encoding="utf-8")
+    for path in (DOCS / "migration.md", DOCS / "how-to" / "choose-settings.md"):
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    print("wrote the fields, the names of other trainers and the presets")

@@ -5,7 +5,6 @@ Run as: make docs        (or: python docs/make_reference.py)
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 
 import mlx_qlora as mq
@@ -54,7 +53,9 @@ def cli_page() -> str:
         "Commands take fields besides their options: `section.field=value`, listed in",
         "[Fields](../fields.md). An option wins over the file that `--config` names, and a field",
         "wins over both. A field of a section that a command does not read is refused, except in",
-        "that file. `mlx-qlora COMMAND --help` prints what is on this page.",
+        "that file. `mlx-qlora COMMAND --help` prints what is on this page, `--help-all`",
+        "all fields too; each field's name is a flag as well (`--lora-dropout 0`), and so are its",
+        "names elsewhere ([migration](../migration.md)).",
         "Made by `make docs` from the parser; do not edit.",
         "",
         *(f"- [`{name}`](#mlx-qlora-{name}): {helps[name]}" for name in commands()),
@@ -121,18 +122,17 @@ def _row(action: argparse.Action) -> str:
     default = "" if is_plain or action.nargs == 0 else str(action.default)
     if action.required and action.option_strings:
         default = "required"
-    what = re.sub(r"\bshort for ([\w.]+)=(\w*)", _field, action.help or "")
+    what = _field(action.dest) if "." in action.dest else action.help or ""
     what = what.replace("[", "\\[")  # or Markdown sees a link
-    what = "any field" if action.dest == "overrides" else what.replace("fields below", "fields")
+    what = "any field" if action.dest == "overrides" else what
     return " ".join(f"| {named} | {value} | {default} | {what} |".split())
 
 
-def _field(short: re.Match[str]) -> str:
-    """What a shorthand stands for, and the field's own line."""
-    section, name = short[1].split(".")
+def _field(place: str) -> str:
+    """The field that a flag stands for, and its own line."""
+    section, name = place.split(".")
     field = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name)
-    value = f"={short[2]}" if short[2] else ""
-    return f"`{short[1]}{value}`: {field.metadata['help']}"
+    return f"`{place}`: {field.metadata['help']}"
 
 
 def _metavar(action: argparse.Action) -> str:

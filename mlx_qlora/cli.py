@@ -5,11 +5,11 @@ Errors are printed here and nowhere else.
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import signal
 import sys
+import textwrap
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +25,18 @@ SHORTHANDS = {
     "--adapter": ("model.adapter", "DIR"),
     "--data": ("data.path", "FILE"),
     "--output-dir": ("checkpointing.output_dir", "DIR"),
+    "--epochs": ("training.num_train_epochs", "N"),
     "--max-steps": ("training.max_steps", "N"),
-    "--batch-size": ("training.per_device_train_batch_size", "N"),
     "--learning-rate": ("training.learning_rate", "RATE"),
+    "--warmup-ratio": ("training.warmup_ratio", "SHARE"),
+    "--batch-size": ("training.per_device_train_batch_size", "N"),
+    "--lora-r": ("lora.r", "N"),
     "--max-length": ("data.max_length", "N"),
+    "--resume": ("checkpointing.resume_from_checkpoint", "WHICH"),
     "--strict": ("data.strict", None),
     "--refused": ("data.refused_path", "FILE"),
 }
+NOT_SWEPT = "--learning-rate", "--lora-r", "--adapter", "--resume"
 EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging", "generation")
 
 
@@ -45,11 +50,6 @@ class Command:
     quiet: bool = False  # whether it can work without a word
     json: bool = True  # whether it can end in a JSON object
 
-    @property
-    def fields(self) -> list[str]:
-        """The fields that its flags are short for."""
-        return [SHORTHANDS[flag][0] for flag in self.shorthands]
-
 
 COMMANDS = {
     "train": Command(
@@ -57,12 +57,12 @@ COMMANDS = {
     ),
     "plan": Command(
         "predict the memory and the speed of a run",
-        ("--model", "--batch-size", "--max-length"),
+        ("--model", "--batch-size", "--lora-r", "--max-length"),
         ("model", "lora", "data", "training"),
     ),
     "inspect": Command(
         "read data as a run would, and say what would be trained",
-        ("--model", "--data", "--max-length", "--strict", "--refused"),
+        ("--model", "--data", "--epochs", "--batch-size", "--max-length", "--strict", "--refused"),
         ("model", "data", "training"),
     ),
     "generate": Command(
@@ -83,7 +83,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         "find a learning rate, a rank and a batch size by short runs",
-        tuple(flag for flag in SHORTHANDS if flag not in ("--learning-rate", "--adapter")),
+        tuple(flag for flag in SHORTHANDS if flag not in NOT_SWEPT),
         EVERY_SECTION,
         quiet=True,
     ),
@@ -117,25 +117,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
-        hint = _flag_meant(unknown[0], args.command)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        hints = (f"{word.split('=')[0]}{_flag_meant(word, args.command)}" for word in unknown)
+        parser.error(f"unrecognized arguments: {', '.join(hints)}")
     if late and not COMMANDS[args.command].sections:
         parser.error(f"{args.command} reads no fields: {' '.join(late)}")
-    args.overrides = [*getattr(args, "overrides", []), *late]
+    args.overrides = [*getattr(args, "named", []), *getattr(args, "overrides", []), *late]
     args.about = COMMANDS[args.command]
     return args
 
 
 def _flag_meant(flag: str, command: str) -> str:
-    """What an unknown flag most likely stands for: a flag misspelt, or a field without a flag."""
+    """The known flag that an unknown one is most like, or what to use in its place."""
     from mlx_qlora.config import field_words
     from mlx_qlora.errors import did_you_mean
+    from mlx_qlora.names import INSTEAD
 
     about = COMMANDS[command]
-    short_for = {SHORTHANDS[known][0]: known for known in about.shorthands}
-    meant = {w: short_for.get(f, f"{f}=VALUE") for w, f in field_words(about.sections).items()}
-    meant |= {_as_word(known): known for known in about.shorthands}
-    return did_you_mean(_as_word(flag), (), meant) or f"; see mlx-qlora {command} --help"
+    words = map(_as_word, (*about.shorthands, *field_words(about.sections)))
+    meant = {word: f"--{word.replace('_', '-')}" for word in words}
+    hint = did_you_mean(_as_word(flag), (), INSTEAD | meant if about.sections else {})
+    return hint or f"; see mlx-qlora {command} --help"
 
 
 def _as_word(flag: str) -> str:
@@ -155,6 +156,10 @@ def make_parser() -> argparse.ArgumentParser:
             help=about.help,
             description=about.help[0].upper() + about.help[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # the names of all fields are flags
+            usage=f"mlx-qlora {name} [options] [section.field=value ...]"
+            if about.shorthands
+            else None,
         )
         _add_own_arguments(name, command)
         if about.quiet:
@@ -168,25 +173,64 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Field(argparse.Action):
+    """A flag for a field, the `dest`; if that is a section, the flag is a name of the field."""
+
+    def __call__(self, parser: Any, args: argparse.Namespace, value: Any, flag: Any = None) -> None:
+        place = self.dest if "." in self.dest else f"{self.dest}.{_as_word(flag)}"
+        value = self.const if value == [] else value
+        args.named = [*getattr(args, "named", []), f"{place}={value}"]
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help of a command with every field of its sections, which are the `const`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert self.const is not None
+        parser.epilog = "fields:" + "\n".join(map(_section_help, self.const))
+        parser.print_help()
+        parser.exit()
+
+
 def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
     """The ways to set a field."""
-    command.epilog = "fields:" + "\n".join(map(_section_help, about.sections))
-    group = command.add_argument_group("fields, and flags that are short for them")
+    from mlx_qlora.config import SECTIONS, field_words
+    from mlx_qlora.names import PRESETS
+
+    everything: dict[str, Any] = {"dest": argparse.SUPPRESS, "nargs": 0, "const": about.sections}
+    shown = "this, and every field with its meaning"
+    command.add_argument("--help-all", action=_HelpAll, **everything, help=shown)
+    group = command.add_argument_group("fields")
     for flag in about.shorthands:
         field, value = SHORTHANDS[flag]
-        options: dict[str, Any] = {"metavar": value, "help": f"short for {field}="}
-        if value is None:
-            options = {"action": "store_const", "const": "true", "help": f"short for {field}=true"}
-        action = group.add_argument(flag, dest=field, **options)
+        section, _, key = field.partition(".")
+        meaning = SECTIONS[section].__dataclass_fields__[key].metadata["help"]
+        # The first sentence says what it is; the rest, when to change it, is in --help-all.
+        options: dict[str, Any] = {"dest": field, "help": meaning.partition(". ")[0]}
+        options |= {"metavar": value} if value else {"nargs": 0, "const": "true"}
+        options |= {"nargs": "?", "const": "auto"} if flag == "--resume" else {}
+        action = group.add_argument(flag, action=_Field, default=argparse.SUPPRESS, **options)
         if value in ("FILE", "DIR"):
             _complete(action, value)
+    if {"lora", "training"} <= {*about.sections}:
+        purpose = f"values for a purpose: {', '.join(PRESETS)}"
+        group.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help=purpose)
     _complete(group.add_argument("--config", metavar="FILE", help="YAML with the fields"), "FILE")
     overrides = group.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="any field below"
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="any field; --FIELD VALUE, too, and by other trainers' names",
     )
     overrides.complete = {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"}  # pyright: ignore[reportAttributeAccessIssue]
     shown = "print the resolved YAML and stop"
     group.add_argument("--print-config", action="store_true", help=shown)
+    for word, field in field_words(about.sections).items():
+        flags = {f"--{word}", f"--{word.replace('_', '-')}"} - {*command._option_string_actions}
+        if flags:
+            how: dict[str, Any] = {"nargs": "?", "const": "true", "dest": field.partition(".")[0]}
+            hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            command.add_argument(*sorted(flags), action=_Field, **how, **hidden)
 
 
 def _complete(action: argparse.Action, kind: str) -> None:
@@ -205,8 +249,10 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
     if name == "inspect":
         rows = add("file", nargs="?", metavar="FILE", help="the rows; the same as --data")
         _complete(rows, "FILE")
-        show = "print N rows as the model sees them"
+        show = "print N examples as the model sees them"
         add("--show", type=int, default=0, metavar="N", help=show)
+        page = "write the same in colour to a page (with 50 examples if --show is not given)"
+        _complete(add("--html", metavar="FILE", help=page), "FILE")
     if name == "plan":
         add("--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64")
         several = "plan for N processes that train together, each on such a machine"
@@ -269,20 +315,21 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("shell", choices=("bash", "zsh"), help="which shell the script is for")
 
 
-@functools.cache
 def _section_help(section: str) -> str:
     """The fields of a section with type, default and one line."""
     from mlx_qlora.config import SECTIONS, type_name
 
-    config = SECTIONS[section]
+    config, flags = SECTIONS[section], {field: flag for flag, (field, _) in SHORTHANDS.items()}
     hints, lines = typing.get_type_hints(config), [f"\n{section}:"]
     for field in dataclasses.fields(config):
         default = getattr(config(), field.name)
         choices = field.metadata["choices"]
         kind = " | ".join(map(str, choices)) if choices else type_name(hints[field.name])
         shown = "null" if default is None else str(default)
-        lines.append(f"  {section}.{field.name}  ({kind}; default {shown})")
-        lines.append(f"      {field.metadata['help']}")
+        name = f"{section}.{field.name}"
+        flag = f", {flags[name]}" if name in flags else ""
+        lines.append(f"  {name}{flag}  ({kind}; default {shown})")
+        lines.append(textwrap.indent(textwrap.fill(field.metadata["help"], 72), " " * 6))
     return "\n".join(lines)
 
 

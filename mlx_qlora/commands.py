@@ -34,9 +34,12 @@ from mlx_qlora.folders import (
 )
 from mlx_qlora.loading import model_to_ask, recorded, with_adapter
 from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.names import preset
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
+    from mlx_qlora.data.read import DataConfig
+    from mlx_qlora.data.rows import Message
     from mlx_qlora.run import Inputs
 
 JsonObject = dict[str, Any] | None
@@ -54,27 +57,32 @@ class Terminal(Console):
 # ---- arguments -> config -------------------------------------------------------------------------
 
 
-def config_of(args: argparse.Namespace) -> RunConfig:
-    """Build the config: the file, then the shorthands, then the overrides; later ones win.
+def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunConfig:
+    """Build the config: the file, then the flags, then the overrides; later ones win.
+
+    A preset fills in what none of them says. `notes` gets what is to be told about names.
 
     Raises:
         ConfigError: a field that does not exist, that the command does not read, or a wrong value.
     """
     words = _assignments(args)
+    notes = [] if notes is None else notes
     file = getattr(args, "config", None)
-    values: dict[str, dict[str, Any]] = read_yaml(file) if file else {}
-    for field in args.about.fields:
-        if (value := getattr(args, field, None)) is not None:
-            set_override(values, f"{field}={value}")
+    values: dict[str, dict[str, Any]] = read_yaml(file, notes) if file else {}
     read = args.about.sections
     for assignment in words:
-        set_override(values, assignment)
+        set_override(values, assignment, notes)
         section = assignment.partition(".")[0].strip()
         if section in SECTIONS and section not in read:
             raise ConfigError(
                 f"{assignment}: {args.command} reads no field of {section}; it reads those of "
                 f"{', '.join(read)}"
             )
+    if getattr(args, "preset", None):
+        fields, note = preset(args.preset, {f"{s}.{k}" for s in values for k in values[s]})
+        notes.append(note)
+        for field in fields:
+            set_override(values, field)
     return build(_with_record(args, values))
 
 
@@ -86,16 +94,14 @@ def _assignments(args: argparse.Namespace) -> list[str]:
     """
     words, takes_file = [*args.overrides], hasattr(args, "file")
     if takes_file and args.file is not None:  # argparse has it from anywhere among the words
-        words.insert(0, args.file)
+        words.insert(len(getattr(args, "named", ())), args.file)
     files = [word for word in words if "=" not in word or (takes_file and _is_path(word))]
     if files and not takes_file:
         can_read = "--data" in args.about.shorthands
         hint = f"; for a file of rows pass --data {files[0]}" if can_read else ""
         raise ConfigError(f"expected section.field=value, got {files[0]!r}{hint}")
     named = [word.partition("=")[2] for word in words if word.startswith("data.path=")]
-    flagged = getattr(args, "data.path", None)
-    sources = [*files, *named, *([] if flagged is None else [flagged])]
-    if files and len(sources) > 1:
+    if files and len(sources := [*files, *named]) > 1:
         raise ConfigError(f"inspect reads one source of rows; got {' and '.join(sources)}")
     return [*(f"data.path={file}" for file in files), *(w for w in words if w not in files)]
 
@@ -132,12 +138,14 @@ def run_command(args: argparse.Namespace) -> JsonObject:
     console = Terminal(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
     if launched() and processes().size > 1:
         return _train_together(console, args)
-    config = config_of(args)
+    config = config_of(args, notes := [])
     if getattr(args, "print_config", False):
         if about.json and args.json:
             return to_dict(config)
-        print(to_yaml(config), end="")
+        print("".join(f"# {note}\n" for note in notes) + to_yaml(config), end="")
         return None
+    for note in notes:  # beside what the command prints, which may be an answer
+        say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
     return RUN[args.command](config, console, args)
 
 
@@ -203,7 +211,7 @@ def _inspect(config: RunConfig, console: Console, args: argparse.Namespace) -> J
     from mlx_qlora.before.inspect import inspect_data
 
     require(args.show >= 0, "--show", "be at least 0", args.show)
-    return inspect_data(config, console, args.show)
+    return inspect_data(config, console, args.show, args.html)
 
 
 def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -217,7 +225,7 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
         args.prompt = _standard_input()
     settings: dict[str, Any] = dataclasses.asdict(config.generation) | {"seed": args.seed}
     config, model, tokenizer = model_to_ask(config)
-    prompt = _prompt(args, tokenizer.chat_template is not None, config.data.template)
+    prompt = _prompt(args, tokenizer.chat_template is not None, config.data)
     answer = stream(model, tokenizer, prompt, **settings)
     text = ""
     for piece in answer:
@@ -237,8 +245,9 @@ def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
             "chat reads what you type from standard input, which is closed; run it in a terminal, "
             "or ask one question with mlx-qlora generate"
         )
-    _, model, tokenizer = model_to_ask(config)
-    chat(model, tokenizer, console, config.generation, args.system, args.seed)
+    config, model, tokenizer = model_to_ask(config)
+    system = config.data.system if args.system is None else args.system
+    chat(model, tokenizer, console, config.generation, system, args.seed)
     return None
 
 
@@ -336,17 +345,19 @@ def _numbers(field: str, text: str) -> list[Any]:
         raise ConfigError(f"{field} must be numbers with commas between; got {text!r}") from None
 
 
-def _prompt(args: argparse.Namespace, can_chat: bool, template: str) -> str | list[dict[str, str]]:
+def _prompt(args: argparse.Namespace, can_chat: bool, data: "DataConfig") -> "str | list[Message]":
     """The question in the form that the model was taught."""
     from mlx_qlora.data.rows import alpaca_prompt, chat_question
 
+    if args.instruction is None and (args.raw or not can_chat):
+        return args.prompt
+    question = args.prompt
     if args.instruction is not None:
-        if template in ("auto", "alpaca"):
+        if data.template in ("auto", "alpaca") and not data.system:
             return alpaca_prompt(args.instruction, args.input or "")
         question = chat_question(args.instruction, args.input or "")
-        return [{"role": "user", "content": question}]
-    talks = can_chat and not args.raw
-    return [{"role": "user", "content": args.prompt}] if talks else args.prompt
+    system = [{"role": "system", "content": data.system}] if data.system else []
+    return [*system, {"role": "user", "content": question}]
 
 
 def _standard_input() -> str:

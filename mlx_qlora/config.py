@@ -19,11 +19,12 @@ import yaml
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option
+from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.names import FIELD_OF, INSTEAD, MEANINGS, translate
 from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
@@ -34,19 +35,25 @@ class ModelConfig:
     """Which model, and in what precision."""
 
     source: str | None = option(
-        None, "hub id (org/name), folder, .gguf file, or the built-in smollm2-135m"
+        None, "hub id (org/name), folder, .gguf file, or smollm2-135m. That one is built in"
     )
     revision: str | None = option(None, "branch, tag or commit of a hub repository")
     adapter: str | None = option(
-        None, "PEFT folder to go on training from; its config then stands for `lora`"
+        None,
+        "folder of an adapter to put on the model. Training goes on from it, and `lora` is what "
+        "its config says",
     )
     base_model_name_or_path: str | None = option(
         None, "the original Hugging Face repository, where the model's files do not name it"
     )
     bits: int | None = option(
-        4, "quantise to this while loading; null keeps the files' precision, as quantised files do"
+        4,
+        "bits of a weight, 2 to 8. 8 is closer to the original and takes twice the memory; null "
+        "keeps the files' precision, as quantised files do",
     )
-    group_size: int = option(64, "weights that share one scale")
+    group_size: int = option(
+        64, "weights that share a scale: 32, 64 or 128. Fewer are more exact and take more memory"
+    )
     mode: str = option(
         "affine",
         "integers with a scale and a bias, or a float format",
@@ -54,12 +61,13 @@ class ModelConfig:
     )
     dtype: str = option(
         "auto",
-        "of the computation; auto is bfloat16 on a GPU, float32 on a CPU",
+        "of the computation. auto is bfloat16 on a GPU, float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     frozen_matmul: str = option(
         "auto",
-        "how quantised weights are multiplied; see device.py",
+        "how quantised weights are multiplied: as they are, unpacked each time, or from a dense "
+        "copy. auto is the fastest that the memory allows",
         choices=("auto", "quantized", "dequantize", "resident"),
     )
 
@@ -90,66 +98,50 @@ SECTIONS: dict[str, type] = {
     for section in dataclasses.fields(RunConfig)
 }
 
-# What other trainers and papers call a field.
-USUAL_WORDS = {
-    "lr": "training.learning_rate",
-    "epochs": "training.num_train_epochs",
-    "num_epochs": "training.num_train_epochs",
-    "steps": "training.max_steps",
-    "iters": "training.max_steps",
-    "batch": "training.per_device_train_batch_size",
-    "batch_size": "training.per_device_train_batch_size",
-    "grad_accum": "training.gradient_accumulation_steps",
-    "warmup": "training.warmup_steps",
-    "scheduler": "training.lr_scheduler_type",
-    "rank": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_r": "lora.r",
-    "alpha": "lora.lora_alpha",
-    "dropout": "lora.lora_dropout",
-    "max_seq_length": "data.max_length",
-    "seq_len": "data.max_length",
-    "out": "checkpointing.output_dir",
-}
-
 
 def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     """A RunConfig from section -> field -> value; what is not given keeps its default.
 
     Raises:
-        ConfigError: an unknown section or field (the message names the nearest real one), or a
-            value of the wrong type or out of range.
+        ConfigError: unknown sections and fields, each with the nearest real one, or a value of the
+            wrong type or out of range.
     """
-    sections = {}
+    hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
+    unknown: list[str] = []
     for name, fields in values.items():
-        if name not in SECTIONS:
+        if name and name not in SECTIONS:
             known = f"sections are {', '.join(SECTIONS)}"
-            raise ConfigError(f"unknown section {name!r}{did_you_mean(name, SECTIONS)}; {known}")
+            unknown.append(f"unknown section {name!r}{did_you_mean(name, SECTIONS)}; {known}")
+            continue
         if not isinstance(fields, dict):
             raise ConfigError(f"section {name} must hold fields, got {fields!r}")
-        hints = typing.get_type_hints(SECTIONS[name])
-        for key in map(str, fields):
-            if key not in hints:  # people forget in which section a field is
-                hint = did_you_mean(key, hints, field_words())
-                hint = hint or f"; see --help for the fields of {name}"
-                raise ConfigError(f"unknown field {name}.{key}{hint}")
-        typed = {k: coerce(v, hints[k], f"{name}.{k}") for k, v in fields.items()}
+        own = hints.get(name, {})
+        for key in (key for key in map(str, fields) if key not in own):
+            # People forget in which section a field is.
+            hint = did_you_mean(key, own, field_words() | INSTEAD) or "; see --help-all"
+            unknown.append(f"unknown field {f'{name}.' * bool(name)}{key}{hint}")
+    if unknown:
+        several = f"{len(unknown)} names are unknown:\n{listing(unknown)}"
+        raise ConfigError(several if len(unknown) > 1 else unknown[0])
+    sections = {}
+    for name, fields in values.items():
+        typed = {k: coerce(v, hints[name][k], f"{name}.{k}") for k, v in fields.items()}
         sections[name] = SECTIONS[name](**typed)
     return RunConfig(**sections)
 
 
 def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
-    """Every word for a field, its own name and `USUAL_WORDS` -> `section.field`."""
+    """Every word for a field, its own name and those of others -> `section.field`."""
     fields = {f.name: f"{s}.{f.name}" for s in sections for f in dataclasses.fields(SECTIONS[s])}
-    usual = {w: place for w, place in USUAL_WORDS.items() if place.partition(".")[0] in sections}
+    usual = {w: place for w, place in FIELD_OF.items() if place.partition(".")[0] in sections}
     return usual | fields
 
 
-def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value from a YAML file.
+def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value from a YAML file; other trainers' names are taken, with a note.
 
     Raises:
-        ConfigError: no such file, or no YAML with sections in it.
+        ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
     """
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -161,14 +153,61 @@ def read_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"config file {path} must hold sections such as `training:`")
+    values: dict[str, dict[str, Any]] = {}
     for name, fields in content.items():
-        if not isinstance(fields, (dict, type(None))):
-            raise ConfigError(f"config file {path}: section {name} must hold fields")
-    return {str(name): fields or {} for name, fields in content.items()}
+        section = "lora" if name == "lora_parameters" else str(name)  # mlx-lm's
+        is_section = section in SECTIONS or "." not in place_of("", section)
+        if is_section and isinstance(fields, (dict, type(None))):
+            values.setdefault(section, {})
+            for word, value in (fields or {}).items():
+                put(values, section, str(word), value, notes)
+        elif section in SECTIONS and section not in FIELD_OF:
+            raise ConfigError(f"config file {path}: section {section} must hold fields")
+        else:
+            put(values, "", section, fields, notes)
+    return values
 
 
-def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
-    """Puts one `section.field=value` into section -> field -> value.
+def put(
+    values: dict[str, dict[str, Any]],
+    section: str,
+    word: str,
+    value: Any,
+    notes: list[str] | None = None,
+    over: bool = False,
+) -> None:
+    """Put a value where its name belongs, which may be another trainer's; an unknown one stays.
+
+    Raises:
+        ConfigError: the field has a value that this is not `over`, or no such value here.
+    """
+    place = place_of(section, word)
+    if place == FIELD_OF.get(word) and place != f"{section}.{word}":
+        value, note = translate(word, value)
+        if notes is not None:
+            notes.append(note)
+        if value is ...:
+            return
+    section, _, name = place.partition(".") if "." in place else ("", "", place)
+    fields = values.setdefault(section, {})
+    if name in fields and not over:
+        raise ConfigError(f"{place} is given twice, the second time as {word}")
+    fields[name] = value
+
+
+def place_of(section: str, word: str) -> str:
+    """The `section.field` of a word in a section or, without one, in any; an unknown one itself."""
+    own = {f.name for f in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else ()
+    known = FIELD_OF.get(word)
+    if known and word not in own and section in ("", known.partition(".")[0]):
+        return known
+    return f"{section}.{word}" if section else field_words().get(word, word)
+
+
+def set_override(
+    values: dict[str, dict[str, Any]], assignment: str, notes: list[str] | None = None
+) -> None:
+    """Puts one `section.field=value` into section -> field -> value, over what is there.
 
     The value is read as YAML, but plain text stays as it is typed: a folder may be called
     2026-11-22, and YAML would cut "rows #1.jsonl" short.
@@ -177,23 +216,23 @@ def set_override(values: dict[str, dict[str, Any]], assignment: str) -> None:
         ConfigError: not of that form.
     """
     place, equals, text = assignment.partition("=")
-    section, dot, key = place.partition(".")
+    section, dot, key = (part.strip() for part in place.partition("."))
     if not (equals and dot and section and key):
         hint = ""
         if equals and not dot:
             meant = {word: f"{field}={text}" for word, field in field_words().items()}
             hint = did_you_mean(place.strip(), (), meant)
         raise ConfigError(f"expected section.field=value, got {assignment!r}{hint}")
-    section, key = section.strip(), key.strip()
     try:
         value = yaml.safe_load(text) if text else ""
     except (yaml.YAMLError, ValueError):
         value = text
-    hint = typing.get_type_hints(SECTIONS[section]).get(key) if section in SECTIONS else None
+    known, _, name = place_of(section, key).partition(".")
+    hint = typing.get_type_hints(SECTIONS[known]).get(name) if known in SECTIONS else None
     is_text = isinstance(value, str) and not text.startswith(("'", '"'))
-    if hint and _fits(text, hint) and (is_text or not _fits(value, hint)):
+    if key not in MEANINGS and hint and _fits(text, hint) and (is_text or not _fits(value, hint)):
         value = text
-    values.setdefault(section, {})[key] = value
+    put(values, section, key, value, notes, over=True)
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:

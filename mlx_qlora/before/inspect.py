@@ -1,7 +1,8 @@
 """What would be trained, without training it: `inspect`, and `train --dry-run`."""
 
 import dataclasses
-from itertools import groupby
+import io
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import IGNORE, Batch, Batches
 from mlx_qlora.data.examples import DataReport
+from mlx_qlora.data.files import user_path
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import duration, say, warn
+from mlx_qlora.errors import ConfigError, duration, say, warn
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
 from mlx_qlora.train.config import RunLength, batches_of
@@ -23,7 +25,8 @@ from mlx_qlora.train.score import score
 # ---- views of the rows ---------------------------------------------------------------------------
 
 BAR = 40  # characters of the longest bar
-SUPERVISED, CONTEXT, PADDING, NOTE = "bold green", "default", "dim red", "dim cyan"
+EXAMPLES_OF_A_DRY_RUN, EXAMPLES_OF_A_PAGE = 2, 50
+SUPERVISED, CONTEXT, NOTE = "bold green", "default", "dim cyan"
 # Signs that a terminal would swallow or turn into spaces are shown as their Unicode pictures.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {127: 0x2421}
 PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # some terminals act on these, too
@@ -40,85 +43,90 @@ def histogram(report: DataReport) -> str:
     )
 
 
-def epoch(batches: Batches) -> str:
-    """What one pass over the data is."""
-    tokens = int((batches.examples.lengths - 1).sum())
-    n = len(batches.examples)
-    return f"{tokens:,} tokens in {n:,} examples, {batches.batch_size} to a batch"
-
-
 def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> RenderableType:
-    """The first rows of the first batches, token by token as they are trained.
+    """The first examples of the first batches, token by token as they are trained.
 
     Without `colour`, ⟦ ⟧ are around what is supervised.
     """
-    shown: list[Text] = []
-    for number, batch in enumerate(batches):
-        for b in range(batch.tokens.shape[0]):
-            if len(shown) == count:
-                return Group(*shown)
-            title = f"batch {number + 1}, row {b + 1}"
-            shown.append(_row(batch, b, tokenizer, title, colour))
-    return Group(*shown)
+    each = ((batch, b) for batch in batches for b in range(len(batch.places)))
+    return Group(*(_row(batch, b, tokenizer, colour) for batch, b in islice(each, count)))
 
 
-def _row(batch: Batch, b: int, tokenizer: Tokenizer, title: str, colour: bool) -> Text:
+def _row(batch: Batch, b: int, tokenizer: Tokenizer, colour: bool) -> Text:
     assert batch.documents is not None
-    tokens, labels = np.array(batch.tokens[b]), np.array(batch.labels[b])
+    end = int(batch.documents[b, 2])
+    tokens, labels = np.array(batch.tokens[b]), np.array(batch.labels[b, :end])
+    # A label is the token to predict next: the example's own tokens are its first token, and behind
+    # each position either that label or, where none is learned, the next input.
+    learned = [False, *(labels != IGNORE).tolist()]
+    following = np.append(tokens[1:end], IGNORE)
+    ids = [int(tokens[0]), *np.where(labels != IGNORE, labels, following).tolist()]
     text = Text()
-    documents = [(d, p) for d, p in zip(batch.documents.tolist(), batch.places) if d[0] == b]
-    used = sum(end - start for (_, start, end), _ in documents)
-    text.append(f"{title}: {used} of {len(tokens)} positions used\n", NOTE)
-    for (_, start, end), place in documents:
-        inside = labels[start:end]
-        n_learned = int((inside != IGNORE).sum())
-        text.append(f"{place}: {end - start + 1} tokens, {n_learned} supervised\n", NOTE)
-        # A label is the token to predict next: the document's own tokens are its first token,
-        # and behind each position either that label or, where none is learned, the next input.
-        following = np.append(tokens[start + 1 : end], IGNORE)
-        ids = [int(tokens[start]), *np.where(inside != IGNORE, inside, following).tolist()]
-        learned = [False, *(inside != IGNORE).tolist()]
-        if ids[-1] == IGNORE:  # not learned, and no input: the batch does not hold it
-            ids, learned = ids[:-1], learned[:-1]
-        # Neighbours that are both learned, or both not, together: a character may span tokens.
-        pairs = zip(learned, ids)
-        for is_learned, run in groupby(pairs, key=lambda pair: pair[0]):
-            words = tokenizer.decode([token for _, token in run]).translate(PICTURES)
-            marked = words if colour or not is_learned else f"⟦{words}⟧"
-            text.append(marked, SUPERVISED if is_learned else CONTEXT)
-        text.append("\n")
-    if used < len(tokens):
-        text.append(f"{len(tokens) - used} x padding\n", PADDING)
-    return text
+    text.append(f"{batch.places[b]}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
+    # Neighbours that are both learned, or both not, together: a character may span tokens. What is
+    # not learned at the end is no input, and the batch does not hold it.
+    pairs = [(is_learned, token) for is_learned, token in zip(learned, ids) if token != IGNORE]
+    for is_learned, run in groupby(pairs, key=lambda pair: pair[0]):
+        words = tokenizer.decode([token for _, token in run]).translate(PICTURES)
+        marked = words if colour or not is_learned else f"⟦{words}⟧"
+        text.append(marked, SUPERVISED if is_learned else CONTEXT)
+    return text.append("\n")
 
 
 # ---- the commands --------------------------------------------------------------------------------
 
 
-def inspect_data(config: RunConfig, console: Console, show: int = 0) -> dict[str, Any]:
-    """Read the data of a run and print the report, the split, the lengths and the batches.
+def inspect_data(
+    config: RunConfig, console: Console, show: int = 0, html: str | None = None
+) -> dict[str, Any]:
+    """Read the data of a run and print the report, the split, the lengths and the run's length.
 
-    Then `show` rows as the model will see them. No weight is loaded.
+    Then `show` examples as the model will see them; `html` is a page with the same in colour. No
+    weight is loaded.
 
     Returns:
         Reports with every refusal, the split and the epoch, as JSON has it.
+
+    Raises:
+        ConfigError: the page cannot be written.
     """
     inputs = open_inputs(config, console, writes=False, weights=False)
-    batches = batches_of(inputs.train, inputs.config.data, inputs.config.training)
-    for report in inputs.reports:
-        source = f" of {report.source}" if len(inputs.reports) > 1 else ""
-        say(console, f"lengths{source}\n{histogram(report)}")
-    say(console, f"epoch     {epoch(batches)}")
-    if show:
-        console.print()
-        print_rows(batches, inputs.tokenizer, show, console)
+    training = inputs.config.training
+    batches = batches_of(inputs.train, inputs.config.data, training)
+    tokens = int((inputs.train.lengths - 1).sum())
+    length = RunLength.of(training, batches, len(inputs.train))
+
+    def describe(console: Console, show: int) -> None:
+        for report in inputs.reports:
+            source = f" of {report.source}" if len(inputs.reports) > 1 else ""
+            say(console, f"lengths{source}\n{histogram(report)}")
+        say(console, f"cost      {length}, {round(length.passes * tokens):,} tokens")
+        if show:
+            console.print()
+            print_rows(batches, inputs.tokenizer, show, console)
+
+    describe(console, show)
+    if html is not None:
+        page = Console(
+            record=True, file=io.StringIO(), width=100, color_system="truecolor", no_color=False
+        )
+        for report in inputs.reports:
+            say(page, f"data      {report}")
+        describe(page, show or EXAMPLES_OF_A_PAGE)
+        text = page.export_html().replace('<pre style="', '<pre style="white-space:pre-wrap;')
+        try:
+            user_path(html, "--html").write_text(text, "utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html: {html} cannot be written: {error.strerror}") from None
     return {
         "sources": [
             {**dataclasses.asdict(report), "read": report.read, "kept": report.kept}
             for report in inputs.reports
         ],
         "rows": inputs.sizes,
-        "tokens_per_epoch": int((inputs.train.lengths - 1).sum()),
+        "tokens_per_epoch": tokens,
+        "steps": length.steps,
+        "passes": length.passes,
     }
 
 
@@ -144,7 +152,6 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
         "supervised_tokens": total.tokens,
         "loss": total.nats / total.tokens,
     }
-    print_rows(batches, inputs.tokenizer, 1, console)
     say(
         console,
         "first     {examples} examples, {tokens:,} tokens, {supervised_tokens:,} of them to learn; "
@@ -157,6 +164,7 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
     say(console, f"length    {length}, about {duration(seconds)} at the planned speed")
     for warning in length.warnings:
         warn(console, warning)
+    print_rows(batches, inputs.tokenizer, EXAMPLES_OF_A_DRY_RUN, console)
     resumed = None if inputs.resumed is None else str(inputs.resumed)
     onward = "" if resumed is None else f", going on from {resumed}"
     say(

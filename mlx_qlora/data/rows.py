@@ -111,7 +111,8 @@ def likely_columns(row: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for field, likely in COLUMNS.items():
         column = next((names[name] for name in (field, *likely.split()) if name in names), None)
-        if isinstance(row.get(column), (list, tuple) if field == "messages" else str):
+        kind = (list, tuple) if field == "messages" else str
+        if column is not None and isinstance(row[column], kind):
             found[field] = column
     for needed, more in (
         (1, "messages system"),

@@ -29,14 +29,18 @@ INITS = re.compile(r"gaussian|olora|loftq|pissa(_niter_[1-9]\d*)?")
 class LoraConfig:
     """Which linears get an update, and of what shape; field names and meanings are PEFT's."""
 
-    r: int = option(16, "rank of the update")
-    lora_alpha: float = option(32, "the update is scaled by lora_alpha / r")
-    lora_dropout: float = option(0.1, "probability of dropping an input of lora_A, in [0, 1)")
+    r: int = option(
+        16,
+        "rank of the adapter, 1 or more: how much it can hold. 8 to 64 are usual; more, if the "
+        "validation loss still falls at the end",
+    )
+    lora_alpha: float = option(32, "the update is scaled by lora_alpha / r. Twice r is usual")
+    lora_dropout: float = option(0.1, "share of lora_A's inputs that are left out, in [0, 1)")
     target_modules: list[str] | str = option(
         ALL_SEVEN, 'names or path endings of linears, "all-linear", or one regex on the whole path'
     )
     layers_to_transform: list[int] | None = option(
-        None, "indices of the layers that get updates; null or an empty list means all"
+        None, "numbers of the layers that get updates, from 0. null or an empty list means all"
     )
     bias: str = option("none", "biases stay frozen", choices=("none",))
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")

@@ -46,7 +46,7 @@ AUTO_EVERY = f"a {PARTS}th of the run, at most {MOST_STEPS}"
 class CheckpointingConfig:
     """Where a run leaves its files, and when."""
 
-    output_dir: str = option("outputs", "folder for the adapter, the record and the checkpoints")
+    output_dir: str = option("outputs", "folder for the adapter, report and checkpoints")
     save_steps: int | str = option(
         "auto", f"write a checkpoint every this many steps; auto: {AUTO_EVERY}"
     )
@@ -63,7 +63,8 @@ class CheckpointingConfig:
         None, "stop after so many validations without a better loss; null never does"
     )
     resume_from_checkpoint: str = option(
-        "auto", "auto goes on from the newest checkpoint of the same run; none; or a folder"
+        "auto",
+        "auto, none or a checkpoint's folder to go on from. auto: the newest of the same run",
     )
 
     def __post_init__(self) -> None:

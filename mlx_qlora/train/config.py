@@ -31,22 +31,26 @@ class TrainingConfig:
     """How long and how fast to learn; names and defaults as Hugging Face users know them."""
 
     learning_rate: float | str = option(
-        2e-4, "the rate at the end of the warmup; auto: a rule of thumb from the model's width"
+        2e-4,
+        "rate after the warmup, or auto: by the model's width. A third of it if the loss jumps, "
+        "three times as much if it hardly falls",
     )
     lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
-    warmup_ratio: float = option(0.1, "share of the steps over which the rate grows from 0")
+    warmup_ratio: float = option(0.1, "share of the steps in which the rate grows, 0 to 1")
     warmup_steps: int | None = option(None, "the same as a number of steps; overrides warmup_ratio")
     num_train_epochs: float | None = option(
-        None, f"passes over the data; {USUAL_PASSES} if max_steps is not given either"
+        None,
+        f"passes over the data, above 0. {USUAL_PASSES} if max_steps is not given either; fewer, "
+        "if the validation loss rises while the training loss falls",
     )
     max_steps: int | None = option(None, "optimiser steps, instead of num_train_epochs")
     per_device_train_batch_size: int | str = option(
         "auto",
-        "examples in a micro-batch; auto: what makes a step of "
+        "examples in a micro-batch, 1 or more, or auto. That makes a step of "
         f"{FEWEST_EXAMPLES} to {MOST_EXAMPLES} examples, by how many there are",
     )
     gradient_accumulation_steps: int | str = option(
-        "auto", "micro-batches in an optimiser step; auto: what the batch size leaves, mostly 1"
+        "auto", "micro-batches in an optimiser step. auto: what the batch size leaves, mostly 1"
     )
     max_grad_norm: float | None = option(1.0, "clip the gradient to this norm; null never clips")
     weight_decay: float = option(0.01, "decoupled, on every LoRA matrix")

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_the_lengths_add_up_to_the_kept_rows(folder, tokenizer, tmp_path, capsys
     path = write_texts(tmp_path / "texts.jsonl", [*range(40), *[7] * 400])
     out = inspect(capsys, path, "--model", folder)
     lines = out.splitlines()
-    (end,) = [i for i, line in enumerate(lines) if line.startswith("split")]
+    (end,) = [i for i, line in enumerate(lines) if line.startswith("cost")]
     bars = lines[lines.index("lengths") + 1 : end]
     lengths = np.array([len(example) for example in as_read(path, tokenizer)])
     total, behind, longest = 0, 0, 0
@@ -141,23 +142,18 @@ def test_the_lengths_add_up_to_the_kept_rows(folder, tokenizer, tmp_path, capsys
     assert longest == 40
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
-def test_the_split_and_the_epoch_are_those_of_the_run(packing, folder, tokenizer, data, capsys):
-    words = ["--model", folder, "--max-length", 64, "training.per_device_train_batch_size=4"]
-    out = inspect(capsys, data, *words, f"data.packing={packing}")
-    parts = as_read(data, tokenizer).split([0.8, 0.1, 0.1], seed=0)
-    sizes = [len(part) for part in parts]
+def test_the_split_and_the_cost_are_those_of_the_run(folder, tokenizer, data, capsys):
+    words = ["--model", folder, "--max-length", 64, "data.split=[0.8, 0.1, 0.1]"]
+    words += ["training.per_device_train_batch_size=4", "--epochs", 2]
+    out = inspect(capsys, data, *words, "training.gradient_accumulation_steps=1")
+    train, *held_out = as_read(data, tokenizer).split([0.8, 0.1, 0.1], seed=0)
+    sizes = [len(train), *map(len, held_out)]
     assert sum(sizes) == 43 and min(sizes) > 0
     assert line_of(out, "split") == "{} train, {} validation, {} test".format(*sizes)
-    train = parts[0]
-    batches = make_batches(train, 4, packing=packing == "true", max_length=64)
-    tokens = sum(len(example) - 1 for example in train)
-    positions = sum(batch.tokens.size for batch in batches)
-    n_rows = sum(batch.tokens.shape[0] for batch in batches)
-    kind = "rows of 64 positions" if packing == "true" else "rows of their own width"
-    assert line_of(out, "epoch") == (
-        f"{tokens:,} tokens in {n_rows} {kind}, 4 to a batch; "
-        f"{tokens / positions:.1%} of the positions are used"
+    tokens = 2 * sum(len(example) - 1 for example in train)
+    assert line_of(out, "cost") == (
+        f"{-(-2 * len(train) // 4)} steps: 2.00 passes over {len(train)} examples, "
+        f"{tokens:,} tokens"
     )
 
 
@@ -209,48 +205,34 @@ def test_refused_rows_are_written_with_where_why_and_what(strict, folder, data, 
 
 # ---- rows as the model sees them ---------------------------------------------------------------
 
-TITLE = re.compile(r"^batch (\d+), row (\d+): (\d+) of (\d+) positions used\n", re.MULTILINE)
+
+def shown_examples(out: str, path: Any) -> list[tuple[int, int, int, str]]:
+    """(line, tokens, supervised, what is shown of it) for each example."""
+    title = re.compile(rf"^{re.escape(str(path))}:(\d+): (\d+) tokens, (\d+) supervised\n", re.M)
+    parts = title.split(out)[1:]
+    return [
+        (*map(int, parts[i : i + 3]), parts[i + 3].removesuffix("\n"))  # type: ignore[misc]
+        for i in range(0, len(parts), 4)
+    ]
 
 
-def shown_rows(out: str) -> list[tuple[list[int], str]]:
-    """(batch, row, used and width; what is shown of it) for each row."""
-    parts = TITLE.split(out)[1:]
-    return [([int(n) for n in parts[i : i + 4]], parts[i + 4]) for i in range(0, len(parts), 5)]
-
-
-@pytest.mark.parametrize("packing", ["true", "false"])
 @pytest.mark.parametrize("file", ["data", "chats"])
-def test_shown_rows_are_the_tokens_and_their_brackets_what_is_learned(
-    file, packing, folder, tokenizer, request, capsys
+def test_shown_examples_are_the_tokens_and_their_brackets_what_is_learned(
+    file, folder, tokenizer, request, capsys
 ):
     path = request.getfixturevalue(file)
     words = ["--model", folder, "--max-length", 256, "--show", 1000, "data.split=[1, 0, 0]"]
-    words += [f"data.packing={packing}", "training.per_device_train_batch_size=3"]
-    out = inspect(capsys, path, *words)
+    out = inspect(capsys, path, *words, "training.per_device_train_batch_size=3")
     examples = {example.line: example for example in as_read(path, tokenizer, 256)}
-    place = re.compile(rf"^{re.escape(str(path))}:(\d+): (\d+) tokens, (\d+) supervised\n", re.M)
-    rows = shown_rows(out)
-    seen = []
-    for (_, _, used, width), content in rows:
-        content, padding = re.fullmatch(
-            r"(.*?\n)(?:(\d+) x padding\n)?\n", content, re.DOTALL
-        ).groups()
-        assert int(padding or 0) == width - used
-        parts = place.split(content)
-        assert parts[0] == ""
-        lengths = []
-        for line, n, n_learned, text in zip(*(parts[i::4] for i in (1, 2, 3, 4))):
-            example = examples[int(line)]
-            assert (int(n), int(n_learned)) == (len(example), example.learned.sum())
-            assert text == bracketed(example, tokenizer) + "\n"
-            lengths.append(len(example) - 1)
-            seen.append(int(line))
-        assert sum(lengths) == used
-        assert len(lengths) == 1 or packing == "true"
-    assert sorted(seen) == sorted(examples)
-    assert (len(rows) < len(examples)) == (packing == "true")
-    places = [(batch, row) for (batch, row, _, _), _ in rows]
-    assert places == [(i // 3 + 1, i % 3 + 1) for i in range(len(rows))]
+    shown = shown_examples(out, path)
+    for line, n, n_learned, text in shown:
+        example = examples[line]
+        assert (n, n_learned) == (len(example), example.learned.sum())
+        assert text == bracketed(example, tokenizer) + "\n"
+    batches = make_batches(as_read(path, tokenizer, 256), 3)
+    in_order = [place for batch in batches for place in batch.places]
+    assert [f"{path}:{line}" for line, *_ in shown] == in_order
+    assert sorted(line for line, *_ in shown) == sorted(examples)
 
 
 def bracketed(example: Any, tokenizer: Tokenizer) -> str:
@@ -264,27 +246,39 @@ def bracketed(example: Any, tokenizer: Tokenizer) -> str:
     return text
 
 
-def test_as_many_rows_are_shown_as_asked_for(folder, data, capsys):
+def test_as_many_examples_are_shown_as_asked_for(folder, data, capsys):
     words = [data, "--model", folder, "--max-length", 64]
-    assert shown_rows(inspect(capsys, *words)) == []
-    for n in (1, 6, 7):  # a batch has 6
-        rows = shown_rows(inspect(capsys, *words, "--show", n))
-        assert [place[:2] for place, _ in rows] == [[i // 6 + 1, i % 6 + 1] for i in range(n)]
+    assert shown_examples(inspect(capsys, *words), data) == []
+    for n in (1, 6, 7):  # a batch has 4
+        assert len(shown_examples(inspect(capsys, *words, "--show", n), data)) == n
 
 
-def test_a_full_row_has_no_padding(folder, tmp_path, capsys):
-    path = write_texts(tmp_path / "full.jsonl", [63])
-    words = ["--model", folder, "--max-length", 65, "--show", 1, "data.split=[1, 0, 0]"]
-    ((place, content),) = shown_rows(inspect(capsys, path, *words))
-    assert place == [1, 1, 64, 64]
-    assert content == f"{path}:1: 65 tokens, 64 supervised\n<|bos|>⟦{'z' * 63}<|eos|>⟧\n\n"
+def test_the_page_has_the_same_in_colour(folder, chats, tmp_path, capsys):
+    page, words = tmp_path / "rows.html", [chats, "--model", folder, "data.split=[1, 0, 0]"]
+    out = inspect(capsys, *words, "--html", page)
+    assert shown_examples(out, chats) == []
+    html = page.read_text(encoding="utf-8")
+    text = unescape(re.sub(r"<[^>]+>", "", html[html.index("<code") :]))
+    for name in ("data", "cost"):
+        assert line_of(text, name) == line_of(out, name)
+    assert len(shown_examples(text, chats)) == 12  # all there are, below 50
+    assert "[bold]é[/bold] :smile:" in text and "⟦" not in text
+    styles = dict(re.findall(r"\.(r\d+) \{([^}]+)\}", html))
+    spans = re.findall(r'<span class="(r\d+)">([^<]+)</span>', html)
+    learned = {styles[name] for name, words in spans if "wer 0" in words}
+    context = {styles[name] for name, words in spans if "tokens," in words}
+    assert len(learned) == 1 and not learned & context and "bold" in learned.pop()
+    assert len(shown_examples(inspect(capsys, *words, "--show", 2, "--html", page), chats)) == 2
+    assert page.read_text(encoding="utf-8").count(" supervised") == 2 + 1
+    assert main(["inspect", *map(str, words), "--html", str(tmp_path)]) == 2
+    assert f"--html: {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def on_terminal(folder: Path, path: Path, color_system: Any, show: int) -> tuple[Console, Examples]:
     console = Console(force_terminal=True, color_system=color_system, file=io.StringIO(), width=90)
     values = {
         "model": {"source": str(folder)},
-        "data": {"path": str(path), "split": [1, 0, 0], "packing": False, "shuffle": False},
+        "data": {"path": str(path), "split": [1, 0, 0], "shuffle": False},
     }
     inspect_data(build(values), console, show)
     return console, read_examples(path, load_tokenizer(folder), DataConfig())
@@ -294,7 +288,7 @@ def test_a_colour_of_its_own_tells_what_is_learned(folder, tokenizer, chats):
     console, examples = on_terminal(folder, chats, "truecolor", show=2)
     shown = console.file.getvalue()
     assert "⟦" not in shown and "⟧" not in shown
-    text = Text.from_ansi(shown[shown.index("batch 1") :])
+    text = Text.from_ansi(shown[shown.index(f"{chats}:1:") :])
     coloured: dict[str, str] = {}
     for span in text.spans:
         style = str(span.style)
@@ -305,7 +299,6 @@ def test_a_colour_of_its_own_tells_what_is_learned(folder, tokenizer, chats):
     wanted = ["".join(decoded(e, tokenizer, e.learned) for e in examples[:2])]
     wanted += ["".join(decoded(e, tokenizer, ~e.learned) for e in examples[:2])]
     assert [coloured[style].replace("\n", "") for style in (learned, context)] == wanted
-    assert all("padding" not in coloured[style] for style in (learned, context))
 
 
 def decoded(example: Any, tokenizer: Tokenizer, where: np.ndarray) -> str:
@@ -389,12 +382,7 @@ def test_a_row_that_ends_in_context_is_shown_without_a_foreign_token(tokenizer):
     assert len(ids) == 4
     examples = Examples.of([Example(np.array(ids, np.int32), learned, 1)])
     # The last id is not learned and no input: a batch does not hold it.
-    assert first_row(examples, tokenizer) == (
-        "batch 1, row 1: 3 of 64 positions used\n"
-        "rows:1: 4 tokens, 2 supervised\n"
-        "<|bos|>⟦ab⟧\n"
-        "61 x padding\n\n"
-    )
+    assert first_row(examples, tokenizer) == ("rows:1: 4 tokens, 2 supervised\n<|bos|>⟦ab⟧\n\n")
 
 
 @pytest.mark.parametrize(

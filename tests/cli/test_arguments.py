@@ -1,5 +1,6 @@
 """Words become a config or a helpful message; help, printed configs and completion agree."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,24 +9,37 @@ import pytest
 from support.command_line import call, printed_json, python
 
 from mlx_qlora.cli import COMMANDS, completion_script, main
-from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml
+from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override
+from mlx_qlora.names import PRESETS
 
 # ---- help and printed configs ------------------------------------------------------------------
 
 
-def test_help_lists_every_field_with_its_default(capsys):
-    assert call("train", "--help") == 0
+def test_help_all_lists_every_field_with_its_default(capsys):
+    assert call("train", "--help-all") == 0
     shown = capsys.readouterr().out
     for section, config in SECTIONS.items():
         for field, value in vars(config()).items():
-            lines = [line for line in shown.splitlines() if f"  {section}.{field}  (" in line]
+            name = re.compile(rf"  {section}\.{field}(, --[\w-]+)?  \(")
+            lines = [line for line in shown.splitlines() if name.match(line)]
             assert len(lines) == 1, field
             assert lines[0].endswith(f"default {'null' if value is None else value})")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_the_fields_that_a_command_reads_and_no_others(command, capsys):
+def test_the_help_of_a_command_fits_two_screens_and_says_what_things_are(
+    command, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
     assert call(command, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 48 and max(map(len, lines)) <= 80
+    assert not any("short for" in line or "SUPPRESS" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if COMMANDS[name].sections])
+def test_help_all_shows_the_fields_that_a_command_reads_and_no_others(command, capsys):
+    assert call(command, "--help-all") == 0
     shown = capsys.readouterr().out
     for section in SECTIONS:
         assert (f"\n{section}:\n" in shown) == (section in COMMANDS[command].sections)
@@ -72,6 +86,87 @@ def test_both_module_names_are_the_command_line(capsys):
     assert len(wrong.stderr.splitlines()) == 1
 
 
+# ---- other names of a field, and presets ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("train --epochs 2", "training.num_train_epochs", 2),
+        ("train --lora-r 8", "lora.r", 8),
+        ("train --lora_rank=8", "lora.r", 8),
+        ("train --rank 8", "lora.r", 8),
+        ("train --lr 1e-4", "training.learning_rate", 1e-4),
+        ("plan --lr 1e-4 --lora-r 4", "training.learning_rate", 1e-4),
+        ("train --warmup-ratio 0.2", "training.warmup_ratio", 0.2),
+        ("train --warmup 7", "training.warmup_steps", 7),
+        ("train --resume", "checkpointing.resume_from_checkpoint", "auto"),
+        ("train --resume none", "checkpointing.resume_from_checkpoint", "none"),
+        ("train --resume-from-checkpoint none", "checkpointing.resume_from_checkpoint", "none"),
+        ("train --use-dora --max_steps 3", "lora.use_dora", True),
+        ("train --use_dora false", "lora.use_dora", False),
+        ("train --model_name_or_path 007", "model.source", "007"),
+        ("train --load_in_4bit false", "model.bits", None),
+        ("train --load-in-8bit", "model.bits", 8),
+        ("train --optim adamw_torch --mask-prompt", "data.train_on", "response"),
+        ("train --train-on-inputs", "data.train_on", "all"),
+        ("train lora.rank=8", "lora.r", 8),
+        ("train training.lr=1e-4", "training.learning_rate", 1e-4),
+        ("generate --temp 0.5", "generation.temperature", 0.5),
+        ("sweep --learning-rate 1e-4", "training.learning_rate", 1e-4),
+        ("inspect --columns {instruction:q,output:a}", "data.columns", None),
+    ],
+)
+def test_a_field_is_set_by_any_of_its_names(line, field, value, capsys):
+    words = [*line.split(), "--print-config", "--json"]
+    if "--columns" in words:
+        words[2], value = "{instruction: q, output: a}", {"instruction": "q", "output": "a"}
+    assert main(words) == 0
+    section, _, name = field.partition(".")
+    assert printed_json(capsys)[section][name] == value
+
+
+def test_a_field_by_another_name_is_noted_beside_what_is_printed(capsys):
+    assert main(["train", "--optim", "adamw_8bit", "--lr", "1e-4", "--print-config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# optim=adamw_8bit changes nothing; it is always AdamW, in float32"
+    assert lines[1] == "# lr is training.learning_rate"
+    assert main(["plan", "--lr", "1e-4", "--model", "smollm2-136m"]) == 2
+    assert capsys.readouterr().err.startswith("note      lr is training.learning_rate\n")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_its_fields_and_nothing_that_is_given(name, capsys, tmp_path):
+    fields = [field.partition("=")[0] for field in PRESETS[name][1].split()]
+    assert main(["train", "--preset", name, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"# preset {name}, {PRESETS[name][0]}: ")
+    assert all(f"{field}=" in printed.splitlines()[0] for field in fields)
+    (tmp_path / "printed.yaml").write_text(printed)
+    config = build(read_yaml(tmp_path / "printed.yaml"))
+    assert config == build(preset_values(name)) != RunConfig()
+    first, *_ = fields
+    assert main(["train", "--preset", name, f"{first}=3", "--print-config"]) == 0
+    assert f"{first}=" not in capsys.readouterr().out.splitlines()[:1]
+
+
+def preset_values(name):
+    values = {}
+    for field in PRESETS[name][1].split():
+        set_override(values, field)
+    return values
+
+
+def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
+    for words, field in (
+        (["--max-steps", "5"], "num_train_epochs: null"),
+        (["--lora-r", "4"], "lora_alpha: 32"),
+        (["--adapter", "other"], "r: 16"),
+    ):
+        assert main(["train", "--preset", "knowledge", *words, "--print-config"]) == 0
+        assert f"  {field}\n" in capsys.readouterr().out
+
+
 # ---- words that are wrong or in the wrong place ------------------------------------------------
 
 
@@ -90,14 +185,17 @@ def test_both_module_names_are_the_command_line(capsys):
         ("inspect lora.r=3", "inspect reads no field of lora; it reads those of model"),
         ("plan generation.top_k=3", "plan reads no field of generation; it reads those of model"),
         ("merge --output-dir m data.path=x", "merge reads no field of data; it reads those of m"),
-        ("train --lr 1e-4", "did you mean --learning-rate?"),
-        ("train --epochs 3", "did you mean training.num_train_epochs=VALUE?"),
-        ("train --rank 8", "did you mean lora.r=VALUE?"),
-        ("plan --lr 1e-4", "did you mean training.learning_rate=VALUE?"),
+        ("train --epoch 3", "--epoch; did you mean --epochs?"),
+        ("train --scale 20", "--scale; did you mean lora.lora_alpha (scale x lora.r)?"),
+        ("train --lr fast", "training.learning_rate must be a number or auto; got 'fast'"),
+        ("train --optimizer lion", "optimizer may be adamw or adamw_torch or "),
+        ("train --epoch 3 --lora_s 2", "--epoch; did you mean --epochs?, --lora_s; did you mean"),
+        ("train --preset tiny", "invalid choice: 'tiny'"),
         ("train --batch-sise 8", "did you mean --batch-size?"),
-        ("train --lora-dropuot 0", "did you mean lora.lora_dropout=VALUE?"),
-        ("train lora.rank=8", "unknown field lora.rank; did you mean lora.r?"),
-        ("train training.epochs=8", "did you mean training.num_train_epochs?"),
+        ("train --lora-dropuot 0", "did you mean --lora-dropout?"),
+        ("train lora.rnk=8", "unknown field lora.rnk; did you mean lora.r?"),
+        ("train training.epoch=8", "did you mean training.num_train_epochs?"),
+        ("train lora.rnk=8 data.pth=x", "2 names are unknown:\n  unknown field lora.rnk; did"),
         ("train learning_rate=1e-4", "did you mean training.learning_rate=1e-4?"),
         ("train lr=1e-4", "did you mean training.learning_rate=1e-4?"),
         ("train rows.jsonl", "for a file of rows pass --data rows.jsonl"),

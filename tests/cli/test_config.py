@@ -8,7 +8,6 @@ import pytest
 
 from mlx_qlora.config import (
     SECTIONS,
-    USUAL_WORDS,
     RunConfig,
     build,
     read_yaml,
@@ -17,6 +16,7 @@ from mlx_qlora.config import (
     to_yaml,
 )
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.names import FIELD_OF, INSTEAD, MEANINGS, translate
 
 # Every field with a value that is legal and not its default.
 OTHER: dict[str, dict[str, Any]] = {
@@ -49,6 +49,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "validation_path": "v.jsonl",
         "test_path": "1e5",
         "split": [0.5, 0.25, 0.25],
+        "columns": {"text": "body"},
+        "system": "Be brief: # no more.",
         "format": "text",
         "train_on": "all",
         "max_length": 77,
@@ -317,8 +319,134 @@ def test_a_path_is_kept_as_it_is_typed(path):
     assert build(values).data.path == "quoted"
 
 
-def test_the_usual_words_name_real_fields_and_are_none():
-    for word, place in USUAL_WORDS.items():
-        section, field = place.split(".")
-        assert field in {f.name for f in dataclasses.fields(SECTIONS[section])}, word
-        assert not any(hasattr(config(), word) for config in SECTIONS.values()), word
+# ---- names of other trainers -------------------------------------------------------------------
+
+
+def written(tmp_path: Path, text: str) -> tuple[RunConfig, list[str]]:
+    """The config of a file, and the notes on its names."""
+    (tmp_path / "run.yaml").write_text(text)
+    notes: list[str] = []
+    return build(read_yaml(tmp_path / "run.yaml", notes)), notes
+
+
+def test_the_other_names_name_real_fields_and_are_none():
+    own = {name for _, name in FIELDS}
+    assert len(own) == len(FIELDS)  # so that a name alone says which field it is
+    for word, place in FIELD_OF.items():
+        section, _, field = place.partition(".")
+        assert section in SECTIONS, word
+        assert not field or (section, field) in FIELDS, word
+        assert word not in own, word
+    for word, (place, meanings) in MEANINGS.items():
+        for value, ours in meanings.items():
+            if ours is not ...:
+                section, _, field = place.partition(".")
+                build({section: {field: ours}})
+            translate(word, value)
+    assert INSTEAD.keys().isdisjoint(own | FIELD_OF.keys())
+
+
+def test_a_file_of_the_usual_names_is_read_with_a_note_of_what_each_is_here(tmp_path):
+    config, notes = written(
+        tmp_path,
+        "training:\n  optimizer: adamw_torch_fused\n  lr_scheduler: cosine\n  gradient_clip: 0.5\n"
+        "  learning_rate: 2e-4\n  max_steps: 1000\n  warmup_steps: 100\n"
+        "  per_device_train_batch_size: 6\n  gradient_accumulation_steps: 3\n"
+        "lora: {r: 16, lora_alpha: 32, lora_dropout: 0.1, bias: none}\n"
+        "generation: {max_new_tokens: 512, temperature: 0.7, top_p: 0.9, top_k: 50}\n",
+    )
+    assert notes == [
+        "optimizer=adamw_torch_fused changes nothing; it is always AdamW, in float32",
+        "lr_scheduler is training.lr_scheduler_type",
+        "gradient_clip is training.max_grad_norm",
+    ]
+    training = config.training
+    assert (training.lr_scheduler_type, training.max_grad_norm) == ("cosine", 0.5)
+    assert (training.max_steps, training.warmup_steps) == (1000, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (  # mlx-lm
+            "model: org/base\ndata: rows\nbatch_size: 4\niters: 600\nlearning_rate: 1e-5\n"
+            "steps_per_report: 5\nsteps_per_eval: 50\nsave_every: 100\nmax_seq_length: 1024\n"
+            "grad_checkpoint: true\ngrad_accumulation_steps: 2\nmask_prompt: true\nseed: 3\n"
+            "train: true\nfine_tune_type: dora\noptimizer: adamw\nproject_name: mine\n"
+            "lora_parameters: {rank: 4, dropout: 0.0, keys: [q_proj]}\n",
+            {
+                "model": {"source": "org/base"},
+                "data": {"path": "rows", "max_length": 1024, "train_on": "response"},
+                "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
+                | {"use_dora": True},
+                "training": {"per_device_train_batch_size": 4, "max_steps": 600, "seed": 3}
+                | {"learning_rate": 1e-5, "gradient_checkpointing": True}
+                | {"gradient_accumulation_steps": 2},
+                "checkpointing": {"eval_steps": 50, "save_steps": 100},
+                "logging": {"logging_steps": 5, "project": "mine"},
+            },
+        ),
+        (  # Axolotl
+            "base_model: org/base\nload_in_8bit: false\nload_in_4bit: true\nsequence_len: 512\n"
+            "sample_packing: true\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
+            "micro_batch_size: 2\nnum_epochs: 1\noptimizer: adamw_bnb_8bit\nlr_scheduler: cosine\n"
+            "bf16: auto\ntrain_on_inputs: false\nwarmup_ratio: 0.2\noutput_dir: there\n",
+            {
+                "model": {"source": "org/base", "bits": 4, "dtype": "auto"},
+                "data": {"max_length": 512, "packing": True, "train_on": "response"},
+                "lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+                "training": {"per_device_train_batch_size": 2, "num_train_epochs": 1}
+                | {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2},
+                "checkpointing": {"output_dir": "there"},
+            },
+        ),
+        (  # LLaMA-Factory, TRL, Unsloth
+            "stage: sft\ndo_train: true\nfinetuning_type: lora\n"
+            "model_name_or_path: org/base\ncutoff_len: 64\nlora_rank: 8\nlora_target: all\n"
+            "default_system: Be brief.\npreprocessing_num_workers: 3\nmax_steps: 9\n"
+            "random_state: 5\nrun_name: one\ncompletion_only_loss: true\nfp16: false\n",
+            {
+                "model": {"source": "org/base"},
+                "data": {"max_length": 64, "system": "Be brief.", "num_workers": 3}
+                | {"train_on": "response"},
+                "lora": {"r": 8, "target_modules": "all-linear"},
+                "training": {"max_steps": 9, "seed": 5},
+                "logging": {"run_name": "one"},
+            },
+        ),
+    ],
+)
+def test_files_of_other_trainers_are_understood(text, wanted, tmp_path):
+    assert written(tmp_path, text)[0] == build(wanted)
+
+
+def test_our_own_names_are_read_without_a_note(tmp_path):
+    assert written(tmp_path, to_yaml(build(dict(OTHER, training={"max_steps": 4}))))[1] == []
+
+
+def test_all_unknown_names_are_told_at_once_each_with_its_nearest(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        written(tmp_path, "lora: {rnk: 3, scale: 20}\nsav_steps: 3\ntrainng: {a: 1}\nzzz: 5\n")
+    assert str(caught.value).splitlines() == [
+        "5 names are unknown:",
+        "  unknown field lora.rnk; did you mean lora.r?",
+        "  unknown field lora.scale; did you mean lora.lora_alpha (scale x lora.r)?",
+        "  unknown field sav_steps; did you mean checkpointing.save_steps?",
+        "  unknown field zzz; see --help-all",
+        "  unknown section 'trainng'; did you mean 'training'?; sections are model, lora, data, "
+        "training, checkpointing, logging, generation",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {lr: 1e-4, learning_rate: 2e-4}", "training.learning_rate is given twice"),
+        ("mask_prompt: true\ndata: {train_on: all}", "data.train_on is given twice"),
+        ("optimizer: lion", "optimizer may be adamw or .* got 'lion'; it is always AdamW"),
+        ("training: {lora_r: 8}", "unknown field training.lora_r; did you mean lora.r?"),
+    ],
+)
+def test_a_name_that_cannot_be_followed_is_refused(text, words, tmp_path):
+    with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
+        written(tmp_path, text)

@@ -142,6 +142,11 @@ CASES: dict[str, list[Case]] = {
     "data.validation_path": [Case("{more}", "validated", "batches adapter")],
     "data.test_path": [Case("{more}", "tested", "batches adapter")],
     "data.split": [Case([0.5, 0.3, 0.2], "batches validated tested", base=TESTED)],
+    "data.columns": [
+        Case({"instruction": "input", "input": "instruction"}, "batches"),
+        Case({"instruction": "question"}, error="no usable row in"),
+    ],
+    "data.system": [Case("Be brief.", "batches", base={"model.source": "{chat}"})],
     "data.format": [Case("text", "batches", base={"data.path": "{both}"})],
     "data.template": [
         Case("chat", "batches", base={"model.source": "{chat}"}),

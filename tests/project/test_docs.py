@@ -58,6 +58,13 @@ def test_the_field_reference_is_current():
     assert (ROOT / "docs" / "fields.md").read_text(encoding="utf-8") == page, "run `make docs`"
 
 
+@pytest.mark.parametrize("page", ["migration.md", "how-to/choose-settings.md"])
+def test_the_names_of_other_trainers_and_the_presets_are_current(page):
+    filled = runpy.run_path(str(ROOT / "docs" / "make_fields.py"))["filled"]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert "<!-- end -->" in text and filled(text) == text, "run `make docs`"
+
+
 def test_the_references_are_current():
     made = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
     for name, page in (("cli", made["cli_page"]()), ("python", made["python_page"]())):
@@ -373,7 +380,7 @@ def test_the_reader_notices_a_wrong_page(sandbox, trained, monkeypatch):
     """The control: what is wrong in a page is found, and not passed over."""
     reader = Reader(trained, monkeypatch)
     assert reader.does(Step("shell", "mlx-qlora plan --model smollm2-135m --bathc 8", 1))
-    assert reader.does(Step("shell", "mlx-qlora plan --model smollm2-135m lora.rank=8", 1))
+    assert reader.does(Step("shell", "mlx-qlora plan --model smollm2-135m lora.rnk=8", 1))
     assert reader.does(Step("shell", "mlx-qlora inspect nowhere.jsonl --model smollm2-135m", 1))
     assert reader.does(Step("inline", "mlx-qlora tarin", 1))
     assert reader.does(Step("python", "mq.nothing", 1))

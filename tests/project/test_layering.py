@@ -18,6 +18,7 @@ ORDER = [
     {"adapters"},
     {"train"},
     {"infer"},
+    {"names"},
     {"config", "loading", "run"},
     {"before"},
     {"after"},
