@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; wrong ones exit with 2, as argparse does."""
     from mlx_qlora.errors import did_you_mean
 
-    parser = make_parser()
+    parser = make_parser("--help-all" in argv)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or "; see mlx-qlora --help"
         parser.error(f"there is no command {argv[0]!r}{near}")
@@ -143,8 +143,8 @@ def _as_word(flag: str) -> str:
     return flag.split("=")[0].lstrip("-").replace("-", "_")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
+    """The parser of all commands, with help on all of their fields if asked for."""
     parser = argparse.ArgumentParser(
         prog="mlx-qlora", description="Fine-tune Llama models with QLoRA, in pure MLX."
     )
@@ -170,6 +170,8 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true", help=ends)
         if about.sections:
             _add_fields(about, command)
+            if all_fields:
+                command.epilog = "fields:" + "\n".join(map(_section_help, about.sections))
     return parser
 
 
@@ -182,24 +184,13 @@ class _Field(argparse.Action):
         args.named = [*getattr(args, "named", []), f"{place}={value}"]
 
 
-class _HelpAll(argparse.Action):
-    """Prints the help of a command with every field of its sections, which are the `const`."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        assert self.const is not None
-        parser.epilog = "fields:" + "\n".join(map(_section_help, self.const))
-        parser.print_help()
-        parser.exit()
-
-
 def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
     """The ways to set a field."""
     from mlx_qlora.config import SECTIONS, field_words
     from mlx_qlora.names import PRESETS
 
-    everything: dict[str, Any] = {"dest": argparse.SUPPRESS, "nargs": 0, "const": about.sections}
     shown = "this, and every field with its meaning"
-    command.add_argument("--help-all", action=_HelpAll, **everything, help=shown)
+    command.add_argument("--help-all", action="help", help=shown)
     group = command.add_argument_group("fields")
     for flag in about.shorthands:
         field, value = SHORTHANDS[flag]
@@ -339,12 +330,7 @@ def completion_script(shell: str) -> str:
 
     from mlx_qlora.config import SECTIONS
 
-    names = [
-        f"{section}.{field.name}="
-        for section, config in SECTIONS.items()
-        for field in dataclasses.fields(config)
-    ]
-    words = " ".join(names)
+    words = " ".join(f"{s}.{field}=" for s in SECTIONS for field in SECTIONS[s].__annotations__)
     preamble = {
         # No space behind `field=`; words are compared from their beginning.
         "bash": "_mlx_qlora_fields() {\n"

@@ -26,7 +26,7 @@ from mlx_qlora.train.score import score
 
 BAR = 40  # characters of the longest bar
 EXAMPLES_OF_A_DRY_RUN, EXAMPLES_OF_A_PAGE = 2, 50
-SUPERVISED, CONTEXT, NOTE = "bold green", "default", "dim cyan"
+SUPERVISED, CONTEXT, NOTE = "bold green", "default", "cyan"
 # Signs that a terminal would swallow or turn into spaces are shown as their Unicode pictures.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {127: 0x2421}
 PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # some terminals act on these, too

@@ -281,11 +281,16 @@ class DataReport:
         self.histogram = [(i * step + 1, (i + 1) * step, n) for i, n in enumerate(counts)]
 
     def refusals(self, most: int = SHOWN) -> str:
-        """The refused rows, one per line, with the file's name if there are several."""
+        """The refused rows, a line for each reason, with the file's name if there are several."""
         lines = []
         for file in self.files:
             where = f"{file.name}, {file.unit}" if len(self.files) > 1 else file.unit
-            lines += [f"{where} {line}: {why}" for line, why in file.refused]
+            rows: dict[str, list[int]] = {}
+            for line, why in file.refused:
+                rows.setdefault(why, []).append(line)
+            for why, (first, *others) in rows.items():
+                more = f" and {len(others):,} more" if others else ""
+                lines.append(f"{where} {first}{more}: {why}")
         return listing(lines, most)
 
     def __str__(self) -> str:

@@ -32,7 +32,7 @@ from mlx_qlora.data.examples import (
 from mlx_qlora.data.files import RowFile, find_files, parse, raw_rows, user_path
 from mlx_qlora.data.rows import COLUMNS, FORMATS, ROW_DATE, Template, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError, DataError, check_choices, did_you_mean, option, require
+from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
 from mlx_qlora.model.llama import LlamaConfig
 
 PEEKED = 100  # rows that are looked at to find a file's format
@@ -104,9 +104,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_choices("data", self)
-        for field in self.columns.keys() - COLUMNS.keys():
-            near = did_you_mean(field, COLUMNS)
-            raise ConfigError(f"data.columns knows {', '.join(COLUMNS)}; got {field!r}{near}")
+        rule = f"name some of {', '.join(COLUMNS)}"
+        require(self.columns.keys() <= COLUMNS.keys(), "data.columns", rule, self.columns)
         require(self.system != "", "data.system", "not be empty", self.system)
         require(self.max_length >= 2, "data.max_length", "be at least 2", self.max_length)
         if self.split != "auto":

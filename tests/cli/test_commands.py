@@ -12,6 +12,7 @@ import mlx_qlora as mq
 from mlx_qlora.cli import COMMANDS, main
 from mlx_qlora.commands import RUN
 from mlx_qlora.config import SECTIONS, build, read_yaml
+from mlx_qlora.loading import as_taught
 from mlx_qlora.model.lora import trainable_count
 
 
@@ -216,3 +217,23 @@ def test_an_adapter_is_used_with_the_settings_of_its_run_but_for_what_is_typed(
     assert main([*use, "--model", "org/other"]) == 0
     config = printed_json(capsys)
     assert (config["model"]["source"], config["generation"]["top_k"]) == ("org/other", 50)
+
+
+# ---- a system message of the data ----------------------------------------------------------------
+
+
+def test_a_model_is_asked_with_the_system_message_that_its_rows_had(chat_folder, tmp_path, capsys):
+    words = ["generate", "--model", str(chat_folder), "--seed", "1", "model.bits=null", "--json"]
+    words += ["--instruction", "Say", "generation.max_new_tokens=8", "data.system=Be brief."]
+    assert main(words) == 0
+    answer = printed_json(capsys)["text"]
+    model, tokenizer = mq.load(chat_folder)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say"}]
+    assert answer == mq.generate(model, tokenizer, turns, seed=1, max_new_tokens=8)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "run.yaml").write_text("data: {system: Be brief., template: chat}\n")
+    for system, wanted in ((None, "Be brief."), ("Be long.", "Be long.")):
+        values = {"model": {"adapter": str(adapter)}, "data": {"system": system}}
+        data = as_taught(build(values), tokenizer)[0].data
+        assert (data.system, data.template) == (wanted, "chat")

@@ -689,6 +689,18 @@ def test_a_file_that_was_moved_is_known_by_its_content_and_named_as_it_is_now(
     assert {e.file for e in first} == {str(path)}
 
 
+def test_rows_that_are_refused_for_one_reason_take_one_line(tokenizer: Tokenizer) -> None:
+    bad = [{"question": "a", "answer": "b"}, {"text": 1}]
+    report = read_examples([*rows(1), *bad * 3, {"instruction": " "}], tokenizer).report
+    shown = report.refusals().splitlines()
+    assert len(report.refused) == 7 and len(shown) == 3
+    assert shown[0].startswith("  row 2 and 2 more: field 'instruction' is missing; data.columns=")
+    assert shown[1:] == [
+        "  row 3 and 2 more: field 'instruction' is missing",
+        "  row 8: field 'instruction' is empty",
+    ]
+
+
 # ---- columns and system messages -----------------------------------------------------------------
 
 
@@ -741,7 +753,7 @@ def test_a_system_message_is_written_before_each_row_without_one(
 
 
 def test_columns_that_no_format_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.columns knows messages.*got 'ouput'.*'output'"):
+    with pytest.raises(ConfigError, match=r"data\.columns must name some of messages.*'ouput'"):
         DataConfig(columns={"ouput": "answer"})
     with pytest.raises(ConfigError, match=r"data\.system must not be empty"):
         DataConfig(system="")
