@@ -201,7 +201,7 @@ def packing() -> str:
     body.append(text(left + 21.5 * cell, top + (start + 1.2) * cell, "never computed at all"))
     bottom = top + (start + 2) * cell
     body.append(text(left, bottom + 16, "One axis of the engine, position by position.", "small"))
-    return card(720, bottom + 30, "Attention and labels of three documents that lie end to end", body)
+    return card(720, bottom + 30, "Attention and labels of three documents end to end", body)
 
 
 def schedule() -> str:

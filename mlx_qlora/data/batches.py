@@ -94,7 +94,8 @@ def make_batches(
 def evaluation_batches(examples: Examples, batch_size: int | None = None) -> "Batches":
     """Examples in their own order; if no number is given, as many as keep the device busy."""
     at_once = device.current().chunk_positions // max(1, int(examples.lengths.mean()))
-    return make_batches(examples, batch_size or max(1, at_once), shuffle=False)
+    size = max(1, at_once) if batch_size is None else batch_size
+    return make_batches(examples, size, shuffle=False)
 
 
 @dataclass(eq=False, repr=False)

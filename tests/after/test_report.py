@@ -291,7 +291,8 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
     write_model(tmp_path / "model")
     values = {
         "model": {"source": str(tmp_path / "model"), "bits": None},
-        "data": {"path": str(write_rows(tmp_path / "rows.jsonl", 60)), "max_length": 64},
+        "data": {"path": str(write_rows(tmp_path / "rows.jsonl", 60)), "max_length": 64,
+                 "split": [0.8, 0.1, 0.1]},
         "training": {"max_steps": 8, "warmup_steps": 2, "learning_rate": 1e-2,
                      "gradient_accumulation_steps": 1},
         "checkpointing": {"output_dir": str(tmp_path / "out"), "eval_steps": 2},

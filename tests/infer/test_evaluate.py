@@ -8,10 +8,10 @@ from support.models import our_logits, randomise_lora
 from support.tiny_folder import write_model
 
 import mlx_qlora as mq
+from mlx_qlora.data.batches import evaluation_batches
 from mlx_qlora.data.examples import Example
 from mlx_qlora.infer import evaluate as of_evaluate
 from mlx_qlora.infer.evaluate import score_examples
-from mlx_qlora.train.config import batches_of
 from mlx_qlora.train.score import score
 
 ROWS = [
@@ -104,7 +104,7 @@ def test_the_loss_is_the_trainer_s_and_that_of_torch_and_peft(tmp_path):
     mq.save_adapter(model, tmp_path / "a", base_model_name_or_path=str(base))
     examples = mq.read_examples(ROWS, tokenizer, mq.DataConfig())
     ours = score_examples(model, tokenizer, examples)
-    held_out = batches_of(examples, mq.DataConfig(), mq.TrainingConfig())
+    held_out = evaluation_batches(examples)
     trainer = score(model, held_out)  # what `train.loop` takes its validation loss from
     assert trainer.tokens == ours.tokens.sum()
     assert ours.nats.sum() / ours.tokens.sum() == pytest.approx(

@@ -45,7 +45,7 @@ KINDS = {
         *("checkpointing.early_stopping_patience=1", "checkpointing.load_best_model_at_end=true"),
     ),
     "poisoned": (),
-    "epoch": ("training.max_steps=null", "training.num_train_epochs=1"),
+    "epoch": ("training.max_steps=null", "training.num_train_epochs=1.02"),
     "large": ("lora.r=512", "training.max_steps=4", "checkpointing.save_steps=9"),
     "wide": ("training.per_device_train_batch_size=3",),
     "tested": SPLIT,
@@ -220,10 +220,10 @@ def test_the_runs_that_are_compared_are_what_they_are_meant_to_be(place, alone, 
     assert [record["step"] for record in skipped] == [POISONED_ROW // 6 + 1]
     parts = [[each["parts"] for each in alone[name] + two[name]] for name in ("plain", "wide")]
     assert parts == [[1, 1, 1], [2, 2, 2]]
-    # The last step of the pass has rows for some processes only.
+    # The last step has rows for some processes only.
     epoch = recorded(place.output("epoch", 1))[-1]
     rows = json.loads((checkpoints(place.output("epoch", 1))[-1] / "resume_state.json").read_text())
-    assert epoch["epoch"] == 1 and rows["rows"] % 6 in (1, 2), rows["rows"]
+    assert epoch["epoch"] == 49 / 48 and rows["rows"] == 49
 
 
 @pytest.mark.parametrize("n", [2, 3])
