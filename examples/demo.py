@@ -61,10 +61,10 @@ def main() -> int:
     plan = mq.plan(MODEL, config)
     console.print(str(plan), highlight=False)
 
-    before, texts_before = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
-    console.print(f"before    test loss {before.loss:.3f}")
     result = mq.fine_tune(model, tokenizer, train, validation[:VALIDATION_ROWS], config)
     after, texts_after = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
+    with mq.disabled(model):  # the base is frozen: this is what it was before
+        before, texts_before = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
 
     samples = []
     for example, old, new in zip(test, texts_before, texts_after):

@@ -21,9 +21,10 @@ from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, save_gguf_adapter, sa
 from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.adapters.peft import save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
+from mlx_qlora.after.screen import shown
 from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
 from mlx_qlora.distributed import launched, processes
-from mlx_qlora.errors import ConfigError, UserError, require, say
+from mlx_qlora.errors import ConfigError, UserError, require, say, size
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
@@ -146,7 +147,8 @@ def run_command(args: argparse.Namespace) -> JsonObject:
         return None
     for note in notes:  # beside what the command prints, which may be an answer
         say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
-    return RUN[args.command](config, console, args)
+    with shown(console):
+        return RUN[args.command](config, console, args)
 
 
 def _train_together(console: Console, args: argparse.Namespace) -> JsonObject:
@@ -314,8 +316,8 @@ def _target(folder: str) -> Path:
 
 def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
-    for path, size in pushed.files:
-        say(console, f"{size / 1e6:10.2f} MB  {path}")
+    for path, n_bytes in pushed.files:
+        say(console, f"{size(n_bytes):>13}  {path}")
     say(console, f"pushed    {pushed.url}" if pushed.url else f"would go to {args.repo_id}")
     return dataclasses.asdict(pushed)
 

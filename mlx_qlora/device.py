@@ -292,6 +292,15 @@ APPLE = {
     **{"m5": 13.0, "m5-max": 57.0},
 }
 NVIDIA = {"a100": 250.0, "h100": 798.0, "h200": 798.0}
+# GB that each is sold with, for those who name a chip alone.
+MEMORY = {
+    **{"m1": "8, 16", "m1-pro": "16, 32", "m1-max": "32, 64", "m1-ultra": "64, 128"},
+    **{"m2": "8, 16, 24", "m2-pro": "16, 32", "m2-max": "32, 64, 96", "m2-ultra": "64, 128, 192"},
+    **{"m3": "8, 16, 24", "m3-pro": "18, 36", "m3-max": "36, 48, 64, 96, 128"},
+    **{"m3-ultra": "96, 256, 512", "m4": "16, 24, 32", "m4-pro": "24, 48, 64"},
+    **{"m4-max": "36, 48, 64, 128", "m5": "16, 24, 32", "m5-max": "36, 48, 64, 128"},
+    **{"a100": "40, 80", "h100": "80", "h200": "141"},
+}
 SMALL_MAC = 36e9  # macOS gives a process 2/3 of so little memory, else 3/4 (iogpu.wired_limit_mb)
 PROBE = 1024  # rows and columns of the product that measures this machine
 UNCACHED = 1 << 25  # numbers of an array that no cache holds
@@ -351,6 +360,9 @@ def machine(name: str | None) -> Machine:
         return Machine(name.lower(), METAL, int(memory * share), 1)
     if chip in NVIDIA and gigabytes:
         return Machine(name.lower(), CUDA, int(memory * 0.95), 1)
+    if sizes := MEMORY.get(name.lower()):
+        first = f"{name.lower()}-{sizes.partition(',')[0]}"
+        raise ConfigError(f"--machine: {name!r} lacks its memory, like {first}; GB: {sizes}")
     chips = [*APPLE, *NVIDIA]
     raise ConfigError(
         f"--machine: {name!r} is not CHIP-GB, like m4-max-64{did_you_mean(chip, chips)}; "

@@ -6,6 +6,8 @@ Everything imports this file, and it imports nothing of ours.
 import copy
 import dataclasses
 import difflib
+import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +106,22 @@ def require(holds: bool, field: str, rule: str, got: Any) -> None:
 
 
 def say(console: "Console", text: str) -> None:
-    """Print a line as it is, not wrapped at 80 columns where there is no terminal."""
+    """Print a line: as it is where there is no terminal, else folded between words."""
+    if console.is_terminal:
+        text = "\n".join(fold(line, console.width) for line in text.split("\n"))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def fold(line: str, width: int) -> str:
+    """A line in lines of fewer characters, below what follows its label; no word is broken."""
+    if len(line) < width:
+        return line
+    label = re.match(r"\S+(?: \S+)? {2,}| *", line)
+    indent = label.end() if label else 0
+    words = textwrap.TextWrapper(
+        width - 1, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return words.fill(line)
 
 
 def warn(console: "Console", text: str) -> None:
@@ -123,4 +139,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} seconds"
     if seconds < 2 * 3600:
         return f"{seconds / 60:.1f} minutes"
-    return f"{seconds / 3600:.1f} hours"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 86400:.1f} days"
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes in GB, the one unit for them; 1 GB is 10^9 bytes."""
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 5e6 else "under 0.01 GB"

@@ -353,14 +353,13 @@ def _run(
     with ExitStack() as stack:
         inputs = everyone.agree(lambda: stack.enter_context(begun(inputs, console)))
         observer = Observer(model, inputs, console, n_questions, plan)
-        observer.before()
         others = f", process {everyone.rank} of {everyone.size}" if everyone.size > 1 else ""
         say(
             console,
             f"training  {trainable_count(model):,} parameters of {inputs.base} on "
             f"{device.facts()['chip']} ({device.current().kind}){others}",
         )
-        with observer.live_plots():
+        with observer.watching():
             result = train(model, inputs, inputs.config, console)
         if everyone.is_first:
             save_adapter(model, inputs.output, inputs.base)

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mlx_qlora.after.answer_metrics import Row, style_similarity
 from mlx_qlora.before.plan import Plan
-from mlx_qlora.errors import duration
+from mlx_qlora.errors import duration, size
 from mlx_qlora.infer.evaluate import Scores
-from mlx_qlora.infer.generate import UNREADABLE
 from mlx_qlora.train.checkpoint import best_eval
+from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.loop import TrainResult
 
 # ---- advice --------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ STUTTER = 0.10  # more repeated first choices than the references have
 class Advice:
     """One thing that a history shows."""
 
-    kind: str  # overfitting, underfitting, divergence or repetition
+    kind: str  # overfitting, underfitting, divergence, repetition, warmup or length
     finding: str  # what is seen, with its figures
     remedy: str  # what to change
 
@@ -41,11 +42,14 @@ class Advice:
         return f"{self.kind}: {self.finding}; {self.remedy}"
 
 
-def advise(history: History, ends_with_best: bool = False) -> list[Advice]:
+def advise(
+    history: History, ends_with_best: bool = False, training: TrainingConfig | None = None
+) -> list[Advice]:
     """Apply all rules to a history, and return the most urgent advice first.
 
     Args:
         ends_with_best: whether the run ended with the weights of its best validation.
+        training: how the run was asked to learn, with numbers; None leaves out what that tells.
     """
     best = best_eval(history) if ends_with_best else None
     kept = [r for r in history if best is None or r["step"] <= best[0]]
@@ -53,7 +57,25 @@ def advise(history: History, ends_with_best: bool = False) -> list[Advice]:
     found = [advice for advice in rules if advice is not None]
     # Underfitting's remedies are the opposite of the others', which are the surer ones.
     underfitting = None if found else underfitted(history)
-    return [underfitting] if underfitting else found
+    found += [underfitting] if underfitting else []
+    return found + (cut_short(history, training) if training and history else [])
+
+
+def cut_short(history: History, training: TrainingConfig) -> list[Advice]:
+    """The warmup took the whole run, or it was less than a pass."""
+    step, epoch = history[-1]["step"], history[-1].get("epoch", 1.0)
+    warmup = training.warmup_steps or 0
+    found = []
+    if 1 < step <= warmup:
+        reached = f"{training.peak * step / warmup:.2g} of {training.peak:.2g}"
+        finding = f"the warmup of {warmup:,} steps was not over at step {step:,}, the last one"
+        finding += f": the learning rate reached {reached}"
+        remedy = "train longer, or leave training.warmup_steps out: it is a tenth of the run then"
+        found.append(Advice("warmup", finding, remedy))
+    if epoch < 1:
+        remedy = "set training.num_train_epochs=3 in the place of training.max_steps"
+        found.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
+    return found
 
 
 def diverged(history: History) -> Advice | None:
@@ -156,8 +178,6 @@ def _fifths(losses: list[float]) -> list[float]:
 
 # ---- questions -----------------------------------------------------------------------------------
 
-CUT = " …"  # ends a sampled answer that was not finished
-
 
 class Answer(NamedTuple):
     """One question about a run, and what the figures say."""
@@ -169,10 +189,18 @@ class Answer(NamedTuple):
     code: str = ""  # a command, if that is the answer
 
 
-def learned(history: History, scores: Mapping[str, Scores], advice: Sequence[Advice]) -> Answer:
-    """Judge by the test set if there is one, else by validation, else by the training loss.
+def learned(
+    history: History,
+    scores: Mapping[str, Scores],
+    advice: Sequence[Advice],
+    samples: Sequence[Mapping[str, str]] = (),
+    loss: Row | None = None,
+) -> Answer:
+    """Judge by the held-out rows if they were scored, else by validation, else by training.
 
-    `history` ends with the step whose weights the adapter has, `advice` is of the whole run.
+    That it learned takes two things: a loss on held-out rows (`loss`, row by row) that fell by more
+    than chance moves it, and answers nearer to the references. `history` ends with the step whose
+    weights the adapter has, `advice` is of the whole run.
     """
     question = "Did it learn?"
     for item in advice:
@@ -187,15 +215,38 @@ def learned(history: History, scores: Mapping[str, Scores], advice: Sequence[Adv
         return Answer(question, "No, it got worse", why, "bad")
     if change > -LITTLE:
         return Answer(question, "Barely", why, "note")
-    return Answer(question, f"Yes: the loss fell by {-change:.0%}", why, "good")
+    fell = f"the loss fell by {-change:.0%}"
+    if loss is not None and loss.verdict != "better":
+        few = f"{loss.base.n} rows do not tell that from chance"
+        return Answer(question, f"Perhaps: {fell}", f"{why} {_sentence(few)}", "note")
+    near = nearness(samples)
+    if loss is None or near is None:
+        return Answer(question, f"Perhaps: {fell}", f"{why} No answers were compared.", "note")
+    why += f" Likeness of the answers to the references: {near[0]:.0%} → {near[1]:.0%}."
+    if near[1] <= near[0]:
+        return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
+    return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
+
+
+def nearness(samples: Sequence[Mapping[str, str]]) -> tuple[float, float] | None:
+    """How like the references the sampled answers are, before and after; None without samples."""
+    pairs = [sample for sample in samples if {"before", "after", "reference"} <= sample.keys()]
+    if not pairs:
+        return None
+    before, after = (
+        statistics.fmean(style_similarity(sample[key], sample["reference"]) for sample in pairs)
+        for key in ("before", "after")
+    )
+    return before, after
 
 
 def _evidence(history: History, scores: Mapping[str, Scores]) -> tuple[str, float, float, str]:
     """The name of the best loss there is, its first and last value, and what they are of."""
     if {"before", "after"} <= scores.keys():
         before, after = scores["before"], scores["after"]
-        where = f"on {after.n_tokens:,} tokens that were not trained, before and after"
-        return "Test loss", before.loss, after.loss, where
+        where = f"on {after.n_tokens:,} tokens that were not trained, before and after; perplexity "
+        where += f"{before.perplexity:.4g} → {after.perplexity:.4g}"
+        return "Loss on held-out rows", before.loss, after.loss, where
     for key, name in (("eval_loss", "Validation loss"), ("loss", "Training loss")):
         losses = [(r["step"], r[key]) for r in history if key in r]
         if len(losses) > 1:
@@ -235,11 +286,11 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
     question, why = "What changed in the answers?", ""
     if {"before", "after"} <= scores.keys():
         before, after = scores["before"].token_accuracy, scores["after"].token_accuracy
-        why = f"Test tokens that are the model's first choice: {before:.1%} → {after:.1%}."
+        why = f"Held-out tokens that are the model's first choice: {before:.1%} → {after:.1%}."
     pairs = [sample for sample in samples if {"before", "after"} <= sample.keys()]
     if not pairs:
         return Answer(question, "No samples", why or "No row was held out to ask for.")
-    differ = sum(is_other(sample["before"], sample["after"]) for sample in pairs)
+    differ = sum(sample["before"] != sample["after"] for sample in pairs)
     before, after = (
         sum(sample[key].strip() == sample.get("reference", "").strip() for sample in pairs)
         for key in ("before", "after")
@@ -249,30 +300,22 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
     return Answer(question, verdict, f"{equal} {why}".strip(), "" if differ else "note")
 
 
-def is_other(before: str, after: str) -> bool:
-    """Whether two answers to one prompt differ, as far as both are known.
-
-    Where an answer was cut says how fast the machine was, and nothing of the model.
-    """
-
-    def known(answer: str) -> tuple[int, bool]:
-        return len(answer.removesuffix(CUT)), not answer.endswith(CUT)
-
-    short, long = sorted((before, after), key=known)
-    if not short.endswith(CUT):
-        return before != after
-    # The last character may have been cut, too.
-    return not long.startswith(short.removesuffix(CUT).rstrip(UNREADABLE))
-
-
 def cost(result: TrainResult, plan: Plan | None) -> Answer:
     """Time, speed, and memory beside the plan."""
-    peak = f"Peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+    peak = f"Peak memory {size(result.peak_memory_bytes)}"
     if plan:
-        peak += f" (planned {plan.total_bytes / 1e9:.2f} GB)"
-    why = f"{peak}; {result.steps:,} steps at {result.tokens_per_second:,.0f} tokens per second"
+        peak += f" (planned {size(plan.total_bytes)})"
+    why = f"{peak}; {result.steps:,} steps at {speed(result):,.0f} tokens per second"
     early = ", stopped early." if result.stopped_early else "."
     return Answer("What did it cost?", duration(result.seconds), why + early)
+
+
+def speed(result: TrainResult) -> float:
+    """Tokens per second of the training itself, without validations, as a plan has it."""
+    key = "tokens_per_second"
+    return statistics.fmean(
+        [r[key] for r in result.log_history if key in r] or [getattr(result, key)]
+    )
 
 
 def _sentence(text: str) -> str:

@@ -6,10 +6,10 @@ and form; none knows whether an answer is right. ROUGE-L and chrF are `rouge-sco
 """
 
 import functools
-import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_qlora.after.bootstrap import FEWEST, Interval, ratio_interval
 from mlx_qlora.data.encode import encode_prompt
-from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.data.examples import Example
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.infer.evaluate import MOST_NATS, perplexity
@@ -35,7 +35,7 @@ class Question:
     place: str  # file and line of the row
 
 
-def questions(examples: Examples, tokenizer: Tokenizer) -> list[Question]:
+def questions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Question]:
     """The examples that can be asked, in order.
 
     Left out are rows that are learned from their first token on (a plain text, or
@@ -120,10 +120,6 @@ class _Words:
 
 # ---- form ----------------------------------------------------------------------------------------
 
-LIST_ITEM = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.MULTILINE)
-HEADING = re.compile(r"^#{1,6}\s", re.MULTILINE)
-FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
-CLOSING = (".", "!", "?", "…", "。", "！", "？", "؟", "।")
 STYLE_GRAM = 3  # characters
 
 
@@ -133,33 +129,6 @@ def relative_length(prediction: str, reference: str) -> float:
     White space at the ends does not count, and an empty reference counts as one character.
     """
     return len(prediction.strip()) / max(len(reference.strip()), 1)
-
-
-def length_agreement(prediction: str, reference: str) -> float:
-    """The shorter length over the longer one, in characters, 0 to 1; two empty texts give 1."""
-    return _agreement(len(prediction.strip()), len(reference.strip()))
-
-
-def structure(text: str) -> dict[str, int]:
-    """How a text is laid out: counts, and whether it ends like a sentence and is JSON."""
-    text = text.strip()
-    return {
-        "lines": sum(1 for line in text.splitlines() if line.strip()),
-        "list_items": len(LIST_ITEM.findall(text)),
-        "code_fences": len(FENCE.findall(text)),
-        "headings": len(HEADING.findall(text)),
-        "ends_with_punctuation": int(text.rstrip("\"'”’)*_").endswith(CLOSING)),
-        "json": int(_is_json(text)),
-    }
-
-
-def structure_agreement(prediction: str, reference: str) -> float:
-    """The mean over the features of `structure` of the smaller over the larger, 0 to 1.
-
-    Two zeros agree; so two plain lines of prose agree fully, whatever they say.
-    """
-    ours, theirs = structure(prediction), structure(reference)
-    return math.fsum(_agreement(ours[name], theirs[name]) for name in ours) / len(ours)
 
 
 def style_similarity(prediction: str, reference: str) -> float:
@@ -180,17 +149,6 @@ def _grams(text: str) -> Counter[str]:
     text = " ".join(text.split())
     padded = f" {text} " if text else ""
     return Counter(padded[i : i + STYLE_GRAM] for i in range(len(padded) - STYLE_GRAM + 1))
-
-
-def _agreement(a: int, b: int) -> float:
-    return min(a, b) / max(a, b) if max(a, b) else 1.0
-
-
-def _is_json(text: str) -> bool:
-    try:  # nobody means a number or a quoted word as JSON
-        return isinstance(json.loads(text), (dict, list))
-    except (ValueError, RecursionError):
-        return False
 
 
 # ---- repetition and collapse ---------------------------------------------------------------------
@@ -247,6 +205,17 @@ def variety(answers: list[str]) -> Variety:
 # ---- one metric of two models --------------------------------------------------------------------
 
 LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
+# What a person reads for a metric.
+WORDS = {
+    "loss": "loss per token",
+    "token_accuracy": "tokens guessed right",
+    "exact_match": "answers word for word",
+    "rouge_l": "same words (ROUGE-L)",
+    "chrf": "same letters (chrF)",
+    "relative_length": "length; 1 is as long",
+    "style_similarity": "same style",
+    "excess_repetition": "repeats itself more",
+}
 
 
 @dataclass(frozen=True)
@@ -263,47 +232,28 @@ class Row:
     @property
     def name(self) -> str:
         """The metric, as a person reads it."""
-        return self.metric.replace("_", " ")
+        return WORDS.get(self.metric, self.metric)
 
     @property
-    def sentence(self) -> str:
-        """What can be said of the change, and what cannot."""
-        if self.tuned is None or self.change is None:
-            return f"{self.name}: {self._alone()}"
-        before, after, n = self.base.estimate, self.tuned.estimate, self.change.n
-        values = f"{self.name}: {before:.4g} without the adapter, {after:.4g} with it"
-        if n < FEWEST:
-            return f"{values}; {n} examples are too few to say how sure that is"
+    def verdict(self) -> str:
+        """Whether the change is a good one, or cannot be told from chance."""
+        if self.change is None:
+            return ""
         if not self.change.known:
-            return f"{values}; all {n} examples changed alike, which gives no interval"
-        percent, (change, ends) = f"{100 * self.change.level:g} %", self._change(self.change)
-        summary = f"{values} ({change}, {percent} interval {ends}, n = {n})"
+            return "too few rows" if self.change.n < FEWEST else "all alike"
         if self.change.includes_zero:
-            return f"{summary}: the interval includes 0, so no change is shown"
+            return "no change shown"
         if self.better == NEITHER:
-            return f"{summary}: it {'rose' if self.change.estimate > 0 else 'fell'}"
-        improved = (self.change.estimate < 0) == (self.better == LOWER)
-        return f"{summary}: {'better' if improved else 'worse'}"
+            return "rose" if self.change.estimate > 0 else "fell"
+        return "better" if (self.change.estimate < 0) == (self.better == LOWER) else "worse"
 
     def cells(self) -> list[str]:
         """As a line of the table."""
         if self.tuned is None or self.change is None:
-            return [self.name, self._alone(), str(self.base.n)]
+            return [self.name, f"{self.base.estimate:.4g}", _ends(self.base, ".4g")]
+        ends = _ends(self.change, "+.3g", self.relative)
         figures = f"{self.base.estimate:.4g}", f"{self.tuned.estimate:.4g}"
-        return [self.name, *figures, *self._change(self.change), str(self.change.n)]
-
-    def _alone(self) -> str:
-        base = self.base
-        ends = f" ({base.low:.4g} to {base.high:.4g})" if base.known else ""
-        return f"{base.estimate:.4g}{ends}"
-
-    def _change(self, change: Interval) -> tuple[str, str]:
-        """The change and its interval, with signs."""
-        shown, low, high = (
-            f"{100 * value:+.3g} %" if self.relative else f"{value:+.3g}"
-            for value in (change.estimate, change.low, change.high)
-        )
-        return shown, f"{low} to {high}" if change.known else "not known"
+        return [self.name, *figures, ends, self.verdict]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -313,8 +263,14 @@ class Row:
             "better": self.better,
             "relative": self.relative,
             **{name: each.to_dict() if each else None for name, each in intervals.items()},
-            "sentence": self.sentence,
+            "verdict": self.verdict,
         }
+
+
+def _ends(interval: Interval, form: str, percent: bool = False) -> str:
+    scale, unit = (100, " %") if percent else (1, "")
+    low, high = (f"{scale * value:{form}}" for value in (interval.low, interval.high))
+    return f"{low} to {high}{unit}" if interval.known else ""
 
 
 def paired_row(

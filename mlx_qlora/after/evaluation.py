@@ -26,22 +26,20 @@ from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, require, say, warn
 from mlx_qlora.folders import staged
-from mlx_qlora.infer.evaluate import progress, score_examples
+from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
 from mlx_qlora.train.score import RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
-BATCH, PROMPTS_PER_CALL = 8, 32  # prompts at once; where one ends, the next takes its place
+BATCH = 8  # prompts at once; where one ends, the next takes its place
 # name -> which is better, and the function
 ANSWER_METRICS: dict[str, tuple[str, Callable[[str, str], float]]] = {
     "exact_match": (HIGHER, metrics.exact_match),
     "rouge_l": (HIGHER, metrics.rouge_l),
     "chrf": (HIGHER, metrics.chrf),
     "relative_length": (NEITHER, metrics.relative_length),
-    "length_agreement": (HIGHER, metrics.length_agreement),
-    "structure_agreement": (HIGHER, metrics.structure_agreement),
     "style_similarity": (HIGHER, metrics.style_similarity),
     "excess_repetition": (LOWER, metrics.excess_repetition),
 }
@@ -91,14 +89,12 @@ def evaluate_run(
     model = inputs.load()
     tuned, general = None, None
     if config.model.adapter is None:
-        base = measure(model, tokenizer, examples, asked, max_new_tokens, console)
+        base = measure(model, tokenizer, examples, asked, max_new_tokens)
         comparison = compare(base, None, asked)
     else:
-        comparison, base, tuned = compare_adapter(
-            model, tokenizer, examples, asked, max_new_tokens, console
-        )
+        comparison, base, tuned = compare_adapter(model, tokenizer, examples, asked, max_new_tokens)
         source = general_text or "the built-in texts"
-        general = forgetting(model, tokenizer, texts, source, console=console)
+        general = forgetting(model, tokenizer, texts, source)
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs["max_new_tokens"] = max_new_tokens
@@ -201,27 +197,18 @@ def measure(
     examples: Examples,
     asked: list[Question],
     max_new_tokens: int = 512,
-    console: Console | None = None,
 ) -> Performance:
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
     """
-    scores = score_examples(model, tokenizer, examples, console)
-    answers: list[str] = []
-    for start in progress(range(0, len(asked), PROMPTS_PER_CALL), "answers", console):
-        answers += generate_batch(
-            model,
-            tokenizer,
-            [question.prompt for question in asked[start : start + PROMPTS_PER_CALL]],
-            batch_size=BATCH,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            top_p=1.0,
-            top_k=0,
-            repetition_penalty=1.0,
-            seed=0,
-        )
+    scores = score_examples(model, tokenizer, examples)
+    if not asked:
+        return Performance(scores)
+    prompts = [question.prompt for question in asked]
+    greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0}
+    settings: Any = {"max_new_tokens": max_new_tokens, **greedy}
+    answers = generate_batch(model, tokenizer, prompts, batch_size=BATCH, **settings)
     return Performance(scores, tuple(answers))
 
 
@@ -231,7 +218,6 @@ def compare_adapter(
     examples: Examples,
     asked: list[Question],
     max_new_tokens: int = 512,
-    console: Console | None = None,
 ) -> tuple["Comparison", Performance, Performance]:
     """Compares a model with its adapter, which is on and stays on, and without it.
 
@@ -241,8 +227,8 @@ def compare_adapter(
     if active(model) is None:
         raise ConfigError("the model has no adapter that is on: attach one, or switch to it")
     with disabled(model):
-        base = measure(model, tokenizer, examples, asked, max_new_tokens, console)
-    tuned = measure(model, tokenizer, examples, asked, max_new_tokens, console)
+        base = measure(model, tokenizer, examples, asked, max_new_tokens)
+    tuned = measure(model, tokenizer, examples, asked, max_new_tokens)
     return compare(base, tuned, asked), base, tuned
 
 
@@ -261,17 +247,6 @@ class Comparison:
         """The row of a metric, by its name."""
         return next(row for row in self.rows if row.metric == metric)
 
-    @property
-    def sentences(self) -> list[str]:
-        """One for each metric, and one about how many there are."""
-        sentences = [row.sentence for row in self.rows]
-        if self.adapter and len(sentences) > 1:
-            sentences.append(
-                f"{len(sentences)} metrics were compared: where nothing changed at all, about one "
-                "interval in twenty would still leave out 0"
-            )
-        return sentences
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
         counts = ("n_examples", "n_tokens", "n_answers", "adapter")
@@ -279,16 +254,15 @@ class Comparison:
             **{name: getattr(self, name) for name in counts},
             "metrics": [row.to_dict() for row in self.rows],
             "variety": {who: asdict(each) for who, each in self.variety.items()},
-            "sentences": self.sentences,
         }
 
     def __rich__(self) -> Table:
-        """The table that a terminal shows."""
+        """The table that a terminal shows; 80 columns hold it."""
         title = f"{self.n_examples:,} examples, {self.n_tokens:,} tokens, {self.n_answers} answers"
-        heads = ["base", "adapter", "change", "interval of it"] if self.adapter else ["figure"]
-        table = Table("metric", *heads, "n", title=title)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        heads = (
+            ["base", "adapter", "change, 95 % sure", ""] if self.adapter else ["base", "95 % sure"]
+        )
+        table = Table("", *heads, title=title, title_justify="left", box=None)
         for row in self.rows:
             table.add_row(*row.cells())
         return table
@@ -341,20 +315,10 @@ class Evaluation:
         }
 
     def show(self, console: Console) -> None:
-        """Prints tables, and sentences that say what they show and what they do not."""
+        """Print each figure once, and whether it shows anything."""
         console.print(self.comparison)
-        for sentence in self.comparison.sentences:
-            say(console, sentence)
-        for who, answers in self.comparison.variety.items():
-            say(
-                console,
-                f"answers   {who}: {answers.distinct:.0%} distinct, {answers.same_opening:.0%} "
-                f"open with {answers.opening!r}, {answers.repetition:.1%} repeated, "
-                f"{answers.empty:.0%} empty",
-            )
         if self.forgetting is not None:
-            console.print(self.forgetting)
-            say(console, self.forgetting.sentence)
+            say(console, f"forgotten {self.forgetting.sentence}")
 
     def write(self, file: Path) -> None:
         """Writes everything as JSON; raises ConfigError if it cannot."""

@@ -13,8 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from mlx_qlora.adapters.drift import POSITIONS, encode_texts, float64_of, log_softmax
 from mlx_qlora.adapters.several import active, disabled
@@ -22,8 +20,8 @@ from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_ro
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.infer.evaluate import progress
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.progress import each
 
 # How much a rise of perplexity is, by what people accept knowingly. Rounding Llama 2 7B to 4 bits
 # takes WikiText-2 from 5.47 to 5.73, +5 %; from 13B (4.88) to 7B it is +12 % (Lin et al. 2023,
@@ -69,7 +67,7 @@ class Forgetting:
         return (
             f"on {self.source} the perplexity {moved} from {self.perplexity.base.estimate:.4g} to "
             f"{tuned.estimate:.4g} ({100 * change.estimate:+.2g} %{interval}; {self.tokens:,} "
-            f"tokens, KL {self.kl.estimate:.2g} nats per token): {verdict}"
+            f"tokens): {verdict}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,18 +80,6 @@ class Forgetting:
             "kl_tuned_base": self.kl_reverse.to_dict(),
             "sentence": self.sentence,
         }
-
-    def __rich__(self) -> Table:
-        """The table that a terminal shows."""
-        table = Table("general text", "base", "adapter", "change", "interval of it", "blocks")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        table.add_row(*self.loss.cells())
-        table.add_row(*self.perplexity.cells())
-        for name, kl in (("KL(base||tuned)", self.kl), ("KL(tuned||base)", self.kl_reverse)):
-            ends = f"{kl.low:.2g} to {kl.high:.2g}" if kl.known else "not known"
-            table.add_row(name, "", "", f"{kl.estimate:.2g}", ends, str(kl.n))
-        return table
 
 
 def degree(rise: float) -> str:
@@ -123,7 +109,6 @@ def forgetting(
     tokenizer: Tokenizer,
     texts: list[str] | None = None,
     source: str = "general text",
-    console: Console | None = None,
 ) -> Forgetting:
     """Compares a model with its adapter, which is on and stays on, and without it.
 
@@ -143,7 +128,7 @@ def forgetting(
         # Windows share a token: the last of one is the first of the next, which it predicts from.
         for start in range(0, len(ids) - 1, window - 1)
     ]
-    blocks = [_blocks(model, ids) for ids in progress(rows, "text", console)]
+    blocks = [_blocks(model, ids) for ids in each(rows, "reading", "texts")]
     base, tuned, kl, kl_reverse, n = np.concatenate(blocks).T
     loss = paired_row("loss", LOWER, [base, tuned], n)
     return Forgetting(

@@ -1,32 +1,49 @@
-"""What a run's report shows besides its metrics: held-out rows before the training and after it."""
+"""What a run shows of itself: table, page and notebook while it goes on, the report at its end."""
 
-import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+import contextlib
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
+import mlx.core as mx
 from rich.console import Console
 
-from mlx_qlora.after.advice import CUT, advise
-from mlx_qlora.after.plots import PNG_HINT, can_draw_png, live_plots
-from mlx_qlora.after.report import Report, write_report
-from mlx_qlora.before.plan import Plan
-from mlx_qlora.data.examples import Examples
+from mlx_qlora import progress
+from mlx_qlora.adapters.several import disabled
+from mlx_qlora.after.advice import advise
+from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
+from mlx_qlora.after.plots import Tail, in_kernel, render
+from mlx_qlora.after.report import Report, next_commands, write_report
+from mlx_qlora.after.screen import HEAD, LABEL, folded, shown, table_row
+from mlx_qlora.before.plan import FORWARD, Plan
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import say
-from mlx_qlora.infer.evaluate import Scores, evaluate_distributed
-from mlx_qlora.infer.tokens import GenerationConfig, generate_tokens
+from mlx_qlora.errors import duration, say
+from mlx_qlora.folders import write_whole
+from mlx_qlora.infer.evaluate import Scores, score_examples
+from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.run import Inputs
 from mlx_qlora.train.loop import TrainResult
+from mlx_qlora.train.score import RowScores
+
+PAGE_EVERY = 5.0  # seconds between two versions of the page
+ANSWERED = 0.5  # of the time in which a row is scored: a token of all answers
+ROWS = 12  # of the table in a notebook
+CANDIDATES = 20  # held-out rows, of which some are answered, and one's prompt is in a command
+MOST_TOKENS = 1536  # of a row that is answered; longer ones take too long to read
 
 
 class Observer:
-    """Looks at a model before and after its training, and writes the report.
+    """Shows a run while it goes on, by following `metrics.jsonl`, and writes the report.
 
-    The first process asks and writes; the scores on the test rows are shared out over all.
-    `n_questions` held-out rows are answered, 0 asks none.
+    The base is frozen, so that what the model said and scored before its training is found after
+    it, without the adapter. The first process asks and writes; the held-out rows are scored by all.
+    `n_questions` of them are answered, 0 asks none.
     """
 
     def __init__(
@@ -39,118 +56,226 @@ class Observer:
     ) -> None:
         self.model, self.inputs, self.console, self.plan = model, inputs, console, plan
         self.processes = processes()
-        held_out = inputs.test or inputs.validation
-        self.questions = questions(held_out, n_questions) if n_questions else []
-        self.answers: list[str] = []
-        self.score: Scores | None = None
+        self.held_out = inputs.test or (inputs.validation if n_questions else None)
+        rows = (self.held_out or ())[:CANDIDATES] if n_questions else []
+        rows = [row for row in rows if len(row) <= MOST_TOKENS]
+        self.questions = questions(rows, inputs.tokenizer)[:n_questions]
+        # Beyond twice the longest reference an answer is wrong however it ends.
+        longest = max((question.tokens for question in self.questions), default=0)
+        self.limit = min(inputs.config.generation.max_new_tokens, 2 * longest + 16)
+        layers = [layer for _, layer in lora_layers(model)]
+        changed = [layer.initial_update is not None for layer in layers]
+        changed += [bool(mx.any(layer.lora_B.weight != 0)) for layer in layers]
+        # Of an adapter that does something from the start, which training replaces.
+        self.start = model.trainable_parameters() if any(changed) else None
 
-    def before(self) -> None:
-        """Answer the questions and score the test rows with the model as it begins."""
-        n_test = len(self.inputs.test or ())
-        if self.processes.is_first and (self.questions or n_test):
-            scored = f", {n_test:,} are scored" if n_test else ""
-            n_rows = len(self.questions)
-            say(self.console, f"before    {n_rows} held-out rows are answered{scored}")
-        self.answers, self.score = self._look()
+        self.tail = Tail(inputs.output / "metrics.jsonl")
+        self.task: progress.Task | None = None  # the training, once it has begun
+        self.first_step, self.next_page = inputs.state.step, 0.0
+        self.n_read, self.has_head, self.last_eval = 0, False, math.nan  # of the table
+        self.cell: Any = None  # of a notebook
 
-    def live_plots(self) -> AbstractContextManager[None]:
-        """Plots that grow in a notebook while the model trains."""
+    # ---- while it trains -------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Show what is trained within, in the first process."""
         if not self.processes.is_first:
-            return nullcontext()
-        warmup = self.inputs.config.training.warmup_steps
-        return live_plots(self.inputs.output / "metrics.jsonl", warmup)
+            yield
+            return
+        try:
+            with shown(self.console) as screen, screen.following(self.follow):
+                yield
+        except BaseException:
+            if self.task is not None:
+                status = (
+                    f"Stopped at step {self.task.done:,.0f}; the same command goes on from there"
+                )
+                self._write_page(status, reloads=False)
+            raise
+
+    def follow(self) -> None:
+        """Look once at what is new, and show it."""
+        under_way = (task for task in progress.tasks() if task.what == "training")
+        if self.task is None:  # before it begins the file may be that of an earlier run
+            self.task = next(under_way, None)
+            if self.task is None:
+                return
+            self.task.beyond = self.beyond
+        is_new = self.tail.read()
+        if self.console.is_terminal:
+            self._print_rows()
+        status = f"Step {self.task.done:,.0f} of {self.task.total:,.0f}"
+        if (left := self.task.seconds_left) == left and self.task.done < self.task.total:
+            status += f", about {duration(left)} to go"
+        if in_kernel() and (is_new or self.cell is None):
+            self._show_cell(status)
+        if progress.now() >= self.next_page and progress.tasks():
+            self._write_page(status, reloads=True)
+
+    def beyond(self) -> float:
+        """Seconds of what is left besides the steps: validations, and the report's scores."""
+        assert self.task is not None
+        config, validation = self.inputs.config, self.inputs.validation
+        in_step = config.training.rows * config.training.accumulation * self.processes.size
+        row = FORWARD * self.task.pace / in_step
+        times = [r["eval_runtime"] for r in self.tail.records if "eval_runtime" in r]
+        left = 0.0
+        if validation:
+            if times:
+                row = statistics.fmean(times) / len(validation)
+            every, total, done = (
+                int(config.checkpointing.eval_steps),
+                self.task.total,
+                self.task.done,
+            )
+            n_left = math.ceil(total / every) - done // every if done < total else 0
+            left = n_left * row * len(validation)
+        inner = [task.seconds_left for task in progress.tasks() if task is not self.task]
+        left += math.fsum(seconds for seconds in inner if seconds == seconds)
+        answers = ANSWERED * self.limit if self.questions else 0
+        return left + 2 * row * (len(self.held_out or ()) + answers)
+
+    def _print_rows(self) -> None:
+        for record in self.tail.records[self.n_read :]:
+            if record["step"] > self.first_step and {"loss", "eval_loss"} & record.keys():
+                if not self.has_head:
+                    say(self.console, HEAD)
+                    self.has_head = True
+                say(self.console, table_row(record, self.last_eval))
+            self.last_eval = record.get("eval_loss", self.last_eval)
+        self.n_read = len(self.tail.records)
+
+    def _so_far(self, status: str, reloads: bool) -> Report:
+        assert self.task is not None
+        records = self.tail.records
+        peak = max((r.get("peak_memory_bytes", 0) for r in records), default=0)
+        seconds = progress.now() - self.task.began
+        steps, output = int(self.task.done), self.inputs.output
+        result = TrainResult(output, steps, math.nan, None, records, seconds, 0.0, peak)
+        about = self.inputs.reports, self.inputs.sizes, self.plan
+        return Report(result, self.inputs.config, (), *about, status=status, reloads=reloads)
+
+    def _write_page(self, status: str, reloads: bool) -> None:
+        self.next_page, output = progress.now() + PAGE_EVERY, self.inputs.output
+        page = self._so_far(status, reloads).page()
+        with contextlib.suppress(OSError):  # the run itself says what is wrong with its folder
+            if output.is_dir():
+                write_whole(output / "report.html", page)
+
+    def _show_cell(self, status: str) -> None:
+        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+
+        report = self._so_far(status, reloads=False)
+        heads, rows, _ = report.history_table()
+        table = (heads, rows[-ROWS:]) if rows else None
+        html = render("cell.html", report=report, plots=report.plots[:1], table=table, note=status)
+        if self.cell is None:
+            self.cell = display(HTML(html), display_id=True)
+        else:
+            self.cell.update(HTML(html))
+
+    # ---- afterwards ------------------------------------------------------------------------------
 
     def after(self, result: TrainResult) -> None:
-        """Look again, and write the report with both answers and scores."""
-        config = self.inputs.config
+        """Answer and score with the adapter and without its training, and write the report."""
+        config, console = self.inputs.config, self.console
         ends_with_best = config.checkpointing.load_best_model_at_end
         if self.processes.is_first:
-            for advice in advise(result.log_history, ends_with_best):
-                say(self.console, f"advice    {advice}")
-        before = self.score
-        answers, after = self._look()
+            for advice in advise(result.log_history, ends_with_best, config.training):
+                say(console, f"advice    {advice}")
+        with shown(console), self._untrained():
+            answers, before = self._look()
+        with shown(console):
+            new_answers, after = self._look()
         if not self.processes.is_first:
             return
+        loss = None
         if before and after:
-            result.test_scores = {"before": before, "after": after}
-            change = (after.loss - before.loss) / before.loss
-            say(
-                self.console,
-                f"test      loss {before.loss:.4f} -> {after.loss:.4f} ({change:+.1%}), perplexity "
-                f"{before.perplexity:.2f} -> {after.perplexity:.2f}, token accuracy "
-                f"{before.token_accuracy:.1%} -> {after.token_accuracy:.1%} "
-                f"({after.n_tokens:,} tokens)",
-            )
-        decode, end_ids = self.inputs.tokenizer.decode, self.inputs.tokenizer.eos_ids
+            loss = paired_row("loss", LOWER, [before.nats, after.nats], after.tokens)
+            result.test_scores = {"before": Scores.of_rows(before), "after": Scores.of_rows(after)}
+            say(console, self._compared(*result.test_scores.values()))
         samples = [
-            {
-                "prompt": decode(row.prompt),
-                "reference": decode(i for i in row.reference if i not in end_ids),
-                "before": old,
-                "after": new,
-            }
-            for row, old, new in zip(self.questions, self.answers, answers)
+            {"prompt": row.prompt, "reference": row.reference, "before": old, "after": new}
+            for row, old, new in zip(self.questions, answers, new_answers)
         ]
-        rows, plan = self.inputs.sizes, self.plan
-        write_report(Report(result, config, samples, self.inputs.reports, rows, plan))
-        if not can_draw_png():
-            say(self.console, f"report    {PNG_HINT}")
+        about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
+        report = Report(result, config, samples, *about)
+        say(console, f"report    {write_report(report)}")
+        label, width = "next", console.width - LABEL if console.is_terminal else 10**6
+        for words in next_commands(report, self.inputs.tokenizer.chat_template is not None):
+            for line in folded(words, width).split("\n"):
+                # As it is: a line break within a prompt would be another prompt.
+                console.print(
+                    f"{label:<{LABEL}}{line}", highlight=False, markup=False, soft_wrap=True
+                )
+                label = ""
 
-    def _look(self) -> tuple[list[str], Scores | None]:
-        """The answers to the questions, in the first process, and the score on the test rows."""
-        model, tokenizer, test = self.model, self.inputs.tokenizer, self.inputs.test
-        most = self.inputs.config.generation.max_new_tokens
-        first = self.processes.is_first
-        answers = asked(model, tokenizer, self.questions, most) if first else []
-        score = evaluate_distributed(model, tokenizer, test, self.processes) if test else None
-        return answers, score
+    def _compared(self, before: Scores, after: Scores) -> str:
+        name = "test" if self.inputs.test else "held out"
+        change = (after.loss - before.loss) / before.loss
+        return (
+            f"{name:<{LABEL}}loss {before.loss:.4f} -> {after.loss:.4f} ({change:+.1%}), "
+            f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}, token accuracy "
+            f"{before.token_accuracy:.1%} -> {after.token_accuracy:.1%} "
+            f"({after.n_tokens:,} tokens)"
+        )
+
+    @contextmanager
+    def _untrained(self) -> Iterator[None]:
+        """The model as it was before the training, and afterwards as it is."""
+        if self.start is None:
+            with disabled(self.model):
+                yield
+            return
+        trained = self.model.trainable_parameters()
+        self.model.update(self.start)
+        try:
+            yield
+        finally:
+            self.model.update(trained)
+
+    def _look(self) -> tuple[list[str], RowScores | None]:
+        """The answers to the questions, in the first process, and the scores of held-out rows."""
+        model, tokenizer, rows, answers = self.model, self.inputs.tokenizer, self.held_out, []
+        if self.processes.is_first and self.questions:
+            prompts = [question.prompt for question in self.questions]
+            greedy: Any = {"temperature": 0.0, "repetition_penalty": 1.0, "seed": 0}
+            answers = generate_batch(model, tokenizer, prompts, max_new_tokens=self.limit, **greedy)
+        return answers, score_examples(model, tokenizer, rows, self.processes) if rows else None
+
+    def _own_prompt(self) -> list[str]:
+        """The flags of `generate` for the shortest of some of the user's own prompts."""
+        rows, tokenizer = (
+            self.held_out or self.inputs.validation or self.inputs.train,
+            self.inputs.tokenizer,
+        )
+        prompts = [question.prompt for question in questions(rows[:CANDIDATES], tokenizer)]
+        return prompt_flags(min(prompts, key=len), tokenizer) if prompts else ["--prompt", "Hello"]
 
 
-# ---- held-out rows -------------------------------------------------------------------------------
+# ---- a prompt on the command line ----------------------------------------------------------------
 
-MOST_NEW = 128  # tokens of an answer
-MOST_PROMPT = 1024  # tokens; longer ones take too long to read
-SECONDS = 4.0  # for one answer; a cut one ends in CUT
-
-
-class Question(NamedTuple):
-    """A held-out row: the ids before its first learned token, and its first learned stretch."""
-
-    prompt: list[int]
-    reference: list[int]
+MARK = "\N{WHITE SQUARE}"
+ALPACA = re.compile(
+    r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n$", re.DOTALL
+)
 
 
-def questions(held_out: Examples | None, most: int = 3) -> list[Question]:
-    """The first rows that have a prompt of a fit length; none if nothing is held out."""
-    chosen: list[Question] = []
-    for example in held_out or ():
-        learned = np.append(example.learned, False)
-        start = int(learned.argmax())
-        end = start + int((~learned[start:]).argmax())
-        # With data.train_on=all a row begins with what is learned: nothing there asks.
-        if 2 <= start <= MOST_PROMPT and learned[start]:
-            tokens = example.tokens.tolist()
-            chosen.append(Question(tokens[:start], tokens[start:end]))
-        if len(chosen) == most:
-            break
-    return chosen
+def prompt_flags(prompt: str, tokenizer: Tokenizer) -> list[str]:
+    """The flags by which `generate` writes a prompt as the rows were written.
 
-
-def asked(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, rows: list[Question], max_new_tokens: int
-) -> list[str]:
-    """The model's greedy answers, at most MOST_NEW tokens and about SECONDS each."""
-    most = min(max_new_tokens, MOST_NEW)
-    greedy = GenerationConfig(temperature=0.0, repetition_penalty=1.0, max_new_tokens=most)
-    answers = []
-    for row in rows:
-        ids, ended, until = [], False, time.monotonic() + SECONDS
-        for token in generate_tokens(model, row.prompt, greedy):
-            if token in tokenizer.eos_ids:
-                ended = True
-                break
-            ids.append(token)
-            if time.monotonic() > until:
-                break
-        answers.append(tokenizer.decode(ids) + ("" if ended else CUT))
-    return answers
+    Args:
+        prompt: a row's text up to the answer.
+    """
+    if found := ALPACA.search(prompt):
+        return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]
+    if tokenizer.chat_template is not None:
+        message = {"role": "user", "content": MARK}
+        chat = tokenizer.render_chat([message], add_generation_prompt=True)
+        start, _, end = chat.partition(MARK)
+        if prompt.startswith(start) and prompt.endswith(end):
+            return ["--prompt", prompt[len(start) : len(prompt) - len(end)]]
+    bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
+    raw = [] if tokenizer.chat_template is None else ["--raw"]
+    return [*raw, "--prompt", prompt.removeprefix(bos)]

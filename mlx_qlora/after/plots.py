@@ -9,11 +9,8 @@ import functools
 import importlib.util
 import json
 import math
-import os
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -338,47 +335,6 @@ def render(template: str, **values: Any) -> str:
     return _templates().get_template(template).render(values)
 
 
-EVERY = 1.0  # seconds
-
-
-@contextmanager
-def live_plots(metrics: Path, warmup: int = 0) -> Iterator[None]:
-    """Show the plots of a growing `metrics.jsonl` below the cell that trains, if there is one.
-
-    Training is not touched for it: a thread reads the lines that it adds, and redraws at most once
-    a second. Without a Jupyter kernel nothing is started. The file need not exist yet.
-    """
-    if not in_kernel():
-        yield
-        return
-    from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
-
-    def drawn() -> Any:
-        steps = [record["step"] for record in tail.records]
-        note = f"step {steps[-1]:,}" if steps else "waiting for the first figures"
-        return HTML(
-            render("cell.html", report=None, plots=plots_of(tail.records, warmup), note=note)
-        )
-
-    tail, ended = Tail(metrics), threading.Event()
-    shown: Any = display(drawn(), display_id=True)
-
-    def watch() -> None:
-        while not ended.wait(EVERY):
-            if tail.read():
-                shown.update(drawn())
-
-    thread = threading.Thread(target=watch, name="live plots", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        if tail.read():
-            shown.update(drawn())
-
-
 def in_kernel() -> bool:
     """Whether this code runs in a Jupyter kernel; IPython is not imported to find out."""
     ipython = sys.modules.get("IPython")
@@ -387,19 +343,15 @@ def in_kernel() -> bool:
 
 
 class Tail:
-    """The whole lines of a JSONL file that grows, or begins again."""
+    """The whole lines of a JSONL file that grows."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.records = path, list[dict[str, Any]]()
-        self._position, self._inode = 0, 0
+        self.path, self.records, self._position = path, list[dict[str, Any]](), 0
 
     def read(self) -> bool:
         """Take what was added since the last call, and say whether that was anything."""
         try:
             with open(self.path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._position:
-                    self.records, self._position, self._inode = [], 0, status.st_ino
                 file.seek(self._position)
                 added = file.read()
         except FileNotFoundError:

@@ -11,11 +11,22 @@ from typing import Any, NamedTuple
 
 from mlx_qlora import __version__
 from mlx_qlora.adapters.push import VLLM_RANKS
-from mlx_qlora.after.advice import Advice, Answer, advise, changed, cost, learned, overfitting
+from mlx_qlora.after.advice import (
+    Advice,
+    Answer,
+    advise,
+    changed,
+    cost,
+    learned,
+    overfitting,
+    speed,
+)
+from mlx_qlora.after.answer_metrics import Row
 from mlx_qlora.after.plots import (
     PNG_HINT,
     Plot,
     can_draw_png,
+    in_kernel,
     number,
     plots_of,
     render,
@@ -25,6 +36,7 @@ from mlx_qlora.after.plots import (
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
+from mlx_qlora.errors import size
 from mlx_qlora.folders import PEFT, RECORD, json_object, staged
 from mlx_qlora.train.loop import TrainResult
 
@@ -33,7 +45,7 @@ def write_report(report: "Report") -> Path:
     """Write `report.html` and `plots/` into the run's output folder; return the page's path.
 
     `plots/` gets SVG files, and PNG files too where matplotlib is installed. A notebook that shows
-    the result shows the summary and the plots that were written last.
+    the result shows the summary, and the plots if it has not shown them while the run went on.
     """
     folder = report.result.output_dir
     path = folder / "report.html"
@@ -46,7 +58,8 @@ def write_report(report: "Report") -> Path:
                 write_png(plot, file.with_suffix(".png"))
         (staging / path.name).write_text(report.page(), encoding="utf-8")
     note = f"The whole report: {path}"
-    report.result.html = render("cell.html", report=report, plots=report.plots, note=note)
+    plots = [] if in_kernel() else report.plots
+    report.result.html = render("cell.html", report=report, plots=plots, table=None, note=note)
     return path
 
 
@@ -66,6 +79,10 @@ class Report:
     data: Sequence[DataReport] = ()  # what became of the rows of each source
     rows: Mapping[str, int] = field(default_factory=dict)  # train, validation, test -> how many
     plan: Plan | None = None
+    loss: Row | None = None  # of the held-out rows, before and after
+    ask: Sequence[str] = ("--prompt", "Hello")  # flags of `generate` for a prompt like the rows'
+    status: str = ""  # of a run under way or broken off; empty at its end
+    reloads: bool = False  # whether the page loads itself again, as it will have changed
 
     def page(self) -> str:
         """The HTML."""
@@ -84,7 +101,9 @@ class Report:
         lora, model = self.config.lora, self.config.model
         kind = "DoRA" if lora.use_dora else "LoRA"
         weights = f"{model.bits}-bit weights" if model.bits else "the file's own precision"
-        rate = f"learning rate {self.config.training.learning_rate:g}"
+        history, peak = self.result.log_history, self.config.training.learning_rate
+        highest = max((r["learning_rate"] for r in history if "learning_rate" in r), default=peak)
+        rate = f"learning rate up to {highest:.3g}"
         return f"{kind} of rank {lora.r} on {weights}, {self.result.steps:,} steps, {rate}"
 
     @cached_property
@@ -112,7 +131,7 @@ class Report:
     def advice(self) -> list[Advice]:
         """What the history says."""
         ends_with_best = self.config.checkpointing.load_best_model_at_end
-        return advise(self.result.log_history, ends_with_best)
+        return advise(self.result.log_history, ends_with_best, self.config.training)
 
     @property
     def answers(self) -> list[Answer]:
@@ -123,17 +142,22 @@ class Report:
             kept = [record for record in kept if record["step"] <= best]
         why = "The adapter is in PEFT's format. Other tools: see below."
         return [
-            learned(kept, result.test_scores, self.advice),
+            learned(kept, result.test_scores, self.advice, self.samples, self.loss),
             overfitting(result.log_history, best, self.advice),
             changed(self.samples, result.test_scores),
             cost(result, self.plan),
-            Answer("How do I use it?", "Ask it something", why, code=ask_command(self)),
+            Answer("How do I use it?", "Ask it something", why, code=self.question),
         ]
+
+    @property
+    def question(self) -> str:
+        """The command that asks the adapter something."""
+        return shlex.join([*command(self, "generate", self.folder), *self.ask])
 
     @property
     def usages(self) -> list["Usage"]:
         """What to type in each tool that opens the adapter."""
-        here = f"{ask_command(self)}\n{_merge(self)}"
+        here = f"{self.question}\n{_merge(self)}"
         folder = json.dumps(self.folder, ensure_ascii=False)
         peft = (
             "from peft import AutoPeftModelForCausalLM\n"
@@ -155,7 +179,7 @@ class Report:
     def plots(self) -> list[Plot]:
         """The plots of the history."""
         planned = self.plan.total_bytes if self.plan else None
-        warmup, best = self.config.training.warmup_steps, self.result.best_step
+        warmup, best = self.config.training.warmup_steps or 0, self.result.best_step
         return plots_of(self.result.log_history, warmup, best, planned)
 
     def history_table(self) -> tuple[list[str], list[list[str]], int]:
@@ -184,25 +208,10 @@ class Report:
         assert plan is not None
         ratio = result.peak_memory_bytes / plan.total_bytes if plan.total_bytes else math.nan
         return (
-            f"{plan.memory_bytes / 1e9:.1f} GB of memory on {plan.machine}; measured / planned "
+            f"{size(plan.memory_bytes)} of memory on {plan.machine}; measured / planned "
             f"{ratio:.2f}. Expected speed {plan.tokens_per_second:,.0f} tokens/s, reached "
-            f"{result.tokens_per_second:,.0f}."
+            f"{speed(result):,.0f} while training."
         )
-
-    def evaluation_table(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows: each score on the test rows before and after."""
-        before, after = (self.result.test_scores[when] for when in ("before", "after"))
-        pairs = {
-            "loss (nats per token)": (before.loss, after.loss),
-            "perplexity": (before.perplexity, after.perplexity),
-            "token accuracy": (before.token_accuracy, after.token_accuracy),
-        }
-        n = figure(after.n_tokens)
-        rows = [
-            [name, figure(old), figure(new), f"{new - old:+.4g}", n]
-            for name, (old, new) in pairs.items()
-        ]
-        return ["", "before", "after", "difference", "n"], rows
 
     def record_tables(self) -> dict[str, dict[str, str]]:
         """Versions, machine and fingerprint, as the run itself wrote them down."""
@@ -256,16 +265,28 @@ class Usage(NamedTuple):
     note: str
 
 
-def ask_command(report: Report) -> str:
-    """`mlx-qlora generate` for this folder.
+def command(report: Report, name: str, folder: str) -> list[str]:
+    """The beginning of a command of ours that opens the adapter.
 
     The folder's own run.yaml says how the base was loaded: its revision, bits and dtype. A model
     that is named would be loaded without them, so one is named only where no run.yaml names it.
     """
-    source, model = report.config.model.source, ""
-    if source is None or not (report.result.output_dir / "run.yaml").is_file():
-        model = f"--model {shlex.quote(str(source or report.base))} "
-    return f'mlx-qlora generate {model}--adapter {shlex.quote(report.folder)} --prompt "Hello"'
+    source = report.config.model.source
+    named = source is not None and (report.result.output_dir / "run.yaml").is_file()
+    model = [] if named else ["--model", str(source or report.base)]
+    return ["mlx-qlora", name, *model, "--adapter", folder]
+
+
+def next_commands(report: Report, chats: bool) -> list[list[str]]:
+    """What to do with a new adapter: ask it, talk to it if it `chats`, take it elsewhere."""
+    folder = str(report.result.output_dir)
+    form = "--portable" if report.adapter.get("use_dora") else "--gguf"
+    export = ["--output-dir", f"{folder}-{form.strip('-')}", form]
+    return [
+        [*command(report, "generate", folder), *report.ask],
+        *([command(report, "chat", folder)] if chats else []),
+        [*command(report, "export", folder), *export],
+    ]
 
 
 def _merge(report: Report) -> str:

@@ -140,7 +140,7 @@ def chip() -> Iterator[Finding]:
     """The chip, its cores, and how much of the memory MLX may use."""
     facts = device.facts()
     memory, working_set = facts["memory_bytes"], facts["working_set_bytes"]
-    text = f"{facts['chip']}, {facts['cores']} cores, {memory / 2**30:.0f} GiB of memory"
+    text = f"{facts['chip']}, {facts['cores']} cores, {memory / 2**30:.0f} GB of memory"
     yield _ok("chip", f"{text}, of which MLX may use {working_set / 2**30:.1f}")
 
 
@@ -151,16 +151,17 @@ def wired_limit() -> Iterator[Finding]:
     facts = device.facts()
     megabytes, working_set = facts["memory_bytes"] >> 20, facts["working_set_bytes"] >> 20
     limit = int(output_of("sysctl", "-n", "iogpu.wired_limit_mb"))
-    text = f"set to {limit:,} MB" if limit else f"macOS's own choice, {working_set:,} MB"
+    text = f"set to {limit / 1024:.1f} GB"
+    text = text if limit else f"macOS's own choice, {working_set / 1024:.1f} GB"
     most = megabytes - max(4096, megabytes // 8)  # the rest is for macOS itself
     command = "sudo sysctl iogpu.wired_limit_mb="
     if _macos() < 15:
         yield _ok("wired limit", f"{text}; macOS 15 could raise it")
     elif limit > most:
-        text += f" of {megabytes:,}: macOS itself may run out of memory"
+        text += f" of {megabytes / 1024:.0f}: macOS itself may run out of memory"
         yield _warning("wired limit", text, f"{command}0")
     elif most > max(limit, working_set):
-        text += f"; a model that needs more may have {most:,} MB, until the next restart"
+        text += f"; a model that needs more may have {most / 1024:.1f} GB, until the next restart"
         yield _ok("wired limit", text, f"{command}{most}")
     else:
         yield _ok("wired limit", text)

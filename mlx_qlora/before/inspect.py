@@ -159,8 +159,7 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
     )
     training = inputs.config.training
     length = RunLength.of(training, batches, len(inputs.train))
-    tokens = length.passes * float((inputs.train.lengths - 1).sum())
-    seconds = tokens / plan.tokens_per_second
+    seconds = plan.run_seconds or 0.0
     say(console, f"length    {length}, about {duration(seconds)} at the planned speed")
     for warning in length.warnings:
         warn(console, warning)

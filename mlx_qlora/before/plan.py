@@ -19,13 +19,14 @@ from mlx_qlora.data.batches import padded_width
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.device import Machine, machine, this_machine
 from mlx_qlora.distributed import processes as processes_of_run
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, duration
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, packed_size
 from mlx_qlora.run import Inputs, open_files
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
+from mlx_qlora.train.config import batches_of
 from mlx_qlora.train.memory import (
     EXPONENTIALS,
     FLOAT32,
@@ -38,6 +39,8 @@ from mlx_qlora.train.memory import (
     step_bytes,
     update_bytes,
 )
+
+FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
 
 # ---- estimates -----------------------------------------------------------------------------------
 
@@ -239,6 +242,7 @@ class Plan:
     tokens_per_second: float  # to be expected, from the machine's matmul rate
     advice: str  # what to change, if it does not fit
     scaling: Scaling | None = None  # of several processes, if their number is known
+    run_seconds: float | None = None  # of the whole run, validations included; None without rows
 
     @property
     def total_bytes(self) -> int:
@@ -268,6 +272,7 @@ class Plan:
             "waves": self.schedule.n_chunks,
             "longest_context": self.longest_context,
             "tokens_per_second": self.tokens_per_second,
+            "run_seconds": self.run_seconds,
             "advice": self.advice,
             "scaling": self.scaling and self.scaling.to_dict(),
         }
@@ -282,6 +287,10 @@ class Plan:
             lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} chunks")
         lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
         lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
+        seconds, what = self.run_seconds, "with validations"
+        if seconds is None:
+            seconds, what = 1e6 / self.tokens_per_second, "for each million tokens"
+        lines.append(f"{'expected time':<22}about {duration(seconds)} {what}")
         if self.scaling is not None:
             lines.append(str(self.scaling))
         return "\n".join([*lines, self.advice] if self.advice else lines)
@@ -328,9 +337,20 @@ def plan(
 def plan_inputs(inputs: Inputs) -> Plan:
     """The plan of a run whose rows are known, on this machine."""
     assert inputs.checkpoint is not None
-    n_processes = processes_of_run().size
-    several = n_processes if n_processes > 1 else None
-    return plan_checkpoint(inputs.checkpoint, inputs.config, inputs.train, processes=several)
+    config, everyone = inputs.config, processes_of_run()
+    several = everyone.size if everyone.size > 1 else None
+    made = plan_checkpoint(inputs.checkpoint, config, inputs.train, processes=several)
+    training, checkpointing = config.training, config.checkpointing
+    batches = batches_of(inputs.train, config.data, training, everyone)
+    n_validations = -(-training.total_steps(batches) // int(checkpointing.eval_steps))
+    passes = batches.epoch(training.micro_batches(batches))
+    times = {
+        inputs.train: passes,
+        inputs.validation: n_validations * FORWARD,
+        inputs.test: 2 * FORWARD,
+    }
+    work = sum(float((rows.lengths - 1).sum()) * n for rows, n in times.items() if rows)
+    return replace(made, run_seconds=work / (made.tokens_per_second * everyone.size))
 
 
 def plan_checkpoint(

@@ -1,15 +1,10 @@
 """Scores of a model on examples: loss, perplexity and token accuracy."""
 
 import math
-import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
+import mlx.core as mx
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from mlx_qlora.data.batches import collate, evaluation_batches
 from mlx_qlora.data.examples import Examples
@@ -17,10 +12,9 @@ from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.allreduce import score_of_all
+from mlx_qlora.progress import doing
 from mlx_qlora.train.score import RowScores, score, score_rows
 
-T = TypeVar("T")
 BATCH = 8  # rows of a forward
 POSITIONS = 4096  # of the examples that are scored at once
 MOST_NATS = 700.0  # exp of more is not finite
@@ -39,6 +33,11 @@ class Scores:
     def of(cls, nats: float, hits: int, n: int) -> "Scores":
         """From sums over n tokens."""
         return cls(nats / n, perplexity(nats / n), hits / n, n)
+
+    @classmethod
+    def of_rows(cls, rows: RowScores) -> "Scores":
+        """Of all rows together."""
+        return cls.of(float(rows.nats.sum()), int(rows.hits.sum()), int(rows.tokens.sum()))
 
 
 def perplexity(loss: float) -> float:
@@ -64,51 +63,37 @@ def evaluate(
     return Scores.of(total.nats, total.hits, total.tokens)
 
 
-def evaluate_distributed(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, processes: Processes
-) -> Scores:
-    """`evaluate` by all processes of a run, a share of the batches each; all have to call it.
-
-    Raises:
-        DataError: as `evaluate`.
-        ProcessError: another process is gone, or did not finish in time.
-    """
-    _check(model, tokenizer, examples)
-    start = time.perf_counter()
-    share = score(model, islice(evaluation_batches(examples), processes.rank, None, processes.size))
-    total, _ = score_of_all(share, processes, time.perf_counter() - start, seconds=TO_BEGIN)
-    return Scores.of(total.nats, total.hits, total.tokens)
-
-
 def score_examples(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     examples: Examples,
-    console: Console | None = None,
+    processes: Processes | None = None,
 ) -> RowScores:
     """Sums over the supervised tokens of each example, in order, without dropout.
 
-    On a terminal, `console` shows a progress bar.
+    Of several processes each scores its share; all have to call it.
 
     Raises:
         DataError: no examples, examples of another vocabulary, or one that teaches nothing.
+        ProcessError: another process is gone, or did not finish in time.
     """
     _check(model, tokenizer, examples)
-    n = len(examples)
-    nats, hits, tokens = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, np.int64)
-    for group in progress(_groups(examples.lengths), "scores", console):
-        rows = score_rows(model, collate([[examples[i]] for i in group]))
-        nats[group], hits[group], tokens[group] = rows.nats, rows.hits, rows.tokens
+    sums, several = np.zeros((3, len(examples))), processes or Processes(None)
+    groups = _groups(examples.lengths)[several.rank :: several.size]
+    with doing("scoring", sum(map(len, groups)), "rows") as task:
+        for group in groups:
+            rows = score_rows(model, collate([[examples[i]] for i in group]))
+            sums[:, group] = rows.nats, rows.hits, rows.tokens
+            task.advance(len(group))
+    if several.size > 1:  # float32, like the loss of each token
+        total = several.all_sum(mx.array(sums, mx.float32))
+        several.wait(total, seconds=TO_BEGIN)
+        sums = np.array(total, np.float64)
+    nats, hits, tokens = sums[0], sums[1].astype(np.int64), sums[2].astype(np.int64)
     if not tokens.all():
         place = examples[int(tokens.argmin())].place
         raise DataError(f"{place} has no supervised token, so it has no loss; leave it out")
     return RowScores(nats, hits, tokens)
-
-
-def progress(work: Sequence[T], label: str, console: Console | None) -> Iterable[T]:
-    """The same, one by one, with a progress bar if the console is a terminal."""
-    shown = console is not None and console.is_terminal
-    return track(work, label, console=console, disable=not shown)
 
 
 def _groups(lengths: np.ndarray) -> list[list[int]]:

@@ -22,6 +22,7 @@ from mlx_qlora.infer.tokens import (
     key_of,
 )
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.progress import doing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -340,8 +341,11 @@ def generate_batch(
     room = [room_for(model, row, name) for row, name in zip(rows, names)]
     answers = [Answer(tokenizer, stop) for _ in rows]
     texts, ended = [""] * len(rows), set[int]()
-    for i, token in batch_tokens(model, rows, config, seed, batch_size, ended):
-        texts[i] += answers[i].add(token)
-        if answers[i].ended or len(answers[i].ids) == room[i]:
-            ended.add(i)
+    with doing("answering", len(rows), "answers") as task:
+        for i, token in batch_tokens(model, rows, config, seed, batch_size, ended):
+            texts[i] += answers[i].add(token)
+            if answers[i].ended or len(answers[i].ids) == room[i]:
+                ended.add(i)
+            if i in ended or len(answers[i].ids) == config.max_new_tokens:
+                task.advance()
     return [text + answer.end() for text, answer in zip(texts, answers)]

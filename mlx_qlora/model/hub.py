@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import SourceError, did_you_mean
+from mlx_qlora.errors import SourceError, did_you_mean, size
 from mlx_qlora.folders import card_header, json_object
 
 # name -> (package, its exact version, the file in it, the original repository)
@@ -40,6 +40,12 @@ class ModelFiles:
     revision: str | None  # the commit hash, if the files came from the hub
     source: str  # what the user gave
     left_on_hub: tuple[str, ...] = ()  # weight files that were not asked for, so not fetched
+
+
+WITHOUT_HUB = (
+    f"without the hub: --model {next(iter(BUILT_IN))} is built in, or name a folder with a model's "
+    "files, or a .gguf file"
+)
 
 
 # ---- from a name to files ------------------------------------------------------------------------
@@ -214,7 +220,7 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     page, login = f"https://huggingface.co/{repo}", "run `hf auth login`"
     if isinstance(cause, errors.GatedRepoError):
         then = f"then {login}" if get_token() is None else "as your token has none yet"
-        return f"{repo} is gated: ask for access at {page}, {then}"
+        return f"{repo} is gated: ask for access at {page}, {then}; {WITHOUT_HUB}"
     if status == 401 and get_token() is not None:
         return token_refused(repo)
     if isinstance(cause, errors.RepositoryNotFoundError):
@@ -230,12 +236,12 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     is_partial = (cache / f"models--{repo.replace('/', '--')}" / "snapshots").exists()
     found = f"{repo} is {'only in part' if is_partial else 'not'} in the cache {cache}, and"
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return f"{found} HF_HUB_OFFLINE is set: unset it and {again}"
+        return f"{found} HF_HUB_OFFLINE is set: unset it and {again}; {WITHOUT_HUB}"
     if status is not None:
-        return f"{found} {constants.ENDPOINT} answered {status}: {again}"
+        return f"{found} {constants.ENDPOINT} answered {status}: {again}; {WITHOUT_HUB}"
     if cause is error and isinstance(error, OSError):
         return f"cannot fetch {repo} into {cache} ({error}): {again}"
-    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}): {again}"
+    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}): {again}; {WITHOUT_HUB}"
 
 
 def token_refused(asked: str) -> str:
@@ -249,12 +255,12 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
 
     try:
         files: Any = snapshot_download(repo, revision=revision, dry_run=True, **READ)
-        needs = f"{sum(file.file_size for file in files if file.will_download):,} bytes"
+        needs = size(sum(file.file_size for file in files if file.will_download))
     except (OSError, RuntimeError, http_error()):  # the hub is away by now, or the disk too full
         needs = "more"
     fix = "free some, or set HF_HOME to a folder on a larger disk, and run the same command again"
-    free = shutil.disk_usage(cache).free
-    return f"disk full: {cache} has {free:,} bytes free, {repo} needs {needs}: {fix}"
+    free = size(shutil.disk_usage(cache).free)
+    return f"disk full: {cache} has {free} free, {repo} needs {needs}: {fix}"
 
 
 def _missing_files(folder: Path, on_hub: list[str] | None = None) -> list[str]:

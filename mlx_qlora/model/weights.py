@@ -21,6 +21,7 @@ from mlx_qlora.model.gguf import read_gguf, source_repository
 from mlx_qlora.model.hub import INDEX, ModelFiles, explain, http_error
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, cast
+from mlx_qlora.progress import doing, each
 from mlx_qlora.tree import flat
 
 # ---- from files to a frozen model ----------------------------------------------------------------
@@ -112,22 +113,25 @@ def load_model(
     packing, modules, matrices = checkpoint.packing, dict(model.named_modules()), _matrices(model)
     for path, matrix in matrices.items():
         matrix.quant, matrix.matmul, matrix.dtype = packing.get(path), strategy, dtype
-    for shard in checkpoint.shards:
-        for name in list(shard):
-            path, _, leaf = name.rpartition(".")
-            array = shard.pop(name)  # the reference must go, or the file's copy would stay
-            if path not in modules:
-                continue
-            if path in matrices and leaf == "weight" and path not in packing and quantize:
-                # Scales and biases are found in float32: half precision would cost accuracy.
-                array = array.astype(mx.float32)
-                matrices[path].pack(array, quantize)
-            else:
-                modules[path][leaf] = cast(array, dtype)
-                mx.eval(modules[path][leaf])
-            del array
+    what = "quantising" if quantize and not packing else "loading"
+    with doing(what, sum(map(len, checkpoint.shards)), "tensors") as task:
+        for shard in checkpoint.shards:
+            for name in list(shard):
+                path, _, leaf = name.rpartition(".")
+                array = shard.pop(name)  # the reference must go, or the file's copy would stay
+                task.advance()
+                if path not in modules:
+                    continue
+                if path in matrices and leaf == "weight" and path not in packing and quantize:
+                    # Scales and biases are found in float32: half precision would cost accuracy.
+                    array = array.astype(mx.float32)
+                    matrices[path].pack(array, quantize)
+                else:
+                    modules[path][leaf] = cast(array, dtype)
+                    mx.eval(modules[path][leaf])
+                del array
     model.freeze()
-    for matrix in matrices.values():
+    for matrix in each([*matrices.values()], "dequantising", "matrices"):
         matrix.make_resident()
     return model
 

@@ -20,11 +20,12 @@ from rich.console import Console
 
 from mlx_qlora import device
 from mlx_qlora.cpu import blas
-from mlx_qlora.data.batches import Batches, evaluation_batches
+from mlx_qlora.data.batches import Batch, Batches, evaluation_batches
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, ProcessError, TrainingError, say, warn
 from mlx_qlora.folders import disk_errors
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.progress import doing, now
 from mlx_qlora.train.allreduce import broadcast_state, score_of_all
 from mlx_qlora.train.checkpoint import (
     best_eval,
@@ -71,7 +72,8 @@ class TrainResult:
         peak_memory_bytes: MLX's peak.
         best_step: step of the best validation loss, if there was one.
         stopped_early: whether patience ended the run before its last step.
-        test_scores: of the test rows, "before" and "after"; empty where there were none.
+        test_scores: "before" and "after", of the test rows or, without any, of the validation
+            rows; empty where there were none.
         html: what a notebook shows, once a report was written; see `mlx_qlora.report`.
     """
 
@@ -312,25 +314,33 @@ class Run:
         if due or (best and checkpointing.load_best_model_at_end):
             self.processes.agree(self.save)  # the others wait as long as the disk needs
 
-    def _is_due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.total_steps
+    def _is_due(self, every: int | str) -> bool:
+        return self.state.step % int(every) == 0 or self.state.step == self.total_steps
 
     def validate(self, held_out: Batches) -> bool:
         """Measures the validation loss; returns whether it is the best so far."""
 
-        def score_share() -> Score:
-            share = islice(held_out, self.processes.rank, None, self.processes.size)
-            pieces = (piece for batch in share for piece in self.step.split(batch))
-            return score(self.model, (piece for piece in pieces if self.stop.signum is None))
+        def pieces() -> Iterator[Batch]:
+            n_rows = len(held_out.examples) / self.processes.size
+            with doing("validating", n_rows, "rows") as task:
+                for batch in islice(held_out, self.processes.rank, None, self.processes.size):
+                    for piece in self.step.split(batch):
+                        if self.stop.signum is not None:
+                            return
+                        yield piece
+                        task.advance(len(piece.tokens))
 
-        started, rows = time.perf_counter(), held_out.batch_size
+        def score_share() -> Score:
+            return score(self.model, pieces())
+
+        started, rows = now(), held_out.batch_size
         ours = retried(score_share, lambda reason, _: self.step.split_more(rows, reason))
         if self.stop.signum is not None:
             return False
-        took, received = time.perf_counter() - started, self.stop.received
+        took, received = now() - started, self.stop.received
         total, signum = score_of_all(ours, self.processes, took, received)
         self.stop.signum = self.stop.signum or signum
-        self.metrics.validation(self.epoch, total, time.perf_counter() - started)
+        self.metrics.validation(self.epoch, total, now() - started)
         best = best_eval(self.state.log_history)
         return best is not None and best[0] == self.state.step
 

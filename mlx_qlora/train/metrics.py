@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, warn
 from mlx_qlora.folders import write_whole
+from mlx_qlora.progress import doing
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.score import Score
 from mlx_qlora.train.step import StepResult
@@ -260,11 +260,11 @@ def open_trackers(
 
 
 class Metrics:
-    """Writes `metrics.jsonl`, keeps the history, and shows the progress.
+    """Writes `metrics.jsonl`, keeps the history, and counts the steps.
 
     A log window is `every` steps long; the open losses of the state are those of one that is not
-    full yet. On anything but a terminal the live line becomes plain lines. The trackers are closed
-    with the metrics.
+    full yet. On a terminal and in a notebook others show the run; anywhere else it is told in plain
+    lines. The trackers are closed with the metrics.
     """
 
     def __init__(
@@ -280,26 +280,16 @@ class Metrics:
         self.total_steps, self.every = total_steps, every
         self.file = path.open("a", encoding="utf-8")
         self.tokens, self.started = 0, time.perf_counter()  # of the log window
-        self.live = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            # Wide enough that one slow step does not make the ETA jump.
-            speed_estimate_period=300,
-        )
-        self.task = self.live.add_task("", total=total_steps, completed=state.step)
+        self.in_lines = not (console.is_terminal or console.is_jupyter)
+        self.under_way = doing("training", total_steps, done=state.step)
 
     def __enter__(self) -> "Metrics":
-        self.live.start()
+        self.task = self.under_way.__enter__()
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        self.live.stop()
+        self.under_way.__exit__(None, None, None)
         self.file.close()
         for tracker in self.trackers:
             try:
@@ -319,16 +309,17 @@ class Metrics:
             state.open_losses.append(result.loss)
             state.open_grad_norm = result.grad_norm
         speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
-        figures = (
-            f"loss {result.loss:.4f}  lr {rate:.2e}  grad {result.grad_norm:.2f}  "
-            f"{speed:,.0f} tok/s  {mx.get_peak_memory() / 1e9:.2f} GB"
-        )
-        self.live.update(self.task, completed=step, description=figures)
+        loss, lr, grad = f"loss {result.loss:.4f}", f"lr {rate:.2e}", f"grad {result.grad_norm:.2f}"
+        pace, memory = f"{speed:,.0f} tok/s", f"{mx.get_peak_memory() / 1e9:.2f} GB"
+        self.task.figures = f"epoch {epoch:.2f}", loss, pace, lr, memory, grad
+        self.task.advance()
         if (step % every and step != self.total_steps) or not state.open_losses:
             return
-        if not self.console.is_terminal:
+        if self.in_lines:
+            figures = "  ".join([loss, lr, grad, pace, memory])
             say(self.console, f"step {step}/{self.total_steps}  {figures}")
         record = {
+            "examples": state.rows,
             "loss": sum(state.open_losses) / len(state.open_losses),
             "grad_norm": state.open_grad_norm,
             "learning_rate": rate,
@@ -343,7 +334,8 @@ class Metrics:
         """Records one pass over the validation set, and keeps its time out of tokens/s."""
         self.started += seconds
         loss, pairs = total.nats / total.tokens, max(total.pairs, 1)
-        say(self.console, f"step {self.state.step}: validation loss {loss:.4f}")
+        if self.in_lines:
+            say(self.console, f"step {self.state.step}: validation loss {loss:.4f}")
         self.event(
             epoch,
             eval_loss=loss,

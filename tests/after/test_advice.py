@@ -14,6 +14,7 @@ from support.training import fine_tune
 
 from mlx_qlora.after.advice import advise
 from mlx_qlora.config import SECTIONS
+from mlx_qlora.train.config import TrainingConfig
 
 History = list[dict[str, Any]]
 
@@ -252,6 +253,23 @@ def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, tim
         return start if t < turn else start * times
 
     assert kinds(history(curve(n, noise, seed, shape))) == ["divergence"]
+
+
+# ---- what was asked for ------------------------------------------------------------------------
+
+
+def test_an_unfinished_warmup_and_less_than_a_pass_are_told():
+    training = TrainingConfig(learning_rate=2e-4, max_steps=30, warmup_steps=100)
+    records = [{"step": 30, "epoch": 0.35, "loss": 2.0, "learning_rate": 6e-5}]
+    warmup, length = advise(records, training=training)
+    assert (warmup.kind, length.kind) == ("warmup", "length")
+    assert "warmup of 100 steps was not over at step 30" in warmup.finding
+    assert "reached 6e-05 of 0.0002" in warmup.finding
+    assert "only 35% of the rows" in length.finding
+    whole = TrainingConfig(max_steps=30, warmup_steps=3)
+    assert advise([records[0] | {"epoch": 1.0}], training=whole) == []
+    one = TrainingConfig(max_steps=1, warmup_steps=1)  # a tenth of one step, rounded up
+    assert advise([records[0] | {"step": 1, "epoch": 1.0}], training=one) == []
 
 
 # ---- in a run ----------------------------------------------------------------------------------

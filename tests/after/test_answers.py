@@ -60,32 +60,6 @@ def test_chrf_by_hand():
 def test_lengths():
     assert on.relative_length("abcd ", "ab") == 2
     assert (on.relative_length("", "ab"), on.relative_length("ab", "")) == (0, 2)
-    assert on.length_agreement("abcd", "ab") == on.length_agreement("ab", "abcd") == 0.5
-    assert (on.length_agreement("", ""), on.length_agreement("", "a")) == (1, 0)
-
-
-def test_structure_counts_what_a_person_sees():
-    text = "# Title\n\n- one\n* two\n3) three\n\n```python\nx = 1\n```\nDone."
-    assert on.structure(text) == {
-        "lines": 8,
-        "list_items": 3,
-        "code_fences": 2,
-        "headings": 1,
-        "ends_with_punctuation": 1,
-        "json": 0,
-    }
-    assert on.structure('{"a": [1]}')["json"] == 1
-    assert on.structure("{a: 1}")["json"] == on.structure("12")["json"] == 0
-    assert on.structure("[" * 100_000)["json"] == 0
-    assert on.structure('He said "no."')["ends_with_punctuation"] == 1
-    assert on.structure("-5 degrees, 3.5 more")["list_items"] == 0
-
-
-def test_structure_agreement_is_the_mean_of_six_shares():
-    # lines 2/3, items 2/3, the rest agrees (0 = 0 and no mark at the end).
-    assert on.structure_agreement("- a\n- b", "- a\n- b\n- c") == pytest.approx((4 / 3 + 4) / 6)
-    assert on.structure_agreement("x.", "y.") == 1
-    assert on.structure_agreement("x", "y.") == pytest.approx(5 / 6)
 
 
 def test_style_similarity_is_a_cosine_of_3_grams():

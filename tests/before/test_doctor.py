@@ -21,7 +21,7 @@ from mlx_qlora import device
 from mlx_qlora.before import doctor
 from mlx_qlora.before.doctor import Finding, PlannedRun
 from mlx_qlora.cli import main
-from mlx_qlora.model.hub import BUILT_IN
+from mlx_qlora.model.hub import BUILT_IN, WITHOUT_HUB
 
 LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 HEADER = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -144,7 +144,7 @@ def test_gated(hub, ask):
     assert only(found, "model") == Finding(
         "error",
         "model",
-        f"{REPO} is gated: ask for access at {page}, then run `hf auth login`",
+        f"{REPO} is gated: ask for access at {page}, then run `hf auth login`; {WITHOUT_HUB}",
         f"python -m webbrowser {page}",
     )
     assert only(found, "login") == Finding(
@@ -156,7 +156,7 @@ def test_gated(hub, ask):
     assert only(ask(HF_TOKEN=STRANGERS_TOKEN), "model") == Finding(
         "error",
         "model",
-        f"{REPO} is gated: ask for access at {page}, as your token has none yet",
+        f"{REPO} is gated: ask for access at {page}, as your token has none yet; {WITHOUT_HUB}",
         f"python -m webbrowser {page}",
     )
     assert only(ask(HF_TOKEN=GOOD_TOKEN), "model").state == "ok"
@@ -334,19 +334,19 @@ def test_the_system(mac, monkeypatch, version, state):
 
 def test_the_chip(mac):
     (found,) = doctor.chip()
-    text = "Apple M4 Max, 16 cores, 64 GiB of memory, of which MLX may use 48.0"
+    text = "Apple M4 Max, 16 cores, 64 GB of memory, of which MLX may use 48.0"
     assert found == Finding("ok", "chip", text)
 
 
 @pytest.mark.parametrize(
     ("gigabytes", "working_set", "limit", "macos", "state", "text", "fix"),
     [
-        (64, 48, 0, "15.1", "ok", "macOS's own choice, 49,152 MB; a model that needs more", 57344),
-        (16, 10.6, 0, "15.1", "ok", "macOS's own choice, 10,854 MB; a model that", 12288),
-        (8, 5.3, 0, "15.1", "ok", "macOS's own choice, 5,427 MB", None),
-        (64, 48, 57344, "15.1", "ok", "set to 57,344 MB", None),
-        (64, 48, 64000, "15.1", "warning", "set to 64,000 MB of 65,536: macOS itself may", 0),
-        (64, 48, 0, "14.5", "ok", "macOS's own choice, 49,152 MB; macOS 15 could raise it", None),
+        (64, 48, 0, "15.1", "ok", "macOS's own choice, 48.0 GB; a model that needs more", 57344),
+        (16, 10.6, 0, "15.1", "ok", "macOS's own choice, 10.6 GB; a model that", 12288),
+        (8, 5.3, 0, "15.1", "ok", "macOS's own choice, 5.3 GB", None),
+        (64, 48, 57344, "15.1", "ok", "set to 56.0 GB", None),
+        (64, 48, 64000, "15.1", "warning", "set to 62.5 GB of 64: macOS itself may", 0),
+        (64, 48, 0, "14.5", "ok", "macOS's own choice, 48.0 GB; macOS 15 could raise it", None),
     ],
 )
 def test_the_wired_limit(mac, gigabytes, working_set, limit, macos, state, text, fix):

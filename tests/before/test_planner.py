@@ -181,10 +181,20 @@ def test_few_rows_are_expected_to_take_longer_on_a_cpu(checkpoint_files, monkeyp
     assert 2 * again == pytest.approx(4 * (3 * dense + 2 * head) / 1e9)
 
 
-@pytest.mark.parametrize("name", ["m9-max-64", "m4-max", "m4-max-", "64", "m4 max 64"])
+@pytest.mark.parametrize("name", ["m9-max-64", "m4-max-", "64", "m4 max 64"])
 def test_a_machine_that_is_none_is_refused(name):
     with pytest.raises(ConfigError, match=r"--machine: .* is not CHIP-GB"):
         machine(name)
+
+
+def test_a_chip_without_its_memory_is_told_the_sizes_it_is_sold_with():
+    with pytest.raises(ConfigError) as refused:
+        machine("M4-max")
+    told = "--machine: 'M4-max' lacks its memory, like m4-max-36; GB: 36, 48, 64, 128"
+    assert str(refused.value) == told
+    assert device.MEMORY.keys() == {**device.APPLE, **device.NVIDIA}.keys()
+    for chip, sizes in device.MEMORY.items():
+        assert all(machine(f"{chip}-{size}").flops for size in sizes.split(", "))
 
 
 def test_flops_of_llama_8b_are_those_counted_by_hand():

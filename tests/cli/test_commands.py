@@ -47,7 +47,9 @@ def test_train_says_nothing_if_asked_and_leaves_what_generate_and_train_open(tra
 
 def test_a_run_says_what_it_does_before_and_after_the_training(finished, capsys):
     """Started again when it is done, it says so and not how fast it was."""
-    assert "before    3 held-out rows are answered, 4 are scored\n" in finished.err
+    assert "report    out/report.html\n" in finished.err
+    assert "next      mlx-qlora generate --adapter out --" in finished.err
+    assert "          mlx-qlora export --adapter out --" in finished.err
     assert "done      0." in finished.err and "tokens/s" in finished.err
     assert main(finished.words) == 0
     assert "done      step 2 was the last one; adapter in out\n" in capsys.readouterr().out

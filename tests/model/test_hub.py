@@ -16,7 +16,14 @@ from support.tiny_folder import write_model, write_rows
 import mlx_qlora as mq
 from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.errors import SourceError
-from mlx_qlora.model.hub import BUILT_IN, ModelFiles, is_on_hub, original_repository, resolve
+from mlx_qlora.model.hub import (
+    BUILT_IN,
+    WITHOUT_HUB,
+    ModelFiles,
+    is_on_hub,
+    original_repository,
+    resolve,
+)
 
 INDEX = b'{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
 CLUTTER = {
@@ -297,8 +304,10 @@ def test_no_such_revision(away, revision):
 def test_a_gated_repository_says_how_to_get_access(hub, away):
     hub.gated.add(REPO)
     told = f"{REPO} is gated: ask for access at https://huggingface.co/{REPO}, "
-    assert away.refused(REPO) == f"{told}then run `hf auth login`"
-    assert away.refused(REPO, HF_TOKEN=STRANGERS_TOKEN) == f"{told}as your token has none yet"
+    assert away.refused(REPO) == f"{told}then run `hf auth login`; {WITHOUT_HUB}"
+    stranger = away.refused(REPO, HF_TOKEN=STRANGERS_TOKEN)
+    assert stranger == f"{told}as your token has none yet; {WITHOUT_HUB}"
+    assert all(way in WITHOUT_HUB for way in ("--model smollm2-135m", "folder", ".gguf file"))
     assert away.refused(REPO, HF_TOKEN=NARROW_TOKEN).startswith(f"your token may not read {REPO}")
     # A token that `hf auth login` has left in HF_HOME.
     (away.home / "token").write_text(GOOD_TOKEN)
@@ -330,7 +339,7 @@ def test_a_token_that_the_hub_refuses(away):
 
 
 def test_no_network_and_no_copy(hub, away):
-    again = "run the same command again; finished files are kept"
+    again = f"run the same command again; finished files are kept; {WITHOUT_HUB}"
     nothing = f"{REPO} is not in the cache {away.cache}, and "
     offline = away.refused(REPO, HF_HUB_OFFLINE="1")
     assert offline == f"{nothing}HF_HUB_OFFLINE is set: unset it and {again}"
@@ -376,7 +385,7 @@ def test_a_partial_copy(away, listing_is_cached):
     assert message.startswith(f"{REPO} is only in part")
     assert message.endswith(
         f"in the cache {away.cache}, and HF_HUB_OFFLINE is set: "
-        "unset it and run the same command again; finished files are kept"
+        f"unset it and run the same command again; finished files are kept; {WITHOUT_HUB}"
     )
 
 
@@ -438,10 +447,9 @@ client.http_get = full
 def test_the_disk_is_full(away):
     full = 'OSError(errno.ENOSPC, "No space left on device")'
     message = away.refused(REPO, before=BREAK_DISK.format(error=full))
-    needed = sum(len(MODEL[name]) for name in MODEL if name != "README.md")
     assert message.startswith(f"disk full: {away.cache} has ")
     assert message.endswith(
-        f" bytes free, {REPO} needs {needed:,} bytes: free some, or set HF_HOME to a folder on a "
+        f" GB free, {REPO} needs under 0.01 GB: free some, or set HF_HOME to a folder on a "
         "larger disk, and run the same command again"
     )
     xet = 'RuntimeError("IO error: No space left on device (os error 28)")'
@@ -467,7 +475,7 @@ def test_the_disk_is_full_and_the_hub_goes_away(away, error):
     full = BREAK_DISK.format(error='OSError(errno.ENOSPC, "No space left on device")')
     message = away.refused(REPO, before=full + HUB_LEAVES.format(error=error))
     assert message.startswith(f"disk full: {away.cache} has ")
-    assert f" bytes free, {REPO} needs more: free some, or set HF_HOME" in message
+    assert f" GB free, {REPO} needs more: free some, or set HF_HOME" in message
 
 
 def test_a_disk_that_fills_up_in_the_middle(hub, away):
@@ -495,8 +503,8 @@ client.http_get = get
     message = away.refused(REPO, before=fill)
     # The small files are here by now, or not: they come side by side with the large one.
     assert re.fullmatch(
-        re.escape(f"disk full: {away.cache} has 70,000 bytes free, {REPO} needs ")
-        + r"1,048,[56]\d\d bytes: free some, or set HF_HOME to a folder on a larger disk, "
+        re.escape(f"disk full: {away.cache} has under 0.01 GB free, {REPO} needs ")
+        + r"under 0\.01 GB: free some, or set HF_HOME to a folder on a larger disk, "
         "and run the same command again",
         message,
     )

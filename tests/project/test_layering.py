@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
-    {"errors", "tree", "folders"},
+    {"errors", "progress", "tree", "folders"},
     {"device", "distributed"},
     {"cpu"},
     {"model"},

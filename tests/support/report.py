@@ -5,6 +5,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mlx_qlora.after.answer_metrics import LOWER, paired_row
 from mlx_qlora.after.report import Report, write_report
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, build
@@ -21,6 +24,8 @@ PLAN = Plan(
 )  # fmt: skip
 FILE = FileReport(HOSTILE, "alpaca", read=12, kept=10, refused=[(3, "SECRET"), (7, "SECRET")])
 DATA = DataReport(HOSTILE, [FILE], tokens=100, supervised=25, histogram=[(1, 10, 10)])
+ROWS = np.full(20, 60.0)
+LOSS = paired_row("loss", LOWER, [ROWS, ROWS - 10 - np.arange(20)], np.full(20, 20))
 SAMPLE = {"prompt": HOSTILE, "reference": "ref", "before": HOSTILE, "after": "ref"}
 
 
@@ -57,7 +62,8 @@ def written(
     **changes: Any,
 ) -> str:
     """The HTML of a report with everything in it, or with these fields of `Report`."""
-    fields: dict[str, Any] = {"samples": [SAMPLE], "data": [DATA], "plan": PLAN, **changes}
+    fields: dict[str, Any] = {"samples": [SAMPLE], "data": [DATA], "plan": PLAN}
+    fields |= {"loss": LOSS, **changes}
     result = result_in(folder, history(40) if records is None else records)
     result.test_scores = scores
     page = write_report(Report(result, config or build({"model": {"source": HOSTILE}}), **fields))

@@ -40,12 +40,6 @@ def test_epochs_train_every_row_and_the_last_step_may_be_short(hf_tiny, tmp_path
     assert result.log_history[-1]["epoch"] == pytest.approx(9 / 22, abs=1e-4)
 
 
-def test_the_live_line_shows_eta_on_a_terminal(hf_tiny, tmp_path):
-    printed = io.StringIO()
-    start(hf_tiny[1], tmp_path / "out", Console(file=printed, force_terminal=True, width=140))
-    assert "eta" in printed.getvalue() and "tok/s" in printed.getvalue()
-
-
 def test_dropout_keys_depend_on_seed_and_row_alone():
     assert mx.array_equal(dropout_keys(3, (14, 15))[1:], dropout_keys(3, (15,)))
     keys = {np.array(dropout_keys(s, (r,))).tobytes() for s in range(5) for r in range(50)}
