@@ -151,10 +151,9 @@ def _grams(text: str) -> Counter[str]:
     return Counter(padded[i : i + STYLE_GRAM] for i in range(len(padded) - STYLE_GRAM + 1))
 
 
-# ---- repetition and collapse ---------------------------------------------------------------------
+# ---- repetition ---------------------------------------------------------------------------------
 
 REPEATED_GRAM = 4  # words
-OPENING = 5  # words of an answer's beginning
 
 
 def repetition(text: str, n: int = REPEATED_GRAM) -> float:
@@ -171,35 +170,6 @@ def repetition(text: str, n: int = REPEATED_GRAM) -> float:
 def excess_repetition(prediction: str, reference: str) -> float:
     """`repetition` less the reference's, -1 to 1: that belongs to the task, as in a table."""
     return repetition(prediction) - repetition(reference)
-
-
-@dataclass(frozen=True)
-class Variety:
-    """Whether a set of answers collapses into a few.
-
-    The references show what is normal: those of a classifier are few, too. All shares are 0 to 1.
-    """
-
-    # Different answers over all answers: distinct-n of Li et al. 2015, arXiv 1510.03055, of wholes.
-    distinct: float
-    same_opening: float  # share of answers that open with the commonest first OPENING words
-    opening: str  # those words
-    repetition: float  # mean of `repetition`
-    empty: float  # share of answers without a character
-
-
-def variety(answers: list[str]) -> Variety:
-    """The variety of a set of at least one answer."""
-    n, words = len(answers), [answer.split() for answer in answers]
-    openings = Counter(" ".join(each[:OPENING]) for each in words)
-    opening, times = openings.most_common(1)[0]
-    return Variety(
-        len({" ".join(each) for each in words}) / n,
-        times / n,
-        opening,
-        math.fsum(map(repetition, answers)) / n,
-        sum(not each for each in words) / n,
-    )
 
 
 # ---- one metric of two models --------------------------------------------------------------------

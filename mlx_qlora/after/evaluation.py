@@ -6,7 +6,7 @@ and asked, the two are compared example by example, and the adapter is tried on 
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,6 @@ class Comparison:
     n_examples: int
     n_tokens: int  # supervised ones
     n_answers: int
-    variety: dict[str, metrics.Variety]  # of base's and tuned's answers, and of the `reference`s
     adapter: bool  # False: what a base does on the set
 
     def __getitem__(self, metric: str) -> Row:
@@ -253,7 +252,6 @@ class Comparison:
         return {
             **{name: getattr(self, name) for name in counts},
             "metrics": [row.to_dict() for row in self.rows],
-            "variety": {who: asdict(each) for who, each in self.variety.items()},
         }
 
     def __rich__(self) -> Table:
@@ -281,13 +279,11 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
         for name, (better, metric) in ANSWER_METRICS.items():
             values = [np.array([*map(metric, each.answers, references)]) for each in models]
             rows.append(paired_row(name, better, values))
-    texts = {"base": base.answers, "tuned": tuned.answers if tuned else (), "reference": references}
     return Comparison(
         tuple(rows),
         n_examples=len(tokens),
         n_tokens=int(tokens.sum()),
         n_answers=len(asked),
-        variety={who: metrics.variety([*answers]) for who, answers in texts.items() if answers},
         adapter=tuned is not None,
     )
 

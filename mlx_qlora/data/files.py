@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_qlora.errors import ConfigError, DataError, listing
+from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
 
@@ -58,9 +59,14 @@ class RowFile:
         if self.kind == "hub":
             return str(getattr(hub_dataset(self), "_fingerprint", self.path))
         content = hashlib.blake2b(f"{self.kind} {self.compressed}".encode(), digest_size=16)
-        with readable(self.name), open(self.path, "rb") as file:
+        with (
+            readable(self.name),
+            open(self.path, "rb") as file,
+            doing("hashing", self.size, "bytes") as task,
+        ):
             while piece := file.read(1 << 20):
                 content.update(piece)
+                task.advance(len(piece))
         return content.hexdigest()
 
 

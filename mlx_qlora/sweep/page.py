@@ -222,15 +222,15 @@ def seed_findings(
 def ready_command(output: Path, config: RunConfig, best: Trial) -> str:
     """`mlx-qlora train` with the winner's values, and the length that the config asks for."""
     asked, tried = config.training, best.config.training
-    changes: dict[str, Any] = {}
+    rows, changes = start_point(config).batch_size, dict[str, Any]()
     if asked.num_train_epochs is not None:
         changes = {"max_steps": "null", "num_train_epochs": asked.num_train_epochs}
     elif asked.max_steps is not None:
-        rows = start_point(config).batch_size
         steps = scaled(asked.max_steps, rows, best.point.batch_size)
         changes = {"max_steps": steps} if steps != tried.max_steps else {}
-    if asked.warmup_steps != tried.warmup_steps:
-        changes["warmup_steps"] = asked.warmup_steps
+    warmup = scaled(asked.warmup_steps or 0, rows, best.point.batch_size)
+    if warmup != tried.warmup_steps:
+        changes["warmup_steps"] = warmup
     words = ["mlx-qlora", "train", "--config", str(output / BEST)]
     return shlex.join([*words, *(f"training.{name}={value}" for name, value in changes.items())])
 

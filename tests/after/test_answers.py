@@ -79,14 +79,6 @@ def test_repetition_is_the_share_of_n_grams_seen_before():
     assert on.excess_repetition("x " * 13, "a b c d a b c d") == pytest.approx(0.9 - 0.2)
 
 
-def test_variety_shows_a_collapse():
-    collapsed = on.variety(["I am sorry, but I cannot", "I am  sorry, but I can", "", "Yes"])
-    assert collapsed.distinct == 1 and collapsed.same_opening == 0.5
-    assert collapsed.opening == "I am sorry, but I" and collapsed.empty == 0.25
-    assert on.variety(["a", " a", "b"]).distinct == pytest.approx(2 / 3)
-    assert on.variety(["a"]).distinct == 1
-
-
 def test_a_missing_library_is_named(monkeypatch):
     message = r"need rouge-score and sacrebleu .*: pip install .mlx-qlora\[evaluate\]"
     needs = {"sacrebleu.metrics.chrf": on.rouge_l, "rouge_score.rouge_scorer": on.chrf}

@@ -101,8 +101,6 @@ def test_answers_are_compared_by_every_metric():
     assert exact.base.estimate == 0 and exact.tuned.estimate == pytest.approx(11 / 12)
     wanted = np.mean([on.chrf("no idea", q.reference) for q in asked])
     assert found["chrf"].base.estimate == pytest.approx(wanted)
-    assert found.variety["base"].distinct == pytest.approx(1 / 12)
-    assert found.variety["reference"].distinct == 1
     console = Console(file=io.StringIO(), width=80)
     console.print(found)
     shown = said_to(console)
