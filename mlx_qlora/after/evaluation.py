@@ -314,7 +314,7 @@ class Evaluation:
         """Print each figure once, and whether it shows anything."""
         console.print(self.comparison)
         if self.forgetting is not None:
-            say(console, f"forgotten {self.forgetting.sentence}")
+            say(console, f"general   {self.forgetting.sentence}")
 
     def write(self, file: Path) -> None:
         """Writes everything as JSON; raises ConfigError if it cannot."""

@@ -24,7 +24,7 @@ def test_six_of_six_killed_runs_end_identically_and_leave_nothing_behind(alone):
         [Moment(RANDOM, 12.3)],
         [  # with half of a checkpoint's moments on disk; then before a checkpoint gets its name
             Moment("half a file", "out/.checkpoint-8.tmp/optimizer.safetensors"),
-            Moment("rename", "out/checkpoint-18"),
+            Moment("rename", "out/checkpoint-20"),
         ],
         [Moment("remove", 7)],  # the six files of an old checkpoint are gone, its folder is not
         [  # the last checkpoint has its name, the oldest is not removed; then amid the adapter
