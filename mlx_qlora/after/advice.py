@@ -73,7 +73,8 @@ def cut_short(history: History, training: TrainingConfig) -> list[Advice]:
         remedy = "train longer, or leave training.warmup_steps out: it is a tenth of the run then"
         found.append(Advice("warmup", finding, remedy))
     if epoch < 1:
-        remedy = "set training.num_train_epochs=3 in the place of training.max_steps"
+        instead = "" if training.max_steps is None else " in the place of training.max_steps"
+        remedy = f"set training.num_train_epochs=3{instead}"
         found.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
     return found
 

@@ -17,6 +17,7 @@ from mlx_qlora.data.files import user_path
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, duration, say, warn
+from mlx_qlora.folders import write_whole
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
 from mlx_qlora.train.config import RunLength, batches_of
@@ -114,8 +115,11 @@ def inspect_data(
             say(page, f"data      {report}")
         describe(page, show or EXAMPLES_OF_A_PAGE)
         text = page.export_html().replace('<pre style="', '<pre style="white-space:pre-wrap;')
+        place = user_path(html, "--html")
+        if place.is_file() and not place.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+            raise ConfigError(f"--html: {html} is there, and no page; name another file")
         try:
-            user_path(html, "--html").write_text(text, "utf-8")
+            write_whole(place, text)
         except OSError as error:
             raise ConfigError(f"--html: {html} cannot be written: {error.strerror}") from None
     return {

@@ -397,31 +397,42 @@ class Examples(Sequence[Example]):
         hashes = self._store.rows["made"][self._rows]
         return hashlib.blake2b(hashes.tobytes(), digest_size=32).hexdigest()
 
-    def split(self, shares: Sequence[float], seed: int = 0) -> list["Examples"]:
+    def split(
+        self, shares: Sequence[float], seed: int = 0, most_copies: int | None = None
+    ) -> list["Examples"]:
         """Divides by a hash of (seed, content) of each row.
 
         Adding rows to a file does not move the others between the parts, and copies of a row are
-        in the same part; the shares are therefore met only on average.
+        in the same part, the first one if there are more than `most_copies`; the shares are
+        therefore met only on average.
 
         Raises:
             ConfigError: the shares do not sum to 1.
         """
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")
-        return self._split_at(np.cumsum(shares)[:-1], seed)
+        places, copies = self._places(seed)
+        if most_copies is not None:
+            places = np.where(copies > most_copies, 0.0, places)
+        parts = np.searchsorted(np.cumsum(shares)[:-1], places, "right")
+        return [self[parts == i] for i in range(len(shares))]
 
-    def split_off(self, numbers: Sequence[int], seed: int = 0) -> list["Examples"]:
-        """What is left, and parts of these numbers of rows; more where copies of a row straddle.
+    def hold_out(self, number: int, seed: int = 0) -> list["Examples"]:
+        """What is left, and at most `number` rows, copies of a row together; as `split` hashes."""
+        places, copies = self._places(seed)
+        held, taken = [], 0
+        for place, n in sorted(set(zip(places.tolist(), copies.tolist())), reverse=True):
+            if taken + n <= number:
+                held.append(place)
+                taken += n
+        is_held = np.isin(places, held)
+        return [self[~is_held], self[is_held]]
 
-        By the same hash as `split`.
-        """
-        places = np.sort(_uniform(self.contents, seed))
-        first_of = len(places) - np.cumsum([*numbers][::-1])[::-1]
-        return self._split_at(np.append(places, 1.0)[first_of], seed)
-
-    def _split_at(self, bounds: np.ndarray, seed: int) -> list["Examples"]:
-        parts = np.searchsorted(bounds, _uniform(self.contents, seed), "right")
-        return [self[parts == i] for i in range(len(bounds) + 1)]
+    def _places(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row its hash in [0, 1), and how many rows say the same."""
+        places = _uniform(self.contents, seed)
+        _, which, counts = np.unique(places, return_inverse=True, return_counts=True)
+        return places, counts[which]
 
 
 def _uniform(hashes: np.ndarray, seed: int) -> np.ndarray:

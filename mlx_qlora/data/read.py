@@ -360,17 +360,11 @@ def train_validation_test(
             sources[part] = path, find_files(path)["train"]
     read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, console)))
 
-    # Where a part has files of its own, its share of `split` is trained instead.
-    if isinstance(config.split, str):
-        n = len(read["train"])
-        numbers = [0 if part in read else held_out for part, held_out in zip(named, _held_out(n))]
-        train, *rest = read["train"].split_off(numbers, seed)
-    else:
-        shares = [0.0 if part in read else share for part, share in zip(named, config.split[1:])]
-        train, *rest = read["train"].split([1.0 - shares[0] - shares[1], *shares], seed)
+    train, *rest = _split(read["train"], config.split, [part in read for part in named], seed)
     if not len(train):
         raise DataError(
-            f"{config.path}: no row is left to train on; raise data.split's first share"
+            f"{config.path}: no row is left to train on; set data.split=[1, 0, 0], or raise its "
+            "first share"
         )
     for examples in (read[part] for part in named if part in read):
         examples.report.leaked = int(np.isin(examples.contents, train.contents).sum())
@@ -379,10 +373,20 @@ def train_validation_test(
     return train, validation, test
 
 
-def _held_out(n: int) -> tuple[int, int]:
-    """How many of n rows are validated and tested by default."""
-    validated = min(max(n // 10, FEWEST_HELD_OUT), MOST_HELD_OUT, n // 4)
-    return validated, min(n // 10, MOST_HELD_OUT) if n >= FEWEST_TO_TEST else 0
+def _split(
+    rows: Examples, split: list[float] | str, named: list[bool], seed: int
+) -> list[Examples]:
+    """Rows to train, validate and test on; none of a part that has files of its own (`named`)."""
+    n, most_copies = len(rows), None
+    if isinstance(split, str):
+        if n < FEWEST_TO_TEST:
+            held_out = 0 if named[0] else min(max(n // 10, FEWEST_HELD_OUT), n // 4)
+            return [*rows.hold_out(held_out, seed), rows[:0]]
+        # The same shares however a file grows, so that no trained row is held out later.
+        share = min(0.1, MOST_HELD_OUT / n)
+        split, most_copies = [1 - 2 * share, share, share], int(share * n) // 4
+    shares = [0.0 if has_files else share for has_files, share in zip(named, split[1:])]
+    return rows.split([1.0 - sum(shares), *shares], seed, most_copies)
 
 
 def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:

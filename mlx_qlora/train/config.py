@@ -115,14 +115,14 @@ class TrainingConfig:
         """
         wanted = MOST_EXAMPLES
         if n is not None:
-            wanted = min(wanted, int(n * (self.num_train_epochs or USUAL_PASSES)) // LEAST_STEPS)
-            wanted = max(wanted, FEWEST_EXAMPLES)
+            examples = n * (self.num_train_epochs or USUAL_PASSES)  # of all passes
+            wanted = max(int(min(wanted, examples // LEAST_STEPS)), FEWEST_EXAMPLES)
         size, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         if isinstance(size, str):
             micro_batches = 1 if isinstance(accumulation, str) else accumulation
-            size = -(-wanted // (micro_batches * n_processes))
+            size = max(1, wanted // (micro_batches * n_processes))
         if isinstance(accumulation, str):
-            accumulation = -(-wanted // (size * n_processes))
+            accumulation = max(1, wanted // (size * n_processes))
         return dataclasses.replace(
             self, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
         )

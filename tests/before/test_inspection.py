@@ -272,6 +272,11 @@ def test_the_page_has_the_same_in_colour(folder, chats, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").count(" supervised") == 2 + 1
     assert main(["inspect", *map(str, words), "--html", str(tmp_path)]) == 2
     assert f"--html: {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
+    before = chats.read_bytes()
+    assert main(["inspect", *map(str, words), "--html", str(chats)]) == 2
+    assert "is there, and no page; name another file" in capsys.readouterr().err
+    assert chats.read_bytes() == before
+
 
 
 def on_terminal(folder: Path, path: Path, color_system: Any, show: int) -> tuple[Console, Examples]:

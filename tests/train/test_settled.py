@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import mlx_qlora as mq
 from mlx_qlora.config import build, explained, settle
 from mlx_qlora.data.batches import make_batches
 from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.data.read import _split
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.train.config import RunLength, TrainingConfig
 
@@ -58,7 +60,7 @@ def test_the_defaults_learn_whatever_the_number_of_rows(n):
         (180, {"max_steps": 7}, 18, 1),
         (180, {"per_device_train_batch_size": 6}, 6, 3),
         (180, {"per_device_train_batch_size": 32}, 32, 1),
-        (180, {"gradient_accumulation_steps": 4}, 5, 4),
+        (180, {"gradient_accumulation_steps": 4}, 4, 4),
         (180, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 6}, 6, 3),
         (None, {}, 18, 1),
     ],
@@ -69,10 +71,14 @@ def test_a_step_has_4_to_18_examples_and_a_given_number_is_kept(n, fields, rows,
     assert settled.for_examples(10) == settled, "settled once and for all"
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_share_a_step_and_do_not_make_it_larger(processes):
+@pytest.mark.parametrize(("processes", "in_step"), [(1, 18), (2, 18), (3, 18), (4, 16), (8, 16)])
+def test_processes_share_a_step_and_do_not_make_it_larger(processes, in_step):
     settled = TrainingConfig().for_examples(1_000, processes)
-    assert settled.rows * processes == 18
+    assert settled.rows * processes == in_step
+
+
+def test_passes_without_end_are_no_more_than_many():
+    assert TrainingConfig(num_train_epochs=1e306).for_examples(1_000).rows == 18
 
 
 def test_what_is_settled_is_in_the_config_and_said_with_its_reason():
@@ -118,40 +124,64 @@ def test_a_config_of_steps_or_warmup_is_refused_where_it_makes_no_sense():
 # ---- the split ---------------------------------------------------------------------------------
 
 
-def split_of(n: int) -> tuple[int, int, int]:
-    rows = (np.array([i % 300, i // 300, 1, 2], np.int32) for i in range(n))
-    examples = Examples.of(Example(tokens, np.arange(4) > 1) for tokens in rows)
-    from mlx_qlora.data.read import _held_out
+def examples_of(*copies: int) -> Examples:
+    """So many copies of the first row, of the second, ..."""
+    rows = (
+        np.array([i % 300, i // 300, 1, 2], np.int32)
+        for i, n in enumerate(copies)
+        for _ in range(n)
+    )
+    return Examples.of(Example(tokens, np.arange(4) > 1) for tokens in rows)
 
-    parts = examples.split_off(_held_out(n))
-    assert sum(map(len, parts)) == n
-    return tuple(map(len, parts))
+
+def split_of(examples: Examples, seed: int = 0) -> list[Examples]:
+    parts = _split(examples, "auto", [False, False], seed)
+    assert sum(map(len, parts)) == len(examples)
+    for one, other in itertools.combinations(parts, 2):
+        assert not set(one.contents) & set(other.contents)
+    return parts
 
 
 @pytest.mark.parametrize(
     ("n", "parts"),
     [
+        (1, (1, 0, 0)),
+        (3, (3, 0, 0)),
         (4, (3, 1, 0)),
         (20, (15, 5, 0)),
         (50, (42, 8, 0)),
         (199, (180, 19, 0)),
-        (200, (160, 20, 20)),
-        (1_000, (800, 100, 100)),
-        (20_000, (19_000, 500, 500)),
     ],
 )
-def test_a_small_set_keeps_its_rows_for_the_training_and_a_large_one_is_not_scored_for_hours(
-    n, parts
-):
-    assert split_of(n) == parts
+def test_a_small_set_keeps_its_rows_for_the_training(n, parts):
+    assert tuple(map(len, split_of(examples_of(*[1] * n)))) == parts
 
 
-def test_copies_of_a_row_stay_in_one_part():
-    examples = make_examples(40)
-    twice = Examples.of([examples[i % 40] for i in range(80)])
-    train, validation = twice.split_off([20])
-    assert len(validation) in (20, 21)
-    assert not set(train.contents) & set(validation.contents)
+def test_a_large_one_has_tenths_of_at_most_500():
+    for n, wanted in ((1_000, 100), (20_000, 500)):
+        _, *held_out = map(len, split_of(examples_of(*[1] * n)))
+        assert all(abs(part - wanted) < 4 * wanted**0.5 for part in held_out)
+
+
+@pytest.mark.parametrize("n", [250, 900, 4_000])
+def test_a_row_that_was_trained_is_not_held_out_when_the_file_grows(n):
+    train, *_ = split_of(examples_of(*[1] * n))
+    _, *later = split_of(examples_of(*[1] * (n + 300)))
+    assert not set(train.contents) & {content for part in later for content in part.contents}
+
+
+@pytest.mark.parametrize(
+    "copies",
+    [[5], [300], [95, *[1] * 5], [300, *[1] * 700], [70, 70, 70], [2] * 40, [30, 1, 1, 1]],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_repeat_stay_together_and_take_no_part_from_the_training(copies, seed):
+    train, *held_out = split_of(examples_of(*copies), seed)
+    n = sum(copies)
+    assert len(train) >= 0.7 * n
+    assert all(len(part) <= max(8, 0.16 * n) for part in held_out)
+    if len(copies) > 30:
+        assert len(held_out[0]), "something is validated"
 
 
 def test_two_shares_are_enough_where_nothing_is_tested():
