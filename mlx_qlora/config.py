@@ -156,7 +156,8 @@ def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dic
     values: dict[str, dict[str, Any]] = {}
     for name, fields in content.items():
         section = "lora" if name == "lora_parameters" else str(name)  # mlx-lm's
-        is_section = section in SECTIONS or "." not in place_of("", section)
+        is_place = section in FIELD_OF or "." in place_of("", section)
+        is_section = section in SECTIONS or not is_place
         if is_section and isinstance(fields, (dict, type(None))):
             values.setdefault(section, {})
             for word, value in (fields or {}).items():
@@ -190,7 +191,9 @@ def put(
             return
     section, _, name = place.partition(".") if "." in place else ("", "", place)
     fields = values.setdefault(section, {})
-    if name in fields and not over:
+    if name in fields and not over and word in MEANINGS and None in (value, fields[name]):
+        value = fields[name] if value is None else value  # load_in_4bit: false says no number
+    elif name in fields and not over:
         raise ConfigError(f"{place} is given twice, the second time as {word}")
     fields[name] = value
 

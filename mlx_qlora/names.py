@@ -47,7 +47,8 @@ ALIASES = {
     "generation.max_new_tokens": "max_tokens",
 }
 RESPONSE, ALL = {"true": "response", "false": "all"}, {"true": "all", "false": "response"}
-ADAMW = "adamw adamw_torch adamw_torch_fused adamw_8bit adamw_bnb_8bit paged_adamw_8bit"
+ADAMW = "adamw adamw_hf adamw_torch adamw_torch_fused adamw_8bit adamw_bnb_8bit"
+ADAMW += " paged_adamw_8bit paged_adamw_32bit"
 # Name -> the field that it decides, or only its section, and what its values mean; ... is what
 # happens here anyway, or what leaves the field alone.
 MEANINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,6 +96,11 @@ def translate(word: str, value: Any) -> tuple[Any, str]:
         return value, f"{word} is {field}{remark}"
     meanings, shown = MEANINGS[word][1], str(value)
     shown = shown.lower() if isinstance(value, bool) else shown
+    if value is None:  # "fp16:" with nothing behind it
+        return ..., f"{word} changes nothing"
+    if word == "lora_target" and shown not in meanings:
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        return names, f"{word} is {field}"
     if shown not in meanings:
         raise ConfigError(f"{word} may be {' or '.join(meanings)} here; got {value!r}{remark}")
     value = meanings[shown]

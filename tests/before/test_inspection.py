@@ -278,7 +278,6 @@ def test_the_page_has_the_same_in_colour(folder, chats, tmp_path, capsys):
     assert chats.read_bytes() == before
 
 
-
 def on_terminal(folder: Path, path: Path, color_system: Any, show: int) -> tuple[Console, Examples]:
     console = Console(force_terminal=True, color_system=color_system, file=io.StringIO(), width=90)
     values = {

@@ -188,7 +188,7 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("train --epoch 3", "--epoch; did you mean --epochs?"),
         ("train --scale 20", "--scale; did you mean lora.lora_alpha (scale x lora.r)?"),
         ("train --lr fast", "training.learning_rate must be a number or auto; got 'fast'"),
-        ("train --optimizer lion", "optimizer may be adamw or adamw_torch or "),
+        ("train --optimizer lion", "optimizer may be adamw or adamw_hf or "),
         ("train --epoch 3 --lora_s 2", "--epoch; did you mean --epochs?, --lora_s; did you mean"),
         ("train --preset tiny", "invalid choice: 'tiny'"),
         ("train --batch-sise 8", "did you mean --batch-size?"),

@@ -400,6 +400,14 @@ def test_a_file_of_the_usual_names_is_read_with_a_note_of_what_each_is_here(tmp_
                 "checkpointing": {"output_dir": "there"},
             },
         ),
+        (  # Axolotl in 8 bits, with names that have no value
+            "load_in_8bit: true\nload_in_4bit: false\noptimizer:\nfp16:\nbf16: auto\n"
+            "lora_target: q_proj, v_proj\n",
+            {
+                "model": {"bits": 8, "dtype": "auto"},
+                "lora": {"target_modules": ["q_proj", "v_proj"]},
+            },
+        ),
         (  # LLaMA-Factory, TRL, Unsloth
             "stage: sft\ndo_train: true\nfinetuning_type: lora\n"
             "model_name_or_path: org/base\ncutoff_len: 64\nlora_rank: 8\nlora_target: all\n"
