@@ -441,7 +441,8 @@ def test_the_others_wait_for_a_slow_disk(place, two):
 def test_a_signal_within_the_last_validation_is_heard_by_all(place, two):
     assert [each["code"] for each in two["signalled"]] == [143, 143]
     assert last_step(place.output("signalled", 2)) == STEPS
-    assert not (place.output("signalled", 2) / "report.html").exists()
+    page = (place.output("signalled", 2) / "report.html").read_text(encoding="utf-8")
+    assert f"Stopped at step {STEPS}" in page
 
 
 def test_test_rows_are_shared_out_and_scored_as_by_one(alone, two):
