@@ -185,7 +185,8 @@ def series(output: Path, key: str) -> list[tuple[int, float]]:
 def assert_same_adapter(one: Path, other: Path) -> None:
     mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert mine.keys() == theirs.keys()
-    assert max(np.abs(mine[name] - theirs[name]).max() for name in mine) < CLOSE
+    # A weight near 0 moves by the rate, 0.02 in "best", whatever its gradient: rounding shows there.
+    assert max(np.abs(mine[name] - theirs[name]).max() for name in mine) < 2 * CLOSE
     assert max(np.abs(mine[name]).max() for name in mine if "lora_B" in name) > 0.01
 
 
