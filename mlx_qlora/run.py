@@ -353,6 +353,7 @@ def _run(
     with ExitStack() as stack:
         inputs = everyone.agree(lambda: stack.enter_context(begun(inputs, console)))
         observer = Observer(model, inputs, console, n_questions, plan)
+        stack.push(observer.ended)
         others = f", process {everyone.rank} of {everyone.size}" if everyone.size > 1 else ""
         say(
             console,

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
 from mlx_qlora.after.plots import Tail, in_kernel, render
 from mlx_qlora.after.report import Report, next_commands, write_report
-from mlx_qlora.after.screen import HEAD, LABEL, folded, shown, table_row
+from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
 from mlx_qlora.before.plan import FORWARD, Plan
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
@@ -28,8 +29,10 @@ from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.run import Inputs
+from mlx_qlora.train.checkpoint import last_checkpoint
 from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.score import RowScores
+from mlx_qlora.train.signals import Interrupted
 
 PAGE_EVERY = 5.0  # seconds between two versions of the page
 ANSWERED = 0.5  # of the time in which a row is scored: a token of all answers
@@ -74,25 +77,26 @@ class Observer:
         self.first_step, self.next_page = inputs.state.step, 0.0
         self.n_read, self.has_head, self.last_eval = 0, False, math.nan  # of the table
         self.cell: Any = None  # of a notebook
+        self.at = ""  # the step, in words
 
     # ---- while it trains -------------------------------------------------------------------------
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Show what is trained within, in the first process."""
-        if not self.processes.is_first:
+        follower = self.follow if self.processes.is_first else lambda: None
+        with shown(self.console) as screen, screen.following(follower):
             yield
-            return
-        try:
-            with shown(self.console) as screen, screen.following(self.follow):
-                yield
-        except BaseException:
-            if self.task is not None:
-                status = (
-                    f"Stopped at step {self.task.done:,.0f}; the same command goes on from there"
-                )
-                self._write_page(status, reloads=False)
-            raise
+
+    def ended(self, _: object, error: BaseException | None, __: object) -> None:
+        """Leave no page that loads itself again where the run has ended without its report."""
+        with contextlib.suppress(Exception):  # the run's own error is the one to see
+            if error is not None and self.task is not None:
+                output, why = self.inputs.output, str(error)
+                (output / "report.html").unlink(missing_ok=True)  # which makes room on a full disk
+                if not isinstance(error, Interrupted):
+                    why = f"stopped. {last_checkpoint(output, 'is the last checkpoint')}"
+                self._write_page(f"{self.at}: {why}", reloads=False)
 
     def follow(self) -> None:
         """Look once at what is new, and show it."""
@@ -105,7 +109,7 @@ class Observer:
         is_new = self.tail.read()
         if self.console.is_terminal:
             self._print_rows()
-        status = f"Step {self.task.done:,.0f} of {self.task.total:,.0f}"
+        self.at = status = f"Step {self.task.done:,.0f} of {self.task.total:,.0f}"
         if (left := self.task.seconds_left) == left and self.task.done < self.task.total:
             status += f", about {duration(left)} to go"
         if in_kernel() and (is_new or self.cell is None):
@@ -124,11 +128,8 @@ class Observer:
         if validation:
             if times:
                 row = statistics.fmean(times) / len(validation)
-            every, total, done = (
-                int(config.checkpointing.eval_steps),
-                self.task.total,
-                self.task.done,
-            )
+            every = int(config.checkpointing.eval_steps)
+            total, done = self.task.total, self.task.done
             n_left = math.ceil(total / every) - done // every if done < total else 0
             left = n_left * row * len(validation)
         inner = [task.seconds_left for task in progress.tasks() if task is not self.task]
@@ -142,7 +143,7 @@ class Observer:
                 if not self.has_head:
                     say(self.console, HEAD)
                     self.has_head = True
-                say(self.console, table_row(record, self.last_eval))
+                say(self.console, drawn(table_row(record, self.last_eval), self.console))
             self.last_eval = record.get("eval_loss", self.last_eval)
         self.n_read = len(self.tail.records)
 
@@ -158,7 +159,8 @@ class Observer:
 
     def _write_page(self, status: str, reloads: bool) -> None:
         self.next_page, output = progress.now() + PAGE_EVERY, self.inputs.output
-        page = self._so_far(status, reloads).page()
+        written = f"written {datetime.now():%Y-%m-%d %H:%M:%S}"
+        page = self._so_far(f"{status} ({written})", reloads).page()
         with contextlib.suppress(OSError):  # the run itself says what is wrong with its folder
             if output.is_dir():
                 write_whole(output / "report.html", page)
@@ -202,14 +204,13 @@ class Observer:
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
         report = Report(result, config, samples, *about)
         say(console, f"report    {write_report(report)}")
+        self.task = None  # the page stays as it is, whatever comes
         label, width = "next", console.width - LABEL if console.is_terminal else 10**6
         for words in next_commands(report, self.inputs.tokenizer.chat_template is not None):
-            for line in folded(words, width).split("\n"):
-                # As it is: a line break within a prompt would be another prompt.
-                console.print(
-                    f"{label:<{LABEL}}{line}", highlight=False, markup=False, soft_wrap=True
-                )
-                label = ""
+            # As it is: a line break within a prompt would be another prompt.
+            line = f"{label:<{LABEL}}{folded(words, width, LABEL)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            label = ""
 
     def _compared(self, before: Scores, after: Scores) -> str:
         name = "test" if self.inputs.test else "held out"
@@ -245,20 +246,19 @@ class Observer:
         return answers, score_examples(model, tokenizer, rows, self.processes) if rows else None
 
     def _own_prompt(self) -> list[str]:
-        """The flags of `generate` for the shortest of some of the user's own prompts."""
-        rows, tokenizer = (
-            self.held_out or self.inputs.validation or self.inputs.train,
-            self.inputs.tokenizer,
-        )
-        prompts = [question.prompt for question in questions(rows[:CANDIDATES], tokenizer)]
-        return prompt_flags(min(prompts, key=len), tokenizer) if prompts else ["--prompt", "Hello"]
+        """The flags of `generate` for one of the user's own prompts, short and best of one line."""
+        inputs, tokenizer = self.inputs, self.inputs.tokenizer
+        rows = (self.held_out or inputs.validation or inputs.train)[:CANDIDATES]
+        asks = [prompt_flags(asked.prompt, tokenizer) for asked in questions(rows, tokenizer)]
+        asks = asks or [["--prompt", "Hello"]]
+        return min(asks, key=lambda flags: (any("\n" in flag for flag in flags), len(str(flags))))
 
 
 # ---- a prompt on the command line ----------------------------------------------------------------
 
 MARK = "\N{WHITE SQUARE}"
 ALPACA = re.compile(
-    r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n$", re.DOTALL
+    r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n", re.DOTALL
 )
 
 
@@ -268,7 +268,8 @@ def prompt_flags(prompt: str, tokenizer: Tokenizer) -> list[str]:
     Args:
         prompt: a row's text up to the answer.
     """
-    if found := ALPACA.search(prompt):
+    bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
+    if found := ALPACA.fullmatch(prompt.removeprefix(bos)):
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]
     if tokenizer.chat_template is not None:
         message = {"role": "user", "content": MARK}
@@ -276,6 +277,5 @@ def prompt_flags(prompt: str, tokenizer: Tokenizer) -> list[str]:
         start, _, end = chat.partition(MARK)
         if prompt.startswith(start) and prompt.endswith(end):
             return ["--prompt", prompt[len(start) : len(prompt) - len(end)]]
-    bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
     raw = [] if tokenizer.chat_template is None else ["--raw"]
     return [*raw, "--prompt", prompt.removeprefix(bos)]

@@ -7,7 +7,7 @@ import math
 import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,20 +17,24 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_qlora import progress
+from mlx_qlora.errors import warn
 from mlx_qlora.progress import Task
 
 EVERY = 0.25  # seconds between two looks
 BAR, LEAST_BAR = 30, 8  # characters
 LABEL = 10  # characters of what a line is about
+LONGEST = 1e5 * 86400  # seconds left that are told apart
+PLAIN = str.maketrans("━─▼▲", "=-v^")
 
 # ---- lines ---------------------------------------------------------------------------------------
 
 
 def task_line(task: Task, width: int) -> str:
     """What, a bar, how many, as many figures as there is room for, and how long."""
-    left = task.seconds_left
-    known, so_far = left == left, progress.now() - task.began
-    when = f"{timedelta(seconds=round(left if known else so_far))} {'left' if known else 'so far'}"
+    seconds, kind = min(task.seconds_left, LONGEST), "left"
+    if math.isnan(seconds):
+        seconds, kind = progress.now() - task.began, "so far"
+    when = f"{timedelta(seconds=round(seconds))} {kind}"
     count = f"{task.done:,.0f}"
     if task.total:
         count = f"{count}/{task.total:,.0f}"
@@ -44,8 +48,7 @@ def task_line(task: Task, width: int) -> str:
     size = min(BAR, LEAST_BAR + max(room, 0))
     full = round(size * min(task.done / task.total, 1)) if task.total else 0
     bar = "━" * full + "─" * (size - full)
-    line = f"{task.what + ' ':<{LABEL}}{bar}  {'  '.join([*pieces, when])}"
-    return line[: width - 1]
+    return f"{task.what + ' ':<{LABEL}}{bar}  {'  '.join([*pieces, when])}"[: width - 1]
 
 
 COLUMNS = {"step": 8, "epoch": 6, "examples": 9, "train loss": 10, "val loss": 9}
@@ -69,16 +72,20 @@ def table_row(record: dict[str, Any], before: float = math.nan) -> str:
     return " ".join(f"{cells.get(name, ''):>{width}}" for name, width in COLUMNS.items()).rstrip()
 
 
-def folded(words: Sequence[str], width: int) -> str:
-    """A command for a shell, over as many lines as its words need."""
+def drawn(line: str, console: Console) -> str:
+    """A line with the bars and arrows that a console's encoding has."""
+    return line if console.encoding.startswith("utf") else line.translate(PLAIN)
+
+
+def folded(words: Sequence[str], width: int, indent: int = 0) -> str:
+    """A command for a shell, over as many lines as its words need; a word stays as it is."""
     lines = [""]
     for word in map(shlex.quote, words):
         if lines[-1] and len(lines[-1]) + len(word) + 3 > width:
-            lines[-1] += " \\"
             lines.append(f"  {word}")
         else:
             lines[-1] += f" {word}" if lines[-1] else word
-    return "\n".join(lines)
+    return f" \\\n{' ' * indent}".join(lines)
 
 
 # ---- the thread ----------------------------------------------------------------------------------
@@ -91,20 +98,44 @@ class Screen:
         self.console = console
         self._follower: Callable[[], None] = lambda: None
         self._live: Live | None = None
-        self._lock = threading.Lock()
+        self._lock, self._failed = threading.Lock(), False
 
     def tick(self) -> None:
         """Look once: the follower first, then the lines of the tasks."""
+        self._show(self._look)
+
+    def clear(self) -> None:
+        """Take the lines away: what is printed next may not go through the console."""
+        self._show(self._erase)
+
+    def _show(self, part: Callable[[], None]) -> None:
+        """Do a part; one that fails is the last, and neither ends the run nor hides its end."""
         with self._lock:
-            self._follower()
-            if not (under_way := progress.tasks()) or not self.console.is_terminal:
-                return
-            width = self.console.width
-            lines = [Text(task_line(task, width), no_wrap=True) for task in under_way]
-            if self._live is None:
-                self._live = Live(console=self.console, auto_refresh=False, transient=True)
-                self._live.start()
-            self._live.update(Group(*lines), refresh=True)
+            try:
+                if not self._failed:
+                    part()
+            except Exception as error:
+                self._failed = True
+                with suppress(Exception):
+                    self._erase()
+                with suppress(Exception):
+                    warn(self.console, f"how far it is will not be shown any more: {error!r}")
+
+    def _look(self) -> None:
+        self._follower()
+        console, under_way = self.console, progress.tasks()
+        if not under_way or not console.is_terminal or console.quiet:
+            return
+        lines = [drawn(task_line(task, console.width), console) for task in under_way]
+        if self._live is None:
+            self._live = Live(console=console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(Group(*(Text(line, no_wrap=True) for line in lines)), refresh=True)
+
+    def _erase(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
     @contextmanager
     def following(self, follower: Callable[[], None]) -> Iterator[None]:
@@ -116,13 +147,6 @@ class Screen:
             self.tick()
             with self._lock:
                 self._follower = lambda: None
-
-    def clear(self) -> None:
-        """Take the lines away: what is printed next may not go through the console."""
-        with self._lock:
-            if self._live is not None:
-                self._live.stop()
-                self._live = None
 
 
 _shown: list[Screen] = []

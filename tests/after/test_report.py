@@ -1,6 +1,7 @@
 """The report: what it says, that it is self-contained, and that hostile text stays text."""
 
 import ast
+import errno
 import html
 import json
 import math
@@ -19,7 +20,7 @@ from support.tiny_folder import write_model, write_random_model, write_rows, wri
 from support.training import at_step, fine_tune, stop, train_run
 
 import mlx_qlora as mq
-from mlx_qlora.after import screen
+from mlx_qlora.after import observer, screen
 from mlx_qlora.after.advice import learned
 from mlx_qlora.after.answer_metrics import LOWER, paired_row
 from mlx_qlora.after.observer import prompt_flags
@@ -29,6 +30,7 @@ from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.rows import alpaca_prompt
 from mlx_qlora.data.tokenizer import load_tokenizer
+from mlx_qlora.errors import ProcessError
 from mlx_qlora.loading import with_model
 from mlx_qlora.train.signals import Interrupted
 
@@ -272,9 +274,11 @@ def test_a_prompt_becomes_the_flags_that_write_it_as_the_rows_were_written(tmp_p
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, chat=chat))
     ask = ["--instruction", "count", "--input", "1\n2"]
     assert prompt_flags(alpaca_prompt("count", "1\n2"), tokenizer) == ask
-    assert prompt_flags(alpaca_prompt("count"), tokenizer) == ask[:2]
+    assert prompt_flags("<|bos|>" + alpaca_prompt("count"), tokenizer) == ask[:2]
     raw = ["--raw"] * chat
     assert prompt_flags("<|bos|>Once upon", tokenizer) == [*raw, "--prompt", "Once upon"]
+    told = f"Be brief.\n\n{alpaca_prompt('count')}"
+    assert prompt_flags(f"<|bos|>{told}", tokenizer) == [*raw, "--prompt", told]
     if chat:
         messages = [{"role": "user", "content": "Hello there"}]
         prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
@@ -372,10 +376,55 @@ def test_the_page_of_a_run_that_was_stopped_says_so_and_does_not_load_itself_aga
     with at_step(3, stop), pytest.raises(Interrupted):
         fine_tune(model, tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "Stopped at step 3; the same command goes on from there" in Page(text).text
+    saved = tmp_path / "out" / "checkpoint-3"
+    said = (
+        f"of 8: stopped by SIGTERM; saved {saved}. The same command goes on from there (written 20"
+    )
+    assert said in Page(text).text
     assert 'http-equiv="refresh"' not in text
     fine_tune(model, tmp_path / "out")
-    assert "Stopped" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "stopped" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("when", ["training", "scoring", "reporting", "after the report"])
+@pytest.mark.parametrize("disk", ["free", "full"])
+def test_a_run_that_ends_without_its_report_leaves_no_page_that_loads_itself_again(
+    tmp_path, monkeypatch, when, disk
+):
+    monkeypatch.setattr(screen, "EVERY", 0.01)
+    page, write = tmp_path / "out" / "report.html", observer.write_whole
+    failed = ProcessError("process 1 is gone")
+
+    def fail(*_):
+        if when != "after the report":
+            assert 'http-equiv="refresh"' in page.read_text(encoding="utf-8")
+        monkeypatch.setattr(observer, "write_whole", full if disk == "full" else write)
+        raise failed
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    values = {
+        "model": {"source": str(write_random_model(tmp_path / "model")), "bits": None},
+        "data": {"path": str(write_rows(tmp_path / "rows.jsonl", 40)), "max_length": 64},
+        "training": {"max_steps": 4},
+        "checkpointing": {"output_dir": str(page.parent)},
+        "generation": {"max_new_tokens": 4},
+    }
+    where = {"scoring": "score_examples", "reporting": "write_report"}.get(when, "next_commands")
+    if when != "training":
+        monkeypatch.setattr(observer, where, fail)
+    with at_step(3, fail if when == "training" else lambda _: None), pytest.raises(ProcessError):
+        train_run(values)
+    if when == "after the report":
+        assert "Did it learn?" in Page(page.read_text(encoding="utf-8")).text
+    elif disk == "full":
+        assert not page.exists()
+    else:
+        step = 3 if when == "training" else 4
+        said = f"of 4: stopped. {page.parent}/checkpoint-{step} is the last checkpoint (written 20"
+        assert said in Page(text := page.read_text(encoding="utf-8")).text
+        assert 'http-equiv="refresh"' not in text
 
 
 # ---- notebooks ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a person sees of a run on a terminal: nothing wraps, nothing is silent, its end is known."""
 
 import io
+import json
 import math
 import re
 import shlex
@@ -10,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from support.tiny_folder import write_random_model, write_rows
-from support.training import train_run
+from support.training import at_step, train_run
 
 from mlx_qlora import progress
 from mlx_qlora.after import screen
@@ -172,6 +173,40 @@ def test_the_page_is_there_from_the_first_step_and_loads_itself_again_until_the_
     assert refresh not in last and "Did it learn?" in last and "Use the adapter" in last
 
 
+def test_a_terminal_without_utf_8_gets_plain_bars_and_a_prompt_of_two_lines_as_it_is(
+    tmp_path, monkeypatch
+):
+    """Only the longer of the prompts have one line in the second run, which shows one of them."""
+    monkeypatch.setattr(screen, "EVERY", 1e6)
+    write_random_model(tmp_path / "model")
+
+    def shown_by_a_run(name, instructions):
+        rows = [{"instruction": text, "output": "on"} for text in instructions]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {
+            "model": {"source": str(tmp_path / "model"), "bits": None},
+            "data": {"path": str(tmp_path / "rows.jsonl"), "max_length": 64},
+            "training": {"max_steps": 4},
+            "checkpointing": {"output_dir": str(tmp_path / name), "eval_steps": 2},
+            "generation": {"max_new_tokens": 4},
+        }
+        file = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+        console = Console(file=file, force_terminal=True, width=60)
+        with shown(console) as watched, at_step(2, lambda _: watched.tick()):
+            train_run(values, console)
+        file.flush()
+        printed = ESCAPE.sub("", file.buffer.getvalue().decode("latin-1"))
+        command = printed[printed.index("next ") + 5 : printed.index("mlx-qlora export")]
+        return printed, shlex.split(command.replace("\\\n", ""))
+
+    printed, words = shown_by_a_run("two", [f"say  on\n  {i}" for i in range(40)])
+    assert re.search(r"training +=+-+  \d/4 ", printed) and " v\n" in printed
+    assert re.fullmatch(r"say  on\n  \d+", words[words.index("--instruction") + 1])
+    mixed = [f"say\n{i}" if i % 2 else f"say on in one line: {i}" for i in range(40)]
+    _, words = shown_by_a_run("one", mixed)
+    assert words[words.index("--instruction") + 1].startswith("say on in one line")
+
+
 # ---- lines ---------------------------------------------------------------------------------------
 
 
@@ -213,6 +248,49 @@ def test_a_line_shows_as_many_figures_as_there_is_room_for(width):
     assert ("loss" in line, "grad" in line) == (width > 40, width > 80)
     with progress.doing("fetching", unit="files") as task:  # nobody knows how many
         assert re.search(r"─+  0 files  0:00:00 so far$", task_line(task, 80))
+
+
+def test_a_time_left_may_be_longer_than_any_calendar(monkeypatch):
+    monkeypatch.setattr(progress, "now", time := Time())
+    with progress.doing("training", 1e14, "steps") as task:
+        time.now += 2
+        task.advance()
+        assert task_line(task, 120).endswith("100000 days, 0:00:00 left")
+
+
+# ---- the thread ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", ["follower", "start", "update", "stop"])
+def test_what_cannot_be_shown_is_said_once_and_neither_ends_a_run_nor_hides_its_end(
+    failing, monkeypatch
+):
+    def fails(*_, **__):
+        raise ValueError("no such thing")
+
+    class Drawn:
+        def __init__(self, **_):
+            self.start = self.update = self.stop = lambda *_, **__: None
+            setattr(self, failing, fails)
+
+    monkeypatch.setattr(screen, "EVERY", 1e6)
+    monkeypatch.setattr(screen, "Live", Drawn)
+    console = Console(file=(printed := io.StringIO()), force_terminal=True, width=200)
+    follower = fails if failing == "follower" else lambda: None
+    with pytest.raises(KeyboardInterrupt), shown(console) as watched:
+        with watched.following(follower), progress.doing("training", 3):
+            watched.tick()
+            watched.tick()
+            raise KeyboardInterrupt
+    assert printed.getvalue().count("no such thing") == 1
+
+
+def test_a_quiet_terminal_is_left_alone(monkeypatch):
+    monkeypatch.setattr(screen, "EVERY", 1e6)
+    console = Console(file=io.StringIO(), force_terminal=True, quiet=True)
+    with shown(console) as watched, progress.doing("training", 3):
+        watched.tick()
+        assert watched._live is None
 
 
 def test_a_row_of_the_table_has_an_arrow_where_the_validation_loss_moved():

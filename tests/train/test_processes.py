@@ -185,7 +185,7 @@ def series(output: Path, key: str) -> list[tuple[int, float]]:
 def assert_same_adapter(one: Path, other: Path) -> None:
     mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert mine.keys() == theirs.keys()
-    # A weight near 0 moves by the rate, 0.02 in "best", whatever its gradient: rounding shows there.
+    # A weight near 0 moves by the rate, 0.02 in "best", whatever its gradient: rounding shows.
     assert max(np.abs(mine[name] - theirs[name]).max() for name in mine) < 2 * CLOSE
     assert max(np.abs(mine[name]).max() for name in mine if "lora_B" in name) > 0.01
 
@@ -443,7 +443,7 @@ def test_a_signal_within_the_last_validation_is_heard_by_all(place, two):
     assert [each["code"] for each in two["signalled"]] == [143, 143]
     assert last_step(place.output("signalled", 2)) == STEPS
     page = (place.output("signalled", 2) / "report.html").read_text(encoding="utf-8")
-    assert f"Stopped at step {STEPS}" in page
+    assert f"Step {STEPS} of {STEPS}: stopped by SIGTERM; saved" in page
 
 
 def test_test_rows_are_shared_out_and_scored_as_by_one(alone, two):
