@@ -61,6 +61,7 @@ class Task:
 
 
 _under_way: list[Task] = []
+latest: dict[str, Task] = {}  # by what they are; a short one is over before anybody looks
 idle: list[Callable[[], None]] = []  # called when nothing is under way any more
 
 
@@ -76,6 +77,7 @@ def doing(what: str, total: float = 0, unit: str = "", done: float = 0) -> Itera
     for outer in around:
         outer.paused = task.began
     _under_way.append(task)
+    latest[what] = task
     try:
         yield task
     finally:

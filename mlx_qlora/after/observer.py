@@ -77,13 +77,14 @@ class Observer:
         self.first_step, self.next_page = inputs.state.step, 0.0
         self.n_read, self.has_head, self.last_eval = 0, False, math.nan  # of the table
         self.cell: Any = None  # of a notebook
-        self.at = ""  # the step, in words
+        self.at, self.began = "", 0.0  # the step, in words; when the watching did
 
     # ---- while it trains -------------------------------------------------------------------------
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Show what is trained within, in the first process."""
+        self.began = progress.now()
         follower = self.follow if self.processes.is_first else lambda: None
         with shown(self.console) as screen, screen.following(follower):
             yield
@@ -100,12 +101,11 @@ class Observer:
 
     def follow(self) -> None:
         """Look once at what is new, and show it."""
-        under_way = (task for task in progress.tasks() if task.what == "training")
         if self.task is None:  # before it begins the file may be that of an earlier run
-            self.task = next(under_way, None)
-            if self.task is None:
+            task = progress.latest.get("training")
+            if task is None or task.began < self.began:
                 return
-            self.task.beyond = self.beyond
+            self.task, task.beyond = task, self.beyond
         is_new = self.tail.read()
         if self.console.is_terminal:
             self._print_rows()

@@ -458,7 +458,7 @@ import mlx_qlora as mq
 from mlx_qlora.config import build
 model, tokenizer = mq.load("model")
 rows = mq.read_examples("rows.jsonl", tokenizer)
-config = build({"training": {"max_steps": 3}, "logging": {"logging_steps": 1},
+config = build({"training": {"max_steps": 60}, "logging": {"logging_steps": 1},
                 "model": {"base_model_name_or_path": "org/base"}})
 mq.fine_tune(model, tokenizer, rows, rows[:9], config)
 """
