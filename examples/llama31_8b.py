@@ -68,6 +68,7 @@ for mac, plan in plans.items():
 settings["model"]["source"] = "smollm2-135m"
 settings["data"]["max_length"] = 160
 settings["training"] |= {
+    "num_train_epochs": None,
     "max_steps": 3,
     "warmup_steps": 1,
     "per_device_train_batch_size": 1,
@@ -79,7 +80,7 @@ trial = build(settings)
 
 model, tokenizer = mq.load("smollm2-135m", trial.model.quantize())
 examples = mq.read_examples(HERE / "finance.jsonl", tokenizer, trial.data)
-train, validation, _ = examples.split(trial.data.split)
+train, validation, _ = examples.split([0.8, 0.1, 0.1])
 result = mq.fine_tune(model, tokenizer, train, validation[:4], trial)
 result
 
@@ -92,7 +93,7 @@ assert all(plan.trainable == 41_943_040 for plan in plans.values())
 assert plans["m4-max-64"].fits and plans["m4-pro-36"].fits
 contexts = [plan.longest_context for plan in plans.values()]
 assert contexts == sorted(contexts) and contexts[0] < contexts[-1]
-assert build(read_yaml(HERE / "llama31_8b.yaml")).training.max_steps == 1000
+assert build(read_yaml(HERE / "llama31_8b.yaml")).training.num_train_epochs == 3
 assert result.steps == 3 and len(losses) == 3
 adapter = json.loads((OUTPUT / "adapter_config.json").read_text())
 assert (adapter["r"], adapter["lora_alpha"], len(adapter["target_modules"])) == (16, 32, 7)

@@ -725,7 +725,7 @@ def trained(whole: Finished) -> bool:
 
 def test_the_best_weights_of_a_pissa_run_are_put_back(folder: Path, tmp_path: Path) -> None:
     fields = {"init_lora_weights": "pissa", "use_dora": True, "load_best_model_at_end": True}
-    run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=0.3, eval_steps=1)
+    run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=1.0, eval_steps=1)
     assert run.result.best_step is not None and run.result.best_step < SETTINGS["max_steps"]
     best = run.out / f"checkpoint-{run.result.best_step}"
     assert run.adapter == (best / WEIGHTS).read_bytes()

@@ -772,13 +772,18 @@ def test_a_pipe_that_breaks_is_no_disk_error(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(folder, whole, tmp_path):
     out, refusals = tmp_path / "out", []
 
+    def rest() -> Any:  # without the page, which the first run keeps up to date
+        return {
+            k: v for k, v in everything(out).items() if k not in (str(out), f"{out}/report.html")
+        }
+
     def second(_: Run) -> None:
-        before = everything(out)
+        before = rest()
         for wanted in ("auto", "none"):
             with pytest.raises(ConfigError) as error:
                 fine_tune(folder, out, resume_from_checkpoint=wanted)
             refusals.append(str(error.value))
-        assert everything(out) == before
+        assert rest() == before
 
     with at_step(5, second):
         run = fine_tune(folder, out)
