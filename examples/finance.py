@@ -62,7 +62,7 @@ print(f"perplexity {before.perplexity:.1f} -> {after.perplexity:.1f}")
 
 # %%
 answer = mq.generate(
-    model, tokenizer, PROMPT, max_new_tokens=30, temperature=0.0, repetition_penalty=1.1
+    model, tokenizer, PROMPT, max_new_tokens=16, temperature=0.0, repetition_penalty=1.1
 )
 print(answer)
 

@@ -66,7 +66,7 @@ def test_greedy_text_is_that_of_transformers(smollm2):
     """
     model, tokenizer = smollm2
     config, ended = GenerationConfig(max_new_tokens=32, **GREEDY), set[int]()
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS[::2]]
     answers: list[list[int]] = [[] for _ in prompts]
     for i, token in batch_tokens(model, prompts, config, None, len(prompts), ended):
         if i not in ended:
