@@ -28,13 +28,13 @@ def main() -> None:
     parser.add_argument("--draws", default=10**8, type=int, help="inputs that are drawn")
     parser.add_argument("--dropout", default=0.1, type=float)
     args = parser.parse_args()
-    found = scores(args.draws, args.dropout)
-    for name, z in found.items():
+    figures = scores(args.draws, args.dropout)
+    for name, z in figures.items():
         print(f"{name:20} {z:+.2f}")
-    rounded = {name: round(z, 2) for name, z in found.items()}
+    rounded = {name: round(z, 2) for name, z in figures.items()}
     print(json.dumps({"benchmark": "dropout_bits", **vars(args), **device.facts(), **rounded}))
-    worst = max(found, key=lambda name: abs(found[name]))
-    assert abs(found[worst]) < 5, f"{worst}: {found[worst]:.1f} standard deviations"
+    worst = max(figures, key=lambda name: abs(figures[name]))
+    assert abs(figures[worst]) < 5, f"{worst}: {figures[worst]:.1f} standard deviations"
 
 
 def scores(n: int, dropout: float) -> dict[str, float]:
@@ -54,15 +54,15 @@ def scores(n: int, dropout: float) -> dict[str, float]:
         both = (upper[..., :-1] << 8) + upper[..., 1:]
         pairs += np.bincount(both.reshape(-1), minlength=RANGE)
         block += 1
-    found = {}
+    figures = {}
     for name, (k, of) in dropped.items():
         p = q if name == "dropped" else q * q
-        found[name] = (k - of * p) / (of * p * (1 - p)) ** 0.5
+        figures[name] = (k - of * p) / (of * p * (1 - p)) ** 0.5
     for name, counts in {"16-bit numbers": numbers, "neighbouring bytes": pairs}.items():
         mean = counts.sum() / RANGE
         chi_square = ((counts - mean) ** 2 / mean).sum()
-        found[name] = (chi_square - (RANGE - 1)) / (2 * (RANGE - 1)) ** 0.5
-    return found
+        figures[name] = (chi_square - (RANGE - 1)) / (2 * (RANGE - 1)) ** 0.5
+    return figures
 
 
 def _block(block: int, dropout: float) -> tuple[np.ndarray, np.ndarray]:

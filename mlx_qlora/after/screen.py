@@ -23,7 +23,7 @@ from mlx_qlora.progress import Task
 EVERY = 0.25  # seconds between two looks
 BAR, LEAST_BAR = 30, 8  # characters
 LABEL = 10  # characters of what a line is about
-LONGEST = 1e5 * 86400  # seconds left that are told apart
+LONGEST = 1e5 * 86400  # seconds; a longer time left is shown as this
 PLAIN = str.maketrans("━─▼▲", "=-v^")
 
 # ---- lines ---------------------------------------------------------------------------------------

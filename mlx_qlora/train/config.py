@@ -33,7 +33,7 @@ class TrainingConfig:
     learning_rate: float | str = option(
         2e-4,
         "rate after the warmup, or auto: by the model's width. A third of it if the loss jumps, "
-        "three times as much if it hardly falls",
+        "three times as much if it barely falls",
     )
     lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
     warmup_ratio: float = option(0.1, "share of the steps in which the rate grows, 0 to 1")
