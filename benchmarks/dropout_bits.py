@@ -5,8 +5,8 @@ Run as: python benchmarks/dropout_bits.py --draws 100000000
 Each figure is a standard score, which chance leaves within 5: how far the number of inputs that are
 dropped, or dropped together with another one, is from what independent draws would give. Together
 with: the next column, the next position, another example, the same example a pass later, another
-linear, the same linear of the next layer. Two chi-square tests count the 16-bit numbers behind the
-masks, and pairs of the upper bytes of neighbours.
+linear, the same linear of the next layer. Two chi-square tests count the bytes behind the masks,
+and pairs of neighbours.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import device
-from mlx_qlora.model.dropout import RANGE, draws, mask, position_words, threshold
+from mlx_qlora.model.dropout import RANGE, draws, mask, position_words
 from mlx_qlora.train.step import dropout_keys
 
 COLUMNS, POSITIONS, LINEARS, EXAMPLES = 1024, 32, 14, 4  # of a block; a pass has 1,000 examples
@@ -39,9 +39,8 @@ def main() -> None:
 
 def scores(n: int, dropout: float) -> dict[str, float]:
     """Name -> standard score of what is counted in at least so many draws."""
-    q = threshold(dropout) / RANGE
     dropped: dict[str, list[int]] = {}  # name -> how many are dropped, of how many
-    numbers, pairs = np.zeros(RANGE, np.int64), np.zeros(RANGE, np.int64)
+    numbers, pairs = np.zeros(RANGE, np.int64), np.zeros(RANGE**2, np.int64)
     block = 0
     while block * LINEARS * EXAMPLES * POSITIONS * COLUMNS < n:
         masks, words = _block(block, dropout)
@@ -50,23 +49,22 @@ def scores(n: int, dropout: float) -> dict[str, float]:
             count[0] += int((a & b).sum())
             count[1] += a.size
         numbers += np.bincount(words.reshape(-1), minlength=RANGE)
-        upper = words >> 8
-        both = (upper[..., :-1] << 8) + upper[..., 1:]
-        pairs += np.bincount(both.reshape(-1), minlength=RANGE)
+        both = words[..., :-1] * RANGE + words[..., 1:]
+        pairs += np.bincount(both.reshape(-1), minlength=RANGE**2)
         block += 1
     figures = {}
     for name, (k, of) in dropped.items():
-        p = q if name == "dropped" else q * q
+        p = dropout if name == "dropped" else dropout**2
         figures[name] = (k - of * p) / (of * p * (1 - p)) ** 0.5
-    for name, counts in {"16-bit numbers": numbers, "neighbouring bytes": pairs}.items():
-        mean = counts.sum() / RANGE
+    for name, counts in {"bytes": numbers, "neighbouring bytes": pairs}.items():
+        mean, free = counts.sum() / len(counts), len(counts) - 1
         chi_square = ((counts - mean) ** 2 / mean).sum()
-        figures[name] = (chi_square - (RANGE - 1)) / (2 * (RANGE - 1)) ** 0.5
+        figures[name] = (chi_square - free) / (2 * free) ** 0.5
     return figures
 
 
 def _block(block: int, dropout: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bool (LINEARS, EXAMPLES, POSITIONS, COLUMNS), what is dropped; and the 16-bit numbers."""
+    """Bool (LINEARS, EXAMPLES, POSITIONS, COLUMNS), what is dropped; and the bytes drawn."""
     first = 2 * block
     examples = (first, first + 1, first + 1000, first + 1001)  # two, and the same a pass later
     row, position = (mx.array(a.reshape(-1)) for a in np.indices((EXAMPLES, POSITIONS), np.int32))

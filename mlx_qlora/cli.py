@@ -5,6 +5,7 @@ Errors are printed here and nowhere else.
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -350,6 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is done, 2 the user's input is wrong, 1 `doctor` found an error, 128 + n signal n.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that it cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _command(sys.argv[1:] if argv is None else argv)
         if sys.stdout is not None:

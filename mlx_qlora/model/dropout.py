@@ -10,12 +10,8 @@ import functools
 
 import mlx.core as mx
 
-RANGE = 1 << 16  # numbers of 16 bits are compared
-
-
-def threshold(dropout: float) -> int:
-    """A number below it is dropped; so dropout is a multiple of 1 / 65,536."""
-    return min(round(dropout * RANGE), RANGE - 1)
+RANGE = 1 << 8  # a number of 8 bits is drawn for each input, four from each hash of 32 bits
+MOST = (RANGE - 1) / RANGE  # dropped at most, which is never asked for
 
 
 def mixed(words: mx.array) -> mx.array:
@@ -50,20 +46,27 @@ def position_words(
 
 
 def mask(words: mx.array, dropout: float, d: int, dtype: mx.Dtype) -> mx.array:
-    """(..., d) of a dtype: 1 where an input is kept, 0 where it is dropped; words (..., 1)."""
-    kept = draws(words, d) >= mx.array(threshold(dropout), mx.uint16)
+    """(..., d) of a dtype: 1 where an input is kept, 0 where it is dropped; words (..., 1).
+
+    An input is dropped where its number is below a threshold. That is dropout * 256, rounded up or
+    down for each position by chance, so that each input is dropped with probability `dropout`; two
+    columns of a position are dropped together more often by 4e-6 at most.
+    """
+    lower, rest = divmod(min(dropout, MOST) * RANGE, 1)
+    upward = mixed(words) < mx.array(int(rest * (1 << 32)), mx.uint32)
+    kept = draws(words, d) >= upward.astype(mx.uint8) + mx.array(int(lower), mx.uint8)
     return kept.view(mx.uint8).astype(dtype)  # a CPU converts bytes four times as fast as bools
 
 
 def draws(words: mx.array, d: int) -> mx.array:
-    """Independent uint16 numbers (..., d) for words (..., 1), two from each hash of 32 bits."""
+    """Independent uint8 numbers (..., d) for words (..., 1)."""
     # Both sides are mixed already, so that `mixed`'s first round is not needed.
-    return _rounds(words ^ _column_words(-(-d // 2))).view(mx.uint16)[..., :d]
+    return _rounds(words ^ _column_words(-(-d // 4))).view(mx.uint8)[..., :d]
 
 
 @functools.cache
 def _column_words(n: int) -> mx.array:
-    """A word for each pair of columns, (n,) uint32; the same for all linears."""
+    """A word for every four columns, (n,) uint32; the same for all linears."""
     words = mixed(mx.arange(n, dtype=mx.uint32) + mx.array(0x9E3779B9, mx.uint32))
     mx.eval(words)  # a lazy array could only be computed in this thread
     return words

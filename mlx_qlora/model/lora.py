@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
-from mlx_qlora.model.dropout import RANGE, mask, position_words, threshold
+from mlx_qlora.model.dropout import MOST, mask, position_words
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 from mlx_qlora.model.weights import open_checkpoint
@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
             (key,) = position_words(key[None], mx.zeros_like(position), position, 1)
             key = key.reshape(*x.shape[:-1], 1)
         kept = mask(key, self.dropout, x.shape[-1], x.dtype)
-        return x * kept, 1 - threshold(self.dropout) / RANGE
+        return x * kept, 1 - min(self.dropout, MOST)
 
     @property
     def initial_update(self) -> tuple[mx.array, mx.array] | None:

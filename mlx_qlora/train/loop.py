@@ -333,8 +333,8 @@ class Run:
         def score_share() -> Score:
             return score(self.model, pieces())
 
-        started, rows = now(), held_out.batch_size
-        ours = retried(score_share, lambda reason, _: self.step.split_more(rows, reason))
+        started = now()
+        ours = retried(score_share, lambda reason, _: self.step.split_more([held_out[0]], reason))
         if self.stop.signum is not None:
             return False
         took, received = now() - started, self.stop.received

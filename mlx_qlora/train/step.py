@@ -72,7 +72,7 @@ class Step:
         self.all_reduce = None
         if processes is not None and processes.size > 1:
             self.all_reduce = GradientAllReduce(optimizer.shapes, processes)
-        self.n_splits = 1  # a micro-batch is computed in so many pieces
+        self.n_splits = 1  # a micro-batch is computed in at least so many pieces
 
     def __call__(self, micro_batches: list[Batch], rate: float) -> StepResult | None:
         """One step at this learning rate; None if a signal abandoned it, and nothing has moved.
@@ -102,8 +102,9 @@ class Step:
 
         if all_reduce is not None:
             all_reduce.begin()
-        longest = max(batch.tokens.shape[0] for batch in micro_batches)
-        grads, nats, n = retried(forward_backward, lambda error, _: self.split_more(longest, error))
+        grads, nats, n = retried(
+            forward_backward, lambda error, _: self.split_more(micro_batches, error)
+        )
         if self.stop.signum is not None:
             return None
         tokens = sum(batch.real_tokens for batch in micro_batches)
@@ -124,22 +125,25 @@ class Step:
         at_once = PIECE_CHUNKS * device.current().chunk_positions
         return split(batch, max(self.n_splits, -(-batch.real_tokens // at_once)))
 
-    def split_more(self, rows: int, reason: str) -> None:
-        """Halves the rows that are computed at once, of so many in the largest micro-batch.
+    def split_more(self, micro_batches: list[Batch], reason: str) -> None:
+        """Halves the rows of these micro-batches that are computed at once.
 
         Raises:
             StepError: it is one row already.
         """
-        if self.n_splits >= rows:
+        pieces = [self.split(batch) for batch in micro_batches]
+        most = max(len(piece.tokens) for of_batch in pieces for piece in of_batch)
+        if most == 1:
             raise StepError(
                 "out of memory with a single row; lower data.max_length, set "
                 f"training.gradient_checkpointing=true, or lower lora.r ({reason})",
                 again=True,
             )
-        self.n_splits *= 2
+        self.n_splits = 2 * max(map(len, pieces))
+        rows = max(len(batch.tokens) for batch in micro_batches)
         warn(
             self.console,
-            f"out of memory: of {rows} rows at most {-(-rows // self.n_splits)} are computed at "
+            f"out of memory: of {rows} rows at most {-(-most // 2)} are computed at "
             "once from here on; the result is the same",
         )
 

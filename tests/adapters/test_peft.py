@@ -51,18 +51,20 @@ def test_peft_finds_the_base_by_the_name_in_our_config(base: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_peft_on_transformers_smollm2_computes_our_logits(
-    smollm2_files: ModelFiles, smollm2: tuple[Any, Any], tmp_path: Path
+    short_files: ModelFiles, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
-    ours = load_model(open_checkpoint(smollm2_files), None, mx.float32, "resident")
+    bare, ours = (
+        load_model(open_checkpoint(short_files), None, mx.float32, "resident") for _ in range(2)
+    )
     add_lora(ours, LoraConfig())
     randomise_lora(ours, scale=0.01)
     save_adapter(ours, tmp_path / "a")
-    plain = hf_smollm2()
+    plain = hf_smollm2(short_files.path)
     tokens = random_tokens(1, 8, vocab=49152)
     without = torch_logits(plain, tokens)
-    base = largest(our_logits(smollm2[0], tokens), without)
+    base = largest(our_logits(bare, tokens), without)
     with silence():
         theirs = PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     logits = torch_logits(theirs, tokens)

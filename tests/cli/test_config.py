@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from mlx_qlora.cli import parse
+from mlx_qlora.commands import config_of
 from mlx_qlora.config import (
     SECTIONS,
     RunConfig,
@@ -247,6 +249,23 @@ def test_a_later_override_wins_over_the_file(tmp_path):
     config = build(values)
     assert (config.lora.r, config.lora.lora_alpha, config.training.seed) == (6, 8, 3)
     assert config.data.path == "a=b.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flag", "wins"),
+    [
+        ("num_train_epochs: 2", "--max-steps=7", (7, None)),
+        ("max_steps: 7", "--epochs=2", (None, 2)),
+        ("max_steps: null\n  num_train_epochs: 3.0", "--steps=7", (7, None)),
+    ],
+)
+def test_a_run_length_that_is_typed_takes_the_place_of_the_file_s(in_file, flag, wins, tmp_path):
+    """The two fields exclude each other; a run's own run.yaml names both, one of them null."""
+    (tmp_path / "c.yaml").write_text(f"training:\n  {in_file}\n")
+    training = config_of(parse(["train", "--config", f"{tmp_path}/c.yaml", flag])).training
+    assert (training.max_steps, training.num_train_epochs) == wins
+    with pytest.raises(ConfigError, match="exclude each other"):
+        config_of(parse(["train", "--epochs=2", "--max-steps=7"]))
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,14 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(command):
     assert (done.returncode, done.stderr) == (128 + 13, b"")
 
 
+def test_a_letter_that_a_terminal_cannot_show_ends_no_command(model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some 漢 text"}\n' * 3)
+    done = shell(f"PYTHONIOENCODING=ascii $us inspect {rows} --model {model} --show 1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\u6f22" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("line", "given", "message"),
     [

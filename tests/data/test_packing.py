@@ -192,11 +192,11 @@ def test_evaluate_on_packed_rows_gives_the_sums_over_documents(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_packed_docstrings_train_the_real_model_as_one_by_one(monkeypatch) -> None:
+def test_packed_docstrings_train_the_real_model_as_one_by_one(monkeypatch, short_files) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import docstring_data
 
-    real, tokenizer = mq.load("smollm2-135m", dtype="float32")
+    real, tokenizer = mq.load(short_files.path, dtype="float32")
     mq.add_lora(real, mq.LoraConfig(r=4, lora_dropout=0.0))
     randomise_lora(real, scale=0.01)
     rows = list(islice(docstring_data.rows(), 60))

@@ -100,7 +100,8 @@ def test_a_value_out_of_range_is_named(tiny, how, words):
 
 
 @pytest.mark.slow
-def test_real_texts_are_those_of_single_prompts(smollm2):
+def test_real_texts_are_those_of_single_prompts(short_files):
+    smollm2 = mq.load(short_files.path)
     prompts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village"]
     hows: list[dict[str, Any]] = [{"temperature": 0.0}, {"seed": 3}]
     for how in hows:

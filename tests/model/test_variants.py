@@ -37,7 +37,7 @@ from mlx_qlora.config import build, set_override
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model import dropout
-from mlx_qlora.model.dropout import RANGE, position_words, threshold
+from mlx_qlora.model.dropout import position_words
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import DoRALinear, LoraConfig, add_lora, lora_layers
 from mlx_qlora.model.quantize import QuantConfig
@@ -526,7 +526,7 @@ def test_dora_with_dropout_is_peft_s_formula_with_our_mask() -> None:
     (words,) = position_words(key[None], mx.zeros(7, mx.int32), mx.arange(7), 1)
     mask = np.array(dropout.mask(words, 0.3, 40, mx.float32))
     assert 0.5 < mask.mean() < 0.9
-    kept = x * mask / (1 - threshold(0.3) / RANGE)
+    kept = x * mask / (1 - 0.3)
     assert largest(np.array(layer(single, key)), peft(kept)) < 1e-4
     dense = np.array(layer.merged())
     assert largest(dense, longer[:, None] * (W + scale * B @ A)) < 1e-4

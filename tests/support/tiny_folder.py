@@ -89,12 +89,12 @@ def write_random_model(folder: Path, **changes: Any) -> Path:
 
 
 @functools.cache
-def hf_smollm2() -> Any:
-    """SmolLM2 as transformers dequantises it from the GGUF, in float32; takes seconds."""
+def hf_smollm2(path: Path | None = None) -> Any:
+    """SmolLM2, or another GGUF, as transformers dequantises it, in float32; takes seconds."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = resolve("smollm2-135m").path
+    path = path or resolve("smollm2-135m").path
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()

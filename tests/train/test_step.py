@@ -317,6 +317,17 @@ def test_no_more_rows_are_split_than_there_are(model):
     ]
 
 
+def test_pieces_that_are_computed_anyway_are_halved_when_memory_ends(model):
+    """A device that computes 12 positions at once has cut 4 rows of 24 into pairs already."""
+    few = dataclasses.replace(device.current(), chunk_positions=12)
+    halved = too_small_for(2, RuntimeError(MALLOC))
+    with device.use(few):
+        step = stepper(model, halved)
+        assert [len(piece.tokens) for piece in step.split(a_batch(0, False))] == [2, 2]
+        step([a_batch(0, False)], 1e-2)
+    assert step.n_splits == 4, "one attempt in between, and not two"
+
+
 def test_a_single_row_that_does_not_fit_ends_the_run_with_a_remedy(model):
     step = stepper(model, too_small_for(1, RuntimeError(MALLOC)))
     before = numbers_of(step)
