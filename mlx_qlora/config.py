@@ -259,7 +259,7 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
     Without examples, as for a plan of a model alone, what follows from their number stays open.
     """
     n = len(examples) if examples else None
-    training = config.training.at_hidden_size(llama.hidden_size)
+    training = config.training.at_hidden_size(llama.hidden_size, llama.model_type)
     training = training.for_examples(n, processes().size)
     if not examples:
         return replace(config, training=training)

@@ -23,10 +23,12 @@ from mlx_qlora.adapters.push import render
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import AdapterError, ConfigError, WeightsError, listing, require
 from mlx_qlora.folders import CARD, MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
+from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import DoRALinear, LoRALinear, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
+from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.weights import (
     FLOATS,
     Checkpoint,
@@ -40,6 +42,11 @@ from mlx_qlora.tree import flat, nested
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 GENERATION = "generation_config.json"
 # True of the files that were read, but not of those that are written.
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "vocab_size", "rms_norm_eps"),
+    *("tie_word_embeddings", "max_position_embeddings"),
+)
 DROPPED = ("quantization", "quantization_config", "_name_or_path")
 
 # ---- in memory -----------------------------------------------------------------------------------
@@ -231,9 +238,9 @@ def _same(theirs: Any, ours: Any) -> bool:
     """Whether two values of a config are equal; a GGUF has its numbers in float32."""
     if isinstance(ours, float) and isinstance(theirs, (int, float)):
         return abs(theirs - ours) <= 1e-6 * abs(ours)
-    if isinstance(ours, (int, str)):
-        return theirs == ours
-    return all(_same(getattr(theirs, field), value) for field, value in vars(ours).items())
+    if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
+        return all(_same(getattr(theirs, field), value) for field, value in vars(ours).items())
+    return theirs == ours
 
 
 def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
@@ -432,20 +439,14 @@ def _hf_config(
     `rope_parameters`; without the former they would silently compute with theta 10000.
     """
     read = LlamaConfig.from_hf(config)
-    rope, kind = read.rope, read.rope.rope_type
-    scaling: dict[str, Any] = {"rope_type": kind}
-    if kind != "default":
-        scaling["factor"] = float(rope.factor)
-    if kind == "llama3":
-        scaling["low_freq_factor"] = float(rope.low_freq_factor)
-        scaling["high_freq_factor"] = float(rope.high_freq_factor)
-        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    family = FAMILIES[read.model_type]
     full = {name: value for name, value in config.items() if name not in DROPPED}
-    full |= {name: value for name, value in vars(read).items() if name != "rope"}
-    full |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    full |= {"torch_dtype": dtype, "dtype": dtype, "rope_theta": rope.theta}
-    full |= {"rope_scaling": None if kind == "default" else scaling}
-    full |= {"rope_parameters": {**scaling, "rope_theta": rope.theta}}
+    full |= {name: getattr(read, name) for name in SIZES}
+    if read.model_type == "llama":
+        full |= {name: getattr(read, name) for name in ("attention_bias", "mlp_bias")}
+    full |= {"architectures": [family.model_class], "model_type": read.model_type}
+    full |= {family.activation: config.get(family.activation, family.act)}
+    full |= {"torch_dtype": dtype, "dtype": dtype, **in_both_spellings(config, read.rope)}
     ends = [tokenizer.eos_id, *sorted(tokenizer.eos_ids - {tokenizer.eos_id})]
     # A GGUF's metadata has these in the tokenizer's part.
     for name, ids in (("bos_token_id", [tokenizer.bos_id]), ("eos_token_id", ends)):

@@ -16,6 +16,22 @@ import numpy as np
 
 from mlx_qlora.cpu.exponentials import exp
 
+
+@dataclass(frozen=True)
+class Reach:
+    """Which keys a query sees, and how its scores are made.
+
+    Attributes:
+        scale: of the scores; 1 / sqrt(Hd) in most models.
+        window: how many keys a query sees, its own included; None for all before it.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 # Most and fewest queries of a block, and most scores of one (docs/log.md has speeds).
 BLOCK, SMALLEST_BLOCK, MOST_SCORES = 128, 16, 1 << 21
 
@@ -35,32 +51,41 @@ class Residuals:
         return [] if self.log_sum is None else [self.log_sum]
 
 
-def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Residuals]:
+def forward(q: mx.array, k: mx.array, v: mx.array, reach: Reach) -> tuple[mx.array, Residuals]:
     """q (n, T, H, Hd), k and v (n, T, K, Hd) -> (n, T, H, Hd), and all that `backward` can use."""
-    K, scale = k.shape[2], q.shape[3] ** -0.5
-    queries, keys, values = _by_head(q, K) * scale, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+    queries = _by_head(q, k.shape[2]) * reach.scale
+    keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     outs, log_sums, totals, exponentials = [], [], [], []
     for start, end in _blocks(q):
+        first = _first_key(start, reach.window)
         block = _chained(queries[..., start:end, :], outs[-1:])
-        scores, seen = _hide_future(_heads_joined(block) @ keys[..., :end], start, end)
+        scores = _capped(_heads_joined(block) @ keys[..., first:end], reach.softcap)[0]
+        scores, seen = _hide_unseen(scores, start - first, end - first, reach.window)
         top = scores.max(axis=-1, keepdims=True)
         weights = exp(scores - top) * seen
-        total = weights @ mx.ones((end, 1))  # a sum, as the product that a CPU does faster
-        out = _heads_joined(weights) @ values[..., :end, :]
+        total = weights @ mx.ones((end - first, 1))  # a sum, as the product that a CPU does faster
+        out = _heads_joined(weights) @ values[..., first:end, :]
         outs.append(out.reshape(block.shape) / total)
         log_sums.append(top + mx.log(total))
         totals.append(total)
         exponentials.append(weights)
     out, log_sum, total = (mx.concatenate(x, axis=3) for x in (outs, log_sums, totals))
-    return _by_token(out), Residuals(log_sum, total, exponentials)
+    # The slope of a capped score is not in its exponential: the backward makes both again.
+    return _by_token(out), Residuals(log_sum, total, None if reach.softcap else exponentials)
 
 
 def backward(
-    q: mx.array, k: mx.array, v: mx.array, out: mx.array, residuals: Residuals, dout: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    out: mx.array,
+    residuals: Residuals,
+    dout: mx.array,
+    reach: Reach,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of q, k and v (appendix B.2 there)."""
-    K, scale = k.shape[2], q.shape[3] ** -0.5
-    queries, douts = _by_head(q, K) * scale, _by_head(dout, K)
+    K = k.shape[2]
+    queries, douts = _by_head(q, K) * reach.scale, _by_head(dout, K)
     keys, values = k.swapaxes(1, 2), v.transpose(0, 2, 3, 1)
     if residuals.weights is not None:
         douts = douts / residuals.total  # instead of the weights, which are larger
@@ -68,21 +93,25 @@ def backward(
     dqs: list[mx.array] = []
     dk = dv = None
     for i, (start, end) in reversed(list(enumerate(_blocks(q)))):
-        part = slice(start, end)
+        part, first = slice(start, end), _first_key(start, reach.window)
+        slope = None
         block, dblock = _heads_joined(queries[..., part, :]), _heads_joined(douts[..., part, :])
         block = _chained(block, [*dqs[-1:], dk, dv] if dqs else [])
         if residuals.weights is not None:
             weights = residuals.weights[i]
         else:
-            scores, seen = _hide_future(block @ keys[..., :end, :].swapaxes(2, 3), start, end)
+            scores = block @ keys[..., first:end, :].swapaxes(2, 3)
+            scores, slope = _capped(scores, reach.softcap)
+            scores, seen = _hide_unseen(scores, start - first, end - first, reach.window)
             weights = exp(scores - residuals.log_sum[..., part, :]) * seen
-        dweights = (dblock @ values[..., :end]).reshape(weights.shape)
+        dweights = (dblock @ values[..., first:end]).reshape(weights.shape)
         dscores = _heads_joined(weights * (dweights - shares[..., part, :]))
-        dqs.append((dscores @ keys[..., :end, :]).reshape(queries[..., part, :].shape))
-        dk = _add_to_head(dk, dscores.swapaxes(2, 3) @ block)
-        dv = _add_to_head(dv, _heads_joined(weights).swapaxes(2, 3) @ dblock)
+        dscores = dscores if slope is None else dscores * slope
+        dqs.append((dscores @ keys[..., first:end, :]).reshape(queries[..., part, :].shape))
+        dk = _add_at(first, dk, dscores.swapaxes(2, 3) @ block)
+        dv = _add_at(first, dv, _heads_joined(weights).swapaxes(2, 3) @ dblock)
     assert dk is not None and dv is not None
-    dq = _by_token(mx.concatenate(dqs[::-1], axis=3)) * scale
+    dq = _by_token(mx.concatenate(dqs[::-1], axis=3)) * reach.scale
     return dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
@@ -119,10 +148,25 @@ def _chained(block: mx.array, before: list[Any]) -> mx.array:
     return mx.depends([block], before)[0] if before else block
 
 
-def _hide_future(scores: mx.array, start: int, end: int) -> tuple[mx.array, mx.array]:
+def _first_key(start: int, window: int | None) -> int:
+    """The first key that the queries from `start` on see."""
+    return 0 if window is None else max(0, start - window + 1)
+
+
+def _capped(scores: mx.array, softcap: float | None) -> tuple[mx.array, mx.array | None]:
+    """Scores, and their slope by what they were; None is 1."""
+    if softcap is None:
+        return scores, None
+    tanh = mx.tanh(scores / softcap)
+    return softcap * tanh, 1 - tanh.square()
+
+
+def _hide_unseen(
+    scores: mx.array, start: int, end: int, window: int | None
+) -> tuple[mx.array, mx.array]:
     """Scores (n, K, G * c, end) of queries start .. end by head, and what they may see."""
     scores = scores.reshape(*scores.shape[:2], -1, end - start, end)
-    hidden, seen = _masks(1 << (end - 1).bit_length())
+    hidden, seen = _masks(1 << (end - 1).bit_length(), window)
     first = hidden.shape[1] - BLOCK - start
     part = slice(0, end - start), slice(first, first + end)
     # Added and multiplied, as `where` takes three times as long on a CPU. `exp` clamps -inf, so
@@ -131,18 +175,22 @@ def _hide_future(scores: mx.array, start: int, end: int) -> tuple[mx.array, mx.a
 
 
 @functools.cache
-def _masks(width: int) -> tuple[mx.array, mx.array]:
+def _masks(width: int, window: int | None) -> tuple[mx.array, mx.array]:
     """What a block of queries must not see: -inf to add, 0 to multiply; (BLOCK, width + BLOCK).
 
     They are those of the last block of so many keys; one further left slices from further right.
     """
     seen = np.tri(BLOCK, width + BLOCK, width, dtype=np.float32)
+    if window is not None:
+        seen -= np.tri(BLOCK, width + BLOCK, width - window, dtype=np.float32)
     return mx.array(np.where(seen, 0, -np.inf).astype(np.float32)), mx.array(seen)
 
 
-def _add_to_head(total: mx.array | None, part: mx.array) -> mx.array:
-    """total (n, K, T, Hd) + part (n, K, end, Hd) at the first positions."""
-    if total is None:  # the last block, which reaches all keys, comes first
-        return part
-    end = part.shape[2]
-    return mx.concatenate([total[:, :, :end] + part, total[:, :, end:]], axis=2)
+def _add_at(first: int, total: mx.array | None, part: mx.array) -> mx.array:
+    """total (n, K, T, Hd) + part (n, K, c, Hd) at positions first .. first + c."""
+    n, K, c, Hd = part.shape
+    if total is None:  # the last block comes first, and ends where the keys do
+        return mx.concatenate([mx.zeros((n, K, first, Hd)), part], axis=2) if first else part
+    end = first + c
+    joined = [total[:, :, first:end] + part, total[:, :, end:]]
+    return mx.concatenate([total[:, :, :first], *joined] if first else joined, axis=2)

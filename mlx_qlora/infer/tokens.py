@@ -183,9 +183,12 @@ class PromptCache:
         Until `keep` takes them back the prompt cache is empty: an exception between two layers
         leaves caches that do not agree.
         """
-        from mlx_lm.models.cache import trim_prompt_cache
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
         common, layers = self.common(model, prompt), self._layers
+        # A window that is full has forgotten what a shorter text would need.
+        if common < len(self.ids) and not can_trim_prompt_cache(layers):
+            common = 0
         if common:
             trim_prompt_cache(layers, len(self.ids) - common)
         else:
@@ -197,7 +200,11 @@ class PromptCache:
         self, model: LlamaForCausalLM, layers: list[Any], ids: list[int], kv_bits: int | None
     ) -> None:
         """Takes back caches that hold some of these tokens, from the first on."""
+        from mlx_lm.models.cache import can_trim_prompt_cache
+
         held = min(len(ids), layers[0].offset)
+        if layers[0].offset > held and not can_trim_prompt_cache(layers):
+            return  # see `lend`
         for layer in layers:  # mlx-lm computes one token ahead, which may be in the cache already
             layer.trim(layer.offset - held)
         self.ids, self._layers, self._kv_bits = ids[:held], layers, kv_bits

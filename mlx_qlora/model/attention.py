@@ -9,7 +9,7 @@ K key-value heads, Hd head size.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -17,34 +17,18 @@ import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.cpu import attention as blocks
-from mlx_qlora.cpu.attention import Residuals
+from mlx_qlora.cpu.attention import Reach, Residuals
+from mlx_qlora.model.rope import Rope
 
 MOST_PADDING = 0.1  # of a group's positions, for its documents to share a call
 FEWEST_FUSED_QUERIES = 9  # Metal's fused attention has no gradient for fewer
-
-
-def rope(x: mx.array, offset: Any, periods: mx.array) -> mx.array:
-    """RoPE of x (B, H, T, Hd), in Hugging Face's layout: pair i is (i, i + Hd / 2).
-
-    `offset` is the position of the first token, one for all or one for each of B.
-    """
-    Hd = x.shape[-1]
-    return mx.fast.rope(
-        x, Hd, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
-    )
-
-
-def _rotate(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    # `split`, as the gradients of two slices would each fill a whole array with zeros.
-    first, second = mx.split(x, 2, axis=-1)
-    return x * cosine + mx.concatenate([second, first], axis=-1) * sine
-
+BLOCK = 512  # queries at once where a kernel cannot take a whole document
 
 # ---- documents of one length ---------------------------------------------------------------------
 
 
 def attend_with_residuals(
-    q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
+    q: mx.array, k: mx.array, v: mx.array, reach: Reach, keep_weights: bool = False
 ) -> tuple[mx.array, Residuals]:
     """Causal attention: q (n, T, H, Hd), k and v (n, T, K, Hd) -> (n, T, H, Hd).
 
@@ -52,18 +36,24 @@ def attend_with_residuals(
     numbers for each position and head. A fused kernel keeps none.
     """
     if is_fused(q.dtype):
-        return _fused(q, k, v), Residuals()
-    out, residuals = blocks.forward(q, k, v)
+        return _fused(q, k, v, reach), Residuals()
+    out, residuals = blocks.forward(q, k, v, reach)
     return out, residuals if keep_weights else Residuals(residuals.log_sum)
 
 
 def attend_vjp(
-    q: mx.array, k: mx.array, v: mx.array, out: mx.array, residuals: Residuals, dout: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    out: mx.array,
+    residuals: Residuals,
+    dout: mx.array,
+    reach: Reach,
 ) -> tuple[mx.array, ...]:
     """Gradients of q, k and v."""
     if residuals.log_sum is None:  # the kernel keeps its own, in a forward that is run again
-        return tuple(mx.vjp(_fused, [q, k, v], [dout])[1])
-    return blocks.backward(q, k, v, out, residuals, dout)
+        return tuple(mx.vjp(functools.partial(_fused, reach=reach), [q, k, v], [dout])[1])
+    return blocks.backward(q, k, v, out, residuals, dout, reach)
 
 
 def is_fused(dtype: mx.Dtype) -> bool:
@@ -71,15 +61,54 @@ def is_fused(dtype: mx.Dtype) -> bool:
     return device.current().fused_attention or dtype != mx.float32
 
 
-def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    T, Hd = q.shape[1], q.shape[3]
+def _fused(q: mx.array, k: mx.array, v: mx.array, reach: Reach) -> mx.array:
+    T = q.shape[1]
+    if reach.softcap is not None or (reach.window is not None and T > reach.window):
+        return _fused_in_blocks(q, k, v, reach)
     # The word "causal" where possible: an array would make the backward build T x T scores.
     mask: Any = "causal"
     if T < FEWEST_FUSED_QUERIES:
         mask = mx.tril(mx.ones((T, T), dtype=mx.bool_))
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=Hd**-0.5, mask=mask)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=reach.scale, mask=mask)
     return out.swapaxes(1, 2)
+
+
+def _fused_in_blocks(q: mx.array, k: mx.array, v: mx.array, reach: Reach) -> mx.array:
+    """As `_fused`, by blocks of queries: a mask of all scores would take T x T."""
+    T, outs = q.shape[1], []
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    for start in range(0, T, BLOCK):
+        end, first = min(start + BLOCK, T), 0
+        back = mx.arange(start, end)[:, None]
+        if reach.window is not None:
+            first = max(0, start - reach.window + 1)
+        back = back - mx.arange(first, end)
+        mask = (back >= 0) & (back < (reach.window or T))
+        keys, values = k[:, :, first:end], v[:, :, first:end]
+        outs.append(attend_capped(q[:, :, start:end], keys, values, reach, mask))
+    return mx.concatenate(outs, axis=2).swapaxes(1, 2)
+
+
+def attend_capped(
+    q: mx.array, k: mx.array, v: mx.array, reach: Reach, mask: mx.array | None
+) -> mx.array:
+    """q (B, H, c, Hd), k and v (B, K, L, Hd), a bool mask (..., c, L) -> (B, H, c, Hd).
+
+    No kernel caps scores, so that those of a block are an array: on a GPU some three times the
+    time of a fused attention.
+    """
+    if reach.softcap is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=reach.scale, mask=mask)
+    B, H, c, Hd = q.shape
+    queries = q.reshape(B, k.shape[1], -1, c, Hd) * reach.scale
+    scores = (queries @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32)
+    scores = reach.softcap * mx.tanh(scores / reach.softcap)
+    if mask is not None:
+        mask = mask[:, :, None] if mask.ndim == 4 else mask
+        scores = mx.where(mask, scores, -mx.inf)
+    weights = mx.softmax(scores, axis=-1).astype(q.dtype)
+    return (weights @ v[:, :, None]).reshape(B, H, c, Hd)
 
 
 # ---- documents of any length ---------------------------------------------------------------------
@@ -101,19 +130,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Documents:
-    """Which of N positions belong together; all arrays but the periods are (N,) int32."""
+    """Which of N positions belong together; all arrays are (N,) int32."""
 
     positions: mx.array  # of each token in its document, from 0
     row: mx.array  # the batch row that each position comes from
     column: mx.array  # its place in that row; with `row`, what dropout is drawn from
-    periods: mx.array  # (Hd / 2,), of RoPE
     groups: list[Group]
     place: mx.array  # in the concatenation of all groups; padding is past its end
+    lengths: np.ndarray  # of the document that each position is in
+    _angles: dict[Rope, Any] = field(default_factory=dict)  # as far as they have been asked for
 
     @classmethod
-    def of(
-        cls, documents: np.ndarray, periods: mx.array, N: int | None = None, T: int | None = None
-    ) -> "Documents":
+    def of(cls, documents: np.ndarray, N: int | None = None, T: int | None = None) -> "Documents":
         """From documents (n, 3) of row, start and end, in order, which follow each other.
 
         Padding may follow them, up to `N` positions in all. With `T` the positions are those of
@@ -123,10 +151,11 @@ class Documents:
         lengths = ends - starts
         firsts = np.cumsum(lengths) - lengths if T is None else rows * T + starts
         N = int(lengths.sum()) if N is None else N
-        positions, row, column = np.zeros((3, N), np.int32)
+        positions, row, column, length_of = np.zeros((4, N), np.int32)
         for first, (b, start, end) in zip(firsts.tolist(), documents.tolist()):
             span = slice(first, first + end - start)
             positions[span], row[span], column[span] = np.arange(end - start), b, range(start, end)
+            length_of[span] = end - start
         multiple = device.current().attention_multiple
         groups, place, used = [], np.full(N, -1, np.int32), 0
         for members in _of_similar_length(lengths):
@@ -142,33 +171,28 @@ class Documents:
             groups.append(Group(mx.array(index.reshape(-1)), len(members), width, mask))
         place[place < 0] = used
         positions, row, column, place = map(mx.array, (positions, row, column, place))
-        return cls(positions, row, column, periods, groups, place)
+        return cls(positions, row, column, groups, place, length_of)
 
-    @functools.cached_property
-    def angles(self) -> tuple[mx.array, mx.array]:
-        """Cosine and signed sine (N, 1, Hd) of each position's angles, float32."""
-        angles = self.positions[:, None, None] / self.periods
-        cosine, sine = mx.cos(angles), mx.sin(angles)
-        return mx.concatenate([cosine, cosine], -1), mx.concatenate([-sine, sine], -1)
-
-    def rotate(self, x: mx.array) -> mx.array:
+    def rotate(self, x: mx.array, rope: Rope) -> mx.array:
         """RoPE of x (N, H, Hd), each document's positions from 0 on."""
-        if is_fused(x.dtype):
-            return rope(x[:, :, None], self.positions, self.periods)[:, :, 0]
-        return _rotate(x, *self.angles)  # MLX's fallback on a CPU recomputes every angle
+        if is_fused(x.dtype) and not rope.config.by_length:
+            return rope.by_kernel(x[:, :, None], self.positions)[:, :, 0]
+        if rope not in self._angles:  # MLX's fallback on a CPU recomputes every angle
+            self._angles[rope] = rope.angles(self.positions, self.lengths)
+        return rope.rotate(x, self._angles[rope])
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, reach: Reach) -> mx.array:
         """q (N, H, Hd), k and v (N, K, Hd), rotated -> (N, H, Hd)."""
-        return self.attend_with_residuals(q, k, v)[0]
+        return self.attend_with_residuals(q, k, v, reach)[0]
 
     def attend_with_residuals(
-        self, q: mx.array, k: mx.array, v: mx.array, keep_weights: bool = False
+        self, q: mx.array, k: mx.array, v: mx.array, reach: Reach, keep_weights: bool = False
     ) -> tuple[mx.array, list[Residuals]]:
         """As `attend`; and what `attend_vjp` needs, for each group."""
-        results = [
-            attend_with_residuals(group.gather(q), group.gather(k), group.gather(v), keep_weights)
-            for group in self.groups
-        ]
+        results = []
+        for group in self.groups:
+            q1, k1, v1 = map(group.gather, (q, k, v))
+            results.append(attend_with_residuals(q1, k1, v1, reach, keep_weights))
         return self._scatter([out for out, _ in results]), [residuals for _, residuals in results]
 
     def attend_vjp(
@@ -179,6 +203,7 @@ class Documents:
         out: mx.array,
         residuals: list[Residuals],
         dout: mx.array,
+        reach: Reach,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Gradients of q, k and v, from what `attend_with_residuals` returned and its gradient."""
         grads = []
@@ -187,7 +212,7 @@ class Documents:
             if group.real is not None:
                 dout1 = dout1 * group.real.astype(dout.dtype)
             q1, k1, v1, out1 = map(group.gather, (q, k, v, out))
-            grads.append(attend_vjp(q1, k1, v1, out1, of_group, dout1))
+            grads.append(attend_vjp(q1, k1, v1, out1, of_group, dout1, reach))
         dq, dk, dv = (self._scatter(list(by_group)) for by_group in zip(*grads))
         return dq, dk, dv
 
@@ -223,18 +248,22 @@ class Cached:
 
     mask: Any  # what mlx-lm's cache made for them
     cache: Any  # of one layer
-    periods: mx.array  # (Hd / 2,), of RoPE
 
-    def rotate(self, x: mx.array) -> mx.array:
+    def rotate(self, x: mx.array, rope: Rope) -> mx.array:
         """RoPE of x (B, T, H, Hd), positions from the cache's end on."""
-        return rope(x.swapaxes(1, 2), self.cache.offset, self.periods).swapaxes(1, 2)
+        offset, length = self.cache.offset, 0
+        if rope.config.by_length:  # of a batch the longest text's: all share a kernel
+            length = x.shape[1] + int(offset if isinstance(offset, int) else offset.max().item())
+        return rope.by_kernel(x.swapaxes(1, 2), offset, length).swapaxes(1, 2)
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, reach: Reach) -> mx.array:
         """q (B, T, H, Hd), k and v (B, T, K, Hd), rotated -> (B, T, H, Hd)."""
         from mlx_lm.models.base import scaled_dot_product_attention  # of quantised caches, too
 
-        scale = q.shape[-1] ** -0.5
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         k, v = self.cache.update_and_fetch(k, v)
-        out = scaled_dot_product_attention(q, k, v, self.cache, scale, self.mask)
+        if reach.softcap is not None:
+            out = attend_capped(q, k, v, reach, self.mask)
+        else:
+            out = scaled_dot_product_attention(q, k, v, self.cache, reach.scale, self.mask)
         return out.swapaxes(1, 2)

@@ -1,4 +1,6 @@
-"""The Llama tree (Touvron et al. 2023; Grattafiori et al. 2024), with Hugging Face's names.
+"""The tree of every dense decoder: Llama's (Touvron et al. 2023; Grattafiori et al. 2024).
+
+What other families do differently are facts of `LlamaConfig`, which `families` reads.
 
 The names are the checkpoint's, so the key map from file to tree is the identity, and a LoRA
 weight's tree path is its key in a PEFT adapter. The tree keeps mlx-lm's model protocol
@@ -9,72 +11,104 @@ V vocabulary.
 """
 
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_qlora.cpu.attention import Reach
 from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.device import Device, current
-from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.dropout import position_words
+from mlx_qlora.model.families import AFTER_ROPE, ALL_HEADS, HEAD, LlamaConfig
 from mlx_qlora.model.quantize import Embedding, Linear
-from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
+from mlx_qlora.model.rope import Rope
 
 
 def swiglu(
-    gate: mx.array, up: mx.array, s: mx.array | None = None, compiled: bool = False
+    gate: mx.array,
+    up: mx.array,
+    s: mx.array | None = None,
+    compiled: bool = False,
+    act: str = "silu",
 ) -> mx.array:
-    """gate, up (..., F) -> silu(gate) * up (..., F), in their dtype.
+    """gate, up (..., F) -> act(gate) * up (..., F), in their dtype.
 
-    `s` is sigmoid(gate), if it is known; `compiled` computes in one kernel, whatever the shapes,
-    and is for whoever takes the derivative by `swiglu_vjp`.
+    Both activations are gate * sigmoid(.): SiLU of the gate itself, GELU's approximation by tanh
+    (Hendrycks & Gimpel 2016, arXiv 1606.08415) of a cubic in it. `s` is that sigmoid, if it is
+    known; `compiled` computes in one kernel, whatever the shapes, and is for whoever takes the
+    derivative by `swiglu_vjp`.
     """
     if compiled:
-        return _compiled(current())[0](gate, up)
+        return _compiled(current(), act)[0](gate, up)
     # The sigmoid's share of the derivative is in the gate's: its own would count twice, and is
     # not a number where an exponential has no end.
-    return _with_gradient(gate, up, mx.stop_gradient(sigmoid(gate)) if s is None else s)
+    s = mx.stop_gradient(gate_sigmoid(gate, act)) if s is None else s
+    return _with_gradient(act)(gate, up, s)
 
 
 def swiglu_vjp(
-    gate: mx.array, up: mx.array, dy: mx.array, s: mx.array | None = None, compiled: bool = False
+    gate: mx.array,
+    up: mx.array,
+    dy: mx.array,
+    s: mx.array | None = None,
+    compiled: bool = False,
+    act: str = "silu",
 ) -> tuple[mx.array, mx.array]:
     """The gradients of gate and up; arguments as in `swiglu`.
 
     A function of its own because MLX compiles nothing within `mx.vjp`.
     """
     if compiled:
-        return _compiled(current())[1](gate, up, dy)
-    return _backward(gate, up, dy, sigmoid(gate) if s is None else s)
+        return _compiled(current(), act)[1](gate, up, dy)
+    return _backward(gate, up, dy, gate_sigmoid(gate, act) if s is None else s, act)
+
+
+GELU, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # x s(GELU (x + CUBIC x^3)) is GELU's tanh form
+
+
+def gate_sigmoid(gate: mx.array, act: str) -> mx.array:
+    """What the gate is multiplied with."""
+    return sigmoid(gate if act == "silu" else GELU * (gate + CUBIC * gate * gate * gate))
 
 
 def _forward(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
     return gate * s * up
 
 
-def _backward(gate: mx.array, up: mx.array, dy: mx.array, s: mx.array) -> tuple[mx.array, mx.array]:
+def _backward(
+    gate: mx.array, up: mx.array, dy: mx.array, s: mx.array, act: str
+) -> tuple[mx.array, mx.array]:
     dys = dy * s
-    return dys * up * (1 + gate * (1 - s)), dys * gate
-
-
-_with_gradient: Any = mx.custom_function(_forward)
-_with_gradient.vjp(lambda xs, dy, _: (*_backward(xs[0], xs[1], dy, xs[2]), mx.zeros_like(xs[2])))
+    inner = gate * (1 - s)
+    if act != "silu":
+        inner = inner * (GELU * (1 + 3 * CUBIC * gate * gate))
+    return dys * up * (1 + inner), dys * gate
 
 
 @functools.cache
-def _compiled(here: Device) -> tuple[Any, Any]:
+def _with_gradient(act: str) -> Any:
+    function: Any = mx.custom_function(_forward)
+    function.vjp(lambda xs, dy, _: (*_backward(xs[0], xs[1], dy, xs[2], act), mx.zeros_like(xs[2])))
+    return function
+
+
+@functools.cache
+def _compiled(here: Device, act: str) -> tuple[Any, Any]:
     """SwiGLU and its backward, compiled; a trace keeps the exponentials of the device it met."""
+
+    def forward(gate: mx.array, up: mx.array) -> mx.array:
+        return _forward(gate, up, gate_sigmoid(gate, act))
+
+    def backward(gate: mx.array, up: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+        return _backward(gate, up, dy, gate_sigmoid(gate, act), act)
+
     # Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
-    forward = mx.compile(lambda gate, up: _forward(gate, up, sigmoid(gate)), shapeless=True)
-    backward = mx.compile(
-        lambda gate, up, dy: _backward(gate, up, dy, sigmoid(gate)), shapeless=True
-    )
-    return forward, backward
+    return mx.compile(forward, shapeless=True), mx.compile(backward, shapeless=True)
 
 
 # ---- the tree ------------------------------------------------------------------------------------
@@ -84,89 +118,71 @@ Keys = Sequence[mx.array | None]  # of the seven linears of a layer
 NO_KEYS: Keys = [None] * 7
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The sizes of one Llama; field names as in Hugging Face's `config.json`."""
+class RMSNorm(nn.Module):
+    """x / rms(x) * (weight + offset), over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rms_norm_eps: float = 1e-5
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    max_position_embeddings: int = 2048
+    Gemma stores its weights less 1; the others have no offset.
+    """
 
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
-        """Reads a `config.json`, and refuses what this tree would compute differently.
+    def __init__(self, d: int, config: LlamaConfig) -> None:
+        super().__init__()
+        self.weight = mx.ones((d,))
+        self._eps, self._offset = config.rms_norm_eps, config.norm_offset
 
-        Raises:
-            WeightsError: another architecture, or missing or unsupported values; lists them all.
-        """
-        problems = _unsupported(config)
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        derivable = [n for n in ("num_key_value_heads", "head_dim") if config.get(n) is not None]
-        for name in (*sizes, "vocab_size", *derivable):
-            if not isinstance(config.get(name), int) or config[name] < 1:
-                problems.append(f"{name} must be a positive integer; got {config.get(name)!r}")
-        eps = config.get("rms_norm_eps", 1e-6)
-        if not isinstance(eps, (int, float)) or not eps > 0:
-            problems.append(f"rms_norm_eps must be a positive number; got {eps!r}")
-        if problems:
-            raise WeightsError(f"config.json describes no Llama we can run:\n{listing(problems)}")
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        if heads % kv_heads:
-            raise WeightsError(
-                f"config.json: num_attention_heads ({heads}) must be a multiple of "
-                f"num_key_value_heads ({kv_heads})"
-            )
-        optional = ("tie_word_embeddings", "attention_bias", "mlp_bias", "max_position_embeddings")
-        stated = [name for name in optional if name in config]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        if head_dim % 2:
-            raise WeightsError(f"config.json: head_dim must be even for RoPE; got {head_dim}")
-        return cls(
-            **{name: config[name] for name in (*sizes, "vocab_size", *stated)},
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=eps,
-            rope=rope_from_hf(config),
-        )
-
-
-def _unsupported(config: dict[str, Any]) -> list[str]:
-    """Values that change the arithmetic and that this tree does not implement."""
-    ours = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_dropout": 0}
-    problems = [
-        f"{name} is {config[name]!r}; supported: {value!r}"
-        for name, value in ours.items()
-        if (config.get(name) or value) != value
-    ]
-    if config.get("model_type") != "llama":
-        family = "supported: 'llama' (Llama 2 and 3.x, TinyLlama, SmolLM2, ...)"
-        problems.insert(0, f"model_type is {config.get('model_type')!r}; {family}")
-    return problems
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., d) -> (..., d)."""
+        weight = self.weight
+        if self._offset:  # in float32: 16 bits would lose most of a small weight beside the 1
+            weight = (weight.astype(mx.float32) + self._offset).astype(x.dtype)
+        return mx.fast.rms_norm(x, weight, self._eps)
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key-value heads (Ainslie et al. 2023) and RoPE."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, rope: Rope | None) -> None:
         super().__init__()
-        self.Hd, D, bias = config.head_dim, config.hidden_size, config.attention_bias
-        q_size = config.num_attention_heads * self.Hd
-        k_size = config.num_key_value_heads * self.Hd
-        self.q_proj = Linear(D, q_size, bias)
-        self.k_proj = Linear(D, k_size, bias)
-        self.v_proj = Linear(D, k_size, bias)
-        self.o_proj = Linear(q_size, D, bias)
+        D, Hd, bias = config.hidden_size, config.head_dim, config.attention_bias
+        q_size, k_size = config.num_attention_heads * Hd, config.num_key_value_heads * Hd
+        scale = Hd**-0.5 if config.attention_scale is None else config.attention_scale
+        self.reach = Reach(scale, config.window(layer), config.attention_softcap)
+        self._config, self._rope, self._ends = config, rope, [q_size, q_size + k_size]
+        if config.fused_qkv:
+            self.qkv_proj = Linear(D, q_size + 2 * k_size, bias)
+        else:
+            self.q_proj = Linear(D, q_size, bias)
+            self.k_proj = Linear(D, k_size, bias)
+            self.v_proj = Linear(D, k_size, bias)
+        self.o_proj = Linear(q_size, D, config.output_bias)
+        if config.head_norms:
+            sizes = (q_size, k_size) if config.head_norms == ALL_HEADS else (Hd, Hd)
+            for name, size in zip(config.head_norm_names, sizes):
+                self[name] = RMSNorm(size, config)
+
+    def project(
+        self, x: mx.array, context: Context, keys: Keys
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x (..., D) -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
+        kind = self._config.head_norms
+        heads = *x.shape[:-1], -1, self._config.head_dim
+        if self._config.fused_qkv:
+            q, k, v = mx.split(self.qkv_proj(x, keys[0]), self._ends, axis=-1)
+        else:
+            q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+        if kind == ALL_HEADS:
+            q, k = self._normalised(q, k)
+        q, k, v = q.reshape(heads), k.reshape(heads), v.reshape(heads)
+        if kind == HEAD:
+            q, k = self._normalised(q, k)
+        if self._rope is not None:
+            q, k = context.rotate(q, self._rope), context.rotate(k, self._rope)
+        if kind == AFTER_ROPE:
+            q, k = self._normalised(q, k)
+        return q, k, v
+
+    def _normalised(self, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array]:
+        of_q, of_k = self._config.head_norm_names
+        return self[of_q](q), self[of_k](k)
 
 
 class MLP(nn.Module):
@@ -175,55 +191,71 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(D, F, config.mlp_bias)
-        self.up_proj = Linear(D, F, config.mlp_bias)
+        if config.fused_gate_up:
+            self.gate_up_proj = Linear(D, 2 * F, config.mlp_bias)
+        else:
+            self.gate_proj = Linear(D, F, config.mlp_bias)
+            self.up_proj = Linear(D, F, config.mlp_bias)
         self.down_proj = Linear(F, D, config.mlp_bias)
+
+    def widen(self, x: mx.array, keys: Keys) -> tuple[mx.array, mx.array]:
+        """x (..., D) -> gate and up (..., F)."""
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x, keys[4]), 2, axis=-1)
+            return gate, up
+        return self.gate_proj(x, keys[4]), self.up_proj(x, keys[5])
 
 
 class DecoderLayer(nn.Module):
     """Two sentences: normalise, attend, add; normalise, mix, add.
 
     They are cut into pieces between which the training engine keeps what its backward needs
-    (`train.engine.PIECES`). `keys` are the dropout words of the seven linears, each (N, 1) or None.
+    (`train.engine.PIECES`). `keys` are the dropout words of the seven linears, each (N, 1) or None;
+    a fused linear has the first word of those that it stands for.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, rope: Rope | None) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer, rope)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.act, self._norms, self._scale = config.hidden_act, config.norms, config.residual_scale
+        for name in filter(None, config.norms):
+            self[name] = RMSNorm(config.hidden_size, config)
 
     def __call__(self, x: mx.array, context: Context, keys: Keys = NO_KEYS) -> mx.array:
         """x (..., D) -> (..., D)."""
         q, k, v = self.project(x, context, keys)
-        h = self.add_attention(x, context.attend(q, k, v), keys)
+        h = self.add_attention(x, context.attend(q, k, v, self.self_attn.reach), keys)
         gate, up = self.widen(h, keys)
-        return self.add_mlp(h, swiglu(gate, up), keys)
+        return self.add_mlp(h, swiglu(gate, up, act=self.act), keys)
 
     def project(
         self, x: mx.array, context: Context, keys: Keys
     ) -> tuple[mx.array, mx.array, mx.array]:
         """x (..., D) -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
-        attention, x = self.self_attn, self.input_layernorm(x)
-        heads = *x.shape[:-1], -1, attention.Hd
-        q = attention.q_proj(x, keys[0]).reshape(heads)
-        k = attention.k_proj(x, keys[1]).reshape(heads)
-        v = attention.v_proj(x, keys[2]).reshape(heads)
-        return context.rotate(q), context.rotate(k), v
+        return self.self_attn.project(self._normalised(0, x), context, keys)
 
     def add_attention(self, x: mx.array, heads: mx.array, keys: Keys) -> mx.array:
         """x (..., D) and heads (..., H, Hd) -> h (..., D)."""
-        return x + self.self_attn.o_proj(heads.flatten(-2), keys[3])
+        return self._added(
+            x, self._normalised(1, self.self_attn.o_proj(heads.flatten(-2), keys[3]))
+        )
 
     def widen(self, h: mx.array, keys: Keys) -> tuple[mx.array, mx.array]:
         """h (..., D) -> gate and up (..., F)."""
-        x = self.post_attention_layernorm(h)
-        return self.mlp.gate_proj(x, keys[4]), self.mlp.up_proj(x, keys[5])
+        return self.mlp.widen(self._normalised(2, h), keys)
 
     def add_mlp(self, h: mx.array, gated: mx.array, keys: Keys) -> mx.array:
-        """h (..., D) and silu(gate) * up (..., F) -> y (..., D)."""
-        return h + self.mlp.down_proj(gated, keys[6])
+        """h (..., D) and act(gate) * up (..., F) -> y (..., D)."""
+        return self._added(h, self._normalised(3, self.mlp.down_proj(gated, keys[6])))
+
+    def _normalised(self, place: int, x: mx.array) -> mx.array:
+        """x by the norm of one of the four places (`families.Norms`), if there is one."""
+        name = self._norms[place]
+        return x if name is None else self[name](x)
+
+    def _added(self, x: mx.array, new: mx.array) -> mx.array:
+        return x + (new if self._scale == 1 else new * self._scale)
 
 
 class LlamaModel(nn.Module):
@@ -232,10 +264,14 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._rope_periods = rope_periods(config.head_dim, config.rope)
-        mx.eval(self._rope_periods)  # a lazy array could only be computed in this thread
+        self._config, rope = config, Rope(config.head_dim, config.rope)
+        of_windows = config.rope_of_windows
+        local = rope if of_windows is None else Rope(config.head_dim, of_windows)
+        self.layers = [
+            DecoderLayer(config, i, None if i in config.unrotated else local if window else rope)
+            for i, window in enumerate(map(config.window, range(config.num_hidden_layers)))
+        ]
+        self.norm = RMSNorm(config.hidden_size, config)
 
     def __call__(
         self,
@@ -246,11 +282,14 @@ class LlamaModel(nn.Module):
     ) -> mx.array:
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
         if cache is not None:
-            mask = cache[0].make_mask(tokens.shape[1], return_array=False, window_size=None)
-            h = self.embed_tokens(tokens)
+            h, masks = self.embed(tokens), dict[int | None, Any]()
+            how = {"return_array": self._config.attention_softcap is not None}
             for layer, of_layer in zip(self.layers, cache):
-                h = layer(h, Cached(mask, of_layer, self._rope_periods))
-            return self.norm(h)
+                window = layer.self_attn.reach.window
+                if window not in masks:
+                    masks[window] = of_layer.make_mask(tokens.shape[1], window_size=window, **how)
+                h = layer(h, Cached(masks[window], of_layer))
+            return self.normalised(h)
 
         B, T = tokens.shape
         if documents is None:  # each row is one
@@ -263,16 +302,26 @@ class LlamaModel(nn.Module):
         self, tokens: mx.array, documents: Documents, keys: list[Keys] | None = None
     ) -> mx.array:
         """Tokens (N,) of documents, end to end -> (N, D); no keys mean no dropout."""
-        h = self.embed_tokens(tokens)
+        h = self.embed(tokens)
         for layer, of_layer in zip(self.layers, keys or [NO_KEYS] * len(self.layers)):
             h = layer(h, documents, of_layer)
-        return self.norm(h)
+        return self.normalised(h)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Tokens (...) int -> what the first layer reads (..., D)."""
+        h, scale = self.embed_tokens(tokens), self._config.embedding_scale
+        return h if scale == 1 else h * mx.array(scale, h.dtype)
+
+    def normalised(self, h: mx.array) -> mx.array:
+        """The last layer's output (..., D) as the head reads it."""
+        h, scale = self.norm(h), self._config.logits_scale  # a factor of the logits, where D is
+        return h if scale == 1 else h * scale
 
     def documents(
         self, documents: np.ndarray, N: int | None = None, T: int | None = None
     ) -> Documents:
         """What `Documents.of` makes of them, for this model."""
-        return Documents.of(documents, self._rope_periods, N, T)
+        return Documents.of(documents, N, T)
 
     def dropout_keys(self, key: mx.array | None, B: int, documents: Documents) -> list[Keys]:
         """For each layer the words (N, 1) that its seven linears draw their dropout from.
@@ -288,7 +337,7 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """A Llama with its output head; the head is the embedding where the config ties them.
+    """A decoder with its output head; the head is the embedding where the config ties them.
 
     Its weights are zeros that cost no memory until a loader fills them.
     """
@@ -328,7 +377,8 @@ class LlamaForCausalLM(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""
-        return self.head.multiply(hidden)
+        logits, cap = self.head.multiply(hidden), self.config.logits_softcap
+        return logits if cap is None else cap * mx.tanh(logits / cap)
 
     @property
     def head(self) -> Embedding | Linear:
@@ -341,7 +391,8 @@ class LlamaForCausalLM(nn.Module):
         return self.model.layers
 
     def make_cache(self) -> list[Any]:
-        """One empty mlx-lm key-value cache per layer."""
-        from mlx_lm.models.cache import KVCache
+        """One empty mlx-lm key-value cache per layer; those of windows hold no more than these."""
+        from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-        return [KVCache() for _ in self.layers]
+        windows = (layer.self_attn.reach.window for layer in self.layers)
+        return [KVCache() if window is None else RotatingKVCache(window) for window in windows]

@@ -6,7 +6,7 @@ the length of each row as well. Names and definitions are PEFT's.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +21,9 @@ from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.tree import flat, nested
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Every linear of a layer in reading order; where one matrix stands for several, it has their place.
+ORDER = ["q_proj", "qkv_proj", "k_proj", "v_proj", "o_proj"]
+ORDER += ["gate_proj", "gate_up_proj", "up_proj", "down_proj"]
 PLAIN = (True, "gaussian")  # initial weights that need nothing of the base
 INITS = re.compile(r"gaussian|olora|loftq|pissa(_niter_[1-9]\d*)?")
 
@@ -332,6 +335,7 @@ def add_lora(
     """
     if lora_layers(model):
         raise ConfigError("the model already has LoRA layers; load it again to start over")
+    config = for_model(model, config)
     targets = target_paths(model, config)
     linears, wrapped, originals = dict(_linears(model)), {}, {}
     init = config.init_lora_weights if begin else True
@@ -384,6 +388,14 @@ def _originals(model: LlamaForCausalLM) -> dict[str, mx.array]:
     return {name: x for name, x in named if name.rpartition(".")[0] not in checkpoint.packing}
 
 
+def for_model(model: LlamaForCausalLM, config: LoraConfig) -> LoraConfig:
+    """With the names that a model has for all seven, where some of them are one matrix."""
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in _linears(model)))
+    if config.target_modules != ALL_SEVEN or names == ALL_SEVEN:
+        return config
+    return replace(config, target_modules=names)
+
+
 def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
     """The paths of the linears that a config targets, by PEFT's rules, in the model's order.
 
@@ -394,7 +406,8 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
     Raises:
         ConfigError: a target, or a layer index, that matches nothing.
     """
-    paths, wanted = [path for path, _ in _linears(model)], config.target_modules
+    wanted = for_model(model, config).target_modules
+    paths = [path for path, _ in _linears(model)]
     names = sorted({path.split(".", 3)[3] for path in paths})
     exists = "the linears of each layer are " + ", ".join(names)
     if wanted == "all-linear":
@@ -447,7 +460,7 @@ def _linears(model: LlamaForCausalLM) -> list[tuple[str, Linear]]:
 
 def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules in reading order (layer 2 before layer 10, q before k), not in a set's."""
-    rank = {name: i for i, name in enumerate(ALL_SEVEN)}
+    rank = {name: i for i, name in enumerate(ORDER)}
 
     def position(item: tuple[str, nn.Module]) -> tuple[int, int]:
         parts = item[0].split(".")

@@ -1,74 +1,325 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) with Llama 3.1's frequency scaling.
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), and how long contexts stretch it.
 
 Feature pair i of a head turns by `position / period[i]` radians, with period[i] = theta^(2i / Hd).
-Llama 3.1 stretches the slow pairs so that a model trained on 8,192 tokens reads 131,072.
+A model that was trained on short contexts reads longer ones where its slow pairs turn more slowly.
+Every kind is what transformers computes at every length, in both spellings of a `config.json`.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qlora.errors import WeightsError
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-NEEDED = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # parameters of each rope type
+OLD_LENGTH = "original_max_position_embeddings"
+# The parameters of each kind: those that it must have, and those that it may have.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),  # positions are divided by the factor
+    "dynamic": (("factor",), ()),  # theta grows with the length (NTK, /u/emozilla)
+    "alpha": (("alpha",), ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", OLD_LENGTH), ()),
+    # Peng et al. 2023 (arXiv 2309.00071)
+    "yarn": (
+        ("factor", OLD_LENGTH),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    # Ding et al. 2024 (arXiv 2402.13753)
+    "longrope": (("short_factor", "long_factor", OLD_LENGTH), ("attention_factor", "factor")),
+}
+OTHER_NAMES = {"su": "longrope", "mrope": "default"}
+LISTS = ("short_factor", "long_factor")
+FLOATS = ("factor", "low_freq_factor", "high_freq_factor")
+LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The base of the periods and how they are stretched; the last three are llama3's."""
+    """What decides the periods; each kind reads some of the fields, by Hugging Face's names."""
 
     theta: float = 10000.0
-    rope_type: str = "default"  # or `linear` (positions divided by `factor`) or `llama3`
+    rope_type: str = "default"
     factor: float = 1.0  # how much longer the stretched context is
-    low_freq_factor: float = 1.0  # wavelengths above original / low are stretched fully
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are stretched fully
     high_freq_factor: float = 4.0  # those below original / high not at all
     original_max_position_embeddings: int = 8192  # tokens, before stretching
+    beta_fast: float = 32.0  # yarn: pairs that turn more often in the old context stay
+    beta_slow: float = 1.0  # those that turn less often are stretched fully
+    truncate: bool = True  # yarn: the pairs between them are counted whole
+    attention_factor: float = 1.0  # yarn, longrope: multiplies what is rotated
+    short_factor: tuple[float, ...] = ()  # longrope: of each pair, up to the old length
+    long_factor: tuple[float, ...] = ()  # beyond it
+    max_position_embeddings: int = 0  # dynamic: the length beyond which theta grows
+    rotary_share: float = 1.0  # of a head's features; those after it are left as they are
+    interleaved: bool = False  # pairs are (2i, 2i + 1) instead of (i, i + Hd / 2)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the periods depend on how long a document is."""
+        return self.rope_type in ("dynamic", "longrope")
 
 
-def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+def rope_from_hf(
+    config: dict[str, Any],
+    layers: str | None = None,
+    theta: float = 10000.0,
+    *,
+    share: float = 1.0,
+    interleaved: bool = False,
+    parts: bool = False,
+    alpha: bool = False,
+) -> RopeConfig:
     """Read a `config.json`, in both spellings: `rope_scaling`, and v5's `rope_parameters`.
 
     A reader that knows only the first falls back to theta = 10000 on the second without a word,
     and every logit is slightly wrong.
 
+    Args:
+        layers: `full_attention` or `sliding_attention`, where each kind has parameters of its own.
+        theta: where the config names none.
+        share: of a head that is rotated, where the config names none.
+        interleaved: which features are a pair.
+        parts: whether the family rotates parts of a head at all.
+        alpha: whether its `dynamic` may be a constant `alpha`, as Hunyuan's is.
+
     Raises:
-        WeightsError: an unsupported rope type, or a missing, unknown or senseless parameter.
+        WeightsError: an unsupported kind, a missing, unknown or senseless parameter, or two
+            spellings that contradict each other.
     """
-    given: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise WeightsError(f"config.json: {name} must be an object; got {config[name]!r}")
-        given.update(config.get(name) or {})
-    rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    if rope_type not in NEEDED:
+    given = _both_spellings(config, layers)
+    kind = given.pop("rope_type", None) or "default"
+    kind = OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind == "dynamic" and alpha and given.get("alpha"):
+        kind = "alpha"
+    if kind not in KINDS:
         raise WeightsError(
-            f"config.json: rope_type {rope_type!r} is not supported; supported: {', '.join(NEEDED)}"
+            f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}"
         )
-    needed = NEEDED[rope_type]
-    missing = [name for name in needed if given.get(name) is None]
-    unknown = [name for name in given if name not in needed and given[name] is not None]
-    if missing or (unknown and rope_type != "default"):
+    theta, share = given.pop("rope_theta", theta), given.pop("partial_rotary_factor", share)
+    given.pop("mrope_section", None)  # of text alone all three axes are the same
+    positions = config.get("max_position_embeddings", 2048)
+    needed, optional = KINDS[kind]
+    if OLD_LENGTH in needed:  # also beside the parameters, which is then what counts
+        given.setdefault(OLD_LENGTH, config.get(OLD_LENGTH, positions))
+        if config.get(OLD_LENGTH, given[OLD_LENGTH]) != given[OLD_LENGTH]:
+            raise WeightsError(f"config.json: {OLD_LENGTH} is given twice, with two values")
+    given = {name: value for name, value in given.items() if value is not None}
+    missing = [name for name in needed if name not in given]
+    unknown = [name for name in given if name not in (*needed, *optional)]
+    if missing or (unknown and kind != "default"):
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
-        raise WeightsError(f"config.json: the {rope_type} rope scaling {problem}")
-    numbers = {"rope_theta": theta, **{name: given[name] for name in needed}}
-    for name, number in numbers.items():
-        if not isinstance(number, (int, float)) or not number > 0:
-            raise WeightsError(f"config.json: {name} must be a positive number; got {number!r}")
-    if rope_type == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
+        raise WeightsError(f"config.json: the {kind} rope scaling {problem}")
+    given = {name: given[name] for name in (*needed, *optional) if name in given}
+    numbers = {"rope_theta": theta, "partial_rotary_factor": share} | given
+    for name, value in numbers.items():
+        several: list[Any] = [*value] if isinstance(value, list) and name in LISTS else [value]
+        for number in several:
+            legal = name == "truncate" and isinstance(number, bool)
+            if not (legal or (_is_number(number) and 0 < number < math.inf)):
+                raise WeightsError(f"config.json: {name} must be a positive number; got {value!r}")
+    if share > 1 or (share < 1 and not parts):
+        raise WeightsError(f"config.json: partial_rotary_factor {share} is not supported here")
+    if kind == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
         raise WeightsError("config.json: high_freq_factor must be larger than low_freq_factor")
-    return RopeConfig(float(theta), rope_type, **{name: given[name] for name in needed})
+    if kind == "dynamic":
+        given["max_position_embeddings"] = positions
+    given |= {name: tuple(given[name]) for name in LISTS if name in given}
+    given = _with_attention_factor(kind, given, positions)
+    if kind == "alpha":  # theta is alpha^(Hd / (Hd - 2)) times as large: `Rope` knows Hd
+        given = {"factor": given["alpha"]}
+    return RopeConfig(float(theta), kind, rotary_share=share, interleaved=interleaved, **given)
 
 
-def rope_periods(head_dim: int, rope: RopeConfig) -> mx.array:
-    """The periods of all feature pairs (Hd / 2,) float32, in tokens per radian: MLX's `freqs`."""
-    periods = rope.theta ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
+def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any]:
+    """Parameter -> value, from wherever a config has it; `type` is `rope_type`."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: Any, where: str) -> None:
+        name = "rope_type" if name == "type" else name
+        if name in found and found[name] != value:
+            raise WeightsError(
+                f"config.json: {where} says {name} = {value!r}, and {found[name]!r} elsewhere"
+            )
+        found[name] = value
+
+    for where in ("rope_parameters", "rope_scaling"):
+        entry = config.get(where)
+        if not isinstance(entry or {}, dict):
+            raise WeightsError(f"config.json: {where} must be an object; got {entry!r}")
+        nested = [key for key in entry or {} if key in LAYER_KINDS]
+        if nested and layers is None:
+            raise WeightsError(f"config.json: {where} has parameters for {', '.join(nested)}")
+        if nested:
+            entry = (entry or {}).get(layers) or {}
+            if not isinstance(entry, dict):
+                raise WeightsError(f"config.json: {where}.{layers} must be an object")
+        elif layers == "sliding_attention":
+            continue  # the old spelling stretches the other layers alone
+        for name, value in (entry or {}).items():
+            add(name, value, where)
+    theta = "rope_theta"
+    if layers == "sliding_attention" and "rope_local_base_freq" in config:
+        add(theta, config["rope_local_base_freq"], "rope_local_base_freq")
+    elif layers is None or "rope_local_base_freq" in config or layers == "full_attention":
+        for name in (theta, "partial_rotary_factor"):
+            if name in config:
+                add(name, config[name], name)
+    return found
+
+
+def in_both_spellings(config: dict[str, Any], rope: RopeConfig) -> dict[str, Any]:
+    """The parameters of a legal `config.json` as every reader finds them."""
+    share = {} if rope.rotary_share == 1 else {"partial_rotary_factor": rope.rotary_share}
+
+    def parameters(layers: str | None) -> dict[str, Any]:
+        given = {k: v for k, v in _both_spellings(config, layers).items() if v is not None}
+        kind = str(given.pop("rope_type", "default"))
+        needed, optional = KINDS["alpha" if "alpha" in given else OTHER_NAMES.get(kind, kind)]
+        kept = {name: given[name] for name in (*needed, *optional) if name in given}
+        kept |= {name: float(kept[name]) for name in kept if name in FLOATS}
+        more = {k: v for k, v in given.items() if k in ("rope_theta", "partial_rotary_factor")}
+        # Some readers of these two know no other name.
+        old = {"type": kind} if "alpha" in kept or "long_factor" in kept else {}
+        return {"rope_type": kind, **old, **kept, "rope_theta": rope.theta, **share, **more}
+
+    if not any(key in (config.get("rope_parameters") or {}) for key in LAYER_KINDS) and (
+        "rope_local_base_freq" not in config
+    ):
+        whole = parameters(None)
+        scaling = {k: v for k, v in whole.items() if k != "rope_theta"}
+        scaling = None if whole["rope_type"] == "default" else scaling
+        both = {"rope_theta": whole["rope_theta"], "rope_scaling": scaling, **share}
+        return both | {"rope_parameters": whole}
+    nested = {key: parameters(key) for key in LAYER_KINDS}
+    full, local = nested.values()
+    scaling = {k: v for k, v in full.items() if k != "rope_theta"}
+    return {
+        "rope_theta": full["rope_theta"],
+        "rope_local_base_freq": local["rope_theta"],
+        "rope_scaling": None if full["rope_type"] == "default" else scaling,
+        "rope_parameters": nested,
+    }
+
+
+def _with_attention_factor(kind: str, given: dict[str, Any], positions: int) -> dict[str, Any]:
+    """With the factor of yarn and longrope that a config leaves to a formula."""
+    if kind == "yarn":
+        factor, own = given["factor"], given.pop("mscale", None)
+        of_all = given.pop("mscale_all_dim", None)
+
+        def scale(by: float) -> float:
+            return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+        usual = scale(own) / scale(of_all) if own and of_all else scale(1.0)
+    elif kind == "longrope":
+        old = given[OLD_LENGTH]
+        factor = given.setdefault("factor", positions / old)
+        usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old))
+    else:
+        return given
+    return {"attention_factor": usual} | given
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# ---- periods -------------------------------------------------------------------------------------
+
+
+class Rope:
+    """The rotation of some layers' queries and keys.
+
+    Attributes:
+        d: features of a head that are rotated.
+        periods: (d / 2,) float32, in tokens per radian: MLX's `freqs`.
+    """
+
+    def __init__(self, head_dim: int, config: RopeConfig) -> None:
+        self.config, self.d = config, int(head_dim * config.rotary_share)
+        self.periods = rope_periods(self.d, config)
+        mx.eval(self.periods)  # a lazy array could only be computed in this thread
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - as long as the model, which has one or two
+    def periods_at(self, length: int) -> mx.array:
+        """The periods for a document of so many tokens; they may depend on it."""
+        return rope_periods(self.d, self.config, length) if self.config.by_length else self.periods
+
+    def angles(self, positions: mx.array, lengths: np.ndarray) -> tuple[mx.array, mx.array]:
+        """Cosine and signed sine (N, 1, d) of positions (N,), each in a document of a length."""
+        periods = self.periods
+        if self.config.by_length:
+            different, place = np.unique(lengths, return_inverse=True)
+            table = mx.stack([self.periods_at(int(length)) for length in different])
+            periods = table[mx.array(place.reshape(-1))][:, None]
+        angles = positions[:, None, None] / periods
+        cosine, sine = mx.cos(angles), mx.sin(angles)
+        if self.config.attention_factor != 1:
+            cosine, sine = (x * self.config.attention_factor for x in (cosine, sine))
+        if self.config.interleaved:
+            cosine, sine = mx.repeat(cosine, 2, -1), mx.stack([-sine, sine], -1).flatten(-2)
+            return cosine, sine
+        return mx.concatenate([cosine, cosine], -1), mx.concatenate([-sine, sine], -1)
+
+    def rotate(self, x: mx.array, angles: tuple[mx.array, mx.array]) -> mx.array:
+        """x (N, H, Hd) by angles."""
+        cosine, sine = angles
+        x, *rest = mx.split(x, [self.d], axis=-1) if self.d < x.shape[-1] else [x]
+        # `split`, as the gradients of two slices would each fill a whole array with zeros.
+        if self.config.interleaved:
+            pairs = x.reshape(*x.shape[:-1], -1, 2)
+            first, second = mx.split(pairs, 2, axis=-1)
+            swapped = mx.concatenate([second, first], axis=-1).reshape(x.shape)
+        else:
+            first, second = mx.split(x, 2, axis=-1)
+            swapped = mx.concatenate([second, first], axis=-1)
+        rotated = (x * cosine + swapped * sine).astype(x.dtype)
+        return mx.concatenate([rotated, *rest], axis=-1) if rest else rotated
+
+    def by_kernel(self, x: mx.array, offset: Any, length: int = 0) -> mx.array:
+        """x (B, H, T, Hd) with MLX's own kernel.
+
+        `offset` is the position of the first token, one for all or one for each of B, and `length`
+        that of the whole text.
+        """
+        periods, factor = self.periods_at(length), self.config.attention_factor
+        if factor != 1 and self.d == x.shape[-1]:
+            x = x * factor
+        elif factor != 1:
+            x, rest = mx.split(x, [self.d], axis=-1)
+            x = mx.concatenate([x * factor, rest], axis=-1)
+        return mx.fast.rope(
+            x,
+            self.d,
+            traditional=self.config.interleaved,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=periods,
+        )
+
+
+def rope_periods(d: int, rope: RopeConfig, length: int = 0) -> mx.array:
+    """The periods of all feature pairs (d / 2,) float32, for a document of so many tokens."""
+    theta, exponents = rope.theta, mx.arange(0, d, 2, dtype=mx.float32) / d
+    if rope.rope_type == "alpha":
+        theta *= rope.factor ** (d / (d - 2))
+    elif rope.rope_type == "dynamic":
+        longer = max(length, rope.max_position_embeddings) / rope.max_position_embeddings
+        theta *= (rope.factor * longer - (rope.factor - 1)) ** (d / (d - 2))
+    periods = theta**exponents
     if rope.rope_type == "linear":
         return periods * rope.factor
+    if rope.rope_type == "longrope":
+        is_long = length > rope.original_max_position_embeddings
+        return mx.array(rope.long_factor if is_long else rope.short_factor) * periods
     if rope.rope_type == "llama3":
         # Fast pairs stay, slow ones grow by `factor`; between them Llama 3.1 interpolates
         # frequencies, not periods, by how often a pair turns within the old context.
@@ -76,4 +327,19 @@ def rope_periods(head_dim: int, rope: RopeConfig) -> mx.array:
         spread = rope.high_freq_factor - rope.low_freq_factor
         kept = mx.clip((turns - rope.low_freq_factor) / spread, 0, 1)
         return periods * (1 / (kept + (1 - kept) / rope.factor))
+    if rope.rope_type == "yarn":
+        ends = (rope.beta_fast, rope.beta_slow)
+        low, high = (_pair_that_turns(often, d, rope) for often in ends)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, d - 1)
+        high += 0.001 * (low == high)
+        kept = 1 - mx.clip((mx.arange(d // 2, dtype=mx.float32) - low) / (high - low), 0, 1)
+        return 1 / (1 / (rope.factor * periods) * (1 - kept) + 1 / periods * kept)
     return periods
+
+
+def _pair_that_turns(often: float, d: int, rope: RopeConfig) -> float:
+    """The pair that turns so often within the old context, as a real number."""
+    turned = rope.original_max_position_embeddings / (often * 2 * math.pi)
+    return d * math.log(turned) / (2 * math.log(rope.theta))

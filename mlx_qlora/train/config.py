@@ -127,20 +127,23 @@ class TrainingConfig:
             self, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
         )
 
-    def at_hidden_size(self, hidden_size: int) -> "TrainingConfig":
+    def at_hidden_size(self, hidden_size: int, model_type: str = "llama") -> "TrainingConfig":
         """With a number in the place of `learning_rate: auto`.
 
-        The rule is `get_lr` of tinker_cookbook 0.6.1 for Llama models,
+        The rule is `get_lr` of tinker_cookbook 0.6.1,
 
-            5e-5 * 10 * (2000 / hidden_size) ** 0.781
+            5e-5 * 10 * (2000 / hidden_size) ** exponent
 
         which was fitted to LoRA on all linears with lora_alpha 32 and a scale of alpha / r
         (Schulman et al. 2025, "LoRA Without Regret"); 5e-5 is for all weights, and LoRA wants
-        about ten times that. It gives 2.86e-4 for Llama 3.1 8B. A start, which a sweep may move.
+        about ten times that. The exponent is 0.0775 for Qwen models and 0.781 for Llama, whose it
+        is here for all others, too. It gives 2.86e-4 for Llama 3.1 8B. A start, which a sweep may
+        move.
         """
         if self.learning_rate != "auto":
             return self
-        return dataclasses.replace(self, learning_rate=5e-4 * (2000 / hidden_size) ** 0.781)
+        exponent = 0.0775 if model_type.startswith("qwen") else 0.781
+        return dataclasses.replace(self, learning_rate=5e-4 * (2000 / hidden_size) ** exponent)
 
     @property
     def peak(self) -> float:

@@ -24,11 +24,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.llama import DecoderLayer, Keys, LlamaForCausalLM, swiglu, swiglu_vjp
+from mlx_qlora.model.llama import (
+    DecoderLayer,
+    Keys,
+    LlamaForCausalLM,
+    gate_sigmoid,
+    swiglu,
+    swiglu_vjp,
+)
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
@@ -53,12 +59,13 @@ class Piece:
     linears: tuple[str, ...] = ()
 
 
-QKV = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
+QKV = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))
+GATE_UP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "gate_up"))
 PIECES = (
     Piece("project", ("x",), ("q", "k", "v"), linears=QKV),
     Piece("attend", ("q", "k", "v"), ("heads",), residuals=("heads", "residuals")),
     Piece("add_attention", ("x", "heads"), ("h",), linears=("self_attn.o_proj",)),
-    Piece("widen", ("h",), ("gate", "up"), linears=("mlp.gate_proj", "mlp.up_proj")),
+    Piece("widen", ("h",), ("gate", "up"), linears=GATE_UP),
     Piece("swiglu", ("gate", "up"), ("gated",), residuals=("s",)),
     Piece("add_mlp", ("h", "gated"), ("y",), linears=("mlp.down_proj",)),
 )
@@ -166,13 +173,15 @@ class Tape:
     def _run(self, piece: Piece, inputs: Any, keep_weights: bool = False) -> dict[str, Any]:
         """The outputs of a piece, and what its VJP needs besides."""
         if piece.name == "attend":
-            attend = self.shard.documents.attend_with_residuals
-            return dict(zip(piece.residuals, attend(*inputs, keep_weights=keep_weights)))
+            (q, k, v), reach = inputs, self.layer.self_attn.reach
+            found = self.shard.documents.attend_with_residuals(q, k, v, reach, keep_weights)
+            return dict(zip(piece.residuals, found))
+        act = self.layer.act
         if piece.name == "swiglu" and self.compiled:
-            return {"gated": swiglu(*inputs, compiled=True)}
+            return {"gated": swiglu(*inputs, compiled=True, act=act)}
         if piece.name == "swiglu":
-            s = self.values["s"] if "s" in self.values else sigmoid(inputs[0])
-            return {"gated": swiglu(*inputs, s=s), "s": s}
+            s = self.values["s"] if "s" in self.values else gate_sigmoid(inputs[0], act)
+            return {"gated": swiglu(*inputs, s=s, act=act), "s": s}
         context = [self.shard.documents] if piece.name == "project" else []
         outputs = getattr(self.layer, piece.name)(*inputs, *context, self.keys)
         return dict(zip(piece.outputs, outputs if isinstance(outputs, tuple) else [outputs]))
@@ -182,10 +191,12 @@ class Tape:
         inputs, slots = self._inputs(piece), self.slots[piece.name]
         gradients: Any = [self.gradients.pop(name) for name in piece.outputs]
         if piece.name == "attend":
-            residuals = [self.values[name] for name in piece.residuals]
-            gradients = self.shard.documents.attend_vjp(*inputs, *residuals, *gradients)
+            (q, k, v), reach = inputs, self.layer.self_attn.reach
+            out, residuals = (self.values[name] for name in piece.residuals)
+            vjp = self.shard.documents.attend_vjp
+            gradients = vjp(q, k, v, out, residuals, gradients[0], reach)
         elif piece.name == "swiglu":
-            known = {"s": self.values.get("s"), "compiled": self.compiled}
+            known = {"s": self.values.get("s"), "compiled": self.compiled, "act": self.layer.act}
             gradients = swiglu_vjp(*inputs, *gradients, **known)
         else:
 
@@ -341,7 +352,7 @@ class Engine:
         ]
         for tape in tapes[0]:
             with mx.stream(tape.shard.stream):
-                tape.values["x"] = self.model.model.embed_tokens(tape.shard.tokens)
+                tape.values["x"] = self.model.model.embed(tape.shard.tokens)
         for i, layer in enumerate(tapes):
             kept = KEPT[levels[i]] if i >= self.first else ()
             x = [tape.values["x"] for tape in layer]
@@ -382,11 +393,12 @@ class Engine:
         x, shard = tape.values.pop("y"), tape.shard
 
         def supervised(x: mx.array) -> mx.array:
-            return self.model.model.norm(x[shard.positions])
+            return self.model.model.normalised(x[shard.positions])
 
         hidden = supervised(x)
         yield [hidden]
-        found = yield from losses_by_slice(self.model.head, hidden, shard.targets, True)
+        softcap = self.model.config.logits_softcap
+        found = yield from losses_by_slice(self.model.head, hidden, shard.targets, True, softcap)
         gradient = found.gradient.astype(x.dtype)
         tape.gradients["y"] = mx.vjp(supervised, [x], [gradient])[1][0]
         losses.append(found.nats.sum())

@@ -35,7 +35,11 @@ class Losses:
 
 
 def cross_entropy(
-    head: FrozenMatrix, hidden: mx.array, targets: mx.array, differentiate: bool = True
+    head: FrozenMatrix,
+    hidden: mx.array,
+    targets: mx.array,
+    differentiate: bool = True,
+    softcap: float | None = None,
 ) -> Losses:
     """The losses of some tokens, and their gradient, or else the head's first choices.
 
@@ -44,8 +48,9 @@ def cross_entropy(
         hidden: (S, D), in the compute dtype.
         targets: (S,) int, from 0 to V - 1.
         differentiate: True for the gradient, False for the choices.
+        softcap: logits z become softcap * tanh(z / softcap), as Gemma 2's do.
     """
-    slices = losses_by_slice(head, hidden, targets, differentiate)
+    slices = losses_by_slice(head, hidden, targets, differentiate, softcap)
     while True:
         try:
             next(slices)
@@ -54,7 +59,11 @@ def cross_entropy(
 
 
 def losses_by_slice(
-    head: FrozenMatrix, hidden: mx.array, targets: mx.array, differentiate: bool
+    head: FrozenMatrix,
+    hidden: mx.array,
+    targets: mx.array,
+    differentiate: bool,
+    softcap: float | None = None,
 ) -> Generator[list[mx.array], None, Losses]:
     """As `cross_entropy`; yields after each slice what has to be computed before the next."""
     S, D = hidden.shape
@@ -65,6 +74,8 @@ def losses_by_slice(
         before = [total, wanted, mean_row if differentiate else choices]
         rows = head.rows(start, end, before)
         logits = rows.multiply(mx.depends([hidden], before)[0]).astype(mx.float32)
+        if softcap is not None:
+            logits = softcap * mx.tanh(logits / softcap)
         highest = logits.max(axis=-1, keepdims=True)
         is_here = (targets >= start) & (targets < end)
         index = mx.clip(targets - start, 0, end - start - 1)
@@ -74,7 +85,8 @@ def losses_by_slice(
         weights, rescale = exp(logits - top), exp(old_top - top)
         total = total * rescale + weights.sum(axis=-1, keepdims=True)
         if differentiate:
-            mean_row = mean_row * rescale + rows.multiply_back(weights.astype(hidden.dtype))
+            sloped = weights if softcap is None else weights * (1 - (logits / softcap).square())
+            mean_row = mean_row * rescale + rows.multiply_back(sloped.astype(hidden.dtype))
         else:
             first = (mx.argmax(logits, -1, keepdims=True) + start).astype(mx.uint32)
             choices = mx.where(highest > old_top, first, choices)
@@ -82,7 +94,10 @@ def losses_by_slice(
     nats = (top + mx.log(total) - wanted)[:, 0]
     if not differentiate:
         return Losses(nats, choices=choices[:, 0])
-    return Losses(nats, mean_row / total - head.lookup(targets).astype(mx.float32))
+    rows_of_targets = head.lookup(targets).astype(mx.float32)
+    if softcap is not None:
+        rows_of_targets = rows_of_targets * (1 - (wanted / softcap).square())
+    return Losses(nats, mean_row / total - rows_of_targets)
 
 
 def vocabulary_slices(V: int, D: int, S: int) -> list[tuple[int, int]]:

@@ -39,7 +39,8 @@ def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: 
     on_cpu = not device.fused_attention  # a GPU's fused kernels keep no exponentials
     numbers = {"x": D, "q": q, "k": k, "v": k, "heads": q, "h": D, "gate": F, "up": F}
     numbers["residuals"] = 0  # the log-sums, one number for a head: too few to count
-    numbers["weights"] = on_cpu * H * (T + min(T, BLOCK)) // 2  # by blocks, up to the diagonal
+    kept = on_cpu and not config.attention_softcap
+    numbers["weights"] = kept * H * (T + min(T, BLOCK)) // 2  # by blocks, up to the diagonal
     numbers["s"] = on_cpu * F
     return itemsize * sum(numbers[name] for name in KEPT[level])
 

@@ -74,7 +74,8 @@ def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]
             for shard in shards:
                 with mx.stream(shard.stream):
                     x = model.model.hidden(shard.tokens, shard.documents)[shard.positions]
-                    results.append(cross_entropy(model.head, x, shard.targets, False))
+                    cap = model.config.logits_softcap
+                    results.append(cross_entropy(model.head, x, shard.targets, False, cap))
             mx.eval([(losses.nats, losses.choices) for losses in results])
         for shard, losses in zip(shards, results):
             position = np.array(shard.positions)

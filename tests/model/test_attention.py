@@ -6,13 +6,13 @@ import pytest
 
 from mlx_qlora import device
 from mlx_qlora.cpu import attention as blocks
-from mlx_qlora.cpu.attention import Residuals
-from mlx_qlora.model import attention
-from mlx_qlora.model.attention import Documents, attend_vjp, attend_with_residuals, rope
-from mlx_qlora.model.rope import RopeConfig, rope_periods
+from mlx_qlora.cpu.attention import Reach, Residuals
+from mlx_qlora.model.attention import Documents, attend_vjp, attend_with_residuals
+from mlx_qlora.model.rope import Rope, RopeConfig
 
 HD = 16
-PERIODS = rope_periods(HD, RopeConfig(10000.0))
+ROPE = Rope(HD, RopeConfig(10000.0))
+REACH = Reach(HD**-0.5)
 LENGTHS = [1, 2, 8, 9, 127, 128, 129, 300]
 
 
@@ -26,26 +26,34 @@ def inputs(n: int, T: int, H: int, K: int) -> list[np.ndarray]:
     return [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
-def exact(q, k, v, dout) -> list[np.ndarray]:
+def exact(q, k, v, dout, reach: Reach = REACH) -> list[np.ndarray]:
     """Output, dq, dk, dv of causal attention, with all scores, in float64."""
     q, k, v, dout = (x.astype(np.float64).swapaxes(1, 2) for x in (q, k, v, dout))
     n, H, T, Hd = q.shape
     G = H // k.shape[1]
     keys, values = (x.repeat(G, axis=1) for x in (k, v))
-    scores = np.where(np.tri(T, dtype=bool), q @ keys.swapaxes(2, 3) / np.sqrt(Hd), -np.inf)
+    seen = np.tri(T, dtype=bool)
+    if reach.window is not None:
+        seen &= ~np.tri(T, k=-reach.window, dtype=bool)
+    scores, slope = q @ keys.swapaxes(2, 3) * reach.scale, 1.0
+    if reach.softcap is not None:
+        tanh = np.tanh(scores / reach.softcap)
+        scores, slope = reach.softcap * tanh, 1 - tanh**2
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     dweights = dout @ values.swapaxes(2, 3)
-    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) / np.sqrt(Hd)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True))
+    dscores = dscores * slope * reach.scale
     dk, dv = dscores.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ dout
     dk, dv = (x.reshape(n, H // G, G, T, Hd).sum(2) for x in (dk, dv))
     return [x.swapaxes(1, 2) for x in (weights @ values, dscores @ keys, dk, dv)]
 
 
-def ours(q, k, v, dout, keep_weights: bool) -> list[mx.array]:
+def ours(q, k, v, dout, keep_weights: bool, reach: Reach = REACH) -> list[mx.array]:
     arrays = [mx.array(x) for x in (q, k, v)]
-    out, residuals = attend_with_residuals(*arrays, keep_weights)
-    return [out, *attend_vjp(*arrays, out, residuals, mx.array(dout))]
+    out, residuals = attend_with_residuals(*arrays, reach, keep_weights)
+    return [out, *attend_vjp(*arrays, out, residuals, mx.array(dout), reach)]
 
 
 def assert_close(found, wanted, tolerance: float, size: float = 1.0) -> None:
@@ -57,6 +65,28 @@ def assert_close(found, wanted, tolerance: float, size: float = 1.0) -> None:
 
 
 # ---- documents of one length -------------------------------------------------------------------
+
+REACHES = [
+    Reach(0.3, 1),
+    Reach(0.25, 7),
+    Reach(0.25, 128),
+    Reach(0.2, 200, 2.0),
+    Reach(1.0, None, 5.0),
+]
+
+
+@pytest.mark.parametrize("reach", REACHES, ids=str)
+@pytest.mark.parametrize("T", [1, 7, 8, 130, 300])
+@pytest.mark.parametrize("route", ["blocks", "weights kept", "fused"])
+def test_windows_and_capped_scores_equal_float64(route, T, reach):
+    """By blocks on a CPU, with and without the exponentials; and as on a GPU."""
+    given = inputs(2, T, 4, 2)
+    with device.use(device.METAL if route == "fused" else device.current()):
+        found = ours(*given, keep_weights=route == "weights kept", reach=reach)
+    assert_close(found, exact(*given, reach), 2e-5)
+    if reach.window is not None and T > reach.window:
+        wide = Reach(reach.scale, None, reach.softcap)
+        assert np.abs(exact(*given, wide)[0] - exact(*given, reach)[0]).max() > 1e-3, "the control"
 
 
 @pytest.mark.parametrize("keep_weights", [False, True])
@@ -71,10 +101,10 @@ def test_output_and_gradients_equal_float64(T, H, K, keep_weights):
 def test_narrower_blocks_for_longer_documents_give_the_same(monkeypatch, keep_weights):
     monkeypatch.setattr(blocks, "MOST_SCORES", 0)
     q, k, v, dout = inputs(2, 131, 6, 2)
-    out, residuals = blocks.forward(*map(mx.array, (q, k, v)))
+    out, residuals = blocks.forward(*map(mx.array, (q, k, v)), REACH)
     assert len(residuals.weights) == 9
     residuals = residuals if keep_weights else Residuals(residuals.log_sum)
-    found = blocks.backward(*map(mx.array, (q, k, v)), out, residuals, mx.array(dout))
+    found = blocks.backward(*map(mx.array, (q, k, v)), out, residuals, mx.array(dout), REACH)
     assert_close([out, *found], exact(q, k, v, dout), 5e-6)
 
 
@@ -84,7 +114,7 @@ def test_mlx_differentiates_the_blocks_as_float64_does(T):
     q, k, v, dout = inputs(2, T, 6, 2)
 
     def loss(*arrays):
-        return (attend_with_residuals(*arrays)[0] * mx.array(dout)).sum()
+        return (attend_with_residuals(*arrays, REACH)[0] * mx.array(dout)).sum()
 
     found = mx.grad(loss, (0, 1, 2))(*map(mx.array, (q, k, v)))
     assert_close([exact(q, k, v, dout)[0], *found], exact(q, k, v, dout), 5e-6)
@@ -108,11 +138,13 @@ def test_very_large_scores_stay_finite_and_right(T, keep_weights):
 def test_the_fused_kernel_and_the_blocks_give_the_same(T):
     q, k, v, dout = map(mx.array, inputs(2, T, 6, 2))
     with device.use(device.METAL):
-        fused, none_kept = attend_with_residuals(q, k, v)
-        dfused = attend_vjp(q, k, v, fused, none_kept, dout)
-    out, residuals = blocks.forward(q, k, v)
+        fused, none_kept = attend_with_residuals(q, k, v, REACH)
+        dfused = attend_vjp(q, k, v, fused, none_kept, dout, REACH)
+    out, residuals = blocks.forward(q, k, v, REACH)
     for kept in (residuals, Residuals(residuals.log_sum)):
-        assert_close([fused, *dfused], [out, *blocks.backward(q, k, v, out, kept, dout)], 1e-5)
+        assert_close(
+            [fused, *dfused], [out, *blocks.backward(q, k, v, out, kept, dout, REACH)], 1e-5
+        )
 
 
 def test_memory_grows_with_the_positions_and_not_with_their_square():
@@ -128,8 +160,8 @@ def test_memory_grows_with_the_positions_and_not_with_their_square():
         return mx.get_peak_memory() - before
 
     def in_blocks():
-        out, residuals = blocks.forward(q, k, v)
-        return blocks.backward(q, k, v, out, Residuals(residuals.log_sum), dout)
+        out, residuals = blocks.forward(q, k, v, REACH)
+        return blocks.backward(q, k, v, out, Residuals(residuals.log_sum), dout, REACH)
 
     def at_once():
         keys, values = (mx.repeat(x, 2, axis=2).swapaxes(1, 2) for x in (k, v))
@@ -165,7 +197,7 @@ def laid_out(request):
     lengths = table[:, 2] - table[:, 1]
     firsts = table[:, 0] * T + table[:, 1] if T else np.cumsum(lengths) - lengths
     spans = [slice(int(a), int(a + n)) for a, n in zip(firsts, lengths)]
-    return Documents.of(table, PERIODS, N, T), spans
+    return Documents.of(table, N, T), spans
 
 
 def flat_inputs(N: int, H: int = 6, K: int = 2) -> list[np.ndarray]:
@@ -174,9 +206,10 @@ def flat_inputs(N: int, H: int = 6, K: int = 2) -> list[np.ndarray]:
 
 def through(documents: Documents, q, k, v, dout, keep_weights: bool) -> list[np.ndarray]:
     arrays = [mx.array(x) for x in (q, k, v)]
-    out, residuals = documents.attend_with_residuals(*arrays, keep_weights)
+    out, residuals = documents.attend_with_residuals(*arrays, REACH, keep_weights)
     return [
-        np.array(x) for x in (out, *documents.attend_vjp(*arrays, out, residuals, mx.array(dout)))
+        np.array(x)
+        for x in (out, *documents.attend_vjp(*arrays, out, residuals, mx.array(dout), REACH))
     ]
 
 
@@ -187,11 +220,11 @@ def size(documents: Documents) -> int:
 def test_documents_of_similar_length_share_a_group():
     for kind in (device.CPU, device.METAL):
         with device.use(kind):
-            (group,) = Documents.of(ALIKE, PERIODS).groups
+            (group,) = Documents.of(ALIKE).groups
         assert (group.n, group.T) == (3, 100)
         assert group.real.sum().item() == 100 + 95 + 91
     with device.use(device.CUDA):  # a document each, of lengths that cuDNN differentiates
-        groups = Documents.of(ALIKE, PERIODS).groups
+        groups = Documents.of(ALIKE).groups
     assert [(group.n, group.T) for group in groups] == [(1, 128)] * 3
 
 
@@ -241,7 +274,7 @@ def test_mlx_differentiates_documents_as_attend_vjp_does(laid_out):
     dout = dout * inside[:, None, None]
 
     def loss(*arrays):
-        return (documents.attend(*arrays) * mx.array(dout)).sum()
+        return (documents.attend(*arrays, REACH) * mx.array(dout)).sum()
 
     found = mx.grad(loss, (0, 1, 2))(*map(mx.array, (q, k, v)))
     wanted = through(documents, q, k, v, dout, False)
@@ -252,8 +285,8 @@ def test_future_tokens_and_other_documents_would_be_noticed():
     """The control: one document taken for two, and two for one, are something else."""
     given = flat_inputs(40)
     two = np.array([(0, 0, 20), (0, 20, 40)], np.int32)
-    apart = through(Documents.of(two, PERIODS), *given, True)
-    whole = through(Documents.of(np.array([(0, 0, 40)], np.int32), PERIODS), *given, True)
+    apart = through(Documents.of(two), *given, True)
+    whole = through(Documents.of(np.array([(0, 0, 40)], np.int32)), *given, True)
     assert np.abs(apart[0][:20] - whole[0][:20]).max() < 1e-5
     assert np.abs(apart[0][20:] - whole[0][20:]).max() > 0.1
 
@@ -263,7 +296,7 @@ def test_future_tokens_and_other_documents_would_be_noticed():
 
 def exact_rope(x: np.ndarray) -> np.ndarray:
     """x (T, H, Hd) in float64, pair i being (i, i + Hd / 2)."""
-    turns = np.exp(1j * np.arange(len(x))[:, None, None] / np.array(PERIODS, np.float64))
+    turns = np.exp(1j * np.arange(len(x))[:, None, None] / np.array(ROPE.periods, np.float64))
     half = x.shape[-1] // 2
     rotated = (x[..., :half] + 1j * x[..., half:]) * turns
     return np.concatenate([rotated.real, rotated.imag], -1)
@@ -272,10 +305,11 @@ def exact_rope(x: np.ndarray) -> np.ndarray:
 def test_rope_by_table_equals_the_kernel_and_float64_document_by_document(laid_out):
     documents, spans = laid_out
     x = normal(size(documents), 6, HD)
-    found = np.array(documents.rotate(mx.array(x)))
-    by_table = np.array(attention._rotate(mx.array(x), *documents.angles))
+    found = np.array(documents.rotate(mx.array(x), ROPE))
+    table = ROPE.angles(documents.positions, documents.lengths)
+    by_table = np.array(ROPE.rotate(mx.array(x), table))
     for span in spans:
-        kernel = rope(mx.array(x[span]).swapaxes(0, 1)[None], 0, PERIODS)[0].swapaxes(0, 1)
+        kernel = ROPE.by_kernel(mx.array(x[span]).swapaxes(0, 1)[None], 0)[0].swapaxes(0, 1)
         for rotated in (found, by_table):
             np.testing.assert_allclose(rotated[span], np.array(kernel), atol=2e-5)
             np.testing.assert_allclose(rotated[span], exact_rope(x[span]), atol=5e-5)
@@ -284,22 +318,23 @@ def test_rope_by_table_equals_the_kernel_and_float64_document_by_document(laid_o
 def test_gradients_of_rope_by_table_equal_the_kernel_s(laid_out):
     documents, spans = laid_out
     x, dy = (mx.array(normal(size(documents), 6, HD, seed=s)) for s in (0, 1))
-    found = mx.vjp(lambda x: attention._rotate(x, *documents.angles), [x], [dy])[1][0]
-    rotated = mx.vjp(documents.rotate, [x], [dy])[1][0]
+    table = ROPE.angles(documents.positions, documents.lengths)
+    found = mx.vjp(lambda x: ROPE.rotate(x, table), [x], [dy])[1][0]
+    rotated = mx.vjp(lambda x: documents.rotate(x, ROPE), [x], [dy])[1][0]
     np.testing.assert_allclose(np.array(found), np.array(rotated), atol=2e-5)
     for span in spans:
 
         def kernel(x):
-            return rope(x.swapaxes(0, 1)[None], 0, PERIODS)[0].swapaxes(0, 1)
+            return ROPE.by_kernel(x.swapaxes(0, 1)[None], 0)[0].swapaxes(0, 1)
 
         exact = mx.vjp(kernel, [x[span]], [dy[span]])[1][0]
         np.testing.assert_allclose(np.array(found[span]), np.array(exact), atol=2e-5)
 
 
 def test_rope_keeps_lower_precision():
-    documents = Documents.of(SPREAD, PERIODS)
+    documents = Documents.of(SPREAD)
     x = mx.array(normal(size(documents), 6, HD))
-    rotated = documents.rotate(x.astype(mx.bfloat16))
+    rotated = documents.rotate(x.astype(mx.bfloat16), ROPE)
     assert rotated.dtype == mx.bfloat16
-    gap = mx.abs(rotated.astype(mx.float32) - documents.rotate(x)).max().item()
+    gap = mx.abs(rotated.astype(mx.float32) - documents.rotate(x, ROPE)).max().item()
     assert gap < 0.05

@@ -333,13 +333,13 @@ def test_packed_words_of_the_wrong_dtype_are_refused(wide: Path, tmp_path: Path)
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mistral"}, "model_type is 'mistral'; supported: 'llama'"),
-    ({"model_type": ...}, "model_type is None; supported: 'llama'"),
+    ({"model_type": "mamba"}, "model_type is 'mamba', layers without attention; supported are"),
+    ({"model_type": ...}, "model_type is None, an architecture that we do not know; supported"),
     (
         {"architectures": ["LlamaForSequenceClassification"]},
         "architectures is ['LlamaForSequenceClassification']; supported: ['LlamaForCausalLM']",
     ),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu', 'swish', 'gelu_pytorch"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1; supported: 0"),
     ({"hidden_size": ...}, "hidden_size must be a positive integer; got None"),
     ({"vocab_size": "320"}, "vocab_size must be a positive integer; got '320'"),
@@ -352,8 +352,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number; got '1e-5'"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number; got -1.0"),
     (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-        "rope_type 'yarn' is not supported; supported: default, linear, llama3",
+        {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}},
+        "rope_type 'axial' is not supported; supported: default, linear, dynamic",
     ),
     (
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
@@ -376,13 +376,13 @@ def test_a_config_that_we_would_compute_differently_is_refused(
 
 
 def test_all_problems_of_a_config_are_reported_at_once(folder: Path) -> None:
-    change_config(folder, hidden_act="gelu", model_type="qwen2", vocab_size=None)
+    change_config(folder, hidden_act="gelu", mlp_bias=1, vocab_size=None)
     head, *problems = refusal(folder).splitlines()
     assert "config.json" in head
     assert [problem.split()[0] for problem in problems] == [
-        "model_type",
-        "hidden_act",
         "vocab_size",
+        "hidden_act",
+        "mlp_bias",
     ]
 
 
