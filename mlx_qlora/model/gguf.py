@@ -1,112 +1,256 @@
 """A GGUF file -> a Hugging Face style config and tensors with Hugging Face names and layout.
 
 `mx.load` reads Q4_0, Q4_1 and Q8_0 straight into MLX's affine 4 and 8 bit layout with groups of
-32. Three differences from a Hugging Face checkpoint remain, and are undone here:
+32. A file with other types is read here, tensor by tensor: K-quants and the like become groups of
+MLX as they are loaded, or dense matrices. Three differences from a Hugging Face checkpoint remain,
+and are undone:
 
 1. names: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`;
-2. the rows of q and k are permuted for llama.cpp's RoPE, which turns pairs (2i, 2i + 1);
+2. for some architectures the rows of q and k are permuted for llama.cpp's RoPE, which turns pairs
+   (2i, 2i + 1), and for Gemma's the norms have their 1 added;
 3. Llama 3.1's RoPE scaling is a tensor of factors, `rope_freqs.weight`, instead of parameters.
 """
 
+import importlib.util
 import math
 import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
+from mlx_qlora.model.families import LlamaConfig
+from mlx_qlora.model.quantize import QuantConfig, pack, unpack
 from mlx_qlora.model.rope import RopeConfig, rope_periods
 from mlx_qlora.tree import number
 
 # ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX reads.
-SUPPORTED_TYPES = {
+MLX_TYPES = {
     0: ("F32", 4, 1),
     1: ("F16", 2, 1),
     2: ("Q4_0", 18, 32),
     3: ("Q4_1", 20, 32),
     8: ("Q8_0", 34, 32),
 }
-OTHER_TYPES = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
-    15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
-    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+# Those that the package gguf dequantises.
+TYPES = MLX_TYPES | {
+    6: ("Q5_0", 22, 32), 7: ("Q5_1", 24, 32), 10: ("Q2_K", 84, 256), 11: ("Q3_K", 110, 256),
+    12: ("Q4_K", 144, 256), 13: ("Q5_K", 176, 256), 14: ("Q6_K", 210, 256),
+    16: ("IQ2_XXS", 66, 256), 17: ("IQ2_XS", 74, 256), 18: ("IQ3_XXS", 98, 256),
+    19: ("IQ1_S", 50, 256), 20: ("IQ4_NL", 18, 32), 21: ("IQ3_S", 110, 256),
+    22: ("IQ2_S", 82, 256), 23: ("IQ4_XS", 136, 256), 29: ("IQ1_M", 56, 256), 30: ("BF16", 2, 1),
+    34: ("TQ1_0", 54, 256), 35: ("TQ2_0", 66, 256), 39: ("MXFP4", 17, 32),
 }  # fmt: skip
+# Bits that MLX's groups of 32 need to hold a type: as many where its own groups are such, two more
+# where they are not, so that the error that is added is a small part of what is there.
+BITS = {
+    **{"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8},
+    **{"Q6_K": 8, "Q3_K": 5, "Q2_K": 4, "MXFP4": 6, "IQ4_NL": 6, "IQ4_XS": 6},
+    **dict.fromkeys(("IQ3_XXS", "IQ3_S"), 5),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"), 5),
+}
 STRING, ARRAY = 8, 9  # metadata types; the scalars with their struct codes:
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
 
+# model_type -> llama.cpp's architecture, and whether it permutes the rows of q and k.
+ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "granite": ("granite", True),
+    "smollm3": ("smollm3", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "olmo2": ("olmo2", False),
+    "seed_oss": ("seed_oss", False),
+    "phi3": ("phi3", False),
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "glm4": ("glm4", False),
+}
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
-    **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
+    **{f"attn_{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv")},
+    **{f"attn_{name}_norm": f"self_attn.{name}_norm" for name in "qk"},
     "attn_output": "self_attn.o_proj",
     **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
 }
+NORM_PLACES = "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"  # of `families.Norms`
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+LOOKED_AT = 256  # rows of a matrix, to estimate an error
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, Any]]:
-    """Read a GGUF file of architecture llama.
+@dataclass
+class Packed:
+    """A matrix of a GGUF file as ggml packs it; nothing is read before it is used."""
+
+    rows: np.ndarray  # (rows, bytes of a row) uint8, mapped
+    kind: str  # ggml's name of the type
+    order: np.ndarray | None  # of the rows, where llama.cpp has permuted them
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix."""
+        _, n_bytes, n_weights = next(each for each in TYPES.values() if each[0] == self.kind)
+        return len(self.rows), self.rows.shape[1] // n_bytes * n_weights
+
+    def dense(self, rows: slice = slice(None)) -> np.ndarray:
+        """The matrix, or some of its rows, in float32."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        data = self.rows if self.order is None else self.rows[self.order]
+        return dequantize(np.array(data[rows]), GGMLQuantizationType[self.kind])
+
+    def pack(self, rows: slice = slice(None)) -> tuple[tuple[mx.array, ...], QuantConfig]:
+        """Weight, scales and biases in MLX's affine layout, and what it is.
+
+        Exact where ggml's groups are MLX's; else rounded anew.
+        """
+        quant, dense = QuantConfig(BITS[self.kind], 32), self.dense(rows)
+        groups = self._groups(rows)
+        if groups is None:
+            return pack(mx.array(dense), quant), quant
+        scales, biases = groups
+        scaled = (dense.reshape(*scales.shape, 32) - biases[..., None]) / np.where(
+            scales == 0, 1, scales
+        )[..., None]
+        whole = np.clip(np.rint(scaled), 0, 2**quant.bits - 1).astype(np.uint8)
+        bits = (whole[..., None] >> np.arange(quant.bits, dtype=np.uint8)) & 1
+        weight = np.packbits(bits.reshape(len(dense), -1), axis=1, bitorder="little")
+        return (mx.array(weight.view(np.uint32)), mx.array(scales), mx.array(biases)), quant
+
+    def _groups(self, rows: slice) -> tuple[np.ndarray, np.ndarray] | None:
+        """Scale and bias (rows, groups) float32 of each 32 weights, if ggml's groups are such."""
+        from gguf.quants import Q4_K
+
+        data = np.array((self.rows if self.order is None else self.rows[self.order])[rows])
+        _, n_bytes, _ = next(each for each in TYPES.values() if each[0] == self.kind)
+        blocks = data.reshape(len(data), -1, n_bytes)
+        half = np.ascontiguousarray(blocks[..., :4]).view(np.float16).astype(np.float32)
+        if self.kind in ("Q4_K", "Q5_K"):  # of 256 weights: 8 groups with 6 bits for each of two
+            wanted = np.ascontiguousarray(blocks[..., 4:16]).reshape(-1, 12)
+            scale, least = (x.reshape(len(data), -1, 8) for x in Q4_K.get_scale_min(wanted))
+            shape = len(data), -1
+            return (half[..., :1] * scale).reshape(shape), -(half[..., 1:] * least).reshape(shape)
+        zero = {"Q4_0": -8, "Q5_0": -16, "Q8_0": -128}.get(self.kind)
+        if zero is not None:
+            return half[..., 0], zero * half[..., 0]
+        return (half[..., 0], half[..., 1]) if self.kind in ("Q4_1", "Q5_1") else None
+
+    def added_error(self) -> float:
+        """What packing adds, relative to the matrix, by its first rows."""
+        rows = slice(0, LOOKED_AT)
+        parts, quant = self.pack(rows)
+        dense = self.dense(rows)
+        gap = np.array(unpack(parts, quant, mx.float32)) - dense
+        return float(np.linalg.norm(gap) / max(np.linalg.norm(dense), 1e-30))
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Read a GGUF file, or the first of several parts that make one.
 
     Returns:
-        What its `config.json` would say; the tensors, a packed matrix as `.weight`, `.scales` and
-        `.biases`; and the file's own key-value pairs, tokenizer included.
+        What its `config.json` would say; the tensors, a matrix that MLX reads packed as `.weight`,
+        `.scales` and `.biases`, any other packed one as `Packed`; and the file's own key-value
+        pairs, tokenizer included.
 
     Raises:
-        WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that MLX
-            would not read as it is (the message names types and tensors).
+        WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that
+            nobody can read (the message names types and tensors).
     """
-    _check_tensors(path)
-    try:
-        file: Any = mx.load(str(path), return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged ({error}); download it again") from None
-    loaded, metadata = file
-    factors = loaded.pop("rope_freqs.weight", None)
-    config = _hf_config(path, metadata, tied="output.weight" not in loaded)
-    last = f"blk.{config['num_hidden_layers'] - 1}.attn_norm.weight"
+    parts = _parts(path)
+    headers = [_checked_header(part) for part in parts]
+    kinds = {kind for tensors, _, _ in headers for _, _, kind, _ in tensors}
+    if len(parts) == 1 and kinds <= {*MLX_TYPES}:
+        try:
+            file: Any = mx.load(str(path), return_metadata=True)
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{path} is damaged ({error}); download it again") from None
+        loaded, metadata = file
+    else:
+        if importlib.util.find_spec("gguf") is None:
+            raise WeightsError(
+                f"{path} holds K-quants, which the package gguf reads: pip install "
+                "'mlx-qlora[gguf]'"
+            )
+        metadata, loaded = headers[0][1], {}
+        for part, (tensors, _, start) in zip(parts, headers):
+            data = np.memmap(part, np.uint8, "r")
+            for name, shape, kind, offset in tensors:
+                loaded[name] = _mapped(data, shape, kind, start + offset)
+    factors = {name: loaded.pop(f"{name}.weight", None) for name in FACTORS}
+    config = _hf_config(path, metadata, "output.weight" not in loaded, factors)
+    llama = LlamaConfig.from_hf(config)
+    last = f"blk.{llama.num_hidden_layers - 1}.attn_output.weight"
     if last not in loaded:
         raise WeightsError(f"{path} is incomplete: {last} is missing; download it again")
-    if factors is not None:
-        config["rope_scaling"] = _llama3_scaling(path, factors, config["rope_theta"])
 
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = {"q_proj": llama.num_attention_heads, "k_proj": llama.num_key_value_heads}
+    permuted = ARCHITECTURES[llama.model_type][1]
     tensors = {}
     for name in list(loaded):
-        hf_name, array = _hf_name(path, name), loaded.pop(name)
+        hf_name, array = _hf_name(path, name, llama), loaded.pop(name)
         module = hf_name.split(".")[-2]
-        tensors[hf_name] = _undo_permute(array, heads[module]) if module in heads else array
+        if module in heads and permuted:
+            array = _undo_permute(array, heads[module])
+        if llama.norm_offset and hf_name.endswith("norm.weight"):
+            array = array - llama.norm_offset
+        tensors[hf_name] = array
     return config, tensors, metadata
+
+
+def _mapped(data: np.ndarray, shape: list[int], kind: int, start: int) -> Any:
+    """One tensor of a mapped file; a packed matrix stays there."""
+    name, n_bytes, n_weights = TYPES[kind]
+    raw = data[start : start + math.prod(shape) // n_weights * n_bytes]
+    whole = tuple(reversed(shape))
+    if name in BITS:
+        return Packed(raw.reshape(-1, shape[0] // n_weights * n_bytes), name, None)
+    if name == "BF16":
+        return mx.array(np.array(raw).view(np.uint16)).view(mx.bfloat16).reshape(whole)
+    dtype = {"F32": np.float32, "F16": np.float16}[name]
+    return mx.array(np.array(raw).view(dtype).reshape(whole))
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a model, from the name of one of them."""
+    if not (match := PART.search(path.name)):
+        return [path]
+    stem, n = path.name[: match.start()], int(match[2])
+    parts = [path.with_name(f"{stem}-{i:05}-of-{n:05}.gguf") for i in range(1, n + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise WeightsError(f"{path} is one of {n} parts; missing: {', '.join(missing[:5])}")
+    return parts
 
 
 # ---- the header: types and sizes, before anything is loaded --------------------------------------
 
+Tensors = list[tuple[str, list[int], int, int]]  # name, shape, type, offset
 
-def _check_tensors(path: Path) -> None:
+
+def _checked_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
     """Refuse damaged files, which MLX would map into memory and crash on, and unknown types."""
     try:
         with path.open("rb") as file:
-            tensors, data_start = _read_header(file)
+            tensors, pairs, data_start = _read_header(file)
     except (struct.error, ValueError, TypeError, OverflowError, KeyError, MemoryError, OSError):
         raise WeightsError(f"{path} is damaged or truncated; download it again") from None
     if tensors is None:
         raise WeightsError(f"{path} is not a GGUF file (version 2 or 3)")
-    problems = [
-        f"{name}: {OTHER_TYPES.get(kind, f'type {kind}')}"
-        for name, _, kind, _ in tensors
-        if kind not in SUPPORTED_TYPES
-    ]
+    problems = [f"{name}: type {kind}" for name, _, kind, _ in tensors if kind not in TYPES]
     if problems:
-        supported = ", ".join(name for name, _, _ in SUPPORTED_TYPES.values())
+        supported = ", ".join(name for name, _, _ in TYPES.values())
         raise WeightsError(
             f"{path} has tensors of types we do not read (supported: {supported}). Use another "
             f"quantisation of the model, or its safetensors:\n{listing(problems, most=5)}"
         )
     for name, shape, kind, offset in tensors:
-        _, block_bytes, block_weights = SUPPORTED_TYPES[kind]
+        _, block_bytes, block_weights = TYPES[kind]
         if not shape or not all(shape) or shape[0] % block_weights:
             raise WeightsError(f"{path} is damaged: {name} has shape {shape}; download it again")
         end = data_start + offset + math.prod(shape) // block_weights * block_bytes
@@ -115,10 +259,11 @@ def _check_tensors(path: Path) -> None:
                 f"{path} is truncated: {name} ends at byte {end} of {path.stat().st_size}; "
                 "download it again"
             )
+    return tensors, pairs, data_start
 
 
-def _read_header(file: BinaryIO) -> tuple[list[tuple[str, list[int], int, int]] | None, int]:
-    """The (name, shape, type, offset) of every tensor, and where the data begins.
+def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
+    """Every tensor, the key-value pairs, and where the data begins.
 
     Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
@@ -132,18 +277,17 @@ def _read_header(file: BinaryIO) -> tuple[list[tuple[str, list[int], int, int]] 
     def value(kind: int) -> Any:
         if kind == STRING:
             return text()
-        if kind == ARRAY:  # only stepped over: mx.load reads it
+        if kind == ARRAY:
             inner, length = number("I"), number("Q")
-            if inner != STRING:
-                file.seek(struct.calcsize(SCALARS[inner]) * length, 1)
-            else:
-                for _ in range(length):
-                    file.seek(number("Q"), 1)
-            return None
+            if inner == STRING:
+                return [text() for _ in range(length)]
+            dtype = np.dtype("<" + SCALARS[inner].replace("q", "i8").replace("Q", "u8"))
+            raw = file.read(dtype.itemsize * length)
+            return np.frombuffer(raw, dtype, length)
         return number(SCALARS[kind])
 
     if file.read(4) != b"GGUF" or number("I") not in (2, 3):
-        return None, 0
+        return None, {}, 0
     tensor_count, pair_count = number("Q"), number("Q")
     pairs = {}
     for _ in range(pair_count):
@@ -155,57 +299,116 @@ def _read_header(file: BinaryIO) -> tuple[list[tuple[str, list[int], int, int]] 
         shape = [number("Q") for _ in range(number("I"))]
         tensors.append((name, shape, number("I"), number("Q")))
     alignment = pairs.get("general.alignment") or 32
-    return tensors, -(-file.tell() // alignment) * alignment
+    return tensors, pairs, -(-file.tell() // alignment) * alignment
 
 
 # ---- GGUF's terms -> Hugging Face's --------------------------------------------------------------
 
+FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"
 
-def _hf_config(path: Path, metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise WeightsError(f"{path}: architecture {architecture!r} is not supported; only 'llama'")
+
+def _hf_config(
+    path: Path, metadata: dict[str, Any], tied: bool, factors: dict[str, Any]
+) -> dict[str, Any]:
+    arch = metadata.get("general.architecture")
+    kind = next((kind for kind, (name, _) in ARCHITECTURES.items() if name == arch), None)
+    if kind is None:
+        known = ", ".join(dict.fromkeys(name for name, _ in ARCHITECTURES.values()))
+        raise WeightsError(f"{path}: architecture {arch!r} is not supported; supported: {known}")
 
     def read(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
+        value = metadata.get(f"{arch}.{key}", default)
         if value is None:
-            raise WeightsError(f"{path}: the metadata lacks llama.{key}")
+            raise WeightsError(f"{path}: the metadata lacks {arch}.{key}")
         return value.item() if isinstance(value, mx.array) else value
+
+    def maybe(key: str) -> Any:
+        return read(key) if f"{arch}.{key}" in metadata else None
 
     if read("expert_count", 0):
         raise WeightsError(f"{path}: mixture-of-experts models are not supported")
-    scaling = read("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise WeightsError(f"{path}: rope scaling {scaling!r} is not supported")
 
     def count(key: str, default: Any = None) -> int:
         value = read(key, default)
         if not isinstance(value, int) or not 1 <= value < 2**31:
-            raise WeightsError(f"{path}: llama.{key} must be a positive integer; got {value!r}")
+            raise WeightsError(f"{path}: {arch}.{key} must be a positive integer; got {value!r}")
         return value
 
     if "tokenizer.ggml.tokens" not in metadata:
         raise WeightsError(f"{path}: the metadata lacks tokenizer.ggml.tokens")
-    heads = count("attention.head_count")
+    heads, hidden, layers = (
+        count(key) for key in ("attention.head_count", "embedding_length", "block_count")
+    )
+    head_dim = count("attention.key_length", hidden // heads)
     config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": count("embedding_length"),
-        "num_hidden_layers": count("block_count"),
+        "model_type": kind,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": count("attention.head_count_kv", heads),
-        "head_dim": count("attention.key_length", count("embedding_length") // heads),
+        "head_dim": head_dim,
         "intermediate_size": count("feed_forward_length"),
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "rms_norm_eps": read("attention.layer_norm_rms_epsilon"),
         "rope_theta": read("rope.freq_base", 10000.0),
         "max_position_embeddings": read("context_length"),
         "tie_word_embeddings": tied,
-        "hidden_act": "silu",
     }
-    if scaling == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": read("rope.scaling.factor")}
+    if kind == "llama":
+        config |= {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    if (turned := count("rope.dimension_count", head_dim)) != head_dim:
+        config["partial_rotary_factor"] = turned / head_dim
+    config |= _of_family(kind, config, maybe)
+    scaling = read("rope.scaling.type", "none")
+    factor = maybe("rope.scaling.factor") or maybe("rope.scale_linear")
+    if scaling == "yarn":
+        old = read("rope.scaling.original_context_length", config["max_position_embeddings"])
+        config["rope_scaling"] = {
+            **{"rope_type": "yarn", "factor": factor},
+            "original_max_position_embeddings": old,
+        }
+    elif scaling not in ("none", "linear", "longrope"):
+        raise WeightsError(f"{path}: rope scaling {scaling!r} is not supported")
+    elif factor not in (None, 1.0):
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    short, long = (factors[f"rope_factors_{which}"] for which in ("short", "long"))
+    if short is not None and long is not None:
+        lists = {f"{n}_factor": x.tolist() for n, x in (("short", short), ("long", long))}
+        given = {"attention_factor": maybe("rope.scaling.attn_factor")}
+        given = {name: value for name, value in given.items() if value}
+        old = read("rope.scaling.original_context_length")
+        config |= {"rope_scaling": {"rope_type": "longrope", **lists, **given}}
+        config |= {"original_max_position_embeddings": old}
+    if (freqs := factors["rope_freqs"]) is not None:
+        config["rope_scaling"] = _llama3_scaling(path, freqs, config["rope_theta"])
     return config
+
+
+def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
+    """The fields that a family has besides; what llama.cpp has in its code stands here."""
+    given: dict[str, Any] = {"sliding_window": maybe("attention.sliding_window")}
+    # The largest Gemma 2 and 3 scale by the width of a head that they would have without head_dim.
+    by_width = config["num_hidden_layers"] in (46, 62)
+    width = config["hidden_size"] // config["num_attention_heads"]
+    if kind.startswith("gemma"):
+        given["query_pre_attn_scalar"] = width if by_width else config["head_dim"]
+        given["attn_logit_softcapping"] = maybe("attn_logit_softcapping")
+        given["final_logit_softcapping"] = maybe("final_logit_softcapping")
+    if kind == "gemma3_text":
+        given["rope_local_base_freq"] = maybe("rope.freq_base_swa") or 10000.0
+        given.pop("attn_logit_softcapping")
+    if kind == "granite":
+        for field, key in (
+            ("embedding_multiplier", "embedding_scale"),
+            ("residual_multiplier", "residual_scale"),
+            ("attention_multiplier", "attention.scale"),
+            ("logits_scaling", "logit_scale"),
+        ):
+            given[field] = maybe(key)
+    if kind in ("qwen2", "qwen3", "llama", "smollm3"):
+        given.pop("sliding_window")
+    kept_null = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    return {k: v for k, v in given.items() if v is not None or k in kept_null}
 
 
 def _llama3_scaling(path: Path, factors: mx.array, theta: float) -> dict[str, Any]:
@@ -225,21 +428,29 @@ def _llama3_scaling(path: Path, factors: mx.array, theta: float) -> dict[str, An
     raise WeightsError(f"{path}: rope_freqs.weight is no Llama 3 scaling that we know")
 
 
-def _hf_name(path: Path, name: str) -> str:
+def _hf_name(path: Path, name: str, llama: LlamaConfig) -> str:
     stem, _, leaf = name.rpartition(".")
     if stem in TOP_NAMES:
         return f"{TOP_NAMES[stem]}.{leaf}"
+    names = LAYER_NAMES | {ours: theirs for ours, theirs in zip(NORM_PLACES, llama.norms) if theirs}
+    names |= {"ffn_up": "mlp.gate_up_proj"} if llama.fused_gate_up else {}
+    if llama.model_type == "seed_oss":  # which llama.cpp calls by Hugging Face's misnomer
+        names["post_attention_norm"] = "post_attention_layernorm"
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if layer and layer[2] in LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{leaf}"
-    raise WeightsError(f"{path}: tensor {name!r} belongs to no Llama")
+    if layer and layer[2] in names:
+        return f"model.layers.{layer[1]}.{names[layer[2]]}.{leaf}"
+    raise WeightsError(f"{path}: tensor {name!r} belongs to no {llama.model_type} model")
 
 
-def _undo_permute(rows: mx.array, heads: int) -> mx.array:
+def _undo_permute(rows: Any, heads: int) -> Any:
     """Rows (2i, 2i + 1) of each head go back to (i, i + Hd / 2); whole, be they packed or not."""
-    if rows.shape[0] % (2 * heads):
+    n = rows.shape[0]
+    if n % (2 * heads):
         return rows  # no shape of this model, as the loader is about to say
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    if isinstance(rows, Packed):
+        rows.order = np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return rows
+    pairs = rows.reshape(heads, n // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 

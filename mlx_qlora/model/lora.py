@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
 from mlx_qlora.model.dropout import MOST, mask, position_words
+from mlx_qlora.model.gguf import Packed
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 from mlx_qlora.model.weights import open_checkpoint
@@ -346,6 +347,7 @@ def add_lora(
     for path, key in zip(targets, mx.random.split(mx.random.key(seed), len(targets))):
         linear, scale = linears[path], config.scale_of(path)
         original = originals.get(f"{path}.weight")
+        original = mx.array(original.dense()) if isinstance(original, Packed) else original
         A, B = initial(init, linear, config.rank_of(path), scale, key, original)
         if changes_base(init):
             make_way(linear, scale * (B @ A), original)
@@ -378,7 +380,7 @@ def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:
             )
 
 
-def _originals(model: LlamaForCausalLM) -> dict[str, mx.array]:
+def _originals(model: LlamaForCausalLM) -> dict[str, Any]:
     """The tensors of the model's own files, as they were before they were packed; lazy."""
     source = getattr(model, "source", None)
     if source is None or not source.path.exists():

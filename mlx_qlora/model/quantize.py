@@ -83,7 +83,11 @@ class FrozenMatrix(nn.Module):
 
     def pack(self, dense: mx.array, quant: QuantConfig) -> None:
         """Put W, given dense in float32, in its place, packed; floats in `self.dtype`."""
-        for name, part in zip(PARTS, pack(dense, quant)):
+        self.put(pack(dense, quant), quant)
+
+    def put(self, parts: tuple[mx.array, ...], quant: QuantConfig) -> None:
+        """Put W in its place as `mx.quantize` packs it."""
+        for name, part in zip(PARTS, parts):
             self[name] = cast(part, self.dtype)
         self.quant = quant
         mx.eval(self.packed())

