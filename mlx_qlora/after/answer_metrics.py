@@ -46,12 +46,13 @@ def questions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Questio
 
 
 def _question(example: Example, tokenizer: Tokenizer) -> Question | None:
-    learned = example.learned.tolist()
+    tokens, is_learned = example.documents[-1]
+    learned = is_learned.tolist()
     end = len(learned) - learned[::-1].index(True)
     start = end - 1
     while start and learned[start - 1]:
         start -= 1
-    context, answer = example.tokens[:start].tolist(), example.tokens[start:end].tolist()
+    context, answer = tokens[:start].tolist(), tokens[start:end].tolist()
     if answer[-1] not in tokenizer.eos_ids or context in ([], [tokenizer.bos_id]):
         return None
     answer = answer[: next(i for i, token in enumerate(answer) if token in tokenizer.eos_ids)]

@@ -151,7 +151,7 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
     first = next(iter(batches))
     total = score(model, [first])
     figures = {
-        "examples": len(first.places),
+        "examples": len(first.rows),
         "tokens": first.real_tokens,
         "supervised_tokens": total.tokens,
         "loss": total.nats / total.tokens,

@@ -205,7 +205,7 @@ def halves(batch: Batch) -> list[Batch]:
 
 def lay_out(rows: list[list[Example]], numbers: tuple[int, ...] = ()) -> Layout:
     """As `collate`, on the host; `numbers` are those of the rows in the stream."""
-    used = [sum(len(example) - 1 for example in row) for row in rows]
+    used = [sum(len(example) - 1 - len(example.starts) for example in row) for row in rows]
     T = padded_width(max(used, default=1))
     # No rows make one row of padding: a process that has nothing to do still takes part.
     tokens = np.zeros((max(1, len(rows)), T), np.int32)
@@ -214,12 +214,13 @@ def lay_out(rows: list[list[Example]], numbers: tuple[int, ...] = ()) -> Layout:
     for b, row in enumerate(rows):
         start = 0
         for example in row:
-            end = start + len(example) - 1  # the last token is only a label
-            tokens[b, start:end] = example.tokens[:-1]
-            labels[b, start:end] = np.where(example.learned[1:], example.tokens[1:], IGNORE)
-            documents.append((b, start, end))
-            places.append(example.place)
-            start = end
+            for ids, learned in example.documents:
+                end = start + len(ids) - 1  # the last token is only a label
+                tokens[b, start:end] = ids[:-1]
+                labels[b, start:end] = np.where(learned[1:], ids[1:], IGNORE)
+                documents.append((b, start, end))
+                places.append(example.place)
+                start = end
     return tokens, labels, np.array(documents, np.int32).reshape(-1, 3), tuple(places), numbers
 
 

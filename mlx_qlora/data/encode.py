@@ -32,6 +32,16 @@ class Encoded:
     learned: np.ndarray  # (n,) bool; whether an id is supervised as the next token
     context: int  # ids before the first answer
     cut: int = 0  # ids that truncation removed
+    starts: tuple[int, ...] = ()  # of documents after the first, where a row is several
+
+
+def joined(parts: list[Encoded]) -> Encoded:
+    """Documents of one row, end to end."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, learned = (np.concatenate(x) for x in zip(*((p.ids, p.learned) for p in parts)))
+    starts = np.cumsum([len(part.ids) for part in parts[:-1]]).tolist()
+    return Encoded(ids, learned, parts[0].context, sum(p.cut for p in parts), tuple(starts))
 
 
 def encode_rows(tokenizer: Tokenizer, rows: list[Segments]) -> list[Encoded]:
@@ -216,31 +226,34 @@ class Encoder:
         Raises:
             DataError: a row is too long, and `truncation` is "error".
         """
-        written: list[tuple[int, int, Segments]] = []
+        written: list[tuple[int, int, list[Segments]]] = []
         refused: Refused = []
         for line, raw in chunk.rows:
             try:
                 said = read_row(parse(raw), chunk.form, self.columns)
-                segments = self.template.segments(with_system(said, self.system), self.tokenizer)
-                written.append((line, hash64(_content(said)), segments))
+                documents = self.template.documents(with_system(said, self.system), self.tokenizer)
+                written.append((line, hash64(_content(said)), documents))
             except DataError as reason:
                 refused.append((line, _one_line(reason)))
             except RecursionError:
                 refused.append((line, "nested too deeply"))
 
-        encoded = encode_rows(self.tokenizer, [segments for _, _, segments in written])
+        texts = [segments for _, _, documents in written for segments in documents]
+        encoded = iter(encode_rows(self.tokenizer, texts))
         kept = []
-        for (line, content, _), row in zip(written, encoded):
+        for line, content, documents in written:
+            parts = [next(encoded) for _ in documents]
             if self.train_on == "all":
-                row = replace(row, learned=np.arange(len(row.ids)) > 0)
+                parts = [replace(part, learned=np.arange(len(part.ids)) > 0) for part in parts]
             try:
-                row = fit(row, self.tokenizer, self.max_length, self.truncation)
+                fitted = (self.tokenizer, self.max_length, self.truncation)
+                row = joined([fit(part, *fitted) for part in parts])
             except TooLong as reason:
                 raise DataError(f"{chunk.name}:{line}: {reason}") from None
             except DataError as reason:
                 refused.append((line, _one_line(reason)))
             else:
-                kept.append((row.ids, row.learned, row.cut, chunk.file, line, content))
+                kept.append((row.ids, row.learned, row.cut, chunk.file, line, content, row.starts))
         return TokenStore.of(kept), sorted(refused)
 
 
@@ -250,7 +263,8 @@ _JSON = json.JSONEncoder(sort_keys=True, default=str)
 def _content(said: Said) -> bytes:
     """What a row says and no more: rows that differ only in an id are copies of each other."""
     try:
-        return _JSON.encode([type(said).__name__, vars(said)]).encode()
+        fields = {k: v for k, v in vars(said).items() if k != "options" or v is not None}
+        return _JSON.encode([type(said).__name__, fields]).encode()
     except (TypeError, ValueError) as error:  # names that are not text, numbers of many digits
         raise DataError(f"holds what JSON cannot: {error}") from None
 

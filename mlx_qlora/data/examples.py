@@ -24,6 +24,7 @@ from mlx_qlora.errors import ConfigError, DataError, listing
 
 # Of these files and of how rows are encoded; part of every cache key.
 VERSION = f"1, mlx-qlora {__version__}"
+START = 1 << 30  # no vocabulary has so many tokens
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed
 ROW = np.dtype(
     [
@@ -60,24 +61,34 @@ class TokenFile:
 class TokenStore:
     """All rows of one source, or a piece of them: `rows["start"]` counts from its first id."""
 
-    tokens: Any  # TokenFile or int32 array; a learned id is complemented
+    # TokenFile or int32 array; a learned id is complemented, the first one of a further document
+    # of the row has START added.
+    tokens: Any
     rows: np.ndarray  # (n,) of dtype ROW, mapped if it is a file
     about: dict[str, Any] = field(default_factory=dict)  # what else was known, as JSON has it
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (n,) int32, learned (n,) bool) of one row."""
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+        """(ids (n,) int32, learned (n,) bool, starts of further documents) of one row."""
         start, n = int(self.rows["start"][row]), int(self.rows["length"][row])
         stored = self.tokens[slice(start, start + n)]
         learned = stored < 0
-        return np.where(learned, ~stored, stored), learned
+        ids = np.where(learned, ~stored, stored)
+        return ids & ~START, learned, tuple(np.flatnonzero(ids & START).tolist())
 
     @classmethod
     def of(
-        cls, rows: Iterable[tuple[np.ndarray, np.ndarray, int, int, int, int | None]]
+        cls,
+        rows: Iterable[tuple[np.ndarray, np.ndarray, int, int, int, int | None, tuple[int, ...]]],
     ) -> "TokenStore":
-        """Rows as (ids, learned, cut, file, line, hash of what it says; None takes its ids')."""
+        """Rows as (ids, learned, cut, file, line, hash of what it says, starts).
+
+        Without that hash it is of the ids; `starts` are those of documents after the first.
+        """
         tokens, table, start = [np.zeros(0, np.int32)], [], 0
-        for ids, learned, cut, file, line, said in rows:
+        for ids, learned, cut, file, line, said, starts in rows:
+            if starts:
+                ids = ids.copy()
+                ids[list(starts)] += START
             stored = np.where(learned, ~ids, ids).astype(np.int32)
             made = hash64(stored.tobytes())
             supervised, said = int(np.count_nonzero(learned)), made if said is None else said
@@ -333,9 +344,17 @@ class Example:
     learned: np.ndarray  # (n,) bool; whether a token is supervised as the next token
     line: int = 0  # where the row came from, counted from 1
     file: str = "rows"
+    starts: tuple[int, ...] = ()  # of documents after the first; each attends to itself alone
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, learned) of each document: most rows are one."""
+        if not self.starts:
+            return [(self.tokens, self.learned)]
+        return list(zip(*(np.split(x, self.starts) for x in (self.tokens, self.learned))))
 
     @property
     def place(self) -> str:
@@ -361,7 +380,7 @@ class Examples(Sequence[Example]):
         """Examples that are not rows of a file."""
         files: dict[str, int] = {}
         store = TokenStore.of(
-            (e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None)
+            (e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None, e.starts)
             for e in examples
         )
         counts = np.bincount(store.rows["file"], minlength=len(files)).tolist()
@@ -377,9 +396,10 @@ class Examples(Sequence[Example]):
         if isinstance(index, (slice, np.ndarray)):
             return Examples(self._store, self.report, self._rows[index])
         row = int(self._rows[index])
-        tokens, learned = self._store[row]
+        tokens, learned, starts = self._store[row]
         about = self._store.rows[row]
-        return Example(tokens, learned, int(about["line"]), self.report.files[about["file"]].name)
+        name = self.report.files[about["file"]].name
+        return Example(tokens, learned, int(about["line"]), name, starts)
 
     @property
     def lengths(self) -> np.ndarray:

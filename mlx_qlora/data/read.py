@@ -75,6 +75,12 @@ class DataConfig:
         "how a row is written: alpaca, chat (the model's chat template), a file with a chat "
         "template; auto takes alpaca for instructions and chat for messages",
     )
+    history: str = option(
+        "auto",
+        "chats of several answers: one text of all turns (joint), or one for each answer, written "
+        "as the model is asked for it (as_asked). auto is joint where the template allows it",
+        choices=("auto", "joint", "as_asked"),
+    )
     train_on: str = option(
         "response", "learn the response alone, or all tokens", choices=("response", "all")
     )
@@ -236,7 +242,7 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
         raise ConfigError(
             "data.template=chat, but the model has no chat template; name a file with one"
         )
-    template = Template(name, source)
+    template = Template(name, source, config.history)
     settings = (config.train_on, config.max_length, config.truncation)
     return Encoder(tokenizer, template, *settings, config.columns, config.system)
 
@@ -247,7 +253,8 @@ def _cache_key(files: list[RowFile], encoder: Encoder, config: DataConfig) -> st
     settings = (config.format, config.train_on, config.max_length, config.truncation)
     settings += (sorted(config.columns.items()), config.system)
     tokenizer = (encoder.tokenizer.fingerprint, encoder.tokenizer.special_tokens)
-    text = repr((VERSION, ROW_DATE, encoder.template, settings, tokenizer, contents))
+    tools = encoder.tokenizer.tool_template
+    text = repr((VERSION, ROW_DATE, encoder.template, tools, settings, tokenizer, contents))
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 

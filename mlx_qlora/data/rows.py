@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_qlora.data.tokenizer import GENERATED, Tokenizer, render_template
@@ -20,6 +20,10 @@ ROLES = {"human": "user", "function": "tool", "observation": "tool"} | dict.from
 )
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
+# Marks of a message: 0 and false take it out of what is learned, and so does `masked`.
+MARKS = ("weight", "train", "training", "loss", "trainable", "masked")
+# Fields in which a message has its thoughts apart from what it says.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Chat:
     messages: list[Message]  # with `role` and `content`, and more where the template reads it
     learned: list[bool]  # one for each message; only the assistant's can be True
     tools: list[dict[str, Any]] | None = None  # JSON schemas of what the assistant may call
+    options: dict[str, Any] | None = None  # of the template, such as `enable_thinking`
 
 
 Said = Instruction | Pair | Chat
@@ -61,13 +66,13 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
     if not isinstance(row.get("prompt"), list) and not isinstance(row.get("completion"), list):
         return Pair(_text_of(row, "prompt"), _text_of(row, "completion"))
     prompt, completion = _messages_of(row, "prompt"), _messages_of(row, "completion")
-    return _chat([*({**m, "weight": 0} for m in prompt), *completion], _tools_of(row))
+    return _chat([*({**m, "weight": 0} for m in prompt), *completion], row)
 
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
     "alpaca": _read_alpaca,
-    "messages": lambda row: _chat(_messages_of(row, "messages"), _tools_of(row)),  # OpenAI's
-    "sharegpt": lambda row: _chat(_messages_of(row, "conversations"), _tools_of(row)),
+    "messages": lambda row: _chat(_messages_of(row, "messages"), row),  # OpenAI's
+    "sharegpt": lambda row: _chat(_messages_of(row, "conversations"), row),
     "prompt_completion": _read_prompt_completion,
     "text": lambda row: Pair("", _text_of(row, "text")),  # no prompt: all of it is learned
 }
@@ -172,7 +177,7 @@ def with_system(said: Said, system: str | None) -> Said:
     if isinstance(said, Pair) and not said.prompt:
         raise DataError("a text has no place for a system message")
     chat, first = _as_chat(said), {"role": "system", "content": system}
-    return Chat([first, *chat.messages], [False, *chat.learned], chat.tools)
+    return replace(chat, messages=[first, *chat.messages], learned=[False, *chat.learned])
 
 
 def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
@@ -208,9 +213,14 @@ def _message(value: Any, where: str) -> Message:
     rest = {k: v for k, v in value.items() if v is not None}
     if "function_call" in rest:
         raise DataError(f"{where} has OpenAI's old field 'function_call'; write 'tool_calls'")
-    weight = rest.get("weight", 1)
-    if not isinstance(weight, (int, float)) or weight not in (0, 1):
-        raise DataError(f"{where} has the weight {repr(weight)[:40]}; 0 and 1 are known")
+    marks = {name: rest.pop(name) for name in MARKS if name in rest}
+    for name, weight in marks.items():
+        if not isinstance(weight, (int, float)) or weight not in (0, 1):
+            raise DataError(f"{where} has the {name} {repr(weight)[:40]}; 0 and 1 are known")
+    if "masked" in marks:
+        marks["masked"] = not marks["masked"]
+    if marks:
+        rest["weight"] = min(map(int, marks.values()))
     role = rest.pop("role", None) or rest.pop("from", None)
     content = rest.pop("content", None)
     content = rest.pop("value", None) if content is None else content
@@ -287,15 +297,18 @@ def _json(text: str, what: str) -> Any:
         raise DataError(f"{what} not JSON") from None
 
 
-def _chat(messages: list[Message], tools: list[dict[str, Any]] | None) -> Chat:
+def _chat(messages: list[Message], row: Mapping[str, Any]) -> Chat:
     """A chat up to the last message to learn; OpenAI's `weight` 0 takes one out."""
+    options = row.get("chat_template_kwargs")
+    if not isinstance(options or {}, Mapping):
+        raise DataError("field 'chat_template_kwargs' must be an object")
     weights = [message.pop("weight", 1) for message in messages]
     learned = [m["role"] == "assistant" and w != 0 for m, w in zip(messages, weights)]
     if True not in learned:
         reason = "is not to be learned" if 0 in weights else "is missing"
         raise DataError(f"no supervised token: a message of the assistant {reason}")
     end = len(learned) - learned[::-1].index(True)  # what follows could teach nothing
-    return Chat(messages[:end], learned[:end], tools)
+    return Chat(messages[:end], learned[:end], _tools_of(row), dict(options or {}) or None)
 
 
 # ---- what it says -> text ------------------------------------------------------------------------
@@ -312,6 +325,27 @@ class Template:
 
     name: str  # "auto", "alpaca" or "chat"
     source: str | None  # the Jinja source that writes chats; None if the model has none
+    history: str = "auto"  # "joint", "as_asked", or the first of them that a template allows
+
+    def documents(self, said: Said, tokenizer: Tokenizer) -> list[Segments]:
+        """The texts of one row, each of which attends to itself alone, or a DataError.
+
+        A template that rewrites what came before (drops thoughts, for instance) writes no text in
+        which every answer stands as the model was asked for it: then each answer gets a text.
+        """
+        apart = self.history != "joint" and self._writes_chat(said)
+        if not apart or self.history == "auto":
+            try:
+                return _with_thoughts(said, [self.segments(said, tokenizer)])
+            except NotNestedError:
+                if not apart:
+                    raise
+        return _with_thoughts(said, _as_asked(_as_chat(said), self.source, tokenizer))
+
+    def _writes_chat(self, said: Said) -> bool:
+        if isinstance(said, Chat):
+            return self.name != "alpaca"
+        return self.name == "chat" and not (isinstance(said, Pair) and not said.prompt)
 
     def segments(self, said: Said, tokenizer: Tokenizer) -> Segments:
         """The text of one row, cut where learned and unlearned text meet, or a DataError."""
@@ -347,16 +381,23 @@ def _as_chat(said: Said) -> Chat:
     return Chat(turns, [False, True])
 
 
-def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segments:
-    """The segments of a chat, found by prefixes or, where those fail, by generation markers."""
+class NotNestedError(DataError):
+    """No one text of a chat holds every answer as the model is asked for it."""
+
+
+Render = Callable[..., str]  # messages, and options of `render_template` -> text
+
+
+def _renderer(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Render:
+    """How the template writes messages of a chat; a DataError for what it cannot write."""
     if source is None:
         raise DataError("the model has no chat template: set data.template to alpaca or to a file")
+    source = tokenizer.template_for(source, chat.tools)
 
-    special = tokenizer.special_tokens
-
-    def render(messages: list[Message], **options: Any) -> str:
+    def render(messages: list[Message], **how: Any) -> str:
+        given = {"date": ROW_DATE, "options": chat.options, **how}
         try:
-            return render_template(source, messages, chat.tools, special, date=ROW_DATE, **options)
+            return render_template(source, messages, chat.tools, tokenizer.special_tokens, **given)
         except TokenizerError as error:
             raise DataError(f"the chat template refuses it: {error}") from None
 
@@ -364,6 +405,75 @@ def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segm
     if chat.tools and next(speakers) == "assistant":
         # Llama 3.1's template writes tools into the first turn, as the user's, whoever speaks.
         raise DataError("has tools but begins with the assistant; put the user's question first")
+    return render
+
+
+def _before(chat: Chat, i: int, after: str, render: Render) -> str:
+    """The text that asks for message i, whose own text ends `after`."""
+    if i:
+        return render(chat.messages[:i], add_generation_prompt=True)
+    # Most templates refuse no messages: what two first answers have in common.
+    other = "B" if chat.messages[0]["content"].lstrip().startswith("A") else "A"
+    return _common_start(after, render([{**chat.messages[0], "content": other}]))
+
+
+def _common_start(first: str, second: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second))
+    return "".join(letter for letter, _ in same)
+
+
+def _ended(text: str, message: Message, tokenizer: Tokenizer) -> str:
+    """An answer without what a template adds after its end, such as the next answer's header."""
+    visible = _visible(message["content"])
+    start = text.rfind(visible) + len(visible) if visible and visible in text else 0
+    ends = (text.find(end, start) + len(end) for end in tokenizer.end_texts if end in text[start:])
+    end = min(ends, default=len(text))
+    return text[:end] if text[end:].strip() else text
+
+
+def _visible(content: str) -> str:
+    """What a message says after its thoughts."""
+    return content.rpartition("</think>")[2].strip()
+
+
+def _as_asked(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segments]:
+    """For each answer the text that the model is asked with, and what it is to answer."""
+    render = _renderer(chat, source, tokenizer)
+    _refuse_unwritten(chat, render(chat.messages))
+    documents = []
+    for i, message in enumerate(chat.messages):
+        if chat.learned[i]:
+            after = render(chat.messages[: i + 1])
+            before = _before(chat, i, after, render)
+            documents.append([(before, False), (_answer(before, after, message, tokenizer), True)])
+    return documents
+
+
+def _answer(before: str, after: str, message: Message, tokenizer: Tokenizer) -> str:
+    """What the model is to write after `before`, of a text that ends with the answer."""
+    if after.startswith(before) and after != before:
+        return _ended(after[len(before) :], message, tokenizer)
+    # DeepSeek-R1's template opens the thoughts itself and cuts them from what was said.
+    opened = re.fullmatch(
+        r"\s*<(think|thinking|reasoning)>\s*", before[len(_common_start(before, after)) :]
+    )
+    content, visible = message["content"], _visible(message["content"])
+    if opened is None or not visible or visible not in after:
+        raise NotNestedError(
+            "what the chat template writes before an answer is not how it begins the text with "
+            "the answer or with all turns, and it has no {% generation %} markers: where the "
+            "answers begin cannot be known"
+        )
+    tag = opened[1]
+    apart = next((message[name] for name in THOUGHTS if message.get(name)), "")
+    thoughts = str(apart) or content.rpartition(f"</{tag}>")[0].strip().removeprefix(f"<{tag}>")
+    rest = _ended(after[after.rindex(visible) :], {"content": visible}, tokenizer)
+    return f"{thoughts.strip()}\n</{tag}>\n\n{rest}"
+
+
+def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segments:
+    """The segments of a chat, found by prefixes or, where those fail, by generation markers."""
+    render = _renderer(chat, source, tokenizer)
     whole = render(chat.messages)
     _refuse_unwritten(chat, whole)
     segments: Segments = []
@@ -372,17 +482,13 @@ def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segm
         if not learned:
             continue
         after = whole if i + 1 == len(chat.messages) else render(chat.messages[: i + 1])
-        if i:
-            before = render(chat.messages[:i], add_generation_prompt=True)
-        else:  # most templates refuse no messages: what two first answers have in common
-            other = "B" if chat.messages[0]["content"].lstrip().startswith("A") else "A"
-            same = zip(after, render([{**chat.messages[0], "content": other}]))
-            n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
-            before = after[:n]
+        before = _before(chat, i, after, render)
+        if after.startswith(before):
+            after = before + _ended(after[len(before) :], chat.messages[i], tokenizer)
         # Templates that drop earlier thoughts, or open an answer with <think>, fail here.
         nested = whole.startswith(after) and after.startswith(before) and at <= len(before)
         if not nested or before == after:
-            return _marked_segments(chat, source, render(chat.messages, mark=True))
+            return _marked_segments(chat, str(source), render(chat.messages, mark=True))
         segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
         at = len(after)
     return segments
@@ -391,7 +497,7 @@ def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segm
 def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     """The segments that the template itself marks as the assistant's words."""
     if not re.search(r"\{%[-+]?\s*generation\b", source):
-        raise DataError(
+        raise NotNestedError(
             "what the chat template writes before an answer is not how it begins the text with "
             "the answer or with all turns, and it has no {% generation %} markers: where the "
             "answers begin cannot be known"
@@ -425,6 +531,24 @@ def _refuse_unwritten(chat: Chat, whole: str) -> None:
         name = tool.get("function", tool)["name"]
         if name not in whole:
             raise DataError(f"the chat template does not write the tool {name!r}")
+
+
+def _with_thoughts(said: Said, documents: list[Segments]) -> list[Segments]:
+    """The documents of a row; a NotNestedError for thoughts that are learned nowhere."""
+    if not isinstance(said, Chat):
+        return documents
+    learned = "".join(text for segments in documents for text, is_learned in segments if is_learned)
+    for i, message in enumerate(said.messages):
+        thoughts = {name: message.get(name) for name in THOUGHTS}
+        thoughts["content before </think>"] = message["content"].rpartition("</think>")[0]
+        for name, text in thoughts.items() if said.learned[i] else ():
+            if text and not _is_written(str(text).rstrip() + "\n", learned):
+                raise NotNestedError(
+                    f"the chat template does not write the {name} of messages[{i}]; leave it out, "
+                    "put it into the content, between <think> and </think>, or name a template "
+                    "for training with data.template"
+                )
+    return documents
 
 
 def _is_written(content: str, whole: str) -> bool:

@@ -40,11 +40,12 @@ def render_template(
     add_generation_prompt: bool = False,
     mark: bool = False,
     date: tuple[int, int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """Writes a conversation as text; `add_generation_prompt` ends it where an answer begins.
 
     `mark` puts GENERATED on both sides of the text inside `{% generation %}`; `date` (year, month,
-    day) is the template's today, None the clock's.
+    day) is the template's today, None the clock's; `options` are what the template itself reads.
 
     Raises:
         TokenizerError: the template is damaged, or refuses these messages.
@@ -55,7 +56,7 @@ def render_template(
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+            **{**special_tokens, **(options or {})},
         )
     except Exception as error:  # the template is the user's code: whatever it raises is input
         raise TokenizerError(str(error) or repr(error)) from error
@@ -100,9 +101,11 @@ def compile_template(
 
 # ---- text <-> ids --------------------------------------------------------------------------------
 
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 SHIPPED = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    TOOL_TEMPLATE,
 ]
 # Special tokens that end a response in some Llama-family model, whatever its EOS is.
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>")
@@ -123,6 +126,7 @@ class Tokenizer:
     _codec: codecs.Codec
     _built_files: Callable[[], dict[str, str]] | None  # None: `source` has files to copy
     _own_template: bool = False  # True: the template is not the one that `source` ships
+    tool_template: str | None = None  # the template `tool_use` beside the default one
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; text that spells a special token becomes that token.
@@ -160,7 +164,8 @@ class Tokenizer:
                 f"{self.source} has no chat template, so messages cannot be rendered; use an "
                 "instruct model, or put the template in a chat_template.jinja beside the tokenizer"
             )
-        chat = (self.chat_template, messages, tools, self.special_tokens)
+        source = self.template_for(self.chat_template, tools)
+        chat = (source, messages, tools, self.special_tokens)
         try:
             return render_template(*chat, add_generation_prompt=add_generation_prompt)
         except TokenizerError as error:
@@ -169,9 +174,18 @@ class Tokenizer:
                 "roles and fields that it expects, or correct the template"
             ) from error
 
+    def template_for(self, source: str, tools: Any) -> str:
+        """The template that writes a chat: another one where there are tools, if it has one."""
+        return self.tool_template if tools and self.tool_template else source
+
+    @functools.cached_property
+    def end_texts(self) -> list[str]:
+        """How the tokens that end an answer are written."""
+        return [text for text in (self.decode([i]) for i in sorted(self.eos_ids)) if text.strip()]
+
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same tokenizer with another chat template, which `save` then writes."""
-        return replace(self, chat_template=source, _own_template=True)
+        return replace(self, chat_template=source, tool_template=None, _own_template=True)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -194,9 +208,10 @@ class Tokenizer:
             for name, text in self._built_files().items():
                 (folder / name).write_text(text, encoding="utf-8")
         else:
-            for path in (self.source / name for name in SHIPPED):
-                if path.exists() and path.resolve() != (folder / path.name).resolve():
-                    shutil.copyfile(path, folder / path.name)
+            for path, copy in ((self.source / name, folder / name) for name in SHIPPED):
+                if path.exists() and path.resolve() != copy.resolve():
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, copy)
         if self._own_template and self.chat_template is not None:
             # transformers prefers this file to the template in tokenizer_config.json.
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
@@ -278,6 +293,7 @@ def _assemble(
         source=source,
         _codec=codec,
         _built_files=built_files,
+        tool_template=config.get("tool_template"),
     )
 
 
@@ -296,8 +312,11 @@ def _read_configs(folder: Path) -> dict[str, Any]:
 
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        several = {entry["name"]: entry["template"] for entry in template}
+        template, config["tool_template"] = several.get("default"), several.get("tool_use")
     template = template or _read_json(folder / "chat_template.json").get("chat_template")
+    if (beside := folder / TOOL_TEMPLATE).exists():
+        config["tool_template"] = _read(beside, str)
     jinja_file = folder / "chat_template.jinja"
     config["chat_template"] = _read(jinja_file, str) if jinja_file.exists() else template
     return config

@@ -54,6 +54,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "columns": {"text": "body"},
         "system": "Be brief: # no more.",
         "format": "text",
+        "history": "as_asked",
         "train_on": "all",
         "max_length": 77,
         "template": "mine.jinja",

@@ -84,12 +84,18 @@ class Case:
     again: bool = False
 
 
+def turns(row: dict[str, str]) -> list[dict[str, str]]:
+    """A question and its answer."""
+    said = {"user": row["instruction"], "assistant": row["output"]}
+    return [{"role": role, "content": content} for role, content in said.items()]
+
+
 # ---- the table ---------------------------------------------------------------------------------
 
 VALIDATED = {"data.split": [0.9, 0.1, 0.0]}
 TESTED = {"data.split": [0.8, 0.1, 0.1]}
 WORSE = {"data.validation_path": "{against}", "checkpointing.eval_steps": 1}
-WORSE["training.learning_rate"] = 1.0  # the first validation is the best, the next is worse
+WORSE["training.learning_rate"] = 0.5  # the first validation is the best, the next is worse
 SPOILT = {"data.path": "{spoilt}"}  # one row of it cannot be used
 SHORT = {"data.max_length": 24}
 EPOCHS = {"training.max_steps": None, "training.num_train_epochs": 0.5}
@@ -151,6 +157,9 @@ CASES: dict[str, list[Case]] = {
     "data.template": [
         Case("chat", "batches", base={"model.source": "{chat}"}),
         Case("{template}", "batches files"),
+    ],
+    "data.history": [
+        Case("as_asked", "batches", base={"model.source": "{chat}", "data.path": "{chats}"})
     ],
     "data.train_on": [Case("all", "batches")],
     "data.max_length": [Case(24, "batches")],
@@ -328,6 +337,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         "spoilt": [*rows, {"instruction": "count", "output": ""}],
         "both": [row | {"text": f"a text {i}"} for i, row in enumerate(rows)],
         "uneven": [row | {"input": row["input"] * (1 + i % 2)} for i, row in enumerate(rows)],
+        "chats": [{"messages": [*turns(row), *turns(row)]} for row in rows],
         "against": [row | {"output": "zyxwv"} for row in rows[:4]],
     }
     for name, those in changed.items():

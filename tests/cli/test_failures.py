@@ -64,10 +64,10 @@ BROKEN = {
         lambda: WEIGHTS.write_bytes(WEIGHTS.read_bytes()[:-1000]), "", "safetensors is truncated"
     ),
     "other architecture": (
-        lambda: change_config(model_type="mistral"), "", "model_type is 'mistral'"
+        lambda: change_config(model_type="mamba"), "", "model_type is 'mamba'"
     ),
     "other rope": (
-        lambda: change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "", "yarn"
+        lambda: change_config(rope_scaling={"rope_type": "axial", "factor": 4.0}), "", "axial"
     ),
     "no tokenizer": (Path("model/tokenizer.json").unlink, "", "tokenizer.json"),
     "other adapter": (

@@ -425,7 +425,7 @@ def test_workers_make_the_same_of_every_chunk_in_the_same_order(
 class TellsProcess(Template):
     """Refuses every row with the process that it is in."""
 
-    def segments(self, said: Any, tokenizer: Tokenizer) -> Segments:
+    def documents(self, said: Any, tokenizer: Tokenizer) -> list[Segments]:
         raise DataError(str(os.getpid()))
 
 

