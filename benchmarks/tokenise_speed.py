@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import mlx_qlora as mq
-from mlx_qlora.data.rows import alpaca_prompt
+from mlx_qlora.data.chats import alpaca_prompt
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.weights import open_checkpoint

@@ -147,7 +147,8 @@ def _as_word(flag: str) -> str:
 def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
     """The parser of all commands, with help on all of their fields if asked for."""
     parser = argparse.ArgumentParser(
-        prog="mlx-qlora", description="Fine-tune Llama models with QLoRA, in pure MLX."
+        prog="mlx-qlora",
+        description="Fine-tune Llama, Qwen, Gemma and their like with QLoRA, in pure MLX.",
     )
     parser.add_argument("--version", action="version", version=f"mlx-qlora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")

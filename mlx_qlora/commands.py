@@ -355,7 +355,8 @@ def _numbers(field: str, text: str) -> list[Any]:
 
 def _prompt(args: argparse.Namespace, can_chat: bool, data: "DataConfig") -> "str | list[Message]":
     """The question in the form that the model was taught."""
-    from mlx_qlora.data.rows import alpaca_prompt, chat_question
+    from mlx_qlora.data.chats import alpaca_prompt
+    from mlx_qlora.data.rows import chat_question
 
     if args.instruction is None and (args.raw or not can_chat):
         return args.prompt

@@ -16,6 +16,7 @@ from mlx_qlora.adapters.peft import (
 )
 from mlx_qlora.errors import AdapterError, require
 from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged
+from mlx_qlora.model.gguf import ARCHITECTURES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 
@@ -109,6 +110,8 @@ def save_gguf_adapter(
         raise AdapterError("a GGUF file needs the package gguf: pip install 'mlx-qlora[gguf]'")
     updates = _plain_updates(model, "llama.cpp knows no DoRA")
     file = Path(file).expanduser()
+    if model.config.model_type not in ARCHITECTURES:
+        raise AdapterError(f"llama.cpp's names for {model.config.model_type} are not known here")
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.
@@ -123,7 +126,8 @@ def save_gguf_adapter(
     text = modelfile(ollama_base, file.name, base)
     keeps = _keeps_modelfile(file.parent / "Modelfile", text)
     with staged(file.parent) as staging:
-        _write(staging / file.name, tensors, alpha, base)
+        architecture = ARCHITECTURES[model.config.model_type][0]
+        _write(staging / file.name, architecture, tensors, alpha, base)
         if not keeps:
             (staging / "Modelfile").write_text(text, encoding="utf-8")
     return file
@@ -135,7 +139,9 @@ def _gguf_tensors(
     """`blk.N.attn_q.weight.lora_a` (r, d_in) and `.lora_b` (d_out, r), in the model's order."""
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture, permuted = ARCHITECTURES[config.model_type]
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
     for path, (A, B, scale) in updates.items():
@@ -143,7 +149,7 @@ def _gguf_tensors(
         if not np.isclose(factor, 1, rtol=1e-6, atol=0):
             B = B * np.float32(factor)
         kind = path.rpartition(".")[2]
-        if kind in heads:
+        if kind in heads and permuted:
             B = _permute(B, heads[kind])
         name = f"{names.get_name(path)}.weight"
         tensors |= {f"{name}.lora_a": A.astype(np.float32), f"{name}.lora_b": B}
@@ -166,11 +172,13 @@ def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     return np.ascontiguousarray(array.astype(dtype))
 
 
-def _write(file: Path, tensors: dict[str, np.ndarray], alpha: float, base: str | None) -> None:
+def _write(
+    file: Path, architecture: str, tensors: dict[str, np.ndarray], alpha: float, base: str | None
+) -> None:
     """Write what llama.cpp's converter writes, in its order, and read it back."""
     import gguf
 
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(file.stem)

@@ -30,9 +30,10 @@ from mlx_qlora.before.plan import trainable
 from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.errors import SourceError, UserError
 from mlx_qlora.model import hub
+from mlx_qlora.model.gguf import Packed
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.model.weights import open_checkpoint
+from mlx_qlora.model.weights import Checkpoint, open_checkpoint
 from mlx_qlora.train.memory import adapter_bytes
 
 
@@ -307,7 +308,7 @@ class PlannedRun:
 
     def _examined(self, source: str) -> str:
         """Asks for no more than the headers of files here, and sizes and a config elsewhere."""
-        files, size, to_fetch = None, 0, 0
+        files, size, to_fetch, repacked = None, 0, 0, ""
         if not hub.is_on_hub(source):
             files = hub.resolve(source, self.revision)
         elif folder := hub.whole_copy(source, self.revision):
@@ -315,7 +316,8 @@ class PlannedRun:
         elif self.away:
             raise SourceError(hub.explain(self.away, source, self.revision))
         if files:
-            config = open_checkpoint(files).config
+            checkpoint = open_checkpoint(files)
+            config, repacked = checkpoint.config, _repacked(checkpoint)
         else:
             ask = partial(hub.on_offer, source, self.revision, PATIENCE)
             try:
@@ -325,10 +327,10 @@ class PlannedRun:
         llama = LlamaConfig.from_hf(config)
         self.n_trained = trainable(LlamaForCausalLM(llama), self.lora)  # lazy zeros: no memory
         self.of, self.to_fetch = source, to_fetch
-        family = f"a Llama of {llama.num_hidden_layers} layers"
+        family = f"{llama.model_type}, {llama.num_hidden_layers} layers"
         if files:
             whole = "; whole in the cache" if hub.is_on_hub(source) else ""
-            return f"{files.path}: {family}{whole}"
+            return f"{files.path}: {family}{whole}{repacked}"
         begun = "in part in the cache" if to_fetch < size else "not in the cache yet"
         begun += f"; {to_fetch / 1e9:,.2f} GB to fetch"
         return f"{source}: {family} that you may read, {begun}"
@@ -361,6 +363,16 @@ class PlannedRun:
             return _ok(name, text)
         # Too small for the yardstick is perhaps not too small for the model.
         return _error(name, text, fix) if self.of == self.source else _warning(name, text, fix)
+
+
+def _repacked(checkpoint: Checkpoint) -> str:
+    """What packing adds to K-quants whose groups are not MLX's, where there are such."""
+    tensors = [x for shard in checkpoint.shards for x in shard.values() if isinstance(x, Packed)]
+    errors = {x.kind: 0.0 for x in tensors}
+    for tensor in tensors:
+        errors[tensor.kind] = max(errors[tensor.kind], tensor.added_error())
+    shown = ", ".join(f"{kind} {error:.1%}" for kind, error in sorted(errors.items()))
+    return f"; error that packing adds: {shown}" if shown else ""
 
 
 def _existing(folder: Path) -> Path:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora import device
+from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.examples import TokenStore, hash64
 from mlx_qlora.data.files import parse
-from mlx_qlora.data.rows import Said, Segments, Template, read_row, with_system
+from mlx_qlora.data.rows import Said, read_row, with_system
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 

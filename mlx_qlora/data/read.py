@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_qlora.data.chats import ROW_DATE, Template
 from mlx_qlora.data.encode import TRUNCATION, Chunk, Encoder, chunks, default_workers, encode_chunks
 from mlx_qlora.data.examples import (
     VERSION,
@@ -30,7 +31,7 @@ from mlx_qlora.data.examples import (
     on_disk,
 )
 from mlx_qlora.data.files import RowFile, find_files, parse, raw_rows, user_path
-from mlx_qlora.data.rows import COLUMNS, FORMATS, ROW_DATE, Template, detect_format
+from mlx_qlora.data.rows import COLUMNS, FORMATS, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
 from mlx_qlora.model.llama import LlamaConfig

@@ -141,6 +141,11 @@ def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
     size = model.config.head_dim
     if kv_bits is not None and size % 32:
         raise ConfigError(f"kv_bits needs heads of a multiple of 32; this model's have {size}")
+    if kv_bits is not None and (any(model.config.windows) or model.config.attention_softcap):
+        raise ConfigError(
+            f"kv_bits: {model.config.model_type} keeps keys of a window, or caps its scores, which "
+            "no quantised cache can; leave kv_bits out"
+        )
     return 64 if size % 64 == 0 else 32
 
 

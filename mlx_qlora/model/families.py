@@ -18,18 +18,8 @@ from mlx_qlora.model.rope import RopeConfig, rope_from_hf
 Norms = tuple[str | None, str | None, str | None, str | None]
 PRE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
 POST: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-GEMMA: Norms = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
-GLM: Norms = (
-    "input_layernorm",
-    "post_self_attn_layernorm",
-    "post_attention_layernorm",
-    "post_mlp_layernorm",
-)
+GEMMA: Norms = (PRE[0], POST[1], "pre_feedforward_layernorm", POST[3])
+GLM: Norms = (PRE[0], "post_self_attn_layernorm", PRE[2], "post_mlp_layernorm")
 # Norms of queries and keys: of each head before RoPE, of each head after it, or of all heads.
 HEAD, AFTER_ROPE, ALL_HEADS = "head", "after rope", "all heads"
 ACTIVATIONS = {
@@ -109,15 +99,27 @@ class Fields:
             return 1
         return value
 
-    def number(self, name: str, default: float | None = None, optional: bool = False) -> Any:
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        optional: bool = False,
+        kinds: tuple[type, ...] = (int, float),
+    ) -> Any:
         """A positive number; `optional` allows null."""
         value = self.config.get(name, default)
         if optional and value is None:
             return None
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in kinds or not 0 < value < float("inf"):
             self.problems.append(f"{name} must be a positive number; got {value!r}")
             return 1.0
         return value
+
+    def maybe(self, name: str, *kinds: type) -> None:
+        """The field may be left out or null, and else is of one of some types."""
+        if type(value := self.config.get(name)) not in (*kinds, type(None)):
+            shown = " or ".join(kind.__name__ for kind in kinds)
+            self.problems.append(f"{name} must be {shown} or null; got {value!r}")
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""
@@ -167,6 +169,8 @@ class Fields:
 
 
 LAYERS = "num_hidden_layers"
+MAY_LACK_HEAD_DIM = ("llama", "mistral", "hunyuan_v1_dense", "seed_oss")  # null is as if left out
+WHOLE_NUMBERS = ("sliding_window", "no_rope_layer_interval")
 Facts = dict[str, Any]  # fields of a LlamaConfig
 
 
@@ -198,8 +202,10 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     if config.get("num_key_value_heads", 0) is not None:
         kv_heads = fields.count("num_key_value_heads", kv_heads)
     head_dim = family.head_dim or sizes["hidden_size"] // heads
-    if config.get("head_dim", 0) is not None:
+    if config.get("head_dim", 0) is not None or kind not in MAY_LACK_HEAD_DIM:
         head_dim = fields.count("head_dim", head_dim or 1)
+    for name in WHOLE_NUMBERS:
+        fields.maybe(name, int)
     if heads % (kv_heads or heads):
         fields.problems.append(
             f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
@@ -216,7 +222,7 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     facts: Facts = {
         "num_key_value_heads": kv_heads or heads,
         "head_dim": head_dim,
-        "rms_norm_eps": fields.number("rms_norm_eps", family.eps),
+        "rms_norm_eps": fields.number("rms_norm_eps", family.eps, kinds=(float,)),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", family.tied),
         "max_position_embeddings": fields.count("max_position_embeddings", 2048),
         "hidden_act": ACTIVATIONS.get(str(act), "silu"),
@@ -226,8 +232,12 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     }
     if "rope" not in facts:
         facts["rope"] = fields.rope()
-    if int(head_dim * facts["rope"].rotary_share) % 2:
+    rotated = int(head_dim * facts["rope"].rotary_share)
+    if rotated % 2 or (rotated == 2 and facts["rope"].rope_type in ("dynamic", "alpha")):
         fields.problems.append(f"head_dim must be even for RoPE; got {head_dim}")
+    for name in ("short_factor", "long_factor"):
+        if (factors := getattr(facts["rope"], name)) and len(factors) != rotated // 2:
+            fields.problems.append(f"{name} must hold {rotated // 2} numbers; got {len(factors)}")
     if fields.problems:
         message = "config.json describes no model that we can run"
         raise WeightsError(f"{message}:\n{listing(fields.problems)}")
@@ -254,12 +264,16 @@ def _mistral(c: Fields) -> Facts:
 
 
 def _ministral(c: Fields) -> Facts:
+    c.count("head_dim")
     size = c.config.get("sliding_window", 4096)
     return {"windows": c.windows(lambda i: size is not None, size)}
 
 
 def _qwen(c: Fields) -> Facts:
     first = c.config.get("max_window_layers", 28)
+    if type(first) is not int:
+        c.problems.append(f"max_window_layers must be a whole number; got {first!r}")
+        first = 0
     size = c.config.get("sliding_window", 4096) if c.flag("use_sliding_window") else None
     windows = c.windows(lambda i: size is not None and i >= first, size)
     return {"windows": windows}
@@ -278,7 +292,11 @@ def _smollm3(c: Fields) -> Facts:
     rotated = c.config.get("no_rope_layers")
     if rotated is None:
         rotated = [(i + 1) % c.count("no_rope_layer_interval", every) for i in range(n)]
-    if not isinstance(rotated, list) or len(rotated) < n:
+    if (
+        not isinstance(rotated, list)
+        or len(rotated) < n
+        or any(type(r) is not int for r in rotated)
+    ):
         c.problems.append(f"no_rope_layers must have an entry for each layer; got {rotated!r}")
         rotated = [1] * n
     slides, size = c.flag("use_sliding_window"), c.config.get("sliding_window")
@@ -321,6 +339,7 @@ def _seed_oss(c: Fields) -> Facts:
 def _exaone4(c: Fields) -> Facts:
     size = c.config.get("sliding_window", 4096)
     every = c.config.get("sliding_window_pattern", 4)
+    c.maybe("sliding_window_pattern", int, str)
     if c.config.get("layer_types") is None and (type(every) is not int or every < 1 or not size):
         c.problems.append(f"sliding_window_pattern {every!r} needs layer_types beside it")
         every = 4
@@ -334,17 +353,13 @@ def _exaone4(c: Fields) -> Facts:
 def _hunyuan(c: Fields) -> Facts:
     names = "query_layernorm", "key_layernorm"
     rope = c.rope(alpha=True)
+    if rope.rope_type == "alpha":
+        c.count("head_dim")
     return {**_biases(c), "head_norms": AFTER_ROPE, "head_norm_names": names, "rope": rope}
 
 
-CWM_ROPE = {
-    "rope_theta": 1000000.0,
-    "factor": 16.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
+CWM_ROPE = {"rope_theta": 1e6, "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+CWM_ROPE |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
 
 
 def _cwm(c: Fields) -> Facts:
@@ -360,6 +375,7 @@ def _phi3(c: Fields) -> Facts:
         c.must_be(name, 0)
     old = {"original_max_position_embeddings": 4096}
     c.config = old | c.config
+    c.count("original_max_position_embeddings")
     scaling = c.config.get("rope_scaling")
     if isinstance(scaling, dict) and scaling.get("type", scaling.get("rope_type")) == "yarn":
         kind = {"type": "longrope", "rope_type": "longrope"}  # as early Phi-3 configs mean it
@@ -379,10 +395,10 @@ def _gemma2(c: Fields) -> Facts:
         "norms": GEMMA,
         "norm_offset": 1.0,
         "embedding_scale": c.count("hidden_size") ** 0.5,
-        "attention_scale": c.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_scale": c.count("query_pre_attn_scalar", 256) ** -0.5,
         "windows": c.windows(lambda i: i % 2 == 0, c.config.get("sliding_window", 4096)),
-        "attention_softcap": c.number("attn_logit_softcapping", 50.0, optional=True),
-        "logits_softcap": c.number("final_logit_softcapping", 30.0, optional=True),
+        "attention_softcap": c.number("attn_logit_softcapping", 50.0, True, (float,)),
+        "logits_softcap": c.number("final_logit_softcapping", 30.0, True, (float,)),
     }
 
 
@@ -393,7 +409,7 @@ def _gemma3(c: Fields) -> Facts:
     return {
         **_gemma2(c),
         "attention_softcap": None,
-        "logits_softcap": c.number("final_logit_softcapping", None, optional=True),
+        "logits_softcap": c.number("final_logit_softcapping", None, True, (float,)),
         "head_norms": HEAD,
         "windows": windows,
         "rope": c.rope("full_attention", 1000000.0),
@@ -410,7 +426,8 @@ def _glm4(c: Fields) -> Facts:
     }
 
 
-GEMMA_ACT: dict[str, Any] = {"activation": "hidden_activation", "act": "gelu_pytorch_tanh"}
+LIKE_GEMMA: dict[str, Any] = {"kv_heads": False, "head_dim": 256, "tied": True}
+LIKE_GEMMA |= {"activation": "hidden_activation", "act": "gelu_pytorch_tanh", "whole_heads": True}
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _llama, whole_heads=True),
     "mistral": Family("MistralForCausalLM", _mistral, kv_heads=False),
@@ -419,32 +436,16 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, kv_heads=False, head_dim=128),
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, kv_heads=False, tied=True),
     "granite": Family("GraniteForCausalLM", _granite),
-    "olmo2": Family("Olmo2ForCausalLM", _olmo2, eps=1e-5),
-    "olmo3": Family("Olmo3ForCausalLM", _olmo3, eps=1e-5),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2, 1e-5),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3, 1e-5),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, kv_heads=False, head_dim=128),
-    "exaone4": Family("Exaone4ForCausalLM", _exaone4, eps=1e-5, kv_heads=False),
-    "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM", _hunyuan, eps=1e-5),
-    "cwm": Family("CwmForCausalLM", _cwm, eps=1e-5, kv_heads=False, head_dim=128, whole_heads=True),
-    "phi3": Family("Phi3ForCausalLM", _phi3, eps=1e-5),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        _gemma2,
-        kv_heads=False,
-        head_dim=256,
-        tied=True,
-        whole_heads=True,
-        **GEMMA_ACT,
-    ),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        _gemma3,
-        kv_heads=False,
-        head_dim=256,
-        tied=True,
-        whole_heads=True,
-        **GEMMA_ACT,
-    ),
-    "glm4": Family("Glm4ForCausalLM", _glm4, eps=1.5625e-7, kv_heads=False, head_dim=128),
+    "exaone4": Family("Exaone4ForCausalLM", _exaone4, 1e-5, kv_heads=False),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM", _hunyuan, 1e-5),
+    "cwm": Family("CwmForCausalLM", _cwm, 1e-5, False, 128, whole_heads=True),
+    "phi3": Family("Phi3ForCausalLM", _phi3, 1e-5),
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2, **LIKE_GEMMA),
+    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3, **LIKE_GEMMA),
+    "glm4": Family("Glm4ForCausalLM", _glm4, 1.5625e-7, kv_heads=False, head_dim=128),
 }
 SUPPORTED = (
     "dense decoders: Llama, Mistral, Ministral, Qwen2.5, Qwen3, SmolLM2 and 3, Granite, OLMo 2 "

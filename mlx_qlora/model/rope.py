@@ -94,8 +94,8 @@ def rope_from_hf(
             spellings that contradict each other.
     """
     given = _both_spellings(config, layers)
-    kind = given.pop("rope_type", None) or "default"
-    kind = OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+    kind = given.pop("rope_type", "default")
+    kind = OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else repr(kind)
     if kind == "dynamic" and alpha and given.get("alpha"):
         kind = "alpha"
     if kind not in KINDS:
@@ -104,8 +104,12 @@ def rope_from_hf(
         )
     theta, share = given.pop("rope_theta", theta), given.pop("partial_rotary_factor", share)
     given.pop("mrope_section", None)  # of text alone all three axes are the same
-    positions = config.get("max_position_embeddings", 2048)
+    positions = config.get("max_position_embeddings")
     needed, optional = KINDS[kind]
+    is_used = kind == "dynamic" or (kind == "longrope" and given.get("factor") is None)
+    is_used |= OLD_LENGTH in needed and OLD_LENGTH not in (*given, *config)
+    if is_used and (type(positions) is not int or positions < 1):
+        raise WeightsError(f"config.json: the {kind} rope scaling needs max_position_embeddings")
     if OLD_LENGTH in needed:  # also beside the parameters, which is then what counts
         given.setdefault(OLD_LENGTH, config.get(OLD_LENGTH, positions))
         if config.get(OLD_LENGTH, given[OLD_LENGTH]) != given[OLD_LENGTH]:
@@ -120,10 +124,13 @@ def rope_from_hf(
     numbers = {"rope_theta": theta, "partial_rotary_factor": share} | given
     for name, value in numbers.items():
         several: list[Any] = [*value] if isinstance(value, list) and name in LISTS else [value]
+        several = [None] if name in LISTS and not isinstance(value, list) else several
         for number in several:
             legal = name == "truncate" and isinstance(number, bool)
             if not (legal or (_is_number(number) and 0 < number < math.inf)):
                 raise WeightsError(f"config.json: {name} must be a positive number; got {value!r}")
+    if theta < 1:
+        raise WeightsError(f"config.json: rope_theta must be at least 1; got {theta!r}")
     if share > 1 or (share < 1 and not parts):
         raise WeightsError(f"config.json: partial_rotary_factor {share} is not supported here")
     if kind == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
@@ -151,7 +158,7 @@ def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any
 
     for where in ("rope_parameters", "rope_scaling"):
         entry = config.get(where)
-        if not isinstance(entry or {}, dict):
+        if not isinstance(entry, (dict, type(None))):
             raise WeightsError(f"config.json: {where} must be an object; got {entry!r}")
         nested = [key for key in entry or {} if key in LAYER_KINDS]
         if nested and layers is None:
@@ -208,7 +215,7 @@ def in_both_spellings(config: dict[str, Any], rope: RopeConfig) -> dict[str, Any
     }
 
 
-def _with_attention_factor(kind: str, given: dict[str, Any], positions: int) -> dict[str, Any]:
+def _with_attention_factor(kind: str, given: dict[str, Any], positions: Any) -> dict[str, Any]:
     """With the factor of yarn and longrope that a config leaves to a formula."""
     if kind == "yarn":
         factor, own = given["factor"], given.pop("mscale", None)

@@ -28,7 +28,7 @@ from mlx_qlora.after.plots import Line, Plot, Tail, css, in_kernel, plots_of, sv
 from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
-from mlx_qlora.data.rows import alpaca_prompt
+from mlx_qlora.data.chats import alpaca_prompt
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import ProcessError
 from mlx_qlora.loading import with_model

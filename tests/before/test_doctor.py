@@ -92,7 +92,7 @@ def test_a_model_that_can_be_fetched_is_not(hub, away, ask):
     assert only(found, "model") == Finding(
         "ok",
         "model",
-        f"{REPO}: a Llama of 2 layers that you may read, not in the cache yet; 0.05 GB to fetch",
+        f"{REPO}: llama, 2 layers that you may read, not in the cache yet; 0.05 GB to fetch",
     )
     assert only(found, "cache").text.startswith(f"{away.cache}: ")
     assert only(found, "cache").text.endswith(f"needed: 0.05 GB to fetch {REPO}")
@@ -104,7 +104,7 @@ def test_a_model_that_can_be_fetched_is_not(hub, away, ask):
 
 def test_a_copy_needs_nothing_even_without_a_network(hub, away, ask):
     folder = away.resolve(REPO).path
-    whole = Finding("ok", "model", f"{folder}: a Llama of 2 layers; whole in the cache")
+    whole = Finding("ok", "model", f"{folder}: llama, 2 layers; whole in the cache")
     hub.log.clear()
     assert only(ask(), "model") == whole
     assert {path for _, path, _ in hub.log} == {"api/whoami-v2"}
@@ -129,7 +129,7 @@ def test_asking_what_a_partial_copy_lacks_leaves_the_cache_alone(hub, away, ask)
     found = only(ask(), "model")
     assert (found.state, found.text) == (
         "ok",
-        f"{REPO}: a Llama of 2 layers that you may read, in part in the cache; 0.05 GB to fetch",
+        f"{REPO}: llama, 2 layers that you may read, in part in the cache; 0.05 GB to fetch",
     )
     assert main.read_text() == "f" * 40 and sorted(folder.parents[1].rglob("*")) == before
     found = only(ask(HF_HUB_OFFLINE="1"), "model")
@@ -232,7 +232,7 @@ def test_models_on_this_disk(tmp_path):
     for name, body in FILES.items():
         (folder / name).write_bytes(body)
     found, run = on_model(folder)
-    assert found == Finding("ok", "model", f"{folder}: a Llama of 2 layers")
+    assert found == Finding("ok", "model", f"{folder}: llama, 2 layers")
     assert (run.to_fetch, run.n_trained, run.of) == (0, TRAINED, str(folder))
     (folder / "model.safetensors").write_bytes(b"broken")
     found, run = on_model(folder)
@@ -561,7 +561,7 @@ def test_the_whole_of_it_on_this_machine(tmp_path):
     for name in ("python", "system", "mlx", "chip", "blas", "matmul", "model", "cache", "output"):
         assert "could not be checked" not in only(found, name).text
     assert "of which MLX may use" in only(found, "chip").text
-    assert only(found, "model").text.endswith("a Llama of 30 layers")
+    assert only(found, "model").text.endswith("llama, 30 layers")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -307,6 +307,7 @@ def test_the_end_of_the_last_answer_is_learned_though_no_marker_holds_it(
     narrow = MARKED.replace("{{ eos_token }}{% endg", "{% endg").replace(
         "{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"
     )
+    narrow = narrow.replace("<|assistant|>{% endif %}", "<|bot|>{% endif %}")  # markers must serve
     messages = [user("a"), answer("b"), *MESSAGES[2:]]  # whose first thoughts would be lost
     got = runs(tokenizer, read(tokenizer.with_chat_template(narrow), messages))
     assert got[1:] == [

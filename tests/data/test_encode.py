@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.limits import small_chunks
 from support.tiny_folder import write_tokenizer
 
+from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.encode import (
     Chunk,
     Encoded,
@@ -26,7 +27,6 @@ from mlx_qlora.data.encode import (
     encode_rows,
     fit,
 )
-from mlx_qlora.data.rows import Segments, Template
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import DataError
 

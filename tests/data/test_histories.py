@@ -11,8 +11,9 @@ from support import npm_tokenizers
 
 import mlx_qlora as mq
 from mlx_qlora.data.batches import IGNORE, make_batches
+from mlx_qlora.data.chats import Template
 from mlx_qlora.data.encode import encode_rows
-from mlx_qlora.data.rows import Chat, Template, read_row
+from mlx_qlora.data.rows import Chat, read_row
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import DataError
 

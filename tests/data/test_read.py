@@ -13,9 +13,9 @@ import pytest
 from support.limits import files_of_at_most, small_chunks
 from support.tiny_folder import CHAT, write_tokenizer
 
+from mlx_qlora.data.chats import alpaca_prompt
 from mlx_qlora.data.examples import Example
 from mlx_qlora.data.read import DataConfig, cache_folder, read_examples, train_validation_test
-from mlx_qlora.data.rows import alpaca_prompt
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
 

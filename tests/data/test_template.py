@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_folder import CHAT
 
-from mlx_qlora.data.rows import Chat, Instruction, Pair, Segments, Template, alpaca_prompt, read_row
+from mlx_qlora.data.chats import Segments, Template, alpaca_prompt
+from mlx_qlora.data.rows import Chat, Instruction, Pair, read_row
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 

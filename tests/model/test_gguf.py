@@ -15,12 +15,21 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from support.families import make_family
 from support.gguf_names import gguf_name, permuted, unpermuted
-from support.models import load_folder, make_hf_model, our_logits, random_tokens, torch_logits
+from support.models import (
+    load_folder,
+    make_hf_model,
+    our_logits,
+    random_tokens,
+    randomise_lora,
+    torch_logits,
+)
 from support.tiny_folder import hf_smollm2
 
+from mlx_qlora.adapters.export import save_gguf_adapter
 from mlx_qlora.errors import WeightsError
 from mlx_qlora.model.gguf import read_gguf, source_repository
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import QuantConfig
 
 # GGUF blocks have 32 weights, so the matrices' columns divide by it.
@@ -403,6 +412,42 @@ def test_a_family_s_file_is_the_model(name: str, tmp_path: Path) -> None:
     assert np.abs(our_logits(load_folder(path), tokens) - theirs).max() < 2e-5 * theirs.std()
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_adapter_of_a_family_fits_its_gguf_base(name: str, tmp_path: Path) -> None:
+    """Its matrices, added to the base's in llama.cpp's own order, make our adapted model."""
+    changes: dict[str, Any] = {"query_pre_attn_scalar": 16} if name.startswith("gemma") else {}
+    if name == "gemma3_text":
+        changes |= {"sliding_window_pattern": 6, "num_hidden_layers": 6}
+    path = write_family_gguf(tmp_path / "f.gguf", make_family(name, **changes), ARCHITECTURES[name])
+    model = add_lora(load_folder(path), LoraConfig(r=3, lora_alpha=6))
+    randomise_lora(model)
+    adapter = gguf.GGUFReader(save_gguf_adapter(model, tmp_path / "a.gguf", dtype="float32"))
+    alpha = adapter.get_field("adapter.lora.alpha")
+    assert alpha is not None
+    parts = {tensor.name: tensor.data for tensor in adapter.tensors}
+    writer = gguf.GGUFWriter(tmp_path / "whole.gguf", gguf.MODEL_ARCH_NAMES[ARCHITECTURES[name]])
+    base = gguf.GGUFReader(path)
+    for key, field in base.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], kind)
+    used = 0
+    for tensor in base.tensors:
+        weight = np.array(tensor.data)
+        if f"{tensor.name}.lora_a" in parts:
+            A, B = (parts[f"{tensor.name}.lora_{x}"] for x in "ab")
+            weight, used = weight + alpha.contents() / len(A) * B @ A, used + 2
+        writer.add_tensor(tensor.name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert used == len(parts)
+    logits = our_logits(model, random_tokens(2, 40))
+    whole = our_logits(load_folder(tmp_path / "whole.gguf"), random_tokens(2, 40))
+    assert np.abs(whole - logits).max() < 2e-5 * logits.std()
+
+
 # ---- the real SmolLM2 --------------------------------------------------------------------------
 
 
@@ -501,6 +546,7 @@ def test_a_header_with_any_one_byte_wrong_never_crashes(whole: bytes, tmp_path: 
 import random, sys
 from pathlib import Path
 import mlx_qlora
+from mlx_qlora.adapters.export import save_gguf_adapter
 from mlx_qlora.errors import WeightsError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.weights import load_model, open_checkpoint
