@@ -1,4 +1,4 @@
-"""mlx-qlora: fine-tune Llama models with QLoRA on a Mac, in pure MLX.
+"""mlx-qlora: fine-tune dense language models with QLoRA on a Mac, in pure MLX.
 
 Names load on first use (PEP 562), so importing the package costs next to nothing. They are listed
 once, in `__init__.pyi`, which type checkers and editors read instead of this file. The one thing

@@ -1,1 +1,1 @@
-"""A name becomes a frozen, quantised Llama with LoRA layers."""
+"""A name becomes a frozen, quantised decoder with LoRA layers."""

@@ -130,7 +130,8 @@ class Fields:
 
     def must_be(self, name: str, *values: Any) -> None:
         """The field is one of some values, the first of which it has where it is not there."""
-        if (value := self.config.get(name, values[0])) not in values:
+        value = self.config.get(name, values[0])
+        if not any(value == each and type(value) is type(each) for each in values):
             shown = " or ".join(map(repr, values))
             self.problems.append(f"{name} is {value!r}; supported: {shown}")
 
@@ -254,7 +255,7 @@ def _biases(c: Fields) -> Facts:
 
 
 def _llama(c: Fields) -> Facts:
-    c.must_be("attention_dropout", 0, None)
+    c.must_be("attention_dropout", 0.0, 0, None)
     return {**_biases(c), "mlp_bias": c.flag("mlp_bias")}
 
 
@@ -372,7 +373,7 @@ def _cwm(c: Fields) -> Facts:
 def _phi3(c: Fields) -> Facts:
     size = c.config.get("sliding_window")
     for name in ("resid_pdrop", "embd_pdrop"):
-        c.must_be(name, 0)
+        c.must_be(name, 0.0, 0)
     old = {"original_max_position_embeddings": 4096}
     c.config = old | c.config
     c.count("original_max_position_embeddings")
