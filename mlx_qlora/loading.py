@@ -132,7 +132,9 @@ def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Token
     adapter = Path(config.model.adapter).expanduser()
     record = read_yaml(adapter / "run.yaml") if (adapter / "run.yaml").is_file() else {}
     taught = build({"data": record.get("data", {})}).data
-    data = replace(data, system=taught.system if data.system is None else data.system)
+    history = taught.history if data.history == "auto" else data.history
+    system = taught.system if data.system is None else data.system
+    data = replace(data, system=system, history=history)
     if data.template == "auto":
         data = replace(data, template=taught.template)
         if (adapter / "chat_template.jinja").is_file():

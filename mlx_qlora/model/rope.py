@@ -257,7 +257,11 @@ class Rope:
     @functools.lru_cache(maxsize=64)  # noqa: B019 - as long as the model, which has one or two
     def periods_at(self, length: int) -> mx.array:
         """The periods for a document of so many tokens; they may depend on it."""
-        return rope_periods(self.d, self.config, length) if self.config.by_length else self.periods
+        if not self.config.by_length:
+            return self.periods
+        periods = rope_periods(self.d, self.config, length)
+        mx.eval(periods)
+        return periods
 
     def angles(self, positions: mx.array, lengths: np.ndarray) -> tuple[mx.array, mx.array]:
         """Cosine and signed sine (N, 1, d) of positions (N,), each in a document of a length."""

@@ -231,3 +231,23 @@ def test_a_template_named_tool_use_writes_rows_with_tools(tmp_path, chat_folder)
         assert ours.render_chat([HI], tools=TOOLS).startswith("T[")
         ours.save(tmp_path / f"{how} saved")
         assert load_tokenizer(tmp_path / f"{how} saved").tool_template == with_tools
+
+
+@pytest.mark.parametrize("name", sorted(npm_tokenizers.SHA256.keys() - {"llama2"}))
+def test_ids_are_those_of_the_tokenizers_own_library(name):
+    """llama2's package names no end token; its kind of tokenizer is tested elsewhere."""
+    import tokenizers
+
+    folder = npm_tokenizers.folder(name)
+    ours, theirs = (
+        load_tokenizer(folder),
+        tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json"),
+    )
+    for text in (
+        "Hello, world! 12345",
+        " x\n\n\ty  z",
+        "Ünïcödé 漢字 🙂👩‍🚀",
+        "def f(x):\n    return x",
+    ):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode(text)) == text

@@ -233,3 +233,23 @@ def test_two_spellings_that_contradict_each_other_are_an_error():
     assert families.LlamaConfig.from_hf({**config, "rope_theta": 1e6}).rope.theta == 1e6
     with pytest.raises(WeightsError, match=r"rope_theta = 5\.0, and 1000000\.0 elsewhere"):
         families.LlamaConfig.from_hf({**config, "rope_theta": 5.0})
+
+
+@pytest.mark.parametrize("name", ["ministral", "gemma2", "gemma3_text", "exaone4", "glm4"])
+def test_text_is_the_same_alone_in_a_batch_and_after_a_prompt_cache(name, tmp_path):
+    """Beyond the window, where a cache has forgotten the first tokens."""
+    from support.tiny_folder import write_tokenizer
+
+    write_family(name, tmp_path)
+    write_tokenizer(tmp_path)
+    model, tokenizer = mq.load(tmp_path, dtype="float32")
+    prompts: list[Any] = [[5, 9, 4] * 6, [7, 8] * 4, [11, 3, 6, 2 + 9] * 5]
+    how: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0}
+    alone = [mq.generate(model, tokenizer, prompt, **how) for prompt in prompts]
+    assert mq.generate_batch(model, tokenizer, prompts, batch_size=2, **how) == alone
+    cache = mq.PromptCache()
+    for i in (0, 1, 0, 2, 2):
+        assert mq.generate(model, tokenizer, prompts[i], prompt_cache=cache, **how) == alone[i]
+    if any(model.config.windows):
+        with pytest.raises(mq.ConfigError, match="kv_bits"):
+            mq.generate(model, tokenizer, prompts[0], kv_bits=8, **how)
