@@ -68,6 +68,13 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
 
+UNKNOWN_BEGIN = (
+    "what the chat template writes before an answer is not how it begins the text with the answer "
+    "or with all turns, and it has no {% generation %} markers: where the answers begin cannot be "
+    "known"
+)
+
+
 class NotNestedError(DataError):
     """No one text of a chat holds every answer as the model is asked for it."""
 
@@ -146,11 +153,7 @@ def _answer(before: str, after: str, message: Message, tokenizer: Tokenizer) -> 
     )
     content, visible = message["content"], _visible(message["content"])
     if opened is None or not visible or visible not in after:
-        raise NotNestedError(
-            "what the chat template writes before an answer is not how it begins the text with "
-            "the answer or with all turns, and it has no {% generation %} markers: where the "
-            "answers begin cannot be known"
-        )
+        raise NotNestedError(UNKNOWN_BEGIN)
     tag = opened[1]
     apart = next((message[name] for name in THOUGHTS if message.get(name)), "")
     thoughts = str(apart) or content.rpartition(f"</{tag}>")[0].strip().removeprefix(f"<{tag}>")
@@ -184,11 +187,7 @@ def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segm
 def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     """The segments that the template itself marks as the assistant's words."""
     if not re.search(r"\{%[-+]?\s*generation\b", source):
-        raise NotNestedError(
-            "what the chat template writes before an answer is not how it begins the text with "
-            "the answer or with all turns, and it has no {% generation %} markers: where the "
-            "answers begin cannot be known"
-        )
+        raise NotNestedError(UNKNOWN_BEGIN)
     texts, turns = marked.split(GENERATED), zip(chat.messages, chat.learned)
     answers = [learned for message, learned in turns if message["role"] == "assistant"]
     if len(texts) != 2 * len(answers) + 1:

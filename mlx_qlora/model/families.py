@@ -110,6 +110,8 @@ class Fields:
         value = self.config.get(name, default)
         if optional and value is None:
             return None
+        if optional and type(value) in kinds and value < 1:  # no model's; it would need float64
+            self.problems.append(f"{name} must be at least 1; got {value!r}")
         if type(value) not in kinds or not 0 < value < float("inf"):
             self.problems.append(f"{name} must be a positive number; got {value!r}")
             return 1.0
@@ -171,6 +173,7 @@ class Fields:
 
 LAYERS = "num_hidden_layers"
 MAY_LACK_HEAD_DIM = ("llama", "mistral", "hunyuan_v1_dense", "seed_oss")  # null is as if left out
+NEED_KV_HEADS = ("mistral", "ministral", "exaone4", "cwm", "gemma2", "gemma3_text", "glm4")
 WHOLE_NUMBERS = ("sliding_window", "no_rope_layer_interval")
 Facts = dict[str, Any]  # fields of a LlamaConfig
 
@@ -200,7 +203,7 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     sizes = {name: fields.count(name) for name in names}
     heads = sizes["num_attention_heads"]
     kv_heads = heads if family.kv_heads else None
-    if config.get("num_key_value_heads", 0) is not None:
+    if config.get("num_key_value_heads", 0) is not None or kind in NEED_KV_HEADS:
         kv_heads = fields.count("num_key_value_heads", kv_heads)
     head_dim = family.head_dim or sizes["hidden_size"] // heads
     if config.get("head_dim", 0) is not None or kind not in MAY_LACK_HEAD_DIM:

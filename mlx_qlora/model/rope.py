@@ -156,6 +156,12 @@ def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any
             )
         found[name] = value
 
+    new, old = (config.get(where) or {} for where in ("rope_parameters", "rope_scaling"))
+    if layers is None and isinstance(new, dict) and isinstance(old, dict) and new and old:
+        # transformers then reads the old one alone, whatever the new one says besides.
+        lost = sorted(new.keys() - old.keys() - config.keys() - {"rope_type", "type"})
+        if lost:
+            raise WeightsError(f"config.json: rope_scaling lacks {', '.join(lost)}")
     for where in ("rope_parameters", "rope_scaling"):
         entry = config.get(where)
         if not isinstance(entry, (dict, type(None))):
@@ -167,6 +173,8 @@ def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any
             entry = (entry or {}).get(layers) or {}
             if not isinstance(entry, dict):
                 raise WeightsError(f"config.json: {where}.{layers} must be an object")
+        elif layers is not None and entry and where == "rope_parameters":
+            raise WeightsError(f"config.json: {where} lacks {' and '.join(LAYER_KINDS)}")
         elif layers == "sliding_attention":
             continue  # the old spelling stretches the other layers alone
         for name, value in (entry or {}).items():
