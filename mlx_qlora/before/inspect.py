@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig
-from mlx_qlora.data.batches import IGNORE, Batch, Batches
+from mlx_qlora.data.batches import IGNORE, Batches
 from mlx_qlora.data.examples import DataReport
 from mlx_qlora.data.files import user_path
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -49,21 +49,30 @@ def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> Re
 
     Without `colour`, ⟦ ⟧ are around what is supervised.
     """
-    each = ((batch, b) for batch in batches for b in range(len(batch.places)))
-    return Group(*(_row(batch, b, tokenizer, colour) for batch, b in islice(each, count)))
+    each = ((batch, b) for batch in batches for b in range(len(batch.rows)))
+    texts = []
+    for batch, b in islice(each, count):
+        assert batch.documents is not None
+        tokens: Any = np.array(batch.tokens)
+        labels: Any = np.array(batch.labels)
+        for place, (row, start, end) in zip(batch.places, batch.documents.tolist()):
+            if row == b:  # a row of several answers may be several documents
+                of_document = tokens[b, start:end], labels[b, start:end]
+                texts.append(_text_of(place, *of_document, tokenizer, colour))
+    return Group(*texts)
 
 
-def _row(batch: Batch, b: int, tokenizer: Tokenizer, colour: bool) -> Text:
-    assert batch.documents is not None
-    end = int(batch.documents[b, 2])
-    tokens, labels = np.array(batch.tokens[b]), np.array(batch.labels[b, :end])
+def _text_of(
+    place: str, tokens: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer, colour: bool
+) -> Text:
+    end = len(tokens)
     # A label is the token to predict next: the example's own tokens are its first token, and behind
     # each position either that label or, where none is learned, the next input.
     learned = [False, *(labels != IGNORE).tolist()]
-    following = np.append(tokens[1:end], IGNORE)
+    following = np.append(tokens[1:], IGNORE)
     ids = [int(tokens[0]), *np.where(labels != IGNORE, labels, following).tolist()]
     text = Text()
-    text.append(f"{batch.places[b]}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
+    text.append(f"{place}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
     # Neighbours that are both learned, or both not, together: a character may span tokens. What is
     # not learned at the end is no input, and the batch does not hold it.
     pairs = [(is_learned, token) for is_learned, token in zip(learned, ids) if token != IGNORE]
@@ -94,7 +103,7 @@ def inspect_data(
     inputs = open_inputs(config, console, writes=False, weights=False)
     training = inputs.config.training
     batches = batches_of(inputs.train, inputs.config.data, training)
-    tokens = int((inputs.train.lengths - 1).sum())
+    tokens = inputs.train.positions
     length = RunLength.of(training, batches, len(inputs.train))
 
     def describe(console: Console, show: int) -> None:

@@ -95,8 +95,12 @@ def documents_of(
     if examples is None:
         full = [padded_width(config.data.max_length - 1)] * rows
         return full, full, supervised
-    lengths = np.sort(examples.lengths - 1)
-    return lengths[-rows:].tolist(), _representative(lengths, rows), supervised
+    documents = examples.document_lengths
+    documents = documents[np.argsort(documents[:, 0] * documents[:, 1], kind="stable")]
+    largest = [length - 1 for n, length in documents[-rows:].tolist() for _ in range(n)]
+    usual = np.sort(np.repeat(documents[:, 1] - 1, documents[:, 0]))
+    n_usual = round(rows * len(usual) / len(documents))
+    return largest, _representative(usual, n_usual), supervised
 
 
 def _representative(lengths: np.ndarray, n: int) -> list[int]:
@@ -349,7 +353,7 @@ def plan_inputs(inputs: Inputs) -> Plan:
         inputs.validation: n_validations * FORWARD,
         inputs.test: 2 * FORWARD,
     }
-    work = sum(float((rows.lengths - 1).sum()) * n for rows, n in times.items() if rows)
+    work = sum(rows.positions * n for rows, n in times.items() if rows)
     return replace(made, run_seconds=work / (made.tokens_per_second * everyone.size))
 
 

@@ -23,7 +23,7 @@ from mlx_qlora.errors import ConfigError, DataError, listing
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 # Of these files and of how rows are encoded; part of every cache key.
-VERSION = f"1, mlx-qlora {__version__}"
+VERSION = f"2, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed
 ROW = np.dtype(
@@ -31,6 +31,8 @@ ROW = np.dtype(
         ("start", "<i8"),  # of its ids in tokens.bin
         ("length", "<i4"),
         ("supervised", "<i4"),
+        ("documents", "<i4"),  # that it became
+        ("longest", "<i4"),  # ids of the longest of them
         ("cut", "<i4"),  # ids that truncation removed
         ("file", "<i4"),
         ("line", "<i8"),
@@ -92,7 +94,9 @@ class TokenStore:
             stored = np.where(learned, ~ids, ids).astype(np.int32)
             made = hash64(stored.tobytes())
             supervised, said = int(np.count_nonzero(learned)), made if said is None else said
-            table.append((start, len(stored), supervised, cut, file, line, said, made))
+            longest = int(np.diff([0, *starts, len(stored)]).max())
+            figures = (len(stored), supervised, 1 + len(starts), longest, cut)
+            table.append((start, *figures, file, line, said, made))
             tokens.append(stored)
             start += len(stored)
         return cls(np.concatenate(tokens), np.array(table, ROW))
@@ -405,6 +409,23 @@ class Examples(Sequence[Example]):
     def lengths(self) -> np.ndarray:
         """(n,) int32: tokens of each row."""
         return self._store.rows["length"][self._rows]
+
+    @property
+    def positions(self) -> int:
+        """Positions of one pass: the last token of a document is only a label."""
+        rows = self._store.rows
+        return int((rows["length"][self._rows] - rows["documents"][self._rows]).sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self._store.rows["longest"][self._rows].max(initial=0))
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each row's documents, were they of one length: (n, 2) of how many, length."""
+        rows = self._store.rows[self._rows]
+        return np.stack([rows["documents"], rows["length"] // rows["documents"]], axis=1)
 
     @property
     def contents(self) -> np.ndarray:

@@ -399,7 +399,7 @@ def _split(
 
 def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
     """Raises a ConfigError for rows that are longer than the model has positions for."""
-    longest = max(int(part.lengths.max()) for part in parts if part)
+    longest = max(part.longest for part in parts if part)
     most = llama.max_position_embeddings
     if longest > most:
         raise ConfigError(

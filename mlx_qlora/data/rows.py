@@ -18,6 +18,7 @@ ROLES = {"human": "user", "function": "tool", "observation": "tool"} | dict.from
 )
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # what a template is given
 # Marks of a message: 0 and false take it out of what is learned, and so does `masked`.
 MARKS = ("weight", "train", "training", "loss", "trainable", "masked")
 # Fields in which a message has its thoughts apart from what it says.
@@ -152,6 +153,8 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
     try:
         form = detect_format(ours) if form == "auto" else form
         said = FORMATS[form](ours)
+        if not isinstance(said, Chat) and ours.get("chat_template_kwargs"):
+            raise DataError("field 'chat_template_kwargs' is for rows of messages")
         if form not in ("messages", "sharegpt") and "system" not in columns:
             return said
         system = _text_of(ours, "system", optional=True)
@@ -298,8 +301,10 @@ def _json(text: str, what: str) -> Any:
 def _chat(messages: list[Message], row: Mapping[str, Any]) -> Chat:
     """A chat up to the last message to learn; OpenAI's `weight` 0 takes one out."""
     options = row.get("chat_template_kwargs")
-    if not isinstance(options or {}, Mapping):
+    if not isinstance(options or {}, Mapping) or not all(isinstance(k, str) for k in options or {}):
         raise DataError("field 'chat_template_kwargs' must be an object")
+    if reserved := RESERVED & (options or {}).keys():
+        raise DataError(f"field 'chat_template_kwargs' may not hold {', '.join(sorted(reserved))}")
     weights = [message.pop("weight", 1) for message in messages]
     learned = [m["role"] == "assistant" and w != 0 for m, w in zip(messages, weights)]
     if True not in learned:

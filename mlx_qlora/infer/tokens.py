@@ -171,6 +171,8 @@ class PromptCache:
         now = _weights(model)
         if len(now) != len(self._weights) or any(a is not b for a, b in zip(now, self._weights)):
             return 0
+        if model.config.rope.by_length:  # keys of another text's length
+            return 0
         longest = min(len(self.ids), len(prompt) - 1)
         return next((i for i in range(longest) if self.ids[i] != prompt[i]), longest)
 
@@ -224,6 +226,13 @@ def _weights(model: LlamaForCausalLM) -> list[Any]:
 
 # ---- tokens --------------------------------------------------------------------------------------
 
+PREFILL = 2048  # mlx-lm's own choice
+
+
+def prefill_step(model: LlamaForCausalLM, longest: int) -> int:
+    """Tokens of a prompt that are computed at once; all, where its length decides their RoPE."""
+    return max(PREFILL, longest) if model.config.rope.by_length else PREFILL
+
 
 def generate_tokens(
     model: LlamaForCausalLM,
@@ -254,6 +263,7 @@ def generate_tokens(
             sampler=sampler,
             logits_processors=[penalise] if config.repetition_penalty != 1 else None,
             prompt_cache=layers,
+            prefill_step_size=prefill_step(model, len(prompt)),
             kv_bits=kv_bits,
             kv_group_size=group,
             quantized_kv_start=0,
@@ -295,8 +305,12 @@ def batch_tokens(
     processors: Any = [repetition_processor(config.repetition_penalty)] if penalise else []
     # Prompts of similar length start together, as the shorter ones are padded.
     order = sorted(range(n), key=lambda i: -len(prompts[i]))
+    longest = max(map(len, prompts), default=0)
     generator = BatchGenerator(
-        model, completion_batch_size=batch_size, prefill_batch_size=batch_size
+        model,
+        completion_batch_size=batch_size,
+        prefill_batch_size=batch_size,
+        prefill_step_size=prefill_step(model, longest),
     )
     try:
         uids = generator.insert(

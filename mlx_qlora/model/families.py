@@ -477,7 +477,7 @@ def refusal(config: dict[str, Any]) -> str:
     text = config.get("text_config")
     if isinstance(text, dict):
         inner = text.get("model_type")
-        if inner in FAMILIES:
+        if isinstance(inner, str) and inner in FAMILIES:
             return (
                 f"{kind!r} sees images; its text part, {inner!r}, can be tuned alone: load it with "
                 "transformers, save its language model (`model.model.language_model` with its "

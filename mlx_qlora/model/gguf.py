@@ -25,7 +25,7 @@ import numpy as np
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.quantize import QuantConfig, pack, unpack
-from mlx_qlora.model.rope import RopeConfig, rope_periods
+from mlx_qlora.model.rope import LAYER_KINDS, RopeConfig, rope_periods
 from mlx_qlora.tree import number
 
 # ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX reads.
@@ -53,6 +53,7 @@ BITS = {
     **dict.fromkeys(("IQ3_XXS", "IQ3_S"), 5),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"), 5),
 }
+BIASES = {"attention_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up"}
 STRING, ARRAY = 8, 9  # metadata types; the scalars with their struct codes:
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
@@ -66,6 +67,7 @@ ARCHITECTURES = {
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False),
     "olmo2": ("olmo2", False),
+    "olmo3": ("olmo2", False),
     "seed_oss": ("seed_oss", False),
     "phi3": ("phi3", False),
     "gemma2": ("gemma2", False),
@@ -185,6 +187,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
                 loaded[name] = _mapped(data, shape, kind, start + offset)
     factors = {name: loaded.pop(f"{name}.weight", None) for name in FACTORS}
     config = _hf_config(path, metadata, "output.weight" not in loaded, factors)
+    for field, name in BIASES.items():
+        if f"blk.0.{name}.bias" in loaded or config["model_type"] in ("glm4", "seed_oss"):
+            config[field] = f"blk.0.{name}.bias" in loaded
     llama = LlamaConfig.from_hf(config)
     last = f"blk.{llama.num_hidden_layers - 1}.attn_output.weight"
     if last not in loaded:
@@ -305,6 +310,15 @@ def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
 # ---- GGUF's terms -> Hugging Face's --------------------------------------------------------------
 
 FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"
+# Keys that change what a model computes: what no family reads is refused.
+ARITHMETIC = {
+    *("attention.scale", "attention.clamp_kqv", "attention.causal", "attention.max_alibi_bias"),
+    *("attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping"),
+    *("embedding_scale", "residual_scale", "logit_scale", "final_logit_softcapping"),
+    *("rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+    *("rope.scaling.yarn_log_multiplier", "rope.freq_base_swa", "rope.scaling.alpha"),
+}
 
 
 def _hf_config(
@@ -312,15 +326,21 @@ def _hf_config(
 ) -> dict[str, Any]:
     arch = metadata.get("general.architecture")
     kind = next((kind for kind, (name, _) in ARCHITECTURES.items() if name == arch), None)
+    if kind == "olmo2" and f"{arch}.attention.sliding_window" in metadata:
+        kind = "olmo3"  # which llama.cpp gives no name of its own
+    asked: set[str] = set()
     if kind is None:
         known = ", ".join(dict.fromkeys(name for name, _ in ARCHITECTURES.values()))
         raise WeightsError(f"{path}: architecture {arch!r} is not supported; supported: {known}")
 
     def read(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{arch}.{key}", default)
+        asked.add(key)
         if value is None:
             raise WeightsError(f"{path}: the metadata lacks {arch}.{key}")
-        return value.item() if isinstance(value, mx.array) else value
+        if isinstance(value, (mx.array, np.ndarray)):
+            return value.item() if value.size == 1 and not value.ndim else value.tolist()
+        return value
 
     def maybe(key: str) -> Any:
         return read(key) if f"{arch}.{key}" in metadata else None
@@ -334,7 +354,7 @@ def _hf_config(
             raise WeightsError(f"{path}: {arch}.{key} must be a positive integer; got {value!r}")
         return value
 
-    if "tokenizer.ggml.tokens" not in metadata:
+    if not isinstance(metadata.get("tokenizer.ggml.tokens"), list):
         raise WeightsError(f"{path}: the metadata lacks tokenizer.ggml.tokens")
     heads, hidden, layers = (
         count(key) for key in ("attention.head_count", "embedding_length", "block_count")
@@ -379,6 +399,15 @@ def _hf_config(
         old = read("rope.scaling.original_context_length")
         config |= {"rope_scaling": {"rope_type": "longrope", **lists, **given}}
         config |= {"original_max_position_embeddings": old}
+    elif scaling == "yarn" and kind == "olmo3" and maybe("rope.scaling.attn_factor"):
+        config["rope_scaling"]["attention_factor"] = maybe("rope.scaling.attn_factor")
+    if count("attention.value_length", head_dim) != head_dim:
+        raise WeightsError(f"{path}: values of another size than keys are not supported")
+    harmless = {None, 0, 1.0}
+    for key in ARITHMETIC - asked:
+        value = maybe(key)
+        if value is False or isinstance(value, list) or value not in harmless:
+            raise WeightsError(f"{path}: {arch}.{key} = {value!r} is not supported")
     if (freqs := factors["rope_freqs"]) is not None:
         config["rope_scaling"] = _llama3_scaling(path, freqs, config["rope_theta"])
     return config
@@ -386,7 +415,17 @@ def _hf_config(
 
 def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
     """The fields that a family has besides; what llama.cpp has in its code stands here."""
-    given: dict[str, Any] = {"sliding_window": maybe("attention.sliding_window")}
+    if kind in ("qwen2", "qwen3", "llama", "smollm3", "glm4", "granite", "seed_oss"):
+        given: dict[str, Any] = {}
+    else:  # Phi-4's file says 0 where there is none
+        given = {"sliding_window": maybe("attention.sliding_window") or None}
+    pattern = (
+        maybe("attention.sliding_window_pattern") if kind in ("gemma3_text", "olmo3") else None
+    )
+    if isinstance(pattern, list):
+        given["layer_types"] = [LAYER_KINDS[bool(slides)] for slides in pattern]
+    elif pattern is not None and kind == "gemma3_text":
+        given["sliding_window_pattern"] = pattern
     # The largest Gemma 2 and 3 scale by the width of a head that they would have without head_dim.
     by_width = config["num_hidden_layers"] in (46, 62)
     width = config["hidden_size"] // config["num_attention_heads"]
@@ -405,8 +444,6 @@ def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
             ("logits_scaling", "logit_scale"),
         ):
             given[field] = maybe(key)
-    if kind in ("qwen2", "qwen3", "llama", "smollm3"):
-        given.pop("sliding_window")
     kept_null = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     return {k: v for k, v in given.items() if v is not None or k in kept_null}
 

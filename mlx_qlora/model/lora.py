@@ -393,7 +393,8 @@ def _originals(model: LlamaForCausalLM) -> dict[str, Any]:
 def for_model(model: LlamaForCausalLM, config: LoraConfig) -> LoraConfig:
     """With the names that a model has for all seven, where some of them are one matrix."""
     names = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in _linears(model)))
-    if config.target_modules != ALL_SEVEN or names == ALL_SEVEN:
+    wanted = config.target_modules
+    if isinstance(wanted, str) or set(wanted) != set(ALL_SEVEN) or set(names) == set(ALL_SEVEN):
         return config
     return replace(config, target_modules=names)
 

@@ -251,3 +251,35 @@ def test_ids_are_those_of_the_tokenizers_own_library(name):
     ):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
         assert ours.decode(ours.encode(text)) == text
+
+
+def test_what_is_shown_of_a_row_is_each_of_its_documents():
+    """`inspect` and `--dry-run` show rows; the longest document decides what fits."""
+    import io
+
+    from rich.console import Console
+
+    from mlx_qlora.before.inspect import print_rows
+
+    qwen = load_tokenizer(npm_tokenizers.folder("qwen3"))
+    rows = [ROWS["several turns"], ROWS["one turn"], ROWS["thoughts"]]
+    examples = mq.read_examples(rows, qwen, mq.DataConfig(cache_dir=None))
+    shown = io.StringIO()
+    print_rows(make_batches(examples, 2, shuffle=False), qwen, 3, Console(file=shown, width=200))
+    text = shown.getvalue()
+    places = [line.split(": ")[0] for line in text.splitlines() if line.startswith("rows:")]
+    assert places == ["rows:1", "rows:1", "rows:2", "rows:3", "rows:3"]
+    for learned in ("Hello.<|im_end|>⟧", "More.<|im_end|>⟧", "⟦<think>\nhm", "⟦<think>\nso"):
+        assert learned in text
+    assert examples.longest < examples.lengths.max()
+    assert examples.positions == examples.lengths.sum() - 5
+    assert examples.document_lengths[:, 0].tolist() == [2, 1, 2]
+
+
+def test_what_a_row_may_not_give_the_template_is_refused():
+    row = {**ROWS["one turn"], "chat_template_kwargs": {"messages": []}}
+    with pytest.raises(DataError, match="may not hold messages"):
+        read_row(row, "auto")
+    row = {"instruction": "a", "output": "b", "chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(DataError, match="is for rows of messages"):
+        read_row(row, "auto")

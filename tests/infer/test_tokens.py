@@ -19,6 +19,7 @@ from mlx_qlora.infer.tokens import (
     generate_tokens,
     repetition_processor,
 )
+from mlx_qlora.model.llama import LlamaConfig
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,7 @@ def test_equal_logits_give_equal_draws_whatever_stands_beside():
 
     class Flat:
         layers = (None,)
+        config = LlamaConfig(4, 1, 1, 1, 4, 4, 50)
 
         def make_cache(self) -> list[Any]:
             from mlx_lm.models.cache import KVCache

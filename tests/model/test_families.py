@@ -253,3 +253,17 @@ def test_text_is_the_same_alone_in_a_batch_and_after_a_prompt_cache(name, tmp_pa
     if any(model.config.windows):
         with pytest.raises(mq.ConfigError, match="kv_bits"):
             mq.generate(model, tokenizer, prompts[0], kv_bits=8, **how)
+
+
+def test_a_prompt_beyond_one_prefill_is_rotated_by_its_whole_length(tmp_path):
+    """LongRoPE's factors depend on it; mlx-lm computes 2,048 tokens at a time."""
+    from mlx_qlora.infer.tokens import PREFILL, GenerationConfig, generate_tokens
+
+    long = {"original_max_position_embeddings": PREFILL + 50, "max_position_embeddings": 8192}
+    hf = make_family("phi3-long", **long)
+    hf.save_pretrained(tmp_path)
+    model, prompt = load_folder(tmp_path), random_tokens(1, PREFILL + 200, seed=5)[0].tolist()
+    greedy = GenerationConfig(temperature=0.0, repetition_penalty=1.0, max_new_tokens=2)
+    first = next(generate_tokens(model, prompt, greedy))
+    assert first == int(torch_logits(hf, np.array([prompt]))[0, -1].argmax())
+    assert our_logits(model, np.array([prompt]))[0, -1].argmax() == first

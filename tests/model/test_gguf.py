@@ -412,6 +412,35 @@ def test_a_family_s_file_is_the_model(name: str, tmp_path: Path) -> None:
     assert np.abs(our_logits(load_folder(path), tokens) - theirs).max() < 2e-5 * theirs.std()
 
 
+def test_olmo_3_is_not_taken_for_olmo_2_which_has_its_architecture(tmp_path: Path) -> None:
+    oracle = make_family("olmo3", rope_scaling=None)
+    path = write_family_gguf(tmp_path / "f.gguf", oracle, gguf.MODEL_ARCH.OLMO2)
+    tokens = random_tokens(2, 40)
+    theirs = torch_logits(oracle, tokens)
+    model = load_folder(path)
+    assert model.config.windows == (7, 7, 7, None)
+    assert np.abs(our_logits(model, tokens) - theirs).max() < 2e-5 * theirs.std()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.scale", 0.5),
+        ("logit_scale", 8.0),
+        ("attention.clamp_kqv", 3.0),
+        ("attention.sliding_window", 7),
+        ("rope.scaling.attn_factor", 2.0),
+        ("attn_logit_softcapping", 50.0),
+        ("attention.value_length", 32),
+    ],
+)
+def test_a_key_that_changes_the_arithmetic_and_is_not_read_is_refused(
+    key: str, value: float, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "f.gguf", make_hf_model(), metadata={key: value})
+    assert re.search(f"llama.{key} = .* is not supported|values of another size", refusal(path))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_adapter_of_a_family_fits_its_gguf_base(name: str, tmp_path: Path) -> None:
     """Its matrices, added to the base's in llama.cpp's own order, make our adapted model."""
