@@ -262,25 +262,23 @@ def _llama(c: Fields) -> Facts:
     return {**_biases(c), "mlp_bias": c.flag("mlp_bias")}
 
 
-def _mistral(c: Fields) -> Facts:
+def _mistral(c: Fields, layer_types: bool = False) -> Facts:
     size = c.config.get("sliding_window", 4096)
-    return {"windows": c.windows(lambda i: size is not None, size, layer_types=False)}
+    return {"windows": c.windows(lambda i: size is not None, size, layer_types)}
 
 
 def _ministral(c: Fields) -> Facts:
     c.count("head_dim")
-    size = c.config.get("sliding_window", 4096)
-    return {"windows": c.windows(lambda i: size is not None, size)}
+    return _mistral(c, layer_types=True)
 
 
 def _qwen(c: Fields) -> Facts:
     first = c.config.get("max_window_layers", 28)
     if type(first) is not int:
         c.problems.append(f"max_window_layers must be a whole number; got {first!r}")
-        first = 0
+        return {}
     size = c.config.get("sliding_window", 4096) if c.flag("use_sliding_window") else None
-    windows = c.windows(lambda i: size is not None and i >= first, size)
-    return {"windows": windows}
+    return {"windows": c.windows(lambda i: size is not None and i >= first, size)}
 
 
 def _qwen2(c: Fields) -> Facts:
