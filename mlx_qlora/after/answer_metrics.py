@@ -207,7 +207,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether the change is a good one, or cannot be told from chance."""
+        """Whether the change is a good one, or within chance."""
         if self.change is None:
             return ""
         if not self.change.known:

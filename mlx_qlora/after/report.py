@@ -97,7 +97,7 @@ class Report:
 
     @property
     def subtitle(self) -> str:
-        """The settings by which runs are told apart."""
+        """The settings that distinguish runs."""
         lora, model = self.config.lora, self.config.model
         kind = "DoRA" if lora.use_dora else "LoRA"
         weights = f"{model.bits}-bit weights" if model.bits else "the file's own precision"

@@ -94,7 +94,7 @@ class SweepResult:
     stages: list[Stage]
     winner: Trial | None  # to go on with; None while the sweep is under way
     best: RunConfig | None  # in `best.yaml`: the winner's, into a folder of its own
-    findings: list[str]  # what is better than what, and what cannot be told apart
+    findings: list[str]  # what is better than what, and what is within chance
     command: str  # trains the winner for as long as the sweep's config says
     record: dict[str, Any] = field(repr=False)  # all of that as it stands in `sweep.json`
 
@@ -172,9 +172,9 @@ def stage_findings(stage: Stage, trials: dict[Point, Trial]) -> list[str]:
     winner, lowest = stage.winner.label(stage.fields), stage.rungs[-1][1][0]
     if lowest != stage.winner:
         findings.append(
-            f"{lowest.label(stage.fields)} has the lowest loss, but cannot be told from {winner}: "
-            "of equals the lower learning rate, then the lower rank, then the smaller batch is "
-            "taken"
+            f"{lowest.label(stage.fields)} has the lowest loss, but its lead over {winner} is "
+            "within chance: of equals the lower learning rate, then the lower rank, then the "
+            "smaller batch is taken"
         )
     for point in stage.points:
         if point == stage.winner:

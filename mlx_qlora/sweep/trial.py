@@ -223,13 +223,13 @@ def standard_error(measured: Measured) -> float:
 
 
 def ties(finalists: Sequence[Measured]) -> list[int]:
-    """Positions of the best of some models, and of those that cannot be told from it."""
+    """Positions of the best of some models, and of those whose distance to it is within chance."""
     best = min(finalists, key=lambda measured: measured.validation_loss)
     return [i for i, each in enumerate(finalists) if not is_clear(difference(each, best))]
 
 
 def in_words(first: str, second: str, apart: Interval) -> str:
-    """One sentence: which one is better and by how much, or that they cannot be told apart."""
+    """One sentence: which one is better and by how much, or that chance may have made it so."""
     better, worse = (first, second) if apart.estimate < 0 else (second, first)
     # Both ends: the interval reaches farther to the side where single examples differ much.
     low, high = (-apart.high, -apart.low) if apart.estimate < 0 else (apart.low, apart.high)

@@ -327,7 +327,7 @@ def test_indistinguishable_candidates_are_reported_and_the_cautious_one_taken(pl
     same = [line for line in result.findings if "indistinguishable" in line]
     assert len(same) == 2 and all(line in printed for line in same)
     best = min(result.trials, key=lambda t: t.measured[-1].validation_loss)
-    said = any("has the lowest loss, but cannot be told from" in x for x in result.findings)
+    said = any("has the lowest loss, but its lead over" in x for x in result.findings)
     assert said == (best is not winner)
 
 
