@@ -240,8 +240,9 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     if rotated % 2 or (rotated == 2 and facts["rope"].rope_type in ("dynamic", "alpha")):
         fields.problems.append(f"head_dim must be even for RoPE; got {head_dim}")
     for name in ("short_factor", "long_factor"):
-        if (factors := getattr(facts["rope"], name)) and len(factors) != rotated // 2:
-            fields.problems.append(f"{name} must hold {rotated // 2} numbers; got {len(factors)}")
+        n, is_long = len(getattr(facts["rope"], name)), facts["rope"].rope_type == "longrope"
+        if is_long and n != rotated // 2:
+            fields.problems.append(f"{name} must hold {rotated // 2} numbers; got {n}")
     if fields.problems:
         message = "config.json describes no model that we can run"
         raise WeightsError(f"{message}:\n{listing(fields.problems)}")
