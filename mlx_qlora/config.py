@@ -115,10 +115,10 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
             continue
         if not isinstance(fields, dict):
             raise ConfigError(f"section {name} must hold fields, got {fields!r}")
-        own = hints.get(name, {})
+        own = {key: f"{name}.{key}" for key in hints.get(name, {})}
         for key in (key for key in map(str, fields) if key not in own):
             # People forget in which section a field is.
-            hint = did_you_mean(key, own, field_words() | INSTEAD) or "; see --help-all"
+            hint = did_you_mean(key, (), field_words() | INSTEAD | own) or "; see --help-all"
             unknown.append(f"unknown field {f'{name}.' * bool(name)}{key}{hint}")
     if unknown:
         several = f"{len(unknown)} names are unknown:\n{listing(unknown)}"
@@ -279,19 +279,21 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
     lines = []
     if asked.per_device_train_batch_size == "auto" or asked.gradient_accumulation_steps == "auto":
         in_step = training.rows * training.accumulation * processes().size
-        rows = f"{len(examples):,} rows x {passes:.3g} passes"
-        lines.append(f"batch     {in_step} examples in a step: {rows} make {steps:,} steps")
+        often = "once" if round(passes, 2) == 1 else f"{passes:.3g} times"
+        read = f"{len(examples):,} rows, read {often}"
+        lines.append(f"batch     {in_step} examples in a step: {read}, make {steps:,} steps")
     if asked.warmup_steps is None:
         share = f"warmup_ratio {asked.warmup_ratio:g} of {steps:,}"
         lines.append(f"warmup    {training.warmup_steps} steps: {share}")
     if asked.learning_rate == "auto":
         lines.append(f"rate      {training.peak:.3g}: by the model's width")
-    every = {"eval_steps": "validation", "save_steps": "a checkpoint"}
+    every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
     if auto:
         what = " and ".join(every[name] for name in auto)
         n = getattr(checkpointing, auto[0])
-        lines.append(f"every     {n} steps {what}: {AUTO_EVERY}")
+        each = "step" if n == 1 else f"{n:,} steps"
+        lines.append(f"every     {each} {what}: {AUTO_EVERY}")
     return lines
 
 

@@ -366,7 +366,12 @@ def _run(
             save_adapter(model, inputs.output, inputs.base)
             inputs.tokenizer.save(inputs.output)
             say(console, _summary(result))
-        observer.after(result)
+        try:
+            observer.after(result)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"stopped while the run was scored; the adapter in {inputs.output} is whole"
+            ) from stop
         if everyone.is_first:
             # Last: it shows figures of the run.
             write_whole(inputs.output / CARD, model_card(read_facts(inputs.output)))

@@ -26,6 +26,7 @@ FEWEST = 5  # logged losses, or 3 validations, before anything is said
 SHORT = 30  # steps: before that, a stretch of losses says more of its rows than of the run
 RISE = 0.02  # of the validation loss above its best, while the training loss falls
 LITTLE = 0.03  # fall of the loss over a whole run
+LITTLE_NEARER = 0.005  # likeness of the answers: less would show as the same percentage
 EXPLODED = 1.5  # times the best stretch
 STUTTER = 0.10  # more repeated first choices than the references have
 
@@ -224,7 +225,7 @@ def learned(
     if loss is None or near is None:
         return Answer(question, f"Perhaps: {fell}", f"{why} No answers were compared.", "note")
     why += f" Likeness of the answers to the references: {near[0]:.0%} → {near[1]:.0%}."
-    if near[1] <= near[0]:
+    if near[1] < near[0] + LITTLE_NEARER:
         return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
     return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
 

@@ -101,9 +101,8 @@ class Report:
         lora, model = self.config.lora, self.config.model
         kind = "DoRA" if lora.use_dora else "LoRA"
         weights = f"{model.bits}-bit weights" if model.bits else "the file's own precision"
-        history, peak = self.result.log_history, self.config.training.learning_rate
-        highest = max((r["learning_rate"] for r in history if "learning_rate" in r), default=peak)
-        rate = f"learning rate up to {highest:.3g}"
+        peak = self.config.training.learning_rate
+        rate = f"learning rate {peak if isinstance(peak, str) else format(peak, '.3g')}"
         return f"{kind} of rank {lora.r} on {weights}, {self.result.steps:,} steps, {rate}"
 
     @cached_property

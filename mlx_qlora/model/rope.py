@@ -129,8 +129,8 @@ def rope_from_hf(
             legal = name == "truncate" and isinstance(number, bool)
             if not (legal or (_is_number(number) and 0 < number < math.inf)):
                 raise WeightsError(f"config.json: {name} must be a positive number; got {value!r}")
-    if theta < 1:
-        raise WeightsError(f"config.json: rope_theta must be at least 1; got {theta!r}")
+    if theta <= 1:
+        raise WeightsError(f"config.json: rope_theta must be above 1; got {theta!r}")
     if share > 1 or (share < 1 and not parts):
         raise WeightsError(f"config.json: partial_rotary_factor {share} is not supported here")
     if kind == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:

@@ -75,7 +75,7 @@ class TrainingConfig:
         elif self.max_steps is not None and self.num_train_epochs is not None:
             raise ConfigError(
                 "training.max_steps and training.num_train_epochs exclude each other; "
-                f"got {self.max_steps} and {self.num_train_epochs}"
+                f"got {self.max_steps} and {self.num_train_epochs}: leave one of them out"
             )
         sizes = "per_device_train_batch_size", "gradient_accumulation_steps"
         for name in (*sizes, "learning_rate"):

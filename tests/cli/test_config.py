@@ -182,7 +182,7 @@ def test_a_rate_may_be_written_in_any_way(tmp_path, text):
     [
         ({"trainng": {}}, ["unknown section 'trainng'", "did you mean 'training'"]),
         ({"x": {}}, ["unknown section 'x'", "sections are model, lora, data"]),
-        ({"training": {"learning_rat": 1}}, ["training.learning_rat", "'learning_rate'"]),
+        ({"training": {"learning_rat": 1}}, ["training.learning_rat", "training.learning_rate?"]),
         ({"training": {"lora_alpha": 1}}, ["training.lora_alpha", "did you mean lora.lora_alpha?"]),
         ({"training": {"output_dir": "x"}}, ["did you mean checkpointing.output_dir?"]),
         ({"training": {True: 5}}, ["unknown field training.True"]),  # as YAML reads `on: 5`
