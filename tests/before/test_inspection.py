@@ -348,7 +348,7 @@ def test_no_weight_is_loaded(tmp_path, data, capsys):
         ("--max-length 3", "no usable row in"),
         ("--show -1", "--show must be at least 0; got -1"),
         ("--refused no/such/folder", "data.refused_path: no/such/folder cannot be written"),
-        ("data.form=text", "unknown field data.form; did you mean 'format'?"),
+        ("data.form=text", "unknown field data.form; did you mean data.format?"),
         ("data.format=text", "field 'text' is missing"),
         ("data.template=no.jinja", "'no.jinja' cannot be read"),
     ],
