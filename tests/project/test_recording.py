@@ -49,7 +49,7 @@ def test_a_command_shown_parses_and_is_shown_whole(command, capsys, tmp_path, mo
 
 def test_the_run_shown_learned_and_ended():
     shown = "\n".join(lines_of(SVG))
-    before, after = re.findall(r"test +loss ([\d.]+) -> ([\d.]+)", shown)[0]
+    before, after = re.findall(r"held out +loss ([\d.]+) -> ([\d.]+)", shown)[0]
     assert float(after) < float(before)
     assert re.search(r"step 8/8 +loss", shown) and "adapter in outputs" in shown
     assert not re.search(r"/tmp|/home|/Users|/root|Traceback|[Ww]arning", shown)
