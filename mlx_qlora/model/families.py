@@ -172,7 +172,7 @@ class Fields:
 
 
 LAYERS = "num_hidden_layers"
-MAY_LACK_HEAD_DIM = ("llama", "mistral", "hunyuan_v1_dense", "seed_oss")  # null is as if left out
+MAY_LACK_HEAD_DIM = ("llama", "mistral", "seed_oss")  # null is as if left out
 NEED_KV_HEADS = ("mistral", "ministral", "exaone4", "cwm", "gemma2", "gemma3_text", "glm4")
 WHOLE_NUMBERS = ("sliding_window", "no_rope_layer_interval")
 Facts = dict[str, Any]  # fields of a LlamaConfig
@@ -355,9 +355,8 @@ def _exaone4(c: Fields) -> Facts:
 
 def _hunyuan(c: Fields) -> Facts:
     names = "query_layernorm", "key_layernorm"
+    c.count("head_dim")
     rope = c.rope(alpha=True)
-    if rope.rope_type == "alpha":
-        c.count("head_dim")
     return {**_biases(c), "head_norms": AFTER_ROPE, "head_norm_names": names, "rope": rope}
 
 
