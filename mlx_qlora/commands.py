@@ -62,7 +62,7 @@ class Terminal(Console):
 def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunConfig:
     """Build the config: the file, then the flags, then the overrides; later ones win.
 
-    A preset fills in what none of them says. `notes` gets what is to be told about names.
+    A preset fills in what none of them says. The messages about names are appended to `notes`.
 
     Raises:
         ConfigError: a field that does not exist, that the command does not read, or a wrong value.
