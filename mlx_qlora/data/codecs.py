@@ -57,7 +57,8 @@ class TokenizersCodec:
 class SplitCodec:
     """tiktoken or SentencePiece: special tokens are cut out here, the rest goes to the package.
 
-    `whole` are tokens that match whole in text but are no control tokens.
+    `whole` are tokens that match whole in text but are no control tokens; `patterns` has regular
+    expressions for tokens that take in spaces around them, or stand only between words.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class SplitCodec:
         plain_size: int,
         encode_plain: Callable[[str], list[int]],
         decode_plain: Callable[[list[int]], str],
+        patterns: Mapping[str, str] | None = None,
     ):
         self._ids = dict(whole) | specials
         self._tokens = {i: token for token, i in self._ids.items()}
         longest_first = sorted(self._ids, key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        patterns = {token: re.escape(token) for token in longest_first} | dict(patterns or {})
+        self._pattern = re.compile(f"({'|'.join(patterns[token] for token in longest_first)})")
         self._encode_plain, self._decode_plain = encode_plain, decode_plain
         self.specials = specials
         self.size = max(plain_size, 1 + max(self._tokens, default=-1))
@@ -82,7 +85,7 @@ class SplitCodec:
         for ids, text in zip(encoded, texts):
             for n, part in enumerate(self._pattern.split(text)):
                 if n % 2:
-                    ids.append(self._ids[part])
+                    ids.append(self._ids[part if part in self._ids else part.strip()])
                 elif part:
                     ids.extend(self._encode_plain(part))
         return encoded
@@ -133,8 +136,12 @@ def open_tokenizers(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[
     # Special in the configuration alone still means: matched whole, and skipped by decode.
     named = [config.get(key) for key in NAMED_TOKENS]
     named += config.get("additional_special_tokens") or []
-    texts = [token_text(token) for token in named if token is not None]
-    backend.add_special_tokens([t for t in texts if backend.token_to_id(t) is not None])
+    flags = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for text in (token_text(token) for token in named if token is not None):
+        if backend.token_to_id(text) is not None:
+            token = flags.get(text) or AddedToken(text, normalized=False)
+            token.special = True  # its other flags, such as the spaces it takes in, stay
+            backend.add_special_tokens([token])
     prefix = [backend.id_to_token(i) for i in backend.encode("").ids[:1]]
     bos = config.get("bos_token")
     return TokenizersCodec(backend), {"add_bos_token": bos and prefix == [token_text(bos)]}
@@ -221,8 +228,17 @@ def open_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[Codec, di
     defaults = {key: model.id_to_piece(i) for key, i in ids.items() if i >= 0}
     # Each text between special tokens gets the dummy prefix, as in llama.cpp and in Llama 2's
     # tokenizer.json; transformers calls this legacy=True.
-    codec = SplitCodec(whole, specials, size, model.encode, model.decode)
+    patterns = {token["content"]: token_pattern(token) for _, token in added}
+    codec = SplitCodec(whole, specials, size, model.encode, model.decode, patterns)
     return codec, defaults | {"add_bos_token": True}
+
+
+def token_pattern(token: Mapping[str, Any]) -> str:
+    """A regular expression for an added token with its flags, as `tokenizers` matches it."""
+    space = {side: r"\s*" * bool(token.get(side)) for side in ("lstrip", "rstrip")}
+    text = re.escape(token["content"])
+    text = rf"(?<!\w){text}(?!\w)" if token.get("single_word") else text
+    return space["lstrip"] + text + space["rstrip"]
 
 
 def _added_tokens(config: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
