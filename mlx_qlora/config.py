@@ -144,7 +144,7 @@ def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dic
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
     """
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _NamesOnce)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
@@ -167,6 +167,17 @@ def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dic
         else:
             put(values, "", section, fields, notes)
     return values
+
+
+class _NamesOnce(yaml.SafeLoader):
+    """YAML in which a name may not stand twice: the second value would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for i, name in enumerate(names) if name in names[:i] and name != "<<"]:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice in what begins in line {line}")
+        return super().construct_mapping(node, deep)
 
 
 def put(
@@ -269,6 +280,56 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
         training=replace(training, warmup_steps=training.warmup_of(steps)),
         checkpointing=config.checkpointing.for_steps(steps),
     )
+
+
+def without_effect(
+    config: RunConfig, train: Examples, validation: Examples | None = None, packed: bool = False
+) -> list[str]:
+    """The fields that somebody set and that this run has no use for, each with the reason.
+
+    Args:
+        config: as it was asked for, before `settle`.
+        packed: whether the model's files hold quantised weights.
+
+    Raises:
+        ConfigError: a field that needs validation rows, and there are none.
+    """
+    checkpointing, training, default = config.checkpointing, config.training, RunConfig()
+    needy = {
+        "early_stopping_patience": checkpointing.early_stopping_patience is not None,
+        "load_best_model_at_end": checkpointing.load_best_model_at_end,
+    }
+    for name in (name for name, is_set in needy.items() if is_set and not validation):
+        raise ConfigError(
+            f"checkpointing.{name} needs validation rows, and there are none: name a file with "
+            "data.validation_path, or set data.split=auto"
+        )
+    files = "the weights are quantised in the files" * packed
+    adapter = "training goes on from an adapter" * (config.model.adapter is not None)
+    no_chats = not any(form in train.report.format for form in ("messages", "sharegpt", "made"))
+    greedy = "generation.temperature=0 takes the likeliest token"
+    own_files = config.data.validation_path is not None and config.data.test_path is not None
+    reasons = {
+        "checkpointing.eval_steps": "there are no validation rows" * (not validation),
+        "training.warmup_ratio": "training.warmup_steps is set"
+        * (training.warmup_steps is not None),
+        "model.bits": files * (config.model.bits is not None),
+        "model.group_size": files,
+        "model.mode": files,
+        "lora.init_lora_weights": adapter,
+        "data.history": "no row is a chat" * no_chats,
+        "data.split": "validation and test have files of their own" * own_files,
+        "data.packing": "rows are computed end to end, without padding, either way",
+        "generation.top_p": greedy * (config.generation.temperature == 0),
+        "generation.top_k": greedy * (config.generation.temperature == 0),
+    }
+    lines = []
+    for place, reason in reasons.items():
+        section, _, name = place.partition(".")
+        value = getattr(getattr(config, section), name)
+        if reason and value != getattr(getattr(default, section), name):
+            lines.append(f"{place}={value} is not used: {reason}")
+    return lines
 
 
 def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list[str]:

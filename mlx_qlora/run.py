@@ -29,7 +29,7 @@ from mlx_qlora.adapters.peft import (
     save_adapter,
 )
 from mlx_qlora.adapters.push import model_card, read_facts
-from mlx_qlora.config import RunConfig, explained, settle, to_dict, to_yaml
+from mlx_qlora.config import RunConfig, explained, settle, to_dict, to_yaml, without_effect
 from mlx_qlora.data.examples import DataReport, Examples
 from mlx_qlora.data.read import check_lengths, read_examples, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
@@ -252,6 +252,9 @@ def open_inputs(
     inputs = Inputs(settled, tokenizer, llama, train, validation, test, checkpoint)
     for report in inputs.reports:
         say(console, f"data      {report}")
+    packed = checkpoint is not None and bool(checkpoint.packing)
+    for line in without_effect(config, train, validation, packed) if writes else ():
+        warn(console, line)
     if split:
         parts = "split     {train:,} train, {validation:,} validation, {test:,} test"
         say(console, parts.format(**inputs.sizes))
@@ -332,6 +335,8 @@ def fine_tune(
         settled = settle(config, model.config, train_examples)
         for line in explained(config, settled, train_examples):
             say(console, line)
+        for line in without_effect(config, train_examples, validation):
+            warn(console, line)
         return Inputs(settled, tokenizer, model.config, train_examples, validation)
 
     return _run(model, everyone.agree(opened), console, None, 0)

@@ -62,9 +62,10 @@ class CheckpointingConfig:
     early_stopping_patience: int | None = option(
         None, "stop after so many validations without a better loss; null never does"
     )
-    resume_from_checkpoint: str = option(
+    resume_from_checkpoint: str | bool = option(
         "auto",
-        "auto, none or a checkpoint's folder to go on from. auto: the newest of the same run",
+        "auto (or true), none (or false), or a checkpoint's folder to go on from. auto: the newest "
+        "of the same run",
     )
 
     def __post_init__(self) -> None:
@@ -73,6 +74,9 @@ class CheckpointingConfig:
             legal = value in (None, "auto") or (isinstance(value, int) and value >= 1)
             rule = "be at least 1" + ", or auto" * name.endswith("_steps")
             require(legal, f"checkpointing.{name}", rule, value)
+        if isinstance(self.resume_from_checkpoint, bool):  # transformers' spelling
+            which = "auto" if self.resume_from_checkpoint else "none"
+            object.__setattr__(self, "resume_from_checkpoint", which)
         require(bool(self.output_dir), "checkpointing.output_dir", "name a folder", "nothing")
         object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
 
@@ -298,7 +302,7 @@ def checkpoint_to_resume(
             where there are some, or one that was made from another config, data or model, or with
             other numerics.
     """
-    wanted = config.resume_from_checkpoint
+    wanted = str(config.resume_from_checkpoint)
     if wanted == "none":
         return Start(None, state, [])
     if wanted != "auto":

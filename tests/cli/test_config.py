@@ -62,6 +62,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "packing": False,
         "shuffle": False,
         "strict": True,
+        "max_refused": 0.2,
         "refused_path": "refused.jsonl",
         "num_workers": 3,
         "cache_dir": "~/tokens",

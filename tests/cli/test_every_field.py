@@ -157,6 +157,7 @@ CASES: dict[str, list[Case]] = {
     "data.template": [
         Case("chat", "batches", base={"model.source": "{chat}"}),
         Case("{template}", "batches files"),
+        Case("alpaca-preamble", "batches", base={"data.template": "alpaca"}),
     ],
     "data.history": [
         Case("as_asked", "batches", base={"model.source": "{chat}", "data.path": "{chats}"})
@@ -171,6 +172,7 @@ CASES: dict[str, list[Case]] = {
     "data.packing": [Case(False, "", "batches adapter")],
     "data.shuffle": [Case(False, "batches")],
     "data.strict": [Case(True, base=SPOILT, error="data.strict: .* has 1 rows")],
+    "data.max_refused": [Case(0, base=SPOILT, error="3% of the rows of .* cannot be used")],
     "data.refused_path": [Case("refused.jsonl", "files", "batches adapter", SPOILT)],
     "data.num_workers": [
         Case(3, "processes", "batches adapter", {"data.num_workers": 0}),
@@ -211,6 +213,7 @@ CASES: dict[str, list[Case]] = {
     "checkpointing.early_stopping_patience": [Case(1, "rates validated", base=WORSE)],
     "checkpointing.resume_from_checkpoint": [
         Case("none", "batches", "adapter", again=True),  # auto has nothing left to train
+        Case(False, "batches", "adapter", again=True),
         Case("out/checkpoint-2", "batches", "adapter", again=True),
     ],
     "logging.logging_steps": [Case(2, "metrics", "batches adapter")],
