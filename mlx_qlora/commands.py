@@ -355,15 +355,16 @@ def _numbers(field: str, text: str) -> list[Any]:
 
 def _prompt(args: argparse.Namespace, can_chat: bool, data: "DataConfig") -> "str | list[Message]":
     """The question in the form that the model was taught."""
-    from mlx_qlora.data.chats import alpaca_prompt
+    from mlx_qlora.data.chats import ALPACA, alpaca_prompt
     from mlx_qlora.data.rows import chat_question
 
     if args.instruction is None and (args.raw or not can_chat):
         return args.prompt
     question = args.prompt
     if args.instruction is not None:
-        if data.template in ("auto", "alpaca") and not data.system:
-            return alpaca_prompt(args.instruction, args.input or "")
+        if data.template in ("auto", *ALPACA) and not data.system:
+            preamble = data.template == ALPACA[1]
+            return alpaca_prompt(args.instruction, args.input or "", preamble)
         question = chat_question(args.instruction, args.input or "")
     system = [{"role": "system", "content": data.system}] if data.system else []
     return [*system, {"role": "user", "content": question}]

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import is_mlx_lm, load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
+from mlx_qlora.data.chats import ALPACA
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import resolve
@@ -140,7 +141,7 @@ def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Token
         if (adapter / "chat_template.jinja").is_file():
             source = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
             tokenizer = tokenizer.with_chat_template(source)
-            if data.template not in ("auto", "alpaca", "chat"):
+            if data.template not in ("auto", *ALPACA, "chat"):
                 # The file that it was read from may be gone; this is its copy.
                 data = replace(data, template="chat")
     return replace(config, data=data), tokenizer

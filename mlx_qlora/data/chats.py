@@ -4,19 +4,37 @@ A template writes a chat. Where the text before each answer is a prefix of the w
 holds them all; where the template rewrites what came before, each answer gets a text of its own.
 """
 
+import contextlib
 import itertools
-import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_qlora.data.rows import THOUGHTS, Chat, Instruction, Message, Pair, Said, as_chat
+from mlx_qlora.data.rows import (
+    EMPTY,
+    HARMLESS,
+    THOUGHTS,
+    Chat,
+    Instruction,
+    Message,
+    Pair,
+    Said,
+    as_chat,
+)
 from mlx_qlora.data.tokenizer import GENERATED, Tokenizer, render_template
 from mlx_qlora.errors import DataError, TokenizerError
 
 # ---- a row as text -------------------------------------------------------------------------------
 
+ALPACA = ("alpaca", "alpaca-preamble")  # templates of ours
+NO_TEMPLATE = (
+    "the model has no chat template: name a file with one (data.template=FILE), or train the "
+    "instruct model of its family"
+)
+CANNOT_WRITE = (
+    "cannot write messages; leave it out, or name a file with a chat template if the model has none"
+)
 Segments = list[tuple[str, bool]]  # (text, whether it is learned), in order
 # A template that writes today's date would give a row other tokens tomorrow, so that a run could
 # not be continued. This day is the one that Llama 3.1's template falls back to.
@@ -27,45 +45,60 @@ ROW_DATE = (2024, 7, 26)
 class Template:
     """How rows are written; "auto" is alpaca for instructions, chat for messages."""
 
-    name: str  # "auto", "alpaca" or "chat"
+    name: str  # "auto", "alpaca", "alpaca-preamble" or "chat"
     source: str | None  # the Jinja source that writes chats; None if the model has none
     history: str = "auto"  # "joint", "as_asked", or the first of them that a template allows
 
-    def documents(self, said: Said, tokenizer: Tokenizer) -> list[Segments]:
+    def documents(self, said: Said, tokenizer: Tokenizer) -> tuple[list[Segments], set[str]]:
         """The texts of one row, each of which attends to itself alone, or a DataError.
 
         A template that rewrites what came before (drops thoughts, for instance) writes no text in
         which every answer stands as the model was asked for it: then each answer gets a text.
+
+        Returns:
+            The texts, and the names of fields of messages that the template does not read.
         """
-        apart = self.history != "joint" and self._writes_chat(said)
-        if not apart or self.history == "auto":
-            try:
-                return _with_thoughts(said, [self.segments(said, tokenizer)])
-            except NotNestedError:
-                if not apart:
-                    raise
-        return _with_thoughts(said, _as_asked(as_chat(said), self.source, tokenizer))
+        if self.history != "joint" and self._writes_chat(said):
+            chat = as_chat(said)
+            if self.history == "auto":
+                with contextlib.suppress(NotNestedError):
+                    return self._joint(chat, tokenizer)
+            return _complete(chat, self.source, tokenizer, _as_asked)
+        return self._joint(said, tokenizer)
+
+    def segments(self, said: Said, tokenizer: Tokenizer) -> Segments:
+        """One text for the row, cut where learned and unlearned text meet, or a DataError."""
+        return self._joint(said, tokenizer)[0][0]
+
+    def _joint(self, said: Said, tokenizer: Tokenizer) -> tuple[list[Segments], set[str]]:
+        if self._writes_chat(said):
+            return _complete(as_chat(said), self.source, tokenizer, _in_one_text)
+        if isinstance(said, Pair):
+            return [[(said.prompt, False), (said.completion, True)]], set()
+        if isinstance(said, Instruction):
+            prompt = alpaca_prompt(said.instruction, said.input, self.name == ALPACA[1])
+            return [[(prompt, False), (said.output, True)]], set()
+        raise DataError(f"data.template={self.name} {CANNOT_WRITE}")
 
     def _writes_chat(self, said: Said) -> bool:
         if isinstance(said, Chat):
-            return self.name != "alpaca"
+            return self.name not in ALPACA
         return self.name == "chat" and not (isinstance(said, Pair) and not said.prompt)
 
-    def segments(self, said: Said, tokenizer: Tokenizer) -> Segments:
-        """The text of one row, cut where learned and unlearned text meet, or a DataError."""
-        if isinstance(said, Pair) and (self.name in ("auto", "alpaca") or not said.prompt):
-            return [(said.prompt, False), (said.completion, True)]
-        if isinstance(said, Instruction) and self.name in ("auto", "alpaca"):
-            return [(alpaca_prompt(said.instruction, said.input), False), (said.output, True)]
-        if self.name == "alpaca":
-            raise DataError("data.template=alpaca cannot write messages; set data.template=chat")
-        return _chat_segments(as_chat(said), self.source, tokenizer)
+
+# What the Stanford project, and most trainers after it, write before an instruction.
+PREAMBLE = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately "
+    "completes the request.\n\n"
+)
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
+def alpaca_prompt(instruction: str, input: str = "", preamble: bool = False) -> str:
     """The text before the response, in training and when asking the tuned model."""
+    before = ", paired with an input that provides further context" if input else ""
     block = f"### Input:\n{input}\n\n" if input else ""
-    return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
+    task = f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
+    return PREAMBLE.format(before) + task if preamble else task
 
 
 UNKNOWN_BEGIN = (
@@ -85,7 +118,7 @@ Render = Callable[..., str]  # messages, and options of `render_template` -> tex
 def _renderer(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Render:
     """How the template writes messages of a chat; a DataError for what it cannot write."""
     if source is None:
-        raise DataError("the model has no chat template: set data.template to alpaca or to a file")
+        raise DataError(NO_TEMPLATE)
     source = tokenizer.template_for(source, chat.tools)
 
     def render(messages: list[Message], **how: Any) -> str:
@@ -133,7 +166,6 @@ def _visible(content: str) -> str:
 def _as_asked(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segments]:
     """For each answer the text that the model is asked with, and what it is to answer."""
     render = _renderer(chat, source, tokenizer)
-    _refuse_unwritten(chat, render(chat.messages))
     documents = []
     for i, message in enumerate(chat.messages):
         if chat.learned[i]:
@@ -161,11 +193,10 @@ def _answer(before: str, after: str, message: Message, tokenizer: Tokenizer) -> 
     return f"{thoughts.strip()}\n</{tag}>\n\n{rest}"
 
 
-def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segments:
-    """The segments of a chat, found by prefixes or, where those fail, by generation markers."""
+def _in_one_text(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segments]:
+    """The text of a chat, cut by prefixes or, where those fail, by generation markers."""
     render = _renderer(chat, source, tokenizer)
     whole = render(chat.messages)
-    _refuse_unwritten(chat, whole)
     segments: Segments = []
     at = 0
     for i, learned in enumerate(chat.learned):
@@ -178,10 +209,10 @@ def _chat_segments(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Segm
         # Templates that drop earlier thoughts, or open an answer with <think>, fail here.
         nested = whole.startswith(after) and after.startswith(before) and at <= len(before)
         if not nested or before == after:
-            return _marked_segments(chat, str(source), render(chat.messages, mark=True))
+            return [_marked_segments(chat, str(source), render(chat.messages, mark=True))]
         segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
         at = len(after)
-    return segments
+    return [segments]
 
 
 def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
@@ -199,46 +230,137 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     return segments[: last + 1]
 
 
-def _refuse_unwritten(chat: Chat, whole: str) -> None:
-    """Raises a DataError that names the first message, call or tool that the template leaves out.
+# ---- whether all that a chat says is there -------------------------------------------------------
 
-    Many templates ignore tools, and Llama 3.1's drops the text beside a call: the row would teach
-    other words than it says.
+Write = Callable[[Chat], list[Segments]]
+# What a template answers to, or what only says where a message is from.
+ROUTING = {"role", "content", "tool_calls", "tool_call_id"} | HARMLESS
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Something that a chat says."""
+
+    name: str
+    mark: str  # stands within it in a marked copy of the chat
+    learned: bool  # whether it must be among the learned words
+    field: str | None = None  # of a message, that a template may leave out: it is counted
+
+
+def _complete(
+    chat: Chat, source: str | None, tokenizer: Tokenizer, write: Callable[..., list[Segments]]
+) -> tuple[list[Segments], set[str]]:
+    """The documents of a chat, and the fields of messages that the template does not read.
+
+    Many templates ignore tools, Llama 3.1's drops the text beside a call, R1's cuts thoughts: the
+    row would teach other words than it says. What is written is decided by marks within each part:
+    the same words may stand elsewhere, too.
+
+    Raises:
+        NotNestedError: naming the first part of the chat that is written nowhere.
     """
-    for i, message in enumerate(chat.messages):
-        if not _is_written(message["content"], whole):
-            role = message["role"]
-            raise DataError(f"the chat template does not write what messages[{i}] ({role}) says")
-        for call in message.get("tool_calls", ()):
-            function = call.get("function", call)
-            if not all(name in whole for name in (function["name"], *function["arguments"])):
-                raise DataError(f"the chat template does not write the call in messages[{i}]")
-    for tool in chat.tools or ():
-        name = tool.get("function", tool)["name"]
-        if name not in whole:
-            raise DataError(f"the chat template does not write the tool {name!r}")
+
+    def everything(chat: Chat) -> list[Segments]:
+        return [[(_renderer(chat, source, tokenizer)(chat.messages), True)]]
+
+    def written(chat: Chat) -> list[Segments]:
+        return write(chat, source, tokenizer)
+
+    try:
+        documents = written(chat)
+    except NotNestedError:  # it says more if something is not written at all
+        _unread(chat, everything)
+        raise
+    return documents, _unread(chat, written, documents)
 
 
-def _with_thoughts(said: Said, documents: list[Segments]) -> list[Segments]:
-    """The documents of a row; a NotNestedError for thoughts that are learned nowhere."""
-    if not isinstance(said, Chat):
-        return documents
-    learned = "".join(text for segments in documents for text, is_learned in segments if is_learned)
-    for i, message in enumerate(said.messages):
-        thoughts = {name: message.get(name) for name in THOUGHTS}
-        thoughts["content before </think>"] = message["content"].rpartition("</think>")[0]
-        for name, text in thoughts.items() if said.learned[i] else ():
-            if text and not _is_written(str(text).rstrip() + "\n", learned):
-                raise NotNestedError(
-                    f"the chat template does not write the {name} of messages[{i}]; leave it out, "
-                    "put it into the content, between <think> and </think>, or name a template "
-                    "for training with data.template"
-                )
-    return documents
+def _unread(chat: Chat, write: Write, documents: list[Segments] | None = None) -> set[str]:
+    marked, parts = _marked(chat)
+    try:
+        text, learned = _texts(write(marked))
+    except DataError:  # of a template that looks into what it writes
+        text = learned = ""
+    unread = set()
+    for i, part in enumerate(parts):
+        if part.mark in (learned if part.learned else text):
+            continue
+        if _matters(i, chat, write, write(chat) if documents is None else documents):
+            continue
+        if part.field is None:
+            raise NotNestedError(f"the chat template does not write {part.name}")
+        unread.add(part.field)
+    return unread
 
 
-def _is_written(content: str, whole: str) -> bool:
-    """Whether the last line is there, as it is or as JSON; templates cut thoughts, and trim."""
-    answer = content.rpartition("</think>")[2].strip()
-    line = (answer.splitlines() or [""])[-1].strip()
-    return line in whole or json.dumps(line, ensure_ascii=False)[1:-1] in whole
+def _texts(documents: list[Segments]) -> tuple[str, str]:
+    """All text, and the learned text."""
+    pieces = [piece for segments in documents for piece in segments]
+    return "".join(x for x, _ in pieces), "".join(x for x, is_learned in pieces if is_learned)
+
+
+def _matters(i: int, chat: Chat, write: Write, documents: list[Segments]) -> bool:
+    """Whether part i, changed alone, changes what is written."""
+    changed, parts = _marked(chat, only=i)
+    try:
+        return _texts(write(changed))[parts[i].learned] != _texts(documents)[parts[i].learned]
+    except DataError:
+        return True
+
+
+def _marked(chat: Chat, only: int | None = None) -> tuple[Chat, list[_Part]]:
+    """A copy of a chat with a mark in each of its parts, or in one alone; and the parts."""
+    parts: list[_Part] = []
+
+    def mark(value: Any, name: str, learned: bool = False, field: str | None = None) -> Any:
+        sign = f"\U000f1a2b{len(parts)}\U000f1a2b"  # private use: in no text of a person
+        parts.append(_Part(name, sign, learned, field))
+        if only not in (None, len(parts) - 1):
+            return value
+        if not isinstance(value, str):
+            return {**value, sign: sign} if isinstance(value, Mapping) else sign
+        # Within the last line of words: templates look for tags, and trim.
+        words = [x for x in re.finditer(r"[^<>\s][^<>\n]*(?![^<>\n]*>)", value)]
+        at = sum(words[-1].span()) // 2 if words else len(value) // 2
+        return value[:at] + sign + value[at:]
+
+    def function(entry: Any, name: str, field: str, learned: bool = False) -> Any:
+        named = entry.get("function", entry)
+        named = {**named, "name": mark(named["name"], name, learned)}
+        if named.get(field):
+            named[field] = mark(named[field], f"the {field} of {name}", learned)
+        return {**entry, "function": named} if "function" in entry else named
+
+    def message(i: int) -> Message:
+        copy, learned = dict(chat.messages[i]), chat.learned[i]
+        where = f"messages[{i}]"
+        thoughts, end, visible = copy["content"].rpartition("</think>")
+        if thoughts.strip() and learned:
+            thoughts = mark(thoughts, f"the content before </think> of {where}{WAYS_OUT}", True)
+        if visible.strip():
+            visible = mark(visible, f"what {where} ({copy['role']}) says", learned)
+        copy["content"] = thoughts + end + visible
+        for name in [name for name in copy if name not in ROUTING and copy[name] not in EMPTY]:
+            if name not in THOUGHTS:
+                copy[name] = mark(copy[name], name, field=f"messages[].{name}")
+            elif learned and copy[name] == chat.messages[i][name]:
+                thought = mark(copy[name], f"the {name} of {where}{WAYS_OUT}", True)
+                # Some write the same thoughts into two fields, and a template reads either.
+                copy |= {x: thought for x in THOUGHTS if copy.get(x) == chat.messages[i][name]}
+        if calls := copy.get("tool_calls"):
+            name = f"the call in {where}"
+            copy["tool_calls"] = [function(call, name, "arguments", learned) for call in calls]
+        return copy
+
+    messages = [message(i) for i in range(len(chat.messages))]
+    names = [tool.get("function", tool)["name"] for tool in chat.tools or ()]
+    tools = [
+        function(tool, f"the tool {name!r}", "description")
+        for name, tool in zip(names, chat.tools or ())
+    ]
+    return replace(chat, messages=messages, tools=tools or chat.tools), parts
+
+
+WAYS_OUT = (
+    "; leave it out, put it into the content, between <think> and </think>, or name a template for "
+    "training with data.template"
+)

@@ -5,7 +5,7 @@ import itertools
 import json
 import platform
 import subprocess
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ from mlx_qlora import device
 from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.examples import TokenStore, hash64
 from mlx_qlora.data.files import parse
-from mlx_qlora.data.rows import Said, read_row, with_system
+from mlx_qlora.data.rows import Said, read_row, unread_fields, with_system
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 
@@ -221,28 +221,33 @@ class Encoder:
     columns: dict[str, str] = field(default_factory=dict)  # our names of fields -> the rows'
     system: str | None = None  # the message that rows without one begin with
 
-    def encode(self, chunk: Chunk) -> tuple[TokenStore, Refused]:
-        """The rows that are kept, and the others; what is wrong with one row affects no other.
+    def encode(self, chunk: Chunk) -> tuple[TokenStore, Refused, Counter[str]]:
+        """The rows that are kept, the others, and how often a field is not used.
+
+        What is wrong with one row affects no other.
 
         Raises:
             DataError: a row is too long, and `truncation` is "error".
         """
-        written: list[tuple[int, int, list[Segments]]] = []
+        written: list[tuple[int, int, list[Segments], set[str]]] = []
         refused: Refused = []
         for line, raw in chunk.rows:
             try:
-                said = read_row(parse(raw), chunk.form, self.columns)
-                documents = self.template.documents(with_system(said, self.system), self.tokenizer)
-                written.append((line, hash64(_content(said)), documents))
+                row = parse(raw)
+                said = read_row(row, chunk.form, self.columns)
+                unread = unread_fields(row, chunk.form, said, self.columns)
+                said_to = with_system(said, self.system)
+                documents, of_messages = self.template.documents(said_to, self.tokenizer)
+                written.append((line, hash64(_content(said)), documents, unread | of_messages))
             except DataError as reason:
                 refused.append((line, _one_line(reason)))
             except RecursionError:
                 refused.append((line, "nested too deeply"))
 
-        texts = [segments for _, _, documents in written for segments in documents]
+        texts = [segments for _, _, documents, _ in written for segments in documents]
         encoded = iter(encode_rows(self.tokenizer, texts))
-        kept = []
-        for line, content, documents in written:
+        kept, unused = [], Counter()
+        for line, content, documents, unread in written:
             parts = [next(encoded) for _ in documents]
             if self.train_on == "all":
                 parts = [replace(part, learned=np.arange(len(part.ids)) > 0) for part in parts]
@@ -255,7 +260,8 @@ class Encoder:
                 refused.append((line, _one_line(reason)))
             else:
                 kept.append((row.ids, row.learned, row.cut, chunk.file, line, content, row.starts))
-        return TokenStore.of(kept), sorted(refused)
+                unused.update(unread)
+        return TokenStore.of(kept), sorted(refused), unused
 
 
 _JSON = json.JSONEncoder(sort_keys=True, default=str)
@@ -289,7 +295,7 @@ def default_workers() -> int:
 
 def encode_chunks(
     chunks: Iterator[Chunk], encoder: Encoder, n_workers: int
-) -> Iterator[tuple[Chunk, TokenStore, Refused]]:
+) -> Iterator[tuple[Chunk, TokenStore, Refused, Counter[str]]]:
     """Encodes chunks, in their order, reading only a few of them ahead.
 
     With 0 or 1 workers, and while there is little to do, the work is done in this process.
@@ -334,5 +340,5 @@ def _begin(encoder: Encoder) -> None:
     _encoder = encoder
 
 
-def _encode_there(chunk: Chunk) -> tuple[TokenStore, Refused]:
+def _encode_there(chunk: Chunk) -> tuple[TokenStore, Refused, Counter[str]]:
     return _encoder.encode(chunk)

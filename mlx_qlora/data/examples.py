@@ -9,6 +9,7 @@ import tempfile
 import time
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from mlx_qlora.errors import ConfigError, DataError, listing
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 # Of these files and of how rows are encoded; part of every cache key.
-VERSION = f"2, mlx-qlora {__version__}"
+VERSION = f"3, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed
 ROW = np.dtype(
@@ -102,7 +103,7 @@ class TokenStore:
         return cls(np.concatenate(tokens), np.array(table, ROW))
 
 
-def in_memory(pieces: Iterable[TokenStore]) -> TokenStore:
+def store_in_memory(pieces: Iterable[TokenStore]) -> TokenStore:
     """A store without files, for rows that are in memory anyway."""
     tokens, rows, total = [np.zeros(0, np.int32)], [np.zeros(0, ROW)], 0
     for piece in pieces:
@@ -242,6 +243,7 @@ class FileReport:
     read: int = 0
     kept: int = 0
     refused: list[tuple[int, str]] = field(default_factory=list)  # (line, reason)
+    unread: dict[str, int] = field(default_factory=dict)  # field that is not used -> rows with it
 
 
 @dataclass
@@ -276,6 +278,21 @@ class DataReport:
     def refused(self) -> list[tuple[int, str]]:
         """(line, reason) of all others, file by file."""
         return [refusal for file in self.files for refusal in file.refused]
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """Field that nothing was made of -> kept rows in which it holds something."""
+        return dict(sum((Counter(file.unread) for file in self.files), Counter()))
+
+    def unread_fields(self) -> str:
+        """The fields that are not used, in words."""
+        fields = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
+        more = f", and {len(fields) - SHOWN} fields more" if len(fields) > SHOWN else ""
+        return (
+            "not used: "
+            + ", ".join(f"field {name[:40]!r} in {n:,} rows" for name, n in fields[:SHOWN])
+            + more
+        )
 
     @property
     def format(self) -> str:
@@ -324,6 +341,8 @@ class DataReport:
             text += f"; {self.duplicates:,} say the same as an earlier row"
         if self.leaked:
             text += f"; {self.leaked:,} are among the training rows, too"
+        if self.unread:
+            text += f"\n  {self.unread_fields()}"
         return f"{text}\n{self.refusals()}" if refused else text
 
     def as_dict(self) -> dict[str, Any]:

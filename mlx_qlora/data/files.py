@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
 
-KINDS = ("jsonl", "ndjson", "json", "csv", "parquet")
+KINDS = ("jsonl", "ndjson", "json", "csv", "parquet", "arrow")
+# What `datasets` writes about the rows beside them.
+DATASETS_RECORDS = ("dataset_dict.json", "dataset_info.json", "state.json")
 ENDINGS = ", ".join(f".{kind}" for kind in KINDS)
 PART_NAMES = {
     "train": ("train", "training"),
@@ -49,10 +51,10 @@ class RowFile:
     @property
     def unit(self) -> str:
         """What the numbers of its rows count: "line", or "row" where many share a line."""
-        if self.kind == "json":
+        if self.kind in ("json", "jsonl", "ndjson"):
             with _opened(self) as stream:
-                return "row" if _is_array(stream) else "line"
-        return "line" if self.kind in ("jsonl", "ndjson", "csv") else "row"
+                return "row" if _is_array(stream, self.kind) else "line"
+        return "line" if self.kind == "csv" else "row"
 
     def content_hash(self) -> str:
         """A hash of every byte, and of the kind that decides how they are read; the hub's own."""
@@ -132,13 +134,20 @@ def _row_file(path: Path, name: str) -> RowFile:
         raise DataError(f"data file {name}: {ending} ending; known: {ENDINGS}, each also .gz")
     if not path.stat().st_size:
         raise DataError(f"data file {name} is empty; write the rows to it again")
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise DataError(f"data file {name} is Git LFS's pointer to the rows; run: git lfs pull")
     return RowFile(name, kind, path, compressed=path.suffix.lower() == ".gz")
+
+
+LFS = b"version https://git-lfs"
 
 
 def _by_part(folder: Path) -> dict[str, list[RowFile]]:
     files = []
     for path in sorted(folder.rglob("*")):
         hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
+        hidden |= path.name in DATASETS_RECORDS
         if kind_of(path) and not hidden and path.is_file():
             files.append(_row_file(path, str(path)))
     if not files:
@@ -185,17 +194,17 @@ def raw_rows(file: RowFile) -> Rows:
     if file.kind == "memory":
         yield from enumerate(file.path, 1)
     elif file.kind == "hub":
-        yield from ((n, _without_nulls(row)) for n, row in enumerate(hub_dataset(file), 1))
+        yield from enumerate(hub_dataset(file), 1)
     else:
         with _opened(file) as stream:
-            if file.kind == "parquet":
-                yield from _parquet_rows(stream, file.name)
+            if file.kind in ("parquet", "arrow"):
+                yield from _table_rows(stream, file)
             elif file.kind == "csv":
                 yield from _csv_rows(stream, file.name)
-            elif file.kind == "json" and _is_array(stream):
+            elif _is_array(stream, file.kind):
                 yield from _array_rows(stream)
             else:
-                yield from _json_lines(stream)
+                yield from _json_lines(stream, file.name)
 
 
 @contextmanager
@@ -215,9 +224,15 @@ def parse(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw  # of a file that is no JSON lines: a row already
     try:
-        return _STRICT.decode(raw.decode("utf-8").rstrip("\r\n"))
+        return parse_json(raw.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 (byte {error.start})")
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value, or the DataError that says why there is none; stricter than Python's."""
+    try:
+        return _STRICT.decode(text)
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
@@ -243,18 +258,30 @@ def _constant(name: str) -> None:
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def _json_lines(file: IO[bytes]) -> Rows:
+def _json_lines(file: IO[bytes], name: str) -> Rows:
     for number, line in enumerate(file, 1):  # bytes: only \n ends a line, whatever a string holds
         text = line.removeprefix(BOM) if number == 1 else line
+        if number == 1 and text.strip() == b"{":
+            raise DataError(
+                f"data file {name}, line 1: a JSON object that goes on in the next line; write "
+                "each row in one line (jq -c .), or all of them as one array [...]"
+            )
         if text.strip():
             yield number, text
 
 
-def _is_array(file: IO[bytes]) -> bool:
-    """Whether the first character of a file is `[`; the file is read from its start again."""
+def _is_array(file: IO[bytes], kind: str) -> bool:
+    """Whether a file holds one JSON array; it is read from its start again.
+
+    Where each line should be a row, a line that is an array is a row that is refused.
+    """
     start = file.read(4096).removeprefix(BOM).lstrip()
     file.seek(0)
-    return start[:1] == b"["
+    if start[:1] != b"[" or kind == "json":
+        return start[:1] == b"["
+    line, more = file.readline(PIECE), file.read(1)
+    file.seek(0)
+    return not more or isinstance(parse(line.removeprefix(BOM)), DataError)
 
 
 def _array_rows(file: IO[bytes]) -> Rows:
@@ -365,27 +392,60 @@ def _csv_rows(file: IO[bytes], name: str) -> Rows:
             yield line, dict(zip(header, values))
 
 
-def _parquet_rows(file: IO[bytes], name: str) -> Rows:
+def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{name} needs pyarrow: pip install 'mlx-qlora[parquet]'") from None
+        raise DataError(f"{about.name} needs pyarrow: pip install 'mlx-qlora[parquet]'") from None
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        if about.kind == "parquet":
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
+        else:
+            batches = pyarrow.ipc.open_stream(file)
+        for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield number, _without_nulls(row)
+                yield number, row
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         after = f" after row {number}" if number else ""
-        raise DataError(f"data file {name} is damaged{after}: {error}") from None
+        raise DataError(f"data file {about.name} is damaged{after}: {error}") from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """A row of a table without the fields that are null because another row has them."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def without_nulls(value: Any) -> Any:
+    """A row without the fields that are null: in a table they are there because others have them.
+
+    Wherever rows come from: the same rows as JSON, Parquet or a DataFrame say the same. A null
+    within text, such as the JSON of a call's arguments, is what somebody wrote, and stays.
+    """
+    if hasattr(value, "tolist"):  # numpy's, of a DataFrame
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def in_memory(rows: Any) -> RowFile:
+    """Rows that are dicts, columns of equal length, or a table of pyarrow, pandas or polars."""
+    if hasattr(rows, "to_pylist"):  # pyarrow
+        rows = rows.to_pylist()
+    elif hasattr(rows, "to_dicts"):  # polars
+        rows = rows.to_dicts()
+    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    elif isinstance(rows, Mapping):
+        columns = {str(name): column for name, column in rows.items()}
+        if not all(isinstance(column, (list, tuple)) for column in columns.values()):
+            raise DataError(
+                f"rows must be a list or a table, not one object of {', '.join(columns)[:80]}; "
+                "put a single row into a list, or name one of the parts"
+            )
+        if len(set(map(len, columns.values()))) > 1:
+            raise DataError("rows given as columns must be lists of one length")
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    return RowFile("rows", "memory", list(rows))
 
 
 def hub_dataset(file: RowFile) -> Any:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_qlora.data.chats import ROW_DATE, Template
+from mlx_qlora.data.chats import ALPACA, CANNOT_WRITE, NO_TEMPLATE, ROW_DATE, Template
 from mlx_qlora.data.encode import TRUNCATION, Chunk, Encoder, chunks, default_workers, encode_chunks
 from mlx_qlora.data.examples import (
     VERSION,
@@ -27,10 +28,10 @@ from mlx_qlora.data.examples import (
     TokenStore,
     cached,
     forget_unused,
-    in_memory,
     on_disk,
+    store_in_memory,
 )
-from mlx_qlora.data.files import RowFile, find_files, parse, raw_rows, user_path
+from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows, user_path
 from mlx_qlora.data.rows import COLUMNS, FORMATS, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
@@ -73,7 +74,8 @@ class DataConfig:
     )
     template: str = option(
         "auto",
-        "how a row is written: alpaca, chat (the model's chat template), a file with a chat "
+        "how a row is written: alpaca, alpaca-preamble (after a sentence, as the Stanford project "
+        "and most trainers have it), chat (the model's chat template), a file with a chat "
         "template; auto takes alpaca for instructions and chat for messages",
     )
     history: str = option(
@@ -98,7 +100,8 @@ class DataConfig:
         True, "changes nothing: rows are computed end to end, without padding, either way"
     )
     shuffle: bool = option(True, "train in another order each epoch; false keeps the file's")
-    strict: bool = option(False, "stop if any row is refused")
+    strict: bool = option(False, "stop if any row is refused, or has a field that is not used")
+    max_refused: float = option(0.5, "a run stops if a larger share of its rows is refused")
     refused_path: str | None = option(None, "write refused rows, with reasons, to this JSONL file")
     num_workers: int | None = option(
         None, "processes that tokenise. null takes the performance cores"
@@ -121,17 +124,16 @@ class DataConfig:
             rule = "be auto, or shares of train, validation and test that sum to 1"
             require(legal and shares[0] > 0, "data.split", rule, self.split)
             object.__setattr__(self, "split", shares)
+        shares = "be a share from 0 to 1"
+        require(0 <= self.max_refused <= 1, "data.max_refused", shares, self.max_refused)
         workers = self.num_workers
         require(workers is None or workers >= 0, "data.num_workers", "be at least 0", workers)
-        if self.template == "alpaca" and self.format in ("messages", "sharegpt"):
-            raise ConfigError(
-                f"data.template=alpaca cannot write rows of data.format={self.format}; "
-                "set data.template=chat"
-            )
+        if self.template in ALPACA and self.format in ("messages", "sharegpt"):
+            raise ConfigError(f"data.template={self.template} {CANNOT_WRITE}")
 
 
 def read_examples(
-    source: str | Path | Iterable[Mapping[str, Any]],
+    source: str | Path | Iterable[Mapping[str, Any]] | Mapping[str, Any],
     tokenizer: Tokenizer,
     config: DataConfig | None = None,
     *,
@@ -140,8 +142,9 @@ def read_examples(
     """Reads, renders and tokenises all rows of one source.
 
     Args:
-        source: a path as `data.path` takes it, or rows as dicts. Of a folder that names its parts
-            the training files are read.
+        source: a path as `data.path` takes it, or rows: dicts, columns of one length, a
+            `datasets.Dataset`, or a table of pyarrow, pandas or polars. Of a folder that names its
+            parts the training files are read.
         config: template, lengths and what is learned; its own paths are not read.
         console: where a progress bar goes if there is much to do; none if not given.
 
@@ -157,7 +160,7 @@ def read_examples(
     if isinstance(source, (str, Path)):
         name, files = str(source), find_files(source)["train"]
     else:
-        name, files = "rows", [RowFile("rows", "memory", list(source))]
+        name, files = "rows", [in_memory(source)]
     return _read_all([(name, files)], tokenizer, config, console)[0]
 
 
@@ -190,6 +193,8 @@ def _read_all(
                 f"data.strict: {report.source} has {len(report.refused):,} rows that cannot be "
                 f"used:\n{report.refusals(20)}"
             )
+        if config.strict and report.unread:
+            raise DataError(f"data.strict: {report.source}: {report.unread_fields()}")
     return read
 
 
@@ -213,7 +218,7 @@ def _read_files(
     else:
         with _progress(console, sum(file.size for file in files)) as advance:
             pieces = _pieces(files, report, encoder, config, advance)
-            store = on_disk(entry, pieces, report.as_dict) if in_files else in_memory(pieces)
+            store = on_disk(entry, pieces, report.as_dict) if in_files else store_in_memory(pieces)
         if entry is not None:
             forget_unused(entry.parent)
     report.measure(store)
@@ -229,20 +234,18 @@ def cache_folder(name: str) -> Path:
 
 def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Encoder:
     name, source = config.template, tokenizer.chat_template
-    if name not in ("auto", "alpaca", "chat"):
+    if name not in ("auto", *ALPACA, "chat"):
         name = "chat"
         try:
             path = user_path(config.template, "data.template")
-            source = report.chat_template = path.read_text(encoding="utf-8")
+            source = report.chat_template = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                "data.template must be auto, alpaca, chat or a file with a chat template; "
+                f"data.template must be auto, {', '.join(ALPACA)}, chat or a file with a template; "
                 f"{config.template!r} cannot be read: {error}"
             ) from None
     elif name == "chat" and source is None:
-        raise ConfigError(
-            "data.template=chat, but the model has no chat template; name a file with one"
-        )
+        raise ConfigError(f"data.template=chat, but {NO_TEMPLATE}")
     template = Template(name, source, config.history)
     settings = (config.train_on, config.max_length, config.truncation)
     return Encoder(tokenizer, template, *settings, config.columns, config.system)
@@ -273,17 +276,15 @@ def _pieces(
             rows = raw_rows(file)
             first = list(islice(rows, PEEKED))
             form = config.format if config.format != "auto" else _format_of(first, config.columns)
-            if encoder.template.name == "alpaca" and form in ("messages", "sharegpt"):
-                raise ConfigError(
-                    f"{file.name} holds {form}, which data.template=alpaca cannot write; "
-                    "set data.template=chat"
-                )
+            if (name := encoder.template.name) in ALPACA and form in ("messages", "sharegpt"):
+                raise ConfigError(f"{file.name} holds {form}; data.template={name} {CANNOT_WRITE}")
             report.files.append(FileReport(file.name, form, file.unit))
             yield from chunks(number, file.name, form, chain(first, rows))
 
     n_workers = default_workers() if config.num_workers is None else config.num_workers
-    for chunk, piece, refused in encode_chunks(all_chunks(), encoder, n_workers):
+    for chunk, piece, refused, unread in encode_chunks(all_chunks(), encoder, n_workers):
         file = report.files[chunk.file]
+        file.unread = dict(Counter(file.unread) + unread)
         file.read += len(chunk.rows)
         file.kept += len(piece.rows)
         file.refused += refused
@@ -367,6 +368,12 @@ def train_validation_test(
         if path is not None:
             sources[part] = path, find_files(path)["train"]
     read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, console)))
+    for report in (examples.report for examples in read.values()):
+        if (share := len(report.refused) / report.read) > config.max_refused:
+            raise DataError(
+                f"{share:.0%} of the rows of {report.source} cannot be used, and "
+                f"data.max_refused={config.max_refused:g} allows no more:\n{report.refusals()}"
+            )
 
     train, *rest = _split(read["train"], config.split, [part in read for part in named], seed)
     if not len(train):

@@ -1,5 +1,6 @@
 """What a row says."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_qlora.data.files import parse_json, without_nulls
 from mlx_qlora.errors import DataError
 
 # ---- a row -> what it says -----------------------------------------------------------------------
@@ -18,9 +20,31 @@ ROLES = {"human": "user", "function": "tool", "observation": "tool"} | dict.from
 )
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+# Fields that say where a row or a message is from, how good or long it is: nothing to learn.
+HARMLESS = frozenset(
+    "id _id ids idx index uid uuid guid hash row_id prompt_id message_id conversation_id parent_id "
+    "question_id task_id dataset dataset_name data_source source sources origin url link license "
+    "author user_id model model_name generator teacher engine created created_at updated_at date "
+    "timestamp language lang category categories domain type tag tags difficulty score scores "
+    "rating ratings quality toxicity embedding length len num_tokens token_count num_turns "
+    "split fold seed temperature metadata meta annotations signature logprobs finish_reason usage "
+    "refusal status version __index_level_0__ cache_control".split()
+)
+LONGEST_LABEL = 100  # characters; a longer "source" is something to read, not where it is from
+# Fields of a row that make it one of another task -> what such rows are.
+OTHER_TASKS = (
+    dict.fromkeys(("chosen", "rejected"), "a preference pair")
+    | dict.fromkeys(("kto_tag",), "an answer that is judged")
+    | dict.fromkeys(("reward", "rewards", "reward_model"), "rewards for answers")
+    | dict.fromkeys(
+        ("image", "images", "image_url", "audio", "audios", "video", "videos"), "more than text"
+    )
+)
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # what a template is given
 # Marks of a message: 0 and false take it out of what is learned, and so does `masked`.
-MARKS = ("weight", "train", "training", "loss", "trainable", "masked")
+MARKS = ("weight", "train", "training", "loss", "loss_weight", "trainable", "masked")
+ROW_MARKS = ("weight", "train", "trainable", "loss_weight")  # those that a whole row may have
 # Fields in which a message has its thoughts apart from what it says.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
@@ -55,9 +79,18 @@ class Chat:
 Said = Instruction | Pair | Chat
 
 
-def _read_alpaca(row: Mapping[str, Any]) -> Instruction:
+def _read_alpaca(row: Mapping[str, Any]) -> Instruction | Chat:
     instruction, output = _text_of(row, "instruction"), _text_of(row, "output")
-    return Instruction(instruction, _text_of(row, "input", optional=True), output)
+    said = Instruction(instruction, _text_of(row, "input", optional=True), output)
+    history: Any = row.get("history")
+    if history in EMPTY:
+        return said
+    # LLaMA-Factory's: earlier questions and answers, which are learned like the last one.
+    pairs: Any = history if isinstance(history, (list, tuple)) else [None]
+    if not all(isinstance(x, (list, tuple)) and [*map(type, x)] == [str, str] for x in pairs):
+        raise DataError("field 'history' must be a list of pairs of a question and its answer")
+    chats = [as_chat(Pair(*pair)) for pair in pairs] + [as_chat(said)]
+    return Chat([m for c in chats for m in c.messages], [x for c in chats for x in c.learned])
 
 
 def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
@@ -68,6 +101,15 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
     return _chat([*({**m, "weight": 0} for m in prompt), *completion], row)
 
 
+# What each format reads, `system` besides; a chat reads CHAT_FIELDS, too.
+FIELDS = {
+    "alpaca": ("instruction", "input", "output", "history"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+CHAT_FIELDS = ("tools", "functions", "chat_template_kwargs")
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
     "alpaca": _read_alpaca,
     "messages": lambda row: _chat(_messages_of(row, "messages"), row),  # OpenAI's
@@ -148,15 +190,11 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
         raise row
     if not isinstance(row, Mapping):
         raise DataError(f"not an object but {type(row).__name__}")
-    columns = columns or {}
+    columns, row = columns or {}, without_nulls(row)
     ours = _renamed(row, columns) if columns else row
     try:
-        form = detect_format(ours) if form == "auto" else form
-        said = FORMATS[form](ours)
-        if not isinstance(said, Chat) and ours.get("chat_template_kwargs"):
-            raise DataError("field 'chat_template_kwargs' is for rows of messages")
-        if form not in ("messages", "sharegpt") and "system" not in columns:
-            return said
+        _refuse_other_tasks(ours, columns)
+        said = FORMATS[detect_format(ours) if form == "auto" else form](ours)
         system = _text_of(ours, "system", optional=True)
         said = with_system(said, system)
         if system and isinstance(said, Chat) and said.messages[0]["content"] != system:
@@ -168,7 +206,57 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
         if likely and re.search("no format|is missing", text):
             pairs = json.dumps(likely, ensure_ascii=False).replace('"', "")
             text += f"; data.columns={shlex.quote(pairs)} would read it"
+        elif form != "auto" and "is missing" in text:
+            with contextlib.suppress(DataError):
+                if (other := detect_format(ours)) != form:
+                    text = (
+                        f"is {other!r} in a file taken for {form!r}: split the file by format, or "
+                        f"set data.format ({text})"
+                    )
         raise DataError(text) from None
+
+
+def unread_fields(
+    row: Mapping[str, Any], form: str, said: Said, columns: Mapping[str, str] | None = None
+) -> set[str]:
+    """Fields of a row that hold something, and of which `read_row` made nothing."""
+    ours = _renamed(row, columns) if columns else row
+    read = {"system", *FIELDS[detect_format(ours) if form == "auto" else form]}
+    if isinstance(said, Chat):
+        read.update(CHAT_FIELDS)
+    return {
+        str(name)
+        for name, value in ours.items()
+        if name not in read
+        and not (str(name).lower() in HARMLESS and not _is_long(value))
+        and not (name in ROW_MARKS and value in (0, 1))
+        and value not in EMPTY
+    }
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, str) and len(value) > LONGEST_LABEL
+
+
+def _refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """A DataError for rows that teach something else than an answer.
+
+    With `columns` it is the user who says which fields are question and answer.
+    """
+    for name in ROW_MARKS:
+        if row.get(name) == 0:
+            raise DataError(f"no supervised token: the {name} of the row is {row[name]!r}")
+    tasks = {name: task for name, task in OTHER_TASKS.items() if row.get(name) not in EMPTY}
+    label = row.get("label")
+    if isinstance(label, bool) and "text" not in row:
+        tasks["label"] = "an answer that is judged"
+    elif label not in EMPTY and "text" in row and not TELLING["alpaca"] & row.keys():
+        tasks["label"] = "classification"
+    text_alone = {name: task for name, task in tasks.items() if task != "more than text"}
+    if tasks and not (columns and text_alone == tasks):
+        names = ", ".join(map(repr, tasks))
+        remedy = "name question and answer with data.columns, or leave the field out"
+        raise DataError(f"is {next(iter(tasks.values()))} ({names}), no answer to learn; {remedy}")
 
 
 def with_system(said: Said, system: str | None) -> Said:
@@ -211,7 +299,7 @@ def _message(value: Any, where: str) -> Message:
         raise DataError(f"{where} is not an object but {type(value).__name__}")
     if not all(isinstance(key, str) for key in value):
         raise DataError(f"{where} has a field whose name is not text")
-    rest = {k: v for k, v in value.items() if v is not None}
+    rest = dict(value)
     if "function_call" in rest:
         raise DataError(f"{where} has OpenAI's old field 'function_call'; write 'tool_calls'")
     marks = {name: rest.pop(name) for name in MARKS if name in rest}
@@ -227,23 +315,53 @@ def _message(value: Any, where: str) -> Message:
     content = rest.pop("value", None) if content is None else content
     if not isinstance(role, str) or not role:
         raise DataError(f"{where} has no role (field 'role', or 'from')")
+    if role.lower() == "function_call":  # ShareGPT's: the message is the call
+        rest["tool_calls"], content = _calls_in(content, where), None
     role = ROLES.get(role.lower(), role.lower())
     if role not in KNOWN_ROLES:
         raise DataError(f"{where} has the role {role[:40]!r}; known: {', '.join(KNOWN_ROLES)}")
+    if isinstance(content, (list, tuple)):
+        content = _text_of_parts(content, rest, where)
     if calls := rest.pop("tool_calls", None):
         rest["tool_calls"] = _tool_calls(calls, where)
     content = _content(content, where, bool(calls) or role in MAY_BE_EMPTY)
     return {"role": role, "content": content, **rest}
 
 
+def _text_of_parts(parts: Any, message: dict[str, Any], where: str) -> str:
+    """The text of OpenAI's or LLaMA-Factory's parts; thoughts and calls go into the message."""
+    texts = {"text": "", "reasoning": ""}
+    for i, part in enumerate(parts):
+        place = f"part {i} of {where}"
+        if not isinstance(part, Mapping):
+            raise DataError(f"{place} is not an object but {type(part).__name__}")
+        kind = str(part.get("type"))
+        kind = "reasoning" if kind == "thinking" else kind.removeprefix("output_")
+        if kind not in (*texts, "tool_call"):
+            raise DataError(f"{place} is of type {kind[:40]!r}; text alone can be learned")
+        names = ("text", "value", "thinking")
+        value = next((part[name] for name in names if isinstance(part.get(name), str)), None)
+        if value is None:
+            raise DataError(f"{place} has no 'text'")
+        rest = {k for k, v in part.items() if v not in EMPTY} - {"type", *names} - HARMLESS
+        if rest:
+            raise DataError(f"{place} has a field that no template reads: {sorted(rest)[0]!r}")
+        if kind == "tool_call":
+            message["tool_calls"] = [*message.get("tool_calls", []), *_calls_in(value, where)]
+        else:
+            texts[kind] += value
+    if texts["reasoning"]:
+        message.setdefault("reasoning_content", texts["reasoning"])
+    return texts["text"]
+
+
+def _calls_in(content: Any, where: str) -> list[Any]:
+    """The calls that a message, or a part of one, consists of, as JSON."""
+    calls = _json(content, f"{where} is a call that is") if isinstance(content, str) else content
+    return calls if isinstance(calls, list) else [calls]
+
+
 def _content(content: Any, where: str, optional: bool) -> str:
-    if isinstance(content, (list, tuple)):  # OpenAI's parts; only text is known to a Llama
-        parts = [part for part in content if isinstance(part, Mapping)]
-        texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        known = [text for text in texts if isinstance(text, str)]
-        if len(known) < len(content):
-            raise DataError(f"{where} has content that is not text")
-        content = "".join(known)
     content = "" if content is None else content
     if not isinstance(content, str):
         raise DataError(f"{where} must have text as content, not {type(content).__name__}")
@@ -253,7 +371,7 @@ def _content(content: Any, where: str, optional: bool) -> str:
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """OpenAI writes a call's arguments as JSON text, templates want them as an object."""
+    """Calls in OpenAI's shape, but with arguments as an object, as templates want them."""
     if not isinstance(calls, (list, tuple)) or not calls:
         raise DataError(f"{where}.tool_calls must be a list of calls")
     parsed = []
@@ -261,13 +379,17 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = _function_of(call)
         if function is None:
             raise DataError(f"{where}.tool_calls has a call without a name")
+        rest = {k for x in (call, function) for k, v in x.items() if v not in EMPTY}
+        if unknown := rest - {"function", "name", "arguments"} - HARMLESS:
+            raise DataError(f"{where}.tool_calls has an unknown field {sorted(unknown)[0]!r}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _json(arguments or "{}", f"{where}.tool_calls has arguments that are")
         if not isinstance(arguments, Mapping) or not all(isinstance(k, str) for k in arguments):
             raise DataError(f"{where}.tool_calls has arguments that are not an object")
         function = {**function, "arguments": arguments}
-        parsed.append({**call, "function": function} if "function" in call else function)
+        rest = {k: v for k, v in call.items() if k not in function}
+        parsed.append({"type": "function", **rest, "function": function})
     return parsed
 
 
@@ -292,10 +414,10 @@ def _function_of(tool: Any) -> Mapping[str, Any] | None:
 
 
 def _json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise DataError(f"{what} not JSON") from None
+    value = parse_json(text)
+    if isinstance(value, DataError):
+        raise DataError(f"{what} not JSON: {str(value).removeprefix('not JSON: ')}")
+    return value
 
 
 def _chat(messages: list[Message], row: Mapping[str, Any]) -> Chat:

@@ -96,7 +96,7 @@ def compile_template(
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source)
+    return environment.from_string(source.removeprefix("\ufeff"))  # an editor's mark
 
 
 # ---- text <-> ids --------------------------------------------------------------------------------

@@ -412,20 +412,20 @@ def test_workers_make_the_same_of_every_chunk_in_the_same_order(
         here = list(encode_chunks(work(100), encoder(made[name]), 0))
         there = list(encode_chunks(work(100), encoder(made[name]), 2))
     assert len(here) == len(there) > 10
-    for (chunk, piece, refused), (same_chunk, same_piece, same_refused) in zip(here, there):
-        assert (chunk, refused) == (same_chunk, same_refused)
+    for (chunk, piece, *others), (same_chunk, same_piece, *same_others) in zip(here, there):
+        assert (chunk, others) == (same_chunk, same_others)
         assert piece.tokens.tobytes() == same_piece.tokens.tobytes()
         assert piece.rows.tobytes() == same_piece.rows.tobytes()
         starts = np.cumsum([0, *piece.rows["length"]])
         assert [*piece.rows["start"], len(piece.tokens)] == starts.tolist()
-    lines = [line for _, _, refused in there for line, _ in refused]
+    lines = [line for _, _, refused, _ in there for line, _ in refused]
     assert lines == 2 * [i for i in range(1, 101) if i % 3 == 0 or i % 7 == 0]
 
 
 class TellsProcess(Template):
     """Refuses every row with the process that it is in."""
 
-    def documents(self, said: Any, tokenizer: Tokenizer) -> list[Segments]:
+    def documents(self, said: Any, tokenizer: Tokenizer) -> tuple[list[Segments], set[str]]:
         raise DataError(str(os.getpid()))
 
 
@@ -436,7 +436,7 @@ def test_what_there_is_little_of_is_done_here_and_the_rest_by_workers(tiny: Toke
     def processes(n_workers: int) -> list[str]:
         """Where each chunk was encoded."""
         done = encode_chunks(chunks(0, "a", "text", rows), telling, n_workers)
-        return [refused[0][1] for _, _, refused in done]
+        return [refused[0][1] for _, _, refused, _ in done]
 
     assert processes(2) == [here]
     with small_chunks(600):
@@ -466,7 +466,7 @@ def test_a_file_that_breaks_off_stops_the_workers(tiny: Tokenizer) -> None:
 
 def test_all_of_a_row_but_its_first_id_is_learned_if_asked(tiny: Tokenizer) -> None:
     everything = encoder(tiny, train_on="all")
-    ((_, piece, _),) = encode_chunks(chunks(0, "a", "auto", raw_rows(1)), everything, 0)
+    ((_, piece, *_),) = encode_chunks(chunks(0, "a", "auto", raw_rows(1)), everything, 0)
     stored = piece.tokens
     assert [bool(i < 0) for i in stored] == [False] + [True] * (len(stored) - 1)
     assert tiny.decode(np.where(stored < 0, ~stored, stored)) == "<|bos|>the fox 1is<|eos|>"

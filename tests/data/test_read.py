@@ -13,7 +13,7 @@ import pytest
 from support.limits import files_of_at_most, small_chunks
 from support.tiny_folder import CHAT, write_tokenizer
 
-from mlx_qlora.data.chats import alpaca_prompt
+from mlx_qlora.data.chats import CANNOT_WRITE, NO_TEMPLATE, alpaca_prompt
 from mlx_qlora.data.examples import Example
 from mlx_qlora.data.read import DataConfig, cache_folder, read_examples, train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
@@ -181,7 +181,9 @@ def test_refused_rows_are_written_with_place_reason_and_content(
     path.write_bytes(good + b'\r\n{"instruction": "\xc3\xa9"}\r\n\nbroken \n\xff\n' + good)
     table = tmp_path / "b.csv"
     table.write_text("instruction,output\nsay,one\nalone\nempty,\n")
-    config = DataConfig(refused_path=str(refused), cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        refused_path=str(refused), cache_dir=str(tmp_path / "cache"), max_refused=0.7
+    )
     expected = [
         [str(path), 2, "field 'output' is missing", '{"instruction": "é"}'],
         [str(path), 4, "not JSON: Expecting value at column 1", "broken "],
@@ -378,11 +380,18 @@ def test_one_format_to_a_file_and_a_named_one_is_not_guessed(tokenizer: Tokenize
     report = read_examples(rows, tokenizer).report
     assert report.format == "text" and "rows (text): " in str(report)
     assert [line for line, _ in report.refused] == [1, 2, 4]
-    assert report.refused[2][1] == "field 'text' is missing"
+    assert report.refused[2][1] == (
+        "is 'prompt_completion' in a file taken for 'text': split the file by format, or set "
+        "data.format (field 'text' is missing)"
+    )
     named = read_examples(rows, tokenizer, DataConfig(format="prompt_completion"))
     assert named.report.refused[1:] == [
         (2, "field 'prompt' is missing"),
-        (3, "field 'prompt' is missing"),
+        (
+            3,
+            "is 'text' in a file taken for 'prompt_completion': split the file by format, or set "
+            "data.format (field 'prompt' is missing)",
+        ),
     ]
 
 
@@ -397,6 +406,9 @@ def test_the_template_that_is_named_writes_the_rows(chatty: Tokenizer, tmp_path:
     for template, text in {
         "auto": alpaca,
         "alpaca": alpaca,
+        "alpaca-preamble": "<|bos|>Below is an instruction that describes a task, paired with an "
+        "input that provides further context. Write a response that appropriately completes the "
+        f"request.\n\n{alpaca.removeprefix('<|bos|>')}",
         "chat": "<|bos|><|user|>Add.\n\n1 2<|eos|><|assistant|>3<|eos|>",
         str(mine): "<|bos|>(user)Add.\n\n1 2<|eos|>(assistant)3<|eos|>",
     }.items():
@@ -413,7 +425,7 @@ def test_a_template_that_cannot_be_read_names_the_field(
         with pytest.raises(ConfigError) as caught:
             read_examples(rows(1), tokenizer, DataConfig(template=str(path)))
         assert str(caught.value).startswith(
-            "data.template must be auto, alpaca, chat or a file with a chat template; "
+            "data.template must be auto, alpaca, alpaca-preamble, chat or a file with a template; "
             f"'{path}' cannot be read: "
         )
 
@@ -421,29 +433,21 @@ def test_a_template_that_cannot_be_read_names_the_field(
 def test_a_model_without_a_chat_template_says_what_to_do(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError) as caught:
         read_examples(rows(1), tokenizer, DataConfig(template="chat"))
-    assert str(caught.value) == (
-        "data.template=chat, but the model has no chat template; name a file with one"
-    )
+    assert str(caught.value) == f"data.template=chat, but {NO_TEMPLATE}"
     with pytest.raises(DataError) as caught:
         read_examples([TURNS], tokenizer)
-    assert str(caught.value).splitlines()[1:] == [
-        "  row 1: the model has no chat template: set data.template to alpaca or to a file"
-    ]
+    assert str(caught.value).splitlines()[1:] == [f"  row 1: {NO_TEMPLATE}"]
 
 
 @pytest.mark.parametrize("form", ["messages", "sharegpt"])
 def test_alpaca_cannot_write_chats(tokenizer: Tokenizer, form: str) -> None:
     with pytest.raises(ConfigError) as caught:
         DataConfig(template="alpaca", format=form)
-    assert str(caught.value) == (
-        f"data.template=alpaca cannot write rows of data.format={form}; set data.template=chat"
-    )
+    assert str(caught.value) == f"data.template=alpaca {CANNOT_WRITE}"
     field = {"messages": "messages", "sharegpt": "conversations"}[form]
     with pytest.raises(ConfigError) as caught:
         read_examples([{field: TURNS["messages"]}], tokenizer, DataConfig(template="alpaca"))
-    assert str(caught.value) == (
-        f"rows holds {form}, which data.template=alpaca cannot write; set data.template=chat"
-    )
+    assert str(caught.value) == f"rows holds {form}; data.template=alpaca {CANNOT_WRITE}"
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -696,7 +700,8 @@ def test_rows_that_are_refused_for_one_reason_take_one_line(tokenizer: Tokenizer
     assert len(report.refused) == 7 and len(shown) == 3
     assert shown[0].startswith("  row 2 and 2 more: field 'instruction' is missing; data.columns=")
     assert shown[1:] == [
-        "  row 3 and 2 more: field 'instruction' is missing",
+        "  row 3 and 2 more: is 'text' in a file taken for 'alpaca': split the file by format, or "
+        "set data.format (field 'instruction' is missing)",
         "  row 8: field 'instruction' is empty",
     ]
 

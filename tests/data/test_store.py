@@ -27,8 +27,8 @@ from mlx_qlora.data.examples import (
     TokenStore,
     cached,
     forget_unused,
-    in_memory,
     on_disk,
+    store_in_memory,
 )
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[
     with tempfile.TemporaryDirectory() as folder:
         entry = Path(folder) / "new" / "entry"
         stores = [
-            in_memory(pieces_of(content)),
+            store_in_memory(pieces_of(content)),
             on_disk(None, pieces_of(content), lambda: {"a": [1]}),
         ]
         stores += [write(entry, content, a=[1]), cached(entry)]

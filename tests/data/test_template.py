@@ -168,7 +168,7 @@ def test_the_template_of_the_recipe_counts_and_not_the_model_s(chatty: Tokenizer
     ]
     with pytest.raises(DataError, match="the model has no chat template"):
         Template("auto", None).segments(chat(("user", "a"), ("assistant", "b")), chatty)
-    with pytest.raises(DataError, match="alpaca cannot write messages; set"):
+    with pytest.raises(DataError, match="alpaca cannot write messages; leave it out, or name"):
         Template("alpaca", CHAT).segments(chat(("user", "a"), ("assistant", "b")), chatty)
 
 
