@@ -325,6 +325,10 @@ def _message(value: Any, where: str) -> Message:
     if calls := rest.pop("tool_calls", None):
         rest["tool_calls"] = _tool_calls(calls, where)
     content = _content(content, where, bool(calls) or role in MAY_BE_EMPTY)
+    if thoughts := next((rest[name] for name in THOUGHTS if rest.get(name)), None):
+        # As transformers does: templates read either.
+        rest = {**rest, "reasoning_content": thoughts}
+        rest.setdefault("thinking", thoughts)
     return {"role": role, "content": content, **rest}
 
 

@@ -108,7 +108,10 @@ SHIPPED = [
     TOOL_TEMPLATE,
 ]
 # Special tokens that end a response in some Llama-family model, whatever its EOS is.
-_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>")
+_ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>"),
+    *("<end_of_turn>", "<|call|>"),
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,7 @@
 With the real tokenizers and templates of several families, against transformers.
 """
 
-import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,18 +17,6 @@ from mlx_qlora.data.rows import Chat, read_row
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer, render_template
 from mlx_qlora.errors import DataError
 
-# Name -> the tokenizer, and the template that trl ships, where the tokenizer's folder has another.
-CHATS = {
-    "llama3": ("llama3", None),
-    "llama3_1": ("llama3_1", "llama3_1"),
-    "llama3_2": ("llama3_1", "llama3_2"),
-    "qwen2_5": ("qwen3", "qwen2_5"),
-    "qwen3": ("qwen3", None),
-    "gemma3": ("gemma3", None),
-    "deepseek_v3": ("deepseek_v3", None),
-    "r1": ("deepseek_v3", "deepseek_r1_distill"),
-    "gptoss": ("gptoss", "gptoss"),
-}
 TOOLS = [
     {
         "type": "function",
@@ -88,8 +74,9 @@ ROWS: dict[str, dict[str, Any]] = {
 NO_TOOLS = "does not write the call in messages|roles must alternate"
 NO_THOUGHTS = "does not write the reasoning_content of messages"
 DEAF = ("llama3", "gemma3", "deepseek_v3", "r1")  # to tools
+THOUGHTLESS = [x for x in npm_tokenizers.CHATS if x not in ("qwen3", "r1", "gptoss")]
 REFUSED = {
-    **{(name, "thoughts apart"): NO_THOUGHTS for name in CHATS if name not in ("qwen3", "r1")},
+    **{(name, "thoughts apart"): NO_THOUGHTS for name in THOUGHTLESS},
     **{(name, row): NO_TOOLS for name in DEAF for row in ("tool", "parallel calls")},
     ("gptoss", "parallel calls"): "does not write the call in messages",  # but the first
     **{(f"llama3_{i}", "parallel calls"): "supports single tool-calls at once" for i in (1, 2)},
@@ -97,20 +84,13 @@ REFUSED = {
 APART = {
     "qwen3": ("several turns", "thoughts", "thoughts apart", "tool", "parallel calls"),
     "r1": ("several turns", "thoughts", "thoughts apart"),
-    "gptoss": ("several turns", "thoughts"),
+    "gptoss": ("several turns", "thoughts", "thoughts apart"),
 }
 
 
-@pytest.fixture(scope="module", params=CHATS)
+@pytest.fixture(scope="module", params=npm_tokenizers.CHATS)
 def tokenizer(request: pytest.FixtureRequest) -> tuple[str, Tokenizer]:
-    name, template = CHATS[request.param]
-    made = load_tokenizer(npm_tokenizers.folder(name))
-    if template is not None:
-        spec: Any = importlib.util.find_spec("trl")
-        folder = spec.submodule_search_locations[0]
-        text = (Path(folder) / "chat_templates" / f"{template}.jinja").read_text("utf-8")
-        made = made.with_chat_template(text)
-    return request.param, made
+    return request.param, npm_tokenizers.chat_tokenizer(request.param)
 
 
 def documents(row: dict[str, Any], tokenizer: Tokenizer, history: str = "auto") -> list[Any]:
@@ -248,26 +228,6 @@ def test_a_template_named_tool_use_writes_rows_with_tools(tmp_path, chat_folder)
         assert ours.render_chat([HI], tools=TOOLS).startswith("T[")
         ours.save(tmp_path / f"{how} saved")
         assert load_tokenizer(tmp_path / f"{how} saved").tool_template == with_tools
-
-
-@pytest.mark.parametrize("name", sorted(npm_tokenizers.SHA256.keys() - {"llama2"}))
-def test_ids_are_those_of_the_tokenizers_own_library(name):
-    """llama2's package names no end token; its kind of tokenizer is tested elsewhere."""
-    import tokenizers
-
-    folder = npm_tokenizers.folder(name)
-    ours, theirs = (
-        load_tokenizer(folder),
-        tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json"),
-    )
-    for text in (
-        "Hello, world! 12345",
-        " x\n\n\ty  z",
-        "Ünïcödé 漢字 🙂👩‍🚀",
-        "def f(x):\n    return x",
-    ):
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.decode(ours.encode(text)) == text
 
 
 def test_what_is_shown_of_a_row_is_each_of_its_documents():

@@ -94,5 +94,7 @@ def test_a_real_tokenizer_makes_the_ids_that_tokenizers_makes(name: str) -> None
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
     draw = random.Random(1)
     pieces = [*draw.sample(added, min(20, len(added))), *PIECES[2:], "Hello", " world", "12"]
+    for text in ("Ünïcödé 漢字 🙂👩‍🚀 x\n\n\ty", "def f(x):\n    return x"):
+        assert ours.decode(ours.encode(text)) == text
     for text in random_texts(pieces, 200):
         assert ours.encode(text) == backend.encode(text, add_special_tokens=False).ids, text

