@@ -255,7 +255,7 @@ def _refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> N
     text_alone = {name: task for name, task in tasks.items() if task != "more than text"}
     if tasks and not (columns and text_alone == tasks):
         names = ", ".join(map(repr, tasks))
-        remedy = "name question and answer with data.columns, or leave the field out"
+        remedy = "if its answer is wanted, leave the field out, or name both with data.columns"
         raise DataError(f"is {next(iter(tasks.values()))} ({names}), no answer to learn; {remedy}")
 
 
