@@ -45,6 +45,7 @@ from mlx_qlora.folders import (
     locked,
     write_whole,
 )
+from mlx_qlora.infer.evaluate import check_examples
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, sample_of, with_model
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -248,6 +249,7 @@ def open_inputs(
         train = read_examples(config.data.path, tokenizer, config.data, console=console)
     llama = LlamaConfig.from_hf(hf_config)
     check_lengths(llama, train, validation, test)
+    check_examples(tokenizer, llama.vocab_size, train, validation, test)
     settled = settle(config, llama, train)
     inputs = Inputs(settled, tokenizer, llama, train, validation, test, checkpoint)
     for report in inputs.reports:
@@ -332,6 +334,7 @@ def fine_tune(
             check_output(output)
             require_trackers([*config.logging.report_to])
         check_lengths(model.config, train_examples, validation)
+        check_examples(tokenizer, model.config.vocab_size, train_examples, validation)
         settled = settle(config, model.config, train_examples)
         for line in explained(config, settled, train_examples):
             say(console, line)

@@ -26,8 +26,8 @@ def token_text(token: Any) -> str:
 
 
 # ---- codecs --------------------------------------------------------------------------------------
-# Each has `size`, the number of ids, and `specials`, the ids of control tokens by their text: text
-# can spell them, and decode can skip them.
+# Each has `size`, one more than its highest id, and `specials`, the ids of control tokens by their
+# text: text can spell them, and decode can skip them.
 
 
 class TokenizersCodec:
@@ -35,7 +35,7 @@ class TokenizersCodec:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
-        self.size = backend.get_vocab_size()
+        self.size = 1 + max(backend.get_vocab().values(), default=-1)
         added = backend.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
 
@@ -76,6 +76,7 @@ class SplitCodec:
         patterns = {token: re.escape(token) for token in longest_first} | dict(patterns or {})
         self._pattern = re.compile(f"({'|'.join(patterns[token] for token in longest_first)})")
         self._encode_plain, self._decode_plain = encode_plain, decode_plain
+        self._plain_size = plain_size
         self.specials = specials
         self.size = max(plain_size, 1 + max(self._tokens, default=-1))
 
@@ -98,7 +99,7 @@ class SplitCodec:
                 tokens = [self._tokens[i] for i in run]
                 parts += [t for t in tokens if not (skip_special_tokens and t in self.specials)]
             else:
-                parts.append(self._decode_plain(list(run)))
+                parts.append(self._decode_plain([i for i in run if i < self._plain_size]))
         return "".join(parts)
 
     def token_id(self, token: str) -> int | None:

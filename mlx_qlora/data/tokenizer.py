@@ -118,7 +118,7 @@ _ENDS = (
 class Tokenizer:
     """Text <-> ids for one model."""
 
-    vocab_size: int  # special and added tokens included
+    vocab_size: int  # the highest id and 1; special and added tokens included
     bos_id: int | None
     eos_id: int  # to append after a response
     eos_ids: frozenset[int]  # every id that ends generation, `eos_id` among them
@@ -144,8 +144,12 @@ class Tokenizer:
         return self._codec.encode_batch([_whole_characters(text) for text in texts])
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
-        return self._codec.decode([int(i) for i in ids], skip_special_tokens)
+        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD.
+
+        Ids without a token, such as the rows that pad an embedding, become nothing.
+        """
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self._codec.decode(known, skip_special_tokens)
 
     def render_chat(
         self,

@@ -144,7 +144,7 @@ class _Conversation:
             ids = self.ids + self.tokenizer.encode(text[len(self.text) :])
         else:
             ids = prompt_ids(self.tokenizer, text)
-        room_for(self.model, ids, "the conversation", "/reset")
+        room_for(self.model, self.tokenizer, ids, "the conversation", "/reset")
         return text, ids
 
     def command(self, line: str) -> None:

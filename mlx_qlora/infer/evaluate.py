@@ -1,5 +1,6 @@
 """Scores of a model on examples: loss, perplexity and token accuracy."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
-from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.llama import LlamaForCausalLM, check_ids
 from mlx_qlora.progress import doing
 from mlx_qlora.train.score import RowScores, score, score_rows
 
@@ -56,7 +57,7 @@ def evaluate(
         batch_size: rows per forward; the scores depend on it by float32 rounding alone.
 
     Raises:
-        DataError: no examples, or examples of another vocabulary.
+        DataError: no examples, or a token that the model's embedding has no row for.
     """
     _check(model, tokenizer, examples)
     total = score(model, evaluation_batches(examples, batch_size))
@@ -74,7 +75,8 @@ def score_examples(
     Of several processes each scores its share; all have to call it.
 
     Raises:
-        DataError: no examples, examples of another vocabulary, or one that teaches nothing.
+        DataError: no examples, one that teaches nothing, or a token that the model's embedding has
+            no row for.
         ProcessError: another process is gone, or did not finish in time.
     """
     _check(model, tokenizer, examples)
@@ -107,7 +109,14 @@ def _groups(lengths: np.ndarray) -> list[list[int]]:
 def _check(model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples) -> None:
     if not len(examples):
         raise DataError("there are no examples to evaluate")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
-        )
+    check_examples(tokenizer, model.config.vocab_size, examples)
+
+
+def check_examples(tokenizer: Tokenizer, rows: int, *parts: Examples | None) -> None:
+    """Raises a DataError that names the first row with a token that the embedding has no row for.
+
+    A tokenizer may list more ids than the embedding has rows, as long as no text becomes one.
+    """
+    if tokenizer.vocab_size > rows:
+        for example in itertools.chain.from_iterable(part or () for part in parts):
+            check_ids(example.tokens, rows, example.place, tokenizer.decode)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from mlx_qlora.infer.tokens import (
     generate_tokens,
     key_of,
 )
-from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.llama import LlamaForCausalLM, check_ids
 from mlx_qlora.progress import doing
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ Prompt = str | list[dict[str, Any]] | list[int]
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, of chat messages that await the assistant's answer, or as they are."""
-    if prompt and isinstance(prompt[0], int):
+    if len(prompt) and isinstance(prompt[0], int | np.integer):
         ids = cast("list[int]", prompt)
     else:
         if not isinstance(prompt, str):
@@ -47,13 +48,19 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def room_for(
-    model: LlamaForCausalLM, ids: list[int], what: str = "the prompt", remedy: str = "shorten it"
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    what: str = "the prompt",
+    remedy: str = "shorten it",
 ) -> int:
     """How many tokens fit into the model's context after these.
 
     Raises:
         ConfigError: there is no room for an answer; `what` is too long, and `remedy` helps.
+        DataError: the model's embedding has no row for a token.
     """
+    check_ids(ids, model.config.vocab_size, what, tokenizer.decode)
     limit, n = model.config.max_position_embeddings, len(ids)
     if n >= limit:  # beyond the positions that it was trained on a model writes noise, silently
         raise ConfigError(f"{what} has {n} tokens, and the model was made for {limit}: {remedy}")
@@ -195,6 +202,7 @@ def generate(
     Raises:
         ConfigError: a value out of range, an unknown keyword, a prompt that is empty, or one that
             fills the model's context.
+        DataError: a token that the model's embedding has no row for.
         TokenizerError: messages were given but the model has no chat template.
     """
     return "".join(Stream(model, tokenizer, prompt, **settings))
@@ -250,7 +258,7 @@ class Stream(Iterator[str]):
         config = _config_of(settings, StreamSettings.__annotations__)
         self._answer = Answer(tokenizer, stop_texts(settings.get("stop")))
         self.prompt = prompt_ids(tokenizer, prompt)
-        n_new = min(config.max_new_tokens, room_for(model, self.prompt))
+        n_new = min(config.max_new_tokens, room_for(model, tokenizer, self.prompt))
         config = dataclasses.replace(config, max_new_tokens=n_new)
         cache = settings.get("prompt_cache") or PromptCache()
         self._n_cached = cache.common(model, self.prompt)
@@ -338,7 +346,7 @@ def generate_batch(
     require(not single, "prompts", "be a list of prompts ([prompt] for a single one)", prompts)
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     names = [f"prompts[{i}]" for i in range(len(rows))] if len(rows) > 1 else ["the prompt"]
-    room = [room_for(model, row, name) for row, name in zip(rows, names)]
+    room = [room_for(model, tokenizer, row, name) for row, name in zip(rows, names)]
     answers = [Answer(tokenizer, stop) for _ in rows]
     texts, ended = [""] * len(rows), set[int]()
     with doing("answering", len(rows), "answers") as task:

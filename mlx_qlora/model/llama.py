@@ -12,7 +12,7 @@ V vocabulary.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ import numpy as np
 from mlx_qlora.cpu.attention import Reach
 from mlx_qlora.cpu.exponentials import sigmoid
 from mlx_qlora.device import Device, current
+from mlx_qlora.errors import DataError
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.dropout import position_words
 from mlx_qlora.model.families import AFTER_ROPE, ALL_HEADS, HEAD, LlamaConfig
@@ -258,6 +259,33 @@ class DecoderLayer(nn.Module):
         return x + (new if self._scale == 1 else new * self._scale)
 
 
+def check_ids(
+    ids: Any, rows: int, where: str = "tokens", text: Callable[[list[int]], str] | None = None
+) -> None:
+    """Refuse ids without a row of the embedding, which MLX would read and write out of bounds.
+
+    Args:
+        ids: on the host.
+        rows: of the embedding.
+        where: what holds the ids, for the message.
+        text: writes ids as text, for the message.
+
+    Raises:
+        DataError: naming the first such id.
+    """
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise DataError(f"{where}: token ids must be whole numbers")
+    if (bad := ids[(ids < 0) | (ids >= rows)]).size:
+        token = int(bad.flat[0])
+        shown = f" ({text([token])})" if text and token >= 0 else ""
+        raise DataError(
+            f"{where}: token {token}{shown} has no row in the model's embedding, which has {rows} "
+            f"rows (0 to {rows - 1}): leave the token out, or give the model a row for it (in "
+            "transformers: resize_token_embeddings(len(tokenizer)), then save_pretrained)"
+        )
+
+
 class LlamaModel(nn.Module):
     """Embedding, layers, final norm: token ids to hidden states."""
 
@@ -281,6 +309,7 @@ class LlamaModel(nn.Module):
         documents: np.ndarray | None = None,
     ) -> mx.array:
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
+        tokens = self._with_rows(tokens, cache is not None and tokens.shape[1] == 1)
         if cache is not None:
             h, masks = self.embed(tokens), dict[int | None, Any]()
             how = {"return_array": self._config.attention_softcap is not None}
@@ -306,6 +335,23 @@ class LlamaModel(nn.Module):
         for layer, of_layer in zip(self.layers, keys or [NO_KEYS] * len(self.layers)):
             h = layer(h, documents, of_layer)
         return self.normalised(h)
+
+    def _with_rows(self, tokens: mx.array, is_drawn: bool) -> mx.array:
+        """The tokens, which have rows in the embedding.
+
+        Waiting for a token that a sampler draws would cost a step's time, and one of a function
+        that MLX traces has no value: these are only kept within bounds.
+        """
+        rows = self._config.vocab_size
+        if not is_drawn:
+            try:
+                ids = np.array(tokens)
+            except ValueError:
+                pass
+            else:
+                check_ids(ids, rows)
+                return tokens
+        return mx.minimum(tokens.astype(mx.uint32), rows - 1)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Tokens (...) int -> what the first layer reads (..., D)."""
@@ -372,6 +418,9 @@ class LlamaForCausalLM(nn.Module):
                 row (B, 2); None turns dropout off.
             documents: (N, 3) int of row, start and end, in order, where rows hold several
                 documents: each is attended to as if it stood alone, its positions from 0 on.
+
+        Raises:
+            DataError: an id that the embedding has no row for.
         """
         return self.logits(self.model(tokens, cache, dropout_key, documents))
 

@@ -13,7 +13,7 @@ from mlx_qlora.data.batches import IGNORE, Batch, padded_width
 from mlx_qlora.device import Device, Machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.attention import Documents
-from mlx_qlora.model.llama import Keys, LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.llama import Keys, LlamaConfig, LlamaForCausalLM, check_ids
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.tree import flat
 
@@ -228,9 +228,12 @@ def chunks_of(
     """At most so many chunks of a batch; each as the shards that are computed side by side.
 
     `documents` (n, 3) of row, start and end are those of the batch to be computed. `dropout_key` is
-    (2,) for the batch or (B, 2) for its rows; None turns dropout off.
+    (2,) for the batch or (B, 2) for its rows; None turns dropout off. A DataError if the embedding
+    has no row for a token or a label.
     """
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
+    for ids in (tokens, labels[labels != IGNORE]):
+        check_ids(ids, model.config.vocab_size, "the batch")
 
     def shard(documents: np.ndarray, stream: mx.Stream) -> Shard:
         spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]

@@ -48,7 +48,7 @@ def test_sets_that_cannot_be_scored_are_refused(tuned, tmp_path):
     with pytest.raises(mq.ConfigError, match="batch_size must be at least 1; got 0"):
         mq.evaluate(model, tokenizer, examples, batch_size=0)
     smaller, _ = mq.load(write_model(tmp_path / "small", vocab_size=200))
-    with pytest.raises(mq.DataError, match="the tokenizer has 320 ids, the model 200"):
+    with pytest.raises(mq.DataError, match=r"rows:1: token \d+ .* has 200 rows \(0 to 199\)"):
         mq.evaluate(smaller, tokenizer, examples)
 
 
