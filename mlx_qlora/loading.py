@@ -11,7 +11,7 @@ from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
 from mlx_qlora.data.chats import ALPACA
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.hub import resolve, weight_files
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
@@ -196,8 +196,7 @@ def sample_of(path: Path) -> bytes:
     Reading all of a large model would take longer than anybody waits.
     """
     hashed = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    for file in files:
+    for file in weight_files(path):
         size = file.stat().st_size
         hashed.update(f"{file.name} {size}".encode())
         with open(file, "rb") as stream:

@@ -22,7 +22,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 def token_text(token: Any) -> str:
     """The text of a token, which configurations spell as a string or as an object."""
-    return token["content"] if isinstance(token, dict) else token
+    return str(token.get("content", token) if isinstance(token, dict) else token)
 
 
 # ---- codecs --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.data import codecs
 from mlx_qlora.errors import TokenizerError
+from mlx_qlora.model.hub import check_readable
 
 if TYPE_CHECKING:
     import jinja2
@@ -107,6 +108,10 @@ SHIPPED = [
     *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
     TOOL_TEMPLATE,
 ]
+CONFIGS = ["generation_config.json", "config.json"]  # which name tokens that end a text
+TYPES: dict[str, Any] = dict.fromkeys(codecs.NAMED_TOKENS, str | dict | None)
+TYPES |= {"chat_template": str | list | None, "add_bos_token": bool | None}
+TYPES |= {"added_tokens_decoder": dict | None, "additional_special_tokens": list | None}
 # Special tokens that end a response in some Llama-family model, whatever its EOS is.
 _ENDS = (
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>"),
@@ -247,9 +252,17 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
         codec = codecs.TokenizersCodec(gguf.backend)
         return _assemble(source, codec, gguf.config, gguf.end_ids, gguf.files)
 
+    for path in (source / name for name in (*SHIPPED, *CONFIGS)):
+        if path.exists():
+            check_readable(path, TokenizerError)
     config = _read_configs(source)
-    ends = _read_json(source / "generation_config.json").get("eos_token_id")
-    end_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    end_ids: list[int] = []
+    for path in (source / name for name in CONFIGS):
+        ends = _read_json(path).get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if any(type(i) is not int for i in ends):
+            raise TokenizerError(f"{path}: eos_token_id must be an id or a list of ids; got {ends}")
+        end_ids += ends
     vocabulary, model = source / "tokenizer.json", source / "tokenizer.model"
     if vocabulary.exists():
         codec, defaults = codecs.open_tokenizers(vocabulary, config)
@@ -310,8 +323,10 @@ def _read_configs(folder: Path) -> dict[str, Any]:
     named = _read_json(folder / "special_tokens_map.json")
     # A config that lists its added tokens is complete; an older one yields to the map beside it.
     config = named | config if "added_tokens_decoder" in config else config | named
-
-    decoder = config.setdefault("added_tokens_decoder", {})
+    for key, kind in TYPES.items():
+        if not isinstance(value := config.get(key), kind):
+            raise TokenizerError(f"{folder}: the tokenizer's {key} must be {kind}; got {value!r}")
+    decoder = config["added_tokens_decoder"] = config.get("added_tokens_decoder") or {}
     listed = {token["content"] for token in decoder.values()}
     for content, i in _read_json(folder / "added_tokens.json").items():
         if content not in listed:

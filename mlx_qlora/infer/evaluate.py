@@ -75,8 +75,7 @@ def score_examples(
     Of several processes each scores its share; all have to call it.
 
     Raises:
-        DataError: no examples, one that teaches nothing, or a token that the model's embedding has
-            no row for.
+        DataError: no examples, one that teaches nothing, or a token without an embedding.
         ProcessError: another process is gone, or did not finish in time.
     """
     _check(model, tokenizer, examples)
@@ -113,10 +112,7 @@ def _check(model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples) ->
 
 
 def check_examples(tokenizer: Tokenizer, rows: int, *parts: Examples | None) -> None:
-    """Raises a DataError that names the first row with a token that the embedding has no row for.
-
-    A tokenizer may list more ids than the embedding has rows, as long as no text becomes one.
-    """
+    """Raises a DataError for a token without a row of the embedding; spare ids are no error."""
     if tokenizer.vocab_size > rows:
         for example in itertools.chain.from_iterable(part or () for part in parts):
             check_ids(example.tokens, rows, example.place, tokenizer.decode)

@@ -24,18 +24,14 @@ import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.families import LlamaConfig
+from mlx_qlora.model.hub import check_readable, weight_files
 from mlx_qlora.model.quantize import QuantConfig, pack, unpack
 from mlx_qlora.model.rope import LAYER_KINDS, RopeConfig, rope_periods
 from mlx_qlora.tree import number
 
 # ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX reads.
-MLX_TYPES = {
-    0: ("F32", 4, 1),
-    1: ("F16", 2, 1),
-    2: ("Q4_0", 18, 32),
-    3: ("Q4_1", 20, 32),
-    8: ("Q8_0", 34, 32),
-}
+MLX_TYPES = {0: ("F32", 4, 1), 1: ("F16", 2, 1), 2: ("Q4_0", 18, 32), 3: ("Q4_1", 20, 32)}
+MLX_TYPES |= {8: ("Q8_0", 34, 32)}
 # Those that the package gguf dequantises.
 TYPES = MLX_TYPES | {
     6: ("Q5_0", 22, 32), 7: ("Q5_1", 24, 32), 10: ("Q2_K", 84, 256), 11: ("Q3_K", 110, 256),
@@ -45,6 +41,7 @@ TYPES = MLX_TYPES | {
     22: ("IQ2_S", 82, 256), 23: ("IQ4_XS", 136, 256), 29: ("IQ1_M", 56, 256), 30: ("BF16", 2, 1),
     34: ("TQ1_0", 54, 256), 35: ("TQ2_0", 66, 256), 39: ("MXFP4", 17, 32),
 }  # fmt: skip
+SIZES = {name: sizes for name, *sizes in TYPES.values()}  # bytes and weights of a block
 # Bits that MLX's groups of 32 need to hold a type: as many where its own groups are such, two more
 # where they are not, so that the error that is added is a small part of what is there.
 BITS = {
@@ -59,22 +56,13 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
            12: "d"}  # fmt: skip
 
 # model_type -> llama.cpp's architecture, and whether it permutes the rows of q and k.
-ARCHITECTURES = {
-    "llama": ("llama", True),
-    "mistral": ("llama", True),
-    "granite": ("granite", True),
-    "smollm3": ("smollm3", True),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
-    "olmo2": ("olmo2", False),
-    "olmo3": ("olmo2", False),
-    "seed_oss": ("seed_oss", False),
-    "phi3": ("phi3", False),
-    "gemma2": ("gemma2", False),
-    "gemma3_text": ("gemma3", False),
-    "glm4": ("glm4", False),
-}
+ARCHITECTURES = {kind: (kind, True) for kind in ("llama", "granite", "smollm3")}
+NOT_PERMUTED = ("qwen2", "qwen3", "olmo2", "seed_oss", "phi3", "gemma2", "glm4")
+ARCHITECTURES |= {kind: (kind, False) for kind in NOT_PERMUTED} | {"mistral": ("llama", True)}
+ARCHITECTURES |= {"olmo3": ("olmo2", False), "gemma3_text": ("gemma3", False)}
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GRANITE = {f"{key}_multiplier": f"{key}_scale" for key in ("embedding", "residual")}
+GRANITE |= {"attention_multiplier": "attention.scale", "logits_scaling": "logit_scale"}
 LAYER_NAMES = {
     **{f"attn_{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv")},
     **{f"attn_{name}_norm": f"self_attn.{name}_norm" for name in "qk"},
@@ -82,7 +70,6 @@ LAYER_NAMES = {
     **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
 NORM_PLACES = "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"  # of `families.Norms`
-PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 LOOKED_AT = 256  # rows of a matrix, to estimate an error
 
 
@@ -97,16 +84,18 @@ class Packed:
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix."""
-        _, n_bytes, n_weights = next(each for each in TYPES.values() if each[0] == self.kind)
+        n_bytes, n_weights = SIZES[self.kind]
         return len(self.rows), self.rows.shape[1] // n_bytes * n_weights
+
+    def _read(self, rows: slice) -> np.ndarray:
+        return np.array((self.rows if self.order is None else self.rows[self.order])[rows])
 
     def dense(self, rows: slice = slice(None)) -> np.ndarray:
         """The matrix, or some of its rows, in float32."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        data = self.rows if self.order is None else self.rows[self.order]
-        return dequantize(np.array(data[rows]), GGMLQuantizationType[self.kind])
+        return dequantize(self._read(rows), GGMLQuantizationType[self.kind])
 
     def pack(self, rows: slice = slice(None)) -> tuple[tuple[mx.array, ...], QuantConfig]:
         """Weight, scales and biases in MLX's affine layout, and what it is.
@@ -130,9 +119,8 @@ class Packed:
         """Scale and bias (rows, groups) float32 of each 32 weights, if ggml's groups are such."""
         from gguf.quants import Q4_K
 
-        data = np.array((self.rows if self.order is None else self.rows[self.order])[rows])
-        _, n_bytes, _ = next(each for each in TYPES.values() if each[0] == self.kind)
-        blocks = data.reshape(len(data), -1, n_bytes)
+        data = self._read(rows)
+        blocks = data.reshape(len(data), -1, SIZES[self.kind][0])
         half = np.ascontiguousarray(blocks[..., :4]).view(np.float16).astype(np.float32)
         if self.kind in ("Q4_K", "Q5_K"):  # of 256 weights: 8 groups with 6 bits for each of two
             wanted = np.ascontiguousarray(blocks[..., 4:16]).reshape(-1, 12)
@@ -165,8 +153,18 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
         WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that
             nobody can read (the message names types and tensors).
     """
-    parts = _parts(path)
+    parts = weight_files(path)
     headers = [_checked_header(part) for part in parts]
+    for i, (part, (_, pairs, _)) in enumerate(zip(parts, headers)):
+        no, count = pairs.get("split.no", i), pairs.get("split.count") or len(parts)
+        if (no, count) != (i, len(parts)):
+            raise WeightsError(
+                f"{part} says that it is part {no + 1} of {count}, and its name does not: join the "
+                "parts (llama-gguf-split --merge FIRST-PART OUTPUT), or give them their names back"
+            )
+    names = [name for tensors, _, _ in headers for name, *_ in tensors]
+    if not len({*names}) == len(names) == headers[0][1].get("split.tensors.count", len(names)):
+        raise WeightsError(f"{path} lacks tensors, or holds some twice; download it again")
     kinds = {kind for tensors, _, _ in headers for _, _, kind, _ in tensors}
     if len(parts) == 1 and kinds <= {*MLX_TYPES}:
         try:
@@ -222,17 +220,6 @@ def _mapped(data: np.ndarray, shape: list[int], kind: int, start: int) -> Any:
     return mx.array(np.array(raw).view(dtype).reshape(whole))
 
 
-def _parts(path: Path) -> list[Path]:
-    """The files of a model, from the name of one of them."""
-    if not (match := PART.search(path.name)):
-        return [path]
-    stem, n = path.name[: match.start()], int(match[2])
-    parts = [path.with_name(f"{stem}-{i:05}-of-{n:05}.gguf") for i in range(1, n + 1)]
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise WeightsError(f"{path} is one of {n} parts; missing: {', '.join(missing[:5])}")
-    return parts
-
-
 # ---- the header: types and sizes, before anything is loaded --------------------------------------
 
 Tensors = list[tuple[str, list[int], int, int]]  # name, shape, type, offset
@@ -240,6 +227,7 @@ Tensors = list[tuple[str, list[int], int, int]]  # name, shape, type, offset
 
 def _checked_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
     """Refuse damaged files, which MLX would map into memory and crash on, and unknown types."""
+    check_readable(path, WeightsError)
     try:
         with path.open("rb") as file:
             tensors, pairs, data_start = _read_header(file)
@@ -254,16 +242,14 @@ def _checked_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
             f"{path} has tensors of types we do not read (supported: {supported}). Use another "
             f"quantisation of the model, or its safetensors:\n{listing(problems, most=5)}"
         )
+    size, again = path.stat().st_size, "download it again"
     for name, shape, kind, offset in tensors:
         _, block_bytes, block_weights = TYPES[kind]
         if not shape or not all(shape) or shape[0] % block_weights:
-            raise WeightsError(f"{path} is damaged: {name} has shape {shape}; download it again")
+            raise WeightsError(f"{path} is damaged: {name} has shape {shape}; {again}")
         end = data_start + offset + math.prod(shape) // block_weights * block_bytes
-        if end > path.stat().st_size:
-            raise WeightsError(
-                f"{path} is truncated: {name} ends at byte {end} of {path.stat().st_size}; "
-                "download it again"
-            )
+        if end > size:
+            raise WeightsError(f"{path} is truncated: {name} ends at byte {end} of {size}; {again}")
     return tensors, pairs, data_start
 
 
@@ -310,14 +296,16 @@ def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
 # ---- GGUF's terms -> Hugging Face's --------------------------------------------------------------
 
 FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"
-# Keys that change what a model computes: what no family reads is refused.
-ARITHMETIC = {
-    *("attention.scale", "attention.clamp_kqv", "attention.causal", "attention.max_alibi_bias"),
-    *("attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping"),
-    *("embedding_scale", "residual_scale", "logit_scale", "final_logit_softcapping"),
-    *("rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
-    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-    *("rope.scaling.yarn_log_multiplier", "rope.freq_base_swa", "rope.scaling.alpha"),
+# What decides nothing that is computed here. Any other key that no family reads is refused, unless
+# its value is what it means where it is left out.
+HARMLESS = {"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+HARMLESS |= {"tensor_data_layout", "pooling_type", "mm.tokens_per_image"}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "rope.scaling.yarn_beta_fast": (0, 32),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (0, 1)),
+    **{f"rope.scaling.{key}": (0, 1) for key in ("attn_factor", "yarn_attn_factor", "alpha")},
+    **{f"rope.scaling.yarn_{key}": (0, 1) for key in ("beta_slow", "ext_factor", "log_multiplier")},
 }
 
 
@@ -345,6 +333,8 @@ def _hf_config(
     def maybe(key: str) -> Any:
         return read(key) if f"{arch}.{key}" in metadata else None
 
+    if (what := metadata.get("general.type", "model")) != "model":
+        raise WeightsError(f"{path} is no model but of the type {what!r}: give the model's file")
     if read("expert_count", 0):
         raise WeightsError(f"{path}: mixture-of-experts models are not supported")
 
@@ -379,7 +369,7 @@ def _hf_config(
     if (turned := count("rope.dimension_count", head_dim)) != head_dim:
         config["partial_rotary_factor"] = turned / head_dim
     config |= _of_family(kind, config, maybe)
-    scaling = read("rope.scaling.type", "none")
+    scaling = read("rope.scaling.type", "linear")
     factor = maybe("rope.scaling.factor") or maybe("rope.scale_linear")
     if scaling == "yarn":
         old = read("rope.scaling.original_context_length", config["max_position_embeddings"])
@@ -387,8 +377,8 @@ def _hf_config(
             **{"rope_type": "yarn", "factor": factor},
             "original_max_position_embeddings": old,
         }
-    elif scaling not in ("none", "linear", "longrope"):
-        raise WeightsError(f"{path}: rope scaling {scaling!r} is not supported")
+    elif scaling not in ("linear", "longrope") and (scaling != "none" or factor not in (None, 1)):
+        raise WeightsError(f"{path}: rope scaling {scaling!r} (by {factor}) is not supported")
     elif factor not in (None, 1.0):
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     short, long = (factors[f"rope_factors_{which}"] for which in ("short", "long"))
@@ -403,10 +393,9 @@ def _hf_config(
         config["rope_scaling"]["attention_factor"] = maybe("rope.scaling.attn_factor")
     if count("attention.value_length", head_dim) != head_dim:
         raise WeightsError(f"{path}: values of another size than keys are not supported")
-    harmless = {None, 0, 1.0}
-    for key in ARITHMETIC - asked:
-        value = maybe(key)
-        if value is False or isinstance(value, list) or value not in harmless:
+    keys = {key.removeprefix(f"{arch}.") for key in metadata if key.startswith(f"{arch}.")}
+    for key in sorted(keys - asked - HARMLESS):
+        if (value := read(key)) not in NEUTRAL.get(key, (0,)):
             raise WeightsError(f"{path}: {arch}.{key} = {value!r} is not supported")
     if (freqs := factors["rope_freqs"]) is not None:
         config["rope_scaling"] = _llama3_scaling(path, freqs, config["rope_theta"])
@@ -437,12 +426,7 @@ def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
         given["rope_local_base_freq"] = maybe("rope.freq_base_swa") or 10000.0
         given.pop("attn_logit_softcapping")
     if kind == "granite":
-        for field, key in (
-            ("embedding_multiplier", "embedding_scale"),
-            ("residual_multiplier", "residual_scale"),
-            ("attention_multiplier", "attention.scale"),
-            ("logits_scaling", "logit_scale"),
-        ):
+        for field, key in GRANITE.items():
             given[field] = maybe(key)
     kept_null = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     return {k: v for k, v in given.items() if v is not None or k in kept_null}

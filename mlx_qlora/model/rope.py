@@ -161,7 +161,8 @@ def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any
         # transformers then reads the old one alone, whatever the new one says besides.
         lost = sorted(new.keys() - old.keys() - config.keys() - {"rope_type", "type"})
         if lost:
-            raise WeightsError(f"config.json: rope_scaling lacks {', '.join(lost)}")
+            fix = "write both alike, or delete one"
+            raise WeightsError(f"config.json: rope_scaling lacks {', '.join(lost)}: {fix}")
     for where in ("rope_parameters", "rope_scaling"):
         entry = config.get(where)
         if not isinstance(entry, (dict, type(None))):
@@ -191,7 +192,9 @@ def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any
 
 def in_both_spellings(config: dict[str, Any], rope: RopeConfig) -> dict[str, Any]:
     """The parameters of a legal `config.json` as every reader finds them."""
-    share = {} if rope.rotary_share == 1 else {"partial_rotary_factor": rope.rotary_share}
+    share: dict[str, Any] = (
+        {} if rope.rotary_share == 1 else {"partial_rotary_factor": rope.rotary_share}
+    )
 
     def parameters(layers: str | None) -> dict[str, Any]:
         given = {k: v for k, v in _both_spellings(config, layers).items() if v is not None}
@@ -204,23 +207,15 @@ def in_both_spellings(config: dict[str, Any], rope: RopeConfig) -> dict[str, Any
         old = {"type": kind} if "alpha" in kept or "long_factor" in kept else {}
         return {"rope_type": kind, **old, **kept, "rope_theta": rope.theta, **share, **more}
 
-    if not any(key in (config.get("rope_parameters") or {}) for key in LAYER_KINDS) and (
-        "rope_local_base_freq" not in config
-    ):
-        whole = parameters(None)
-        scaling = {k: v for k, v in whole.items() if k != "rope_theta"}
-        scaling = None if whole["rope_type"] == "default" else scaling
-        both = {"rope_theta": whole["rope_theta"], "rope_scaling": scaling, **share}
-        return both | {"rope_parameters": whole}
-    nested = {key: parameters(key) for key in LAYER_KINDS}
-    full, local = nested.values()
+    is_nested = any(key in (config.get("rope_parameters") or {}) for key in LAYER_KINDS)
+    is_nested |= "rope_local_base_freq" in config
+    kinds = {key: parameters(key) for key in (LAYER_KINDS if is_nested else (None,))}
+    full, *local = kinds.values()
+    share |= {"rope_local_base_freq": local[0]["rope_theta"]} if local else {}
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}
-    return {
-        "rope_theta": full["rope_theta"],
-        "rope_local_base_freq": local["rope_theta"],
-        "rope_scaling": None if full["rope_type"] == "default" else scaling,
-        "rope_parameters": nested,
-    }
+    scaling = None if full["rope_type"] == "default" else scaling
+    both = {"rope_theta": full["rope_theta"], "rope_scaling": scaling, **share}
+    return both | {"rope_parameters": kinds if is_nested else full}
 
 
 def _with_attention_factor(kind: str, given: dict[str, Any], positions: Any) -> dict[str, Any]:

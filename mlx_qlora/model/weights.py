@@ -7,6 +7,7 @@ so the peak is the finished model plus one tensor, not the whole dense checkpoin
 
 import json
 import struct
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +19,19 @@ import mlx.nn as nn
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.errors import ConfigError, SourceError, WeightsError, listing
 from mlx_qlora.model.gguf import Packed, read_gguf, source_repository
-from mlx_qlora.model.hub import INDEX, ModelFiles, explain, http_error
+from mlx_qlora.model.hub import ModelFiles, check_readable, explain, http_error, weight_files
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, cast
+from mlx_qlora.model.quantize import FLOAT_MODES, FrozenMatrix, QuantConfig, cast
 from mlx_qlora.progress import doing, each
 from mlx_qlora.tree import flat
 
 # ---- from files to a frozen model ----------------------------------------------------------------
 
 FLOATS = ("F32", "F16", "BF16")
+REMEDIES = {"F8": "use the original 16-bit repository", "F64": "save the model in bfloat16"}
 REQUESTS = 8  # at once; the largest models have hundreds of files on the hub
 # Old Llama 2 checkpoints store a buffer that every reader computes itself.
+HEAD = "lm_head."
 IGNORED_ENDING = "rotary_emb.inv_freq"
 
 
@@ -109,6 +112,8 @@ def load_model(
     model.source = checkpoint.files
     model.quantized_to = quantize
     _check_tensors(model, checkpoint, quantize)
+    if model.config.tie_word_embeddings:
+        _check_head(checkpoint)
     strategy = frozen_matmul(matmul, dtype.size * packed_size(model, checkpoint, quantize))
     packing, modules, matrices = checkpoint.packing, dict(model.named_modules()), _matrices(model)
     for path, matrix in matrices.items():
@@ -156,12 +161,16 @@ def packed_size(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    check_readable(path, WeightsError)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise WeightsError(f"{path} cannot be read: it holds no JSON object")
+    for name in ("quantization", "quantization_config"):
+        if not isinstance(config.get(name), dict | None):
+            raise WeightsError(f"{path}: {name} must be an object; got {config[name]!r}")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and "quantization" not in config:
         raise WeightsError(
@@ -173,25 +182,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Name -> header entry over all shards; checks that every file is as long as it says."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted({str(n) for n in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{index} cannot be read: {error!r}") from None
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise WeightsError(f"{index} names shards that are not there: {', '.join(missing)}")
-        shards = [folder / name for name in names]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise WeightsError(f"{folder} holds no *.safetensors file; no other format is read")
-    return {
-        name: TensorInfo(shard, tuple(entry["shape"]), entry["dtype"])
-        for shard in shards
+    return _as_one_model(
+        (name, TensorInfo(shard, tuple(entry["shape"]), entry["dtype"]))
+        for shard in weight_files(folder)
         for name, entry in read_safetensors_header(shard, WeightsError).items()
-    }
+    )
+
+
+def _as_one_model(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Tensors by name, each of one file alone, and of a type that MLX opens."""
+    found: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for name, info in tensors:
+        if (other := found.setdefault(name, info)) is not info:
+            raise WeightsError(
+                f"{info.file.parent}: {name} is in {other.file.name} and in {info.file.name}; keep "
+                "the files of one copy of the model there, and move the others away"
+            )
+        if remedy := REMEDIES.get(info.dtype.partition("_")[0]):
+            problems.append(f"{name} in {info.file.name} has dtype {info.dtype}; {remedy}")
+    if problems:
+        raise WeightsError(f"the weights cannot be read:\n{listing(problems)}")
+    return found
 
 
 def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
@@ -210,19 +222,20 @@ def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
         raise WeightsError(f"{files.source} on the hub is damaged: {error}") from None
     except (OSError, RuntimeError, http_error()) as error:
         raise SourceError(explain(error, files.source, files.revision)) from error
-    return {
-        name: TensorInfo(files.path / shard, tuple(entry.shape), entry.dtype)
+    return _as_one_model(
+        (name, TensorInfo(files.path / shard, tuple(entry.shape), entry.dtype))
         for shard, entries in headers.items()
         for name, entry in entries.items()
-    }
+    )
 
 
 def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any]:
     """Tensor name -> {"dtype", "shape", "data_offsets"}, from the header of a safetensors file.
 
     Raises:
-        `error`, a class from `mlx_qlora.errors`, if the file is damaged or truncated.
+        `error`, a class from `mlx_qlora.errors`, if the file cannot be read, or is damaged.
     """
+    check_readable(path, error)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -251,8 +264,8 @@ def _open_safetensors(path: Path) -> dict[str, mx.array]:
 def _packing_in_config(
     config: dict[str, Any], found: dict[str, TensorInfo]
 ) -> dict[str, QuantConfig]:
-    """Matrix path -> how the file packs it, from MLX's `quantization` entry and its overrides."""
-    entry = config.get("quantization") or {}
+    """Matrix path -> how the file packs it; what `quantization` leaves out is its mode's own."""
+    entry = config.get("quantization") or config.get("quantization_config") or {}
     packing = {}
     for name in found:
         if name.endswith(".scales"):
@@ -260,9 +273,11 @@ def _packing_in_config(
             try:
                 override = entry.get(path)
                 chosen = override if isinstance(override, dict) else entry
-                mode = chosen.get("mode") or "affine"
-                packing[path] = QuantConfig(chosen["bits"], chosen["group_size"], mode)
-            except (KeyError, AttributeError, ConfigError) as error:
+                stated = {k: v for k, v in chosen.items() if not isinstance(v, dict | bool | None)}
+                stated.pop("quant_method", None)
+                bits, size = FLOAT_MODES.get(str(stated.get("mode")), (4, 64))
+                packing[path] = QuantConfig(**{"bits": bits, "group_size": size, **stated})
+            except (TypeError, ConfigError) as error:
                 raise WeightsError(
                     f"config.json: `quantization` does not say how {path} is packed: {error}"
                 ) from None
@@ -289,7 +304,7 @@ def _check_tensors(
     for name, info in found.items():
         where = f"{name} in {info.file.name}"
         if name not in expected:
-            tied = name == "lm_head.weight" and model.config.tie_word_embeddings
+            tied = name.startswith(HEAD) and model.config.tie_word_embeddings
             if not tied and not name.endswith(IGNORED_ENDING):
                 problems.append(f"{where} belongs to no module of this architecture")
             continue
@@ -309,6 +324,18 @@ def _check_tensors(
                     f"group_size {quantize.group_size} does not divide the {matrix.shape[1]} "
                     f"columns of {path}; choose a smaller group_size"
                 )
+
+
+def _check_head(checkpoint: Checkpoint) -> None:
+    """Refuse a head beside the embedding that it is tied to, unless both are the same."""
+    arrays = {name: array for shard in checkpoint.shards for name, array in shard.items()}
+    for name in [name for name in arrays if name.startswith(HEAD)]:
+        embedding = arrays.get(name.replace(HEAD, "model.embed_tokens."))
+        if embedding is None or not mx.array_equal(arrays[name], embedding):
+            raise WeightsError(
+                f"{name} in {checkpoint.found[name].file} differs from the embedding, and is tied "
+                "to it: set tie_word_embeddings to false in config.json, or take it out of the file"
+            )
 
 
 def _expected(

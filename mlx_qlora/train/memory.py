@@ -228,8 +228,7 @@ def chunks_of(
     """At most so many chunks of a batch; each as the shards that are computed side by side.
 
     `documents` (n, 3) of row, start and end are those of the batch to be computed. `dropout_key` is
-    (2,) for the batch or (B, 2) for its rows; None turns dropout off. A DataError if the embedding
-    has no row for a token or a label.
+    (2,) for the batch or (B, 2) for its rows; None turns dropout off.
     """
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
     for ids in (tokens, labels[labels != IGNORE]):

@@ -15,7 +15,7 @@ from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.merge import save_merged
-from mlx_qlora.errors import SourceError
+from mlx_qlora.errors import SourceError, WeightsError
 from mlx_qlora.model.hub import (
     BUILT_IN,
     WITHOUT_HUB,
@@ -106,9 +106,10 @@ def test_a_leftover_index_does_not_hide_a_whole_model(tmp_path):
 
 
 @pytest.mark.parametrize("index", ["{ broken", "[]", '{"weight_map": 3}', '{"other": 1}'])
-def test_a_broken_index_is_left_to_the_loader_of_weights(tmp_path, index):
+def test_a_broken_index_is_refused(tmp_path, index):
     files = {"config.json": "{}", "a.safetensors": b"", "model.safetensors.index.json": index}
-    assert resolve(folder_of(tmp_path / "m", **files))
+    with pytest.raises(WeightsError, match=r"index\.json cannot be read: .* or delete it"):
+        resolve(folder_of(tmp_path / "m", **files))
 
 
 @pytest.mark.parametrize(
