@@ -291,6 +291,9 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
     kind = _required(metadata, "model", source)
     tokens = _required(metadata, "tokens", source)
     types = _required(metadata, "token_type", source).tolist()
+    for key in ("token_type", "scores"):
+        if (n := len(metadata.get(f"tokenizer.ggml.{key}", tokens))) != len(tokens):
+            raise TokenizerError(f"{source} has {len(tokens)} tokens, and a {key} of {n} of them")
     # BOS, EOS, ... by Hugging Face's names; defaults are llama.cpp's, an id outside is none.
     ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
     stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
@@ -415,4 +418,7 @@ def _required(metadata: Mapping[str, Any], key: str, source: str) -> Any:
 
 def _scalar(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
     value = metadata.get(f"tokenizer.ggml.{key}")
-    return default if value is None else value.item() if hasattr(value, "item") else value
+    value = default if value is None else value.item() if getattr(value, "size", 0) == 1 else value
+    if not isinstance(value, int | None):
+        raise TokenizerError(f"tokenizer.ggml.{key} must be a number or a flag; got {value!r}")
+    return value

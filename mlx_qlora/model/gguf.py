@@ -296,8 +296,7 @@ def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
 # ---- GGUF's terms -> Hugging Face's --------------------------------------------------------------
 
 FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"
-# What decides nothing that is computed here. Any other key that no family reads is refused, unless
-# its value is what it means where it is left out.
+# Keys that decide nothing here, and values that are as if a key were left out; others are refused.
 HARMLESS = {"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 HARMLESS |= {"tensor_data_layout", "pooling_type", "mm.tokens_per_image"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -426,8 +425,7 @@ def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
         given["rope_local_base_freq"] = maybe("rope.freq_base_swa") or 10000.0
         given.pop("attn_logit_softcapping")
     if kind == "granite":
-        for field, key in GRANITE.items():
-            given[field] = maybe(key)
+        given |= {field: maybe(key) for field, key in GRANITE.items()}
     kept_null = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     return {k: v for k, v in given.items() if v is not None or k in kept_null}
 

@@ -161,8 +161,7 @@ def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any
         # transformers then reads the old one alone, whatever the new one says besides.
         lost = sorted(new.keys() - old.keys() - config.keys() - {"rope_type", "type"})
         if lost:
-            fix = "write both alike, or delete one"
-            raise WeightsError(f"config.json: rope_scaling lacks {', '.join(lost)}: {fix}")
+            raise WeightsError(f"config.json: rope_scaling lacks {', '.join(lost)}; add it")
     for where in ("rope_parameters", "rope_scaling"):
         entry = config.get(where)
         if not isinstance(entry, (dict, type(None))):

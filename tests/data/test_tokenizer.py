@@ -799,6 +799,28 @@ def test_template_that_fails(tmp_path, template, message):
         ({"tokenizer.ggml.merges": ["q"]}, r"x\.gguf: its merges do not fit its tokens.*again"),
         ({"tokenizer.ggml.eos_token_id": None}, r"x\.gguf: no end-of-sequence token is known"),
         ({"tokenizer.ggml.eos_token_id": mx.array(99999)}, r"x\.gguf: no end-of-sequence"),
+        ({"tokenizer.ggml.eos_token_id": "2"}, r"eos_token_id must be a number or a flag; got '2'"),
+        ({"tokenizer.ggml.eos_token_id": mx.array([1, 2])}, r"eos_token_id must be a number or a"),
+        (
+            {"tokenizer.ggml.bos_token_id": 1.5},
+            r"bos_token_id must be a number or a flag; got 1\.5",
+        ),
+        (
+            {"tokenizer.ggml.add_bos_token": "false"},
+            r"add_bos_token must be a number or a flag; got",
+        ),
+        (
+            {"tokenizer.ggml.eot_token_id": ["2"]},
+            r"eot_token_id must be a number or a flag; got \[",
+        ),
+        (
+            {"tokenizer.ggml.token_type": mx.array([1, 2])},
+            r"49152 tokens, and a token_type of 2 of",
+        ),
+        (
+            {"tokenizer.ggml.scores": mx.array([0.5])},
+            r"has 49152 tokens, and a scores of 1 of them",
+        ),
     ],
 )
 def test_gguf_that_cannot_be_read(smol_metadata, change, message):

@@ -63,7 +63,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         CONFIG,
         {"rope_parameters": {"rope_type": "linear", "partial_rotary_factor": 0.5, "factor": 2.0}}
         | {"rope_scaling": LINEAR},
-        "rope_scaling lacks partial_rotary_factor: write both alike, or delete one",
+        "rope_scaling lacks partial_rotary_factor; add it",
     ),
     (CONFIG, {"eos_token_id": "1"}, r"config\.json: eos_token_id must be an id or a list of ids"),
     (CONFIG, {"eos_token_id": [1, "2"]}, r"config\.json: eos_token_id must be an id or a list"),
