@@ -133,6 +133,8 @@ def rope_from_hf(
         raise WeightsError(f"config.json: rope_theta must be above 1; got {theta!r}")
     if share > 1 or (share < 1 and not parts):
         raise WeightsError(f"config.json: partial_rotary_factor {share} is not supported here")
+    if given.get("factor", 1) < 1:
+        raise WeightsError("config.json: factor must be at least 1: positions are stretched by it")
     if kind == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
         raise WeightsError("config.json: high_freq_factor must be larger than low_freq_factor")
     if kind == "dynamic":
