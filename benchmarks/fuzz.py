@@ -268,12 +268,9 @@ def random_chats(n: int, seed: int) -> Iterator[Row]:
 
 def try_chats(chat: str, n: int, seed: int) -> tuple[Counter[str], list[str]]:
     """How often each thing happened, and what differs, of n chats of one template."""
-    from support.npm_tokenizers import chat_tokenizer
-    from transformers import AutoTokenizer
+    from support.npm_tokenizers import chat_tokenizer, of_transformers
 
-    ours = chat_tokenizer(chat)
-    theirs = AutoTokenizer.from_pretrained(ours.source)
-    theirs.chat_template = ours.chat_template
+    ours, theirs = chat_tokenizer(chat), of_transformers(chat)
     rows = list(random_chats(n, seed))
     examples = mq.read_examples(rows, ours, mq.DataConfig(num_workers=0, max_length=1 << 16))
     refused = dict(examples.report.refused)

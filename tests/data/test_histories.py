@@ -101,8 +101,6 @@ def documents(row: dict[str, Any], tokenizer: Tokenizer, history: str = "auto") 
 @pytest.mark.parametrize("row", ROWS)
 def test_answers_are_learned_as_the_model_is_asked_for_them(tokenizer, row):
     """Their contexts are what `chat` sends, and transformers' ids."""
-    from transformers import AutoTokenizer
-
     name, ours = tokenizer
     if (name, row) in REFUSED:
         with pytest.raises(DataError, match=REFUSED[name, row]):
@@ -113,8 +111,7 @@ def test_answers_are_learned_as_the_model_is_asked_for_them(tokenizer, row):
     assert isinstance(chat, Chat)
     answers = [i for i, learned in enumerate(chat.learned) if learned]
     assert len(found) == (len(answers) if row in APART.get(name, ()) else 1)
-    theirs = AutoTokenizer.from_pretrained(ours.source)
-    theirs.chat_template = ours.chat_template
+    theirs = npm_tokenizers.of_transformers(name)
     if len(found) == 1:
         answers = answers[-1:]
         *context, (text, _) = found[0]

