@@ -1,4 +1,4 @@
-"""What a user can get wrong, how a field of the config is declared, and what a person is told.
+"""What a user can get wrong, how a field of the config is declared, and lines for a person.
 
 Everything imports this file, and it imports nothing of ours.
 """

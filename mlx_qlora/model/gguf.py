@@ -100,7 +100,7 @@ class Packed:
     def pack(self, rows: slice = slice(None)) -> tuple[tuple[mx.array, ...], QuantConfig]:
         """Weight, scales and biases in MLX's affine layout, and what it is.
 
-        Exact where ggml's groups are MLX's; else rounded anew.
+        Exact where ggml's groups are MLX's; else rounded again.
         """
         quant, dense = QuantConfig(BITS[self.kind], 32), self.dense(rows)
         groups = self._groups(rows)

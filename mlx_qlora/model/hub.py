@@ -149,7 +149,7 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
             # The hub is away. Other tools cache models without README.md, which we can do without.
             folder = Path(fetch(allow_patterns=needed, local_files_only=True))
         missing = _missing_files(folder)
-        # Raises if the hub is away, so that a partial cache is told from an unfit repository.
+        # Raises if the hub is away, which tells a partial cache from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
     except (OSError, RuntimeError, http_error()) as error:  # the last two are xet's and httpx's
         raise SourceError(explain(error, repo, revision)) from error
