@@ -291,10 +291,10 @@ def _qwen3(c: Fields) -> Facts:
 
 
 def _smollm3(c: Fields) -> Facts:
-    n, every = c.count(LAYERS), c.config.get("no_rope_layer_interval", 4)
+    n, every = c.count(LAYERS), c.count("no_rope_layer_interval", 4)
     rotated = c.config.get("no_rope_layers")
     if rotated is None:
-        rotated = [(i + 1) % c.count("no_rope_layer_interval", every) for i in range(n)]
+        rotated = [(i + 1) % every for i in range(n)]
     if (
         not isinstance(rotated, list)
         or len(rotated) < n
@@ -365,7 +365,7 @@ CWM_ROPE |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
 
 
 def _cwm(c: Fields) -> Facts:
-    if c.config.get("rope_parameters") is None and c.config.get("rope_scaling") is None:
+    if c.config.get("rope_parameters") is None and not c.config.get("rope_scaling"):
         c.config = {**c.config, "rope_parameters": CWM_ROPE}
     windows = c.windows(lambda i: i % 4 != 0, c.config.get("sliding_window", 8192))
     return {"mlp_bias": c.flag("mlp_bias"), "windows": windows, "rope": c.rope(theta=1000000.0)}

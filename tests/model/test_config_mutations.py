@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import pytest
 from support.families import make_family
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -30,3 +31,17 @@ def test_a_fact_that_is_read_wrongly_is_seen(monkeypatch):
     wrong = lambda given: dataclasses.replace(read(given), residual_scale=0.23)  # noqa: E731
     monkeypatch.setattr(config_mutations.LlamaConfig, "from_hf", wrong)
     assert config_mutations.verdict(config).startswith("wrong: logits are")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("cwm", {"rope_parameters": None, "rope_scaling": {}}, "same"),
+        ("cwm", {"rope_parameters": {}}, "same"),
+        ("smollm3", {"no_rope_layer_interval": None}, "refused"),
+        ("smollm3", {"no_rope_layer_interval": 2, "no_rope_layers": None}, "same"),
+    ],
+)
+def test_what_ten_thousand_configs_have_shown(family, changes, expected):
+    config = make_family(family).config.to_dict()
+    assert config_mutations.verdict({**config, **changes}).split(":")[0] == expected
