@@ -412,6 +412,12 @@ class Examples(Sequence[Example]):
         report.measure(store)
         return cls(store, report)
 
+    def __repr__(self) -> str:
+        tokens = int(self.lengths.sum())
+        supervised = int(self._store.rows["supervised"][self._rows].sum())
+        share = f"{supervised / max(tokens, 1):.0%} supervised"
+        return f"Examples({len(self):,} of {self.report.source}: {tokens:,} tokens, {share})"
+
     def __len__(self) -> int:
         return len(self._rows)
 

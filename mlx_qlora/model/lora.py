@@ -139,6 +139,9 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self._begun: tuple[mx.array, mx.array] | None = None
 
+    def _extra_repr(self) -> str:
+        return f"r={len(self.lora_A.weight)}, scale={self.scale:g}, dropout={self.dropout:g}"
+
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
         """x (..., d_in) -> (..., d_out); dropout by a key (2,), or a word (..., 1) per position."""
         y = self.base_layer(x)

@@ -64,9 +64,19 @@ class FrozenMatrix(nn.Module):
         super().__init__()
         self.weight = mx.zeros((rows, columns))
         self.quant: QuantConfig | None = None  # how `weight` is packed, or None if it is dense
-        self.dtype = mx.float32  # what `weight` has, or has once dequantised
+        self.dtype = mx.float32
         self.matmul: FrozenMatmul = "quantized"  # how a packed matrix is multiplied
         self._resident: mx.array | None = None  # W, dequantised
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What `weight` has, or has once dequantised."""
+        return getattr(mx, self._dtype)
+
+    @dtype.setter
+    def dtype(self, dtype: mx.Dtype) -> None:
+        # By its name: MLX's object can be neither copied nor pickled.
+        self._dtype = str(dtype).rpartition(".")[2]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,6 +86,11 @@ class FrozenMatrix(nn.Module):
             # 32 // bits would be wrong for 3, 5 and 6 bits; the scales know.
             columns = self["scales"].shape[-1] * self.quant.group_size
         return rows, columns
+
+    def _extra_repr(self) -> str:
+        quant = self.quant
+        packing = f", {quant.bits} bits, groups of {quant.group_size}" if quant else ""
+        return f"{self.shape[0]} x {self.shape[1]}, {self._dtype}{packing}"
 
     def packed(self) -> tuple[Any, ...]:
         """The arrays that `mx.quantize` made: weight, scales and, for affine, biases."""
