@@ -10,7 +10,9 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.after.screen import shown
 from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
 from mlx_qlora.distributed import launched, processes
-from mlx_qlora.errors import ConfigError, UserError, require, say, size
+from mlx_qlora.errors import AdapterWarning, ConfigError, UserError, require, say, size, warn
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
@@ -141,6 +143,28 @@ def _with_record(
 
 def run_command(args: argparse.Namespace) -> JsonObject:
     """Run the command that was asked for; return what `--json` prints."""
+    with _warnings_in_a_line():
+        return _run_command(args)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Show what is said of an adapter as all warnings are, beside what a command prints."""
+    standard: Any = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, AdapterWarning):
+            standard(message, category, *where)
+        elif not launched() or processes().is_first:
+            warn(Terminal(stderr=True), str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AdapterWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _run_command(args: argparse.Namespace) -> JsonObject:
     about = args.about
     console = Terminal(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
     if launched() and processes().size > 1:

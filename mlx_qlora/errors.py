@@ -57,6 +57,10 @@ class AdapterError(UserError):
     """An adapter is damaged, incomplete, or belongs to another model."""
 
 
+class AdapterWarning(UserWarning):
+    """What a user should know of an adapter that is loaded all the same."""
+
+
 def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
     """Return `"; did you mean X?"` for the known name that is most like a word, or an empty string.
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora import device
-from mlx_qlora.adapters.peft import is_mlx_lm, load_adapter
+from mlx_qlora.adapters.options import is_mlx_lm
+from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
 from mlx_qlora.data.chats import ALPACA
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_qlora import __version__, device
+from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.peft import (
     adapter_tensors,
     load_adapter,
     original_base,
-    read_adapter_config,
     save_adapter,
 )
 from mlx_qlora.adapters.push import model_card, read_facts

@@ -7,6 +7,7 @@ same two matrices transposed, and one rank and one scale for all of them.
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,29 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mlx_qlora.adapters.options import CONFIG, MLX_LM_WEIGHTS, WEIGHTS, for_this_model, is_mlx_lm
 from mlx_qlora.adapters.push import Facts, model_card
-from mlx_qlora.errors import AdapterError, ConfigError, listing
-from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, PEFT, check_writable, staged
+from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
+from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, check_writable, staged
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import (
-    LoraConfig,
-    LoRALinear,
-    add_lora,
-    changes_base,
-    lora_layers,
-    target_paths,
-)
+from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, changes_base, lora_layers
+from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
 from mlx_qlora.model.weights import read_safetensors_header
 from mlx_qlora.tree import flat, nested
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = PEFT
-MLX_LM_WEIGHTS = MLX_LM[1]
 LEAVES = {  # mlx-lm's -> PEFT's
     "lora_a": ".lora_A.weight",
     "lora_b": ".lora_B.weight",
     "m": ".lora_magnitude_vector",
 }
-# PEFT's options that change the arithmetic, with the one value that we compute. Absent is fine too.
-OFF = ("fan_in_fan_out", "use_qalora", "use_bdlora", "lora_bias")
-ABSENT = (
-    *("modules_to_save", "exclude_modules", "layers_pattern", "layer_replication"),
-    *("target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
-    *("arrow_config", "kasa_config", "monteclora_config"),
-)
-FIXED = {"peft_type": "LORA", "bias": "none", **dict.fromkeys(OFF, False), **dict.fromkeys(ABSENT)}
-# Where an adapter began does not matter, unless the base was changed to begin there.
-KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+# What PEFT writes besides where it thinks that the vocabulary was touched.
+COPIES = {
+    f"{PREFIX}model.embed_tokens.weight": "embed_tokens",
+    f"{PREFIX}lm_head.weight": "lm_head",
+}
+ROWS = 4096  # of a vocabulary that are compared at once
 
 # ---- out: PEFT's layout --------------------------------------------------------------------------
 
@@ -259,111 +249,6 @@ def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
     _write_checked(folder / MLX_LM_WEIGHTS, tensors, "mlx", config)
 
 
-# ---- in: an adapter's config ---------------------------------------------------------------------
-
-
-def is_mlx_lm(folder: Path) -> bool:
-    """Whether a folder holds mlx-lm's adapter and not PEFT's."""
-    return (folder / MLX_LM_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file()
-
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The LoraConfig of PEFT's or mlx-lm's folder; an AdapterError if we do not compute it."""
-    return _read_mlx_lm_config(folder) if is_mlx_lm(folder) else _read_peft_config(folder)
-
-
-def _read_peft_config(folder: Path) -> LoraConfig:
-    """As `read_adapter_config`; the error lists every option that we do not compute."""
-    path = folder / CONFIG
-    for name in PEFT:
-        if not (folder / name).is_file():
-            what = f"it has no {name}" if folder.is_dir() else "there is no such folder"
-            raise AdapterError(f"{folder} is no PEFT adapter: {what}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    unsupported = [
-        f"{name} is {config[name]!r}; supported: {value!r}"
-        for name, value in FIXED.items()
-        if name in config and (config[name] or None) != (value or None)
-    ]
-    if (begin := config.get("init_lora_weights")) not in KEEP_THE_BASE:
-        unsupported.append(f"init_lora_weights is {begin!r}, which needs a changed base model")
-    for name in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if config.get(name) is None:
-            unsupported.append(f"{name} is missing")
-    if unsupported:
-        raise AdapterError(f"{path} describes an adapter we cannot run:\n{listing(unsupported)}")
-
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    rules = {
-        "target_modules": (isinstance(targets, str) or _all(targets, str), "text or a list of it"),
-        "rank_pattern": (_all(ranks, int, dict), "a map of text to whole numbers"),
-        "alpha_pattern": (_all(alphas, (int, float), dict), "a map of text to numbers"),
-        "layers_to_transform": (layers is None or _all(layers, int), "a list of whole numbers"),
-    }
-    for name in ("use_rslora", "use_dora"):
-        rules[name] = isinstance(config.get(name) or False, bool), "true or false"
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise AdapterError(f"{path}: {name} must be {rule}; got {config[name]!r}")
-    try:
-        return LoraConfig(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=config.get("lora_dropout", 0.0),
-            target_modules=targets,
-            layers_to_transform=layers,
-            use_rslora=config.get("use_rslora") or False,
-            use_dora=config.get("use_dora") or False,
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-        )
-    except (ConfigError, TypeError) as error:
-        raise AdapterError(f"{path}: {error}") from None
-
-
-def _all(value: Any, kind: Any, container: type = list) -> bool:
-    """Whether a value is such a container of nothing but such values."""
-    if not isinstance(value, container):
-        return False
-    return all(isinstance(x, kind) for x in (value.values() if container is dict else value))
-
-
-def _read_mlx_lm_config(folder: Path) -> LoraConfig:
-    """As `read_adapter_config`; rank and targets are those that the tensors show."""
-    path, file = folder / CONFIG, folder / MLX_LM_WEIGHTS
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
-        scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterError(f"{path} is no adapter config of mlx-lm: {error!r}") from None
-    if kind not in ("lora", "dora"):
-        raise AdapterError(f"{path}: fine_tune_type is {kind!r}; supported: lora, dora")
-    header = read_safetensors_header(file, AdapterError)
-    ranks = {e["shape"][-1] for name, e in header.items() if name.endswith(".lora_a")}
-    if len(ranks) != 1 or 0 in ranks:
-        shown = ", ".join(map(str, sorted(ranks))) or "none"
-        raise AdapterError(f"{file}: one rank is expected in all lora_a; got {shown}")
-    rank = ranks.pop()
-    try:
-        return LoraConfig(
-            r=rank,
-            lora_alpha=scale * rank,
-            lora_dropout=dropout,
-            target_modules=sorted({name.rpartition(".")[0] for name in header}),
-            use_dora=kind == "dora",
-        )
-    except ConfigError as error:
-        raise AdapterError(f"{path}: {error}") from None
-
-
 # ---- in: a folder becomes LoRA layers ------------------------------------------------------------
 
 
@@ -379,24 +264,40 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         AdapterError: files are missing or damaged, the adapter uses an option that we do not
             compute, or its tensors are not those of this model; all bad tensors are listed.
         ConfigError: the model already has LoRA layers.
+
+    Warns:
+        AdapterWarning: of what is passed over.
     """
     if lora_layers(model):
-        raise ConfigError("the model already has LoRA layers; load it again to attach an adapter")
+        raise ConfigError(
+            "the model already has LoRA layers: attach(model, folder, name) puts another adapter "
+            "beside them, switch(model, None) leaves the base alone, and load begins anew"
+        )
     folder = Path(folder).expanduser()
-    lora = read_adapter_config(folder)
+    lora, paths, passed_over = for_this_model(model, folder)
     from_mlx_lm = is_mlx_lm(folder)
     file = folder / (MLX_LM_WEIGHTS if from_mlx_lm else WEIGHTS)
     header = read_safetensors_header(file, AdapterError)
-    try:
-        paths = target_paths(model, lora)
-    except ConfigError as error:
-        raise AdapterError(f"{folder / CONFIG} is for another model: {error}") from None
-    _check_tensors(model, file, lora, paths, header)
+    copies = [] if from_mlx_lm else [name for name in COPIES if name in header]
+    _check_tensors(model, file, lora, paths, {n: e for n, e in header.items() if n not in copies})
 
     try:
         arrays: Any = mx.load(str(file))
     except (RuntimeError, ValueError) as error:  # offsets that do not fit the shapes
         raise AdapterError(f"{file} is damaged: {error}") from None
+    carried = " and ".join(COPIES[name] for name in copies)
+    matrices = {"embed_tokens": model.model.embed_tokens, "lm_head": model.head}
+    if not all(_is_copy(arrays.pop(name), matrices[COPIES[name]]) for name in copies):
+        raise AdapterError(
+            f"{file}: this adapter also carries {carried}, with other numbers than the base's; "
+            "merge it with PEFT, and name the merged model as model.source"
+        )
+    notes = [f"{file} also carries {carried}, equal to the base's: not read"] if copies else []
+    if passed_over:
+        shown = "; ".join(passed_over)
+        notes.append(f"{folder / CONFIG}: passed over, as the model has no such thing: {shown}")
+    for note in notes:
+        warnings.warn(note, AdapterWarning, stacklevel=2)
     if from_mlx_lm:
         arrays = {_peft_name(name): mx.contiguous(array.T) for name, array in arrays.items()}
     add_lora(model, lora, begin=False)
@@ -440,6 +341,25 @@ def _check_tensors(
             problems.append(f"{name} has dtype {entry.get('dtype')}")
     if problems:
         raise AdapterError(f"{file} is damaged or for another model:\n{listing(problems)}")
+
+
+def _is_copy(array: mx.array, matrix: FrozenMatrix) -> bool:
+    """Whether an array is a matrix of the base, but for what rounding or packing loses."""
+    if tuple(array.shape) != matrix.shape:
+        return False
+    for start in range(0, len(array), ROWS):
+        theirs = array[start : start + ROWS]
+        ours = matrix.lookup(mx.arange(start, start + len(theirs)))
+        if matrix.quant is None:
+            same = (theirs.astype(ours.dtype) == ours) | (ours.astype(theirs.dtype) == theirs)
+        else:
+            theirs = theirs.astype(mx.float32)
+            lost = theirs - unpack(pack(theirs, matrix.quant), matrix.quant, mx.float32)
+            least = 1e-3 * mx.abs(theirs).max(axis=1)  # as scales are rounded, too
+            same = mx.abs(theirs - ours).max(axis=1) <= 2 * mx.abs(lost).max(axis=1) + least
+        if not same.all().item():
+            return False
+    return True
 
 
 def _peft_name(name: str) -> str:

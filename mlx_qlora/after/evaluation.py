@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_qlora import __version__
-from mlx_qlora.adapters.peft import read_adapter_config
+from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.several import active, disabled
 from mlx_qlora.after import answer_metrics as metrics
 from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row

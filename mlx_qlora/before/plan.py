@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora import device
-from mlx_qlora.adapters.peft import read_adapter_config
+from mlx_qlora.adapters.options import for_this_model
 from mlx_qlora.config import RunConfig, settle
 from mlx_qlora.data.batches import padded_width
 from mlx_qlora.data.examples import Examples
@@ -372,7 +372,7 @@ def plan_checkpoint(
     itemsize = itemsize_of(config, where)
     base, resident = base_bytes(model, checkpoint, config, where)
     adapter = config.model.adapter
-    lora = read_adapter_config(Path(adapter).expanduser()) if adapter else config.lora
+    lora = for_this_model(model, Path(adapter).expanduser())[0] if adapter else config.lora
     trained = trainable(model, lora)
 
     training = config.training

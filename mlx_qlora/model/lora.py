@@ -105,10 +105,11 @@ class LoraConfig:
 
 def _first_match(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
     """The value of the first pattern that matches a path, by PEFT's rule."""
-    return next((value for key, value in patterns.items() if _matches(key, path)), otherwise)
+    return next((value for key, value in patterns.items() if matches_pattern(key, path)), otherwise)
 
 
-def _matches(key: str, path: str) -> bool:
+def matches_pattern(key: str, path: str) -> bool:
+    """Whether a key of a pattern is the path of a linear, its ending or a regex for it."""
     return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
@@ -367,7 +368,7 @@ def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:
     """Refuse patterns that match nothing, and ranks that an initialisation cannot find."""
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
-            if not any(_matches(key, path) for path in targets):
+            if not any(matches_pattern(key, path) for path in targets):
                 endings = sorted({path.rpartition(".")[2] for path in targets})
                 raise ConfigError(
                     f"lora.{name}: {key!r} matches no linear that has an update; the targets' "

@@ -293,10 +293,6 @@ BEYOND: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
         ["trainable_token_indices"],
     ),
-    "exclude": (
-        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
-        ["exclude_modules"],
-    ),
     "several": (
         {
             "target_modules": ["q_proj"],

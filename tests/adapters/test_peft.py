@@ -25,7 +25,7 @@ from support.models import (
 )
 from support.tiny_folder import hf_smollm2
 
-from mlx_qlora.adapters import peft as ours_peft
+from mlx_qlora.adapters import options
 from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.peft import load_adapter, save_adapter, save_mlx_lm
 from mlx_qlora.errors import AdapterError, ConfigError
@@ -191,7 +191,23 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"r": ...}, ["r is missing"]),
         ({"lora_alpha": ...}, ["lora_alpha is missing"]),
         ({"target_modules": ...}, ["target_modules is missing"]),
-        ({"r": "4"}, ["lora.r must be at least 1; got '4'"]),
+        ({"r": "4"}, ["r must be a number; got '4'"]),
+        ({"r": True}, ["r must be a number; got True"]),
+        ({"lora_alpha": "16"}, ["lora_alpha must be a number; got '16'"]),
+        ({"lora_dropout": "0.1"}, ["lora_dropout must be a number; got '0.1'"]),
+        ({"use_rslora": "false"}, ["use_rslora must be true or false; got 'false'"]),
+        ({"rank_pattern": {"q_proj": True}}, ["rank_pattern must be a map of text to whole"]),
+        ({"layers_to_transform": True}, ["layers_to_transform must be a list of whole numbers"]),
+        ({"layers_to_transform": [True]}, ["layers_to_transform must be a list of whole numbers"]),
+        ({"exclude_modules": [1]}, ["exclude_modules must be text or a list of it; got [1]"]),
+        ({"exclude_modules": ".*"}, ["no linear of a layer is left by exclude_modules"]),
+        ({"exclude_modules": "(x"}, [CONFIG]),
+        ({"layers_pattern": {"a": 1}}, ["layers_pattern must be text or a list of it"]),
+        *(({name: "false"}, [f"{name} is 'false'"]) for name in options.OFF),
+        *(({name: "null"}, [f"{name} is 'null'"]) for name in options.ABSENT),
+        ({"init_lora_weights": "false"}, ["init_lora_weights is 'false'"]),
+        ({"use_newlora": True}, ["use_newlora is True, and no such option is known here"]),
+        ({"scaling": 3.0}, ["scaling is 3.0, and no such option is known here"]),
         ({"r": 0}, ["lora.r must be at least 1; got 0"]),
         ({"lora_alpha": "x"}, [CONFIG]),
         ({"target_modules": 5}, [CONFIG]),
@@ -318,20 +334,12 @@ def test_what_the_disk_garbles_is_noticed_before_it_replaces_anything(
     assert not list(tmp_path.iterdir())
 
 
-def test_every_peft_option_that_changes_the_arithmetic_is_known_to_us() -> None:
-    """A newer PEFT may add one: then it must be added to FIXED, or here to the harmless ones."""
+def test_every_option_of_peft_is_known_to_us() -> None:
+    """A newer PEFT may add one: then it belongs to FIXED, USED or HARMLESS."""
     from peft import LoraConfig as PeftConfig
 
-    harmless = {
-        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
-        *("task_type", "ensure_weight_tying", "megatron_config", "megatron_core"),
-        *("qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config"),
-        *("lora_ga_config", "velora_config"),  # how it was begun or trained, not what it computes
-    }
-    ours = {"r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform"}
-    ours |= {"use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern"}
-    theirs = set(PeftConfig().to_dict())
-    assert theirs - harmless - ours <= set(ours_peft.FIXED)
+    ours = {*options.FIXED, *options.NEEDED, *options.USED, *options.HARMLESS}
+    assert set(PeftConfig().to_dict()) <= ours
 
 
 def test_the_revision_is_the_bases_own_and_never_a_copys(tmp_path: Path) -> None:
