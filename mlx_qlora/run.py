@@ -49,7 +49,7 @@ from mlx_qlora.infer.evaluate import check_examples
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, sample_of, with_model
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import add_lora, lora_layers, trainable_count
+from mlx_qlora.model.lora import add_lora, begins_with_base, lora_layers, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint, read_config
 from mlx_qlora.train.checkpoint import (
@@ -440,6 +440,8 @@ def fingerprint_of(
     digest.update(sample_of(source.path) if source is not None else b"")
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
+    if begins_with_base(model.lora_config.init_lora_weights):
+        digest.update(b"the base as it is")  # these runs once changed it
     return {
         "config": _hash(json.dumps(deciding_values(config), sort_keys=True)),
         "data": _hash(examples.digest + (validation.digest if validation else "")),

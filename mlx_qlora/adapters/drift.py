@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoRALinear, lora_layers
+from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.tree import nested
 
 POSITIONS = 64  # whose logits exist at once: a vocabulary of 128,256 in float64 is 1 MB each
@@ -136,15 +137,9 @@ def float64_of(logits: mx.array) -> np.ndarray:
 
 @contextmanager
 def without_adapter(model: LlamaForCausalLM) -> Iterator[None]:
-    """Inside the block the model computes what it did before training; afterwards it is as it was.
-
-    Where training began by changing the base (PiSSA, OLoRA), what was taken from it is added again.
-    """
+    """Within, the model computes what it did before training; afterwards it is as it was."""
     layers = lora_layers(model)
-    bases = {}
-    for path, layer in layers:
-        base, taken = layer.base_layer, layer.initial_update
-        bases[path] = base if taken is None else LoRALinear(base, *taken, layer.scale, 0.0)
+    bases: dict[str, nn.Module] = {path: layer.base_layer for path, layer in layers}
     model.update_modules(nested(bases))
     try:
         yield

@@ -74,7 +74,7 @@ def _plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
         raise AdapterError(f"{why}: merge the adapter into its base instead (mlx-qlora merge)")
     updates = {}
     for path, layer in layers:
-        A, B = layer.update_of_the_base()
+        A, B = layer.factors()
         updates[path] = np.array(A), np.array(B), layer.scale
     return updates
 

@@ -381,7 +381,7 @@ class Tensors:
 
 def _onto(W: mx.array, layer: LoRALinear) -> mx.array:
     """W (out, in) float32 of the original base with a layer's update."""
-    A, B = (factor.astype(mx.float32) for factor in layer.update_of_the_base())
+    A, B = (factor.astype(mx.float32) for factor in layer.factors())
     W = W + layer.scale * (B @ A)
     if isinstance(layer, DoRALinear):
         lengths = mx.sqrt(W.square().sum(axis=1))

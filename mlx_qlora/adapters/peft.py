@@ -21,7 +21,7 @@ from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
 from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, check_writable, staged
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, changes_base, lora_layers
+from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
 from mlx_qlora.model.weights import read_safetensors_header
 from mlx_qlora.tree import flat, nested
@@ -100,10 +100,10 @@ def original_base(source: ModelFiles | None) -> str:
 
 
 def adapter_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    """PEFT key -> float32 array, for every LoRA weight, as updates of the original base."""
+    """PEFT key -> float32 array, for every LoRA weight, as updates of the base."""
     tensors = {name: np.array(w) for name, w in flat(model.trainable_parameters()).items()}
     for path, layer in lora_layers(model):
-        A, B = layer.update_of_the_base()
+        A, B = layer.factors()
         tensors |= {f"{path}.lora_A.weight": np.array(A), f"{path}.lora_B.weight": np.array(B)}
     return {PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
@@ -146,10 +146,10 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
 def _config_of_tensors(lora: LoraConfig) -> LoraConfig:
     """The config of what `adapter_tensors` returns.
 
-    PiSSA and OLoRA began by changing the base. As updates of the original one, which alone others
-    have, they are the trained matrices minus those of the beginning: twice the rank, same scale.
+    Those of PiSSA and OLoRA are the trained matrices minus those of the beginning: twice the rank,
+    same scale.
     """
-    if not changes_base(lora.init_lora_weights):
+    if not begins_with_base(lora.init_lora_weights):
         return lora
     factor = math.sqrt(2) if lora.use_rslora else 2
     return dataclasses.replace(
@@ -226,7 +226,7 @@ def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
     """
     lora: LoraConfig = model.lora_config
     layers = lora_layers(model)
-    updates = {path: tuple(map(np.array, layer.update_of_the_base())) for path, layer in layers}
+    updates = {path: tuple(map(np.array, layer.factors())) for path, layer in layers}
     rank = max(len(A) for A, _ in updates.values())
     scale = layers[0][1].scale
     tensors = {}

@@ -2,8 +2,7 @@
 
 All adapters wrap the same frozen linears. Switching exchanges modules of the tree and computes
 nothing, so that without an adapter the model is the base bit for bit, and only the active adapter
-is trained, saved, or costs time. A base that PiSSA or OLoRA changed cannot be shared, and every
-function that would switch raises ConfigError.
+is trained, saved, or costs time.
 """
 
 import math
@@ -54,7 +53,7 @@ def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCa
         AdapterError: as `load_adapter`; the model is as it was.
         ConfigError: the name is taken.
     """
-    adapters, former = _unchanged(model), active(model)
+    adapters, former = _adapters(model), active(model)
     _check_new(adapters, name)
     _put(model, None)
     try:
@@ -68,7 +67,7 @@ def attach(model: LlamaForCausalLM, folder: str | Path, name: str) -> LlamaForCa
 
 def detach(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
     """Remove an adapter and free its memory; if it was on, the base is on afterwards."""
-    adapters = _unchanged(model)
+    adapters = _adapters(model)
     _check_known(adapters, name)
     if active(model) == name:
         _put(model, None)
@@ -81,7 +80,7 @@ def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
 
     `model.trainable_parameters()`, `save_adapter` and `generate` are then the adapter's.
     """
-    adapters = _unchanged(model)
+    adapters = _adapters(model)
     if name is not None:
         _check_known(adapters, name)
     _put(model, name)
@@ -121,11 +120,11 @@ def combine(
         ConfigError: an unknown adapter or type, a name that is taken, weights that are not finite,
             an adapter with DoRA, or for `linear` ranks that differ.
     """
-    adapters = _unchanged(model)
+    adapters = _adapters(model)
     _check_new(adapters, name)
     _check_sum(adapters, weights, combination_type)
     parts = [(adapters[each], weight) for each, weight in weights.items()]
-    ranks = [max(len(x.lora_A.weight) for x in part.layers.values()) for part, _ in parts]
+    ranks = [max(len(x.factors()[0]) for x in part.layers.values()) for part, _ in parts]
     rank = sum(ranks) if combination_type == "cat" else max(ranks)
     layers = {}
     for path in dict.fromkeys(path for part, _ in parts for path in part.layers):
@@ -157,18 +156,20 @@ def combine(
 
 def _cat(terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
     """A (sum of ranks, d_in) and B (d_out, sum of ranks), float32."""
-    A = [(weight * layer.scale) * layer.lora_A.weight for layer, weight in terms]
-    return mx.concatenate(A), mx.concatenate([layer.lora_B.weight for layer, _ in terms], axis=1)
+    updates = [(*layer.factors(), weight * layer.scale) for layer, weight in terms]
+    A = mx.concatenate([factor * A for A, _, factor in updates])
+    return A, mx.concatenate([B for _, B, _ in updates], axis=1)
 
 
 def _linear(path: str, terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
     """A (r, d_in) and B (d_out, r), float32; the sign goes to A alone."""
-    ranks = [len(layer.lora_A.weight) for layer, _ in terms]
+    updates = [layer.factors() for layer, _ in terms]
+    ranks = [len(A) for A, _ in updates]
     if len(set(ranks)) > 1:
         raise ConfigError(f"linear needs equal ranks; those of {path} are {ranks}: use cat")
     roots = [math.sqrt(abs(weight * layer.scale)) for layer, weight in terms]
-    A = [math.copysign(f, w) * layer.lora_A.weight for f, (layer, w) in zip(roots, terms)]
-    B = [f * layer.lora_B.weight for f, (layer, _) in zip(roots, terms)]
+    A = [math.copysign(f, w) * A for f, (A, _), (_, w) in zip(roots, updates, terms)]
+    B = [f * B for f, (_, B) in zip(roots, updates)]
     return mx.stack(A).sum(axis=0), mx.stack(B).sum(axis=0)
 
 
@@ -207,20 +208,6 @@ def _adapters(model: LlamaForCausalLM) -> dict[str, Adapter]:
 
 def _is_in(in_tree: dict[str, LoRALinear], adapter: Adapter) -> bool:
     return any(in_tree.get(path) is layer for path, layer in adapter.layers.items())
-
-
-def _unchanged(model: LlamaForCausalLM) -> dict[str, Adapter]:
-    """The adapters, unless PiSSA or OLoRA changed the base that all of them share."""
-    adapters = _adapters(model)
-    for name, adapter in adapters.items():
-        if any(layer.initial_update is not None for layer in adapter.layers.values()):
-            raise ConfigError(
-                f"the adapter {name!r} began with init_lora_weights="
-                f"{adapter.config.init_lora_weights!r}, which changed the base that others would "
-                "share: save_adapter(model, folder), load the base again, and attach(model, "
-                "folder, name)"
-            )
-    return adapters
 
 
 def _put(model: LlamaForCausalLM, name: str | None) -> None:

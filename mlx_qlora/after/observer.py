@@ -66,11 +66,9 @@ class Observer:
         # Beyond twice the longest reference an answer is wrong however it ends.
         longest = max((question.tokens for question in self.questions), default=0)
         self.limit = min(inputs.config.generation.max_new_tokens, 2 * longest + 16)
-        layers = [layer for _, layer in lora_layers(model)]
-        changed = [layer.initial_update is not None for layer in layers]
-        changed += [bool(mx.any(layer.lora_B.weight != 0)) for layer in layers]
-        # Of an adapter that does something from the start, which training replaces.
-        self.start = model.trainable_parameters() if any(changed) else None
+        starts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
+        # Of an adapter that may do something from the start, which training replaces.
+        self.start = model.trainable_parameters() if any(starts) else None
 
         self.tail = Tail(inputs.output / "metrics.jsonl")
         self.task: progress.Task | None = None  # the training, once it has begun

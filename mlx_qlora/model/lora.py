@@ -127,10 +127,20 @@ class LoRALinear(nn.Module):
     A (r, d_in) and B (d_out, r) are float32 masters; the forward casts them to x's dtype, so that
     the output's dtype is the input's and nothing downstream widens. The scale is applied to the
     rank-r tensor, which is the smallest. Dropout acts only where a key is given.
+
+    Where the update begins with a part of W (PiSSA, OLoRA), that part is taken off it again,
+    y = base(x) + scale * (B A - B0 A0) x: the base stays as it is, and whoever has it can compute
+    what was trained.
     """
 
     def __init__(
-        self, base_layer: Linear, lora_A: mx.array, lora_B: mx.array, scale: float, dropout: float
+        self,
+        base_layer: Linear,
+        lora_A: mx.array,
+        lora_B: mx.array,
+        scale: float,
+        dropout: float,
+        begins_with_base: bool = False,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -138,7 +148,7 @@ class LoRALinear(nn.Module):
         self.lora_B = LowRank(lora_B)
         self.scale = scale
         self.dropout = dropout
-        self._begun: tuple[mx.array, mx.array] | None = None
+        self._begun = (lora_A, lora_B) if begins_with_base else None
 
     def _extra_repr(self) -> str:
         return f"r={len(self.lora_A.weight)}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -147,7 +157,7 @@ class LoRALinear(nn.Module):
         """x (..., d_in) -> (..., d_out); dropout by a key (2,), or a word (..., 1) per position."""
         y = self.base_layer(x)
         x, share = self._drop(x, dropout_key)  # the rank-r tensor is divided, the smallest
-        A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
+        A, B = (factor.astype(x.dtype) for factor in self.factors())
         return mx.addmm(y, (self.scale / share) * (x @ A.T), B.T)
 
     def _drop(self, x: mx.array, key: mx.array | None) -> tuple[mx.array, float]:
@@ -161,16 +171,11 @@ class LoRALinear(nn.Module):
         kept = mask(key, self.dropout, x.shape[-1], x.dtype)
         return x * kept, 1 - min(self.dropout, MOST)
 
-    @property
-    def initial_update(self) -> tuple[mx.array, mx.array] | None:
-        """A and B that were taken from the base at the beginning; None if it is as it was."""
-        return self._begun
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """A (r, d_in) and B (d_out, r) of the update to the base.
 
-    def update_of_the_base(self) -> tuple[mx.array, mx.array]:
-        """A (r, d_in) and B (d_out, r) of the update to the base as it was before training.
-
-        Where the base made way for the update (PiSSA, OLoRA), B A - B0 A0 is [B, -B0] [A; A0], of
-        twice the rank; its first half is what is trained.
+        Of PiSSA and OLoRA B A - B0 A0 is [B, -B0] [A; A0], of twice the rank; its first half is
+        what is trained.
         """
         A, B = self.lora_A.weight, self.lora_B.weight
         if self._begun is None:
@@ -180,7 +185,7 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> mx.array:
         """The dense matrix (d_out, d_in) float32 that computes the same."""
-        A, B = self.lora_A.weight.astype(mx.float32), self.lora_B.weight.astype(mx.float32)
+        A, B = (factor.astype(mx.float32) for factor in self.factors())
         return self.base_layer.dense().astype(mx.float32) + self.scale * (B @ A)
 
 
@@ -206,7 +211,7 @@ class DoRALinear(LoRALinear):
         if dropped is not x:
             x = dropped / share
             through_base = base.multiply(x)
-        A, B = self.lora_A.weight.astype(x.dtype), self.lora_B.weight.astype(x.dtype)
+        A, B = (factor.astype(x.dtype) for factor in self.factors())
         # In float32: 16 bits would lose a length that has barely moved, but not what it adds.
         longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
         update = (self.scale * (x @ A.T)) @ B.T
@@ -214,8 +219,7 @@ class DoRALinear(LoRALinear):
 
     def norm(self) -> mx.array:
         """(d_out,) float32: the length of each row of W + s B A, a constant to the gradient."""
-        A = mx.stop_gradient(self.lora_A.weight).astype(mx.float32)
-        B = mx.stop_gradient(self.lora_B.weight).astype(mx.float32)
+        A, B = (mx.stop_gradient(factor).astype(mx.float32) for factor in self.factors())
         base: Any = self.base_layer
         crossed = base.multiply(A.astype(base.dtype)).astype(mx.float32).T  # W A^T (d_out, r)
         within = B @ (A @ A.T)
@@ -234,8 +238,8 @@ OVERSAMPLED = 6  # columns that a randomised SVD draws beyond r, as torch.svd_lo
 Factors = tuple[mx.array, mx.array]  # A (r, d_in) and B (d_out, r), float32
 
 
-def changes_base(name: Any) -> bool:
-    """Whether the frozen matrices make way for what is trained."""
+def begins_with_base(name: Any) -> bool:
+    """Whether what is trained begins with a part of the frozen matrices."""
     return isinstance(name, str) and name.startswith(("pissa", "olora"))
 
 
@@ -246,8 +250,7 @@ def initial(
 
     true            Hu et al. 2021: A uniform, B zero; the update begins at nothing.
     gaussian        the same with A normal (Diffusers' way).
-    pissa           Meng et al. 2024 (arXiv 2404.02948): the r principal components of W learn,
-                    the rest is frozen.
+    pissa           Meng et al. 2024 (arXiv 2404.02948): the r principal components of W.
     pissa_niter_N   the same components by N rounds of a randomised SVD (Halko et al. 2011).
     olora           Büyükakyüz 2024 (arXiv 2406.01775): the first r columns of W's QR.
     loftq           Li et al. 2023 (arXiv 2310.08659), one round: what quantisation lost of W,
@@ -293,18 +296,6 @@ def _exact(linear: Linear, original: mx.array | None) -> np.ndarray:
     """W (d_out, d_in) float32; the original still has what rounding lost."""
     W = linear.dense() if original is None else original
     return np.array(W.astype(mx.float32))
-
-
-def make_way(linear: Linear, update: mx.array, original: mx.array | None) -> None:
-    """Take an update (d_out, d_in) float32 out of a frozen matrix, which is packed as before."""
-    left = mx.array(_exact(linear, original)) - update
-    if linear.quant is None:
-        linear.weight = left.astype(linear.weight.dtype)
-    else:
-        linear.pack(left, linear.quant)
-        linear.make_resident()
-    linear.freeze()
-    mx.eval(linear.parameters())
 
 
 def _randomised_svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[np.ndarray, ...]:
@@ -353,12 +344,8 @@ def add_lora(
         original = originals.get(f"{path}.weight")
         original = mx.array(original.dense()) if isinstance(original, Packed) else original
         A, B = initial(init, linear, config.rank_of(path), scale, key, original)
-        if changes_base(init):
-            make_way(linear, scale * (B @ A), original)
-        kind = DoRALinear if config.use_dora else LoRALinear
-        wrapped[path] = kind(linear, A, B, scale, config.lora_dropout)
-        if changes_base(init):
-            wrapped[path]._begun = A, B
+        kind, part = DoRALinear if config.use_dora else LoRALinear, begins_with_base(init)
+        wrapped[path] = kind(linear, A, B, scale, config.lora_dropout, part)
     model.update_modules(nested(wrapped))
     model.lora_config = config
     return model

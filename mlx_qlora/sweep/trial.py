@@ -84,8 +84,9 @@ def check_swept(config: RunConfig) -> None:
     init = config.lora.init_lora_weights
     if init not in PLAIN:
         raise ConfigError(
-            f"lora.init_lora_weights={init} changes the base, which the trials of a sweep share; "
-            "sweep with true or gaussian, and train with it afterwards"
+            f"lora.init_lora_weights={init} begins with a decomposition of each matrix, which a "
+            "sweep would do again for each trial; sweep with true or gaussian, and train with it "
+            "afterwards"
         )
     if config.model.adapter is not None:
         raise ConfigError(

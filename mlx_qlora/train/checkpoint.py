@@ -426,8 +426,7 @@ def load_weights(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> None:
 def _weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
     """The weights of a checkpoint, in the optimiser's order."""
     weights = load_file(path / "adapter_model.safetensors")
-    # PiSSA and OLoRA change the base: their adapter is written with twice the rank, so that it fits
-    # the original one, and what is trained is the first half.
+    # Adapters of PiSSA and OLoRA have twice the rank, and what is trained is the first half.
     return (
         weights[f"base_model.model.{name}"][tuple(slice(n) for n in shape)]
         for name, shape in optimizer.shapes.items()

@@ -78,7 +78,7 @@ def test_names_shapes_types_and_metadata_are_the_converter_s(
     assert file == tmp_path / "fine.gguf"
     pairs, tensors = read(file)
     first = lora_layers(model)[0][1]
-    alpha = first.scale * len(first.update_of_the_base()[0])
+    alpha = first.scale * len(first.factors()[0])
     assert pairs == {
         "general.architecture": "llama",
         "general.type": "adapter",
@@ -95,7 +95,7 @@ def test_names_shapes_types_and_metadata_are_the_converter_s(
     assert entry is not None and entry.types == [gguf.GGUFValueType.FLOAT32]
     expected = {}
     for path, layer in lora_layers(model):
-        A, B = layer.update_of_the_base()
+        A, B = layer.factors()
         linear = gguf_name(f"{path}.weight")
         # ggml counts dimensions from the fastest.
         expected |= {f"{linear}.lora_a": A.shape[::-1], f"{linear}.lora_b": B.shape[::-1]}
@@ -114,7 +114,7 @@ def test_the_arrays_are_ours_bit_for_bit_and_llama_cpp_s_formula_gives_our_updat
     file = save_gguf_adapter(model, tmp_path / "a.gguf", dtype=dtype)
     for path, layer in lora_layers(model):
         a, b, scale = factors(file, path, HEADS)
-        A, B = (np.array(w) for w in layer.update_of_the_base())
+        A, B = (np.array(w) for w in layer.factors())
         if name != "patterns":  # one alpha for all: B takes up what a linear's own scale is
             np.testing.assert_array_equal(a, A.astype(dtype))
             np.testing.assert_array_equal(b, B.astype(dtype))

@@ -128,7 +128,7 @@ def test_every_tensor_has_one_rank_and_the_config_names_nothing_else(
     assert save_portable(model, tmp_path / "a", "org/base") == tmp_path / "a"
     assert sorted(os.listdir(tmp_path / "a")) == sorted(FILES)
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
-    r = max(len(layer.update_of_the_base()[0]) for _, layer in lora_layers(model))
+    r = max(len(layer.factors()[0]) for _, layer in lora_layers(model))
     assert config["r"] == config["lora_alpha"] == r
     assert type(config["r"]) is type(config["lora_alpha"]) is int
     assert config["use_rslora"] is config["use_dora"] is False

@@ -35,7 +35,7 @@ from mlx_qlora.adapters.peft import load_adapter, save_adapter
 from mlx_qlora.cli import main
 from mlx_qlora.config import build, set_override
 from mlx_qlora.data.batches import IGNORE, Batch
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import AdapterWarning, ConfigError
 from mlx_qlora.model import dropout
 from mlx_qlora.model.dropout import position_words
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -209,7 +209,8 @@ def test_a_pattern_of_peft_s_that_matches_nothing_changes_nothing(
         for weight in (p for p in theirs.parameters() if p.requires_grad):
             weight.add_(torch.randn_like(weight) * 0.03)
     theirs.save_pretrained(tmp_path / "a")
-    model = load_adapter(load_folder(hf_tiny[1]), tmp_path / "a")
+    with pytest.warns(AdapterWarning, match="no such thing: rank_pattern w1; alpha_pattern w1"):
+        model = load_adapter(load_folder(hf_tiny[1]), tmp_path / "a")
     assert largest(our_logits(model, TOKENS), torch_logits(theirs, TOKENS)) < 1e-5
 
 
@@ -236,7 +237,7 @@ def test_principal_beginnings_are_peft_s_on_the_same_weights(
         product = ours.scale * np.array(ours.lora_B.weight @ ours.lora_A.weight)
         assert largest(product, peft.scaling["default"] * B @ A) < 1e-5
         left = peft.base_layer.weight.detach().numpy()
-        assert largest(np.array(ours.base_layer.dense()), left) < 1e-5
+        assert largest(np.array(ours.base_layer.dense()) - product, left) < 1e-5
         if isinstance(ours, DoRALinear):
             length = peft.lora_magnitude_vector["default"].weight.detach().numpy()
             assert largest(np.array(ours.lora_magnitude_vector), length) < 1e-5
@@ -338,7 +339,7 @@ def lost(hf: Any, model: LlamaForCausalLM) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("matmul", ["resident", "quantized", "dequantize"])
-@pytest.mark.parametrize("beginning", ["pissa", "pissa_niter_16", "loftq"])
+@pytest.mark.parametrize("beginning", ["loftq"])
 def test_a_quantised_model_begins_nearer_to_the_original_than_quantisation_leaves_it(
     decaying: tuple[Any, Path], beginning: str, matmul: str
 ) -> None:
@@ -357,24 +358,21 @@ def test_a_quantised_model_begins_nearer_to_the_original_than_quantisation_leave
     assert gaps[1] < 0.9 * gaps[0]
 
 
+@pytest.mark.parametrize("matmul", ["resident", "quantized", "dequantize"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_olora_on_a_quantised_model_takes_from_the_original(
-    decaying: tuple[Any, Path], variant: str
+@pytest.mark.parametrize("beginning", ["pissa", "pissa_niter_4", "olora"])
+def test_what_was_trained_on_a_quantised_base_is_what_the_adapter_computes_on_it(
+    decaying: tuple[Any, Path], tmp_path: Path, beginning: str, variant: str, matmul: str
 ) -> None:
-    """QR takes no principal components, so it promises no smaller loss; what it takes is W's."""
-    hf, folder = decaying
-    config = LoraConfig(r=8, init_lora_weights="olora", **VARIANTS[variant])
-    model = add_lora(load_folder(folder, FOUR_BITS), config)
-    for path, layer in lora_layers(model):
-        W = hf.get_parameter(f"{path}.weight").detach().numpy()
-        Q, R = np.linalg.qr(W)
-        product = np.array(layer.lora_B.weight @ layer.lora_A.weight)
-        assert largest(product, Q[:, :8] @ R[:8]) < 1e-5
-        left = W - layer.scale * product
-        packed = mx.quantize(mx.array(left), group_size=64, bits=4)
-        dense = np.array(mx.dequantize(*packed, group_size=64, bits=4))
-        assert largest(np.array(layer.base_layer.dense()), dense) < 2e-3
-        assert np.mean(np.abs(np.array(layer.base_layer.dense()) - dense) > 1e-5) < 0.01
+    folder = decaying[1]
+    bare = load_folder(folder, FOUR_BITS, matmul)
+    config = LoraConfig(r=8, init_lora_weights=beginning, **VARIANTS[variant])
+    model = add_lora(load_folder(folder, FOUR_BITS, matmul), config)
+    assert largest(our_logits(model, TOKENS), our_logits(bare, TOKENS)) < 1e-5
+    trained = our_logits(move(model), TOKENS)
+    assert largest(trained, our_logits(bare, TOKENS)) > 1e-2
+    save_adapter(model, tmp_path / "a")
+    assert largest(our_logits(load_adapter(bare, tmp_path / "a"), TOKENS), trained) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -725,7 +723,7 @@ def trained(whole: Finished) -> bool:
 
 def test_the_best_weights_of_a_pissa_run_are_put_back(folder: Path, tmp_path: Path) -> None:
     fields = {"init_lora_weights": "pissa", "use_dora": True, "load_best_model_at_end": True}
-    run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=1.0, eval_steps=1)
+    run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=3.0, eval_steps=1)
     assert run.result.best_step is not None and run.result.best_step < SETTINGS["max_steps"]
     best = run.out / f"checkpoint-{run.result.best_step}"
     assert run.adapter == (best / WEIGHTS).read_bytes()
