@@ -134,17 +134,11 @@ def _with_record(
     adapter, read = chosen.get("adapter"), args.about.sections
     if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
         return values
-    record = {name: fields for name, fields in recorded(adapter).items() if name in read}
+    record = recorded(adapter, *{"model", "generation"}.intersection(read))
     return values | {name: fields | values.get(name, {}) for name, fields in record.items()}
 
 
 # ---- a command runs ------------------------------------------------------------------------------
-
-
-def run_command(args: argparse.Namespace) -> JsonObject:
-    """Run the command that was asked for; return what `--json` prints."""
-    with _warnings_in_a_line():
-        return _run_command(args)
 
 
 @contextmanager
@@ -159,12 +153,14 @@ def _warnings_in_a_line() -> Iterator[None]:
             warn(Terminal(stderr=True), str(message))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", AdapterWarning)
+        warnings.simplefilter("default", AdapterWarning)
         warnings.showwarning = show
         yield
 
 
-def _run_command(args: argparse.Namespace) -> JsonObject:
+@_warnings_in_a_line()
+def run_command(args: argparse.Namespace) -> JsonObject:
+    """Run the command that was asked for; return what `--json` prints."""
     about = args.about
     console = Terminal(stderr=about.json and args.json, quiet=about.quiet and args.quiet)
     if launched() and processes().size > 1:

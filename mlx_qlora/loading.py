@@ -1,6 +1,7 @@
 """A source, or a config, becomes a model and its tokenizer."""
 
-import hashlib
+import filecmp
+import tempfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from mlx_qlora.adapters.options import is_mlx_lm
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
 from mlx_qlora.data.chats import ALPACA
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
+from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.hub import resolve, weight_files
+from mlx_qlora.folders import json_object
+from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
@@ -58,7 +60,7 @@ def load(
     model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul)
     if adapter is not None:
         load_adapter(model, adapter)
-    return model, tokenizer
+    return model, with_tokenizer_of(adapter, tokenizer)
 
 
 # ---- the model of a config and its adapter -------------------------------------------------------
@@ -72,11 +74,9 @@ def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokenizer]:
-    """Load the model of a config, with the chat template that its adapter was taught with."""
+    """Load the model of a config, which then writes rows as its adapter was taught with."""
     config = with_model(config)
-    model, tokenizer = loaded(config)
-    config, tokenizer = as_taught(config, tokenizer)
-    return config, model, tokenizer
+    return as_taught(config), *loaded(config)
 
 
 def with_model(config: RunConfig) -> RunConfig:
@@ -96,7 +96,7 @@ def with_model(config: RunConfig) -> RunConfig:
         )
     default = asdict(ModelConfig())
     given = {k: v for k, v in asdict(chosen).items() if v != default[k]}
-    chosen = replace(build(recorded(chosen.adapter)).model, **given)
+    chosen = replace(build(recorded(chosen.adapter, "model")).model, **given)
     if chosen.source is None:
         raise ConfigError(
             f"model.source is missing, and {chosen.adapter} has no run.yaml that names it; "
@@ -105,11 +105,11 @@ def with_model(config: RunConfig) -> RunConfig:
     return replace(config, model=chosen)
 
 
-def recorded(adapter: str) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value of model and generation, from the record of our run, if any."""
+def recorded(adapter: str, *sections: str) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value of some sections, from the record of our run, if there is one."""
     record = Path(adapter).expanduser() / "run.yaml"
     values = read_yaml(record) if record.is_file() else {}
-    return {section: values[section] for section in ("model", "generation") if section in values}
+    return {section: values[section] for section in sections if section in values}
 
 
 def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
@@ -126,26 +126,45 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
     )
 
 
-def as_taught(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, Tokenizer]:
+def as_taught(config: RunConfig) -> RunConfig:
     """Write rows as the run that made the adapter did, unless the config says how."""
     data = config.data
     if config.model.adapter is None:
-        return config, tokenizer
-    adapter = Path(config.model.adapter).expanduser()
-    record = read_yaml(adapter / "run.yaml") if (adapter / "run.yaml").is_file() else {}
-    taught = build({"data": record.get("data", {})}).data
+        return config
+    taught = build(recorded(config.model.adapter, "data")).data
     history = taught.history if data.history == "auto" else data.history
     system = taught.system if data.system is None else data.system
-    data = replace(data, system=system, history=history)
-    if data.template == "auto":
-        data = replace(data, template=taught.template)
-        if (adapter / "chat_template.jinja").is_file():
-            source = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
-            tokenizer = tokenizer.with_chat_template(source)
-            if data.template not in ("auto", *ALPACA, "chat"):
-                # The file that it was read from may be gone; this is its copy.
-                data = replace(data, template="chat")
-    return replace(config, data=data), tokenizer
+    template = taught.template if data.template == "auto" else data.template
+    copy = Path(config.model.adapter).expanduser() / "chat_template.jinja"
+    if template == taught.template not in ("auto", *ALPACA, "chat") and copy.is_file():
+        template = "chat"  # the file that it was read from may be gone; the tokenizer has its copy
+    return replace(config, data=replace(data, system=system, history=history, template=template))
+
+
+def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer and chat template beside an adapter, if they are not those of its base.
+
+    Whatever was trained with, a template or an end token of its own, is there.
+    """
+    if adapter is None:
+        return tokenizer
+    folder = Path(adapter).expanduser()
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save(Path(place))
+        pairs = [(folder / name, Path(place, name)) for name in SHIPPED if (folder / name).exists()]
+        if all(base.exists() and filecmp.cmp(own, base, False) for own, base in pairs):
+            return tokenizer
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        texts = [
+            json_object(folder / f"{name}.json") for name in ("chat_template", "tokenizer_config")
+        ]
+        template = texts[0].get("chat_template") or texts[1].get("chat_template")
+        if (file := folder / "chat_template.jinja").exists():
+            template = file.read_text(encoding="utf-8-sig")
+        return tokenizer.with_chat_template(template) if isinstance(template, str) else tokenizer
+    theirs = load_tokenizer(folder)
+    template = theirs.chat_template or tokenizer.chat_template
+    return replace(theirs, eos_ids=theirs.eos_ids | tokenizer.eos_ids, chat_template=template)
 
 
 def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
@@ -189,19 +208,3 @@ def as_loaded(chosen: ModelConfig, model: LlamaForCausalLM) -> ModelConfig:
         dtype="auto" if auto else str(dtype).rpartition(".")[2],
         **packing,
     )
-
-
-def sample_of(path: Path) -> bytes:
-    """A hash of the sizes of a model's weight files and of pieces all over them.
-
-    Reading all of a large model would take longer than anybody waits.
-    """
-    hashed = hashlib.sha256()
-    for file in weight_files(path):
-        size = file.stat().st_size
-        hashed.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as stream:
-            for piece in range(64):
-                stream.seek(size * piece // 64)
-                hashed.update(stream.read(1024))
-    return hashed.digest()

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_qlora import __version__, device
+from mlx_qlora.adapters.origin import original_base, sample_of
 from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.peft import (
     adapter_tensors,
     load_adapter,
-    original_base,
     save_adapter,
 )
 from mlx_qlora.adapters.push import model_card, read_facts
@@ -46,7 +47,7 @@ from mlx_qlora.folders import (
     write_whole,
 )
 from mlx_qlora.infer.evaluate import check_examples
-from mlx_qlora.loading import as_loaded, as_taught, check_lora, sample_of, with_model
+from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, begins_with_base, lora_layers, trainable_count
@@ -71,6 +72,11 @@ PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
 WRITTEN += tuple(f"plots/{name}.{kind}" for name in PLOTS for kind in ("svg", "png"))
+# Fields that name files, unless they say something else.
+PATHS = {
+    "model": ("source", "adapter"),
+    "data": ("path", "validation_path", "test_path", "template"),
+}
 N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the report
 
 # ---- what a run starts from ----------------------------------------------------------------------
@@ -238,13 +244,13 @@ def open_inputs(
     if writes and config.model.adapter is not None:
         trained = read_adapter_config(Path(config.model.adapter).expanduser())
         check_lora(config.lora, trained, config.model.adapter)
-    tokenizer = load_tokenizer(files.path, metadata)
+    tokenizer = with_tokenizer_of(config.model.adapter, load_tokenizer(files.path, metadata))
     validation = test = None
     if split:
         seed = config.training.seed
         train, validation, test = train_validation_test(config.data, tokenizer, seed, console)
     else:
-        config, tokenizer = as_taught(config, tokenizer)
+        config = as_taught(config)
         assert config.data.path is not None
         train = read_examples(config.data.path, tokenizer, config.data, console=console)
     llama = LlamaConfig.from_hf(hf_config)
@@ -438,6 +444,7 @@ def fingerprint_of(
             digest.update(f"{name} {matrix.shape} {matrix.quant} {matrix.dtype}".encode())
     source = getattr(model, "source", None)
     digest.update(sample_of(source.path) if source is not None else b"")
+    base_hash = {} if source is None else {"base": sample_of(source.path, names=False).hex()}
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
     if begins_with_base(model.lora_config.init_lora_weights):
@@ -447,6 +454,7 @@ def fingerprint_of(
         "data": _hash(examples.digest + (validation.digest if validation else "")),
         "model": digest.hexdigest(),
         "numerics": str(NUMERICS),
+        **base_hash,
     }
 
 
@@ -456,6 +464,7 @@ def write_record(
     """Write `run.yaml` and `training_args.json`: what is needed to repeat the run."""
     names = ("mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
     versions = {name: importlib.metadata.version(name) for name in names}
+    config = _found_from_anywhere(config)
     record = {
         "config": to_dict(config),
         "versions": {"mlx-qlora": __version__, "python": platform.python_version(), **versions},
@@ -466,6 +475,16 @@ def write_record(
     # First: it marks the folder as ours.
     write_whole(output / RECORD, json.dumps(record, indent=2) + "\n")
     write_whole(output / "run.yaml", to_yaml(config))
+
+
+def _found_from_anywhere(config: RunConfig) -> RunConfig:
+    """With whole paths, so that the record opens the same files in any folder."""
+    for section, names in PATHS.items():
+        values = getattr(config, section)
+        paths = {name: os.path.expanduser(getattr(values, name) or "") for name in names}
+        whole = {name: os.path.abspath(p) for name, p in paths.items() if os.path.exists(p)}
+        config = replace(config, **{section: replace(values, **whole)})
+    return config
 
 
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:

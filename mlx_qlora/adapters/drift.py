@@ -5,20 +5,16 @@ hold little of what was learned. The weights do not show it; the next-token dist
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
+from mlx_qlora.adapters.several import disabled
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import lora_layers
-from mlx_qlora.tree import nested
 
 POSITIONS = 64  # whose logits exist at once: a vocabulary of 128,256 in float64 is 1 MB each
 NO_EFFECT = 1e-9  # nats per token; below it rounding is larger than what the adapter does
@@ -96,7 +92,7 @@ def measure(
     largest = 0.0
     for ids in rows:
         tokens = mx.array([ids[:-1]])
-        with without_adapter(exact):
+        with disabled(exact):
             hidden_of_base = exact.model(tokens)[0]
         hidden = exact.model(tokens)[0], hidden_of_base, written.model(tokens)[0]
         mx.eval(hidden)
@@ -133,15 +129,3 @@ def float64_of(logits: mx.array) -> np.ndarray:
     """Logits as float64 (P, V)."""
     # A divergence of 1e-7 is a difference of numbers near 10: float32 cannot hold it.
     return np.array(logits.astype(mx.float32)).astype(np.float64)
-
-
-@contextmanager
-def without_adapter(model: LlamaForCausalLM) -> Iterator[None]:
-    """Within, the model computes what it did before training; afterwards it is as it was."""
-    layers = lora_layers(model)
-    bases: dict[str, nn.Module] = {path: layer.base_layer for path, layer in layers}
-    model.update_modules(nested(bases))
-    try:
-        yield
-    finally:
-        model.update_modules(nested(dict(layers)))

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from mlx_qlora.adapters.origin import original_base
 from mlx_qlora.adapters.peft import (
     PREFIX,
     layers_of,
-    original_base,
     peft_config,
     same_tensors,
     write_peft,

@@ -26,7 +26,7 @@ from mlx_qlora.folders import CARD, MERGED_FOLDER, MERGED_MARK, check_writable, 
 from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import DoRALinear, LoRALinear, lora_layers
+from mlx_qlora.model.lora import LoRALinear, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.weights import (
@@ -367,9 +367,7 @@ class Tensors:
         """The merged weight, or another tensor of the base as it is."""
         is_weight = name.endswith(".weight")
         if isinstance(module, LoRALinear) and is_weight:
-            if self.originals is None:
-                return module.merged()
-            return _onto(self.originals.pop(name).astype(mx.float32), module)
+            return module.merged(None if self.originals is None else self.originals.pop(name))
         if self.originals is not None:
             return self.originals.pop(name)
         if isinstance(module, LoRALinear):
@@ -377,16 +375,6 @@ class Tensors:
         if isinstance(module, FrozenMatrix) and is_weight:
             return module.dense()
         return module[name.rpartition(".")[2]]
-
-
-def _onto(W: mx.array, layer: LoRALinear) -> mx.array:
-    """W (out, in) float32 of the original base with a layer's update."""
-    A, B = (factor.astype(mx.float32) for factor in layer.factors())
-    W = W + layer.scale * (B @ A)
-    if isinstance(layer, DoRALinear):
-        lengths = mx.sqrt(W.square().sum(axis=1))
-        W = (layer.lora_magnitude_vector.astype(mx.float32) / lengths)[:, None] * W
-    return W
 
 
 def _is_float(array: mx.array) -> bool:

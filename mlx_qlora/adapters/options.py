@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from mlx_qlora.errors import AdapterError, ConfigError, listing
 from mlx_qlora.folders import MLX_LM, PEFT
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, matches_pattern, target_paths
+from mlx_qlora.model.lora import LoraConfig, is_named, matches_pattern, target_paths
 from mlx_qlora.model.weights import read_safetensors_header
 
 CONFIG, WEIGHTS = PEFT
@@ -22,10 +23,6 @@ ABSENT = (
 )
 FIXED = {"peft_type": "LORA", "bias": "none", **dict.fromkeys(OFF, False), **dict.fromkeys(ABSENT)}
 NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
-USED = {
-    *("lora_dropout", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"),
-}
 # Of the training, of where the files are, or of options that are refused if they are on.
 HARMLESS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -33,8 +30,39 @@ HARMLESS = {
     *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config"),
     *("ensure_weight_tying", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
 }
+FILTERS = ("exclude_modules", "layers_pattern")  # of the targets, and in no config of ours
+NUMBERS = (int, float)
 # Where an adapter began does not matter, unless the base was changed to begin there.
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind; true and false are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _all(value: Any, kind: Any, container: type = list) -> bool:
+    """Whether a value is such a container of nothing but such values."""
+    if not isinstance(value, container):
+        return False
+    return all(_is(x, kind) for x in (value.values() if container is dict else value))
+
+
+TEXTS = lambda value: _is(value, str) or _all(value, str), "text or a list of it"
+NUMBER = lambda value: _is(value, NUMBERS), "a number"
+SWITCH = lambda value: _is(value, bool), "true or false"
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("target_modules", *FILTERS), TEXTS),
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), NUMBER),
+    **dict.fromkeys(("use_rslora", "use_dora"), SWITCH),
+    "rank_pattern": (lambda value: _all(value, int, dict), "a map of text to whole numbers"),
+    "alpha_pattern": (lambda value: _all(value, NUMBERS, dict), "a map of text to numbers"),
+    "layers_to_transform": (
+        lambda value: _is(value, int) or _all(value, int),
+        "a list of whole numbers",
+    ),
+}
+KNOWN = {*FIXED, *NEEDED, *RULES, *HARMLESS, "init_lora_weights"}
 
 
 def is_mlx_lm(folder: Path) -> bool:
@@ -63,47 +91,20 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     if (begin := config.get("init_lora_weights")) not in KEEP_THE_BASE:
         unsupported.append(f"init_lora_weights is {begin!r}, which needs a changed base model")
     unsupported += [f"{name} is missing" for name in NEEDED if config.get(name) is None]
-    unsupported += [
-        f"{name} is {value!r}, and no such option is known here"
-        for name, value in config.items()
-        if value and name not in {*FIXED, *NEEDED, *USED, *HARMLESS}
-    ]
+    unknown = [name for name, value in config.items() if value and name not in KNOWN]
+    unsupported += [f"{name} is {config[name]!r}, an option unknown here" for name in unknown]
     if unsupported:
         raise AdapterError(f"{path} describes an adapter we cannot run:\n{listing(unsupported)}")
-
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    layers = [layers] if type(layers) is int else layers
-    dropout = config.get("lora_dropout") or 0.0
-    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    rules = {
-        "target_modules": (isinstance(targets, str) or _all(targets, str), "text or a list of it"),
-        "rank_pattern": (_all(ranks, int, dict), "a map of text to whole numbers"),
-        "alpha_pattern": (_all(alphas, (int, float), dict), "a map of text to numbers"),
-        "layers_to_transform": (layers is None or _all(layers, int), "a list of whole numbers"),
-    }
-    for name in ("exclude_modules", "layers_pattern"):
-        value = config.get(name) or []
-        rules[name] = isinstance(value, str) or _all(value, str), "text or a list of it"
-    for name, value in (("r", config["r"]), ("lora_alpha", config["lora_alpha"])):
-        rules[name] = _is(value, (int, float)), "a number"
-    rules["lora_dropout"] = _is(dropout, (int, float)), "a number"
-    for name in ("use_rslora", "use_dora"):
-        rules[name] = isinstance(config.get(name) or False, bool), "true or false"
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise AdapterError(f"{path}: {name} must be {rule}; got {config[name]!r}")
+    values = {name: config[name] for name in RULES if config.get(name) is not None}
+    for name, value in values.items():
+        holds, rule = RULES[name]
+        if not holds(value):
+            raise AdapterError(f"{path}: {name} must be {rule}; got {value!r}")
+    if isinstance(layers := values.get("layers_to_transform"), int):
+        values["layers_to_transform"] = [layers]
+    ours = {name: value for name, value in values.items() if name not in FILTERS}
     try:
-        return LoraConfig(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=dropout,
-            target_modules=targets,
-            layers_to_transform=layers,
-            use_rslora=config.get("use_rslora") or False,
-            use_dora=config.get("use_dora") or False,
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-        )
+        return LoraConfig(**{"lora_dropout": 0.0, **ours})
     except ConfigError as error:
         raise AdapterError(f"{path}: {error}") from None
 
@@ -118,18 +119,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     return config
 
 
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind; true and false are no numbers."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _all(value: Any, kind: Any, container: type = list) -> bool:
-    """Whether a value is such a container of nothing but such values."""
-    if not isinstance(value, container):
-        return False
-    return all(_is(x, kind) for x in (value.values() if container is dict else value))
-
-
 def _read_mlx_lm_config(folder: Path) -> LoraConfig:
     """As `read_adapter_config`; rank and targets are those that the tensors show."""
     path, file = folder / CONFIG, folder / MLX_LM_WEIGHTS
@@ -140,7 +129,7 @@ def _read_mlx_lm_config(folder: Path) -> LoraConfig:
     kind = config.get("fine_tune_type") or ("dora" if config.get("use_dora") is True else "lora")
     scale, dropout = parameters.get("scale"), parameters.get("dropout") or 0.0
     for name, value in (("scale", scale), ("dropout", dropout)):
-        if not _is(value, (int, float)):
+        if not _is(value, NUMBERS):
             raise AdapterError(f"{path}: lora_parameters.{name} must be a number; got {value!r}")
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{path}: fine_tune_type is {kind!r}; supported: lora, dora")
@@ -189,54 +178,34 @@ def for_this_model(
 def _by_peft_s_rules(
     model: LlamaForCausalLM, lora: LoraConfig, config: dict[str, Any]
 ) -> tuple[LoraConfig, list[str], list[str]]:
-    linears = target_paths(model, LoraConfig(target_modules="all-linear"))
-    # In PEFT's tree a tied model has an lm_head as well.
-    modules = [*linears, *sorted({"lm_head", *dict(model.named_modules())} - {*linears})]
-    wanted, layers = lora.target_modules, lora.layers_to_transform or []
-    excluded, patterns = (config.get(key) or [] for key in ("exclude_modules", "layers_pattern"))
+    modules = {"lm_head", *dict(model.named_modules())}  # in PEFT's tree a tied model has a head
+    targets, layers = lora.target_modules, lora.layers_to_transform or []
+    excluded, patterns = (config.get(name) or [] for name in FILTERS)
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    beyond = [i for i in layers if not 0 <= i < len(model.layers)]
+    layers = [i for i in layers if i not in beyond] or layers
 
-    def is_target(path: str) -> bool:
-        if excluded and _names(excluded, path):
-            return False
-        if wanted == "all-linear":
-            return path in linears
-        if isinstance(wanted, str) or path in wanted or not layers:
-            return _names(wanted, path)
-        of_layers = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
-        matches = (re.match(each, path) for each in of_layers or [r".*?\.[^.]*\.(\d+)\."])
-        layer = next((int(match[1]) for match in matches if match), None)
-        return layer in layers and _names(wanted, path)
+    def is_excluded(path: str) -> bool:
+        if isinstance(excluded, str):
+            return re.fullmatch(excluded, path) is not None
+        if any(is_named(name, path) for name in excluded):
+            return True
+        in_layers = any(re.match(rf"(?:^|.*?\.){p}\.\d+\.", path) for p in patterns)
+        return bool(layers and patterns) and path not in targets and not in_layers
 
-    paths = [path for path in modules if is_target(path)]
-    if not paths or not set(paths) <= set(linears):
-        target_paths(
-            model, lora
-        )  # its message says what is wrong, unless these two have part in it
-        raise ConfigError("no linear of a layer is left by exclude_modules and layers_pattern")
-    absent: dict[str, list[Any]] = {
-        "target_modules": [
-            name
-            for name in (wanted if isinstance(wanted, list) else [])
-            if not any(_names([name], path) for path in modules)
-        ],
-        "layers_to_transform": [i for i in layers if not 0 <= i < len(model.layers)],
-    }
-    if excluded or patterns:
-        wanted, layers = paths, []
-    elif isinstance(wanted, list):
-        wanted = [name for name in wanted if name not in absent["target_modules"]]
-    layers = [i for i in layers if i not in absent["layers_to_transform"]] or None
-    fitted = replace(lora, target_modules=wanted, layers_to_transform=layers)
+    absent: dict[str, list[Any]] = {"target_modules": [], "layers_to_transform": beyond}
+    if isinstance(targets, list):
+        named = {t: [m for m in modules if is_named(t, m)] for t in targets}
+        absent["target_modules"] = [t for t, paths in named.items() if not paths]
+        targets = [t for t in targets if not all(map(is_excluded, named[t]))] or targets
+    lora = replace(lora, target_modules=targets, layers_to_transform=layers or None)
+    paths = target_paths(model, lora, is_excluded)
+    if not paths:
+        raise ConfigError("exclude_modules and layers_pattern leave no linear of a layer")
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(lora, name)
         absent[name] = [k for k in keys if not any(matches_pattern(k, path) for path in paths)]
     shown = [f"{name} {', '.join(map(str, values))}" for name, values in absent.items() if values]
-    return fitted, paths, shown
-
-
-def _names(targets: str | list[str], path: str) -> bool:
-    """Whether a regex, or one of some names or endings, is a path's."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+    if excluded or patterns:
+        lora = replace(lora, target_modules=paths, layers_to_transform=None)
+    return lora, paths, shown

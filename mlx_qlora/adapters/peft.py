@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mlx_qlora.adapters.origin import check_base, original_base
 from mlx_qlora.adapters.options import CONFIG, MLX_LM_WEIGHTS, WEIGHTS, for_this_model, is_mlx_lm
 from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
 from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, check_writable, staged
-from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
@@ -82,21 +82,6 @@ def layers_of(model: LlamaForCausalLM) -> list[tuple[str, LoRALinear]]:
     if not layers:
         raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
     return layers
-
-
-def original_base(source: ModelFiles | None) -> str:
-    """The Hugging Face repository that a model's files say they are a copy of.
-
-    An AdapterError if they do not: then the user must.
-    """
-    if source is None or source.hf_id is None:
-        what = source.source if source else "this model"
-        raise AdapterError(
-            f"nothing says which Hugging Face repository {what} was made from, and PEFT needs "
-            "the original one. Pass model.base_model_name_or_path=org/name "
-            "(in Python: save_adapter(model, folder, base_model_name_or_path=...))"
-        )
-    return source.hf_id
 
 
 def adapter_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
@@ -266,7 +251,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         ConfigError: the model already has LoRA layers.
 
     Warns:
-        AdapterWarning: of what is passed over.
+        AdapterWarning: of what is passed over, and of another base than it was trained on.
     """
     if lora_layers(model):
         raise ConfigError(
@@ -275,6 +260,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         )
     folder = Path(folder).expanduser()
     lora, paths, passed_over = for_this_model(model, folder)
+    check_base(getattr(model, "source", None), folder)
     from_mlx_lm = is_mlx_lm(folder)
     file = folder / (MLX_LM_WEIGHTS if from_mlx_lm else WEIGHTS)
     header = read_safetensors_header(file, AdapterError)

@@ -402,7 +402,7 @@ def original_repository(files_path: Path, hub_id: str | None) -> str | None:
 
     `hub_id` is the repository that the folder is a copy of, if it came from the hub. Never a
     quantised copy, which PEFT could not open: its original, or None if it names none. A dense
-    local folder that names none is its own original.
+    local folder is its own original: what its config.json names is often its parent.
     """
     config = json_object(files_path / "config.json")
     is_quantised = "quantization" in config or "quantization_config" in config
@@ -415,7 +415,7 @@ def original_repository(files_path: Path, hub_id: str | None) -> str | None:
     base = _other_id(bases[0], hub_id) if len(bases) == 1 else None
     named = _other_id(config.get("_name_or_path"), hub_id)
     if not is_quantised:
-        return named or (base if relation == "quantized" else None) or str(files_path.absolute())
+        return (base if relation == "quantized" else None) or str(files_path.absolute())
     # mlx-lm once kept the header of the original's card, so that base_model is the original's own
     # base, and only the sentence below it names the original.
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

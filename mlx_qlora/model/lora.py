@@ -6,6 +6,7 @@ the length of each row as well. Names and definitions are PEFT's.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,10 +184,11 @@ class LoRALinear(nn.Module):
         A0, B0 = self._begun
         return mx.concatenate([A, A0]), mx.concatenate([B, -B0], axis=1)
 
-    def merged(self) -> mx.array:
-        """The dense matrix (d_out, d_in) float32 that computes the same."""
+    def merged(self, W: mx.array | None = None) -> mx.array:
+        """The dense matrix (d_out, d_in) float32 of the base, or of W, with the update."""
+        W = self.base_layer.dense() if W is None else W
         A, B = (factor.astype(mx.float32) for factor in self.factors())
-        return self.base_layer.dense().astype(mx.float32) + self.scale * (B @ A)
+        return W.astype(mx.float32) + self.scale * (B @ A)
 
 
 class DoRALinear(LoRALinear):
@@ -226,10 +228,11 @@ class DoRALinear(LoRALinear):
         squares = ((2 * self.scale) * crossed + self.scale**2 * within) * B
         return mx.sqrt(self._squares + squares.sum(axis=1))
 
-    def merged(self) -> mx.array:
-        """The dense matrix (d_out, d_in) float32 that computes the same."""
-        longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
-        return longer[:, None] * super().merged()
+    def merged(self, W: mx.array | None = None) -> mx.array:
+        """The dense matrix (d_out, d_in) float32 of the base, or of W, with the update."""
+        W = super().merged(W)
+        lengths = mx.sqrt(W.square().sum(axis=1))
+        return (self.lora_magnitude_vector.astype(mx.float32) / lengths)[:, None] * W
 
 
 # ---- where the update begins ---------------------------------------------------------------------
@@ -390,12 +393,16 @@ def for_model(model: LlamaForCausalLM, config: LoraConfig) -> LoraConfig:
     return replace(config, target_modules=names)
 
 
-def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
+def target_paths(
+    model: LlamaForCausalLM,
+    config: LoraConfig,
+    is_excluded: Callable[[str], bool] = lambda path: False,
+) -> list[str]:
     """The paths of the linears that a config targets, by PEFT's rules, in the model's order.
 
     A list matches names or path endings, a string is a regex on the whole path, and "all-linear"
     means every linear of the layers. A path named whole is taken whatever `layers_to_transform`
-    says. The output head is not offered: it stays frozen.
+    says, and one that is excluded never. The output head is not offered: it stays frozen.
 
     Raises:
         ConfigError: a target, or a layer index, that matches nothing.
@@ -414,8 +421,8 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
         if not matched:
             raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")
         # PEFT would adapt these too. In its tree a tied model has an lm_head as well.
-        modules = {path for path, _ in model.named_modules()} | {"lm_head"}
-        if beyond := sorted(p for p in modules.difference(paths) if re.fullmatch(wanted, p)):
+        others = {"lm_head", *(path for path, _ in model.named_modules())}.difference(paths)
+        if beyond := sorted(p for p in others if re.fullmatch(wanted, p) and not is_excluded(p)):
             raise ConfigError(
                 f"lora.target_modules: {wanted!r} also matches {beyond[-1]}, which cannot have an "
                 f"update; {exists}"
@@ -423,10 +430,11 @@ def target_paths(model: LlamaForCausalLM, config: LoraConfig) -> list[str]:
     else:
         endings = [name.rpartition(".")[2] for name in names]
         for target in wanted:
-            if not any(_ends_with(path, target) for path in paths):
+            if not any(is_named(target, path) for path in paths):
                 problem = f"{target!r} matches nothing{did_you_mean(target, endings)}"
                 raise ConfigError(f"lora.target_modules: {problem}; {exists}")
-        matched = [path for path in paths if any(_ends_with(path, target) for target in wanted)]
+        matched = [path for path in paths if any(is_named(target, path) for target in wanted)]
+    matched = [path for path in matched if not is_excluded(path)]
     if not config.layers_to_transform:
         return matched
     layers, n = config.layers_to_transform, len(model.layers)
@@ -464,5 +472,6 @@ def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(model.named_modules(), key=position)
 
 
-def _ends_with(path: str, target: str) -> bool:
+def is_named(target: str, path: str) -> bool:
+    """Whether a name is that of a module, or how its path ends."""
     return path == target or path.endswith(f".{target}")

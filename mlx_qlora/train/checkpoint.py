@@ -340,7 +340,7 @@ def _same_run(
             f"from its adapter: --adapter {path} and another --output-dir"
         )
     differences = list(_differences(saved["config"], state.config, defaults))
-    changed = [name for name in state.fingerprint if name != "numerics"]
+    changed = [name for name in state.fingerprint if name not in ("numerics", "base")]
     changed = [name for name in changed if theirs.get(name) != state.fingerprint[name]]
     if "config" in changed and saved["config"] and not differences:
         changed.remove("config")  # hashed over fewer fields, whose values are the same

@@ -27,8 +27,9 @@ from support.models import (
 from support.tiny_folder import write_model
 
 import mlx_qlora as mq
-from mlx_qlora.adapters.drift import TEXTS, Drift, without_adapter
+from mlx_qlora.adapters.drift import TEXTS, Drift
 from mlx_qlora.adapters.merge import merge, save_merged
+from mlx_qlora.adapters.several import disabled
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -103,7 +104,7 @@ def test_a_merged_model_computes_what_the_adapter_did(
     source: Path, name: str, quantize: QuantConfig | None
 ) -> None:
     model = adapted(source, CONFIGS[name], quantize=quantize)
-    with without_adapter(model):
+    with disabled(model):
         base = our_logits(model, TOKENS)
     logits = our_logits(model, TOKENS)
     targets = [path for path, _ in lora_layers(model)]
@@ -136,7 +137,7 @@ def test_without_the_adapter_is_the_base_and_afterwards_all_is_as_it_was(source:
     for name in ("default", "dora", "pissa", "dora pissa"):
         model = adapted(source, CONFIGS[name])
         before, layers = our_logits(model, TOKENS), lora_layers(model)
-        with without_adapter(model):
+        with disabled(model):
             assert largest(our_logits(model, TOKENS), base) < 2e-5
         np.testing.assert_array_equal(our_logits(model, TOKENS), before)
         assert all(new is old for (_, new), (_, old) in zip(lora_layers(model), layers))
@@ -427,7 +428,7 @@ def test_the_drift_is_what_torch_computes(
     written = load_folder(tmp_path / "q")
 
     def base(tokens: np.ndarray) -> np.ndarray:
-        with without_adapter(model):
+        with disabled(model):
             return our_logits(model, tokens)
 
     models = [lambda t: our_logits(model, t), base, lambda t: our_logits(written, t)]
@@ -645,7 +646,7 @@ def test_smollm2_s_text_is_the_same_everywhere(short_files: ModelFiles, tmp_path
     logits = our_logits(model, tokens)
     greedy = {"max_new_tokens": 16, "temperature": 0.0, "repetition_penalty": 1.0}
     text = mq.generate(model, tokenizer, prompt, **greedy)
-    with without_adapter(model):
+    with disabled(model):
         assert mq.generate(model, tokenizer, prompt, **greedy) != text
 
     save_merged(model, tokenizer, folder, dtype="float32", max_shard_bytes=200_000_000)

@@ -237,5 +237,5 @@ def test_a_model_is_asked_with_the_system_message_that_its_rows_had(chat_folder,
     (adapter / "run.yaml").write_text("data: {system: Be brief., template: chat}\n")
     for system, wanted in ((None, "Be brief."), ("Be long.", "Be long.")):
         values = {"model": {"adapter": str(adapter)}, "data": {"system": system}}
-        data = as_taught(build(values), tokenizer)[0].data
+        data = as_taught(build(values)).data
         assert (data.system, data.template) == (wanted, "chat")

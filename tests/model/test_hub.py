@@ -572,8 +572,8 @@ SENTENCE = "The model [x](y) was converted to MLX format from [{}](z) using mlx-
         (Q, card("base_model: [a/b, c/d]", SENTENCE.format(ORIGINAL)), COPY, ORIGINAL),
         (Q, card(f"base_model: {ORIGINAL}", SENTENCE.format("./local")), COPY, ORIGINAL),
         (Q, card("base_model: a/b\nbase_model_relation: finetune"), COPY, None),
-        # A dense folder: the config, a quantised original's card, the folder.
-        ({"_name_or_path": ORIGINAL}, None, None, ORIGINAL),
+        # A dense folder: a quantised original's card, or the folder, whatever it was made from.
+        ({"_name_or_path": ORIGINAL}, None, None, ITSELF),
         ({"_name_or_path": "../foo"}, None, None, ITSELF),
         ({}, card(f"base_model: {ORIGINAL}"), None, ITSELF),
         ({}, card(f"base_model: {ORIGINAL}\nbase_model_relation: quantized"), None, ORIGINAL),

@@ -1,0 +1,75 @@
+"""Which base an adapter belongs to: its name for others, and a hash that knows it again."""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+from mlx_qlora.errors import AdapterError, AdapterWarning
+from mlx_qlora.folders import RECORD, json_object
+from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles
+
+CONFIRM = "model.base_model_name_or_path=org/name"
+
+
+def original_base(source: ModelFiles | None) -> str:
+    """The Hugging Face repository that a model's files say they are a copy of, or their folder.
+
+    An AdapterError if they do not: then the user must. An AdapterWarning where what they say may as
+    well be the model that they were fine-tuned from.
+    """
+    if source is None or source.hf_id is None:
+        what = source.source if source else "this model"
+        raise AdapterError(
+            f"nothing says which Hugging Face repository {what} was made from, and PEFT needs "
+            f"the original one. Pass {CONFIRM} "
+            "(in Python: save_adapter(model, folder, base_model_name_or_path=...))"
+        )
+    base, hint = source.hf_id, json_object(source.path / "config.json").get("_name_or_path")
+    is_gguf = source.path.is_file() and source.source not in BUILT_IN
+    if is_gguf or (base == hint != source.source and not _is_in_card(base, source.path)):
+        fact = f"{source.source} says that it was made from {base}, which the adapter names"
+        fix = f"if its weights were trained since, say what others load: {CONFIRM}"
+    elif isinstance(hint, str) and HUB_ID.fullmatch(hint) and base == str(source.path):
+        fact = f"the adapter names {base} as its base, whose config.json says {hint}"
+        fix = f"if the weights are that repository's own, pass {CONFIRM.replace('org/name', hint)}"
+    else:
+        return base
+    warnings.warn(f"{fact}; {fix}", AdapterWarning, stacklevel=1)
+    return base
+
+
+def _is_in_card(name: str, folder: Path) -> bool:
+    card = folder / "README.md"
+    return card.is_file() and name in card.read_text(encoding="utf-8", errors="replace")
+
+
+def sample_of(path: Path, names: bool = True) -> bytes:
+    """A hash of the sizes of a model's weight files and of pieces all over them.
+
+    Reading all of a large model would take longer than anybody waits. Without `names` a file that
+    was renamed has the same.
+    """
+    hashed = hashlib.sha256()
+    for file in weight_files(path):
+        size = file.stat().st_size
+        hashed.update(f"{file.name if names else ''} {size}".encode())
+        with open(file, "rb") as stream:
+            for piece in range(64):
+                stream.seek(size * piece // 64)
+                hashed.update(stream.read(1024))
+    return hashed.digest()
+
+
+def check_base(source: ModelFiles | None, adapter: Path) -> None:
+    """Warn if the record of an adapter's run says that it was trained on other weights."""
+    is_part = adapter.name == "mlx" or adapter.name.startswith("checkpoint-")
+    record = json_object((adapter.parent if is_part else adapter) / RECORD)
+    trained_on = (record.get("fingerprint") or {}).get("base")
+    if source and trained_on and trained_on != sample_of(source.path, names=False).hex():
+        named = ((record.get("config") or {}).get("model") or {}).get("source")
+        warnings.warn(
+            f"{adapter} was trained on other weights ({named}) than those of {source.source}: that "
+            "is right only if they are the same model in another precision or format",
+            AdapterWarning,
+            stacklevel=1,
+        )
