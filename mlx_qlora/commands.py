@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import save_merged
-from mlx_qlora.adapters.peft import save_adapter, save_mlx_lm
+from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.after.screen import shown
 from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
@@ -326,6 +326,8 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
             path = save_gguf_adapter(model, target / "adapter.gguf", base)
         elif form == "mlx":
             path = save_mlx_lm(model, target)
+            if note := note_on_mlx_lm(model):
+                warn(console, note)
         elif form == "portable":
             path = save_portable(model, target, base)
         else:

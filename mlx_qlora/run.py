@@ -22,13 +22,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_qlora import __version__, device
-from mlx_qlora.adapters.origin import original_base, sample_of
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.peft import (
-    adapter_tensors,
-    load_adapter,
-    save_adapter,
-)
+from mlx_qlora.adapters.origin import original_base, sample_of
+from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import RunConfig, explained, settle, to_dict, to_yaml, without_effect
 from mlx_qlora.data.examples import DataReport, Examples

@@ -41,6 +41,7 @@ from mlx_qlora.tree import flat, nested
 # Name -> safetensors' name of it, and bytes of one number.
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 GENERATION = "generation_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # True of the files that were read, but not of those that are written.
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -168,10 +169,14 @@ def save_merged(
             }
             _write_json(staging / "model.safetensors.index.json", index)
         config = original.config if original else model.hf_config
-        _write_json(staging / "config.json", _hf_config(config, tokenizer, dtype, quantize))
+        config = _hf_config(config, tokenizer, dtype, quantize)
+        _write_json(staging / "config.json", config)
         for path in (files.path / GENERATION for files in sources[::-1]):  # the last one counts
             if path.is_file():
                 shutil.copyfile(path, staging / GENERATION)
+        if sources[:1] and sources[0].path.is_file():  # a GGUF has it in the tokenizer's part
+            ids = {name: config[name] for name in IDS if config.get(name) is not None}
+            _write_json(staging / GENERATION, ids)
         tokenizer.save(staging)
         if measured:
             files = ModelFiles(staging, None, None, str(staging))
@@ -436,8 +441,10 @@ def _hf_config(
     full |= {family.activation: config.get(family.activation, family.act)}
     full |= {"torch_dtype": dtype, "dtype": dtype, **in_both_spellings(config, read.rope)}
     ends = [tokenizer.eos_id, *sorted(tokenizer.eos_ids - {tokenizer.eos_id})]
+    pad = tokenizer.encode(tokenizer.special_tokens.get("pad_token", ""))
+    pad = pad if len(pad) == 1 and pad[0] < read.vocab_size else [None]
     # A GGUF's metadata has these in the tokenizer's part.
-    for name, ids in (("bos_token_id", [tokenizer.bos_id]), ("eos_token_id", ends)):
+    for name, ids in zip(IDS, ([tokenizer.bos_id], ends, pad)):
         if full.get(name) is None:
             full[name] = ids[0] if len(ids) == 1 else ids
     if quantize is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning
 from mlx_qlora.folders import RECORD, json_object
-from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles
+from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, weight_files
 
 CONFIRM = "model.base_model_name_or_path=org/name"
 

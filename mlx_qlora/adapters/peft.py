@@ -15,14 +15,15 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mlx_qlora.adapters.origin import check_base, original_base
 from mlx_qlora.adapters.options import CONFIG, MLX_LM_WEIGHTS, WEIGHTS, for_this_model, is_mlx_lm
+from mlx_qlora.adapters.origin import check_base, original_base
 from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
 from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, check_writable, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
+from mlx_qlora.model.rope import in_both_spellings
 from mlx_qlora.model.weights import read_safetensors_header
 from mlx_qlora.tree import flat, nested
 
@@ -203,6 +204,21 @@ def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
     return folder
 
 
+def note_on_mlx_lm(model: LlamaForCausalLM) -> str:
+    """What mlx-lm would silently misread of the base's config.json; empty if nothing."""
+    config = getattr(model, "hf_config", {})
+    if not config.get("rope_parameters") or config.get("model_type") == "qwen3":
+        return ""
+    both = in_both_spellings(config, model.config.rope) | {"rope_parameters": None}
+    missing = {k: v for k, v in both.items() if v is not None and config.get(k) is None}
+    if missing in ({}, {"rope_theta": 10000.0}):
+        return ""
+    return (
+        "mlx-lm 0.32 does not look into the base's rope_parameters, and would compute other "
+        f"positions: add {json.dumps(missing)[1:-1]} to its config.json, or merge, which writes it"
+    )
+
+
 def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
     """Write `adapters.safetensors` and `adapter_config.json` and read them back.
 
@@ -272,18 +288,20 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
     except (RuntimeError, ValueError) as error:  # offsets that do not fit the shapes
         raise AdapterError(f"{file} is damaged: {error}") from None
     carried = " and ".join(COPIES[name] for name in copies)
-    matrices = {"embed_tokens": model.model.embed_tokens, "lm_head": model.head}
-    if not all(_is_copy(arrays.pop(name), matrices[COPIES[name]]) for name in copies):
+    if not all(
+        _is_copy(arrays.pop(name), model.head if "lm_head" in name else model.model.embed_tokens)
+        for name in copies
+    ):
         raise AdapterError(
             f"{file}: this adapter also carries {carried}, with other numbers than the base's; "
             "merge it with PEFT, and name the merged model as model.source"
         )
-    notes = [f"{file} also carries {carried}, equal to the base's: not read"] if copies else []
-    if passed_over:
-        shown = "; ".join(passed_over)
-        notes.append(f"{folder / CONFIG}: passed over, as the model has no such thing: {shown}")
-    for note in notes:
+    if copies:
+        note = f"{file} also carries {carried}, equal to the base's: not read"
         warnings.warn(note, AdapterWarning, stacklevel=2)
+    if passed_over:
+        note = f"passed over, as the model has no such thing: {'; '.join(passed_over)}"
+        warnings.warn(f"{folder / CONFIG}: {note}", AdapterWarning, stacklevel=2)
     if from_mlx_lm:
         arrays = {_peft_name(name): mx.contiguous(array.T) for name, array in arrays.items()}
     add_lora(model, lora, begin=False)
@@ -301,24 +319,18 @@ def _check_tensors(
     header: dict[str, Any],
 ) -> None:
     """Compare names, shapes and dtypes with what the config promises for this model."""
-    modules = dict(model.named_modules())
-    expected = {}
+    modules, expected = dict(model.named_modules()), {}
     for path in paths:
-        d_out, d_in = modules[path].shape
-        r = lora.rank_of(path)
-        expected[f"{PREFIX}{path}.lora_A.weight"] = [r, d_in]
-        expected[f"{PREFIX}{path}.lora_B.weight"] = [d_out, r]
-        if lora.use_dora:
-            expected[f"{PREFIX}{path}.lora_magnitude_vector"] = [d_out]
-    if file.name == MLX_LM_WEIGHTS:
-        peft_names = {name: _peft_name(name) for name in header}
-        expected = {name: shape[::-1] for name, shape in expected.items()}
-    else:
-        peft_names = {name: name for name in header}
-    present = set(peft_names.values())
-    problems = [f"{name} is missing" for name in expected if name not in present]
+        (d_out, d_in), r = modules[path].shape, lora.rank_of(path)
+        shapes = {"lora_a": [r, d_in], "lora_b": [d_out, r], "m": [d_out]}
+        for leaf, shape in [*shapes.items()][: 3 if lora.use_dora else 2]:
+            if file.name == MLX_LM_WEIGHTS:
+                expected[f"{path}.{leaf}"] = shape[::-1]
+            else:
+                expected[f"{PREFIX}{path}{LEAVES[leaf]}"] = shape
+    problems = [f"{name} is missing" for name in expected if name not in header]
     for name, entry in header.items():
-        shape = expected.get(peft_names[name])
+        shape = expected.get(name)
         if shape is None:
             problems.append(f"{name} belongs to no target of this model")
         elif entry.get("shape") != shape:

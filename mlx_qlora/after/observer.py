@@ -13,6 +13,7 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import progress
+from mlx_qlora.adapters.peft import note_on_mlx_lm
 from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
@@ -200,7 +201,7 @@ class Observer:
             for row, old, new in zip(self.questions, answers, new_answers)
         ]
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
-        report = Report(result, config, samples, *about)
+        report = Report(result, config, samples, *about, mlx_lm=note_on_mlx_lm(self.model))
         say(console, f"report    {write_report(report)}")
         self.task = None  # the page stays as it is, whatever comes
         label, width = "next", console.width - LABEL if console.is_terminal else 10**6

@@ -82,6 +82,7 @@ class Report:
     loss: Row | None = None  # of the held-out rows, before and after
     ask: Sequence[str] = ("--prompt", "Hello")  # flags of `generate` for a prompt like the rows'
     status: str = ""  # of a run under way or broken off; empty at its end
+    mlx_lm: str = ""  # what mlx-lm would misread
     reloads: bool = False  # whether the page loads itself again, as it will have changed
 
     def page(self) -> str:
@@ -169,7 +170,7 @@ class Report:
         return [
             Usage("mlx-qlora", here, "merge makes a model that needs no adapter any more."),
             Usage("PEFT", peft, f"Fetches {self.base}."),
-            Usage("mlx-lm", mlx_lm, "On a Mac."),
+            Usage("mlx-lm", mlx_lm, f"On a Mac. {self.mlx_lm}".strip()),
             _vllm(self),
             _llama_cpp(self),
         ]
@@ -301,7 +302,7 @@ def _vllm(report: Report) -> Usage:
     if adapter.get("use_dora") or not served:
         code = f"{_merge(report)}\nvllm serve merged"
         return Usage("vLLM", code, f"vLLM {lacks}, so the adapter is merged first.")
-    if any(adapter.get(name) for name in ("use_rslora", "rank_pattern", "alpha_pattern")):
+    if any(adapter.get(name) for name in ("rank_pattern", "alpha_pattern")):
         source = shlex.quote(folder)
         export = f"mlx-qlora export --adapter {source} --output-dir portable --portable\n"
         folder, note = "portable", f"vLLM takes one rank and one scale: --portable. {note}"

@@ -300,31 +300,39 @@ class LlamaModel(nn.Module):
         cache: list[Any] | None = None,
         dropout_key: mx.array | None = None,
         documents: np.ndarray | None = None,
+        input_embeddings: mx.array | None = None,
     ) -> mx.array:
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
-        tokens = self._with_rows(tokens, cache is not None and tokens.shape[1] == 1)
+        rows = input_embeddings
+        B, T = tokens.shape if rows is None else rows.shape[:2]
+        if rows is None:
+            tokens = self._with_rows(tokens, cache is not None and T == 1)
         if cache is not None:
-            h, masks = self.embed(tokens), dict[int | None, Any]()
+            h, masks = self.embed(tokens, rows), dict[int | None, Any]()
             how = {"return_array": self._config.attention_softcap is not None}
             for layer, of_layer in zip(self.layers, cache):
                 window = layer.self_attn.reach.window
                 if window not in masks:
-                    masks[window] = of_layer.make_mask(tokens.shape[1], window_size=window, **how)
+                    masks[window] = of_layer.make_mask(T, window_size=window, **how)
                 h = layer(h, Cached(masks[window], of_layer))
             return self.normalised(h)
 
-        B, T = tokens.shape
         if documents is None:  # each row is one
             documents = np.array([(b, 0, T) for b in range(B)], np.int32)
         context = self.documents(documents, B * T, T)
         keys = self.dropout_keys(dropout_key, B, context)
-        return self.hidden(tokens.reshape(-1), context, keys).reshape(B, T, -1)
+        rows = rows if rows is None else rows.flatten(0, 1)
+        return self.hidden(tokens.reshape(-1), context, keys, rows).reshape(B, T, -1)
 
     def hidden(
-        self, tokens: mx.array, documents: Documents, keys: list[Keys] | None = None
+        self,
+        tokens: mx.array,
+        documents: Documents,
+        keys: list[Keys] | None = None,
+        rows: mx.array | None = None,
     ) -> mx.array:
         """Tokens (N,) of documents, end to end -> (N, D); no keys mean no dropout."""
-        h = self.embed(tokens)
+        h = self.embed(tokens, rows)
         for layer, of_layer in zip(self.layers, keys or [NO_KEYS] * len(self.layers)):
             h = layer(h, documents, of_layer)
         return self.normalised(h)
@@ -345,9 +353,9 @@ class LlamaModel(nn.Module):
         check_ids(ids, rows)
         return tokens
 
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Tokens (...) int -> what the first layer reads (..., D)."""
-        h, scale = self.embed_tokens(tokens), self._config.embedding_scale
+    def embed(self, tokens: mx.array, rows: mx.array | None = None) -> mx.array:
+        """Tokens (...) int, or rows of the embedding (..., D) -> what the first layer reads."""
+        h, scale = self.embed_tokens(tokens) if rows is None else rows, self._config.embedding_scale
         return h if scale == 1 else h * mx.array(scale, h.dtype)
 
     def normalised(self, h: mx.array) -> mx.array:
@@ -397,6 +405,7 @@ class LlamaForCausalLM(nn.Module):
         self,
         tokens: mx.array,
         cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
         *,
         dropout_key: mx.array | None = None,
         documents: np.ndarray | None = None,
@@ -406,6 +415,7 @@ class LlamaForCausalLM(nn.Module):
         Args:
             tokens: (B, T) int, right-padded if rows differ in length.
             cache: one mlx-lm cache per layer, while generating.
+            input_embeddings: (B, T, D), as `embed_tokens` returns them, in the place of tokens.
             dropout_key: draws the LoRA dropout masks: one (2,) for the batch, or one for each
                 row (B, 2); None turns dropout off.
             documents: (N, 3) int of row, start and end, in order, where rows hold several
@@ -414,7 +424,7 @@ class LlamaForCausalLM(nn.Module):
         Raises:
             DataError: an id that the embedding has no row for.
         """
-        return self.logits(self.model(tokens, cache, dropout_key, documents))
+        return self.logits(self.model(tokens, cache, dropout_key, documents, input_embeddings))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""

@@ -276,7 +276,7 @@ def initial(
             f"lora.init_lora_weights: {name} needs the weights as they were before they were "
             "quantised; use a 16-bit model, which is quantised while it is loaded (model.bits)"
         )
-    W = _exact(linear, original)
+    W = np.array((linear.dense() if original is None else original).astype(mx.float32))
     if name == "loftq":
         if linear.quant is None:
             raise ConfigError(
@@ -293,12 +293,6 @@ def initial(
         U, S, V = np.linalg.svd(W, full_matrices=False)
     root = np.sqrt(S[:r] / scale)  # shared evenly by A and B
     return mx.array(root[:, None] * V[:r]), mx.array(U[:, :r] * root)
-
-
-def _exact(linear: Linear, original: mx.array | None) -> np.ndarray:
-    """W (d_out, d_in) float32; the original still has what rounding lost."""
-    W = linear.dense() if original is None else original
-    return np.array(W.astype(mx.float32))
 
 
 def _randomised_svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[np.ndarray, ...]:

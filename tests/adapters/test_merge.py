@@ -668,3 +668,29 @@ def test_smollm2_s_text_is_the_same_everywhere(short_files: ModelFiles, tmp_path
     loaded, wrapper = mlx_lm.load(str(folder))[:2]
     # mlx-lm drops the space that a text begins with.
     assert mlx_lm.generate(loaded, wrapper, prompt, max_tokens=16) == text.removeprefix(" ")
+
+
+def test_a_merged_gguf_base_keeps_its_ids_of_ends_and_padding(
+    short_files: ModelFiles, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(short_files)
+    tokenizer = load_tokenizer(short_files.path, checkpoint.metadata)
+    model = add_lora(load_model(checkpoint, None, mx.float32, "resident"), LoraConfig(r=2))
+    save_merged(model, tokenizer, tmp_path / "out")
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 2}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == ids
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: config[name] for name in ids} == ids
+
+
+@pytest.mark.parametrize(("pad", "wanted"), [("<|eos|>", 1), ("no token", None), (None, None)])
+def test_a_padding_token_that_the_embedding_lacks_is_not_written(
+    tmp_path: Path, pad: str | None, wanted: int | None
+) -> None:
+    base = write_model(tmp_path / "model")
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": pad}))
+    model, tokenizer = mq.load(base)
+    mq.save_merged(mq.add_lora(model, LoraConfig(r=2)), tokenizer, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("pad_token_id") == wanted

@@ -1,5 +1,6 @@
 """mlx-lm itself opens the copy in `mlx/` and computes our logits."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.adapters import move
 from support.models import our_logits, random_tokens, randomise_lora
-from support.tiny_folder import write_model
+from support.tiny_folder import write_model, write_random_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.peft import save_mlx_lm
+from mlx_qlora.cli import main
 from mlx_qlora.tree import flat
 
 TOKENS = random_tokens(2, 21)
@@ -134,7 +136,7 @@ def test_what_is_wrong_with_mlx_lms_adapter_is_said_in_its_own_names(
     save_file(bad, file)
     with pytest.raises(mq.AdapterError) as caught:
         mq.load(folder, adapter=tmp_path / "a")
-    assert all(word in str(caught.value) for word in ("lora_A.weight is missing", names[3]))
+    assert all(word in str(caught.value) for word in (f"{names[0]} is missing", names[3]))
     assert "mlp.up_proj.weight belongs to no target" in str(caught.value)
 
     save_file(good, file)
@@ -160,3 +162,59 @@ def test_mlx_lms_form_alone_goes_beside_no_peft_adapter(folder: Path, tmp_path: 
     mq.save_adapter(model, tmp_path / "peft")
     with pytest.raises(mq.AdapterError, match="holds a PEFT adapter already"):
         save_mlx_lm(model, tmp_path / "peft")
+
+
+# ---- what mlx-lm reads of the base ---------------------------------------------------------------
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, '"rope_theta": 500000'),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 1e4}}, '"rope_scaling": {"rope_type": "lin'),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 1e4}, "rope_theta": 1e4}, '"rope_scaling"'),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, ""),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 5e5}, ""),
+        ({"rope_theta": 5e5}, ""),
+        ({"rope_theta": 1e4, "rope_scaling": LINEAR}, ""),
+    ],
+)
+def test_what_mlx_lm_would_misread_of_the_base_is_said_where_its_command_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, Any], words: str
+) -> None:
+    from mlx_lm import utils
+
+    base = write_random_model(tmp_path / "model", **{"rope_theta": None, **config})
+    full = json.loads((base / "config.json").read_text())
+    path = base / "config.json"
+    path.write_text(json.dumps({k: v for k, v in full.items() if v is not None}))
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    words_of_run = [
+        "--model",
+        str(base),
+        "--data",
+        str(rows),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["train", *words_of_run, "--max-steps", "1", "model.bits=null"]) == 0
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    export = ["export", "--mlx", "--adapter", str(tmp_path / "out"), "--output-dir"]
+    capsys.readouterr()
+    assert main([*export, str(tmp_path / "mlx")]) == 0
+    shown = capsys.readouterr().out
+    said = "mlx-lm 0.32 does not look into the base's rope_parameters"
+    assert (said in shown) == (said in page) == bool(words)
+    assert words in shown and words in page
+
+    # mlx-lm itself: our logits, exactly if nothing was said; and as `merge` writes it, always.
+    model, tokens = mq.load(base)[0], np.arange(40)[None] % 300
+    wanted = our_logits(model, tokens)
+    theirs = np.array(utils.load_model(base)[0](mx.array(tokens)))
+    assert (np.abs(theirs - wanted).max() < 1e-4) == (not words)
+    merge = ["merge", "--adapter", str(tmp_path / "out"), "--output-dir", str(tmp_path / "merged")]
+    assert main([*merge, "--save-dtype", "float32"]) == 0
+    merged = np.array(utils.load_model(tmp_path / "merged")[0](mx.array(tokens)))
+    assert np.abs(merged - our_logits(mq.load(tmp_path / "merged")[0], tokens)).max() < 1e-4

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.families import write_family
 from support.models import (
     LLAMA3_ROPE,
     TINY,
@@ -185,6 +186,25 @@ def test_mlx_lm_generates_with_our_tree(tiny: LlamaForCausalLM) -> None:
     for n in range(5):
         seen = np.array([[*prompt, *written[:n]]])
         assert written[n] == our_logits(tiny, seen)[0, -1].argmax()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
+def test_rows_of_the_embedding_in_the_place_of_tokens_give_the_same_logits(
+    tmp_path: Path, family: str
+) -> None:
+    """As in mlx-lm's model protocol, whose `generate_step` then passes no tokens at all."""
+    from mlx_lm.generate import generate_step
+
+    write_family(family, tmp_path)
+    model, tokens = load_folder(tmp_path), mx.array(random_tokens(2, 24))
+    rows, none = model.model.embed_tokens(tokens), mx.zeros((2, 0), mx.int32)
+    wanted = our_logits(model, np.array(tokens))
+    for cache in (None, model.make_cache()):
+        found = np.array(model(none, cache, input_embeddings=rows))
+        assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    given = generate_step(none[0], model, max_tokens=4, input_embeddings=rows[0])
+    plain = generate_step(tokens[0], model, max_tokens=4)
+    assert [int(t) for t, _ in given] == [int(t) for t, _ in plain]
 
 
 # ---- dtype -------------------------------------------------------------------------------------
