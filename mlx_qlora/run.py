@@ -68,11 +68,8 @@ PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
 WRITTEN += tuple(f"plots/{name}.{kind}" for name in PLOTS for kind in ("svg", "png"))
-# Fields that name files, unless they say something else.
-PATHS = {
-    "model": ("source", "adapter"),
-    "data": ("path", "validation_path", "test_path", "template"),
-}
+FILES = ("path", "validation_path", "test_path", "template")
+PATHS = {"model": ("source", "adapter"), "data": FILES}  # fields that name files, or say another
 N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the report
 
 # ---- what a run starts from ----------------------------------------------------------------------

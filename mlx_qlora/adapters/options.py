@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,36 +30,16 @@ HARMLESS = {
     *("ensure_weight_tying", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
 }
 FILTERS = ("exclude_modules", "layers_pattern")  # of the targets, and in no config of ours
-NUMBERS = (int, float)
 # Where an adapter began does not matter, unless the base was changed to begin there.
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind; true and false are no numbers."""
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _all(value: Any, kind: Any, container: type = list) -> bool:
-    """Whether a value is such a container of nothing but such values."""
-    if not isinstance(value, container):
-        return False
-    return all(_is(x, kind) for x in (value.values() if container is dict else value))
-
-
-TEXTS = lambda value: _is(value, str) or _all(value, str), "text or a list of it"
-NUMBER = lambda value: _is(value, NUMBERS), "a number"
-SWITCH = lambda value: _is(value, bool), "true or false"
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("target_modules", *FILTERS), TEXTS),
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), NUMBER),
-    **dict.fromkeys(("use_rslora", "use_dora"), SWITCH),
-    "rank_pattern": (lambda value: _all(value, int, dict), "a map of text to whole numbers"),
-    "alpha_pattern": (lambda value: _all(value, NUMBERS, dict), "a map of text to numbers"),
-    "layers_to_transform": (
-        lambda value: _is(value, int) or _all(value, int),
-        "a list of whole numbers",
-    ),
+NUMBER = (int, float)
+RULES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("target_modules", *FILTERS), ((str, [str]), "text or a list of it")),
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (NUMBER, "a number")),
+    **dict.fromkeys(("use_rslora", "use_dora"), (bool, "true or false")),
+    "rank_pattern": ({"": int}, "a map of text to whole numbers"),
+    "alpha_pattern": ({"": NUMBER}, "a map of text to numbers"),
+    "layers_to_transform": ((int, [int]), "a list of whole numbers"),
 }
 KNOWN = {*FIXED, *NEEDED, *RULES, *HARMLESS, "init_lora_weights"}
 
@@ -73,6 +52,16 @@ def is_mlx_lm(folder: Path) -> bool:
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The LoraConfig of PEFT's or mlx-lm's folder; an AdapterError if we do not compute it."""
     return _read_mlx_lm_config(folder) if is_mlx_lm(folder) else _read_peft_config(folder)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type, or one of several, or a list or map of one."""
+    if isinstance(kind, tuple):
+        return any(_fits(value, each) for each in kind)
+    if isinstance(kind, (list, dict)):
+        values, kinds = (x.values() if isinstance(x, dict) else x for x in (value, kind))
+        return type(value) is type(kind) and all(_fits(x, *kinds) for x in values)
+    return type(value) is kind  # true and false are no numbers
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:
@@ -97,8 +86,8 @@ def _read_peft_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"{path} describes an adapter we cannot run:\n{listing(unsupported)}")
     values = {name: config[name] for name in RULES if config.get(name) is not None}
     for name, value in values.items():
-        holds, rule = RULES[name]
-        if not holds(value):
+        kind, rule = RULES[name]
+        if not _fits(value, kind):
             raise AdapterError(f"{path}: {name} must be {rule}; got {value!r}")
     if isinstance(layers := values.get("layers_to_transform"), int):
         values["layers_to_transform"] = [layers]
@@ -129,7 +118,7 @@ def _read_mlx_lm_config(folder: Path) -> LoraConfig:
     kind = config.get("fine_tune_type") or ("dora" if config.get("use_dora") is True else "lora")
     scale, dropout = parameters.get("scale"), parameters.get("dropout") or 0.0
     for name, value in (("scale", scale), ("dropout", dropout)):
-        if not _is(value, NUMBERS):
+        if not _fits(value, NUMBER):
             raise AdapterError(f"{path}: lora_parameters.{name} must be a number; got {value!r}")
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{path}: fine_tune_type is {kind!r}; supported: lora, dora")
@@ -166,46 +155,39 @@ def for_this_model(
     Raises:
         AdapterError: the config cannot be computed, or is for another model.
     """
-    lora = read_adapter_config(folder)
-    try:
-        if is_mlx_lm(folder):
-            return lora, target_paths(model, lora), []
-        return _by_peft_s_rules(model, lora, _read_object(folder / CONFIG))
-    except (ConfigError, re.error) as error:
-        raise AdapterError(f"{folder / CONFIG} is for another model: {error}") from None
-
-
-def _by_peft_s_rules(
-    model: LlamaForCausalLM, lora: LoraConfig, config: dict[str, Any]
-) -> tuple[LoraConfig, list[str], list[str]]:
-    modules = {"lm_head", *dict(model.named_modules())}  # in PEFT's tree a tied model has a head
-    targets, layers = lora.target_modules, lora.layers_to_transform or []
+    lora, path = read_adapter_config(folder), folder / CONFIG
+    config = {} if is_mlx_lm(folder) else _read_object(path)
     excluded, patterns = (config.get(name) or [] for name in FILTERS)
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    targets, layers = lora.target_modules, lora.layers_to_transform or []
     beyond = [i for i in layers if not 0 <= i < len(model.layers)]
     layers = [i for i in layers if i not in beyond] or layers
 
     def is_excluded(path: str) -> bool:
-        if isinstance(excluded, str):
-            return re.fullmatch(excluded, path) is not None
-        if any(is_named(name, path) for name in excluded):
+        if isinstance(excluded, str) and re.fullmatch(excluded, path):
+            return True
+        if isinstance(excluded, list) and any(is_named(name, path) for name in excluded):
             return True
         in_layers = any(re.match(rf"(?:^|.*?\.){p}\.\d+\.", path) for p in patterns)
-        return bool(layers and patterns) and path not in targets and not in_layers
+        return bool(layers and patterns) and path not in lora.target_modules and not in_layers
 
     absent: dict[str, list[Any]] = {"target_modules": [], "layers_to_transform": beyond}
-    if isinstance(targets, list):
-        named = {t: [m for m in modules if is_named(t, m)] for t in targets}
-        absent["target_modules"] = [t for t, paths in named.items() if not paths]
-        targets = [t for t in targets if not all(map(is_excluded, named[t]))] or targets
-    lora = replace(lora, target_modules=targets, layers_to_transform=layers or None)
-    paths = target_paths(model, lora, is_excluded)
-    if not paths:
-        raise ConfigError("exclude_modules and layers_pattern leave no linear of a layer")
+    try:
+        if isinstance(targets, list) and config:
+            modules = {"lm_head", *dict(model.named_modules())}  # in PEFT a tied model has a head
+            named = {t: [m for m in modules if is_named(t, m)] for t in targets}
+            absent["target_modules"] = [t for t, paths in named.items() if not paths]
+            targets = [t for t in targets if not all(map(is_excluded, named[t]))] or targets
+        fitted = replace(lora, target_modules=targets, layers_to_transform=layers or None)
+        paths = target_paths(model, fitted, is_excluded)
+        if not paths:
+            raise ConfigError("exclude_modules and layers_pattern leave no linear of a layer")
+    except (ConfigError, re.error) as error:
+        raise AdapterError(f"{path} is for another model: {error}") from None
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(lora, name)
-        absent[name] = [k for k in keys if not any(matches_pattern(k, path) for path in paths)]
-    shown = [f"{name} {', '.join(map(str, values))}" for name, values in absent.items() if values]
+        absent[name] = [key for key in keys if not any(matches_pattern(key, p) for p in paths)]
     if excluded or patterns:
-        lora = replace(lora, target_modules=paths, layers_to_transform=None)
-    return lora, paths, shown
+        fitted = replace(fitted, target_modules=paths, layers_to_transform=None)
+    shown = [f"{name} {', '.join(map(str, values))}" for name, values in absent.items() if values]
+    return fitted, paths, shown

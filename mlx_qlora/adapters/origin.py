@@ -25,22 +25,19 @@ def original_base(source: ModelFiles | None) -> str:
             "(in Python: save_adapter(model, folder, base_model_name_or_path=...))"
         )
     base, hint = source.hf_id, json_object(source.path / "config.json").get("_name_or_path")
-    is_gguf = source.path.is_file() and source.source not in BUILT_IN
-    if is_gguf or (base == hint != source.source and not _is_in_card(base, source.path)):
-        fact = f"{source.source} says that it was made from {base}, which the adapter names"
-        fix = f"if its weights were trained since, say what others load: {CONFIRM}"
+    card, is_gguf = source.path / "README.md", source.path.suffix.lower() == ".gguf"
+    is_hint = base == hint != source.source  # and no card says so, too
+    is_hint = is_hint and not (card.is_file() and base in card.read_text(errors="replace"))
+    if is_hint or (is_gguf and source.source not in BUILT_IN):
+        note = f"{source.source} says that it was made from {base}, which the adapter names; if "
+        note += f"its weights were trained since, say what others load: {CONFIRM}"
     elif isinstance(hint, str) and HUB_ID.fullmatch(hint) and base == str(source.path):
-        fact = f"the adapter names {base} as its base, whose config.json says {hint}"
-        fix = f"if the weights are that repository's own, pass {CONFIRM.replace('org/name', hint)}"
+        note = f"the adapter names {base} as its base, whose config.json says {hint}; if the "
+        note += f"weights are that repository's own, pass {CONFIRM.replace('org/name', hint)}"
     else:
         return base
-    warnings.warn(f"{fact}; {fix}", AdapterWarning, stacklevel=1)
+    warnings.warn(note, AdapterWarning, stacklevel=1)
     return base
-
-
-def _is_in_card(name: str, folder: Path) -> bool:
-    card = folder / "README.md"
-    return card.is_file() and name in card.read_text(encoding="utf-8", errors="replace")
 
 
 def sample_of(path: Path, names: bool = True) -> bytes:

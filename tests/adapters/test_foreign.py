@@ -99,6 +99,15 @@ GENERIC: dict[str, tuple[dict[str, Any], str]] = {
         },
         "query_key_value; layers_to_transform 9",
     ),
+    "a regex of what is excluded beside a name for layers": (
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "exclude_modules": r".*k_proj|lm_head",
+            "layers_to_transform": [0],
+            "layers_pattern": ["blocks", "layers"],
+        },
+        "",
+    ),
     "a name for layers and a whole path": (
         {
             "target_modules": ["model.layers.0.mlp.up_proj", "q_proj"],
