@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_qlora import device
 from mlx_qlora.adapters.options import is_mlx_lm
+from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
 from mlx_qlora.data.chats import ALPACA
@@ -107,7 +108,7 @@ def with_model(config: RunConfig) -> RunConfig:
 
 def recorded(adapter: str, *sections: str) -> dict[str, dict[str, Any]]:
     """Section -> field -> value of some sections, from the record of our run, if there is one."""
-    record = Path(adapter).expanduser() / "run.yaml"
+    record = run_of(Path(adapter).expanduser()) / "run.yaml"
     values = read_yaml(record) if record.is_file() else {}
     return {section: values[section] for section in sections if section in values}
 
@@ -135,7 +136,7 @@ def as_taught(config: RunConfig) -> RunConfig:
     history = taught.history if data.history == "auto" else data.history
     system = taught.system if data.system is None else data.system
     template = taught.template if data.template == "auto" else data.template
-    copy = Path(config.model.adapter).expanduser() / "chat_template.jinja"
+    copy = run_of(Path(config.model.adapter).expanduser()) / "chat_template.jinja"
     if template == taught.template not in ("auto", *ALPACA, "chat") and copy.is_file():
         template = "chat"  # the file that it was read from may be gone; the tokenizer has its copy
     return replace(config, data=replace(data, system=system, history=history, template=template))
@@ -148,7 +149,7 @@ def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Token
     """
     if adapter is None:
         return tokenizer
-    folder = Path(adapter).expanduser()
+    folder = run_of(Path(adapter).expanduser())
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save(Path(place))
         pairs = [(folder / name, Path(place, name)) for name in SHIPPED if (folder / name).exists()]

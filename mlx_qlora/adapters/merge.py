@@ -19,14 +19,15 @@ import numpy as np
 
 from mlx_qlora import __version__
 from mlx_qlora.adapters.drift import Drift, encode_texts, measure
+from mlx_qlora.adapters.peft import layers_of
 from mlx_qlora.adapters.push import render
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import AdapterError, ConfigError, WeightsError, listing, require
+from mlx_qlora.errors import ConfigError, WeightsError, listing, require
 from mlx_qlora.folders import CARD, MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
 from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import LoRALinear, lora_layers
+from mlx_qlora.model.lora import LoRALinear
 from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.weights import (
@@ -63,8 +64,7 @@ def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
     Raises:
         AdapterError: the model has no LoRA layers.
     """
-    _check_has_adapter(model)
-    for path, layer in lora_layers(model):
+    for path, layer in layers_of(model):
         base = layer.base_layer
         d_out, d_in = base.shape
         linear = Linear(d_in, d_out)
@@ -77,14 +77,6 @@ def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
         model.update_modules(nested({path: linear}))
     del model.lora_config
     return model
-
-
-def _check_has_adapter(model: LlamaForCausalLM) -> None:
-    if not lora_layers(model):
-        raise AdapterError(
-            "the model has no LoRA layers, so there is nothing to merge; attach an adapter with "
-            "load_adapter(model, folder), and export with save_merged before merge, not after it"
-        )
 
 
 # ---- as a folder ---------------------------------------------------------------------------------
@@ -135,7 +127,7 @@ def save_merged(
         WeightsError: a base that is another model, or a number that `dtype` cannot hold.
         SourceError: the base cannot be found.
     """
-    _check_has_adapter(model)
+    layers_of(model)
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     require(max_shard_bytes >= 1, "max_shard_bytes", "be at least 1", max_shard_bytes)
     target = Path(folder).expanduser().resolve()

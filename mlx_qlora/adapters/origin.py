@@ -57,10 +57,15 @@ def sample_of(path: Path, names: bool = True) -> bytes:
     return hashed.digest()
 
 
+def run_of(adapter: Path) -> Path:
+    """The folder with the record and tokenizer of an adapter: a run has several adapters."""
+    is_part = adapter.name == "mlx" or adapter.name.startswith("checkpoint-")
+    return adapter.parent if is_part and (adapter.parent / RECORD).is_file() else adapter
+
+
 def check_base(source: ModelFiles | None, adapter: Path) -> None:
     """Warn if the record of an adapter's run says that it was trained on other weights."""
-    is_part = adapter.name == "mlx" or adapter.name.startswith("checkpoint-")
-    record = json_object((adapter.parent if is_part else adapter) / RECORD)
+    record = json_object(run_of(adapter) / RECORD)
     trained_on = (record.get("fingerprint") or {}).get("base")
     if source and trained_on and trained_on != sample_of(source.path, names=False).hex():
         named = ((record.get("config") or {}).get("model") or {}).get("source")

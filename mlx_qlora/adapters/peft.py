@@ -81,7 +81,10 @@ def layers_of(model: LlamaForCausalLM) -> list[tuple[str, LoRALinear]]:
     """The LoRA layers of a model that is to be written; an AdapterError if it has none."""
     layers = lora_layers(model)
     if not layers:
-        raise AdapterError("the model has no LoRA layers; call add_lora(model, ...) first")
+        raise AdapterError(
+            "the model has no LoRA layers: add_lora or load_adapter puts them in, and merge, which "
+            "folds them away, comes after saving and save_merged"
+        )
     return layers
 
 

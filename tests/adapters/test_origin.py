@@ -13,7 +13,9 @@ from support.tiny_folder import CHAT, write_model, write_random_model, write_row
 import mlx_qlora as mq
 from mlx_qlora.adapters.origin import original_base
 from mlx_qlora.cli import main
+from mlx_qlora.config import build
 from mlx_qlora.errors import AdapterError, AdapterWarning, TokenizerError
+from mlx_qlora.loading import model_to_ask
 from mlx_qlora.model.hub import ModelFiles, resolve
 
 TRAIN = ["--max-steps", "2", "--batch-size", "2", "--quiet", "model.bits=null", "lora.r=2"]
@@ -327,6 +329,19 @@ def test_a_run_s_tokenizer_is_the_base_s_as_long_as_nothing_else_was_saved(
     model, out = run
     assert mq.load(model, adapter=out)[1].source == model
     assert mq.load(model, adapter=out / "checkpoint-1")[1].source == model
+
+
+@pytest.mark.parametrize("part", ["", "checkpoint-1", "mlx"])
+def test_every_adapter_of_a_run_has_its_model_and_its_template(tmp_path: Path, part: str) -> None:
+    model = write_random_model(tmp_path / "model")
+    template = tmp_path / "own.jinja"
+    template.write_text(OWN + "{# mine #}")
+    words = [f"data.template={template}", "checkpointing.save_steps=1"]
+    out = trained(model, tmp_path / "out", *words) / part
+    template.unlink()
+    config, loaded, tokenizer = model_to_ask(build({"model": {"adapter": str(out)}}))
+    assert (str(loaded.source.path), tokenizer.chat_template) == (str(model), OWN + "{# mine #}")
+    assert config.data.template == "chat"
 
 
 def test_a_damaged_tokenizer_beside_an_adapter_is_named(
