@@ -146,14 +146,10 @@ def _read_mlx_lm_config(folder: Path) -> LoraConfig:
 def for_this_model(
     model: LlamaForCausalLM, folder: Path
 ) -> tuple[LoraConfig, list[str], list[str]]:
-    """What an adapter's config means for a model, by PEFT's rules where it is PEFT's.
+    """An adapter's config without what a model does not have, its linears, what was passed over.
 
-    Returns:
-        The config without what the model does not have, the paths of the linears with an update,
-        and what was passed over, as PEFT does.
-
-    Raises:
-        AdapterError: the config cannot be computed, or is for another model.
+    By PEFT's rules where it is PEFT's. An AdapterError if we do not compute it, or if it is for
+    another model.
     """
     lora, path = read_adapter_config(folder), folder / CONFIG
     config = {} if is_mlx_lm(folder) else _read_object(path)

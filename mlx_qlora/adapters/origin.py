@@ -14,8 +14,7 @@ CONFIRM = "model.base_model_name_or_path=org/name"
 def original_base(source: ModelFiles | None) -> str:
     """The Hugging Face repository that a model's files say they are a copy of, or their folder.
 
-    An AdapterError if they do not: then the user must. An AdapterWarning where what they say may as
-    well be the model that they were fine-tuned from.
+    An AdapterError if they say nothing, an AdapterWarning if it may be the model's parent.
     """
     if source is None or source.hf_id is None:
         what = source.source if source else "this model"
