@@ -440,7 +440,8 @@ def fingerprint_of(
     base_hash = {} if source is None else {"base": sample_of(source.path, names=False).hex()}
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
-    if begins_with_base(model.lora_config.init_lora_weights):
+    packed = any(layer.base_layer.quant is not None for _, layer in lora_layers(model))
+    if packed and begins_with_base(model.lora_config.init_lora_weights):
         digest.update(b"the base as it is")  # these runs once changed it
     return {
         "config": _hash(json.dumps(deciding_values(config), sort_keys=True)),

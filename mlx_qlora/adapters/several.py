@@ -91,6 +91,19 @@ def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
 def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
     """Lend the base alone; afterwards, also after an exception, what was on is on again."""
     former = active(model)
+    layers = lora_layers(model)
+    if any(layer.initial_update for _, layer in layers):  # what was taken off the base is added
+        before = {
+            path: LoRALinear(layer.base_layer, *layer.initial_update, layer.scale, 0.0)
+            for path, layer in layers
+            if layer.initial_update
+        }
+        model.update_modules(nested(before))
+        try:
+            yield model
+        finally:
+            model.update_modules(nested(dict(layers)))
+        return
     switch(model, None)
     try:
         yield model
@@ -212,6 +225,14 @@ def _is_in(in_tree: dict[str, LoRALinear], adapter: Adapter) -> bool:
 
 def _put(model: LlamaForCausalLM, name: str | None) -> None:
     """Make one adapter's layers, or the bare linears, the modules of the tree."""
+    for each, of_name in vars(model)["adapters"].items():
+        if any(layer.initial_update is not None for layer in of_name.layers.values()):
+            raise ConfigError(
+                f"the adapter {each!r} began with init_lora_weights="
+                f"{of_name.config.init_lora_weights!r}, which took its part off a dense base that "
+                "others would share: save_adapter(model, folder), load the base again, and "
+                "attach(model, folder, name)"
+            )
     adapter = vars(model)["adapters"][name] if name is not None else None
     bare: dict[str, nn.Module] = {path: layer.base_layer for path, layer in lora_layers(model)}
     base = dict(model.named_modules()) | bare

@@ -129,9 +129,9 @@ class LoRALinear(nn.Module):
     the output's dtype is the input's and nothing downstream widens. The scale is applied to the
     rank-r tensor, which is the smallest. Dropout acts only where a key is given.
 
-    Where the update begins with a part of W (PiSSA, OLoRA), that part is taken off it again,
-    y = base(x) + scale * (B A - B0 A0) x: the base stays as it is, and whoever has it can compute
-    what was trained.
+    Where the update begins with a part of W (PiSSA, OLoRA), that part is taken off again. A dense W
+    is left without it. A packed one stays as it is, y = base(x) + scale * (B A - B0 A0) x: packed
+    again, the rest would be rounded otherwise, and nobody else could compute what was trained.
     """
 
     def __init__(
@@ -150,6 +150,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self._begun = (lora_A, lora_B) if begins_with_base else None
+        self._is_taken_off = begins_with_base and base_layer.quant is None  # by `take_off`
 
     def _extra_repr(self) -> str:
         return f"r={len(self.lora_A.weight)}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -158,7 +159,7 @@ class LoRALinear(nn.Module):
         """x (..., d_in) -> (..., d_out); dropout by a key (2,), or a word (..., 1) per position."""
         y = self.base_layer(x)
         x, share = self._drop(x, dropout_key)  # the rank-r tensor is divided, the smallest
-        A, B = (factor.astype(x.dtype) for factor in self.factors())
+        A, B = (factor.astype(x.dtype) for factor in self._beside_base())
         return mx.addmm(y, (self.scale / share) * (x @ A.T), B.T)
 
     def _drop(self, x: mx.array, key: mx.array | None) -> tuple[mx.array, float]:
@@ -172,8 +173,19 @@ class LoRALinear(nn.Module):
         kept = mask(key, self.dropout, x.shape[-1], x.dtype)
         return x * kept, 1 - min(self.dropout, MOST)
 
+    @property
+    def initial_update(self) -> tuple[mx.array, mx.array] | None:
+        """A and B that were taken off the base layer; None if it is as it was."""
+        return self._begun if self._is_taken_off else None
+
+    def _beside_base(self) -> tuple[mx.array, mx.array]:
+        """The factors of what the base layer does not compute."""
+        if self._is_taken_off:
+            return self.lora_A.weight, self.lora_B.weight
+        return self.factors()
+
     def factors(self) -> tuple[mx.array, mx.array]:
-        """A (r, d_in) and B (d_out, r) of the update to the base.
+        """A (r, d_in) and B (d_out, r) of the update to the base as it was.
 
         Of PiSSA and OLoRA B A - B0 A0 is [B, -B0] [A; A0], of twice the rank; its first half is
         what is trained.
@@ -186,8 +198,9 @@ class LoRALinear(nn.Module):
 
     def merged(self, W: mx.array | None = None) -> mx.array:
         """The dense matrix (d_out, d_in) float32 of the base, or of W, with the update."""
+        factors = self._beside_base() if W is None else self.factors()
         W = self.base_layer.dense() if W is None else W
-        A, B = (factor.astype(mx.float32) for factor in self.factors())
+        A, B = (factor.astype(mx.float32) for factor in factors)
         return W.astype(mx.float32) + self.scale * (B @ A)
 
 
@@ -213,7 +226,7 @@ class DoRALinear(LoRALinear):
         if dropped is not x:
             x = dropped / share
             through_base = base.multiply(x)
-        A, B = (factor.astype(x.dtype) for factor in self.factors())
+        A, B = (factor.astype(x.dtype) for factor in self._beside_base())
         # In float32: 16 bits would lose a length that has barely moved, but not what it adds.
         longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
         update = (self.scale * (x @ A.T)) @ B.T
@@ -221,7 +234,7 @@ class DoRALinear(LoRALinear):
 
     def norm(self) -> mx.array:
         """(d_out,) float32: the length of each row of W + s B A, a constant to the gradient."""
-        A, B = (mx.stop_gradient(factor).astype(mx.float32) for factor in self.factors())
+        A, B = (mx.stop_gradient(factor).astype(mx.float32) for factor in self._beside_base())
         base: Any = self.base_layer
         crossed = base.multiply(A.astype(base.dtype)).astype(mx.float32).T  # W A^T (d_out, r)
         within = B @ (A @ A.T)
@@ -295,6 +308,13 @@ def initial(
     return mx.array(root[:, None] * V[:r]), mx.array(U[:, :r] * root)
 
 
+def take_off(linear: Linear, update: mx.array) -> None:
+    """Take an update (d_out, d_in) float32 off a dense matrix."""
+    linear.weight = (linear.weight.astype(mx.float32) - update).astype(linear.weight.dtype)
+    linear.freeze()
+    mx.eval(linear.parameters())
+
+
 def _randomised_svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[np.ndarray, ...]:
     """The first singular vectors and values (Halko et al. 2011, algorithms 4.4 and 5.1)."""
     columns = min(r + OVERSAMPLED, *W.shape)
@@ -342,6 +362,8 @@ def add_lora(
         original = mx.array(original.dense()) if isinstance(original, Packed) else original
         A, B = initial(init, linear, config.rank_of(path), scale, key, original)
         kind, part = DoRALinear if config.use_dora else LoRALinear, begins_with_base(init)
+        if part and linear.quant is None:
+            take_off(linear, scale * (B @ A))
         wrapped[path] = kind(linear, A, B, scale, config.lora_dropout, part)
     model.update_modules(nested(wrapped))
     model.lora_config = config

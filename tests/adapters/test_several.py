@@ -36,6 +36,7 @@ from mlx_qlora.adapters.several import (
 from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers, trainable_count
+from mlx_qlora.model.quantize import QuantConfig
 
 TOKENS = random_tokens(2, 17)
 
@@ -387,8 +388,11 @@ def test_sums_that_do_not_exist(base, folders):
 
 @pytest.mark.parametrize("begin", ["pissa", "olora"])
 def test_an_adapter_that_began_with_a_part_of_the_base_shares_it(base, folders, begin):
-    bare, alone = our_logits(load_folder(base), TOKENS), with_all(base, folders, ["all"])
-    model = add_lora(load_folder(base), LoraConfig(r=2, init_lora_weights=begin))
+    def packed() -> LlamaForCausalLM:
+        return load_folder(base, QuantConfig(4, 32))
+
+    bare, alone = our_logits(packed(), TOKENS), attach(packed(), folders("all"), "all")
+    model = add_lora(packed(), LoraConfig(r=2, init_lora_weights=begin))
     randomise_lora(model)
     begun = our_logits(model, TOKENS)
     with disabled(model):
@@ -399,6 +403,32 @@ def test_an_adapter_that_began_with_a_part_of_the_base_shares_it(base, folders, 
     for kind in ("cat", "linear"):
         combine(model, {"default": 1.0}, kind, kind)
         assert largest(our_logits(model, TOKENS), begun) < 1e-4
+
+
+@pytest.mark.parametrize("begin", ["pissa", "olora"])
+def test_a_dense_base_of_which_a_part_was_taken_off_is_not_shared(base, folders, tmp_path, begin):
+    bare = our_logits(load_folder(base), TOKENS)
+    model = add_lora(load_folder(base), LoraConfig(r=2, init_lora_weights=begin))
+    randomise_lora(model)
+    before = our_logits(model, TOKENS)
+    for call in (
+        lambda: attach(model, folders("all"), "all"),
+        lambda: switch(model, None),
+        lambda: detach(model, "default"),
+        lambda: combine(model, {"default": 1.0}, "sum"),
+    ):
+        with pytest.raises(ConfigError, match=rf"'default' began with .*'{begin}'.*load the base"):
+            call()
+    np.testing.assert_array_equal(our_logits(model, TOKENS), before)
+    with disabled(model):
+        assert largest(our_logits(model, TOKENS), bare) < 1e-4
+    np.testing.assert_array_equal(our_logits(model, TOKENS), before)
+
+    # The remedy that the message names.
+    save_adapter(model, tmp_path / "saved")
+    again = attach(load_folder(base), tmp_path / "saved", "begun")
+    attach(again, folders("all"), "all")
+    assert largest(our_logits(switch(again, "begun"), TOKENS), before) < 1e-4
 
 
 def test_a_base_whose_matrices_were_exchanged_is_refused(base, folders):

@@ -237,7 +237,7 @@ def test_principal_beginnings_are_peft_s_on_the_same_weights(
         product = ours.scale * np.array(ours.lora_B.weight @ ours.lora_A.weight)
         assert largest(product, peft.scaling["default"] * B @ A) < 1e-5
         left = peft.base_layer.weight.detach().numpy()
-        assert largest(np.array(ours.base_layer.dense()) - product, left) < 1e-5
+        assert largest(np.array(ours.base_layer.dense()), left) < 1e-5
         if isinstance(ours, DoRALinear):
             length = peft.lora_magnitude_vector["default"].weight.detach().numpy()
             assert largest(np.array(ours.lora_magnitude_vector), length) < 1e-5
@@ -723,7 +723,7 @@ def trained(whole: Finished) -> bool:
 
 def test_the_best_weights_of_a_pissa_run_are_put_back(folder: Path, tmp_path: Path) -> None:
     fields = {"init_lora_weights": "pissa", "use_dora": True, "load_best_model_at_end": True}
-    run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=3.0, eval_steps=1)
+    run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=1.0, eval_steps=1)
     assert run.result.best_step is not None and run.result.best_step < SETTINGS["max_steps"]
     best = run.out / f"checkpoint-{run.result.best_step}"
     assert run.adapter == (best / WEIGHTS).read_bytes()
