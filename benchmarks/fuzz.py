@@ -175,7 +175,7 @@ def random_rows(form: str, n: int, seed: int) -> Iterator[tuple[Row, str, list[s
         for name in draw.sample(("chosen", "images", "empty", "tools"), draw.randrange(2)):
             row[name] = draw.choice(EMPTY)
         if draw.random() < 0.1:
-            row[draw.choice(["chosen", "rejected", "image", "reward"])] = words()
+            row[draw.choice(["chosen", "rejected", "image", "videos"])] = words()
             text = ""
         items = [*row.items()]
         draw.shuffle(items)

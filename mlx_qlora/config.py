@@ -7,6 +7,7 @@ other are errors before anything else happens.
 
 import contextlib
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from mlx_qlora.data.chats import ALPACA
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.distributed import processes
@@ -144,7 +146,7 @@ def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dic
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
     """
     try:
-        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _NamesOnce)
+        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
@@ -169,8 +171,11 @@ def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dic
     return values
 
 
-class _NamesOnce(yaml.SafeLoader):
-    """YAML in which a name may not stand twice: the second value would silently win."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which a name may not stand twice, and in which 010 and 1:30 are no numbers.
+
+    The second value would silently win; YAML 1.1 reads 8 and 90.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -178,6 +183,15 @@ class _NamesOnce(yaml.SafeLoader):
             line = node.start_mark.line + 1
             raise yaml.YAMLError(f"{twice[0]!r} is given twice in what begins in line {line}")
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), [*"-+0123456789"]
+)
 
 
 def put(
@@ -308,17 +322,29 @@ def without_effect(
     adapter = "training goes on from an adapter" * (config.model.adapter is not None)
     no_chats = not any(form in train.report.format for form in ("messages", "sharegpt", "made"))
     greedy = "generation.temperature=0 takes the likeliest token"
-    own_files = config.data.validation_path is not None and config.data.test_path is not None
+    named = [name for name in ("validation", "test") if getattr(config.data, f"{name}_path")]
+    if named and not isinstance(config.data.split, str):
+        place = {"validation": 1, "test": 2}
+        named = [name for name in named if config.data.split[place[name]] > 0]
+    no_bits = "no weight is quantised" * (config.model.bits is None and not packed)
+    untracked = "logging.report_to names no tracker" * (not config.logging.report_to)
+    forms = {file.format for file in train.report.files}
+    asks_nothing = config.data.template in (*ALPACA, "chat") and forms <= {"text"}
+    no_tasks = config.data.template == ALPACA[1] and "alpaca" not in forms
     reasons = {
         "checkpointing.eval_steps": "there are no validation rows" * (not validation),
         "training.warmup_ratio": "training.warmup_steps is set"
         * (training.warmup_steps is not None),
         "model.bits": files * (config.model.bits is not None),
-        "model.group_size": files,
-        "model.mode": files,
+        "model.group_size": files or no_bits,
+        "model.mode": files or no_bits,
+        "model.frozen_matmul": no_bits,
+        "logging.project": untracked,
+        "logging.run_name": untracked,
+        "data.template": "no row is an instruction" * (asks_nothing or no_tasks),
         "lora.init_lora_weights": adapter,
         "data.history": "no row is a chat" * no_chats,
-        "data.split": "validation and test have files of their own" * own_files,
+        "data.split": f"{' and '.join(named)} rows have a file of their own" * bool(named),
         "data.packing": "rows are computed end to end, without padding, either way",
         "generation.top_p": greedy * (config.generation.temperature == 0),
         "generation.top_k": greedy * (config.generation.temperature == 0),

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_qlora.data.rows import (
-    EMPTY,
-    HARMLESS,
     THOUGHTS,
     Chat,
     Instruction,
@@ -21,6 +19,7 @@ from mlx_qlora.data.rows import (
     Pair,
     Said,
     as_chat,
+    is_harmless,
 )
 from mlx_qlora.data.tokenizer import GENERATED, Tokenizer, render_template
 from mlx_qlora.errors import DataError, TokenizerError
@@ -152,9 +151,15 @@ def _common_start(first: str, second: str) -> str:
 def _ended(text: str, message: Message, tokenizer: Tokenizer) -> str:
     """An answer without what a template adds after its end, such as the next answer's header."""
     visible = _visible(message["content"])
-    start = text.rfind(visible) + len(visible) if visible and visible in text else 0
-    ends = (text.find(end, start) + len(end) for end in tokenizer.end_texts if end in text[start:])
-    end = min(ends, default=len(text))
+    if visible and visible in text:
+        start = text.index(visible) + len(visible)
+        ends = [text.find(end, start) for end in tokenizer.end_texts if end in text[start:]]
+        at = min(ends, default=-1)
+    else:  # a call, whose arguments may spell an end
+        at = max((text.rfind(end) for end in tokenizer.end_texts), default=-1)
+    if at < 0:
+        return text
+    end = at + max(len(end) for end in tokenizer.end_texts if text.startswith(end, at))
     return text[:end] if text[end:].strip() else text
 
 
@@ -171,7 +176,15 @@ def _as_asked(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segm
         if chat.learned[i]:
             after = render(chat.messages[: i + 1])
             before = _before(chat, i, after, render)
-            documents.append([(before, False), (_answer(before, after, message, tokenizer), True)])
+            try:
+                answer = _answer(before, after, message, tokenizer)
+            except NotNestedError:
+                # Mistral's template writes the system message where the user speaks last.
+                if i < 2 or chat.messages[0]["role"] != "system":
+                    raise
+                asked = render(chat.messages[1:i], add_generation_prompt=True)
+                answer = _answer(asked, render(chat.messages[1 : i + 1]), message, tokenizer)
+            documents.append([(before, False), (answer, True)])
     return documents
 
 
@@ -180,16 +193,14 @@ def _answer(before: str, after: str, message: Message, tokenizer: Tokenizer) -> 
     if after.startswith(before) and after != before:
         return _ended(after[len(before) :], message, tokenizer)
     # DeepSeek-R1's template opens the thoughts itself and cuts them from what was said.
-    opened = re.fullmatch(
-        r"\s*<(think|thinking|reasoning)>\s*", before[len(_common_start(before, after)) :]
-    )
+    opened = re.search(r"\s*<(think|thinking|reasoning)>\s*$", before)
     content, visible = message["content"], _visible(message["content"])
-    if opened is None or not visible or visible not in after:
+    if opened is None or not visible or not after.startswith(before[: opened.start()]):
         raise NotNestedError(UNKNOWN_BEGIN)
     tag = opened[1]
     apart = next((message[name] for name in THOUGHTS if message.get(name)), "")
     thoughts = str(apart) or content.rpartition(f"</{tag}>")[0].strip().removeprefix(f"<{tag}>")
-    rest = _ended(after[after.rindex(visible) :], {"content": visible}, tokenizer)
+    rest = _ended(after[opened.start() :].lstrip(), {"content": visible}, tokenizer)
     return f"{thoughts.strip()}\n</{tag}>\n\n{rest}"
 
 
@@ -210,6 +221,10 @@ def _in_one_text(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[S
         nested = whole.startswith(after) and after.startswith(before) and at <= len(before)
         if not nested or before == after:
             return [_marked_segments(chat, str(source), render(chat.messages, mark=True))]
+        ends = tokenizer.end_texts
+        if not any(end in after[len(before) :] for end in ends):
+            # GLM-4's answers end where the next turn begins.
+            after += next((end for end in ends if whole.startswith(end, len(after))), "")
         segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
         at = len(after)
     return [segments]
@@ -234,7 +249,7 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
 
 Write = Callable[[Chat], list[Segments]]
 # What a template answers to, or what only says where a message is from.
-ROUTING = {"role", "content", "tool_calls", "tool_call_id"} | HARMLESS
+ROUTING = {"role", "content", "tool_calls", "tool_call_id"}
 
 
 @dataclass(frozen=True)
@@ -311,53 +326,91 @@ def _marked(chat: Chat, only: int | None = None) -> tuple[Chat, list[_Part]]:
     """A copy of a chat with a mark in each of its parts, or in one alone; and the parts."""
     parts: list[_Part] = []
 
-    def mark(value: Any, name: str, learned: bool = False, field: str | None = None) -> Any:
+    def mark(
+        value: Any,
+        name: str,
+        learned: bool = False,
+        field: str | None = None,
+        place: int | None = None,
+    ) -> Any:
         sign = f"\U000f1a2b{len(parts)}\U000f1a2b"  # private use: in no text of a person
         parts.append(_Part(name, sign, learned, field))
         if only not in (None, len(parts) - 1):
             return value
-        if not isinstance(value, str):
-            return {**value, sign: sign} if isinstance(value, Mapping) else sign
-        # Within the last line of words: templates look for tags, and trim.
-        words = [x for x in re.finditer(r"[^<>\s][^<>\n]*(?![^<>\n]*>)", value)]
-        at = sum(words[-1].span()) // 2 if words else len(value) // 2
-        return value[:at] + sign + value[at:]
+        if isinstance(value, Mapping):
+            return {**value, sign: sign}
+        return sign if place is None else value[:place] + sign + value[place:]
 
-    def function(entry: Any, name: str, field: str, learned: bool = False) -> Any:
-        named = entry.get("function", entry)
-        named = {**named, "name": mark(named["name"], name, learned)}
-        if named.get(field):
-            named[field] = mark(named[field], f"the {field} of {name}", learned)
+    def mark_text(text: str, *how: Any) -> str:
+        """With marks at its beginning, middle and end: a template may cut it anywhere."""
+        # Within words: templates look for tags, and trim.
+        words = [sum(x.span()) // 2 for x in re.finditer(r"[^<>\s]+(?![^<>\n]*>)", text)]
+        places = {words[0], words[len(words) // 2], words[-1]} if words else {len(text) // 2}
+        for place in sorted(places, reverse=True):
+            text = mark(text, *how, place=place)
+        return text
+
+    def any_value(value: Any, *how: Any) -> Any:
+        return mark_text(value, *how) if isinstance(value, str) and value else mark(value, *how)
+
+    def call(entry: Any, name: str, learned: bool) -> Any:
+        named = dict(entry["function"])
+        named["name"] = mark_text(named["name"], name, learned)
+        what = f"the arguments of {name}"
+        named["arguments"] = {k: any_value(v, what, learned) for k, v in named["arguments"].items()}
+        return {**entry, "function": named}
+
+    def tool(entry: Any) -> Any:
+        named = dict(entry.get("function", entry))
+        name = f"the tool {named['name']!r}"
+        named["name"] = mark_text(named["name"], name)
+        if about := named.get("description"):
+            named["description"] = mark_text(str(about), f"the description of {name}")
+        parameters, what = named.get("parameters"), f"the parameters of {name}"
+        if isinstance(parameters, Mapping) and parameters:
+            properties = parameters.get("properties", parameters)
+            if properties and "properties" in parameters:
+                named["parameters"] = {**parameters, "properties": mark(properties, what)}
+            elif properties:
+                named["parameters"] = mark(parameters, what)
         return {**entry, "function": named} if "function" in entry else named
 
     def message(i: int) -> Message:
         copy, learned = dict(chat.messages[i]), chat.learned[i]
-        where = f"messages[{i}]"
+        where, seen = f"messages[{i}]", set[str]()
         thoughts, end, visible = copy["content"].rpartition("</think>")
         if thoughts.strip() and learned:
-            thoughts = mark(thoughts, f"the content before </think> of {where}{WAYS_OUT}", True)
+            what = f"the content before </think> of {where}{WAYS_OUT}"
+            thoughts = mark_text(thoughts, what, True)
         if visible.strip():
-            visible = mark(visible, f"what {where} ({copy['role']}) says", learned)
+            visible = mark_text(visible, f"what {where} ({copy['role']}) says", learned)
         copy["content"] = thoughts + end + visible
-        for name in [name for name in copy if name not in ROUTING and copy[name] not in EMPTY]:
+        for name in [name for name in copy if name not in ROUTING]:
+            if is_harmless(name, copy[name]):
+                continue
             if name not in THOUGHTS:
-                copy[name] = mark(copy[name], name, field=f"messages[].{name}")
-            elif learned and copy[name] == chat.messages[i][name]:
-                thought = mark(copy[name], f"the {name} of {where}{WAYS_OUT}", True)
-                # Some write the same thoughts into two fields, and a template reads either.
-                copy |= {x: thought for x in THOUGHTS if copy.get(x) == chat.messages[i][name]}
+                copy[name] = any_value(copy[name], name, False, f"messages[].{name}")
+            elif learned and name not in seen:
+                thought = any_value(copy[name], f"the {name} of {where}{WAYS_OUT}", True)
+                # The same thoughts may be in several fields, of which a template reads one.
+                alike = [x for x in THOUGHTS if copy.get(x) == chat.messages[i][name]]
+                copy |= dict.fromkeys(alike, thought)
+                seen.update(alike)
         if calls := copy.get("tool_calls"):
-            name = f"the call in {where}"
-            copy["tool_calls"] = [function(call, name, "arguments", learned) for call in calls]
+            copy["tool_calls"] = [call(each, f"the call in {where}", learned) for each in calls]
         return copy
 
     messages = [message(i) for i in range(len(chat.messages))]
-    names = [tool.get("function", tool)["name"] for tool in chat.tools or ()]
-    tools = [
-        function(tool, f"the tool {name!r}", "description")
-        for name, tool in zip(names, chat.tools or ())
-    ]
-    return replace(chat, messages=messages, tools=tools or chat.tools), parts
+    tools, options = [tool(each) for each in chat.tools or ()], dict(chat.options or {})
+    for name, value in options.items():
+        # Of these each alone: most are switches, and would turn the whole text round.
+        n, field = len(parts), f"chat_template_kwargs.{name}"
+        changed = not value if isinstance(value, bool) else mark(value, name, False, field)
+        if isinstance(value, bool):
+            mark(value, name, False, field)
+        options[name] = changed if only == n else value
+    copy = replace(chat, messages=messages, tools=tools or chat.tools, options=options or None)
+    return copy, parts
 
 
 WAYS_OUT = (

@@ -16,7 +16,7 @@ from mlx_qlora import device
 from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.examples import TokenStore, hash64
 from mlx_qlora.data.files import parse
-from mlx_qlora.data.rows import Said, read_row, unread_fields, with_system
+from mlx_qlora.data.rows import Chat, Said, read_row, unread_fields, with_system
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 
@@ -95,9 +95,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def _one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        return [tokenizer.bos_id, *ids]
-    return ids
+    bos = tokenizer.bos_id
+    if not tokenizer.adds_bos or bos is None:
+        return ids
+    # A template's file may begin with a line break.
+    begins = bos in ids and not tokenizer.decode(ids[: ids.index(bos)]).strip()
+    return ids if begins else [bos, *ids]
 
 
 def _without_tail(tokenizer: Tokenizer, joint: list[int], tail: str, text: str) -> list[int]:
@@ -235,6 +238,8 @@ class Encoder:
             try:
                 row = parse(raw)
                 said = read_row(row, chunk.form, self.columns)
+                if self.train_on == "all":
+                    _refuse_marks(said)
                 unread = unread_fields(row, chunk.form, said, self.columns)
                 said_to = with_system(said, self.system)
                 documents, of_messages = self.template.documents(said_to, self.tokenizer)
@@ -262,6 +267,13 @@ class Encoder:
                 kept.append((row.ids, row.learned, row.cut, chunk.file, line, content, row.starts))
                 unused.update(unread)
         return TokenStore.of(kept), sorted(refused), unused
+
+
+def _refuse_marks(said: Said) -> None:
+    """Raises a DataError for an answer that is marked not to be learned, where everything is."""
+    roles = zip(said.messages, said.learned) if isinstance(said, Chat) else ()
+    if any(message["role"] == "assistant" and not learned for message, learned in roles):
+        raise DataError("an answer is marked not to be learned, and data.train_on=all learns all")
 
 
 _JSON = json.JSONEncoder(sort_keys=True, default=str)

@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ DATASETS_RECORDS = ("dataset_dict.json", "dataset_info.json", "state.json")
 ENDINGS = ", ".join(f".{kind}" for kind in KINDS)
 PART_NAMES = {
     "train": ("train", "training"),
-    "validation": ("valid", "validation", "val", "dev"),
+    "validation": ("valid", "validation", "val", "dev", "eval", "holdout"),
     "test": ("test",),
 }
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.%\[\]:+-]+))?")
@@ -168,8 +168,8 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
 
 
 def _part(path: Path) -> str | None:
-    """The part that a file is for by its name: `train-00001.parquet`, or `test/rows.jsonl`."""
-    words = {re.split(r"[._-]", name.lower())[0] for name in path.parts}
+    """The part that a file is for by a word of its name: `train-00001.parquet`, `my_test.csv`."""
+    words = {word for name in path.parts for word in re.split(r"[._-]", name.lower())}
     named = [part for part, names in PART_NAMES.items() if words.intersection(names)]
     if len(named) > 1:
         raise DataError(f"data file {path} is for {' and for '.join(named)} by its name; rename it")
@@ -445,6 +445,8 @@ def in_memory(rows: Any) -> RowFile:
         if len(set(map(len, columns.values()))) > 1:
             raise DataError("rows given as columns must be lists of one length")
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    if not isinstance(rows, Iterable):
+        raise DataError(f"rows must be a list or a table, not {type(rows).__name__}")
     return RowFile("rows", "memory", list(rows))
 
 

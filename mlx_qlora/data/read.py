@@ -246,6 +246,8 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
             ) from None
     elif name == "chat" and source is None:
         raise ConfigError(f"data.template=chat, but {NO_TEMPLATE}")
+    if report.chat_template is not None:  # of rows with tools, too
+        tokenizer = tokenizer.with_chat_template(report.chat_template)
     template = Template(name, source, config.history)
     settings = (config.train_on, config.max_length, config.truncation)
     return Encoder(tokenizer, template, *settings, config.columns, config.system)

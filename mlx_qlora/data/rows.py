@@ -27,19 +27,14 @@ HARMLESS = frozenset(
     "question_id task_id dataset dataset_name data_source source sources origin url link license "
     "author user_id model model_name generator teacher engine created created_at updated_at date "
     "timestamp language lang category categories domain type tag tags difficulty score scores "
-    "rating ratings quality toxicity embedding length len num_tokens token_count num_turns "
-    "split fold seed temperature metadata meta annotations signature logprobs finish_reason usage "
-    "refusal status version __index_level_0__ cache_control".split()
+    "rating ratings reward rewards reward_model quality toxicity embedding length len num_tokens "
+    "token_count num_turns split fold seed temperature metadata meta annotations signature logprobs finish_reason usage "
+    "status version __index_level_0__ cache_control".split()
 )
 LONGEST_LABEL = 100  # characters; a longer "source" is something to read, not where it is from
 # Fields of a row that make it one of another task -> what such rows are.
-OTHER_TASKS = (
-    dict.fromkeys(("chosen", "rejected"), "a preference pair")
-    | dict.fromkeys(("kto_tag",), "an answer that is judged")
-    | dict.fromkeys(("reward", "rewards", "reward_model"), "rewards for answers")
-    | dict.fromkeys(
-        ("image", "images", "image_url", "audio", "audios", "video", "videos"), "more than text"
-    )
+OTHER_TASKS = dict.fromkeys(("chosen", "rejected"), "a preference pair") | dict.fromkeys(
+    ("image", "images", "image_url", "audio", "audios", "video", "videos"), "more than text"
 )
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # what a template is given
 # Marks of a message: 0 and false take it out of what is learned, and so does `masked`.
@@ -87,7 +82,8 @@ def _read_alpaca(row: Mapping[str, Any]) -> Instruction | Chat:
         return said
     # LLaMA-Factory's: earlier questions and answers, which are learned like the last one.
     pairs: Any = history if isinstance(history, (list, tuple)) else [None]
-    if not all(isinstance(x, (list, tuple)) and [*map(type, x)] == [str, str] for x in pairs):
+    texts: Any = [x for x in pairs if isinstance(x, (list, tuple)) and [*map(type, x)] == [str] * 2]
+    if len(texts) < len(pairs) or not all(text.strip() for pair in texts for text in pair):
         raise DataError("field 'history' must be a list of pairs of a question and its answer")
     chats = [as_chat(Pair(*pair)) for pair in pairs] + [as_chat(said)]
     return Chat([m for c in chats for m in c.messages], [x for c in chats for x in c.learned])
@@ -97,7 +93,7 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
     """Fields `prompt` and `completion`: two texts, or two lists of messages; the second learned."""
     if not isinstance(row.get("prompt"), list) and not isinstance(row.get("completion"), list):
         return Pair(_text_of(row, "prompt"), _text_of(row, "completion"))
-    prompt, completion = _messages_of(row, "prompt"), _messages_of(row, "completion")
+    prompt, completion = messages_of(row, "prompt"), messages_of(row, "completion")
     return _chat([*({**m, "weight": 0} for m in prompt), *completion], row)
 
 
@@ -112,8 +108,8 @@ FIELDS = {
 CHAT_FIELDS = ("tools", "functions", "chat_template_kwargs")
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
     "alpaca": _read_alpaca,
-    "messages": lambda row: _chat(_messages_of(row, "messages"), row),  # OpenAI's
-    "sharegpt": lambda row: _chat(_messages_of(row, "conversations"), row),
+    "messages": lambda row: _chat(messages_of(row, "messages"), row),  # OpenAI's
+    "sharegpt": lambda row: _chat(messages_of(row, "conversations"), row),
     "prompt_completion": _read_prompt_completion,
     "text": lambda row: Pair("", _text_of(row, "text")),  # no prompt: all of it is learned
 }
@@ -220,22 +216,38 @@ def unread_fields(
     row: Mapping[str, Any], form: str, said: Said, columns: Mapping[str, str] | None = None
 ) -> set[str]:
     """Fields of a row that hold something, and of which `read_row` made nothing."""
+    columns = columns or {}
     ours = _renamed(row, columns) if columns else row
+    # One of our names for another column of the row.
+    hidden = [k for k in columns if k not in columns.values() and not is_harmless("", row.get(k))]
     read = {"system", *FIELDS[detect_format(ours) if form == "auto" else form]}
     if isinstance(said, Chat):
         read.update(CHAT_FIELDS)
-    return {
-        str(name)
+    others = [
+        name
         for name, value in ours.items()
         if name not in read
-        and not (str(name).lower() in HARMLESS and not _is_long(value))
-        and not (name in ROW_MARKS and value in (0, 1))
-        and value not in EMPTY
-    }
+        and not is_harmless(name, value)
+        and not (name in ROW_MARKS and _is_mark(value))
+    ]
+    return {str(name) for name in (*hidden, *others)}
+
+
+def is_harmless(name: Any, value: Any) -> bool:
+    """Whether a field says nothing to learn: it holds nothing, or a short fact about the row."""
+    if value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value):
+        return True
+    return str(name).lower() in HARMLESS and not _is_long(value)
 
 
 def _is_long(value: Any) -> bool:
+    if isinstance(value, (list, tuple, Mapping)):
+        return any(map(_is_long, value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, str) and len(value) > LONGEST_LABEL
+
+
+def _is_mark(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value in (0, 1)
 
 
 def _refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
@@ -243,13 +255,21 @@ def _refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> N
 
     With `columns` it is the user who says which fields are question and answer.
     """
-    for name in ROW_MARKS:
-        if row.get(name) == 0:
+    for name in (name for name in MARKS if name in row):
+        is_number = name in ROW_MARKS and _is_mark(row[name])  # elsewhere 0 may be a figure
+        taken_out = (name == "masked") if row[name] is True else not row[name]
+        if (isinstance(row[name], bool) or is_number) and taken_out:
             raise DataError(f"no supervised token: the {name} of the row is {row[name]!r}")
-    tasks = {name: task for name, task in OTHER_TASKS.items() if row.get(name) not in EMPTY}
-    label = row.get("label")
-    if isinstance(label, bool) and "text" not in row:
-        tasks["label"] = "an answer that is judged"
+    tasks = {
+        name: task
+        for name, task in OTHER_TASKS.items()
+        if isinstance(row.get(name), (str, list, Mapping)) and row[name]
+    }
+    label = row.get("label", row.get("kto_tag"))
+    if isinstance(row.get("reward_model"), Mapping):
+        tasks["reward_model"] = "rewards for answers"
+    elif isinstance(label, bool) and "text" not in row:
+        tasks["label" if "label" in row else "kto_tag"] = "an answer that is judged"
     elif label not in EMPTY and "text" in row and not TELLING["alpaca"] & row.keys():
         tasks["label"] = "classification"
     text_alone = {name: task for name, task in tasks.items() if task != "more than text"}
@@ -283,7 +303,8 @@ def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
     return value
 
 
-def _messages_of(row: Mapping[str, Any], field: str) -> list[Message]:
+def messages_of(row: Mapping[str, Any], field: str) -> list[Message]:
+    """The messages of a field, in OpenAI's shape; a DataError that names one that is none."""
     if field not in row:
         raise DataError(f"field {field!r} is missing")
     if not isinstance(values := row[field], (list, tuple)):

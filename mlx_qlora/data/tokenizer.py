@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.data import codecs
-from mlx_qlora.errors import TokenizerError
+from mlx_qlora.errors import TokenizerError, UserError
 from mlx_qlora.model.hub import check_readable
 
 if TYPE_CHECKING:
@@ -255,6 +255,18 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     for path in (source / name for name in (*SHIPPED, *CONFIGS)):
         if path.exists():
             check_readable(path, TokenizerError)
+    try:
+        return _of_folder(source)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TokenizerError(
+            f"{source}: what tokenizer_config.json and the files beside it say cannot be read "
+            f"({error!r}); download them again"
+        ) from error
+
+
+def _of_folder(source: Path) -> Tokenizer:
     config = _read_configs(source)
     end_ids: list[int] = []
     for path in (source / name for name in CONFIGS):
@@ -275,7 +287,8 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
             f"{source} holds neither tokenizer.json nor tokenizer.model; copy the tokenizer files "
             "of the model there, or download the whole model folder again"
         )
-    return _assemble(source, codec, defaults | config, end_ids, None)
+    said = {name: value for name, value in config.items() if value is not None}
+    return _assemble(source, codec, defaults | said, end_ids, None)
 
 
 def _assemble(

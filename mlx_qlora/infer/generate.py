@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.data.encode import encode_prompt
+from mlx_qlora.data.rows import messages_of
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, did_you_mean, require
 from mlx_qlora.infer.tokens import (
@@ -35,16 +36,18 @@ Prompt = str | list[dict[str, Any]] | list[int]
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, of chat messages that await the assistant's answer, or as they are."""
-    if len(prompt) and isinstance(prompt[0], int | np.integer):
-        ids = cast("list[int]", prompt)
-    else:
-        if not isinstance(prompt, str):
-            messages = cast("list[dict[str, Any]]", prompt)
-            prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
-        ids = encode_prompt(tokenizer, prompt)
-    if not ids:
+    if not len(prompt):
         raise ConfigError("the prompt is empty")
-    return ids
+    if not isinstance(prompt, str) and isinstance(prompt[0], int | np.integer):
+        return [*cast("list[int]", prompt)]
+    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        kind = type(prompt[0]).__name__
+        raise ConfigError(f"a prompt is text, messages or token ids, not a list of {kind}")
+    if not isinstance(prompt, str):  # read as in a row, parts and others' names included
+        messages = messages_of({"messages": prompt}, "messages")
+        messages = [{k: v for k, v in each.items() if k != "weight"} for each in messages]
+        prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
+    return encode_prompt(tokenizer, prompt)
 
 
 def room_for(

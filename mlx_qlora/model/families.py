@@ -208,6 +208,7 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     head_dim = family.head_dim or sizes["hidden_size"] // heads
     if config.get("head_dim", 0) is not None or kind not in MAY_LACK_HEAD_DIM:
         head_dim = fields.count("head_dim", head_dim or 1)
+    fields.must_be("is_causal", True, None)
     for name in WHOLE_NUMBERS:
         fields.maybe(name, int)
     if heads % (kv_heads or heads):

@@ -26,10 +26,11 @@ WEIGHTS, WHOLE = "*.safetensors", "model.safetensors"
 INDEX = f"{WHOLE}.index.json"
 NEEDED = ["config.json", "generation_config.json", WEIGHTS, INDEX]
 NEEDED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
-NEEDED += ["added_tokens.json", "chat_template.*"]
+NEEDED += ["added_tokens.json", "chat_template.*", "additional_chat_templates/*.jinja"]
 # A star matches slashes too: sub-folders hold other formats of the same weights (onnx, original).
 # Hidden files are macOS's twins (`._model.safetensors`), and what others leave.
-UNREAD = ["*/*", ".*", "consolidated*", "adapter*", "optimizer*", "scheduler*"]
+# Of folders only additional_chat_templates.
+UNREAD = ["[!a]*/*", "a[!d]*/*", ".*", "consolidated*", "adapter*", "optimizer*", "scheduler*"]
 READ: dict[str, Any] = {"allow_patterns": NEEDED, "ignore_patterns": UNREAD}
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w[\w.-]*\b/\w(?:[\w.-]{0,94}\w)?")
 PART = re.compile(r"-\d{5}-of-(\d{5})(\.gguf|\.safetensors)$")

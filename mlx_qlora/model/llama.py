@@ -306,7 +306,9 @@ class LlamaModel(nn.Module):
         rows = input_embeddings
         B, T = tokens.shape if rows is None else rows.shape[:2]
         if rows is None:
-            tokens = self._with_rows(tokens, cache is not None and T == 1)
+            is_first = cache is None or (isinstance(cache[0].offset, int) and not cache[0].offset)
+            is_drawn = T == 1 and not is_first
+            tokens = self._with_rows(tokens, is_drawn)
         if cache is not None:
             h, masks = self.embed(tokens, rows), dict[int | None, Any]()
             how = {"return_array": self._config.attention_softcap is not None}

@@ -104,6 +104,7 @@ def rope_from_hf(
         )
     theta, share = given.pop("rope_theta", theta), given.pop("partial_rotary_factor", share)
     given.pop("mrope_section", None)  # of text alone all three axes are the same
+    given.pop("finetuned", None)  # of the first YaRN models: how they were made
     positions = config.get("max_position_embeddings")
     needed, optional = KINDS[kind]
     is_used = kind == "dynamic" or (kind == "longrope" and given.get("factor") is None)

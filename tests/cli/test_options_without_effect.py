@@ -40,7 +40,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "a split of parts that have files": (
         ["data.validation_path=rows.jsonl", "data.test_path=rows.jsonl"],
-        "data.split=[0.8, 0.1, 0.1] is not used: validation and test have files of their own",
+        "data.split=[0.8, 0.1, 0.1] is not used: validation and test rows have a file of their own",
         True,
     ),
     "sampling without temperature": (

@@ -15,16 +15,16 @@ from mlx_qlora.errors import DataError
 
 WITH = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
 WITHOUT = "### Instruction:\n{instruction}\n\n### Response:\n{output}"
-# Writes an earlier answer without its thoughts, as Qwen 3 does; MARKED says where answers are.
+# Writes an earlier answer otherwise than the last one; MARKED says where answers are.
 FORGETFUL = (
     "{% for m in messages %}[{{ m.role }}]"
     "{% if m.role == 'assistant' %}"
-    "{{ m.content if loop.last else m.content.split('\\n')[-1] }};"
+    "{{ m.content if loop.last else m.content.replace('\\n', ' ') }};"
     "{% else %}{{ m.content }};{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 MARKED = FORGETFUL.replace("{{ m.content if", "{% generation %}{{ m.content if").replace(
-    "[-1] }};", "[-1] }};{% endgeneration %}"
+    "' ') }};", "' ') }};{% endgeneration %}"
 )
 MESSAGES = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "Two."}]
 TURNS = [
@@ -226,9 +226,9 @@ def test_what_a_template_writes_behind_the_last_answer_is_no_part_of_the_row(
             (True, True, True),
             [
                 ("[system]s;[user]u;[assistant]", False),
-                ("a;", True),
+                ("t a;", True),
                 ("[user]v;[assistant]", False),
-                ("b;", True),
+                ("w b;", True),
                 ("[user]x;[assistant]", False),
                 ("y\nc;", True),
             ],
@@ -236,8 +236,8 @@ def test_what_a_template_writes_behind_the_last_answer_is_no_part_of_the_row(
         (
             (False, True, True),
             [
-                ("[system]s;[user]u;[assistant]a;[user]v;[assistant]", False),
-                ("b;", True),
+                ("[system]s;[user]u;[assistant]t a;[user]v;[assistant]", False),
+                ("w b;", True),
                 ("[user]x;[assistant]", False),
                 ("y\nc;", True),
             ],

@@ -4,13 +4,16 @@ Each table has the members of one kind of public bug report; any other belongs i
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 import pandas
 import pyarrow
 import pytest
+from support import npm_tokenizers
 from support.tiny_folder import CHAT
 
 from mlx_qlora.data.read import DataConfig, read_examples
@@ -150,6 +153,33 @@ USED: dict[str, tuple[Row, str, str]] = {
         "{{ 'Be brief. ' if short }}" + CHAT,
         "Be brief. <|user|>What time is it?<|eos|><|assistant|>[Noon.<|eos|>]",
     ),
+    "a system message that stands where the user speaks last": (  # as Mistral's template has it
+        chat(turn("system", "Be brief."), ASK, ANSWER, turn("user", "b"), turn("assistant", "c")),
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}<|user|>"
+        "{{ messages[0].content ~ ' ' if loop.last and messages[0].role == 'system' }}"
+        "{{ m.content }}{{ eos_token }}<|assistant|>{% else %}{{ m.content }}{{ eos_token }}"
+        "{% endif %}{% endfor %}",
+        "<|user|>Be brief. What time is it?<|eos|><|assistant|>[Noon.<|eos|>]"
+        "<|user|>What time is it?<|eos|><|assistant|>Noon.<|eos|>"
+        "<|user|>Be brief. b<|eos|><|assistant|>[c<|eos|>]",
+    ),
+    "an argument that is read by its name": (
+        chat(ASK, turn("assistant", None, tool_calls=[call("run", {"code": "1 + 1"})])),
+        CALLING.replace("| tojson", ".code | tojson").replace(" .code", ".code"),
+        '<|user|>What time is it?<|eos|><|assistant|>[{"name": "run", "parameters": "1 + 1"}'
+        "<|eos|>]",
+    ),
+    "an argument that spells an end": (
+        chat(ASK, turn("assistant", None, tool_calls=[call("run", {"code": "a<|eos|>b"})])),
+        CALLING,
+        '<|user|>What time is it?<|eos|><|assistant|>[{"name": "run", "parameters": '
+        '{"code": "a<|eos|>b"}}<|eos|>]',
+    ),
+    "facts about an answer that are no other task": (
+        chat(ASK, ANSWER, reward_model="org/name", reward=0),
+        "",
+        "<|user|>What time is it?<|eos|><|assistant|>[Noon.<|eos|>]",
+    ),
     "a null within the text of a call": (
         chat(ASK, turn("assistant", None, tool_calls=[call("time", '{"zone": null}')])),
         CALLING,
@@ -194,6 +224,31 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
         chat(ASK, turn("assistant", None, tool_calls=[call("time", {"zone": "x"})])),
         CALLING.replace(" | tojson }}", " and '' }}"),
         NOT_WRITTEN + "the arguments of the call in messages[1]",
+    ),
+    "a beginning that is cut off": (
+        chat(ASK, turn("assistant", "Let me see.\n<answer>Noon.")),
+        CHAT.replace("m['content']", "m['content'].split('<answer>')[-1]"),
+        NOT_WRITTEN + "what messages[1] (assistant) says",
+    ),
+    "an end that is cut off": (
+        chat(turn("user", "What time is it in the capital of Peru?"), ANSWER),
+        CHAT.replace("m['content']", "m['content'][:20]"),
+        NOT_WRITTEN + "what messages[0] (user) says",
+    ),
+    "the parameters of a tool": (
+        chat(ASK, ANSWER, tools=[{"name": "f", "parameters": {"properties": {"a": {}}}}]),
+        "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHAT,
+        NOT_WRITTEN + "the parameters of the tool 'f'",
+    ),
+    "a blank answer in a history": (
+        {"instruction": "a", "output": "b", "history": [["q", " "]]},
+        "",
+        "field 'history' must be a list of pairs",
+    ),
+    "a row whose loss is off": (
+        {"text": "a", "loss": False},
+        "",
+        "no supervised token: the loss of the row is False",
     ),
     "the second of two calls": (
         chat(ASK, turn("assistant", None, tool_calls=[call("time", {}), call("day", {})])),
@@ -316,6 +371,20 @@ COUNTED: dict[str, tuple[Row, dict[str, int]]] = {
         {"text": "a", "chat_template_kwargs": {"b": 1}},
         {"chat_template_kwargs": 1},
     ),
+    "long sources in a list": ({"text": "a", "sources": ["b" * 200]}, {"sources": 1}),
+    "a long context among the facts": (
+        {"text": "a", "metadata": {"context": "b" * 200}},
+        {"metadata": 1},
+    ),
+    "a refusal beside an answer": (
+        chat(ASK, {**ANSWER, "refusal": "No."}),
+        {"messages[].refusal": 1},
+    ),
+    "options that the template does not read": (
+        chat(ASK, ANSWER, chat_template_kwargs={"style": "short", "think": False}),
+        {"chat_template_kwargs.style": 1, "chat_template_kwargs.think": 1},
+    ),
+    "an array of numpy's": ({"text": "a", "vector": numpy.ones(3)}, {"vector": 1}),
     "a long source": ({"text": "a", "source": "b" * 200}, {"source": 1}),
     "a label of an instruction": ({"instruction": "a", "output": "b", "label": "c"}, {"label": 1}),
     "a weight that is a figure": ({"text": "a", "weight": 0.5}, {"weight": 1}),
@@ -337,6 +406,7 @@ COUNTED: dict[str, tuple[Row, dict[str, int]]] = {
         },
         {},
     ),
+    "no pair": (chat(ASK, ANSWER, rejected=False, image=0), {"rejected": 1, "image": 1}),
     "empty fields": ({"text": "a", "b": None, "c": "", "d": [], "e": {}}, {}),
     "harmless fields of a message": (
         chat({**ASK, "id": 1, "timestamp": 2}, {**ANSWER, "model": "x", "refusal": None}),
@@ -352,12 +422,28 @@ def test_a_field_that_nothing_is_made_of_is_counted_by_name(name: str, chatty: T
     assert len(examples) == 2
     assert examples.report.unread == {field: 2 * n for field, n in unread.items()}
     for field in unread:
-        assert f"not used: field {field!r} in 2 rows" in str(examples.report)
+        shown = str(examples.report)
+        assert "not used: field " in shown and f"field {field!r} in 2 rows" in shown
     if unread:
         with pytest.raises(DataError, match=r"data\.strict: rows: not used: field "):
             read([row], chatty, strict=True)
     else:
         assert read([row], chatty, strict=True)
+
+
+def test_a_column_that_gives_way_to_another_is_counted(chatty: Tokenizer) -> None:
+    row = {"question": "a", "answer": "b", "instruction": "As a pirate."}
+    examples = read([row], chatty, columns={"instruction": "question", "output": "answer"})
+    assert examples.report.unread == {"instruction": 1}
+    swapped = {"instruction": "input", "input": "instruction"}
+    row = {"instruction": "a", "input": "b", "output": "c"}
+    assert read([row], chatty, columns=swapped).report.unread == {}
+
+
+def test_all_cannot_be_learned_where_an_answer_is_marked(chatty: Tokenizer) -> None:
+    marked = chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER)
+    with pytest.raises(DataError, match=r"marked not to be learned, and data\.train_on=all"):
+        read([marked], chatty, train_on="all")
 
 
 def test_fields_are_counted_by_workers_and_from_the_cache_too(
@@ -504,6 +590,7 @@ def test_records_of_datasets_are_no_rows(chatty: Tokenizer, tmp_path: Path) -> N
 # ---- what a template adds ------------------------------------------------------------------------
 
 UNASKED = "{{% if not add_generation_prompt %}}{}{{% endif %}}"
+BREAK = CHAT.replace("{% for", "\n{{ bos_token }}{% for", 1)
 ADDED: dict[str, tuple[str, str]] = {
     "a header whatever is asked": (
         CHAT.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", ""),
@@ -519,6 +606,7 @@ ADDED: dict[str, tuple[str, str]] = {
         "<|user|>a<|eos|><|assistant|>[b<|eos|>]",
     ),
     "a second end": (CHAT + UNASKED.format("<|eos|>"), "<|user|>a<|eos|><|assistant|>[b<|eos|>]"),
+    "a break before the first token": (BREAK, "\n<|user|>a<|eos|><|assistant|>[b<|eos|>]"),
     "a line break after the end": (
         CHAT.replace("{{ eos_token }}", "{{ eos_token }}\n\n"),
         "<|user|>a<|eos|>\n\n<|assistant|>[b<|eos|>]",
@@ -534,6 +622,53 @@ def test_what_a_template_adds_behind_the_answer_is_not_learned(
     assert texts(
         read([chat(turn("user", "a"), turn("assistant", "b"))], chatty, template), chatty
     ) == [expected]
+
+
+@pytest.mark.parametrize("answer", ["a", "e", "is", "eos", "o", "<", "|", "<|", ">"])
+def test_an_answer_that_its_end_or_the_next_header_spells_ends_where_it_ends(
+    answer: str, chatty: Tokenizer
+) -> None:
+    always_asks = CHAT.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+    row = chat(turn("user", "q"), turn("assistant", answer))
+    (text,) = texts(read([row], chatty, always_asks), chatty)
+    assert text == f"<|user|>q<|eos|><|assistant|>[{answer}<|eos|>]"
+
+
+@pytest.mark.parametrize("answer", ["of", "c", "e", "B", "<b>", "think"])
+@pytest.mark.parametrize("thoughts", ["", "hm of e"])
+def test_an_answer_of_r1_ends_where_it_ends(answer: str, thoughts: str) -> None:
+    """Its template opens the thoughts, and cuts them from what was said."""
+    r1 = npm_tokenizers.chat_tokenizer("r1")
+    content = f"<think>\n{thoughts}\n</think>\n\n{answer}" if thoughts else answer
+    (text,) = texts(read([chat(ASK, turn("assistant", content))], r1), r1)
+    end = r1.decode([r1.eos_id])
+    assert text.endswith(f"<think>\n[{thoughts}\n</think>\n\n{answer}{end}]")
+
+
+def test_an_answer_may_end_where_the_next_turn_begins() -> None:
+    """As in GLM-4: the header of the user is an end token."""
+    qwen = npm_tokenizers.chat_tokenizer("qwen3")
+    start = qwen.encode("<|im_start|>")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    glm = replace(qwen, eos_ids=frozenset([*start, qwen.eos_id]))
+    row = chat(ASK, turn("assistant", "Noon."), turn("user", "And now?"), ANSWER)
+    (text,) = texts(read([row], glm, template), glm)
+    assert text == (
+        "<|im_start|>user What time is it?<|im_start|>assistant [Noon.<|im_start|>]"
+        f"user And now?<|im_start|>assistant [Noon.{qwen.decode([qwen.eos_id])}]"
+    )
+
+
+def test_a_template_s_file_writes_rows_with_tools_too(chatty: Tokenizer, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("MINE {{ tools | tojson if tools }}" + CHAT)
+    with_tools = replace(chatty, tool_template="MODEL'S {{ tools | tojson }}" + CHAT)
+    row = chat(ASK, ANSWER, tools=[{"name": "f"}])
+    (text,) = texts(read([row], with_tools, template=str(mine)), chatty)
+    assert text.startswith('MINE [{"name": "f"}]<|user|>')
 
 
 @pytest.mark.parametrize("template", ["auto", "alpaca", "chat"])
