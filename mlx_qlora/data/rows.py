@@ -28,8 +28,8 @@ HARMLESS = frozenset(
     "author user_id model model_name generator teacher engine created created_at updated_at date "
     "timestamp language lang category categories domain type tag tags difficulty score scores "
     "rating ratings reward rewards reward_model quality toxicity embedding length len num_tokens "
-    "token_count num_turns split fold seed temperature metadata meta annotations signature logprobs finish_reason usage "
-    "status version __index_level_0__ cache_control".split()
+    "token_count num_turns split fold seed temperature metadata meta annotations signature "
+    "logprobs finish_reason usage status version __index_level_0__ cache_control".split()
 )
 LONGEST_LABEL = 100  # characters; a longer "source" is something to read, not where it is from
 # Fields of a row that make it one of another task -> what such rows are.

@@ -173,9 +173,10 @@ def _both_spellings(config: dict[str, Any], layers: str | None) -> dict[str, Any
         if nested and layers is None:
             raise WeightsError(f"config.json: {where} has parameters for {', '.join(nested)}")
         if nested:
-            entry = (entry or {}).get(layers) or {}
-            if not isinstance(entry, dict):
-                raise WeightsError(f"config.json: {where}.{layers} must be an object")
+            for key in nested:
+                if not isinstance((entry or {})[key], dict):
+                    raise WeightsError(f"config.json: {where}.{key} must be an object")
+            entry = (entry or {}).get(layers)
         elif layers is not None and entry and where == "rope_parameters":
             raise WeightsError(f"config.json: {where} lacks {' and '.join(LAYER_KINDS)}")
         elif layers == "sliding_attention":
