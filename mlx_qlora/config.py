@@ -7,6 +7,7 @@ other are errors before anything else happens.
 
 import contextlib
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -273,6 +274,20 @@ def to_yaml(config: RunConfig) -> str:
     # Not folded: a long path with a space in it stays on its line.
     values = to_dict(config)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+FILES = ("path", "validation_path", "test_path", "template")
+PATHS = {"model": ("source", "adapter"), "data": FILES}  # fields that name files, or say another
+
+
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    """With whole paths, so that the record opens the same files in any folder."""
+    for section, names in PATHS.items():
+        values = getattr(config, section)
+        paths = {name: os.path.expanduser(getattr(values, name) or "") for name in names}
+        whole = {name: os.path.abspath(p) for name, p in paths.items() if os.path.exists(p)}
+        config = replace(config, **{section: replace(values, **whole)})
+    return config
 
 
 # ---- what is left to the data and the model ------------------------------------------------------

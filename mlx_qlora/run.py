@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,9 +25,17 @@ from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.origin import original_base, sample_of
 from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
-from mlx_qlora.config import RunConfig, explained, settle, to_dict, to_yaml, without_effect
+from mlx_qlora.config import (
+    RunConfig,
+    explained,
+    settle,
+    to_dict,
+    to_yaml,
+    with_whole_paths,
+    without_effect,
+)
 from mlx_qlora.data.examples import DataReport, Examples
-from mlx_qlora.data.read import check_lengths, read_examples, train_validation_test
+from mlx_qlora.data.read import check_examples, read_examples, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn
@@ -42,7 +49,6 @@ from mlx_qlora.folders import (
     locked,
     write_whole,
 )
-from mlx_qlora.infer.evaluate import check_examples
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -68,8 +74,6 @@ PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
 WRITTEN += tuple(f"plots/{name}.{kind}" for name in PLOTS for kind in ("svg", "png"))
-FILES = ("path", "validation_path", "test_path", "template")
-PATHS = {"model": ("source", "adapter"), "data": FILES}  # fields that name files, or say another
 N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the report
 
 # ---- what a run starts from ----------------------------------------------------------------------
@@ -247,8 +251,7 @@ def open_inputs(
         assert config.data.path is not None
         train = read_examples(config.data.path, tokenizer, config.data, console=console)
     llama = LlamaConfig.from_hf(hf_config)
-    check_lengths(llama, train, validation, test)
-    check_examples(tokenizer, llama.vocab_size, train, validation, test)
+    check_examples(tokenizer, llama, train, validation, test)
     settled = settle(config, llama, train)
     inputs = Inputs(settled, tokenizer, llama, train, validation, test, checkpoint)
     for report in inputs.reports:
@@ -332,8 +335,7 @@ def fine_tune(
         if everyone.is_first:
             check_output(output)
             require_trackers([*config.logging.report_to])
-        check_lengths(model.config, train_examples, validation)
-        check_examples(tokenizer, model.config.vocab_size, train_examples, validation)
+        check_examples(tokenizer, model.config, train_examples, validation)
         settled = settle(config, model.config, train_examples)
         for line in explained(config, settled, train_examples):
             say(console, line)
@@ -458,7 +460,7 @@ def write_record(
     """Write `run.yaml` and `training_args.json`: what is needed to repeat the run."""
     names = ("mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
     versions = {name: importlib.metadata.version(name) for name in names}
-    config = _found_from_anywhere(config)
+    config = with_whole_paths(config)
     record = {
         "config": to_dict(config),
         "versions": {"mlx-qlora": __version__, "python": platform.python_version(), **versions},
@@ -469,16 +471,6 @@ def write_record(
     # First: it marks the folder as ours.
     write_whole(output / RECORD, json.dumps(record, indent=2) + "\n")
     write_whole(output / "run.yaml", to_yaml(config))
-
-
-def _found_from_anywhere(config: RunConfig) -> RunConfig:
-    """With whole paths, so that the record opens the same files in any folder."""
-    for section, names in PATHS.items():
-        values = getattr(config, section)
-        paths = {name: os.path.expanduser(getattr(values, name) or "") for name in names}
-        whole = {name: os.path.abspath(p) for name, p in paths.items() if os.path.exists(p)}
-        config = replace(config, **{section: replace(values, **whole)})
-    return config
 
 
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:

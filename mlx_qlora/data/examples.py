@@ -10,7 +10,7 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,19 @@ class TokenStore:
 
 def store_in_memory(pieces: Iterable[TokenStore]) -> TokenStore:
     """A store without files, for rows that are in memory anyway."""
-    tokens, rows, total = [np.zeros(0, np.int32)], [np.zeros(0, ROW)], 0
-    for piece in pieces:
-        piece.rows["start"] += total
-        total += len(piece.tokens)
+    tokens, rows = [np.zeros(0, np.int32)], [np.zeros(0, ROW)]
+    for piece in _end_to_end(pieces):
         tokens.append(piece.tokens)
         rows.append(piece.rows)
     return TokenStore(np.concatenate(tokens), np.concatenate(rows))
+
+
+def _end_to_end(pieces: Iterable[TokenStore]) -> Iterator[TokenStore]:
+    total = 0
+    for piece in pieces:
+        piece.rows["start"] += total
+        total += len(piece.tokens)
+        yield piece
 
 
 def on_disk(
@@ -147,11 +153,9 @@ def on_disk(
 
 
 def _write(folder: Path, pieces: Iterable[TokenStore], about: Callable[[], dict[str, Any]]) -> None:
-    rows, total = [np.zeros(0, ROW)], 0
+    rows = [np.zeros(0, ROW)]
     with open(folder / "tokens.bin", "wb") as file:
-        for piece in pieces:
-            piece.rows["start"] += total
-            total += len(piece.tokens)
+        for piece in _end_to_end(pieces):
             file.write(piece.tokens.tobytes())
             rows.append(piece.rows)
     np.save(folder / "rows.npy", np.concatenate(rows))
@@ -286,13 +290,10 @@ class DataReport:
 
     def unread_fields(self) -> str:
         """The fields that are not used, in words."""
-        fields = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
-        more = f", and {len(fields) - SHOWN} fields more" if len(fields) > SHOWN else ""
-        return (
-            "not used: "
-            + ", ".join(f"field {name[:40]!r} in {n:,} rows" for name, n in fields[:SHOWN])
-            + more
-        )
+        fields = Counter(self.unread).most_common()
+        shown = [f"field {name[:40]!r} in {n:,} rows" for name, n in fields[:SHOWN]]
+        shown += [f"{len(fields) - SHOWN} fields more"] * (len(fields) > SHOWN)
+        return f"not used: {', '.join(shown)}"
 
     @property
     def format(self) -> str:
@@ -301,8 +302,7 @@ class DataReport:
 
     def measure(self, store: TokenStore) -> None:
         """Fills in the figures of the kept rows."""
-        rows = store.rows
-        lengths = np.array(rows["length"])
+        rows, lengths = store.rows, np.array(store.rows["length"])
         self.tokens = int(lengths.sum())
         self.supervised = int(rows["supervised"].sum())
         self.duplicates = len(rows) - len(np.unique(rows["said"]))
@@ -326,8 +326,7 @@ class DataReport:
         return listing(lines, most)
 
     def __str__(self) -> str:
-        refused = len(self.refused)
-        share = self.supervised / max(self.tokens, 1)
+        refused, share = len(self.refused), self.supervised / max(self.tokens, 1)
         several = f", {len(self.files)} files" if len(self.files) > 1 else ""
         renamed = "".join(f", {column} as {ours}" for ours, column in self.columns.items())
         text = (
@@ -375,8 +374,6 @@ class Example:
     @property
     def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, learned) of each document: most rows are one."""
-        if not self.starts:
-            return [(self.tokens, self.learned)]
         return list(zip(*(np.split(x, self.starts) for x in (self.tokens, self.learned))))
 
     @property
@@ -413,10 +410,11 @@ class Examples(Sequence[Example]):
         return cls(store, report)
 
     def __repr__(self) -> str:
-        tokens = int(self.lengths.sum())
-        supervised = int(self._store.rows["supervised"][self._rows].sum())
-        share = f"{supervised / max(tokens, 1):.0%} supervised"
-        return f"Examples({len(self):,} of {self.report.source}: {tokens:,} tokens, {share})"
+        tokens, supervised = self.lengths.sum(), self._store.rows["supervised"][self._rows].sum()
+        share = f"{supervised / max(tokens, 1):.0%}"
+        return (
+            f"Examples({len(self):,} of {self.report.source}, {tokens:,} tokens, {share} learned)"
+        )
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -35,7 +35,7 @@ from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows
 from mlx_qlora.data.rows import COLUMNS, FORMATS, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
-from mlx_qlora.model.llama import LlamaConfig
+from mlx_qlora.model.llama import LlamaConfig, check_ids
 
 PEEKED = 100  # rows that are looked at to find a file's format
 # Held-out rows by default. Fewer say little, more take longer than they are worth; below
@@ -406,8 +406,13 @@ def _split(
     return rows.split([1.0 - sum(shares), *shares], seed, most_copies)
 
 
-def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
-    """Raises a ConfigError for rows that are longer than the model has positions for."""
+def check_examples(tokenizer: Tokenizer, llama: LlamaConfig, *parts: Examples | None) -> None:
+    """Check that a model can read some rows.
+
+    Raises:
+        ConfigError: one is longer than the model has positions for.
+        DataError: one has a token without a row of the embedding; spare ids are no error.
+    """
     longest = max(part.longest for part in parts if part)
     most = llama.max_position_embeddings
     if longest > most:
@@ -415,3 +420,6 @@ def check_lengths(llama: LlamaConfig, *parts: Examples | None) -> None:
             f"data.max_length lets in a row of {longest} tokens, and the model was made for "
             f"{most}; set data.max_length={most}"
         )
+    if tokenizer.vocab_size > llama.vocab_size:
+        for example in chain.from_iterable(part or () for part in parts):
+            check_ids(example.tokens, llama.vocab_size, example.place, tokenizer.decode)

@@ -1,6 +1,5 @@
 """Scores of a model on examples: loss, perplexity and token accuracy."""
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -9,10 +8,11 @@ import numpy as np
 
 from mlx_qlora.data.batches import collate, evaluation_batches
 from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.read import check_examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
-from mlx_qlora.model.llama import LlamaForCausalLM, check_ids
+from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
 from mlx_qlora.train.score import RowScores, score, score_rows
 
@@ -108,11 +108,4 @@ def _groups(lengths: np.ndarray) -> list[list[int]]:
 def _check(model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples) -> None:
     if not len(examples):
         raise DataError("there are no examples to evaluate")
-    check_examples(tokenizer, model.config.vocab_size, examples)
-
-
-def check_examples(tokenizer: Tokenizer, rows: int, *parts: Examples | None) -> None:
-    """Raises a DataError for a token without a row of the embedding; spare ids are no error."""
-    if tokenizer.vocab_size > rows:
-        for example in itertools.chain.from_iterable(part or () for part in parts):
-            check_ids(example.tokens, rows, example.place, tokenizer.decode)
+    check_examples(tokenizer, model.config, examples)

@@ -36,18 +36,22 @@ Prompt = str | list[dict[str, Any]] | list[int]
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, of chat messages that await the assistant's answer, or as they are."""
-    if not len(prompt):
-        raise ConfigError("the prompt is empty")
-    if not isinstance(prompt, str) and isinstance(prompt[0], int | np.integer):
-        return [*cast("list[int]", prompt)]
-    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-        kind = type(prompt[0]).__name__
-        raise ConfigError(f"a prompt is text, messages or token ids, not a list of {kind}")
-    if not isinstance(prompt, str):  # read as in a row, parts and others' names included
+    if isinstance(prompt, str):
+        ids = encode_prompt(tokenizer, prompt)
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        # Read as in a row, parts and the names of others included.
         messages = messages_of({"messages": prompt}, "messages")
         messages = [{k: v for k, v in each.items() if k != "weight"} for each in messages]
-        prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
-    return encode_prompt(tokenizer, prompt)
+        text = tokenizer.render_chat(messages, add_generation_prompt=True)
+        ids = encode_prompt(tokenizer, text)
+    elif len(prompt) and not isinstance(prompt[0], int | np.integer):
+        kind = type(prompt[0]).__name__
+        raise ConfigError(f"a prompt is text, messages or token ids, not a list of {kind}")
+    else:
+        ids = [*cast("list[int]", prompt)]
+    if not ids:
+        raise ConfigError("the prompt is empty")
+    return ids
 
 
 def room_for(

@@ -50,6 +50,26 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "a name twice": (["--config", "twice.yaml"], "'learning_rate' is given twice in what", False),
     "a section twice": (["--config", "sections.yaml"], "'data' is given twice in what", False),
+    "a number of another base": (
+        ["--config", "octal.yaml"],
+        "training.seed must be int; got '010'",
+        False,
+    ),
+    "a time for a number": (
+        ["--config", "time.yaml"],
+        "training.seed must be int; got '1:30'",
+        False,
+    ),
+    "a run's name without a tracker": (
+        ["logging.run_name=mine"],
+        "logging.run_name=mine is not used: logging.report_to names no tracker",
+        True,
+    ),
+    "groups of weights that are not quantised": (
+        ["model.group_size=32"],
+        "model.group_size=32 is not used: no weight is quantised",
+        True,
+    ),
     "most rows refused": (
         ["--data", "bad.jsonl"],
         "75% of the rows of bad.jsonl cannot be used, and data.max_refused=0.5 allows no more",
@@ -67,6 +87,8 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
 def files(train: list[str]) -> list[str]:
     Path("twice.yaml").write_text("training:\n  learning_rate: 1\n  seed: 1\n  learning_rate: 2\n")
     Path("sections.yaml").write_text("data:\n  seed: 1\ntraining:\n  seed: 1\ndata:\n  seed: 2\n")
+    Path("octal.yaml").write_text("training:\n  seed: 010\n")
+    Path("time.yaml").write_text("training:\n  seed: 1:30\n")
     rows = [f'{{"instruction": "a{i}", "output": "b"}}' for i in range(4)]
     Path("bad.jsonl").write_text("\n".join([*rows, *["{"] * 12]))
     return train

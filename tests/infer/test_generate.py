@@ -382,6 +382,26 @@ def test_messages_are_rendered_with_the_chat_template(tiny):
     assert tokenizer.decode(ids) == "<|bos|><|user|>Hi<|eos|><|assistant|>"
 
 
+def test_messages_are_read_as_in_rows(tiny):
+    model, tokenizer = tiny
+    expected = prompt_ids(tokenizer, [{"role": "user", "content": "Hi?"}])
+    for message in (
+        {"role": "user", "content": [{"type": "text", "text": "Hi?"}]},
+        {"role": "user", "content": "Hi?", "weight": 1, "name": None},
+        {"from": "human", "value": "Hi?"},
+    ):
+        assert prompt_ids(tokenizer, [message]) == expected
+    for ids in ((5, 6), np.array([5, 6]), [np.int64(5), 6]):
+        assert generate(model, tokenizer, ids, max_new_tokens=2, **GREEDY) == generate(
+            model, tokenizer, [5, 6], max_new_tokens=2, **GREEDY
+        )
+    for wrong in ([[5, 6]], np.array([[5, 6]]), [None]):
+        with pytest.raises(mq.ConfigError, match="text, messages or token ids, not a list of"):
+            prompt_ids(tokenizer, wrong)
+    with pytest.raises(mq.DataError, match=r"part 0 of messages\[0\] is of type 'image_url'"):
+        prompt_ids(tokenizer, [{"role": "user", "content": [{"type": "image_url"}]}])
+
+
 def test_messages_without_a_template_are_refused(tiny):
     plain = dataclasses.replace(tiny[1], chat_template=None)
     with pytest.raises(mq.TokenizerError, match="no chat template"):
