@@ -48,7 +48,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         kind = type(prompt[0]).__name__
         raise ConfigError(f"a prompt is text, messages or token ids, not a list of {kind}")
     else:
-        ids = [*cast("list[int]", prompt)]
+        ids = [i.item() if isinstance(i, np.integer) else i for i in cast("list[int]", prompt)]
     if not ids:
         raise ConfigError("the prompt is empty")
     return ids
