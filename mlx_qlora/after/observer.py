@@ -17,7 +17,7 @@ from mlx_qlora.adapters.peft import note_on_mlx_lm
 from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
-from mlx_qlora.after.plots import Tail, in_kernel, render
+from mlx_qlora.after.plots import in_kernel, render
 from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
 from mlx_qlora.before.plan import FORWARD, Plan
@@ -43,7 +43,7 @@ MOST_TOKENS = 1536  # of a row that is answered; longer ones take too long to re
 
 
 class Observer:
-    """Shows a run while it goes on, by following `metrics.jsonl`, and writes the report.
+    """Shows a run while it goes on, by following its history, and writes the report.
 
     The base is frozen, so that what the model said and scored before its training is found after
     it, without the adapter. The first process asks and writes; the held-out rows are scored by all.
@@ -71,10 +71,10 @@ class Observer:
         # Of an adapter that may do something from the start, which training replaces.
         self.start = model.trainable_parameters() if any(starts) else None
 
-        self.tail = Tail(inputs.output / "metrics.jsonl")
+        self.history = inputs.state.log_history  # grows while the run goes on
         self.task: progress.Task | None = None  # the training, once it has begun
         self.first_step, self.next_page = inputs.state.step, 0.0
-        self.n_read, self.has_head, self.last_eval = 0, False, math.nan  # of the table
+        self.n_read, self.has_head, self.last_eval = 0, False, math.nan  # of the history
         self.cell: Any = None  # of a notebook
         self.at, self.began = "", 0.0  # the step, in words; when the watching did
 
@@ -100,18 +100,19 @@ class Observer:
 
     def follow(self) -> None:
         """Look once at what is new, and show it."""
-        if self.task is None:  # before it begins the file may be that of an earlier run
+        if self.task is None:
             task = progress.latest.get("training")
             if task is None or task.began < self.began:
                 return
             self.task, task.beyond = task, self.beyond
-        is_new = self.tail.read()
+        new = self.history[self.n_read :]
+        self.n_read += len(new)
         if self.console.is_terminal:
-            self._print_rows()
+            self._print_rows(new)
         self.at = status = f"Step {self.task.done:,.0f} of {self.task.total:,.0f}"
         if (left := self.task.seconds_left) == left and self.task.done < self.task.total:
             status += f", about {duration(left)} to go"
-        if in_kernel() and (is_new or self.cell is None):
+        if in_kernel() and (new or self.cell is None):
             self._show_cell(status)
         if progress.now() >= self.next_page and progress.tasks():
             self._write_page(status, reloads=True)
@@ -122,7 +123,7 @@ class Observer:
         config, validation = self.inputs.config, self.inputs.validation
         in_step = config.training.rows * config.training.accumulation * self.processes.size
         row = FORWARD * self.task.pace / in_step
-        times = [r["eval_runtime"] for r in self.tail.records if "eval_runtime" in r]
+        times = [r["eval_runtime"] for r in self.history if "eval_runtime" in r]
         left = 0.0
         if validation:
             if times:
@@ -136,19 +137,18 @@ class Observer:
         answers = ANSWERED * self.limit if self.questions else 0
         return left + 2 * row * (len(self.held_out or ()) + answers)
 
-    def _print_rows(self) -> None:
-        for record in self.tail.records[self.n_read :]:
+    def _print_rows(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
             if record["step"] > self.first_step and {"loss", "eval_loss"} & record.keys():
                 if not self.has_head:
                     say(self.console, HEAD)
                     self.has_head = True
                 say(self.console, drawn(table_row(record, self.last_eval), self.console))
             self.last_eval = record.get("eval_loss", self.last_eval)
-        self.n_read = len(self.tail.records)
 
     def _so_far(self, status: str, reloads: bool) -> Report:
         assert self.task is not None
-        records = self.tail.records
+        records = [*self.history]
         peak = max((r.get("peak_memory_bytes", 0) for r in records), default=0)
         seconds = progress.now() - self.task.began
         steps, output = int(self.task.done), self.inputs.output
@@ -262,11 +262,7 @@ ALPACA = re.compile(
 
 
 def prompt_flags(prompt: str, tokenizer: Tokenizer) -> list[str]:
-    """The flags by which `generate` writes a prompt as the rows were written.
-
-    Args:
-        prompt: a row's text up to the answer.
-    """
+    """The flags by which `generate` writes a prompt, a row up to its answer, as the rows were."""
     bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
     if found := ALPACA.fullmatch(prompt.removeprefix(bos)):
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]

@@ -7,7 +7,6 @@ on a phone as on a large screen.
 
 import functools
 import importlib.util
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -340,23 +339,3 @@ def in_kernel() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
-
-
-class Tail:
-    """The whole lines of a JSONL file that grows."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.records, self._position = path, list[dict[str, Any]](), 0
-
-    def read(self) -> bool:
-        """Take what was added since the last call, and say whether that was anything."""
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self._position)
-                added = file.read()
-        except FileNotFoundError:
-            return False
-        whole = added[: added.rfind(b"\n") + 1]
-        self._position += len(whole)
-        self.records += [json.loads(line) for line in whole.splitlines()]
-        return bool(whole)

@@ -131,7 +131,9 @@ def broadcast_state(state: RunState, optimizer: AdamW, processes: Processes) -> 
     """
     if processes.size == 1:
         return state
-    state = RunState(**json.loads(processes.broadcast(json.dumps(asdict(state)).encode())))
+    text = processes.broadcast(json.dumps(asdict(state)).encode())
+    if not processes.is_first:  # whose history is being shown
+        state = RunState(**json.loads(text))
     for name in ("weights", "mean", "square"):
         setattr(optimizer, name, processes.broadcast_array(getattr(optimizer, name)))
     optimizer.step = state.updates

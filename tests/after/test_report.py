@@ -24,7 +24,7 @@ from mlx_qlora.after import observer, screen
 from mlx_qlora.after.advice import learned
 from mlx_qlora.after.answer_metrics import LOWER, paired_row
 from mlx_qlora.after.observer import prompt_flags
-from mlx_qlora.after.plots import Line, Plot, Tail, css, in_kernel, plots_of, svg_file, thin, ticks
+from mlx_qlora.after.plots import Line, Plot, css, in_kernel, plots_of, svg_file, thin, ticks
 from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
@@ -435,18 +435,6 @@ def test_a_result_without_a_report_shows_as_text(tmp_path):
     assert result._repr_html_() is None
     write_report(Report(result, RunConfig()))
     assert Page(result._repr_html_() or "").text.count("Loss") and "html" not in repr(result)
-
-
-def test_the_tail_takes_whole_lines(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
-    assert not tail.read()
-    path.write_text('{"step": 1}\n{"st')
-    assert tail.read() and tail.records == [{"step": 1}]
-    assert not tail.read()
-    with path.open("a") as file:
-        file.write('ep": 2}\n')
-    assert tail.read() and tail.records == [{"step": 1}, {"step": 2}]
 
 
 def test_outside_a_kernel_nothing_is_started():
