@@ -54,117 +54,101 @@ def advise(
     """
     best = best_eval(history) if ends_with_best else None
     kept = [r for r in history if best is None or r["step"] <= best[0]]
-    rules = [diverged(history), overfitted(history, ends_with_best), repeats_itself(kept)]
-    found = [advice for advice in rules if advice is not None]
-    # Underfitting's remedies are the opposite of the others', which are the surer ones.
-    underfitting = None if found else underfitted(history)
-    found += [underfitting] if underfitting else []
-    return found + (cut_short(history, training) if training and history else [])
+    surer = [*diverged(history), *overfitted(history, ends_with_best), *repeats_itself(kept)]
+    # Underfitting's remedies are the opposite of the others'.
+    advice = surer or underfitted(history)
+    return advice + (cut_short(history, training) if training and history else [])
 
 
 def cut_short(history: History, training: TrainingConfig) -> list[Advice]:
     """The warmup took the whole run, or it was less than a pass."""
     step, epoch = history[-1]["step"], history[-1].get("epoch", 1.0)
     warmup = training.warmup_steps or 0
-    found = []
+    advice = []
     if 1 < step <= warmup:
         reached = f"{training.peak * step / warmup:.2g} of {training.peak:.2g}"
         finding = f"the warmup of {warmup:,} steps was not over at step {step:,}, the last one"
         finding += f": the learning rate reached {reached}"
         remedy = "train longer, or leave training.warmup_steps out: it is a tenth of the run then"
-        found.append(Advice("warmup", finding, remedy))
+        advice.append(Advice("warmup", finding, remedy))
     if epoch < 1:
         instead = "" if training.max_steps is None else " in the place of training.max_steps"
         remedy = f"set training.num_train_epochs=3{instead}"
-        found.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
-    return found
+        advice.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
+    return advice
 
 
-def diverged(history: History) -> Advice | None:
+def diverged(history: History) -> list[Advice]:
     """The loss of the last fifth is EXPLODED times that of the best fifth, or not finite."""
-    losses = _losses(history)
     skipped = sum("skipped" in record for record in history)
     if skipped:
-        return Advice(
-            "divergence",
-            f"steps skipped because their loss or gradient was not finite: {skipped}",
-            "look at the rows named in metrics.jsonl, or lower training.learning_rate",
-        )
-    if len(losses) < FEWEST or history[-1]["step"] < SHORT:
-        return None
-    fifths = _fifths(losses)
-    best, last = min(fifths), fifths[-1]
-    if last <= EXPLODED * best:
-        return None
-    return Advice(
-        "divergence",
-        f"the loss rose from {best:.3f} at its best to {last:.3f} at the end",
-        "lower training.learning_rate (to a third), raise training.warmup_steps",
-    )
+        finding = f"steps skipped because their loss or gradient was not finite: {skipped}"
+        remedy = "look at the rows named in metrics.jsonl, or lower training.learning_rate"
+        return [Advice("divergence", finding, remedy)]
+    fifths = _fifths(history)
+    if not fifths or fifths[-1] <= EXPLODED * min(fifths):
+        return []
+    finding = f"the loss rose from {min(fifths):.3f} at its best to {fifths[-1]:.3f} at the end"
+    remedy = "lower training.learning_rate (to a third), raise training.warmup_steps"
+    return [Advice("divergence", finding, remedy)]
 
 
-def overfitted(history: History, ends_with_best: bool = False) -> Advice | None:
+def overfitted(history: History, ends_with_best: bool) -> list[Advice]:
     """The validation loss ends RISE above its best, while the training loss keeps falling."""
     evals = [(r["step"], r["eval_loss"]) for r in _validations(history)]
     if len(evals) < 3:
-        return None
+        return []
     best_step, best = min(evals, key=lambda item: item[1])
     last_step, last = evals[-1]
     before = [r["loss"] for r in history if "loss" in r and r["step"] <= best_step]
     after = [r["loss"] for r in history if "loss" in r and r["step"] > best_step]
     if last <= best * (1 + RISE) or not before or not after:
-        return None
+        return []
     if statistics.mean(after[-FEWEST:]) >= statistics.mean(before[-FEWEST:]):
-        return None
+        return []
     remedy = "raise lora.lora_dropout, lower lora.r, or add data"
     if ends_with_best:
         remedy = f"the weights of step {best_step} are kept; for better ones {remedy}"
     else:
         at_best = f"end with step {best_step} (checkpointing.load_best_model_at_end=true)"
         remedy = f"{at_best}, train for fewer steps, {remedy}"
-    return Advice(
-        "overfitting",
+    finding = (
         f"the validation loss was best at step {best_step} ({best:.3f}) and is {last:.3f} at step "
-        f"{last_step}, while the training loss kept falling",
-        remedy,
+        f"{last_step}, while the training loss kept falling"
     )
+    return [Advice("overfitting", finding, remedy)]
 
 
-def underfitted(history: History) -> Advice | None:
+def underfitted(history: History) -> list[Advice]:
     """The training loss of the last fifth is less than LITTLE below that of the first."""
-    losses = _losses(history)
-    if len(losses) < FEWEST or history[-1]["step"] < SHORT:
-        return None
-    first, *_, last = _fifths(losses)
-    if last < first * (1 - LITTLE) or last > EXPLODED * first:
-        return None
-    return Advice(
-        "underfitting",
-        f"the loss barely fell, from {first:.3f} to {last:.3f}",
+    fifths = _fifths(history)
+    if not fifths or not fifths[0] * (1 - LITTLE) <= fifths[-1] <= EXPLODED * fifths[0]:
+        return []
+    finding = f"the loss barely fell, from {fifths[0]:.3f} to {fifths[-1]:.3f}"
+    remedy = (
         "raise training.learning_rate (to three times), train for more steps, or raise lora.r; and "
-        "look at the data with `mlx-qlora inspect`",
+        "look at the data with `mlx-qlora inspect`"
     )
+    return [Advice("underfitting", finding, remedy)]
 
 
-def repeats_itself(history: History) -> Advice | None:
+def repeats_itself(history: History) -> list[Advice]:
     """The model's first choices repeat the one before STUTTER more often than the references."""
     evals = [r for r in _validations(history) if "eval_repetition" in r]
     if not evals:
-        return None
+        return []
     ours, theirs = evals[-1]["eval_repetition"], evals[-1]["eval_reference_repetition"]
     if ours <= theirs + STUTTER:
-        return None
-    return Advice(
-        "repetition",
+        return []
+    finding = (
         f"{ours:.0%} of the model's first choices repeat the token before them, where the "
-        f"references have {theirs:.0%}",
-        "train for fewer steps, lower training.learning_rate, and look for rows that repeat "
-        "themselves; when generating, raise generation.repetition_penalty",
+        f"references have {theirs:.0%}"
     )
-
-
-def _losses(history: History) -> list[float]:
-    return [r["loss"] for r in history if "loss" in r and math.isfinite(r["loss"])]
+    remedy = (
+        "train for fewer steps, lower training.learning_rate, and look for rows that repeat "
+        "themselves; when generating, raise generation.repetition_penalty"
+    )
+    return [Advice("repetition", finding, remedy)]
 
 
 def _validations(history: History) -> History:
@@ -172,9 +156,12 @@ def _validations(history: History) -> History:
     return [r for r in history if "eval_loss" in r and math.isfinite(r["eval_loss"])]
 
 
-def _fifths(losses: list[float]) -> list[float]:
-    """The mean of each fifth of a run."""
+def _fifths(history: History) -> list[float]:
+    """The mean training loss of each fifth of a run; empty where the run was too short."""
+    losses = [r["loss"] for r in history if "loss" in r and math.isfinite(r["loss"])]
     n = len(losses)
+    if n < FEWEST or history[-1]["step"] < SHORT:
+        return []
     return [statistics.mean(losses[i * n // 5 : (i + 1) * n // 5]) for i in range(5)]
 
 
