@@ -25,7 +25,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, require, say, warn
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -104,10 +104,17 @@ def evaluate_run(
         sample |= {"reference": question.reference, "base": base.answers[i]}
         samples.append(sample | ({"tuned": tuned.answers[i]} if tuned else {}))
     evaluation = Evaluation(comparison, general, tuple(samples), inputs)
-    evaluation.show(console)
+    console.print(comparison)
+    if general is not None:
+        say(console, f"general   {general.sentence}")
     if output is not None:
-        evaluation.write(Path(output).expanduser())
-        say(console, f"written   {Path(output).expanduser()}")
+        file = Path(output).expanduser()
+        record = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        try:
+            write_whole(file.absolute(), record + "\n")
+        except OSError as error:
+            raise ConfigError(f"--output: {file} cannot be written: {error}") from None
+        say(console, f"written   {file}")
     return evaluation
 
 
@@ -309,18 +316,3 @@ class Evaluation:
             "forgetting": self.forgetting.to_dict() if self.forgetting else None,
             "samples": list(self.samples),
         }
-
-    def show(self, console: Console) -> None:
-        """Print each figure once, and whether it shows anything."""
-        console.print(self.comparison)
-        if self.forgetting is not None:
-            say(console, f"general   {self.forgetting.sentence}")
-
-    def write(self, file: Path) -> None:
-        """Writes everything as JSON; raises ConfigError if it cannot."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            with staged(file.absolute().parent) as staging:
-                (staging / file.name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output: {file} cannot be written: {error}") from None

@@ -33,7 +33,7 @@ class Trial:
 
     point: Point
     config: RunConfig
-    measured: tuple[Measured, ...]
+    measured: list[Measured]
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ def read_fingerprint(output: Path) -> dict[str, str] | None:
 def write_sweep(
     config: RunConfig,
     about: dict[str, Any],
-    trials: list[Trial],
+    trials: dict[Point, Trial],
     stages: list[Stage],
     winner: Point | None,
     repeated: Point | None,
@@ -130,11 +130,11 @@ def write_sweep(
         repeated: the winner with another seed, if that was asked for.
     """
     output = Path(config.checkpointing.output_dir)
-    by_point, rungs = {trial.point: trial for trial in trials}, about["rungs"]
-    best = by_point[winner] if winner is not None else None
-    findings = [line for stage in stages for line in stage_findings(stage, by_point)]
+    tried, rungs = [*trials.values()], about["rungs"]
+    best = trials[winner] if winner is not None else None
+    findings = [line for stage in stages for line in stage_findings(stage, trials)]
     if best is not None and repeated is not None:
-        findings += seed_findings(best, by_point[repeated], stages, by_point)
+        findings += seed_findings(best, trials[repeated], stages, trials)
     best_config, command = None, ""
     if best is not None:
         asked = replace(config.checkpointing, output_dir=str(output / "best"))
@@ -143,8 +143,8 @@ def write_sweep(
     record = {
         **about,
         "finished": best is not None,
-        "trials": [trial.row(rungs) for trial in trials],
-        "stages": [stage.row(by_point) for stage in stages],
+        "trials": [trial.row(rungs) for trial in tried],
+        "stages": [stage.row(trials) for stage in stages],
         "winner": best.name if best else None,
         "findings": findings,
         "command": command,
@@ -154,13 +154,13 @@ def write_sweep(
         (staging / RECORD).write_text(text, encoding="utf-8")
         if best_config is not None:
             (staging / BEST).write_text(to_yaml(best_config), encoding="utf-8")
-            (staging / PLOT).write_text(svg_file(plot_of(trials)), encoding="utf-8")
+            (staging / PLOT).write_text(svg_file(plot_of(tried)), encoding="utf-8")
     if best is not None:
-        console.print(table(trials, rungs))
+        console.print(table(tried, rungs))
         for line in findings:
             say(console, f"finding   {line}")
         say(console, f"winner    {best.name}; {output / BEST}\n          {command}")
-    return SweepResult(output, trials, stages, best, best_config, findings, command, record)
+    return SweepResult(output, tried, stages, best, best_config, findings, command, record)
 
 
 # ---- sentences -----------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ class _Search:
     grid: dict[str, list[Any]]
     steps: int  # the full budget, at the rows of a step that the config has
     rungs: int  # how many budgets there are
-    measured: dict[Point, list[Measured]] = field(default_factory=dict)  # rung after rung
+    trials: dict[Point, Trial] = field(default_factory=dict)
     done: list[Stage] = field(default_factory=list)
 
     def run(self, product: bool, repeat_best: bool) -> SweepResult:
@@ -196,17 +196,13 @@ class _Search:
         self.write()
         return winner
 
-    def config_of(self, point: Point) -> RunConfig:
-        """The point's run."""
-        return config_of(self.inputs.config, point, self.steps, self.inputs.output)
-
     def measure(self, point: Point, rung: int) -> Measured:
         """Take a point's figures at a rung from this sweep, from the disk, or by training."""
-        known = self.measured.setdefault(point, [])
-        if len(known) > rung:
-            return known[rung]
-        config = self.config_of(point)
-        name, steps = Path(config.checkpointing.output_dir).name, config.training.max_steps
+        config = config_of(self.inputs.config, point, self.steps, self.inputs.output)
+        trial = self.trials.setdefault(point, Trial(point, config, []))
+        if len(trial.measured) > rung:
+            return trial.measured[rung]
+        name, steps = trial.name, config.training.max_steps
         assert steps is not None
         step = budget(steps, rung, self.rungs)
         result = recorded(config, step, self.inputs)
@@ -217,17 +213,12 @@ class _Search:
             result = measure(config, step, self.model, self.inputs, self.console)
         loss = f"failed: {result.failed}" if result.failed else f"{result.validation_loss:.4f}"
         say(self.console, f"          validation loss {loss}")
-        known.append(result)
+        trial.measured.append(result)
         return result
 
     def write(self, winner: Point | None = None, repeated: Point | None = None) -> SweepResult:
         """Leave what is known so far in the folder; with a winner, the sweep is over."""
-        trials = [
-            Trial(point, self.config_of(point), tuple(measured))
-            for point, measured in self.measured.items()
-            if measured
-        ]
-        fingerprint, config = self.inputs.state.fingerprint, self.inputs.config
-        budgets = {"grid": self.grid, "steps": self.steps, "rungs": self.rungs}
-        about = {"fingerprint": fingerprint, **budgets}
-        return write_sweep(config, about, trials, self.done, winner, repeated, self.console)
+        config, fingerprint = self.inputs.config, self.inputs.state.fingerprint
+        about = {"fingerprint": fingerprint, "grid": self.grid, "steps": self.steps}
+        about["rungs"] = self.rungs
+        return write_sweep(config, about, self.trials, self.done, winner, repeated, self.console)

@@ -21,7 +21,7 @@ from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
-from mlx_qlora.folders import disk_errors, staged
+from mlx_qlora.folders import disk_errors, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
@@ -305,9 +305,8 @@ def measure(
         time.perf_counter() - began,
     )
     if not may_pass:  # what the device gave up is tried again by the next sweep
-        with disk_errors(output, lambda: last_checkpoint(output)), staged(output) as staging:
-            text = json.dumps(asdict(measured)) + "\n"
-            (staging / _record(config, step).name).write_text(text, encoding="utf-8")
+        with disk_errors(output, lambda: last_checkpoint(output)):
+            write_whole(_record(config, step), json.dumps(asdict(measured)) + "\n")
     return measured
 
 
