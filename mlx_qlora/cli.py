@@ -37,6 +37,14 @@ SHORTHANDS = {
     "--strict": ("data.strict", None),
     "--refused": ("data.refused_path", "FILE"),
 }
+ASSIGNMENT = "section.field=value"
+# What a value is called -> how shells complete it, as shtab reads it.
+COMPLETED = {
+    "FILE": {"bash": "_shtab_compgen_files", "zsh": "_files"},
+    "DIR": {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"},
+    "FOLDER": {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"},
+    ASSIGNMENT: {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"},
+}
 NOT_SWEPT = "--learning-rate", "--lora-r", "--adapter", "--resume"
 EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging", "generation")
 
@@ -159,9 +167,7 @@ def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
             description=about.help[0].upper() + about.help[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,  # the names of all fields are flags
-            usage=f"mlx-qlora {name} [options] [section.field=value ...]"
-            if about.shorthands
-            else None,
+            usage=f"mlx-qlora {name} [options] [{ASSIGNMENT} ...]" if about.shorthands else None,
         )
         _add_own_arguments(name, command)
         if about.quiet:
@@ -174,6 +180,9 @@ def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
             _add_fields(about, command)
             if all_fields:
                 command.epilog = "fields:" + "\n".join(map(_section_help, about.sections))
+        for action in command._actions:
+            if ways := COMPLETED.get(str(action.metavar)):
+                action.complete = ways  # pyright: ignore[reportAttributeAccessIssue]
     return parser
 
 
@@ -202,20 +211,13 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
         options: dict[str, Any] = {"dest": field, "help": meaning.partition(". ")[0]}
         options |= {"metavar": value} if value else {"nargs": 0, "const": "true"}
         options |= {"nargs": "?", "const": "auto"} if flag == "--resume" else {}
-        action = group.add_argument(flag, action=_Field, default=argparse.SUPPRESS, **options)
-        if value in ("FILE", "DIR"):
-            _complete(action, value)
+        group.add_argument(flag, action=_Field, default=argparse.SUPPRESS, **options)
     if {"lora", "training"} <= {*about.sections}:
         purpose = f"values for a purpose: {', '.join(PRESETS)}"
         group.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help=purpose)
-    _complete(group.add_argument("--config", metavar="FILE", help="YAML with the fields"), "FILE")
-    overrides = group.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="any field; --FIELD VALUE, too, and by other trainers' names",
-    )
-    overrides.complete = {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"}  # pyright: ignore[reportAttributeAccessIssue]
+    group.add_argument("--config", metavar="FILE", help="YAML with the fields")
+    any_field = "any field; --FIELD VALUE, too, and by other trainers' names"
+    group.add_argument("overrides", nargs="*", metavar=ASSIGNMENT, help=any_field)
     shown = "print the resolved YAML and stop"
     group.add_argument("--print-config", action="store_true", help=shown)
     for word, field in field_words(about.sections).items():
@@ -226,13 +228,6 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
             command.add_argument(*sorted(flags), action=_Field, **how, **hidden)
 
 
-def _complete(action: argparse.Action, kind: str) -> None:
-    """Lets a shell complete paths (read by shtab)."""
-    ways = {"FILE": ("_shtab_compgen_files", "_files"), "DIR": ("_shtab_compgen_dirs", "_files -/")}
-    bash, zsh = ways[kind]
-    action.complete = {"bash": bash, "zsh": zsh}  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
     """Add what a command takes besides fields."""
     add = command.add_argument
@@ -240,12 +235,11 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         dry = "load, read, plan and show the first batch, but train nothing"
         add("--dry-run", action="store_true", help=dry)
     if name == "inspect":
-        rows = add("file", nargs="?", metavar="FILE", help="the rows; the same as --data")
-        _complete(rows, "FILE")
+        add("file", nargs="?", metavar="FILE", help="the rows; the same as --data")
         show = "print N examples as the model sees them"
         add("--show", type=int, default=0, metavar="N", help=show)
         page = "write the same in colour to a page (with 50 examples if --show is not given)"
-        _complete(add("--html", metavar="FILE", help=page), "FILE")
+        add("--html", metavar="FILE", help=page)
     if name == "plan":
         add("--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64")
         several = "plan for N processes that train together, each on such a machine"
@@ -277,10 +271,7 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--product", action="store_true", help="all combinations, not field after field")
         add("--repeat-best", action="store_true", help="the winner with another seed, too")
     if name in ("merge", "export"):
-        goes = add(
-            "--output-dir", dest="folder", required=True, metavar="DIR", help="where it goes"
-        )
-        _complete(goes, "DIR")
+        add("--output-dir", dest="folder", required=True, metavar="DIR", help="where it goes")
     if name == "merge":
         original = "original 16-bit weights to merge into, instead of the dequantised ones"
         add("--base", metavar="SOURCE", help=original)
@@ -290,17 +281,16 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--requantize", type=int, metavar="BITS", help=again)
     if name == "export":
         form = command.add_mutually_exclusive_group()
-        for flag, meaning in (
-            ("portable", "one rank and scale 1, for tools that ignore rsLoRA and patterns"),
-            ("mlx", "for mlx-lm"),
-            ("gguf", "for llama.cpp and Ollama, with a Modelfile"),
-        ):
-            form.add_argument(
-                f"--{flag}", dest="form", action="store_const", const=flag, help=meaning
-            )
+        forms = {
+            "portable": "one rank and scale 1, for tools that ignore rsLoRA and patterns",
+            "mlx": "for mlx-lm",
+            "gguf": "for llama.cpp and Ollama, with a Modelfile",
+        }
+        for name, meaning in forms.items():
+            options: Any = {"action": "store_const", "const": name, "help": meaning}
+            form.add_argument(f"--{name}", dest="form", **options)
     if name == "push":
-        folder = add("folder", metavar="FOLDER", help="of a run, an export or a merged model")
-        _complete(folder, "DIR")
+        add("folder", metavar="FOLDER", help="of a run, an export or a merged model")
         add("repo_id", metavar="OWNER/NAME", help="repository on the hub; made if need be")
         add("--public", action="store_true", help="let everybody read it")
         add("--dry-run", action="store_true", help="list the files, upload nothing")

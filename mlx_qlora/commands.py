@@ -353,15 +353,9 @@ def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
 def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.doctor import PlannedRun, doctor
 
-    model, checkpointing = config.model, config.checkpointing
-    run = PlannedRun(
-        model.source,
-        model.revision,
-        checkpointing.output_dir,
-        config.lora,
-        checkpointing.save_total_limit,
-    )
-    findings = doctor(console, run)
+    model, output = config.model, config.checkpointing
+    planned = model.source, model.revision, output.output_dir, config.lora, output.save_total_limit
+    findings = doctor(console, PlannedRun(*planned))
     fine = all(finding.state != "error" for finding in findings)
     return {"ok": fine, "findings": [dataclasses.asdict(finding) for finding in findings]}
 

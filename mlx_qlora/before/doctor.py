@@ -126,12 +126,10 @@ def mlx() -> Iterator[Finding]:
         yield _error("mlx", f"MLX cannot be loaded ({cause})", fix)
         return
     text = f"{', '.join(versions)}; computes on {here.kind} in {here.dtype}"
-    if here.kind != "cpu":
-        yield _ok("mlx", text)
-    elif device.has_gpu_wheel():
+    if here.kind == "cpu" and device.has_gpu_wheel():
         fix = "pip uninstall -y mlx-cpu && pip install --force-reinstall --no-deps mlx-cuda-13"
         yield _warning("mlx", f"{text}, though a CUDA wheel is installed", fix)
-    elif sys.platform == "darwin":
+    elif here.kind == "cpu" and sys.platform == "darwin":
         yield _warning("mlx", f"{text}: Metal is not available, as in a virtual machine")
     else:
         yield _ok("mlx", text)
