@@ -6,7 +6,7 @@ forward kept is there, and the optimiser's update. `benchmarks/memory.py` compar
 then takes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +99,9 @@ def documents_of(
     documents = documents[np.argsort(documents[:, 0] * documents[:, 1], kind="stable")]
     largest = [length - 1 for n, length in documents[-rows:].tolist() for _ in range(n)]
     usual = np.sort(np.repeat(documents[:, 1] - 1, documents[:, 0]))
-    n_usual = round(rows * len(usual) / len(documents))
-    return largest, _representative(usual, n_usual), supervised
-
-
-def _representative(lengths: np.ndarray, n: int) -> list[int]:
-    """At most n lengths with the mean of all: the means of n equal parts of the sorted lengths."""
-    n = min(n, len(lengths))
-    return [round(float(part.mean())) for part in np.array_split(lengths, n)] if n else []
+    # The means of equal parts, as many as a micro-batch has documents, have the mean of all.
+    parts = np.array_split(usual, min(round(rows * len(usual) / len(documents)), len(usual)))
+    return largest, [round(float(part.mean())) for part in parts], supervised
 
 
 def itemsize_of(config: RunConfig, where: Machine) -> int:
@@ -175,56 +170,35 @@ SMALL_SUMS = 2  # messages besides the buckets: the counts of a step, and its lo
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a run of N processes adds to the plan of one."""
+    """What a run of N processes adds to the plan of one; most figures are of an optimiser step."""
 
     processes: int
-    trainable: int
-    step_tokens: int  # of an optimiser step in one process, as is the next
+    added_bytes: (
+        int  # of memory: the buckets and their sums are both there until the end (measured)
+    )
+    handed_bytes: int  # by each process to the collectives; some 52 bytes of counts besides
+    wire_bytes: int  # that a process sends to its neighbour, without the headers of TCP
+    messages: int  # sums, at most
+    step_tokens: int  # of all processes
     compute_seconds: float
 
-    @property
-    def handed_bytes(self) -> int:
-        """What a process hands to the collectives in a step; some 52 bytes of counts besides."""
-        return self.trainable * FLOAT32 if self.processes > 1 else 0
-
-    @property
-    def wire_bytes(self) -> int:
-        """What a process sends to its neighbour in a step, without the headers of TCP."""
-        return 2 * (self.processes - 1) * self.handed_bytes // self.processes
-
-    @property
-    def sums_bytes(self) -> int:
-        """Memory for it: the buckets and their sums (measured: both are there until the end)."""
-        return 2 * self.handed_bytes
-
-    @property
-    def messages(self) -> int:
-        """Sums of a step, at most."""
-        if self.processes == 1:
-            return 0
-        bucket = max(SMALLEST_BUCKET, self.handed_bytes // MOST_BUCKETS)
-        return -(-self.handed_bytes // bucket) + SMALL_SUMS
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it; sizes in bytes, times in seconds."""
-        return {
-            "processes": self.processes,
-            "added_bytes": self.sums_bytes,
-            "handed_bytes": self.handed_bytes,
-            "wire_bytes": self.wire_bytes,
-            "messages": self.messages,
-            "step_tokens": self.processes * self.step_tokens,
-            "compute_seconds": self.compute_seconds,
-        }
+    @classmethod
+    def of(cls, processes: int, trained: int, tokens: int, seconds: float) -> "Scaling":
+        """By how many numbers are trained, and one process's tokens and seconds of a step."""
+        handed = trained * FLOAT32 if processes > 1 else 0
+        wire = 2 * (processes - 1) * handed // processes
+        bucket = max(SMALLEST_BUCKET, handed // MOST_BUCKETS)
+        messages = -(-handed // bucket) + SMALL_SUMS if handed else 0
+        return cls(processes, 2 * handed, handed, wire, messages, processes * tokens, seconds)
 
     def __str__(self) -> str:
         handed, wire = self.handed_bytes / 1e9, self.wire_bytes / 1e9
-        tokens = self.processes * self.step_tokens
         return (
             f"{'processes':<22}{self.processes}; each needs the memory above\n"
             f"{'handed over':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
             f"{self.messages} messages\n"
-            f"{'step of all':<22}{tokens:,} tokens, {self.compute_seconds:,.2f} s of computing"
+            f"{'step of all':<22}{self.step_tokens:,} tokens, {self.compute_seconds:,.2f} s of "
+            "computing"
         )
 
 
@@ -278,7 +252,7 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "run_seconds": self.run_seconds,
             "advice": self.advice,
-            "scaling": self.scaling and self.scaling.to_dict(),
+            "scaling": self.scaling and asdict(self.scaling),
         }
 
     def __str__(self) -> str:
@@ -286,7 +260,9 @@ class Plan:
         lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
-        lines.append(f"{'recomputed':<22}{self._recomputed()}")
+        counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
+        recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
+        lines.append(f"{'recomputed':<22}{recomputed or 'nothing'}")
         if self.schedule.n_chunks > 1:
             lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} chunks")
         lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
@@ -298,12 +274,6 @@ class Plan:
         if self.scaling is not None:
             lines.append(str(self.scaling))
         return "\n".join([*lines, self.advice] if self.advice else lines)
-
-    def _recomputed(self) -> str:
-        levels = self.schedule.levels
-        counts = {level: levels.count(level) for level in LEVEL_NAMES}
-        shown = [f"{LEVEL_NAMES[level]} of {n} layers" for level, n in counts.items() if n]
-        return ", ".join(shown) or "nothing"
 
 
 def plan(
@@ -390,8 +360,8 @@ def plan_checkpoint(
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
     seconds = where.seconds(flops, read)  # of a micro-batch
     of_step = tokens * accumulation, seconds * accumulation
-    scaling = Scaling(processes, trained, *of_step) if processes else None
-    sums = scaling.sums_bytes if scaling else 0
+    scaling = Scaling.of(processes, trained, *of_step) if processes else None
+    sums = scaling.added_bytes if scaling else 0
     update = update_bytes(trained, where)
     parts = {"base weights": base} | ({"dequantised copy": resident} if resident else {})
     parts["adapter and AdamW"] = adapter_bytes(trained)

@@ -69,14 +69,14 @@ def test_bytes_on_the_wire_and_hops_are_those_of_a_ring(N):
     arrays = [draw.integers(-9, 9, 840).astype(np.float32) for _ in range(N)]
     sums, sent, hops = ring_all_reduce(arrays)
     assert all((own == np.sum(arrays, axis=0)).all() for own in sums)
-    scaling = Scaling(N, 840, 1000, 1.0)
+    scaling = Scaling.of(N, 840, 1000, 1.0)
     assert set(sent) == {scaling.wire_bytes}
     assert hops == 2 * (N - 1)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(40, 16384), (3, 1024)])
 def test_two_real_processes_hand_over_what_is_planned(tmp_path, count, rows):
-    scaling = Scaling(2, count * rows * 16, 1000, 1.0)
+    scaling = Scaling.of(2, count * rows * 16, 1000, 1.0)
     script = tmp_path / "step.py"
     script.write_text(STEP)
     found = ends(start(2, lambda rank: [str(script), str(count), str(rows)], tmp_path), 60)
@@ -86,13 +86,13 @@ def test_two_real_processes_hand_over_what_is_planned(tmp_path, count, rows):
         assert told["sum"] == 3.0
         assert 0 < told["sent"] - scaling.handed_bytes < 100, "the counts and the loss besides"
         assert scaling.messages - 2 - 1 <= told["buckets"] <= scaling.messages - 2
-        assert told["added"] == pytest.approx(scaling.sums_bytes, rel=0.15)
-        assert told["added"] <= scaling.sums_bytes + 4096
+        assert told["added"] == pytest.approx(scaling.added_bytes, rel=0.15)
+        assert told["added"] <= scaling.added_bytes + 4096
 
 
 def test_one_process_hands_over_nothing():
-    alone = Scaling(1, 41_943_040, 1000, 2.0)
-    assert (alone.handed_bytes, alone.wire_bytes, alone.sums_bytes, alone.messages) == (0, 0, 0, 0)
+    alone = Scaling.of(1, 41_943_040, 1000, 2.0)
+    assert (alone.handed_bytes, alone.wire_bytes, alone.added_bytes, alone.messages) == (0, 0, 0, 0)
 
 
 # ---- in a plan -----------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ def test_a_plan_of_several_processes_adds_the_sums_and_nothing_else():
     assert alone.scaling is None and alone.to_dict()["scaling"] is None
     assert dataclasses.replace(one, scaling=None) == alone
     assert four.scaling is not None
-    assert four.parts == alone.parts | {"sums under way": four.scaling.sums_bytes}
-    assert four.scaling.sums_bytes == 2 * 4 * 41_943_040
+    assert four.parts == alone.parts | {"sums under way": four.scaling.added_bytes}
+    assert four.scaling.added_bytes == 2 * 4 * 41_943_040
     assert four.longest_context < alone.longest_context
     told = four.to_dict()["scaling"]
     assert told["wire_bytes"] == 1.5 * told["handed_bytes"] == 1.5 * 4 * 41_943_040
