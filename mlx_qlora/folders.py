@@ -191,9 +191,13 @@ def check_writable(
     is_ours = is_ours or functools.partial(_is_vouched_for, folder)
     allowed = list(names)
     present = [name for name in allowed if os.path.lexists(folder / name)]
+    if whole:  # macOS puts a .DS_Store into every folder that its file browser shows
+        below = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        files = (path for path in below if path.name != ".DS_Store")
+        present = sorted(path.relative_to(folder).as_posix() for path in files)
     foreign = [
         name
-        for name in (_files_below(folder) if whole else present)
+        for name in present
         if not is_ours(folder / name) or (whole and not any(fnmatch(name, x) for x in allowed))
     ]
     if foreign:
@@ -220,12 +224,6 @@ def is_merged(path: Path) -> bool:
     """Whether the card of a merged model lies beside a file."""
     card = path.parent / CARD
     return card.is_file() and MERGED_MARK in card.read_text(encoding="utf-8", errors="replace")
-
-
-def _files_below(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    # macOS puts a .DS_Store into every folder that its file browser shows.
-    return sorted(p.relative_to(folder).as_posix() for p in paths if p.name != ".DS_Store")
 
 
 def _is_vouched_for(folder: Path, path: Path) -> bool:

@@ -17,7 +17,7 @@ from mlx_qlora import __version__
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, listing
 from mlx_qlora.folders import CARD, MLX_COPY, PEFT, RECORD, TAG, card_header
-from mlx_qlora.model.hub import HUB_ID, resolve
+from mlx_qlora.model.hub import HUB_ID, http_error, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
 
@@ -397,14 +397,13 @@ def _upload(
     message: str,
 ) -> str:
     """Make the repository and one commit; return the commit's address."""
-    from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if (token or get_token()) is None:
         raise SourceError(
             "not logged in to the hub: run `hf auth login` with a token that may write, or pass "
             "token="
         )
-    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -422,7 +421,7 @@ def _upload(
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
     except ConfigError:
         raise
-    except (OSError, RuntimeError, ValueError, http_error) as error:
+    except (OSError, RuntimeError, ValueError, http_error()) as error:
         raise SourceError(_explain(error, repo_id, token)) from error
     return commit.commit_url
 
@@ -436,11 +435,10 @@ def _explain(error: Exception, repo_id: str, token: str | None) -> str:
     answers = [getattr(each, "response", None) for each in chain]
     status = next((answer.status_code for answer in answers if answer is not None), None)
     again = "run the same command again; what was uploaded already is not sent twice"
+    if status == 401 and token:
+        return f"the hub refuses your token (401 for {repo_id}): correct or leave out token="
     if status == 401:
-        fix = "run `hf auth login`"
-        if token or os.environ.get("HF_TOKEN"):
-            fix = "correct or leave out token=" if token else "correct or unset HF_TOKEN"
-        return f"the hub refuses your token (401 for {repo_id}): {fix}"
+        return token_refused(repo_id)
     if status == 403:
         return (
             f"your token may not write to {repo_id} (403): make one with write permission at "

@@ -41,8 +41,7 @@ def questions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Questio
     Left out are rows that are learned from their first token on (a plain text, or
     `data.train_on=all`), as nothing is there to ask, and rows whose answer was cut.
     """
-    asked = (_question(example, tokenizer) for example in examples)
-    return [question for question in asked if question is not None]
+    return [asked for example in examples if (asked := _question(example, tokenizer))]
 
 
 def _question(example: Example, tokenizer: Tokenizer) -> Question | None:

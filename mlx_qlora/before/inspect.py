@@ -6,7 +6,7 @@ from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.text import Text
 
 from mlx_qlora.before.plan import Plan
@@ -44,13 +44,13 @@ def histogram(report: DataReport) -> str:
     )
 
 
-def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> RenderableType:
-    """The first examples of the first batches, token by token as they are trained.
+def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Console) -> None:
+    """Print the first examples of the first batches, token by token as they are trained.
 
-    Without `colour`, ⟦ ⟧ are around what is supervised.
+    Without colour, ⟦ ⟧ are around what is supervised.
     """
+    colour = console.color_system is not None and not console.no_color
     each = ((batch, b) for batch in batches for b in range(len(batch.rows)))
-    texts = []
     for batch, b in islice(each, count):
         assert batch.documents is not None
         tokens: Any = np.array(batch.tokens)
@@ -58,8 +58,7 @@ def rows(batches: Batches, tokenizer: Tokenizer, count: int, colour: bool) -> Re
         for place, (row, start, end) in zip(batch.places, batch.documents.tolist()):
             if row == b:  # a row of several answers may be several documents
                 of_document = tokens[b, start:end], labels[b, start:end]
-                texts.append(_text_of(place, *of_document, tokenizer, colour))
-    return Group(*texts)
+                console.print(_text_of(place, *of_document, tokenizer, colour), soft_wrap=True)
 
 
 def _text_of(
@@ -141,12 +140,6 @@ def inspect_data(
         "steps": length.steps,
         "passes": length.passes,
     }
-
-
-def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Console) -> None:
-    """Print the first rows, with colour where there is some."""
-    colour = console.color_system is not None and not console.no_color
-    console.print(rows(batches, tokenizer, count, colour), soft_wrap=True)
 
 
 def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:

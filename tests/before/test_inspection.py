@@ -15,8 +15,7 @@ from rich.text import Text
 from safetensors.numpy import load_file, save_file
 from support.tiny_folder import write_model, write_rows
 
-from mlx_qlora.before.inspect import PICTURES, inspect_data
-from mlx_qlora.before.inspect import rows as rows_as_shown
+from mlx_qlora.before.inspect import PICTURES, inspect_data, print_rows
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import make_batches
@@ -374,10 +373,11 @@ def test_what_cannot_be_inspected_is_one_message_and_code_2(
 
 
 def first_row(examples: Examples, tokenizer: Tokenizer, colour: bool = False) -> str:
-    """The first row of the first batch."""
-    console = Console(file=io.StringIO())
-    console.print(rows_as_shown(make_batches(examples, 1), tokenizer, 1, colour), soft_wrap=True)
-    return console.file.getvalue()
+    """The first row of the first batch, without the colours that it has."""
+    system = "truecolor" if colour else None
+    console = Console(file=io.StringIO(), color_system=system, no_color=False, record=True)
+    print_rows(make_batches(examples, 1), tokenizer, 1, console)
+    return console.export_text()
 
 
 def test_a_row_that_ends_in_context_is_shown_without_a_foreign_token(tokenizer):
