@@ -16,7 +16,6 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
 from mlx_qlora.train.score import RowScores, score, score_rows
 
-BATCH = 8  # rows of a forward
 POSITIONS = 4096  # of the examples that are scored at once
 MOST_NATS = 700.0  # exp of more is not finite
 

@@ -88,16 +88,11 @@ class GradientAllReduce:
 
 
 def score_of_all(
-    score: Score,
-    processes: Processes,
-    took: float,
-    received: int | None = None,
-    seconds: float | None = None,
+    score: Score, processes: Processes, took: float, received: int | None
 ) -> tuple[Score, int | None]:
     """The sums over all processes of what each has scored, and a signal that any received.
 
-    This process `took` so many seconds for its share of the score. It waits `seconds` for the
-    others, or as `Processes.wait` if not given.
+    This process `took` so many seconds for its share of the score.
 
     Raises:
         ProcessError: another process is gone, or did not answer in time.
@@ -109,7 +104,7 @@ def score_of_all(
     sums = processes.all_sum(mx.array([*whole, *counts, *_one_hot(received)], mx.int64))
     if score.tokens:
         processes.worked(took)
-    processes.wait(sums, seconds=seconds)
+    processes.wait(sums)
     nats, not_finite, *numbers = map(int, np.array(sums))
     n = len(counts)
     return Score(math.nan if not_finite else nats / FIXED, *numbers[:n]), _signal(numbers[n:])

@@ -78,14 +78,11 @@ class TrainingConfig:
                 f"got {self.max_steps} and {self.num_train_epochs}: leave one of them out"
             )
         sizes = "per_device_train_batch_size", "gradient_accumulation_steps"
-        for name in (*sizes, "learning_rate"):
+        words = dict.fromkeys((*sizes, "learning_rate"), "be a number or auto")
+        words |= dict.fromkeys(("gradient_checkpointing", "compile"), "be true, false or auto")
+        for name, rule in words.items():
             value = getattr(self, name)
-            legal = not isinstance(value, str) or value == "auto"
-            require(legal, f"training.{name}", "be a number or auto", value)
-        for name in ("gradient_checkpointing", "compile"):
-            value = getattr(self, name)
-            legal = not isinstance(value, str) or value == "auto"
-            require(legal, f"training.{name}", "be true, false or auto", value)
+            require(not isinstance(value, str) or value == "auto", f"training.{name}", rule, value)
 
         def check(names: tuple[str, ...], rule: str, legal: Callable[[float], bool]) -> None:
             for name in names:

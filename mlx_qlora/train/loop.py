@@ -4,7 +4,6 @@ Read `train` first: it is the whole story. Every step is a function of (config, 
 run that is stopped and continued takes the same steps as one that was not.
 """
 
-import dataclasses
 import os
 import statistics
 import time
@@ -42,7 +41,7 @@ from mlx_qlora.train.config import RunLength, batches_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.metrics import Metrics, open_trackers, rewrite_metrics
 from mlx_qlora.train.optim import AdamW
-from mlx_qlora.train.score import Score, score
+from mlx_qlora.train.score import score
 from mlx_qlora.train.signals import Interrupted, StopSignal
 from mlx_qlora.train.step import Step, StepError, StepResult, retried
 
@@ -92,7 +91,7 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, without the history, as JSON has them."""
-        figures = dataclasses.asdict(self)
+        figures = asdict(self)
         return {k: v for k, v in figures.items() if k not in ("log_history", "html")}
 
     def _repr_html_(self) -> str | None:
@@ -165,9 +164,7 @@ class Run:
         validation = inputs.validation
         self.held_out = evaluation_batches(validation) if validation else None
         self.total_steps = training.total_steps(self.batches)
-        compiled = training.compile
-        if compiled == "auto":
-            compiled = device.current().compiles
+        compiled = device.current().compiles if training.compile == "auto" else training.compile
         self.optimizer = AdamW(
             model.trainable_parameters(),
             training.adam_beta1,
@@ -179,8 +176,7 @@ class Run:
         )
         self.stop = StopSignal(agreed=self.processes.size > 1)
         engine = Engine(model, training.recompute, compiled=bool(compiled))
-        seed, several = training.seed, self.processes
-        self.step = Step(engine, self.optimizer, seed, self.stop, console, several)
+        self.step = Step(engine, self.optimizer, training.seed, self.stop, console, self.processes)
 
     # ---- before the first step -------------------------------------------------------------------
 
@@ -330,11 +326,11 @@ class Run:
                         yield piece
                         task.advance(len(piece.tokens))
 
-        def score_share() -> Score:
-            return score(self.model, pieces())
-
         started = now()
-        ours = retried(score_share, lambda reason, _: self.step.split_more([held_out[0]], reason))
+        ours = retried(
+            lambda: score(self.model, pieces()),
+            lambda reason, _: self.step.split_more([held_out[0]], reason),
+        )
         if self.stop.signum is not None:
             return False
         took, received = now() - started, self.stop.received

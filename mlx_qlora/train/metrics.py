@@ -72,11 +72,8 @@ def require_trackers(report_to: list[str]) -> None:
             raise ConfigError(
                 f"logging.report_to: {name} is not installed: pip install 'mlx-qlora[{name}]'"
             )
-    if "wandb" in report_to:
-        _require_key()
-
-
-def _require_key() -> None:
+    if "wandb" not in report_to:
+        return
     import wandb
 
     settings = wandb.setup().settings
@@ -123,26 +120,24 @@ class TensorBoard:
 
     name = "tensorboard"
 
-    def __init__(
-        self, folder: Path, settings: dict[str, Any], history: list[dict[str, Any]], step: int
-    ) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], state: RunState) -> None:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.plugins.text.summary_v2 import text_pb
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        continues = step > 0 and any(folder.glob("*tfevents*"))
+        continues = state.step > 0 and any(folder.glob("*tfevents*"))
         # Files are read in the order of their names: the time in them is finer than a second.
         ending = f"{socket.gethostname()}.{os.getpid()}.{next(NUMBER)}"
         path = folder / f"events.out.tfevents.{time.time():017.6f}.{ending}"
         self.make_event: Any = vars(event_pb2)["Event"]  # made at import: no checker sees it
         self.records = RecordWriter(path.open("xb"))
         self._event(0, file_version="brain.Event:2")
-        self._event(step + 1 if continues else 0, session_log={"status": "START"})
+        self._event(state.step + 1 if continues else 0, session_log={"status": "START"})
         if not continues:
             text = textwrap.indent(json.dumps(settings, indent=2), "    ")  # a block of code
             self._event(0, summary=text_pb("args/text_summary", text))
-            for record in history:
+            for record in state.log_history:
                 self.write(record["step"], tracked(record))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -178,18 +173,12 @@ class Wandb:
     name = "wandb"
 
     def __init__(
-        self,
-        project: str,
-        name: str,
-        output: Path,
-        settings: dict[str, Any],
-        history: list[dict[str, Any]],
-        step: int,
+        self, project: str, name: str, output: Path, settings: dict[str, Any], state: RunState
     ) -> None:
         import wandb
 
         place = output / RUN_ID
-        known = place.read_text(encoding="utf-8").strip() if step and place.is_file() else ""
+        known = place.read_text(encoding="utf-8").strip() if state.step and place.is_file() else ""
         try:
             self.run = wandb.init(
                 project=project,
@@ -211,8 +200,8 @@ class Wandb:
             write_whole(place, f"{self.run.id}\n")
         self.run.define_metric("train/global_step")
         self.run.define_metric("*", step_metric="train/global_step", step_sync=True)
-        self.done, self.first = step, self.run.step
-        for record in history:
+        self.done, self.first = state.step, self.run.step
+        for record in state.log_history:
             if record["step"] >= self.first:
                 self.write(record["step"], tracked(record))
 
@@ -242,13 +231,12 @@ def open_trackers(
     """
     require_trackers(list(config.report_to))
     name = config.run_name or output.resolve().name
-    about = settings, state.log_history, state.step
     opened: list[Tracker] = []
     if "tensorboard" in config.report_to:
-        opened.append(TensorBoard(output / "runs" / name, *about))
+        opened.append(TensorBoard(output / "runs" / name, settings, state))
     if "wandb" in config.report_to:
         try:
-            opened.append(Wandb(config.project, name, output, *about))
+            opened.append(Wandb(config.project, name, output, settings, state))
         except BaseException:
             for tracker in opened:
                 tracker.close(failed=True)

@@ -111,7 +111,8 @@ class Step:
         rows = sum(len(batch.rows) for batch in micro_batches)
         signum, elsewhere = None, False
         if all_reduce is not None:
-            counts, elsewhere = (n, tokens, rows), all_finite(grads)
+            counts = n, tokens, rows
+            elsewhere = bool(mx.stack([mx.isfinite(grad).all() for grad in grads.values()]).all())
             grads, nats, (n, tokens, rows), signum = retried(
                 lambda: all_reduce.wait(grads, nats, counts, self.stop.received), give_up
             )
@@ -197,11 +198,6 @@ def split(batch: Batch, n: int) -> list[Batch]:
 
 
 # ---- where numbers end ---------------------------------------------------------------------------
-
-
-def all_finite(grads: dict[str, mx.array]) -> bool:
-    """Whether every gradient is a finite number."""
-    return bool(mx.stack([mx.isfinite(grad).all() for grad in grads.values()]).all())
 
 
 def suspects(losses: list[tuple[Batch, mx.array]], elsewhere: bool) -> tuple[str, ...]:

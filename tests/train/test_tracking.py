@@ -25,7 +25,7 @@ from support.training import recorded, start
 
 from mlx_qlora.config import build, set_override
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.train.checkpoint import checkpoints
+from mlx_qlora.train.checkpoint import RunState, checkpoints
 from mlx_qlora.train.metrics import LoggingConfig, require_trackers, tracked
 
 ROOT = Path(__file__).parents[2]
@@ -294,7 +294,7 @@ def test_a_step_that_wandb_closed_is_not_sent_again(monkeypatch, tmp_path):
 
     monkeypatch.setattr(wandb.Run, "step", property(lambda run: 7))
     history = [{"step": step, "loss": 1.0 / step} for step in range(1, 5)]
-    run = Wandb("p", "n", tmp_path, {}, history, 4)
+    run = Wandb("p", "n", tmp_path, {}, RunState(step=4, log_history=history))
     run.write(4, {"eval/loss": 0.5})  # was due when a signal came
     for step in range(5, 10):
         run.write(step, {"train/loss": 1.0 / step})
@@ -348,7 +348,7 @@ def test_what_wandb_refuses_is_said_before_training(hf_tiny, tmp_path):
     start(hf_tiny[1], out, report_to=BOTH)
     (out / "checkpoint-8" / "resume_state.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*")}
-    other = Wandb("p", "n", out, {}, [], 6)
+    other = Wandb("p", "n", out, {}, RunState(step=6))
     with pytest.raises(ConfigError, match=r"wandb cannot begin a run: run ID .* in use; set WAN"):
         start(hf_tiny[1], out, report_to=BOTH)
     other.close(failed=False)
