@@ -7,7 +7,9 @@ on a phone as on a large screen.
 
 import functools
 import importlib.util
+import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -326,6 +328,7 @@ def _templates() -> Any:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals |= {"svg": svg, "style": css("plot.css") + css("page.css")}
+    environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
     return environment
 
 

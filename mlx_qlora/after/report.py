@@ -1,13 +1,12 @@
 """The report of a run: one HTML page that says whether it learned, and shows everything it was."""
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlx_qlora import __version__
 from mlx_qlora.adapters.push import VLLM_RANKS
@@ -155,25 +154,19 @@ class Report:
         return shlex.join([*command(self, "generate", self.folder), *self.ask])
 
     @property
-    def usages(self) -> list["Usage"]:
-        """What to type in each tool that opens the adapter."""
-        here = f"{self.question}\n{_merge(self)}"
-        folder = json.dumps(self.folder, ensure_ascii=False)
-        peft = (
-            "from peft import AutoPeftModelForCausalLM\n"
-            "from transformers import AutoTokenizer\n\n"
-            f"model = AutoPeftModelForCausalLM.from_pretrained({folder})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({folder})"
-        )
-        base, copy = shlex.quote(self.base), shlex.quote(f"{self.folder}/mlx")
-        mlx_lm = f'mlx_lm.generate --model {base} --adapter-path {copy} --prompt "Hello"'
-        return [
-            Usage("mlx-qlora", here, "merge makes a model that needs no adapter any more."),
-            Usage("PEFT", peft, f"Fetches {self.base}."),
-            Usage("mlx-lm", mlx_lm, f"On a Mac. {self.mlx_lm}".strip()),
-            _vllm(self),
-            _llama_cpp(self),
-        ]
+    def rank(self) -> int:
+        """The adapter's largest."""
+        return max([self.adapter.get("r") or 0, *(self.adapter.get("rank_pattern") or {}).values()])
+
+    @property
+    def vllm_rank(self) -> int | None:
+        """The `--max-lora-rank` of vLLM that holds the adapter; None if vLLM cannot compute it."""
+        return next((r for r in VLLM_RANKS if r >= self.rank and not self.is_dora), None)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the adapter is a DoRA one."""
+        return bool(self.adapter.get("use_dora"))
 
     @cached_property
     def plots(self) -> list[Plot]:
@@ -257,14 +250,6 @@ def data_facts(report: DataReport) -> dict[str, str]:
 # ---- use the adapter -----------------------------------------------------------------------------
 
 
-class Usage(NamedTuple):
-    """What to type in one tool, and what to know about it."""
-
-    tool: str
-    code: str
-    note: str
-
-
 def command(report: Report, name: str, folder: str) -> list[str]:
     """The beginning of a command of ours that opens the adapter.
 
@@ -280,46 +265,10 @@ def command(report: Report, name: str, folder: str) -> list[str]:
 def next_commands(report: Report, chats: bool) -> list[list[str]]:
     """What to do with a new adapter: ask it, talk to it if it `chats`, take it elsewhere."""
     folder = str(report.result.output_dir)
-    form = "--portable" if report.adapter.get("use_dora") else "--gguf"
+    form = "--portable" if report.is_dora else "--gguf"
     export = ["--output-dir", f"{folder}-{form.strip('-')}", form]
     return [
         [*command(report, "generate", folder), *report.ask],
         *([command(report, "chat", folder)] if chats else []),
         [*command(report, "export", folder), *export],
     ]
-
-
-def _merge(report: Report) -> str:
-    return f"mlx-qlora merge --adapter {shlex.quote(report.folder)} --output-dir merged"
-
-
-def _vllm(report: Report) -> Usage:
-    adapter, folder, export = report.adapter, report.folder, ""
-    note = "Serves it as the model named tuned."
-    rank = max([adapter.get("r") or 0, *(adapter.get("rank_pattern") or {}).values()])
-    served = [r for r in VLLM_RANKS if r >= rank]
-    lacks = "computes no DoRA" if adapter.get("use_dora") else f"takes no rank of {rank}"
-    if adapter.get("use_dora") or not served:
-        code = f"{_merge(report)}\nvllm serve merged"
-        return Usage("vLLM", code, f"vLLM {lacks}, so the adapter is merged first.")
-    if any(adapter.get(name) for name in ("rank_pattern", "alpha_pattern")):
-        source = shlex.quote(folder)
-        export = f"mlx-qlora export --adapter {source} --output-dir portable --portable\n"
-        folder, note = "portable", f"vLLM takes one rank and one scale: --portable. {note}"
-    flags = f"--max-lora-rank {served[0]} --lora-modules {shlex.quote(f'tuned={folder}')}"
-    code = f"{export}vllm serve {shlex.quote(report.base)} --enable-lora {flags}"
-    return Usage("vLLM", code, note)
-
-
-def _llama_cpp(report: Report) -> Usage:
-    if report.adapter.get("use_dora"):
-        convert = "python convert_hf_to_gguf.py merged --outfile model.gguf --outtype f16"
-        note = "llama.cpp computes no DoRA, so the adapter is merged; convert in its folder."
-        return Usage("llama.cpp, Ollama", f"{_merge(report)}\n{convert}", note)
-    code = (
-        f"mlx-qlora export --adapter {shlex.quote(report.folder)} --output-dir gguf --gguf\n"
-        'llama-cli -m BASE.gguf --lora gguf/adapter.gguf -p "Hello"\n'
-        "ollama create tuned -f gguf/Modelfile"
-    )
-    note = "BASE.gguf is the trained model as GGUF; the Modelfile names it in its line FROM."
-    return Usage("llama.cpp, Ollama", code, note)
