@@ -1,19 +1,17 @@
-"""The findings of a sweep: sentences, a table, `sweep.json`, `best.yaml` and a plot."""
+"""The findings of a sweep: what its record holds, sentences, a table and a plot."""
 
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from mlx_qlora.after.plots import Line, Plot, svg_file
-from mlx_qlora.config import RunConfig, to_yaml
-from mlx_qlora.errors import ConfigError, say
-from mlx_qlora.folders import disk_errors, staged
+from mlx_qlora.after.plots import Line, Plot
+from mlx_qlora.config import RunConfig
+from mlx_qlora.errors import ConfigError
 from mlx_qlora.sweep.trial import (
     Measured,
     Point,
@@ -111,56 +109,6 @@ def read_fingerprint(output: Path) -> dict[str, str] | None:
             f"{path} cannot be read ({error}); remove it if the trials beside it are of this model "
             "and data, or choose another --output-dir"
         ) from None
-
-
-def write_sweep(
-    config: RunConfig,
-    about: dict[str, Any],
-    trials: dict[Point, Trial],
-    stages: list[Stage],
-    winner: Point | None,
-    repeated: Point | None,
-    console: Console,
-) -> SweepResult:
-    """Write the sweep's files; with a winner, print the table and the sentences, too.
-
-    Args:
-        about: fingerprint, grid, steps and rungs, for the record.
-        winner: None while the sweep is under way.
-        repeated: the winner with another seed, if that was asked for.
-    """
-    output = Path(config.checkpointing.output_dir)
-    tried, rungs = [*trials.values()], about["rungs"]
-    best = trials[winner] if winner is not None else None
-    findings = [line for stage in stages for line in stage_findings(stage, trials)]
-    if best is not None and repeated is not None:
-        findings += seed_findings(best, trials[repeated], stages, trials)
-    best_config, command = None, ""
-    if best is not None:
-        asked = replace(config.checkpointing, output_dir=str(output / "best"))
-        best_config = replace(best.config, checkpointing=asked)
-        command = ready_command(output, config, best)
-    record = {
-        **about,
-        "finished": best is not None,
-        "trials": [trial.row(rungs) for trial in tried],
-        "stages": [stage.row(trials) for stage in stages],
-        "winner": best.name if best else None,
-        "findings": findings,
-        "command": command,
-    }
-    with disk_errors(output), staged(output) as staging:
-        text = json.dumps(record, indent=2) + "\n"
-        (staging / RECORD).write_text(text, encoding="utf-8")
-        if best_config is not None:
-            (staging / BEST).write_text(to_yaml(best_config), encoding="utf-8")
-            (staging / PLOT).write_text(svg_file(plot_of(tried)), encoding="utf-8")
-    if best is not None:
-        console.print(table(tried, rungs))
-        for line in findings:
-            say(console, f"finding   {line}")
-        say(console, f"winner    {best.name}; {output / BEST}\n          {command}")
-    return SweepResult(output, tried, stages, best, best_config, findings, command, record)
 
 
 # ---- sentences -----------------------------------------------------------------------------------

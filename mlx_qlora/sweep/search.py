@@ -19,34 +19,15 @@ from rich.console import Console
 from mlx_qlora import device
 from mlx_qlora.adapters.origin import original_base, sample_of
 from mlx_qlora.after.bootstrap import FEWEST
-from mlx_qlora.config import RunConfig
+from mlx_qlora.after.plots import svg_file
+from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing, require, say, warn
-from mlx_qlora.folders import check_writable, disk_errors, locked
+from mlx_qlora.folders import check_writable, disk_errors, locked, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import OUTPUT, Inputs, open_inputs
-from mlx_qlora.sweep.page import (
-    BEST,
-    PLOT,
-    Stage,
-    SweepResult,
-    Trial,
-    read_fingerprint,
-    write_sweep,
-)
-from mlx_qlora.sweep.trial import (
-    Measured,
-    Point,
-    budget,
-    candidates,
-    check_swept,
-    checked_grid,
-    config_of,
-    measure,
-    recorded,
-    stages,
-    start_point,
-    ties,
-)
+from mlx_qlora.sweep import page, trial
+from mlx_qlora.sweep.page import Stage, SweepResult, Trial
+from mlx_qlora.sweep.trial import Measured, Point
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.config import batches_of
 
@@ -83,12 +64,12 @@ def sweep(
             candidates of a stage fail or the disk does.
         Interrupted: a signal came; the same command goes on.
     """
-    values = checked_grid(grid)
-    check_swept(config)
+    values = trial.checked_grid(grid)
+    trial.check_swept(config)
     require(1 <= rungs <= 10, "the sweep's rungs", "be from 1 to 10", rungs)
     output = Path(config.checkpointing.output_dir)
-    is_sweep = read_fingerprint(output) is not None
-    check_writable(output, (BEST, PLOT), OUTPUT, is_ours=lambda _: is_sweep)
+    is_sweep = page.read_fingerprint(output) is not None
+    check_writable(output, (page.BEST, page.PLOT), OUTPUT, is_ours=lambda _: is_sweep)
     inputs = _open(config, console)
     config = inputs.config
     if steps is None:
@@ -96,9 +77,11 @@ def sweep(
         steps = config.training.total_steps(batches)
     shortest = 2 ** (rungs - 1)
     require(steps >= shortest, "the sweep's steps", f"be at least {shortest}", steps)
-    for fields in stages(values, product):  # a wrong value is found before the model is loaded
-        for point in candidates(start_point(config), fields, values):
-            config_of(config, point, steps, output)
+    for fields in trial.stages(
+        values, product
+    ):  # wrong values, before the model is loaded
+        for point in trial.candidates(trial.start_point(config), fields, values):
+            trial.config_of(config, point, steps, output)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output):
@@ -135,7 +118,7 @@ def _open(config: RunConfig, console: Console) -> Inputs:
 
 def _check_same(output: Path, fingerprint: dict[str, str]) -> None:
     """Refuse a folder whose trials were of another model, or on other data."""
-    recorded = read_fingerprint(output) or fingerprint
+    recorded = page.read_fingerprint(output) or fingerprint
     changed = [name for name, value in fingerprint.items() if recorded.get(name) != value]
     if changed:
         raise ConfigError(
@@ -160,9 +143,9 @@ class _Search:
     def run(self, product: bool, repeat_best: bool) -> SweepResult:
         """Run all stages, and the winner once more with another seed if that is asked for."""
         self.write()
-        best = start_point(self.inputs.config)
-        for fields in stages(self.grid, product):
-            best = self.stage(fields, candidates(best, fields, self.grid))
+        best = trial.start_point(self.inputs.config)
+        for fields in trial.stages(self.grid, product):
+            best = self.stage(fields, trial.candidates(best, fields, self.grid))
         repeated = None
         if repeat_best:
             repeated = replace(best, seed=best.seed + 1)
@@ -190,7 +173,7 @@ class _Search:
             if rung < self.rungs - 1:
                 names = "; ".join(point.label(fields) for point in alive)
                 say(self.console, f"rung {rung + 1}/{self.rungs}: {names} go on")
-        tied = ties([results[point] for point in alive])
+        tied = trial.ties([results[point] for point in alive])
         winner = alive[tied[0]]  # the most cautious one
         self.done.append(Stage(fields, tuple(points), tuple(history), winner))
         self.write()
@@ -198,27 +181,62 @@ class _Search:
 
     def measure(self, point: Point, rung: int) -> Measured:
         """Take a point's figures at a rung from this sweep, from the disk, or by training."""
-        config = config_of(self.inputs.config, point, self.steps, self.inputs.output)
-        trial = self.trials.setdefault(point, Trial(point, config, []))
-        if len(trial.measured) > rung:
-            return trial.measured[rung]
-        name, steps = trial.name, config.training.max_steps
+        config = trial.config_of(self.inputs.config, point, self.steps, self.inputs.output)
+        tried = self.trials.setdefault(point, Trial(point, config, []))
+        if len(tried.measured) > rung:
+            return tried.measured[rung]
+        name, steps = tried.name, config.training.max_steps
         assert steps is not None
-        step = budget(steps, rung, self.rungs)
-        result = recorded(config, step, self.inputs)
+        step = trial.budget(steps, rung, self.rungs)
+        result = trial.recorded(config, step, self.inputs)
         if result is not None:
             say(self.console, f"reused    {name} at step {step}")
         else:
             say(self.console, f"trial     {name}: to step {step} of {steps}")
-            result = measure(config, step, self.model, self.inputs, self.console)
+            result = trial.measure(config, step, self.model, self.inputs, self.console)
         loss = f"failed: {result.failed}" if result.failed else f"{result.validation_loss:.4f}"
         say(self.console, f"          validation loss {loss}")
-        trial.measured.append(result)
+        tried.measured.append(result)
         return result
 
     def write(self, winner: Point | None = None, repeated: Point | None = None) -> SweepResult:
-        """Leave what is known so far in the folder; with a winner, the sweep is over."""
-        config, fingerprint = self.inputs.config, self.inputs.state.fingerprint
-        about = {"fingerprint": fingerprint, "grid": self.grid, "steps": self.steps}
-        about["rungs"] = self.rungs
-        return write_sweep(config, about, self.trials, self.done, winner, repeated, self.console)
+        """Leave what is known so far in the folder; with a winner, the sweep is over.
+
+        Then print the table and the findings, too. `repeated` is the winner with another seed.
+        """
+        output, config, stages = self.inputs.output, self.inputs.config, self.done
+        trials = [*self.trials.values()]
+        findings = [line for stage in stages for line in page.stage_findings(stage, self.trials)]
+        best, best_config, command = None, None, ""
+        if winner is not None:
+            best = self.trials[winner]
+            asked = replace(config.checkpointing, output_dir=str(output / "best"))
+            best_config = replace(best.config, checkpointing=asked)
+            command = page.ready_command(output, config, best)
+            if repeated is not None:
+                findings += page.seed_findings(best, self.trials[repeated], stages, self.trials)
+        record = {
+            "fingerprint": self.inputs.state.fingerprint,
+            "grid": self.grid,
+            "steps": self.steps,
+            "rungs": self.rungs,
+            "finished": best is not None,
+            "trials": [each.row(self.rungs) for each in trials],
+            "stages": [stage.row(self.trials) for stage in stages],
+            "winner": best.name if best else None,
+            "findings": findings,
+            "command": command,
+        }
+        with disk_errors(output), staged(output) as staging:
+            text = json.dumps(record, indent=2) + "\n"
+            (staging / page.RECORD).write_text(text, encoding="utf-8")
+            if best_config is not None:
+                (staging / page.BEST).write_text(to_yaml(best_config), encoding="utf-8")
+                plot = svg_file(page.plot_of(trials))
+                (staging / page.PLOT).write_text(plot, encoding="utf-8")
+        if best is not None:
+            self.console.print(page.table(trials, self.rungs))
+            for line in findings:
+                say(self.console, f"finding   {line}")
+            say(self.console, f"winner    {best.name}; {output / page.BEST}\n          {command}")
+        return SweepResult(output, trials, stages, best, best_config, findings, command, record)
