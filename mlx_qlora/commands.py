@@ -283,8 +283,7 @@ def _evaluate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     from mlx_qlora.after.evaluation import ANSWERS, evaluate_run
 
     answers = ANSWERS if args.answers is None else args.answers
-    evaluation = evaluate_run(config, console, None, args.limit, answers, args.general, args.output)
-    return evaluation.to_dict()
+    return evaluate_run(config, console, args.limit, answers, args.general, args.output).to_dict()
 
 
 def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -353,9 +352,7 @@ def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
 def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.doctor import PlannedRun, doctor
 
-    model, output = config.model, config.checkpointing
-    planned = model.source, model.revision, output.output_dir, config.lora, output.save_total_limit
-    findings = doctor(console, PlannedRun(*planned))
+    findings = doctor(console, PlannedRun(config))
     fine = all(finding.state != "error" for finding in findings)
     return {"ok": fine, "findings": [dataclasses.asdict(finding) for finding in findings]}
 

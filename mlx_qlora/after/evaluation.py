@@ -6,7 +6,7 @@ and asked, the two are compared example by example, and the adapter is tried on 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ ANSWER_METRICS: dict[str, tuple[str, Callable[[str, str], float]]] = {
 def evaluate_run(
     config: RunConfig,
     console: Console,
-    data: str | None = None,
     limit: int | None = None,
     n_answers: int = ANSWERS,
     general_text: str | None = None,
@@ -59,9 +58,8 @@ def evaluate_run(
     """Scores a base, or an adapter against its base, on rows of a file.
 
     Args:
-        config: its model and adapter, how data is read, the seed of the choice of rows, and
+        config: its model and adapter, the rows and how they are read, the seed of their choice, and
             `generation.max_new_tokens`. An adapter of ours brings its model and its template.
-        data: the rows, in the place of `data.path`.
         limit: score so many rows, drawn by the seed; None scores all.
         n_answers: let the models answer so many questions, drawn too; 0 asks none.
         general_text: a text file for the check of what was forgotten; the built-in texts if not
@@ -71,11 +69,11 @@ def evaluate_run(
     Raises:
         UserError: any of its kinds, before a weight is loaded.
     """
-    data = data if data is not None else config.data.path
+    data = config.data.path
     if data is None:
         raise ConfigError("data.path is missing; name a file of rows with --data FILE")
-    texts = _check_arguments(config, data, limit, n_answers, general_text, output)
-    config = replace(config, data=replace(config.data, path=data))
+    find_files(data)
+    texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
     _warn_of_training_rows(config, data, console)
@@ -130,14 +128,12 @@ def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> No
 
 def _check_arguments(
     config: RunConfig,
-    data: str,
     limit: int | None,
     n_answers: int,
     general_text: str | None,
     output: str | None,
 ) -> list[str] | None:
     """Refuses what cannot work; returns the paragraphs of the general text, if it is named."""
-    find_files(data)
     require(limit is None or limit >= 1, "--limit", "be at least 1", limit)
     require(n_answers >= 0, "n_answers", "be at least 0", n_answers)
     if config.model.adapter is not None:

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from rich.text import Text
 
 from mlx_qlora import device
 from mlx_qlora.before.plan import trainable
+from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.errors import SourceError, UserError
 from mlx_qlora.model import hub
 from mlx_qlora.model.gguf import Packed
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint
 from mlx_qlora.train.memory import adapter_bytes
 
@@ -92,13 +92,11 @@ REFERENCE_BLAS = 10e9  # FLOP/s: the reference BLAS stays below on any core, an 
 
 
 def python() -> Iterator[Finding]:
-    """3.10 or newer; on a Mac one for arm64, since MLX has no other wheels there."""
+    """On a Mac one for arm64, since MLX has no other wheels there."""
     text = f"Python {platform.python_version()}, {platform.machine()}"
     arm = "/opt/homebrew/bin/brew install python@3.12 && /opt/homebrew/bin/python3.12 -m venv .venv"
     if sys.platform == "darwin" and platform.machine() == "x86_64":
         yield _error("python", f"{text}, under Rosetta or on Intel; MLX needs arm64", arm)
-    elif tuple(map(int, platform.python_version_tuple()[:2])) < (3, 10):
-        yield _error("python", f"{text}; 3.10 or newer is needed", "uv venv --python 3.12")
     else:
         yield _ok("python", text)
 
@@ -247,11 +245,7 @@ LLAMA_8B_BYTES, LLAMA_8B_TRAINED = 2 * 8_030_261_248, 41_943_040
 class PlannedRun:
     """The run that somebody has in mind, and what is found out about it check by check."""
 
-    source: str | None
-    revision: str | None = None
-    output_dir: str = "outputs"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    save_total_limit: int = 3
+    config: RunConfig
     away: Exception | None = None  # what kept the hub from answering
     to_fetch: int = LLAMA_8B_BYTES  # bytes to download
     n_trained: int = LLAMA_8B_TRAINED  # numbers that the run trains
@@ -297,33 +291,34 @@ class PlannedRun:
 
     def model(self) -> Iterator[Finding]:
         """Whether the model can be had and read, and what it needs of the disks."""
-        if self.source is None:
+        if self.config.model.source is None:
             return
         try:
-            yield _ok("model", self._examined(self.source))
+            yield _ok("model", self._examined(self.config.model.source))
         except UserError as cause:
             yield _error("model", str(cause), _command(str(cause)))
 
     def _examined(self, source: str) -> str:
         """Asks for no more than the headers of files here, and sizes and a config elsewhere."""
         files, size, to_fetch, repacked = None, 0, 0, ""
+        revision = self.config.model.revision
         if not hub.is_on_hub(source):
-            files = hub.resolve(source, self.revision)
-        elif folder := hub.whole_copy(source, self.revision):
+            files = hub.resolve(source, revision)
+        elif folder := hub.whole_copy(source, revision):
             files = hub.ModelFiles(folder, source, folder.name, source)
         elif self.away:
-            raise SourceError(hub.explain(self.away, source, self.revision))
+            raise SourceError(hub.explain(self.away, source, revision))
         if files:
             checkpoint = open_checkpoint(files)
             config, repacked = checkpoint.config, _repacked(checkpoint)
         else:
-            ask = partial(hub.on_offer, source, self.revision, PATIENCE)
+            ask = partial(hub.on_offer, source, revision, PATIENCE)
             try:
                 config, size, to_fetch = _in_time(ask, LONGER)
             except RuntimeError as cause:
-                raise SourceError(hub.explain(cause, source, self.revision)) from cause
+                raise SourceError(hub.explain(cause, source, revision)) from cause
         llama = LlamaConfig.from_hf(config)
-        self.n_trained = trainable(LlamaForCausalLM(llama), self.lora)  # lazy zeros: no memory
+        self.n_trained = trainable(LlamaForCausalLM(llama), self.config.lora)  # without memory
         self.of, self.to_fetch = source, to_fetch
         family = f"{llama.model_type}, {llama.num_hidden_layers} layers"
         if files:
@@ -337,9 +332,10 @@ class PlannedRun:
         """Whether there is room for the download, and for the checkpoints of a run."""
         from huggingface_hub import constants
 
-        cache, output = Path(constants.HF_HUB_CACHE), Path(self.output_dir).expanduser().absolute()
+        cache, checkpointing = Path(constants.HF_HUB_CACHE), self.config.checkpointing
+        output = Path(checkpointing.output_dir).expanduser().absolute()
         # The newest ones, the best one, and one more before the oldest of them goes.
-        kept = self.save_total_limit + 2
+        kept = checkpointing.save_total_limit + 2
         need = kept * adapter_bytes(self.n_trained)
         fetch = f"{self.to_fetch / 1e9:,.2f} GB to fetch {self.of}" if self.to_fetch else "none"
         yield self._room("cache", cache, self.to_fetch, fetch, "export HF_HOME=")
@@ -360,7 +356,8 @@ class PlannedRun:
         if free >= need:
             return _ok(name, text)
         # Too small for the yardstick is perhaps not too small for the model.
-        return _error(name, text, fix) if self.of == self.source else _warning(name, text, fix)
+        is_known = self.of == self.config.model.source
+        return _error(name, text, fix) if is_known else _warning(name, text, fix)
 
 
 def _repacked(checkpoint: Checkpoint) -> str:

@@ -77,9 +77,7 @@ def sweep(
         steps = config.training.total_steps(batches)
     shortest = 2 ** (rungs - 1)
     require(steps >= shortest, "the sweep's steps", f"be at least {shortest}", steps)
-    for fields in trial.stages(
-        values, product
-    ):  # wrong values, before the model is loaded
+    for fields in trial.stages(values, product):  # wrong values, before the model is loaded
         for point in trial.candidates(trial.start_point(config), fields, values):
             trial.config_of(config, point, steps, output)
     with disk_errors(output):

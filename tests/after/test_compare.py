@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ import mlx_qlora as mq
 from mlx_qlora.after import answer_metrics as on
 from mlx_qlora.after.answer_metrics import Question, questions
 from mlx_qlora.after.bootstrap import ratio_interval
-from mlx_qlora.after.evaluation import Performance, compare, compare_adapter, evaluate_run, measure
+from mlx_qlora.after.evaluation import (
+    Performance,
+    compare,
+    compare_adapter,
+    evaluate_run,
+    measure,
+)
 from mlx_qlora.config import RunConfig, build, to_yaml
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.train.score import RowScores
@@ -137,6 +144,12 @@ def config_of(**model: Any) -> RunConfig:
     return build({"model": {"bits": None, **model}, "generation": {"max_new_tokens": 5}})
 
 
+def evaluated(config: RunConfig, console: Console, data: str | None = None, *rest: Any, **how: Any):
+    return evaluate_run(
+        replace(config, data=replace(config.data, path=data)), console, *rest, **how
+    )
+
+
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=120)
 
@@ -149,7 +162,7 @@ def said_to(console: Console) -> str:
 def test_a_run_s_adapter_is_evaluated_by_its_folder_alone(adapter, rows, tmp_path):
     console, out = quiet(), tmp_path / "new" / "scores.json"
     config = config_of(adapter=str(adapter))
-    found = evaluate_run(config, console, str(rows), 12, 3, None, str(out))
+    found = evaluated(config, console, limit=12, n_answers=3, output=str(out), data=str(rows))
     said = said_to(console)
     assert "12 of 24, drawn with seed 0" in said and "3 questions of 12" in said
     assert "answers word for word" in said and said.count("was forgotten") == 1
@@ -158,12 +171,12 @@ def test_a_run_s_adapter_is_evaluated_by_its_folder_alone(adapter, rows, tmp_pat
     assert written["rows_scored"] == 12 and len(written["samples"]) == 3
     assert set(written["samples"][0]) == {"place", "prompt", "reference", "base", "tuned"}
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
-    again = evaluate_run(config, quiet(), str(rows), 12, 3)
+    again = evaluated(config, quiet(), limit=12, n_answers=3, data=str(rows))
     assert again.to_dict() == found.to_dict()
 
 
 def test_a_base_alone_has_figures_and_no_change(folder, rows, tmp_path):
-    found = evaluate_run(config_of(source=str(folder)), quiet(), str(rows), n_answers=0)
+    found = evaluated(config_of(source=str(folder)), quiet(), data=str(rows), n_answers=0)
     model, tokenizer = mq.load(folder)
     wanted = mq.evaluate(model, tokenizer, mq.read_examples(rows, tokenizer))
     loss = found.comparison["loss"]
@@ -179,7 +192,7 @@ def test_rows_that_were_trained_on_are_pointed_out(adapter, rows, tmp_path):
     source = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     config = config_of(source=source, adapter=str(taught))
     console = quiet()
-    evaluate_run(config, console, str(rows), 8, 0)
+    evaluated(config, console, limit=8, n_answers=0, data=str(rows))
     assert "the adapter was trained on rows of" in said_to(console)
 
 
@@ -210,4 +223,4 @@ def test_what_is_wrong_is_found_before_a_weight_is_loaded(
         (config_of(adapter=str(tmp_path)), {"data": data}, mq.AdapterError, str(tmp_path)),
     ]:
         with pytest.raises(error, match=message):
-            evaluate_run(config, quiet(), **how)
+            evaluated(config, quiet(), **how)
