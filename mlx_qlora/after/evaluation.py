@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mlx_qlora import __version__
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.several import active, disabled
+from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after import answer_metrics as metrics
 from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
@@ -86,13 +86,12 @@ def evaluate_run(
 
     model = inputs.load()
     tuned, general = None, None
-    if config.model.adapter is None:
+    with disabled(model):  # the adapter, if there is one
         base = measure(model, tokenizer, examples, asked, max_new_tokens)
-        comparison = compare(base, None, asked)
-    else:
-        comparison, base, tuned = compare_adapter(model, tokenizer, examples, asked, max_new_tokens)
-        source = general_text or "the built-in texts"
-        general = forgetting(model, tokenizer, texts, source)
+    if config.model.adapter is not None:
+        tuned = measure(model, tokenizer, examples, asked, max_new_tokens)
+        general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
+    comparison = compare(base, tuned, asked)
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs["max_new_tokens"] = max_new_tokens
@@ -183,7 +182,7 @@ def _drawn_questions(
     return [possible[int(i)] for i in sorted(chosen)]
 
 
-# ---- one model, and with and without its adapter -------------------------------------------------
+# ---- one model, and two -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,26 +212,6 @@ def measure(
     settings: Any = {"max_new_tokens": max_new_tokens, **greedy}
     answers = generate_batch(model, tokenizer, prompts, batch_size=BATCH, **settings)
     return Performance(scores, tuple(answers))
-
-
-def compare_adapter(
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    examples: Examples,
-    asked: list[Question],
-    max_new_tokens: int = 512,
-) -> tuple["Comparison", Performance, Performance]:
-    """Compares a model with its adapter, which is on and stays on, and without it.
-
-    Returns the comparison, and what the base and the tuned model did. A ConfigError if no adapter
-    is on or it cannot be turned off, a DataError if there are no examples of this vocabulary.
-    """
-    if active(model) is None:
-        raise ConfigError("the model has no adapter that is on: attach one, or switch to it")
-    with disabled(model):
-        base = measure(model, tokenizer, examples, asked, max_new_tokens)
-    tuned = measure(model, tokenizer, examples, asked, max_new_tokens)
-    return compare(base, tuned, asked), base, tuned
 
 
 @dataclass(frozen=True)

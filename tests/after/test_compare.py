@@ -20,9 +20,9 @@ from mlx_qlora.after import answer_metrics as on
 from mlx_qlora.after.answer_metrics import Question, questions
 from mlx_qlora.after.bootstrap import ratio_interval
 from mlx_qlora.after.evaluation import (
+    Comparison,
     Performance,
     compare,
-    compare_adapter,
     evaluate_run,
     measure,
 )
@@ -117,12 +117,20 @@ def test_answers_are_compared_by_every_metric():
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
 
 
+def compared(model: Any, *how: Any) -> tuple[Comparison, Performance, Performance]:
+    """As `evaluate_run` does."""
+    with mq.disabled(model):
+        base = measure(model, *how, 6)
+    tuned = measure(model, *how, 6)
+    return compare(base, tuned, how[-1]), base, tuned
+
+
 def test_the_base_is_the_model_without_its_adapter_and_the_adapter_stays_on(folder, adapter, rows):
     model, tokenizer = mq.load(folder, adapter=adapter)
     before = our_logits(model, TOKENS)
     examples = mq.read_examples(rows, tokenizer)
     asked = questions(examples, tokenizer)[:3]
-    found, base, tuned = compare_adapter(model, tokenizer, examples, asked, 6)
+    found, base, tuned = compared(model, tokenizer, examples, asked)
     assert np.array_equal(our_logits(model, TOKENS), before)
     plain, _ = mq.load(folder)
     alone = measure(plain, tokenizer, examples, asked, 6)
@@ -131,10 +139,8 @@ def test_the_base_is_the_model_without_its_adapter_and_the_adapter_stays_on(fold
     assert list(tuned.answers) == [mq.generate(model, tokenizer, q.prompt, **greedy) for q in asked]
     own = score_examples(model, tokenizer, examples)
     assert np.array_equal(own.nats, tuned.scores.nats)
-    again, _, _ = compare_adapter(model, tokenizer, examples, asked, 6)
+    again, _, _ = compared(model, tokenizer, examples, asked)
     assert again == found
-    with pytest.raises(mq.ConfigError, match="no adapter that is on"):
-        compare_adapter(plain, tokenizer, examples, [])
 
 
 # ---- the command -------------------------------------------------------------------------------
