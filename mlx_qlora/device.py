@@ -143,13 +143,8 @@ def _found() -> Device:
 
 def has_gpu_wheel() -> bool:
     """Whether a CUDA backend of MLX is installed."""
-    for name in ("mlx-cuda-12", "mlx-cuda-13"):
-        try:
-            importlib.metadata.version(name)
-            return True
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return False
+    wheels = "mlx-cuda-12", "mlx-cuda-13"
+    return any([*importlib.metadata.distributions(name=name)] for name in wheels)
 
 
 def compute_dtype(name: str) -> "mx.Dtype":

@@ -12,8 +12,8 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -93,23 +93,12 @@ class Processes:
             ProcessError: another process is gone, or did not answer in time.
         """
         limit = seconds or (AT_LEAST + TIMES * self.longest if self.longest else TO_BEGIN)
-        done, failed = threading.Event(), []
-
-        def wait() -> None:
-            try:
-                mx.eval(arrays)
-            except Exception as error:  # raised again below, in the thread that asked
-                failed.append(error)
-            done.set()
-
-        # In a thread: MLX waits without an end, and without letting signals through.
-        threading.Thread(target=wait, daemon=True).start()
-        deadline = time.monotonic() + limit
-        while not done.wait(0.2):
-            if time.monotonic() > deadline:
-                self._give_up(f"another process did not answer within {limit:.0f} s")
-        if failed:
-            self._give_up(f"another process is gone ({failed[0]})")
+        try:  # MLX itself waits without an end, and without letting signals through
+            in_time(lambda: mx.eval(arrays), limit)
+        except futures.TimeoutError:
+            self._give_up(f"another process did not answer within {limit:.0f} s")
+        except Exception as error:
+            self._give_up(f"another process is gone ({error})")
 
     def worked(self, seconds: float) -> None:
         """Remembers how long this process worked between two collectives."""
@@ -117,7 +106,7 @@ class Processes:
 
     def _give_up(self, reason: str) -> NoReturn:
         atexit.register(_leave)
-        raise ProcessError(f"{reason}, says process {self.rank} of {self.size}")
+        raise ProcessError(f"{reason}, says process {self.rank} of {self.size}") from None
 
     # ---- agreement -----------------------------------------------------------------------------
 
@@ -213,6 +202,23 @@ class Processes:
                 f"checkpointing.output_dir: {place} cannot be made ({error.strerror}); choose a "
                 "folder that every machine can write to with --output-dir"
             ) from None
+
+
+def in_time(work: Callable[[], T], seconds: float) -> T:
+    """What some work in a thread of its own returns, or a `futures.TimeoutError`.
+
+    The thread then goes on, and ends with the process; that of an executor would be waited for.
+    """
+    future: futures.Future[T] = futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as cause:
+            future.set_exception(cause)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
 
 
 def _leave() -> None:

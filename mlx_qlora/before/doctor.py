@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from mlx_qlora import device
 from mlx_qlora.before.plan import trainable
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas as cpu_blas
+from mlx_qlora.distributed import in_time
 from mlx_qlora.errors import SourceError, UserError
 from mlx_qlora.model import hub
 from mlx_qlora.model.gguf import Packed
@@ -375,21 +375,9 @@ def _existing(folder: Path) -> Path:
 
 
 def _in_time(work: Callable[[], Any], seconds: float) -> Any:
-    """What `work` returns, or a RuntimeError if it takes longer: name servers heed no timeout.
-
-    Its thread then goes on, and ends with the process; that of an executor would be waited for.
-    """
-    future: futures.Future[Any] = futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as cause:
-            future.set_exception(cause)
-
-    threading.Thread(target=run, daemon=True).start()
+    """What `work` returns, or a RuntimeError if it takes longer: name servers heed no timeout."""
     try:
-        return future.result(seconds)
+        return in_time(work, seconds)
     except futures.TimeoutError:
         raise RuntimeError(f"no answer within {seconds:g} s") from None
 
