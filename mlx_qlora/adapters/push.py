@@ -300,7 +300,10 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
         known = {*MODEL, *SHIPPED}
         chosen = [name for name in present if name in known or WEIGHTS.fullmatch(name)]
     if card:
-        _check_text(folder / CARD, card.decode("utf-8", "replace"))
+        paths = PATH_IN_TEXT.findall(card.decode("utf-8", "replace"))
+        if problems := [*dict.fromkeys(path for path in paths if _is_private(path))]:
+            place, fix = folder / CARD, "names paths of this machine; take them out"
+            raise ConfigError(f"{place} {fix}:\n{listing(problems)}")
         rewritten[CARD] = card
     uploads = {name: _public(folder, name) for name in chosen} | rewritten
     return dict(sorted(uploads.items()))
@@ -330,12 +333,6 @@ def _check_base(path: Path) -> None:
             "open the adapter: save it again with model.base_model_name_or_path=org/name (in "
             "Python: save_adapter(model, folder, base_model_name_or_path=...))"
         )
-
-
-def _check_text(path: Path, text: str) -> None:
-    if local := [word for word in PATH_IN_TEXT.findall(text) if _is_private(word)]:
-        problems = listing(list(dict.fromkeys(local)))
-        raise ConfigError(f"{path} names paths of this machine; take them out:\n{problems}")
 
 
 def _is_private(word: str) -> bool:

@@ -131,14 +131,8 @@ def forgetting(
     blocks = [_blocks(model, ids) for ids in each(rows, "reading", "texts")]
     base, tuned, kl, kl_reverse, n = np.concatenate(blocks).T
     loss = paired_row("loss", LOWER, [base, tuned], n)
-    return Forgetting(
-        loss,
-        perplexity_row(loss),
-        ratio_interval(kl, n),
-        ratio_interval(kl_reverse, n),
-        int(n.sum()),
-        source,
-    )
+    divergences = ratio_interval(kl, n), ratio_interval(kl_reverse, n)
+    return Forgetting(loss, perplexity_row(loss), *divergences, int(n.sum()), source)
 
 
 def _blocks(model: LlamaForCausalLM, ids: list[int]) -> np.ndarray:

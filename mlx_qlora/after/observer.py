@@ -194,7 +194,7 @@ class Observer:
         loss = None
         if before and after:
             loss = paired_row("loss", LOWER, [before.nats, after.nats], after.tokens)
-            result.test_scores = {"before": Scores.of_rows(before), "after": Scores.of_rows(after)}
+            result.test_scores = {"before": Scores.of(before), "after": Scores.of(after)}
             say(console, self._compared(*result.test_scores.values()))
         samples = [
             {"prompt": row.prompt, "reference": row.reference, "before": old, "after": new}

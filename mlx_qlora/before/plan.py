@@ -370,18 +370,10 @@ def plan_checkpoint(
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
-    fits = sum(parts.values()) <= where.working_set_bytes
-    return Plan(
-        parts,
-        where.working_set_bytes,
-        where.name,
-        trained,
-        chosen,
-        longest,
-        tokens / seconds,
-        "" if fits else _advice(parts, dense, chosen.levels, longest, max(largest)),
-        scaling,
-    )
+    memory, speed, advice = where.working_set_bytes, tokens / seconds, ""
+    if sum(parts.values()) > memory:
+        advice = _advice(parts, dense, chosen.levels, longest, max(largest))
+    return Plan(parts, memory, where.name, trained, chosen, longest, speed, advice, scaling)
 
 
 def _advice(

@@ -14,7 +14,7 @@ from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
-from mlx_qlora.train.score import RowScores, score, score_rows
+from mlx_qlora.train.score import RowScores, Score, score, score_rows
 
 POSITIONS = 4096  # of the examples that are scored at once
 MOST_NATS = 700.0  # exp of more is not finite
@@ -30,14 +30,11 @@ class Scores:
     n_tokens: int
 
     @classmethod
-    def of(cls, nats: float, hits: int, n: int) -> "Scores":
-        """From sums over n tokens."""
-        return cls(nats / n, perplexity(nats / n), hits / n, n)
-
-    @classmethod
-    def of_rows(cls, rows: RowScores) -> "Scores":
-        """Of all rows together."""
-        return cls.of(float(rows.nats.sum()), int(rows.hits.sum()), int(rows.tokens.sum()))
+    def of(cls, sums: Score | RowScores) -> "Scores":
+        """From sums over tokens, be they of all rows together or of each."""
+        n = int(np.sum(sums.tokens))
+        loss = float(np.sum(sums.nats)) / n
+        return cls(loss, perplexity(loss), int(np.sum(sums.hits)) / n, n)
 
 
 def perplexity(loss: float) -> float:
@@ -59,8 +56,7 @@ def evaluate(
         DataError: no examples, or a token that the model's embedding has no row for.
     """
     _check(model, tokenizer, examples)
-    total = score(model, evaluation_batches(examples, batch_size))
-    return Scores.of(total.nats, total.hits, total.tokens)
+    return Scores.of(score(model, evaluation_batches(examples, batch_size)))
 
 
 def score_examples(

@@ -163,15 +163,12 @@ class Answer:
         if matches:
             self.ended = self._stopped = True
             return text[: min(matches)[1]]
-        begun = max((_begun(text, stop) for stop in self._stop), default=0)
+        # As many characters at the end as may be the beginning of a stop text.
+        starts = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        begun = max((len(start) for start in starts if text.endswith(start)), default=0)
         certain = len(text) - (0 if is_last else begun)
         self._held = text[certain:]
         return text[:certain]
-
-
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of a stop text."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
@@ -287,15 +284,10 @@ class Stream(Iterator[str]):
     def speed(self) -> Speed:
         """The figures so far."""
         start, first, last = self._times
-        computed = len(self.prompt) - self._n_cached
-        return Speed(
-            len(self.prompt),
-            self._n_cached,
-            self._n_new,
-            computed / (first - start) if first > start else 0.0,
-            (self._n_new - 1) / (last - first) if last > first else 0.0,
-            mx.get_peak_memory(),
-        )
+        n, cached, new = len(self.prompt), self._n_cached, self._n_new
+        reading = (n - cached) / (first - start) if first > start else 0.0
+        writing = (new - 1) / (last - first) if last > first else 0.0
+        return Speed(n, cached, new, reading, writing, mx.get_peak_memory())
 
     @property
     def ids(self) -> list[int]:

@@ -176,14 +176,6 @@ class PromptCache:
         longest = min(len(self.ids), len(prompt) - 1)
         return next((i for i in range(longest) if self.ids[i] != prompt[i]), longest)
 
-    def check(self, kv_bits: int | None) -> None:
-        """Raises a ConfigError if the keys and values are of another precision."""
-        if self.ids and self._kv_bits != kv_bits:
-            raise ConfigError(
-                f"the prompt cache was made with kv_bits={self._kv_bits}; got {kv_bits}: pass the "
-                "same, or prompt_cache.reset() first"
-            )
-
     def lend(self, model: LlamaForCausalLM, prompt: list[int]) -> tuple[list[Any], int]:
         """mlx-lm's caches of all layers, and how many tokens of the prompt they hold.
 
@@ -248,7 +240,11 @@ def generate_tokens(
     """
     sampler, group = Sampler(config, key_of(seed)), kv_group(model, kv_bits)
     cache = cache if cache is not None else PromptCache()
-    cache.check(kv_bits)
+    if cache.ids and cache._kv_bits != kv_bits:
+        raise ConfigError(
+            f"the prompt cache was made with kv_bits={cache._kv_bits}; got {kv_bits}: pass the "
+            "same, or prompt_cache.reset() first"
+        )
 
     def tokens() -> Generator[int]:
         from mlx_lm.generate import generate_step, generation_stream, wired_limit

@@ -83,7 +83,12 @@ def sweep(
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with locked(output):
-        _check_same(output, inputs.state.fingerprint)
+        ours, theirs = inputs.state.fingerprint, page.read_fingerprint(output) or {}
+        if others := [name for name, value in ours.items() if theirs.get(name, value) != value]:
+            raise ConfigError(
+                f"{output} holds a sweep of another {' and '.join(others)}, whose losses cannot be "
+                "compared with these; choose another --output-dir"
+            )
         for leftover in output.glob(f".{output.name}-*.tmp"):  # of a sweep that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         search = _Search(inputs, inputs.load(), console, values, steps, rungs)
@@ -112,17 +117,6 @@ def _open(config: RunConfig, console: Console) -> Inputs:
     data = hashlib.sha256((inputs.train.digest + validation.digest).encode())
     fingerprint = {"model": model.hexdigest(), "data": data.hexdigest()}
     return replace(inputs, state=RunState(fingerprint=fingerprint))
-
-
-def _check_same(output: Path, fingerprint: dict[str, str]) -> None:
-    """Refuse a folder whose trials were of another model, or on other data."""
-    recorded = page.read_fingerprint(output) or fingerprint
-    changed = [name for name, value in fingerprint.items() if recorded.get(name) != value]
-    if changed:
-        raise ConfigError(
-            f"{output} holds a sweep of another {' and '.join(changed)}, whose losses cannot be "
-            "compared with these; choose another --output-dir"
-        )
 
 
 @dataclass

@@ -293,17 +293,9 @@ def measure(
         failed, may_pass = str(error), error.again
     finally:
         bare(model)
-    measured = Measured(
-        _key(config, inputs),
-        step,
-        train_loss,
-        nats.tolist(),
-        tokens.tolist(),
-        failed,
-        speed,
-        mx.get_peak_memory(),
-        time.perf_counter() - began,
-    )
+    learned = train_loss, nats.tolist(), tokens.tolist(), failed
+    took = speed, mx.get_peak_memory(), time.perf_counter() - began
+    measured = Measured(_key(config, inputs), step, *learned, *took)
     if not may_pass:  # what the device gave up is tried again by the next sweep
         with disk_errors(output, lambda: last_checkpoint(output)):
             write_whole(_record(config, step), json.dumps(asdict(measured)) + "\n")

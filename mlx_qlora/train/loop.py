@@ -165,15 +165,9 @@ class Run:
         self.held_out = evaluation_batches(validation) if validation else None
         self.total_steps = training.total_steps(self.batches)
         compiled = device.current().compiles if training.compile == "auto" else training.compile
-        self.optimizer = AdamW(
-            model.trainable_parameters(),
-            training.adam_beta1,
-            training.adam_beta2,
-            training.adam_epsilon,
-            training.weight_decay,
-            training.max_grad_norm,
-            model.lora_config.loraplus_lr_ratio,
-        )
+        adam = training.adam_beta1, training.adam_beta2, training.adam_epsilon
+        more = training.weight_decay, training.max_grad_norm, model.lora_config.loraplus_lr_ratio
+        self.optimizer = AdamW(model.trainable_parameters(), *adam, *more)
         self.stop = StopSignal(agreed=self.processes.size > 1)
         engine = Engine(model, training.recompute, compiled=bool(compiled))
         self.step = Step(engine, self.optimizer, training.seed, self.stop, console, self.processes)

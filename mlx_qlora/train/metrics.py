@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import secrets
@@ -25,7 +24,6 @@ from mlx_qlora.train.step import StepResult
 
 NAMES = ("tensorboard", "wandb")
 RUN_ID = "wandb_run_id"
-NUMBER = itertools.count()  # of an event file within this process
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         continues = state.step > 0 and any(folder.glob("*tfevents*"))
         # Files are read in the order of their names: the time in them is finer than a second.
-        ending = f"{socket.gethostname()}.{os.getpid()}.{next(NUMBER)}"
-        path = folder / f"events.out.tfevents.{time.time():017.6f}.{ending}"
+        place = f"{socket.gethostname()}.{os.getpid()}"
+        path = folder / f"events.out.tfevents.{time.time():017.6f}.{place}"
         self.make_event: Any = vars(event_pb2)["Event"]  # made at import: no checker sees it
         self.records = RecordWriter(path.open("xb"))
         self._event(0, file_version="brain.Event:2")
