@@ -87,8 +87,9 @@ class Report:
     def page(self) -> str:
         """The HTML."""
         png_hint = "" if can_draw_png() else f"The {PNG_HINT}."
-        yaml, more = to_yaml(self.config), {"data_facts": data_facts, "version": __version__}
-        return render("page.html", report=self, png_hint=png_hint, yaml=yaml, **more)
+        formats = {"size": size, "figure": figure, "speed": speed}
+        more = {"png_hint": png_hint, "yaml": to_yaml(self.config), "version": __version__}
+        return render("page.html", report=self, **formats, **more)
 
     @property
     def title(self) -> str:
@@ -187,64 +188,12 @@ class Report:
         rows = [[figure(record[n]) if n in record else "" for n in names] for record in shown]
         return [name.replace("_", " ") for name in names], rows, len(steps)
 
-    def memory_rows(self) -> list[tuple[str, int, str]]:
-        """(name, bytes, class of its bar) of each planned part, of their sum and of the peak."""
-        assert self.plan is not None
-        parts = [(name, size, "") for name, size in self.plan.parts.items()]
-        totals = [("planned peak", self.plan.total_bytes, "planned")]
-        return [*parts, *totals, ("measured peak", self.result.peak_memory_bytes, "other")]
-
-    @property
-    def memory_note(self) -> str:
-        """The measured peak and speed beside the planned ones."""
-        plan, result = self.plan, self.result
-        assert plan is not None
-        ratio = result.peak_memory_bytes / plan.total_bytes if plan.total_bytes else math.nan
-        return (
-            f"{size(plan.memory_bytes)} of memory on {plan.machine}; measured / planned "
-            f"{ratio:.2f}. Expected speed {plan.tokens_per_second:,.0f} tokens/s, reached "
-            f"{speed(result):,.0f} while training."
-        )
-
-    def record_tables(self) -> dict[str, dict[str, str]]:
-        """Versions, machine and fingerprint, as the run itself wrote them down."""
-        tables = {
-            "Versions": self.record.get("versions") or {"mlx-qlora": __version__},
-            "Machine": self.record.get("machine") or {},
-            "Fingerprint": self.record.get("fingerprint") or {},
-        }
-        return {
-            head: {name.replace("_", " "): figure(value) for name, value in rows.items()}
-            for head, rows in tables.items()
-        }
-
 
 def figure(value: object) -> str:
     """A number for a table cell; a dash for None, other values as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else number(value)
-
-
-def data_facts(report: DataReport) -> dict[str, str]:
-    """What became of the rows of one source: figures alone, and not a word of a row."""
-    refused = len(report.refused)
-    share = report.supervised / max(report.tokens, 1)
-    facts = {
-        "rows": f"{report.read:,} read, {report.kept:,} kept, {refused:,} refused",
-        "format, template": f"{report.format}, {report.template}",
-        "tokens": f"{report.tokens:,}, of which {share:.0%} are learned",
-        "longest row": f"{report.longest:,} tokens",
-        "cut to max_length": f"{report.truncated:,}",
-        "say the same as an earlier row": f"{report.duplicates:,}",
-    }
-    if report.leaked:
-        facts["are among the training rows, too"] = f"{report.leaked:,}"
-    if refused:  # where, and not why: the reasons may quote the row
-        places = ", ".join(f"{line:,}" for line, _ in report.refused[:5])
-        more = f" and {refused - 5:,} more" if refused > 5 else ""
-        facts["refused lines"] = f"{places}{more}; mlx-qlora inspect gives the reasons"
-    return facts
 
 
 # ---- use the adapter -----------------------------------------------------------------------------
