@@ -194,8 +194,15 @@ class Observer:
         loss = None
         if before and after:
             loss = paired_row("loss", LOWER, [before.nats, after.nats], after.tokens)
-            result.test_scores = {"before": Scores.of(before), "after": Scores.of(after)}
-            say(console, self._compared(*result.test_scores.values()))
+            old, new = Scores.of(before), Scores.of(after)
+            result.test_scores = {"before": old, "after": new}
+            name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
+            say(
+                console,
+                f"{name:<{LABEL}}loss {old.loss:.4f} -> {new.loss:.4f} ({change:+.1%}), perplexity "
+                f"{old.perplexity:.2f} -> {new.perplexity:.2f}, token accuracy "
+                f"{old.token_accuracy:.1%} -> {new.token_accuracy:.1%} ({new.n_tokens:,} tokens)",
+            )
         samples = [
             {"prompt": row.prompt, "reference": row.reference, "before": old, "after": new}
             for row, old, new in zip(self.questions, answers, new_answers)
@@ -210,16 +217,6 @@ class Observer:
             line = f"{label:<{LABEL}}{folded(words, width, LABEL)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
-
-    def _compared(self, before: Scores, after: Scores) -> str:
-        name = "test" if self.inputs.test else "held out"
-        change = (after.loss - before.loss) / before.loss
-        return (
-            f"{name:<{LABEL}}loss {before.loss:.4f} -> {after.loss:.4f} ({change:+.1%}), "
-            f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}, token accuracy "
-            f"{before.token_accuracy:.1%} -> {after.token_accuracy:.1%} "
-            f"({after.n_tokens:,} tokens)"
-        )
 
     @contextmanager
     def _untrained(self) -> Iterator[None]:

@@ -1,8 +1,6 @@
 """Figures over steps as plots: SVG always, PNG where matplotlib is installed, live in a notebook.
 
-In an SVG everything is placed at percentages of the width and pixels of the height, and the lines
-lie in a box that is stretched: a plot fills whatever width it gets, and its text keeps its size,
-on a phone as on a large screen.
+plot.html draws the SVG.
 """
 
 import functools
@@ -16,13 +14,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
-from xml.etree.ElementTree import Element, SubElement
 
 # ---- what is drawn -------------------------------------------------------------------------------
 
 Points = list[tuple[float, float]]
 BUCKETS = 300  # of a line: more than a plot on a page has pixels to show
+DOTTED = 40  # points of a line, up to which each has a dot with its figures
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,11 @@ class Line:
     label: str
     points: Points  # by x; thinned
     errors: Sequence[float] = ()  # of each point, half the height of its error bar, if it has one
+
+    @property
+    def has_dots(self) -> bool:
+        """Whether each point is marked."""
+        return len(self.points) <= DOTTED
 
 
 @dataclass(frozen=True)
@@ -144,133 +146,21 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def scale(
+    ends: tuple[float, float], start: float, end: float, log: bool = False
+) -> Callable[[float], float]:
+    """From values between two ends to percent, pixels or units between two others."""
+    position = math.log10 if log else float
+    low, high = map(position, ends)
+    return lambda value: start + (position(value) - low) / (high - low) * (end - start)
+
+
 def number(value: float) -> str:
     """A figure as it stands beside an axis."""
     if value and math.isfinite(value) and (abs(value) < 1e-3 or abs(value) >= 1e7):
         mantissa, power = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(power)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-# ---- SVG -----------------------------------------------------------------------------------------
-
-LEFT, RIGHT = 11.0, 98.5  # percent of the width
-TOP, BOTTOM, HEIGHT = 30, 214, 240  # pixels
-BOX = 1000  # units of the stretched box
-DOTTED = 40  # points of a line, up to which each has a dot with its figures
-COLOURS = 6  # that plot.css has; a seventh line has the first one's
-FILE_WIDTH, LEGEND = 720, 16  # pixels: a plot that is a file of its own, a line of its legend
-Scale = Callable[[float], float]  # a value -> percent, pixels or units of the box
-
-
-def svg(plot: Plot) -> str:
-    """Draw an `<svg>` element as wide as what it stands in and HEIGHT pixels high.
-
-    It takes its colours from plot.css, below an element of class `mq`.
-    """
-    return ElementTree.tostring(_chart(plot), encoding="unicode")
-
-
-def svg_file(plot: Plot) -> str:
-    """Draw a document of its own, with title, legend and colours."""
-    legend = plot.lines if len(plot.lines) > 1 else []
-    height = HEIGHT + LEGEND * len(legend)
-    root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "mq"})
-    root.attrib |= {"width": str(FILE_WIDTH), "height": str(height)}
-    SubElement(root, "style").text = css("plot.css")
-    _add(root, "rect", class_="ground", width="100%", height="100%")
-    _add(root, "text", f"{plot.title}, {plot.unit}", class_="title", x="1.5%", y=18)
-    root.append(_chart(plot))
-    for i, line in enumerate(legend):
-        y = HEIGHT + LEGEND * (i + 1) - 5
-        _add(root, "text", line.label, class_=f"fill{i % COLOURS}", x=_percent(LEFT), y=y)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-@functools.cache
-def css(name: str) -> str:
-    """A style sheet of this package."""
-    return (files("mlx_qlora.after") / name).read_text(encoding="utf-8")
-
-
-def _chart(plot: Plot) -> Element:
-    named = {"class": "plot", "role": "img", "aria-label": str(plot)}
-    chart = Element("svg", {**named, "width": "100%", "height": str(HEIGHT)})
-    if not plot.xs:
-        _add(chart, "text", "Nothing was recorded.", x="2%", y=60)
-        return chart
-    across = _scale(plot.x_range, LEFT, RIGHT, plot.log)
-    down = _scale(plot.y_range, BOTTOM, TOP)
-    _draw_grid(chart, plot, across, down)
-    _draw_marks(chart, plot, across, down)
-    x, width = _percent(LEFT), _percent(RIGHT - LEFT)
-    box = _add(chart, "svg", x=x, y=TOP, width=width, height=BOTTOM - TOP, overflow="visible")
-    box.attrib |= {"viewBox": f"0 0 {BOX} {BOX}", "preserveAspectRatio": "none"}
-    box_x, box_y = _scale(plot.x_range, 0, BOX, plot.log), _scale(plot.y_range, BOX, 0)
-    for i, line in enumerate(plot.lines):
-        path = " ".join(f"{box_x(x):.1f},{box_y(y):.1f}" for x, y in line.points)
-        colour = i % COLOURS
-        _add(box, "polyline", class_=f"line stroke{colour}", points=path)
-        for (x, y), error in zip(line.points, line.errors):
-            ends = {"y1": down(y - error), "y2": down(y + error)}
-            at = _percent(across(x))
-            _add(chart, "line", class_=f"stroke{colour}", x1=at, x2=at, **ends)
-        for x, y in line.points if len(line.points) <= DOTTED else []:
-            place = {"cx": _percent(across(x)), "cy": down(y)}
-            dot = _add(chart, "circle", class_=f"fill{colour}", r=3, **place)
-            _add(dot, "title", f"{plot.axis} {number(x)}: {line.label} {y:.5g}")
-    return chart
-
-
-def _draw_grid(chart: Element, plot: Plot, across: Scale, down: Scale) -> None:
-    for value in ticks(*plot.y_range):
-        y = down(value)
-        _add(chart, "line", class_="grid", x1=_percent(LEFT), x2=_percent(RIGHT), y1=y, y2=y)
-        _add(chart, "text", number(value), class_="end", x=_percent(LEFT - 1.2), y=y + 4)
-    steps = plot.xs if plot.log else [x for x in ticks(*plot.x_range) if x == int(x)]
-    for step in steps:
-        x = across(step)
-        side = "end" if x > 95 else "mid"
-        _add(chart, "text", number(step), class_=side, x=_percent(x), y=BOTTOM + 20)
-
-
-def _draw_marks(chart: Element, plot: Plot, across: Scale, down: Scale) -> None:
-    """The stretch of the warmup, the level to compare with, and the best step."""
-    last, left = plot.x_range[1], _percent(LEFT)
-    if plot.warmup:
-        size = {"width": _percent(across(min(plot.warmup, last)) - LEFT), "height": BOTTOM - TOP}
-        _add(chart, "rect", class_="warmup", x=left, y=TOP, **size)
-        _add(chart, "text", "warmup", x=_percent(LEFT + 0.8), y=BOTTOM - 6)
-    if plot.level:
-        label, value = plot.level
-        y = down(value)
-        _add(chart, "line", class_="level", x1=left, x2=_percent(RIGHT), y1=y, y2=y)
-        _add(chart, "text", f"{label} {number(value)}", x=_percent(LEFT + 1), y=y - 5)
-    if plot.best is not None and plot.best <= last:
-        x = across(plot.best)
-        side, beside = ("end", x - 0.8) if x > 55 else ("", x + 0.8)
-        _add(chart, "line", class_="best", x1=_percent(x), x2=_percent(x), y1=TOP, y2=BOTTOM)
-        label = f"best: step {plot.best:,}"
-        _add(chart, "text", label, class_=side, x=_percent(beside), y=TOP + 10)
-
-
-def _scale(ends: tuple[float, float], start: float, end: float, log: bool = False) -> Scale:
-    position = math.log10 if log else float
-    low, high = map(position, ends)
-    return lambda value: start + (position(value) - low) / (high - low) * (end - start)
-
-
-def _percent(share: float) -> str:
-    return f"{share:.4g}%"
-
-
-def _add(parent: Element, tag: str, text: str = "", /, **attributes: str | float) -> Element:
-    """Add an element, whose text and attributes the serialiser escapes."""
-    child = SubElement(parent, tag)
-    for name, value in attributes.items():
-        child.set(name.rstrip("_"), value if isinstance(value, str) else f"{value:.4g}")
-    child.text = text
-    return child
 
 
 # ---- PNG -----------------------------------------------------------------------------------------
@@ -291,7 +181,7 @@ def write_png(plot: Plot, path: Path) -> None:
     figure = Figure(figsize=(7.2, 2.8), dpi=200, layout="constrained")
     axes = figure.subplots()
     for line, colour, dots in zip(plot.lines, ("#0a5bb5", "#b4430a"), ("", "o")):
-        marker = "o" if len(line.points) <= DOTTED else dots
+        marker = "o" if line.has_dots else dots
         xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
         axes.plot(xs, ys, color=colour, label=line.label, marker=marker, markersize=3)
     if plot.warmup:
@@ -327,9 +217,21 @@ def _templates() -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals |= {"svg": svg, "style": css("plot.css") + css("page.css")}
+    environment.globals |= {"css": css, "scale": scale, "ticks": ticks, "number": number}
     environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
+    environment.filters |= {"percent": "{:.4g}%".format, "short": "{:.4g}".format}
     return environment
+
+
+def svg_file(plot: Plot) -> str:
+    """Draw a document of its own, with title, legend and colours."""
+    return _templates().get_template("plot.html").module.document(plot)
+
+
+@functools.cache
+def css(name: str) -> str:
+    """A style sheet of this package."""
+    return (files("mlx_qlora.after") / name).read_text(encoding="utf-8")
 
 
 def render(template: str, **values: Any) -> str:
