@@ -255,19 +255,46 @@ def push_to_hub(
         ConfigError: the name of the repository is invalid, what would be uploaded names a path of
             this machine, or `private` does not fit.
     """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
     _check_repo_id(repo_id)
     folder = Path(folder).expanduser()
     uploads = _collect(folder, repo_id, include_checkpoints)
-    left_out = _left_out(folder, uploads)
+    used, left_out = {name.partition("/")[0] for name in uploads}, set[str]()
+    for name in {*_names(folder)} - uploads.keys():
+        top, slash, _ = name.partition("/")
+        left_out.add(name if top in used else top + slash)
     files = [
         (name, len(content) if isinstance(content, bytes) else content.stat().st_size)
         for name, content in uploads.items()
     ]
-    url = None
-    if not dry_run:
-        message = commit_message or "Upload with mlx-qlora"
-        url = _upload(uploads, repo_id, private, token, revision, message)
-    return Pushed(files, url, left_out)
+    if dry_run:
+        return Pushed(files, None, sorted(left_out))
+    if (token or get_token()) is None:
+        raise SourceError(
+            "not logged in to the hub: run `hf auth login` with a token that may write, or pass "
+            "token="
+        )
+    api, message = HfApi(token=token), commit_message or "Upload with mlx-qlora"
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo).private:
+            raise ConfigError(
+                f"{repo} exists and is public: pass private=False to publish there, or name "
+                "another repository"
+            )
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        operations = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in uploads.items()
+        ]
+        commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, ValueError, http_error()) as error:
+        raise SourceError(_explain(error, repo_id, token)) from error
+    return Pushed(files, commit.commit_url, sorted(left_out))
 
 
 def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | bytes]:
@@ -311,16 +338,6 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
 
 def _names(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _left_out(folder: Path, uploads: dict[str, Path | bytes]) -> list[str]:
-    used = {name.partition("/")[0] for name in uploads}
-    left_out = set()
-    for name in _names(folder):
-        top, slash, _ = name.partition("/")
-        if name not in uploads:
-            left_out.add(f"{top}/" if slash and top not in used else name)
-    return sorted(left_out)
 
 
 def _check_base(path: Path) -> None:
@@ -383,44 +400,6 @@ def _check_repo_id(repo_id: str) -> None:
         raise ConfigError(
             f"{repo_id!r} cannot be the name of a repository: write it as org/name ({error})"
         ) from None
-
-
-def _upload(
-    uploads: dict[str, Path | bytes],
-    repo_id: str,
-    private: bool,
-    token: str | None,
-    revision: str | None,
-    message: str,
-) -> str:
-    """Make the repository and one commit; return the commit's address."""
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-
-    if (token or get_token()) is None:
-        raise SourceError(
-            "not logged in to the hub: run `hf auth login` with a token that may write, or pass "
-            "token="
-        )
-    api = HfApi(token=token)
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.model_info(repo).private:
-            raise ConfigError(
-                f"{repo} exists and is public: pass private=False to publish there, or name "
-                "another repository"
-            )
-        if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        operations = [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in uploads.items()
-        ]
-        commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
-    except ConfigError:
-        raise
-    except (OSError, RuntimeError, ValueError, http_error()) as error:
-        raise SourceError(_explain(error, repo_id, token)) from error
-    return commit.commit_url
 
 
 def _explain(error: Exception, repo_id: str, token: str | None) -> str:
