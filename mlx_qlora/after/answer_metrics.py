@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,12 +111,8 @@ def scorers() -> tuple[Any, Any]:
             f"ROUGE-L and chrF need rouge-score and sacrebleu ({error}): "
             'pip install "mlx-qlora[evaluate]"; or ask no questions (--answers 0)'
         ) from None
-    return RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
-
-
-class _Words:
-    def tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text.lower())
+    words = SimpleNamespace(tokenize=lambda text: WORD.findall(text.lower()))
+    return RougeScorer(["rougeL"], tokenizer=words), CHRF()
 
 
 # ---- form ----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from mlx_qlora.config import RunConfig, read_yaml
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, require, say, warn
 from mlx_qlora.folders import write_whole
 from mlx_qlora.infer.evaluate import score_examples
@@ -33,7 +34,6 @@ from mlx_qlora.run import open_inputs
 from mlx_qlora.train.score import RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
-BATCH = 8  # prompts at once; where one ends, the next takes its place
 # name -> which is better, and the function
 ANSWER_METRICS: dict[str, tuple[str, Callable[[str, str], float]]] = {
     "exact_match": (HIGHER, metrics.exact_match),
@@ -199,18 +199,20 @@ def measure(
     examples: Examples,
     asked: list[Question],
     max_new_tokens: int = 512,
+    processes: Processes | None = None,
 ) -> Performance:
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
+    Of several processes each scores its share.
     """
-    scores = score_examples(model, tokenizer, examples)
+    scores = score_examples(model, tokenizer, examples, processes)
     if not asked:
         return Performance(scores)
     prompts = [question.prompt for question in asked]
     greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0}
     settings: Any = {"max_new_tokens": max_new_tokens, **greedy}
-    answers = generate_batch(model, tokenizer, prompts, batch_size=BATCH, **settings)
+    answers = generate_batch(model, tokenizer, prompts, **settings)
     return Performance(scores, tuple(answers))
 
 
@@ -239,10 +241,8 @@ class Comparison:
     def __rich__(self) -> Table:
         """The table that a terminal shows; 80 columns hold it."""
         title = f"{self.n_examples:,} examples, {self.n_tokens:,} tokens, {self.n_answers} answers"
-        heads = (
-            ["base", "adapter", "change, 95 % sure", ""] if self.adapter else ["base", "95 % sure"]
-        )
-        table = Table("", *heads, title=title, title_justify="left", box=None)
+        heads = ["adapter", "change, 95 % sure", ""] if self.adapter else ["95 % sure"]
+        table = Table("", "base", *heads, title=title, title_justify="left", box=None)
         for row in self.rows:
             table.add_row(*row.cells())
         return table
@@ -268,9 +268,6 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
         n_answers=len(asked),
         adapter=tuned is not None,
     )
-
-
-# ---- results -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """What a run shows of itself: table, page and notebook while it goes on, the report at its end."""
 
-import contextlib
 import math
 import re
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +16,7 @@ from mlx_qlora.adapters.peft import note_on_mlx_lm
 from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
+from mlx_qlora.after.evaluation import Performance, measure
 from mlx_qlora.after.plots import in_kernel, render
 from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
@@ -25,14 +25,12 @@ from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import duration, say
 from mlx_qlora.folders import write_whole
-from mlx_qlora.infer.evaluate import Scores, score_examples
-from mlx_qlora.infer.generate import generate_batch
+from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import last_checkpoint
 from mlx_qlora.train.loop import TrainResult
-from mlx_qlora.train.score import RowScores
 from mlx_qlora.train.signals import Interrupted
 
 PAGE_EVERY = 5.0  # seconds between two versions of the page
@@ -90,7 +88,7 @@ class Observer:
 
     def ended(self, _: object, error: BaseException | None, __: object) -> None:
         """Leave no page that loads itself again where the run has ended without its report."""
-        with contextlib.suppress(Exception):  # the run's own error is the one to see
+        with suppress(Exception):  # the run's own error is the one to see
             if error is not None and self.task is not None:
                 output, why = self.inputs.output, str(error)
                 (output / "report.html").unlink(missing_ok=True)  # which makes room on a full disk
@@ -160,7 +158,7 @@ class Observer:
         self.next_page, output = progress.now() + PAGE_EVERY, self.inputs.output
         written = f"written {datetime.now():%Y-%m-%d %H:%M:%S}"
         page = self._so_far(f"{status} ({written})", reloads).page()
-        with contextlib.suppress(OSError):  # the run itself says what is wrong with its folder
+        with suppress(OSError):  # the run itself says what is wrong with its folder
             if output.is_dir():
                 write_whole(output / "report.html", page)
 
@@ -186,15 +184,20 @@ class Observer:
             for advice in advise(result.log_history, ends_with_best, config.training):
                 say(console, f"advice    {advice}")
         with shown(console), self._untrained():
-            answers, before = self._look()
+            before = self._look()
         with shown(console):
-            new_answers, after = self._look()
+            after = self._look()
         if not self.processes.is_first:
             return
-        loss = None
+        loss, samples = None, []
         if before and after:
-            loss = paired_row("loss", LOWER, [before.nats, after.nats], after.tokens)
-            old, new = Scores.of(before), Scores.of(after)
+            nats = [before.scores.nats, after.scores.nats]
+            loss = paired_row("loss", LOWER, nats, after.scores.tokens)
+            samples = [
+                {"prompt": row.prompt, "reference": row.reference, "before": old, "after": new}
+                for row, old, new in zip(self.questions, before.answers, after.answers)
+            ]
+            old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}
             name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
             say(
@@ -203,10 +206,6 @@ class Observer:
                 f"{old.perplexity:.2f} -> {new.perplexity:.2f}, token accuracy "
                 f"{old.token_accuracy:.1%} -> {new.token_accuracy:.1%} ({new.n_tokens:,} tokens)",
             )
-        samples = [
-            {"prompt": row.prompt, "reference": row.reference, "before": old, "after": new}
-            for row, old, new in zip(self.questions, answers, new_answers)
-        ]
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
         report = Report(result, config, samples, *about, mlx_lm=note_on_mlx_lm(self.model))
         say(console, f"report    {write_report(report)}")
@@ -232,14 +231,11 @@ class Observer:
         finally:
             self.model.update(trained)
 
-    def _look(self) -> tuple[list[str], RowScores | None]:
-        """The answers to the questions, in the first process, and the scores of held-out rows."""
-        model, tokenizer, rows, answers = self.model, self.inputs.tokenizer, self.held_out, []
-        if self.processes.is_first and self.questions:
-            prompts = [question.prompt for question in self.questions]
-            greedy: Any = {"temperature": 0.0, "repetition_penalty": 1.0, "seed": 0}
-            answers = generate_batch(model, tokenizer, prompts, max_new_tokens=self.limit, **greedy)
-        return answers, score_examples(model, tokenizer, rows, self.processes) if rows else None
+    def _look(self) -> Performance | None:
+        """Scores of the held-out rows and, in the first process, answers to the questions."""
+        model, tokenizer, rows = self.model, self.inputs.tokenizer, self.held_out
+        asked = self.questions if self.processes.is_first else []
+        return measure(model, tokenizer, rows, asked, self.limit, self.processes) if rows else None
 
     def _own_prompt(self) -> list[str]:
         """The flags of `generate` for one of the user's own prompts, short and best of one line."""
@@ -265,8 +261,7 @@ def prompt_flags(prompt: str, tokenizer: Tokenizer) -> list[str]:
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]
     if tokenizer.chat_template is not None:
         message = {"role": "user", "content": MARK}
-        chat = tokenizer.render_chat([message], add_generation_prompt=True)
-        start, _, end = chat.partition(MARK)
+        start, _, end = tokenizer.render_chat([message], add_generation_prompt=True).partition(MARK)
         if prompt.startswith(start) and prompt.endswith(end):
             return ["--prompt", prompt[len(start) : len(prompt) - len(end)]]
     raw = [] if tokenizer.chat_template is None else ["--raw"]

@@ -109,11 +109,10 @@ def plots_of(
     rate = [line("learning_rate", "learning rate")]
     speed = [line("tokens_per_second", "tokens/s")]
     memory = [line("peak_memory_bytes", "measured peak", 1e-9)]
-    norm = [line("grad_norm", "gradient norm")]
     return [
         Plot("loss", "Loss", "nats per token", losses, warmup, best),
         Plot("learning_rate", "Learning rate", "per step", rate, warmup),
-        Plot("grad_norm", "Gradient norm", "before clipping", norm),
+        Plot("grad_norm", "Gradient norm", "before clipping", [line("grad_norm", "gradient norm")]),
         Plot("tokens_per_second", "Speed", "real tokens per second", speed),
         Plot("peak_memory_bytes", "Memory", "GB", memory, level=planned),
     ]
@@ -165,12 +164,11 @@ def number(value: float) -> str:
 
 # ---- PNG -----------------------------------------------------------------------------------------
 
-PNG_HINT = "plots are SVG files; for PNG files too: pip install 'mlx-qlora[plots]'"
 
-
-def can_draw_png() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+def png_hint() -> str:
+    """What PNG files need; empty if matplotlib is installed."""
+    hint = "The plots are SVG files; for PNG files too: pip install 'mlx-qlora[plots]'."
+    return "" if importlib.util.find_spec("matplotlib") else hint
 
 
 def write_png(plot: Plot, path: Path) -> None:
@@ -218,6 +216,7 @@ def _templates() -> Any:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals |= {"css": css, "scale": scale, "ticks": ticks, "number": number}
+    environment.globals["png_hint"] = png_hint
     environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
     environment.filters |= {"percent": "{:.4g}%".format, "short": "{:.4g}".format}
     return environment
@@ -226,6 +225,15 @@ def _templates() -> Any:
 def svg_file(plot: Plot) -> str:
     """Draw a document of its own, with title, legend and colours."""
     return _templates().get_template("plot.html").module.document(plot)
+
+
+def write_plots(plots: Sequence[Plot], folder: Path) -> None:
+    """Draw SVG files, and PNG files too where matplotlib is installed."""
+    for plot in plots:
+        file = folder / f"{plot.name}.svg"
+        file.write_text(svg_file(plot), encoding="utf-8")
+        if not png_hint():
+            write_png(plot, file.with_suffix(".png"))
 
 
 @functools.cache

@@ -21,17 +21,7 @@ from mlx_qlora.after.advice import (
     speed,
 )
 from mlx_qlora.after.answer_metrics import Row
-from mlx_qlora.after.plots import (
-    PNG_HINT,
-    Plot,
-    can_draw_png,
-    in_kernel,
-    number,
-    plots_of,
-    render,
-    svg_file,
-    write_png,
-)
+from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, write_plots
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
@@ -50,11 +40,7 @@ def write_report(report: "Report") -> Path:
     path = folder / "report.html"
     with staged(folder) as staging:
         (staging / "plots").mkdir()
-        for plot in report.plots:
-            file = staging / "plots" / f"{plot.name}.svg"
-            file.write_text(svg_file(plot), encoding="utf-8")
-            if can_draw_png():
-                write_png(plot, file.with_suffix(".png"))
+        write_plots(report.plots, staging / "plots")
         (staging / path.name).write_text(report.page(), encoding="utf-8")
     note = f"The whole report: {path}"
     plots = [] if in_kernel() else report.plots
@@ -86,25 +72,14 @@ class Report:
 
     def page(self) -> str:
         """The HTML."""
-        png_hint = "" if can_draw_png() else f"The {PNG_HINT}."
         formats = {"size": size, "figure": figure, "speed": speed}
-        more = {"png_hint": png_hint, "yaml": to_yaml(self.config), "version": __version__}
+        more = {"yaml": to_yaml(self.config), "version": __version__, "vllm_ranks": VLLM_RANKS}
         return render("page.html", report=self, **formats, **more)
 
     @property
     def title(self) -> str:
         """What the run was, in a few words."""
         return f"{Path(self.base).name}, fine-tuned"
-
-    @property
-    def subtitle(self) -> str:
-        """The settings that distinguish runs."""
-        lora, model = self.config.lora, self.config.model
-        kind = "DoRA" if lora.use_dora else "LoRA"
-        weights = f"{model.bits}-bit weights" if model.bits else "the file's own precision"
-        peak = self.config.training.learning_rate
-        rate = f"learning rate {peak if isinstance(peak, str) else format(peak, '.3g')}"
-        return f"{kind} of rank {lora.r} on {weights}, {self.result.steps:,} steps, {rate}"
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -154,21 +129,6 @@ class Report:
         """The command that asks the adapter something."""
         return shlex.join([*command(self, "generate", self.folder), *self.ask])
 
-    @property
-    def rank(self) -> int:
-        """The adapter's largest."""
-        return max([self.adapter.get("r") or 0, *(self.adapter.get("rank_pattern") or {}).values()])
-
-    @property
-    def vllm_rank(self) -> int | None:
-        """The `--max-lora-rank` of vLLM that holds the adapter; None if vLLM cannot compute it."""
-        return next((r for r in VLLM_RANKS if r >= self.rank and not self.is_dora), None)
-
-    @property
-    def is_dora(self) -> bool:
-        """Whether the adapter is a DoRA one."""
-        return bool(self.adapter.get("use_dora"))
-
     @cached_property
     def plots(self) -> list[Plot]:
         """The plots of the history."""
@@ -214,7 +174,7 @@ def command(report: Report, name: str, folder: str) -> list[str]:
 def next_commands(report: Report, chats: bool) -> list[list[str]]:
     """What to do with a new adapter: ask it, talk to it if it `chats`, take it elsewhere."""
     folder = str(report.result.output_dir)
-    form = "--portable" if report.is_dora else "--gguf"
+    form = "--portable" if report.adapter.get("use_dora") else "--gguf"
     export = ["--output-dir", f"{folder}-{form.strip('-')}", form]
     return [
         [*command(report, "generate", folder), *report.ask],

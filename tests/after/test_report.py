@@ -418,7 +418,7 @@ def test_a_run_that_ends_without_its_report_leaves_no_page_that_loads_itself_aga
         "checkpointing": {"output_dir": str(page.parent)},
         "generation": {"max_new_tokens": 4},
     }
-    where = {"scoring": "score_examples", "reporting": "write_report"}.get(when, "next_commands")
+    where = {"scoring": "measure", "reporting": "write_report"}.get(when, "next_commands")
     if when != "training":
         monkeypatch.setattr(observer, where, fail)
     with at_step(3, fail if when == "training" else lambda _: None), pytest.raises(ProcessError):
