@@ -136,7 +136,10 @@ def model_card(facts: Facts) -> str:
         version=versions.get("mlx-qlora", __version__),
         vllm_rank=next((r for r in VLLM_RANKS if r >= (adapter.get("r") or 0)), None),
         settings=settings,
-        losses=_losses(facts),
+        losses={
+            label: [(record[key], record.get("step")) for record in facts.metrics if key in record]
+            for label, key in (("training loss", "loss"), ("validation loss", "eval_loss"))
+        },
         figures=_figures(facts),
         versions=versions,
     )
@@ -154,17 +157,6 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters["cell"] = _cell
     return environment.get_template(template).render(values)
-
-
-def _losses(facts: Facts) -> dict[str, list[str]]:
-    """What a loss is called -> its first, last and lowest value; only those that were recorded."""
-    losses = {}
-    for label, key in (("training loss", "loss"), ("validation loss", "eval_loss")):
-        points = [(record[key], record.get("step")) for record in facts.metrics if key in record]
-        if points:
-            shown = points[0], points[-1], min(points)
-            losses[label] = [f"{loss:.4f} (step {step})" for loss, step in shown]
-    return losses
 
 
 def _figures(facts: Facts) -> list[str]:
@@ -256,8 +248,17 @@ def push_to_hub(
             this machine, or `private` does not fit.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-    _check_repo_id(repo_id)
+    try:
+        validate_repo_id(repo_id)
+        if not repo_id:
+            raise HFValidationError("it is empty")
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{repo_id!r} cannot be the name of a repository: write it as org/name ({error})"
+        ) from None
     folder = Path(folder).expanduser()
     uploads = _collect(folder, repo_id, include_checkpoints)
     used, left_out = {name.partition("/")[0] for name in uploads}, set[str]()
@@ -386,20 +387,6 @@ def _without_local_paths(value: Any) -> Any:
 
 
 # ---- the hub -------------------------------------------------------------------------------------
-
-
-def _check_repo_id(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-        if not repo_id:
-            raise HFValidationError("it is empty")
-    except HFValidationError as error:
-        raise ConfigError(
-            f"{repo_id!r} cannot be the name of a repository: write it as org/name ({error})"
-        ) from None
 
 
 def _explain(error: Exception, repo_id: str, token: str | None) -> str:

@@ -1,10 +1,9 @@
 """Text from a prompt: `generate`, `stream` and `generate_batch`."""
 
-import dataclasses
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -80,8 +79,8 @@ def _config_of(settings: Mapping[str, Any], known: Collection[str]) -> Generatio
         if name not in known:
             hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
             raise ConfigError(f"unknown keyword {name!r}{hint}")
-    fields = [field.name for field in dataclasses.fields(GenerationConfig)]
-    return GenerationConfig(**{name: settings[name] for name in fields if name in settings})
+    names = [field.name for field in fields(GenerationConfig)]
+    return GenerationConfig(**{name: settings[name] for name in names if name in settings})
 
 
 # ---- tokens to text ------------------------------------------------------------------------------
@@ -99,7 +98,9 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
-        self._bytes = _byte_tokens(tokenizer)
+        # SentencePiece's 256 tokens for single bytes, where the tokenizer has them.
+        ids = (tokenizer._codec.token_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._bytes = frozenset(i for i in ids if i is not None)
         self._window: list[int] = []
         self._shown = 0  # characters of the window's text that were returned
 
@@ -120,12 +121,6 @@ class Pieces:
     def end(self) -> str:
         """The text that was held back, once no token follows."""
         return self._decode(self._window)[self._shown :] if self._window else ""
-
-
-def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids of SentencePiece's 256 tokens for single bytes, where the tokenizer has them."""
-    ids = (tokenizer._codec.token_id(f"<0x{byte:02X}>") for byte in range(256))
-    return frozenset(i for i in ids if i is not None)
 
 
 class Answer:
@@ -178,7 +173,7 @@ def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
     return texts
 
 
-# ---- one prompt ----------------------------------------------------------------------------------
+# ---- one prompt, and many ------------------------------------------------------------------------
 
 
 def generate(
@@ -263,7 +258,7 @@ class Stream(Iterator[str]):
         self._answer = Answer(tokenizer, stop_texts(settings.get("stop")))
         self.prompt = prompt_ids(tokenizer, prompt)
         n_new = min(config.max_new_tokens, room_for(model, tokenizer, self.prompt))
-        config = dataclasses.replace(config, max_new_tokens=n_new)
+        config = replace(config, max_new_tokens=n_new)
         cache = settings.get("prompt_cache") or PromptCache()
         self._n_cached = cache.common(model, self.prompt)
         self._tokens = generate_tokens(
@@ -307,9 +302,6 @@ class Stream(Iterator[str]):
                     break
         if piece := self._answer.end():
             yield piece
-
-
-# ---- many prompts --------------------------------------------------------------------------------
 
 
 def generate_batch(

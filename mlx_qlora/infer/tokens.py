@@ -120,16 +120,11 @@ def repetition_processor(
     The penalty divides positive and multiplies negative logits of tokens that were seen (Keskar et
     al. 2019, arXiv 1909.05858), also of those in a prompt cache, which mlx-lm does not pass on.
     """
+    from mlx_lm.sample_utils import make_repetition_penalty
+
     known = mx.array(sorted(set(cached)), mx.int32)
-
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        if cached:
-            tokens = mx.concatenate([known, tokens.astype(mx.int32)])
-        seen = logits[:, tokens]
-        logits[:, tokens] = mx.where(seen > 0, seen / penalty, seen * penalty)
-        return logits
-
-    return process
+    penalise = make_repetition_penalty(penalty, context_size=1 << 30)  # all tokens
+    return lambda tokens, logits: penalise(mx.concatenate([known, tokens]), logits)
 
 
 # ---- the prompt cache ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from support.tiny_folder import CORPUS, hf_smollm2, write_model, write_tokenizer
 
 import mlx_qlora as mq
 from mlx_qlora.data.tokenizer import load_tokenizer
-from mlx_qlora.infer.generate import Pieces, _byte_tokens, generate, prompt_ids, stream
+from mlx_qlora.infer.generate import Pieces, generate, prompt_ids, stream
 from mlx_qlora.infer.tokens import (
     GenerationConfig,
     GenerationSettings,
@@ -229,7 +229,7 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizers):
     draw = np.random.default_rng(0)
     for tokenizer in tokenizers:
         odd = sorted({i for text in SAID for i in tokenizer.encode(text)})
-        odd += [tokenizer.eos_id, *sorted(_byte_tokens(tokenizer))[::5]]
+        odd += [tokenizer.eos_id, *sorted(Pieces(tokenizer)._bytes)[::5]]
         for n in range(300):
             ids = draw.choice(odd, 12).tolist() if n % 2 else None
             ids = ids or draw.integers(0, tokenizer.vocab_size - 12, 12).tolist()
