@@ -196,12 +196,10 @@ class _Field(argparse.Action):
 
 
 def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
-    """The ways to set a field."""
     from mlx_qlora.config import SECTIONS, field_words
     from mlx_qlora.names import PRESETS
 
-    shown = "this, and every field with its meaning"
-    command.add_argument("--help-all", action="help", help=shown)
+    command.add_argument("--help-all", action="help", help="this, and every field with its meaning")
     group = command.add_argument_group("fields")
     for flag in about.shorthands:
         field, value = SHORTHANDS[flag]
@@ -218,8 +216,9 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="YAML with the fields")
     any_field = "any field; --FIELD VALUE, too, and by other trainers' names"
     group.add_argument("overrides", nargs="*", metavar=ASSIGNMENT, help=any_field)
-    shown = "print the resolved YAML and stop"
-    group.add_argument("--print-config", action="store_true", help=shown)
+    group.add_argument(
+        "--print-config", action="store_true", help="print the resolved YAML and stop"
+    )
     for word, field in field_words(about.sections).items():
         flags = {f"--{word}", f"--{word.replace('_', '-')}"} - {*command._option_string_actions}
         if flags:
@@ -229,7 +228,6 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
 
 
 def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
-    """Add what a command takes besides fields."""
     add = command.add_argument
     if name == "train":
         dry = "load, read, plan and show the first batch, but train nothing"
@@ -299,7 +297,6 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
 
 
 def _section_help(section: str) -> str:
-    """The fields of a section with type, default and one line."""
     from mlx_qlora.config import SECTIONS, type_name
 
     config, flags = SECTIONS[section], {field: flag for flag, (field, _) in SHORTHANDS.items()}

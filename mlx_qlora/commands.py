@@ -1,7 +1,6 @@
 """What each command does: its arguments become a config, and it returns what `--json` prints."""
 
 import argparse
-import dataclasses
 import errno
 import glob
 import io
@@ -13,7 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,7 +250,7 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
         raise ConfigError("--input goes with --instruction")
     if args.prompt == "-":
         args.prompt = _standard_input()
-    settings: dict[str, Any] = dataclasses.asdict(config.generation) | {"seed": args.seed}
+    settings: dict[str, Any] = asdict(config.generation) | {"seed": args.seed}
     config, model, tokenizer = model_to_ask(config)
     prompt = _prompt(args, tokenizer.chat_template is not None, config.data)
     answer = stream(model, tokenizer, prompt, **settings)
@@ -262,7 +261,7 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
             print(piece, end="", flush=True)
     if not args.json:
         print()
-    return {"text": text, **dataclasses.asdict(answer.speed)}
+    return {"text": text, **asdict(answer.speed)}
 
 
 def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -311,7 +310,7 @@ def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     else:
         command = MERGED_GGUF_COMMAND.replace("MERGED_FOLDER", shlex.quote(str(merged.folder)))
         say(console, f"for llama.cpp: {command}")
-    return dataclasses.asdict(merged)
+    return asdict(merged)
 
 
 def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -346,7 +345,7 @@ def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
     for path, n_bytes in pushed.files:
         say(console, f"{size(n_bytes):>13}  {path}")
     say(console, f"pushed    {pushed.url}" if pushed.url else f"would go to {args.repo_id}")
-    return dataclasses.asdict(pushed)
+    return asdict(pushed)
 
 
 def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -354,11 +353,10 @@ def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 
     findings = doctor(console, PlannedRun(config))
     fine = all(finding.state != "error" for finding in findings)
-    return {"ok": fine, "findings": [dataclasses.asdict(finding) for finding in findings]}
+    return {"ok": fine, "findings": [asdict(finding) for finding in findings]}
 
 
 def _numbers(field: str, text: str) -> list[Any]:
-    """The numbers of a list such as 8,16."""
     kind = float if field == "learning_rate" else int
     try:
         return [kind(part) for part in text.split(",")]
@@ -376,8 +374,7 @@ def _prompt(args: argparse.Namespace, can_chat: bool, data: "DataConfig") -> "st
     question = args.prompt
     if args.instruction is not None:
         if data.template in ("auto", *ALPACA) and not data.system:
-            preamble = data.template == ALPACA[1]
-            return alpaca_prompt(args.instruction, args.input or "", preamble)
+            return alpaca_prompt(args.instruction, args.input or "", data.template == ALPACA[1])
         question = chat_question(args.instruction, args.input or "")
     system = [{"role": "system", "content": data.system}] if data.system else []
     return [*system, {"role": "user", "content": question}]

@@ -313,8 +313,7 @@ class Machine:
     @functools.cached_property
     def flops(self) -> float:
         """Matmul rate in the compute dtype: from the table, or of this machine, measured."""
-        chip = self.name.rpartition("-")[0]
-        known = {**APPLE, **NVIDIA}.get(chip)
+        known = {**APPLE, **NVIDIA}.get(self.name.rpartition("-")[0])
         return known * 1e12 if known else _measured_flops(self.device.dtype)
 
     def seconds(self, flops: float, read: int) -> float:
@@ -367,7 +366,6 @@ def machine(name: str | None) -> Machine:
 
 @functools.cache
 def _measured_flops(dtype: str) -> float:
-    """The rate of square products on this machine."""
     import mlx.core as mx
 
     x = mx.random.normal((PROBE, PROBE)).astype(getattr(mx, dtype))

@@ -12,12 +12,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
+now = time.monotonic  # seconds of a clock that never goes back
 RECENT = 200  # units that a pace is measured over: a machine may get slower, or faster
-
-
-def now() -> float:
-    """Seconds of a clock that never goes back."""
-    return time.monotonic()
 
 
 @dataclass(eq=False)

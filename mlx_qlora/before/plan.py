@@ -119,8 +119,7 @@ def base_bytes(
     dense = itemsize * packed_size(model, checkpoint, quantize)
     keeps_copy = device.frozen_matmul(config.model.frozen_matmul, dense, where) == "resident"
     base = resident = 0
-    modules = model.named_modules()
-    matrices = ((path, m) for path, m in modules if isinstance(m, FrozenMatrix))
+    matrices = ((path, m) for path, m in model.named_modules() if isinstance(m, FrozenMatrix))
     for path, matrix in matrices:
         quant, size = checkpoint.packing.get(path) or quantize, matrix.weight.size
         if quant is None:
@@ -232,11 +231,6 @@ class Plan:
         """Whether the prediction stays within the machine's memory."""
         return self.total_bytes <= self.memory_bytes
 
-    @property
-    def recomputed_layers(self) -> int:
-        """Layers of which the backward computes matmuls again."""
-        return sum(level >= MLP for level in self.schedule.levels)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it; sizes in bytes."""
         return {
@@ -246,7 +240,7 @@ class Plan:
             "fits": self.fits,
             "machine": self.machine,
             "trainable_parameters": self.trainable,
-            "recomputed_layers": self.recomputed_layers,
+            "recomputed_layers": sum(level >= MLP for level in self.schedule.levels),
             "waves": self.schedule.n_chunks,
             "longest_context": self.longest_context,
             "tokens_per_second": self.tokens_per_second,

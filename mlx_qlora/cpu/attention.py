@@ -149,7 +149,6 @@ def _chained(block: mx.array, before: list[Any]) -> mx.array:
 
 
 def _first_key(start: int, window: int | None) -> int:
-    """The first key that the queries from `start` on see."""
     return 0 if window is None else max(0, start - window + 1)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,10 @@ class Stage:
 
     def row(self, trials: dict[Point, Trial]) -> dict[str, Any]:
         """The stage as `sweep.json` has it: names of trials."""
-
-        def names(points: Sequence[Point]) -> list[str]:
-            return [trials[point].name for point in points]
-
-        rungs = [{"measured": names(began), "went_on": names(on)} for began, on in self.rungs]
+        rungs = [
+            {"measured": [trials[p].name for p in began], "went_on": [trials[p].name for p in on]}
+            for began, on in self.rungs
+        ]
         return {"varied": self.fields, "rungs": rungs, "winner": trials[self.winner].name}
 
 
@@ -221,8 +219,7 @@ def plot_of(trials: list[Trial]) -> Plot:
         for measured in trial.measured:
             if not measured.failed:
                 key = (measured.step, point.r, point.batch_size, point.seed)
-                error = standard_error(measured)
-                loss = (point.learning_rate, measured.validation_loss, error)
+                loss = (point.learning_rate, measured.validation_loss, standard_error(measured))
                 series.setdefault(key, []).append(loss)
     lines = []
     for (steps, rank, batch, seed), losses in sorted(series.items()):

@@ -121,8 +121,6 @@ def _open(config: RunConfig, console: Console) -> Inputs:
 
 @dataclass
 class _Search:
-    """A sweep under way."""
-
     inputs: Inputs  # what all trials share, with a config of what is not varied
     model: LlamaForCausalLM  # the base, which they share, too
     console: Console
@@ -165,8 +163,7 @@ class _Search:
             if rung < self.rungs - 1:
                 names = "; ".join(point.label(fields) for point in alive)
                 say(self.console, f"rung {rung + 1}/{self.rungs}: {names} go on")
-        tied = trial.ties([results[point] for point in alive])
-        winner = alive[tied[0]]  # the most cautious one
+        winner = alive[trial.ties([results[point] for point in alive])[0]]  # the most cautious one
         self.done.append(Stage(fields, tuple(points), tuple(history), winner))
         self.write()
         return winner
@@ -224,8 +221,7 @@ class _Search:
             (staging / page.RECORD).write_text(text, encoding="utf-8")
             if best_config is not None:
                 (staging / page.BEST).write_text(to_yaml(best_config), encoding="utf-8")
-                plot = svg_file(page.plot_of(trials))
-                (staging / page.PLOT).write_text(plot, encoding="utf-8")
+                (staging / page.PLOT).write_text(svg_file(page.plot_of(trials)), encoding="utf-8")
         if best is not None:
             self.console.print(page.table(trials, self.rungs))
             for line in findings:

@@ -100,8 +100,7 @@ def check_swept(config: RunConfig) -> None:
 def start_point(config: RunConfig) -> Point:
     """The values of the config, from which the first stage varies one."""
     training = config.training
-    rows = training.rows * training.accumulation
-    return Point(training.peak, config.lora.r, rows, training.seed)
+    return Point(training.peak, config.lora.r, training.rows * training.accumulation, training.seed)
 
 
 def stages(grid: dict[str, list[Any]], product: bool) -> list[tuple[str, ...]]:
@@ -292,7 +291,9 @@ def measure(
     except StepError as error:  # the other trials go on
         failed, may_pass = str(error), error.again
     finally:
-        bare(model)
+        for name in adapter_names(model):
+            detach(model, name)
+        mx.clear_cache()
     learned = train_loss, nats.tolist(), tokens.tolist(), failed
     took = speed, mx.get_peak_memory(), time.perf_counter() - began
     measured = Measured(_key(config, inputs), step, *learned, *took)
@@ -330,13 +331,6 @@ def _advance(
             raise Interrupted(run.stop.signum, saved)
     tokens = run.state.tokens - before
     return run, tokens / max(time.perf_counter() - began, 1e-9) if tokens else None
-
-
-def bare(model: LlamaForCausalLM) -> None:
-    """Take all LoRA layers out of a model: the base's own linears stand there again."""
-    for name in adapter_names(model):
-        detach(model, name)
-    mx.clear_cache()
 
 
 def _record(config: RunConfig, step: int) -> Path:

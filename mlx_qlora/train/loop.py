@@ -91,8 +91,7 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, without the history, as JSON has them."""
-        figures = asdict(self)
-        return {k: v for k, v in figures.items() if k not in ("log_history", "html")}
+        return {k: v for k, v in asdict(self).items() if k not in ("log_history", "html")}
 
     def _repr_html_(self) -> str | None:
         """The summary and the plots in a notebook; None lets it show the text."""

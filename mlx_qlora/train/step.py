@@ -197,7 +197,7 @@ def split(batch: Batch, n: int) -> list[Batch]:
     return pieces
 
 
-# ---- where numbers end ---------------------------------------------------------------------------
+# ---- rows of a step ------------------------------------------------------------------------------
 
 
 def suspects(losses: list[tuple[Batch, mx.array]], elsewhere: bool) -> tuple[str, ...]:
@@ -209,9 +209,6 @@ def suspects(losses: list[tuple[Batch, mx.array]], elsewhere: bool) -> tuple[str
     if elsewhere and not spoilt:
         return ("rows of another process: see its rank-*.log",)
     return tuple(place for batch in spoilt or (b for b, _ in losses) for place in batch.places)
-
-
-# ---- dropout -------------------------------------------------------------------------------------
 
 
 def dropout_keys(seed: int, rows: tuple[int, ...]) -> mx.array:
