@@ -85,6 +85,6 @@ def test_linears_embeddings_and_examples_say_what_they_hold(
     rows = mq.read_examples(write_rows(tmp_path / "rows.jsonl", 12), tokenizer, mq.DataConfig())
     tokens = int(rows[:5].lengths.sum())
     assert repr(rows[:5]).startswith(
-        f"Examples(5 of {tmp_path / 'rows.jsonl'}: {tokens:,} tokens, "
+        f"Examples(5 of {tmp_path / 'rows.jsonl'}, {tokens:,} tokens, "
     )
-    assert repr(rows[:0]).endswith("0 tokens, 0% supervised)")
+    assert repr(rows[:0]).endswith("0 tokens, 0% learned)")

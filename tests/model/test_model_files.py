@@ -17,8 +17,8 @@ from support.tiny_folder import write_random_model
 from support.tiny_gguf import write_tiny_gguf
 
 import mlx_qlora as mq
+from mlx_qlora.adapters.origin import sample_of
 from mlx_qlora.errors import UserError
-from mlx_qlora.loading import sample_of
 from mlx_qlora.model.hub import resolve
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
