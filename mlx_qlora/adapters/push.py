@@ -17,7 +17,7 @@ from mlx_qlora import __version__
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, listing
 from mlx_qlora.folders import CARD, MLX_COPY, PEFT, RECORD, TAG, card_header
-from mlx_qlora.model.hub import HUB_ID, http_error, resolve, token_refused
+from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
 
@@ -293,7 +293,7 @@ def push_to_hub(
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
     except ConfigError:
         raise
-    except (OSError, RuntimeError, ValueError, http_error()) as error:
+    except hub_errors() as error:
         raise SourceError(_explain(error, repo_id, token)) from error
     return Pushed(files, commit.commit_url, sorted(left_out))
 

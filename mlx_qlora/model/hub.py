@@ -138,21 +138,23 @@ def _from_package(name: str) -> ModelFiles:
 
 
 def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
-    from huggingface_hub import HfApi, errors, snapshot_download
-
+    try:
+        from huggingface_hub import HfApi, errors, snapshot_download
+    except ValueError as error:  # it reads its numbers when it is imported
+        raise SourceError(f"the hub's client does not start ({error}): {ENVIRONMENT}") from error
     fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=UNREAD)
     needed = [name for name in NEEDED if weights or name != WEIGHTS]
     left: tuple[str, ...] = ()
     try:
         try:
             folder = Path(fetch(allow_patterns=[*needed, "README.md"]))
-        except errors.LocalEntryNotFoundError:
+        except (errors.LocalEntryNotFoundError, *UNUSABLE):
             # The hub is away. Other tools cache models without README.md, which we can do without.
             folder = Path(fetch(allow_patterns=needed, local_files_only=True))
         missing = _missing_files(folder)
         # Raises if the hub is away, which tells a partial cache from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
-    except (OSError, RuntimeError, http_error()) as error:  # the last two are xet's and httpx's
+    except hub_errors() as error:
         raise SourceError(explain(error, repo, revision)) from error
     if missing and not weights:
         missing = _missing_files(folder, names)
@@ -162,11 +164,17 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
     return ModelFiles(folder, original_repository(folder, repo), folder.name, repo, left)
 
 
-def http_error() -> type[Exception]:
-    """What the client raises of its connections: huggingface_hub 1 has httpx, 2 has httpx2."""
+# What the client raises where it cannot use a proxy or a token of the environment.
+UNUSABLE = (ImportError, ValueError)
+ENVIRONMENT = "correct or unset ALL_PROXY, HTTPS_PROXY, HF_TOKEN and the like"
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What talking to the hub may raise."""
     from huggingface_hub import errors
 
-    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    http = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    return OSError, RuntimeError, http, *UNUSABLE  # RuntimeError is xet's
 
 
 def whole_copy(repo: str, revision: str | None = None) -> Path | None:
@@ -209,7 +217,9 @@ def on_offer(
         answer = get_session().get(url, headers=build_hf_headers(), timeout=timeout)
         raise_for_status(answer)
         config = answer.json()
-    except (OSError, RuntimeError, http_error()) as cause:
+    except SourceError:
+        raise
+    except hub_errors() as cause:
         raise SourceError(explain(cause, repo, revision)) from cause
     cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
     to_fetch = sum(sizes[name] for name, path in cached.items() if not isinstance(path, str))
@@ -253,6 +263,9 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         return f"{found} HF_HUB_OFFLINE is set: unset it and {again}; {WITHOUT_HUB}"
     if status is not None:
         return f"{found} {constants.ENDPOINT} answered {status}: {again}; {WITHOUT_HUB}"
+    if isinstance(cause, UNUSABLE):
+        reason = str(cause).splitlines()[0]
+        return f"{found} the hub's client does not connect ({reason}): {ENVIRONMENT}"
     if cause is error and isinstance(error, OSError):
         return f"cannot fetch {repo} into {cache} ({error}): {again}"
     return f"{found} {constants.ENDPOINT} cannot be reached ({cause}): {again}; {WITHOUT_HUB}"
@@ -270,7 +283,7 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
     try:
         files: Any = snapshot_download(repo, revision=revision, dry_run=True, **READ)
         needs = size(sum(file.file_size for file in files if file.will_download))
-    except (OSError, RuntimeError, http_error()):  # the hub is away by now, or the disk too full
+    except hub_errors():  # the hub is away by now, or the disk too full
         needs = "more"
     fix = "free some, or set HF_HOME to a folder on a larger disk, and run the same command again"
     free = size(shutil.disk_usage(cache).free)

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.errors import ConfigError, SourceError, WeightsError, listing
 from mlx_qlora.model.gguf import Packed, read_gguf, source_repository
-from mlx_qlora.model.hub import ModelFiles, check_readable, explain, http_error, weight_files
+from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FLOAT_MODES, FrozenMatrix, QuantConfig, cast
 from mlx_qlora.progress import doing, each
@@ -220,7 +220,7 @@ def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
             headers = dict(zip(files.left_on_hub, pool.map(header, files.left_on_hub)))
     except errors.SafetensorsParsingError as error:
         raise WeightsError(f"{files.source} on the hub is damaged: {error}") from None
-    except (OSError, RuntimeError, http_error()) as error:
+    except hub_errors() as error:
         raise SourceError(explain(error, files.source, files.revision)) from error
     return _as_one_model(
         (name, TensorInfo(files.path / shard, tuple(entry.shape), entry.dtype))

@@ -18,6 +18,7 @@ from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.errors import SourceError, WeightsError
 from mlx_qlora.model.hub import (
     BUILT_IN,
+    ENVIRONMENT,
     WITHOUT_HUB,
     ModelFiles,
     is_on_hub,
@@ -361,6 +362,25 @@ def test_no_network_but_a_copy(hub, away):
     hub.log.clear()
     assert away.resolve(REPO, HF_HUB_OFFLINE="1") == found
     assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},  # as Clash and v2ray set it
+        {"all_proxy": "socks://127.0.0.1:9/"},  # as GNOME does
+        {"HTTP_PROXY": "ftp://127.0.0.1:9"},
+        {"HF_TOKEN": "hf_é"},
+        {"HF_HUB_DOWNLOAD_TIMEOUT": "abc"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_the_hub_s_client_cannot_use(hub, away, environ):
+    assert away.refused(REPO, **environ).endswith(f": {ENVIRONMENT}")
+    if "HF_HUB_DOWNLOAD_TIMEOUT" not in environ:  # without which the client does not start
+        found = away.resolve(REPO)
+        assert away.resolve(REPO, **environ) == found
+        assert away.resolve(REPO, **environ, HF_HUB_OFFLINE="1") == found
 
 
 def test_a_copy_needs_no_access(hub, away):
