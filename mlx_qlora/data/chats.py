@@ -4,6 +4,7 @@ A template writes a chat. Where the text before each answer is a prefix of the w
 holds them all; where the template rewrites what came before, each answer gets a text of its own.
 """
 
+import bisect
 import contextlib
 import itertools
 import re
@@ -248,6 +249,9 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
 # ---- whether all that a chat says is there -------------------------------------------------------
 
 Write = Callable[[Chat], list[Segments]]
+WORD = re.compile(r"[^<>\s]+(?![^<>\n]*>)")  # outside of tags
+TAIL = 200  # characters in which the last word is looked for
+SIGN = re.compile("\U000f1a2b\\d+\U000f1a2b")  # private use: in no text of a person
 # What a template answers to, or what only says where a message is from.
 ROUTING = {"role", "content", "tool_calls", "tool_call_id"}
 
@@ -284,27 +288,46 @@ def _complete(
     try:
         documents = written(chat)
     except NotNestedError:  # it says more if something is not written at all
-        _unread(chat, everything)
+        _unread(chat, everything, everything(chat), everything)
         raise
-    return documents, _unread(chat, written, documents)
+    return documents, _unread(chat, written, documents, everything)
 
 
-def _unread(chat: Chat, write: Write, documents: list[Segments] | None = None) -> set[str]:
+def _unread(chat: Chat, write: Write, documents: list[Segments], everything: Write) -> set[str]:
     marked, parts = _marked(chat)
     try:
-        text, learned = _texts(write(marked))
+        seen = _marks_in(_texts(everything(marked))[0], documents)
+        if seen is None:
+            seen = [set(SIGN.findall(text)) for text in _texts(write(marked))]
     except DataError:  # of a template that looks into what it writes
-        text = learned = ""
+        seen = [set(), set()]
     unread = set()
     for i, part in enumerate(parts):
-        if part.mark in (learned if part.learned else text):
-            continue
-        if _matters(i, chat, write, write(chat) if documents is None else documents):
+        if part.mark in seen[part.learned] or _matters(i, chat, write, documents):
             continue
         if part.field is None:
             raise NotNestedError(f"the chat template does not write {part.name}")
         unread.add(part.field)
     return unread
+
+
+def _marks_in(text: str, documents: list[Segments]) -> list[set[str]] | None:
+    """The marks in the document, and in its learned words, by their places in the marked text.
+
+    None if that is not the text of the document but for the marks, or if there are several: then
+    the document has to be made again with the marks, which takes several times as long.
+    """
+    pieces, marks, whole = SIGN.split(text), SIGN.findall(text), _texts(documents)[0]
+    if len(documents) > 1 or not "".join(pieces).startswith(whole):
+        return None
+    ends = [*itertools.accumulate(len(segment) for segment, _ in documents[0])]
+    seen: list[set[str]] = [set(), set()]
+    for place, mark in zip(itertools.accumulate(map(len, pieces)), marks):
+        if place < len(whole):
+            seen[0].add(mark)
+            if documents[0][bisect.bisect_right(ends, place)][1]:
+                seen[1].add(mark)
+    return seen
 
 
 def _texts(documents: list[Segments]) -> tuple[str, str]:
@@ -333,7 +356,7 @@ def _marked(chat: Chat, only: int | None = None) -> tuple[Chat, list[_Part]]:
         field: str | None = None,
         place: int | None = None,
     ) -> Any:
-        sign = f"\U000f1a2b{len(parts)}\U000f1a2b"  # private use: in no text of a person
+        sign = f"\U000f1a2b{len(parts)}\U000f1a2b"
         parts.append(_Part(name, sign, learned, field))
         if only not in (None, len(parts) - 1):
             return value
@@ -344,8 +367,9 @@ def _marked(chat: Chat, only: int | None = None) -> tuple[Chat, list[_Part]]:
     def mark_text(text: str, *how: Any) -> str:
         """With marks at its beginning, middle and end: a template may cut it anywhere."""
         # Within words: templates look for tags, and trim.
-        words = [sum(x.span()) // 2 for x in re.finditer(r"[^<>\s]+(?![^<>\n]*>)", text)]
-        places = {words[0], words[len(words) // 2], words[-1]} if words else {len(text) // 2}
+        tail = [*WORD.finditer(text, max(0, len(text) - TAIL))][-1:]
+        words = [WORD.search(text), WORD.search(text, len(text) // 2), *tail]
+        places = {sum(word.span()) // 2 for word in words if word} or {len(text) // 2}
         for place in sorted(places, reverse=True):
             text = mark(text, *how, place=place)
         return text
