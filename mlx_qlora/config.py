@@ -187,12 +187,17 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:int"]
+    first: [each for each in resolvers if each[0].rpartition(":")[2] not in ("int", "float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), [*"-+0123456789"]
-)
+NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$",
+    "float": r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$",
+}
+for _kind, _form in NUMBERS.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(_form), [*"-+.0123456789"]
+    )
 
 
 def put(
@@ -253,7 +258,7 @@ def set_override(
             hint = did_you_mean(place.strip(), (), meant)
         raise ConfigError(f"expected section.field=value, got {assignment!r}{hint}")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = yaml.load(text, _Loader) if text else ""
     except (yaml.YAMLError, ValueError):
         value = text
     known, _, name = place_of(section, key).partition(".")
@@ -335,7 +340,6 @@ def without_effect(
         )
     files = "the weights are quantised in the files" * packed
     adapter = "training goes on from an adapter" * (config.model.adapter is not None)
-    no_chats = not any(form in train.report.format for form in ("messages", "sharegpt", "made"))
     greedy = "generation.temperature=0 takes the likeliest token"
     named = [name for name in ("validation", "test") if getattr(config.data, f"{name}_path")]
     if named and not isinstance(config.data.split, str):
@@ -358,7 +362,7 @@ def without_effect(
         "logging.run_name": untracked,
         "data.template": "no row is an instruction" * (asks_nothing or no_tasks),
         "lora.init_lora_weights": adapter,
-        "data.history": "no row is a chat" * no_chats,
+        "data.history": "no row is a chat" * (forms <= {"text"}),
         "data.split": f"{' and '.join(named)} rows have a file of their own" * bool(named),
         "data.packing": "rows are computed end to end, without padding, either way",
         "generation.top_p": greedy * (config.generation.temperature == 0),

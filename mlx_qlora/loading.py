@@ -164,8 +164,11 @@ def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Token
             template = file.read_text(encoding="utf-8-sig")
         return tokenizer.with_chat_template(template) if isinstance(template, str) else tokenizer
     theirs = load_tokenizer(folder)
-    template = theirs.chat_template or tokenizer.chat_template
-    return replace(theirs, eos_ids=theirs.eos_ids | tokenizer.eos_ids, chat_template=template)
+    theirs = replace(theirs, eos_ids=theirs.eos_ids | tokenizer.eos_ids)
+    if theirs.chat_template is not None or tokenizer.chat_template is None:
+        return theirs
+    of_base = theirs.with_chat_template(tokenizer.chat_template)
+    return replace(of_base, tool_template=tokenizer.tool_template)
 
 
 def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:

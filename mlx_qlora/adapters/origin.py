@@ -58,8 +58,9 @@ def sample_of(path: Path, names: bool = True) -> bytes:
 
 def run_of(adapter: Path) -> Path:
     """The folder with the record and tokenizer of an adapter: a run has several adapters."""
-    is_part = adapter.name == "mlx" or adapter.name.startswith("checkpoint-")
-    return adapter.parent if is_part and (adapter.parent / RECORD).is_file() else adapter
+    place = adapter.resolve()  # of "." and of links
+    is_part = place.name == "mlx" or place.name.startswith("checkpoint-")
+    return place.parent if is_part and (place.parent / RECORD).is_file() else adapter
 
 
 def check_base(source: ModelFiles | None, adapter: Path) -> None:

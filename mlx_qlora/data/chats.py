@@ -202,6 +202,8 @@ def _answer(before: str, after: str, message: Message, tokenizer: Tokenizer) -> 
     apart = next((message[name] for name in THOUGHTS if message.get(name)), "")
     thoughts = str(apart) or content.rpartition(f"</{tag}>")[0].strip().removeprefix(f"<{tag}>")
     rest = _ended(after[opened.start() :].lstrip(), {"content": visible}, tokenizer)
+    if rest.startswith(f"<{tag}>"):  # the template writes thoughts of its own
+        return rest.removeprefix(f"<{tag}>")
     return f"{thoughts.strip()}\n</{tag}>\n\n{rest}"
 
 
@@ -249,7 +251,7 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
 # ---- whether all that a chat says is there -------------------------------------------------------
 
 Write = Callable[[Chat], list[Segments]]
-WORD = re.compile(r"[^<>\s]+(?![^<>\n]*>)")  # outside of tags
+WORD = re.compile(r"[^<>\s]+(?![^<>\n]{0,40}>)")  # outside of tags
 TAIL = 200  # characters in which the last word is looked for
 SIGN = re.compile("\U000f1a2b\\d+\U000f1a2b")  # private use: in no text of a person
 # What a template answers to, or what only says where a message is from.
@@ -301,9 +303,11 @@ def _unread(chat: Chat, write: Write, documents: list[Segments], everything: Wri
             seen = [set(SIGN.findall(text)) for text in _texts(write(marked))]
     except DataError:  # of a template that looks into what it writes
         seen = [set(), set()]
-    unread = set()
+    unread = set[str]()
     for i, part in enumerate(parts):
-        if part.mark in seen[part.learned] or _matters(i, chat, write, documents):
+        if part.mark in seen[part.learned] or (part.field or "") in unread:
+            continue
+        if _matters(i, chat, write, documents):
             continue
         if part.field is None:
             raise NotNestedError(f"the chat template does not write {part.name}")
@@ -340,7 +344,10 @@ def _matters(i: int, chat: Chat, write: Write, documents: list[Segments]) -> boo
     """Whether part i, changed alone, changes what is written."""
     changed, parts = _marked(chat, only=i)
     try:
-        return _texts(write(changed))[parts[i].learned] != _texts(documents)[parts[i].learned]
+        texts = write(changed)
+        if parts[i].learned:
+            return _texts(texts)[True] != _texts(documents)[True]
+        return texts != documents  # an option may move what is learned alone
     except DataError:
         return True
 

@@ -24,7 +24,7 @@ from mlx_qlora.progress import doing
 
 KINDS = ("jsonl", "ndjson", "json", "csv", "parquet", "arrow")
 # What `datasets` writes about the rows beside them.
-DATASETS_RECORDS = ("dataset_dict.json", "dataset_info.json", "state.json")
+DATASETS_RECORDS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 ENDINGS = ", ".join(f".{kind}" for kind in KINDS)
 PART_NAMES = {
     "train": ("train", "training"),
@@ -147,12 +147,15 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
     files = []
     for path in sorted(folder.rglob("*")):
         hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
-        hidden |= path.name in DATASETS_RECORDS
+        # What its `map` and `filter` leave beside the rows are copies of them.
+        hidden |= path.name in DATASETS_RECORDS or path.match("cache-*.arrow")
         if kind_of(path) and not hidden and path.is_file():
             files.append(_row_file(path, str(path)))
     if not files:
         raise DataError(f"data folder {folder} holds no file of rows; known endings: {ENDINGS}")
     part_of = {file.name: _part(file.path.relative_to(folder)) for file in files}
+    if not any(part_of.values()):
+        part_of = _parts_by_last_words([file.name for file in files])
     if not any(part_of.values()):
         return {"train": files}
     parts = {name: [f for f in files if part_of[f.name] == name] for name in PART_NAMES}
@@ -168,12 +171,31 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
 
 
 def _part(path: Path) -> str | None:
-    """The part that a file is for by a word of its name: `train-00001.parquet`, `my_test.csv`."""
-    words = {word for name in path.parts for word in re.split(r"[._-]", name.lower())}
+    """The part that a file is for by its name: `train-00001.parquet`, or `test/rows.jsonl`."""
+    words = {re.split(r"[._-]", name.lower())[0] for name in path.parts}
     named = [part for part, names in PART_NAMES.items() if words.intersection(names)]
     if len(named) > 1:
         raise DataError(f"data file {path} is for {' and for '.join(named)} by its name; rename it")
     return named[0] if named else None
+
+
+def _parts_by_last_words(names: list[str]) -> dict[str, str | None]:
+    """The parts of files such as `a_train.csv` and `a_test.csv`, or `a.csv` and `a_test.csv`.
+
+    A topic may end so, too (`web-dev`): all files have to, or one has the rest of the name.
+    """
+    kinds = "|".join(KINDS)
+    stems = {name: re.split(rf"\.(?:{kinds})\b", name.lower())[0] for name in names}
+    ends = {name: re.fullmatch(r"(.*)[._-]([a-z]+)", stem, re.S) for name, stem in stems.items()}
+    part_of: dict[str, str | None] = dict.fromkeys(names)
+    for name, end in ends.items():
+        for part, words in PART_NAMES.items():
+            if end and end[2] in words and (all(ends.values()) or end[1] in stems.values()):
+                part_of[name] = part
+    with_parts = {end[1] for name, end in ends.items() if end and part_of[name]}
+    part_of |= {name: "train" for name, stem in stems.items() if stem in with_parts}
+    is_whole = all(part_of.values()) and "train" in part_of.values()
+    return part_of if is_whole else dict.fromkeys(names)
 
 
 # ---- a file -> rows ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ HARMLESS = frozenset(
     "question_id task_id dataset dataset_name data_source source sources origin url link license "
     "author user_id model model_name generator teacher engine created created_at updated_at date "
     "timestamp language lang category categories domain type tag tags difficulty score scores "
-    "rating ratings reward rewards reward_model quality toxicity embedding length len num_tokens "
+    "rating ratings reward_model quality toxicity embedding length len num_tokens "
     "token_count num_turns split fold seed temperature metadata meta annotations signature "
     "logprobs finish_reason usage status version __index_level_0__ cache_control".split()
 )
@@ -263,7 +263,7 @@ def _refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> N
     tasks = {
         name: task
         for name, task in OTHER_TASKS.items()
-        if isinstance(row.get(name), (str, list, Mapping)) and row[name]
+        if not isinstance(row.get(name), (int, float)) and not is_harmless("", row.get(name))
     }
     label = row.get("label", row.get("kto_tag"))
     if isinstance(row.get("reward_model"), Mapping):
@@ -303,18 +303,21 @@ def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
     return value
 
 
-def messages_of(row: Mapping[str, Any], field: str) -> list[Message]:
-    """The messages of a field, in OpenAI's shape; a DataError that names one that is none."""
+def messages_of(row: Mapping[str, Any], field: str, asked: bool = False) -> list[Message]:
+    """The messages of a field, in OpenAI's shape; a DataError that names one that is none.
+
+    Of a model that is `asked` an answer may have been empty, and roles are the template's matter.
+    """
     if field not in row:
         raise DataError(f"field {field!r} is missing")
     if not isinstance(values := row[field], (list, tuple)):
         raise DataError(f"field {field!r} must be a list of messages, not {type(values).__name__}")
     if not values:
         raise DataError(f"field {field!r} is empty")
-    return [_message(value, f"{field}[{i}]") for i, value in enumerate(values)]
+    return [_message(value, f"{field}[{i}]", asked) for i, value in enumerate(values)]
 
 
-def _message(value: Any, where: str) -> Message:
+def _message(value: Any, where: str, asked: bool = False) -> Message:
     """One message with `role` and `content`, from OpenAI's fields or ShareGPT's."""
     if not isinstance(value, Mapping):
         raise DataError(f"{where} is not an object but {type(value).__name__}")
@@ -324,12 +327,12 @@ def _message(value: Any, where: str) -> Message:
     if "function_call" in rest:
         raise DataError(f"{where} has OpenAI's old field 'function_call'; write 'tool_calls'")
     marks = {name: rest.pop(name) for name in MARKS if name in rest}
-    for name, weight in marks.items():
+    for name, weight in marks.items() if not asked else ():
         if not isinstance(weight, (int, float)) or weight not in (0, 1):
             raise DataError(f"{where} has the {name} {repr(weight)[:40]}; 0 and 1 are known")
     if "masked" in marks:
         marks["masked"] = not marks["masked"]
-    if marks:
+    if marks and not asked:
         rest["weight"] = min(map(int, marks.values()))
     role = rest.pop("role", None) or rest.pop("from", None)
     content = rest.pop("content", None)
@@ -338,14 +341,14 @@ def _message(value: Any, where: str) -> Message:
         raise DataError(f"{where} has no role (field 'role', or 'from')")
     if role.lower() == "function_call":  # ShareGPT's: the message is the call
         rest["tool_calls"], content = _calls_in(content, where), None
-    role = ROLES.get(role.lower(), role.lower())
-    if role not in KNOWN_ROLES:
+    role = ROLES.get(role.lower(), role if asked else role.lower())
+    if role not in KNOWN_ROLES and not asked:
         raise DataError(f"{where} has the role {role[:40]!r}; known: {', '.join(KNOWN_ROLES)}")
     if isinstance(content, (list, tuple)):
         content = _text_of_parts(content, rest, where)
     if calls := rest.pop("tool_calls", None):
         rest["tool_calls"] = _tool_calls(calls, where)
-    content = _content(content, where, bool(calls) or role in MAY_BE_EMPTY)
+    content = _content(content, where, asked or bool(calls) or role in MAY_BE_EMPTY)
     if thoughts := next((rest[name] for name in THOUGHTS if rest.get(name)), None):
         # As transformers does: templates read either.
         rest = {**rest, "reasoning_content": thoughts}

@@ -205,10 +205,6 @@ class Tokenizer:
         deciding = (self._codec, self.bos_id, self.eos_id, sorted(self.eos_ids), self.adds_bos)
         return hashlib.blake2b(pickle.dumps(deciding), digest_size=16).hexdigest()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a worker process needs: everything but the files to save."""
-        return {**self.__dict__, "_built_files": None}
-
     def save(self, folder: Path) -> None:
         """Writes what the base ships, so that `folder` encodes alike here and in transformers.
 
@@ -227,6 +223,9 @@ class Tokenizer:
         if self._own_template and self.chat_template is not None:
             # transformers prefers this file to the template in tokenizer_config.json.
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+            if self.tool_template is not None:
+                (folder / TOOL_TEMPLATE).parent.mkdir(exist_ok=True)
+                (folder / TOOL_TEMPLATE).write_text(self.tool_template, encoding="utf-8")
 
 
 def _whole_characters(text: str) -> str:

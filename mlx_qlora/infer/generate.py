@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.data.encode import encode_prompt
+from mlx_qlora.data.files import without_nulls
 from mlx_qlora.data.rows import messages_of
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, did_you_mean, require
@@ -39,8 +40,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         ids = encode_prompt(tokenizer, prompt)
     elif len(prompt) and isinstance(prompt[0], Mapping):
         # Read as in a row, parts and the names of others included.
-        messages = messages_of({"messages": prompt}, "messages")
-        messages = [{k: v for k, v in each.items() if k != "weight"} for each in messages]
+        messages = messages_of({"messages": without_nulls(prompt)}, "messages", asked=True)
         text = tokenizer.render_chat(messages, add_generation_prompt=True)
         ids = encode_prompt(tokenizer, text)
     elif len(prompt) and not isinstance(prompt[0], int | np.integer):

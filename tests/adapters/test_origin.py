@@ -331,17 +331,39 @@ def test_a_run_s_tokenizer_is_the_base_s_as_long_as_nothing_else_was_saved(
     assert mq.load(model, adapter=out / "checkpoint-1")[1].source == model
 
 
-@pytest.mark.parametrize("part", ["", "checkpoint-1", "mlx"])
-def test_every_adapter_of_a_run_has_its_model_and_its_template(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize("part", ["", "checkpoint-1", "mlx", ".", "link"])
+def test_every_adapter_of_a_run_has_its_model_and_its_template(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write_random_model(tmp_path / "model")
     template = tmp_path / "own.jinja"
     template.write_text(OWN + "{# mine #}")
     words = [f"data.template={template}", "checkpointing.save_steps=1"]
-    out = trained(model, tmp_path / "out", *words) / part
+    out = trained(model, tmp_path / "out", *words)
+    out = {".": Path(), "link": tmp_path / "best"}.get(part, out / part)
+    (tmp_path / "best").symlink_to("out/checkpoint-1")
+    monkeypatch.chdir(tmp_path / "out" / "checkpoint-1")
     template.unlink()
     config, loaded, tokenizer = model_to_ask(build({"model": {"adapter": str(out)}}))
     assert (str(loaded.source.path), tokenizer.chat_template) == (str(model), OWN + "{# mine #}")
     assert config.data.template == "chat"
+
+
+def test_the_base_s_templates_serve_a_tokenizer_without_one_and_are_saved_with_it(
+    tmp_path: Path,
+) -> None:
+    base = write_model(tmp_path / "model", chat=True)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS" + CHAT)
+    mq.save_adapter(mq.add_lora(mq.load(base)[0], mq.LoraConfig(r=2)), tmp_path / "a")
+    write_tokenizer(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    config["pad_token"] = "<|eos|>"
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+    model, tokenizer = mq.load(base, adapter=tmp_path / "a")
+    mq.save_merged(model, tokenizer, tmp_path / "merged")
+    for each in (tokenizer, mq.load(tmp_path / "merged")[1]):
+        assert (each.chat_template, each.tool_template) == (CHAT, "TOOLS" + CHAT)
 
 
 def test_a_damaged_tokenizer_beside_an_adapter_is_named(

@@ -34,7 +34,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
         True,
     ),
     "a history without chats": (
-        ["data.history=as_asked"],
+        ["data.history=as_asked", "--data", "texts.jsonl"],
         "data.history=as_asked is not used: no row is a chat",
         True,
     ),
@@ -58,6 +58,16 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     "a time for a number": (
         ["--config", "time.yaml"],
         "training.seed must be int; got '1:30'",
+        False,
+    ),
+    "a typed number of another base": (
+        ["training.seed=010"],
+        "training.seed must be int; got '010'",
+        False,
+    ),
+    "a typed name twice": (
+        ["lora.rank_pattern={q_proj: 8, q_proj: 4}"],
+        "lora.rank_pattern must be map of text to int",
         False,
     ),
     "a run's name without a tracker": (
@@ -89,6 +99,7 @@ def files(train: list[str]) -> list[str]:
     Path("sections.yaml").write_text("data:\n  seed: 1\ntraining:\n  seed: 1\ndata:\n  seed: 2\n")
     Path("octal.yaml").write_text("training:\n  seed: 010\n")
     Path("time.yaml").write_text("training:\n  seed: 1:30\n")
+    Path("texts.jsonl").write_text("".join(f'{{"text": "a{i}"}}\n' for i in range(30)))
     rows = [f'{{"instruction": "a{i}", "output": "b"}}' for i in range(4)]
     Path("bad.jsonl").write_text("\n".join([*rows, *["{"] * 12]))
     return train

@@ -151,6 +151,34 @@ def test_a_folder_is_searched_through_in_order_and_without_what_is_hidden(tmp_pa
     assert names(tmp_path / "a" / ".cache", tmp_path)["train"] == ["a/.cache/x.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        ("gsm_train gsm_test", {"train": "gsm_train", "test": "gsm_test"}),
+        ("rows rows_test", {"train": "rows", "test": "rows_test"}),
+        ("alpaca alpaca.val dolly.val dolly", {"train": "alpaca dolly"}),
+        ("unit-test-writing code", {"train": "code unit-test-writing"}),
+        ("web-dev cooking", {"train": "cooking web-dev"}),
+        ("driver_training unit_test", {"train": "driver_training", "test": "unit_test"}),
+        ("unit_test api_test", {"train": "api_test unit_test"}),
+        ("train/unit-test-writing test/a", {"train": "train/unit-test-writing", "test": "test/a"}),
+    ],
+)
+def test_the_last_word_of_a_name_counts_where_all_have_one_or_one_is_the_rest(
+    files: str, parts: dict[str, str], tmp_path: Path
+) -> None:
+    write(tmp_path, *(f"{file}.jsonl" for file in files.split()))
+    found = names(tmp_path, tmp_path)
+    for part, expected in parts.items():
+        assert found[part] == [f"{file}.jsonl" for file in expected.split()]
+
+
+def test_copies_that_datasets_leaves_beside_rows_are_no_rows(tmp_path: Path) -> None:
+    write(tmp_path, "data-00000-of-00001.arrow", "cache-1a2b.arrow", "cache-3c.arrow")
+    write(tmp_path, "state.json", "dataset_info.json", "dataset_infos.json")
+    assert names(tmp_path, tmp_path) == {"train": ["data-00000-of-00001.arrow"]}
+
+
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "README.md", ".hidden.jsonl")
     reason = f"data folder {tmp_path} holds no file of rows; known endings: {ENDINGS}"

@@ -5,6 +5,7 @@ itself is wrong (it does not cut digits for SmolLM's GGUF), byte-level BPE writt
 definition.
 """
 
+import copy
 import datetime
 import importlib.util
 import itertools
@@ -189,6 +190,16 @@ def test_a_tokenizer_can_go_to_another_process(smol, llama3):
         assert pickle.loads(pickle.dumps(tokenizer)).encode("a <|im_end|> 12") == tokenizer.encode(
             "a <|im_end|> 12"
         )
+
+
+def test_a_copy_of_a_tokenizer_saves_the_same_files(smol, llama3, tmp_path):
+    for i, tokenizer in enumerate((smol, llama3)):
+        copies = (tokenizer, copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer)))
+        saved = []
+        for n, each in enumerate(copies):
+            each.save(tmp_path / f"{i}{n}")
+            saved.append({f.name: f.read_bytes() for f in (tmp_path / f"{i}{n}").iterdir()})
+        assert saved[0] and saved[0] == saved[1] == saved[2]
 
 
 def test_half_a_surrogate_pair_is_read_as_a_replacement_character(smol, llama3):

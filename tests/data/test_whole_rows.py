@@ -175,8 +175,8 @@ USED: dict[str, tuple[Row, str, str]] = {
         '<|user|>What time is it?<|eos|><|assistant|>[{"name": "run", "parameters": '
         '{"code": "a<|eos|>b"}}<|eos|>]',
     ),
-    "facts about an answer that are no other task": (
-        chat(ASK, ANSWER, reward_model="org/name", reward=0),
+    "who judged the answer": (
+        chat(ASK, ANSWER, reward_model="org/name"),
         "",
         "<|user|>What time is it?<|eos|><|assistant|>[Noon.<|eos|>]",
     ),
@@ -295,6 +295,11 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
         "",
         "part 0 of messages[0] is of type 'image_url'; text alone can be learned",
     ),
+    "a picture that is read already": (
+        chat(ASK, ANSWER, image=b"\x89PNG"),
+        "",
+        "is more than text ('image')",
+    ),
     "images beside": (chat(ASK, ANSWER, images=["a.png"]), "", "is more than text ('images')"),
     "a part without text": (
         chat(turn("user", [{"type": "text"}]), ANSWER),
@@ -406,6 +411,7 @@ COUNTED: dict[str, tuple[Row, dict[str, int]]] = {
         },
         {},
     ),
+    "a reward": ({"prompt": "a", "completion": "b", "reward": -1.0}, {"reward": 1}),
     "no pair": (chat(ASK, ANSWER, rejected=False, image=0), {"rejected": 1, "image": 1}),
     "empty fields": ({"text": "a", "b": None, "c": "", "d": [], "e": {}}, {}),
     "harmless fields of a message": (
@@ -660,6 +666,24 @@ def test_an_answer_may_end_where_the_next_turn_begins() -> None:
         "<|im_start|>user What time is it?<|im_start|>assistant [Noon.<|im_start|>]"
         f"user And now?<|im_start|>assistant [Noon.{qwen.decode([qwen.eos_id])}]"
     )
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_an_option_that_moves_what_is_learned_is_used(thinks: bool) -> None:
+    qwen = npm_tokenizers.chat_tokenizer("qwen3")
+    row = chat(ASK, ANSWER, chat_template_kwargs={"enable_thinking": thinks, "style": "short"})
+    assert read([row], qwen).report.unread == {"chat_template_kwargs.style": 1}
+
+
+def test_a_template_s_own_thoughts_are_closed_once(chatty: Tokenizer) -> None:
+    """As in Nemotron's: an answer is asked for with <think>, and written after an empty thought."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}"
+        "{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    )
+    (text,) = texts(read([chat(ASK, ANSWER)], chatty, template), chatty)
+    assert text.endswith("<|assistant|><think>\n[</think>Noon.<|eos|>]")
 
 
 def test_a_template_s_file_writes_rows_with_tools_too(chatty: Tokenizer, tmp_path: Path) -> None:

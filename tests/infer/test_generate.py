@@ -389,8 +389,12 @@ def test_messages_are_read_as_in_rows(tiny):
         {"role": "user", "content": [{"type": "text", "text": "Hi?"}]},
         {"role": "user", "content": "Hi?", "weight": 1, "name": None},
         {"from": "human", "value": "Hi?"},
+        {"role": "user", "content": "Hi?", "refusal": None, "function_call": None, "loss": 0.3},
     ):
         assert prompt_ids(tokenizer, [message]) == expected
+    empty = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+    empty += [{"role": "document", "content": "b"}]  # a role that a template may know
+    assert "<|document|>b" in tokenizer.decode(prompt_ids(tokenizer, empty))
     for ids in ((5, 6), np.array([5, 6]), [np.int64(5), 6]):
         assert generate(model, tokenizer, ids, max_new_tokens=2, **GREEDY) == generate(
             model, tokenizer, [5, 6], max_new_tokens=2, **GREEDY
