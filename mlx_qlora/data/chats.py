@@ -117,9 +117,9 @@ Render = Callable[..., str]  # messages, and options of `render_template` -> tex
 
 def _renderer(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Render:
     """How the template writes messages of a chat; a DataError for what it cannot write."""
+    source = tokenizer.template_for(source, chat.tools)
     if source is None:
         raise DataError(NO_TEMPLATE)
-    source = tokenizer.template_for(source, chat.tools)
 
     def render(messages: list[Message], **how: Any) -> str:
         given = {"date": ROW_DATE, "options": chat.options, **how}

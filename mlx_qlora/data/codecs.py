@@ -273,9 +273,13 @@ class GgufTokenizer(NamedTuple):
     def files(self) -> dict[str, str]:
         """Name -> text of the files that transformers opens."""
         named = {key: self.config[key] for key in NAMED_TOKENS if key in self.config}
+        config = dict(self.config)
+        if tool_template := config.pop("tool_template", None):
+            templates = {"default": config["chat_template"], "tool_use": tool_template}
+            config["chat_template"] = [{"name": k, "template": v} for k, v in templates.items()]
         return {
             "tokenizer.json": self.backend.to_str(),
-            "tokenizer_config.json": json.dumps(self.config, indent=2, ensure_ascii=False) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
             "special_tokens_map.json": json.dumps(named, indent=2, ensure_ascii=False) + "\n",
         }
 
@@ -329,6 +333,8 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
     }
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
+        if with_tools := metadata.get("tokenizer.chat_template.tool_use"):
+            config["tool_template"] = with_tools
     ends = [_scalar(metadata, f"{key}_token_id") for key in ("eot", "eom")]
     return GgufTokenizer(backend, config, [i for i in ends if i is not None])
 

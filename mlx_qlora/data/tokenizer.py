@@ -171,12 +171,12 @@ class Tokenizer:
         Raises:
             TokenizerError: there is no template, or it is damaged or refuses these messages.
         """
-        if self.chat_template is None:
+        source = self.template_for(self.chat_template, tools)
+        if source is None:
             raise TokenizerError(
                 f"{self.source} has no chat template, so messages cannot be rendered; use an "
                 "instruct model, or put the template in a chat_template.jinja beside the tokenizer"
             )
-        source = self.template_for(self.chat_template, tools)
         chat = (source, messages, tools, self.special_tokens)
         try:
             return render_template(*chat, add_generation_prompt=add_generation_prompt)
@@ -186,7 +186,7 @@ class Tokenizer:
                 "roles and fields that it expects, or correct the template"
             ) from error
 
-    def template_for(self, source: str, tools: Any) -> str:
+    def template_for(self, source: str | None, tools: Any) -> str | None:
         """The template that writes a chat: another one where there are tools, if it has one."""
         return self.tool_template if tools and self.tool_template else source
 

@@ -192,6 +192,22 @@ def test_a_tokenizer_can_go_to_another_process(smol, llama3):
         )
 
 
+def test_a_template_for_tools_travels_in_a_gguf_and_may_be_the_only_one(smol_metadata, tmp_path):
+    pairs = {"tokenizer.chat_template.tool_use": "TOOLS {{ tools | tojson }}"}
+    tokenizer = load_tokenizer(Path("a.gguf"), {**smol_metadata, **pairs})
+    tokenizer.save(tmp_path)
+    for each in (tokenizer, load_tokenizer(tmp_path)):
+        assert each.render_chat(MESSAGES, tools=[{"name": "f"}]) == 'TOOLS [{"name": "f"}]'
+        assert each.render_chat(MESSAGES[:2]).startswith("<|im_start|>system")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [config["chat_template"][1]]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    alone = load_tokenizer(tmp_path)
+    assert alone.render_chat(MESSAGES, tools=[{"name": "f"}]) == 'TOOLS [{"name": "f"}]'
+    with pytest.raises(TokenizerError, match="has no chat template"):
+        alone.render_chat(MESSAGES)
+
+
 def test_a_copy_of_a_tokenizer_saves_the_same_files(smol, llama3, tmp_path):
     for i, tokenizer in enumerate((smol, llama3)):
         copies = (tokenizer, copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer)))
