@@ -383,11 +383,14 @@ def _phi3(c: Fields) -> Facts:
     if isinstance(scaling, dict) and scaling.get("type", scaling.get("rope_type")) == "yarn":
         kind = {"type": "longrope", "rope_type": "longrope"}  # as early Phi-3 configs mean it
         c.config = {**c.config, "rope_scaling": scaling | kind}
+    rope = c.rope(parts=True)
+    if rope.rope_type not in ("default", "longrope"):
+        c.problems.append(f"rope_type is {rope.rope_type!r}; supported: 'default' or 'longrope'")
     return {
         "fused_qkv": True,
         "fused_gate_up": True,
         "windows": c.windows(lambda i: size is not None, size, layer_types=False),
-        "rope": c.rope(parts=True),
+        "rope": rope,
     }
 
 

@@ -33,12 +33,17 @@ def test_a_fact_that_is_read_wrongly_is_seen(monkeypatch):
     assert config_mutations.verdict(config).startswith("wrong: logits are")
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
         ("cwm", {"rope_parameters": None, "rope_scaling": {}}, "same"),
         ("cwm", {"rope_parameters": {}}, "same"),
         ("smollm3", {"no_rope_layer_interval": None}, "refused"),
+        ("phi3", {"rope_parameters": None, "rope_scaling": LINEAR}, "refused"),
+        ("phi3", {"rope_parameters": None, "rope_scaling": None}, "same"),
         ("smollm3", {"no_rope_layer_interval": 2, "no_rope_layers": None}, "same"),
     ],
 )
