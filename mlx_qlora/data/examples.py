@@ -10,7 +10,7 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,18 +106,11 @@ class TokenStore:
 def store_in_memory(pieces: Iterable[TokenStore]) -> TokenStore:
     """A store without files, for rows that are in memory anyway."""
     tokens, rows = [np.zeros(0, np.int32)], [np.zeros(0, ROW)]
-    for piece in _end_to_end(pieces):
+    for piece in pieces:
+        piece.rows["start"] += sum(map(len, tokens))
         tokens.append(piece.tokens)
         rows.append(piece.rows)
     return TokenStore(np.concatenate(tokens), np.concatenate(rows))
-
-
-def _end_to_end(pieces: Iterable[TokenStore]) -> Iterator[TokenStore]:
-    total = 0
-    for piece in pieces:
-        piece.rows["start"] += total
-        total += len(piece.tokens)
-        yield piece
 
 
 def on_disk(
@@ -155,7 +148,8 @@ def on_disk(
 def _write(folder: Path, pieces: Iterable[TokenStore], about: Callable[[], dict[str, Any]]) -> None:
     rows = [np.zeros(0, ROW)]
     with open(folder / "tokens.bin", "wb") as file:
-        for piece in _end_to_end(pieces):
+        for piece in pieces:
+            piece.rows["start"] += file.tell() // 4
             file.write(piece.tokens.tobytes())
             rows.append(piece.rows)
     np.save(folder / "rows.npy", np.concatenate(rows))
@@ -493,15 +487,11 @@ class Examples(Sequence[Example]):
         return [self[~is_held], self[is_held]]
 
     def _places(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row its hash in [0, 1), and how many rows say the same."""
-        places = _uniform(self.contents, seed)
+        """Of each row a hash with the seed, in [0, 1), and how many rows say the same."""
+        x = np.array(self.contents, np.uint64) ^ np.uint64(hash64(f"split {seed}".encode()))
+        # The finaliser of SplitMix64.
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        places = ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
         _, which, counts = np.unique(places, return_inverse=True, return_counts=True)
         return places, counts[which]
-
-
-def _uniform(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each hash and seed (the finaliser of SplitMix64)."""
-    x = np.array(hashes, np.uint64) ^ np.uint64(hash64(f"split {seed}".encode()))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
