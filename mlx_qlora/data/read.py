@@ -32,7 +32,7 @@ from mlx_qlora.data.examples import (
     store_in_memory,
 )
 from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows, user_path
-from mlx_qlora.data.rows import COLUMNS, FORMATS, detect_format
+from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
 from mlx_qlora.model.llama import LlamaConfig, check_ids
@@ -222,7 +222,19 @@ def _read_files(
         if entry is not None:
             forget_unused(entry.parent)
     report.measure(store)
+    _refuse_absent_columns(report)
     return Examples(store, report)
+
+
+def _refuse_absent_columns(report: DataReport) -> None:
+    """Raises a ConfigError for an optional column that no row has: its name is misspelt."""
+    for name in OPTIONAL_COLUMNS:
+        lacking = sum(file.unread.pop(ABSENT + name, 0) for file in report.files)
+        if report.kept and lacking == report.kept:
+            raise ConfigError(
+                f"data.columns: no row of {report.source} has {report.columns[name]!r}, which is "
+                f"to be its {name}; correct the name, or leave it out"
+            )
 
 
 def cache_folder(name: str) -> Path:

@@ -131,6 +131,7 @@ COLUMNS = {
     "text": "content body document article",
 } | dict.fromkeys(("prompt", "completion", "conversations", "tools"), "")
 OPTIONAL_COLUMNS = ("input", "system", "tools")
+ABSENT = "data.columns."  # before the name of an optional one that a row does not have
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
@@ -230,7 +231,8 @@ def unread_fields(
         and not is_harmless(name, value)
         and not (name in ROW_MARKS and _is_mark(value))
     ]
-    return {str(name) for name in (*hidden, *others)}
+    absent = [ABSENT + k for k in OPTIONAL_COLUMNS if k in columns and columns[k] not in row]
+    return {str(name) for name in (*hidden, *others, *absent)}
 
 
 def is_harmless(name: Any, value: Any) -> bool:

@@ -446,6 +446,23 @@ def test_a_column_that_gives_way_to_another_is_counted(chatty: Tokenizer) -> Non
     assert read([row], chatty, columns=swapped).report.unread == {}
 
 
+@pytest.mark.parametrize("field", ["input", "system", "tools"])
+def test_an_optional_column_that_no_row_has_is_misspelt(
+    field: str, chatty: Tokenizer, tmp_path: Path
+) -> None:
+    path, columns = tmp_path / "rows.jsonl", {"instruction": "q", "output": "a", field: "misspelt"}
+    path.write_text('{"q": "a", "a": "b", "spelt": "c"}\n' * 3)
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), columns=columns)
+    for _ in range(2):  # anew, and from the cache
+        with pytest.raises(
+            ConfigError, match=f"no row of .* has 'misspelt', which is to be its {field}"
+        ):
+            read_examples(path, chatty, config)
+    rows = [{"q": "a", "a": "b"}, {"q": "a", "a": "b", "c": "d"}]
+    named = {"instruction": "q", "output": "a", "input": "c"}
+    assert read(rows, chatty, columns=named).report.unread == {}
+
+
 def test_all_cannot_be_learned_where_an_answer_is_marked(chatty: Tokenizer) -> None:
     marked = chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER)
     with pytest.raises(DataError, match=r"marked not to be learned, and data\.train_on=all"):
