@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 import mlx_qlora as mq
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -254,8 +256,8 @@ def random_chats(n: int, seed: int) -> Iterator[Row]:
                 beside = words() if draw.random() < 0.3 else ""
                 turns.append({"role": "assistant", "content": beside, "tool_calls": calls})
                 for call in calls:
-                    told = {"role": "tool", "content": words(), "tool_call_id": call["id"]}
-                    turns.append({**told, "name": "weather"})
+                    result = {"role": "tool", "content": words(), "tool_call_id": call["id"]}
+                    turns.append({**result, "name": "weather"})
             answer: Row = {"role": "assistant", "content": words()}
             if draw.random() < 0.2:
                 answer["content"] = f"<think>\n{words()}\n</think>\n\n{answer['content']}"
@@ -307,10 +309,10 @@ class Oracle:
 
     def text(self, n: int, asks: bool) -> str | None:
         """The first n messages, and an answer's header if one is asked for; None if refused."""
-        how = {"tools": self.tools, "add_generation_prompt": asks, "date_string": DATE}
+        options = {"tools": self.tools, "add_generation_prompt": asks, "date_string": DATE}
         try:
-            text = self.tokenizer.apply_chat_template(self.messages[:n], tokenize=False, **how)
-        except Exception:  # a template raises what it likes
+            text = self.tokenizer.apply_chat_template(self.messages[:n], tokenize=False, **options)
+        except (jinja2.TemplateError, TypeError):  # raised by the template; else a fault here
             return None
         return re.sub(r"\d{4}-\d\d-\d\d", "2024-07-26", text)  # the day of a template that asks
 

@@ -275,7 +275,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
     if lora_layers(model):
         raise ConfigError(
             "the model already has LoRA layers: attach(model, folder, name) puts another adapter "
-            "beside them, switch(model, None) leaves the base alone, and load begins anew"
+            "beside them, switch(model, None) leaves the base alone, and load starts from the base"
         )
     folder = Path(folder).expanduser()
     lora, paths, passed_over = for_this_model(model, folder)
