@@ -1,7 +1,6 @@
 """Metadata that changes the arithmetic: honoured, refused, or known to change nothing."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.models import load_folder, our_logits, quantise_with_mlx_lm, random_tokens
-from support.tiny_folder import write_random_model
 from support.tiny_gguf import write_tiny_gguf
 
 import mlx_qlora as mq
@@ -19,16 +17,6 @@ from mlx_qlora.errors import UserError
 from mlx_qlora.model.gguf import read_gguf
 
 TOKENS = random_tokens(1, 9)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("plain") / "model")
-
-
-@pytest.fixture
-def folder(plain: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain, tmp_path / "model"))
 
 
 def change(folder: Path, name: str, **changes: Any) -> None:

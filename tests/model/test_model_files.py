@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.models import our_logits, random_tokens
-from support.tiny_folder import write_random_model
 from support.tiny_gguf import write_tiny_gguf
 
 import mlx_qlora as mq
@@ -24,16 +23,6 @@ from mlx_qlora.model.hub import resolve
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENS = random_tokens(1, 9)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("plain") / "model")
-
-
-@pytest.fixture
-def folder(plain: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(plain, tmp_path / "model"))
 
 
 def logits(source: Path) -> np.ndarray:
