@@ -223,7 +223,7 @@ def facts() -> dict[str, Any]:
 
     info = mx.device_info()
     memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    own_blas = "reference BLAS (slow; pip install cmeel-openblas)"
+    own_blas = "reference BLAS (slow; pip install scipy-openblas32)"
     return {
         "chip": str(info.get("device_name") or platform.processor()),
         "cores": os.cpu_count(),
