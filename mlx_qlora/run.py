@@ -27,6 +27,7 @@ from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import (
     RunConfig,
+    check_needs,
     explained,
     settle,
     to_dict,
@@ -221,6 +222,7 @@ def open_inputs(
         weights: False for a look at the rows alone: the weights stay where they are.
         split: False reads all of `data.path` as `train`, written as the adapter was taught.
     """
+    asked = config
     if not split:
         config = with_model(config)
     source_of(config)  # before anything is read
@@ -257,8 +259,13 @@ def open_inputs(
     for report in inputs.reports:
         say(console, f"data      {report}")
     packed = checkpoint is not None and bool(checkpoint.packing)
-    for line in without_effect(config, train, validation, packed) if writes else ():
-        warn(console, line)
+    if writes:
+        check_needs(config, validation)
+    # Who only looks at rows, or at a model, may give a run's whole config file.
+    matters = ("",) if writes else ("data.", "training.", *["model."] * weights)
+    for line in without_effect(asked, settled, train, validation, packed):
+        if line.startswith(matters):
+            warn(console, line)
     if split:
         parts = "split     {train:,} train, {validation:,} validation, {test:,} test"
         say(console, parts.format(**inputs.sizes))
@@ -339,7 +346,8 @@ def fine_tune(
         settled = settle(config, model.config, train_examples)
         for line in explained(config, settled, train_examples):
             say(console, line)
-        for line in without_effect(config, train_examples, validation):
+        check_needs(config, validation)
+        for line in without_effect(config, settled, train_examples, validation):
             warn(console, line)
         return Inputs(settled, tokenizer, model.config, train_examples, validation)
 

@@ -261,6 +261,7 @@ class DataReport:
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # shortest, longest, rows
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
+    own_system: bool = False  # whether no row needed `data.system`
 
     @property
     def read(self) -> int:
