@@ -131,13 +131,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = _cell
     return environment.get_template(template).render(values)
-
-
-def _cell(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 # ---- the upload ----------------------------------------------------------------------------------

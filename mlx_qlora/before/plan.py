@@ -6,6 +6,7 @@ forward kept is there, and the optimiser's update. `benchmarks/memory.py` compar
 then takes.
 """
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,12 @@ def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Mac
     Alone, and with everything recomputed.
     """
     all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
-    low, high = 0, llama.max_position_embeddings // 64
-    while low < high:  # the need grows with the length
-        middle = (low + high + 1) // 2
-        need = standing + sum(Footprint(llama, [64 * middle], itemsize, where).highest(all_layers))
-        low, high = (middle, high) if need <= where.working_set_bytes else (low, middle - 1)
-    return 64 * low
+
+    def need(length: int) -> int:
+        return standing + sum(Footprint(llama, [length], itemsize, where).highest(all_layers))
+
+    lengths = range(64, llama.max_position_embeddings + 1, 64)
+    return 64 * bisect_right(lengths, where.working_set_bytes, key=need)
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -172,9 +173,8 @@ class Scaling:
     """What a run of N processes adds to the plan of one; most figures are of an optimiser step."""
 
     processes: int
-    added_bytes: (
-        int  # of memory: the buckets and their sums are both there until the end (measured)
-    )
+    # Of memory: the buckets and their sums are both there until the end (measured).
+    added_bytes: int
     handed_bytes: int  # by each process to the collectives; some 52 bytes of counts besides
     wire_bytes: int  # that a process sends to its neighbour, without the headers of TCP
     messages: int  # sums, at most
@@ -233,20 +233,14 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it; sizes in bytes."""
-        return {
-            "parts": self.parts,
+        values = asdict(self)
+        del values["schedule"], values["trainable"]
+        return values | {
             "total_bytes": self.total_bytes,
-            "memory_bytes": self.memory_bytes,
             "fits": self.fits,
-            "machine": self.machine,
             "trainable_parameters": self.trainable,
             "recomputed_layers": sum(level >= MLP for level in self.schedule.levels),
             "waves": self.schedule.n_chunks,
-            "longest_context": self.longest_context,
-            "tokens_per_second": self.tokens_per_second,
-            "run_seconds": self.run_seconds,
-            "advice": self.advice,
-            "scaling": self.scaling and asdict(self.scaling),
         }
 
     def __str__(self) -> str:
