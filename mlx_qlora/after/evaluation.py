@@ -156,10 +156,8 @@ def _drawn_examples(examples: Examples, limit: int | None, seed: int, console: C
     if limit is None or limit >= len(examples):
         return examples
     chosen = np.random.default_rng([seed, 0xE7A1]).choice(len(examples), limit, replace=False)
-    drawn = Examples.of((examples[int(i)] for i in sorted(chosen)), examples.report.source)
-    drawn.report.chat_template = examples.report.chat_template
     say(console, f"rows      {limit:,} of {len(examples):,}, drawn with seed {seed}")
-    return drawn
+    return examples[np.sort(chosen)]
 
 
 def _drawn_questions(

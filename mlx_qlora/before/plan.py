@@ -26,20 +26,9 @@ from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, packed_size
 from mlx_qlora.run import Inputs, open_files
+from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
 from mlx_qlora.train.config import batches_of
-from mlx_qlora.train.memory import (
-    EXPONENTIALS,
-    FLOAT32,
-    LAYER,
-    MLP,
-    Footprint,
-    Schedule,
-    adapter_bytes,
-    check_recompute,
-    step_bytes,
-    update_bytes,
-)
 
 FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
 
@@ -61,8 +50,8 @@ def flops_per_token(
     total = 4.0 * llama.vocab_size * llama.hidden_size * supervised
     for level in levels:
         total += 4 * (attention + mlp) + 2 * scores * 3.5
-        total += 2 * (2 / 3) * mlp if level >= MLP else 0
-        total += 2 * attention + 2 * scores if level == LAYER else 0
+        total += 2 * (2 / 3) * mlp if level >= memory.MLP else 0
+        total += 2 * attention + 2 * scores if level == memory.LAYER else 0
     return total
 
 
@@ -72,7 +61,7 @@ def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
     All of them forward and back, those of a layer that is recomputed once more.
     """
     of_layer = sum(weights_of_layer(llama))
-    passes = sum(3 if level == LAYER else 2 for level in levels)
+    passes = sum(3 if level == memory.LAYER else 2 for level in levels)
     return itemsize * (passes * of_layer + 2 * llama.vocab_size * llama.hidden_size)
 
 
@@ -154,10 +143,11 @@ def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Mac
 
     Alone, and with everything recomputed.
     """
-    all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
+    all_layers = memory.Schedule(1, [memory.LAYER] * llama.num_hidden_layers)
 
     def need(length: int) -> int:
-        return standing + sum(Footprint(llama, [length], itemsize, where).highest(all_layers))
+        alone = memory.Footprint(llama, [length], itemsize, where)
+        return standing + sum(alone.highest(all_layers))
 
     lengths = range(64, llama.max_position_embeddings + 1, 64)
     return 64 * bisect_right(lengths, where.working_set_bytes, key=need)
@@ -184,7 +174,7 @@ class Scaling:
     @classmethod
     def of(cls, processes: int, trained: int, tokens: int, seconds: float) -> "Scaling":
         """By how many numbers are trained, and one process's tokens and seconds of a step."""
-        handed = trained * FLOAT32 if processes > 1 else 0
+        handed = trained * memory.FLOAT32 if processes > 1 else 0
         wire = 2 * (processes - 1) * handed // processes
         bucket = max(SMALLEST_BUCKET, handed // MOST_BUCKETS)
         messages = -(-handed // bucket) + SMALL_SUMS if handed else 0
@@ -203,7 +193,7 @@ class Scaling:
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
+LEVEL_NAMES = {memory.EXPONENTIALS: "exponentials", memory.MLP: "MLP", memory.LAYER: "whole layers"}
 
 
 @dataclass(frozen=True)
@@ -214,7 +204,7 @@ class Plan:
     memory_bytes: int  # what the machine can give
     machine: str
     trainable: int
-    schedule: Schedule  # of a micro-batch
+    schedule: memory.Schedule  # of a micro-batch
     longest_context: int  # tokens of the longest document that fits, everything recomputed
     tokens_per_second: float  # to be expected, from the machine's matmul rate
     advice: str  # what to change, if it does not fit
@@ -239,7 +229,7 @@ class Plan:
             "total_bytes": self.total_bytes,
             "fits": self.fits,
             "trainable_parameters": self.trainable,
-            "recomputed_layers": sum(level >= MLP for level in self.schedule.levels),
+            "recomputed_layers": sum(level >= memory.MLP for level in self.schedule.levels),
             "waves": self.schedule.n_chunks,
         }
 
@@ -334,15 +324,15 @@ def plan_checkpoint(
     trained = trainable(model, lora)
 
     training = config.training
-    levels = check_recompute(training.recompute, llama.num_hidden_layers)
+    levels = memory.check_recompute(training.recompute, llama.num_hidden_layers)
     largest, usual, supervised = documents_of(config, examples)
-    standing = base + resident + adapter_bytes(trained)
+    standing = base + resident + memory.adapter_bytes(trained)
 
-    batches = [Footprint(llama, lengths, itemsize, where) for lengths in (largest, usual)]
+    batches = [memory.Footprint(llama, lengths, itemsize, where) for lengths in (largest, usual)]
     chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation
-    step = step_bytes(trained, chosen.n_chunks, accumulation > 1)
+    step = memory.step_bytes(trained, chosen.n_chunks, accumulation > 1)
     tokens = sum(usual)
     flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
@@ -350,18 +340,18 @@ def plan_checkpoint(
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling.of(processes, trained, *of_step) if processes else None
     sums = scaling.added_bytes if scaling else 0
-    update = update_bytes(trained, where)
+    update = memory.update_bytes(trained, where)
     parts = {"base weights": base} | ({"dequantised copy": resident} if resident else {})
-    parts["adapter and AdamW"] = adapter_bytes(trained)
+    parts["adapter and AdamW"] = memory.adapter_bytes(trained)
     backward = {"gradients": step, "activations": kept, "working arrays": work}
     backward |= {"sums under way": sums} if sums else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
-    memory, speed, advice = where.working_set_bytes, tokens / seconds, ""
-    if sum(parts.values()) > memory:
+    limit, speed, advice = where.working_set_bytes, tokens / seconds, ""
+    if sum(parts.values()) > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
-    return Plan(parts, memory, where.name, trained, chosen, longest, speed, advice, scaling)
+    return Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling)
 
 
 def _advice(
@@ -388,7 +378,7 @@ def _less_at_once(levels: list[int], longest: int, document: int) -> str:
     if not longest:
         return ""
     fields = []
-    if any(level != LAYER for level in levels):
+    if any(level != memory.LAYER for level in levels):
         fields.append("training.gradient_checkpointing=true")
     if longest < document:
         width = next(n for n in range(longest, 0, -64) if padded_width(n) <= longest)
