@@ -191,13 +191,8 @@ def table(trials: list[Trial], rungs: int) -> Table:
             error = row["validation_loss_error"]
             losses = [f"{row['train_loss']:.4f}", f"{row['validation_loss']:.4f} ± {error:.4f}"]
         values = (point.learning_rate, point.r, point.batch_size, point.seed, row["steps"])
-        speed = row["tokens_per_second"]
-        shown.add_row(
-            *(f"{value:g}" for value in values),
-            *losses,
-            f"{speed:,.0f}" if speed else "-",
-            row["state"],
-        )
+        speed = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "-"
+        shown.add_row(*map("{:g}".format, values), *losses, speed, row["state"])
     return shown
 
 

@@ -192,7 +192,8 @@ def _luminance(colour: str) -> float:
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_has_contrast_in_both_themes(dark):
     """WCAG 2.2, 1.4.3: at least 4.5 to 1 with every ground that text stands on."""
-    theme = Path(screen.__file__).with_name("plot.css").read_text().split("prefers-color-scheme: dark")[dark]
+    styles = Path(screen.__file__).with_name("plot.css").read_text()
+    theme = styles.split("prefers-color-scheme: dark")[dark]
     colours = dict(re.findall(r"--(\w+): (#\w{6})", theme))
     for ink in ("ink", "quiet", "a", "b", "c", "good", "bad", "note"):
         for ground in ("page", "card", "wash"):
