@@ -28,7 +28,7 @@ from mlx_qlora.model.weights import Checkpoint, packed_size
 from mlx_qlora.run import Inputs, open_files
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
-from mlx_qlora.train.config import batches_of
+from mlx_qlora.train.config import RunLength, batches_of
 
 FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
 
@@ -294,10 +294,10 @@ def plan_inputs(inputs: Inputs) -> Plan:
     made = plan_checkpoint(inputs.checkpoint, config, inputs.train, processes=several)
     training, checkpointing = config.training, config.checkpointing
     batches = batches_of(inputs.train, config.data, training, everyone)
-    n_validations = -(-training.total_steps(batches) // int(checkpointing.eval_steps))
-    passes = batches.epoch(training.micro_batches(batches))
+    length = RunLength.of(training, batches, len(inputs.train))
+    n_validations = -(-length.steps // int(checkpointing.eval_steps))
     times = {
-        inputs.train: passes,
+        inputs.train: length.passes,
         inputs.validation: n_validations * FORWARD,
         inputs.test: 2 * FORWARD,
     }
