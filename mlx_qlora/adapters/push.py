@@ -125,13 +125,10 @@ def render(template: str, **values: Any) -> str:
     """Fill a template beside this file; values go in as they are: it is Markdown, not HTML."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template).render(values)
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return jinja2.Template(
+        text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    ).render(values)
 
 
 # ---- the upload ----------------------------------------------------------------------------------
