@@ -38,9 +38,11 @@ class Device:
     # How a layer is computed.
     fused_attention: bool = True  # MLX's kernel; False: cpu/attention.py, for float32
     attention_multiple: int = 1  # document lengths that the kernel's gradient needs
-    attention_positions: int = 16384  # of documents attended to at once; 0: each document alone
+    attention_positions: int = 16384  # of documents attended to at once
+    attention_padding: float = 0.25  # of each, to fill it up to the longest: fewer kernels
     fast_exponentials: bool = False  # cpu/exponentials.py, for float32
     compiles: bool = True  # whether `training.compile: auto` fuses elementwise operations
+    stacks_matrices: bool = True  # multiplies those that read the same input as one
     packed_matmul: bool = False  # whether `frozen_matmul: auto` never makes dense copies
     few_rows: int = 32  # multiplied packed, which is faster than dequantising the matrix
     row_as_column: bool = False  # a single row times a dense matrix: cpu/blas.py
@@ -68,7 +70,7 @@ class Device:
         return getattr(mx, self.dtype)
 
 
-CUDA = Device("cuda", attention_multiple=128, attention_positions=0)  # cuDNN; a shape per length
+CUDA = Device("cuda", attention_multiple=128)  # what cuDNN differentiates
 
 METAL = Device(
     "metal",
@@ -85,8 +87,10 @@ CPU = Device(
     "float32",  # BLAS has no 16-bit products
     fused_attention=False,
     attention_positions=1024,
+    attention_padding=0.1,
     fast_exponentials=True,
     compiles=False,  # saves next to nothing
+    stacks_matrices=False,
     few_rows=4,  # 8 ns to dequantise a number, 1.3 to multiply it packed
     row_as_column=True,
     side_by_side=True,
