@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -301,6 +302,10 @@ def check_ids(
         )
 
 
+# First layer's cache -> single tokens that followed others there and were not looked at yet.
+_unchecked: WeakKeyDictionary[Any, list[mx.array]] = WeakKeyDictionary()
+
+
 class LlamaModel(nn.Module):
     """Embedding, layers, final norm: token ids to hidden states."""
 
@@ -327,10 +332,8 @@ class LlamaModel(nn.Module):
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
         rows = input_embeddings
         B, T = tokens.shape if rows is None else rows.shape[:2]
-        if rows is None:
-            is_first = cache is None or (isinstance(cache[0].offset, int) and not cache[0].offset)
-            is_drawn = T == 1 and not is_first
-            tokens = self._with_rows(tokens, is_drawn)
+        if rows is None and not self._is_checked(tokens, cache):
+            rows = self._rows_or_nan(tokens)
         if cache is not None:
             h, masks = self.embed(tokens, rows), dict[int | None, Any]()
             how = {"return_array": self._config.attention_softcap is not None}
@@ -361,21 +364,32 @@ class LlamaModel(nn.Module):
             h = layer(h, documents, of_layer)
         return self.normalised(h)
 
-    def _with_rows(self, tokens: mx.array, is_drawn: bool) -> mx.array:
-        """The tokens, which have rows in the embedding.
+    def _is_checked(self, tokens: mx.array, cache: list[Any] | None) -> bool:
+        """Check that tokens have rows in the embedding; False if that has to wait.
 
-        Waiting for a token that a sampler draws would cost time, and one that MLX traces has no
-        value: these are only kept within bounds.
+        A token that MLX traces has no value. One that a sampler draws is not computed yet, and
+        waiting for it would cost time: where single tokens follow one another each is looked at
+        two calls later, when whoever drew it has read it.
         """
-        rows = self._config.vocab_size
-        try:
-            ids = None if is_drawn else np.array(tokens)
-        except ValueError:
-            ids = None
-        if ids is None:
-            return mx.minimum(tokens.astype(mx.uint32), rows - 1)
-        check_ids(ids, rows)
-        return tokens
+        earlier = _unchecked.pop(cache[0], None) if cache else None
+        is_single = tokens.shape[1] == 1
+        follows = is_single and earlier is not None
+        waiting = [*(earlier or []), tokens]
+        kept = waiting[-2:] if follows else []
+        for ids in waiting[: len(waiting) - len(kept)]:
+            try:
+                values = np.array(ids)
+            except ValueError:  # traced
+                return False
+            check_ids(values, self._config.vocab_size)
+        if cache and is_single:
+            _unchecked[cache[0]] = kept
+        return not follows
+
+    def _rows_or_nan(self, tokens: mx.array) -> mx.array:
+        """Tokens (B, T) int -> rows of the embedding (B, T, D), NaN where it has none."""
+        ids = mx.minimum(tokens.astype(mx.uint32), self._config.vocab_size - 1)
+        return mx.where((ids == tokens)[..., None], self.embed_tokens(ids), mx.nan)
 
     def embed(self, tokens: mx.array, rows: mx.array | None = None) -> mx.array:
         """Tokens (...) int, or rows of the embedding (..., D) -> what the first layer reads."""
