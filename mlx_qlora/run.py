@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.origin import original_base, sample_of
+from mlx_qlora.adapters.origin import base_hash, original_base, sample_of
 from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import (
@@ -447,7 +447,6 @@ def fingerprint_of(
             digest.update(f"{name} {matrix.shape} {matrix.quant} {matrix.dtype}".encode())
     source = getattr(model, "source", None)
     digest.update(sample_of(source.path) if source is not None else b"")
-    base_hash = {} if source is None else {"base": sample_of(source.path, names=False).hex()}
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
     packed = any(layer.base_layer.quant is not None for _, layer in lora_layers(model))
@@ -458,7 +457,7 @@ def fingerprint_of(
         "data": _hash(examples.digest + (validation.digest if validation else "")),
         "model": digest.hexdigest(),
         "numerics": str(NUMERICS),
-        **base_hash,
+        **base_hash(model),
     }
 
 

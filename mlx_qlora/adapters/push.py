@@ -16,7 +16,7 @@ from typing import Any
 from mlx_qlora import __version__
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, listing
-from mlx_qlora.folders import CARD, MLX_COPY, PEFT, RECORD, TAG, card_header
+from mlx_qlora.folders import CARD, MLX_COPY, NOTE, PEFT, RECORD, TAG, card_header, json_object
 from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
@@ -35,6 +35,7 @@ class Facts:
     plots: list[str] = field(default_factory=list)  # paths relative to the card
     tokenizer: bool = False  # whether its files are beside the adapter
     mlx: bool = False  # whether the copy for mlx-lm is
+    mlx_note: str = ""  # what mlx-lm would misread of the base
     license: str | None = None  # as Hugging Face names it
     name: str = "path/to/this/folder"  # under which others find the adapter
 
@@ -58,6 +59,7 @@ def read_facts(folder: Path, name: str = Facts.name) -> Facts:
         plots=sorted(f"plots/{path.name}" for path in folder.glob("plots/[!.]*.svg")),
         tokenizer=any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")),
         mlx=(folder / MLX_COPY[1]).is_file(),
+        mlx_note=str(json_object(folder / MLX_COPY[0]).get(NOTE, "")),
         license=license if isinstance(license, str) else None,
         name=name,
     )
