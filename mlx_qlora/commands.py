@@ -37,7 +37,7 @@ from mlx_qlora.folders import (
 )
 from mlx_qlora.loading import model_to_ask, recorded, with_adapter
 from mlx_qlora.model.quantize import QuantConfig
-from mlx_qlora.names import preset
+from mlx_qlora.names import preset, whose
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
@@ -69,10 +69,18 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
     Raises:
         ConfigError: a field that does not exist, that the command does not read, or a wrong value.
     """
+    words: list[str] = []
+    try:
+        return _config_of(args, [] if notes is None else notes, words)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{whose(words)}") from None
+
+
+def _config_of(args: argparse.Namespace, notes: list[str], of_file: list[str]) -> RunConfig:
+    """As `config_of`; the names in the file are appended to `of_file`."""
     words = _assignments(args)
-    notes = [] if notes is None else notes
     file = getattr(args, "config", None)
-    values: dict[str, dict[str, Any]] = read_yaml(file, notes) if file else {}
+    values: dict[str, dict[str, Any]] = read_yaml(file, notes, of_file) if file else {}
     typed: dict[str, dict[str, Any]] = {}
     for assignment in words:
         set_override(typed, assignment, notes)

@@ -27,7 +27,7 @@ from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
-from mlx_qlora.names import FIELD_OF, INSTEAD, MEANINGS, translate
+from mlx_qlora.names import ADAPTER_KINDS, FIELD_OF, INSTEAD, MEANINGS, translate
 from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
@@ -140,8 +140,12 @@ def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
     return usual | fields
 
 
-def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def read_yaml(
+    path: str | Path, notes: list[str] | None = None, words: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Section -> field -> value from a YAML file; other trainers' names are taken, with a note.
+
+    The file's own names are appended to `words`.
 
     Raises:
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
@@ -156,7 +160,14 @@ def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dic
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"config file {path} must hold sections such as `training:`")
+    if words is not None:
+        words.extend(map(str, content))
     values: dict[str, dict[str, Any]] = {}
+    if (kind := content.get("adapter")) in ADAPTER_KINDS and not Path(kind).is_dir():
+        raise ConfigError(
+            f"adapter: {kind} names a kind of training, which lora.use_dora and model.bits decide "
+            "here; leave it out. Here, adapter is the folder of an adapter to go on from"
+        )
     for name, fields in content.items():
         section = "lora" if name == "lora_parameters" else str(name)  # mlx-lm's
         is_place = section in FIELD_OF or "." in place_of("", section)
