@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from support.cores import stay_on_core
+from support.gpu_route import ROUTES, Route
 from support.models import LLAMA3_ROPE, make_hf_model, save_hf
 from support.short_smollm2 import write_package
 from support.tiny_folder import write_model
@@ -43,6 +44,11 @@ def has_memory_to_spare() -> bool:
 # A run syncs its files some 80 times, for which a disk takes longer than the run itself.
 if has_memory_to_spare():
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--route`."""
+    parser.addoption("--route", choices=ROUTES, help="make the choices of a GPU in every test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -139,6 +145,21 @@ def light_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [folder, ROOT, ROOT / "tests"])))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forced_route(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--route` every test makes the choices of that device."""
+    route = request.config.getoption("route")
+    with device.use(ROUTES[route].device) if route else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
+def gpu_route(request: pytest.FixtureRequest) -> Iterator[Route]:
+    """A test makes the choices of a GPU, and must keep its contract; see `gpu_route.routes`."""
+    with ROUTES[request.param].taken():
+        yield ROUTES[request.param]
 
 
 @pytest.fixture
