@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from support.cores import stay_on_core
-from support.gpu_route import ROUTES, Route
+from support.gpu_route import ROUTES, Route, no_route
 from support.models import LLAMA3_ROPE, make_hf_model, save_hf
 from support.short_smollm2 import write_package
 from support.tiny_folder import write_model
@@ -58,6 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
         stay_on_core(int(worker.removeprefix("gw")))
     elif not config.getoption("numprocesses", None):
         stay_on_core(os.getpid())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is of a CPU's route, where another one is taken."""
+    marker, route = item.get_closest_marker("cpu_route"), item.config.getoption("route")
+    here = ROUTES[route].device if route else device.current()
+    if marker is not None and here.kind != "cpu":
+        pytest.skip(f"of a CPU's route: {marker.args[0]}")
 
 
 @pytest.fixture(scope="session")
@@ -132,16 +140,33 @@ def no_matplotlib() -> Iterator[None]:
         yield
 
 
+# Python keeps the module alive, and with it the choices. A process without the package goes on.
+IN_CHILDREN = """
+try:
+    import dataclasses
+    from mlx_qlora import device
+    route = device.use(dataclasses.replace(device.{kind}, dtype="{dtype}"))
+    route.__enter__()
+except ImportError:
+    pass
+"""
+
+
 @pytest.fixture(autouse=True, scope="session")
-def light_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def light_children(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Processes that tests start are as where matplotlib and torch are not installed.
 
     Both are optional; transformers, which mlx-lm imports, would load torch where it finds it, which
-    takes longer than a tiny run does.
+    takes longer than a tiny run does. With `--route` the processes take it, too.
     """
     folder = tmp_path_factory.mktemp("children")
-    hide = "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'torch')))\n"
-    (folder / "sitecustomize.py").write_text(hide)
+    script = "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'torch')))\n"
+    if route := request.config.getoption("route"):
+        here = ROUTES[route].device
+        script += IN_CHILDREN.format(kind=here.kind.upper(), dtype=here.dtype)
+    (folder / "sitecustomize.py").write_text(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [folder, ROOT, ROOT / "tests"])))
         yield
@@ -158,8 +183,8 @@ def forced_route(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def gpu_route(request: pytest.FixtureRequest) -> Iterator[Route]:
     """A test makes the choices of a GPU, and must keep its contract; see `gpu_route.routes`."""
-    with ROUTES[request.param].taken():
-        yield ROUTES[request.param]
+    with no_route() if request.param == "none" else ROUTES[request.param].taken() as route:
+        yield route
 
 
 @pytest.fixture

@@ -198,7 +198,8 @@ def halves(batch: Batch) -> list[Batch]:
         inside = (documents[:, 0] >= rows.start) & (documents[:, 0] < rows.stop)
         shifted = documents[inside] - np.array([rows.start, 0, 0], np.int32)
         places = tuple(itertools.compress(batch.places, inside))
-        tokens, labels = batch.tokens[rows], batch.labels[rows]
+        # On the host: who reads a slice of an MLX array waits for the device to make it.
+        tokens, labels = (mx.array(np.array(x)[rows]) for x in (batch.tokens, batch.labels))
         parts.append(Batch(tokens, labels, shifted, places, batch.rows[rows]))
     return parts
 

@@ -51,14 +51,21 @@ def exact(q, k, v, dout, reach: Reach = REACH) -> list[np.ndarray]:
 
 
 def ours(q, k, v, dout, keep_weights: bool, reach: Reach = REACH) -> list[mx.array]:
-    arrays = [mx.array(x) for x in (q, k, v)]
-    out, residuals = attend_with_residuals(*arrays, reach, keep_weights)
-    return [out, *attend_vjp(*arrays, out, residuals, mx.array(dout), reach)]
+    q, k, v, dout = (x if isinstance(x, mx.array) else mx.array(x) for x in (q, k, v, dout))
+    out, residuals = attend_with_residuals(q, k, v, reach, keep_weights)
+    return [out, *attend_vjp(q, k, v, out, residuals, dout, reach)]
+
+
+def rounded(arrays: list[np.ndarray], dtype: mx.Dtype) -> tuple[list[mx.array], list[np.ndarray]]:
+    """Arrays in a dtype, and what they are then."""
+    narrow = [mx.array(x).astype(dtype) for x in arrays]
+    return narrow, [np.array(x.astype(mx.float32)) for x in narrow]
 
 
 def assert_close(found, wanted, tolerance: float, size: float = 1.0) -> None:
     """Each of some arrays, to a share of its largest value, or of the numbers it is made of."""
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted):
+        a = np.array(a.astype(mx.float32)) if isinstance(a, mx.array) else a
         a, b = np.array(a), np.array(b)
         assert a.shape == b.shape and np.isfinite(a).all(), name
         assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), size), name
@@ -89,12 +96,19 @@ def test_windows_and_capped_scores_equal_float64(route, T, reach):
         assert np.abs(exact(*given, wide)[0] - exact(*given, reach)[0]).max() > 1e-3, "the control"
 
 
-@pytest.mark.parametrize("keep_weights", [False, True])
+@pytest.mark.parametrize(
+    ("gpu_route", "keep_weights"),
+    [
+        *(("none", keep) for keep in (False, True)),
+        *((name, False) for name in ("metal-float32", "metal-float16", "metal-bfloat16")),
+    ],
+    indirect=["gpu_route"],
+)
 @pytest.mark.parametrize(("H", "K"), [(6, 2), (3, 3)])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_output_and_gradients_equal_float64(T, H, K, keep_weights):
-    given = inputs(2, T, H, K)
-    assert_close(ours(*given, keep_weights), exact(*given), 5e-6)
+def test_output_and_gradients_equal_float64(gpu_route, T, H, K, keep_weights):
+    given, wide = rounded(inputs(2, T, H, K), gpu_route.dtype)
+    assert_close(ours(*given, keep_weights), exact(*wide), gpu_route.tolerance.product)
 
 
 @pytest.mark.parametrize("keep_weights", [False, True])
@@ -204,13 +218,13 @@ def flat_inputs(N: int, H: int = 6, K: int = 2) -> list[np.ndarray]:
     return [x[0] for x in inputs(1, N, H, K)]
 
 
-def through(documents: Documents, q, k, v, dout, keep_weights: bool) -> list[np.ndarray]:
-    arrays = [mx.array(x) for x in (q, k, v)]
-    out, residuals = documents.attend_with_residuals(*arrays, REACH, keep_weights)
-    return [
-        np.array(x)
-        for x in (out, *documents.attend_vjp(*arrays, out, residuals, mx.array(dout), REACH))
-    ]
+def through(
+    documents: Documents, q, k, v, dout, keep_weights: bool, dtype: mx.Dtype = mx.float32
+) -> list[np.ndarray]:
+    (q, k, v, dout), _ = rounded([q, k, v, dout], dtype)
+    out, residuals = documents.attend_with_residuals(q, k, v, REACH, keep_weights)
+    found = out, *documents.attend_vjp(q, k, v, out, residuals, dout, REACH)
+    return [np.array(x.astype(mx.float32)) for x in found]
 
 
 def size(documents: Documents) -> int:
@@ -239,15 +253,22 @@ def test_positions_rows_and_columns_say_where_a_token_comes_from(laid_out):
         assert np.array(documents.column)[span].tolist() == list(range(start, end))
 
 
-@pytest.mark.parametrize("keep_weights", [False, True])
-def test_each_document_is_attended_to_as_if_it_stood_alone(laid_out, keep_weights):
+@pytest.mark.parametrize(
+    ("gpu_route", "keep_weights"),
+    [
+        *(("none", keep) for keep in (False, True)),
+        *((name, False) for name in ("metal-float32", "metal-bfloat16", "cuda-float16")),
+    ],
+    indirect=["gpu_route"],
+)
+def test_each_document_is_attended_to_as_if_it_stood_alone(gpu_route, laid_out, keep_weights):
     documents, spans = laid_out
-    given = flat_inputs(size(documents))
-    found = through(documents, *given, keep_weights)
+    _, given = rounded(flat_inputs(size(documents)), gpu_route.dtype)
+    found = through(documents, *given, keep_weights, gpu_route.dtype)
     outside = np.ones(size(documents), bool)
     for span in spans:
         wanted = exact(*(x[None, span] for x in given))
-        assert_close([x[None, span] for x in found], wanted, 5e-6)
+        assert_close([x[None, span] for x in found], wanted, gpu_route.tolerance.product)
         outside[span] = False
     assert all((x[outside] == 0).all() for x in found)
 

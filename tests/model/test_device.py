@@ -1,7 +1,6 @@
 """What the machine is, and which BLAS multiplies on Linux."""
 
 import ctypes
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -12,14 +11,15 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from support.gpu_route import PACKED, ROUTES, routes
 from support.gradients import gap, packed_batch
 from support.models import load_folder, randomise_lora
 
 from mlx_qlora import device
 from mlx_qlora.device import CPU, CUDA, METAL, Machine, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.tree import flat
 
@@ -261,42 +261,40 @@ def test_facts_are_plain_data_with_these_keys() -> None:
 
 # ---- another device's route --------------------------------------------------------------------
 
-# MLX computes all of a GPU's route on a CPU too, by fallbacks (attention) or slower (16 bits,
-# packed products); only wiring memory needs Metal.
-ROUTES = {
-    "metal": (dataclasses.replace(METAL, dtype="float32"), "quantized", 5e-6),
-    "metal, dequantised": (dataclasses.replace(METAL, dtype="float32"), "dequantize", 5e-6),
-    "cuda": (dataclasses.replace(CUDA, dtype="float32"), "dequantize", 5e-6),
-    "cuda in bfloat16": (CUDA, "resident", 0.1),
-}
 
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_gpu_s_route_has_the_gradients_of_a_cpu_s(hf_tiny, monkeypatch, route) -> None:
-    """Fused attention, packed products, compiled, one stream, a GPU's chunks and padding."""
+def gradients_of(model: LlamaForCausalLM) -> tuple[float, int, Any]:
+    """Loss, tokens and gradients of a packed batch, at the choices that hold."""
     batch = packed_batch([[20, 9, 3], [30, 1], [17, 8, 5], [12, 12], [31], [2, 25]])
-    used, fused, packed = [], mx.fast.scaled_dot_product_attention, mx.quantized_matmul
+    add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=5)
+    randomise_lora(model)
+    engine = Engine(model, "auto", device.current().compiles)
+    loss, n, grads = engine(flat(model.trainable_parameters()), batch, mx.random.key(3))
+    mx.eval(loss, grads)
+    return loss.item(), n, grads
+
+
+@pytest.fixture(scope="module")
+def on_a_cpu(hf_tiny) -> tuple[float, int, Any]:
+    with device.use(CPU):
+        return gradients_of(load_folder(hf_tiny[1], PACKED, "resident"))
+
+
+@routes(*ROUTES)
+def test_a_gpu_s_route_has_the_gradients_of_a_cpu_s(
+    hf_tiny, on_a_cpu, monkeypatch, gpu_route
+) -> None:
+    """Fused attention, packed products, compiled, one stream, a GPU's chunks and padding."""
+    used, fused, packed = set(), mx.fast.scaled_dot_product_attention, mx.quantized_matmul
 
     def counted(name: str, real: Any) -> Any:
-        return lambda *args, **settings: used.append(name) or real(*args, **settings)
+        return lambda *args, **settings: used.add(name) or real(*args, **settings)
 
-    def gradients(here: device.Device, matmul: str) -> tuple[float, int, Any, set[str]]:
-        used.clear()
-        with device.use(here):
-            model = load_folder(hf_tiny[1], QuantConfig(4, 32), matmul, here.compute_dtype)
-            add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2), seed=5)
-            randomise_lora(model)
-            weights = flat(model.trainable_parameters())
-            loss, n, grads = Engine(model, "auto", here.compiles)(weights, batch, mx.random.key(3))
-            mx.eval(loss, grads)
-        return loss.item(), n, grads, set(used)
-
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted("fused", fused))
-    monkeypatch.setattr(mx, "quantized_matmul", counted("packed", packed))
-    loss, n, grads, kernels = gradients(CPU, "resident")
-    assert kernels == set()
-    here, matmul, tolerance = ROUTES[route]
-    other_loss, other_n, other_grads, kernels = gradients(here, matmul)
-    assert kernels == ({"fused", "packed"} if matmul == "quantized" else {"fused"})
-    assert other_n == n and other_loss == pytest.approx(loss, rel=tolerance / 10)
-    assert 0 < gap(grads, other_grads) < tolerance  # a route that was not taken would give 0
+    with monkeypatch.context() as patch:
+        patch.setattr(mx.fast, "scaled_dot_product_attention", counted("fused", fused))
+        patch.setattr(mx, "quantized_matmul", counted("packed", packed))
+        loss, n, grads = gradients_of(gpu_route.load(hf_tiny[1]))
+    assert used == ({"fused", "packed"} if gpu_route.matmul == "quantized" else {"fused"})
+    wanted_loss, wanted_n, wanted = on_a_cpu
+    assert n == wanted_n and loss == pytest.approx(wanted_loss, rel=gpu_route.tolerance.loss)
+    # A route that was not taken would give 0.
+    assert 0 < gap(wanted, grads) < gpu_route.tolerance.gradient

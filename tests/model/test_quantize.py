@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.gpu_route import Route
 from support.models import (
     load_folder,
     make_hf_model,
@@ -164,21 +165,35 @@ def frozen(kind: type, quant: QuantConfig | None, matmul: str, dtype: mx.Dtype =
     return matrix
 
 
-@pytest.mark.parametrize("matmul", STRATEGIES)
+@pytest.mark.parametrize(
+    ("gpu_route", "matmul"),
+    [
+        *(("none", matmul) for matmul in STRATEGIES),
+        *(("metal-float32", matmul) for matmul in STRATEGIES),
+        *((f"metal-{dtype}", "quantized") for dtype in ("float16", "bfloat16")),
+        *((f"cuda-{dtype}", "dequantize") for dtype in ("float16", "bfloat16")),
+    ],
+    indirect=["gpu_route"],
+)
+@pytest.mark.parametrize("rows", [11, 50], ids=["few", "many"])  # 22 are multiplied packed
 @pytest.mark.parametrize("quant", [None, *EACH_FORMAT], ids=lambda q: name_of(q) if q else "dense")
 def test_products_and_their_gradients_are_those_of_the_dense_matrix(
-    quant: QuantConfig | None, matmul: str
+    quant: QuantConfig | None, rows: int, matmul: str, gpu_route: Route
 ) -> None:
-    matrix = frozen(Linear, quant, matmul)
-    x = mx.random.normal((2, 11, 128), key=mx.random.key(1))
-    dy = mx.random.normal((2, 11, 192), key=mx.random.key(2))
+    dtype = gpu_route.dtype
+    matrix = frozen(Linear, quant, matmul, dtype)
+    x = mx.random.normal((2, rows, 128), key=mx.random.key(1)).astype(dtype)
+    dy = mx.random.normal((2, rows, 192), key=mx.random.key(2)).astype(dtype)
     (y,), (dx,) = mx.vjp(lambda x: matrix.multiply(x), [x], [dy])
+    assert y.dtype == dx.dtype == dtype
     dense = np.array(mx.random.normal((192, 128), key=mx.random.key(0)))
     if quant is not None:
         dense = np.array(mlx_dequantize(mlx_quantize(mx.array(dense), quant), quant))
     dense = dense.astype(np.float64)
-    np.testing.assert_allclose(np.array(y), np.array(x) @ dense.T, atol=1e-4)
-    np.testing.assert_allclose(np.array(dx), np.array(dy) @ dense, atol=1e-4)
+    x, dy, y, dx = (np.array(array.astype(mx.float32)) for array in (x, dy, y, dx))
+    tolerance = gpu_route.tolerance.product
+    for found, wanted in ((y, x @ dense.T), (dx, dy @ dense)):
+        assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("rows", [192, 4096], ids=["linear", "head"])

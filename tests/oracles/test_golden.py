@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.gpu_route import Route, routes
 from support.gradients import add_grads
 from support.models import LLAMA3_ROPE, TINY, load_folder, make_hf_model
 
@@ -83,8 +84,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"folder": folder, "losses": np.array(losses), "norms": np.array(norms)}
 
 
-def our_run(folder: Path, recompute: Any, compiled: bool) -> tuple[np.ndarray, np.ndarray, AdamW]:
-    model = load_folder(folder / "base")
+def our_run(
+    folder: Path, recompute: Any, compiled: bool, route: Route
+) -> tuple[np.ndarray, np.ndarray, AdamW]:
+    model = route.load(folder / "base", None)
     load_adapter(model, folder / "adapter")
     engine = Engine(model, recompute, compiled)
     optimizer = AdamW(model.trainable_parameters(), weight_decay=0.01, max_grad_norm=1.0)
@@ -102,10 +105,16 @@ def our_run(folder: Path, recompute: Any, compiled: bool) -> tuple[np.ndarray, n
 
 
 @pytest.mark.parametrize(
-    ("recompute", "compiled"), [("none", False), ("all", False), (1, False), ("none", True)]
+    ("gpu_route", "recompute", "compiled"),
+    [
+        *(("none", *how) for how in (("none", False), ("all", False), (1, False), ("none", True))),
+        ("metal-float32", "none", True),
+        ("cuda-float32", 1, True),
+    ],
+    indirect=["gpu_route"],
 )
-def test_thirty_steps_equal_those_of_torch_and_peft(golden, recompute, compiled):
-    losses, norms, optimizer = our_run(golden["folder"], recompute, compiled)
+def test_thirty_steps_equal_those_of_torch_and_peft(golden, gpu_route, recompute, compiled):
+    losses, norms, optimizer = our_run(golden["folder"], recompute, compiled, gpu_route)
     loss_gap = np.abs(losses - golden["losses"])
     norm_gap = np.abs(norms - golden["norms"])
     assert golden["losses"][-1] < 0.6 * golden["losses"][0], "the run must learn, to mean anything"
@@ -117,6 +126,13 @@ def test_thirty_steps_equal_those_of_torch_and_peft(golden, recompute, compiled)
     theirs = load_file(golden["folder"] / "trained" / "adapter_model.safetensors")
     for name, weight in optimizer.named(optimizer.weights).items():
         np.testing.assert_allclose(np.array(weight), theirs[f"base_model.model.{name}"], atol=2e-5)
+
+
+@routes("metal-float16")
+def test_thirty_steps_in_16_bits_follow_those_of_torch_and_peft(golden, gpu_route):
+    losses, norms, _ = our_run(golden["folder"], "none", True, gpu_route)
+    assert 0 < np.abs(losses / golden["losses"] - 1).max() < 2 * gpu_route.tolerance.loss
+    assert np.abs(norms / golden["norms"] - 1).max() < gpu_route.tolerance.gradient
 
 
 def test_a_mean_of_means_would_fail_this_trajectory(golden):

@@ -88,10 +88,10 @@ class Route:
         return load_folder(folder, quantize, self.matmul, self.dtype)
 
     @contextmanager
-    def taken(self) -> Iterator["Contract"]:
+    def taken(self) -> Iterator["Route"]:
         """Within it the route's choices hold, and its contract, which is checked at the end."""
         with device.use(self.device), Contract(self).watching() as contract:
-            yield contract
+            yield self
         contract.check()
 
 
@@ -112,8 +112,14 @@ EXACT = ["metal-float32", "cuda-float32"]  # whose results are a CPU's up to rou
 NARROW = [name for name in ROUTES if name not in EXACT]
 
 
+@contextmanager
+def no_route() -> Iterator[Route]:
+    """The choices of the device that MLX computes on, in float32, and nothing is checked."""
+    yield Route(dataclasses.replace(device.current(), dtype="float32"), "resident")
+
+
 def routes(*names: str) -> pytest.MarkDecorator:
-    """Runs a test on each of some routes; it may take the fixture `gpu_route`, or not."""
+    """Runs a test on each of some routes, "none" among them; it takes the fixture `gpu_route`."""
     return pytest.mark.parametrize("gpu_route", names, indirect=True)
 
 
@@ -125,7 +131,6 @@ MOST_MASKED = 512  # queries whose scores may be an array: a block of a window's
 MOST_SHAPES = 64  # of the axis of positions, in one test
 LONGEST_DISPATCH = 2.0  # seconds; macOS stops work that keeps the display waiting for longer
 MOST_KEPT = 1.05  # times what the schedule counts
-SMALL_ARRAYS = 1 << 15  # bytes, of tiny models
 SYNCHRONISATIONS = {Step: 1, AdamW: 1, Engine: 0}  # per call, beside `mx.eval`
 ON_CPU_ONLY = (
     *("cholesky", "cholesky_inv", "eig", "eigh", "eigvals", "eigvalsh", "inv", "lu", "lu_factor"),
@@ -180,6 +185,7 @@ class Contract:
         self._call: Call | None = None
         self._schedule: tuple[Footprint, Any] | None = None
         self._memory_before: int | None = None
+        self._weights_bytes = 0
         self._started: dict[int, tuple[Any, int]] = {}  # arrays that `mx.async_eval` was given
         self._n_started = self._n_finished = 0
         self._here = threading.local()  # how deep in a derivative, in an explicit CPU stream
@@ -361,6 +367,8 @@ class Contract:
 
         def call_engine(of: Engine, *args: Any, **settings: Any) -> Any:
             mx.synchronize()
+            weights = args[0] if args else settings["weights"]
+            self._weights_bytes = sum(weight.nbytes for weight in weights.values())
             self._memory_before = mx.get_active_memory()
             try:
                 with layers_of(of.model.model):
@@ -436,10 +444,12 @@ class Contract:
         footprint, made = self._schedule
         counted = footprint.kept(made.levels, made.n_chunks)
         N, config = max(self._axes, default=0), footprint.config
-        # Besides: the last layer's output, the head's input, words of dropout, indices; and A and B
-        # in the compute dtype, and a slice of the head.
+        # Besides: the last layer's output, the head's input, words of dropout, indices; the LoRA
+        # weights, cut from the optimiser's buffer and cast; a slice of the head.
         others = N * (2 * config.hidden_size * footprint.itemsize + 128 * len(made.levels))
-        others += SMALL_ARRAYS + config.vocab_size * config.hidden_size * footprint.itemsize
+        others += (
+            2 * self._weights_bytes + config.vocab_size * config.hidden_size * footprint.itemsize
+        )
         if kept > MOST_KEPT * counted + others:
             self._report(f"{kept} bytes kept by a forward whose schedule counts {counted}")
 
@@ -487,11 +497,13 @@ def _summed_in_float32(real: Callable) -> Callable:
     """A packed product that sums as a GPU's does, and returns what it would have returned."""
 
     def call(x: mx.array, w: mx.array, scales: mx.array, *biases: Any, **settings: Any) -> mx.array:
-        parts = [scales, *biases]
-        if x.dtype == mx.float32 or any(part.dtype == mx.uint8 for part in parts):
-            return real(x, w, *parts, **settings)
-        dtype = functools.reduce(mx.result_type, [part.dtype for part in parts], x.dtype)
-        x, *parts = (AS_TYPE(part, mx.float32) for part in (x, *parts))
+        floats = [p for p in (x, scales, *biases) if p.dtype != mx.uint8]  # as mxfp4's scales are
+        dtype = functools.reduce(mx.result_type, [p.dtype for p in floats])
+        if x.dtype == mx.float32:
+            return real(x, w, scales, *biases, **settings)
+        x, *parts = (
+            p if p.dtype == mx.uint8 else AS_TYPE(p, mx.float32) for p in (x, scales, *biases)
+        )
         return AS_TYPE(real(x, w, *parts, **settings), dtype)
 
     return call

@@ -13,10 +13,14 @@ from mlx_qlora.model.lora import LoraConfig, add_lora
 
 def tuned(folder, seed: int = 5, **changes: Any):
     """The tiny model with LoRA layers, dropout 0.2."""
-    ours = load_folder(folder)
-    add_lora(ours, LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, **changes}), seed)
-    randomise_lora(ours)
-    return ours
+    return with_lora(load_folder(folder), seed, **changes)
+
+
+def with_lora(model: Any, seed: int = 5, **changes: Any) -> Any:
+    """The model, which has LoRA layers then whose update is not zero."""
+    add_lora(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, **changes}), seed)
+    randomise_lora(model)
+    return model
 
 
 def packed_batch(rows: list[list[int]], seed: int = 0, width: int | None = None) -> Batch:

@@ -22,6 +22,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support.gpu_route import routes
 from support.limits import files_of_at_most
 from support.tiny_folder import write_model
 from support.training import (
@@ -396,6 +397,15 @@ def test_stops_within_every_validation_and_after_every_step_change_no_bit(folder
                 patch.setattr(loop, "score", interrupted)
                 fine_tune(folder, out)
     assert_same(fine_tune(folder, out), whole)
+
+
+@routes("metal-bfloat16", "cuda-float32")
+def test_a_stop_on_a_gpu_s_route_changes_no_bit(folder, gpu_route, tmp_path):
+    fields = {"max_steps": 8, "eval_steps": 4}
+    unbroken = fine_tune(folder, tmp_path / "whole", **fields)
+    with at_step(5, stop), pytest.raises(Interrupted):
+        fine_tune(folder, tmp_path / "out", **fields)
+    assert_same(fine_tune(folder, tmp_path / "out", **fields), unbroken)
 
 
 def test_a_run_from_an_earlier_checkpoint_removes_the_later_ones_it_leaves_behind(

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support.gradients import autodiff, gap, packed_batch, tuned
+from support.gpu_route import EXACT, PACKED
+from support.gradients import autodiff, gap, packed_batch, tuned, with_lora
 from support.models import load_folder, our_logits, random_tokens, randomise_lora
 
 from mlx_qlora import device
@@ -185,6 +186,14 @@ def autodiffed(hf_tiny):
     return model, batch, key, *autodiff(model, batch, key)
 
 
+@pytest.fixture(scope="module")
+def autodiffed_packed(hf_tiny):
+    """The same of a model whose matrices are packed, in float32 from dense copies."""
+    model = with_lora(load_folder(hf_tiny[1], PACKED))
+    batch, key = packed_batch(ROWS, width=40), mx.random.key(3)
+    return batch, key, *autodiff(model, batch, key)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("n_chunks", "cores"), [(1, 1), (2, 1), (5, 2)])
 @pytest.mark.parametrize("levels", LEVEL_LISTS, ids=str)
@@ -198,6 +207,30 @@ def test_gradients_equal_mlx_s_own_whatever_is_kept(autodiffed, levels, n_chunks
     assert n == (np.array(batch.labels) != IGNORE).sum()
     assert loss.item() == pytest.approx(nats, rel=2e-6)
     assert gap(grads, ours) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("gpu_route", "levels", "n_chunks"),
+    [
+        *((name, levels, 2) for name in EXACT for levels in LEVEL_LISTS),
+        ("metal-float32", [NOTHING] * 2, 5),
+        *((name, [MLP, NOTHING], 2) for name in ("metal-bfloat16", "metal-float16")),
+        *((name, [LAYER, EXPONENTIALS], 1) for name in ("metal-bfloat16", "cuda-float16")),
+    ],
+    indirect=["gpu_route"],
+    ids=str,
+)
+def test_gradients_of_a_gpu_s_route_equal_mlx_s_own_whatever_is_kept(
+    hf_tiny, autodiffed_packed, gpu_route, levels, n_chunks
+):
+    batch, key, nats, grads = autodiffed_packed
+    model, here = with_lora(gpu_route.load(hf_tiny[1])), gpu_route.tolerance
+    with split_into(n_chunks, 1) as seen:
+        loss, n, ours = Engine(model, levels)(flat(model.trainable_parameters()), batch, key)
+        assert seen == [1] * n_chunks
+    assert n == (np.array(batch.labels) != IGNORE).sum()
+    assert loss.item() == pytest.approx(nats, rel=here.loss)
+    assert gap(grads, ours) < here.gradient
 
 
 def test_strategies_of_multiplying_a_packed_weight_give_equal_gradients(hf_tiny):
@@ -425,7 +458,8 @@ def test_a_schedule_saves_with_chunks_first_then_level_by_level_and_keeps_its_bu
         assert levels == sorted(levels, reverse=True) and levels[0] - levels[-1] <= 1
     for before, after in itertools.pairwise(made):
         assert (after.n_chunks, after.levels) >= (before.n_chunks, before.levels)
-    assert len({tuple(m.levels) for m in made}) == 1 + 3 * n_layers
+    sizes = {memory.layer_bytes(SIZES, level, 100, 4, device.current()) for level in LEVELS}
+    assert len({tuple(m.levels) for m in made}) == 1 + (len(sizes) - 1) * n_layers
 
 
 @pytest.mark.parametrize(
@@ -505,13 +539,14 @@ def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(
 @pytest.mark.parametrize("level", [NOTHING, EXPONENTIALS, MLP, LAYER])
 def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
     batch = a_batch(B=4, T=96)
-    engine = Engine(model, [level] * len(model.layers), compiled=False)
+    compiled = device.current().compiles
+    engine = Engine(model, [level] * len(model.layers), compiled)
     documents = memory.supervised_documents(batch)
     arrays: list[mx.array] = []
     for shard in memory.chunks_of(model, batch, documents, 1)[0]:
         x = model.model.embed_tokens(shard.tokens)
         for i, layer in enumerate(model.layers):
-            tape = Tape(layer, shard, shard.keys[i], compiled=False)
+            tape = Tape(layer, shard, shard.keys[i], compiled)
             tape.values["x"] = x
             assert len(list(tape.forward(KEPT[level]))) == 5
             x = tape.values.pop("y")

@@ -39,7 +39,7 @@ def rows_of(documents: list[list[int]], seed: int = 0) -> Batch:
 def take_steps(folder: Any, route: Route, compiled: bool = True, **lora: Any) -> None:
     """Two optimiser steps of two micro-batches."""
     model = route.load(folder)
-    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, **lora}
+    settings = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.2, **lora}
     add_lora(model, LoraConfig(**settings), seed=5)
     randomise_lora(model)
     engine, moves = Engine(model, "none", compiled), AdamW(model.trainable_parameters())

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.gpu_route import ROUTES
 from support.tiny_folder import write_model
 from support.training import recorded
 
@@ -89,6 +90,24 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 # ---- one trajectory ----------------------------------------------------------------------------
+
+
+TRAJECTORY_ROUTES = {"metal-float32": batch_of(8, 1), "cuda-float32": batch_of(4, 2)}
+
+
+@pytest.mark.parametrize("name", TRAJECTORY_ROUTES)
+def test_runs_by_a_gpu_s_route_take_the_committed_trajectory(command, tmp_path, name):
+    """With packed products on Metal, which `auto` chooses."""
+    with ROUTES[name].taken():
+        found = losses(tmp_path / "out", *command, "model.dtype=auto", *TRAJECTORY_ROUTES[name])
+    assert_same(found, np.array(json.loads(TRAJECTORY.read_text())))
+
+
+def test_a_run_in_16_bits_follows_the_committed_trajectory(command, tmp_path):
+    with ROUTES["metal-bfloat16"].taken() as route:
+        found = losses(tmp_path / "out", *command, "model.dtype=auto", *batch_of(8, 1))
+    gap = np.abs(found / np.array(json.loads(TRAJECTORY.read_text())) - 1)
+    assert 0 < gap.max() < route.tolerance.loss
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_qlora import device
 from mlx_qlora.train.optim import SCHEDULES, AdamW, flatten, learning_rate
 
 RATES = [1e-2, 3e-3, 0.0, 5e-2]
@@ -27,13 +28,18 @@ def adamw_float64(weights, gradients, n_tokens, beta1, beta2, epsilon, decay, ma
     return w, norms
 
 
-@pytest.mark.parametrize("slice_size", [1, 7, 10**6])
+@pytest.mark.parametrize(
+    ("gpu_route", "slice_size"),
+    [("none", 1), ("none", 7), ("none", 10**6), ("metal-bfloat16", None), ("cuda-float16", 7)],
+    indirect=["gpu_route"],
+)
 @pytest.mark.parametrize("max_norm", [1.0, None, 1e-3])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_four_steps_equal_the_paper_in_float64_however_they_are_sliced(
-    max_norm, decay, slice_size, use_device
+    gpu_route, max_norm, decay, slice_size, use_device
 ):
-    use_device(adamw_slice=slice_size)
+    """And in float32, whatever the dtype of activations."""
+    use_device(adamw_slice=slice_size or device.current().adamw_slice)
     random = np.random.default_rng(0)
     tree = {"a": {"weight": mx.array(random.normal(size=(3, 5)).astype(np.float32))}}
     tree["b"] = {"weight": mx.array(random.normal(size=(4,)).astype(np.float32))}
