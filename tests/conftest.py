@@ -200,6 +200,12 @@ def use_device():
 
 
 @pytest.fixture
+def in_float32(use_device) -> None:
+    """Models are loaded in float32 on any device, to be compared with exact numbers."""
+    use_device(dtype="float32")
+
+
+@pytest.fixture
 def usual_signals():
     """What Python does with signals by itself, in this process and those that it starts.
 

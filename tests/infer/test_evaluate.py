@@ -92,7 +92,7 @@ def test_many_examples_go_in_several_groups_and_keep_their_places(tuned, monkeyp
     assert np.array_equal(found.tokens, wanted.tokens)
 
 
-def test_the_loss_is_the_trainer_s_and_that_of_torch_and_peft(tmp_path):
+def test_the_loss_is_the_trainer_s_and_that_of_torch_and_peft(tmp_path, in_float32):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

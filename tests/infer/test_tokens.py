@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.gpu_route import EXACT, routes
-from support.models import random_tokens
+from support.models import load_folder, random_tokens
 from support.tiny_folder import write_model
 
 import mlx_qlora as mq
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
-    return mq.load(folder)[0]
+    return load_folder(folder)  # in float32
 
 
 def logits(seed: int = 0, rows: int = 1, V: int = 300) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_no_more_than_max_new_tokens_are_made(model):
         assert len(list(generate_tokens(model, [5, 6, 7], how))) == n
 
 
-def test_a_quantised_cache_holds_nearly_the_same(tmp_path):
+def test_a_quantised_cache_holds_nearly_the_same(tmp_path, in_float32):
     folder = write_model(tmp_path / "model", head_dim=32)
     model, tokenizer = mq.load(folder)
     how, exact = GenerationConfig(0, 1, 0, 1, 8), PromptCache()

@@ -693,7 +693,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_a_stopped_run_ends_bit_for_bit_like_an_unbroken_one(
-    folder: Path, tmp_path: Path, run: tuple[str, dict[str, Any]]
+    folder: Path, tmp_path: Path, run: tuple[str, dict[str, Any]], in_float32: None
 ) -> None:
     name, fields = run
     whole = fine_tune(folder, tmp_path / "whole", **fields)
@@ -724,7 +724,9 @@ def trained(whole: Finished) -> bool:
     )
 
 
-def test_the_best_weights_of_a_pissa_run_are_put_back(folder: Path, tmp_path: Path) -> None:
+def test_the_best_weights_of_a_pissa_run_are_put_back(
+    folder: Path, tmp_path: Path, in_float32: None
+) -> None:
     fields = {"init_lora_weights": "pissa", "use_dora": True, "load_best_model_at_end": True}
     run = fine_tune(folder, tmp_path / "out", **fields, learning_rate=1.0, eval_steps=1)
     assert run.result.best_step is not None and run.result.best_step < SETTINGS["max_steps"]
