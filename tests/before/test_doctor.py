@@ -568,6 +568,7 @@ def test_the_whole_of_it_on_this_machine(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.cpu_route("it is found by MLX, which is hidden here; a forced route needs none")
 def test_without_mlx_the_rest_is_examined(tmp_path, monkeypatch):
     real = builtins.__import__
 

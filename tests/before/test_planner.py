@@ -34,7 +34,7 @@ def checkpoint_files(tmp_path_factory):
 @pytest.mark.parametrize("bits", [4, 8, None])
 @pytest.mark.parametrize("frozen_matmul", ["resident", "dequantize"])
 def test_base_weights_are_predicted_to_the_byte_but_for_the_norms(
-    checkpoint_files, bits, frozen_matmul
+    checkpoint_files, bits, frozen_matmul, in_float32
 ):
     config = build({"model": {"bits": bits, "frozen_matmul": frozen_matmul}})
     predicted = plan_checkpoint(open_checkpoint(checkpoint_files), config)
@@ -65,6 +65,7 @@ def small(bytes_: int, **other: Any) -> Machine:
     return made
 
 
+@pytest.mark.cpu_route("its memory is chosen for what a CPU keeps of a layer in float32")
 def test_what_does_not_fit_says_what_to_change(checkpoint_files):
     checkpoint = open_checkpoint(checkpoint_files)
     config = build({"training": {"gradient_checkpointing": False}, "data": {"max_length": 512}})
@@ -108,6 +109,7 @@ def test_advice_names_what_helps_and_nothing_that_is_so_already(checkpoint_files
     assert told(1, 512, 1 << 20).endswith("choose a smaller model.")
 
 
+@pytest.mark.cpu_route("its memory is chosen for what a CPU keeps of a layer in float32")
 def test_auto_recomputes_more_the_less_memory_there_is(checkpoint_files):
     checkpoint = open_checkpoint(checkpoint_files)
     checkpoint.config["max_position_embeddings"] = 1 << 20
