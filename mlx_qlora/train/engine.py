@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_qlora import device
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
@@ -272,7 +273,7 @@ def loss_and_grads(
     Raises:
         ConfigError: the model has nothing to train, or `recompute` is none of the above.
     """
-    engine = Engine(model, recompute, compiled=False)
+    engine = Engine(model, recompute, device.current().compiles)
     loss, n_tokens, grads = engine(flat(model.trainable_parameters()), batch, dropout_key)
     return loss, n_tokens, nested(grads)
 
