@@ -273,7 +273,8 @@ def loss_and_grads(
     Raises:
         ConfigError: the model has nothing to train, or `recompute` is none of the above.
     """
-    engine = Engine(model, recompute, device.current().compiles)
+    # As a run does, and as memory is planned: uncompiled, SwiGLU keeps a sigmoid on a GPU as well.
+    engine = Engine(model, recompute, compiled=device.current().compiles)
     loss, n_tokens, grads = engine(flat(model.trainable_parameters()), batch, dropout_key)
     return loss, n_tokens, nested(grads)
 
