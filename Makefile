@@ -44,6 +44,7 @@ bench: $(VENV)/.bench ## Measure this machine: speed and memory, beside mlx-lm a
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/matmul_floor.py
 	$(BIN)/python benchmarks/frozen_matmul.py
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/generate_speed.py
 	$(BIN)/python benchmarks/startup.py

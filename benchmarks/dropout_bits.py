@@ -71,7 +71,7 @@ def _block(block: int, dropout: float) -> tuple[np.ndarray, np.ndarray]:
     words = mx.concatenate(position_words(dropout_keys(0, examples), row, position, LINEARS))
     shape = LINEARS, EXAMPLES, POSITIONS, COLUMNS
     kept = np.array(mask(words, dropout, COLUMNS, mx.uint8)).reshape(shape)
-    return kept == 0, np.array(draws(words, COLUMNS)).astype(np.int64).reshape(shape)
+    return kept == 0, np.array(draws(words[:, :1], COLUMNS)).astype(np.int64).reshape(shape)
 
 
 def _neighbours(masks: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:

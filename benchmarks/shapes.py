@@ -42,7 +42,12 @@ def build(
     Returns:
         The model, evaluated, in the device's compute dtype.
     """
-    model = LlamaForCausalLM(config(name, layers))
+    return build_from(config(name, layers), matmul)
+
+
+def build_from(sizes: LlamaConfig, matmul: FrozenMatmul | None = None) -> LlamaForCausalLM:
+    """As `build`, of any sizes."""
+    model = LlamaForCausalLM(sizes)
     model.hf_config = {"model_type": "llama", **asdict(model.config)}
     dtype = device.current().compute_dtype
     modules = sorted(model.named_modules())

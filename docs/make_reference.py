@@ -52,8 +52,8 @@ def cli_page() -> str:
         "",
         "Commands take fields besides their options: `section.field=value`, listed in",
         "[Fields](../fields.md). An option wins over the file that `--config` names, and a field",
-        "wins over both. A field of a section that a command does not read is refused, except in",
-        "that file. `mlx-qlora COMMAND --help` prints what is on this page, `--help-all`",
+        "wins over both. A field that a command does not read is refused, except in that file.",
+        "`mlx-qlora COMMAND --help` prints what is on this page, `--help-all`",
         "all fields too; each field's name is a flag as well (`--lora-dropout 0`), and so are its",
         "names elsewhere ([migration](../migration.md)).",
         "Made by `make docs` from the parser; do not edit.",
@@ -62,8 +62,11 @@ def cli_page() -> str:
     ]
     for name, parser in commands().items():
         lines += ["", f"## mlx-qlora {name}", "", parser.description or helps[name]]
-        if sections := COMMANDS[name].sections:
-            lines += ["", f"Reads the fields of {', '.join(f'`{s}`' for s in sections)}."]
+        about = COMMANDS[name]
+        if about.sections:
+            own = {s: ", ".join(f"`{field}`" for field in about.fields(s)) for s in about.sections}
+            read = [f"`{s}` ({own[s]})" if about.reads[s] else f"`{s}`" for s in own]
+            lines += ["", f"Reads the fields of {', '.join(read)}."]
         lines += _table(parser)
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,16 @@ COMPLETED = {
     ASSIGNMENT: {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"},
 }
 NOT_SWEPT = "--learning-rate", "--lora-r", "--adapter", "--resume"
+ALL = ""
 EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging", "generation")
+EVERY_FIELD: Mapping[str, str] = dict.fromkeys(EVERY_SECTION, ALL)
+KEPT = "output_dir save_total_limit"
+LOADED = "source revision adapter bits group_size mode dtype frozen_matmul"  # decide what is loaded
+ROWS = "path format columns system template history train_on max_length truncation strict "
+ROWS += "refused_path num_workers cache_dir"
+SHAPES = "r target_modules layers_to_transform rank_pattern use_dora"  # of LoRA matrices
+STEPS = "per_device_train_batch_size gradient_accumulation_steps "
+MEMORY = STEPS + "gradient_checkpointing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,61 +64,80 @@ class Command:
 
     help: str
     shorthands: Sequence[str] = ()  # flags that stand for fields
-    sections: Sequence[str] = ()  # whose fields it reads; a field of another one is refused
+    # Section -> its fields that change what the command does, or ALL; others are refused.
+    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
     quiet: bool = False  # whether it can work without a word
     json: bool = True  # whether it can end in a JSON object
+
+    @property
+    def sections(self) -> Sequence[str]:
+        """The sections of which it reads anything."""
+        return tuple(self.reads)
+
+    def fields(self, section: str) -> Sequence[str]:
+        """The fields of a section that it reads."""
+        from mlx_qlora.config import SECTIONS
+
+        read = self.reads.get(section)
+        return (
+            tuple(SECTIONS[section].__dataclass_fields__) if read == ALL else (read or "").split()
+        )
 
 
 COMMANDS = {
     "train": Command(
-        "fine-tune a model and leave a PEFT adapter", tuple(SHORTHANDS), EVERY_SECTION, quiet=True
+        "fine-tune a model and leave a PEFT adapter", tuple(SHORTHANDS), EVERY_FIELD, quiet=True
     ),
     "plan": Command(
         "predict the memory and the speed of a run",
         ("--model", "--batch-size", "--lora-r", "--max-length"),
-        ("model", "lora", "data", "training"),
+        {"model": LOADED, "lora": SHAPES, "data": "max_length train_on", "training": MEMORY},
     ),
     "inspect": Command(
         "read data as a run would, and say what would be trained",
         ("--model", "--data", "--epochs", "--batch-size", "--max-length", "--strict", "--refused"),
-        ("model", "data", "training"),
+        {
+            "model": "source revision adapter",
+            "data": f"{ROWS} validation_path test_path split shuffle max_refused",
+            "training": f"{STEPS}num_train_epochs max_steps warmup_ratio warmup_steps seed",
+        },
     ),
     "generate": Command(
         "let a model, with or without an adapter, continue a prompt",
         ("--model", "--adapter"),
-        ("model", "data", "generation"),
+        {"model": LOADED, "data": "system template", "generation": ALL},
     ),
     "chat": Command(
         "talk to a model, with its adapter or without",
         ("--model", "--adapter"),
-        ("model", "data", "generation"),
+        {"model": LOADED, "data": "system", "generation": ALL},
         json=False,
     ),
     "evaluate": Command(
         "score a model on rows, and its adapter against the base",
         ("--model", "--adapter", "--data", "--max-length"),
-        ("model", "data", "training", "generation"),
+        {"model": LOADED, "data": ROWS, "training": "seed", "generation": "max_new_tokens"},
     ),
     "sweep": Command(
         "find a learning rate, a rank and a batch size by short runs",
         tuple(flag for flag in SHORTHANDS if flag not in NOT_SWEPT),
-        EVERY_SECTION,
+        EVERY_FIELD,
         quiet=True,
     ),
     "merge": Command(
         "fold an adapter into its model's weights, as a folder any tool opens",
         ("--model", "--adapter"),
-        ("model",),
+        {"model": LOADED},
         quiet=True,
     ),
     "export": Command(
-        "write an adapter in another format", ("--model", "--adapter"), ("model",), quiet=True
+        "write an adapter in another format", ("--model", "--adapter"), {"model": ALL}, quiet=True
     ),
     "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
     "doctor": Command(
         "examine this machine, its packages and the hub, and say what to fix",
         ("--model", "--output-dir"),
-        ("model", "lora", "checkpointing"),
+        {"model": "source revision", "lora": SHAPES, "checkpointing": KEPT},
     ),
     "completion": Command("print a script that completes commands and fields", json=False),
 }
@@ -179,7 +207,8 @@ def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
         if about.sections:
             _add_fields(about, command)
             if all_fields:
-                command.epilog = "fields:" + "\n".join(map(_section_help, about.sections))
+                texts = (_section_help(name, about.fields(name)) for name in about.sections)
+                command.epilog = "fields:" + "\n".join(texts)
         for action in command._actions:
             if ways := COMPLETED.get(str(action.metavar)):
                 action.complete = ways  # pyright: ignore[reportAttributeAccessIssue]
@@ -296,12 +325,12 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("shell", choices=("bash", "zsh"), help="which shell the script is for")
 
 
-def _section_help(section: str) -> str:
+def _section_help(section: str, read: Sequence[str]) -> str:
     from mlx_qlora.config import SECTIONS, type_name
 
     config, flags = SECTIONS[section], {field: flag for flag, (field, _) in SHORTHANDS.items()}
     hints, lines = typing.get_type_hints(config), [f"\n{section}:"]
-    for field in dataclasses.fields(config):
+    for field in (field for field in dataclasses.fields(config) if field.name in read):
         default = getattr(config(), field.name)
         choices = field.metadata["choices"]
         kind = " | ".join(map(str, choices)) if choices else type_name(hints[field.name])

@@ -24,6 +24,7 @@ from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.after.screen import shown
 from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
+from mlx_qlora.config import unused as unused_fields
 from mlx_qlora.distributed import launched, processes
 from mlx_qlora.errors import AdapterWarning, ConfigError, UserError, require, say, size, warn
 from mlx_qlora.folders import (
@@ -36,7 +37,7 @@ from mlx_qlora.folders import (
 )
 from mlx_qlora.loading import model_to_ask, recorded, with_adapter
 from mlx_qlora.model.quantize import QuantConfig
-from mlx_qlora.names import preset
+from mlx_qlora.names import preset, whose
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
@@ -68,19 +69,22 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
     Raises:
         ConfigError: a field that does not exist, that the command does not read, or a wrong value.
     """
+    words: list[str] = []
+    try:
+        return _config_of(args, [] if notes is None else notes, words)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{whose(words)}") from None
+
+
+def _config_of(args: argparse.Namespace, notes: list[str], of_file: list[str]) -> RunConfig:
+    """As `config_of`; the names in the file are appended to `of_file`."""
     words = _assignments(args)
-    notes = [] if notes is None else notes
     file = getattr(args, "config", None)
-    values: dict[str, dict[str, Any]] = read_yaml(file, notes) if file else {}
-    read, typed = args.about.sections, {}
+    values: dict[str, dict[str, Any]] = read_yaml(file, notes, of_file) if file else {}
+    typed: dict[str, dict[str, Any]] = {}
     for assignment in words:
         set_override(typed, assignment, notes)
-        section = assignment.partition(".")[0].strip()
-        if section in SECTIONS and section not in read:
-            raise ConfigError(
-                f"{assignment}: {args.command} reads no field of {section}; it reads those of "
-                f"{', '.join(read)}"
-            )
+    _refuse_unread(args, typed)
     for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):
         given = typed.get("training", {})
         if one in given and other not in given and values.get("training", {}).pop(other, None):
@@ -92,6 +96,18 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
         for field in fields:
             set_override(values, field)
     return build(_with_record(args, values))
+
+
+def _refuse_unread(args: argparse.Namespace, typed: dict[str, dict[str, Any]]) -> None:
+    """Raise a ConfigError for a field that could change nothing of what the command does."""
+    for section in (name for name in typed if name in SECTIONS):
+        read, known = args.about.fields(section), SECTIONS[section].__dataclass_fields__
+        others = f"of {section} it reads {', '.join(read)}"
+        if not read:
+            others = f"it reads fields of {', '.join(args.about.sections)}"
+        for name in (name for name in typed[section] if name in known and name not in read):
+            place = f"{section}.{name}={typed[section][name]}"
+            raise ConfigError(f"{place}: {args.command} has no use for it; {others}")
 
 
 def _assignments(args: argparse.Namespace) -> list[str]:
@@ -251,6 +267,12 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     if args.prompt == "-":
         args.prompt = _standard_input()
     settings: dict[str, Any] = asdict(config.generation) | {"seed": args.seed}
+    reasons = {
+        "data.template": "it is how an --instruction is written" * (args.instruction is None),
+        "data.system": "--raw gives the model the prompt alone" * (args.raw and bool(args.prompt)),
+    }
+    for line in unused_fields(config, reasons):
+        warn(Terminal(stderr=True), line)
     config, model, tokenizer = model_to_ask(config)
     prompt = _prompt(args, tokenizer.chat_template is not None, config.data)
     answer = stream(model, tokenizer, prompt, **settings)
@@ -272,6 +294,8 @@ def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
             "chat reads what you type from standard input, which is closed; run it in a terminal, "
             "or ask one question with mlx-qlora generate"
         )
+    for line in unused_fields(config, {}):
+        warn(console, line)
     config, model, tokenizer = model_to_ask(config)
     system = config.data.system if args.system is None else args.system
     chat(model, tokenizer, console, config.generation, system, args.seed)

@@ -27,7 +27,7 @@ from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
-from mlx_qlora.names import FIELD_OF, INSTEAD, MEANINGS, translate
+from mlx_qlora.names import ADAPTER_KINDS, FIELD_OF, INSTEAD, MEANINGS, translate
 from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
@@ -140,8 +140,12 @@ def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
     return usual | fields
 
 
-def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def read_yaml(
+    path: str | Path, notes: list[str] | None = None, words: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Section -> field -> value from a YAML file; other trainers' names are taken, with a note.
+
+    The file's own names are appended to `words`.
 
     Raises:
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
@@ -156,7 +160,14 @@ def read_yaml(path: str | Path, notes: list[str] | None = None) -> dict[str, dic
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"config file {path} must hold sections such as `training:`")
+    if words is not None:
+        words.extend(map(str, content))
     values: dict[str, dict[str, Any]] = {}
+    if (kind := content.get("adapter")) in ADAPTER_KINDS and not Path(kind).is_dir():
+        raise ConfigError(
+            f"adapter: {kind} names a kind of training, which lora.use_dora and model.bits decide "
+            "here; leave it out. Here, adapter is the folder of an adapter to go on from"
+        )
     for name, fields in content.items():
         section = "lora" if name == "lora_parameters" else str(name)  # mlx-lm's
         is_place = section in FIELD_OF or "." in place_of("", section)
@@ -316,41 +327,59 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
     )
 
 
+def check_needs(config: RunConfig, validation: Examples | None) -> None:
+    """Raise a ConfigError for a field that needs validation rows, if there are none."""
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(config.checkpointing, name) and not validation:
+            raise ConfigError(
+                f"checkpointing.{name} needs validation rows, and there are none: name a file with "
+                "data.validation_path, or set data.split=auto"
+            )
+
+
 def without_effect(
-    config: RunConfig, train: Examples, validation: Examples | None = None, packed: bool = False
+    config: RunConfig,
+    settled: RunConfig,
+    train: Examples,
+    validation: Examples | None = None,
+    packed: bool = False,
 ) -> list[str]:
     """The fields that somebody set and that this run has no use for, each with the reason.
 
+    A field that every run of a command ignores is refused before (`cli.Command.reads`). A limit
+    that nothing reaches, such as `data.max_refused`, has had its effect.
+
     Args:
         config: as it was asked for, before `settle`.
+        settled: the same after it.
         packed: whether the model's files hold quantised weights.
 
-    Raises:
-        ConfigError: a field that needs validation rows, and there are none.
     """
-    checkpointing, training, default = config.checkpointing, config.training, RunConfig()
-    needy = {
-        "early_stopping_patience": checkpointing.early_stopping_patience is not None,
-        "load_best_model_at_end": checkpointing.load_best_model_at_end,
-    }
-    for name in (name for name, is_set in needy.items() if is_set and not validation):
-        raise ConfigError(
-            f"checkpointing.{name} needs validation rows, and there are none: name a file with "
-            "data.validation_path, or set data.split=auto"
-        )
+    checkpointing, training = config.checkpointing, config.training
     files = "the weights are quantised in the files" * packed
     adapter = "training goes on from an adapter" * (config.model.adapter is not None)
-    greedy = "generation.temperature=0 takes the likeliest token"
     named = [name for name in ("validation", "test") if getattr(config.data, f"{name}_path")]
     if named and not isinstance(config.data.split, str):
         place = {"validation": 1, "test": 2}
         named = [name for name in named if config.data.split[place[name]] > 0]
     no_bits = "no weight is quantised" * (config.model.bits is None and not packed)
-    untracked = "logging.report_to names no tracker" * (not config.logging.report_to)
+    trackers = config.logging.report_to
+    steps = settled.training.total_steps(
+        batches_of(train, settled.data, settled.training, processes())
+    )
+    n_validations = -(-steps // int(settled.checkpointing.eval_steps))
+    earliest = 1 + (checkpointing.early_stopping_patience or 0)  # the first is the best so far
     forms = {file.format for file in train.report.files}
     asks_nothing = config.data.template in (*ALPACA, "chat") and forms <= {"text"}
     no_tasks = config.data.template == ALPACA[1] and "alpaca" not in forms
     reasons = {
+        "checkpointing.early_stopping_patience": (
+            f"validation {earliest} is the first to stop the run, which ends with number "
+            f"{n_validations}; set a smaller checkpointing.eval_steps"
+        )
+        * (earliest >= n_validations),
+        "checkpointing.load_best_model_at_end": "the run is validated once, at its end"
+        * (n_validations == 1),
         "checkpointing.eval_steps": "there are no validation rows" * (not validation),
         "training.warmup_ratio": "training.warmup_steps is set"
         * (training.warmup_steps is not None),
@@ -358,17 +387,26 @@ def without_effect(
         "model.group_size": files or no_bits,
         "model.mode": files or no_bits,
         "model.frozen_matmul": no_bits,
-        "logging.project": untracked,
-        "logging.run_name": untracked,
+        "logging.project": "logging.report_to does not name wandb" * ("wandb" not in trackers),
+        "logging.run_name": "logging.report_to names no tracker" * (not trackers),
         "data.template": "no row is an instruction" * (asks_nothing or no_tasks),
         "lora.init_lora_weights": adapter,
         "data.history": "no row is a chat" * (forms <= {"text"}),
         "data.split": f"{' and '.join(named)} rows have a file of their own" * bool(named),
+        "data.system": "every row has a system message of its own" * train.report.own_system,
+        "data.train_on": "no row has a prompt" * (forms <= {"text"}),
+        "data.max_refused": "data.strict allows no row to be refused" * config.data.strict,
         "data.packing": "rows are computed end to end, without padding, either way",
-        "generation.top_p": greedy * (config.generation.temperature == 0),
-        "generation.top_k": greedy * (config.generation.temperature == 0),
     }
-    lines = []
+    return unused(config, reasons)
+
+
+def unused(config: RunConfig, reasons: dict[str, str]) -> list[str]:
+    """A line for each field that has a reason not to be used and is not its default."""
+    if config.generation.temperature == 0:
+        greedy = "generation.temperature=0 takes the likeliest token"
+        reasons = reasons | dict.fromkeys(("generation.top_p", "generation.top_k"), greedy)
+    lines, default = [], RunConfig()
     for place, reason in reasons.items():
         section, _, name = place.partition(".")
         value = getattr(getattr(config, section), name)

@@ -39,10 +39,12 @@ class Device:
     # How a layer is computed.
     fused_attention: bool = True  # MLX's kernel; False: cpu/attention.py, for float32
     attention_multiple: int = 1  # document lengths that the kernel's gradient needs
-    attention_positions: int = 16384  # of documents attended to at once; 0: each document alone
+    attention_positions: int = 16384  # of documents attended to at once
+    attention_padding: float = 0.25  # of each, to fill it up to the longest: fewer kernels
     attention_scratch: float = 0.0  # bytes of its gradient for each head and pair of positions
     fast_exponentials: bool = False  # cpu/exponentials.py, for float32
     compiles: bool = True  # whether `training.compile: auto` fuses elementwise operations
+    stacks_matrices: bool = True  # multiplies those that read the same input as one
     packed_matmul: bool = False  # whether `frozen_matmul: auto` never makes dense copies
     few_rows: int = 32  # multiplied packed, which is faster than dequantising the matrix
     row_as_column: bool = False  # a single row times a dense matrix: cpu/blas.py
@@ -71,7 +73,7 @@ class Device:
         return getattr(mx, self.dtype)
 
 
-CUDA = Device("cuda", attention_multiple=128, attention_positions=0)  # cuDNN; a shape per length
+CUDA = Device("cuda", attention_multiple=128)  # what cuDNN differentiates
 
 METAL = Device(
     "metal",
@@ -90,8 +92,10 @@ CPU = Device(
     "float32",  # BLAS has no 16-bit products
     fused_attention=False,
     attention_positions=1024,
+    attention_padding=0.1,
     fast_exponentials=True,
     compiles=False,  # saves next to nothing
+    stacks_matrices=False,
     few_rows=4,  # 8 ns to dequantise a number, 1.3 to multiply it packed
     row_as_column=True,
     side_by_side=True,
@@ -228,7 +232,7 @@ def facts() -> dict[str, Any]:
 
     info = mx.device_info()
     memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    own_blas = "reference BLAS (slow; pip install cmeel-openblas)"
+    own_blas = "reference BLAS (slow; pip install scipy-openblas32)"
     return {
         "chip": str(info.get("device_name") or platform.processor()),
         "cores": os.cpu_count(),

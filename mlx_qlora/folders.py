@@ -158,6 +158,7 @@ MERGED_FOLDER = (  # shell patterns
 TAG = "mlx-qlora"
 ADAPTER_SENTENCE = re.compile(r"^A (?:LoRA|DoRA) adapter of rank .*, trained with mlx-qlora ", re.M)
 MERGED_MARK = "merged by mlx-qlora"
+NOTE = "note"  # on the base, for whoever reads that config; mlx-lm passes it over
 OUR_MLX_LM_CONFIG = {"fine_tune_type", "num_layers", "lora_parameters"}
 
 
@@ -233,7 +234,7 @@ def _is_vouched_for(folder: Path, path: Path) -> bool:
     if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
         return True
     # mlx-lm's own trainer adds every argument that it had.
-    return name in MLX_LM and json_object(folder / MLX_LM[0]).keys() == OUR_MLX_LM_CONFIG
+    return name in MLX_LM and json_object(folder / MLX_LM[0]).keys() - {NOTE} == OUR_MLX_LM_CONFIG
 
 
 def _is_our_card(path: Path) -> bool:

@@ -4,6 +4,7 @@ The words of TRL, transformers, Axolotl, LLaMA-Factory, Unsloth and mlx-lm that 
 docs/migration.md shows these tables, and a test holds that it does.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from mlx_qlora.errors import ConfigError
@@ -81,8 +82,31 @@ INSTEAD = {
     **dict.fromkeys(("dataset", "datasets"), "data.path"),
     **dict.fromkeys(("prompt_feature", "dataset_text_field"), "data.columns"),
 }
+# Words of a trainer's config file; two of them show whose it is.
+PROGRAMS = {
+    "Axolotl": "base_model adapter datasets sequence_len micro_batch_size val_set_size",
+    "LLaMA-Factory": "stage finetuning_type cutoff_len template dataset lora_target do_train",
+    "mlx-lm": "lora_parameters fine_tune_type iters num_layers adapter_path steps_per_eval",
+    "TRL": "use_peft dataset_name lora_target_modules dataset_text_field completion_only_loss",
+    "torchtune": "tokenizer checkpointer loss compile enable_activation_checkpointing",
+}
+ADAPTER_KINDS = ("lora", "qlora", "dora")  # what Axolotl's `adapter` may be
 FIELD_OF = {word: field for field, words in ALIASES.items() for word in words.split()}
 FIELD_OF |= {word: field for word, (field, _) in MEANINGS.items()}
+
+
+def whose(words: Iterable[str]) -> str:
+    """What to say of a config file with these names if it is another trainer's, or nothing."""
+    words = list(words)
+    shared = {name: len({*own.split()} & {*words}) for name, own in PROGRAMS.items()}
+    name = max(shared, key=lambda each: shared[each])
+    if shared[name] < 2:
+        return ""
+    known = [f"{word} is {FIELD_OF[word]}" for word in words if word in FIELD_OF][:6]
+    return (
+        f"\nthis looks like a config of {name}{': ' * bool(known)}{', '.join(known)}. Leave out or "
+        'rename what has no equal; all names are under "Coming from another trainer" in the docs'
+    )
 
 
 def translate(word: str, value: Any) -> tuple[Any, str]:

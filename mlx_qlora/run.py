@@ -22,11 +22,12 @@ from rich.console import Console
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.origin import original_base, sample_of
+from mlx_qlora.adapters.origin import base_hash, original_base, sample_of
 from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, save_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import (
     RunConfig,
+    check_needs,
     explained,
     settle,
     to_dict,
@@ -221,6 +222,7 @@ def open_inputs(
         weights: False for a look at the rows alone: the weights stay where they are.
         split: False reads all of `data.path` as `train`, written as the adapter was taught.
     """
+    asked = config
     if not split:
         config = with_model(config)
     source_of(config)  # before anything is read
@@ -257,8 +259,13 @@ def open_inputs(
     for report in inputs.reports:
         say(console, f"data      {report}")
     packed = checkpoint is not None and bool(checkpoint.packing)
-    for line in without_effect(config, train, validation, packed) if writes else ():
-        warn(console, line)
+    if writes:
+        check_needs(config, validation)
+    # Who only looks at rows, or at a model, may give a run's whole config file.
+    matters = ("",) if writes else ("data.", "training.", *["model."] * weights)
+    for line in without_effect(asked, settled, train, validation, packed):
+        if line.startswith(matters):
+            warn(console, line)
     if split:
         parts = "split     {train:,} train, {validation:,} validation, {test:,} test"
         say(console, parts.format(**inputs.sizes))
@@ -339,7 +346,8 @@ def fine_tune(
         settled = settle(config, model.config, train_examples)
         for line in explained(config, settled, train_examples):
             say(console, line)
-        for line in without_effect(config, train_examples, validation):
+        check_needs(config, validation)
+        for line in without_effect(config, settled, train_examples, validation):
             warn(console, line)
         return Inputs(settled, tokenizer, model.config, train_examples, validation)
 
@@ -439,7 +447,6 @@ def fingerprint_of(
             digest.update(f"{name} {matrix.shape} {matrix.quant} {matrix.dtype}".encode())
     source = getattr(model, "source", None)
     digest.update(sample_of(source.path) if source is not None else b"")
-    base_hash = {} if source is None else {"base": sample_of(source.path, names=False).hex()}
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
     packed = any(layer.base_layer.quant is not None for _, layer in lora_layers(model))
@@ -450,7 +457,7 @@ def fingerprint_of(
         "data": _hash(examples.digest + (validation.digest if validation else "")),
         "model": digest.hexdigest(),
         "numerics": str(NUMERICS),
-        **base_hash,
+        **base_hash(model),
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qlora.adapters.origin import original_base
+from mlx_qlora.adapters.origin import base_hash, original_base
 from mlx_qlora.adapters.peft import (
     PREFIX,
     layers_of,
@@ -63,7 +63,7 @@ def save_portable(
     if isinstance(config["target_modules"], str):  # a regex; not every reader has Python's
         config["target_modules"] = [*updates]
     with staged(folder.resolve(), replace=True) as staging:  # a link stays one
-        write_peft(staging, tensors, config)
+        write_peft(staging, tensors, config, base_hash(model))
     return folder
 
 

@@ -76,6 +76,7 @@ def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
         mx.eval(linear.parameters())
         model.update_modules(nested({path: linear}))
     del model.lora_config
+    model.is_merged = True
     return model
 
 

@@ -4,10 +4,12 @@ import hashlib
 import warnings
 from pathlib import Path
 
-from mlx_qlora.errors import AdapterError, AdapterWarning
-from mlx_qlora.folders import RECORD, json_object
+from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
+from mlx_qlora.folders import PEFT, RECORD, json_object
 from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, weight_files
+from mlx_qlora.model.llama import LlamaForCausalLM
 
+BASE = "base"  # the name of its hash, in a file's metadata and in a run's record
 CONFIRM = "model.base_model_name_or_path=org/name"
 
 
@@ -63,12 +65,27 @@ def run_of(adapter: Path) -> Path:
     return place.parent if is_part and (place.parent / RECORD).is_file() else adapter
 
 
-def check_base(source: ModelFiles | None, adapter: Path) -> None:
-    """Warn if the record of an adapter's run says that it was trained on other weights."""
+def base_hash(model: LlamaForCausalLM) -> dict[str, str]:
+    """The hash of the files that a model was loaded from; empty if it is not known.
+
+    It is not known of a model that an adapter was merged into, or whose files are gone.
+    """
+    source = getattr(model, "source", None)
+    if source is None or getattr(model, "is_merged", False):
+        return {}
+    try:
+        return {BASE: sample_of(source.path, names=False).hex()}
+    except (OSError, UserError):
+        return {}
+
+
+def check_base(source: ModelFiles | None, adapter: Path, metadata: dict[str, str]) -> None:
+    """Warn if an adapter's file, or the record of its run, says that it is of other weights."""
     record = json_object(run_of(adapter) / RECORD)
-    trained_on = (record.get("fingerprint") or {}).get("base")
+    trained_on = metadata.get(BASE) or (record.get("fingerprint") or {}).get(BASE)
     if source and trained_on and trained_on != sample_of(source.path, names=False).hex():
         named = ((record.get("config") or {}).get("model") or {}).get("source")
+        named = named or json_object(adapter / PEFT[0]).get("base_model_name_or_path", "not named")
         warnings.warn(
             f"{adapter} was trained on other weights ({named}) than those of {source.source}: that "
             "is right only if they are the same model in another precision or format",

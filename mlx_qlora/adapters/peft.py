@@ -16,10 +16,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.options import CONFIG, MLX_LM_WEIGHTS, WEIGHTS, for_this_model, is_mlx_lm
-from mlx_qlora.adapters.origin import check_base, original_base
+from mlx_qlora.adapters.origin import base_hash, check_base, original_base
 from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
-from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, check_writable, staged
+from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, NOTE, check_writable, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
@@ -71,7 +71,7 @@ def save_adapter(
     check_writable(folder, ADAPTER_FOLDER)
     marks, gone = (CONFIG, MLX_COPY[0]), () if mlx_lm else MLX_COPY
     with staged(folder, marks=marks, gone=gone) as staging:
-        write_peft(staging, adapter_tensors(model), peft_config(model, base))
+        write_peft(staging, adapter_tensors(model), peft_config(model, base), base_hash(model))
         if mlx_lm:
             _write_mlx_lm(model, staging / "mlx")
     return folder
@@ -156,20 +156,30 @@ def _whole(alpha: float) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def write_peft(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """Write the three files of a PEFT adapter and read them back."""
+def write_peft(
+    folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any], base: dict[str, str]
+) -> None:
+    """Write the three files of a PEFT adapter, with its `base_hash`, and read them back."""
     # Only the outer keys are sorted: of two patterns that match, the first counts.
-    _write_checked(folder / WEIGHTS, tensors, "pt", dict(sorted(config.items())))
+    sorted_config = dict(sorted(config.items()))
+    _write_checked(folder / WEIGHTS, tensors, {"format": "pt", **base}, sorted_config)
     (folder / CARD).write_text(model_card(Facts(config)))
 
 
 def _write_checked(
-    file: Path, tensors: dict[str, np.ndarray], framework: str, config: dict[str, Any]
+    file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], config: dict[str, Any]
 ) -> None:
     """Write tensors, and beside them `adapter_config.json`, and read both back."""
     folder = file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": framework})
+    save_file(tensors, file, metadata=metadata)
+    # The same bytes each time: safetensors writes metadata in an order that changes.
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header |= {name: metadata for name in header if name == "__metadata__"}
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":")).encode().ljust(length))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     is_same = same_tensors(load_file(file), tensors)
     if not is_same or json.loads((folder / CONFIG).read_text()) != config:
@@ -250,7 +260,9 @@ def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
         "num_layers": len(model.layers),
         "lora_parameters": dict(rank=rank, scale=scale, dropout=lora.lora_dropout, keys=keys),
     }
-    _write_checked(folder / MLX_LM_WEIGHTS, tensors, "mlx", config)
+    config |= {NOTE: note} if (note := note_on_mlx_lm(model)) else {}
+    metadata = {"format": "mlx", **base_hash(model)}
+    _write_checked(folder / MLX_LM_WEIGHTS, tensors, metadata, config)
 
 
 # ---- in: a folder becomes LoRA layers ------------------------------------------------------------
@@ -279,7 +291,6 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         )
     folder = Path(folder).expanduser()
     lora, paths, passed_over = for_this_model(model, folder)
-    check_base(getattr(model, "source", None), folder)
     from_mlx_lm = is_mlx_lm(folder)
     file = folder / (MLX_LM_WEIGHTS if from_mlx_lm else WEIGHTS)
     header = read_safetensors_header(file, AdapterError)
@@ -287,9 +298,11 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
     _check_tensors(model, file, lora, paths, {n: e for n, e in header.items() if n not in copies})
 
     try:
-        arrays: Any = mx.load(str(file))
+        loaded: Any = mx.load(str(file), return_metadata=True)
     except (RuntimeError, ValueError) as error:  # offsets that do not fit the shapes
         raise AdapterError(f"{file} is damaged: {error}") from None
+    arrays, metadata = loaded
+    check_base(getattr(model, "source", None), folder, metadata)
     carried = " and ".join(COPIES[name] for name in copies)
     if not all(
         _is_copy(arrays.pop(name), model.head if "lm_head" in name else model.model.embed_tokens)

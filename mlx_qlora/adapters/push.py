@@ -16,25 +16,11 @@ from typing import Any
 from mlx_qlora import __version__
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, listing
-from mlx_qlora.folders import CARD, MLX_COPY, PEFT, RECORD, TAG, card_header
+from mlx_qlora.folders import CARD, MLX_COPY, NOTE, PEFT, RECORD, TAG, card_header, json_object
 from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
 
-# Settings that a card shows. Whatever may hold a path or a text of the user's is not among them.
-SHOWN = {
-    "model": ("bits", "group_size", "mode", "dtype"),
-    "data": ("max_length", "truncation", "packing", "train_on", "shuffle"),
-    "training": (
-        *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
-        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "seed"),
-    ),
-}
-LORA = (
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "use_rslora"),
-    *("use_dora", "rank_pattern", "alpha_pattern"),
-)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -49,6 +35,7 @@ class Facts:
     plots: list[str] = field(default_factory=list)  # paths relative to the card
     tokenizer: bool = False  # whether its files are beside the adapter
     mlx: bool = False  # whether the copy for mlx-lm is
+    mlx_note: str = ""  # what mlx-lm would misread of the base
     license: str | None = None  # as Hugging Face names it
     name: str = "path/to/this/folder"  # under which others find the adapter
 
@@ -72,6 +59,7 @@ def read_facts(folder: Path, name: str = Facts.name) -> Facts:
         plots=sorted(f"plots/{path.name}" for path in folder.glob("plots/[!.]*.svg")),
         tokenizer=any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")),
         mlx=(folder / MLX_COPY[1]).is_file(),
+        mlx_note=str(json_object(folder / MLX_COPY[0]).get(NOTE, "")),
         license=license if isinstance(license, str) else None,
         name=name,
     )
@@ -119,28 +107,18 @@ def model_card(facts: Facts) -> str:
         **({"license": facts.license} if facts.license else {}),
         "tags": [*([f"base_model:adapter:{base}"] if is_repo else []), "lora", TAG],
     }
-    settings = {f"lora.{name}": adapter[name] for name in LORA if adapter.get(name)}
-    for section, names in SHOWN.items():
-        values = config.get(section, {})
-        settings |= {f"{section}.{n}": values[n] for n in names if values.get(n) is not None}
     versions = facts.record.get("versions", {})
     return render(
         "card.md.jinja",
         facts=facts,
         adapter=adapter,
+        config=config,
         header=yaml.safe_dump(header, sort_keys=False).strip(),
         base=base,
         is_repo=is_repo,
         on_hub=HUB_ID.fullmatch(facts.name) is not None,
-        bits=config.get("model", {}).get("bits"),
         version=versions.get("mlx-qlora", __version__),
         vllm_rank=next((r for r in VLLM_RANKS if r >= (adapter.get("r") or 0)), None),
-        settings=settings,
-        losses={
-            label: [(record[key], record.get("step")) for record in facts.metrics if key in record]
-            for label, key in (("training loss", "loss"), ("validation loss", "eval_loss"))
-        },
-        figures=_figures(facts),
         versions=versions,
     )
 
@@ -149,38 +127,10 @@ def render(template: str, **values: Any) -> str:
     """Fill a template beside this file; values go in as they are: it is Markdown, not HTML."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template(template).render(values)
-
-
-def _figures(facts: Facts) -> list[str]:
-    def recorded(key: str) -> list[float]:
-        return [record[key] for record in facts.metrics if key in record]
-
-    figures = []
-    if accuracies := recorded("eval_token_accuracy"):
-        figures.append(f"validation token accuracy at the end {accuracies[-1]:.1%}")
-    if epochs := recorded("epoch"):
-        figures.append(f"epochs {epochs[-1]:g}")
-    if facts.tokens_seen:
-        figures.append(f"tokens trained on {facts.tokens_seen:,}")
-    for name, count in facts.record.get("data", {}).items():  # counts of rows and tokens
-        if isinstance(count, int):
-            figures.append(f"data: {name} {count:,}")
-    if peaks := recorded("peak_memory_bytes"):
-        figures.append(f"peak memory {max(peaks) / 1e9:.2f} GB")
-    return figures
-
-
-def _cell(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return jinja2.Template(
+        text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    ).render(values)
 
 
 # ---- the upload ----------------------------------------------------------------------------------

@@ -208,25 +208,16 @@ def learned(
     if loss is not None and loss.verdict != "better":
         few = f"{loss.base.n} rows do not tell that from chance"
         return Answer(question, f"Perhaps: {fell}", f"{why} {_sentence(few)}", "note")
-    near = nearness(samples)
-    if loss is None or near is None:
+    if loss is None or not samples:
         return Answer(question, f"Perhaps: {fell}", f"{why} No answers were compared.", "note")
-    why += f" Likeness of the answers to the references: {near[0]:.0%} → {near[1]:.0%}."
-    if near[1] < near[0] + LITTLE_NEARER:
-        return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
-    return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
-
-
-def nearness(samples: Sequence[Mapping[str, str]]) -> tuple[float, float] | None:
-    """How like the references the sampled answers are, before and after; None without samples."""
-    pairs = [sample for sample in samples if {"before", "after", "reference"} <= sample.keys()]
-    if not pairs:
-        return None
     before, after = (
-        statistics.fmean(style_similarity(sample[key], sample["reference"]) for sample in pairs)
+        statistics.fmean(style_similarity(sample[key], sample["reference"]) for sample in samples)
         for key in ("before", "after")
     )
-    return before, after
+    why += f" Likeness of the answers to the references: {before:.0%} → {after:.0%}."
+    if after < before + LITTLE_NEARER:
+        return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
+    return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
 
 
 def _evidence(history: History, scores: Mapping[str, Scores]) -> tuple[str, float, float, str]:
@@ -276,16 +267,15 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
     if {"before", "after"} <= scores.keys():
         before, after = scores["before"].token_accuracy, scores["after"].token_accuracy
         why = f"Held-out tokens that are the model's first choice: {before:.1%} → {after:.1%}."
-    pairs = [sample for sample in samples if {"before", "after"} <= sample.keys()]
-    if not pairs:
+    if not samples:
         return Answer(question, "No samples", why or "No row was held out to ask for.")
-    differ = sum(sample["before"] != sample["after"] for sample in pairs)
+    differ = sum(sample["before"] != sample["after"] for sample in samples)
     before, after = (
-        sum(sample[key].strip() == sample.get("reference", "").strip() for sample in pairs)
+        sum(sample[key].strip() == sample["reference"].strip() for sample in samples)
         for key in ("before", "after")
     )
     equal = f"Equal to the reference: {before} before, {after} after."
-    verdict = f"{differ} of {len(pairs)} sampled answers differ"
+    verdict = f"{differ} of {len(samples)} sampled answers differ"
     return Answer(question, verdict, f"{equal} {why}".strip(), "" if differ else "note")
 
 

@@ -20,7 +20,7 @@ from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after import answer_metrics as metrics
 from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
-from mlx_qlora.config import RunConfig, read_yaml
+from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ from mlx_qlora.errors import ConfigError, require, say, warn
 from mlx_qlora.folders import write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
+from mlx_qlora.loading import recorded
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
 from mlx_qlora.train.score import RowScores
@@ -116,10 +117,8 @@ def evaluate_run(
 
 
 def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> None:
-    record = Path(config.model.adapter or "").expanduser() / "run.yaml"
-    if config.model.adapter is None or not record.is_file():
-        return
-    trained = read_yaml(record).get("data", {}).get("path")
+    adapter = config.model.adapter
+    trained = adapter and recorded(adapter, "data").get("data", {}).get("path")
     if trained and Path(str(trained)).expanduser().absolute() == Path(data).expanduser().absolute():
         better = "on those it is better than on new ones"
         warn(console, f"the adapter was trained on rows of {data}: {better}")
@@ -156,10 +155,8 @@ def _drawn_examples(examples: Examples, limit: int | None, seed: int, console: C
     if limit is None or limit >= len(examples):
         return examples
     chosen = np.random.default_rng([seed, 0xE7A1]).choice(len(examples), limit, replace=False)
-    drawn = Examples.of((examples[int(i)] for i in sorted(chosen)), examples.report.source)
-    drawn.report.chat_template = examples.report.chat_template
     say(console, f"rows      {limit:,} of {len(examples):,}, drawn with seed {seed}")
-    return drawn
+    return examples[np.sort(chosen)]
 
 
 def _drawn_questions(

@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +73,6 @@ class Plot:
         low, high = min(ys, default=0), max(ys, default=1)
         room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
         return (low if low == 0 else low - room), high + room
-
-    def __str__(self) -> str:
-        """The plot in words, for those who cannot see it."""
-        lines = [
-            f"{line.label} from {number(line.points[0][1])} at {self.axis} "
-            f"{number(line.points[0][0])} to {number(line.points[-1][1])} at {self.axis} "
-            f"{number(line.points[-1][0])}"
-            for line in self.lines
-            if line.points
-        ]
-        return f"{self.title}, {self.unit}: {'; '.join(lines) or 'nothing was recorded'}"
 
 
 def plots_of(
@@ -215,7 +203,7 @@ def _templates() -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals |= {"css": css, "scale": scale, "ticks": ticks, "number": number}
+    environment.globals |= {"scale": scale, "ticks": ticks, "number": number}
     environment.globals["png_hint"] = png_hint
     environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
     environment.filters |= {"percent": "{:.4g}%".format, "short": "{:.4g}".format}
@@ -234,12 +222,6 @@ def write_plots(plots: Sequence[Plot], folder: Path) -> None:
         file.write_text(svg_file(plot), encoding="utf-8")
         if not png_hint():
             write_png(plot, file.with_suffix(".png"))
-
-
-@functools.cache
-def css(name: str) -> str:
-    """A style sheet of this package."""
-    return (files("mlx_qlora.after") / name).read_text(encoding="utf-8")
 
 
 def render(template: str, **values: Any) -> str:

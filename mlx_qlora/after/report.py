@@ -10,16 +10,8 @@ from typing import Any
 
 from mlx_qlora import __version__
 from mlx_qlora.adapters.push import VLLM_RANKS
-from mlx_qlora.after.advice import (
-    Advice,
-    Answer,
-    advise,
-    changed,
-    cost,
-    learned,
-    overfitting,
-    speed,
-)
+from mlx_qlora.after import advice
+from mlx_qlora.after.advice import Advice, Answer
 from mlx_qlora.after.answer_metrics import Row
 from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, write_plots
 from mlx_qlora.before.plan import Plan
@@ -56,7 +48,7 @@ COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "
 
 @dataclass(frozen=True)
 class Report:
-    """What page.html shows: a run, and what follows from its figures."""
+    """What page.html shows: a run, and what follows from its advice."""
 
     result: TrainResult
     config: RunConfig
@@ -72,7 +64,7 @@ class Report:
 
     def page(self) -> str:
         """The HTML."""
-        formats = {"size": size, "figure": figure, "speed": speed}
+        formats = {"size": size, "figure": figure, "speed": advice.speed}
         more = {"yaml": to_yaml(self.config), "version": __version__, "vllm_ranks": VLLM_RANKS}
         return render("page.html", report=self, **formats, **more)
 
@@ -106,7 +98,7 @@ class Report:
     def advice(self) -> list[Advice]:
         """What the history says."""
         ends_with_best = self.config.checkpointing.load_best_model_at_end
-        return advise(self.result.log_history, ends_with_best, self.config.training)
+        return advice.advise(self.result.log_history, ends_with_best, self.config.training)
 
     @property
     def answers(self) -> list[Answer]:
@@ -117,10 +109,10 @@ class Report:
             kept = [record for record in kept if record["step"] <= best]
         why = "The adapter is in PEFT's format. Other tools: see below."
         return [
-            learned(kept, result.test_scores, self.advice, self.samples, self.loss),
-            overfitting(result.log_history, best, self.advice),
-            changed(self.samples, result.test_scores),
-            cost(result, self.plan),
+            advice.learned(kept, result.test_scores, self.advice, self.samples, self.loss),
+            advice.overfitting(result.log_history, best, self.advice),
+            advice.changed(self.samples, result.test_scores),
+            advice.cost(result, self.plan),
             Answer("How do I use it?", "Ask it something", why, code=self.question),
         ]
 

@@ -172,7 +172,7 @@ def blas() -> Iterator[Finding]:
         yield _ok("blas", str(device.facts()["blas"]))
     else:
         text = "MLX's reference BLAS, some 70 times slower in float32 than OpenBLAS"
-        fix = "pip install cmeel-openblas"
+        fix = "pip install scipy-openblas32"
         if wanted := os.environ.get("MLX_QLORA_BLAS"):
             text, fix = f"{text}: MLX_QLORA_BLAS={wanted}", "unset MLX_QLORA_BLAS"
         yield _warning("blas", text, fix)
@@ -189,7 +189,7 @@ def matmul() -> Iterator[Finding]:
         if rate >= REFERENCE_BLAS:
             yield _ok("matmul", text)
             return
-        fix = "pip install cmeel-openblas" if sys.platform.startswith("linux") else None
+        fix = "pip install scipy-openblas32" if sys.platform.startswith("linux") else None
         text += ": the speed of a reference BLAS, which an OpenBLAS exceeds many times"
         yield _warning("matmul", text, fix)
         return

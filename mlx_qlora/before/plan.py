@@ -7,6 +7,7 @@ then takes.
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,9 @@ from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.weights import Checkpoint, packed_size
 from mlx_qlora.run import Inputs, open_files
+from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
-from mlx_qlora.train.config import batches_of
-from mlx_qlora.train.memory import (
-    EXPONENTIALS,
-    FLOAT32,
-    LAYER,
-    MLP,
-    Footprint,
-    Schedule,
-    adapter_bytes,
-    check_recompute,
-    step_bytes,
-    update_bytes,
-)
+from mlx_qlora.train.config import RunLength, batches_of
 
 FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
 # Of a layer's elementwise operations, counted in the graph of a step on Metal (docs/log.md): how
@@ -65,8 +55,8 @@ def flops_per_token(
     total = 4.0 * llama.vocab_size * llama.hidden_size * supervised
     for level in levels:
         total += 4 * (attention + mlp) + 2 * scores * 3.5
-        total += 2 * (2 / 3) * mlp if level >= MLP else 0
-        total += 2 * attention + 2 * scores if level == LAYER else 0
+        total += 2 * (2 / 3) * mlp if level >= memory.MLP else 0
+        total += 2 * attention + 2 * scores if level == memory.LAYER else 0
     return total
 
 
@@ -76,7 +66,7 @@ def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
     All of them forward and back, those of a layer that is recomputed once more.
     """
     of_layer = sum(weights_of_layer(llama))
-    passes = sum(3 if level == LAYER else 2 for level in levels)
+    passes = sum(3 if level == memory.LAYER else 2 for level in levels)
     return itemsize * (passes * of_layer + 2 * llama.vocab_size * llama.hidden_size)
 
 
@@ -86,7 +76,7 @@ def elementwise_bytes(llama: LlamaConfig, levels: list[int], itemsize: int, drop
     q, k = H * llama.head_dim, llama.num_key_value_heads * llama.head_dim
     mlp = MLP_MOVED * F
     layer = mlp + HIDDEN_MOVED * (D + q + 2 * k) + dropout * DROPPED_MOVED * (5 * D + q + F)
-    again = {MLP: FORWARD_MOVED * mlp, LAYER: FORWARD_MOVED * layer}
+    again = {memory.MLP: FORWARD_MOVED * mlp, memory.LAYER: FORWARD_MOVED * layer}
     return itemsize * sum(layer + again.get(level, 0) for level in levels)
 
 
@@ -169,15 +159,16 @@ def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Mac
     Alone, and with everything recomputed. A layer's attention to it is a single kernel, which must
     end before the system's watchdog does that.
     """
-    all_layers = Schedule(1, [LAYER] * llama.num_hidden_layers)
+    all_layers = memory.Schedule(1, [memory.LAYER] * llama.num_hidden_layers)
     per_pair = 2 * llama.num_attention_heads * llama.head_dim  # q @ k and p @ v, half of T each
     in_time = math.sqrt(where.device.dispatch_seconds * where.matmul_rate / per_pair)
-    low, high = 0, int(min(llama.max_position_embeddings, in_time) // 64)
-    while low < high:  # the need grows with the length
-        middle = (low + high + 1) // 2
-        need = standing + sum(Footprint(llama, [64 * middle], itemsize, where).highest(all_layers))
-        low, high = (middle, high) if need <= where.working_set_bytes else (low, middle - 1)
-    return 64 * low
+
+    def need(length: int) -> int:
+        alone = memory.Footprint(llama, [length], itemsize, where)
+        return standing + sum(alone.highest(all_layers))
+
+    lengths = range(64, int(min(llama.max_position_embeddings, in_time)) + 1, 64)
+    return 64 * bisect_right(lengths, where.working_set_bytes, key=need)
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -190,9 +181,8 @@ class Scaling:
     """What a run of N processes adds to the plan of one; most figures are of an optimiser step."""
 
     processes: int
-    added_bytes: (
-        int  # of memory: the buckets and their sums are both there until the end (measured)
-    )
+    # Of memory: the buckets and their sums are both there until the end (measured).
+    added_bytes: int
     handed_bytes: int  # by each process to the collectives; some 52 bytes of counts besides
     wire_bytes: int  # that a process sends to its neighbour, without the headers of TCP
     messages: int  # sums, at most
@@ -202,7 +192,7 @@ class Scaling:
     @classmethod
     def of(cls, processes: int, trained: int, tokens: int, seconds: float) -> "Scaling":
         """By how many numbers are trained, and one process's tokens and seconds of a step."""
-        handed = trained * FLOAT32 if processes > 1 else 0
+        handed = trained * memory.FLOAT32 if processes > 1 else 0
         wire = 2 * (processes - 1) * handed // processes
         bucket = max(SMALLEST_BUCKET, handed // MOST_BUCKETS)
         messages = -(-handed // bucket) + SMALL_SUMS if handed else 0
@@ -221,7 +211,7 @@ class Scaling:
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-LEVEL_NAMES = {EXPONENTIALS: "exponentials", MLP: "MLP", LAYER: "whole layers"}
+LEVEL_NAMES = {memory.EXPONENTIALS: "exponentials", memory.MLP: "MLP", memory.LAYER: "whole layers"}
 
 
 @dataclass(frozen=True)
@@ -232,7 +222,7 @@ class Plan:
     memory_bytes: int  # what the machine can give
     machine: str
     trainable: int
-    schedule: Schedule  # of a micro-batch
+    schedule: memory.Schedule  # of a micro-batch
     longest_context: int  # tokens of the longest document that fits, everything recomputed
     tokens_per_second: float  # to be expected, from the machine's matmul rate
     advice: str  # what to change, if it does not fit
@@ -252,21 +242,14 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it; sizes in bytes."""
-        return {
-            "parts": self.parts,
+        values = asdict(self)
+        del values["schedule"], values["trainable"]
+        return values | {
             "total_bytes": self.total_bytes,
-            "cache_bytes": self.cache_bytes,
-            "memory_bytes": self.memory_bytes,
             "fits": self.fits,
-            "machine": self.machine,
             "trainable_parameters": self.trainable,
-            "recomputed_layers": sum(level >= MLP for level in self.schedule.levels),
+            "recomputed_layers": sum(level >= memory.MLP for level in self.schedule.levels),
             "waves": self.schedule.n_chunks,
-            "longest_context": self.longest_context,
-            "tokens_per_second": self.tokens_per_second,
-            "run_seconds": self.run_seconds,
-            "advice": self.advice,
-            "scaling": self.scaling and asdict(self.scaling),
         }
 
     def __str__(self) -> str:
@@ -332,10 +315,10 @@ def plan_inputs(inputs: Inputs) -> Plan:
     made = plan_checkpoint(inputs.checkpoint, config, inputs.train, processes=several)
     training, checkpointing = config.training, config.checkpointing
     batches = batches_of(inputs.train, config.data, training, everyone)
-    n_validations = -(-training.total_steps(batches) // int(checkpointing.eval_steps))
-    passes = batches.epoch(training.micro_batches(batches))
+    length = RunLength.of(training, batches, len(inputs.train))
+    n_validations = -(-length.steps // int(checkpointing.eval_steps))
     times = {
-        inputs.train: passes,
+        inputs.train: length.passes,
         inputs.validation: n_validations * FORWARD,
         inputs.test: 2 * FORWARD,
     }
@@ -362,15 +345,15 @@ def plan_checkpoint(
     trained = trainable(model, lora)
 
     training = config.training
-    levels = check_recompute(training.recompute, llama.num_hidden_layers)
+    levels = memory.check_recompute(training.recompute, llama.num_hidden_layers)
     largest, usual, supervised = documents_of(config, examples)
-    standing = base + resident + adapter_bytes(trained)
+    standing = base + resident + memory.adapter_bytes(trained)
 
-    batches = [Footprint(llama, lengths, itemsize, where) for lengths in (largest, usual)]
+    batches = [memory.Footprint(llama, lengths, itemsize, where) for lengths in (largest, usual)]
     chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation
-    step = step_bytes(trained, chosen.n_chunks, accumulation > 1)
+    step = memory.step_bytes(trained, chosen.n_chunks, accumulation > 1)
     tokens = sum(usual)
     flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
@@ -379,21 +362,21 @@ def plan_checkpoint(
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling.of(processes, trained, *of_step) if processes else None
     sums = scaling.added_bytes if scaling else 0
-    update = update_bytes(trained, where)
+    update = memory.update_bytes(trained, where)
     parts = {"base weights": base} | ({"dequantised copy": resident} if resident else {})
-    parts["adapter and AdamW"] = adapter_bytes(trained)
+    parts["adapter and AdamW"] = memory.adapter_bytes(trained)
     backward = {"gradients": step, "activations": kept, "working arrays": work}
     backward |= {"sums under way": sums} if sums else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
-    memory, speed, advice = where.working_set_bytes, tokens / seconds, ""
+    limit, speed, advice = where.working_set_bytes, tokens / seconds, ""
     total = sum(parts.values())
     cache = 0 if where.device.kind == "cpu" else min(where.cache_bytes, total - standing)
-    cache = max(0, min(cache, memory - total))  # MLX gives it back before memory ends
-    if total > memory:
+    cache = max(0, min(cache, limit - total))  # MLX gives it back before memory ends
+    if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
-    return Plan(parts, memory, where.name, trained, chosen, longest, speed, advice, scaling, cache)
+    return Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling, cache)
 
 
 def _advice(
@@ -420,7 +403,7 @@ def _less_at_once(levels: list[int], longest: int, document: int) -> str:
     if not longest:
         return ""
     fields = []
-    if any(level != LAYER for level in levels):
+    if any(level != memory.LAYER for level in levels):
         fields.append("training.gradient_checkpointing=true")
     if longest < document:
         width = next(n for n in range(longest, 0, -64) if padded_width(n) <= longest)

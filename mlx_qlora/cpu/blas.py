@@ -1,11 +1,9 @@
 """Which BLAS multiplies on a Linux CPU, and how.
 
-MLX's CPU wheel links the reference BLAS (about 2 GFLOP/s on one thread). An OpenBLAS loaded into
-the global namespace takes over its symbols and is some 70 times faster in float32.
-
-Python binds a library's symbols when it loads it. Where mlx_qlora is imported first, loading
-OpenBLAS first is all there is to do; where MLX was imported first (sorted imports do that), the
-addresses that libmlx.so has already bound are overwritten.
+MLX's CPU wheel links the reference BLAS (about 2 GFLOP/s on one thread). The OpenBLAS that NumPy's
+wheels are built with is some 70 times faster in float32, and chooses its kernels by the CPU that
+it finds. Its symbols have a prefix, and Python has bound MLX's own when it loaded libmlx.so: the
+addresses bound there are overwritten.
 """
 
 import contextlib
@@ -25,10 +23,11 @@ if TYPE_CHECKING:
 
 SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")  # what libmlx.so multiplies with
 TALL = 16  # times as many rows as columns: an output head, no other matrix
+REMEDY = "pip install scipy-openblas32"
 
 
 def load_fast_blas() -> str | None:
-    """Load an OpenBLAS over MLX's reference BLAS, on Linux; returns its path or name, or None.
+    """Put an OpenBLAS in the place of MLX's reference BLAS, on Linux; its path or name, or None.
 
     `MLX_QLORA_BLAS=PATH` names another library with the CBLAS symbols, and `MLX_QLORA_BLAS=none`
     keeps MLX's own.
@@ -38,24 +37,20 @@ def load_fast_blas() -> str | None:
     wanted = os.environ.get("MLX_QLORA_BLAS")
     if wanted == "none":
         return None
-    _provide_libgfortran()
     problem = f"MLX_QLORA_BLAS={wanted} could not be loaded" if wanted else "no OpenBLAS found"
-    remedy = "pip install cmeel-openblas"
     for candidate in [wanted] if wanted else _openblas_candidates():
         try:
-            # RTLD_GLOBAL puts the symbols in front of those that libmlx.so was linked with.
-            library = ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL)
-            library.cblas_sgemm  # noqa: B018
+            library = ctypes.CDLL(candidate)
+            _function(library, SYMBOLS[0])
         except (OSError, AttributeError):
             continue
-        if "mlx.core" not in sys.modules or _rebind(library) or device.has_gpu_wheel():
+        if _rebind(library) or device.has_gpu_wheel():
             device.openblas = candidate
             return candidate
-        problem, remedy = "MLX was imported before mlx_qlora", "import mlx_qlora before mlx"
-        break
+        problem = f"MLX does not let {candidate} take the place of its BLAS"
     if not device.has_gpu_wheel():
         warnings.warn(
-            f"{problem}: matmuls on this CPU will be some 70 times slower. Remedy: {remedy}",
+            f"{problem}: matmuls on this CPU will be some 70 times slower. Remedy: {REMEDY}",
             stacklevel=3,
         )
     return None
@@ -67,17 +62,20 @@ def threads(n: int) -> Iterator[None]:
 
     Around a whole run, too: each change wakes OpenBLAS's threads, which then spin for a while.
     """
-    library: Any = ctypes.CDLL(device.openblas) if device.openblas else None
-    is_openblas = hasattr(library, "openblas_set_num_threads")
-    before = library.openblas_get_num_threads() if is_openblas else n
+    library = ctypes.CDLL(device.openblas) if device.openblas else None
+    try:
+        change = _function(library, "openblas_set_num_threads")
+        before = _function(library, "openblas_get_num_threads")()
+    except AttributeError:  # of another maker
+        change, before = int, n
     if before == n:
         yield
         return
-    library.openblas_set_num_threads(n)
+    change(n)
     try:
         yield
     finally:
-        library.openblas_set_num_threads(before)
+        change(before)
 
 
 def row_product(x: "mx.array", W: "mx.array") -> "mx.array":
@@ -92,13 +90,19 @@ def row_product(x: "mx.array", W: "mx.array") -> "mx.array":
     return (W @ x.reshape(-1, 1)).reshape(*x.shape[:-1], W.shape[0])
 
 
+def _function(library: Any, name: str) -> Any:
+    """A function of a BLAS; in NumPy's build all have a prefix."""
+    return getattr(library, name, None) or getattr(library, f"scipy_{name}")
+
+
 def _rebind(library: ctypes.CDLL) -> bool:
-    """Point the jump slots of a libmlx.so that is already loaded at another BLAS, if all can be.
+    """Point the jump slots of libmlx.so at another BLAS, if all can be.
 
     A slot is where the dynamic loader keeps the address of an imported function; the file says
     where its slots are, the process where the file lies in memory.
     """
     import elftools.common.exceptions
+    import mlx.core  # maps libmlx.so into memory
     from elftools.elf.elffile import ELFFile
 
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -123,7 +127,7 @@ def _rebind(library: ctypes.CDLL) -> bool:
     if not slots or not all(any(a <= at < b for a, b in writable) for at in slots):
         return False
     for at, name in slots.items():
-        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        address = ctypes.cast(_function(library, name), ctypes.c_void_p).value
         ctypes.c_void_p.from_address(at).value = address
     return True
 
@@ -131,36 +135,8 @@ def _rebind(library: ctypes.CDLL) -> bool:
 def _openblas_candidates() -> Iterator[str]:
     """The packaged OpenBLAS first: it is the same on every machine; then the system's."""
     for folder in map(Path, sys.path):
-        library = folder / "cmeel.prefix" / "lib" / "libopenblas.so.0"
+        library = folder / "scipy_openblas32" / "lib" / "libscipy_openblas.so"
         if library.is_file():
             yield str(library)
     if system := ctypes.util.find_library("openblas"):
         yield system
-
-
-def _provide_libgfortran() -> None:
-    """Make `libgfortran.so.5`, which OpenBLAS asks for by that name, loadable without root.
-
-    A bare Linux (a CI image, a container) has no Fortran runtime, but MLX's wheel bundles one,
-    renamed to `libgfortran-<hash>.so.5.0.0`. The loader matches a needed library against the names
-    that loaded ones carry inside (DT_SONAME), so a copy in memory with its plain name satisfies it.
-    """
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libgfortran.so.5")
-        return
-
-    def bundled(name: str) -> list[Path]:
-        return [file for folder in sys.path for file in Path(folder).glob(f"mlx_*.libs/{name}-*")]
-
-    for helper in bundled("libquadmath"):
-        ctypes.CDLL(str(helper))
-    for runtime in bundled("libgfortran"):
-        hashed = runtime.name.encode() + b"\0"
-        plain = b"libgfortran.so.5".ljust(len(hashed), b"\0")
-        with open(os.memfd_create("libgfortran.so.5"), "wb") as in_memory:
-            in_memory.write(runtime.read_bytes().replace(hashed, plain))
-            in_memory.flush()
-            try:
-                ctypes.CDLL(f"/proc/self/fd/{in_memory.fileno()}")
-            except OSError:
-                continue  # the OpenBLAS that needs it will fail to load, and the caller says so

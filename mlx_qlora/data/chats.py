@@ -102,9 +102,9 @@ def alpaca_prompt(instruction: str, input: str = "", preamble: bool = False) -> 
 
 
 UNKNOWN_BEGIN = (
-    "what the chat template writes before an answer is not how it begins the text with the answer "
-    "or with all turns, and it has no {% generation %} markers: where the answers begin cannot be "
-    "known"
+    "what the chat template writes before an answer is not how it begins the text with it, and it "
+    "has no {% generation %} markers: where the answers begin cannot be known; name a template for "
+    "training with data.template"
 )
 
 
@@ -180,13 +180,50 @@ def _as_asked(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segm
             try:
                 answer = _answer(before, after, message, tokenizer)
             except NotNestedError:
-                # Mistral's template writes the system message where the user speaks last.
-                if i < 2 or chat.messages[0]["role"] != "system":
-                    raise
-                asked = render(chat.messages[1:i], add_generation_prompt=True)
-                answer = _answer(asked, render(chat.messages[1 : i + 1]), message, tokenizer)
+                answer = _answer_to_another(chat, i, before, after, render, tokenizer)
+            if not any(end in answer for end in tokenizer.end_texts):
+                answer += _end_of_call(chat, i, render, tokenizer)
             documents.append([(before, False), (answer, True)])
     return documents
+
+
+def _answer_to_another(
+    chat: Chat, i: int, before: str, after: str, render: Render, tokenizer: Tokenizer
+) -> str:
+    """What message i is as the answer to fewer turns, where it decides how those are written.
+
+    Raises:
+        NotNestedError: that is not known either, or is not how the whole chat ends.
+    """
+    turns, message = chat.messages[:i], chat.messages[i]
+    n_asked = next((n for n in range(i, 0, -1) if turns[n - 1]["role"] != "assistant"), 0)
+    if 0 < n_asked < i:
+        # Qwen 3's template writes empty thoughts into an answer unless another one follows it.
+        header = before.removeprefix(render(turns))
+        asked = render(turns[:n_asked], add_generation_prompt=True)
+        alone = render([*turns[:n_asked], message])
+        answer = alone.removeprefix(asked)
+        if header not in ("", before) and answer != alone and after.endswith(header + answer):
+            return _ended(answer, message, tokenizer)
+    if i > 1 and turns[0]["role"] == "system":
+        # Mistral's template writes the system message where the user speaks last.
+        asked = render(turns[1:], add_generation_prompt=True)
+        return _answer(asked, render([*turns[1:], message]), message, tokenizer)
+    raise NotNestedError(UNKNOWN_BEGIN)
+
+
+def _end_of_call(chat: Chat, i: int, render: Render, tokenizer: Tokenizer) -> str:
+    """The end token of a call that the template writes as the header of its result, or nothing.
+
+    GLM-4's answers have no end of their own: a call ends with <|observation|>.
+    """
+    turns = chat.messages[: i + 1]
+    if turns[-1].get("tool_calls"):
+        with contextlib.suppress(DataError):
+            after, answered = render(turns), render([*turns, {"role": "tool", "content": "A"}])
+            ends = (end for end in tokenizer.end_texts if answered.startswith(after + end))
+            return next(ends, "")
+    return ""
 
 
 def _answer(before: str, after: str, message: Message, tokenizer: Tokenizer) -> str:
@@ -227,7 +264,10 @@ def _in_one_text(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[S
         ends = tokenizer.end_texts
         if not any(end in after[len(before) :] for end in ends):
             # GLM-4's answers end where the next turn begins.
-            after += next((end for end in ends if whole.startswith(end, len(after))), "")
+            if end := _end_of_call(chat, i, render, tokenizer):
+                ends = [end]
+            rest = whole[len(after) :] or end
+            after += next((end for end in ends if rest.startswith(end)), "")
         segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
         at = len(after)
     return [segments]

@@ -242,6 +242,8 @@ class Encoder:
                     _refuse_marks(said)
                 unread = unread_fields(row, chunk.form, said, self.columns)
                 said_to = with_system(said, self.system)
+                if self.system and said_to is said:
+                    unread.add("data.system")
                 documents, of_messages = self.template.documents(said_to, self.tokenizer)
                 written.append((line, hash64(_content(said)), documents, unread | of_messages))
             except DataError as reason:

@@ -24,7 +24,7 @@ from mlx_qlora.errors import ConfigError, DataError, listing
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 # Of these files and of how rows are encoded; part of every cache key.
-VERSION = f"3, mlx-qlora {__version__}"
+VERSION = f"4, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed
 ROW = np.dtype(
@@ -261,6 +261,7 @@ class DataReport:
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # shortest, longest, rows
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
+    own_system: bool = False  # whether no row needed `data.system`
 
     @property
     def read(self) -> int:

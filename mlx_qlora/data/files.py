@@ -99,7 +99,7 @@ def find_files(path: str | Path) -> dict[str, list[RowFile]]:
     `owner/name/config` or `owner/name/config:split`.
 
     Raises:
-        DataError: there is nothing, or nothing that holds rows.
+        DataError: there is nothing, nothing that holds rows, or a folder with several data sets.
     """
     text, place = str(path), user_path(path, "data.path")
     with readable(text):
@@ -167,7 +167,23 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
             f"{listing(others or [f.name for f in files], most=5)}\n"
             "rename or remove them, or name the files one by one (data.path, data.test_path, ...)"
         )
+    for part, of_part in parts.items():
+        # The configs of a hub data set, for instance: often the same rows, written another way.
+        if len(sets := sorted({_data_set(file.path, folder) for file in of_part})) > 1:
+            raise DataError(
+                f"data folder {folder} holds several data sets, each with {part} files of its "
+                f"own:\n{listing(sets, most=5)}\n"
+                f"name one of them (data.path={sets[-1]}), or the files to train on by a pattern "
+                f"(such as data.path='{folder}/*/train*')"
+            )
     return parts
+
+
+def _data_set(path: Path, folder: Path) -> str:
+    """The folder whose parts a file is one of: that above `train/`, or that of `train.jsonl`."""
+    names = path.relative_to(folder).parts
+    n_above = next((i for i, name in enumerate(names) if _part(Path(name))), len(names) - 1)
+    return str(folder.joinpath(*names[:n_above]))
 
 
 def _part(path: Path) -> str | None:

@@ -222,15 +222,23 @@ def _read_files(
         if entry is not None:
             forget_unused(entry.parent)
     report.measure(store)
-    _refuse_absent_columns(report)
+    _take_out_marks(report)
     return Examples(store, report)
 
 
-def _refuse_absent_columns(report: DataReport) -> None:
-    """Raises a ConfigError for an optional column that no row has: its name is misspelt."""
+def _take_out_marks(report: DataReport) -> None:
+    """Takes options that are not used from among the fields of rows that are not.
+
+    Raises:
+        ConfigError: no row has an optional column: its name is misspelt.
+    """
+
+    def is_in_all(mark: str) -> bool:
+        return sum(file.unread.pop(mark, 0) for file in report.files) == report.kept > 0
+
+    report.own_system = is_in_all("data.system")
     for name in OPTIONAL_COLUMNS:
-        lacking = sum(file.unread.pop(ABSENT + name, 0) for file in report.files)
-        if report.kept and lacking == report.kept:
+        if is_in_all(ABSENT + name):
             raise ConfigError(
                 f"data.columns: no row of {report.source} has {report.columns[name]!r}, which is "
                 f"to be its {name}; correct the name, or leave it out"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_qlora.data.batches import collate, evaluation_batches
+from mlx_qlora.data.batches import evaluation_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import check_examples
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -16,7 +16,6 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
 from mlx_qlora.train.score import RowScores, Score, score, score_rows
 
-POSITIONS = 4096  # of the examples that are scored at once
 MOST_NATS = 700.0  # exp of more is not finite
 
 
@@ -75,12 +74,12 @@ def score_examples(
     """
     _check(model, tokenizer, examples)
     sums, several = np.zeros((3, len(examples))), processes or Processes(None)
-    groups = _groups(examples.lengths)[several.rank :: several.size]
-    with doing("scoring", sum(map(len, groups)), "rows") as task:
-        for group in groups:
-            rows = score_rows(model, collate([[examples[i]] for i in group]))
-            sums[:, group] = rows.nats, rows.hits, rows.tokens
-            task.advance(len(group))
+    share = np.arange(several.rank, len(examples), several.size)
+    with doing("scoring", len(share), "rows") as task:
+        for batch in evaluation_batches(examples[share]) if len(share) else ():
+            rows = score_rows(model, batch)
+            sums[:, share[list(batch.rows)]] = rows.nats, rows.hits, rows.tokens
+            task.advance(len(batch.rows))
     if several.size > 1:  # float32, like the loss of each token
         total = several.all_sum(mx.array(sums, mx.float32))
         several.wait(total, seconds=TO_BEGIN)
@@ -90,14 +89,6 @@ def score_examples(
         place = examples[int(tokens.argmin())].place
         raise DataError(f"{place} has no supervised token, so it has no loss; leave it out")
     return RowScores(nats, hits, tokens)
-
-
-def _groups(lengths: np.ndarray) -> list[list[int]]:
-    """Numbers of examples of similar length, about POSITIONS tokens in each group."""
-    order = np.argsort(lengths, kind="stable")
-    ends = np.cumsum(lengths[order].astype(np.int64)) // POSITIONS
-    cuts = np.flatnonzero(np.diff(ends)) + 1
-    return [group.tolist() for group in np.split(order, cuts)]
 
 
 def _check(model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples) -> None:

@@ -204,7 +204,7 @@ def generate(
         DataError: a token that the model's embedding has no row for.
         TokenizerError: messages were given but the model has no chat template.
     """
-    return "".join(Stream(model, tokenizer, prompt, **settings))
+    return "".join(Stream(model, tokenizer, prompt, settings))
 
 
 def stream(
@@ -220,7 +220,7 @@ def stream(
     Raises:
         UserError: as `generate`, before the first piece.
     """
-    return Stream(model, tokenizer, prompt, **settings)
+    return Stream(model, tokenizer, prompt, settings)
 
 
 @dataclass(frozen=True)
@@ -248,22 +248,17 @@ class Stream(Iterator[str]):
     """The text of one prompt, piece by piece; see `generate` for the settings."""
 
     def __init__(
-        self,
-        model: LlamaForCausalLM,
-        tokenizer: Tokenizer,
-        prompt: Prompt,
-        **settings: "Unpack[StreamSettings]",
+        self, model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: Prompt, how: StreamSettings
     ) -> None:
-        config = _config_of(settings, StreamSettings.__annotations__)
-        self._answer = Answer(tokenizer, stop_texts(settings.get("stop")))
+        config = _config_of(how, StreamSettings.__annotations__)
+        self._answer = Answer(tokenizer, stop_texts(how.get("stop")))
         self.prompt = prompt_ids(tokenizer, prompt)
         n_new = min(config.max_new_tokens, room_for(model, tokenizer, self.prompt))
         config = replace(config, max_new_tokens=n_new)
-        cache = settings.get("prompt_cache") or PromptCache()
+        cache = how.get("prompt_cache") or PromptCache()
         self._n_cached = cache.common(model, self.prompt)
-        self._tokens = generate_tokens(
-            model, self.prompt, config, settings.get("seed"), settings.get("kv_bits"), cache
-        )
+        seed, kv_bits = how.get("seed"), how.get("kv_bits")
+        self._tokens = generate_tokens(model, self.prompt, config, seed, kv_bits, cache)
         self._times = (0.0, 0.0, 0.0)  # of the start, the first token and the last one
         self._n_new = 0
         self._pieces = self._text()

@@ -9,6 +9,7 @@ K key-value heads, Hd head size.
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,6 @@ from mlx_qlora.cpu import attention as blocks
 from mlx_qlora.cpu.attention import Reach, Residuals
 from mlx_qlora.model.rope import Rope
 
-MOST_PADDING = 0.1  # of a group's positions, for its documents to share a call
 FEWEST_FUSED_QUERIES = 9  # Metal's fused attention has no gradient for fewer
 BLOCK = 512  # queries at once where a kernel cannot take a whole document
 
@@ -118,25 +118,31 @@ def attend_capped(
 class Group:
     """n documents of similar length, attended to at once."""
 
-    index: mx.array  # (n * T,) int32 into N; beyond a document's end it names any position
+    start: int  # of its n * T positions, group after group
     n: int
     T: int  # length of the longest, rounded up as the device's attention needs it
-    real: mx.array | None  # (n, T, 1, 1) float32, 0 beyond a document's end; None if all fill T
 
-    def gather(self, x: mx.array) -> mx.array:
-        """(N, ...) -> (n, T, ...)."""
-        return x[self.index].reshape(self.n, self.T, *x.shape[1:])
+    def of(self, x: mx.array) -> mx.array:
+        """(M, ...) -> (n, T, ...)."""
+        end = self.start + self.n * self.T
+        return x[self.start : end].reshape(self.n, self.T, *x.shape[1:])
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Which of N positions belong together; all arrays are (N,) int32."""
+    """Which of N positions belong together.
+
+    To attend to them, positions are put in the order of the groups: M of them, since a document is
+    filled up to its group's length. Arrays are (N,) int32 but for those of M.
+    """
 
     positions: mx.array  # of each token in its document, from 0
     row: mx.array  # the batch row that each position comes from
     column: mx.array  # its place in that row; with `row`, what dropout is drawn from
     groups: list[Group]
-    place: mx.array  # in the concatenation of all groups; padding is past its end
+    order: mx.array  # (M,), which position; beyond a document's end it names any
+    real: mx.array | None  # (M, 1, 1) float32, 0 beyond a document's end; None if there is no such
+    place: mx.array  # among the M; padding is past their end
     lengths: np.ndarray  # of the document that each position is in
     _angles: dict[Rope, Any] = field(default_factory=dict)  # as far as they have been asked for
 
@@ -157,21 +163,23 @@ class Documents:
             positions[span], row[span], column[span] = np.arange(end - start), b, range(start, end)
             length_of[span] = end - start
         multiple = device.current().attention_multiple
-        groups, place, used = [], np.full(N, -1, np.int32), 0
+        groups, order, place, used = [], [], np.full(N, -1, np.int32), 0
         for members in _of_similar_length(lengths):
             width = int(lengths[members].max())
             width += -width % multiple
-            index, real = np.zeros((2, len(members), width), np.int32)
-            for line, member in enumerate(members):
+            groups.append(Group(used, len(members), width))
+            for member in members:
                 first, length = firsts[member], lengths[member]
-                index[line, :length], real[line, :length] = range(first, first + length), 1
                 place[first : first + length] = range(used, used + length)
+                order.append(np.zeros(width, np.int32))
+                order[-1][:length] = range(first, first + length)
                 used += width
-            mask = None if real.all() else mx.array(real[:, :, None, None].astype(np.float32))
-            groups.append(Group(mx.array(index.reshape(-1)), len(members), width, mask))
+        is_real = np.isin(np.arange(used), place)
+        real = None if is_real.all() else mx.array(is_real[:, None, None].astype(np.float32))
         place[place < 0] = used
-        positions, row, column, place = map(mx.array, (positions, row, column, place))
-        return cls(positions, row, column, groups, place, length_of)
+        arrays = positions, row, column, np.concatenate(order), place
+        positions, row, column, order, place = map(mx.array, arrays)
+        return cls(positions, row, column, groups, order, real, place, length_of)
 
     def rotate(self, x: mx.array, rope: Rope) -> mx.array:
         """RoPE of x (N, H, Hd), each document's positions from 0 on."""
@@ -190,8 +198,9 @@ class Documents:
     ) -> tuple[mx.array, list[Residuals]]:
         """As `attend`; and what `attend_vjp` needs, for each group."""
         results = []
+        q, k, v = q[self.order], k[self.order], v[self.order]
         for group in self.groups:
-            q1, k1, v1 = map(group.gather, (q, k, v))
+            q1, k1, v1 = map(group.of, (q, k, v))
             results.append(attend_with_residuals(q1, k1, v1, reach, keep_weights))
         return self._scatter([out for out, _ in results]), [residuals for _, residuals in results]
 
@@ -207,11 +216,11 @@ class Documents:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Gradients of q, k and v, from what `attend_with_residuals` returned and its gradient."""
         grads = []
+        q, k, v, out, dout = (x[self.order] for x in (q, k, v, out, dout))
+        if self.real is not None:
+            dout = dout * self.real.astype(dout.dtype)
         for group, of_group in zip(self.groups, residuals):
-            dout1 = group.gather(dout)
-            if group.real is not None:
-                dout1 = dout1 * group.real.astype(dout.dtype)
-            q1, k1, v1, out1 = map(group.gather, (q, k, v, out))
+            q1, k1, v1, out1, dout1 = map(group.of, (q, k, v, out, dout))
             grads.append(attend_vjp(q1, k1, v1, out1, of_group, dout1, reach))
         dq, dk, dv = (self._scatter(list(by_group)) for by_group in zip(*grads))
         return dq, dk, dv
@@ -225,18 +234,27 @@ class Documents:
 
 def _of_similar_length(lengths: np.ndarray) -> list[np.ndarray]:
     """The documents of each group: of similar length, and not too many at once."""
-    most = device.current().attention_positions
-    if not most:
-        return [np.array([i]) for i in range(len(lengths))]
-    groups: list[list[int]] = []
+    here, groups = device.current(), list[list[int]]()
+    multiple = here.attention_multiple
     for i in np.argsort(-lengths, kind="stable").tolist():
-        longest = lengths[groups[-1][0]] if groups else 0
-        fits = groups and (len(groups[-1]) + 1) * longest <= most
-        if fits and longest - lengths[i] <= longest * MOST_PADDING:
+        longest = int(lengths[groups[-1][0]]) if groups else 0
+        longest += -longest % multiple
+        fits = groups and (len(groups[-1]) + 1) * longest <= here.attention_positions
+        spare = max(longest * here.attention_padding, multiple - 1)
+        if fits and longest - lengths[i] <= spare:
             groups[-1].append(i)
         else:
             groups.append([i])
+    if multiple > 1:  # a kernel of its own for every shape: there are few if n is a power of two
+        groups = [part for group in groups for part in _powers_of_two(group)]
     return [np.array(members) for members in groups]
+
+
+def _powers_of_two(members: list[int]) -> Iterator[list[int]]:
+    while members:
+        n = 1 << (len(members).bit_length() - 1)
+        yield members[:n]
+        members = members[n:]
 
 
 # ---- a cache -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +27,7 @@ from mlx_qlora.errors import DataError
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.dropout import position_words
 from mlx_qlora.model.families import AFTER_ROPE, ALL_HEADS, HEAD, LlamaConfig
+from mlx_qlora.model.linears import Linears
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import Rope
 
@@ -108,8 +110,9 @@ def _compiled(here: Device, act: str) -> tuple[Any, Any]:
     def backward(gate: mx.array, up: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
         return _backward(gate, up, dy, gate_sigmoid(gate, act), act)
 
-    # Shapeless is safe here: nothing but elementwise operations, and no shape is looked at.
-    return mx.compile(forward, shapeless=True), mx.compile(backward, shapeless=True)
+    # A trace for any shape broadcasts at every step, and becomes several kernels.
+    any_shape = not here.few_shapes
+    return mx.compile(forward, shapeless=any_shape), mx.compile(backward, shapeless=any_shape)
 
 
 # ---- the tree ------------------------------------------------------------------------------------
@@ -117,6 +120,8 @@ def _compiled(here: Device, act: str) -> tuple[Any, Any]:
 Context = Documents | Cached  # what the tokens of a forward attend to
 Keys = Sequence[mx.array | None]  # of the seven linears of a layer
 NO_KEYS: Keys = [None] * 7
+# The linears of a layer that read the same input, and their places among the keys.
+KEYS_OF = {"qkv": slice(0, 3), "o": slice(3, 4), "gate_up": slice(4, 6), "down": slice(6, 7)}
 
 
 class RMSNorm(nn.Module):
@@ -160,16 +165,19 @@ class Attention(nn.Module):
             for name, size in zip(config.head_norm_names, sizes):
                 self[name] = RMSNorm(size, config)
 
-    def project(
-        self, x: mx.array, context: Context, keys: Keys
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """x (..., D) -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
-        kind = self._config.head_norms
-        heads = *x.shape[:-1], -1, self._config.head_dim
+    @property
+    def qkv(self) -> Linears:
+        """x (..., D) -> q (..., H * Hd), k and v (..., K * Hd)."""
         if self._config.fused_qkv:
-            q, k, v = mx.split(self.qkv_proj(x, keys[0]), self._ends, axis=-1)
-        else:
-            q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+            return Linears({"self_attn.qkv_proj": self.qkv_proj}, self._ends)
+        return Linears({f"self_attn.{name}": self[name] for name in ("q_proj", "k_proj", "v_proj")})
+
+    def rotate(
+        self, q: mx.array, k: mx.array, v: mx.array, context: Context
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """What `qkv` gives -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
+        kind = self._config.head_norms
+        heads = *q.shape[:-1], -1, self._config.head_dim
         if kind == ALL_HEADS:
             q, k = self._normalised(q, k)
         q, k, v = q.reshape(heads), k.reshape(heads), v.reshape(heads)
@@ -199,20 +207,21 @@ class MLP(nn.Module):
             self.up_proj = Linear(D, F, config.mlp_bias)
         self.down_proj = Linear(F, D, config.mlp_bias)
 
-    def widen(self, x: mx.array, keys: Keys) -> tuple[mx.array, mx.array]:
+    @property
+    def gate_up(self) -> Linears:
         """x (..., D) -> gate and up (..., F)."""
         if "gate_up_proj" in self:
-            gate, up = mx.split(self.gate_up_proj(x, keys[4]), 2, axis=-1)
-            return gate, up
-        return self.gate_proj(x, keys[4]), self.up_proj(x, keys[5])
+            return Linears({"mlp.gate_up_proj": self.gate_up_proj}, 2)
+        return Linears({f"mlp.{name}": self[name] for name in ("gate_proj", "up_proj")})
 
 
 class DecoderLayer(nn.Module):
     """Two sentences: normalise, attend, add; normalise, mix, add.
 
     They are cut into pieces between which the training engine keeps what its backward needs
-    (`train.engine.PIECES`). `keys` are the dropout words of the seven linears, each (N, 1) or None;
-    a fused linear has the first word of those that it stands for.
+    (`train.engine.PIECES`): linears that read the same input, and what is between them. `keys` are
+    the dropout words of the seven linears, each (N, 2) or None; a fused linear has the first words
+    of those that it stands for.
     """
 
     def __init__(self, config: LlamaConfig, layer: int, rope: Rope | None) -> None:
@@ -225,30 +234,44 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, context: Context, keys: Keys = NO_KEYS) -> mx.array:
         """x (..., D) -> (..., D)."""
-        q, k, v = self.project(x, context, keys)
-        h = self.add_attention(x, context.attend(q, k, v, self.self_attn.reach), keys)
-        gate, up = self.widen(h, keys)
-        return self.add_mlp(h, swiglu(gate, up, act=self.act), keys)
+        of_qkv, of_o, of_gate_up, of_down = (keys[part] for part in KEYS_OF.values())
+        q, k, v = self.linears("qkv")(self.attention_norm(x), of_qkv)
+        q, k, v = self.rotate(q, k, v, context)
+        heads = context.attend(q, k, v, self.self_attn.reach).flatten(-2)
+        h = self.add_attention(x, *self.linears("o")(heads, of_o))
+        gate, up = self.linears("gate_up")(self.mlp_norm(h), of_gate_up)
+        gated = swiglu(gate, up, act=self.act)
+        return self.add_mlp(h, *self.linears("down")(gated, of_down))
 
-    def project(
-        self, x: mx.array, context: Context, keys: Keys
+    def linears(self, name: str) -> Linears:
+        """The linears of a piece, qkv, o, gate_up or down: they read the same input."""
+        if name in ("qkv", "gate_up"):
+            return self.self_attn.qkv if name == "qkv" else self.mlp.gate_up
+        if name == "o":
+            return Linears({"self_attn.o_proj": self.self_attn.o_proj})
+        return Linears({"mlp.down_proj": self.mlp.down_proj})
+
+    def attention_norm(self, x: mx.array) -> mx.array:
+        """x (..., D) -> what `qkv` reads (..., D)."""
+        return self._normalised(0, x)
+
+    def rotate(
+        self, q: mx.array, k: mx.array, v: mx.array, context: Context
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """x (..., D) -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
-        return self.self_attn.project(self._normalised(0, x), context, keys)
+        """What `qkv` gives -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
+        return self.self_attn.rotate(q, k, v, context)
 
-    def add_attention(self, x: mx.array, heads: mx.array, keys: Keys) -> mx.array:
-        """x (..., D) and heads (..., H, Hd) -> h (..., D)."""
-        return self._added(
-            x, self._normalised(1, self.self_attn.o_proj(heads.flatten(-2), keys[3]))
-        )
+    def add_attention(self, x: mx.array, o: mx.array) -> mx.array:
+        """x and what `o` gives (..., D) -> h (..., D)."""
+        return self._added(x, self._normalised(1, o))
 
-    def widen(self, h: mx.array, keys: Keys) -> tuple[mx.array, mx.array]:
-        """h (..., D) -> gate and up (..., F)."""
-        return self.mlp.widen(self._normalised(2, h), keys)
+    def mlp_norm(self, h: mx.array) -> mx.array:
+        """h (..., D) -> what `gate_up` reads (..., D)."""
+        return self._normalised(2, h)
 
-    def add_mlp(self, h: mx.array, gated: mx.array, keys: Keys) -> mx.array:
-        """h (..., D) and act(gate) * up (..., F) -> y (..., D)."""
-        return self._added(h, self._normalised(3, self.mlp.down_proj(gated, keys[6])))
+    def add_mlp(self, h: mx.array, down: mx.array) -> mx.array:
+        """h and what `down` gives (..., D) -> y (..., D)."""
+        return self._added(h, self._normalised(3, down))
 
     def _normalised(self, place: int, x: mx.array) -> mx.array:
         """x by the norm of one of the four places (`families.Norms`), if there is one."""
@@ -279,6 +302,10 @@ def check_ids(
         )
 
 
+# First layer's cache -> single tokens that followed others there and were not looked at yet.
+_unchecked: WeakKeyDictionary[Any, list[mx.array]] = WeakKeyDictionary()
+
+
 class LlamaModel(nn.Module):
     """Embedding, layers, final norm: token ids to hidden states."""
 
@@ -305,10 +332,8 @@ class LlamaModel(nn.Module):
         """Tokens (B, T) int -> hidden states (B, T, D); arguments as in `LlamaForCausalLM`."""
         rows = input_embeddings
         B, T = tokens.shape if rows is None else rows.shape[:2]
-        if rows is None:
-            is_first = cache is None or (isinstance(cache[0].offset, int) and not cache[0].offset)
-            is_drawn = T == 1 and not is_first
-            tokens = self._with_rows(tokens, is_drawn)
+        if rows is None and not self._is_checked(tokens, cache):
+            rows = self._rows_or_nan(tokens)
         if cache is not None:
             h, masks = self.embed(tokens, rows), dict[int | None, Any]()
             how = {"return_array": self._config.attention_softcap is not None}
@@ -339,21 +364,32 @@ class LlamaModel(nn.Module):
             h = layer(h, documents, of_layer)
         return self.normalised(h)
 
-    def _with_rows(self, tokens: mx.array, is_drawn: bool) -> mx.array:
-        """The tokens, which have rows in the embedding.
+    def _is_checked(self, tokens: mx.array, cache: list[Any] | None) -> bool:
+        """Check that tokens have rows in the embedding; False if that has to wait.
 
-        Waiting for a token that a sampler draws would cost time, and one that MLX traces has no
-        value: these are only kept within bounds.
+        A token that MLX traces has no value. One that a sampler draws is not computed yet, and
+        waiting for it would cost time: where single tokens follow one another each is looked at
+        two calls later, when whoever drew it has read it.
         """
-        rows = self._config.vocab_size
-        try:
-            ids = None if is_drawn else np.array(tokens)
-        except ValueError:
-            ids = None
-        if ids is None:
-            return mx.minimum(tokens.astype(mx.uint32), rows - 1)
-        check_ids(ids, rows)
-        return tokens
+        earlier = _unchecked.pop(cache[0], None) if cache else None
+        is_single = tokens.shape[1] == 1
+        follows = is_single and earlier is not None
+        waiting = [*(earlier or []), tokens]
+        kept = waiting[-2:] if follows else []
+        for ids in waiting[: len(waiting) - len(kept)]:
+            try:
+                values = np.array(ids)
+            except ValueError:  # traced
+                return False
+            check_ids(values, self._config.vocab_size)
+        if cache and is_single:
+            _unchecked[cache[0]] = kept
+        return not follows
+
+    def _rows_or_nan(self, tokens: mx.array) -> mx.array:
+        """Tokens (B, T) int -> rows of the embedding (B, T, D), NaN where it has none."""
+        ids = mx.minimum(tokens.astype(mx.uint32), self._config.vocab_size - 1)
+        return mx.where((ids == tokens)[..., None], self.embed_tokens(ids), mx.nan)
 
     def embed(self, tokens: mx.array, rows: mx.array | None = None) -> mx.array:
         """Tokens (...) int, or rows of the embedding (..., D) -> what the first layer reads."""
@@ -372,7 +408,7 @@ class LlamaModel(nn.Module):
         return Documents.of(documents, N, T)
 
     def dropout_keys(self, key: mx.array | None, B: int, documents: Documents) -> list[Keys]:
-        """For each layer the words (N, 1) that its seven linears draw their dropout from.
+        """For each layer the words (N, 2) that its seven linears draw their dropout from.
 
         `key` is one (2,) for a batch of B rows, or one for each row (B, 2); None means no dropout.
         """
@@ -393,6 +429,7 @@ class LlamaForCausalLM(nn.Module):
     hf_config: dict[str, Any]  # the `config.json` that the loader read
     source: Any  # where the weights came from, a `hub.ModelFiles`
     quantized_to: Any  # the `QuantConfig` by which dense files were packed while loading, or None
+    is_merged: bool  # set where an adapter was folded into the weights, which left their files
     lora_config: Any  # the `LoraConfig` of the LoRA layers, once `add_lora` has put them in
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -15,12 +15,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
-from mlx_qlora.model.dropout import MOST, mask, position_words
+from mlx_qlora.model.dropout import Mask, position_words
 from mlx_qlora.model.gguf import Packed
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.quantize import Linear
+from mlx_qlora.model.quantize import Linear, plus
 from mlx_qlora.model.weights import open_checkpoint
-from mlx_qlora.tree import flat, nested
+from mlx_qlora.tree import bound, flat, nested
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Every linear of a layer in reading order; where one matrix stands for several, it has their place.
@@ -156,22 +156,43 @@ class LoRALinear(nn.Module):
         return f"r={len(self.lora_A.weight)}, scale={self.scale:g}, dropout={self.dropout:g}"
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); dropout by a key (2,), or a word (..., 1) per position."""
-        y = self.base_layer(x)
-        x, share = self._drop(x, dropout_key)  # the rank-r tensor is divided, the smallest
-        A, B = (factor.astype(x.dtype) for factor in self._beside_base())
-        return mx.addmm(y, (self.scale / share) * (x @ A.T), B.T)
+        """x (..., d_in) -> (..., d_out); dropout by a key (2,), or words (..., 2) per position."""
+        return self.complete(self.base_layer.multiply(x), x, dropout_key)
 
-    def _drop(self, x: mx.array, key: mx.array | None) -> tuple[mx.array, float]:
-        """x with dropped inputs at 0, and the share that is kept: the caller divides by it."""
-        if key is None or self.dropout == 0:
-            return x, 1.0
-        if key.ndim == 1:
+    def complete(
+        self, product: mx.array, x: mx.array, dropout_key: mx.array | None = None
+    ) -> mx.array:
+        """The result for x (..., d_in), from its product with the base's W (..., d_out)."""
+        y, mask = self.base_layer.complete(product, x), self._mask(x, dropout_key)
+        A, B = (factor.astype(x.dtype) for factor in self._beside_base())
+        # The rank-r tensor is divided by the share that is kept: it is the smallest.
+        return mx.addmm(y, (self.scale / mask.share) * (mask(x) @ A.T), B.T)
+
+    def vjp(
+        self,
+        x: mx.array,
+        dy: mx.array,
+        dropout_key: mx.array | None = None,
+        others: mx.array | None = None,
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """As `Linear.vjp`, with A and B."""
+        mask, r = self._mask(x, dropout_key), len(self.lora_A.weight)
+        A, B = (factor.astype(x.dtype) for factor in self._beside_base())
+        scale, dropped = self.scale / mask.share, mask(x)
+        down = scale * (dy @ B)  # (N, r), the gradient of dropped @ A.T
+        gradients = {
+            "lora_A.weight": (dropped.T @ down).T[:r],
+            "lora_B.weight": ((scale * (dropped @ A.T)).T @ dy).T[:, :r],
+        }
+        dx = plus(others, self.base_layer.multiply_back(dy))
+        return mask.add_to(dx, down @ A), gradients
+
+    def _mask(self, x: mx.array, key: mx.array | None) -> Mask:
+        if key is not None and key.ndim == 1:
             position = mx.arange(math.prod(x.shape[:-1]), dtype=mx.int32)
             (key,) = position_words(key[None], mx.zeros_like(position), position, 1)
-            key = key.reshape(*x.shape[:-1], 1)
-        kept = mask(key, self.dropout, x.shape[-1], x.dtype)
-        return x * kept, 1 - min(self.dropout, MOST)
+            key = key.reshape(*x.shape[:-1], 2)
+        return Mask(key, self.dropout)
 
     @property
     def initial_update(self) -> tuple[mx.array, mx.array] | None:
@@ -213,24 +234,43 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = self.norm()  # float32; PEFT's name, without `.weight`
         mx.eval(self._squares, self.lora_magnitude_vector)
 
-    def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); the key as for `LoRALinear`.
+    def complete(
+        self, product: mx.array, x: mx.array, dropout_key: mx.array | None = None
+    ) -> mx.array:
+        """The result for x (..., d_in), from its product with the base's W (..., d_out).
 
         PEFT's formula: with dropout, what the new lengths change of the base's output is dropped
         as the update is, and the base's own output is not.
         """
-        base = self.base_layer
-        through_base = base.multiply(x)
-        y = through_base + base.bias if "bias" in base else through_base
-        dropped, share = self._drop(x, dropout_key)
-        if dropped is not x:
-            x = dropped / share
+        base, mask = self.base_layer, self._mask(x, dropout_key)
+        y, through_base = base.complete(product, x), product
+        if mask.share < 1:
+            x = mask(x) / mask.share
             through_base = base.multiply(x)
         A, B = (factor.astype(x.dtype) for factor in self._beside_base())
         # In float32: 16 bits would lose a length that has barely moved, but not what it adds.
         longer = self.lora_magnitude_vector.astype(mx.float32) / self.norm()
         update = (self.scale * (x @ A.T)) @ B.T
         return y + (longer - 1).astype(x.dtype) * through_base + longer.astype(x.dtype) * update
+
+    def vjp(
+        self,
+        x: mx.array,
+        dy: mx.array,
+        dropout_key: mx.array | None = None,
+        others: mx.array | None = None,
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """As `Linear.vjp`, with A, B and the lengths."""
+        weights, base = flat(self.trainable_parameters()), self.base_layer
+
+        def run(product: mx.array, x: mx.array, *weights_now: mx.array) -> list[mx.array]:
+            with bound(self, dict(zip(weights, weights_now))):
+                return [self.complete(product, x, dropout_key)]
+
+        primals = [base.multiply(x), x, *weights.values()]
+        dproduct, dx, *gradients = mx.vjp(run, primals, [dy])[1]
+        dx = plus(others, dx) + base.multiply_back(dproduct)
+        return dx, dict(zip(weights, gradients))
 
     def norm(self) -> mx.array:
         """(d_out,) float32: the length of each row of W + s B A, a constant to the gradient."""

@@ -5,6 +5,7 @@ MLX's affine quantisation stores a row in groups: w = scale * q + bias, q an uns
 gradients through them to small trainable matrices.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class FrozenMatrix(nn.Module):
         self.dtype = mx.float32
         self.matmul: FrozenMatmul = "quantized"  # how a packed matrix is multiplied
         self._resident: mx.array | None = None  # W, dequantised
+        self.stack: Stack | None = None  # of this one and others, as `stacked` made it
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -182,6 +184,43 @@ class FrozenMatrix(nn.Module):
             self._resident = before
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of the same width, one above the other; they are slices of `matrix` since."""
+
+    matrix: FrozenMatrix
+    ends: list[int]  # the rows after each but the last
+    slices: list[mx.array]  # what the matrices have as long as this is their stack
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the matrices is no slice of it
+
+
+def stacked(matrices: list[Any]) -> Stack | None:
+    """The matrices as one, of which they become slices; None if they are packed differently."""
+    first = matrices[0]
+    names = [name for name in (*PARTS, "_resident") if first.get(name) is not None]
+    made: Stack | None = first.stack
+    arrays = [matrix.get(name) for matrix in matrices for name in names]
+    if made is not None and all(a is b for a, b in zip(arrays, made.slices, strict=True)):
+        return made
+    alike = {(m.quant, m._dtype, m.matmul, m.weight.shape[1]) for m in matrices}
+    if len(alike) > 1 or any(array is None for array in arrays) or first.matmul == "dequantize":
+        return None
+    whole = FrozenMatrix(0, 0)
+    whole.quant, whole.dtype, whole.matmul = first.quant, first.dtype, first.matmul
+    ends = list(itertools.accumulate(len(matrix.weight) for matrix in matrices))
+    for name in names:
+        rows = mx.concatenate([matrix[name] for matrix in matrices])
+        setattr(whole, name, rows)
+        for matrix, start, end in zip(matrices, [0, *ends], ends):
+            setattr(matrix, name, rows[start:end])
+    slices = [matrix[name] for matrix in matrices for name in names]
+    mx.eval(whole.packed(), slices)  # a slice of rows that are there takes no memory
+    first.stack = Stack(whole, ends[:-1], slices)
+    return first.stack
+
+
 class Linear(FrozenMatrix):
     """y = x @ W.T + bias (d_out,), frozen."""
 
@@ -190,10 +229,33 @@ class Linear(FrozenMatrix):
         if bias:
             self.bias = mx.zeros((d_out,))
 
+    @property
+    def base_layer(self) -> "Linear":
+        """Itself, as it has no update; `LoRALinear` takes its place, and has one."""
+        return self
+
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out). The key is for `LoRALinear`, which takes its place."""
-        y = self.multiply(x)
-        return y + self.bias if "bias" in self else y
+        """x (..., d_in) -> (..., d_out). The key is for `LoRALinear`."""
+        return self.complete(self.multiply(x), x)
+
+    def complete(
+        self, product: mx.array, x: mx.array, dropout_key: mx.array | None = None
+    ) -> mx.array:
+        """The result for x (..., d_in), from its product with W (..., d_out)."""
+        return product + self.bias if "bias" in self else product
+
+    def vjp(
+        self,
+        x: mx.array,
+        dy: mx.array,
+        dropout_key: mx.array | None = None,
+        others: mx.array | None = None,
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """From the result's gradient (N, d_out) those of x (N, d_in) and of weights by their names.
+
+        `others` is what other linears add to the gradient of x.
+        """
+        return plus(others, self.multiply_back(dy)), {}
 
 
 class Embedding(FrozenMatrix):
@@ -202,6 +264,11 @@ class Embedding(FrozenMatrix):
     def __call__(self, tokens: mx.array) -> mx.array:
         """Tokens (...) int -> (..., D)."""
         return self.lookup(tokens)
+
+
+def plus(others: mx.array | None, term: mx.array) -> mx.array:
+    """The sum, where there are others."""
+    return term if others is None else others + term
 
 
 def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:

@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 OTHER_NAMES = {"su": "longrope", "mrope": "default"}
 LISTS = ("short_factor", "long_factor")
 FLOATS = ("factor", "low_freq_factor", "high_freq_factor")
+OFF_BY_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -104,7 +105,10 @@ def rope_from_hf(
         )
     theta, share = given.pop("rope_theta", theta), given.pop("partial_rotary_factor", share)
     given.pop("mrope_section", None)  # of text alone all three axes are the same
-    given.pop("finetuned", None)  # of the first YaRN models: how they were made
+    # Of the first YaRN models: how they were made, and a factor that transformers does not read.
+    given = {k: v for k, v in given.items() if k not in ("finetuned", "attn_factor")}
+    # Where transformers takes zero for a parameter that is not given.
+    given = {k: v for k, v in given.items() if k not in OFF_BY_ZERO or v != 0}
     positions = config.get("max_position_embeddings")
     needed, optional = KINDS[kind]
     is_used = kind == "dynamic" or (kind == "longrope" and given.get("factor") is None)

@@ -11,15 +11,8 @@ from rich.table import Table
 from mlx_qlora.after.plots import Line, Plot
 from mlx_qlora.config import RunConfig
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.sweep.trial import (
-    Measured,
-    Point,
-    difference,
-    in_words,
-    scaled,
-    standard_error,
-    start_point,
-)
+from mlx_qlora.sweep import trial as of_trial
+from mlx_qlora.sweep.trial import Measured, Point, standard_error
 
 RECORD, BEST, PLOT = "sweep.json", "best.yaml", "sweep.svg"
 
@@ -132,10 +125,10 @@ def stage_findings(stage: Stage, trials: dict[Point, Trial]) -> list[str]:
         if not finite:
             continue
         rung = len(finite) - 1
-        apart = difference(won.measured[rung], finite[rung])
+        apart = of_trial.difference(won.measured[rung], finite[rung])
         early = rung < len(won.measured) - 1
         where = f", at step {finite[rung].step}, where it was stopped" if early else ""
-        findings.append(in_words(winner, name, apart) + where)
+        findings.append(of_trial.in_words(winner, name, apart) + where)
     return findings
 
 
@@ -168,13 +161,13 @@ def seed_findings(
 def ready_command(output: Path, config: RunConfig, best: Trial) -> str:
     """`mlx-qlora train` with the winner's values, and the length that the config asks for."""
     asked, tried = config.training, best.config.training
-    rows, changes = start_point(config).batch_size, dict[str, Any]()
+    rows, changes = of_trial.start_point(config).batch_size, dict[str, Any]()
     if asked.num_train_epochs is not None:
         changes = {"max_steps": "null", "num_train_epochs": asked.num_train_epochs}
     elif asked.max_steps is not None:
-        steps = scaled(asked.max_steps, rows, best.point.batch_size)
+        steps = of_trial.scaled(asked.max_steps, rows, best.point.batch_size)
         changes = {"max_steps": steps} if steps != tried.max_steps else {}
-    warmup = scaled(asked.warmup_steps or 0, rows, best.point.batch_size)
+    warmup = of_trial.scaled(asked.warmup_steps or 0, rows, best.point.batch_size)
     if warmup != tried.warmup_steps:
         changes["warmup_steps"] = warmup
     words = ["mlx-qlora", "train", "--config", str(output / BEST)]
@@ -198,13 +191,8 @@ def table(trials: list[Trial], rungs: int) -> Table:
             error = row["validation_loss_error"]
             losses = [f"{row['train_loss']:.4f}", f"{row['validation_loss']:.4f} ± {error:.4f}"]
         values = (point.learning_rate, point.r, point.batch_size, point.seed, row["steps"])
-        speed = row["tokens_per_second"]
-        shown.add_row(
-            *(f"{value:g}" for value in values),
-            *losses,
-            f"{speed:,.0f}" if speed else "-",
-            row["state"],
-        )
+        speed = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "-"
+        shown.add_row(*map("{:g}".format, values), *losses, speed, row["state"])
     return shown
 
 

@@ -1,34 +1,33 @@
-"""Loss and gradients of the LoRA weights: a tape of six pieces per layer.
+"""Loss and gradients of the LoRA weights: a tape of the pieces of each layer.
 
 The documents of a batch in which something is learned lie end to end on one axis of N positions,
 without padding. They are split into chunks that fit into memory, and on a CPU a chunk into a shard
-for each core; gradients are sums, so nothing is lost by that. A layer is six pieces (`PIECES`)
+for each core; gradients are sums, so nothing is lost by that. A layer is eleven pieces (`PIECES`)
 with named values between them. The forward runs them and keeps the values that the layer's level
 names in `memory.KEPT`; the memory planner sums the same table. The head then computes loss and
 gradient of the supervised positions alone, a slice of the vocabulary at a time (`train.loss`).
-The backward runs those pieces again whose values were not kept, then takes the VJP of each piece in
-reverse order and adds gradients by name. Frozen matrices are multiplied with and never
+The backward takes the VJP of each piece in reverse order, adds gradients by name, and runs those
+pieces again whose values it needs and were not kept. Frozen matrices are multiplied with and never
 differentiated. Dropout is a function of seed, row, column, layer and linear, so a piece that runs
 twice draws the same mask. What is evaluated when decides the peak of memory: a layer is finished
 before the next but one begins. The gradients of all chunks, micro-batches and processes are added
 up, and divided once by the step's supervised tokens (`train.step`).
 """
 
-import operator
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_qlora import device
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import (
+    KEYS_OF,
     DecoderLayer,
     Keys,
     LlamaForCausalLM,
@@ -40,8 +39,8 @@ from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import losses_by_slice
-from mlx_qlora.train.memory import EXPONENTIALS, KEPT, Recompute, Shard
-from mlx_qlora.tree import flat, nested
+from mlx_qlora.train.memory import EXPONENTIALS, KEPT, NOTHING, Recompute, Shard
+from mlx_qlora.tree import bound, flat, nested
 
 # ---- the pieces of a layer -----------------------------------------------------------------------
 
@@ -50,81 +49,40 @@ from mlx_qlora.tree import flat, nested
 class Piece:
     """One step of a layer, by the names of the values that it takes and gives.
 
-    `residuals` are values beside its inputs that its VJP needs; its linears may have LoRA weights.
+    `residuals` are values beside its inputs that its VJP needs. Those that `llama.KEYS_OF` names
+    are linears, the only ones that learn.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     residuals: tuple[str, ...] = ()
-    linears: tuple[str, ...] = ()
 
 
-QKV = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))
-GATE_UP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "gate_up"))
 PIECES = (
-    Piece("project", ("x",), ("q", "k", "v"), linears=QKV),
+    Piece("attention_norm", ("x",), ("n",)),
+    Piece("qkv", ("n",), ("q0", "k0", "v0")),
+    Piece("rotate", ("q0", "k0", "v0"), ("q", "k", "v")),
     Piece("attend", ("q", "k", "v"), ("heads",), residuals=("heads", "residuals")),
-    Piece("add_attention", ("x", "heads"), ("h",), linears=("self_attn.o_proj",)),
-    Piece("widen", ("h",), ("gate", "up"), linears=GATE_UP),
+    Piece("o", ("heads",), ("o",)),
+    Piece("add_attention", ("x", "o"), ("h",)),
+    Piece("mlp_norm", ("h",), ("m",)),
+    Piece("gate_up", ("m",), ("gate", "up")),
     Piece("swiglu", ("gate", "up"), ("gated",), residuals=("s",)),
-    Piece("add_mlp", ("h", "gated"), ("y",), linears=("mlp.down_proj",)),
+    Piece("down", ("gated",), ("down",)),
+    Piece("add_mlp", ("h", "down"), ("y",)),
 )
-# The values that the VJPs of all pieces before one take: what the backward still needs below it.
+MAKER = {name: piece for piece in PIECES for name in (*piece.outputs, *piece.residuals)}
+# The values that the VJPs of all pieces before one take: what the backward still needs below it;
+# and those that the pieces after one take.
 NEEDED_BELOW = [
     {name for piece in PIECES[:i] for name in (*piece.inputs, *piece.residuals)}
     for i in range(len(PIECES))
 ]
-# As wide as the MLP, and kept at no level. Neither it nor its gradient is evaluated by itself, so
-# that they exist only while what is made of them is computed.
-FLEETING = "gated"
-
-# ---- LoRA weights --------------------------------------------------------------------------------
-
-
-@dataclass
-class Slot:
-    """Where a LoRA weight is in the model: an attribute of a module."""
-
-    path: str
-    module: nn.Module
-    name: str
-
-
-LayerSlots = dict[str, list[Slot]]  # by the name of a piece
-
-
-def slots_of(model: LlamaForCausalLM, trainable: dict[str, mx.array]) -> list[LayerSlots]:
-    """The slots of every layer; each trainable weight, by its path, is in one of them."""
-    layers: list[LayerSlots] = [{piece.name: [] for piece in PIECES} for _ in model.layers]
-    missing = set(trainable)
-    for i, slots in enumerate(layers):
-        for name, linear in [(piece.name, linear) for piece in PIECES for linear in piece.linears]:
-            prefix = f"model.layers.{i}.{linear}."
-            for path in [path for path in trainable if path.startswith(prefix)]:
-                *owners, weight = path.split(".")[3:]
-                module: Any = reduce(operator.getitem, owners, model.layers[i])
-                slots[name].append(Slot(path, module, weight))
-                missing.remove(path)
-    assert not missing, f"no gradient for {sorted(missing)}"
-    return layers
-
-
-@contextmanager
-def bound(slots: list[Slot], weights: Iterable[mx.array]) -> Iterator[None]:
-    """Puts weights into their slots, and what was there back afterwards, whatever happens.
-
-    Within a VJP they are MLX's tracers: one that stayed in a module would break its next use.
-    """
-    before = [slot.module[slot.name] for slot in slots]
-    for slot, weight in zip(slots, weights):
-        slot.module[slot.name] = weight
-    try:
-        yield
-    finally:
-        for slot, weight in zip(slots, before):
-            slot.module[slot.name] = weight
-
+NEEDED_ABOVE = [{name for p in PIECES[i + 1 :] for name in p.inputs} for i in range(len(PIECES))]
+# What is kept at no level. Neither it nor its gradient is evaluated by itself, so that it exists
+# only while what is made of it is computed.
+FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(KEPT[NOTHING])
 
 # ---- the tape of one layer -----------------------------------------------------------------------
 
@@ -136,11 +94,10 @@ class Tape:
     """The forward of one layer for one shard, and then its backward.
 
     The forward starts from the value `x` and leaves `y` and what is kept; the backward starts from
-    the gradient of `y` and leaves those of the LoRA weights, by path, and of `x`.
+    the gradient of `y` and leaves those of the LoRA weights, by their paths in the layer, and of x.
     """
 
     layer: DecoderLayer
-    slots: LayerSlots
     shard: Shard
     keys: Keys
     compiled: bool
@@ -149,47 +106,49 @@ class Tape:
 
     def forward(self, kept: tuple[str, ...]) -> Stages:
         """Runs the pieces, and keeps the values of some names."""
-        for piece in PIECES:
-            outputs = self._run(piece, self._inputs(piece), "weights" in kept)
+        for piece, needed in zip(PIECES, NEEDED_ABOVE):
+            outputs = self._run(piece, "weights" in kept)
             self.values |= outputs
-            if piece is PIECES[-1]:
-                self._drop_all_but({*kept, "y"})
-            if FLEETING not in self.values:
+            self._drop_all_but({*kept, *needed, "y"})
+            if FLEETING.isdisjoint(outputs):
                 yield arrays_of(outputs)
 
     def backward(self, wants_dx: bool) -> Stages:
-        """Runs the pieces whose values are missing, and takes the VJPs in reverse."""
-        for piece in PIECES[:-1]:
-            if any(name not in self.values for name in piece.outputs):
-                self.values = self._run(piece, self._inputs(piece)) | self.values
-        yield arrays_of({name: self.values[name] for name in KEPT[EXPONENTIALS]})
-        for i, piece in reversed(list(enumerate(PIECES))):
+        """Takes the VJPs in reverse; first, those values are made at once that a level may keep."""
+        remade = {name: self._value(name) for name in KEPT[EXPONENTIALS]}
+        self._drop_all_but({*KEPT[NOTHING]})
+        yield arrays_of(remade)
+        for piece, needed in zip(reversed(PIECES), reversed(NEEDED_BELOW)):
             self._vjp(piece)
-            self._drop_all_but(NEEDED_BELOW[i])  # before the stage, or they would live through it
-            if i == 0 and not wants_dx:
+            self._drop_all_but(needed)  # before the stage, or they would live through it
+            if piece is PIECES[0] and not wants_dx:
                 del self.gradients["x"]
-            if FLEETING not in self.gradients:
+            if FLEETING.isdisjoint(self.gradients):
                 yield list(self.gradients.values())
 
-    def _run(self, piece: Piece, inputs: Any, keep_weights: bool = False) -> dict[str, Any]:
+    def _run(self, piece: Piece, keep_weights: bool = False) -> dict[str, Any]:
         """The outputs of a piece, and what its VJP needs besides."""
+        inputs = [self._value(name) for name in piece.inputs]
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
             found = self.shard.documents.attend_with_residuals(q, k, v, reach, keep_weights)
             return dict(zip(piece.residuals, found))
-        act = self.layer.act
-        if piece.name == "swiglu" and self.compiled:
-            return {"gated": swiglu(*inputs, compiled=True, act=act)}
         if piece.name == "swiglu":
+            act = self.layer.act
+            if self.compiled:
+                return {"gated": swiglu(*inputs, compiled=True, act=act)}
             s = self.values["s"] if "s" in self.values else gate_sigmoid(inputs[0], act)
             return {"gated": swiglu(*inputs, s=s, act=act), "s": s}
-        context = [self.shard.documents] if piece.name == "project" else []
-        outputs = getattr(self.layer, piece.name)(*inputs, *context, self.keys)
+        if piece.name in KEYS_OF:
+            x = inputs[0].flatten(1)  # heads end to end
+            outputs = self.layer.linears(piece.name)(x, self.keys[KEYS_OF[piece.name]])
+            return dict(zip(piece.outputs, outputs))
+        outputs = self._between(piece)(*inputs)
         return dict(zip(piece.outputs, outputs if isinstance(outputs, tuple) else [outputs]))
 
     def _vjp(self, piece: Piece) -> None:
         """From the gradients of a piece's outputs to those of its inputs and LoRA weights."""
-        inputs, slots = self._inputs(piece), self.slots[piece.name]
+        inputs = [self._value(name) for name in piece.inputs]
         gradients: Any = [self.gradients.pop(name) for name in piece.outputs]
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
@@ -199,23 +158,29 @@ class Tape:
         elif piece.name == "swiglu":
             known = {"s": self.values.get("s"), "compiled": self.compiled, "act": self.layer.act}
             gradients = swiglu_vjp(*inputs, *gradients, **known)
+        elif piece.name in KEYS_OF:
+            linears, x = self.layer.linears(piece.name), inputs[0]
+            dx, of_weights = linears.vjp(x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]])
+            gradients = [dx.reshape(x.shape)]
+            self.gradients |= of_weights
         else:
-
-            def run(*arrays: mx.array) -> list[mx.array]:
-                with bound(slots, arrays[len(inputs) :]):
-                    return list(self._run(piece, arrays[: len(inputs)]).values())
-
-            # MLX runs the piece to find its derivative, but computes only what is asked for, and
-            # nobody asks for the outputs: no product with a frozen matrix is computed again. The
-            # VJP of several pieces at once would need the values between them.
-            weights = [slot.module[slot.name] for slot in slots]
-            gradients = mx.vjp(run, [*inputs, *weights], gradients)[1]
-        for name, gradient in zip([*piece.inputs, *(slot.path for slot in slots)], gradients):
+            gradients = mx.vjp(self._between(piece), inputs, gradients)[1]
+        for name, gradient in zip(piece.inputs, gradients):
             earlier = self.gradients.get(name)
             self.gradients[name] = gradient if earlier is None else earlier + gradient
 
-    def _inputs(self, piece: Piece) -> list[Any]:
-        return [self.values[name] for name in piece.inputs]
+    def _between(self, piece: Piece) -> Callable[..., Any]:
+        """A piece without matrices, as a function of its inputs."""
+        function = getattr(self.layer, piece.name)
+        if piece.name == "rotate":
+            return partial(function, context=self.shard.documents)
+        return function
+
+    def _value(self, name: str) -> Any:
+        """A value, made again if it was not kept."""
+        if name not in self.values:
+            self.values = self._run(MAKER[name]) | self.values
+        return self.values[name]
 
     def _drop_all_but(self, names: set[str]) -> None:
         self.values = {name: value for name, value in self.values.items() if name in names}
@@ -299,13 +264,20 @@ class Engine:
         self.dtype = model.model.embed_tokens.dtype
         self.recompute = memory.check_recompute(recompute, len(model.layers))
         self.persistent = memory.persistent_bytes(model)
-        self.slots = slots_of(model, trainable)
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
+        differentiated = tuple(
+            f"model.layers.{i}.{path}."
+            for i, layer in enumerate(model.layers)
+            for name in KEYS_OF
+            for path in layer.linears(name).members
+        )
+        missing = [path for path in trainable if not path.startswith(differentiated)]
+        assert not missing, f"no gradient for {missing}"
         # Below the first layer that learns nothing is kept, and there is no backward.
-        self.first = next(i for i, layer in enumerate(self.slots) if any(layer.values()))
+        self.first = min(int(path.split(".")[2]) for path in trainable)
 
     def __call__(
         self,
@@ -326,11 +298,10 @@ class Engine:
         # By nothing but the lengths, so that the same batch is always computed the same way.
         plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
-        slots = [slot for layer in self.slots for piece in layer.values() for slot in piece]
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
-        cast = [w.astype(self.dtype) if w.ndim > 1 else w for w in (weights[s.path] for s in slots)]
-        with bound(slots, cast):
+        cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
+        with bound(self.model, cast):
             chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
@@ -349,7 +320,7 @@ class Engine:
     ) -> mx.array:
         """The loss sum of a chunk; its gradients are added to `grads`."""
         tapes = [
-            [Tape(layer, self.slots[i], shard, shard.keys[i], self.compiled) for shard in shards]
+            [Tape(layer, shard, shard.keys[i], self.compiled) for shard in shards]
             for i, layer in enumerate(self.model.layers)
         ]
         for tape in tapes[0]:
@@ -375,8 +346,9 @@ class Engine:
             mx.eval(dy)
             for tape, below in zip(layer, tapes[-1] if i > self.first else []):
                 below.gradients["y"] = tape.gradients.pop("x")
-            for path in layer[0].gradients:
-                terms = [tape.gradients[path].astype(mx.float32) for tape in layer]
+            for name in layer[0].gradients:
+                path = f"model.layers.{i}.{name}"
+                terms = [tape.gradients[name].astype(mx.float32) for tape in layer]
                 grads[path] = reduce(mx.add, [*terms, grads[path]] if path in grads else terms)
                 complete.add(path)
             if all_reduce is not None:

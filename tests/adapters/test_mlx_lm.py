@@ -208,6 +208,9 @@ def test_what_mlx_lm_would_misread_of_the_base_is_said_where_its_command_is(
     said = "mlx-lm 0.32 does not look into the base's rope_parameters"
     assert (said in shown) == (said in page) == bool(words)
     assert words in shown and words in page
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (said in card) == bool(words) and words in card
+    assert main([*export, str(tmp_path / "mlx")]) == 0  # a note in its config hides no owner
 
     # mlx-lm itself: our logits, exactly if nothing was said; and as `merge` writes it, always.
     model, tokens = mq.load(base)[0], np.arange(40)[None] % 300

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.adapters import CONFIG
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from support.adapters import CONFIG, WEIGHTS
 from support.models import quantise_with_mlx_lm
 from support.tiny_folder import CHAT, write_model, write_random_model, write_rows, write_tokenizer
 
 import mlx_qlora as mq
+from mlx_qlora.adapters.export import save_portable
 from mlx_qlora.adapters.origin import original_base
+from mlx_qlora.adapters.peft import save_mlx_lm
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.errors import AdapterError, AdapterWarning, TokenizerError
@@ -70,7 +74,41 @@ def foreign(out: Path, place: Path) -> Path:
     shutil.copytree(out, place / "foreign")
     for name in ("training_args.json", "run.yaml"):
         (place / "foreign" / name).unlink()
+    weights = place / "foreign" / WEIGHTS
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
     return place / "foreign"
+
+
+def older(out: Path, place: Path) -> Path:
+    """As runs wrote it when only their record knew the base."""
+    record = (out / "training_args.json").read_text()
+    folder = foreign(out, place)
+    (folder / "training_args.json").write_text(record)
+    return folder
+
+
+def by_python(save: Any, **options: Any) -> Any:
+    """Written by a function in a notebook, from the run's model and adapter."""
+
+    def write(out: Path, place: Path) -> Path:
+        base = json.loads((out / CONFIG).read_text())["base_model_name_or_path"]
+        model = mq.load(base, adapter=out)[0]
+        return Path(save(model, place / "saved", **options))
+
+    return write
+
+
+def combined(model: Any, folder: Path) -> Path:
+    mq.combine(model, {"default": 0.5}, "half")
+    return mq.save_adapter(model, folder)
+
+
+def without_record(out: Path, place: Path) -> Path:
+    folder = place / "alone"
+    folder.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(out / name, folder / name)
+    return folder
 
 
 def damaged_record(out: Path, place: Path) -> Path:
@@ -83,8 +121,14 @@ ADAPTERS: dict[str, Any] = {
     "the run's": lambda out, place: out,
     "a checkpoint": lambda out, place: out / "checkpoint-1",
     "mlx-lm's copy": lambda out, place: out / "mlx",
-    "one without a record": foreign,
+    "an older run's": older,
+    "one that was copied out of its run": without_record,
     "one with a damaged record": damaged_record,
+    "save_adapter's": by_python(mq.save_adapter),
+    "save_portable's": by_python(save_portable),
+    "save_mlx_lm's": by_python(save_mlx_lm),
+    "a combined one": by_python(combined),
+    "a foreign one": foreign,
 }
 
 
@@ -95,14 +139,28 @@ def test_an_adapter_over_other_weights_than_its_own_is_said(
 ) -> None:
     model, out = run
     adapter, loaded = ADAPTERS[kind](out, tmp_path), base(model, tmp_path)
-    if base in (the_same, a_copy) or "record" in kind:
+    if base in (the_same, a_copy) or kind == "a foreign one":
         mq.load(loaded, adapter=adapter)  # every warning is an error here
         return
-    said = rf"trained on other weights \({model}\) than those of {loaded}: .*same model in another"
+    name = "not named" if kind == "save_mlx_lm's" else model
+    said = rf"trained on other weights \({name}\) than those of {loaded}: .*same model in another"
     with pytest.warns(AdapterWarning, match=said):
         mq.load(loaded, adapter=adapter)
     with pytest.warns(AdapterWarning, match=said):
         mq.attach(mq.load(loaded)[0], adapter, "a")
+
+
+def test_an_adapter_of_weights_that_no_file_has_says_nothing_of_its_base(
+    run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = mq.merge(mq.load(run[0], adapter=run[1])[0])
+    merged = mq.save_adapter(mq.add_lora(model, mq.LoraConfig(r=2)), tmp_path / "merged")
+    copy = a_copy(run[0], tmp_path)
+    gone = mq.add_lora(mq.load(copy)[0], mq.LoraConfig(r=2))
+    shutil.rmtree(copy)
+    for folder in (merged, mq.save_adapter(gone, tmp_path / "gone")):
+        with safe_open(folder / WEIGHTS, "np") as file:
+            assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize(

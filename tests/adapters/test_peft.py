@@ -126,6 +126,17 @@ def test_a_loaded_adapter_is_trainable_and_remembers_its_config(base: Path, tmp_
 # ---- refusals ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("save", [save_adapter, save_mlx_lm, save_portable])
+def test_the_same_adapter_is_the_same_bytes_each_time(
+    base: Path, tmp_path: Path, save: Any
+) -> None:
+    model, written = adapted(base), set()
+    for i in range(8):
+        folder = save(model, tmp_path / str(i))
+        written.add(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))))
+    assert len(written) == 1
+
+
 @pytest.mark.parametrize("save", [save_adapter, save_mlx_lm, save_portable, save_gguf_adapter])
 def test_a_model_without_lora_layers_cannot_be_saved(base: Path, tmp_path: Path, save: Any) -> None:
     with pytest.raises(AdapterError, match="no LoRA layers"):

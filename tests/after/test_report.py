@@ -24,7 +24,7 @@ from mlx_qlora.after import observer, screen
 from mlx_qlora.after.advice import learned
 from mlx_qlora.after.answer_metrics import LOWER, paired_row
 from mlx_qlora.after.observer import prompt_flags
-from mlx_qlora.after.plots import Line, Plot, css, in_kernel, plots_of, svg_file, thin, ticks
+from mlx_qlora.after.plots import Line, Plot, in_kernel, plots_of, svg_file, thin, ticks
 from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
@@ -192,7 +192,8 @@ def _luminance(colour: str) -> float:
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_has_contrast_in_both_themes(dark):
     """WCAG 2.2, 1.4.3: at least 4.5 to 1 with every ground that text stands on."""
-    theme = css("plot.css").split("prefers-color-scheme: dark")[dark]
+    styles = Path(screen.__file__).with_name("plot.css").read_text()
+    theme = styles.split("prefers-color-scheme: dark")[dark]
     colours = dict(re.findall(r"--(\w+): (#\w{6})", theme))
     for ink in ("ink", "quiet", "a", "b", "c", "good", "bad", "note"):
         for ground in ("page", "card", "wash"):

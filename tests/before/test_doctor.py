@@ -392,7 +392,7 @@ def test_the_blas(mac, monkeypatch):
     monkeypatch.setattr(device, "openblas", None)
     monkeypatch.delenv("MLX_QLORA_BLAS", raising=False)
     (found,) = doctor.blas()
-    assert (found.state, found.fix) == ("warning", "pip install cmeel-openblas")
+    assert (found.state, found.fix) == ("warning", "pip install scipy-openblas32")
     assert found.text.startswith("MLX's reference BLAS, some 70 times slower")
     monkeypatch.setenv("MLX_QLORA_BLAS", "none")
     (found,) = doctor.blas()
@@ -433,7 +433,7 @@ def test_the_matmul_rate_against_the_chips(mac, monkeypatch, kind, chip, rate, s
     (found,) = doctor.matmul()
     assert found.state == state and said in found.text
     fixes = {"metal": "sudo pmset -a lowpowermode 0", "cuda": "nvidia-smi"}
-    fixes["cpu"] = "pip install cmeel-openblas"
+    fixes["cpu"] = "pip install scipy-openblas32"
     assert found.fix == (fixes[kind] if state == "warning" else None)
 
 

@@ -42,7 +42,12 @@ def test_help_all_shows_the_fields_that_a_command_reads_and_no_others(command, c
     assert call(command, "--help-all") == 0
     shown = capsys.readouterr().out
     for section in SECTIONS:
-        assert (f"\n{section}:\n" in shown) == (section in COMMANDS[command].sections)
+        read = COMMANDS[command].fields(section)
+        assert (f"\n{section}:\n" in shown) == bool(read)
+        for field in SECTIONS[section].__dataclass_fields__:
+            assert (re.search(rf"^  {section}\.{field}\b", shown, re.M) is not None) == (
+                field in read
+            )
 
 
 def config_of(words, tmp_path, capsys):
@@ -97,7 +102,7 @@ def test_both_module_names_are_the_command_line(capsys):
         ("train --lora_rank=8", "lora.r", 8),
         ("train --rank 8", "lora.r", 8),
         ("train --lr 1e-4", "training.learning_rate", 1e-4),
-        ("plan --lr 1e-4 --lora-r 4", "training.learning_rate", 1e-4),
+        ("train --lr 1e-4 --lora-r 4", "training.learning_rate", 1e-4),
         ("train --warmup-ratio 0.2", "training.warmup_ratio", 0.2),
         ("train --warmup 7", "training.warmup_steps", 7),
         ("train --resume", "checkpointing.resume_from_checkpoint", "auto"),
@@ -131,7 +136,7 @@ def test_a_field_by_another_name_is_noted_beside_what_is_printed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# optim=adamw_8bit changes nothing; it is always AdamW, in float32"
     assert lines[1] == "# lr is training.learning_rate"
-    assert main(["plan", "--lr", "1e-4", "--model", "smollm2-136m"]) == 2
+    assert main(["train", "--lr", "1e-4", "--model", "smollm2-136m"]) == 2
     assert capsys.readouterr().err.startswith("note      lr is training.learning_rate\n")
 
 
@@ -180,11 +185,31 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("push out me/mine lora.r=3", "push reads no fields: lora.r=3"),
         (
             "generate training.seed=1",
-            "generate reads no field of training; it reads those of m",
+            "training.seed=1: generate has no use for it; it reads fields of model, data, gene",
         ),
-        ("inspect lora.r=3", "inspect reads no field of lora; it reads those of model"),
-        ("plan generation.top_k=3", "plan reads no field of generation; it reads those of model"),
-        ("merge --output-dir m data.path=x", "merge reads no field of data; it reads those of m"),
+        (
+            "generate data.history=joint",
+            "data.history=joint: generate has no use for it; of data it reads system, template",
+        ),
+        ("chat --template x", "data.template=x: chat has no use for it; of data it reads system"),
+        ("evaluate data.split=auto", "data.split=auto: evaluate has no use for it; of data it"),
+        ("evaluate generation.top_k=5", "top_k=5: evaluate has no use for it; of generation it r"),
+        ("evaluate --epochs 2", "training.num_train_epochs=2: evaluate has no use for it; of tr"),
+        ("inspect --lr 1e-4", "training.learning_rate=1e-4: inspect has no use for it; of tra"),
+        ("inspect model.bits=8", "model.bits=8: inspect has no use for it; of model it reads so"),
+        ("plan data.path=x", "data.path=x: plan has no use for it; of data it reads max_length"),
+        ("plan --max-steps 9", "training.max_steps=9: plan has no use for it; of training it r"),
+        ("doctor lora.lora_alpha=8", "lora.lora_alpha=8: doctor has no use for it; of lora it r"),
+        (
+            "merge --output-dir m model.base_model_name_or_path=a/b",
+            "model.base_model_name_or_path=a/b: merge has no use for it; of model it reads source",
+        ),
+        ("inspect lora.r=3", "lora.r=3: inspect has no use for it; it reads fields of model"),
+        (
+            "plan generation.top_k=3",
+            "generation.top_k=3: plan has no use for it; it reads fields of",
+        ),
+        ("merge --output-dir m data.path=x", "merge has no use for it; it reads fields of m"),
         ("train --epoch 3", "--epoch; did you mean --epochs?"),
         ("train --scale 20", "--scale; did you mean lora.lora_alpha (scale x lora.r)?"),
         ("train --lr fast", "training.learning_rate must be a number or auto; got 'fast'"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_qlora.cli import parse
+from mlx_qlora.cli import main, parse
 from mlx_qlora.commands import config_of
 from mlx_qlora.config import (
     SECTIONS,
@@ -479,3 +479,49 @@ def test_all_unknown_names_are_told_at_once_each_with_its_nearest(tmp_path):
 def test_a_name_that_cannot_be_followed_is_refused(text, words, tmp_path):
     with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
         written(tmp_path, text)
+
+
+FOREIGN: dict[str, tuple[str, str]] = {
+    "Axolotl": (
+        "base_model: x/y\nadapter: qlora\nsequence_len: 2048\n",
+        "base_model is model.source",
+    ),
+    "Axolotl's LoRA": (
+        "adapter: lora\nlora_model_dir:\nbase_model: x/y\nmicro_batch_size: 2\n",
+        "adapter: lora names a kind",
+    ),
+    "LLaMA-Factory": (
+        "stage: sft\nfinetuning_type: lora\ndataset: identity\ntemplate: llama3\ncutoff_len: 9\n",
+        "cutoff_len is data.max_length",
+    ),
+    "mlx-lm": (
+        "model: m\nfine_tune_type: lora\nnum_layers: 16\niters: 9\nlora_parameters: {rank: 8}\n",
+        "iters is training.max_steps",
+    ),
+    "TRL": (
+        "use_peft: true\ndataset_name: d\nlora_target_modules: all-linear\n",
+        "unknown field use_",
+    ),
+    "torchtune": ("tokenizer: {path: t}\ncheckpointer: {}\nloss: {}\n", "unknown section"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_wrong_in_another_trainer_s_config_says_whose_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    text, words = FOREIGN[name]
+    (tmp_path / "theirs.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "theirs.yaml"), "--print-config"]) == 2
+    message = capsys.readouterr().err
+    assert f"this looks like a config of {name.partition(chr(39))[0]}" in message
+    assert words in message and "Coming from another trainer" in message
+
+
+@pytest.mark.parametrize("text", ["training: {bogus: 1}\n", "loss: 1\n", "bogus: 1\n"])
+def test_a_mistake_in_a_config_of_ours_is_nobody_else_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "ours.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "ours.yaml"), "--print-config"]) == 2
+    assert "looks like" not in capsys.readouterr().err

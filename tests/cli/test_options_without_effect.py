@@ -1,11 +1,20 @@
 """No option is accepted and ignored: one that cannot act in a run is refused, or a line says so."""
 
+import dataclasses
+import io
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.command_line import call
 
-ALL = "data.split=[1, 0, 0]"
+from mlx_qlora import errors
+from mlx_qlora.cli import COMMANDS
+from mlx_qlora.config import SECTIONS
+
+ALL, STEPS = "data.split=[1, 0, 0]", "training.max_steps=4"
 # Words of a run -> what is said on standard error, and whether the run goes on.
 SAID: dict[str, tuple[list[str], str, bool]] = {
     "early stopping without validation": (
@@ -17,6 +26,52 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
         [ALL, "checkpointing.load_best_model_at_end=true"],
         "checkpointing.load_best_model_at_end needs validation rows, and there are none",
         False,
+    ),
+    "more patience than validations": (
+        ["checkpointing.early_stopping_patience=3", "checkpointing.eval_steps=1", STEPS],
+        "checkpointing.early_stopping_patience=3 is not used: validation 4 is the first to stop the"
+        " run, which ends with number 4; set a smaller checkpointing.eval_steps",
+        True,
+    ),
+    "patience for all but the last validation": (
+        ["checkpointing.early_stopping_patience=2", "checkpointing.eval_steps=1", STEPS],
+        "",
+        True,
+    ),
+    "more patience than automatic validations": (
+        ["checkpointing.early_stopping_patience=9", STEPS],
+        "checkpointing.early_stopping_patience=9 is not used: validation 10 is the first to stop",
+        True,
+    ),
+    "the best of one validation": (
+        ["checkpointing.load_best_model_at_end=true", "checkpointing.eval_steps=9", STEPS],
+        "checkpointing.load_best_model_at_end=True is not used: the run is validated once, at its",
+        True,
+    ),
+    "a system message that every row has": (
+        ["data.system=Be brief.", "--data", "systems.jsonl", "data.template=chat.jinja"],
+        "data.system=Be brief. is not used: every row has a system message of its own",
+        True,
+    ),
+    "a system message that some rows have": (
+        ["data.system=Be brief.", "--data", "some.jsonl", "data.template=chat.jinja"],
+        "",
+        True,
+    ),
+    "what is learned of texts": (
+        ["data.train_on=all", "--data", "texts.jsonl"],
+        "data.train_on=all is not used: no row has a prompt",
+        True,
+    ),
+    "how many refused rows a strict run allows": (
+        ["data.strict=true", "data.max_refused=0.1"],
+        "data.max_refused=0.1 is not used: data.strict allows no row to be refused",
+        True,
+    ),
+    "wandb's project without wandb": (
+        ["logging.report_to=tensorboard", "logging.project=mine"],
+        "logging.project=mine is not used: logging.report_to does not name wandb",
+        True,
     ),
     "validations without rows": (
         [ALL, "checkpointing.eval_steps=1"],
@@ -101,6 +156,12 @@ def files(train: list[str]) -> list[str]:
     Path("time.yaml").write_text("training:\n  seed: 1:30\n")
     Path("texts.jsonl").write_text("".join(f'{{"text": "a{i}"}}\n' for i in range(30)))
     rows = [f'{{"instruction": "a{i}", "output": "b"}}' for i in range(4)]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    systems = [{"role": "system", "content": "Be kind."}, *turns]
+    whole = [json.dumps({"messages": systems}).replace('"a"', f'"a{i}"') for i in range(30)]
+    Path("systems.jsonl").write_text("\n".join(whole))
+    Path("some.jsonl").write_text("\n".join([*whole, json.dumps({"messages": turns})]))
+    Path("chat.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     Path("bad.jsonl").write_text("\n".join([*rows, *["{"] * 12]))
     return train
 
@@ -114,6 +175,7 @@ def test_an_option_that_cannot_act_is_named(
     out, err = capsys.readouterr()
     assert code == (0 if goes_on else 2), err
     assert text in out + err
+    assert text or "is not used" not in out
     assert not (goes_on and text) or f"warning   {text}" in out
 
 
@@ -130,3 +192,65 @@ def test_true_goes_on_from_the_newest_checkpoint_as_auto_does(
     for value, word in (("true", "auto"), ("false", "none")):
         assert call(*files, f"checkpointing.resume_from_checkpoint={value}", "--print-config") == 0
         assert f"resume_from_checkpoint: {word}\n" in capsys.readouterr().out
+
+
+# ---- what a command reads ----------------------------------------------------------------------
+
+GROUPS = "model.group_size=32"
+USES: dict[str, list[str]] = {
+    "plan": [GROUPS],
+    "inspect": ["rows.jsonl", "data.cache_dir=null"],
+    "generate": [GROUPS, "--instruction", "Say", "generation.max_new_tokens=2"],
+    "chat": [GROUPS, "generation.max_new_tokens=2"],
+    "evaluate": [GROUPS, "--data", "rows.jsonl", "--answers", "1", "data.cache_dir=null"],
+    "merge": [GROUPS, "--adapter", "out", "--output-dir", "merged"],
+    "export": [GROUPS, "--adapter", "out", "--output-dir", "exported"],
+    "doctor": [],
+}
+# Functions that look at fields, or copy them, whatever the command does.
+NO_READERS = {"__post_init__", "check", "replace", "with_model", "as_taught", "unused"}
+NO_READERS |= {"at_hidden_size", "for_steps", "check_needs", "without_effect", "explained"}
+# Read by what a command shares with a run, and of no use to it: how long a run would be.
+LENGTH = "max_steps num_train_epochs warmup_ratio warmup_steps per_device_train_batch_size "
+LENGTH += "gradient_accumulation_steps"
+BESIDES: dict[str, set[str]] = {
+    "evaluate": {f"training.{name}" for name in LENGTH.split()}
+    # Answers are the likeliest ones, by settings of the command's own.
+    | {"data.shuffle", "generation.repetition_penalty", "generation.temperature"},
+}
+
+
+@pytest.mark.parametrize("command", USES)
+def test_a_command_declares_the_fields_that_it_reads(
+    command: str,
+    finished: Any,
+    model: Path,
+    chat_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: set[str] = set()
+
+    def watch(section: str, config: type) -> None:
+        plain: Any = config.__getattribute__
+        names = {f.name for f in dataclasses.fields(config)}
+
+        def watched(self: Any, name: str) -> Any:
+            frames = [sys._getframe(1).f_code, sys._getframe(2).f_code]
+            is_reader = NO_READERS.isdisjoint(code.co_name for code in frames)
+            if name in names and is_reader and frames[0].co_filename != errors.__file__:
+                read.add(f"{section}.{name}")
+            return plain(self, name)
+
+        monkeypatch.setattr(config, "__getattribute__", watched)
+
+    for section, config in SECTIONS.items():
+        watch(section, config)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    folder = chat_folder if command == "chat" else model
+    assert call(command, "--model", folder, *USES[command]) in (0, 1)  # 1: doctor found something
+    about = COMMANDS[command]
+    declared = {f"{section}.{name}" for section in about.sections for name in about.fields(section)}
+    assert declared - read == set()
+    # An adapter has a LoraConfig of its own.
+    others = {name for name in read - declared if command == "plan" or "lora." not in name}
+    assert others <= BESIDES.get(command, set())

@@ -251,9 +251,9 @@ FORGETS = (
 )
 MARKED = FORGETS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
 REASONS = (
-    "what the chat template writes before an answer is not how it begins the text with the answer "
-    "or with all turns, and it has no {% generation %} markers: where the answers begin cannot be "
-    "known"
+    "what the chat template writes before an answer is not how it begins the text with it, and it "
+    "has no {% generation %} markers: where the answers begin cannot be known; name a template for "
+    "training with data.template"
 )
 # An answer is its calls, or its text.
 CALLS = FORGETS.replace(

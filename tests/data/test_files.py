@@ -196,7 +196,10 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
         ),
         (["Training_en.csv", "train.fr.csv"], ["dev.csv", "val-1.csv"], []),
         (["train/a.csv", "train/b/c.csv"], ["dev/a.csv"], ["test/a.csv"]),
-        (["de/Train/a.csv", "en/train-1/a.csv"], ["en/validation/x/a.csv"], ["en/test_1/a.csv"]),
+        (["en/Train/a.csv", "en/train-1/a.csv"], ["en/validation/x/a.csv"], ["en/test_1/a.csv"]),
+        (["train/de/a.csv", "train/en/a.csv"], [], ["test/de/a.csv", "test/en/a.csv"]),
+        (["de/train.csv"], ["en/valid.csv"], ["en/test.csv"]),
+        (["train/more.csv", "train.csv"], [], ["test.csv"]),
         (["data/a/train.csv"], ["data/a/val.csv"], ["data/test/a/b.csv"]),
     ],
 )
@@ -206,6 +209,43 @@ def test_a_folder_that_names_its_parts_is_taken_by_them(
     write(tmp_path, *train, *validation, *test)
     parts = {"train": train, "validation": validation, "test": test}
     assert names(tmp_path, tmp_path) == parts
+
+
+@pytest.mark.parametrize(
+    ("part", "sets", "found"),
+    [
+        # Two configs of a data set on the hub.
+        (
+            "train",
+            ["main", "socratic"],
+            [
+                f"{config}/{part}-00000-of-00001.parquet"
+                for config in ("main", "socratic")
+                for part in ("train", "test")
+            ],
+        ),
+        ("train", ["de", "en"], ["de/train/0000.parquet", "en/train/0000.parquet"]),
+        ("train", ["", "more"], ["train.csv", "more/train.csv"]),
+        ("train", ["a", "a/b"], ["a/train/x.csv", "a/b/train/x.csv"]),
+        ("train", ["x", "y"], ["x/a_train.csv", "x/a_test.csv", "y/a_train.csv", "y/a_test.csv"]),
+        ("test", ["anatomy", "virology"], ["train.csv", "anatomy/test.csv", "virology/test.csv"]),
+        ("validation", ["a", "b"], ["a/train.csv", "a/val.csv", "b/dev/x.csv"]),
+    ],
+)
+def test_a_folder_of_several_data_sets_is_refused_with_their_names(
+    tmp_path: Path, part: str, sets: list[str], found: list[str]
+) -> None:
+    write(tmp_path, *found)
+    folders = [tmp_path / each for each in sets]
+    assert refusal(tmp_path) == (
+        f"data folder {tmp_path} holds several data sets, each with {part} files of its own:\n"
+        + "".join(f"  {folder}\n" for folder in folders)
+        + f"name one of them (data.path={folders[-1]}), or the files to train on by a pattern "
+        f"(such as data.path='{tmp_path}/*/train*')"
+    )
+    if part == "train":  # each by itself is whole
+        own = [name for name in found if name.startswith(f"{sets[-1]}/") and "train" in name]
+        assert names(folders[-1], tmp_path)["train"] == own
 
 
 def test_a_name_that_only_begins_like_a_part_or_is_above_the_folder_is_none(

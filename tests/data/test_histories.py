@@ -4,6 +4,7 @@ With the real tokenizers and templates of several families, against transformers
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,21 +71,59 @@ ROWS: dict[str, dict[str, Any]] = {
         "messages": [said("user", "Rain?"), calls("Oslo", "Rome"), WET, said("assistant", "Yes.")],
         "tools": TOOLS,
     },
+    "two answers": {"messages": [HI, said("assistant", "Hello."), said("assistant", "More.")]},
+    "three answers after another": {
+        "messages": [
+            *(said("system", "Be brief."), HI, said("assistant", "Hello."), AND),
+            *(said("assistant", text) for text in ("One.", "Two.", "Three.")),
+        ]
+    },
+    "two answers and another": {
+        "messages": [
+            *(HI, said("assistant", "Hello."), said("assistant", "More.")),
+            *(AND, said("assistant", "Three.")),
+        ]
+    },
+    "two answers, the second with thoughts": {
+        "messages": [
+            *(HI, said("assistant", "Hello.")),
+            said("assistant", "<think>\nhm\n</think>\n\nMore."),
+        ]
+    },
+    "an answer and a call": {
+        "messages": [
+            *(said("user", "Rain?"), said("assistant", "Wait."), calls("Oslo"), WET),
+            said("assistant", "Yes."),
+        ],
+        "tools": TOOLS,
+    },
 }
+# Turns of the assistant that follow each other, without tools and with them.
+TWO = tuple(name for name in ROWS if name.startswith(("two", "three")))
+CALL_AFTER = "an answer and a call"
 NO_TOOLS = "does not write the call in messages|roles must alternate"
 NO_THOUGHTS = "does not write the reasoning_content of messages"
 DEAF = ("llama3", "gemma3", "deepseek_v3", "r1")  # to tools
 THOUGHTLESS = [x for x in npm_tokenizers.CHATS if x not in ("qwen3", "r1", "gptoss")]
 REFUSED = {
     **{(name, "thoughts apart"): NO_THOUGHTS for name in THOUGHTLESS},
-    **{(name, row): NO_TOOLS for name in DEAF for row in ("tool", "parallel calls")},
+    **{(name, row): NO_TOOLS for name in DEAF for row in ("tool", "parallel calls", CALL_AFTER)},
+    **{("gemma3", row): "roles must alternate" for row in TWO},
     ("gptoss", "parallel calls"): "does not write the call in messages",  # but the first
     **{(f"llama3_{i}", "parallel calls"): "supports single tool-calls at once" for i in (1, 2)},
 }
 APART = {
-    "qwen3": ("several turns", "thoughts", "thoughts apart", "tool", "parallel calls"),
-    "r1": ("several turns", "thoughts", "thoughts apart"),
-    "gptoss": ("several turns", "thoughts", "thoughts apart"),
+    "qwen3": (
+        "several turns",
+        "thoughts",
+        "thoughts apart",
+        "tool",
+        "parallel calls",
+        *TWO,
+        CALL_AFTER,
+    ),
+    "r1": ("several turns", "thoughts", "thoughts apart", *TWO),
+    "gptoss": ("several turns", "thoughts", "thoughts apart", *TWO, CALL_AFTER),
 }
 
 
@@ -136,6 +175,61 @@ def test_answers_are_learned_as_the_model_is_asked_for_them(tokenizer, row):
         thought = {"thoughts": ("hm", "so"), "thoughts apart": ("hm", "so")}.get(row)
         if thought is not None:
             assert thought[i // 2] in learned and learned.count("</think>") == 1
+
+
+EMPTY, THOUGHT = "<think>\n\n</think>\n\n", "<think>\nhm\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ("two answers", [EMPTY + "Hello.", EMPTY + "More."]),
+        ("three answers after another", [EMPTY + x for x in ("Hello.", "One.", "Two.", "Three.")]),
+        ("two answers and another", [EMPTY + x for x in ("Hello.", "More.", "Three.")]),
+        ("two answers, the second with thoughts", [EMPTY + "Hello.", THOUGHT + "More."]),
+    ],
+)
+def test_an_answer_after_an_answer_begins_where_it_is_asked_for(row, answers):
+    """Qwen 3's template writes the first one otherwise once there is a second."""
+    qwen = npm_tokenizers.chat_tokenizer("qwen3")
+    found = documents(ROWS[row], qwen)
+    assert [text for *_, (text, _) in found] == [f"{answer}<|im_end|>\n" for answer in answers]
+    with pytest.raises(DataError, match="cannot be known; name a template for training"):
+        documents(ROWS[row], qwen, "joint")
+
+
+USER, OBSERVATION, EOS = "<|box_start|>", "<|box_end|>", "<|endoftext|>"
+YES, RAIN = said("assistant", "Yes."), said("user", "Rain?")
+ENDS: dict[str, tuple[list[dict[str, Any]], str, list[str]]] = {
+    "a call at the end": ([RAIN, calls("Oslo")], "auto", [OBSERVATION]),
+    "calls at the end": ([RAIN, calls("Oslo", "Rome")], "auto", [OBSERVATION]),
+    "an answer and a call": ([RAIN, YES, calls("Oslo")], "auto", [OBSERVATION]),
+    "a call and its result": ([RAIN, calls("Oslo"), WET, YES], "auto", [OBSERVATION, EOS]),
+    "as asked": ([RAIN, calls("Oslo"), WET, YES], "as_asked", [OBSERVATION, EOS]),
+    "a call that the user follows": ([RAIN, calls("Oslo"), AND, YES], "auto", [EOS]),
+    "answers": ([HI, YES, AND, YES], "auto", [USER, EOS]),
+    "answers as asked": ([HI, YES, AND, YES], "as_asked", [EOS, EOS]),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_call_ends_with_the_header_of_its_result_where_that_is_an_end_token(name):
+    """GLM-4's turns have no end of their own, and its generation config has three end tokens."""
+    messages, history, ends = ENDS[name]
+    glm = npm_tokenizers.of_trl("glm4moe").replace("<|user|>", USER)
+    qwen = npm_tokenizers.chat_tokenizer("qwen3")
+    qwen = qwen.with_chat_template(glm.replace("<|observation|>", OBSERVATION))
+    ids = [qwen.encode(end)[0] for end in (EOS, USER, OBSERVATION)]
+    tokenizer = replace(qwen, eos_id=ids[0], eos_ids=frozenset(ids))
+    learned = []
+    for document in documents({"messages": messages, "tools": TOOLS}, tokenizer, history):
+        (encoded,) = encode_rows(tokenizer, [document])
+        learned += encoded.ids[encoded.learned].tolist()
+    assert [tokenizer.decode([i]) for i in learned if i in ids] == ends
+    # Where it is none, a call ends as any answer does.
+    alone = replace(tokenizer, eos_ids=frozenset(ids[:1]))
+    (encoded,) = encode_rows(alone, documents({"messages": messages[:2]}, alone))
+    assert encoded.ids[-1] == ids[0]
 
 
 def test_what_a_template_adds_after_the_last_answer_is_not_learned():

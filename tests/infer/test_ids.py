@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from support.command_line import call
 from support.tiny_folder import write_random_model, write_rows
 
@@ -16,6 +16,7 @@ import mlx_qlora as mq
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.data.codecs import SplitCodec
 from mlx_qlora.data.examples import Example, Examples
+from mlx_qlora.model import llama
 
 ROWS = 320  # of the embedding
 NEW = "<|new|>"  # the tokenizer's token 320
@@ -112,19 +113,99 @@ def test_ids_that_no_text_becomes_hinder_nothing(folder: Path, tmp_path: Path) -
     assert call("generate", "--model", folder, "--prompt", "hi", "generation.max_new_tokens=2") == 0
 
 
-def test_mlx_lm_s_loops_and_a_compiled_model_stay_within_the_embedding(loaded: Any) -> None:
-    model, _ = loaded
-    last = model(mx.array([[5, ROWS - 1]]), model.make_cache())
+def drawn(token: int) -> Callable[[mx.array], mx.array]:
+    """A sampler that always draws this token."""
+    return lambda logprobs: mx.full(logprobs.shape[:1], token, mx.int32)
+
+
+def by_mlx_lm(model: Any, prompt: list[int], n: int = 8, **how: Any) -> list[int]:
+    steps: Any = generate_step(mx.array(prompt), model, max_tokens=n, **how)
+    return [token for token, _ in steps]
+
+
+def in_a_batch(model: Any, *prompts: list[int]) -> None:
+    generator = BatchGenerator(model, max_tokens=8)
+    try:
+        for prompt in prompts:  # those after the first join it while it is answered
+            generator.insert([prompt])
+            for _ in range(3):
+                generator.next_generated()
+        while generator.next_generated():
+            pass
+    finally:
+        generator.close()
+
+
+def one_by_one(model: Any, tokens: list[int]) -> None:
     cache = model.make_cache()
-    model(mx.array([[5]]), cache)
-    for token in (ROWS, 10**9, -1):  # one token after others is what a sampler has drawn
-        rewound = [layer.trim(layer.offset - 1) for layer in cache]
-        assert rewound and mx.allclose(model(mx.array([[token]]), cache)[0, -1], last[0, -1], 1e-4)
+    for token in tokens:
+        model(mx.array([[token]]), cache)
+
+
+def by_draft(model: Any) -> None:
+    list(speculative_generate_step(mx.array([5, 6, ROWS]), model, model, max_tokens=4))
+
+
+MLX_LM_WAYS: dict[str, Callable[[Any], Any]] = {
+    "the last token of a prompt": lambda model: by_mlx_lm(model, [5, 6, ROWS]),
+    "one wanted": lambda model: by_mlx_lm(model, [5, 6, ROWS], 1),
+    "far beyond": lambda model: by_mlx_lm(model, [5, 6, 10**9]),
+    "negative": lambda model: by_mlx_lm(model, [5, 6, -1]),
+    "the first of a prompt": lambda model: by_mlx_lm(model, [ROWS, 5, 6]),
+    "the only one": lambda model: by_mlx_lm(model, [ROWS]),
+    "the last of a chunk": lambda model: by_mlx_lm(model, [5, ROWS, 6, 7], prefill_step_size=2),
+    "a quantised cache": lambda m: by_mlx_lm(m, [5, 6, ROWS], kv_bits=8, kv_group_size=32),
+    "a cache of a fixed size": lambda model: by_mlx_lm(model, [5, 6, ROWS], max_kv_size=16),
+    "drawn by a sampler": lambda model: by_mlx_lm(model, [5, 6], sampler=drawn(ROWS)),
+    "a draft model": by_draft,
+    "a batch": lambda model: in_a_batch(model, [5, 6, ROWS]),
+    "a batch of one token": lambda model: in_a_batch(model, [ROWS]),
+    "joining a batch": lambda model: in_a_batch(model, [5, 6], [7, ROWS]),
+    "one by one": lambda model: one_by_one(model, [5, 6, 7, ROWS, 8, 9]),
+    "one by one, the second": lambda model: one_by_one(model, [5, ROWS, 6, 7]),
+}
+
+
+@pytest.fixture(scope="module")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model whose heads are as wide as a quantised cache needs."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return mq.load(write_random_model(tmp_path_factory.mktemp("wide"), **heads))[0]
+
+
+@pytest.mark.parametrize("way", MLX_LM_WAYS)
+def test_an_id_without_a_row_is_refused_in_mlx_lm_s_loops(way: str, wide_heads: Any) -> None:
+    with pytest.raises(mq.DataError, match=r"320 rows \(0 to 319\)"):
+        MLX_LM_WAYS[way](wide_heads)
+
+
+@pytest.mark.parametrize("token", [ROWS, 10**9, -1, -100])
+def test_an_id_that_cannot_be_looked_at_in_time_becomes_nan(token: int, loaded: Any) -> None:
+    model, _ = loaded
+    cache = model.make_cache()
+    for earlier in (5, 6):  # a token after single ones is what a sampler has drawn
+        model(mx.array([[earlier], [earlier]]), cache)
+    logits = model(mx.array([[7], [token]]), cache)
+    assert mx.isnan(logits[1]).all() and not mx.isnan(logits[0]).any()
     compiled = mx.compile(lambda tokens: model(tokens))
-    wanted = model(mx.array([[5, ROWS - 1]]))
-    assert mx.allclose(compiled(mx.array([[5, 10**9]])), wanted, 1e-4)
-    with pytest.raises(mq.DataError, match="token 1000"):
-        next(generate_step(mx.array([5, 1000, 6]), model))
+    logits = compiled(mx.array([[5, 6], [5, token]]))
+    assert mx.isnan(logits[1, 1]).all()
+    assert mx.allclose(logits[0], model(mx.array([[5, 6]]))[0], 1e-4, 1e-4)
+
+
+def test_mlx_lm_s_loops_are_not_waited_for(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is looked at once whoever drew it has read it, and its successor is drawn."""
+    model, _ = loaded
+    looked_at: list[list[int]] = []
+    monkeypatch.setattr(
+        llama, "check_ids", lambda ids, *_: looked_at.append(ids.flatten().tolist())
+    )
+    seen: list[int] = []
+    steps: Any = generate_step(mx.array([5, 6, 7]), model, max_tokens=6)
+    for token, _ in steps:
+        assert all(ids in ([5, 6], [7], *([each] for each in seen)) for ids in looked_at)
+        seen.append(token)
+    assert looked_at == [[5, 6], [7], *([each] for each in seen[:4])]
 
 
 def test_ids_without_a_token_become_nothing(loaded: Any) -> None:

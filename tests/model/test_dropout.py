@@ -116,7 +116,9 @@ def test_masks_are_as_independent_as_chance(dropout):
 
 def test_the_scores_see_a_pattern(monkeypatch):
     """The control: positions that share a mask, and bits that are not mixed."""
-    monkeypatch.setattr(dropout_bits, "position_words", lambda k, r, p, n: [p[:, None] * 0 + 7] * n)
+    monkeypatch.setattr(
+        dropout_bits, "position_words", lambda k, r, p, n: [mx.full((p.size, 2), 7, mx.uint32)] * n
+    )
     assert max(map(abs, dropout_bits.scores(10**6, 0.1).values())) > 50
 
 

@@ -220,14 +220,14 @@ def test_nothing_widens_bfloat16(
     folder = save_hf(make_hf_model(**sizes), tmp_path)
     model = load_folder(folder, quantize, matmul, mx.bfloat16)
     seen: dict[str, mx.Dtype] = {}
-    pieces = {"project", "add_attention", "widen", "add_mlp"}
+    pieces = {"attention_norm", "rotate", "add_attention", "mlp_norm", "add_mlp"}
     for kind in {type(module) for _, module in model.named_modules()}:
-        for name in {"__call__", *pieces} & vars(kind).keys():
+        for name in {"__call__", "complete", *pieces} & vars(kind).keys():
             monkeypatch.setattr(kind, name, recording(kind, name, seen))
     logits = model(mx.array(random_tokens(2, 12)))
     assert logits.dtype == mx.bfloat16
-    called = {f"{kind}.__call__" for kind in ("Embedding", "Linear", "RMSNorm", "DecoderLayer")}
-    assert set(seen) >= called | {f"DecoderLayer.{piece}" for piece in pieces}
+    called = {f"{kind}.__call__" for kind in ("Embedding", "RMSNorm", "DecoderLayer")}
+    assert set(seen) >= {"Linear.complete"} | called | {f"DecoderLayer.{piece}" for piece in pieces}
     assert set(seen.values()) == {mx.bfloat16}, seen
 
 

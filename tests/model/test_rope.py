@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_qlora.errors import WeightsError
-from mlx_qlora.model.rope import RopeConfig, rope_from_hf, rope_periods
+from mlx_qlora.model.rope import RopeConfig, in_both_spellings, rope_from_hf, rope_periods
 
 LLAMA31 = {
     "factor": 8.0,
@@ -184,3 +184,50 @@ def test_an_unknown_scaling_parameter_is_refused_by_name() -> None:
 def test_a_malformed_value_is_refused_by_name(config: dict[str, Any], named: str) -> None:
     with pytest.raises(WeightsError, match=f"config.json.*{named}"):
         rope_from_hf(config)
+
+
+# ---- what a yarn may say besides ---------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+BESIDES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "attn_factor": {"attn_factor": 2.0},
+    "attn_factor beside attention_factor": {"attn_factor": 2.0, "attention_factor": 1.5},
+    "attention_factor of null": {"attention_factor": None},
+    "mscale_all_dim of 0": {"mscale": 1.0, "mscale_all_dim": 0.0},
+    "mscale_all_dim of 0 alone": {"mscale_all_dim": 0.0},
+    "mscale of 0": {"mscale": 0, "mscale_all_dim": 0.7},
+    "mscale without the other": {"mscale": 0.7},
+    "both": {"mscale": 1.0, "mscale_all_dim": 0.7},
+    "equal ones": {"mscale": 0.7, "mscale_all_dim": 0.7},
+    "betas of 0": {"beta_fast": 0, "beta_slow": 0.0},
+    "betas": {"beta_fast": 16, "beta_slow": 2},
+    "finetuned": {"finetuned": True},
+}
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("name", BESIDES)
+def test_what_a_yarn_says_besides_means_what_it_means_in_transformers(name: str, key: str) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config: dict[str, Any] = {key: {**YARN, **BESIDES[name]}, "max_position_embeddings": 8192}
+    config |= {"rope_theta": 1e4} if key == "rope_scaling" else {}
+    config[key] |= {"rope_theta": 1e4} if key == "rope_parameters" else {}
+    rope = rope_from_hf(copy.deepcopy(config))
+    both: dict[str, Any] = in_both_spellings(config, rope) | {"max_position_embeddings": 8192}
+    for each in (config, both):
+        theirs = LlamaRotaryEmbedding(LlamaConfig(head_dim=64, **copy.deepcopy(each)))
+        assert rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-7)
+        periods = 1 / theirs.inv_freq.double().numpy()
+        np.testing.assert_allclose(np.array(rope_periods(64, rope)), periods, rtol=3e-6)
+        assert rope_from_hf(each) == rope
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mscale": -1}, {"mscale": True}, {"beta_fast": "0"}, {"attn": 1}]
+)
+def test_a_senseless_value_of_a_yarn_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(WeightsError, match=next(iter(wrong))):
+        rope_from_hf({"rope_scaling": {**YARN, **wrong}, "max_position_embeddings": 8192})

@@ -15,7 +15,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.adapters import CONFIG, WEIGHTS, by_peft, largest, move, silence, weights_of
+from support.adapters import (
+    CONFIG,
+    WEIGHTS,
+    by_peft,
+    largest,
+    move,
+    moved_by_peft,
+    silence,
+    weights_of,
+)
 from support.command_line import contents
 from support.models import (
     LLAMA3_ROPE,
@@ -181,15 +190,9 @@ def test_we_open_what_peft_wrote_and_compute_its_logits(
     beginning: Any,
     where: str,
 ) -> None:
-    import torch
-
     options = {"target_modules": "all-linear", **{**WHERE, **PEFT_S_OWN}[where]}
     options |= {"init_lora_weights": beginning, **VARIANTS[variant]}
-    theirs = by_peft(hf_tiny[0], r=4, lora_alpha=6, **options)
-    with torch.no_grad():
-        for weight in (p for p in theirs.parameters() if p.requires_grad):
-            weight.add_(torch.randn_like(weight) * 0.03)
-    theirs.save_pretrained(tmp_path / "a")
+    theirs = moved_by_peft(hf_tiny[0], tmp_path / "a", r=4, lora_alpha=6, **options)
     model = load_adapter(load_folder(hf_tiny[1]), tmp_path / "a")
     logits = our_logits(model, TOKENS)
     assert largest(logits, torch_logits(theirs, TOKENS)) < 1e-5

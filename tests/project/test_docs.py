@@ -333,8 +333,9 @@ def shortened(words: list[str]) -> list[str]:
             words[i + 1] = "4"
         if word == "--answers" and words[i + 1] != "0":
             words[i + 1] = "4"
-    read = COMMANDS[words[0]].sections
-    words += [field for field in SHORT if field.split(".")[0] in read]
+    about = COMMANDS[words[0]]
+    places = [re.split("[.=]", field)[:2] for field in SHORT]
+    words += [field for field, (s, name) in zip(SHORT, places) if name in about.fields(s)]
     if words[0] not in ("train", "sweep"):
         return words
     words += SHORT_RUN

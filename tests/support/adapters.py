@@ -54,6 +54,20 @@ def by_peft(hf: Any, **options: Any) -> Any:
         return get_peft_model(copy.deepcopy(hf), PeftConfig(**options)).eval()
 
 
+def moved_by_peft(hf: Any, folder: Path, **options: Any) -> Any:
+    """An adapter of PEFT's that does something, on its model and saved in a folder."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of patterns that match nothing
+        model = by_peft(hf, **options)
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.requires_grad):
+            weight.add_(torch.randn_like(weight) * 0.03)
+    model.save_pretrained(folder)
+    return model
+
+
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Fails on any warning, and on anything that transformers, peft or others log as one."""

@@ -71,5 +71,5 @@ def autodiff(model, batch: Batch, key: mx.array | None = None) -> tuple[float, A
 
 
 def drawn_here(N: int) -> list[mx.array]:
-    """Dropout words from the global state: other ones whenever it is asked."""
-    return [mx.random.randint(0, 2**31 - 1, (N, 1)).astype(mx.uint32) for _ in range(7)]
+    """Dropout words from the global state: other ones whenever they are asked for."""
+    return [mx.random.randint(0, 2**31 - 1, (N, 2)).astype(mx.uint32) for _ in range(7)]

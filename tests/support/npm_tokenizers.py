@@ -45,12 +45,15 @@ def chat_tokenizer(chat: str) -> Tokenizer:
     """The tokenizer of one of CHATS, with its template."""
     name, template = CHATS[chat]
     tokenizer = load_tokenizer(folder(name))
-    if template is None:
-        return tokenizer
+    return tokenizer if template is None else tokenizer.with_chat_template(of_trl(template))
+
+
+def of_trl(template: str) -> str:
+    """The source of a chat template that trl ships."""
     spec = importlib.util.find_spec("trl")
     assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{template}.jinja"
-    return tokenizer.with_chat_template(path.read_text("utf-8"))
+    return path.read_text("utf-8")
 
 
 @functools.cache
