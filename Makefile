@@ -51,6 +51,7 @@ bench: $(VENV)/.bench ## Measure this machine: speed and memory, beside mlx-lm a
 
 docs: $(VENV)/.docs ## Write what docs show of the program, and build the site into site/
 	$(BIN)/python docs/make_fields.py
+	$(BIN)/python docs/make_machines.py
 	$(BIN)/python docs/make_screens.py
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_figures.py

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -40,6 +41,7 @@ class Device:
     attention_multiple: int = 1  # document lengths that the kernel's gradient needs
     attention_positions: int = 16384  # of documents attended to at once
     attention_padding: float = 0.25  # of each, to fill it up to the longest: fewer kernels
+    attention_scratch: float = 0.0  # bytes of its gradient for each head and pair of positions
     fast_exponentials: bool = False  # cpu/exponentials.py, for float32
     compiles: bool = True  # whether `training.compile: auto` fuses elementwise operations
     stacks_matrices: bool = True  # multiplies those that read the same input as one
@@ -57,10 +59,11 @@ class Device:
     adamw_bytes: int | None = None  # temporary arrays of that; None: as large as the buffers
 
     # What it reaches.
-    memory_share: float = 0.92  # that a plan may fill
+    memory_share: float = 0.92  # that a plan may fill; MLX drops freed buffers where it must
     matmul_share: float = 0.55  # of the chip's matmul rate that training reaches
     waits_for_weights: bool = False  # reads them before it multiplies, and not meanwhile
     wires_memory: bool = False  # keeps MLX's memory from being paged out
+    dispatch_seconds: float = math.inf  # a single kernel may take, before a watchdog ends it
 
     @property
     def compute_dtype(self) -> "mx.Dtype":
@@ -74,12 +77,14 @@ CUDA = Device("cuda", attention_multiple=128)  # what cuDNN differentiates
 
 METAL = Device(
     "metal",
+    attention_scratch=6.4,  # mlx-train-perf's figure; MLX's backward goes by blocks
     packed_matmul=True,
     busy_positions=2048,
     chunk_positions=8192,
     memory_share=0.85,  # a Mac runs other programs, too
     matmul_share=0.85,
     wires_memory=True,
+    dispatch_seconds=2.0,
 )
 
 CPU = Device(
@@ -245,15 +250,17 @@ def facts() -> dict[str, Any]:
 def limit_memory() -> None:
     """Keep MLX's memory where the machine can serve it; the one place that sets its limits.
 
-    On Metal the working set is wired, so that macOS does not page weights out between steps. The
+    On Metal the working set is wired, so that macOS does not page weights out between steps, and
+    MLX waits for what is under way before it takes more: its own limit is 1.5 times that. The
     cache of freed buffers is bounded everywhere: batches of many shapes would fill memory with it.
     """
     import mlx.core as mx
 
-    working_set = facts()["working_set_bytes"]
-    if current().wires_memory:
-        mx.set_wired_limit(working_set)
-    mx.set_cache_limit(working_set // 8)
+    here = this_machine()
+    if here.device.wires_memory:
+        mx.set_wired_limit(here.working_set_bytes)
+        mx.set_memory_limit(here.working_set_bytes)
+    mx.set_cache_limit(here.cache_bytes)
 
 
 # What Metal, CUDA and the C++ library say when memory is exhausted.
@@ -291,6 +298,17 @@ APPLE = {
     **{"m5": 13.0, "m5-max": 57.0},
 }
 NVIDIA = {"a100": 250.0, "h100": 798.0, "h200": 798.0}
+# GB/s of memory, as published for the largest GPU of a name: an m3-max or m4-max with 36 GB has
+# three quarters, an a100 with 80 GB 2,039. Reported and not published: m5-max.
+BANDWIDTH = {
+    **{"m1": 68, "m1-pro": 200, "m1-max": 400, "m1-ultra": 800},
+    **{"m2": 100, "m2-pro": 200, "m2-max": 400, "m2-ultra": 800},
+    **{"m3": 100, "m3-pro": 150, "m3-max": 400, "m3-ultra": 819},
+    **{"m4": 120, "m4-pro": 273, "m4-max": 546, "m5": 153, "m5-max": 614},
+    **{"a100": 1555, "h100": 3350, "h200": 4800},
+}
+BANDWIDTH_SHARE = 0.85  # that elementwise kernels reach
+EMULATED = 0.9  # of their matmul rate that m1 and m2 reach in bfloat16, which they lack
 # GB that each is sold with, for those who name a chip alone.
 MEMORY = {
     **{"m1": "8, 16", "m1-pro": "16, 32", "m1-max": "32, 64", "m1-ultra": "64, 128"},
@@ -318,16 +336,34 @@ class Machine:
     def flops(self) -> float:
         """Matmul rate in the compute dtype: from the table, or of this machine, measured."""
         known = {**APPLE, **NVIDIA}.get(self.name.rpartition("-")[0])
-        return known * 1e12 if known else _measured_flops(self.device.dtype)
+        share = EMULATED if self.name.startswith(("m1", "m2")) else 1.0
+        return known * 1e12 * share if known else _measured_flops(self.device.dtype)
 
-    def seconds(self, flops: float, read: int) -> float:
-        """How long training takes for so many flops of matmuls and bytes of weights that they read.
+    @property
+    def matmul_rate(self) -> float:
+        """Flops per second that training reaches."""
+        return self.flops * self.device.matmul_share
 
-        A CPU's cores wait for these, which is most of a small micro-batch's time; a GPU reads them
-        meanwhile.
+    @functools.cached_property
+    def bytes_per_second(self) -> float:
+        """Of memory, as training reaches it: from the table, or of this machine, measured."""
+        known = BANDWIDTH.get(self.name.rpartition("-")[0])
+        return known * 1e9 * BANDWIDTH_SHARE if known else _measured_reading()
+
+    @property
+    def cache_bytes(self) -> int:
+        """How much of the buffers that it has freed MLX may keep for later."""
+        return self.working_set_bytes // 8
+
+    def seconds(self, flops: float, weights: int, elementwise: float) -> float:
+        """How long training takes for so many flops of matmuls and bytes that are moved.
+
+        A CPU's cores wait for the `weights` that matmuls read, which is most of a small
+        micro-batch's time. A GPU reads them meanwhile, and waits for what `elementwise` operations
+        read and write.
         """
-        waiting = read / _measured_reading() if self.device.waits_for_weights else 0.0
-        return flops / (self.flops * self.device.matmul_share) + waiting
+        moved = weights if self.device.waits_for_weights else elementwise
+        return flops / self.matmul_rate + moved / self.bytes_per_second
 
 
 def this_machine() -> Machine:

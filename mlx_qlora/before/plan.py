@@ -6,6 +6,7 @@ forward kept is there, and the optimiser's update. `benchmarks/memory.py` compar
 then takes.
 """
 
+import math
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,10 @@ from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
 from mlx_qlora.train.config import RunLength, batches_of
 
 FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
+# Of a layer's elementwise operations, counted in the graph of a step on Metal (docs/log.md): how
+# often they move a number of the hidden states, q, k and v, one of the MLP's, and one that dropout
+# may drop; and the forward's share of it.
+HIDDEN_MOVED, MLP_MOVED, DROPPED_MOVED, FORWARD_MOVED = 19, 54.5, 7, 0.36
 
 # ---- estimates -----------------------------------------------------------------------------------
 
@@ -63,6 +68,16 @@ def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
     of_layer = sum(weights_of_layer(llama))
     passes = sum(3 if level == memory.LAYER else 2 for level in levels)
     return itemsize * (passes * of_layer + 2 * llama.vocab_size * llama.hidden_size)
+
+
+def elementwise_bytes(llama: LlamaConfig, levels: list[int], itemsize: int, dropout: bool) -> float:
+    """Bytes that all but the matmuls of a step read and write in the layers, per position."""
+    D, F, H = llama.hidden_size, llama.intermediate_size, llama.num_attention_heads
+    q, k = H * llama.head_dim, llama.num_key_value_heads * llama.head_dim
+    mlp = MLP_MOVED * F
+    layer = mlp + HIDDEN_MOVED * (D + q + 2 * k) + dropout * DROPPED_MOVED * (5 * D + q + F)
+    again = {memory.MLP: FORWARD_MOVED * mlp, memory.LAYER: FORWARD_MOVED * layer}
+    return itemsize * sum(layer + again.get(level, 0) for level in levels)
 
 
 def weights_of_layer(llama: LlamaConfig) -> tuple[int, int]:
@@ -141,15 +156,18 @@ def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
 def longest_context(llama: LlamaConfig, itemsize: int, standing: int, where: Machine) -> int:
     """The longest document that the model has positions for and that fits; a multiple of 64.
 
-    Alone, and with everything recomputed.
+    Alone, and with everything recomputed. A layer's attention to it is a single kernel, which must
+    end before the system's watchdog does that.
     """
     all_layers = memory.Schedule(1, [memory.LAYER] * llama.num_hidden_layers)
+    per_pair = 2 * llama.num_attention_heads * llama.head_dim  # q @ k and p @ v, half of T each
+    in_time = math.sqrt(where.device.dispatch_seconds * where.matmul_rate / per_pair)
 
     def need(length: int) -> int:
         alone = memory.Footprint(llama, [length], itemsize, where)
         return standing + sum(alone.highest(all_layers))
 
-    lengths = range(64, llama.max_position_embeddings + 1, 64)
+    lengths = range(64, int(min(llama.max_position_embeddings, in_time)) + 1, 64)
     return 64 * bisect_right(lengths, where.working_set_bytes, key=need)
 
 
@@ -209,6 +227,7 @@ class Plan:
     tokens_per_second: float  # to be expected, from the machine's matmul rate
     advice: str  # what to change, if it does not fit
     scaling: Scaling | None = None  # of several processes, if their number is known
+    cache_bytes: int = 0  # of freed buffers, which a GPU keeps beside the peak while there is room
     run_seconds: float | None = None  # of the whole run, validations included; None without rows
 
     @property
@@ -236,6 +255,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
         lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
+        if self.cache_bytes:
+            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, while there is room")
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
@@ -336,7 +357,8 @@ def plan_checkpoint(
     tokens = sum(usual)
     flops = tokens * flops_per_token(llama, usually.levels, usual, supervised)
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
-    seconds = where.seconds(flops, read)  # of a micro-batch
+    moved = tokens * elementwise_bytes(llama, usually.levels, itemsize, lora.lora_dropout > 0)
+    seconds = where.seconds(flops, read, moved)  # of a micro-batch
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling.of(processes, trained, *of_step) if processes else None
     sums = scaling.added_bytes if scaling else 0
@@ -349,9 +371,12 @@ def plan_checkpoint(
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
     limit, speed, advice = where.working_set_bytes, tokens / seconds, ""
-    if sum(parts.values()) > limit:
+    total = sum(parts.values())
+    cache = 0 if where.device.kind == "cpu" else min(where.cache_bytes, total - standing)
+    cache = max(0, min(cache, limit - total))  # MLX gives it back before memory ends
+    if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
-    return Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling)
+    return Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling, cache)
 
 
 def _advice(

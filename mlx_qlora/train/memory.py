@@ -30,6 +30,7 @@ KEPT = {
 }
 Recompute = int | str | list[int]  # how many layers, "none", "all", "auto", or each layer's level
 FLOAT32 = 4  # bytes
+FUSED_BLOCK = 1024  # positions of a document that MLX's attention backward takes at once
 
 
 def layer_bytes(config: LlamaConfig, level: int, T: int, itemsize: int, device: Device) -> int:
@@ -81,7 +82,14 @@ class Footprint:
         if level >= MLP:
             numbers = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
             numbers += 0 if self.machine.device.fused_attention else 1.2 * H * min(T, BLOCK)
-        return int(positions * numbers * self.itemsize)
+        return int(positions * numbers * self.itemsize) + self.scratch(n_chunks)
+
+    def scratch(self, n_chunks: int) -> int:
+        """Scores that MLX's attention backward holds of the largest group of documents."""
+        positions, T = largest_chunk(self.lengths, n_chunks)
+        here, H = self.machine.device, self.config.num_attention_heads
+        n = max(1, min(positions, here.attention_positions) / max(T, 1))
+        return int(here.attention_scratch * H * n * min(T, FUSED_BLOCK) ** 2)
 
     def highest(self, schedule: Schedule) -> tuple[int, int]:
         """What is kept and what comes and goes at the highest moment of the backward."""
@@ -110,9 +118,11 @@ class Footprint:
                 n_chunks = max(n_chunks, min(most_chunks, n // machine.cores))
             return Schedule(n_chunks, recompute)
         # Chunks before levels: they cost nothing as long as each keeps the device busy.
-        levels = [NOTHING] * self.config.num_hidden_layers
+        levels, room = [NOTHING] * self.config.num_hidden_layers, budget + self.scratch(n_chunks)
+        budget = room - self.scratch(n_chunks)
         while n_chunks < most_chunks and self.kept(levels, n_chunks) > budget:
             n_chunks += 1
+            budget = room - self.scratch(n_chunks)
         # The MLP before the whole layer: its two matmuls free the most, and need no attention.
         for level in LEVELS[1:]:
             for i in range(len(levels)):

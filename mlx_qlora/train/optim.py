@@ -88,7 +88,8 @@ class AdamW:
     ) -> mx.array:
         """Moves the weights by one step: one division, clipping, AdamW.
 
-        Nothing moves if the gradient or the loss is not finite, or if an error is raised.
+        Nothing moves if the gradient or the loss is not finite, if the gradient of supervised
+        tokens is exactly 0, or if an error is raised.
 
         Args:
             grads: tree of gradients of the loss sum over all micro-batches of the step.
@@ -104,6 +105,7 @@ class AdamW:
         # Before clipping, which would make a finite number of an infinite one. A moment that has
         # once been NaN stays so: nothing moves where anything is not finite.
         finite = mx.isfinite(norm) & mx.isfinite(mx.array(nats, mx.float32))
+        finite &= (norm > 0) | (n_tokens == 0)  # see `Step`: a device that lost its work
         factor = mx.array(1 / max(n_tokens, 1))
         if self.max_grad_norm is not None:
             # 1e-6 as in torch.nn.utils.clip_grad_norm_, for equal trajectories.

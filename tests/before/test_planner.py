@@ -1,6 +1,7 @@
 """Plans made from headers alone, against what a model then really holds."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,18 +11,25 @@ from support.models import make_hf_model, save_hf
 
 import mlx_qlora as mq
 from mlx_qlora import device
-from mlx_qlora.before.plan import Plan, flops_per_token, plan, plan_checkpoint
+from mlx_qlora.before.plan import (
+    Plan,
+    elementwise_bytes,
+    flops_per_token,
+    plan,
+    plan_checkpoint,
+)
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.device import Machine, machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig
-from mlx_qlora.model.weights import load_model, open_checkpoint
-from mlx_qlora.train.memory import LAYER, NOTHING
+from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint
+from mlx_qlora.train.memory import LAYER, MLP, NOTHING, Footprint
 from mlx_qlora.tree import flat
 
 LLAMA = LlamaConfig(4096, 32, 32, 8, 128, 14336, 128256)  # 8B
+LLAMA_1B = LlamaConfig(2048, 16, 32, 8, 64, 8192, 128256)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +165,8 @@ def test_a_cpu_waits_for_the_weights_of_a_micro_batch_and_a_gpu_does_not(monkeyp
     monkeypatch.setattr(device, "_measured_reading", lambda: 1e9)
     cpu, gpu = (small(1 << 30, device=kind) for kind in (device.CPU, device.CUDA))
     busy = [1e11 / (1e11 * each.device.matmul_share) for each in (cpu, gpu)]
-    assert cpu.seconds(1e11, 500_000_000) == pytest.approx(busy[0] + 0.5)
-    assert gpu.seconds(1e11, 500_000_000) == pytest.approx(busy[1])
+    assert cpu.seconds(1e11, 500_000_000, 3e8) == pytest.approx(busy[0] + 0.5)
+    assert gpu.seconds(1e11, 500_000_000, 3e8) == pytest.approx(busy[1] + 0.3)
 
 
 def test_few_rows_are_expected_to_take_longer_on_a_cpu(checkpoint_files, monkeypatch):
@@ -194,7 +202,8 @@ def test_a_chip_without_its_memory_is_told_the_sizes_it_is_sold_with():
         machine("M4-max")
     told = "--machine: 'M4-max' lacks its memory, like m4-max-36; GB: 36, 48, 64, 128"
     assert str(refused.value) == told
-    assert device.MEMORY.keys() == {**device.APPLE, **device.NVIDIA}.keys()
+    chips = {**device.APPLE, **device.NVIDIA}.keys()
+    assert device.MEMORY.keys() == device.BANDWIDTH.keys() == chips
     for chip, sizes in device.MEMORY.items():
         assert all(machine(f"{chip}-{size}").flops for size in sizes.split(", "))
 
@@ -242,3 +251,101 @@ def test_long_rows_among_many_short_ones_ask_for_memory_and_not_for_time(checkpo
     mean = (128 * 10_000 + 2047 * 16) / 10_016
     assert mixed.scaling.step_tokens == pytest.approx(4 * 8 * mean, rel=0.01)
     assert mixed.scaling.compute_seconds == pytest.approx(short.scaling.compute_seconds, rel=0.01)
+
+
+# ---- GPUs ---------------------------------------------------------------------------------------
+
+
+def weightless(llama: LlamaConfig) -> Checkpoint:
+    """A Llama's config without files, which is enough for a plan."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": llama.hidden_size,
+        "intermediate_size": llama.intermediate_size,
+        "num_hidden_layers": llama.num_hidden_layers,
+        "num_attention_heads": llama.num_attention_heads,
+        "num_key_value_heads": llama.num_key_value_heads,
+        "head_dim": llama.head_dim,
+        "vocab_size": llama.vocab_size,
+        "tie_word_embeddings": llama is LLAMA_1B,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "max_position_embeddings": 131072,
+    }
+    return Checkpoint(ModelFiles(Path(), "llama", None, "llama"), config, {}, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "llama", "microseconds"),
+    # Matmuls at the measured rate and what packed weights and emulated bfloat16 add to them (a
+    # middle), LoRA's tiles, elementwise traffic, launches: docs/log.md has the arithmetic.
+    [
+        ("m4-max-64", LLAMA, 2142 * 1.175 + 30 + 79.6e6 / 464e3 + 10),
+        ("m1-8", LLAMA_1B, 2100 * 1.3 + 30 + 22.0e6 / 54e3 + 20),
+        ("h100-80", LLAMA, 45 + 2 + 79.6e6 / 2.9e6 + 20),
+    ],
+)
+def test_the_speed_of_a_gpu_is_that_of_matmuls_and_of_what_moves_between_them(
+    name, llama, microseconds
+):
+    rows = rows_of([99] * 200)
+    made = plan_checkpoint(weightless(llama), RunConfig(), rows, machine(name))
+    assert 1e6 / made.tokens_per_second == pytest.approx(microseconds, rel=0.10)
+
+
+def test_elementwise_traffic_is_that_of_the_graph():
+    """Of 8B and 1B, counted by hand; dropout's is 14 bytes for each input of a LoRA weight."""
+    for llama, megabytes, dropped in ((LLAMA, 62.5, 17.4), (LLAMA_1B, 17.4, 4.6)):
+        nothing = [NOTHING] * llama.num_hidden_layers
+        without = elementwise_bytes(llama, nothing, 2, dropout=False)
+        assert without / 1e6 == pytest.approx(megabytes, rel=0.01)
+        added = elementwise_bytes(llama, nothing, 2, dropout=True) - without
+        assert added / 1e6 == pytest.approx(dropped, rel=0.01)
+    levels = [elementwise_bytes(LLAMA, [level] * 32, 2, True) for level in (NOTHING, MLP, LAYER)]
+    assert levels == sorted(levels) and levels[2] == pytest.approx(1.36 * levels[0])
+
+
+def test_metal_s_attention_gradient_needs_scratch_for_its_largest_group():
+    metal = machine("m4-max-64")
+    other = dataclasses.replace(
+        metal, device=dataclasses.replace(metal.device, attention_scratch=0)
+    )
+
+    def added(lengths: list[int]) -> int:
+        footprints = [Footprint(LLAMA, lengths, 2, where) for where in (metal, other)]
+        with_it, without = (footprint.working(NOTHING, 1) for footprint in footprints)
+        return with_it - without
+
+    block = 6.4 * 32 * 1024**2
+    assert added([1024] * 6) == pytest.approx(6 * block)
+    assert added([8192]) == pytest.approx(block), "a block of it at once"
+    assert added([1024] * 100) == pytest.approx(16 * block), "of 16,384 positions at once"
+    assert added([100] * 60) == pytest.approx(60 * 6.4 * 32 * 100**2, rel=0.01)
+    # In more chunks there is less of it, so that nothing has to be computed again.
+    made = plan_checkpoint(weightless(LLAMA_1B), RunConfig(), where=machine("m1-8"))
+    assert made.fits and made.schedule.n_chunks == 18 and set(made.schedule.levels) == {NOTHING}
+
+
+def test_a_gpu_s_cache_of_freed_buffers_is_told_and_gives_way():
+    def made(where: Machine) -> Plan:
+        return plan_checkpoint(weightless(LLAMA), RunConfig(), where=where)
+
+    roomy, tight, cpu = made(machine("m4-max-64")), made(machine("m1-16")), made(small(64 << 30))
+    assert roomy.cache_bytes == roomy.memory_bytes // 8 == roomy.to_dict()["cache_bytes"]
+    assert "cache                     6.44 GB more, while there is room" in str(roomy)
+    for each in (roomy, tight):
+        assert each.fits and 0 < each.cache_bytes <= each.memory_bytes - each.total_bytes
+    assert cpu.cache_bytes == 0 and "cache" not in str(cpu)
+    assert made(machine("m1-8")).cache_bytes == 0, "of what does not fit nothing is kept"
+
+
+def test_no_attention_to_the_longest_context_is_ended_by_the_watchdog():
+    where = machine("m4-max-64")
+    longest = plan_checkpoint(weightless(LLAMA), RunConfig(), where=where).longest_context
+    seconds = 2 * 4096 * longest**2 / where.matmul_rate
+    assert 1.9 < seconds <= 2
+    patient = dataclasses.replace(where.device, dispatch_seconds=float("inf"))
+    where = dataclasses.replace(where, device=patient)
+    unbounded = plan_checkpoint(weightless(LLAMA), RunConfig(), where=where).longest_context
+    assert unbounded > 1.3 * longest, "memory would do for more"

@@ -65,6 +65,12 @@ def test_the_names_of_other_trainers_and_the_presets_are_current(page):
     assert "<!-- end -->" in text and filled(text) == text, "run `make docs`"
 
 
+def test_the_predictions_for_macs_are_what_the_planner_says_today():
+    filled = runpy.run_path(str(ROOT / "docs" / "make_machines.py"))["filled"]
+    text = (ROOT / "docs" / "how-to" / "on-your-mac.md").read_text(encoding="utf-8")
+    assert text.count("<!-- end -->") == 4 and filled(text) == text, "run `make docs`"
+
+
 def test_the_references_are_current():
     made = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
     for name, page in (("cli", made["cli_page"]()), ("python", made["python_page"]())):

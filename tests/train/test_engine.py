@@ -536,6 +536,30 @@ def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(
     assert active[-1] == pytest.approx(active[120], rel=0.02)
 
 
+def test_a_gpu_keeps_no_more_for_a_loop_of_one_s_own_than_is_planned(
+    model, monkeypatch, use_device
+):
+    """Uncompiled it would keep the sigmoids, which the plan for a GPU does not count."""
+    use_device(device.METAL)
+    tapes: list[Tape] = []
+    kept: list[int] = []
+
+    def tape(*args: Any) -> Tape:
+        tapes.append(Tape(*args))
+        return tapes[-1]
+
+    def loss(engine: Engine, last: Tape, losses: list[mx.array]):
+        arrays = [array for each in tapes for array in arrays_of(each.values)]
+        kept.append(sum(array.nbytes for array in arrays) - last.values["y"].nbytes)
+        return original(engine, last, losses)
+
+    original = Engine._loss
+    monkeypatch.setattr(engine_module, "Tape", tape)
+    monkeypatch.setattr(Engine, "_loss", loss)
+    loss_and_grads(model, a_batch(B=4, T=96), recompute="none")
+    assert kept == [Footprint(model.config, [96] * 4, 4).kept([NOTHING] * len(model.layers), 1)]
+
+
 @pytest.mark.parametrize("level", [NOTHING, EXPONENTIALS, MLP, LAYER])
 def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
     batch = a_batch(B=4, T=96)

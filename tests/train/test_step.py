@@ -38,7 +38,7 @@ from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.signals import StopSignal
-from mlx_qlora.train.step import Step, split, suspects
+from mlx_qlora.train.step import Step, StepError, split, suspects
 
 MALLOC = "[malloc] Unable to allocate 123 bytes."
 OUT_OF_MEMORY = [
@@ -378,6 +378,34 @@ def test_other_errors_of_the_device_end_the_run_in_its_own_words(model, words, r
     assert (remedy in hint) if remedy else hint == ""
 
 
+@pytest.mark.parametrize("lost", [("loss", "gradient"), ("gradient",)])
+def test_a_gradient_of_nothing_is_a_device_that_lost_its_work(model, lost):
+    """Metal may lose a command buffer without an error; its arrays stay zeros."""
+
+    def change(batch: Batch, loss: Any, grads: Any) -> Any:
+        grads = tree_map(mx.zeros_like, grads) if "gradient" in lost else grads
+        return (loss * 0 if "loss" in lost else loss), grads
+
+    healthy, step = stepper(model), stepper(model, engine_that(change))
+    healthy(a_step(0), 1e-2)
+    step.optimizer = healthy.optimizer  # with moments that would go on moving the weights
+    before = numbers_of(step)
+    with pytest.raises(StepError) as raised:
+        step(a_step(8), 1e-2)
+    loss = "0" if "loss" in lost else r"\d\.\d+"
+    words = rf"the device gave up: the gradient of \d+ tokens is exactly 0, at a loss of {loss}"
+    assert re.fullmatch(words, str(raised.value)) and raised.value.again
+    assert numbers_of(step) == before
+
+
+def test_a_loss_of_nothing_is_what_a_certain_model_has(model):
+    """Where the target's probability rounds to 1, the gradient is small and not 0."""
+    step = stepper(model, engine_that(lambda batch, loss, grads: (loss * 0, grads)))
+    result = step(a_step(0), 1e-2)
+    assert result is not None and result.finite and result.loss == 0
+    assert step.optimizer.step == 1
+
+
 def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
     working_set = device.facts()["working_set_bytes"]
     before = mx.set_cache_limit(12345)
@@ -387,13 +415,15 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
     finally:
         mx.set_cache_limit(before)
 
-    for kind, wired in ((device.METAL, [working_set]), (device.CUDA, []), (device.CPU, [])):
-        limits, caches = [], []
+    for kind in (device.METAL, device.CUDA, device.CPU):
+        wired, limits, caches = [], [], []
         with device.use(kind), monkeypatch.context() as patch:
-            patch.setattr(mx, "set_wired_limit", limits.append)
+            patch.setattr(mx, "set_wired_limit", wired.append)
+            patch.setattr(mx, "set_memory_limit", limits.append)
             patch.setattr(mx, "set_cache_limit", caches.append)
             device.limit_memory()
-        assert (limits, caches) == (wired, [working_set // 8])
+        assert wired == limits == ([working_set] if kind is device.METAL else [])
+        assert caches == [working_set // 8]
 
 
 # ---- whole runs --------------------------------------------------------------------------------
