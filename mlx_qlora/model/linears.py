@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qlora import device
-from mlx_qlora.model.quantize import stacked
+from mlx_qlora.model.quantize import Linear, stacked
 
 
 @dataclass(frozen=True)
@@ -47,5 +47,8 @@ class Linears:
         matrices = [linear.base_layer for linear in self.members.values()]
         if len(matrices) > 1 and device.current().stacks_matrices:
             if (stack := stacked(matrices)) is not None:
-                return [*mx.split(stack.matrix.multiply(x), stack.ends, axis=-1)]
+                products = mx.split(stack.matrix.multiply(x), stack.ends, axis=-1)
+                # One that is the result itself is copied: it would keep all of them in memory.
+                pairs = zip(self.members.values(), products)
+                return [mx.contiguous(y) if type(one) is Linear else y for one, y in pairs]
         return [matrix.multiply(x) for matrix in matrices]
