@@ -393,6 +393,7 @@ class LlamaForCausalLM(nn.Module):
     hf_config: dict[str, Any]  # the `config.json` that the loader read
     source: Any  # where the weights came from, a `hub.ModelFiles`
     quantized_to: Any  # the `QuantConfig` by which dense files were packed while loading, or None
+    frozen_matmul: str  # as `load` was asked for it
     lora_config: Any  # the `LoraConfig` of the LoRA layers, once `add_lora` has put them in
 
     def __init__(self, config: LlamaConfig) -> None:
