@@ -39,7 +39,7 @@ def key(folder, quant=FOUR_BITS):
     return measured.key_of(LlamaConfig.from_hf(config), quant)
 
 
-def store(folder, quant=FOUR_BITS, **seconds):
+def store(folder, seconds, quant=FOUR_BITS):
     return measured.store(key(folder, quant), {device.current().dtype: seconds})
 
 
@@ -57,9 +57,9 @@ def chosen(out):
 
 
 def test_what_is_stored_is_found_again_beside_other_layers(base):
-    path = store(base, **FASTER_PACKED)
+    path = store(base, FASTER_PACKED)
     assert path == user_cache() / "machine.json"
-    store(base, QuantConfig(8, 32), resident=1.0)
+    store(base, {"resident": 1.0}, QuantConfig(8, 32))
     layers = measured.stored()
     assert layers[key(base)] == {"float32": FASTER_PACKED} and len(layers) == 2
     words = device.facts()["chip"], device.facts()["mlx"], "64 x 192", "4/2 heads of 16"
@@ -76,12 +76,12 @@ def test_what_is_stored_is_found_again_beside_other_layers(base):
     ],
 )
 def test_the_fastest_way_is_taken_if_it_is_faster_than_noise(base, seconds, way, why):
-    store(base, **seconds)
+    store(base, seconds)
     assert measured.fastest(key(base), 1000) == ("float32", way, why)
 
 
 def test_a_copy_that_does_not_fit_is_not_chosen(base):
-    store(base, dequantize=1.0, resident=0.1)
+    store(base, {"dequantize": 1.0, "resident": 0.1})
     assert measured.fastest(key(base), 1 << 50) == (
         "float32",
         "dequantize",
@@ -90,9 +90,9 @@ def test_a_copy_that_does_not_fit_is_not_chosen(base):
 
 
 def test_other_layers_dtypes_and_devices_have_no_say(base, use_device):
-    store(base, quantized=1.0)  # the table's own way was not measured
+    store(base, {"quantized": 1.0})  # the table's own way was not measured
     assert measured.fastest(key(base), 1000) is None
-    store(base, **FASTER_PACKED)
+    store(base, FASTER_PACKED)
     assert measured.fastest(key(base, QuantConfig(8)), 1000) is None
     use_device(dataclasses.replace(device.CPU, dtype="bfloat16"))
     assert measured.fastest(key(base), 1000) is None
@@ -122,7 +122,7 @@ def test_a_file_that_is_not_ours_is_ignored_with_a_warning(base, tmp_path, text)
     with pytest.warns(UserWarning, match="machine.json is not as .*ignored"):
         assert measured.fastest(key(base), 1000) is None
     with pytest.warns(UserWarning, match="ignored"):
-        store(base, **FASTER_PACKED)
+        store(base, FASTER_PACKED)
     assert measured.stored() == {key(base): {"float32": FASTER_PACKED}}
 
 
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_user(base, tmp_path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(TrainingError, match="mlx-qlora"):
-        store(base, resident=1.0)
+        store(base, {"resident": 1.0})
 
 
 # ---- a run
@@ -144,7 +144,7 @@ def test_without_a_file_auto_stays_auto(base, tmp_path, capsys):
 
 def test_a_run_says_and_records_its_choice_and_repeats_it(base, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    store(base, **FASTER_PACKED)
+    store(base, FASTER_PACKED)
     words = ["--max-steps", "4"]
     assert train(base, whole, *words) == 0 and chosen(whole) == ("float32", "quantized")
     said = "measured  model.dtype=float32, model.frozen_matmul=quantized: 1.50 times as fast here"
@@ -153,7 +153,7 @@ def test_a_run_says_and_records_its_choice_and_repeats_it(base, tmp_path, capsys
     for folder in out.glob("checkpoint-4"):  # as if it had been killed after step 2
         folder.rename(tmp_path / "gone")
     (user_cache() / "machine.json").unlink()
-    store(base, quantized=9.0, resident=1.0)
+    store(base, {"quantized": 9.0, "resident": 1.0})
     assert train(base, out, *words) == 0 and chosen(out) == ("float32", "quantized")
     assert "measured  " not in capsys.readouterr().out.rpartition("split ")[2]
     name = "adapter_model.safetensors"
@@ -165,7 +165,7 @@ def test_a_run_that_began_without_a_file_goes_on_without_it(base, tmp_path):
     out = tmp_path / "out"
     assert train(base, out, "--max-steps", "4") == 0
     (out / "checkpoint-4").rename(tmp_path / "gone")
-    store(base, **FASTER_PACKED)
+    store(base, FASTER_PACKED)
     assert train(base, out, "--max-steps", "4") == 0 and chosen(out) == ("auto", "auto")
     again = ["checkpointing.resume_from_checkpoint=none", "--max-steps", "2"]
     assert train(base, out, *again) == 0 and chosen(out) == ("float32", "quantized")
@@ -175,7 +175,7 @@ def test_a_run_that_began_without_a_file_goes_on_without_it(base, tmp_path):
     "words", [["model.frozen_matmul=dequantize"], ["model.dtype=bfloat16"], ["model.bits=null"]]
 )
 def test_what_somebody_set_is_not_overruled(base, tmp_path, words, capsys):
-    store(base, **FASTER_PACKED)
+    store(base, FASTER_PACKED)
     assert train(base, tmp_path / "out", "--max-steps", "1", *words) == 0
     assert "measured" not in capsys.readouterr().out
     assert "quantized" not in chosen(tmp_path / "out")
@@ -183,7 +183,7 @@ def test_what_somebody_set_is_not_overruled(base, tmp_path, words, capsys):
 
 def test_a_notebooks_model_is_multiplied_with_as_measured(base, tmp_path):
     """`load` knows nothing of it; `fine_tune` changes the way and records it."""
-    store(base, **FASTER_PACKED)
+    store(base, FASTER_PACKED)
     out = tmp_path / "out"
     dense = fine_tune(base / "model", tmp_path / "dense", max_steps=2)
     assert "measured" not in dense.printed  # nothing is packed
