@@ -1,6 +1,6 @@
 """`mlx-qlora doctor --self-test`: whether this machine computes what training needs, and how fast.
 
-Kernels are compared with numpy's arithmetic, twenty steps of a tiny model with losses that are
+Kernels are compared with their definitions, twenty steps of a tiny model with losses that are
 shipped, and a layer of a real size with the plan. It needs no file and no network, and runs in a
 process of its own, which a device that fails may end.
 """
@@ -259,11 +259,12 @@ def self_test(
     result = {"ok": all(finding.state not in BAD for finding in found)}
     result |= {"findings": [asdict(finding) for finding in found]}
     if report is not None:
+        to_json = partial(json.dumps, indent=1, ensure_ascii=False)
         path = re.sub(r"\.(json|md)$", "", str(Path(report).expanduser().absolute()))
         rows = [f"| {each.state} | {each.name} | {each.text} |" for each in found]
         head = [f"mlx-qlora {__version__}", "", "| | | |", "|---|---|---|"]
         with disk_errors(Path(path).parent):
-            write_whole(Path(f"{path}.json"), anonymous(json.dumps(result, indent=1)) + "\n")
+            write_whole(Path(f"{path}.json"), anonymous(to_json(result)) + "\n")
             write_whole(Path(f"{path}.md"), anonymous("\n".join([*head, *rows])) + "\n")
     return result
 
@@ -302,7 +303,7 @@ def _from_child(words: list[Any]) -> Iterator[Finding]:
         said = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
     if (code := child.returncode) < 0:
         said = f"{signal.Signals(-code).name} {said}"
-        if code == -signal.SIGILL:  # cmeel-openblas 0.3.31 needs AVX-512
+        if code == -signal.SIGILL:  # some builds of OpenBLAS need AVX-512, for example
             said += "a library is for another CPU: set MLX_QLORA_BLAS to another BLAS, or to none"
     if code:
         yield Finding("fail", "process", f"it ended before it was done: {said}")
@@ -315,5 +316,6 @@ def _child() -> None:
 
 def anonymous(text: str) -> str:
     """Without folders, and without this computer's name."""
-    text = text.replace(platform.node() or "\n\n", "computer")
+    text = re.sub(rf"\b{re.escape(platform.node() or '/')}\b", "computer", text)
+    text = text.replace(str(Path.home()), "~")  # whose name may have spaces
     return re.sub(r"(?<![\w.:/])~?/(?:[^/\s|\"]+/)+", "", text)

@@ -229,7 +229,9 @@ def test_the_whole_of_it_on_this_machine(tmp_path):
     assert not (user_cache() / "machine.json").exists()
 
 
-def test_what_a_report_must_not_say():
+def test_what_a_report_must_not_say(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/Users/Jo Li"))
+    assert self_test.anonymous("in /Users/Jo Li/models/x y/z.gguf") == "in x y/z.gguf"
     node = platform.node()
     text = f"/home/ann/x/libblas.so on {node}; ~/y/z.py, 4096 x 4096, https://a.org/b, 3/4 of it"
     assert self_test.anonymous(text) == (
