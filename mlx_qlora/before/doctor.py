@@ -41,9 +41,7 @@ from mlx_qlora.train.memory import adapter_bytes
 class Finding:
     """One line of the report."""
 
-    # "ok"; "warning": works, but slowly or not in every case; "error": does not work. Of a
-    # self-test "pass"; "slower" or "larger" than planned; "fail"
-    state: str
+    state: str  # "ok"; "warning": works, but slowly or not in every case; "error": does not work
     name: str  # of what was looked at
     text: str
     fix: str | None = None  # a command to paste; beside "ok", one that is worth knowing

@@ -83,7 +83,8 @@ def matmul(dtype: mx.Dtype) -> Iterator[Case]:
         dense, matrix, what = draw(192, 256), FrozenMatrix(192, 256), f"{bits} bits by {group}"
         matrix.dtype = dtype
         matrix.pack(mx.array(dense), QuantConfig(bits, group))
-        words, scales, biases = (np.array(part.astype(t)) for part, t in zip(matrix.packed(), T32))
+        words = np.array(matrix.weight)
+        scales, biases = (np.array(part.astype(mx.float32)) for part in matrix.packed()[1:])
         codes = words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & ((1 << bits) - 1)
         W = codes.reshape(192, -1, group) * scales[..., None] + biases[..., None]
         W, step = W.reshape(dense.shape), np.repeat(np.abs(scales), group, axis=1)
@@ -93,9 +94,6 @@ def matmul(dtype: mx.Dtype) -> Iterator[Case]:
             x, dy = draw(rows, 256), draw(rows, 192)
             got = [matrix.multiply(mx.array(x, dtype)), matrix.multiply_back(mx.array(dy, dtype))]
             yield f"{way}, {rows} x {what}", got, [x @ W.T, dy @ W]
-
-
-T32 = mx.uint32, mx.float32, mx.float32
 
 
 def attention(dtype: mx.Dtype) -> Iterator[Case]:
