@@ -18,7 +18,15 @@ CHAPTERS = {
     "Load": ("load", "add_lora", "QuantConfig", "LoraConfig", "ModelConfig"),
     "Data": ("read_examples", "Examples", "make_batches", "Batch", "DataConfig"),
     "Train": (
-        *("plan", "fine_tune", "TrainResult", "loss_and_grads", "RunConfig", "TrainingConfig"),
+        *(
+            "self_test",
+            "plan",
+            "fine_tune",
+            "TrainResult",
+            "loss_and_grads",
+            "RunConfig",
+            "TrainingConfig",
+        ),
         *("CheckpointingConfig", "LoggingConfig"),
     ),
     "Ask": (

@@ -15,6 +15,7 @@ from mlx_qlora.adapters.several import detach as detach
 from mlx_qlora.adapters.several import disabled as disabled
 from mlx_qlora.adapters.several import switch as switch
 from mlx_qlora.before.plan import plan as plan
+from mlx_qlora.before.self_test import self_test as self_test
 from mlx_qlora.config import ModelConfig as ModelConfig
 from mlx_qlora.config import RunConfig as RunConfig
 from mlx_qlora.data.batches import Batch as Batch

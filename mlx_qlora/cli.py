@@ -297,6 +297,12 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--rungs", type=int, default=3, metavar="N", help=halved)
         add("--product", action="store_true", help="all combinations, not field after field")
         add("--repeat-best", action="store_true", help="the winner with another seed, too")
+    if name == "doctor":
+        tests = "compare kernels, losses, memory and speed with what they should be"
+        add("--self-test", action="store_true", help=tests)
+        add("--report", metavar="FILE", help="of --self-test: FILE.json and FILE.md for an issue")
+        times = "time a layer of the model in each way, for model.frozen_matmul=auto to choose by"
+        add("--tune", action="store_true", help=times)
     if name in ("merge", "export"):
         add("--output-dir", dest="folder", required=True, metavar="DIR", help="where it goes")
     if name == "merge":

@@ -375,6 +375,14 @@ def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
 def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.doctor import PlannedRun, doctor
 
+    if args.report is not None and not args.self_test:
+        raise ConfigError("--report goes with --self-test")
+    if args.self_test or args.tune:
+        from mlx_qlora.before.self_test import PARTS, self_test
+
+        parts = PARTS if args.self_test else PARTS[-1:]
+        how: dict[str, Any] = {"parts": parts, "config": config, "keep": args.tune}
+        return self_test(report=args.report, console=console, **how)
     findings = doctor(console, PlannedRun(config))
     fine = all(finding.state != "error" for finding in findings)
     return {"ok": fine, "findings": [asdict(finding) for finding in findings]}

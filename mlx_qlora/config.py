@@ -70,7 +70,7 @@ class ModelConfig:
     frozen_matmul: str = option(
         "auto",
         "how quantised weights are multiplied: as they are, unpacked each time, or from a dense "
-        "copy. auto is the fastest that the memory allows",
+        "copy. auto is the fastest that the memory allows, by doctor --tune if that was run",
         choices=("auto", "quantized", "dequantize", "resident"),
     )
 

@@ -186,11 +186,15 @@ def frozen_matmul(
         machine = machine or this_machine()
         if machine.device.packed_matmul:
             return "quantized"
-        fits = dense_bytes <= COPY_SHARE * machine.working_set_bytes
-        return "resident" if fits else "dequantize"
+        return "resident" if has_room(dense_bytes, machine) else "dequantize"
     legal = "quantized", "dequantize", "resident"
     require(name in legal, "model.frozen_matmul", f"be one of auto, {', '.join(legal)}", name)
     return name  # pyright: ignore[reportReturnType]
+
+
+def has_room(dense_bytes: int, machine: "Machine") -> bool:
+    """Whether a machine has memory for a dequantised copy of so many bytes."""
+    return dense_bytes <= COPY_SHARE * machine.working_set_bytes
 
 
 # ---- cores ---------------------------------------------------------------------------------------

@@ -85,6 +85,11 @@ def write_whole(path: Path, text: str) -> None:
         (staging / path.name).write_text(text, encoding="utf-8")
 
 
+def user_cache() -> Path:
+    """The folder for what this user's runs keep for later ones; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-qlora"
+
+
 def _flush(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -59,6 +59,7 @@ def load(
     checkpoint = open_checkpoint(resolve(source, revision))
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul)
+    model.frozen_matmul = frozen_matmul
     if adapter is not None:
         load_adapter(model, adapter)
     return model, with_tokenizer_of(adapter, tokenizer)

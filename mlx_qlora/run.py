@@ -51,17 +51,25 @@ from mlx_qlora.folders import (
     write_whole,
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
+from mlx_qlora.measured import fastest, key_of
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, begins_with_base, lora_layers, trainable_count
-from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.model.weights import Checkpoint, load_model, open_checkpoint, read_config
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
+from mlx_qlora.model.weights import (
+    Checkpoint,
+    load_model,
+    open_checkpoint,
+    packed_size,
+    read_config,
+)
 from mlx_qlora.train.checkpoint import (
     RunState,
     checkpoint_to_resume,
     is_ours,
     last_checkpoint,
     restore_set_aside,
+    values_before,
 )
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
@@ -254,6 +262,11 @@ def open_inputs(
         train = read_examples(config.data.path, tokenizer, config.data, console=console)
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
+    if checkpoint is not None and writes:
+        quantize = config.model.quantize()
+        numbers = packed_size(LlamaForCausalLM(llama), checkpoint, quantize)
+        packing = packing_of(checkpoint, quantize)
+        config = as_measured(config, llama, packing, numbers, console)
     settled = settle(config, llama, train)
     inputs = Inputs(settled, tokenizer, llama, train, validation, test, checkpoint)
     for report in inputs.reports:
@@ -272,6 +285,40 @@ def open_inputs(
         for line in explained(config, settled, train):
             say(console, line)
     return inputs
+
+
+def as_measured(
+    config: RunConfig,
+    llama: LlamaConfig,
+    packing: QuantConfig | None,
+    dense_numbers: int,
+    console: Console,
+) -> RunConfig:
+    """With what `doctor --tune` measured in the place of `auto`, which a line says.
+
+    A run that goes on repeats its own choice, whatever has been measured since.
+
+    Args:
+        packing: of the layers' matrices.
+        dense_numbers: in all packed matrices.
+    """
+    model = config.model
+    if before := values_before(config.checkpointing, "model"):
+        names = [n for n in ("dtype", "frozen_matmul") if getattr(model, n) == "auto"]
+        return replace(config, model=replace(model, **{n: before.get(n, "auto") for n in names}))
+    usual = model.frozen_matmul == "auto" and model.dtype in ("auto", device.current().dtype)
+    if not usual or packing is None or processes().size > 1:  # machines may differ
+        return config
+    if (found := fastest(key_of(llama, packing), dense_numbers)) is None:
+        return config
+    dtype, way, why = found
+    say(console, f"measured  model.dtype={dtype}, model.frozen_matmul={way}: {why}")
+    return replace(config, model=replace(model, dtype=dtype, frozen_matmul=way))
+
+
+def packing_of(checkpoint: Checkpoint, quantize: QuantConfig | None) -> QuantConfig | None:
+    """How most matrices of the layers are packed, or will be; None for dense ones."""
+    return checkpoint.packing.get("model.layers.0.mlp.down_proj") or quantize
 
 
 def check_output(output: Path, adapter: str | None = None) -> None:
@@ -343,7 +390,8 @@ def fine_tune(
             check_output(output)
             require_trackers([*config.logging.report_to])
         check_examples(tokenizer, model.config, train_examples, validation)
-        settled = settle(config, model.config, train_examples)
+        chosen = as_measured_for(model, config, console)
+        settled = settle(chosen, model.config, train_examples)
         for line in explained(config, settled, train_examples):
             say(console, line)
         check_needs(config, validation)
@@ -352,6 +400,19 @@ def fine_tune(
         return Inputs(settled, tokenizer, model.config, train_examples, validation)
 
     return _run(model, everyone.agree(opened), console, None, 0)
+
+
+def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console) -> RunConfig:
+    """As `as_measured`, for a loaded model, which is multiplied with that way from then on."""
+    matrices = [m for m in model.modules() if isinstance(m, FrozenMatrix) and m.quant]
+    if not matrices or getattr(model, "frozen_matmul", None) != "auto":  # `load` was told
+        return config
+    numbers = sum(math.prod(matrix.shape) for matrix in matrices)
+    chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)
+    for matrix in matrices if chosen.model.frozen_matmul != config.model.frozen_matmul else ():
+        matrix.matmul, matrix._resident = chosen.model.frozen_matmul, None  # pyright: ignore
+        matrix.make_resident()
+    return chosen
 
 
 def _run(

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
@@ -52,23 +52,30 @@ _ok, _warning, _error = (partial(Finding, state) for state in ("ok", "warning", 
 # ---- the command ---------------------------------------------------------------------------------
 
 COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}
+COLOURS |= {"pass": "green", "slower": "yellow", "larger": "yellow", "fail": "bold red"}
 MARGIN = 9 + 13  # columns of the state and the name
 
 
 def doctor(console: Console, run: "PlannedRun") -> list[Finding]:
     """Examines this machine, and the model of a run if it names one; prints what it finds."""
-    report = []
-    for check in (*MACHINE, run.hub, run.model, run.disk, packages, environment):
+    return examine(console, *MACHINE, run.hub, run.model, run.disk, packages, environment)
+
+
+def examine(console: Console, *checks: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Makes some checks, and prints what they find as they go."""
+    report = list[Finding]()
+    for check in checks:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the findings say it
-                findings = [*check()]
+                for finding in check():
+                    report.append(finding)
+                    show(console, finding)
         except Exception as cause:  # a check that breaks must not keep the others from being made
             name = check.__name__.replace("_", " ")
-            findings = [_warning(name, f"could not be checked ({type(cause).__name__}: {cause})")]
-        for finding in findings:
-            show(console, finding)
-        report += findings
+            text = f"could not be checked ({type(cause).__name__}: {cause})"
+            report.append(_warning(name, text))
+            show(console, report[-1])
     return report
 
 

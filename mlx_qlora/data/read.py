@@ -35,6 +35,7 @@ from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows
 from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
+from mlx_qlora.folders import user_cache
 from mlx_qlora.model.llama import LlamaConfig, check_ids
 
 PEEKED = 100  # rows that are looked at to find a file's format
@@ -249,7 +250,7 @@ def cache_folder(name: str) -> Path:
     """The folder that `data.cache_dir` names."""
     if name != "auto":
         return user_path(name, "data.cache_dir")
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-qlora"
+    return user_cache()
 
 
 def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Encoder:

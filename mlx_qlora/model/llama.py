@@ -430,6 +430,7 @@ class LlamaForCausalLM(nn.Module):
     source: Any  # where the weights came from, a `hub.ModelFiles`
     quantized_to: Any  # the `QuantConfig` by which dense files were packed while loading, or None
     is_merged: bool  # set where an adapter was folded into the weights, which left their files
+    frozen_matmul: str  # as `load` was asked for it
     lora_config: Any  # the `LoraConfig` of the LoRA layers, once `add_lora` has put them in
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -24,7 +24,7 @@ from mlx_qlora.adapters.origin import base_hash
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
-from mlx_qlora.folders import disk_errors, staged
+from mlx_qlora.folders import disk_errors, json_object, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
@@ -276,6 +276,14 @@ def restore_set_aside(output: Path) -> None:
         name = re.match(r"\.(checkpoint-\d+)-", aside.name)
         if name and not (output / name[1]).exists():
             aside.rename(output / name[1])
+
+
+def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
+    """The deciding values of a section in the run that is to go on; not yet verified, or empty."""
+    wanted = str(config.resume_from_checkpoint)
+    saved = checkpoints(Path(config.output_dir)) if wanted == "auto" else [Path(wanted)]
+    states = (json_object(path.expanduser() / STATE) for path in reversed(saved))
+    return next((state["config"].get(section, {}) for state in states if "config" in state), {})
 
 
 # ---- which one to go on from ---------------------------------------------------------------------

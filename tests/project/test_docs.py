@@ -278,6 +278,8 @@ class Reader:
             self.finds(folder)
         if takes_fields(words) and (fault := call([*words, "--print-config"], "")):
             return f"as written: {fault}"
+        if {"--self-test", "--tune"} & {*words}:  # tests/before/test_self_test.py runs them
+            return None
         said = command.stdin or "Hello\n/quit\n"
         return call(shortened(words), said)
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "mlx_qlora"
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
     {"errors", "progress", "tree", "folders"},
-    {"device", "distributed"},
+    {"device", "distributed", "measured"},
     {"cpu"},
     {"model"},
     {"data"},

@@ -1,12 +1,14 @@
 """What may change about a run without changing what it learns, through the command line.
 
-`trajectory.json` has the losses of one run; `python tests/train/test_invariants.py` writes it, as
-is due after a change of the arithmetic that is meant.
+The self-test's `trajectory.json` has the losses of one run, which every machine is compared with;
+`python tests/train/test_invariants.py` writes them, as is due after a change of the arithmetic that
+is meant.
 """
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,17 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from support.gpu_route import ROUTES
 from support.tiny_folder import write_model
 from support.training import recorded
 
+from mlx_qlora.before.self_test import GOLDEN, weight
 from mlx_qlora.cli import main
+from mlx_qlora.config import build, read_yaml
 from mlx_qlora.data.tokenizer import load_tokenizer
+from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.weights import open_checkpoint
+from mlx_qlora.run import open_inputs
 
 HERE = Path(__file__).parent
-TRAJECTORY = HERE / "trajectory.json"
+TRAJECTORY = json.loads(GOLDEN.read_text(encoding="utf-8"))
 STEPS = 20
 WORDS = "one two three four five six seven eight nine ten".split()
 QUIET = ["data.split=[1, 0, 0]", "data.cache_dir=null", "logging.logging_steps=1"]
@@ -35,14 +42,9 @@ TINY += ["lora.lora_alpha=8", "training.warmup_steps=4", "training.learning_rate
 
 def write_base(folder: Path, **changes: object) -> Path:
     """A tiny model whose weights follow from their names, and not from transformers' own draws."""
-    import torch
-
     write_model(folder, **changes)
     path = folder / "model.safetensors"
-    arrays, generator = load_file(path), torch.Generator().manual_seed(0)
-    for name in sorted(arrays):
-        drawn = torch.randn(arrays[name].shape, generator=generator).numpy() * 0.08
-        arrays[name] = drawn + np.float32(arrays[name].ndim == 1)
+    arrays = {name: weight(name, array.shape) for name, array in load_file(path).items()}
     save_file(arrays, path, metadata={"format": "pt"})
     return folder
 
@@ -122,17 +124,23 @@ def test_a_run_in_16_bits_follows_the_committed_trajectory(command, tmp_path):
     ids=" ".join,
 )
 def test_runs_take_the_committed_trajectory(command, tmp_path, how):
-    assert_same(
-        losses(tmp_path / "out", *command, *how), np.array(json.loads(TRAJECTORY.read_text()))
-    )
+    assert_same(losses(tmp_path / "out", *command, *how), np.array(TRAJECTORY["losses"]))
 
 
 def test_the_committed_trajectory_learns_and_another_seed_leaves_it(command, tmp_path):
-    committed = np.array(json.loads(TRAJECTORY.read_text()))
+    committed = np.array(TRAJECTORY["losses"])
     assert len(committed) == STEPS
     assert committed[-1] < 0.6 * committed[0]
     other = losses(tmp_path / "out", *command, *batch_of(8, 1), "training.seed=1")
     assert np.abs(other - committed).mean() > 1e-2
+
+
+def test_the_self_test_trains_the_rows_that_the_command_reads(command, tmp_path):
+    shutil.copytree(Path(command[2]).parent, tmp_path, dirs_exist_ok=True)
+    losses(tmp_path / "out", *command, *batch_of(8, 1), "--max-steps", "1")
+    assert rows_of(tmp_path) == TRAJECTORY["rows"]
+    config = json.loads(Path(command[2], "config.json").read_text())
+    assert LlamaConfig.from_hf(TRAJECTORY["model"]) == LlamaConfig.from_hf(config)
 
 
 def test_runs_are_the_same_however_they_are_computed(command, tmp_path):
@@ -220,8 +228,21 @@ def test_bfloat16_follows_float32_on_the_demos_data(tmp_path, smollm2_files):
     assert 0 < np.abs(narrow / wide - 1).max() < 1e-2
 
 
+def write_golden(folder: Path) -> None:
+    """Records the run and its rows, a line for each, for the self-test."""
+    ran = losses(folder / "out", *make_base(folder), *batch_of(8, 1)).tolist()
+    parts = TRAJECTORY | {"losses": ran, "rows": rows_of(folder)}
+    *texts, rows = (f"{json.dumps(name)}: {json.dumps(part)}" for name, part in parts.items())
+    GOLDEN.write_text("{" + ",\n".join([*texts, rows.replace("], [", "],\n [")]) + "}\n")
+
+
+def rows_of(folder: Path) -> list[list[int]]:
+    """The number of tokens that are not learned, and then all tokens, of each row."""
+    inputs = open_inputs(build(read_yaml(str(folder / "out" / "run.yaml"))), Console(quiet=True))
+    rows = ((example.tokens.tolist(), example.learned) for example in inputs.train)
+    return [[int((~learned).sum()), *tokens] for tokens, learned in rows]
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        here = Path(made)
-        found = losses(here / "out", *make_base(here), *batch_of(8, 1))
-        TRAJECTORY.write_text(json.dumps(found.tolist(), indent=1) + "\n")
+        write_golden(Path(made))

@@ -1,0 +1,72 @@
+"""What `mlx-qlora doctor --tune` measured of this machine, for what `auto` leaves to it.
+
+One file holds the seconds of a position in a decoder layer, by how its frozen matrices are
+multiplied. A run takes its choice from there before it begins, and records it.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mlx_qlora import device
+from mlx_qlora.folders import disk_errors, user_cache, write_whole
+
+FASTER = 0.97  # of the time of the table's choice; a smaller difference is noise
+Seconds = dict[str, dict[str, float]]  # dtype -> way to multiply -> seconds of a position
+
+
+def key_of(llama: Any, quant: Any) -> str:
+    """The chip, MLX's version and a layer's shape, from a LlamaConfig and a QuantConfig."""
+    facts, heads = device.facts(), f"{llama.num_attention_heads}/{llama.num_key_value_heads}"
+    where = f"{facts['chip']} ({facts['device']}), MLX {facts['mlx']}"
+    shape = f"{llama.hidden_size} x {llama.intermediate_size}, {heads} heads of {llama.head_dim}"
+    return f"{where}, {shape}, {quant.mode} {quant.bits} bits in groups of {quant.group_size}"
+
+
+def stored() -> dict[str, Seconds]:
+    """What the file holds, by key; a file that is not ours is ignored with a warning."""
+    path = user_cache() / "machine.json"
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        numbers = [s for of in layers.values() for ways in of.values() for s in ways.values()]
+        if all(type(seconds) is float and seconds > 0 for seconds in numbers):
+            return layers
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    warnings.warn(f"{path} is not as `mlx-qlora doctor --tune` writes it: ignored", stacklevel=2)
+    return {}
+
+
+def store(key: str, seconds: Seconds) -> Path:
+    """Put a layer's times into the file, in place of older ones; a TrainingError if it cannot."""
+    path = user_cache() / "machine.json"
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"layers": stored() | {key: seconds}}, indent=1) + "\n")
+    return path
+
+
+def fastest(key: str, dense_numbers: int) -> tuple[str, str, str] | None:
+    """The dtype, the fastest way to multiply, and the reason; None if nothing was measured.
+
+    The dtype is the device's own: float16 may be faster where bfloat16 is emulated, but nobody
+    knows beforehand which models overflow in it (docs/log.md).
+
+    Args:
+        dense_numbers: of all packed matrices: `resident` needs room for a copy of them.
+    """
+    machine = device.this_machine()
+    dtype, dense_bytes = machine.device.dtype, dense_numbers * machine.device.compute_dtype.size
+    seconds = stored().get(key, {}).get(dtype, {})
+    usual = device.frozen_matmul("auto", dense_bytes, machine)
+    ways = ("quantized", "dequantize", *["resident"] * device.has_room(dense_bytes, machine))
+    known = {way: seconds[way] for way in ways if way in seconds}
+    if usual not in known:
+        return None
+    best = min(known, key=lambda way: known[way])
+    if known[best] > FASTER * known[usual]:
+        return dtype, usual, "no other way was faster here"
+    return dtype, best, f"{known[usual] / known[best]:.2f} times as fast here as {usual}"
