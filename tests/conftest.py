@@ -60,6 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
         stay_on_core(os.getpid())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of a GPU's route: with `-m gpu` a Mac runs them on its own."""
+    for item in items:
+        if "gpu_route" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what is of a CPU's route, where another one is taken."""
     marker, route = item.get_closest_marker("cpu_route"), item.config.getoption("route")

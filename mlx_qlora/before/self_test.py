@@ -31,7 +31,12 @@ from mlx_qlora.adapters.peft import adapter_tensors
 from mlx_qlora.before import doctor
 from mlx_qlora.before.doctor import Finding
 from mlx_qlora.before.kernels import kernels
-from mlx_qlora.before.plan import bytes_read, flops_per_token, weights_of_layer
+from mlx_qlora.before.plan import (
+    bytes_read,
+    elementwise_bytes,
+    flops_per_token,
+    weights_of_layer,
+)
 from mlx_qlora.config import ModelConfig, RunConfig, build, to_dict
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.data.examples import Example, Examples
@@ -156,7 +161,8 @@ def layers(config: RunConfig, budget: float, keep: bool) -> Iterator[Finding]:
         plan = footprint.schedule("auto", footprint.budget(engine.persistent))
         flops = flops_per_token(model.config, plan.levels, lengths, 0.5) * sum(lengths)
         read = plan.n_chunks * bytes_read(model.config, plan.levels, engine.dtype.size)
-        speed = machine.seconds(flops, read) / seconds
+        moved = elementwise_bytes(model.config, plan.levels, engine.dtype.size, rate > 0)
+        speed = machine.seconds(flops, read, moved * sum(lengths)) / seconds
         trained = sum(array.size for array in flat(model.trainable_parameters()).values())
         planned = persistent_bytes(model) - 2 * adapter_bytes(trained) // 3  # there is no AdamW
         planned += sum(footprint.highest(plan)) + step_bytes(trained, plan.n_chunks, False)
