@@ -91,7 +91,12 @@ COMMANDS = {
     "plan": Command(
         "predict the memory and the speed of a run",
         ("--model", "--batch-size", "--lora-r", "--max-length"),
-        {"model": LOADED, "lora": SHAPES, "data": "max_length train_on", "training": MEMORY},
+        {
+            "model": LOADED,
+            "lora": f"{SHAPES} lora_dropout",
+            "data": "max_length train_on",
+            "training": MEMORY,
+        },
     ),
     "inspect": Command(
         "read data as a run would, and say what would be trained",

@@ -102,7 +102,8 @@ def test_peft_without_a_warning_and_we_open_it_and_compute_the_same_logits(
     assert found.keys() == {path for path, _ in lora_layers(model)}
     assert {m.scaling["default"] for m in found.values()} == {1.0}
     again = load_adapter(load_folder(base), tmp_path / "a")
-    assert largest(our_logits(again, TOKENS), our_logits(model, TOKENS)) < 1e-5
+    # The sums of A and B are in another order now.
+    assert largest(our_logits(again, TOKENS), our_logits(model, TOKENS)) < 3e-5
     assert [p for p, _ in lora_layers(again)] == [p for p, _ in lora_layers(model)]
 
 

@@ -18,6 +18,7 @@ WIDTHS, THEMES = (1200, 375), ("light", "dark")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     long = {"prompt": "x" * 500 + HOSTILE, "before": "no\n" * 80, "after": "y" * 300}
+    long["reference"] = "a red car"
     written(folder, history(4000), samples=[long] * 2)
     return folder
 

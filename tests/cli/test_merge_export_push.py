@@ -109,7 +109,8 @@ def test_files_of_others_are_named_and_kept(run, tmp_path, form, name, capsys):
     (tmp_path / "made" / name).parent.mkdir(parents=True)
     (tmp_path / "made" / name).write_text("# precious, about mlx-qlora")
     before = contents(tmp_path)
-    words = [*form, "--adapter", run[0], "model.base_model_name_or_path=org/base"]
+    words = [*form, "--adapter", run[0]]
+    words += ["model.base_model_name_or_path=org/base"] if form[0] == "export" else []
     assert call(*words, "--output-dir", tmp_path / "made") == 2
     assert str(tmp_path / "made") in (said := capsys.readouterr().err)
     assert "choose another folder" in said

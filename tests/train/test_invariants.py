@@ -102,13 +102,13 @@ def test_runs_by_a_gpu_s_route_take_the_committed_trajectory(command, tmp_path, 
     """With packed products on Metal, which `auto` chooses."""
     with ROUTES[name].taken():
         found = losses(tmp_path / "out", *command, "model.dtype=auto", *TRAJECTORY_ROUTES[name])
-    assert_same(found, np.array(json.loads(TRAJECTORY.read_text())))
+    assert_same(found, np.array(TRAJECTORY["losses"]))
 
 
 def test_a_run_in_16_bits_follows_the_committed_trajectory(command, tmp_path):
     with ROUTES["metal-bfloat16"].taken() as route:
         found = losses(tmp_path / "out", *command, "model.dtype=auto", *batch_of(8, 1))
-    gap = np.abs(found / np.array(json.loads(TRAJECTORY.read_text())) - 1)
+    gap = np.abs(found / np.array(TRAJECTORY["losses"]) - 1)
     assert 0 < gap.max() < route.tolerance.loss
 
 
