@@ -410,7 +410,7 @@ def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console
     numbers = sum(math.prod(matrix.shape) for matrix in matrices)
     chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)
     for matrix in matrices if chosen.model.frozen_matmul != config.model.frozen_matmul else ():
-        matrix.matmul, matrix._resident = chosen.model.frozen_matmul, None  # pyright: ignore
+        matrix.matmul = chosen.model.frozen_matmul  # pyright: ignore
         matrix.make_resident()
     return chosen
 

@@ -72,7 +72,7 @@ def examine(console: Console, *checks: Callable[[], Iterable[Finding]]) -> list[
                     report.append(finding)
                     show(console, finding)
         except Exception as cause:  # a check that breaks must not keep the others from being made
-            name = check.__name__.replace("_", " ")
+            name = getattr(check, "__name__", "check").replace("_", " ")
             text = f"could not be checked ({type(cause).__name__}: {cause})"
             report.append(_warning(name, text))
             show(console, report[-1])

@@ -41,7 +41,7 @@ def load_fast_blas() -> str | None:
     for candidate in [wanted] if wanted else _openblas_candidates():
         try:
             library = ctypes.CDLL(candidate)
-            _function(library, SYMBOLS[0])
+            [_function(library, name) for name in SYMBOLS]
         except (OSError, AttributeError):
             continue
         if _rebind(library) or device.has_gpu_wheel():
@@ -105,7 +105,7 @@ def _rebind(library: ctypes.CDLL) -> bool:
     import mlx.core  # maps libmlx.so into memory
     from elftools.elf.elffile import ELFFile
 
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     regions = [(line[0].split("-"), line[1], line[-1]) for line in maps]
     mlx = [region for region in regions if region[2].endswith("/libmlx.so")]
     if not mlx:

@@ -28,7 +28,11 @@ class Linears:
         """x (..., d_in) -> a result (..., d_out) for each; the keys are those of `LoRALinear`."""
         each = zip(self.members.values(), self._products(x), keys)
         results = [linear.complete(product, x, key) for linear, product, key in each]
-        return results if self.cuts is None else [*mx.split(results[0], self.cuts, axis=-1)]
+        if self.cuts is None:
+            return results
+        *others, last = mx.split(results[0], self.cuts, axis=-1)
+        # v is kept, and q and k are not: a view would keep all three in memory.
+        return [*others, mx.contiguous(last) if len(others) > 1 else last]
 
     def vjp(
         self, x: mx.array, dys: list[mx.array], keys: Sequence[mx.array | None]

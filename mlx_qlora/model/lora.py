@@ -351,6 +351,7 @@ def initial(
 def take_off(linear: Linear, update: mx.array) -> None:
     """Take an update (d_out, d_in) float32 off a dense matrix."""
     linear.weight = (linear.weight.astype(mx.float32) - update).astype(linear.weight.dtype)
+    linear.stack = None
     linear.freeze()
     mx.eval(linear.parameters())
 

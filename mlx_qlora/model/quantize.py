@@ -6,6 +6,8 @@ gradients through them to small trainable matrices.
 """
 
 import itertools
+import operator
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +126,7 @@ class FrozenMatrix(nn.Module):
 
     def make_resident(self) -> None:
         """Keep a dequantised copy, if the strategy asks for one."""
+        self._resident = self.stack = None
         if self.quant is not None and self.matmul == "resident":
             self._resident = unpack(self.packed(), self.quant, self.dtype)
             mx.eval(self._resident)
@@ -175,13 +178,14 @@ class FrozenMatrix(nn.Module):
     @contextmanager
     def dense_for_now(self) -> Iterator[None]:
         """Share one dequantised copy among the graphs that are built within."""
-        before = self._resident
-        if self.quant is not None and self.matmul != "quantized":
+        shares = self.quant is not None and self.matmul != "quantized" and self._resident is None
+        if shares:
             self._resident = self.dense()
         try:
             yield
         finally:
-            self._resident = before
+            if shares:
+                self._resident = None
 
 
 @dataclass(frozen=True)
@@ -196,29 +200,39 @@ class Stack:
         return type(None), ()  # a copy of the matrices is no slice of it
 
 
+_stacking = threading.Lock()  # a lazy slice that another thread met could never be computed
+
+
 def stacked(matrices: list[Any]) -> Stack | None:
     """The matrices as one, of which they become slices; None if they are packed differently."""
-    first = matrices[0]
-    names = [name for name in (*PARTS, "_resident") if first.get(name) is not None]
-    made: Stack | None = first.stack
-    arrays = [matrix.get(name) for matrix in matrices for name in names]
-    if made is not None and all(a is b for a, b in zip(arrays, made.slices, strict=True)):
-        return made
-    alike = {(m.quant, m._dtype, m.matmul, m.weight.shape[1]) for m in matrices}
-    if len(alike) > 1 or any(array is None for array in arrays) or first.matmul == "dequantize":
-        return None
-    whole = FrozenMatrix(0, 0)
-    whole.quant, whole.dtype, whole.matmul = first.quant, first.dtype, first.matmul
-    ends = list(itertools.accumulate(len(matrix.weight) for matrix in matrices))
-    for name in names:
-        rows = mx.concatenate([matrix[name] for matrix in matrices])
-        setattr(whole, name, rows)
-        for matrix, start, end in zip(matrices, [0, *ends], ends):
-            setattr(matrix, name, rows[start:end])
-    slices = [matrix[name] for matrix in matrices for name in names]
-    mx.eval(whole.packed(), slices)  # a slice of rows that are there takes no memory
-    first.stack = Stack(whole, ends[:-1], slices)
-    return first.stack
+    with _stacking:
+        first = matrices[0]
+        names = [name for name in (*PARTS, "_resident") if first.get(name) is not None]
+        arrays = [matrix.get(name) for matrix in matrices for name in names]
+        alike = {(m.quant, m._dtype, m.matmul, m.weight.shape[1]) for m in matrices}
+        fits = len(alike) == 1 and all(array is not None for array in arrays)
+        made: Stack | None = first.stack
+        if made is not None and fits and made.matrix.matmul == first.matmul:
+            if len(arrays) == len(made.slices) and all(map(operator.is_, arrays, made.slices)):
+                return made
+        first.stack = None  # before the next is made: it would keep the rows in memory
+        if not fits or first.matmul == "dequantize":
+            return None
+        whole = FrozenMatrix(0, 0)
+        whole.quant, whole.dtype, whole.matmul = first.quant, first.dtype, first.matmul
+        ends = list(itertools.accumulate(len(matrix.weight) for matrix in matrices))
+        slices = dict[tuple[int, str], mx.array]()
+        for name in names:
+            rows = mx.concatenate([matrix[name] for matrix in matrices])
+            setattr(whole, name, rows)
+            for i, (start, end) in enumerate(zip([0, *ends], ends)):
+                slices[i, name] = rows[start:end]  # of rows that are there: no memory
+        mx.eval(whole.packed(), list(slices.values()))
+        for (i, name), part in slices.items():
+            setattr(matrices[i], name, part)
+        in_order = [slices[i, name] for i in range(len(matrices)) for name in names]
+        first.stack = Stack(whole, ends[:-1], in_order)
+        return first.stack
 
 
 class Linear(FrozenMatrix):

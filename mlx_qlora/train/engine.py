@@ -268,14 +268,18 @@ class Engine:
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
-        differentiated = tuple(
-            f"model.layers.{i}.{path}."
+        differentiated = {
+            f"model.layers.{i}.{path}.{name}"
             for i, layer in enumerate(model.layers)
-            for name in KEYS_OF
-            for path in layer.linears(name).members
-        )
-        missing = [path for path in trainable if not path.startswith(differentiated)]
-        assert not missing, f"no gradient for {missing}"
+            for piece in KEYS_OF
+            for path in layer.linears(piece).members
+            for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        }
+        if missing := sorted(trainable.keys() - differentiated):
+            raise ConfigError(
+                f"{missing[0]} is trainable, and has no gradient here: LoRA weights have one; "
+                "freeze the others (model.freeze(), then add_lora)"
+            )
         # Below the first layer that learns nothing is kept, and there is no backward.
         self.first = min(int(path.split(".")[2]) for path in trainable)
 

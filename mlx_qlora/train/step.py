@@ -119,10 +119,14 @@ class Step:
         # The one division, by the tokens supervised in the step; then clipping and AdamW.
         norm = retried(lambda: optimizer.update(grads, n, rate, nats), only_once)
         result = StepResult(number(nats) / max(n, 1), number(norm), tokens, rows, signum)
-        # Metal may lose work without an error (mlx#3979), and what it should have written is 0. The
-        # loss alone can be 0: that of tokens whose probability rounds to 1. Its gradient is not.
-        if n and result.grad_norm == 0:
-            give_up(f"the gradient of {n} tokens is exactly 0, at a loss of {result.loss:.3g}")
+        if n and result.grad_norm == 0 and all_reduce is None:
+            # Metal may lose work without an error (mlx#3979), and what it should have written is 0.
+            # A gradient may be 0, too: of small numbers in float16, of queries that see one key.
+            again = forward_backward()[0].values()
+            is_lost = result.loss == 0 and self.engine.dtype != mx.float16
+            if is_lost or any(grad.any().item() for grad in again):
+                give_up(f"the gradient of {n} tokens is exactly 0, at a loss of {result.loss:.3g}")
+            warn(self.console, f"nothing to learn in a step: the gradient of {n} tokens is 0")
         return result if result.finite else replace(result, suspects=suspects(losses, elsewhere))
 
     def split(self, batch: Batch) -> list[Batch]:

@@ -230,6 +230,8 @@ def test_the_whole_of_it_on_this_machine(tmp_path):
 def test_what_a_report_must_not_say(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/Users/Jo Li"))
     assert self_test.anonymous("in /Users/Jo Li/models/x y/z.gguf") == "in x y/z.gguf"
+    for path in ("../jo/acme/llama", "/Volumes/Jo's Disk/llama", "file:///mnt/jo/llama"):
+        assert self_test.anonymous(f"{path}, 4 GFLOP/s") == "llama, 4 GFLOP/s"
     node = platform.node()
     text = f"/home/ann/x/libblas.so on {node}; ~/y/z.py, 4096 x 4096, https://a.org/b, 3/4 of it"
     assert self_test.anonymous(text) == (
@@ -253,7 +255,8 @@ def test_a_part_that_breaks_fails_and_the_next_one_is_done(monkeypatch):
 def test_a_process_that_dies_is_named(monkeypatch, tmp_path, capsys):
     fake = tmp_path / "python"
     line = json.dumps({"state": "pass", "name": "matmul", "text": "all"})
-    fake.write_text(f"#!/bin/sh\necho '{line}'\necho boom >&2\nkill -ILL $$\n")
+    said = f"echo noise of others\necho 'self-test:{line}'\n"
+    fake.write_text(f"#!/bin/sh\n{said}echo boom >&2\nkill -ILL $$\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     assert main(["doctor", "--self-test"]) == 1

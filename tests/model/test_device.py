@@ -121,6 +121,23 @@ def test_importing_warns_of_nothing_where_the_choice_is_clear(blas: str | None) 
     assert fresh(WARNINGS, blas) == []
 
 
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere MLX's own BLAS multiplies")
+def test_an_environment_may_have_spaces_in_its_path(tmp_path: Path) -> None:
+    """The maps of a process end in a path."""
+    import mlx.core
+    import scipy_openblas32
+
+    place = tmp_path / "my venv"
+    place.mkdir()
+    for package in (Path(mlx.core.__file__).parent, Path(scipy_openblas32.__file__).parent):
+        (place / package.name).symlink_to(package)
+    script = f"""
+import sys; sys.path.insert(0, {str(place)!r})
+import json, mlx_qlora.device as d
+print(json.dumps(d.openblas))"""
+    assert fresh(script) == str(place / "scipy_openblas32" / "lib" / "libscipy_openblas.so")
+
+
 def test_a_library_that_is_named_is_the_one_that_is_loaded() -> None:
     script = """
 import json, pathlib, mlx_qlora

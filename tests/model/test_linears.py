@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import sys
+from concurrent import futures
 from pathlib import Path
 
 import mlx.core as mx
@@ -134,6 +135,55 @@ def test_stacked_matrices_are_slices_of_one_and_multiply_to_the_same(strategy):
     parts[1].put(parts[1].packed(), FOUR_BITS)
     parts[1].weight = parts[1].weight + 0
     assert stacked(parts) is not made, "another matrix makes another stack"
+
+
+def test_threads_that_meet_a_model_first_find_one_stack():
+    """A slice that one of them made lazily could be computed by no other."""
+    x = mx.random.normal((N, D))
+    mx.eval(x)
+    for _ in range(5):
+        parts = [linear(i, 64, False) for i in range(3)]
+        with device.use(GPU), futures.ThreadPoolExecutor(4) as pool:
+
+            def run(group: Linears) -> None:
+                mx.eval(group(x + 0, [None] * 3))
+
+            list(pool.map(run, [Linears(dict(zip("qkv", parts)))] * 8))
+        mx.eval(parts[1].multiply(x))
+
+
+@pytest.mark.parametrize("strategy", ["quantized", "dequantize", "resident"])
+def test_a_stack_is_of_how_its_matrices_are_multiplied(strategy):
+    parts = [linear(i, 64, False) for i in range(2)]
+    stacked(parts)
+    for part in parts:
+        part.matmul = strategy
+        part.make_resident()
+    made = stacked(parts)
+    assert (made and made.matrix.matmul) == (None if strategy == "dequantize" else strategy)
+    if made is None:
+        assert parts[0].stack is None, "it would keep the rows"
+
+
+def test_a_resident_copy_is_stacked_once_in_many_steps():
+    parts = [linear(i, 64, False) for i in range(2)]
+    for part in parts:
+        part.matmul = "resident"
+        part.make_resident()
+    made = []
+    for _ in range(2):
+        with parts[0].dense_for_now(), parts[1].dense_for_now():
+            made.append(stacked(parts))
+    assert made[0] is made[1] is stacked(parts)
+
+
+def test_the_last_part_of_a_linear_that_is_cut_keeps_no_others_in_memory():
+    whole, x = linear(0, 6400, False), mx.random.normal((N, D))
+    mx.eval(x)
+    before = mx.get_active_memory()
+    v = Linears({"qkv": whole}, [3000, 6000])(x, [None])[-1]
+    mx.eval(v)
+    assert mx.get_active_memory() - before < 2 * v.nbytes
 
 
 def test_a_copy_of_stacked_matrices_is_a_stack_of_its_own():

@@ -275,6 +275,13 @@ def test_a_part_of_the_weights_learns_exactly_and_nothing_below_it_is_differenti
     assert hook.seen[-1] == set(ours)
 
 
+def test_what_has_no_gradient_here_is_refused_and_not_given_zeros(hf_tiny):
+    model = tuned(hf_tiny[1])
+    model.model.norm.unfreeze()
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight is trainable, and has no gradient"):
+        loss_and_grads(model, packed_batch(ROWS))
+
+
 class Complete:
     """Notes which gradients are complete after each layer that was differentiated."""
 
