@@ -367,6 +367,7 @@ class Contract:
 
         def call_engine(of: Engine, *args: Any, **settings: Any) -> Any:
             mx.synchronize()
+            mx.clear_cache()  # a freed buffer that is used again may be larger than what is kept
             weights = args[0] if args else settings["weights"]
             self._weights_bytes = sum(weight.nbytes for weight in weights.values())
             self._memory_before = mx.get_active_memory()
