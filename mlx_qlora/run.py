@@ -23,7 +23,7 @@ from rich.console import Console
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.origin import base_hash, original_base, sample_of
-from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, save_adapter
+from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, write_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import (
     RunConfig,
@@ -441,7 +441,7 @@ def _run(
         with observer.watching():
             result = train(model, inputs, inputs.config, console)
         if everyone.is_first:
-            save_adapter(model, inputs.output, inputs.base)
+            write_adapter(model, inputs.output, inputs.base, {})
             inputs.tokenizer.save(inputs.output)
             say(console, _summary(result))
         try:

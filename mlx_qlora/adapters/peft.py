@@ -65,15 +65,26 @@ def save_adapter(
         AdapterError: the model has no LoRA layers, or nothing says what the base is.
         ConfigError: the folder holds somebody else's adapter or README.md.
     """
-    layers_of(model)
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
+    return write_adapter(model, folder, base, base_hash(model), mlx_lm)
+
+
+def write_adapter(
+    model: LlamaForCausalLM,
+    folder: str | Path,
+    base: str,
+    known_by: dict[str, str],
+    mlx_lm: bool = True,
+) -> Path:
+    """As `save_adapter`, with a base's hash or, where a run's record has it, without."""
+    layers_of(model)
     folder = Path(folder).expanduser()
     check_writable(folder, ADAPTER_FOLDER)
     marks, gone = (CONFIG, MLX_COPY[0]), () if mlx_lm else MLX_COPY
     with staged(folder, marks=marks, gone=gone) as staging:
-        write_peft(staging, adapter_tensors(model), peft_config(model, base), base_hash(model))
+        write_peft(staging, adapter_tensors(model), peft_config(model, base), known_by)
         if mlx_lm:
-            _write_mlx_lm(model, staging / "mlx")
+            _write_mlx_lm(model, staging / "mlx", known_by)
     return folder
 
 
@@ -213,7 +224,7 @@ def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
         raise AdapterError(f"{folder} holds a PEFT adapter already; choose another folder")
     check_writable(folder, MLX_LM)
     with staged(folder, marks=(CONFIG,)) as staging:
-        _write_mlx_lm(model, staging)
+        _write_mlx_lm(model, staging, base_hash(model))
     return folder
 
 
@@ -232,7 +243,7 @@ def note_on_mlx_lm(model: LlamaForCausalLM) -> str:
     )
 
 
-def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
+def _write_mlx_lm(model: LlamaForCausalLM, folder: Path, known_by: dict[str, str]) -> None:
     """Write `adapters.safetensors` and `adapter_config.json` and read them back.
 
     Updates of smaller rank are padded with zeros, and those of another scale carry the
@@ -261,7 +272,7 @@ def _write_mlx_lm(model: LlamaForCausalLM, folder: Path) -> None:
         "lora_parameters": dict(rank=rank, scale=scale, dropout=lora.lora_dropout, keys=keys),
     }
     config |= {NOTE: note} if (note := note_on_mlx_lm(model)) else {}
-    metadata = {"format": "mlx", **base_hash(model)}
+    metadata = {"format": "mlx", **known_by}
     _write_checked(folder / MLX_LM_WEIGHTS, tensors, metadata, config)
 
 

@@ -20,7 +20,6 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mlx_qlora.adapters.origin import base_hash
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
@@ -161,8 +160,7 @@ def save_checkpoint(
         if not output.is_dir():
             raise FileNotFoundError(2, "it was removed during the run", str(output))
         with staged(folder, replace=True) as staging:
-            tensors, adapter_config = adapter_tensors(model), peft_config(model, base)
-            write_peft(staging, tensors, adapter_config, base_hash(model))
+            write_peft(staging, adapter_tensors(model), peft_config(model, base), {})
             save_file(moments, staging / "optimizer.safetensors")
             text = json.dumps(trainer_state(state, config, batches), indent=2) + "\n"
             (staging / "trainer_state.json").write_text(text, encoding="utf-8")

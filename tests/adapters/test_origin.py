@@ -103,27 +103,11 @@ def combined(model: Any, folder: Path) -> Path:
     return mq.save_adapter(model, folder)
 
 
-def without_record(out: Path, place: Path) -> Path:
-    folder = place / "alone"
-    folder.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(out / name, folder / name)
-    return folder
-
-
-def damaged_record(out: Path, place: Path) -> Path:
-    shutil.copytree(out, place / "damaged")
-    (place / "damaged" / "training_args.json").write_text('{"fingerprint": null')
-    return place / "damaged"
-
-
 ADAPTERS: dict[str, Any] = {
     "the run's": lambda out, place: out,
     "a checkpoint": lambda out, place: out / "checkpoint-1",
     "mlx-lm's copy": lambda out, place: out / "mlx",
     "an older run's": older,
-    "one that was copied out of its run": without_record,
-    "one with a damaged record": damaged_record,
     "save_adapter's": by_python(mq.save_adapter),
     "save_portable's": by_python(save_portable),
     "save_mlx_lm's": by_python(save_mlx_lm),
