@@ -172,21 +172,26 @@ def compute_dtype(name: str) -> "mx.Dtype":
 
 
 def frozen_matmul(
-    name: str, dense_bytes: int = 0, machine: "Machine | None" = None
+    name: str, dense_bytes: int = 0, machine: "Machine | None" = None, streamed: bool = False
 ) -> FrozenMatmul:
     """How frozen quantised weights are multiplied; a strategy's name is taken as it is.
 
     For `auto` it depends on the machine, this one if not given, and on the bytes of a copy of all
-    packed matrices in the compute dtype.
+    packed matrices in the compute dtype, which weights that are streamed have no place for.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a copy of what is not to be in memory.
     """
     if name == "auto":
         machine = machine or this_machine()
         if machine.device.packed_matmul:
             return "quantized"
-        return "resident" if has_room(dense_bytes, machine) else "dequantize"
+        return "resident" if has_room(dense_bytes, machine) and not streamed else "dequantize"
+    if name == "resident" and streamed:
+        raise ConfigError(
+            "model.frozen_matmul=resident keeps a dense copy of all weights in memory, and "
+            "model.residency=streamed none of them: choose auto, quantized or dequantize"
+        )
     legal = "quantized", "dequantize", "resident"
     require(name in legal, "model.frozen_matmul", f"be one of auto, {', '.join(legal)}", name)
     return name  # pyright: ignore[reportReturnType]

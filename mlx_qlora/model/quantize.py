@@ -13,11 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.cpu.blas import row_product
 from mlx_qlora.device import FrozenMatmul
 from mlx_qlora.errors import ConfigError, require
+from mlx_qlora.model.stored import Rows, StoredMatrix
 
 # What mx.quantize accepts. The floating-point modes each have exactly one shape.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -57,8 +59,9 @@ class QuantConfig:
 class FrozenMatrix(nn.Module):
     """A matrix W that is never trained: dense, or packed by `mx.quantize`.
 
-    `weight` is (rows, columns), or uint32 with `scales` (and, for affine, `biases`) beside it.
-    `Linear` and `Embedding` below are its two uses.
+    `weight` is (rows, columns), or uint32 with `scales` (and, for affine, `biases`) beside it. A
+    streamed matrix has none of them but while a layer is computed (`streaming.LayerReader`), and
+    reads what it is asked for from its file. `Linear` and `Embedding` below are its two uses.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -69,6 +72,8 @@ class FrozenMatrix(nn.Module):
         self.matmul: FrozenMatmul = "quantized"  # how a packed matrix is multiplied
         self._resident: mx.array | None = None  # W, dequantised
         self.stack: Stack | None = None  # of this one and others, as `stacked` made it
+        self.stored: StoredMatrix | None = None  # where it is, if it is streamed
+        self._before: list[mx.array] = []  # what the rows read last wait for
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -83,10 +88,11 @@ class FrozenMatrix(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of W, whatever its packing."""
-        rows, columns = self.weight.shape
+        arrays: Any = self.stored.tensors if self.stored is not None else self
+        rows, columns = arrays["weight"].shape
         if self.quant is not None:
             # 32 // bits would be wrong for 3, 5 and 6 bits; the scales know.
-            columns = self["scales"].shape[-1] * self.quant.group_size
+            columns = arrays["scales"].shape[-1] * self.quant.group_size
         return rows, columns
 
     def _extra_repr(self) -> str:
@@ -96,7 +102,35 @@ class FrozenMatrix(nn.Module):
 
     def packed(self) -> tuple[Any, ...]:
         """The arrays that `mx.quantize` made: weight, scales and, for affine, biases."""
-        return tuple(self[name] for name in PARTS if name in self)
+        return tuple(self.parts().values())
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its arrays are in their file, and not in memory."""
+        return self.stored is not None and "weight" not in self
+
+    def parts(self, rows: Rows | None = None) -> dict[str, mx.array]:
+        """Its arrays by name, or some of their rows; what is away is read, for this use alone."""
+        if self.stored is not None and "weight" not in self:
+            return self.as_computed(self.stored.read(rows))
+        parts = {name: self[name] for name in PARTS if name in self}
+        if rows is None:
+            return parts
+        chosen = slice(*rows) if isinstance(rows, tuple) else mx.array(rows)
+        return {name: part[chosen] for name, part in parts.items()}
+
+    def as_computed(self, read: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What `stored` has read, in the dtypes that it is computed with."""
+        assert self.stored is not None
+        tensors = self.stored.tensors
+        return {name: cast(tensors[name].as_float(x), self.dtype) for name, x in read.items()}
+
+    def stream_from(self, stored: StoredMatrix) -> None:
+        """Leave the arrays in their file from now on."""
+        for name in PARTS:
+            self.pop(name, None)
+        self.stored = stored
+        self._no_grad.update(PARTS)  # which `freeze` would do only for what is there
 
     def pack(self, dense: mx.array, quant: QuantConfig) -> None:
         """Put W, given dense in float32, in its place, packed; floats in `self.dtype`."""
@@ -114,7 +148,7 @@ class FrozenMatrix(nn.Module):
         if self._resident is not None:
             return self._resident
         if self.quant is None:
-            return self.weight
+            return self.parts()["weight"]
         return unpack(self.packed(), self.quant, self.dtype)
 
     @property
@@ -131,7 +165,7 @@ class FrozenMatrix(nn.Module):
     def multiply(self, x: mx.array) -> mx.array:
         """x (..., columns) -> x @ W.T (..., rows), in x's dtype."""
         if self.quant is None:
-            return _dense_product(x, self.weight)
+            return _dense_product(x, self.dense())
         here = device.current()
         few = x.size <= here.few_rows * x.shape[-1]  # a word at a time, while text is generated
         if few and here.row_as_column:
@@ -150,6 +184,11 @@ class FrozenMatrix(nn.Module):
 
     def lookup(self, indices: mx.array) -> mx.array:
         """Some rows of W, dense: indices (...) int -> (..., columns)."""
+        if self.is_away:
+            numbers, places = np.unique(np.array(indices), return_inverse=True)
+            places = mx.array(places.reshape(indices.shape))
+            rows = tuple(part[places] for part in self.parts(numbers).values())
+            return rows[0] if self.quant is None else unpack(rows, self.quant, self.dtype)
         if self.quant is None or self._resident is not None:
             return self.dense()[indices]
         return unpack(tuple(part[indices] for part in self.packed()), self.quant, self.dtype)
@@ -158,17 +197,21 @@ class FrozenMatrix(nn.Module):
         """The matrix of rows start .. end; dense from then on, unless the kernel reads packed.
 
         For the output head: the widest matrix of a small model, of which no dense copy may exist
-        as a whole. Nothing is dequantised before the arrays in `after` are computed.
+        as a whole. Nothing is dequantised before the arrays in `after` are computed. What is away
+        is read at once, while the rows of the call before are computed with.
         """
         part = FrozenMatrix(0, 0)
         part.quant, part.dtype, part.matmul = self.quant, self.dtype, self.matmul
-        if self.quant is None or self._resident is not None:
+        if not self.is_away and (self.quant is None or self._resident is not None):
             part.quant, part.weight = None, self.dense()[start:end]
             return part
-        rows = mx.depends([array[start:end] for array in self.packed()], after)
+        if self.is_away:
+            mx.eval(self._before)  # or all slices might be in memory, waiting for their turn
+            self._before = after if end < self.shape[0] else []
+        rows = mx.depends([*self.parts((start, end)).values()], after)
         for name, array in zip(PARTS, rows):
             part[name] = array
-        if self.matmul != "quantized":
+        if self.quant is not None and self.matmul != "quantized":
             part._resident = part.dense()
         return part
 
@@ -216,7 +259,8 @@ def stacked(matrices: list[Any]) -> Stack | None:
         for matrix, start, end in zip(matrices, [0, *ends], ends):
             setattr(matrix, name, rows[start:end])
     slices = [matrix[name] for matrix in matrices for name in names]
-    mx.eval(whole.packed(), slices)  # a slice of rows that are there takes no memory
+    # A slice of rows that are there takes no memory. Nobody waits: layers may be under way.
+    mx.async_eval(whole.packed(), slices)
     first.stack = Stack(whole, ends[:-1], slices)
     return first.stack
 

@@ -15,7 +15,7 @@ up, and divided once by the step's supervised tokens (`train.step`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -192,7 +192,11 @@ def arrays_of(values: dict[str, Any]) -> list[mx.array]:
     return [value for name, value in values.items() if name != "residuals"] + residuals
 
 
-def side_by_side(tapes: list[Tape], computations: list[Stages]) -> None:
+def side_by_side(
+    tapes: list[Tape],
+    computations: list[Stages],
+    stage_of_all: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
 
     MLX hands at most some hundred operations to its streams in advance: all of one shard's first
@@ -202,9 +206,10 @@ def side_by_side(tapes: list[Tape], computations: list[Stages]) -> None:
     running = list(zip(tapes, computations))
     while running:
         stages = []
-        for tape, computation in running:
-            with mx.stream(tape.shard.stream):
-                stages.append(next(computation, None))
+        with stage_of_all():
+            for tape, computation in running:
+                with mx.stream(tape.shard.stream):
+                    stages.append(next(computation, None))
         running = [one for one, stage in zip(running, stages) if stage is not None]
         mx.async_eval([array for stage in stages for array in stage or ()])
 
@@ -263,7 +268,7 @@ class Engine:
         self.model, self.compiled = model, compiled
         self.dtype = model.model.embed_tokens.dtype
         self.recompute = memory.check_recompute(recompute, len(model.layers))
-        self.persistent = memory.persistent_bytes(model)
+        self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
@@ -294,7 +299,8 @@ class Engine:
         """
         documents = memory.supervised_documents(batch)
         lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size)
+        streamed = self.reader is not None
+        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size, streamed=streamed)
         # By nothing but the lengths, so that the same batch is always computed the same way.
         plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
@@ -323,6 +329,7 @@ class Engine:
             [Tape(layer, shard, shard.keys[i], self.compiled) for shard in shards]
             for i, layer in enumerate(self.model.layers)
         ]
+        self._read_ahead(0)
         for tape in tapes[0]:
             with mx.stream(tape.shard.stream):
                 tape.values["x"] = self.model.model.embed(tape.shard.tokens)
@@ -333,6 +340,7 @@ class Engine:
             # The layer before this one is finished before the next one begins: the device always
             # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).
             mx.eval(x)
+            self._read_ahead(min(i + 1, len(tapes) - 1))  # the last one is needed twice
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
@@ -344,6 +352,7 @@ class Engine:
             dy = [tape.gradients["y"] for tape in layer]
             self._start(i, layer, [tape.backward(wants_dx=i > self.first) for tape in layer])
             mx.eval(dy)
+            self._read_ahead(i - 1 if i > self.first else -1)
             for tape, below in zip(layer, tapes[-1] if i > self.first else []):
                 below.gradients["y"] = tape.gradients.pop("x")
             for name in layer[0].gradients:
@@ -356,11 +365,28 @@ class Engine:
         return mx.stack(losses).sum()
 
     def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
-        """Starts a layer's computations, with one dequantised copy of each of its matrices."""
+        """Starts a layer's computations, with one dequantised copy of each of its matrices.
+
+        Of a streamed layer a copy is shared within a stage alone: all of them would take more
+        memory than what is saved.
+        """
+        if self.reader is None:
+            with self._dense_for_now(i):
+                side_by_side(layer, computations)
+        else:
+            with self.reader.layer(i):
+                side_by_side(layer, computations, lambda: self._dense_for_now(i))
+
+    @contextmanager
+    def _dense_for_now(self, i: int) -> Iterator[None]:
         with ExitStack() as stack:
             for matrix in self.matrices[i]:
                 stack.enter_context(matrix.dense_for_now())
-            side_by_side(layer, computations)
+            yield
+
+    def _read_ahead(self, i: int) -> None:
+        if self.reader is not None:
+            self.reader.ahead(i)
 
     def _loss(self, tape: Tape, losses: list[mx.array]) -> Stages:
         """From the last layer's output of a shard to its loss sum and gradient."""
