@@ -17,15 +17,17 @@ import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.cpu.blas import row_product
+from mlx_qlora.cpu.streams import streams
 from mlx_qlora.device import FrozenMatmul
 from mlx_qlora.errors import ConfigError, require
-from mlx_qlora.model.stored import Rows, StoredMatrix
+from mlx_qlora.model.stored import StoredMatrix
 
 # What mx.quantize accepts. The floating-point modes each have exactly one shape.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 PARTS = ("weight", "scales", "biases")  # of a packed matrix; only affine has biases
+BLOCK = 1 << 18  # numbers that a core dequantises at once, where memory is short
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class FrozenMatrix(nn.Module):
         self._resident: mx.array | None = None  # W, dequantised
         self.stack: Stack | None = None  # of this one and others, as `stacked` made it
         self.stored: StoredMatrix | None = None  # where it is, if it is streamed
+        self._when_used = False  # whether the first product makes the copy that others share
         self._before: list[mx.array] = []  # what the rows read last wait for
 
     @property
@@ -109,21 +112,23 @@ class FrozenMatrix(nn.Module):
         """Whether its arrays are in their file, and not in memory."""
         return self.stored is not None and "weight" not in self
 
-    def parts(self, rows: Rows | None = None) -> dict[str, mx.array]:
-        """Its arrays by name, or some of their rows; what is away is read, for this use alone."""
-        if self.stored is not None and "weight" not in self:
-            return self.as_computed(self.stored.read(rows))
-        parts = {name: self[name] for name in PARTS if name in self}
-        if rows is None:
-            return parts
-        chosen = slice(*rows) if isinstance(rows, tuple) else mx.array(rows)
-        return {name: part[chosen] for name, part in parts.items()}
+    def parts(self) -> dict[str, mx.array]:
+        """Its arrays by name; those that are away are read, for this use alone."""
+        if self.is_away:
+            return self.read()
+        return {name: self[name] for name in PARTS if name in self}
+
+    def read(self, rows: np.ndarray | None = None) -> dict[str, mx.array]:
+        """The arrays in its file, or some of their rows, by name."""
+        assert self.stored is not None
+        return self.as_computed(self.stored.read(rows))
 
     def as_computed(self, read: dict[str, mx.array]) -> dict[str, mx.array]:
         """What `stored` has read, in the dtypes that it is computed with."""
         assert self.stored is not None
-        tensors = self.stored.tensors
-        return {name: cast(tensors[name].as_float(x), self.dtype) for name, x in read.items()}
+        kinds = {name: tensor.kind for name, tensor in self.stored.tensors.items()}
+        arrays = {n: x.view(mx.bfloat16) if kinds[n] == "BF16" else x for n, x in read.items()}
+        return {name: cast(array, self.dtype) for name, array in arrays.items()}
 
     def stream_from(self, stored: StoredMatrix) -> None:
         """Leave the arrays in their file from now on."""
@@ -172,6 +177,7 @@ class FrozenMatrix(nn.Module):
             few = self._resident is None  # a dense column product is faster still
         if self.matmul == "quantized" or few:
             return mx.quantized_matmul(x, *self.packed(), transpose=True, **vars(self.quant))
+        self._make_copy_when_used()
         if self._resident is not None:
             return _dense_product(x, self._resident)
         return _dequantize_and_multiply(x, self.packed(), self.quant)
@@ -180,6 +186,7 @@ class FrozenMatrix(nn.Module):
         """dy (..., rows) -> dy @ W (..., columns): the gradient of `multiply`."""
         if self.quant is not None and self._resident is None and self.matmul == "quantized":
             return mx.quantized_matmul(dy, *self.packed(), transpose=False, **vars(self.quant))
+        self._make_copy_when_used()
         return dy @ self.dense()
 
     def lookup(self, indices: mx.array) -> mx.array:
@@ -187,7 +194,7 @@ class FrozenMatrix(nn.Module):
         if self.is_away:
             numbers, places = np.unique(np.array(indices), return_inverse=True)
             places = mx.array(places.reshape(indices.shape))
-            rows = tuple(part[places] for part in self.parts(numbers).values())
+            rows = tuple(part[places] for part in self.read(numbers).values())
             return rows[0] if self.quant is None else unpack(rows, self.quant, self.dtype)
         if self.quant is None or self._resident is not None:
             return self.dense()[indices]
@@ -208,7 +215,10 @@ class FrozenMatrix(nn.Module):
         if self.is_away:
             mx.eval(self._before)  # or all slices might be in memory, waiting for their turn
             self._before = after if end < self.shape[0] else []
-        rows = mx.depends([*self.parts((start, end)).values()], after)
+            parts = [*self.read(np.arange(start, end)).values()]
+        else:
+            parts = [array[start:end] for array in self.packed()]
+        rows = mx.depends(parts, after)
         for name, array in zip(PARTS, rows):
             part[name] = array
         if self.quant is not None and self.matmul != "quantized":
@@ -225,6 +235,20 @@ class FrozenMatrix(nn.Module):
             yield
         finally:
             self._resident = before
+
+    @contextmanager
+    def dense_when_used(self) -> Iterator[None]:
+        """As `dense_for_now`, with a copy that is made by the first product, in little memory."""
+        self._when_used = self.quant is not None and self.matmul != "quantized"
+        try:
+            yield
+        finally:
+            self._when_used, self._resident = False, None
+
+    def _make_copy_when_used(self) -> None:
+        if self._when_used and self._resident is None:
+            assert self.quant is not None
+            self._resident = unpack_by_blocks(self.packed(), self.quant, self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -323,6 +347,29 @@ def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
 def unpack(packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:
     """Dequantise to `dtype`."""
     return mx.dequantize(*packed, **vars(quant), dtype=dtype)
+
+
+def unpack_by_blocks(
+    packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype, shape: tuple[int, int]
+) -> mx.array:
+    """As `unpack`, evaluated: a block on each core at a time.
+
+    MLX's temporary arrays are as large as its result on a CPU.
+    """
+    (rows, columns), cores = shape, streams(device.cores())
+    W, height = mx.zeros(shape, dtype), max(1, BLOCK // columns)
+    for first in range(0, rows, height * len(cores)):
+        starts = [*range(first, min(first + height * len(cores), rows), height)]
+        blocks = []
+        for start, stream in zip(starts, cores):
+            with mx.stream(stream):
+                part = tuple(array[start : start + height] for array in packed)
+                blocks.append(unpack(part, quant, dtype))
+        mx.async_eval(blocks)
+        for start in starts:
+            W[start : start + height] = blocks.pop(0)
+        mx.eval(W)  # in its place
+    return W
 
 
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -5,8 +5,6 @@ count as the process's memory.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from mlx_qlora.errors import WeightsError
 # safetensors' names of dtypes -> NumPy's, which has no bfloat16.
 NUMPY = {"U32": np.uint32, "U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 Stamp = tuple[int, int, int]  # a file's number, size in bytes and time of the last change in ns
-Rows = tuple[int, int] | np.ndarray  # the first one and the one after the last; or their numbers
 
 
 @dataclass(frozen=True)
@@ -37,60 +34,44 @@ class StoredTensor:
         """Its size in the file."""
         return int(np.prod(self.shape)) * np.dtype(NUMPY[self.kind]).itemsize
 
-    def read(self, rows: Rows | None = None) -> mx.array:
-        """The tensor, or some of its rows; bfloat16 as the uint16 of its bits.
+    def read(self, rows: np.ndarray | None = None) -> mx.array:
+        """The tensor, or the rows of some numbers; bfloat16 as the uint16 of its bits.
 
         May be called in any thread.
 
         Raises:
             WeightsError: the file has changed since it was opened, or cannot be read.
         """
-        if rows is None:
-            rows = 0, self.shape[0]
-        n = len(rows) if isinstance(rows, np.ndarray) else rows[1] - rows[0]
-        content = np.empty((n, *self.shape[1:]), NUMPY[self.kind])
-        row = self.nbytes // self.shape[0]
-        with self._opened() as file:
-            if isinstance(rows, np.ndarray):
-                for into, number in zip(content, rows.tolist()):
-                    self._fill(file, self.start + number * row, into)
-            else:
-                self._fill(file, self.start + rows[0] * row, content)
-        return mx.array(content)
-
-    def as_float(self, array: mx.array) -> mx.array:
-        """What `read` returned, in the tensor's own dtype."""
-        return array.view(mx.bfloat16) if self.kind == "BF16" else array
-
-    @contextmanager
-    def _opened(self) -> Iterator[int]:
+        rows = np.arange(self.shape[0]) if rows is None else rows
+        # Of pages that are not there yet, so that the only copy in memory is MLX's.
+        array = mx.array(np.empty((len(rows), *self.shape[1:]), NUMPY[self.kind]))
+        content, row = np.array(array, copy=False), self.nbytes // self.shape[0]
+        ends = [*np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)]  # of rows in a row
         try:
             file = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise self._lost(error.strerror) from None
-        try:
-            if stamp_of(file) != self.stamp:
-                raise self._lost("it has changed since it was opened")
-            yield file
-        finally:
-            os.close(file)
-
-    def _fill(self, file: int, offset: int, into: np.ndarray) -> None:
-        view = into.data.cast("B")
-        while view:
             try:
-                n = os.preadv(file, [view], offset)
-            except OSError as error:
-                raise self._lost(error.strerror) from None
-            if n == 0:
-                raise self._lost("it is truncated")
-            view, offset = view[n:], offset + n
+                if stamp_of(file) != self.stamp:
+                    raise EOFError("it has changed since it was opened")
+                for first, end in zip([0, *ends], ends):
+                    _read_into(file, self.start + int(rows[first]) * row, content[first:end])
+            finally:
+                os.close(file)
+        except (OSError, EOFError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise WeightsError(
+                f"{self.path} cannot be read any more: {why}. The model is streamed from there "
+                "(model.residency): put the file back as it was and start again"
+            ) from None
+        return array
 
-    def _lost(self, why: str | None) -> WeightsError:
-        return WeightsError(
-            f"{self.path} cannot be read any more: {why}. The model is streamed from there "
-            "(model.residency): put the file back as it was and start again"
-        )
+
+def _read_into(file: int, offset: int, into: np.ndarray) -> None:
+    view = into.data.cast("B")
+    while view:
+        n = os.preadv(file, [view], offset)
+        if n == 0:
+            raise EOFError("it is truncated")
+        view, offset = view[n:], offset + n
 
 
 @dataclass(frozen=True)
@@ -104,7 +85,7 @@ class StoredMatrix:
         """Its size in the file."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def read(self, rows: Rows | None = None) -> dict[str, mx.array]:
+    def read(self, rows: np.ndarray | None = None) -> dict[str, mx.array]:
         """What `StoredTensor.read` returns of each part."""
         return {name: tensor.read(rows) for name, tensor in self.tensors.items()}
 
@@ -121,10 +102,8 @@ def stored_in(path: Path, header: dict[str, Any], start: int) -> dict[str, Store
     Args:
         start: where the data begins, in bytes.
     """
-    stamp = stamp_of(path)
-    return {
-        name: StoredTensor(
-            path, start + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"], stamp
-        )
-        for name, entry in header.items()
-    }
+    stamp, tensors = stamp_of(path), {}
+    for name, entry in header.items():
+        place = start + entry["data_offsets"][0]
+        tensors[name] = StoredTensor(path, place, tuple(entry["shape"]), entry["dtype"], stamp)
+    return tensors

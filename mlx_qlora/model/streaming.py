@@ -58,8 +58,8 @@ class LayerReader:
                     matrix.pop(name, None)
 
     def ahead(self, i: int) -> None:
-        """Begin to read a layer, if there is one of this number."""
-        if 0 <= i < len(self._layers):
+        """Begin to read a layer, if there is one of this number, and it is not under way."""
+        if 0 <= i < len(self._layers) and (self._ahead is None or self._ahead.i != i):
             self._ahead = _Reading(i, self._matrices(i))
 
     @property

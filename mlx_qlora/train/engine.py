@@ -26,6 +26,7 @@ from mlx_qlora import device
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.linears import Running, result_of
 from mlx_qlora.model.llama import (
     KEYS_OF,
     DecoderLayer,
@@ -80,6 +81,7 @@ NEEDED_BELOW = [
     for i in range(len(PIECES))
 ]
 NEEDED_ABOVE = [{name for p in PIECES[i + 1 :] for name in p.inputs} for i in range(len(PIECES))]
+STREAMED_CACHE = 16 << 20  # bytes of freed buffers that MLX may keep, where the base is streamed
 # What is kept at no level. Neither it nor its gradient is evaluated by itself, so that it exists
 # only while what is made of it is computed.
 FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(KEPT[NOTHING])
@@ -101,13 +103,14 @@ class Tape:
     shard: Shard
     keys: Keys
     compiled: bool
+    one_by_one: bool = False  # a matrix is multiplied when the one before it is done with
     values: dict[str, Any] = field(default_factory=dict)
     gradients: dict[str, mx.array] = field(default_factory=dict)
 
     def forward(self, kept: tuple[str, ...]) -> Stages:
         """Runs the pieces, and keeps the values of some names."""
         for piece, needed in zip(PIECES, NEEDED_ABOVE):
-            outputs = self._run(piece, "weights" in kept)
+            outputs = yield from self._run(piece, "weights" in kept)
             self.values |= outputs
             self._drop_all_but({*kept, *needed, "y"})
             if FLEETING.isdisjoint(outputs):
@@ -115,20 +118,22 @@ class Tape:
 
     def backward(self, wants_dx: bool) -> Stages:
         """Takes the VJPs in reverse; first, those values are made at once that a level may keep."""
-        remade = {name: self._value(name) for name in KEPT[EXPONENTIALS]}
+        remade = {}
+        for name in KEPT[EXPONENTIALS]:
+            remade[name] = yield from self._value(name)
         self._drop_all_but({*KEPT[NOTHING]})
         yield arrays_of(remade)
         for piece, needed in zip(reversed(PIECES), reversed(NEEDED_BELOW)):
-            self._vjp(piece)
+            yield from self._vjp(piece)
             self._drop_all_but(needed)  # before the stage, or they would live through it
             if piece is PIECES[0] and not wants_dx:
                 del self.gradients["x"]
             if FLEETING.isdisjoint(self.gradients):
                 yield list(self.gradients.values())
 
-    def _run(self, piece: Piece, keep_weights: bool = False) -> dict[str, Any]:
+    def _run(self, piece: Piece, keep_weights: bool = False) -> Running[dict[str, Any]]:
         """The outputs of a piece, and what its VJP needs besides."""
-        inputs = [self._value(name) for name in piece.inputs]
+        inputs = yield from self._values(piece.inputs)
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
             found = self.shard.documents.attend_with_residuals(q, k, v, reach, keep_weights)
@@ -141,14 +146,17 @@ class Tape:
             return {"gated": swiglu(*inputs, s=s, act=act), "s": s}
         if piece.name in KEYS_OF:
             x = inputs[0].flatten(1)  # heads end to end
-            outputs = self.layer.linears(piece.name)(x, self.keys[KEYS_OF[piece.name]])
+            linears, keys = self.layer.linears(piece.name), self.keys[KEYS_OF[piece.name]]
+            outputs = (
+                (yield from linears.one_by_one(x, keys)) if self.one_by_one else linears(x, keys)
+            )
             return dict(zip(piece.outputs, outputs))
         outputs = self._between(piece)(*inputs)
         return dict(zip(piece.outputs, outputs if isinstance(outputs, tuple) else [outputs]))
 
-    def _vjp(self, piece: Piece) -> None:
+    def _vjp(self, piece: Piece) -> Running[None]:
         """From the gradients of a piece's outputs to those of its inputs and LoRA weights."""
-        inputs = [self._value(name) for name in piece.inputs]
+        inputs = yield from self._values(piece.inputs)
         gradients: Any = [self.gradients.pop(name) for name in piece.outputs]
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
@@ -160,7 +168,8 @@ class Tape:
             gradients = swiglu_vjp(*inputs, *gradients, **known)
         elif piece.name in KEYS_OF:
             linears, x = self.layer.linears(piece.name), inputs[0]
-            dx, of_weights = linears.vjp(x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]])
+            found = linears.vjp_one_by_one(x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]])
+            dx, of_weights = (yield from found) if self.one_by_one else result_of(found)
             gradients = [dx.reshape(x.shape)]
             self.gradients |= of_weights
         else:
@@ -176,11 +185,17 @@ class Tape:
             return partial(function, context=self.shard.documents)
         return function
 
-    def _value(self, name: str) -> Any:
+    def _value(self, name: str) -> Running[Any]:
         """A value, made again if it was not kept."""
         if name not in self.values:
-            self.values = self._run(MAKER[name]) | self.values
+            self.values = (yield from self._run(MAKER[name])) | self.values
         return self.values[name]
+
+    def _values(self, names: tuple[str, ...]) -> Running[list[Any]]:
+        values = []
+        for name in names:
+            values.append((yield from self._value(name)))
+        return values
 
     def _drop_all_but(self, names: set[str]) -> None:
         self.values = {name: value for name, value in self.values.items() if name in names}
@@ -195,9 +210,11 @@ def arrays_of(values: dict[str, Any]) -> list[mx.array]:
 def side_by_side(
     tapes: list[Tape],
     computations: list[Stages],
-    stage_of_all: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    within: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> None:
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
+
+    If a context is given, each stage is built and finished `within` it before the next one.
 
     MLX hands at most some hundred operations to its streams in advance: all of one shard's first
     would leave the other streams without work. Those of one evaluation it hands over breadth first,
@@ -206,12 +223,13 @@ def side_by_side(
     running = list(zip(tapes, computations))
     while running:
         stages = []
-        with stage_of_all():
+        with within() if within is not None else nullcontext():
             for tape, computation in running:
                 with mx.stream(tape.shard.stream):
                     stages.append(next(computation, None))
+            arrays = [array for stage in stages for array in stage or ()]
+            (mx.async_eval if within is None else mx.eval)(arrays)
         running = [one for one, stage in zip(running, stages) if stage is not None]
-        mx.async_eval([array for stage in stages for array in stage or ()])
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -268,11 +286,16 @@ class Engine:
         self.model, self.compiled = model, compiled
         self.dtype = model.model.embed_tokens.dtype
         self.recompute = memory.check_recompute(recompute, len(model.layers))
-        self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
+        self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
+        self.one_by_one = self.reader is not None and any(
+            matrix.matmul == "dequantize" and matrix.quant is not None
+            for layer in self.matrices
+            for matrix in layer
+        )
         differentiated = tuple(
             f"model.layers.{i}.{path}."
             for i, layer in enumerate(model.layers)
@@ -307,7 +330,7 @@ class Engine:
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
-        with bound(self.model, cast):
+        with bound(self.model, cast), self._small_cache():
             chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
@@ -326,7 +349,7 @@ class Engine:
     ) -> mx.array:
         """The loss sum of a chunk; its gradients are added to `grads`."""
         tapes = [
-            [Tape(layer, shard, shard.keys[i], self.compiled) for shard in shards]
+            [Tape(layer, shard, shard.keys[i], self.compiled, self.one_by_one) for shard in shards]
             for i, layer in enumerate(self.model.layers)
         ]
         self._read_ahead(0)
@@ -336,11 +359,12 @@ class Engine:
         for i, layer in enumerate(tapes):
             kept = KEPT[levels[i]] if i >= self.first else ()
             x = [tape.values["x"] for tape in layer]
-            self._start(i, layer, [tape.forward(kept) for tape in layer])
+            following = min(i + 1, len(tapes) - 1)  # the last layer is needed twice
+            self._start(i, layer, [tape.forward(kept) for tape in layer], following)
             # The layer before this one is finished before the next one begins: the device always
             # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).
             mx.eval(x)
-            self._read_ahead(min(i + 1, len(tapes) - 1))  # the last one is needed twice
+            self._read_ahead(following)
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
@@ -350,9 +374,11 @@ class Engine:
         for i in reversed(range(self.first, len(tapes))):
             layer = tapes.pop()
             dy = [tape.gradients["y"] for tape in layer]
-            self._start(i, layer, [tape.backward(wants_dx=i > self.first) for tape in layer])
+            following = i - 1 if i > self.first else -1
+            computations = [tape.backward(wants_dx=i > self.first) for tape in layer]
+            self._start(i, layer, computations, following)
             mx.eval(dy)
-            self._read_ahead(i - 1 if i > self.first else -1)
+            self._read_ahead(following)
             for tape, below in zip(layer, tapes[-1] if i > self.first else []):
                 below.gradients["y"] = tape.gradients.pop("x")
             for name in layer[0].gradients:
@@ -364,25 +390,44 @@ class Engine:
                 all_reduce.reduce(grads, complete)
         return mx.stack(losses).sum()
 
-    def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
+    def _start(self, i: int, layer: list[Tape], computations: list[Stages], following: int) -> None:
         """Starts a layer's computations, with one dequantised copy of each of its matrices.
 
-        Of a streamed layer a copy is shared within a stage alone: all of them would take more
-        memory than what is saved.
+        Of a streamed layer there is one copy at a time: all would take more memory than is saved.
         """
         if self.reader is None:
-            with self._dense_for_now(i):
+            with self._each_matrix(i, FrozenMatrix.dense_for_now):
                 side_by_side(layer, computations)
-        else:
-            with self.reader.layer(i):
-                side_by_side(layer, computations, lambda: self._dense_for_now(i))
+            return
+        with self.reader.layer(i):
+            if self.one_by_one:
+                self._read_ahead(following)  # the layer before this one is finished
+                each = partial(self._each_matrix, i, FrozenMatrix.dense_when_used)
+                side_by_side(layer, computations, each)
+            else:
+                side_by_side(layer, computations)
 
     @contextmanager
-    def _dense_for_now(self, i: int) -> Iterator[None]:
+    def _each_matrix(
+        self, i: int, enter: Callable[[FrozenMatrix], AbstractContextManager[None]]
+    ) -> Iterator[None]:
         with ExitStack() as stack:
             for matrix in self.matrices[i]:
-                stack.enter_context(matrix.dense_for_now())
+                stack.enter_context(enter(matrix))
             yield
+
+    @contextmanager
+    def _small_cache(self) -> Iterator[None]:
+        """Of a streamed base no freed weights are kept: they are larger than all else."""
+        if self.reader is None:
+            yield
+            return
+        mx.clear_cache()
+        before = mx.set_cache_limit(STREAMED_CACHE)
+        try:
+            yield
+        finally:
+            mx.set_cache_limit(before)
 
     def _read_ahead(self, i: int) -> None:
         if self.reader is not None:
