@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.device import frozen_matmul, this_machine
+from mlx_qlora.device import free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
 from mlx_qlora.model.gguf import Packed, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
@@ -189,6 +189,7 @@ def _stream(
     n_bytes: int,
 ) -> None:
     """Leave the matrices in their files, or in a packed copy of `n_bytes`, which may be made."""
+    free_at_once()
     files, matrices = checkpoint.files, _matrices(model)
     as_they_are = quantize is None or checkpoint.packing.keys() >= matrices.keys()
     if files.path.is_dir() and as_they_are:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from support.training import at_step, make_examples, stop
 
 import mlx_qlora as mq
 from mlx_qlora import device
+from mlx_qlora.cli import main
 from mlx_qlora.commands import open_with_plan
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import Batch, make_batches
+from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.device import CPU, METAL
 from mlx_qlora.errors import ConfigError, StreamedWarning, UserError, WeightsError
 from mlx_qlora.model import streaming
@@ -376,3 +379,53 @@ def test_a_copy_needs_room_on_the_disk(
     cache.write_text("a file")
     with pytest.raises(UserError, match="cannot be written to"):
         load_as("streamed", sources["dense"])
+
+
+def test_the_command_lists_and_clears_what_is_kept(
+    sources: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_as("streamed", sources["dense"])
+    (copy,) = cache.iterdir()
+    assert main(["cache", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["entries"]
+    assert (entry["kind"], entry["folder"]) == ("weights", str(copy))
+    assert entry["of"] == str(sources["dense"]) and entry["bytes"] > 50_000
+    assert main(["cache", "--clear"]) == 0
+    assert "removed from" in capsys.readouterr().out and not copy.exists()
+    assert main(["cache"]) == 0
+
+
+# ---- merging -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore::mlx_qlora.errors.StreamedWarning")
+def test_a_streamed_model_merges_to_the_same_bytes(
+    sources: dict[str, Path], tmp_path: Path, bits: int | None, name: str
+) -> None:
+    quantize = None if bits is None else mq.QuantConfig(bits, 32)
+    for residency in ("streamed", "resident"):
+        how: Any = {"frozen_matmul": "dequantize", "residency": residency}
+        model, tokenizer = mq.load(sources["mlx"], **how)
+        add_lora(model, LORAS[name], seed=1)
+        randomise_lora(model)
+        merged = mq.save_merged(model, tokenizer, tmp_path / residency, quantize=quantize)
+        assert (merged.drift is None) == (bits is None)
+        assert residency == "resident" or in_memory(model) == 0
+    streamed, resident = (contents(tmp_path / residency) for residency in ("streamed", "resident"))
+    assert streamed == resident
+
+
+def test_merging_takes_one_tensor_in_memory(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (2, 12):
+        folder = write_random_model(tmp_path / str(layers), num_hidden_layers=layers)
+        model = load_as("streamed", folder, None, lora=LoraConfig(r=1, target_modules=["q_proj"]))
+        tokenizer = load_tokenizer(folder)
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mq.save_merged(model, tokenizer, tmp_path / f"merged {layers}", dtype="float32")
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] - peaks[0] < 64 * 192 * 4
