@@ -43,9 +43,13 @@ class Linears:
         return self._cut(results)
 
     def one_by_one(self, x: mx.array, keys: Sequence[mx.array | None]) -> Running[list[mx.array]]:
-        """As a call, but yields what has to be computed before the next matrix is multiplied."""
+        """As a call, but yields what has to be computed before the next matrix is multiplied.
+
+        Whoever evaluates it then drops the matrix's dense copy (`FrozenMatrix.drop_copy`).
+        """
         results = []
         for linear, key in zip(self.members.values(), keys):
+            linear.base_layer.make_copy()
             results.append(linear(x, key))
             yield [results[-1]]
         return self._cut(results)
@@ -54,17 +58,26 @@ class Linears:
         self, x: mx.array, dys: list[mx.array], keys: Sequence[mx.array | None]
     ) -> tuple[Any, dict[str, mx.array]]:
         """From the results' gradients that of x (N, d_in), and those of weights by their paths."""
-        return result_of(self.vjp_one_by_one(x, dys, keys))
+        return result_of(self.vjp_one_by_one(x, [*dys], keys, copies=False))
 
     def vjp_one_by_one(
-        self, x: mx.array, dys: list[mx.array], keys: Sequence[mx.array | None]
+        self,
+        x: mx.array,
+        dys: list[mx.array],
+        keys: Sequence[mx.array | None],
+        copies: bool = True,
     ) -> Running[tuple[Any, dict[str, mx.array]]]:
-        """As `vjp`, but yields as `one_by_one` does."""
+        """As `vjp`, but yields as `one_by_one` does, and uses `dys` up.
+
+        `copies` says whether dense copies are made for each matrix in its turn.
+        """
         if self.cuts is not None:
             dys = [mx.concatenate(dys, axis=-1)]
         dx, gradients = None, {}
-        for (path, linear), dy, key in reversed(list(zip(self.members.items(), dys, keys))):
-            dx, of_weights = linear.vjp(x, dy, key, dx)
+        for (path, linear), key in reversed(list(zip(self.members.items(), keys))):
+            if copies:
+                linear.base_layer.make_copy()
+            dx, of_weights = linear.vjp(x, dys.pop(), key, dx)
             gradients |= {f"{path}.{name}": gradient for name, gradient in of_weights.items()}
             yield [dx, *of_weights.values()]
         return dx, gradients

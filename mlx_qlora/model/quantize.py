@@ -75,7 +75,6 @@ class FrozenMatrix(nn.Module):
         self._resident: mx.array | None = None  # W, dequantised
         self.stack: Stack | None = None  # of this one and others, as `stacked` made it
         self.stored: StoredMatrix | None = None  # where it is, if it is streamed
-        self._when_used = False  # whether the first product makes the copy that others share
         self._before: list[mx.array] = []  # what the rows read last wait for
 
     @property
@@ -177,7 +176,6 @@ class FrozenMatrix(nn.Module):
             few = self._resident is None  # a dense column product is faster still
         if self.matmul == "quantized" or few:
             return mx.quantized_matmul(x, *self.packed(), transpose=True, **vars(self.quant))
-        self._make_copy_when_used()
         if self._resident is not None:
             return _dense_product(x, self._resident)
         return _dequantize_and_multiply(x, self.packed(), self.quant)
@@ -186,7 +184,6 @@ class FrozenMatrix(nn.Module):
         """dy (..., rows) -> dy @ W (..., columns): the gradient of `multiply`."""
         if self.quant is not None and self._resident is None and self.matmul == "quantized":
             return mx.quantized_matmul(dy, *self.packed(), transpose=False, **vars(self.quant))
-        self._make_copy_when_used()
         return dy @ self.dense()
 
     def lookup(self, indices: mx.array) -> mx.array:
@@ -236,19 +233,14 @@ class FrozenMatrix(nn.Module):
         finally:
             self._resident = before
 
-    @contextmanager
-    def dense_when_used(self) -> Iterator[None]:
-        """As `dense_for_now`, with a copy that is made by the first product, in little memory."""
-        self._when_used = self.quant is not None and self.matmul != "quantized"
-        try:
-            yield
-        finally:
-            self._when_used, self._resident = False, None
-
-    def _make_copy_when_used(self) -> None:
-        if self._when_used and self._resident is None:
-            assert self.quant is not None
+    def make_copy(self) -> None:
+        """Dequantise W now, in little memory, for all until `drop_copy`."""
+        if self._resident is None and self.quant is not None and self.matmul != "quantized":
             self._resident = unpack_by_blocks(self.packed(), self.quant, self.dtype, self.shape)
+
+    def drop_copy(self) -> None:
+        """Forget what `make_copy` made."""
+        self._resident = None
 
 
 @dataclass(frozen=True)

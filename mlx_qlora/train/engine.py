@@ -26,7 +26,7 @@ from mlx_qlora import device
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model.linears import Running, result_of
+from mlx_qlora.model.linears import Running
 from mlx_qlora.model.llama import (
     KEYS_OF,
     DecoderLayer,
@@ -123,6 +123,7 @@ class Tape:
             remade[name] = yield from self._value(name)
         self._drop_all_but({*KEPT[NOTHING]})
         yield arrays_of(remade)
+        del remade  # or it would keep them to the end
         for piece, needed in zip(reversed(PIECES), reversed(NEEDED_BELOW)):
             yield from self._vjp(piece)
             self._drop_all_but(needed)  # before the stage, or they would live through it
@@ -143,7 +144,9 @@ class Tape:
             if self.compiled:
                 return {"gated": swiglu(*inputs, compiled=True, act=act)}
             s = self.values["s"] if "s" in self.values else gate_sigmoid(inputs[0], act)
-            return {"gated": swiglu(*inputs, s=s, act=act), "s": s}
+            gated = swiglu(*inputs, s=s, act=act)
+            # Streamed, memory is short: the VJP computes the sigmoid again.
+            return {"gated": gated} if self.one_by_one else {"gated": gated, "s": s}
         if piece.name in KEYS_OF:
             x = inputs[0].flatten(1)  # heads end to end
             linears, keys = self.layer.linears(piece.name), self.keys[KEYS_OF[piece.name]]
@@ -156,7 +159,11 @@ class Tape:
 
     def _vjp(self, piece: Piece) -> Running[None]:
         """From the gradients of a piece's outputs to those of its inputs and LoRA weights."""
+        one_by_one = self.one_by_one
+        # Most pieces without matrices do not need what they were given: it stays uncomputed.
+        self.one_by_one = one_by_one and (bool(piece.residuals) or piece.name in KEYS_OF)
         inputs = yield from self._values(piece.inputs)
+        self.one_by_one = one_by_one
         gradients: Any = [self.gradients.pop(name) for name in piece.outputs]
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
@@ -168,8 +175,11 @@ class Tape:
             gradients = swiglu_vjp(*inputs, *gradients, **known)
         elif piece.name in KEYS_OF:
             linears, x = self.layer.linears(piece.name), inputs[0]
-            found = linears.vjp_one_by_one(x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]])
-            dx, of_weights = (yield from found) if self.one_by_one else result_of(found)
+            given = x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]]
+            if self.one_by_one:
+                dx, of_weights = yield from linears.vjp_one_by_one(*given)
+            else:
+                dx, of_weights = linears.vjp(*given)
             gradients = [dx.reshape(x.shape)]
             self.gradients |= of_weights
         else:
@@ -230,6 +240,7 @@ def side_by_side(
             arrays = [array for stage in stages for array in stage or ()]
             (mx.async_eval if within is None else mx.eval)(arrays)
         running = [one for one, stage in zip(running, stages) if stage is not None]
+        del stages, arrays  # while the next ones are made
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -396,25 +407,26 @@ class Engine:
         Of a streamed layer there is one copy at a time: all would take more memory than is saved.
         """
         if self.reader is None:
-            with self._each_matrix(i, FrozenMatrix.dense_for_now):
+            with ExitStack() as stack:
+                for matrix in self.matrices[i]:
+                    stack.enter_context(matrix.dense_for_now())
                 side_by_side(layer, computations)
             return
         with self.reader.layer(i):
             if self.one_by_one:
                 self._read_ahead(following)  # the layer before this one is finished
-                each = partial(self._each_matrix, i, FrozenMatrix.dense_when_used)
-                side_by_side(layer, computations, each)
+                side_by_side(layer, computations, partial(self._without_copies, i))
             else:
                 side_by_side(layer, computations)
 
     @contextmanager
-    def _each_matrix(
-        self, i: int, enter: Callable[[FrozenMatrix], AbstractContextManager[None]]
-    ) -> Iterator[None]:
-        with ExitStack() as stack:
-            for matrix in self.matrices[i]:
-                stack.enter_context(enter(matrix))
+    def _without_copies(self, i: int) -> Iterator[None]:
+        """Drop the dense copies that were made within."""
+        try:
             yield
+        finally:
+            for matrix in self.matrices[i]:
+                matrix.drop_copy()
 
     @contextmanager
     def _small_cache(self) -> Iterator[None]:
