@@ -50,7 +50,8 @@ ALL = ""
 EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging", "generation")
 EVERY_FIELD: Mapping[str, str] = dict.fromkeys(EVERY_SECTION, ALL)
 KEPT = "output_dir save_total_limit"
-LOADED = "source revision adapter bits group_size mode dtype frozen_matmul"  # decide what is loaded
+# Decide what is loaded.
+LOADED = "source revision adapter bits group_size mode dtype frozen_matmul residency"
 ROWS = "path format columns system template history train_on max_length truncation strict "
 ROWS += "refused_path num_workers cache_dir"
 SHAPES = "r target_modules layers_to_transform rank_pattern use_dora"  # of LoRA matrices
@@ -144,6 +145,7 @@ COMMANDS = {
         ("--model", "--output-dir"),
         {"model": "source revision", "lora": SHAPES, "checkpointing": KEPT},
     ),
+    "cache": Command("list what is kept on this disk for later runs, or clear it", quiet=True),
     "completion": Command("print a script that completes commands and fields", json=False),
 }
 
@@ -332,6 +334,8 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("repo_id", metavar="OWNER/NAME", help="repository on the hub; made if need be")
         add("--public", action="store_true", help="let everybody read it")
         add("--dry-run", action="store_true", help="list the files, upload nothing")
+    if name == "cache":
+        add("--clear", action="store_true", help="remove it: the next run makes it again")
     if name == "completion":
         add("shell", choices=("bash", "zsh"), help="which shell the script is for")
 

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 import warnings
@@ -34,6 +35,8 @@ from mlx_qlora.folders import (
     check_writable,
     disk_errors,
     is_merged,
+    json_object,
+    user_cache,
 )
 from mlx_qlora.loading import model_to_ask, recorded, with_adapter
 from mlx_qlora.model.quantize import QuantConfig
@@ -235,8 +238,15 @@ def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]"
     from mlx_qlora.run import open_inputs
 
     inputs = open_inputs(config, console)
-    plan = plan_inputs(inputs)
+    plan, config = plan_inputs(inputs), inputs.config
     say(console, f"plan\n{textwrap.indent(str(plan), ' ' * 10)}")
+    if config.model.residency == "auto":
+        model = replace(config.model, residency="resident")
+        if plan.residency == "streamed":
+            say(console, "streamed  the weights, as the run would not fit into memory with them")
+            way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
+            model = replace(model, residency="streamed", frozen_matmul=way)
+        inputs = replace(inputs, config=replace(config, model=model))
     return inputs, plan
 
 
@@ -425,6 +435,21 @@ def _standard_input() -> str:
         ) from None
 
 
+def _cache(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    entries: list[dict[str, Any]] = []
+    for kind in ("tokens", "weights"):  # of rows, and packed to be streamed
+        for folder in sorted((user_cache() / kind).glob("*")):
+            sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+            of = json_object(folder / "about.json").get("source", folder.name)
+            entries.append({"kind": kind, "folder": folder, "of": of, "bytes": sum(sizes)})
+            say(console, f"{size(sum(sizes)):>13}  {kind:<9}{of}")
+            if args.clear:
+                shutil.rmtree(folder)
+    total, done = sum(entry["bytes"] for entry in entries), "removed from" if args.clear else "in"
+    say(console, f"cache     {size(total)} {done} {user_cache()}")
+    return {"entries": entries, "bytes": total, "cleared": args.clear}
+
+
 RUN: dict[str, Callable[[RunConfig, Console, argparse.Namespace], JsonObject]] = {
     "train": _train,
     "plan": _plan,
@@ -437,4 +462,5 @@ RUN: dict[str, Callable[[RunConfig, Console, argparse.Namespace], JsonObject]] =
     "export": _export,
     "push": _push,
     "doctor": _doctor,
+    "cache": _cache,
 }

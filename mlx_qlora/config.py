@@ -21,6 +21,7 @@ import yaml
 from mlx_qlora.data.chats import ALPACA
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
+from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option
 from mlx_qlora.infer.tokens import GenerationConfig
@@ -73,10 +74,17 @@ class ModelConfig:
         "copy. auto is the fastest that the memory allows, by doctor --tune if that was run",
         choices=("auto", "quantized", "dequantize", "resident"),
     )
+    residency: str = option(
+        "auto",
+        "where the weights are: in memory, or streamed from the disk, layer by layer. auto streams "
+        "what would not fit otherwise",
+        choices=("auto", "resident", "streamed"),
+    )
 
     def __post_init__(self) -> None:
         check_choices("model", self)
         self.quantize()
+        frozen_matmul(self.frozen_matmul, streamed=self.residency == "streamed")
 
     def quantize(self) -> QuantConfig | None:
         """How dense weights are packed while loading."""

@@ -61,6 +61,10 @@ class AdapterWarning(UserWarning):
     """What a user should know of an adapter that is loaded all the same."""
 
 
+class StreamedWarning(AdapterWarning):
+    """A model is loaded that is not in memory, and is slow at something."""
+
+
 def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
     """Return `"; did you mean X?"` for the known name that is most like a word, or an empty string.
 

@@ -2,6 +2,7 @@
 
 import filecmp
 import tempfile
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
 from mlx_qlora.data.chats import ALPACA
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, StreamedWarning, size
 from mlx_qlora.folders import json_object
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.model.streaming import streamed_bytes
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
 
@@ -30,6 +32,7 @@ def load(
     *,
     dtype: str = "auto",
     frozen_matmul: str = "auto",
+    residency: str = "auto",
 ) -> tuple[LlamaForCausalLM, Tokenizer]:
     """Loads a frozen model and its tokenizer.
 
@@ -43,6 +46,9 @@ def load(
         dtype: of the computation: `auto` (bfloat16 on a GPU, float32 on a CPU) or a name.
         frozen_matmul: how quantised weights are multiplied: `auto`, or `quantized`, `dequantize`
             or `resident` as explained in `mlx_qlora.device`.
+        residency: `resident` keeps all weights in memory, `streamed` reads each layer from the disk
+            when its turn comes, and `auto` streams what would fill the memory by itself. Dense
+            weights that are quantised, and a GGUF, are streamed from a copy, which is made once.
 
     Returns:
         The model, evaluated, and the tokenizer.
@@ -52,14 +58,23 @@ def load(
         WeightsError: its files are damaged, or of an unsupported architecture.
         TokenizerError: its tokenizer is missing or damaged.
         AdapterError: the adapter is damaged or belongs to another model.
-        ConfigError: an unknown dtype or strategy, or a group size that does not fit.
+        ConfigError: an unknown dtype, strategy or residency, a group size that does not fit, or
+            no room on the disk for a copy.
     """
     chosen_dtype = device.compute_dtype(dtype)
-    device.frozen_matmul(frozen_matmul)  # an unknown one is refused before anything is read
+    # Unknown ones are refused before anything is read.
+    ModelConfig(frozen_matmul=frozen_matmul, residency=residency)
     checkpoint = open_checkpoint(resolve(source, revision))
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
-    model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul)
+    model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul, residency)
     model.frozen_matmul = frozen_matmul
+    if model.model.reader is not None:
+        warnings.warn(
+            f"{source} is streamed from the disk: each token that is generated reads all of its "
+            f"weights, {size(streamed_bytes(model))}, which is slow",
+            StreamedWarning,
+            stacklevel=2,
+        )
     if adapter is not None:
         load_adapter(model, adapter)
     return model, with_tokenizer_of(adapter, tokenizer)
@@ -125,6 +140,7 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
         chosen.revision,
         dtype=chosen.dtype,
         frozen_matmul=chosen.frozen_matmul,
+        residency=chosen.residency,
     )
 
 
@@ -210,6 +226,7 @@ def as_loaded(chosen: ModelConfig, model: LlamaForCausalLM) -> ModelConfig:
         chosen,
         source=str(files.source),
         revision=files.revision,
+        residency="resident" if model.model.reader is None else "streamed",
         dtype="auto" if auto else str(dtype).rpartition(".")[2],
         **packing,
     )

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.origin import base_hash, original_base, sample_of
+from mlx_qlora.adapters.origin import base_hash, original_base
 from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, write_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import (
@@ -52,7 +52,7 @@ from mlx_qlora.folders import (
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
 from mlx_qlora.measured import fastest, key_of
-from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.hub import resolve, sample_of
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, begins_with_base, lora_layers, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
@@ -133,7 +133,8 @@ class Inputs:
         assert self.checkpoint is not None
         chosen = self.config.model
         dtype = device.compute_dtype(chosen.dtype)
-        model = load_model(self.checkpoint, chosen.quantize(), dtype, chosen.frozen_matmul)
+        how = chosen.frozen_matmul, chosen.residency
+        model = load_model(self.checkpoint, chosen.quantize(), dtype, *how)
         if chosen.adapter is not None:
             load_adapter(model, chosen.adapter)
         return model
@@ -307,6 +308,7 @@ def as_measured(
         names = [n for n in ("dtype", "frozen_matmul") if getattr(model, n) == "auto"]
         return replace(config, model=replace(model, **{n: before.get(n, "auto") for n in names}))
     usual = model.frozen_matmul == "auto" and model.dtype in ("auto", device.current().dtype)
+    usual = usual and model.residency != "streamed"
     if not usual or packing is None or processes().size > 1:  # machines may differ
         return config
     if (found := fastest(key_of(llama, packing), dense_numbers)) is None:
@@ -405,7 +407,8 @@ def fine_tune(
 def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console) -> RunConfig:
     """As `as_measured`, for a loaded model, which is multiplied with that way from then on."""
     matrices = [m for m in model.modules() if isinstance(m, FrozenMatrix) and m.quant]
-    if not matrices or getattr(model, "frozen_matmul", None) != "auto":  # `load` was told
+    told = getattr(model, "frozen_matmul", None) != "auto"
+    if not matrices or told or model.model.reader is not None:
         return config
     numbers = sum(math.prod(matrix.shape) for matrix in matrices)
     chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)
@@ -556,7 +559,8 @@ def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
     if "auto" not in numbers:
         training[f"{' x '.join(sizes)} x processes"] = math.prod(numbers) * processes().size
     del training["warmup_ratio"]  # warmup_steps is what it gives
-    for name in ("source", "revision", "adapter"):  # where it is; its content is hashed
+    # Where it is; its content is hashed.
+    for name in ("source", "revision", "adapter", "residency"):
         del decides["model"][name]
     # The rows themselves have a hash of their own.
     return {**decides, "data": {"shuffle": config.data.shuffle}}

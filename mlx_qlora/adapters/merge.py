@@ -176,7 +176,9 @@ def save_merged(
             embedding = model.model.embed_tokens
             # Never resident: that would be a dense copy of the whole model.
             matmul = "quantized" if embedding.matmul == "quantized" else "dequantize"
-            written = load_model(open_checkpoint(files), None, embedding.dtype, matmul)
+            residency = "resident" if model.model.reader is None else "streamed"
+            how = None, embedding.dtype, matmul, residency
+            written = load_model(open_checkpoint(files), *how)
             drift = measure(model, written, rows, None if quantize is None else quantize.bits)
         repo = (sources[0].hf_id if sources else None) or ""
         card = render(

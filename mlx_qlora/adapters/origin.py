@@ -1,12 +1,11 @@
 """Which base an adapter belongs to: its name for others, and a hash that knows it again."""
 
-import hashlib
 import warnings
 from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
 from mlx_qlora.folders import PEFT, RECORD, json_object
-from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, weight_files
+from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 
 BASE = "base"  # the name of its hash, in a file's metadata and in a run's record
@@ -39,23 +38,6 @@ def original_base(source: ModelFiles | None) -> str:
         return base
     warnings.warn(note, AdapterWarning, stacklevel=1)
     return base
-
-
-def sample_of(path: Path, names: bool = True) -> bytes:
-    """A hash of the sizes of a model's weight files and of pieces all over them.
-
-    Reading all of a large model would take longer than anybody waits. Without `names` a file that
-    was renamed has the same.
-    """
-    hashed = hashlib.sha256()
-    for file in weight_files(path):
-        size = file.stat().st_size
-        hashed.update(f"{file.name if names else ''} {size}".encode())
-        with open(file, "rb") as stream:
-            for piece in range(64):
-                stream.seek(size * piece // 64)
-                hashed.update(stream.read(1024))
-    return hashed.digest()
 
 
 def run_of(adapter: Path) -> Path:

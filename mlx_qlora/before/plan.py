@@ -24,8 +24,7 @@ from mlx_qlora.distributed import processes as processes_of_run
 from mlx_qlora.errors import ConfigError, duration
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, target_paths
-from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.model.weights import Checkpoint, packed_size
+from mlx_qlora.model.weights import Checkpoint, frozen_bytes, packed_size
 from mlx_qlora.run import Inputs, open_files
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
@@ -121,19 +120,15 @@ def base_bytes(
 ) -> tuple[int, int]:
     """Bytes of the frozen weights as they will be kept, and of dequantised copies of them."""
     itemsize, quantize = itemsize_of(config, where), config.model.quantize()
-    dense = itemsize * packed_size(model, checkpoint, quantize)
-    keeps_copy = device.frozen_matmul(config.model.frozen_matmul, dense, where) == "resident"
-    base = resident = 0
-    matrices = ((path, m) for path, m in model.named_modules() if isinstance(m, FrozenMatrix))
-    for path, matrix in matrices:
-        quant, size = checkpoint.packing.get(path) or quantize, matrix.weight.size
-        if quant is None:
-            base += size * itemsize
-            continue
-        scale_bytes = 2 * itemsize if quant.mode == "affine" else 1
-        base += size * quant.bits // 8 + size // quant.group_size * scale_bytes
-        resident += size * itemsize if keeps_copy else 0
-    return base, resident
+    dense, streamed = itemsize * packed_size(model, checkpoint, quantize), is_streamed(config)
+    way = device.frozen_matmul(config.model.frozen_matmul, dense, where, streamed)
+    base = frozen_bytes(model, checkpoint, quantize, itemsize, streamed)
+    return base, dense if way == "resident" else 0
+
+
+def is_streamed(config: RunConfig) -> bool:
+    """Whether the frozen weights stay on the disk."""
+    return config.model.residency == "streamed"
 
 
 def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
@@ -229,6 +224,7 @@ class Plan:
     scaling: Scaling | None = None  # of several processes, if their number is known
     cache_bytes: int = 0  # of freed buffers, which a GPU keeps beside the peak while there is room
     run_seconds: float | None = None  # of the whole run, validations included; None without rows
+    residency: str = "resident"  # of the frozen weights, or streamed
 
     @property
     def total_bytes(self) -> int:
@@ -258,6 +254,8 @@ class Plan:
         if self.cache_bytes:
             lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, while there is room")
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
+        if self.residency == "streamed":
+            lines.append(f"{'weights':<22}streamed from the disk, two layers in memory")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
         recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
@@ -333,8 +331,27 @@ def plan_checkpoint(
     where: Machine | None = None,
     processes: int | None = None,
 ) -> Plan:
-    """The plan for opened files, and for the examples of a run if they are known."""
-    where = where or this_machine()
+    """The plan for opened files, and for the examples of a run if they are known.
+
+    Where the weights may be streamed, they are if the run would not fit otherwise.
+    """
+    model, rest = config.model, (examples, where or this_machine(), processes)
+    made = _plan_as_it_is(checkpoint, config, *rest)
+    if made.fits or model.residency != "auto":
+        return made
+    way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
+    model = replace(model, residency="streamed", frozen_matmul=way)
+    streamed = _plan_as_it_is(checkpoint, replace(config, model=model), *rest)
+    return streamed if streamed.total_bytes < made.total_bytes else made
+
+
+def _plan_as_it_is(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    examples: Examples | None,
+    where: Machine,
+    processes: int | None,
+) -> Plan:
     llama = LlamaConfig.from_hf(checkpoint.config)
     config = settle(config, llama, examples)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
@@ -349,7 +366,10 @@ def plan_checkpoint(
     largest, usual, supervised = documents_of(config, examples)
     standing = base + resident + memory.adapter_bytes(trained)
 
-    batches = [memory.Footprint(llama, lengths, itemsize, where) for lengths in (largest, usual)]
+    streamed = is_streamed(config)
+    batches = [
+        memory.Footprint(llama, lengths, itemsize, where, streamed) for lengths in (largest, usual)
+    ]
     chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation
@@ -376,7 +396,8 @@ def plan_checkpoint(
     cache = max(0, min(cache, limit - total))  # MLX gives it back before memory ends
     if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
-    return Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling, cache)
+    made = Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling, cache)
+    return replace(made, residency="streamed") if streamed else made
 
 
 def _advice(

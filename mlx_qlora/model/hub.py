@@ -5,6 +5,7 @@ Fetching, caching, logging in and resuming are huggingface_hub's work and follow
 message what went wrong and what to do, and to name the original repository for the adapter.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -308,6 +309,23 @@ def weight_files(path: Path) -> list[Path]:
     if missing := [name for name in _missing_files(path) if name != "config.json"]:
         raise WeightsError(_not_a_model(str(path), names, missing))
     return [path / name for name in _shards(path, names)]
+
+
+def sample_of(path: Path, names: bool = True) -> bytes:
+    """A hash of the sizes of a model's weight files and of pieces all over them.
+
+    Reading all of a large model would take longer than anybody waits. Without `names` a file that
+    was renamed has the same.
+    """
+    hashed = hashlib.sha256()
+    for file in weight_files(path):
+        size = file.stat().st_size
+        hashed.update(f"{file.name if names else ''} {size}".encode())
+        with open(file, "rb") as stream:
+            for piece in range(64):
+                stream.seek(size * piece // 64)
+                hashed.update(stream.read(1024))
+    return hashed.digest()
 
 
 def check_readable(path: Path, error: type[Exception] = SourceError) -> None:

@@ -4,14 +4,26 @@ Forward their frozen matrices are one product where they are packed alike. The g
 out, so that no framework decides what of it is computed, kept or fused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from mlx_qlora import device
 from mlx_qlora.model.quantize import Linear, stacked
+
+T = TypeVar("T")
+Running = Generator[list[mx.array], None, T]  # arrays to evaluate, and then the next; a result
+
+
+def result_of(running: Running[T]) -> T:
+    """The result, where nothing has to be evaluated on the way to it."""
+    while True:
+        try:
+            next(running)
+        except StopIteration as done:
+            return done.value
 
 
 @dataclass(frozen=True)
@@ -28,23 +40,54 @@ class Linears:
         """x (..., d_in) -> a result (..., d_out) for each; the keys are those of `LoRALinear`."""
         each = zip(self.members.values(), self._products(x), keys)
         results = [linear.complete(product, x, key) for linear, product, key in each]
-        if self.cuts is None:
-            return results
-        *others, last = mx.split(results[0], self.cuts, axis=-1)
-        # v is kept, and q and k are not: a view would keep all three in memory.
-        return [*others, mx.contiguous(last) if len(others) > 1 else last]
+        return self._cut(results)
+
+    def one_by_one(self, x: mx.array, keys: Sequence[mx.array | None]) -> Running[list[mx.array]]:
+        """As a call, but yields what has to be computed before the next matrix is multiplied.
+
+        Whoever evaluates it then drops the matrix's dense copy (`FrozenMatrix.drop_copy`).
+        """
+        results = []
+        for linear, key in zip(self.members.values(), keys):
+            linear.base_layer.make_copy()
+            results.append(linear(x, key))
+            yield [results[-1]]
+        return self._cut(results)
 
     def vjp(
         self, x: mx.array, dys: list[mx.array], keys: Sequence[mx.array | None]
     ) -> tuple[Any, dict[str, mx.array]]:
         """From the results' gradients that of x (N, d_in), and those of weights by their paths."""
+        return result_of(self.vjp_one_by_one(x, [*dys], keys, copies=False))
+
+    def vjp_one_by_one(
+        self,
+        x: mx.array,
+        dys: list[mx.array],
+        keys: Sequence[mx.array | None],
+        copies: bool = True,
+    ) -> Running[tuple[Any, dict[str, mx.array]]]:
+        """As `vjp`, but yields as `one_by_one` does, and uses `dys` up.
+
+        `copies` says whether dense copies are made for each matrix in its turn.
+        """
         if self.cuts is not None:
             dys = [mx.concatenate(dys, axis=-1)]
         dx, gradients = None, {}
-        for (path, linear), dy, key in reversed(list(zip(self.members.items(), dys, keys))):
-            dx, of_weights = linear.vjp(x, dy, key, dx)
+        for (path, linear), key in reversed(list(zip(self.members.items(), keys))):
+            if copies:
+                linear.base_layer.make_copy()
+            dx, of_weights = linear.vjp(x, dys.pop(), key, dx)
             gradients |= {f"{path}.{name}": gradient for name, gradient in of_weights.items()}
+            yield [dx, *of_weights.values()]
         return dx, gradients
+
+    def _cut(self, results: list[mx.array]) -> list[mx.array]:
+        if self.cuts is None:
+            return results
+        *others, last = mx.split(results[0], self.cuts, axis=-1)
+        # v is kept, and q and k are not: a view would keep all three in memory.
+        return [*others, mx.contiguous(last) if len(others) > 1 else last]
 
     def _products(self, x: mx.array) -> list[mx.array]:
         """x times each frozen matrix."""

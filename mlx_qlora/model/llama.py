@@ -13,7 +13,7 @@ V vocabulary.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -30,6 +30,9 @@ from mlx_qlora.model.families import AFTER_ROPE, ALL_HEADS, HEAD, LlamaConfig
 from mlx_qlora.model.linears import Linears
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import Rope
+from mlx_qlora.model.streaming import LayerReader
+
+T = TypeVar("T")
 
 
 def swiglu(
@@ -320,6 +323,7 @@ class LlamaModel(nn.Module):
             for i, window in enumerate(map(config.window, range(config.num_hidden_layers)))
         ]
         self.norm = RMSNorm(config.hidden_size, config)
+        self.reader: LayerReader | None = None  # of streamed layers
 
     def __call__(
         self,
@@ -335,14 +339,17 @@ class LlamaModel(nn.Module):
         if rows is None and not self._is_checked(tokens, cache):
             rows = self._rows_or_nan(tokens)
         if cache is not None:
-            h, masks = self.embed(tokens, rows), dict[int | None, Any]()
+            caches, masks = cache, dict[int | None, Any]()
             how = {"return_array": self._config.attention_softcap is not None}
-            for layer, of_layer in zip(self.layers, cache):
+
+            def step(i: int, h: mx.array) -> mx.array:
+                layer, of_layer = self.layers[i], caches[i]
                 window = layer.self_attn.reach.window
                 if window not in masks:
                     masks[window] = of_layer.make_mask(T, window_size=window, **how)
-                h = layer(h, Cached(masks[window], of_layer))
-            return self.normalised(h)
+                return layer(h, Cached(masks[window], of_layer))
+
+            return self.normalised(self.through(step, self.embed(tokens, rows)))
 
         if documents is None:  # each row is one
             documents = np.array([(b, 0, T) for b in range(B)], np.int32)
@@ -359,10 +366,29 @@ class LlamaModel(nn.Module):
         rows: mx.array | None = None,
     ) -> mx.array:
         """Tokens (N,) of documents, end to end -> (N, D); no keys mean no dropout."""
-        h = self.embed(tokens, rows)
-        for layer, of_layer in zip(self.layers, keys or [NO_KEYS] * len(self.layers)):
-            h = layer(h, documents, of_layer)
-        return self.normalised(h)
+        of_layers = keys or [NO_KEYS] * len(self.layers)
+
+        def step(i: int, h: mx.array) -> mx.array:
+            return self.layers[i](h, documents, of_layers[i])
+
+        return self.normalised(self.through(step, self.embed(tokens, rows)))
+
+    def through(self, step: Callable[[int, T], T], x: T) -> T:
+        """What the last layer leaves, by a step that takes a layer's number and its input.
+
+        Streamed, a layer is computed before the next but one is read.
+        """
+        for i in range(len(self.layers)):
+            if self.reader is None:
+                x = step(i, x)
+                continue
+            with self.reader.layer(i):
+                y = step(i, x)
+                mx.async_eval(y)
+            mx.eval(x)
+            self.reader.ahead(i + 1)
+            x = y
+        return x
 
     def _is_checked(self, tokens: mx.array, cache: list[Any] | None) -> bool:
         """Check that tokens have rows in the embedding; False if that has to wait.

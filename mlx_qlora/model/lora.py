@@ -399,7 +399,7 @@ def add_lora(
         originals = _originals(model)
     for path, key in zip(targets, mx.random.split(mx.random.key(seed), len(targets))):
         linear, scale = linears[path], config.scale_of(path)
-        original = originals.get(f"{path}.weight")
+        original = originals.pop(f"{path}.weight", None)  # or all that were read would stay
         original = mx.array(original.dense()) if isinstance(original, Packed) else original
         A, B = initial(init, linear, config.rank_of(path), scale, key, original)
         kind, part = DoRALinear if config.use_dora else LoRALinear, begins_with_base(init)
@@ -422,6 +422,12 @@ def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:
                     f"names are {', '.join(endings)}"
                 )
     for path, linear in targets.items():
+        if begins_with_base(config.init_lora_weights) and linear.quant is None and linear.stored:
+            raise ConfigError(
+                f"lora.init_lora_weights: {config.init_lora_weights} takes a part off the dense "
+                "weights, which streamed ones stay without; set model.bits, or "
+                "model.residency=resident"
+            )
         r, most = config.rank_of(path), min(linear.shape)
         if r > most and config.init_lora_weights not in PLAIN:
             raise ConfigError(

@@ -15,17 +15,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.cpu.blas import row_product
+from mlx_qlora.cpu.streams import streams
 from mlx_qlora.device import FrozenMatmul
 from mlx_qlora.errors import ConfigError, require
+from mlx_qlora.model.stored import StoredMatrix
 
 # What mx.quantize accepts. The floating-point modes each have exactly one shape.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 PARTS = ("weight", "scales", "biases")  # of a packed matrix; only affine has biases
+BLOCK = 1 << 18  # numbers that a core dequantises at once, where memory is short
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class QuantConfig:
 class FrozenMatrix(nn.Module):
     """A matrix W that is never trained: dense, or packed by `mx.quantize`.
 
-    `weight` is (rows, columns), or uint32 with `scales` (and, for affine, `biases`) beside it.
-    `Linear` and `Embedding` below are its two uses.
+    `weight` is (rows, columns), or uint32 with `scales` (and, for affine, `biases`) beside it. A
+    streamed matrix has none of them but while a layer is computed (`streaming.LayerReader`), and
+    reads what it is asked for from its file. `Linear` and `Embedding` below are its two uses.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -71,6 +76,8 @@ class FrozenMatrix(nn.Module):
         self.matmul: FrozenMatmul = "quantized"  # how a packed matrix is multiplied
         self._resident: mx.array | None = None  # W, dequantised
         self.stack: Stack | None = None  # of this one and others, as `stacked` made it
+        self.stored: StoredMatrix | None = None  # where it is, if it is streamed
+        self._before: list[mx.array] = []  # what the rows read last wait for
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -85,10 +92,11 @@ class FrozenMatrix(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of W, whatever its packing."""
-        rows, columns = self.weight.shape
+        arrays: Any = self.stored.tensors if self.stored is not None else self
+        rows, columns = arrays["weight"].shape
         if self.quant is not None:
             # 32 // bits would be wrong for 3, 5 and 6 bits; the scales know.
-            columns = self["scales"].shape[-1] * self.quant.group_size
+            columns = arrays["scales"].shape[-1] * self.quant.group_size
         return rows, columns
 
     def _extra_repr(self) -> str:
@@ -98,7 +106,37 @@ class FrozenMatrix(nn.Module):
 
     def packed(self) -> tuple[Any, ...]:
         """The arrays that `mx.quantize` made: weight, scales and, for affine, biases."""
-        return tuple(self[name] for name in PARTS if name in self)
+        return tuple(self.parts().values())
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its arrays are in their file, and not in memory."""
+        return self.stored is not None and "weight" not in self
+
+    def parts(self) -> dict[str, mx.array]:
+        """Its arrays by name; those that are away are read, for this use alone."""
+        if self.is_away:
+            return self.read()
+        return {name: self[name] for name in PARTS if name in self}
+
+    def read(self, rows: np.ndarray | None = None) -> dict[str, mx.array]:
+        """The arrays in its file, or some of their rows, by name."""
+        assert self.stored is not None
+        return self.as_computed(self.stored.read(rows))
+
+    def as_computed(self, read: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What `stored` has read, in the dtypes that it is computed with."""
+        assert self.stored is not None
+        kinds = {name: tensor.kind for name, tensor in self.stored.tensors.items()}
+        arrays = {n: x.view(mx.bfloat16) if kinds[n] == "BF16" else x for n, x in read.items()}
+        return {name: cast(array, self.dtype) for name, array in arrays.items()}
+
+    def stream_from(self, stored: StoredMatrix) -> None:
+        """Leave the arrays in their file from now on."""
+        for name in PARTS:
+            self.pop(name, None)
+        self.stored = stored
+        self._no_grad.update(PARTS)  # which `freeze` would do only for what is there
 
     def pack(self, dense: mx.array, quant: QuantConfig) -> None:
         """Put W, given dense in float32, in its place, packed; floats in `self.dtype`."""
@@ -116,7 +154,7 @@ class FrozenMatrix(nn.Module):
         if self._resident is not None:
             return self._resident
         if self.quant is None:
-            return self.weight
+            return self.parts()["weight"]
         return unpack(self.packed(), self.quant, self.dtype)
 
     @property
@@ -134,7 +172,7 @@ class FrozenMatrix(nn.Module):
     def multiply(self, x: mx.array) -> mx.array:
         """x (..., columns) -> x @ W.T (..., rows), in x's dtype."""
         if self.quant is None:
-            return _dense_product(x, self.weight)
+            return _dense_product(x, self.dense())
         here = device.current()
         few = x.size <= here.few_rows * x.shape[-1]  # a word at a time, while text is generated
         if few and here.row_as_column:
@@ -153,6 +191,11 @@ class FrozenMatrix(nn.Module):
 
     def lookup(self, indices: mx.array) -> mx.array:
         """Some rows of W, dense: indices (...) int -> (..., columns)."""
+        if self.is_away:
+            numbers, places = np.unique(np.array(indices), return_inverse=True)
+            places = mx.array(places.reshape(indices.shape))
+            rows = tuple(part[places] for part in self.read(numbers).values())
+            return rows[0] if self.quant is None else unpack(rows, self.quant, self.dtype)
         if self.quant is None or self._resident is not None:
             return self.dense()[indices]
         return unpack(tuple(part[indices] for part in self.packed()), self.quant, self.dtype)
@@ -161,17 +204,24 @@ class FrozenMatrix(nn.Module):
         """The matrix of rows start .. end; dense from then on, unless the kernel reads packed.
 
         For the output head: the widest matrix of a small model, of which no dense copy may exist
-        as a whole. Nothing is dequantised before the arrays in `after` are computed.
+        as a whole. Nothing is dequantised before the arrays in `after` are computed. What is away
+        is read at once, while the rows of the call before are computed with.
         """
         part = FrozenMatrix(0, 0)
         part.quant, part.dtype, part.matmul = self.quant, self.dtype, self.matmul
-        if self.quant is None or self._resident is not None:
+        if not self.is_away and (self.quant is None or self._resident is not None):
             part.quant, part.weight = None, self.dense()[start:end]
             return part
-        rows = mx.depends([array[start:end] for array in self.packed()], after)
+        if self.is_away:
+            mx.eval(self._before)  # or all slices might be in memory, waiting for their turn
+            self._before = after if end < self.shape[0] else []
+            parts = [*self.read(np.arange(start, end)).values()]
+        else:
+            parts = [array[start:end] for array in self.packed()]
+        rows = mx.depends(parts, after)
         for name, array in zip(PARTS, rows):
             part[name] = array
-        if self.matmul != "quantized":
+        if self.quant is not None and self.matmul != "quantized":
             part._resident = part.dense()
         return part
 
@@ -186,6 +236,15 @@ class FrozenMatrix(nn.Module):
         finally:
             if shares:
                 self._resident = None
+
+    def make_copy(self) -> None:
+        """Dequantise W now, in little memory, for all until `drop_copy`."""
+        if self._resident is None and self.quant is not None and self.matmul != "quantized":
+            self._resident = unpack_by_blocks(self.packed(), self.quant, self.dtype, self.shape)
+
+    def drop_copy(self) -> None:
+        """Forget what `make_copy` made."""
+        self._resident = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +286,8 @@ def stacked(matrices: list[Any]) -> Stack | None:
             setattr(whole, name, rows)
             for i, (start, end) in enumerate(zip([0, *ends], ends)):
                 slices[i, name] = rows[start:end]  # of rows that are there: no memory
-        mx.eval(whole.packed(), list(slices.values()))
+        # Before others see them. Nobody waits: layers may be under way.
+        mx.async_eval(whole.packed(), list(slices.values()))
         for (i, name), part in slices.items():
             setattr(matrices[i], name, part)
         in_order = [slices[i, name] for i in range(len(matrices)) for name in names]
@@ -293,6 +353,29 @@ def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
 def unpack(packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:
     """Dequantise to `dtype`."""
     return mx.dequantize(*packed, **vars(quant), dtype=dtype)
+
+
+def unpack_by_blocks(
+    packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype, shape: tuple[int, int]
+) -> mx.array:
+    """As `unpack`, evaluated: a block on each core at a time.
+
+    MLX's temporary arrays are as large as its result on a CPU.
+    """
+    (rows, columns), cores = shape, streams(device.cores())
+    W, height = mx.zeros(shape, dtype), max(1, BLOCK // columns)
+    for first in range(0, rows, height * len(cores)):
+        starts = [*range(first, min(first + height * len(cores), rows), height)]
+        blocks = []
+        for start, stream in zip(starts, cores):
+            with mx.stream(stream):
+                part = tuple(array[start : start + height] for array in packed)
+                blocks.append(unpack(part, quant, dtype))
+        mx.async_eval(blocks)
+        for start in starts:
+            W[start : start + height] = blocks.pop(0)
+        mx.eval(W)  # in its place
+    return W
 
 
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:

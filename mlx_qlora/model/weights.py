@@ -7,7 +7,8 @@ so the peak is the finished model plus one tensor, not the whole dense checkpoin
 
 import json
 import struct
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.device import frozen_matmul
-from mlx_qlora.errors import ConfigError, SourceError, WeightsError, listing
+from mlx_qlora.device import free_at_once, frozen_matmul, this_machine
+from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
 from mlx_qlora.model.gguf import Packed, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.quantize import FLOAT_MODES, FrozenMatrix, QuantConfig, cast
+from mlx_qlora.model.quantize import FLOAT_MODES, PARTS, FrozenMatrix, QuantConfig, cast
+from mlx_qlora.model.stored import StoredMatrix, StoredTensor, stored_in
+from mlx_qlora.model.streaming import LayerReader, PackedCopy
 from mlx_qlora.progress import doing, each
 from mlx_qlora.tree import flat
 
@@ -93,7 +96,11 @@ def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | Non
 
 
 def load_model(
-    checkpoint: Checkpoint, quantize: QuantConfig | None, dtype: mx.Dtype, matmul: str = "auto"
+    checkpoint: Checkpoint,
+    quantize: QuantConfig | None,
+    dtype: mx.Dtype,
+    matmul: str = "auto",
+    residency: str = "resident",
 ) -> LlamaForCausalLM:
     """Build a frozen model and move a checkpoint's tensors into it, which uses the checkpoint up.
 
@@ -102,10 +109,13 @@ def load_model(
             MLX's converters do; matrices that are packed already stay as they are.
         dtype: of everything that is not packed, and of the scales of what is.
         matmul: how packed matrices will be multiplied; see `mlx_qlora.device`.
+        residency: resident, or streamed: the matrices stay in their files, or in a packed copy of
+            them that is made once. auto streams what would fill the memory by itself.
 
     Raises:
         WeightsError: an unsupported architecture, or tensors that do not fit it.
-        ConfigError: `quantize` does not divide a matrix's columns.
+        ConfigError: `quantize` does not divide a matrix's columns; a packed copy is needed and
+            cannot be written; a dense copy in memory is asked for of streamed weights.
     """
     model = LlamaForCausalLM(LlamaConfig.from_hf(checkpoint.config))
     model.hf_config = checkpoint.config
@@ -114,37 +124,129 @@ def load_model(
     _check_tensors(model, checkpoint, quantize)
     if model.config.tie_word_embeddings:
         _check_head(checkpoint)
-    strategy = frozen_matmul(matmul, dtype.size * packed_size(model, checkpoint, quantize))
+    n_bytes, here = frozen_bytes(model, checkpoint, quantize, dtype.size), this_machine()
+    is_large = n_bytes > here.device.memory_share * here.working_set_bytes
+    streams = residency == "streamed" or (residency == "auto" and is_large)
+    dense_bytes = dtype.size * packed_size(model, checkpoint, quantize)
+    strategy = frozen_matmul(matmul, dense_bytes, here, streams)
+    for path, matrix in _matrices(model).items():
+        packing = checkpoint.packing.get(path)
+        matrix.quant, matrix.matmul, matrix.dtype = packing, strategy, dtype
+    if streams:
+        _stream(model, checkpoint, quantize, dtype, n_bytes)
+    else:
+        _place(model, checkpoint, quantize, dtype)
+    model.freeze()
+    if strategy == "resident":
+        for matrix in each([*_matrices(model).values()], "dequantising", "matrices"):
+            matrix.make_resident()
+    return model
+
+
+def _place(
+    model: LlamaForCausalLM,
+    checkpoint: Checkpoint,
+    quantize: QuantConfig | None,
+    dtype: mx.Dtype,
+    matrices_too: bool = True,
+    then: Callable[[str, FrozenMatrix], None] = lambda path, matrix: None,
+) -> None:
+    """Move a checkpoint's tensors into a model, or all but those of matrices.
+
+    `then` is called with each matrix, and its path, when a tensor of it is in its place.
+    """
     packing, modules, matrices = checkpoint.packing, dict(model.named_modules()), _matrices(model)
-    for path, matrix in matrices.items():
-        matrix.quant, matrix.matmul, matrix.dtype = packing.get(path), strategy, dtype
-    what = "quantising" if quantize and not packing else "loading"
+    what = "quantising" if quantize and not packing and matrices_too else "loading"
     with doing(what, sum(map(len, checkpoint.shards)), "tensors") as task:
         for shard in checkpoint.shards:
             for name in list(shard):
                 path, _, leaf = name.rpartition(".")
                 array = shard.pop(name)  # the reference must go, or the file's copy would stay
                 task.advance()
-                if path not in modules:
+                is_matrix = path in matrices and leaf in PARTS
+                if path not in modules or (is_matrix and not matrices_too):
                     continue
                 if isinstance(array, Packed) and quantize:
                     parts, quant = array.pack()
                     matrices[path].put(parts, quant)
-                    continue
-                if isinstance(array, Packed):
-                    array = mx.array(array.dense())
-                if path in matrices and leaf == "weight" and path not in packing and quantize:
+                elif is_matrix and leaf == "weight" and path not in packing and quantize:
                     # Scales and biases are found in float32: half precision would cost accuracy.
-                    array = array.astype(mx.float32)
-                    matrices[path].pack(array, quantize)
+                    matrices[path].pack(array.astype(mx.float32), quantize)
                 else:
+                    array = mx.array(array.dense()) if isinstance(array, Packed) else array
                     modules[path][leaf] = cast(array, dtype)
                     mx.eval(modules[path][leaf])
                 del array
-    model.freeze()
-    for matrix in each([*matrices.values()], "dequantising", "matrices"):
-        matrix.make_resident()
-    return model
+                if is_matrix:
+                    then(path, matrices[path])
+
+
+def _stream(
+    model: LlamaForCausalLM,
+    checkpoint: Checkpoint,
+    quantize: QuantConfig | None,
+    dtype: mx.Dtype,
+    n_bytes: int,
+) -> None:
+    """Leave the matrices in their files, or in a packed copy of `n_bytes`, which may be made."""
+    free_at_once()
+    files, matrices = checkpoint.files, _matrices(model)
+    as_they_are = quantize is None or checkpoint.packing.keys() >= matrices.keys()
+    if files.path.is_dir() and as_they_are:
+        _place(model, checkpoint, quantize, dtype, matrices_too=False)
+        stored = {}
+        for file in {info.file for info in checkpoint.found.values()}:
+            stored |= _stored_in(file)
+    else:
+        copy = PackedCopy(files, quantize, dtype)
+        if (stored := copy.find()) is None:
+            warnings.warn(
+                f"the weights of {files.source} are packed once, and streamed from the copy: "
+                f"{size(n_bytes)} in {copy.folder}; mlx-qlora cache lists and clears such copies",
+                StreamedWarning,
+                stacklevel=3,
+            )
+            for path in matrices:  # zeros, which a part of a matrix would be written with
+                matrices[path].pop("weight")
+            with copy.written(n_bytes):
+                _place(model, checkpoint, quantize, dtype, then=copy.take)
+            stored = copy.find()
+        else:
+            _place(model, checkpoint, quantize, dtype, matrices_too=False)
+        assert stored is not None
+        for path, matrix in matrices.items():
+            matrix.quant = copy.packing(path)
+    for path, matrix in matrices.items():
+        names = {part: f"{path}.{part}" for part in PARTS}
+        parts = {part: stored[name] for part, name in names.items() if name in stored}
+        matrix.stream_from(StoredMatrix(parts))
+    model.model.reader = LayerReader(model.layers)
+
+
+def frozen_bytes(
+    model: LlamaForCausalLM,
+    checkpoint: Checkpoint,
+    quantize: QuantConfig | None,
+    itemsize: int,
+    streamed: bool = False,
+) -> int:
+    """Bytes of the frozen matrices in memory; streamed, those of two layers.
+
+    Args:
+        model: without weights.
+        itemsize: bytes of a number in the compute dtype.
+    """
+    total = 0
+    for path, matrix in _matrices(model).items():
+        if streamed and not path.startswith(("model.layers.0.", "model.layers.1.")):
+            continue
+        quant, n = checkpoint.packing.get(path) or quantize, matrix.weight.size
+        if quant is None:
+            total += n * itemsize
+            continue
+        scale_bytes = 2 * itemsize if quant.mode == "affine" else 1
+        total += n * quant.bits // 8 + n // quant.group_size * scale_bytes
+    return total
 
 
 def packed_size(
@@ -251,6 +353,14 @@ def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any
     if size < end:
         raise error(f"{path} is truncated: {size:,} of {end:,} bytes; fetch or write it again")
     return header
+
+
+def _stored_in(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a safetensors file are, by name."""
+    header = read_safetensors_header(path, WeightsError)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+    return stored_in(path, header, 8 + length)
 
 
 def _open_safetensors(path: Path) -> dict[str, mx.array]:

@@ -17,12 +17,13 @@ from typing import Any
 from rich.console import Console
 
 from mlx_qlora import device
-from mlx_qlora.adapters.origin import original_base, sample_of
+from mlx_qlora.adapters.origin import original_base
 from mlx_qlora.after.bootstrap import FEWEST
 from mlx_qlora.after.plots import svg_file
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.errors import ConfigError, DataError, TrainingError, listing, require, say, warn
 from mlx_qlora.folders import check_writable, disk_errors, locked, staged
+from mlx_qlora.model.hub import sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import OUTPUT, Inputs, open_inputs
 from mlx_qlora.sweep import page, trial

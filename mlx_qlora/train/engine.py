@@ -15,7 +15,7 @@ up, and divided once by the step's supervised tokens (`train.step`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -26,6 +26,7 @@ from mlx_qlora import device
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.model.linears import Running
 from mlx_qlora.model.llama import (
     KEYS_OF,
     DecoderLayer,
@@ -80,6 +81,7 @@ NEEDED_BELOW = [
     for i in range(len(PIECES))
 ]
 NEEDED_ABOVE = [{name for p in PIECES[i + 1 :] for name in p.inputs} for i in range(len(PIECES))]
+STREAMED_CACHE = 16 << 20  # bytes of freed buffers that MLX may keep, where the base is streamed
 # What is kept at no level. Neither it nor its gradient is evaluated by itself, so that it exists
 # only while what is made of it is computed.
 FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(KEPT[NOTHING])
@@ -101,13 +103,14 @@ class Tape:
     shard: Shard
     keys: Keys
     compiled: bool
+    one_by_one: bool = False  # a matrix is multiplied when the one before it is done with
     values: dict[str, Any] = field(default_factory=dict)
     gradients: dict[str, mx.array] = field(default_factory=dict)
 
     def forward(self, kept: tuple[str, ...]) -> Stages:
         """Runs the pieces, and keeps the values of some names."""
         for piece, needed in zip(PIECES, NEEDED_ABOVE):
-            outputs = self._run(piece, "weights" in kept)
+            outputs = yield from self._run(piece, "weights" in kept)
             self.values |= outputs
             self._drop_all_but({*kept, *needed, "y"})
             if FLEETING.isdisjoint(outputs):
@@ -115,20 +118,23 @@ class Tape:
 
     def backward(self, wants_dx: bool) -> Stages:
         """Takes the VJPs in reverse; first, those values are made at once that a level may keep."""
-        remade = {name: self._value(name) for name in KEPT[EXPONENTIALS]}
+        remade = {}
+        for name in KEPT[EXPONENTIALS]:
+            remade[name] = yield from self._value(name)
         self._drop_all_but({*KEPT[NOTHING]})
         yield arrays_of(remade)
+        del remade  # or it would keep them to the end
         for piece, needed in zip(reversed(PIECES), reversed(NEEDED_BELOW)):
-            self._vjp(piece)
+            yield from self._vjp(piece)
             self._drop_all_but(needed)  # before the stage, or they would live through it
             if piece is PIECES[0] and not wants_dx:
                 del self.gradients["x"]
             if FLEETING.isdisjoint(self.gradients):
                 yield list(self.gradients.values())
 
-    def _run(self, piece: Piece, keep_weights: bool = False) -> dict[str, Any]:
+    def _run(self, piece: Piece, keep_weights: bool = False) -> Running[dict[str, Any]]:
         """The outputs of a piece, and what its VJP needs besides."""
-        inputs = [self._value(name) for name in piece.inputs]
+        inputs = yield from self._values(piece.inputs)
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
             found = self.shard.documents.attend_with_residuals(q, k, v, reach, keep_weights)
@@ -138,17 +144,26 @@ class Tape:
             if self.compiled:
                 return {"gated": swiglu(*inputs, compiled=True, act=act)}
             s = self.values["s"] if "s" in self.values else gate_sigmoid(inputs[0], act)
-            return {"gated": swiglu(*inputs, s=s, act=act), "s": s}
+            gated = swiglu(*inputs, s=s, act=act)
+            # Streamed, memory is short: the VJP computes the sigmoid again.
+            return {"gated": gated} if self.one_by_one else {"gated": gated, "s": s}
         if piece.name in KEYS_OF:
             x = inputs[0].flatten(1)  # heads end to end
-            outputs = self.layer.linears(piece.name)(x, self.keys[KEYS_OF[piece.name]])
+            linears, keys = self.layer.linears(piece.name), self.keys[KEYS_OF[piece.name]]
+            outputs = (
+                (yield from linears.one_by_one(x, keys)) if self.one_by_one else linears(x, keys)
+            )
             return dict(zip(piece.outputs, outputs))
         outputs = self._between(piece)(*inputs)
         return dict(zip(piece.outputs, outputs if isinstance(outputs, tuple) else [outputs]))
 
-    def _vjp(self, piece: Piece) -> None:
+    def _vjp(self, piece: Piece) -> Running[None]:
         """From the gradients of a piece's outputs to those of its inputs and LoRA weights."""
-        inputs = [self._value(name) for name in piece.inputs]
+        one_by_one = self.one_by_one
+        # Most pieces without matrices do not need what they were given: it stays uncomputed.
+        self.one_by_one = one_by_one and (bool(piece.residuals) or piece.name in KEYS_OF)
+        inputs = yield from self._values(piece.inputs)
+        self.one_by_one = one_by_one
         gradients: Any = [self.gradients.pop(name) for name in piece.outputs]
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
@@ -160,7 +175,11 @@ class Tape:
             gradients = swiglu_vjp(*inputs, *gradients, **known)
         elif piece.name in KEYS_OF:
             linears, x = self.layer.linears(piece.name), inputs[0]
-            dx, of_weights = linears.vjp(x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]])
+            given = x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]]
+            if self.one_by_one:
+                dx, of_weights = yield from linears.vjp_one_by_one(*given)
+            else:
+                dx, of_weights = linears.vjp(*given)
             gradients = [dx.reshape(x.shape)]
             self.gradients |= of_weights
         else:
@@ -176,11 +195,17 @@ class Tape:
             return partial(function, context=self.shard.documents)
         return function
 
-    def _value(self, name: str) -> Any:
+    def _value(self, name: str) -> Running[Any]:
         """A value, made again if it was not kept."""
         if name not in self.values:
-            self.values = self._run(MAKER[name]) | self.values
+            self.values = (yield from self._run(MAKER[name])) | self.values
         return self.values[name]
+
+    def _values(self, names: tuple[str, ...]) -> Running[list[Any]]:
+        values = []
+        for name in names:
+            values.append((yield from self._value(name)))
+        return values
 
     def _drop_all_but(self, names: set[str]) -> None:
         self.values = {name: value for name, value in self.values.items() if name in names}
@@ -192,8 +217,14 @@ def arrays_of(values: dict[str, Any]) -> list[mx.array]:
     return [value for name, value in values.items() if name != "residuals"] + residuals
 
 
-def side_by_side(tapes: list[Tape], computations: list[Stages]) -> None:
+def side_by_side(
+    tapes: list[Tape],
+    computations: list[Stages],
+    within: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> None:
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
+
+    If a context is given, each stage is built and finished `within` it before the next one.
 
     MLX hands at most some hundred operations to its streams in advance: all of one shard's first
     would leave the other streams without work. Those of one evaluation it hands over breadth first,
@@ -202,11 +233,14 @@ def side_by_side(tapes: list[Tape], computations: list[Stages]) -> None:
     running = list(zip(tapes, computations))
     while running:
         stages = []
-        for tape, computation in running:
-            with mx.stream(tape.shard.stream):
-                stages.append(next(computation, None))
+        with within() if within is not None else nullcontext():
+            for tape, computation in running:
+                with mx.stream(tape.shard.stream):
+                    stages.append(next(computation, None))
+            arrays = [array for stage in stages for array in stage or ()]
+            (mx.async_eval if within is None else mx.eval)(arrays)
         running = [one for one, stage in zip(running, stages) if stage is not None]
-        mx.async_eval([array for stage in stages for array in stage or ()])
+        del stages, arrays  # while the next ones are made
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -263,11 +297,16 @@ class Engine:
         self.model, self.compiled = model, compiled
         self.dtype = model.model.embed_tokens.dtype
         self.recompute = memory.check_recompute(recompute, len(model.layers))
-        self.persistent = memory.persistent_bytes(model)
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
+        self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
+        self.one_by_one = self.reader is not None and any(
+            matrix.matmul == "dequantize" and matrix.quant is not None
+            for layer in self.matrices
+            for matrix in layer
+        )
         differentiated = {
             f"model.layers.{i}.{path}.{name}"
             for i, layer in enumerate(model.layers)
@@ -298,14 +337,15 @@ class Engine:
         """
         documents = memory.supervised_documents(batch)
         lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size)
+        streamed = self.reader is not None
+        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size, streamed=streamed)
         # By nothing but the lengths, so that the same batch is always computed the same way.
         plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
-        with bound(self.model, cast):
+        with bound(self.model, cast), self._small_cache():
             chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
@@ -324,19 +364,22 @@ class Engine:
     ) -> mx.array:
         """The loss sum of a chunk; its gradients are added to `grads`."""
         tapes = [
-            [Tape(layer, shard, shard.keys[i], self.compiled) for shard in shards]
+            [Tape(layer, shard, shard.keys[i], self.compiled, self.one_by_one) for shard in shards]
             for i, layer in enumerate(self.model.layers)
         ]
+        self._read_ahead(0)
         for tape in tapes[0]:
             with mx.stream(tape.shard.stream):
                 tape.values["x"] = self.model.model.embed(tape.shard.tokens)
         for i, layer in enumerate(tapes):
             kept = KEPT[levels[i]] if i >= self.first else ()
             x = [tape.values["x"] for tape in layer]
-            self._start(i, layer, [tape.forward(kept) for tape in layer])
+            following = min(i + 1, len(tapes) - 1)  # the last layer is needed twice
+            self._start(i, layer, [tape.forward(kept) for tape in layer], following)
             # The layer before this one is finished before the next one begins: the device always
             # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).
             mx.eval(x)
+            self._read_ahead(following)
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
@@ -346,8 +389,11 @@ class Engine:
         for i in reversed(range(self.first, len(tapes))):
             layer = tapes.pop()
             dy = [tape.gradients["y"] for tape in layer]
-            self._start(i, layer, [tape.backward(wants_dx=i > self.first) for tape in layer])
+            following = i - 1 if i > self.first else -1
+            computations = [tape.backward(wants_dx=i > self.first) for tape in layer]
+            self._start(i, layer, computations, following)
             mx.eval(dy)
+            self._read_ahead(following)
             for tape, below in zip(layer, tapes[-1] if i > self.first else []):
                 below.gradients["y"] = tape.gradients.pop("x")
             for name in layer[0].gradients:
@@ -359,12 +405,49 @@ class Engine:
                 all_reduce.reduce(grads, complete)
         return mx.stack(losses).sum()
 
-    def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
-        """Starts a layer's computations, with one dequantised copy of each of its matrices."""
-        with ExitStack() as stack:
+    def _start(self, i: int, layer: list[Tape], computations: list[Stages], following: int) -> None:
+        """Starts a layer's computations, with one dequantised copy of each of its matrices.
+
+        Of a streamed layer there is one copy at a time: all would take more memory than is saved.
+        """
+        if self.reader is None:
+            with ExitStack() as stack:
+                for matrix in self.matrices[i]:
+                    stack.enter_context(matrix.dense_for_now())
+                side_by_side(layer, computations)
+            return
+        with self.reader.layer(i):
+            if self.one_by_one:
+                self._read_ahead(following)  # the layer before this one is finished
+                side_by_side(layer, computations, partial(self._without_copies, i))
+            else:
+                side_by_side(layer, computations)
+
+    @contextmanager
+    def _without_copies(self, i: int) -> Iterator[None]:
+        """Drop the dense copies that were made within."""
+        try:
+            yield
+        finally:
             for matrix in self.matrices[i]:
-                stack.enter_context(matrix.dense_for_now())
-            side_by_side(layer, computations)
+                matrix.drop_copy()
+
+    @contextmanager
+    def _small_cache(self) -> Iterator[None]:
+        """Of a streamed base no freed weights are kept: they are larger than all else."""
+        if self.reader is None:
+            yield
+            return
+        mx.clear_cache()
+        before = mx.set_cache_limit(STREAMED_CACHE)
+        try:
+            yield
+        finally:
+            mx.set_cache_limit(before)
+
+    def _read_ahead(self, i: int) -> None:
+        if self.reader is not None:
+            self.reader.ahead(i)
 
     def _loss(self, tape: Tape, losses: list[mx.array]) -> Stages:
         """From the last layer's output of a shard to its loss sum and gradient."""

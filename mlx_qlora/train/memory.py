@@ -62,6 +62,7 @@ class Footprint:
     lengths: Sequence[int]  # of the batch's documents
     itemsize: int  # bytes of a number in the compute dtype
     machine: Machine = field(default_factory=lambda: this_machine())
+    streamed: bool = False  # whether each chunk reads the layers' weights from the disk
 
     def kept(self, levels: list[int], n_chunks: int) -> int:
         """What the forward of the largest chunk keeps for the backward."""
@@ -117,10 +118,12 @@ class Footprint:
             if all(level == LAYER for level in recompute):  # whoever asks for it is short of memory
                 n_chunks = max(n_chunks, min(most_chunks, n // machine.cores))
             return Schedule(n_chunks, recompute)
-        # Chunks before levels: they cost nothing as long as each keeps the device busy.
+        # Chunks before levels: they cost nothing as long as each keeps the device busy. Streamed,
+        # each reads all weights once more.
         levels, room = [NOTHING] * self.config.num_hidden_layers, budget + self.scratch(n_chunks)
-        budget = room - self.scratch(n_chunks)
-        while n_chunks < most_chunks and self.kept(levels, n_chunks) > budget:
+        budget, least = room - self.scratch(n_chunks), LAYER if self.streamed else NOTHING
+        recomputed = [least] * len(levels)
+        while n_chunks < most_chunks and self.kept(recomputed, n_chunks) > budget:
             n_chunks += 1
             budget = room - self.scratch(n_chunks)
         # The MLP before the whole layer: its two matmuls free the most, and need no attention.
@@ -182,7 +185,10 @@ def persistent_bytes(model: LlamaForCausalLM) -> int:
     trainable = sum(weight.size for weight in flat(model.trainable_parameters()).values())
     parameters = sum(array.nbytes for array in flat(model.parameters()).values())
     matrices = (m for m in model.modules() if isinstance(m, FrozenMatrix))
-    return parameters + sum(m.resident_bytes for m in matrices) + adapter_bytes(trainable)
+    parameters += sum(m.resident_bytes for m in matrices)
+    if (reader := model.model.reader) is not None:
+        parameters += reader.resident_bytes
+    return parameters + adapter_bytes(trainable)
 
 
 def step_bytes(trainable: int, n_chunks: int, accumulates: bool) -> int:

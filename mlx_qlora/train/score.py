@@ -9,8 +9,8 @@ import numpy as np
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.loss import cross_entropy
-from mlx_qlora.train.memory import chunks_of, default_chunks, supervised_documents
+from mlx_qlora.train.loss import Losses, cross_entropy
+from mlx_qlora.train.memory import Shard, chunks_of, default_chunks, supervised_documents
 
 
 @dataclass
@@ -69,16 +69,33 @@ def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]
     documents = supervised_documents(batch)
     n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
     for shards in chunks_of(model, batch, documents, n_chunks):
-        results = []
         with cores_shared(shards):
-            for shard in shards:
-                with mx.stream(shard.stream):
-                    x = model.model.hidden(shard.tokens, shard.documents)[shard.positions]
-                    cap = model.config.logits_softcap
-                    results.append(cross_entropy(model.head, x, shard.targets, False, cap))
+            results = _losses(model, shards)
             mx.eval([(losses.nats, losses.choices) for losses in results])
         for shard, losses in zip(shards, results):
             position = np.array(shard.positions)
             row, place = np.array(shard.documents.row), np.array(shard.documents.positions)
             of_head = map(np.array, (losses.choices, shard.targets, losses.nats))
             yield [row[position], position, place[position], *of_head]
+
+
+def _losses(model: LlamaForCausalLM, shards: list[Shard]) -> list[Losses]:
+    """What the head says of each shard's supervised tokens."""
+    tree, cap = model.model, model.config.logits_softcap
+
+    def step(i: int, xs: list[mx.array]) -> list[mx.array]:
+        pairs = zip(_in_streams(shards), xs)
+        return [tree.layers[i](x, shard.documents) for shard, x in pairs]
+
+    xs = tree.through(step, [tree.embed(shard.tokens) for shard in _in_streams(shards)])
+    pairs = zip(_in_streams(shards), xs)
+    hidden = [tree.normalised(x)[shard.positions] for shard, x in pairs]
+    pairs = zip(_in_streams(shards), hidden)
+    return [cross_entropy(model.head, x, shard.targets, False, cap) for shard, x in pairs]
+
+
+def _in_streams(shards: list[Shard]) -> Iterator[Shard]:
+    """Each shard, and for so long its stream is the default one."""
+    for shard in shards:
+        with mx.stream(shard.stream):
+            yield shard

@@ -127,6 +127,9 @@ CASES: dict[str, list[Case]] = {
         Case("dequantize", "resident", "losses", {"model.frozen_matmul": "resident"}),
         Case("quantized", "products", "losses", {"model.frozen_matmul": "dequantize"}),
     ],
+    "model.residency": [
+        Case("streamed", "in_memory", "batches adapter", {"model.frozen_matmul": "dequantize"})
+    ],
     "lora.r": [Case(8, "shapes", "batches")],
     "lora.lora_alpha": [Case(64, "adapter losses", "batches shapes")],
     "lora.lora_dropout": [Case(p, "adapter", "batches") for p in (0.5, 0.0)],
@@ -419,6 +422,7 @@ def seen_of_the_model(seen: engine.Engine) -> dict[str, Any]:
     return {
         "packed": sum(array.nbytes for m in matrices for array in m.packed()),
         "resident": sum(m.resident_bytes for m in matrices),
+        "in_memory": sum(not m.is_away for m in matrices),
         "dtype": str(seen.model(mx.array([[1]])).dtype),
         "compiled": seen.compiled,
     }

@@ -16,9 +16,8 @@ from support.models import our_logits, random_tokens
 from support.tiny_gguf import write_tiny_gguf
 
 import mlx_qlora as mq
-from mlx_qlora.adapters.origin import sample_of
 from mlx_qlora.errors import UserError
-from mlx_qlora.model.hub import resolve
+from mlx_qlora.model.hub import resolve, sample_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENS = random_tokens(1, 9)

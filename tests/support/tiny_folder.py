@@ -77,7 +77,7 @@ def write_random_model(folder: Path, **changes: Any) -> Path:
     layer |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
     layer |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
     shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
-    for i in range(TINY["num_hidden_layers"]):
+    for i in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     draw = np.random.default_rng(0)
     weights = {
