@@ -76,6 +76,8 @@ def inference(name: str, model: str, plan: Plan) -> str:
     """New tokens a second: each reads all weights once, but for an embedding that is no head."""
     _, hidden, *_, tied = MODELS[model]
     looked_up = 0 if tied else VOCABULARY * hidden * BITS / 8
+    if plan.residency == "streamed":  # each token waits for the disk
+        return "-"
     read = plan.parts["base weights"] - looked_up
     return f"{BANDWIDTH[name.rpartition('-')[0]] * 1e9 * REACHED / read:,.0f}"
 

@@ -256,6 +256,7 @@ def test_a_run_without_a_change_is_the_same_again(runs):
     assert all(first[part] for part in ("batches", "adapter", "validated", "tested", "losses"))
 
 
+@pytest.mark.filterwarnings("ignore::mlx_qlora.errors.StreamedWarning")
 @pytest.mark.parametrize(("name", "case"), LISTED)
 def test_a_field_changes_what_it_promises(runs, name, case):
     before, after = runs.unchanged(case), runs.once(case, {name: case.value})
