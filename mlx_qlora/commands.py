@@ -240,12 +240,11 @@ def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]"
     inputs = open_inputs(config, console)
     plan, config = plan_inputs(inputs), inputs.config
     say(console, f"plan\n{textwrap.indent(str(plan), ' ' * 10)}")
-    if config.model.residency == "auto":
-        model = replace(config.model, residency="resident")
-        if plan.residency == "streamed":
-            say(console, "streamed  the weights, as the run would not fit into memory with them")
-            way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
-            model = replace(model, residency="streamed", frozen_matmul=way)
+    model = config.model
+    if model.residency == "auto" and plan.residency == "streamed":
+        say(console, "streamed  the weights, as the run would not fit into memory with them")
+        way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
+        model = replace(model, residency="streamed", frozen_matmul=way)
         inputs = replace(inputs, config=replace(config, model=model))
     return inputs, plan
 

@@ -84,7 +84,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_choices("model", self)
         self.quantize()
-        frozen_matmul(self.frozen_matmul, streamed=self.residency == "streamed")
+        if self.frozen_matmul != "auto":  # which would ask what machine this is
+            frozen_matmul(self.frozen_matmul, streamed=self.residency == "streamed")
 
     def quantize(self) -> QuantConfig | None:
         """How dense weights are packed while loading."""

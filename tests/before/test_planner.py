@@ -328,8 +328,10 @@ def test_metal_s_attention_gradient_needs_scratch_for_its_largest_group():
 
 
 def test_a_gpu_s_cache_of_freed_buffers_is_told_and_gives_way():
+    config = build({"model": {"residency": "resident"}})
+
     def made(where: Machine) -> Plan:
-        return plan_checkpoint(weightless(LLAMA), RunConfig(), where=where)
+        return plan_checkpoint(weightless(LLAMA), config, where=where)
 
     roomy, tight, cpu = made(machine("m4-max-64")), made(machine("m1-16")), made(small(64 << 30))
     assert roomy.cache_bytes == roomy.memory_bytes // 8 == roomy.to_dict()["cache_bytes"]

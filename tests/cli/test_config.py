@@ -32,6 +32,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "mode": "mxfp8",
         "dtype": "bfloat16",
         "frozen_matmul": "resident",
+        "residency": "resident",
     },
     "lora": {
         "r": 3,
