@@ -297,7 +297,7 @@ def test_auto_streams_what_would_not_fit(
         return *open_with_plan(build(values), console), console.file.getvalue()  # pyright: ignore
 
     inputs, plan, said = opened(1 << 30)
-    assert inputs.config.model.residency == plan.residency == "resident"
+    assert (inputs.config.model.residency, plan.residency) == ("auto", "resident")
     assert "streamed" not in said and inputs.load().model.reader is None
     inputs, plan, said = opened(plan.parts["base weights"] + plan.parts["dequantised copy"])
     assert inputs.config.model.residency == plan.residency == "streamed"
