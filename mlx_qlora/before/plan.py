@@ -336,13 +336,13 @@ def plan_checkpoint(
     Where the weights may be streamed, they are if the run would not fit otherwise.
     """
     model, rest = config.model, (examples, where or this_machine(), processes)
-    made = _plan_as_it_is(checkpoint, config, *rest)
-    if made.fits or model.residency != "auto":
-        return made
+    resident = _plan_as_it_is(checkpoint, config, *rest)
+    if resident.fits or model.residency != "auto":
+        return resident
     way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
     model = replace(model, residency="streamed", frozen_matmul=way)
     streamed = _plan_as_it_is(checkpoint, replace(config, model=model), *rest)
-    return streamed if streamed.total_bytes < made.total_bytes else made
+    return streamed if streamed.total_bytes < resident.total_bytes else resident
 
 
 def _plan_as_it_is(
@@ -396,8 +396,8 @@ def _plan_as_it_is(
     cache = max(0, min(cache, limit - total))  # MLX gives it back before memory ends
     if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
-    made = Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling, cache)
-    return replace(made, residency="streamed") if streamed else made
+    plan = Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling, cache)
+    return replace(plan, residency="streamed") if streamed else plan
 
 
 def _advice(

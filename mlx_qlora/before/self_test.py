@@ -72,17 +72,17 @@ def steps() -> Iterator[Finding]:
         base = write_base(Path(place, "base"), golden["model"])
         run = partial(_run, base, golden)
         for dtype in ALLOWED:
-            found, adapter = run(Path(place, dtype), dtype)
-            off = found - losses if dtype == "float32" else found / losses - 1
+            reached, adapter = run(Path(place, dtype), dtype)
+            off = reached - losses if dtype == "float32" else reached / losses - 1
             good = (worst := float(np.abs(off).max())) <= ALLOWED[dtype]
-            text = f"{dtype}: loss {found[0]:.3f} to {found[-1]:.3f}, {worst:.1e} off, allowed "
+            text = f"{dtype}: loss {reached[0]:.3f} to {reached[-1]:.3f}, {worst:.1e} off, allowed "
             yield Finding("pass" if good else "fail", "20 steps", f"{text}{ALLOWED[dtype]:.0e}")
             for what, resume in ("again", "none"), ("from step 10", "checkpoint-10"):
                 if dtype != here:
                     break
                 resume = resume if resume == "none" else str(Path(place, dtype, resume))
                 again = run(Path(place, what), dtype, resume_from_checkpoint=resume)
-                good = again[0].tolist() == found.tolist() and again[1] == adapter
+                good = again[0].tolist() == reached.tolist() and again[1] == adapter
                 text = f"{dtype}, {what}: {'the same bits' if good else 'other bits'}"
                 yield Finding("pass" if good else "fail", "20 steps", text)
 
@@ -276,12 +276,12 @@ def self_test(
         if not os.access(Path(path).parent, os.W_OK):
             raise ConfigError(f"--report: {Path(path).parent} is no folder that can be written to")
     in_child = partial(_from_child, [to_dict(config), parts, seconds, keep])
-    found = doctor.examine(console or Console(), in_child)
-    result: dict[str, Any] = {"about": TITLE, "ok": all(each.state not in BAD for each in found)}
-    result |= {"findings": [asdict(finding) for finding in found]}
+    findings = doctor.examine(console or Console(), in_child)
+    result: dict[str, Any] = {"about": TITLE, "ok": all(each.state not in BAD for each in findings)}
+    result |= {"findings": [asdict(finding) for finding in findings]}
     if path is not None:
         to_json = partial(json.dumps, indent=1, ensure_ascii=False)
-        rows = [f"| {each.state} | {each.name} | {each.text} |" for each in found]
+        rows = [f"| {each.state} | {each.name} | {each.text} |" for each in findings]
         head = [TITLE, "", "| | | |", "|---|---|---|"]
         with disk_errors(Path(path).parent):
             write_whole(Path(f"{path}.json"), anonymous(to_json(result)) + "\n")

@@ -18,7 +18,7 @@ from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, r
 from mlx_qlora.model.dropout import Mask, position_words
 from mlx_qlora.model.gguf import Packed
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.quantize import Linear, plus
+from mlx_qlora.model.quantize import Given, Gradients, Linear, plus
 from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.tree import bound, flat, nested
 
@@ -159,24 +159,16 @@ class LoRALinear(nn.Module):
         """x (..., d_in) -> (..., d_out); dropout by a key (2,), or words (..., 2) per position."""
         return self.complete(self.base_layer.multiply(x), x, dropout_key)
 
-    def complete(
-        self, product: mx.array, x: mx.array, dropout_key: mx.array | None = None
-    ) -> mx.array:
+    def complete(self, product: mx.array, x: mx.array, key: Given = None) -> mx.array:
         """The result for x (..., d_in), from its product with the base's W (..., d_out)."""
-        y, mask = self.base_layer.complete(product, x), self._mask(x, dropout_key)
+        y, mask = self.base_layer.complete(product, x), self._mask(x, key)
         A, B = (factor.astype(x.dtype) for factor in self._beside_base())
         # The rank-r tensor is divided by the share that is kept: it is the smallest.
         return mx.addmm(y, (self.scale / mask.share) * (mask(x) @ A.T), B.T)
 
-    def vjp(
-        self,
-        x: mx.array,
-        dy: mx.array,
-        dropout_key: mx.array | None = None,
-        others: mx.array | None = None,
-    ) -> tuple[mx.array, dict[str, mx.array]]:
+    def vjp(self, x: mx.array, dy: mx.array, key: Given, others: Given) -> Gradients:
         """As `Linear.vjp`, with A and B."""
-        mask, r = self._mask(x, dropout_key), len(self.lora_A.weight)
+        mask, r = self._mask(x, key), len(self.lora_A.weight)
         A, B = (factor.astype(x.dtype) for factor in self._beside_base())
         scale, dropped = self.scale / mask.share, mask(x)
         down = scale * (dy @ B)  # (N, r), the gradient of dropped @ A.T
@@ -234,15 +226,13 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = self.norm()  # float32; PEFT's name, without `.weight`
         mx.eval(self._squares, self.lora_magnitude_vector)
 
-    def complete(
-        self, product: mx.array, x: mx.array, dropout_key: mx.array | None = None
-    ) -> mx.array:
+    def complete(self, product: mx.array, x: mx.array, key: Given = None) -> mx.array:
         """The result for x (..., d_in), from its product with the base's W (..., d_out).
 
         PEFT's formula: with dropout, what the new lengths change of the base's output is dropped
         as the update is, and the base's own output is not.
         """
-        base, mask = self.base_layer, self._mask(x, dropout_key)
+        base, mask = self.base_layer, self._mask(x, key)
         y, through_base = base.complete(product, x), product
         if mask.share < 1:
             x = mask(x) / mask.share
@@ -253,19 +243,13 @@ class DoRALinear(LoRALinear):
         update = (self.scale * (x @ A.T)) @ B.T
         return y + (longer - 1).astype(x.dtype) * through_base + longer.astype(x.dtype) * update
 
-    def vjp(
-        self,
-        x: mx.array,
-        dy: mx.array,
-        dropout_key: mx.array | None = None,
-        others: mx.array | None = None,
-    ) -> tuple[mx.array, dict[str, mx.array]]:
+    def vjp(self, x: mx.array, dy: mx.array, key: Given, others: Given) -> Gradients:
         """As `Linear.vjp`, with A, B and the lengths."""
         weights, base = flat(self.trainable_parameters()), self.base_layer
 
         def run(product: mx.array, x: mx.array, *weights_now: mx.array) -> list[mx.array]:
             with bound(self, dict(zip(weights, weights_now))):
-                return [self.complete(product, x, dropout_key)]
+                return [self.complete(product, x, key)]
 
         primals = [base.multiply(x), x, *weights.values()]
         dproduct, dx, *gradients = mx.vjp(run, primals, [dy])[1]

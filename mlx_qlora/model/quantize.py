@@ -295,6 +295,10 @@ def stacked(matrices: list[Any]) -> Stack | None:
         return first.stack
 
 
+Given = mx.array | None
+Gradients = tuple[mx.array, dict[str, mx.array]]  # of x, and of weights by their names
+
+
 class Linear(FrozenMatrix):
     """y = x @ W.T + bias (d_out,), frozen."""
 
@@ -312,19 +316,11 @@ class Linear(FrozenMatrix):
         """x (..., d_in) -> (..., d_out). The key is for `LoRALinear`."""
         return self.complete(self.multiply(x), x)
 
-    def complete(
-        self, product: mx.array, x: mx.array, dropout_key: mx.array | None = None
-    ) -> mx.array:
+    def complete(self, product: mx.array, x: mx.array, key: Given = None) -> mx.array:
         """The result for x (..., d_in), from its product with W (..., d_out)."""
         return product + self.bias if "bias" in self else product
 
-    def vjp(
-        self,
-        x: mx.array,
-        dy: mx.array,
-        dropout_key: mx.array | None = None,
-        others: mx.array | None = None,
-    ) -> tuple[mx.array, dict[str, mx.array]]:
+    def vjp(self, x: mx.array, dy: mx.array, key: Given, others: Given) -> Gradients:
         """From the result's gradient (N, d_out) those of x (N, d_in) and of weights by their names.
 
         `others` is what other linears add to the gradient of x.

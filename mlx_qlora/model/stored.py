@@ -92,8 +92,8 @@ class StoredMatrix:
 
 def stamp_of(file: int | Path) -> Stamp:
     """What changes when a file does."""
-    found = os.stat(file)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def stored_in(path: Path, header: dict[str, Any], start: int) -> dict[str, StoredTensor]:
