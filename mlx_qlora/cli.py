@@ -116,7 +116,7 @@ COMMANDS = {
     "chat": Command(
         "talk to a model, with its adapter or without",
         ("--model", "--adapter"),
-        {"model": LOADED, "data": "system", "generation": ALL},
+        {"model": LOADED, "data": "system template", "generation": ALL},
         json=False,
     ),
     "evaluate": Command(

@@ -267,6 +267,7 @@ def _inspect(config: RunConfig, console: Console, args: argparse.Namespace) -> J
 
 
 def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    from mlx_qlora.data.chats import NAMED
     from mlx_qlora.infer.generate import stream
 
     if args.prompt is None and args.instruction is None:
@@ -276,9 +277,11 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     if args.prompt == "-":
         args.prompt = _standard_input()
     settings: dict[str, Any] = asdict(config.generation) | {"seed": args.seed}
+    written = args.instruction is None and config.data.template in NAMED
+    raw = "--raw gives the model the prompt alone" * (args.raw and bool(args.prompt))
     reasons = {
-        "data.template": "it is how an --instruction is written" * (args.instruction is None),
-        "data.system": "--raw gives the model the prompt alone" * (args.raw and bool(args.prompt)),
+        "data.template": "it is how an --instruction is written" * written or raw,
+        "data.system": raw,
     }
     for line in unused_fields(config, reasons):
         warn(Terminal(stderr=True), line)
@@ -296,6 +299,7 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
 
 
 def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    from mlx_qlora.data.chats import ALPACA
     from mlx_qlora.infer.chat import chat
 
     if sys.stdin is None:
@@ -303,7 +307,8 @@ def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
             "chat reads what you type from standard input, which is closed; run it in a terminal, "
             "or ask one question with mlx-qlora generate"
         )
-    for line in unused_fields(config, {}):
+    as_text = "a chat is written by the chat template" * (config.data.template in ALPACA)
+    for line in unused_fields(config, {"data.template": as_text}):
         warn(console, line)
     config, model, tokenizer = model_to_ask(config)
     system = config.data.system if args.system is None else args.system

@@ -12,14 +12,15 @@ from mlx_qlora.adapters.options import is_mlx_lm
 from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
-from mlx_qlora.data.chats import ALPACA
+from mlx_qlora.data.chats import NAMED
+from mlx_qlora.data.read import own_template
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
-from mlx_qlora.errors import ConfigError, StreamedWarning, size
+from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, size
 from mlx_qlora.folders import json_object
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
-from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
 from mlx_qlora.model.streaming import streamed_bytes
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
@@ -91,9 +92,14 @@ def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokenizer]:
-    """Load the model of a config, which then writes rows as its adapter was taught with."""
+    """Load the model of a config, which then writes rows as its adapter was taught with.
+
+    The tokenizer has the chat template of the file that `data.template` names, if it names one.
+    """
     config = with_model(config)
-    return as_taught(config), *loaded(config)
+    own = own_template(config.data)  # before a weight is read
+    model, tokenizer = loaded(config)
+    return as_taught(config), model, tokenizer.with_chat_template(own) if own else tokenizer
 
 
 def with_model(config: RunConfig) -> RunConfig:
@@ -133,15 +139,22 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
     """Load the model that a config names, with its adapter if it names one."""
     chosen = config.model
     assert chosen.source is not None
-    return load(
+    asked = chosen.quantize()
+    model, tokenizer = load(
         chosen.source,
-        chosen.quantize(),
+        asked,
         chosen.adapter,
         chosen.revision,
         dtype=chosen.dtype,
         frozen_matmul=chosen.frozen_matmul,
         residency=chosen.residency,
     )
+    packings = {m.quant for m in model.modules() if isinstance(m, FrozenMatrix)}
+    if asked not in (None, QuantConfig(), *packings):
+        words = ", ".join(f"model.{name}={value}" for name, value in asdict(asked).items())
+        message = f"{words} is not used: the weights are quantised in the files"
+        warnings.warn(message, AdapterWarning, stacklevel=2)
+    return model, tokenizer
 
 
 def as_taught(config: RunConfig) -> RunConfig:
@@ -154,7 +167,7 @@ def as_taught(config: RunConfig) -> RunConfig:
     system = taught.system if data.system is None else data.system
     template = taught.template if data.template == "auto" else data.template
     copy = run_of(Path(config.model.adapter).expanduser()) / "chat_template.jinja"
-    if template == taught.template not in ("auto", *ALPACA, "chat") and copy.is_file():
+    if template == taught.template not in NAMED and copy.is_file():
         template = "chat"  # the file that it was read from may be gone; the tokenizer has its copy
     return replace(config, data=replace(data, system=system, history=history, template=template))
 

@@ -28,6 +28,7 @@ from mlx_qlora.errors import DataError, TokenizerError
 # ---- a row as text -------------------------------------------------------------------------------
 
 ALPACA = ("alpaca", "alpaca-preamble")  # templates of ours
+NAMED = ("auto", *ALPACA, "chat")  # any other template is a file
 NO_TEMPLATE = (
     "the model has no chat template: name a file with one (data.template=FILE), or train the "
     "instruct model of its family"

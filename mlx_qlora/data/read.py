@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_qlora.data.chats import ALPACA, CANNOT_WRITE, NO_TEMPLATE, ROW_DATE, Template
+from mlx_qlora.data.chats import ALPACA, CANNOT_WRITE, NAMED, NO_TEMPLATE, ROW_DATE, Template
 from mlx_qlora.data.encode import TRUNCATION, Chunk, Encoder, chunks, default_workers, encode_chunks
 from mlx_qlora.data.examples import (
     VERSION,
@@ -253,23 +253,26 @@ def cache_folder(name: str) -> Path:
     return user_cache()
 
 
+def own_template(config: DataConfig) -> str | None:
+    """The text of the file that `data.template` names; None where it names a template by name."""
+    if config.template in NAMED:
+        return None
+    try:
+        return user_path(config.template, "data.template").read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.template must be auto, {', '.join(ALPACA)}, chat or a file with a template; "
+            f"{config.template!r} cannot be read: {error}"
+        ) from None
+
+
 def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> Encoder:
-    name, source = config.template, tokenizer.chat_template
-    if name not in ("auto", *ALPACA, "chat"):
-        name = "chat"
-        try:
-            path = user_path(config.template, "data.template")
-            source = report.chat_template = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"data.template must be auto, {', '.join(ALPACA)}, chat or a file with a template; "
-                f"{config.template!r} cannot be read: {error}"
-            ) from None
-    elif name == "chat" and source is None:
-        raise ConfigError(f"data.template=chat, but {NO_TEMPLATE}")
+    name, report.chat_template = config.template, own_template(config)
     if report.chat_template is not None:  # of rows with tools, too
-        tokenizer = tokenizer.with_chat_template(report.chat_template)
-    template = Template(name, source, config.history)
+        name, tokenizer = "chat", tokenizer.with_chat_template(report.chat_template)
+    elif name == "chat" and tokenizer.chat_template is None:
+        raise ConfigError(f"data.template=chat, but {NO_TEMPLATE}")
+    template = Template(name, tokenizer.chat_template, config.history)
     settings = (config.train_on, config.max_length, config.truncation)
     return Encoder(tokenizer, template, *settings, config.columns, config.system)
 

@@ -191,7 +191,10 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
             "generate data.history=joint",
             "data.history=joint: generate has no use for it; of data it reads system, template",
         ),
-        ("chat --template x", "data.template=x: chat has no use for it; of data it reads system"),
+        (
+            "chat --history joint",
+            "data.history=joint: chat has no use for it; of data it reads sys",
+        ),
         ("evaluate data.split=auto", "data.split=auto: evaluate has no use for it; of data it"),
         ("evaluate generation.top_k=5", "top_k=5: evaluate has no use for it; of generation it r"),
         ("evaluate --epochs 2", "training.num_train_epochs=2: evaluate has no use for it; of tr"),

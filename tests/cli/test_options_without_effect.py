@@ -254,3 +254,63 @@ def test_a_command_declares_the_fields_that_it_reads(
     # An adapter has a LoraConfig of its own.
     others = {name for name in read - declared if command == "plan" or "lora." not in name}
     assert others <= BESIDES.get(command, set())
+
+
+# ---- generate ------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ 'A:' if add_generation_prompt }}"
+TEN = [GROUPS, "generation.temperature=0", "generation.max_new_tokens=10"]
+RAW = ["--raw", "--prompt"]
+
+
+@pytest.mark.parametrize("asked", [["--prompt", "Say it."], ["--instruction", "Say it."]])
+def test_a_question_is_written_by_the_template_that_is_named(
+    asked: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(TEMPLATE)
+    texts = []
+    for words in ([*asked, f"data.template={file}"], [*RAW, "<Say it.>A:"], asked):
+        assert call("generate", "--model", model, *words, *TEN, "--json") == 0
+        out, err = capsys.readouterr()
+        assert "is not used" not in err
+        texts.append(json.loads(out)["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--raw", "data.template=own.jinja"], "data.template=own.jinja is not used: --raw gives"),
+        (["data.template=alpaca"], "data.template=alpaca is not used: it is how an --instruction"),
+        (["data.template=missing.jinja"], "data.template must be auto, alpaca,"),
+    ],
+)
+def test_a_template_that_cannot_act_on_a_prompt_is_named(
+    words: list[str],
+    said: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.jinja").write_text(TEMPLATE)
+    code = call("generate", "--model", model, "--prompt", "Say it.", *words, *TEN)
+    assert code == (2 if "must be" in said else 0)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "merge", "export"])
+def test_a_packing_for_weights_that_are_packed_is_named(
+    command: str, finished: Any, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = ["--output-dir", "packed", "--requantize", "4", GROUPS]
+    assert call("merge", "--model", model, "--adapter", "out", *packed) == 0
+    capsys.readouterr()
+    words = ["--prompt", "Say", *TEN] if command == "generate" else ["--adapter", "out"]
+    words += [] if command == "generate" else ["--output-dir", "written"]
+    for bits, is_idle in ((8, True), (4, False)):
+        call(command, "--model", "packed", *words, f"model.bits={bits}", GROUPS)
+        text = "the weights are quantised in the files"
+        assert (text in capsys.readouterr().err) is is_idle
