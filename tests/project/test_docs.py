@@ -396,7 +396,7 @@ def test_the_reader_notices_a_wrong_page(sandbox, trained, monkeypatch):
     known = {"plots"}
     assert fault_of("make nothing", known) and fault_of("pip install 'mlx-qlora[nope]'", known)
     assert fault_of("python benchmarks/nothing.py", known) and fault_of("curl x", known)
-    assert fault_of("pip install 'mlx-qlora[plots]'", known) is None
+    assert fault_of("pip install 'mlx-qlora[gguf]'", known) is None
 
 
 def test_what_a_page_trains_is_what_its_next_command_reads(sandbox, trained, monkeypatch):

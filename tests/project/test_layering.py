@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "mlx_qlora"
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
     {"errors", "progress", "tree", "folders"},
-    {"device", "distributed", "measured"},
+    {"device", "distributed"},
     {"cpu"},
     {"model"},
     {"data"},
@@ -19,7 +19,7 @@ ORDER = [
     {"train"},
     {"infer"},
     {"names"},
-    {"config", "loading", "run"},
+    {"config", "loading", "measured", "run"},
     {"before"},
     {"after"},
     {"sweep"},
