@@ -82,7 +82,7 @@ def staged(
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, of which a reader finds all or what was there before."""
     with staged(path.parent) as staging:
-        (staging / path.name).write_text(text, encoding="utf-8")
+        (staging / path.name).write_text(text, "utf-8", "backslashreplace")  # names of files
 
 
 def user_cache() -> Path:

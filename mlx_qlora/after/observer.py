@@ -23,7 +23,7 @@ from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
 from mlx_qlora.before.plan import FORWARD, Plan
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import duration, say
+from mlx_qlora.errors import duration, say, visible
 from mlx_qlora.folders import write_whole
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -213,7 +213,7 @@ class Observer:
         label, width = "next", console.width - LABEL if console.is_terminal else 10**6
         for words in next_commands(report, self.inputs.tokenizer.chat_template is not None):
             # As it is: a line break within a prompt would be another prompt.
-            line = f"{label:<{LABEL}}{folded(words, width, LABEL)}"
+            line = visible(f"{label:<{LABEL}}{folded(words, width, LABEL)}")
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
 

@@ -33,7 +33,7 @@ def write_report(report: "Report") -> Path:
     with staged(folder) as staging:
         (staging / "plots").mkdir()
         write_plots(report.plots, staging / "plots")
-        (staging / path.name).write_text(report.page(), encoding="utf-8")
+        (staging / path.name).write_text(report.page(), "utf-8", "backslashreplace")
     note = f"The whole report: {path}"
     plots = [] if in_kernel() else report.plots
     report.result.html = render("cell.html", report=report, plots=plots, table=None, note=note)

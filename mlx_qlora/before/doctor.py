@@ -29,7 +29,7 @@ from mlx_qlora.before.plan import trainable
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.distributed import in_time
-from mlx_qlora.errors import SourceError, UserError
+from mlx_qlora.errors import SourceError, UserError, visible
 from mlx_qlora.model import hub
 from mlx_qlora.model.gguf import Packed
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -82,12 +82,14 @@ def examine(console: Console, *checks: Callable[[], Iterable[Finding]]) -> list[
 def show(console: Console, finding: Finding) -> None:
     """A line of the table; its fix has a line to itself and is not wrapped: it can be pasted."""
     width = max(console.width - MARGIN, 20) if console.is_terminal else sys.maxsize
-    lines = textwrap.wrap(finding.text, width, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(
+        visible(finding.text), width, break_long_words=False, break_on_hyphens=False
+    )
     row = Text(f"{finding.state:<9}", COLOURS[finding.state])
     row.append(f"{finding.name:<13}", "bold")
     row.append(("\n" + " " * MARGIN).join(lines), "default")
     if finding.fix:
-        row.append(f"\n{'':<{MARGIN}}{finding.fix}", "cyan")
+        row.append(f"\n{'':<{MARGIN}}{visible(finding.fix)}", "cyan")
     console.print(row, soft_wrap=True, highlight=False)
 
 
