@@ -261,9 +261,17 @@ def card_header(path: Path) -> dict[str, Any]:
         return {}
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a file of a stranger holds; a ValueError if that is no JSON, or nests too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError):
+        return dict(parse_json(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
         return {}

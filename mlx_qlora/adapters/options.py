@@ -1,13 +1,12 @@
 """What an adapter's config says, PEFT's or mlx-lm's: every key is used, harmless or refused."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, listing
-from mlx_qlora.folders import MLX_LM, PEFT
+from mlx_qlora.folders import MLX_LM, PEFT, parse_json
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, is_named, matches_pattern, target_paths
 from mlx_qlora.model.weights import read_safetensors_header
@@ -100,8 +99,8 @@ def _read_peft_config(folder: Path) -> LoraConfig:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path} must hold a JSON object, not a {type(config).__name__}")

@@ -16,7 +16,17 @@ from typing import Any
 from mlx_qlora import __version__
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, listing
-from mlx_qlora.folders import CARD, MLX_COPY, NOTE, PEFT, RECORD, TAG, card_header, json_object
+from mlx_qlora.folders import (
+    CARD,
+    MLX_COPY,
+    NOTE,
+    PEFT,
+    RECORD,
+    TAG,
+    card_header,
+    json_object,
+    parse_json,
+)
 from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
@@ -71,7 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            record = dict(json.loads(line))
+            record = dict(parse_json(line))
         except (TypeError, ValueError) as error:
             raise SourceError(
                 f"{path}, line {number} is no JSON object ({error}): delete the line"
@@ -87,7 +97,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     is_yaml = path.suffix == ".yaml"
     try:
         text = path.read_text(encoding="utf-8")
-        return dict(yaml.safe_load(text) if is_yaml else json.loads(text))
+        return dict(yaml.safe_load(text) if is_yaml else parse_json(text))
     except (TypeError, ValueError, OSError, yaml.YAMLError) as error:
         kind = "YAML" if is_yaml else "a JSON object"
         raise SourceError(f"{path} cannot be read as {kind}: {error}") from None
@@ -317,7 +327,7 @@ def _public(folder: Path, name: str) -> Path | bytes:
     if path.suffix != ".json" or path.name in WITHOUT_PATHS:
         return path
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}") from None
     public = _without_local_paths(values)

@@ -5,7 +5,6 @@ once. Then each tensor is read, cast or quantised, and put in its place before t
 so the peak is the finished model plus one tensor, not the whole dense checkpoint.
 """
 
-import json
 import struct
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ import mlx.nn as nn
 
 from mlx_qlora.device import free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
+from mlx_qlora.folders import parse_json
 from mlx_qlora.model.gguf import Packed, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -265,8 +265,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     check_readable(path, WeightsError)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise WeightsError(f"{path} cannot be read: it holds no JSON object")
@@ -344,7 +344,7 @@ def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size:
                 raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         entries = [(t["data_offsets"][1], t["dtype"], tuple(t["shape"])) for t in header.values()]
         end = 8 + length + max((end for end, _, _ in entries), default=0)
