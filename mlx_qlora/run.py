@@ -48,6 +48,7 @@ from mlx_qlora.folders import (
     disk_errors,
     is_run,
     locked,
+    staged,
     write_whole,
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
@@ -399,8 +400,10 @@ def _run(
         with observer.watching():
             result = train(model, inputs, inputs.config, console)
         if everyone.is_first:
-            write_adapter(model, inputs.output, inputs.base, {})
-            inputs.tokenizer.save(inputs.output)
+            with disk_errors(inputs.output, lambda: last_checkpoint(inputs.output)):
+                write_adapter(model, inputs.output, inputs.base, {})
+                with staged(inputs.output) as staging:  # or it would be written through a link
+                    inputs.tokenizer.save(staging)
             say(console, _summary(result))
         try:
             observer.after(result)

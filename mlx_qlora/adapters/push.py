@@ -221,6 +221,12 @@ def push_to_hub(
         ) from None
     folder = Path(folder).expanduser()
     uploads = _collect(folder, repo_id, include_checkpoints)
+    for path in (folder / name for name in uploads):
+        if not (target := path.resolve()).is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{path} is a link to {target}, outside of the folder: put a copy in its place if "
+                "it shall be uploaded, or remove it"
+            )
     used, left_out = {name.partition("/")[0] for name in uploads}, set[str]()
     for name in {*_names(folder)} - uploads.keys():
         top, slash, _ = name.partition("/")

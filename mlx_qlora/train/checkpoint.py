@@ -221,6 +221,9 @@ def rotate(output: Path, state: RunState, limit: int) -> None:
 
 def _discard(path: Path) -> None:
     """Removes a checkpoint, which a run that is killed meanwhile leaves under another name."""
+    if path.is_symlink():  # moved to another disk: what it points to is not ours to remove
+        path.unlink()
+        return
     gone = path.with_name(f".{path.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)

@@ -232,6 +232,21 @@ def test_a_base_that_nobody_else_has_and_paths_in_a_card_are_refused(out, tmp_pa
         push_to_hub(out, REPO)
 
 
+@pytest.mark.parametrize("name", ["plots/loss.svg", "tokenizer.json", "metrics.jsonl"])
+def test_a_link_out_of_the_folder_is_not_followed(name, out, tmp_path):
+    secret = tmp_path / "elsewhere"
+    (out / name).rename(secret)
+    (out / name).symlink_to(secret)
+    with pytest.raises(mq.errors.ConfigError, match=r"is a link to .*elsewhere.*, outside of the"):
+        mq.push_to_hub(out, "me/mine", dry_run=True)
+
+
+def test_a_link_within_the_folder_is_as_good_as_its_file(out):
+    (out / "plots" / "loss.svg").rename(out / "loss.svg")
+    (out / "plots" / "loss.svg").symlink_to(out / "loss.svg")
+    assert "plots/loss.svg" in dict(mq.push_to_hub(out, "me/mine", dry_run=True).files)
+
+
 def test_a_damaged_history_is_named(out):
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
