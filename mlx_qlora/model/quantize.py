@@ -131,10 +131,15 @@ class FrozenMatrix(nn.Module):
         arrays = {n: x.view(mx.bfloat16) if kinds[n] == "BF16" else x for n, x in read.items()}
         return {name: cast(array, self.dtype) for name, array in arrays.items()}
 
-    def stream_from(self, stored: StoredMatrix) -> None:
-        """Leave the arrays in their file from now on."""
+    def drop(self) -> None:
+        """Forget the arrays, which are in a file, or will be."""
+        self.stack = None
         for name in PARTS:
             self.pop(name, None)
+
+    def stream_from(self, stored: StoredMatrix) -> None:
+        """Leave the arrays in their file from now on."""
+        self.drop()
         self.stored = stored
         self._no_grad.update(PARTS)  # which `freeze` would do only for what is there
 
