@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from support.command_line import contents
 from support.models import TINY, our_logits, quantise_with_mlx_lm, random_tokens, randomise_lora
-from support.streamed import PACKED, in_memory, load_as, matrices
+from support.streamed import PACKED, in_memory, load_as, matrices, settings, train, weights_of
 from support.tiny_folder import write_random_model, write_rows
 from support.tiny_gguf import write_tiny_gguf
 from support.training import at_step, make_examples, stop
@@ -33,7 +33,6 @@ from mlx_qlora.device import CPU, METAL
 from mlx_qlora.errors import ConfigError, StreamedWarning, UserError, WeightsError
 from mlx_qlora.model import streaming
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.run import run
 from mlx_qlora.train.engine import Engine, loss_and_grads
 from mlx_qlora.train.memory import LAYER, NOTHING, Footprint
 from mlx_qlora.train.score import score_rows
@@ -213,31 +212,6 @@ def load_config() -> Any:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 24)
-
-
-def settings(source: Path, rows: Path, out: Path, residency: str, **more: Any) -> dict[str, Any]:
-    model = {"source": str(source), "group_size": 32, "residency": residency}
-    model |= {"frozen_matmul": "dequantize", "base_model_name_or_path": "org/base"}
-    training = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    checkpointing = {"output_dir": str(out), "save_steps": 1, "eval_steps": 2, **more}
-    data = {"path": str(rows), "max_length": 48, "num_workers": 1}
-    lora = {"r": 2, "lora_dropout": 0.2}
-    return {
-        **{"model": model, "training": training, "checkpointing": checkpointing},
-        **{"data": data, "lora": lora, "generation": {"max_new_tokens": 4}},
-    }
-
-
-def train(*args: Any, **more: Any) -> str:
-    """A run as `mlx-qlora train` makes it; what it printed."""
-    console = Console(file=io.StringIO(), width=300)
-    inputs, plan = open_with_plan(build(settings(*args, **more)), console)
-    run(inputs, console, plan)
-    return console.file.getvalue()  # pyright: ignore
-
-
-def weights_of(folder: Path) -> dict[str, bytes]:
-    return {name: x for name, x in contents(folder).items() if name.endswith(".safetensors")}
 
 
 @pytest.mark.filterwarnings("ignore::mlx_qlora.errors.StreamedWarning")
