@@ -82,6 +82,7 @@ class GgufMatrix:
 
     stored: StoredTensor  # (rows, bytes of a row) uint8
     kind: str  # ggml's name of the type
+    is_mlx: bool  # whether MLX has all types of the file
     order: np.ndarray | None = None  # of the rows, where llama.cpp has permuted them
 
     @property
@@ -94,11 +95,6 @@ class GgufMatrix:
     def is_packed(self) -> bool:
         """Whether it is quantised."""
         return self.kind in BITS
-
-    @property
-    def is_as_mlx_packs(self) -> bool:
-        """Whether MLX has its type, dense ones included."""
-        return self.kind in [name for name, _, _ in MLX_TYPES.values()]
 
     def _read(self, rows: slice) -> np.ndarray:
         numbers = np.arange(self.shape[0]) if self.order is None else self.order
@@ -198,7 +194,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     if not len({*names}) == len(names) == headers[0][1].get("split.tensors.count", len(names)):
         raise WeightsError(f"{path} lacks tensors, or holds some twice; download it again")
     kinds = {kind for tensors, _, _ in headers for _, _, kind, _ in tensors}
-    if not kinds <= {*MLX_TYPES} and importlib.util.find_spec("gguf") is None:
+    is_mlx = kinds <= {*MLX_TYPES}
+    if not is_mlx and importlib.util.find_spec("gguf") is None:
         raise WeightsError(
             f"{path} holds K-quants, which the package gguf reads: pip install 'mlx-qlora[gguf]'"
         )
@@ -208,9 +205,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
         for name, shape, kind, offset in tensors:
             type_name, n_bytes, n_weights = TYPES[kind]
             size = math.prod(shape[1:]), shape[0] // n_weights * n_bytes
-            stored = GgufMatrix(StoredTensor(part, start + offset, size, "U8", stamp), type_name)
-            vector = len(shape) == 1 and not stored.is_packed
-            loaded[name] = mx.array(stored.dense()[0]) if vector else stored
+            stored = StoredTensor(part, start + offset, size, "U8", stamp)
+            matrix = GgufMatrix(stored, type_name, is_mlx)
+            is_vector = len(shape) == 1 and not matrix.is_packed
+            loaded[name] = mx.array(matrix.dense()[0]) if is_vector else matrix
     vectors = {name for name, x in loaded.items() if isinstance(x, mx.array)}
     factors = {n: loaded.pop(f"{n}.weight") if f"{n}.weight" in vectors else None for n in FACTORS}
     config = _hf_config(path, metadata, "output.weight" not in loaded, factors)

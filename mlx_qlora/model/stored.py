@@ -105,9 +105,14 @@ class StoredMatrix:
         """Its size in the file."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def read(self, rows: np.ndarray | None = None) -> dict[str, mx.array]:
-        """What `StoredTensor.read` returns of each part."""
-        return {name: tensor.read(rows) for name, tensor in self.tensors.items()}
+    def read(self, rows: np.ndarray | None = None) -> list[mx.array]:
+        """What `StoredTensor.read` returns of each part, in any thread."""
+        return [tensor.read(rows) for tensor in self.tensors.values()]
+
+    def arrays(self, read: list[mx.array]) -> list[mx.array]:
+        """What was read, in the files' dtypes."""
+        pairs = zip(self.tensors.values(), read)
+        return [x.view(mx.bfloat16) if tensor.kind == "BF16" else x for tensor, x in pairs]
 
 
 def stamp_of(file: int | Path) -> Stamp:

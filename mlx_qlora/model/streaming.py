@@ -57,9 +57,8 @@ class LayerReader:
         assert self._ahead is not None
         reading, self._ahead = self._ahead[1], None
         matrices = streamed(self._layers[i])
-        for matrix, arrays in zip(matrices, reading.result()):
-            for name, array in matrix.as_computed(arrays).items():
-                matrix[name] = array
+        for matrix, read in zip(matrices, reading.result()):
+            matrix.place(read)
         del reading
         try:
             yield
@@ -78,7 +77,7 @@ class LayerReader:
         return sum(sorted(map(streamed_bytes, self._layers))[-2:])
 
 
-def _read(matrices: list[Any]) -> list[dict[str, mx.array]]:
+def _read(matrices: list[Any]) -> list[list[mx.array]]:
     return [matrix.stored.read() for matrix in matrices]
 
 

@@ -345,10 +345,9 @@ def _packing_in_config(
 
 def _packing_in_gguf(tensors: dict[str, Any]) -> dict[str, QuantConfig]:
     """Matrix path -> how the file packs it, if MLX has all of its types."""
-    matrices = {n.removesuffix(".weight"): x for n, x in tensors.items() if type(x) is GgufMatrix}
-    if not all(x.is_as_mlx_packs for x in matrices.values()):
-        return {}
-    return {path: QuantConfig(BITS[x.kind], 32) for path, x in matrices.items() if x.is_packed}
+    matrices = ((n, x) for n, x in tensors.items() if isinstance(x, GgufMatrix))
+    packed = {n.removesuffix(".weight"): x.kind for n, x in matrices if x.is_packed and x.is_mlx}
+    return {path: QuantConfig(BITS[kind], 32) for path, kind in packed.items()}
 
 
 def _check_tensors(

@@ -14,8 +14,8 @@ before the next but one begins. The gradients of all chunks, micro-batches and p
 up, and divided once by the step's supervised tokens (`train.step`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -37,6 +37,7 @@ from mlx_qlora.model.llama import (
     swiglu_vjp,
 )
 from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.model.streaming import streamed
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import losses_by_slice
@@ -220,11 +221,11 @@ def arrays_of(values: dict[str, Any]) -> list[mx.array]:
 def side_by_side(
     tapes: list[Tape],
     computations: list[Stages],
-    within: Callable[[], AbstractContextManager[Any]] | None = None,
+    copied: Sequence[FrozenMatrix] = (),
 ) -> None:
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
 
-    If a context is given, each stage is built and finished `within` it before the next one.
+    Where matrices are `copied` each for a stage, the stage is finished before the next one begins.
 
     MLX hands at most some hundred operations to its streams in advance: all of one shard's first
     would leave the other streams without work. Those of one evaluation it hands over breadth first,
@@ -233,12 +234,13 @@ def side_by_side(
     running = list(zip(tapes, computations))
     while running:
         stages = []
-        with within() if within is not None else nullcontext():
-            for tape, computation in running:
-                with mx.stream(tape.shard.stream):
-                    stages.append(next(computation, None))
-            arrays = [array for stage in stages for array in stage or ()]
-            (mx.async_eval if within is None else mx.eval)(arrays)
+        for tape, computation in running:
+            with mx.stream(tape.shard.stream):
+                stages.append(next(computation, None))
+        arrays = [array for stage in stages for array in stage or ()]
+        (mx.eval if copied else mx.async_eval)(arrays)
+        for matrix in copied:
+            matrix.drop_copy()
         running = [one for one, stage in zip(running, stages) if stage is not None]
         del stages, arrays  # while the next ones are made
 
@@ -302,11 +304,7 @@ class Engine:
             for layer in model.layers
         ]
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
-        self.one_by_one = self.reader is not None and any(
-            matrix.matmul == "dequantize" and matrix.quant is not None
-            for layer in self.matrices
-            for matrix in layer
-        )
+        self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
         differentiated = {
             f"model.layers.{i}.{path}.{name}"
             for i, layer in enumerate(model.layers)
@@ -337,8 +335,8 @@ class Engine:
         """
         documents = memory.supervised_documents(batch)
         lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        streamed = self.reader is not None
-        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size, streamed=streamed)
+        config, reads = self.model.config, self.reader is not None
+        footprint = memory.Footprint(config, lengths, self.dtype.size, streamed=reads)
         # By nothing but the lengths, so that the same batch is always computed the same way.
         plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
@@ -419,18 +417,7 @@ class Engine:
         with self.reader.layer(i):
             if self.one_by_one:
                 self._read_ahead(following)  # the layer before this one is finished
-                side_by_side(layer, computations, partial(self._without_copies, i))
-            else:
-                side_by_side(layer, computations)
-
-    @contextmanager
-    def _without_copies(self, i: int) -> Iterator[None]:
-        """Drop the dense copies that were made within."""
-        try:
-            yield
-        finally:
-            for matrix in self.matrices[i]:
-                matrix.drop_copy()
+            side_by_side(layer, computations, self.matrices[i] if self.one_by_one else ())
 
     @contextmanager
     def _small_cache(self) -> Iterator[None]:
