@@ -158,6 +158,8 @@ class FrozenMatrix(nn.Module):
             return self._resident
         if self.quant is None:
             return self.packed()[0]
+        if self.is_away:
+            return unpack_by_blocks(self.packed(), self.quant, self.dtype, self.shape)
         return unpack(self.packed(), self.quant, self.dtype)
 
     @property
