@@ -108,16 +108,17 @@ class Tape:
     values: dict[str, Any] = field(default_factory=dict)
     gradients: dict[str, mx.array] = field(default_factory=dict)
 
-    def forward(self, kept: tuple[str, ...]) -> Stages:
-        """Runs the pieces, and keeps the values of some names."""
+    def forward(self, kept: tuple[str, ...], ahead: Callable[[], None]) -> Stages:
+        """Runs the pieces, and keeps the values of some names; `ahead` reads the next layer."""
         for piece, needed in zip(PIECES, NEEDED_ABOVE):
             outputs = yield from self._run(piece, "weights" in kept)
+            self._release(piece, ahead)
             self.values |= outputs
             self._drop_all_but({*kept, *needed, "y"})
             if FLEETING.isdisjoint(outputs):
                 yield arrays_of(outputs)
 
-    def backward(self, wants_dx: bool) -> Stages:
+    def backward(self, wants_dx: bool, ahead: Callable[[], None]) -> Stages:
         """Takes the VJPs in reverse; first, those values are made at once that a level may keep."""
         remade = {}
         for name in KEPT[EXPONENTIALS]:
@@ -127,6 +128,7 @@ class Tape:
         del remade  # or it would keep them to the end
         for piece, needed in zip(reversed(PIECES), reversed(NEEDED_BELOW)):
             yield from self._vjp(piece)
+            self._release(piece, ahead)
             self._drop_all_but(needed)  # before the stage, or they would live through it
             if piece is PIECES[0] and not wants_dx:
                 del self.gradients["x"]
@@ -188,6 +190,17 @@ class Tape:
         for name, gradient in zip(piece.inputs, gradients):
             earlier = self.gradients.get(name)
             self.gradients[name] = gradient if earlier is None else earlier + gradient
+
+    def _release(self, piece: Piece, ahead: Callable[[], None]) -> None:
+        """Streamed one by one, drop matrices after their last use.
+
+        The next layer is read when the widest are gone: two whole layers would be there until then.
+        """
+        if self.one_by_one and piece.name in KEYS_OF:
+            for linear in self.layer.linears(piece.name).members.values():
+                linear.base_layer.drop()
+            if piece.name == "gate_up":
+                ahead()
 
     def _between(self, piece: Piece) -> Callable[..., Any]:
         """A piece without matrices, as a function of its inputs."""
@@ -372,12 +385,13 @@ class Engine:
         for i, layer in enumerate(tapes):
             kept = KEPT[levels[i]] if i >= self.first else ()
             x = [tape.values["x"] for tape in layer]
-            following = min(i + 1, len(tapes) - 1)  # the last layer is needed twice
-            self._start(i, layer, [tape.forward(kept) for tape in layer], following)
+            # The last layer is needed twice.
+            ahead = partial(self._read_ahead, min(i + 1, len(tapes) - 1))
+            self._start(i, layer, [tape.forward(kept, ahead) for tape in layer])
             # The layer before this one is finished before the next one begins: the device always
             # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).
             mx.eval(x)
-            self._read_ahead(following)
+            ahead()
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
@@ -387,11 +401,10 @@ class Engine:
         for i in reversed(range(self.first, len(tapes))):
             layer = tapes.pop()
             dy = [tape.gradients["y"] for tape in layer]
-            following = i - 1 if i > self.first else -1
-            computations = [tape.backward(wants_dx=i > self.first) for tape in layer]
-            self._start(i, layer, computations, following)
+            ahead = partial(self._read_ahead, i - 1 if i > self.first else -1)
+            self._start(i, layer, [tape.backward(i > self.first, ahead) for tape in layer])
             mx.eval(dy)
-            self._read_ahead(following)
+            ahead()
             for tape, below in zip(layer, tapes[-1] if i > self.first else []):
                 below.gradients["y"] = tape.gradients.pop("x")
             for name in layer[0].gradients:
@@ -403,7 +416,7 @@ class Engine:
                 all_reduce.reduce(grads, complete)
         return mx.stack(losses).sum()
 
-    def _start(self, i: int, layer: list[Tape], computations: list[Stages], following: int) -> None:
+    def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
         """Starts a layer's computations, with one dequantised copy of each of its matrices.
 
         Of a streamed layer there is one copy at a time: all would take more memory than is saved.
@@ -415,8 +428,6 @@ class Engine:
                 side_by_side(layer, computations)
             return
         with self.reader.layer(i):
-            if self.one_by_one:
-                self._read_ahead(following)  # the layer before this one is finished
             side_by_side(layer, computations, self.matrices[i] if self.one_by_one else ())
 
     @contextmanager
