@@ -143,9 +143,7 @@ def save_merged(
 
     drift = None
     with staged(target, replace=True) as staging:
-        originals = _tensors(original) if original else None
-        if original:
-            original.shards.clear()  # or every tensor that was read would stay in memory
+        originals = original.tensors if original else None
         tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
         for name, shard in shards.items():
             _write_shard(staging / name, shard, tensors)
@@ -206,8 +204,7 @@ def _check_disk(target: Path, needed: int) -> None:
 def _check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
     """Refuse original weights that are quantised or another model's, listing all differences."""
     where = original.files.path
-    tensors = _tensors(original)
-    if original.packing or any(getattr(x, "is_packed", False) for x in tensors.values()):
+    if original.packing or any(getattr(x, "is_packed", False) for x in original.tensors.values()):
         raise ConfigError(
             f"base: {where} is quantised itself; give the original 16-bit model, or no base"
         )
@@ -241,17 +238,13 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
     """Norms are never quantised, so they tell two models of the same sizes apart."""
-    arrays = _tensors(original)
+    arrays = original.tensors
     norms = {n: w for n, w in flat(model.parameters()).items() if n.endswith("norm.weight")}
     return [
         f"{name} has other values"
         for name, ours in norms.items()
         if not mx.allclose(ours.astype(mx.float32), arrays[name].astype(mx.float32), 1e-2, 1e-3)
     ]
-
-
-def _tensors(original: Checkpoint) -> dict[str, Any]:
-    return {name: array for shard in original.shards for name, array in shard.items()}
 
 
 # ---- which tensor goes into which file -----------------------------------------------------------

@@ -369,8 +369,8 @@ class PlannedRun:
 
 def _repacked(checkpoint: Checkpoint) -> str:
     """What packing adds to K-quants whose groups are not MLX's, where there are such."""
-    found = (x for shard in checkpoint.shards for x in shard.values())
-    tensors = [x for x in found if isinstance(x, GgufMatrix) and x.is_packed and not x.is_mlx]
+    tensors = [x for x in checkpoint.tensors.values() if isinstance(x, GgufMatrix)]
+    tensors = [x for x in tensors if x.is_packed and not x.is_mlx]
     errors = {x.kind: 0.0 for x in tensors}
     for tensor in tensors:
         errors[tensor.kind] = max(errors[tensor.kind], tensor.added_error())

@@ -425,8 +425,8 @@ def _originals(model: LlamaForCausalLM) -> dict[str, Any]:
     if source is None or not source.path.exists():
         return {}
     checkpoint = open_checkpoint(source)
-    named = (item for shard in checkpoint.shards for item in shard.items())
-    return {name: x for name, x in named if name.rpartition(".")[0] not in checkpoint.packing}
+    of, packing = checkpoint.tensors, checkpoint.packing
+    return {name: x for name, x in of.items() if name.rpartition(".")[0] not in packing}
 
 
 def for_model(model: LlamaForCausalLM, config: LoraConfig) -> LoraConfig:

@@ -119,15 +119,14 @@ class FrozenMatrix(nn.Module):
     def read(self, rows: np.ndarray | None = None) -> tuple[mx.array, ...]:
         """The arrays in its file, or some of their rows."""
         assert self.stored is not None
-        return tuple(
-            cast(array, self.dtype) for array in self.stored.arrays(self.stored.read(rows))
-        )
+        return self.as_computed(self.stored.read(rows))
 
-    def place(self, read: list[mx.array]) -> None:
-        """Put what was read of its file in its place."""
+    def as_computed(self, read: list[mx.array]) -> tuple[mx.array, ...]:
+        """What `stored` has read, in the dtypes that it is computed with."""
         assert self.stored is not None
-        for name, array in zip(self.stored.tensors, self.stored.arrays(read)):
-            self[name] = cast(array, self.dtype)
+        pairs = zip(self.stored.tensors.values(), read)
+        arrays = (x.view(mx.bfloat16) if tensor.kind == "BF16" else x for tensor, x in pairs)
+        return tuple(cast(array, self.dtype) for array in arrays)
 
     def drop(self) -> None:
         """Forget the arrays, which are in a file, or will be."""

@@ -109,11 +109,6 @@ class StoredMatrix:
         """What `StoredTensor.read` returns of each part, in any thread."""
         return [tensor.read(rows) for tensor in self.tensors.values()]
 
-    def arrays(self, read: list[mx.array]) -> list[mx.array]:
-        """What was read, in the files' dtypes."""
-        pairs = zip(self.tensors.values(), read)
-        return [x.view(mx.bfloat16) if tensor.kind == "BF16" else x for tensor, x in pairs]
-
 
 def stamp_of(file: int | Path) -> Stamp:
     """What changes when a file does."""

@@ -30,13 +30,12 @@ _thread = ThreadPoolExecutor(1, "layers")  # reads; of all models, as there is o
 
 def streamed(module: nn.Module) -> list[FrozenMatrix]:
     """The matrices of a model, or of a layer, that are in files."""
-    matrices = (m for m in module.modules() if isinstance(m, FrozenMatrix))
-    return [matrix for matrix in matrices if matrix.stored is not None]
+    return [m for m in module.modules() if isinstance(m, FrozenMatrix) and m.stored is not None]
 
 
 def streamed_bytes(module: nn.Module) -> int:
     """Their size, in bytes."""
-    return sum(matrix.stored.nbytes for matrix in streamed(module) if matrix.stored is not None)
+    return sum(matrix.stored.nbytes for matrix in streamed(module) if matrix.stored)
 
 
 class LayerReader:
@@ -58,7 +57,8 @@ class LayerReader:
         reading, self._ahead = self._ahead[1], None
         matrices = streamed(self._layers[i])
         for matrix, read in zip(matrices, reading.result()):
-            matrix.place(read)
+            for name, array in zip(PARTS, matrix.as_computed(read)):
+                matrix[name] = array
         del reading
         try:
             yield

@@ -41,15 +41,15 @@ IGNORED_ENDING = "rotary_emb.inv_freq"
 class Checkpoint:
     """A model's files, opened: what they hold is known, but no tensor is in its place.
 
-    Tensors are not read until they are used. Without shards, as the weights were left on the hub,
-    it is enough for a plan.
+    Tensors are not read until they are used. Without them, as the weights were left on the hub, it
+    is enough for a plan.
     """
 
     files: ModelFiles
     config: dict[str, Any]  # a Hugging Face `config.json`
     found: dict[str, StoredTensor]  # by tensor name
     packing: dict[str, QuantConfig]  # by the path of each matrix that the files hold quantised
-    shards: list[dict[str, Any]]  # name -> array, or a GGUF's `GgufMatrix`
+    tensors: dict[str, Any]  # by name: an array, or a GGUF's `GgufMatrix`
     metadata: dict[str, Any] | None = None  # a GGUF's key-value pairs, its tokenizer among them
 
 
@@ -63,15 +63,17 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
         config, tensors, metadata = read_gguf(files.path)
         found = {n: StoredTensor(files.path, 0, x.shape, "F16") for n, x in tensors.items()}
         files = replace(files, hf_id=files.hf_id or source_repository(metadata))
-        return Checkpoint(files, config, found, _packing_in_gguf(tensors), [tensors], metadata)
+        return Checkpoint(files, config, found, _packing_in_gguf(tensors), tensors, metadata)
     config = _read_config(files.path)
     if files.left_on_hub:
         found = _headers_on_hub(files)
-        return Checkpoint(files, config, found, _packing_in_config(config, found), [])
+        return Checkpoint(files, config, found, _packing_in_config(config, found), {})
     found = _read_headers(weight_files(files.path))
     packing = _packing_in_config(config, found)
-    shards = [_open_safetensors(file) for file in sorted({info.path for info in found.values()})]
-    return Checkpoint(files, config, found, packing, shards)
+    opened = map(_open_safetensors, sorted({info.path for info in found.values()}))
+    return Checkpoint(
+        files, config, found, packing, {n: x for file in opened for n, x in file.items()}
+    )
 
 
 def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -144,27 +146,26 @@ def _place(
     """
     packing, modules, matrices = checkpoint.packing, dict(model.named_modules()), _matrices(model)
     what = "quantising" if quantize and not packing and matrices_too else "loading"
-    with doing(what, sum(map(len, checkpoint.shards)), "tensors") as task:
-        for shard in checkpoint.shards:
-            for name in list(shard):
-                path, _, leaf = name.rpartition(".")
-                array = shard.pop(name)  # the reference must go, or the file's copy would stay
-                task.advance()
-                is_matrix = path in matrices and leaf in PARTS
-                if path not in modules or (is_matrix and not matrices_too):
-                    continue
-                is_gguf = isinstance(array, GgufMatrix)
-                if is_gguf and (path in packing or (quantize and array.is_packed)):
-                    matrices[path].put(*array.pack())
-                elif is_matrix and leaf == "weight" and path not in packing and quantize:
-                    # Scales and biases are found in float32: half precision would cost accuracy.
-                    matrices[path].pack(as_array(array).astype(mx.float32), quantize)
-                else:
-                    modules[path][leaf] = cast(as_array(array), dtype)
-                    mx.eval(modules[path][leaf])
-                del array
-                if is_matrix:
-                    then(path, matrices[path])
+    with doing(what, len(checkpoint.tensors), "tensors") as task:
+        for name in list(checkpoint.tensors):
+            path, _, leaf = name.rpartition(".")
+            array = checkpoint.tensors.pop(name)  # or what was read of the file would stay
+            task.advance()
+            is_matrix = path in matrices and leaf in PARTS
+            if path not in modules or (is_matrix and not matrices_too):
+                continue
+            is_gguf = isinstance(array, GgufMatrix)
+            if is_gguf and (path in packing or (quantize and array.is_packed)):
+                matrices[path].put(*array.pack())
+            elif is_matrix and leaf == "weight" and path not in packing and quantize:
+                # Scales and biases are found in float32: half precision would cost accuracy.
+                matrices[path].pack(as_array(array).astype(mx.float32), quantize)
+            else:
+                modules[path][leaf] = cast(as_array(array), dtype)
+                mx.eval(modules[path][leaf])
+            del array
+            if is_matrix:
+                then(path, matrices[path])
 
 
 def _stream(
@@ -384,7 +385,7 @@ def _check_tensors(
 
 def _check_head(checkpoint: Checkpoint) -> None:
     """Refuse a head beside the embedding that it is tied to, unless both are the same."""
-    arrays = {name: array for shard in checkpoint.shards for name, array in shard.items()}
+    arrays = checkpoint.tensors
     for name in [name for name in arrays if name.startswith(HEAD)]:
         embedding = arrays.get(name.replace(HEAD, "model.embed_tokens."))
         if embedding is None or not mx.array_equal(arrays[name], embedding):
