@@ -90,6 +90,7 @@ FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(
 # ---- the tape of one layer -----------------------------------------------------------------------
 
 Stages = Iterator[list[mx.array]]  # arrays to evaluate, and then the next ones
+Ahead = Callable[[], None]  # begins to read the next layer
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Tape:
     values: dict[str, Any] = field(default_factory=dict)
     gradients: dict[str, mx.array] = field(default_factory=dict)
 
-    def forward(self, kept: tuple[str, ...], ahead: Callable[[], None]) -> Stages:
+    def forward(self, kept: tuple[str, ...], ahead: Ahead = lambda: None) -> Stages:
         """Runs the pieces, and keeps the values of some names; `ahead` reads the next layer."""
         for piece, needed in zip(PIECES, NEEDED_ABOVE):
             outputs = yield from self._run(piece, "weights" in kept)
@@ -118,7 +119,7 @@ class Tape:
             if FLEETING.isdisjoint(outputs):
                 yield arrays_of(outputs)
 
-    def backward(self, wants_dx: bool, ahead: Callable[[], None]) -> Stages:
+    def backward(self, wants_dx: bool, ahead: Ahead = lambda: None) -> Stages:
         """Takes the VJPs in reverse; first, those values are made at once that a level may keep."""
         remade = {}
         for name in KEPT[EXPONENTIALS]:
@@ -191,7 +192,7 @@ class Tape:
             earlier = self.gradients.get(name)
             self.gradients[name] = gradient if earlier is None else earlier + gradient
 
-    def _release(self, piece: Piece, ahead: Callable[[], None]) -> None:
+    def _release(self, piece: Piece, ahead: Ahead) -> None:
         """Streamed one by one, drop matrices after their last use.
 
         The next layer is read when the widest are gone: two whole layers would be there until then.
