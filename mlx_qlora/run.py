@@ -51,7 +51,7 @@ from mlx_qlora.folders import (
     write_whole,
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
-from mlx_qlora.measured import fastest, key_of
+from mlx_qlora.measured import as_measured, as_measured_for
 from mlx_qlora.model.hub import resolve, sample_of
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, begins_with_base, lora_layers, trainable_count
@@ -69,7 +69,6 @@ from mlx_qlora.train.checkpoint import (
     is_ours,
     last_checkpoint,
     restore_set_aside,
-    values_before,
 )
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
@@ -82,7 +81,7 @@ OUTPUT = "checkpointing.output_dir"
 PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
-WRITTEN += tuple(f"plots/{name}.{kind}" for name in PLOTS for kind in ("svg", "png"))
+WRITTEN += tuple(f"plots/{name}.svg" for name in PLOTS)
 N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the report
 
 # ---- what a run starts from ----------------------------------------------------------------------
@@ -288,36 +287,6 @@ def open_inputs(
     return inputs
 
 
-def as_measured(
-    config: RunConfig,
-    llama: LlamaConfig,
-    packing: QuantConfig | None,
-    dense_numbers: int,
-    console: Console,
-) -> RunConfig:
-    """With what `doctor --tune` measured in the place of `auto`, which a line says.
-
-    A run that goes on repeats its own choice, whatever has been measured since.
-
-    Args:
-        packing: of the layers' matrices.
-        dense_numbers: in all packed matrices.
-    """
-    model = config.model
-    if before := values_before(config.checkpointing, "model"):
-        names = [n for n in ("dtype", "frozen_matmul") if getattr(model, n) == "auto"]
-        return replace(config, model=replace(model, **{n: before.get(n, "auto") for n in names}))
-    usual = model.frozen_matmul == "auto" and model.dtype in ("auto", device.current().dtype)
-    usual = usual and model.residency != "streamed"
-    if not usual or packing is None or processes().size > 1:  # machines may differ
-        return config
-    if (found := fastest(key_of(llama, packing), dense_numbers)) is None:
-        return config
-    dtype, way, why = found
-    say(console, f"measured  model.dtype={dtype}, model.frozen_matmul={way}: {why}")
-    return replace(config, model=replace(model, dtype=dtype, frozen_matmul=way))
-
-
 def packing_of(checkpoint: Checkpoint, quantize: QuantConfig | None) -> QuantConfig | None:
     """How most matrices of the layers are packed, or will be; None for dense ones."""
     return checkpoint.packing.get("model.layers.0.mlp.down_proj") or quantize
@@ -402,20 +371,6 @@ def fine_tune(
         return Inputs(settled, tokenizer, model.config, train_examples, validation)
 
     return _run(model, everyone.agree(opened), console, None, 0)
-
-
-def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console) -> RunConfig:
-    """As `as_measured`, for a loaded model, which is multiplied with that way from then on."""
-    matrices = [m for m in model.modules() if isinstance(m, FrozenMatrix) and m.quant]
-    told = getattr(model, "frozen_matmul", None) != "auto"
-    if not matrices or told or model.model.reader is not None:
-        return config
-    numbers = sum(math.prod(matrix.shape) for matrix in matrices)
-    chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)
-    for matrix in matrices if chosen.model.frozen_matmul != config.model.frozen_matmul else ():
-        matrix.matmul = chosen.model.frozen_matmul  # pyright: ignore
-        matrix.make_resident()
-    return chosen
 
 
 def _run(

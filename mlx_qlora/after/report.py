@@ -25,8 +25,8 @@ from mlx_qlora.train.loop import TrainResult
 def write_report(report: "Report") -> Path:
     """Write `report.html` and `plots/` into the run's output folder; return the page's path.
 
-    `plots/` gets SVG files, and PNG files too where matplotlib is installed. A notebook that shows
-    the result shows the summary, and the plots if it has not shown them while the run went on.
+    A notebook that shows the result shows the summary, and the plots if it has not shown them while
+    the run went on.
     """
     folder = report.result.output_dir
     path = folder / "report.html"

@@ -410,7 +410,6 @@ def _command(message: str) -> str | None:
 EXTRAS = {
     "tensorboard": ("tensorboard", "logging.report_to=[tensorboard]"),
     "wandb": ("wandb", "logging.report_to=[wandb]"),
-    "matplotlib": ("plots", "plots as PNG"),
     "pyarrow": ("parquet", "rows in Parquet files"),
     "datasets": ("datasets", "rows from data sets of the hub"),
     "gguf": ("gguf", "adapters for llama.cpp and Ollama"),

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from support.gpu_route import PACKED, ROUTES, routes
 from support.gradients import gap, packed_batch
 from support.models import load_folder, randomise_lora
 
 from mlx_qlora import device
+from mlx_qlora.cpu import blas, streams
+from mlx_qlora.cpu.streams import OtherProcesses
 from mlx_qlora.device import CPU, CUDA, METAL, Machine, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -315,3 +318,53 @@ def test_a_gpu_s_route_has_the_gradients_of_a_cpu_s(
     assert n == wanted_n and loss == pytest.approx(wanted_loss, rel=gpu_route.tolerance.loss)
     # A route that was not taken would give 0.
     assert 0 < gap(wanted, grads) < gpu_route.tolerance.gradient
+
+
+# ---- beside other processes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("others", "left"), [(0.0, 4), (0.4, 4), (0.6, 3), (2.0, 2), (2.5, 2)])
+def test_cores_that_other_processes_take_are_counted(
+    others: float, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four cores for a second, in which this process keeps one and a half busy."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    stat, own = tmp_path / "stat", [700.0]
+    counted = OtherProcesses(str(stat), lambda: own[0])
+    for busy in (0, 150 + round(100 * others)):
+        stat.write_text(f"cpu  {1000 + busy} 0 10 {9000 + 400 * (busy > 0) - busy} 5 0 3 0 0 0\n")
+        seen = counted.cores_left()
+        own[0] += 150
+    assert seen == left
+    stat.write_text(stat.read_text().replace(" 5 0 3 ", " 6 0 3 "))  # a tick tells nothing
+    assert counted.cores_left() == left
+
+
+@pytest.mark.parametrize("text", ["", "cpu", "cpu a b c d e", "intr 1 2"])
+def test_where_nobody_counts_all_cores_are_there(text: str, tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    assert OtherProcesses(str(stat), lambda: 0.0).cores_left() == os.cpu_count()
+    stat.write_text(text)
+    assert OtherProcesses(str(stat), lambda: 0.0).cores_left() == os.cpu_count()
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere Accelerate chooses its threads")
+def test_a_matmul_has_no_more_threads_than_cores_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ctypes.CDLL(device.openblas)
+    monkeypatch.setattr(device, "cores", lambda: 4)
+    for left, shards, n in ((4, 1, 4), (1, 1, 1), (3, 2, 2), (1, 2, 1), (4, 4, 1)):
+        monkeypatch.setattr(OtherProcesses, "cores_left", lambda _, left=left: left)
+        with streams.cores_shared(range(shards)):
+            assert library.scipy_openblas_get_num_threads() == n
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    draw = np.random.default_rng(0)
+    for M, K, N in ((1, 576, 1536), (40, 576, 192), (128, 1536, 576), (333, 64, 49)):
+        x, W = (mx.array(draw.standard_normal(n), mx.float32) for n in ((M, K), (N, K)))
+        products = []
+        for n in (1, 2):
+            with blas.threads(n):
+                y = x @ W.T
+                products.append([np.array(each) for each in (y, y @ W, y.T @ x)])
+        assert all((a == b).all() for a, b in zip(*products))
