@@ -130,13 +130,16 @@ def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system gives the lock back if a run dies."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other runs out of a folder; the system gives the lock back if a run dies.
+
+    Where another one is there, this is a ConfigError, or it is waited for.
+    """
     with disk_errors(folder):
         lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"another run is writing to {folder}; choose another --output-dir, or wait for it"

@@ -31,7 +31,7 @@ from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.distributed import in_time
 from mlx_qlora.errors import SourceError, UserError, visible
 from mlx_qlora.model import hub
-from mlx_qlora.model.gguf import Packed
+from mlx_qlora.model.gguf import GgufMatrix
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint
 from mlx_qlora.train.memory import adapter_bytes
@@ -371,7 +371,8 @@ class PlannedRun:
 
 def _repacked(checkpoint: Checkpoint) -> str:
     """What packing adds to K-quants whose groups are not MLX's, where there are such."""
-    tensors = [x for shard in checkpoint.shards for x in shard.values() if isinstance(x, Packed)]
+    tensors = [x for x in checkpoint.tensors.values() if isinstance(x, GgufMatrix)]
+    tensors = [x for x in tensors if x.is_packed and not x.is_mlx]
     errors = {x.kind: 0.0 for x in tensors}
     for tensor in tensors:
         errors[tensor.kind] = max(errors[tensor.kind], tensor.added_error())
