@@ -486,7 +486,8 @@ def _summary(result: TrainResult) -> str:
         return f"done      step {result.steps} was the last one; adapter in {result.output_dir}"
     return (
         f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
-        f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
+        f"{result.peak_memory_bytes / 1e9:.2f} GB, the process "
+        f"{result.process_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
     )
 
 

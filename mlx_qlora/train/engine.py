@@ -81,7 +81,6 @@ NEEDED_BELOW = [
     for i in range(len(PIECES))
 ]
 NEEDED_ABOVE = [{name for p in PIECES[i + 1 :] for name in p.inputs} for i in range(len(PIECES))]
-STREAMED_CACHE = 16 << 20  # bytes of freed buffers that MLX may keep, where the base is streamed
 # What is kept at no level. Neither it nor its gradient is evaluated by itself, so that it exists
 # only while what is made of it is computed.
 FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(KEPT[NOTHING])
@@ -336,11 +335,7 @@ class Engine:
         layer's as soon as they are complete; it is for the last batch of a step.
         """
         documents = memory.supervised_documents(batch)
-        lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        streamed = self.reader is not None
-        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size, streamed=streamed)
-        # By nothing but the lengths, so that the same batch is always computed the same way.
-        plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
+        plan = self.planned((documents[:, 2] - documents[:, 1]).tolist())[1]
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
@@ -354,6 +349,15 @@ class Engine:
                 n_tokens += sum(shard.targets.size for shard in shards)
         # In the weights' order, and none left out.
         return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}
+
+    def planned(self, lengths: list[int]) -> tuple[memory.Footprint, memory.Schedule]:
+        """What a batch of documents of these lengths takes, and how it is computed.
+
+        By nothing but the lengths, so that the same batch is always computed the same way.
+        """
+        sizes = self.model.config, lengths, self.dtype.size
+        footprint = memory.Footprint(*sizes, streamed=self.reader is not None)
+        return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
 
     def _chunk(
         self,
@@ -439,7 +443,7 @@ class Engine:
             yield
             return
         mx.clear_cache()
-        before = mx.set_cache_limit(STREAMED_CACHE)
+        before = mx.set_cache_limit(memory.STREAMED_CACHE)
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from mlx_qlora import device
 from mlx_qlora.cpu.attention import BLOCK
 from mlx_qlora.cpu.streams import streams
 from mlx_qlora.data.batches import IGNORE, Batch, padded_width
+from mlx_qlora.data.examples import Examples
 from mlx_qlora.device import Device, Machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.attention import Documents
@@ -30,6 +31,7 @@ KEPT = {
 }
 Recompute = int | str | list[int]  # how many layers, "none", "all", "auto", or each layer's level
 FLOAT32 = 4  # bytes
+STREAMED_CACHE = 16 << 20  # bytes of freed buffers that MLX keeps, where the base is streamed
 FUSED_BLOCK = 1024  # positions of a document that MLX's attention backward takes at once
 
 
@@ -156,6 +158,13 @@ def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
     )
 
 
+def largest_micro_batch(examples: Examples, rows: int) -> list[int]:
+    """Positions of each document in the largest micro-batch of so many rows."""
+    documents = examples.document_lengths
+    documents = documents[np.argsort(documents[:, 0] * documents[:, 1], kind="stable")]
+    return [length - 1 for n, length in documents[-rows:].tolist() for _ in range(n)]
+
+
 def default_chunks(lengths: Sequence[int], machine: Machine | None = None) -> int:
     """How many chunks a batch is computed in where memory is plentiful."""
     machine = machine or this_machine()
@@ -204,6 +213,16 @@ def update_bytes(trainable: int, machine: Machine) -> int:
     buffer = trainable * FLOAT32
     temporary = machine.device.adamw_bytes
     return 6 * buffer + (4 * buffer if temporary is None else min(4 * buffer, temporary))
+
+
+def copies_bytes(dense: int, working: int, streamed: bool) -> int:
+    """What dequantised copies that exist for a while add to a peak, beside its working arrays.
+
+    Args:
+        dense: of one layer's matrices; streamed, of the largest, which is alone.
+        working: as `Footprint.working`, which are not all there while a copy is.
+    """
+    return dense if streamed else max(0, int(1.4 * dense - 0.25 * working))
 
 
 # ---- chunks and shards of a batch ----------------------------------------------------------------
