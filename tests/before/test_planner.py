@@ -377,7 +377,9 @@ def test_a_plan_shows_the_base_in_memory_and_on_the_disk(name, llama, fits):
 
 
 def test_a_streamed_base_is_no_faster_than_its_disk(monkeypatch):
-    config = build({"model": {"residency": "streamed"}, "data": {"max_length": 513}})
+    training = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
+    model = {"residency": "streamed"}
+    config = build({"model": model, "training": training, "data": {"max_length": 513}})
 
     def made(rate: float) -> Plan:
         monkeypatch.setattr(device, "DISK", rate)
@@ -385,9 +387,9 @@ def test_a_streamed_base_is_no_faster_than_its_disk(monkeypatch):
 
     slow, fast = made(1e6), made(1e12)
     layers = 32 * 218_103_808 * 4.5 / 8  # bytes; read forward and back by each chunk
-    positions = config.training.rows * 512 / slow.schedule.n_chunks
+    positions = 6 * 512 / slow.schedule.n_chunks
     assert slow.tokens_per_second == pytest.approx(positions / (2 * layers / 1e6), rel=0.01)
-    assert fast.tokens_per_second > 1000 * slow.tokens_per_second
+    assert fast.tokens_per_second > 100 * slow.tokens_per_second
 
 
 def test_one_dense_matrix_of_a_streamed_base_is_counted(checkpoint_files):
