@@ -170,8 +170,7 @@ def _place(
                     parts, quant = array.pack()
                     matrices[path].put(parts, quant)
                 elif is_matrix and leaf == "weight" and path not in packing and quantize:
-                    # Scales and biases are found in float32: half precision would cost accuracy.
-                    matrices[path].pack(array.astype(mx.float32), quantize)
+                    matrices[path].pack(array, quantize)
                 else:
                     array = mx.array(array.dense()) if isinstance(array, Packed) else array
                     modules[path][leaf] = cast(array, dtype)
