@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # ---- the device ----------------------------------------------------------------------------------
 
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
+SMALL_CACHE = 16 << 20  # bytes of freed buffers, while weights come and go
 COPY_SHARE = 0.4  # of the memory that a dequantised copy may take; the rest is for training
 
 
@@ -291,6 +292,23 @@ def free_at_once() -> None:
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+@contextmanager
+def small_cache(applies: bool = True) -> Iterator[None]:
+    """Within it hardly any freed buffer is kept: weights that are dropped outweigh all else."""
+    import mlx.core as mx
+
+    if not applies:
+        yield
+        return
+    free_at_once()
+    mx.clear_cache()
+    before = mx.set_cache_limit(SMALL_CACHE)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
 
 
 def process_memory_bytes() -> int:

@@ -134,7 +134,8 @@ class Inputs:
         chosen = self.config.model
         dtype = device.compute_dtype(chosen.dtype)
         how = chosen.frozen_matmul, chosen.residency
-        model = load_model(self.checkpoint, chosen.quantize(), dtype, *how)
+        with device.small_cache():
+            model = load_model(self.checkpoint, chosen.quantize(), dtype, *how)
         if chosen.adapter is not None:
             load_adapter(model, chosen.adapter)
         return model

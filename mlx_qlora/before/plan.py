@@ -418,7 +418,7 @@ def _plan_as_it_is(
     longest = longest_context(llama, itemsize, standing + step + sums, where)
     limit, speed, advice = where.working_set_bytes, tokens / seconds, ""
     total = sum(parts.values())
-    cache = min(where.cache_bytes(kept + work), memory.STREAMED_CACHE if streamed else limit)
+    cache = min(where.cache_bytes(kept + work), device.SMALL_CACHE if streamed else limit)
     cache = max(0, min(cache, limit - total))  # MLX gives it back before memory ends
     if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))

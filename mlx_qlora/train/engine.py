@@ -340,7 +340,7 @@ class Engine:
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
-        with bound(self.model, cast), self._small_cache():
+        with bound(self.model, cast), device.small_cache(self.reader is not None):
             chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
@@ -435,19 +435,6 @@ class Engine:
         finally:
             for matrix in self.matrices[i]:
                 matrix.drop_copy()
-
-    @contextmanager
-    def _small_cache(self) -> Iterator[None]:
-        """Of a streamed base no freed weights are kept: they are larger than all else."""
-        if self.reader is None:
-            yield
-            return
-        mx.clear_cache()
-        before = mx.set_cache_limit(memory.STREAMED_CACHE)
-        try:
-            yield
-        finally:
-            mx.set_cache_limit(before)
 
     def _read_ahead(self, i: int) -> None:
         if self.reader is not None:

@@ -31,7 +31,6 @@ KEPT = {
 }
 Recompute = int | str | list[int]  # how many layers, "none", "all", "auto", or each layer's level
 FLOAT32 = 4  # bytes
-STREAMED_CACHE = 16 << 20  # bytes of freed buffers that MLX keeps, where the base is streamed
 FUSED_BLOCK = 1024  # positions of a document that MLX's attention backward takes at once
 
 
