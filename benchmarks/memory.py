@@ -93,7 +93,7 @@ RESIDENT = [
 ]
 STREAMED = [
     Case(SMOL, 16, 512, 4, True, "dequantize", "streamed"),
-    Case(SMOL, 16, 1024, 2, False, "quantized", "streamed"),
+    Case(SMOL, 16, 1024, 2, False, "dequantize", "streamed"),
     Case(ONE_B, 16, 512, 1, True, "dequantize", "streamed"),
     Case(ONE_B, 16, 512, 4, False, "dequantize", "streamed"),
     Case(EIGHT_B, 16, 512, 1, True, "dequantize", "streamed"),

@@ -304,7 +304,8 @@ def small_cache(applies: bool = True) -> Iterator[None]:
         return
     free_at_once()
     mx.clear_cache()
-    before = mx.set_cache_limit(SMALL_CACHE)
+    before = mx.set_cache_limit(0)
+    mx.set_cache_limit(min(before, SMALL_CACHE))
     try:
         yield
     finally:

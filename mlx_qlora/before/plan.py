@@ -389,9 +389,8 @@ def _plan_as_it_is(
     standing = frozen.base + frozen.copy + memory.adapter_bytes(trained)
 
     streamed = frozen.read > 0
-    batches = [
-        memory.Footprint(llama, lengths, itemsize, where, streamed) for lengths in (largest, usual)
-    ]
+    how = itemsize, where, streamed, streamed and frozen.copies_for_now > 0
+    batches = [memory.Footprint(llama, lengths, *how) for lengths in (largest, usual)]
     chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation
@@ -425,8 +424,8 @@ def _plan_as_it_is(
     own = where.device.kind == "cuda"
     process = 0 if own else device.PROCESS_BYTES + total + cache
     plan = Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling)
-    how = "streamed" if streamed else "resident"
-    return replace(plan, process_bytes=process, cache_bytes=cache, residency=how)
+    residency = "streamed" if streamed else "resident"
+    return replace(plan, process_bytes=process, cache_bytes=cache, residency=residency)
 
 
 def _advice(

@@ -356,7 +356,8 @@ class Engine:
         By nothing but the lengths, so that the same batch is always computed the same way.
         """
         sizes = self.model.config, lengths, self.dtype.size
-        footprint = memory.Footprint(*sizes, streamed=self.reader is not None)
+        how = {"streamed": self.reader is not None, "one_by_one": self.one_by_one}
+        footprint = memory.Footprint(*sizes, **how)
         return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
 
     def _chunk(

@@ -64,6 +64,7 @@ class Footprint:
     itemsize: int  # bytes of a number in the compute dtype
     machine: Machine = field(default_factory=lambda: this_machine())
     streamed: bool = False  # whether each chunk reads the layers' weights from the disk
+    one_by_one: bool = False  # and one matrix at a time is dequantised and multiplied
 
     def kept(self, levels: list[int], n_chunks: int) -> int:
         """What the forward of the largest chunk keeps for the backward."""
@@ -80,9 +81,10 @@ class Footprint:
         positions, T = largest_chunk(self.lengths, n_chunks)
         D, F, Hd = self.config.hidden_size, self.config.intermediate_size, self.config.head_dim
         H, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        numbers = 11.0 * F
+        apart = 5 * F if self.one_by_one else 0  # of the MLP's, which are not there at once then
+        numbers = 11.0 * F - apart
         if level >= MLP:
-            numbers = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
+            numbers = 9 * F - apart + 6 * D + 2 * (H + 2 * K) * Hd
             numbers += 0 if self.machine.device.fused_attention else 1.2 * H * min(T, BLOCK)
         return int(positions * numbers * self.itemsize) + self.scratch(n_chunks)
 
