@@ -132,11 +132,10 @@ class Frozen:
         dense = itemsize * packed_size(model, checkpoint, quantize)
         way = device.frozen_matmul(config.model.frozen_matmul, dense, where, streamed)
         sizes = model, checkpoint, quantize, itemsize
-        base, llama, now = frozen_bytes(*sizes, streamed), model.config, 0
-        if dense and way == "dequantize":  # streamed, one matrix at a time
-            now = itemsize * sum(weights_of_layer(llama))
-            now = itemsize * llama.hidden_size * llama.intermediate_size if streamed else now
-        layers = llama.num_hidden_layers
+        base, layers = frozen_bytes(*sizes, streamed), model.config.num_hidden_layers
+        attention, mlp = weights_of_layer(model.config)
+        now = itemsize * (mlp // 3 if streamed else attention + mlp)  # streamed, one matrix
+        now *= way == "dequantize" and dense > 0
         read = base * layers // min(layers, 2) if streamed else 0
         return cls(base, dense if way == "resident" else 0, now, read)
 
@@ -421,11 +420,10 @@ def _plan_as_it_is(
     cache = max(0, min(cache, limit - total))  # MLX gives it back before memory ends
     if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
-    own = where.device.kind == "cuda"
-    process = 0 if own else device.PROCESS_BYTES + total + cache
-    plan = Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling)
-    residency = "streamed" if streamed else "resident"
-    return replace(plan, process_bytes=process, cache_bytes=cache, residency=residency)
+    process = 0 if where.device.kind == "cuda" else device.PROCESS_BYTES + total + cache
+    about = trained, chosen, longest, speed, advice, scaling, process, cache
+    plan = Plan(parts, limit, where.name, *about)
+    return replace(plan, residency="streamed") if streamed else plan
 
 
 def _advice(
@@ -438,6 +436,7 @@ def _advice(
         "working arrays": "",
         "base weights": smaller,
         "dequantised copy": "set model.frozen_matmul=dequantize",
+        "dequantised for now": smaller,
     }
     largest = max(parts, key=lambda name: parts[name])
     remedy = remedies.get(largest, "lower lora.r")

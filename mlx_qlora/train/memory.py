@@ -217,11 +217,9 @@ def update_bytes(trainable: int, machine: Machine) -> int:
 
 
 def copies_bytes(dense: int, working: int, streamed: bool) -> int:
-    """What dequantised copies that exist for a while add to a peak, beside its working arrays.
+    """What dequantised copies add to the working arrays, which are not all there beside them.
 
-    Args:
-        dense: of one layer's matrices; streamed, of the largest, which is alone.
-        working: as `Footprint.working`, which are not all there while a copy is.
+    `dense` is the size of one layer's matrices; streamed, of the largest, which is alone.
     """
     return dense if streamed else max(0, int(1.4 * dense - 0.25 * working))
 
