@@ -148,10 +148,10 @@ class Observer:
         assert self.task is not None
         records = [*self.history]
         names = "peak_memory_bytes", "process_memory_bytes"
-        peaks = [max((r.get(name, 0) for r in records), default=0) for name in names]
+        mlx, process = (max((r.get(name, 0) for r in records), default=0) for name in names)
         seconds = progress.now() - self.task.began
         steps, output = int(self.task.done), self.inputs.output
-        result = TrainResult(output, steps, math.nan, None, records, seconds, 0.0, *peaks)
+        result = TrainResult(output, steps, math.nan, None, records, seconds, 0.0, mlx, process)
         about = self.inputs.reports, self.inputs.sizes, self.plan
         return Report(result, self.inputs.config, (), *about, status=status, reloads=reloads)
 

@@ -147,7 +147,8 @@ class FrozenMatrix(nn.Module):
         for start in range(0, len(dense), height):
             blocks.append(pack(dense[start : start + height].astype(mx.float32), quant))
             mx.eval(blocks[-1])
-        whole = [parts[0] if len(parts) == 1 else mx.concatenate(parts) for parts in zip(*blocks)]
+        alone = len(blocks) == 1
+        whole = blocks[0] if alone else [mx.concatenate([*parts]) for parts in zip(*blocks)]
         self.put(tuple(whole), quant)
 
     def put(self, parts: tuple[mx.array, ...], quant: QuantConfig) -> None:

@@ -356,8 +356,8 @@ class Engine:
         By nothing but the lengths, so that the same batch is always computed the same way.
         """
         sizes = self.model.config, lengths, self.dtype.size
-        how = {"streamed": self.reader is not None, "one_by_one": self.one_by_one}
-        footprint = memory.Footprint(*sizes, **how)
+        streamed, one_by_one = self.reader is not None, self.one_by_one
+        footprint = memory.Footprint(*sizes, streamed=streamed, one_by_one=one_by_one)
         return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
 
     def _chunk(
