@@ -134,7 +134,8 @@ class Inputs:
         chosen = self.config.model
         dtype = device.compute_dtype(chosen.dtype)
         how = chosen.frozen_matmul, chosen.residency
-        model = load_model(self.checkpoint, chosen.quantize(), dtype, *how)
+        with device.small_cache():
+            model = load_model(self.checkpoint, chosen.quantize(), dtype, *how)
         if chosen.adapter is not None:
             load_adapter(model, chosen.adapter)
         return model
@@ -444,7 +445,8 @@ def _summary(result: TrainResult) -> str:
         return f"done      step {result.steps} was the last one; adapter in {result.output_dir}"
     return (
         f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
-        f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
+        f"{result.peak_memory_bytes / 1e9:.2f} GB, the process "
+        f"{result.process_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from mlx_qlora import progress
+from mlx_qlora import device, progress
 from mlx_qlora.adapters.peft import note_on_mlx_lm
 from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after.advice import advise
@@ -147,10 +147,11 @@ class Observer:
     def _so_far(self, status: str, reloads: bool) -> Report:
         assert self.task is not None
         records = [*self.history]
-        peak = max((r.get("peak_memory_bytes", 0) for r in records), default=0)
+        names = "peak_memory_bytes", "process_memory_bytes"
+        mlx, process = (max((r.get(name, 0) for r in records), default=0) for name in names)
         seconds = progress.now() - self.task.began
         steps, output = int(self.task.done), self.inputs.output
-        result = TrainResult(output, steps, math.nan, None, records, seconds, 0.0, peak)
+        result = TrainResult(output, steps, math.nan, None, records, seconds, 0.0, mlx, process)
         about = self.inputs.reports, self.inputs.sizes, self.plan
         return Report(result, self.inputs.config, (), *about, status=status, reloads=reloads)
 
@@ -206,6 +207,8 @@ class Observer:
                 f"{old.perplexity:.2f} -> {new.perplexity:.2f}, token accuracy "
                 f"{old.token_accuracy:.1%} -> {new.token_accuracy:.1%} ({new.n_tokens:,} tokens)",
             )
+        result.peak_memory_bytes = mx.get_peak_memory()  # scores and answers included
+        result.process_memory_bytes = device.process_memory_bytes()
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
         report = Report(result, config, samples, *about, mlx_lm=note_on_mlx_lm(self.model))
         say(console, f"report    {write_report(report)}")

@@ -30,6 +30,7 @@ AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 PARTS = ("weight", "scales", "biases")  # of a packed matrix; only affine has biases
 BLOCK = 1 << 18  # numbers that a core dequantises at once, where memory is short
+PACKED_AT_ONCE = 1 << 23  # numbers, which are in float32 meanwhile
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,16 @@ class FrozenMatrix(nn.Module):
         self._no_grad.update(PARTS)  # which `freeze` would do only for what is there
 
     def pack(self, dense: mx.array, quant: QuantConfig) -> None:
-        """Put W, given dense in float32, in its place, packed; floats in `self.dtype`."""
-        self.put(pack(dense, quant), quant)
+        """Put W, given dense in any float dtype, in its place, packed; floats in `self.dtype`."""
+        # Scales and biases are found in float32: half precision would cost accuracy. By blocks of
+        # rows, as an embedding is the largest matrix, and twice as large in float32.
+        height, blocks = max(1, PACKED_AT_ONCE // dense.shape[1]), []
+        for start in range(0, len(dense), height):
+            blocks.append(pack(dense[start : start + height].astype(mx.float32), quant))
+            mx.eval(blocks[-1])
+        alone = len(blocks) == 1
+        whole = blocks[0] if alone else [mx.concatenate([*parts]) for parts in zip(*blocks)]
+        self.put(tuple(whole), quant)
 
     def put(self, parts: tuple[mx.array, ...], quant: QuantConfig) -> None:
         """Put W in its place as `mx.quantize` packs it."""

@@ -158,8 +158,7 @@ def _place(
             if is_gguf and (path in packing or (quantize and array.is_packed)):
                 matrices[path].put(*array.pack())
             elif is_matrix and leaf == "weight" and path not in packing and quantize:
-                # Scales and biases are found in float32: half precision would cost accuracy.
-                matrices[path].pack(as_array(array).astype(mx.float32), quantize)
+                matrices[path].pack(as_array(array), quantize)
             else:
                 modules[path][leaf] = cast(as_array(array), dtype)
                 mx.eval(modules[path][leaf])

@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlx_qlora import device
 from mlx_qlora.adapters.several import adapter_names, detach
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
@@ -311,7 +310,6 @@ def _advance(
     Returns the run, and real tokens per second if any were trained. Raises a StepError if a step
     cannot be taken or too many in a row were skipped.
     """
-    device.limit_memory()
     if trial.state.step > until:  # of a sweep with fewer rungs: the steps are taken again
         fresh = RunState(fingerprint=trial.state.fingerprint, config=trial.state.config)
         trial = replace(trial, state=fresh, resumed=None)

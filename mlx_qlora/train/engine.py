@@ -15,7 +15,7 @@ up, and divided once by the step's supervised tokens (`train.step`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -82,7 +82,6 @@ NEEDED_BELOW = [
     for i in range(len(PIECES))
 ]
 NEEDED_ABOVE = [{name for p in PIECES[i + 1 :] for name in p.inputs} for i in range(len(PIECES))]
-STREAMED_CACHE = 16 << 20  # bytes of freed buffers that MLX may keep, where the base is streamed
 # What is kept at no level. Neither it nor its gradient is evaluated by itself, so that it exists
 # only while what is made of it is computed.
 FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(KEPT[NOTHING])
@@ -348,16 +347,12 @@ class Engine:
         layer's as soon as they are complete; it is for the last batch of a step.
         """
         documents = memory.supervised_documents(batch)
-        lengths = (documents[:, 2] - documents[:, 1]).tolist()
-        config, reads = self.model.config, self.reader is not None
-        footprint = memory.Footprint(config, lengths, self.dtype.size, streamed=reads)
-        # By nothing but the lengths, so that the same batch is always computed the same way.
-        plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
+        plan = self.planned((documents[:, 2] - documents[:, 1]).tolist())[1]
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
-        with bound(self.model, cast), self._small_cache():
+        with bound(self.model, cast), device.small_cache(self.reader is not None):
             chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
@@ -366,6 +361,16 @@ class Engine:
                 n_tokens += sum(shard.targets.size for shard in shards)
         # In the weights' order, and none left out.
         return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}
+
+    def planned(self, lengths: list[int]) -> tuple[memory.Footprint, memory.Schedule]:
+        """What a batch of documents of these lengths takes, and how it is computed.
+
+        By nothing but the lengths, so that the same batch is always computed the same way.
+        """
+        sizes = self.model.config, lengths, self.dtype.size
+        streamed, one_by_one = self.reader is not None, self.one_by_one
+        footprint = memory.Footprint(*sizes, streamed=streamed, one_by_one=one_by_one)
+        return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
 
     def _chunk(
         self,
@@ -430,19 +435,6 @@ class Engine:
             return
         with self.reader.layer(i):
             side_by_side(layer, computations, self.matrices[i] if self.one_by_one else ())
-
-    @contextmanager
-    def _small_cache(self) -> Iterator[None]:
-        """Of a streamed base no freed weights are kept: they are larger than all else."""
-        if self.reader is None:
-            yield
-            return
-        mx.clear_cache()
-        before = mx.set_cache_limit(STREAMED_CACHE)
-        try:
-            yield
-        finally:
-            mx.set_cache_limit(before)
 
     def _read_ahead(self, i: int) -> None:
         if self.reader is not None:

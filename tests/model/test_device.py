@@ -263,6 +263,32 @@ def test_an_unknown_choice_is_refused_with_the_legal_ones() -> None:
     assert str(raised.value) == f"model.frozen_matmul must be one of {legal}; got 'fast'"
 
 
+PROCESS = """
+import json
+import numpy as np
+from mlx_qlora.device import process_memory_bytes
+before = process_memory_bytes()
+array = np.ones(80_000_000, np.uint8)
+del array
+print(json.dumps([before, process_memory_bytes()]))
+"""
+
+
+def test_the_peak_of_a_process_is_its_own_and_counts_what_was_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = np.ones(200_000_000, np.uint8)  # which a process that this one starts has not had
+    before, after = fresh(PROCESS)
+    assert 5e6 < before < 150e6 and 75e6 < after - before < 85e6
+    del ours
+    here = device.process_memory_bytes()
+    with monkeypatch.context() as patch:  # as on macOS
+        patch.setattr(Path, "read_text", lambda *_, **__: "")
+        assert device.process_memory_bytes() == pytest.approx(here, rel=0.05)
+        patch.setattr(sys, "platform", "darwin")
+        assert device.process_memory_bytes() == pytest.approx(here / 1024, rel=0.05)
+
+
 def test_facts_are_plain_data_with_these_keys() -> None:
     known = facts()
     kinds = {
