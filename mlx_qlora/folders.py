@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -83,6 +84,15 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file, of which a reader finds all or what was there before."""
     with staged(path.parent) as staging:
         (staging / path.name).write_text(text, "utf-8", "backslashreplace")  # names of files
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def user_cache() -> Path:

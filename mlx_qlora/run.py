@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.origin import base_hash, original_base
+from mlx_qlora.adapters.origin import base_hash, original_base, seal
 from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, write_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import (
@@ -403,6 +403,7 @@ def _run(
         if everyone.is_first:
             with disk_errors(inputs.output, lambda: last_checkpoint(inputs.output)):
                 write_adapter(model, inputs.output, inputs.base, {})
+                seal(inputs.output)
                 with staged(inputs.output) as staging:  # or it would be written through a link
                     inputs.tokenizer.save(staging)
             say(console, _summary(result))

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.options import CONFIG, MLX_LM_WEIGHTS, WEIGHTS, for_this_model, is_mlx_lm
-from mlx_qlora.adapters.origin import base_hash, check_base, original_base
+from mlx_qlora.adapters.origin import base_hash, check_base, check_whole, original_base
 from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
 from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, NOTE, check_writable, staged
@@ -301,6 +301,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
             "beside them, switch(model, None) leaves the base alone, and load starts from the base"
         )
     folder = Path(folder).expanduser()
+    check_whole(folder)
     lora, paths, passed_over = for_this_model(model, folder)
     from_mlx_lm = is_mlx_lm(folder)
     file = folder / (MLX_LM_WEIGHTS if from_mlx_lm else WEIGHTS)

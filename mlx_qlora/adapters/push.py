@@ -14,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from mlx_qlora import __version__
+from mlx_qlora.adapters.origin import check_whole
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, listing
 from mlx_qlora.folders import (
@@ -275,6 +276,7 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
         known = {*PEFT, *MLX_COPY, *SHIPPED}
         chosen = [name for name in present if name in known or PLOT.fullmatch(name)]
         chosen += [name for name in present if checkpoints and CHECKPOINT.fullmatch(name)]
+        check_whole(folder)
         _check_base(folder / PEFT[0])
         if not card or b"mlx-qlora" in card:
             card = model_card(read_facts(folder, repo_id)).encode()
