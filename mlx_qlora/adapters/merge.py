@@ -239,6 +239,8 @@ def same_value(theirs: Any, ours: Any) -> bool:
     """Whether two values of a config are equal; a GGUF has its numbers in float32."""
     if isinstance(ours, float) and isinstance(theirs, (int, float)):
         return abs(theirs - ours) <= 1e-6 * abs(ours)
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(same_value, theirs, ours))
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
         return all(same_value(getattr(theirs, field), value) for field, value in vars(ours).items())
     return theirs == ours

@@ -180,6 +180,8 @@ def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
     if kind == "gemma3_text":
         given["rope_local_base_freq"] = maybe("rope.freq_base_swa") or 10000.0
         given.pop("attn_logit_softcapping")
+    if kind == "olmo3" and config["rope_theta"] != 500000:  # there is one for all layers
+        given["rope_local_base_freq"] = config["rope_theta"]
     if kind == "granite":
         given |= {field: maybe(key) for field, key in GRANITE.items()}
     kept_null = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
@@ -218,8 +220,10 @@ def as_llama_cpp_says(llama: LlamaConfig) -> LlamaConfig:
         theta = rope.theta * rope.factor ** (d / (d - 2))
         rope = RopeConfig(theta, rotary_share=rope.rotary_share, interleaved=rope.interleaved)
     longest, windows = llama.max_position_embeddings, llama.windows
-    if windows and ARCHITECTURES[llama.model_type][0] in WITHOUT_WINDOWS:
-        longest, windows = min(longest, *(size for size in windows if size)), ()
+    architecture = ARCHITECTURES[llama.model_type][0]
+    if windows and architecture in (*WITHOUT_WINDOWS, "phi3"):  # Phi-3's are read, and not used
+        longest = min(longest, *(size for size in windows if size))
+        windows = windows if architecture == "phi3" else ()
     return replace(llama, rope=rope, windows=windows, max_position_embeddings=longest)
 
 
