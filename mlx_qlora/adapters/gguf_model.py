@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import __version__
-from mlx_qlora.adapters.export import add_base, gguf_field, keeps_modelfile, require_gguf
+from mlx_qlora.adapters.export import add_base, keeps_modelfile, require_gguf
 from mlx_qlora.adapters.merge import Tensors, check_disk, same_value, shapes_of
 from mlx_qlora.data.gguf_tokenizer import gguf_tokenizer
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -31,6 +33,7 @@ from mlx_qlora.errors import (
 )
 from mlx_qlora.folders import check_writable, json_object, staged
 from mlx_qlora.model.families import LlamaConfig
+from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import (
     ARCHITECTURES,
     FACTORS,
@@ -120,7 +123,10 @@ def save_gguf_model(
 
 
 def _is_ours(file: Path) -> bool:
-    return str(gguf_field(file, OURS)).startswith("mlx-qlora ")
+    try:
+        return str(read_header(file)[1].get(OURS)).startswith("mlx-qlora ")
+    except WeightsError:
+        return False
 
 
 # ---- what the file will say ----------------------------------------------------------------------
@@ -217,18 +223,19 @@ def _write(
     for tensor in tensors:
         dtype = np.dtype(dtypes.get(tensor.kind, np.uint8))
         writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, tensor.kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     checksums = []
-    for array in (*factors.values(), *_arrays(model, tensors)):
-        writer.write_tensor_data(array)
-        checksums.append(zlib.crc32(array))
-        mx.clear_cache()
-    writer.close()
-    read = gguf.GGUFReader(file).tensors
-    if [zlib.crc32(np.ascontiguousarray(tensor.data)) for tensor in read] != checksums:
-        raise WeightsError(f"{file.name}: what was read back is not what was written")
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in chain(factors.values(), _arrays(model, tensors)):
+            writer.write_tensor_data(array)
+            checksums.append((array.nbytes, zlib.crc32(array)))
+            mx.clear_cache()
+    (read, _, start), data = read_header(file), np.memmap(file, np.uint8, "r")
+    for (name, *_, offset), (n_bytes, checksum) in zip(read, checksums, strict=True):
+        if zlib.crc32(data[start + offset : start + offset + n_bytes]) != checksum:
+            raise WeightsError(f"{file.name}: what was read back of {name} is not what was written")
 
 
 def _arrays(model: LlamaForCausalLM, tensors: list[_Tensor]) -> Iterator[np.ndarray]:

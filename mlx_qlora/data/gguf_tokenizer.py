@@ -309,31 +309,47 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 
 def _name_of_cut(backend: tokenizers.Tokenizer, said: dict[str, Any], source: Any) -> str:
     """The `tokenizer.ggml.pre` of which every piece of a text is the tokenizer's own."""
-    normalizer, whole = said.get("normalizer"), bool(said["model"].get("ignore_merges"))
-    why = f"its normalizer is {normalizer and normalizer['type']}"
-    if normalizer is None or normalizer["type"] == "NFC":  # llama.cpp leaves composing to others
-        before = backend.pre_tokenizer
-        ours = before.pre_tokenize_str(_PROBE) if before is not None else None
-        for pre, cut in _CUTS.items():
-            same = ours == _pre_tokenizer(cut).pre_tokenize_str(_PROBE)
-            if same and whole == (pre in _WHOLE_WORDS):
+    # llama.cpp does not compose letters (NFC), as text mostly comes composed.
+    kinds = [step["type"] for step in _steps(said["normalizer"]) if step["type"] != "NFC"]
+    why = f"its normalizer is {', '.join(kinds)}"
+    if not kinds and (before := backend.pre_tokenizer) is not None:
+        ours, whole = before.pre_tokenize_str(_PROBE), bool(said["model"].get("ignore_merges"))
+        names = [p for p in _CUTS if ours == _pre_tokenizer(_CUTS[p]).pre_tokenize_str(_PROBE)]
+        for pre in names:
+            if whole == (pre in _WHOLE_WORDS):
                 return pre
-        why = f"it cuts text in none of the ways of {', '.join(dict.fromkeys(_CUTS))}"
+        if names and _merges_make_all(backend, said):  # then it is all the same
+            return names[0]
+        why = f"it cuts text in none of the ways of {', '.join(_CUTS)}"
+        why = f"of {names[0]} only the merges are used" if names else why
     raise TokenizerError(f"{source}: llama.cpp has no name that is known here for it: {why}")
+
+
+def _merges_make_all(backend: tokenizers.Tokenizer, said: dict[str, Any]) -> bool:
+    """Whether the merges lead to each word that is a token, so that nothing skips them."""
+    from tokenizers import Tokenizer, models
+
+    vocab, added = said["model"]["vocab"], backend.get_added_tokens_decoder()
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in said["model"]["merges"]]
+    words = [text for text, i in vocab.items() if i not in added]
+    encoded = Tokenizer(models.BPE(vocab, merges)).encode_batch_fast(words)
+    return all(len(encoding.ids) == 1 for encoding in encoded)
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, be it one or a sequence."""
+    inner = [each for key in ("normalizers", "pretokenizers") for each in (part or {}).get(key, ())]
+    is_sequence = part is None or part["type"] == "Sequence"
+    return [step for each in inner for step in _steps(each)] if is_sequence else [part]
 
 
 def _has_space_prefix(said: dict[str, Any], tokenizer: Tokenizer) -> bool:
     """Whether each text between special tokens begins with a space that is not there."""
-
-    def steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-        inner = (part or {}).get("normalizers") or (part or {}).get("pretokenizers")
-        return [step for each in inner for step in steps(each)] if inner else [part] if part else []
-
-    known = {"Prepend", "Replace", "Metaspace", "Split"}
-    normal, before = steps(said.get("normalizer")), steps(said.get("pre_tokenizer"))
-    if unknown := {step["type"] for step in (*normal, *before)} - known:
+    steps = [*_steps(said["normalizer"]), *_steps(said["pre_tokenizer"])]
+    unknown = {step["type"] for step in steps} - {"Prepend", "Replace", "Metaspace", "Split"}
+    if unknown:
         raise TokenizerError(f"{tokenizer.source}: llama.cpp does not do {', '.join(unknown)}")
-    schemes = [step["prepend_scheme"] for step in before if step["type"] == "Metaspace"]
-    # Only at the very beginning of a text: where a chat has a special token.
-    first = "first" in schemes and tokenizer.chat_template is None
-    return first or "always" in schemes or any(step["type"] == "Prepend" for step in normal)
+    schemes = {step.get("prepend_scheme", step["type"]) for step in steps}
+    # "first" is at the very beginning of a text alone: where a chat has a special token.
+    wanted = {"Prepend", "always"} | ({"first"} if tokenizer.chat_template is None else set())
+    return bool(schemes & wanted)

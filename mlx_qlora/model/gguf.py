@@ -137,7 +137,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
             nobody can read (the message names types and tensors).
     """
     parts = weight_files(path)
-    headers = [_checked_header(part) for part in parts]
+    headers = [read_header(part) for part in parts]
     for i, (part, (_, pairs, _)) in enumerate(zip(parts, headers)):
         no, count = pairs.get("split.no", i), pairs.get("split.count") or len(parts)
         if (no, count) != (i, len(parts)):
@@ -205,8 +205,11 @@ def _mapped(data: np.ndarray, shape: list[int], kind: int, start: int) -> Any:
 Tensors = list[tuple[str, list[int], int, int]]  # name, shape, type, offset
 
 
-def _checked_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
-    """Refuse damaged files, which MLX would map into memory and crash on, and unknown types."""
+def read_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
+    """Read every tensor's name, shape, type and offset, the pairs, and where the data begins.
+
+    Refuses damaged files, which MLX would map into memory and crash on, and unknown types.
+    """
     check_readable(path, WeightsError)
     try:
         with path.open("rb") as file:

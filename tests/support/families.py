@@ -104,8 +104,8 @@ def make_family(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def write_family(name: str, folder: Path, seed: int = 0) -> Any:
+def write_family(name: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
     """Saves such a model as a folder, and returns it."""
-    model = make_family(name, seed)
+    model = make_family(name, seed, **changes)
     model.save_pretrained(folder)
     return model
