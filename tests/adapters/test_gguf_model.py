@@ -18,6 +18,7 @@ from support.families import FAMILIES, write_family
 from support.gguf_names import gguf_name, permuted
 from support.models import our_logits, random_tokens
 from support.npm_tokenizers import chat_tokenizer
+from support.sayable import CONTEXT_OF_WINDOW, REFUSED, SAYABLE
 from support.tiny_folder import write_random_model, write_tokenizer
 
 import mlx_qlora as mq
@@ -96,28 +97,6 @@ def test_columns_that_no_group_of_32_divides_are_kept_in_16_bits(tmp_path):
 
 # ---- families ----------------------------------------------------------------------------------
 
-# What llama.cpp has in its code, and what our reader knows of Llama 3's scaling.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
-LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-SAYABLE: dict[str, dict[str, Any]] = {
-    "llama": {"rope_scaling": LLAMA3},
-    "gemma2": {"query_pre_attn_scalar": 16},
-    "gemma3_text": {
-        "query_pre_attn_scalar": 16,
-        "sliding_window_pattern": 6,
-        "num_hidden_layers": 6,
-    },
-    "exaone4": {"num_hidden_layers": 64, "layer_types": None},
-}
-SAYABLE["exaone4"]["layer_types"] = [*["sliding_attention"] * 3, "full_attention"] * 16
-REFUSED = {
-    "llama-dynamic": r"rope = .*'dynamic'",
-    "llama-gelu": r"hidden_act = 'gelu'; it would compute with 'silu'",
-    "exaone4-short": r"windows = \(7, 7, 7, None\); it would compute with \(\)",
-    "gemma2-scale": r"attention_scale = ",
-}
-SHORT = {"mistral-window", "ministral", "qwen2-window", "cwm", "phi3"}  # see `as_llama_cpp_says`
-
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
 def test_a_family_s_file_is_read_back_as_the_same_model(name, tmp_path):
@@ -126,7 +105,7 @@ def test_a_family_s_file_is_read_back_as_the_same_model(name, tmp_path):
     model, tokenizer = mq.load(tmp_path)
     back, _ = mq.load(save_gguf_model(model, tokenizer, tmp_path / "g", type="f32").file)
     tokens = TOKENS
-    if name in SHORT:
+    if name in CONTEXT_OF_WINDOW:  # see `as_llama_cpp_says`
         assert back.config.max_position_embeddings == 7
         tokens = TOKENS[:, :7]
     logits = our_logits(model, tokens)
