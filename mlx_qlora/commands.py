@@ -19,13 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mlx_qlora.adapters import gguf_model
 from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
-from mlx_qlora.adapters.gguf_model import (
-    create_in_ollama,
-    find_ollama,
-    lm_studio_folder,
-    save_gguf_model,
-)
 from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
@@ -352,8 +347,8 @@ def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     if merged.drift is not None:
         say(console, str(merged.drift))
     else:
-        words = ["mlx-qlora", "export", "--model", str(merged.folder), "--output-dir", "gguf"]
-        say(console, f"for llama.cpp, Ollama and LM Studio: {shlex.join(words)} --gguf-model")
+        words = f"export --model {shlex.quote(str(merged.folder))} --output-dir gguf --gguf-model"
+        say(console, f"for llama.cpp, Ollama and LM Studio: mlx-qlora {words}")
     return asdict(merged)
 
 
@@ -387,19 +382,20 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 
 
 def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    target = lm_studio_folder(args.lmstudio) if args.folder is None else _target(args.folder)
+    in_studio, kind = args.folder is None, args.type or "q8_0"
+    target = gguf_model.lm_studio_folder(args.lmstudio) if in_studio else _target(args.folder)
+    gguf_model.check_type(kind)
     check_writable(target, (), OUTPUT)
     if args.ollama is not None:
-        find_ollama()  # before a weight is read
-    model, tokenizer = loaded(with_model(config))
-    base, kind = config.model.base_model_name_or_path, args.type or "q8_0"
+        gguf_model.find_ollama()  # before a weight is read
+    (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
     with disk_errors(target):
-        written = save_gguf_model(model, tokenizer, target, base, type=kind)
+        written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)
     say(console, f"exported  {written.file}, {size(written.bytes)}")
     if written.command is not None:
         say(console, f"for {kind}, with llama.cpp's program: {written.command}")
     if args.ollama is not None:
-        create_in_ollama(target, args.ollama)
+        gguf_model.create_in_ollama(target, args.ollama)
         say(console, f"ollama    has it: ollama run {shlex.quote(args.ollama)}")
     return {"format": "gguf-model", "path": written.file, "command": written.command}
 

@@ -93,7 +93,7 @@ def save_gguf_model(
             Modelfile of the user's that says something else.
         ConfigError: another type, too little disk, or a file would be overwritten that is not ours.
     """
-    require(type in TYPES + K_QUANTS, "type", f"be one of {', '.join(TYPES + K_QUANTS)}", type)
+    check_type(type)
     require_gguf()
     folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
@@ -120,6 +120,11 @@ def save_gguf_model(
     goal = folder / f"model-{type}.gguf"
     command = shlex.join([QUANTIZE, str(file), str(goal), type.upper()]) if file != goal else None
     return GgufModel(file, file.stat().st_size, command)
+
+
+def check_type(type: str) -> None:
+    """Raise a ConfigError unless it is one of the types that a file can have."""
+    require(type in TYPES + K_QUANTS, "type", f"be one of {', '.join(TYPES + K_QUANTS)}", type)
 
 
 def _is_ours(file: Path) -> bool:

@@ -4,6 +4,7 @@ Each is said once and read in both directions: `model.gguf` reads files, `adapte
 writes them.
 """
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -189,19 +190,21 @@ def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
 
 
 def _llama3_scaling(path: Path, factors: mx.array, theta: float) -> dict[str, Any]:
-    """The parameters behind a tensor of factors: its largest is `factor`, the rest is checked."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": number(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    """The parameters behind a tensor of factors, found in it and checked."""
     head_dim = 2 * factors.size
     plain = rope_periods(head_dim, RopeConfig(theta))
-    stretched = rope_periods(head_dim, RopeConfig(theta, **scaling))
-    if mx.allclose(stretched / plain, factors, rtol=1e-4).item():
-        return scaling
+    scaling = {"rope_type": "llama3", "factor": number(factors.max())}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    # How often a pair between the two turns within the old context is how far it is stretched.
+    all_of_it = 1 / scaling["factor"]
+    turns = 1 + 3 * (1 / factors - all_of_it) / max(1 - all_of_it, 1e-9)
+    between = (turns > 1.001) & (turns < 3.999)
+    lengths = np.array(2 * math.pi * plain * turns)[np.array(between)]
+    for old in (8192, *(round(float(length)) for length in lengths[:1])):
+        scaling["original_max_position_embeddings"] = old
+        stretched = rope_periods(head_dim, RopeConfig(theta, **scaling))
+        if mx.allclose(stretched / plain, factors, rtol=1e-4).item():
+            return scaling
     raise WeightsError(f"{path}: rope_freqs.weight is no Llama 3 scaling that we know")
 
 
