@@ -388,6 +388,8 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     check_writable(target, (), OUTPUT)
     if args.ollama is not None:
         gguf_model.find_ollama()  # before a weight is read
+    if config.model.adapter is None:  # nothing was learned over packed weights
+        config = replace(config, model=replace(config.model, bits=None))
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
     with disk_errors(target):
         written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)

@@ -24,7 +24,7 @@ from support.tiny_folder import write_random_model, write_tokenizer
 import mlx_qlora as mq
 from mlx_qlora.adapters.gguf_model import TYPES, save_gguf_model
 from mlx_qlora.adapters.gguf_model import go_template as as_go_template
-from mlx_qlora.data.gguf_tokenizer import gguf_tokenizer
+from mlx_qlora.data.gguf_tokenizer import _PROBE, gguf_tokenizer
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import AdapterError, ConfigError, TokenizerError, WeightsError
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
@@ -149,9 +149,14 @@ def test_tokens_ends_and_templates_are_those_of_the_folder(tmp_path):
     ("chat", "pre"),
     [("llama3_1", "llama-bpe"), ("qwen3", "qwen2"), ("deepseek_v3", "hunyuan-dense")],
 )
-def test_real_tokenizers_are_known_by_how_they_cut_text(chat, pre):
+def test_real_tokenizers_are_known_by_how_they_cut_text_and_are_read_back(chat, pre):
     tokenizer = chat_tokenizer(chat)
-    assert gguf_tokenizer(tokenizer, tokenizer.vocab_size)["tokenizer.ggml.pre"] == pre
+    pairs = gguf_tokenizer(tokenizer, tokenizer.vocab_size)
+    assert pairs["tokenizer.ggml.pre"] == pre
+    types = {"tokenizer.ggml.token_type": np.array(pairs["tokenizer.ggml.token_type"])}
+    back = load_tokenizer(Path("model.gguf"), pairs | types)
+    for text in (_PROBE, "Hello 12345 world's", "<|im_start|>user<|eot_id|> </think>"):
+        assert back.encode(text) == tokenizer.encode(text)
 
 
 def test_rows_without_a_token_are_padded_and_tokens_without_a_row_are_left_out():
