@@ -330,7 +330,9 @@ def _merges_make_all(backend: tokenizers.Tokenizer, said: dict[str, Any]) -> boo
     from tokenizers import Tokenizer, models
 
     vocab, added = said["model"]["vocab"], backend.get_added_tokens_decoder()
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in said["model"]["merges"]]
+    merges: list[Any] = [
+        tuple(m.split(" ") if isinstance(m, str) else m) for m in said["model"]["merges"]
+    ]
     words = [text for text, i in vocab.items() if i not in added]
     encoded = Tokenizer(models.BPE(vocab, merges)).encode_batch_fast(words)
     return all(len(encoding.ids) == 1 for encoding in encoded)
@@ -338,9 +340,9 @@ def _merges_make_all(backend: tokenizers.Tokenizer, said: dict[str, Any]) -> boo
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, be it one or a sequence."""
-    inner = [each for key in ("normalizers", "pretokenizers") for each in (part or {}).get(key, ())]
-    is_sequence = part is None or part["type"] == "Sequence"
-    return [step for each in inner for step in _steps(each)] if is_sequence else [part]
+    if part is None or part["type"] != "Sequence":
+        return [] if part is None else [part]
+    return [step for key in part if key != "type" for each in part[key] for step in _steps(each)]
 
 
 def _has_space_prefix(said: dict[str, Any], tokenizer: Tokenizer) -> bool:
