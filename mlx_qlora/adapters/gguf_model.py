@@ -235,11 +235,11 @@ def _write(
         writer.write_ti_data_to_file()
         for array in chain(factors.values(), _arrays(model, tensors)):
             writer.write_tensor_data(array)
-            checksums.append((array.nbytes, zlib.crc32(array)))
+            checksums.append((array.nbytes, zlib.crc32(array.data)))
             mx.clear_cache()
     (read, _, start), data = read_header(file), np.memmap(file, np.uint8, "r")
     for (name, *_, offset), (n_bytes, checksum) in zip(read, checksums, strict=True):
-        if zlib.crc32(data[start + offset : start + offset + n_bytes]) != checksum:
+        if zlib.crc32(data[start + offset :][:n_bytes].data) != checksum:
             raise WeightsError(f"{file.name}: what was read back of {name} is not what was written")
 
 
