@@ -148,7 +148,8 @@ class _Tensor:
 
 def _layout(model: LlamaForCausalLM, type: str) -> list[_Tensor]:
     """Every tensor of the file in the model's order. Vectors are in float32."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quant_shape_to_byte_shape
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
 
     if model.config.model_type not in ARCHITECTURES:
         raise WeightsError(f"llama.cpp's names for {model.config.model_type} are not known here")
