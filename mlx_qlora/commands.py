@@ -382,9 +382,8 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 
 
 def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    in_studio, kind = args.folder is None, args.type or "q8_0"
-    target = gguf_model.lm_studio_folder(args.lmstudio) if in_studio else _target(args.folder)
-    gguf_model.check_type(kind)
+    gguf_model.check_type(kind := args.type or "q8_0")
+    target = gguf_model.lm_studio_folder(args.lmstudio) if args.lmstudio else _target(args.folder)
     check_writable(target, (), OUTPUT)
     if args.ollama is not None:
         gguf_model.find_ollama()  # before a weight is read
@@ -394,12 +393,13 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     with disk_errors(target):
         written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)
     say(console, f"exported  {written.file}, {size(written.bytes)}")
+    if written.kept is not None and written.kept < 0.9:
+        warn(console, f"{kind} leaves {written.kept:.0%} of what was learned: choose q8_0 or q5_0")
     if written.command is not None:
         say(console, f"for {kind}, with llama.cpp's program: {written.command}")
     if args.ollama is not None:
         gguf_model.create_in_ollama(target, args.ollama)
-        say(console, f"ollama    has it: ollama run {shlex.quote(args.ollama)}")
-    return {"format": "gguf-model", "path": written.file, "command": written.command}
+    return {"format": "gguf-model", **asdict(written)}
 
 
 def _target(folder: str) -> Path:

@@ -45,6 +45,7 @@ from mlx_qlora.model.gguf_terms import (
 )
 from mlx_qlora.model.hub import HUB_ID
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import LoRALinear
 
 TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "bf16", "f16", "f32")  # those that we write
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
@@ -61,6 +62,9 @@ class GgufModel:
     file: Path
     bytes: int
     command: str | None = None  # that makes the K-quant which was asked for, where we could not
+    # Share of the adapter's update that is left after rounding, 1 on average; None without one, and
+    # of a K-quant. Over a 4-bit base, types with nearly its own steps round back to it.
+    kept: float | None = None
 
 
 def save_gguf_model(
@@ -111,7 +115,7 @@ def save_gguf_model(
     check_disk(folder.absolute(), sum(tensor.nbytes for tensor in tensors))
     with staged(folder) as staging:
         plain = staging / f"model-{written}.gguf"
-        _write(plain, model, tensors, pairs | of_model, factors, written, base)
+        kept = _write(plain, model, tensors, pairs | of_model, factors, written, base)
         if quantizer:
             _run([quantizer, plain.name, file.name, type.upper()], staging)
             plain.unlink()
@@ -119,7 +123,7 @@ def save_gguf_model(
             (staging / "Modelfile").write_text(text, encoding="utf-8")
     goal = folder / f"model-{type}.gguf"
     command = shlex.join([QUANTIZE, str(file), str(goal), type.upper()]) if file != goal else None
-    return GgufModel(file, file.stat().st_size, command)
+    return GgufModel(file, file.stat().st_size, command, None if quantizer else kept)
 
 
 def check_type(type: str) -> None:
@@ -206,8 +210,11 @@ def _write(
     factors: dict[str, np.ndarray],
     type: str,
     base: str | None,
-) -> None:
-    """Write what llama.cpp's converter writes, tensor by tensor, and read it back."""
+) -> float | None:
+    """Write what llama.cpp's converter writes, tensor by tensor, and read it back.
+
+    Returns the share of the adapter's update that is in the file.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(file, ARCHITECTURES[model.config.model_type][0])
@@ -229,12 +236,12 @@ def _write(
     for tensor in tensors:
         dtype = np.dtype(dtypes.get(tensor.kind, np.uint8))
         writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, tensor.kind)
-    checksums = []
+    checksums, sums = [], np.zeros(2)
     with closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for array in chain(factors.values(), _arrays(model, tensors)):
+        for array in chain(factors.values(), _arrays(model, tensors, sums)):
             writer.write_tensor_data(array)
             checksums.append((array.nbytes, zlib.crc32(array.data)))
             mx.clear_cache()
@@ -242,12 +249,18 @@ def _write(
     for (name, *_, offset), (n_bytes, checksum) in zip(read, checksums, strict=True):
         if zlib.crc32(data[start + offset :][:n_bytes].data) != checksum:
             raise WeightsError(f"{file.name}: what was read back of {name} is not what was written")
+    return float(sums[0] / sums[1]) if sums[1] else None
 
 
-def _arrays(model: LlamaForCausalLM, tensors: list[_Tensor]) -> Iterator[np.ndarray]:
-    """The tensors as they are in the file; one dense matrix at a time."""
+def _arrays(
+    model: LlamaForCausalLM, tensors: list[_Tensor], sums: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The tensors as they are in the file, from one dense matrix at a time.
+
+    The update's product with what is stored of it, and with itself, are added to `sums`.
+    """
     from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
+    from gguf.quants import dequantize, quantize
 
     made = Tensors(dict(model.named_modules()), None, None, mx.float32)
     for tensor in tensors:
@@ -257,8 +270,16 @@ def _arrays(model: LlamaForCausalLM, tensors: list[_Tensor]) -> Iterator[np.ndar
         array = permute(array, tensor.weight, model.config)
         if tensor.kind == GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo("f2").max:
             raise WeightsError(f"{tensor.weight} has numbers beyond f16: choose the type bf16")
-        packed = [quantize(array[i : i + ROWS], tensor.kind) for i in range(0, len(array), ROWS)]
-        yield np.concatenate(packed)
+        packed = np.concatenate(
+            [quantize(array[i : i + ROWS], tensor.kind) for i in range(0, len(array), ROWS)]
+        )
+        module = made.modules[tensor.weight.rpartition(".")[0]]
+        if isinstance(module, LoRALinear) and tensor.weight.endswith(".weight"):
+            base = np.array(module.base_layer.dense().astype(mx.float32), copy=False)
+            base = permute(base, tensor.weight, model.config)
+            update, stored = array - base, dequantize(packed, tensor.kind) - base
+            sums += np.vdot(update, stored), np.vdot(update, update)
+        yield packed
 
 
 def _run(command: list[str], folder: Path) -> None:
