@@ -120,6 +120,18 @@ def test_text_is_cut_as_llama_cpp_does_under_the_name_that_is_written(cut, tmp_p
     assert_same_ids(served(tokenizer, tmp_path / "model"), tokenizer, texts)
 
 
+def test_whatever_ends_an_answer_here_ends_it_there(tmp_path):
+    folder = write_random_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 270, 280]}')
+    model, tokenizer = mq.load(folder)
+    server = open_server(save_gguf_model(model, tokenizer, tmp_path).file)
+    reasons = {}
+    for token in (1, 270, 280, 300):
+        how = {"prompt": [5, 6], "n_predict": 4, "logit_bias": [[token, 1000]]}
+        reasons[token] = server.handle_completions(how)["choices"][0]["finish_reason"]
+    assert reasons == {1: "stop", 270: "stop", 280: "stop", 300: "length"}
+
+
 # ---- the real SmolLM2 --------------------------------------------------------------------------
 
 
