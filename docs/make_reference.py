@@ -35,7 +35,7 @@ CHAPTERS = {
     ),
     "Adapters on disk": (
         *("save_adapter", "load_adapter", "merge", "save_merged", "save_portable"),
-        *("save_gguf_adapter", "push_to_hub"),
+        *("save_gguf_adapter", "save_gguf_model", "push_to_hub"),
     ),
     "Several adapters": (
         *("attach", "switch", "active", "adapter_names", "disabled", "combine", "detach"),

@@ -2,6 +2,7 @@
 
 from mlx_qlora.adapters.export import save_gguf_adapter as save_gguf_adapter
 from mlx_qlora.adapters.export import save_portable as save_portable
+from mlx_qlora.adapters.gguf_model import save_gguf_model as save_gguf_model
 from mlx_qlora.adapters.merge import merge as merge
 from mlx_qlora.adapters.merge import save_merged as save_merged
 from mlx_qlora.adapters.peft import load_adapter as load_adapter

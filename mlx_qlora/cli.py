@@ -311,7 +311,8 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         times = "time a layer of the model in each way, for model.frozen_matmul=auto to choose by"
         add("--tune", action="store_true", help=times)
     if name in ("merge", "export"):
-        add("--output-dir", dest="folder", required=True, metavar="DIR", help="where it goes")
+        needed = name == "merge"  # an export may go to LM Studio's folder
+        add("--output-dir", dest="folder", required=needed, metavar="DIR", help="where it goes")
     if name == "merge":
         original = "original 16-bit weights to merge into, instead of the dequantised ones"
         add("--base", metavar="SOURCE", help=original)
@@ -324,11 +325,17 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         forms = {
             "portable": "one rank and scale 1, for tools that ignore rsLoRA and patterns",
             "mlx": "for mlx-lm",
-            "gguf": "for llama.cpp and Ollama, with a Modelfile",
+            "gguf": "the adapter for llama.cpp and Ollama, with a Modelfile",
+            "gguf-model": "the whole model for llama.cpp, Ollama and LM Studio",
         }
         for name, meaning in forms.items():
             options: Any = {"action": "store_const", "const": name, "help": meaning}
             form.add_argument(f"--{name}", dest="form", **options)
+        kinds = "of the whole model: q8_0 (default), q5_1, q5_0, q4_1, q4_0, bf16, f16; or q4_k_m "
+        add("--type", metavar="TYPE", help=f"{kinds}and the like, by llama-quantize")
+        add("--ollama", metavar="NAME", help="give Ollama the whole model under this name")
+        place = "put the whole model where LM Studio finds it, in place of --output-dir"
+        add("--lmstudio", metavar="PUBLISHER/MODEL", help=place)
     if name == "push":
         add("folder", metavar="FOLDER", help="of a run, an export or a merged model")
         add("repo_id", metavar="OWNER/NAME", help="repository on the hub; made if need be")

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, save_gguf_adapter, save_portable
+from mlx_qlora.adapters import gguf_model
+from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
@@ -47,7 +48,7 @@ from mlx_qlora.folders import (
     json_object,
     user_cache,
 )
-from mlx_qlora.loading import model_to_ask, recorded, with_adapter
+from mlx_qlora.loading import loaded, model_to_ask, recorded, with_adapter, with_model
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.names import preset, whose
 
@@ -355,12 +356,20 @@ def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     if merged.drift is not None:
         say(console, str(merged.drift))
     else:
-        command = MERGED_GGUF_COMMAND.replace("MERGED_FOLDER", shlex.quote(str(merged.folder)))
-        say(console, f"for llama.cpp: {command}")
+        words = f"export --model {shlex.quote(str(merged.folder))} --output-dir gguf --gguf-model"
+        say(console, f"for llama.cpp, Ollama and LM Studio: mlx-qlora {words}")
     return asdict(merged)
 
 
 def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    flags = {"--type": args.type, "--ollama": args.ollama, "--lmstudio": args.lmstudio}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given and args.form not in (None, "gguf-model"):
+        raise ConfigError(f"{given[0]} goes with --gguf-model, and not with --{args.form}")
+    if (args.folder is None) == (args.lmstudio is None):
+        raise ConfigError(f"say where it goes, once: by {OUTPUT}, or by --lmstudio PUBLISHER/MODEL")
+    if args.form == "gguf-model" or given:
+        return _export_model(config, console, args)
     form, target = args.form or "peft", _target(args.folder)
     names = {"peft": ADAPTER_FOLDER, "portable": ADAPTER_FOLDER, "mlx": MLX_LM, "gguf": ()}[form]
     check_writable(target, names, OUTPUT, whole=form == "portable")
@@ -379,6 +388,27 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
             path = save_adapter(model, target, base)
     say(console, f"exported  {path}")
     return {"format": form, "path": path}
+
+
+def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
+    gguf_model.check_type(kind := args.type or "q8_0")
+    target = gguf_model.lm_studio_folder(args.lmstudio) if args.lmstudio else _target(args.folder)
+    check_writable(target, (), OUTPUT)
+    if args.ollama is not None:
+        gguf_model.find_ollama()  # before a weight is read
+    if config.model.adapter is None:  # nothing was learned over packed weights
+        config = replace(config, model=replace(config.model, bits=None))
+    (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
+    with disk_errors(target):
+        written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)
+    say(console, f"exported  {written.file}, {size(written.bytes)}")
+    if written.kept is not None and written.kept < 0.9:
+        warn(console, f"{kind} leaves {written.kept:.0%} of what was learned: choose q8_0 or q5_0")
+    if written.command is not None:
+        say(console, f"for {kind}, with llama.cpp's program: {written.command}")
+    if args.ollama is not None:
+        gguf_model.create_in_ollama(target, args.ollama)
+    return {"format": "gguf-model", **asdict(written)}
 
 
 def _target(folder: str) -> Path:

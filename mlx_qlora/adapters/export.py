@@ -16,16 +16,12 @@ from mlx_qlora.adapters.peft import (
 )
 from mlx_qlora.errors import AdapterError, require
 from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged
-from mlx_qlora.model.gguf import ARCHITECTURES
+from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 UNKNOWN_BASE = "./base.gguf"
-# A merged model as GGUF is llama.cpp's own work; to be run in its folder.
-MERGED_GGUF_COMMAND = (
-    "python convert_hf_to_gguf.py MERGED_FOLDER --outfile model.gguf --outtype f16"
-)
 Update = tuple[np.ndarray, np.ndarray, float]  # A (r, d_in), B (d_out, r), both float32; scale
 
 # ---- plain LoRA ----------------------------------------------------------------------------------
@@ -106,8 +102,7 @@ def save_gguf_adapter(
         ConfigError: another dtype, or a file would be overwritten that is no adapter.
     """
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
-    if importlib.util.find_spec("gguf") is None:
-        raise AdapterError("a GGUF file needs the package gguf: pip install 'mlx-qlora[gguf]'")
+    require_gguf()
     updates = _plain_updates(model, "llama.cpp knows no DoRA")
     file = Path(file).expanduser()
     if model.config.model_type not in ARCHITECTURES:
@@ -124,7 +119,7 @@ def save_gguf_adapter(
     if ollama_base is None and source is not None and source.path.suffix.lower() == ".gguf":
         ollama_base = str(source.path.absolute())
     text = modelfile(ollama_base, file.name, base)
-    keeps = _keeps_modelfile(file.parent / "Modelfile", text)
+    keeps = keeps_modelfile(file.parent / "Modelfile", text)
     with staged(file.parent) as staging:
         architecture = ARCHITECTURES[model.config.model_type][0]
         _write(staging / file.name, architecture, tensors, alpha, base)
@@ -137,29 +132,15 @@ def _gguf_tensors(
     updates: dict[str, Update], alpha: float, config: LlamaConfig, dtype: type[np.floating]
 ) -> dict[str, np.ndarray]:
     """`blk.N.attn_q.weight.lora_a` (r, d_in) and `.lora_b` (d_out, r), in the model's order."""
-    import gguf
-
-    architecture, permuted = ARCHITECTURES[config.model_type]
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
     for path, (A, B, scale) in updates.items():
         factor = scale * len(A) / alpha
         if not np.isclose(factor, 1, rtol=1e-6, atol=0):
             B = B * np.float32(factor)
-        kind = path.rpartition(".")[2]
-        if kind in heads and permuted:
-            B = _permute(B, heads[kind])
-        name = f"{names.get_name(path)}.weight"
-        tensors |= {f"{name}.lora_a": A.astype(np.float32), f"{name}.lora_b": B}
+        name = gguf_name(f"{path}.weight", config)
+        tensors[f"{name}.lora_a"] = A.astype(np.float32)
+        tensors[f"{name}.lora_b"] = permute(B, f"{path}.weight", config)
     return {name: _cast(name, array, dtype) for name, array in tensors.items()}
-
-
-def _permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (i, i + Hd / 2) of each head become (2i, 2i + 1), the pairs that llama.cpp turns."""
-    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
@@ -182,13 +163,7 @@ def _write(
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(file.stem)
-    if base is not None:
-        organisation, _, name = base.rpartition("/")
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, name)
-        if HUB_ID.fullmatch(base):
-            writer.add_base_model_organization(0, organisation)
-            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    add_base(writer, base)
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, array in tensors.items():
@@ -200,23 +175,42 @@ def _write(
 
     reader = gguf.GGUFReader(file)
     same = same_tensors({tensor.name: tensor.data for tensor in reader.tensors}, tensors)
-    if not same or _field(reader, gguf.Keys.Adapter.LORA_ALPHA) != alpha:
+    if not same or gguf_field(file, gguf.Keys.Adapter.LORA_ALPHA) != alpha:
         raise AdapterError(f"{file.name}: what was read back is not what was written")
 
 
 def _is_adapter(file: Path) -> bool:
     """Whether a GGUF file says that it is an adapter: a base model has the same ending."""
+    return gguf_field(file, "general.type") == "adapter"
+
+
+def require_gguf() -> None:
+    """Raise an AdapterError unless the package is there."""
+    if importlib.util.find_spec("gguf") is None:
+        raise AdapterError("a GGUF file needs the package gguf: pip install 'mlx-qlora[gguf]'")
+
+
+def add_base(writer: Any, base: str | None) -> None:
+    """Say in a file's metadata which repository it was made from, if that is known."""
+    if base is None:
+        return
+    organisation, _, name = base.rpartition("/")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, name)
+    if HUB_ID.fullmatch(base):
+        writer.add_base_model_organization(0, organisation)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+
+
+def gguf_field(file: Path, key: str) -> Any:
+    """A value of a GGUF file's metadata; None if it has none, or is no such file."""
     import gguf
 
     try:
-        return _field(gguf.GGUFReader(file), gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER
+        field = gguf.GGUFReader(file).get_field(key)
+        return None if field is None else field.contents()
     except (ValueError, KeyError, IndexError, OSError):
-        return False
-
-
-def _field(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
+        return None
 
 
 # ---- Ollama --------------------------------------------------------------------------------------
@@ -239,7 +233,7 @@ def modelfile(base: str | None, adapter_file: str, original: str | None = None) 
     return "\n".join([*lines, f"FROM {base or UNKNOWN_BASE}", f"ADAPTER ./{adapter_file}", ""])
 
 
-def _keeps_modelfile(path: Path, text: str) -> bool:
+def keeps_modelfile(path: Path, text: str) -> bool:
     """Whether a Modelfile of the user's already says all that `text` does; if not, refuse it."""
     if not path.exists():
         return False

@@ -139,7 +139,7 @@ def save_merged(
     measured = quantize is not None or texts is not None
     rows = encode_texts(tokenizer, texts) if measured else []
     shards = _layout(model, dtype, quantize, max_shard_bytes)
-    _check_disk(target, sum(map(_size_of, shards.values())))
+    check_disk(target, sum(map(_size_of, shards.values())))
 
     drift = None
     with staged(target, replace=True) as staging:
@@ -191,7 +191,8 @@ def save_merged(
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_disk(target: Path, needed: int) -> None:
+def check_disk(target: Path, needed: int) -> None:
+    """Raise a ConfigError unless so many bytes are free where a folder will be."""
     disk = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:
@@ -213,10 +214,10 @@ def _check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
         f"config.json: {field} is {getattr(theirs, field)!r}; the model's is {value!r}"
         for field, value in vars(ours).items()
         # How long a context is allowed does not show in the weights.
-        if field != "max_position_embeddings" and not _same(getattr(theirs, field), value)
+        if field != "max_position_embeddings" and not same_value(getattr(theirs, field), value)
     ]
     if not problems:
-        for name, shape in _shapes(model).items():
+        for name, shape in shapes_of(model).items():
             info = original.found.get(name)
             if info is None:
                 problems.append(f"{name} is missing")
@@ -227,12 +228,14 @@ def _check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
         raise WeightsError(f"base: {where} is another model:\n{listing(problems)}")
 
 
-def _same(theirs: Any, ours: Any) -> bool:
+def same_value(theirs: Any, ours: Any) -> bool:
     """Whether two values of a config are equal; a GGUF has its numbers in float32."""
     if isinstance(ours, float) and isinstance(theirs, (int, float)):
         return abs(theirs - ours) <= 1e-6 * abs(ours)
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(same_value, theirs, ours))
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
-        return all(_same(getattr(theirs, field), value) for field, value in vars(ours).items())
+        return all(same_value(getattr(theirs, field), value) for field, value in vars(ours).items())
     return theirs == ours
 
 
@@ -270,7 +273,7 @@ def _size_of(entries: list[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
 
-def _shapes(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
     """Weight -> shape, of the model without an adapter and with nothing packed, in its order."""
     plain = LlamaForCausalLM(model.config)  # zeros that are never computed
     return {name: tuple(array.shape) for name, array in flat(plain.parameters()).items()}
@@ -281,7 +284,7 @@ def _layout(
 ) -> dict[str, list[Entry]]:
     """File name -> its tensors. What one matrix is packed into stays in one file."""
     shards: list[list[Entry]] = [[]]
-    for name, shape in _shapes(model).items():
+    for name, shape in shapes_of(model).items():
         entries = _entries_of(name, shape, dtype, quantize)
         if shards[-1] and _size_of(shards[-1]) + _size_of(entries) > max_bytes:
             shards.append([])

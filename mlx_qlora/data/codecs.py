@@ -1,15 +1,14 @@
-"""What encodes and decodes: `tokenizers`, tiktoken or SentencePiece, and GGUF's vocabularies."""
+"""What encodes and decodes: `tokenizers`, tiktoken or SentencePiece."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.errors import TokenizerError
 
@@ -38,6 +37,11 @@ class TokenizersCodec:
         self.size = 1 + max(backend.get_vocab().values(), default=-1)
         added = backend.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The package's own tokenizer."""
+        return self._backend
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, special tokens in it matched whole, nothing added around it."""
@@ -245,186 +249,3 @@ def token_pattern(token: Mapping[str, Any]) -> str:
 def _added_tokens(config: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """Tokens that the configuration adds to the vocabulary, by rising id."""
     return sorted((int(i), token) for i, token in config["added_tokens_decoder"].items())
-
-
-# ---- tokenizers inside GGUF files ----------------------------------------------------------------
-# A GGUF keeps a vocabulary, its merges or scores, and a *name* for how text is cut before merging.
-# The rest (the regex, the byte alphabet, the dummy prefix) is code: llama.cpp's and, here, ours. An
-# unknown name is refused: text cut differently silently gives other ids.
-
-# tokenizer.ggml.pre -> our three ways to cut. llama.cpp's names, several for one cut.
-_CUTS = {
-    "smollm": "smollm",
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), "llama3"),
-    **dict.fromkeys(("gpt-2", "gpt2", "default"), "gpt2"),
-}
-# GGUF's keys, without "_token_id" -> Hugging Face's.
-_NAMED = dict(zip(("bos", "eos", "unknown", "padding"), NAMED_TOKENS))
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
-
-
-class GgufTokenizer(NamedTuple):
-    """What a GGUF says about its tokenizer, in Hugging Face's terms."""
-
-    backend: tokenizers.Tokenizer  # `backend.to_str()` is a complete `tokenizer.json`
-    config: dict[str, Any]  # the content of `tokenizer_config.json`
-    end_ids: list[int]  # what ends a turn or a message, besides the EOS that `config` names
-
-    def files(self) -> dict[str, str]:
-        """Name -> text of the files that transformers opens."""
-        named = {key: self.config[key] for key in NAMED_TOKENS if key in self.config}
-        config = dict(self.config)
-        if tool_template := config.pop("tool_template", None):
-            templates = {"default": config["chat_template"], "tool_use": tool_template}
-            config["chat_template"] = [{"name": k, "template": v} for k, v in templates.items()]
-        return {
-            "tokenizer.json": self.backend.to_str(),
-            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
-            "special_tokens_map.json": json.dumps(named, indent=2, ensure_ascii=False) + "\n",
-        }
-
-
-def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokenizer:
-    """Builds the tokenizer that a GGUF file embeds; `source` names it in messages.
-
-    Raises:
-        TokenizerError: a key is missing, or the tokenizer's model or pre-tokenizer is unknown.
-    """
-    from tokenizers import AddedToken, processors
-
-    kind = _required(metadata, "model", source)
-    tokens = _required(metadata, "tokens", source)
-    types = _required(metadata, "token_type", source).tolist()
-    for key in ("token_type", "scores"):
-        if (n := len(metadata.get(f"tokenizer.ggml.{key}", tokens))) != len(tokens):
-            raise TokenizerError(f"{source} has {len(tokens)} tokens, and a {key} of {n} of them")
-    # BOS, EOS, ... by Hugging Face's names; defaults are llama.cpp's, an id outside is none.
-    ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
-    stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
-    ids |= {name: i for name, i in stated.items() if 0 <= i < len(tokens)}
-    if kind == "gpt2":
-        backend, adds_bos = _byte_level(metadata, tokens, source)
-    elif kind == "llama":
-        backend = _sentencepiece(metadata, tokens, types, tokens[ids["unk_token"]], source)
-        adds_bos = True
-    else:
-        raise TokenizerError(
-            f"{source}: tokenizer.ggml.model is {kind!r}, and only 'gpt2' and 'llama' are "
-            "supported; use the model's Hugging Face folder instead"
-        )
-    # Control and user-defined tokens match whole in text, before anything is cut.
-    whole = [
-        AddedToken(token, normalized=False, special=type_ != _USER_DEFINED)
-        for token, type_ in zip(tokens, types)
-        if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
-    ]
-    backend.add_tokens(whole)
-    adds_bos = bool(_scalar(metadata, "add_bos_token", adds_bos)) and "bos_token" in ids
-    if adds_bos:  # for whoever opens the saved tokenizer.json: our encode adds no special tokens
-        bos, bos_id = tokens[ids["bos_token"]], ids["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
-        )
-    config = {name: tokens[i] for name, i in ids.items()} | {
-        "add_bos_token": adds_bos,
-        # Decoding "a ." as "a." would lose a space that the model wrote.
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
-        if with_tools := metadata.get("tokenizer.chat_template.tool_use"):
-            config["tool_template"] = with_tools
-    ends = [_scalar(metadata, f"{key}_token_id") for key in ("eot", "eom")]
-    return GgufTokenizer(backend, config, [i for i in ends if i is not None])
-
-
-def _byte_level(
-    metadata: Mapping[str, Any], tokens: list[str], source: str
-) -> tuple[tokenizers.Tokenizer, bool]:
-    """Byte-level BPE, and whether this family expects BOS when the file does not say."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    pre = _required(metadata, "pre", source)
-    cut = _CUTS.get(pre)
-    if cut is None:
-        raise TokenizerError(
-            f"{source}: tokenizer.ggml.pre is {pre!r}, and the known ones are "
-            f"{', '.join(_CUTS)}; use the model's Hugging Face folder instead"
-        )
-    merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", source)]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    try:
-        # Llama 3 takes a word that is a token as that token, whatever the merges would build.
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=cut == "llama3")
-    except Exception as error:  # `tokenizers` raises bare Exception for a merge of unknown parts
-        raise TokenizerError(
-            f"{source}: its merges do not fit its tokens ({str(error).splitlines()[0]}); "
-            "download it again"
-        ) from error
-    backend = Tokenizer(model)
-    first = {
-        "llama3": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "gpt2": [],
-    }
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut != "llama3")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*first[cut], byte_level])
-    backend.decoder = decoders.ByteLevel()
-    return backend, cut == "llama3"
-
-
-def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], unknown: str, source: str
-) -> tokenizers.Tokenizer:
-    """SentencePiece BPE: merges recovered from scores, spaces as ▁, unknown text as bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    scores = _required(metadata, "scores", source).tolist()
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = _merges_from_scores(tokens, scores, types)
-    backend = Tokenizer(
-        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    prefix = bool(_scalar(metadata, "add_space_prefix", True))
-    # Normalisation runs on each text between special tokens, so each of them gets the dummy
-    # prefix: as in llama.cpp and Llama 2's own tokenizer.json, and unlike transformers 5.
-    space = normalizers.Replace(" ", "▁")
-    first = [normalizers.Prepend("▁")] if prefix else []
-    backend.normalizer = normalizers.Sequence([*first, space])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return backend
-
-
-def _merges_from_scores(
-    tokens: list[str], scores: list[float], types: list[int]
-) -> list[tuple[str, str]]:
-    """Every split of a piece in two, best piece first, as SentencePiece joins by score."""
-    position = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
-    merges = []
-    for piece, i in position.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in position and right in position:
-                merges.append((-scores[i], position[left], position[right], left, right))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]
-
-
-def _required(metadata: Mapping[str, Any], key: str, source: str) -> Any:
-    value = metadata.get(f"tokenizer.ggml.{key}")
-    if value is None:
-        raise TokenizerError(
-            f"{source} has no tokenizer.ggml.{key}; convert the model again with a current "
-            "llama.cpp, or use its Hugging Face folder"
-        )
-    return value
-
-
-def _scalar(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    value = metadata.get(f"tokenizer.ggml.{key}")
-    value = default if value is None else value.item() if getattr(value, "size", 0) == 1 else value
-    if not isinstance(value, int | None):
-        raise TokenizerError(f"tokenizer.ggml.{key} must be a number or a flag; got {value!r}")
-    return value

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.data import codecs
+from mlx_qlora.data.gguf_tokenizer import build_gguf_tokenizer
 from mlx_qlora.errors import TokenizerError, UserError
 from mlx_qlora.folders import parse_json
 from mlx_qlora.model.hub import check_readable
 
 if TYPE_CHECKING:
     import jinja2
+    import tokenizers
 
 # ---- chat templates ------------------------------------------------------------------------------
 
@@ -200,6 +202,11 @@ class Tokenizer:
         """The same tokenizer with another chat template, which `save` then writes."""
         return replace(self, chat_template=source, tool_template=None, _own_template=True)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer | None:
+        """What `tokenizer.json` describes; None of a tiktoken or SentencePiece file."""
+        return self._codec.backend if isinstance(self._codec, codecs.TokenizersCodec) else None
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text becomes."""
@@ -248,7 +255,7 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     """
     source = Path(source)
     if gguf_metadata is not None:
-        gguf = codecs.build_gguf_tokenizer(gguf_metadata, source.name)
+        gguf = build_gguf_tokenizer(gguf_metadata, source.name)
         codec = codecs.TokenizersCodec(gguf.backend)
         return _assemble(source, codec, gguf.config, gguf.end_ids, gguf.files)
 

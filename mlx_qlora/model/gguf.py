@@ -24,11 +24,10 @@ import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.families import LlamaConfig
+from mlx_qlora.model.gguf_terms import ARCHITECTURES, FACTORS, TOP_NAMES, config_of, module_names
 from mlx_qlora.model.hub import check_readable, weight_files
 from mlx_qlora.model.quantize import QuantConfig, pack, unpack
-from mlx_qlora.model.rope import LAYER_KINDS, RopeConfig, rope_periods
 from mlx_qlora.model.stored import StoredTensor, stamp_of
-from mlx_qlora.tree import number
 
 # ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX has, too.
 MLX_TYPES = {0: ("F32", 4, 1), 1: ("F16", 2, 1), 2: ("Q4_0", 18, 32), 3: ("Q4_1", 20, 32)}
@@ -51,26 +50,10 @@ BITS = {
     **dict.fromkeys(("IQ3_XXS", "IQ3_S"), 5),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"), 5),
 }
-BIASES = {"attention_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up"}
 STRING, ARRAY = 8, 9  # metadata types; the scalars with their struct codes:
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
 
-# model_type -> llama.cpp's architecture, and whether it permutes the rows of q and k.
-ARCHITECTURES = {kind: (kind, True) for kind in ("llama", "granite", "smollm3")}
-NOT_PERMUTED = ("qwen2", "qwen3", "olmo2", "seed_oss", "phi3", "gemma2", "glm4")
-ARCHITECTURES |= {kind: (kind, False) for kind in NOT_PERMUTED} | {"mistral": ("llama", True)}
-ARCHITECTURES |= {"olmo3": ("olmo2", False), "gemma3_text": ("gemma3", False)}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-GRANITE = {f"{key}_multiplier": f"{key}_scale" for key in ("embedding", "residual")}
-GRANITE |= {"attention_multiplier": "attention.scale", "logits_scaling": "logit_scale"}
-LAYER_NAMES = {
-    **{f"attn_{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv")},
-    **{f"attn_{name}_norm": f"self_attn.{name}_norm" for name in "qk"},
-    "attn_output": "self_attn.o_proj",
-    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-}
-NORM_PLACES = "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"  # of `families.Norms`
 LOOKED_AT = 256  # rows of a matrix, to estimate an error
 BLOCK = 1 << 22  # weights that are packed at once
 Parts = tuple[mx.array, ...]  # of a packed matrix
@@ -182,7 +165,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
             nobody can read (the message names types and tensors).
     """
     parts = weight_files(path)
-    headers = [_checked_header(part) for part in parts]
+    headers = [read_header(part) for part in parts]
     for i, (part, (_, pairs, _)) in enumerate(zip(parts, headers)):
         no, count = pairs.get("split.no", i), pairs.get("split.count") or len(parts)
         if (no, count) != (i, len(parts)):
@@ -211,10 +194,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
             loaded[name] = mx.array(matrix.dense()[0]) if is_vector else matrix
     vectors = {name for name, x in loaded.items() if isinstance(x, mx.array)}
     factors = {n: loaded.pop(f"{n}.weight") if f"{n}.weight" in vectors else None for n in FACTORS}
-    config = _hf_config(path, metadata, "output.weight" not in loaded, factors)
-    for field, name in BIASES.items():
-        if f"blk.0.{name}.bias" in loaded or config["model_type"] in ("glm4", "seed_oss"):
-            config[field] = f"blk.0.{name}.bias" in loaded
+    config = config_of(path, metadata, loaded.keys(), factors)
     llama = LlamaConfig.from_hf(config)
     last = f"blk.{llama.num_hidden_layers - 1}.attn_output.weight"
     if last not in loaded:
@@ -239,8 +219,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
 Tensors = list[tuple[str, list[int], int, int]]  # name, shape, type, offset
 
 
-def _checked_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
-    """Refuse damaged files, and unknown types."""
+def read_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
+    """Read every tensor's name, shape, type and offset, the pairs, and where the data begins.
+
+    Refuses damaged files, and unknown types.
+    """
     check_readable(path, WeightsError)
     try:
         with path.open("rb") as file:
@@ -307,169 +290,14 @@ def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
     return tensors, pairs, -(-file.tell() // alignment) * alignment
 
 
-# ---- GGUF's terms -> Hugging Face's --------------------------------------------------------------
-
-FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"
-# Keys that decide nothing here, and values that are as if a key were left out; others are refused.
-HARMLESS = {"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
-HARMLESS |= {"tensor_data_layout", "pooling_type", "mm.tokens_per_image"}
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "rope.scaling.yarn_beta_fast": (0, 32),
-    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (0, 1)),
-    **{f"rope.scaling.{key}": (0, 1) for key in ("attn_factor", "yarn_attn_factor", "alpha")},
-    **{f"rope.scaling.yarn_{key}": (0, 1) for key in ("beta_slow", "ext_factor", "log_multiplier")},
-}
-
-
-def _hf_config(
-    path: Path, metadata: dict[str, Any], tied: bool, factors: dict[str, Any]
-) -> dict[str, Any]:
-    arch = metadata.get("general.architecture")
-    kind = next((kind for kind, (name, _) in ARCHITECTURES.items() if name == arch), None)
-    if kind == "olmo2" and f"{arch}.attention.sliding_window" in metadata:
-        kind = "olmo3"  # which llama.cpp gives no name of its own
-    asked: set[str] = set()
-    if kind is None:
-        known = ", ".join(dict.fromkeys(name for name, _ in ARCHITECTURES.values()))
-        raise WeightsError(f"{path}: architecture {arch!r} is not supported; supported: {known}")
-
-    def read(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{arch}.{key}", default)
-        asked.add(key)
-        if value is None:
-            raise WeightsError(f"{path}: the metadata lacks {arch}.{key}")
-        if isinstance(value, (mx.array, np.ndarray)):
-            return value.item() if value.size == 1 and not value.ndim else value.tolist()
-        return value
-
-    def maybe(key: str) -> Any:
-        return read(key) if f"{arch}.{key}" in metadata else None
-
-    if (what := metadata.get("general.type", "model")) != "model":
-        raise WeightsError(f"{path} is no model but of the type {what!r}: give the model's file")
-    if read("expert_count", 0):
-        raise WeightsError(f"{path}: mixture-of-experts models are not supported")
-
-    def count(key: str, default: Any = None) -> int:
-        value = read(key, default)
-        if not isinstance(value, int) or not 1 <= value < 2**31:
-            raise WeightsError(f"{path}: {arch}.{key} must be a positive integer; got {value!r}")
-        return value
-
-    if not isinstance(metadata.get("tokenizer.ggml.tokens"), list):
-        raise WeightsError(f"{path}: the metadata lacks tokenizer.ggml.tokens")
-    heads, hidden, layers = (
-        count(key) for key in ("attention.head_count", "embedding_length", "block_count")
-    )
-    head_dim = count("attention.key_length", hidden // heads)
-    config = {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": count("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "intermediate_size": count("feed_forward_length"),
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "rms_norm_eps": read("attention.layer_norm_rms_epsilon"),
-        "rope_theta": read("rope.freq_base", 10000.0),
-        "max_position_embeddings": read("context_length"),
-        "tie_word_embeddings": tied,
-    }
-    if kind == "llama":
-        config |= {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-    if (turned := count("rope.dimension_count", head_dim)) != head_dim:
-        config["partial_rotary_factor"] = turned / head_dim
-    config |= _of_family(kind, config, maybe)
-    scaling = read("rope.scaling.type", "linear")
-    factor = maybe("rope.scaling.factor") or maybe("rope.scale_linear")
-    if scaling == "yarn":
-        old = read("rope.scaling.original_context_length", config["max_position_embeddings"])
-        config["rope_scaling"] = {
-            **{"rope_type": "yarn", "factor": factor},
-            "original_max_position_embeddings": old,
-        }
-    elif scaling not in ("linear", "longrope") and (scaling != "none" or factor not in (None, 1)):
-        raise WeightsError(f"{path}: rope scaling {scaling!r} (by {factor}) is not supported")
-    elif factor not in (None, 1.0):
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    short, long = (factors[f"rope_factors_{which}"] for which in ("short", "long"))
-    if short is not None and long is not None:
-        lists = {f"{n}_factor": x.tolist() for n, x in (("short", short), ("long", long))}
-        given = {"attention_factor": maybe("rope.scaling.attn_factor")}
-        given = {name: value for name, value in given.items() if value}
-        old = read("rope.scaling.original_context_length")
-        config |= {"rope_scaling": {"rope_type": "longrope", **lists, **given}}
-        config |= {"original_max_position_embeddings": old}
-    elif scaling == "yarn" and kind == "olmo3" and maybe("rope.scaling.attn_factor"):
-        config["rope_scaling"]["attention_factor"] = maybe("rope.scaling.attn_factor")
-    if count("attention.value_length", head_dim) != head_dim:
-        raise WeightsError(f"{path}: values of another size than keys are not supported")
-    keys = {key.removeprefix(f"{arch}.") for key in metadata if key.startswith(f"{arch}.")}
-    for key in sorted(keys - asked - HARMLESS):
-        if (value := read(key)) not in NEUTRAL.get(key, (0,)):
-            raise WeightsError(f"{path}: {arch}.{key} = {value!r} is not supported")
-    if (freqs := factors["rope_freqs"]) is not None:
-        config["rope_scaling"] = _llama3_scaling(path, freqs, config["rope_theta"])
-    return config
-
-
-def _of_family(kind: str, config: dict[str, Any], maybe: Any) -> dict[str, Any]:
-    """The fields that a family has besides; what llama.cpp has in its code stands here."""
-    if kind in ("qwen2", "qwen3", "llama", "smollm3", "glm4", "granite", "seed_oss"):
-        given: dict[str, Any] = {}
-    else:  # Phi-4's file says 0 where there is none
-        given = {"sliding_window": maybe("attention.sliding_window") or None}
-    pattern = (
-        maybe("attention.sliding_window_pattern") if kind in ("gemma3_text", "olmo3") else None
-    )
-    if isinstance(pattern, list):
-        given["layer_types"] = [LAYER_KINDS[bool(slides)] for slides in pattern]
-    elif pattern is not None and kind == "gemma3_text":
-        given["sliding_window_pattern"] = pattern
-    # The largest Gemma 2 and 3 scale by the width of a head that they would have without head_dim.
-    by_width = config["num_hidden_layers"] in (46, 62)
-    width = config["hidden_size"] // config["num_attention_heads"]
-    if kind.startswith("gemma"):
-        given["query_pre_attn_scalar"] = width if by_width else config["head_dim"]
-        given["attn_logit_softcapping"] = maybe("attn_logit_softcapping")
-        given["final_logit_softcapping"] = maybe("final_logit_softcapping")
-    if kind == "gemma3_text":
-        given["rope_local_base_freq"] = maybe("rope.freq_base_swa") or 10000.0
-        given.pop("attn_logit_softcapping")
-    if kind == "granite":
-        given |= {field: maybe(key) for field, key in GRANITE.items()}
-    kept_null = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-    return {k: v for k, v in given.items() if v is not None or k in kept_null}
-
-
-def _llama3_scaling(path: Path, factors: mx.array, theta: float) -> dict[str, Any]:
-    """The parameters behind a tensor of factors: its largest is `factor`, the rest is checked."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": number(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    head_dim = 2 * factors.size
-    plain = rope_periods(head_dim, RopeConfig(theta))
-    stretched = rope_periods(head_dim, RopeConfig(theta, **scaling))
-    if mx.allclose(stretched / plain, factors, rtol=1e-4).item():
-        return scaling
-    raise WeightsError(f"{path}: rope_freqs.weight is no Llama 3 scaling that we know")
+# ---- names and order -----------------------------------------------------------------------------
 
 
 def _hf_name(path: Path, name: str, llama: LlamaConfig) -> str:
     stem, _, leaf = name.rpartition(".")
     if stem in TOP_NAMES:
         return f"{TOP_NAMES[stem]}.{leaf}"
-    names = LAYER_NAMES | {ours: theirs for ours, theirs in zip(NORM_PLACES, llama.norms) if theirs}
-    names |= {"ffn_up": "mlp.gate_up_proj"} if llama.fused_gate_up else {}
-    if llama.model_type == "seed_oss":  # which llama.cpp calls by Hugging Face's misnomer
-        names["post_attention_norm"] = "post_attention_layernorm"
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    layer, names = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem), module_names(llama)
     if layer and layer[2] in names:
         return f"model.layers.{layer[1]}.{names[layer[2]]}.{leaf}"
     raise WeightsError(f"{path}: tensor {name!r} belongs to no {llama.model_type} model")

@@ -15,7 +15,7 @@ from support.adapters import adapted as adapted_by
 from support.gguf_names import gguf_name, permuted, unpermuted
 from support.models import randomise_lora
 
-from mlx_qlora.adapters.export import MERGED_GGUF_COMMAND, modelfile, save_gguf_adapter
+from mlx_qlora.adapters.export import modelfile, save_gguf_adapter
 from mlx_qlora.errors import AdapterError, ConfigError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers
@@ -285,9 +285,3 @@ def test_a_modelfile_that_says_something_else_is_refused_and_left_alone(
         save_gguf_adapter(model, tmp_path / "a.gguf", ollama_base=ollama_base)
     assert (tmp_path / "Modelfile").read_text() == there
     assert os.listdir(tmp_path) == ["Modelfile"]
-
-
-def test_the_command_for_a_merged_model_is_llama_cpp_s_own() -> None:
-    assert MERGED_GGUF_COMMAND == (
-        "python convert_hf_to_gguf.py MERGED_FOLDER --outfile model.gguf --outtype f16"
-    )

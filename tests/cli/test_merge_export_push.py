@@ -1,6 +1,8 @@
 """`merge`, `export` and `push` on the command line, from nothing but a run's own folder."""
 
+import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,8 @@ def test_requantising_reports_what_it_loses(run, tmp_path, capsys):
         (["--portable"], {"adapter_config.json", "adapter_model.safetensors", "README.md"}),
         (["--mlx"], {"adapter_config.json", "adapters.safetensors"}),
         (["--gguf"], {"adapter.gguf", "Modelfile"}),
+        (["--gguf-model"], {"model-q8_0.gguf", "Modelfile"}),
+        (["--type", "f16"], {"model-f16.gguf", "Modelfile"}),
     ],
 )
 def test_export_writes_each_form_over_itself_too_and_ours_read_it_back(
@@ -87,7 +91,10 @@ def test_export_writes_each_form_over_itself_too_and_ours_read_it_back(
     before = contents(tmp_path)
     assert call(*words) == 0
     assert contents(tmp_path) == before
-    if "--gguf" not in flags:
+    if files & {"model-q8_0.gguf", "model-f16.gguf"}:
+        whole = our_logits(mq.load(next(made.glob("*.gguf")))[0], TOKENS)
+        assert np.abs(whole - logits).max() < 0.2 * logits.std()
+    elif "--gguf" not in flags:
         opened, _ = mq.load(model, mq.QuantConfig(8, 32), adapter=made)
         assert np.abs(our_logits(opened, TOKENS) - logits).max() < 1e-5
 
@@ -118,7 +125,15 @@ def test_files_of_others_are_named_and_kept(run, tmp_path, form, name, capsys):
 
 
 @pytest.mark.parametrize(
-    "form", ["export", "export --portable", "export --mlx", "export --gguf", "merge"]
+    "form",
+    [
+        "export",
+        "export --portable",
+        "export --mlx",
+        "export --gguf",
+        "export --gguf-model",
+        "merge",
+    ],
 )
 @pytest.mark.parametrize(
     ("place", "message"),
@@ -170,6 +185,106 @@ def test_a_disk_that_refuses_is_told_without_a_traceback(run, tmp_path, monkeypa
     assert call(*words, "--output-dir", tmp_path / "made") == 2
     assert "No space left on device; free some space" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# ---- the whole model, for other programs -----------------------------------------------------
+
+
+def program(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program that writes down what it was called with; the PATH has it and little else."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f'#!/bin/sh\necho "$PWD" "$@" >> {folder}/calls\n{script}\n')
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder / "calls"
+
+
+def test_a_merged_folder_becomes_a_gguf_by_the_command_that_merge_prints(run, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    assert call("merge", "--adapter", run[0], "--output-dir", merged) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    command = line.partition(": ")[2]
+    assert command == f"mlx-qlora export --model {merged} --output-dir gguf --gguf-model"
+    words = shlex.split(command)[1:]
+    words[words.index("gguf")] = str(tmp_path / "gguf")
+    assert call(*words) == 0
+    whole = our_logits(mq.load(tmp_path / "gguf" / "model-q8_0.gguf")[0], TOKENS)
+    assert np.abs(whole - run[1]).max() < 0.2 * run[1].std()
+
+
+def test_ollama_is_given_the_model(run, tmp_path, monkeypatch):
+    calls = program(tmp_path / "bin", "ollama", "cat Modelfile >/dev/null", monkeypatch)
+    words = ["export", "--adapter", run[0], "--output-dir", tmp_path / "g", "--type", "q4_0"]
+    assert call(*words, "--ollama", "my-model") == 0
+    assert calls.read_text() == f"{tmp_path}/g create my-model -f Modelfile\n"
+
+
+def test_what_ollama_says_is_told_and_the_file_stays(run, tmp_path, monkeypatch, capsys):
+    script = "echo pulling >&2; echo Error: no server >&2; exit 3"
+    program(tmp_path / "bin", "ollama", script, monkeypatch)
+    words = ["export", "--adapter", run[0], "--output-dir", tmp_path / "g"]
+    assert call(*words, "--ollama", "mine") == 2
+    error = capsys.readouterr().err
+    assert "ollama failed (3): Error: no server; the command was" in error
+    assert (tmp_path / "g" / "model-q8_0.gguf").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gguf", "--type", "q4_0"], "--type goes with --gguf-model, and not with --gguf"),
+        (["--mlx", "--ollama", "x"], "--ollama goes with --gguf-model, and not with --mlx"),
+        (["--type", "q9"], "type must be one of q8_0, "),
+        (["--ollama", "x"], "--ollama: there is no program ollama on the PATH"),
+        (["--lmstudio", "me/mine"], "say where it goes, once: by --output-dir, or by --lmstudio"),
+    ],
+)
+@pytest.mark.usefixtures("without_loading")
+def test_what_cannot_be_is_told_before_the_model_is_loaded(
+    run, tmp_path, words, message, monkeypatch, capsys
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert call("export", "--adapter", run[0], "--output-dir", tmp_path / "g", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.usefixtures("without_loading")
+def test_a_place_is_needed(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("export", "--adapter", run[0]) == 2
+    assert "say where it goes, once" in capsys.readouterr().err
+    assert call("export", "--adapter", run[0], "--lmstudio", "mine") == 2
+    assert "--lmstudio must name PUBLISHER/MODEL; got 'mine'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["usual", "pointer", "settings"])
+def test_lm_studio_finds_the_model_in_its_own_folder(run, tmp_path, where, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home, models = tmp_path / ".lmstudio", tmp_path / ".lmstudio" / "models"
+    if where == "pointer":
+        home, models = tmp_path / "elsewhere", tmp_path / "elsewhere" / "models"
+        (tmp_path / ".lmstudio-home-pointer").write_text(f"{home}\n")
+    home.mkdir()
+    if where == "settings":
+        models = tmp_path / "disk"
+        (home / "settings.json").write_text(json.dumps({"downloadsFolder": str(models)}))
+    assert call("export", "--adapter", run[0], "--lmstudio", "me/mine", "--type", "q4_1") == 0
+    assert [path.name for path in (models / "me" / "mine").glob("*.gguf")] == ["model-q4_1.gguf"]
+
+
+def test_a_k_quant_is_llama_cpp_s_work(run, tmp_path, monkeypatch, capsys):
+    words = ["export", "--adapter", run[0], "--output-dir", tmp_path / "g", "--type", "q4_k_m"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert call(*words) == 0
+    command = f"llama-quantize {tmp_path}/g/model-bf16.gguf {tmp_path}/g/model-q4_k_m.gguf Q4_K_M"
+    assert f"for q4_k_m, with llama.cpp's program: {command}" in capsys.readouterr().out
+    assert "FROM ./model-bf16.gguf" in (tmp_path / "g" / "Modelfile").read_text()
+    calls = program(tmp_path / "bin", "llama-quantize", 'cp "$1" "$2"', monkeypatch)
+    assert call(*words) == 0
+    assert calls.read_text().split()[1:] == ["model-bf16.gguf", "model-q4_k_m.gguf", "Q4_K_M"]
+    assert "FROM ./model-q4_k_m.gguf" in (tmp_path / "g" / "Modelfile").read_text()
+    assert (tmp_path / "g" / "model-q4_k_m.gguf").is_file()
 
 
 def test_push_lists_what_it_would_upload(run, capsys):

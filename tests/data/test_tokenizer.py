@@ -815,7 +815,7 @@ def test_template_that_fails(tmp_path, template, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"tokenizer.ggml.pre": "qwen2"}, r"x\.gguf: tokenizer\.ggml\.pre is 'qwen2'.*llama-bpe"),
+        ({"tokenizer.ggml.pre": "mpt"}, r"x\.gguf: tokenizer\.ggml\.pre is 'mpt'.*llama-bpe"),
         ({"tokenizer.ggml.pre": None}, r"x\.gguf has no tokenizer\.ggml\.pre; convert"),
         ({"tokenizer.ggml.model": "bert"}, r"x\.gguf: tokenizer\.ggml\.model is 'bert'.*'llama'"),
         ({"tokenizer.ggml.model": None}, r"x\.gguf has no tokenizer\.ggml\.model; convert"),

@@ -1,18 +1,13 @@
-"""llama.cpp itself opens our GGUF adapter and computes our next-token probabilities.
+"""llama.cpp itself opens our GGUF adapter and computes our next-token probabilities."""
 
-`xllamacpp` is llama.cpp's server with a Python door, built for Linux, macOS and Windows.
-"""
-
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-import xllamacpp
 from support.gguf_names import gguf_name, permuted, unpermuted
+from support.llama_cpp import differences, greedy_texts, llama_cpp, ours
 from support.models import load_folder, make_hf_model, our_logits, randomise_lora
 from support.training import recorded
 
@@ -56,40 +51,6 @@ CONFIGS = {
     "one layer": LoraConfig(r=4, target_modules=["q_proj", "k_proj"], layers_to_transform=[1]),
     "pissa": LoraConfig(r=4, init_lora_weights="pissa"),
 }
-
-
-def llama_cpp(
-    base: Path, prompts: list[list[int]], adapter: Path | None = None, top: int = 320
-) -> Iterator[dict[int, float]]:
-    """Log-probabilities, in nats, of the `top` likeliest next tokens after each prompt."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(base)
-    params.n_gpu_layers, params.n_ctx, params.n_parallel = 0, 512, 1
-    # One thread: more would spin on cores that other work needs.
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup, params.verbosity = False, -1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server = xllamacpp.Server(params)
-    ask = {"n_predict": 1, "n_probs": top, "temperature": 0.0, "cache_prompt": False}
-    for prompt in prompts:
-        answer: Any = server.handle_completions({"prompt": prompt, **ask})
-        likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        yield {token["id"]: token["logprob"] for token in likeliest}
-
-
-def ours(model: Any, prompts: list[list[int]]) -> list[np.ndarray]:
-    """Log-probabilities (V,), in nats, of the next token after each prompt."""
-    logits = [our_logits(model, np.array([p]))[0, -1].astype(np.float64) for p in prompts]
-    return [row - row.max() - np.log(np.exp(row - row.max()).sum()) for row in logits]
-
-
-def differences(theirs: list[dict[int, float]], mine: list[np.ndarray]) -> np.ndarray:
-    """(prompts,): the largest difference of a token's log-probability, of those that they list."""
-    assert len(theirs) == len(mine)
-    return np.array([max(abs(a[i] - b[i]) for i in a) for a, b in zip(theirs, mine)])
 
 
 def damaged(file: Path, base_heads: dict[str, int], how: str) -> Path:
@@ -224,8 +185,6 @@ def test_on_smollm2_only_the_quantised_base_s_own_noise_remains(smollm2_files, s
 
 # ---- another family, in K-quants ---------------------------------------------------------------
 
-GREEDY = 20  # tokens
-
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory) -> Path:
@@ -252,20 +211,6 @@ def test_gemma_s_greedy_text_is_llama_cpp_s(gemma):
         same += not behind.any()
         gaps.append(next((gap for gap in behind if gap), 0.0))
     assert same >= 5 and max(gaps) < 0.1, (same, gaps)
-
-
-def greedy_texts(base: Path, prompts: list[list[int]]) -> Iterator[list[int]]:
-    """The token ids of llama.cpp's greedy texts."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(base)
-    params.n_gpu_layers, params.n_ctx, params.n_parallel = 0, 512, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup, params.verbosity = False, -1
-    server = xllamacpp.Server(params)
-    for prompt in prompts:
-        ask = {"prompt": prompt, "n_predict": GREEDY, "temperature": 0.0, "n_probs": 1}
-        answer: Any = server.handle_completions({**ask, "cache_prompt": False})
-        yield [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
 
 
 @pytest.mark.slow

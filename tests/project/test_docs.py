@@ -195,6 +195,7 @@ def trained(in_place: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a reader who has rows, a run.yaml and this repository's examples."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)  # LM Studio's is below it
     Path("data").mkdir()
     for name, count in (
         ("rows", 140),

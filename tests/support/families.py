@@ -1,5 +1,6 @@
 """Every family of dense decoders as a tiny model of transformers', longer than its windows."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def make_family(name: str, seed: int = 0, **changes: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name.split("-")[0], **{**SIZES, **FAMILIES[name], **changes})
+    values = copy.deepcopy({**SIZES, **FAMILIES[name], **changes})  # transformers changes them
+    config = AutoConfig.for_model(name.split("-")[0], **values)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
@@ -102,8 +104,8 @@ def make_family(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def write_family(name: str, folder: Path, seed: int = 0) -> Any:
+def write_family(name: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
     """Saves such a model as a folder, and returns it."""
-    model = make_family(name, seed)
+    model = make_family(name, seed, **changes)
     model.save_pretrained(folder)
     return model

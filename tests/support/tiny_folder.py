@@ -71,12 +71,13 @@ def write_random_model(folder: Path, **changes: Any) -> Path:
     config = {**TINY, "intermediate_size": 192, "rope_theta": 1e4, "model_type": "llama"}
     config |= {"architectures": ["LlamaForCausalLM"], **changes}
     (folder / "config.json").write_text(json.dumps(config))
-    D, F, K, V = 64, 192, 32, TINY["vocab_size"]
+    D, F, K, V = 64, 192, 32, config["vocab_size"]
     layer = {f"self_attn.{name}_proj": (D, D) for name in "qo"}
     layer |= {f"self_attn.{name}_proj": (K, D) for name in "kv"}
     layer |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
     layer |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
-    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
+    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,)}
+    shapes |= {} if config["tie_word_embeddings"] else {"lm_head": (V, D)}
     for i in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     draw = np.random.default_rng(0)

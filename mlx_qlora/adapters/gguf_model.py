@@ -1,0 +1,379 @@
+"""A whole model, its adapter folded in, as one GGUF file: for llama.cpp, Ollama and LM Studio.
+
+`save_gguf_model` tells the story: what llama.cpp could not compute is refused, then the weights go
+into the file one matrix at a time, then a Modelfile is put beside it.
+"""
+
+import shlex
+import shutil
+import subprocess
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_qlora import __version__
+from mlx_qlora.adapters.export import add_base, keeps_modelfile, require_gguf
+from mlx_qlora.adapters.merge import Tensors, check_disk, same_value, shapes_of
+from mlx_qlora.data.gguf_tokenizer import gguf_tokenizer
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import (
+    AdapterError,
+    ConfigError,
+    TokenizerError,
+    WeightsError,
+    listing,
+    require,
+)
+from mlx_qlora.folders import check_writable, json_object, staged
+from mlx_qlora.model.families import LlamaConfig
+from mlx_qlora.model.gguf import read_header
+from mlx_qlora.model.gguf_terms import (
+    ARCHITECTURES,
+    FACTORS,
+    as_llama_cpp_says,
+    config_of,
+    gguf_name,
+    pairs_of,
+    permute,
+)
+from mlx_qlora.model.hub import HUB_ID
+from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora import LoRALinear
+
+TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "bf16", "f16", "f32")  # those that we write
+K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
+QUANTIZE = "llama-quantize"  # llama.cpp's program, which makes these of a 16-bit file
+ROWS = 4096  # of a matrix that are quantised at a time
+OURS = "general.quantized_by"
+MADE_BY = "# By mlx-qlora. Use: ollama create NAME -f Modelfile"
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """What an export left on disk."""
+
+    file: Path
+    bytes: int
+    command: str | None = None  # that makes the K-quant which was asked for, where we could not
+    # Share of the adapter's update that is left after rounding, 1 on average; None without one, and
+    # of a K-quant. Over a 4-bit base, types with nearly its own steps round back to it.
+    kept: float | None = None
+
+
+def save_gguf_model(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    base_model_name_or_path: str | None = None,
+    *,
+    type: str = "q8_0",
+) -> GgufModel:
+    """Write a model, with its adapter folded in if it has one, as `model-TYPE.gguf`.
+
+    The file holds the tokenizer and its chat template; a `Modelfile` for Ollama is beside it. An
+    older file of this name is replaced. The model keeps its LoRA layers.
+
+    Args:
+        tokenizer: the model's, which must have a `tokenizer.json` or come from a GGUF file.
+        folder: made if it does not exist.
+        base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
+            what the model's own files say they are a copy of.
+        type: of the matrices: q8_0, q5_1, q5_0, q4_1, q4_0, bf16, f16 or f32, where those of 4
+            and 5 bits keep embedding and head in q8_0; or a K-quant such as q4_k_m, which
+            llama.cpp's `llama-quantize` makes. Where that is not on the PATH, the file is in
+            bf16, and `command` says how to go on.
+
+    Raises:
+        WeightsError: llama.cpp would compute another model, or a number is beyond f16.
+        TokenizerError: llama.cpp has no name for what the tokenizer does.
+        AdapterError: the `gguf` package is missing, `llama-quantize` fails, or there is a
+            Modelfile of the user's that says something else.
+        ConfigError: another type, too little disk, or a file would be overwritten that is not ours.
+    """
+    check_type(type)
+    require_gguf()
+    folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
+    quantizer = shutil.which(QUANTIZE) if written != type else None
+    file = folder / f"model-{type if quantizer else written}.gguf"
+    check_writable(folder, [file.name], is_ours=_is_ours)
+    source = getattr(model, "source", None)
+    base = base_model_name_or_path or (source.hf_id if source else None)
+    tensors = _layout(model, written)
+    pairs = gguf_tokenizer(tokenizer, model.config.vocab_size)
+    of_model, factors = _checked_pairs(model.config, pairs, [tensor.name for tensor in tensors])
+    text = modelfile_of_model(file.name, tokenizer)
+    modelfile = folder / "Modelfile"
+    is_old = modelfile.is_file() and modelfile.read_text(errors="replace").startswith(MADE_BY)
+    keeps = not is_old and keeps_modelfile(modelfile, text)
+    check_disk(folder.absolute(), sum(tensor.nbytes for tensor in tensors))
+    with staged(folder) as staging:
+        plain = staging / f"model-{written}.gguf"
+        kept = _write(plain, model, tensors, pairs | of_model, factors, written, base)
+        if quantizer:
+            _run([quantizer, plain.name, file.name, type.upper()], staging)
+            plain.unlink()
+        if not keeps:
+            (staging / "Modelfile").write_text(text, encoding="utf-8")
+    goal = folder / f"model-{type}.gguf"
+    command = shlex.join([QUANTIZE, str(file), str(goal), type.upper()]) if file != goal else None
+    return GgufModel(file, file.stat().st_size, command, None if quantizer else kept)
+
+
+def check_type(type: str) -> None:
+    """Raise a ConfigError unless it is one of the types that a file can have."""
+    require(type in TYPES + K_QUANTS, "type", f"be one of {', '.join(TYPES + K_QUANTS)}", type)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return str(read_header(file)[1].get(OURS)).startswith("mlx-qlora ")
+    except WeightsError:
+        return False
+
+
+# ---- what the file will say ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str  # llama.cpp's
+    weight: str  # ours
+    shape: tuple[int, ...]  # in the file: of a packed matrix (rows, bytes of a row)
+    kind: Any  # of gguf.GGMLQuantizationType
+    nbytes: int
+
+
+def _layout(model: LlamaForCausalLM, type: str) -> list[_Tensor]:
+    """Every tensor of the file in the model's order. Vectors are in float32."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
+
+    if model.config.model_type not in ARCHITECTURES:
+        raise WeightsError(f"llama.cpp's names for {model.config.model_type} are not known here")
+    kinds, tensors = GGMLQuantizationType, []
+    for weight, shape in shapes_of(model).items():
+        kind = kinds[type.upper()] if len(shape) == 2 else kinds.F32
+        if type[:2] in ("q4", "q5") and weight.startswith(("model.embed_tokens", "lm_head")):
+            kind = kinds.Q8_0 if len(shape) == 2 else kind  # what is lost there is lost everywhere
+        if shape[-1] % GGML_QUANT_SIZES[kind][0]:
+            kind = kinds.F16  # whole groups of 32 columns are packed
+        in_bytes = quant_shape_to_byte_shape(shape, kind)
+        packed = kind not in (kinds.F32, kinds.F16)
+        name = gguf_name(weight, model.config)
+        n = int(np.prod(in_bytes, dtype=np.int64))
+        tensors.append(_Tensor(name, weight, in_bytes if packed else shape, kind, n))
+    return tensors
+
+
+def _checked_pairs(
+    config: LlamaConfig, pairs: dict[str, Any], names: list[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The file's pairs about the model, and RoPE's factors; read again, they are the model."""
+    said, architecture = as_llama_cpp_says(config), ARCHITECTURES[config.model_type][0]
+    own, factors = pairs_of(said)
+    of_model = {f"{architecture}.{key}": value for key, value in own.items() if value is not None}
+    arrays: dict[str, Any] = dict.fromkeys(FACTORS)
+    arrays |= {name: mx.array(array) for name, array in factors.items()}
+    metadata = {"general.architecture": architecture, **pairs, **of_model}
+    try:
+        read = LlamaConfig.from_hf(config_of(Path("model.gguf"), metadata, names, arrays))
+    except WeightsError as error:
+        raise WeightsError(f"llama.cpp does not compute this model: {error}") from None
+    problems = [
+        f"{field} = {value!r}; it would compute with {getattr(read, field)!r}"
+        for field, value in vars(said).items()
+        if field != "model_type" and not same_value(getattr(read, field), value)
+    ]
+    if problems:
+        raise WeightsError(
+            f"a GGUF file of llama.cpp's architecture {architecture!r} cannot say all that this "
+            f"model is; merge the adapter instead (mlx-qlora merge):\n{listing(problems)}"
+        )
+    return of_model, factors
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def _write(
+    file: Path,
+    model: LlamaForCausalLM,
+    tensors: list[_Tensor],
+    pairs: dict[str, Any],
+    factors: dict[str, np.ndarray],
+    type: str,
+    base: str | None,
+) -> float | None:
+    """Write what llama.cpp's converter writes, tensor by tensor, and read it back.
+
+    Returns the share of the adapter's update that is in the file.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(file, ARCHITECTURES[model.config.model_type][0])
+    writer.add_type(gguf.GGUFType.MODEL)
+    # Some readers look for a family's name in it.
+    writer.add_name((base or "").rpartition("/")[2] or file.stem)
+    writer.add_string(OURS, f"mlx-qlora {__version__}")
+    add_base(writer, base)
+    types = gguf.LlamaFileType
+    writer.add_file_type(types.ALL_F32 if type == "f32" else types[f"MOSTLY_{type.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    add |= {str: writer.add_string, list: writer.add_array}
+    for key, value in pairs.items():
+        add[value.__class__](key, value)
+    for name, array in factors.items():
+        writer.add_tensor_info(f"{name}.weight", array.shape, array.dtype, array.nbytes)
+    dtypes = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+    for tensor in tensors:
+        dtype = np.dtype(dtypes.get(tensor.kind, np.uint8))
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, tensor.kind)
+    checksums, sums = [], np.zeros(2)
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in chain(factors.values(), _arrays(model, tensors, sums)):
+            writer.write_tensor_data(array)
+            checksums.append((array.nbytes, zlib.crc32(array.data)))
+            mx.clear_cache()
+    (read, _, start), data = read_header(file), np.memmap(file, np.uint8, "r")
+    for (name, *_, offset), (n_bytes, checksum) in zip(read, checksums, strict=True):
+        if zlib.crc32(data[start + offset :][:n_bytes].data) != checksum:
+            raise WeightsError(f"{file.name}: what was read back of {name} is not what was written")
+    return float(sums[0] / sums[1]) if sums[1] else None
+
+
+def _arrays(
+    model: LlamaForCausalLM, tensors: list[_Tensor], sums: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The tensors as they are in the file, from one dense matrix at a time.
+
+    The update's product with what is stored of it, and with itself, are added to `sums`.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    made = Tensors(dict(model.named_modules()), None, None, mx.float32)
+    for tensor in tensors:
+        array = np.array(made.make(tensor.weight)[0], copy=False)
+        if tensor.weight.endswith("norm.weight"):
+            array = array + np.float32(model.config.norm_offset)
+        array = permute(array, tensor.weight, model.config)
+        if tensor.kind == GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo("f2").max:
+            raise WeightsError(f"{tensor.weight} has numbers beyond f16: choose the type bf16")
+        packed = np.concatenate(
+            [quantize(array[i : i + ROWS], tensor.kind) for i in range(0, len(array), ROWS)]
+        )
+        module = made.modules[tensor.weight.rpartition(".")[0]]
+        if isinstance(module, LoRALinear) and tensor.weight.endswith(".weight"):
+            base = np.array(module.base_layer.dense().astype(mx.float32), copy=False)
+            base = permute(base, tensor.weight, model.config)
+            update, stored = array - base, dequantize(packed, tensor.kind) - base
+            sums += np.vdot(update, stored), np.vdot(update, update)
+        yield packed
+
+
+def _run(command: list[str], folder: Path) -> None:
+    """Run a program in a folder; an AdapterError with its last words if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()
+        what = f"{Path(command[0]).name} failed ({done.returncode}): {' '.join(words[-1:])}"
+        raise AdapterError(f"{what}; the command was {shlex.join(command)} in {folder}")
+
+
+# ---- Ollama and LM Studio ------------------------------------------------------------------------
+
+
+def modelfile_of_model(file: str, tokenizer: Tokenizer) -> str:
+    """The text of an Ollama Modelfile: the template if Go can say it, and what ends an answer.
+
+    Without a TEMPLATE Ollama takes the one of its own that is most like the file's chat template,
+    which may lack a few words, such as a default system prompt, or reads the file's own.
+    """
+    lines = [MADE_BY, f"FROM ./{file}"]
+    if (template := go_template(tokenizer)) is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    ends = (text for text in tokenizer.end_texts if '"' not in text and "\n" not in text)
+    return "\n".join([*lines, *(f'PARAMETER stop "{text}"' for text in ends), ""])
+
+
+def go_template(tokenizer: Tokenizer) -> str | None:
+    """A chat template as Ollama's Go template; None if it does more than put words around texts.
+
+    What is around the texts is read off chats that the tokenizer writes, and a longer chat must
+    come out the same. Spaces around a text may be cut by the one and not by the other.
+    """
+
+    def between(*texts: str) -> list[str]:
+        roles = ["system"] * texts[0].startswith("sys") + ["user", "assistant"] * len(texts)
+        chat = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        rest, parts = tokenizer.render_chat(chat, add_generation_prompt=True), []
+        for text in texts:
+            part, here, rest = rest.partition(text)
+            parts.append(part if here else "{{")
+        return [*parts, rest]
+
+    try:
+        start, _ = between("usr1")
+        opened, closed, _ = between("sys0", "usr1")
+        _, answer, turn, ask = between("usr1", "ans1", "usr2")
+        longer = between("sys0", "usr1", "ans1", "usr2", "ans2", "usr3")
+    except TokenizerError:
+        return None
+    source = tokenizer.chat_template or ""
+    same = longer == [opened, closed, answer, turn, answer, turn, ask]
+    if not same or "strftime_now" in source:  # a date that would stay today's
+        return None
+    bos = tokenizer.special_tokens.get("bos_token", "") if tokenizer.adds_bos else ""
+    start, opened = start.removeprefix(bos), opened.removeprefix(bos)
+    after = ask
+    if answer != ask:  # of the last message, and of those that an answer follows
+        after = (
+            f"{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{ask}{{{{ else }}}}{answer}{{{{ end }}}}"
+        )
+    words = [start, opened, closed, turn, ask, answer]
+    if any("{{" in word or '"""' in word for word in words):
+        return None
+    return (
+        '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
+        f"{opened}{{{{ .Content }}}}{closed}{{{{ else }}}}"
+        f"{{{{ if eq $i 0 }}}}{start}{{{{ end }}}}{{{{ .Content }}}}"
+        f'{{{{ if eq .Role "assistant" }}}}{turn}{{{{ else }}}}{after}'
+        "{{ end }}{{ end }}{{ end }}"
+    )
+
+
+def find_ollama() -> str:
+    """The path of Ollama's program; a ConfigError if it is not installed."""
+    if (program := shutil.which("ollama")) is None:
+        raise ConfigError(
+            "--ollama: there is no program ollama on the PATH; install it (https://ollama.com), "
+            "or leave --ollama out, and run `ollama create NAME -f Modelfile` later"
+        )
+    return program
+
+
+def create_in_ollama(folder: Path, name: str) -> None:
+    """Give Ollama the model whose Modelfile is in a folder, under a name."""
+    _run([find_ollama(), "create", name, "-f", "Modelfile"], folder)
+
+
+def lm_studio_folder(name: str) -> Path:
+    """The folder in which LM Studio looks for the model `PUBLISHER/MODEL`."""
+    if not HUB_ID.fullmatch(name):
+        raise ConfigError(f"--lmstudio must name PUBLISHER/MODEL; got {name!r}")
+    home, pointer = Path.home() / ".lmstudio", Path.home() / ".lmstudio-home-pointer"
+    if pointer.is_file():
+        home = Path(pointer.read_text(encoding="utf-8").strip())
+    models = json_object(home / "settings.json").get("downloadsFolder")
+    return (Path(models) if isinstance(models, str) else home / "models") / name
