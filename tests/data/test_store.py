@@ -21,7 +21,8 @@ from support.tiny_folder import write_rows
 
 from mlx_qlora import __version__
 from mlx_qlora.data import read
-from mlx_qlora.data.examples import (
+from mlx_qlora.data.read import DataConfig, read_examples
+from mlx_qlora.data.store import (
     ROW,
     VERSION,
     TokenStore,
@@ -30,11 +31,10 @@ from mlx_qlora.data.examples import (
     on_disk,
     store_in_memory,
 )
-from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 
-FILES = ["about.json", "rows.npy", "tokens.bin"]
+FILES = ["about.json", "rows.npy", "tokens.bin", "weights.bin"]
 
 Row = list[tuple[int, bool]]  # ids, and whether each is learned
 ids = st.one_of(st.integers(0, 3), st.integers(0, 2**30 - 1))
@@ -51,6 +51,7 @@ def pieces_of(content: list[list[Row]]) -> Iterator[TokenStore]:
             line += 1
             about["start"], about["length"], about["line"] = start, len(row), line
             about["said"] = about["made"] = 2**64 - line
+            about["weights"] = -1
             start += len(row)
         yield TokenStore(np.array(tokens, np.int32), rows)
 
