@@ -105,7 +105,7 @@ def _turns(answer: Any) -> list[Any]:
     """An answer as messages: it may be one, or its text."""
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
-    return [answer] if isinstance(answer, Mapping) else list(answer)
+    return [*answer] if isinstance(answer, (list, tuple)) else [answer]
 
 
 def _common(first: Any, second: Any) -> int:

@@ -34,7 +34,7 @@ STEPS, CLOSE = 20, 1e-5
 LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the tiny model, for r=1
 # What is sent in a step besides the gradients: three counts and three signals, and the loss sum.
 BESIDES = 6 * 8 + 4
-SCORE = 10 * 8  # numbers of a validation
+SCORE = 11 * 8  # numbers of a validation
 # Ten rows to test on besides, which both processes score.
 SPLIT = ("data.split=[0.6, 0.2, 0.2]", "--json")
 # What a run is told besides, by name.
