@@ -91,7 +91,10 @@ NOT_PAIRS: dict[str, tuple[Any, str]] = {
         {"prompt": "a", "chosen": "b", "rejected": "b"},
         "fields 'chosen' and 'rejected' say the same",
     ),
-    "no text": ({"prompt": "a", "chosen": "b", "rejected": 7}, "rejected[0] is not an object but int"),
+    "no text": (
+        {"prompt": "a", "chosen": "b", "rejected": 7},
+        "rejected[0] is not an object but int",
+    ),
     "another question": (
         {"prompt": "What?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
         "field 'prompt' says something else than both conversations",

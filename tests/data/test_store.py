@@ -51,9 +51,14 @@ def pieces_of(content: list[list[Row]]) -> Iterator[TokenStore]:
             line += 1
             about["start"], about["length"], about["line"] = start, len(row), line
             about["said"] = about["made"] = 2**64 - line
-            about["weights"] = -1
+            about["weights"] = start if line % 2 else -1
             start += len(row)
-        yield TokenStore(np.array(tokens, np.int32), rows)
+        yield TokenStore(np.array(tokens, np.int32), rows, weights=weights_of(tokens))
+
+
+def weights_of(ids: list[int]) -> np.ndarray:
+    """What ids weigh as labels, where their row has weights."""
+    return (np.array(ids) % 7).astype(np.float32)
 
 
 def content_of(store: TokenStore) -> list[Row]:
@@ -94,6 +99,10 @@ def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[
         assert store is not None and content_of(store) == rows
         assert store.rows["line"].tolist() == [i + 1 for i in range(len(rows))]
         assert store.rows["start"].tolist() == starts
+        for i, row in enumerate(rows):
+            weights, ids = store.weights_of(i), [~t if learned else t for t, learned in row]
+            wanted = None if i % 2 else weights_of(ids).tolist()
+            assert (weights if weights is None else weights.tolist()) == wanted
         assert store.rows["said"].tolist() == [2**64 - i - 1 for i in range(len(rows))]
     assert [store.about for store in stores if store] == [{}, {"a": [1]}, {"a": [1]}, {"a": [1]}]
 
@@ -283,7 +292,8 @@ DAMAGE = {
 def test_a_damaged_entry_is_removed_and_made_again(
     tokenizer: Tokenizer, tmp_path: Path, damage: str
 ) -> None:
-    path, config = write_rows(tmp_path / "rows.jsonl", 20), DataConfig(cache_dir=str(tmp_path))
+    path = write_rows(tmp_path / "rows.jsonl", 20)
+    config = DataConfig(cache_dir=str(tmp_path), prompt_loss_weight=0.5)
     digest = read_examples(path, tokenizer, config).digest
     (entry,) = (tmp_path / "tokens").iterdir()
     for check in (lambda: cached(entry), lambda: read_examples(path, tokenizer, config)):

@@ -242,7 +242,7 @@ def test_kto_needs_two_examples_in_a_step():
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-RUN: dict[str, Any] = {"max_steps": 18, "eval_steps": 6, "learning_rate": 2e-2, "r": 8}
+RUN: dict[str, Any] = {"max_steps": 18, "eval_steps": 6, "learning_rate": 2e-2, "logging_steps": 1}
 
 
 def held_out(objective: str) -> tuple[Examples, Examples]:
@@ -256,7 +256,7 @@ def test_a_run_learns_to_prefer(folder, tmp_path, objective):
     records = recorded(tmp_path)
     evals = [record for record in records if "eval_loss" in record]
     margins = [record["eval_rewards/margins"] for record in evals]
-    print(margins, [r.get("eval_rewards/accuracies") for r in evals])
+
     assert len(evals) == 3 and margins == sorted(margins) and margins[-1] > 0.05
     if objective != "kto":
         assert evals[-1]["eval_rewards/accuracies"] > 0.9
