@@ -319,8 +319,8 @@ class Run:
 
     def retried(self, work: Callable[[], T]) -> T:
         """Scores held-out rows, fewer at once where memory ends."""
-        batch = (self.held_out or self.batches)[0]
-        return retried(work, lambda reason, _: self.step.split_more([batch], reason))
+        rows = self.held_out or self.batches
+        return retried(work, lambda reason, _: self.step.split_more([rows[0]], reason))
 
     def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return itertools.takewhile(lambda _: self.stop.signum is None, self.step.pieces(batches))

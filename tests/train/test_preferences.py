@@ -87,7 +87,7 @@ class Compared:
         self.batch = self.batches[0]
         self.preferences = Preferences(self.config, self.model, self.batches, None, Processes(None))
         self.preferences.refer(whole)
-        randomise_lora(self.model, scale=0.1)
+        randomise_lora(self.model, seed=4, scale=0.1)
 
     def step(self, batches: list[Batch] | None = None, recompute: Any = "none"):
         """Mean loss, mean gradient and metrics of a step of some micro-batches."""
