@@ -423,7 +423,10 @@ def without_effect(
         "data.prompt_loss_weight": "no row has a prompt" * (forms <= {"text"})
         or "prompts are not learned" * (objective == "kto" or learns_no_prompt),
         "lora.lora_dropout": "answers are compared without dropout" * (objective != "sft"),
-        **{k: f"{' and '.join(v)} read it, not {objective}" for k, v in elsewhere.items()},
+        **{
+            name: f"{' and '.join(readers)} read{'s' * (len(readers) == 1)} it, not {objective}"
+            for name, readers in elsewhere.items()
+        },
     }
     return unused(config, reasons)
 
