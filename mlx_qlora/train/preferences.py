@@ -129,23 +129,18 @@ def good_answers(examples: Examples) -> Examples | None:
     return Examples.of(rows, examples.report.source) if rows else None
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What an objective makes of n examples."""
-
-    losses: np.ndarray  # (n,)
-    slopes: np.ndarray  # (n, k), d loss / d log-probability
-    scores: np.ndarray  # (n, k), of which `beta` times are the rewards
-
-
 def compared(
     config: TrainingConfig, answers: Answers, reference: np.ndarray, kl: float = 0.0
-) -> Compared:
-    """The losses of some examples.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The losses of n examples.
 
     Args:
         reference: (n, k) log-probabilities before the training; not read by orpo and simpo.
         kl: by how many nats the log-probabilities of mismatched answers have risen, for kto.
+
+    Returns:
+        (n,) losses; (n, k) their derivatives by the log-probabilities; (n, k) scores, of which
+        `beta` times are the rewards.
     """
     averages = config.objective in ("orpo", "simpo")
     scale = answers.lengths if averages else np.ones_like(answers.lengths)
@@ -156,7 +151,7 @@ def compared(
         weights = np.where(answers.good, config.desirable_weight, config.undesirable_weight)
         value = sigmoid(beta * sign * (scores - kl))
         slopes = -weights * beta * sign * value * (1 - value)
-        return Compared((weights * (1 - value))[:, 0], slopes, scores)
+        return (weights * (1 - value))[:, 0], slopes, scores
     if config.objective == "orpo":
         # A probability of 1 has infinite odds; float32 knows no log-probability closer to 0.
         rejected, chosen = np.minimum(scores, -1e-7).T
@@ -169,7 +164,7 @@ def compared(
         losses = -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
         slope = smoothing * sigmoid(margin) - (1 - smoothing) * sigmoid(-margin)
         by_scores = np.array([-beta, beta])
-    return Compared(losses, slope[:, None] * by_scores / scale, scores)
+    return losses, slope[:, None] * by_scores / scale, scores
 
 
 def log_sigmoid(x: np.ndarray) -> np.ndarray:
@@ -288,10 +283,10 @@ class Preferences:
         here = np.unique(labels // batch.tokens.shape[1])
         answers = Answers.of(batch, labels, nats, self.k)
         indices = self.batches.indices([batch.rows[row] for row in here])
-        found = compared(self.config, answers, self.reference[indices], self.kl)
-        self.sums += self._sums_of(answers, found)
+        losses, of_rows, scores = compared(self.config, answers, self.reference[indices], self.kl)
+        self.sums += self._sums_of(answers, scores)
         slopes = np.zeros((len(batch.rows), self.k))
-        slopes[here] = found.slopes
+        slopes[here] = of_rows
         document = batch.document_of[labels]
         weights = -slopes.reshape(-1)[document]
         if batch.answers is not None:
@@ -299,7 +294,7 @@ class Preferences:
         if self.per_weight:
             own = 1.0 if batch.weights is None else batch.weights.reshape(-1)[labels]
             weights += self.per_weight * own * (document % self.k == self.k - 1)
-        loss = found.losses.sum() + self.per_weight * answers.table[:, -2].sum()
+        loss = losses.sum() + self.per_weight * answers.table[:, -2].sum()
         return Weighed(float(loss), len(answers), weights)
 
     # ---- metrics ---------------------------------------------------------------------------------
@@ -308,16 +303,16 @@ class Preferences:
         """Forget what was computed of a step, which is computed again."""
         self.sums = np.zeros(7)
 
-    def _sums_of(self, answers: Answers, found: Compared) -> np.ndarray:
+    def _sums_of(self, answers: Answers, scores: np.ndarray) -> np.ndarray:
         """Of the good answers and the others their number, rewards and log-probabilities."""
         averaged = self.config.objective in ("orpo", "simpo")
-        logps = found.scores if averaged else answers.logps
+        logps = scores if averaged else answers.logps
         sums = [
             values[good].sum()
             for good in (answers.good, ~answers.good)
-            for values in (np.ones_like(logps), self.config.reward_scale * found.scores, logps)
+            for values in (np.ones_like(logps), self.config.reward_scale * scores, logps)
         ]
-        right = (found.scores[:, -1] > found.scores[:, 0]).sum()
+        right = (scores[:, -1] > scores[:, 0]).sum()
         return np.array([*sums, right])
 
     def metrics(self) -> dict[str, float]:
@@ -345,7 +340,7 @@ class Preferences:
         if self.mismatched is not None:
             risen = self._total(self.mismatched, pieces) - self.reference_mismatched
             kl = max(risen / len(answers), 0.0)
-        found = compared(self.config, answers, self.reference_held_out, kl)
+        losses, _, scores = compared(self.config, answers, self.reference_held_out, kl)
         nats, weights = answers.table[:, -2:].sum(axis=0)
-        loss = found.losses.mean() + self.alpha * nats / max(weights, 1e-9)
-        return float(loss), self._named(self._sums_of(answers, found), kl)
+        loss = losses.mean() + self.alpha * nats / max(weights, 1e-9)
+        return float(loss), self._named(self._sums_of(answers, scores), kl)
