@@ -39,6 +39,10 @@ def read_pair(row: Any, columns: Mapping[str, str]) -> tuple[list[Said], set[str
         unread |= unread_fields(side, "auto", sides[-1])
     if sides[0] == sides[1]:
         raise DataError("fields 'chosen' and 'rejected' say the same")
+    # What stands before both answers is one field, and there is no third answer.
+    before = next((n for n in (*CONTEXTS, "instruction", "prompt") if row.get(n)), "")
+    others = {*CONTEXTS, "prompt", "completion", "output"} - {before}
+    unread |= {name for name in others if not is_harmless("", row.get(name))}
     if row_weight(row) != 1:
         unread.add("weight")
     return sides, unread

@@ -77,6 +77,13 @@ def test_a_pair_is_its_rejected_side_and_its_chosen_one(name):
     assert read_pair(row, {}) == (wanted, set())
 
 
+def test_what_a_pair_says_besides_is_counted():
+    row = {"prompt": "a ", "chosen": "b", "rejected": "c", "completion": "d", "mood": "good"}
+    assert read_pair(row, {}) == (PAIRS["texts"][1], {"completion", "mood"})
+    row = {"messages": [ASK], "prompt": "p", "chosen": "Ho", "rejected": "No", "weight": 2}
+    assert read_pair(row, {}) == (CHAT, {"prompt", "weight"})
+
+
 NOT_PAIRS: dict[str, tuple[Any, str]] = {
     "an answer": (
         {"prompt": "a", "completion": "b"},
