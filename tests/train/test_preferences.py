@@ -15,6 +15,7 @@ from support.training import assert_same, at_step, fine_tune, recorded, stop
 
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import Batch, Batches, evaluation_batches, halves, make_batches
 from mlx_qlora.data.examples import Examples
@@ -304,6 +305,13 @@ def test_rows_of_another_objective_are_refused(folder, tmp_path):
     )
     with pytest.raises(DataError, match="the rows are answers, which"):
         fine_tune(folder, tmp_path, objective="kto")
+
+
+def test_a_sweep_does_not_compare_losses_of_other_objectives(folder, tmp_path, capsys):
+    words = ["sweep", "--model", str(folder), "--data", str(tmp_path / "rows.jsonl")]
+    assert main([*words, "training.objective=dpo"]) == 2
+    said = capsys.readouterr().err
+    assert "sweep compares losses of training.objective=sft, and not those of dpo" in said
 
 
 @pytest.mark.parametrize(
