@@ -37,7 +37,7 @@ STEPS, SAVE_STEPS, EVAL_STEPS = 36, 4, 6
 RANDOM = "random moment"
 CALLS = ("open", "half a file", "fsync", "rename", "remove")
 SAME_BYTES = ("adapter_config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
-TIMINGS = ("tokens_per_second", "peak_memory_bytes", "eval_runtime")
+TIMINGS = "tokens_per_second", "peak_memory_bytes", "process_memory_bytes", "eval_runtime"
 
 
 def main() -> None:

@@ -46,7 +46,6 @@ from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.memory import (
     chunks_of,
-    cores,
     default_chunks,
     split_evenly,
     supervised_documents,
@@ -233,7 +232,7 @@ class Maker:
 def multiply(chunks: list[list[Share]]) -> None:
     """Computes a floor."""
     for shares in chunks:
-        with blas.threads(max(1, cores() // len(shares))):
+        with blas.threads(max(1, device.cores() // len(shares))):
             before: list[mx.array] = []
             for stages in zip(*(share.stages for share in shares)):
                 now: list[mx.array] = []

@@ -15,6 +15,7 @@ SIZES = (
     *("head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings"),
 )
 SHAPES: dict[str, tuple[Any, ...]] = {
+    "qwen2.5-0.5b": (896, 24, 14, 2, 64, 4864, 151936, True),
     "smollm2-135m": (576, 30, 9, 3, 64, 1536, 49152, True),
     "llama-3.2-1b": (2048, 16, 32, 8, 64, 8192, 128256, True),
     "llama-3.2-3b": (3072, 28, 24, 8, 128, 8192, 128256, True),

@@ -11,7 +11,9 @@ batches, in which graphs are compiled, is left out, as are loading and tokenisin
 synchronised.
 
 Memory is MLX's own peak (of torch: the process's resident set), less the frozen weights that were
-resident before. Asserted: what the README claims.
+resident before. Asserted: memory and the first loss. How much faster ours is than the others
+depends on the machine, so that is told, round by round, and not asserted: what holds on every
+machine is how near a step comes to its own matmuls (`matmul_floor.py`).
 """
 
 import argparse
@@ -30,9 +32,9 @@ from trainers import TRAINERS, Batches
 
 import mlx_qlora as mq
 
-# At least so many times as fast as the others, at most so much of mlx-lm's memory, and how much
-# memory is enough where only the 4-bit base is resident.
-TIMES_MLX_LM, TIMES_TORCH, MEMORY_SHARE, LOW_MEMORY = 2.75, 1.9, 0.5, 0.4e9
+# At most so much of mlx-lm's memory, and what is enough where only the 4-bit base is resident.
+MEMORY_SHARE, LOW_MEMORY = 0.5, 0.4e9
+OTHERS = "mlx-lm", "torch + PEFT"
 MOST_LOSS_DIFFERENCE = 2e-3  # of the same batches at the same weights, but for rounding
 
 
@@ -61,7 +63,15 @@ def main() -> None:
     show(results)
     speeds = {name: found["tokens_per_second"]["median"] for name, found in results.items()}
     plot = measure.bars("train_speed", "SmolLM2-135M, LoRA r=16", "real tokens/s", speeds)
-    measure.finish("train_speed", vars(args), results, plot)
+    real = {name: [1 / each["seconds"] for each in of] for name, of in rounds.items()}
+    ratios = {
+        name: measure.spread([mine / other for mine, other in zip(real["ours"], real[name])])
+        for name in OTHERS
+        if {"ours", name} <= real.keys()
+    }
+    for name, ratio in ratios.items():
+        print(f"ours / {name}: {measure.shown(ratio, 2)} times the real tokens/s")
+    measure.finish("train_speed", vars(args), results | {"times": ratios}, plot)
     check(results)
 
 
@@ -120,13 +130,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 def check(results: dict[str, dict[str, Any]]) -> None:
     """Asserts the claims, of those trainers that ran."""
-    speed = {name: found["tokens_per_second"]["median"] for name, found in results.items()}
     beyond = {name: found["beyond_base_bytes"] for name, found in results.items()}
-    for other, least in (("mlx-lm", TIMES_MLX_LM), ("torch + PEFT", TIMES_TORCH)):
-        if {"ours", other} <= results.keys():
-            ratio = speed["ours"] / speed[other]
-            print(f"ours / {other}: {ratio:.2f} times the real tokens/s")
-            assert ratio >= least, f"ours is not {least} times as fast as {other}"
     if {"ours", "torch + PEFT"} <= results.keys():
         # The first batch is trained at the same weights: B is zero. mlx-lm's loss is left out, as
         # it learns one pad token of each row, too.

@@ -27,7 +27,16 @@ from mlx_qlora.after.screen import shown
 from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
 from mlx_qlora.config import unused as unused_fields
 from mlx_qlora.distributed import launched, processes
-from mlx_qlora.errors import AdapterWarning, ConfigError, UserError, require, say, size, warn
+from mlx_qlora.errors import (
+    AdapterWarning,
+    ConfigError,
+    UserError,
+    require,
+    say,
+    size,
+    visible,
+    warn,
+)
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
@@ -291,8 +300,8 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     text = ""
     for piece in answer:
         text += piece
-        if not args.json:
-            print(piece, end="", flush=True)
+        if not args.json:  # a terminal would act on what a model writes; a file gets it as it is
+            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     if not args.json:
         print()
     return {"text": text, **asdict(answer.speed)}

@@ -7,12 +7,14 @@ import math
 import os
 import platform
 import re
+import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_qlora.errors import ConfigError, did_you_mean, require
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 # ---- the device ----------------------------------------------------------------------------------
 
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
+SMALL_CACHE = 16 << 20  # bytes of freed buffers, while weights come and go
 COPY_SHARE = 0.4  # of the memory that a dequantised copy may take; the rest is for training
 
 
@@ -58,6 +61,8 @@ class Device:
     head_bytes: int = 256 << 20  # of logits, and of the head's rows, in a slice of the vocabulary
     adamw_slice: int = 1 << 26  # numbers of the flat buffers that AdamW moves at once
     adamw_bytes: int | None = None  # temporary arrays of that; None: as large as the buffers
+    cache_share: float = 1.0  # of what a step takes and gives back that MLX keeps for the next
+    prompt_positions: int = 1 << 14  # of prompts that are read at once, before they are answered
 
     # What it reaches.
     memory_share: float = 0.92  # that a plan may fill; MLX drops freed buffers where it must
@@ -106,6 +111,8 @@ CPU = Device(
     head_bytes=8 << 20,  # near the caches, like the next
     adamw_slice=1 << 19,
     adamw_bytes=8 << 20,
+    cache_share=0.1,  # as fast as with all of it, once buffers are given back
+    prompt_positions=512,
     memory_share=0.5,
     matmul_share=0.45,
     waits_for_weights=True,
@@ -257,12 +264,15 @@ def facts() -> dict[str, Any]:
     }
 
 
-def limit_memory() -> None:
-    """Keep MLX's memory where the machine can serve it; the one place that sets its limits.
+def limit_memory(temporary: int) -> None:
+    """Keep MLX's memory where the plan says; the one place that sets its limits for a run.
 
     On Metal the working set is wired, so that macOS does not page weights out between steps, and
     MLX waits for what is under way before it takes more: its own limit is 1.5 times that. The
     cache of freed buffers is bounded everywhere: batches of many shapes would fill memory with it.
+
+    Args:
+        temporary: bytes that a step takes and gives back.
     """
     import mlx.core as mx
 
@@ -270,7 +280,8 @@ def limit_memory() -> None:
     if here.device.wires_memory:
         mx.set_wired_limit(here.working_set_bytes)
         mx.set_memory_limit(here.working_set_bytes)
-    mx.set_cache_limit(here.cache_bytes)
+    mx.set_cache_limit(here.cache_bytes(temporary))
+    free_at_once()
 
 
 def free_at_once() -> None:
@@ -281,6 +292,34 @@ def free_at_once() -> None:
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+@contextmanager
+def small_cache(applies: bool = True) -> Iterator[None]:
+    """Within it hardly any freed buffer is kept: weights that are dropped outweigh all else."""
+    import mlx.core as mx
+
+    if not applies:
+        yield
+        return
+    free_at_once()
+    mx.clear_cache()
+    before = mx.set_cache_limit(0)
+    mx.set_cache_limit(min(before, SMALL_CACHE))
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+
+
+def process_memory_bytes() -> int:
+    """The most memory that this process has had, with what it shares, such as libraries."""
+    try:  # getrusage would begin with the peak of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) << 10
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10
 
 
 # What Metal, CUDA and the C++ library say when memory is exhausted.
@@ -340,7 +379,10 @@ MEMORY = {
 }
 SMALL_MAC = 36e9  # macOS gives a process 2/3 of so little memory, else 3/4 (iogpu.wired_limit_mb)
 PROBE = 1024  # rows and columns of the product that measures this machine
-UNCACHED = 1 << 25  # numbers of an array that no cache holds
+UNCACHED = 1 << 24  # numbers of an array that no cache holds
+PROCESS_BYTES = 57 << 20  # of Python, its packages and libraries, imported
+READER_BYTES = 23 << 20  # of the thread that reads streamed layers, and what it leaves on the heap
+DISK = 1.5e9  # bytes per second of the slowest SSD that these Macs are sold with
 
 
 @dataclass(frozen=True)
@@ -370,10 +412,9 @@ class Machine:
         known = BANDWIDTH.get(self.name.rpartition("-")[0])
         return known * 1e9 * BANDWIDTH_SHARE if known else _measured_reading()
 
-    @property
-    def cache_bytes(self) -> int:
-        """How much of the buffers that it has freed MLX may keep for later."""
-        return self.working_set_bytes // 8
+    def cache_bytes(self, temporary: int) -> int:
+        """How many bytes of freed buffers MLX may keep, of what a step takes and gives back."""
+        return min(self.working_set_bytes // 8, int(self.device.cache_share * temporary))
 
     def seconds(self, flops: float, weights: int, elementwise: float) -> float:
         """How long training takes for so many flops of matmuls and bytes that are moved.

@@ -20,6 +20,9 @@ class UserError(ValueError):
 
     is_shared = False  # whether all processes have it, so that only the first one prints it
 
+    def __str__(self) -> str:
+        return visible(super().__str__())  # it may quote a stranger's file
+
 
 class ConfigError(UserError):
     """A field is unknown, of the wrong type or out of range, or two fields exclude each other."""
@@ -113,8 +116,18 @@ def require(holds: bool, field: str, rule: str, got: Any) -> None:
 # ---- lines for a person --------------------------------------------------------------------------
 
 
+# What a terminal acts on, or shows in another order; and halves of characters, which no file holds.
+UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A text with its control characters spelled out; line breaks and tabs stay."""
+    return UNSHOWN.sub(lambda character: repr(character[0])[1:-1], text)
+
+
 def say(console: "Console", text: str) -> None:
     """Print a line: as it is where there is no terminal, else folded between words."""
+    text = visible(text)
     if console.is_terminal:
         text = "\n".join(fold(line, console.width) for line in text.split("\n"))
     console.print(text, highlight=False, markup=False, soft_wrap=True)

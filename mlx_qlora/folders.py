@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -82,7 +83,16 @@ def staged(
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, of which a reader finds all or what was there before."""
     with staged(path.parent) as staging:
-        (staging / path.name).write_text(text, encoding="utf-8")
+        (staging / path.name).write_text(text, "utf-8", "backslashreplace")  # names of files
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def user_cache() -> Path:
@@ -130,13 +140,16 @@ def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system gives the lock back if a run dies."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other runs out of a folder; the system gives the lock back if a run dies.
+
+    Where another one is there, this is a ConfigError, or it is waited for.
+    """
     with disk_errors(folder):
         lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"another run is writing to {folder}; choose another --output-dir, or wait for it"
@@ -261,9 +274,17 @@ def card_header(path: Path) -> dict[str, Any]:
         return {}
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a file of a stranger holds; a ValueError if that is no JSON, or nests too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError):
+        return dict(parse_json(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
         return {}

@@ -5,19 +5,28 @@ multiplied. A run takes its choice from there before it begins, and records it.
 """
 
 import json
+import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from rich.console import Console
 
 from mlx_qlora import device
+from mlx_qlora.config import RunConfig
+from mlx_qlora.distributed import processes
+from mlx_qlora.errors import say
 from mlx_qlora.folders import disk_errors, user_cache, write_whole
+from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
+from mlx_qlora.train.checkpoint import values_before
 
 FASTER = 0.97  # of the time of the table's choice; a smaller difference is noise
 Seconds = dict[str, dict[str, float]]  # dtype -> way to multiply -> seconds of a position
 
 
-def key_of(llama: Any, quant: Any) -> str:
-    """The chip, MLX's version and a layer's shape, from a LlamaConfig and a QuantConfig."""
+def key_of(llama: LlamaConfig, quant: QuantConfig) -> str:
+    """The chip, MLX's version and a layer's shape."""
     facts, heads = device.facts(), f"{llama.num_attention_heads}/{llama.num_key_value_heads}"
     where = f"{facts['chip']} ({facts['device']}), MLX {facts['mlx']}"
     shape = f"{llama.hidden_size} x {llama.intermediate_size}, {heads} heads of {llama.head_dim}"
@@ -70,3 +79,47 @@ def fastest(key: str, dense_numbers: int) -> tuple[str, str, str] | None:
     if known[best] > FASTER * known[usual]:
         return dtype, usual, "no other way was faster here"
     return dtype, best, f"{known[usual] / known[best]:.2f} times as fast here as {usual}"
+
+
+def as_measured(
+    config: RunConfig,
+    llama: LlamaConfig,
+    packing: QuantConfig | None,
+    dense_numbers: int,
+    console: Console,
+) -> RunConfig:
+    """With what `doctor --tune` measured in the place of `auto`, which a line says.
+
+    A run that goes on repeats its own choice, whatever has been measured since.
+
+    Args:
+        packing: of the layers' matrices.
+        dense_numbers: in all packed matrices.
+    """
+    model = config.model
+    if before := values_before(config.checkpointing, "model"):
+        names = [n for n in ("dtype", "frozen_matmul") if getattr(model, n) == "auto"]
+        return replace(config, model=replace(model, **{n: before.get(n, "auto") for n in names}))
+    usual = model.frozen_matmul == "auto" and model.dtype in ("auto", device.current().dtype)
+    usual = usual and model.residency != "streamed"
+    if not usual or packing is None or processes().size > 1:  # machines may differ
+        return config
+    if (found := fastest(key_of(llama, packing), dense_numbers)) is None:
+        return config
+    dtype, way, why = found
+    say(console, f"measured  model.dtype={dtype}, model.frozen_matmul={way}: {why}")
+    return replace(config, model=replace(model, dtype=dtype, frozen_matmul=way))
+
+
+def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console) -> RunConfig:
+    """As `as_measured`, for a loaded model, which is multiplied with that way from then on."""
+    matrices = [m for m in model.modules() if isinstance(m, FrozenMatrix) and m.quant]
+    told = getattr(model, "frozen_matmul", None) != "auto"
+    if not matrices or told or model.model.reader is not None:
+        return config
+    numbers = sum(math.prod(matrix.shape) for matrix in matrices)
+    chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)
+    for matrix in matrices if chosen.model.frozen_matmul != config.model.frozen_matmul else ():
+        matrix.matmul = chosen.model.frozen_matmul  # pyright: ignore
+        matrix.make_resident()
+    return chosen

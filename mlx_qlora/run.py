@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.origin import base_hash, original_base
+from mlx_qlora.adapters.origin import base_hash, original_base, seal
 from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, write_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import (
@@ -49,10 +49,11 @@ from mlx_qlora.folders import (
     disk_errors,
     is_run,
     locked,
+    staged,
     write_whole,
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
-from mlx_qlora.measured import fastest, key_of
+from mlx_qlora.measured import as_measured, as_measured_for
 from mlx_qlora.model.hub import resolve, sample_of
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import add_lora, begins_with_base, lora_layers, trainable_count
@@ -70,7 +71,6 @@ from mlx_qlora.train.checkpoint import (
     is_ours,
     last_checkpoint,
     restore_set_aside,
-    values_before,
 )
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
@@ -83,7 +83,7 @@ OUTPUT = "checkpointing.output_dir"
 PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "rewards")
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
-WRITTEN += tuple(f"plots/{name}.{kind}" for name in PLOTS for kind in ("svg", "png"))
+WRITTEN += tuple(f"plots/{name}.svg" for name in PLOTS)
 N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the report
 
 # ---- what a run starts from ----------------------------------------------------------------------
@@ -135,7 +135,8 @@ class Inputs:
         chosen = self.config.model
         dtype = device.compute_dtype(chosen.dtype)
         how = chosen.frozen_matmul, chosen.residency
-        model = load_model(self.checkpoint, chosen.quantize(), dtype, *how)
+        with device.small_cache():
+            model = load_model(self.checkpoint, chosen.quantize(), dtype, *how)
         if chosen.adapter is not None:
             load_adapter(model, chosen.adapter)
         return model
@@ -290,36 +291,6 @@ def open_inputs(
     return inputs
 
 
-def as_measured(
-    config: RunConfig,
-    llama: LlamaConfig,
-    packing: QuantConfig | None,
-    dense_numbers: int,
-    console: Console,
-) -> RunConfig:
-    """With what `doctor --tune` measured in the place of `auto`, which a line says.
-
-    A run that goes on repeats its own choice, whatever has been measured since.
-
-    Args:
-        packing: of the layers' matrices.
-        dense_numbers: in all packed matrices.
-    """
-    model = config.model
-    if before := values_before(config.checkpointing, "model"):
-        names = [n for n in ("dtype", "frozen_matmul") if getattr(model, n) == "auto"]
-        return replace(config, model=replace(model, **{n: before.get(n, "auto") for n in names}))
-    usual = model.frozen_matmul == "auto" and model.dtype in ("auto", device.current().dtype)
-    usual = usual and model.residency != "streamed"
-    if not usual or packing is None or processes().size > 1:  # machines may differ
-        return config
-    if (found := fastest(key_of(llama, packing), dense_numbers)) is None:
-        return config
-    dtype, way, why = found
-    say(console, f"measured  model.dtype={dtype}, model.frozen_matmul={way}: {why}")
-    return replace(config, model=replace(model, dtype=dtype, frozen_matmul=way))
-
-
 def packing_of(checkpoint: Checkpoint, quantize: QuantConfig | None) -> QuantConfig | None:
     """How most matrices of the layers are packed, or will be; None for dense ones."""
     return checkpoint.packing.get("model.layers.0.mlp.down_proj") or quantize
@@ -408,20 +379,6 @@ def fine_tune(
     return _run(model, everyone.agree(opened), console, None, 0)
 
 
-def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console) -> RunConfig:
-    """As `as_measured`, for a loaded model, which is multiplied with that way from then on."""
-    matrices = [m for m in model.modules() if isinstance(m, FrozenMatrix) and m.quant]
-    told = getattr(model, "frozen_matmul", None) != "auto"
-    if not matrices or told or model.model.reader is not None:
-        return config
-    numbers = sum(math.prod(matrix.shape) for matrix in matrices)
-    chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)
-    for matrix in matrices if chosen.model.frozen_matmul != config.model.frozen_matmul else ():
-        matrix.matmul = chosen.model.frozen_matmul  # pyright: ignore
-        matrix.make_resident()
-    return chosen
-
-
 def _run(
     model: LlamaForCausalLM,
     inputs: Inputs,
@@ -448,8 +405,11 @@ def _run(
         with observer.watching():
             result = train(model, inputs, inputs.config, console)
         if everyone.is_first:
-            write_adapter(model, inputs.output, inputs.base, {})
-            inputs.tokenizer.save(inputs.output)
+            with disk_errors(inputs.output, lambda: last_checkpoint(inputs.output)):
+                write_adapter(model, inputs.output, inputs.base, {})
+                seal(inputs.output)
+                with staged(inputs.output) as staging:  # or it would be written through a link
+                    inputs.tokenizer.save(staging)
             say(console, _summary(result))
         try:
             observer.after(result)
@@ -490,7 +450,8 @@ def _summary(result: TrainResult) -> str:
         return f"done      step {result.steps} was the last one; adapter in {result.output_dir}"
     return (
         f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
-        f"{result.peak_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
+        f"{result.peak_memory_bytes / 1e9:.2f} GB, the process "
+        f"{result.process_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
     )
 
 

@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import importlib
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -131,22 +128,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-@pytest.fixture(scope="session")
-def matplotlib() -> ModuleType:
-    """The module, which is put back into sys.modules for a test of PNGs; see `no_matplotlib`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, "matplotlib", raising=False)
-        return importlib.import_module("matplotlib")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def no_matplotlib() -> Iterator[None]:
-    """Runs draw no PNGs, which takes longer than a tiny run does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
-        yield
-
-
 # Python keeps the module alive, and with it the choices. A process without the package goes on.
 IN_CHILDREN = """
 try:
@@ -163,13 +144,13 @@ except ImportError:
 def light_children(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """Processes that tests start are as where matplotlib and torch are not installed.
+    """Processes that tests start are as where torch is not installed.
 
-    Both are optional; transformers, which mlx-lm imports, would load torch where it finds it, which
-    takes longer than a tiny run does. With `--route` the processes take it, too.
+    transformers, which mlx-lm imports, would load it, which takes longer than a tiny run does. With
+    `--route` the processes take it, too.
     """
     folder = tmp_path_factory.mktemp("children")
-    script = "import sys; sys.modules.update(dict.fromkeys(('matplotlib', 'torch')))\n"
+    script = "import sys; sys.modules['torch'] = None\n"
     if route := request.config.getoption("route"):
         here = ROUTES[route].device
         script += IN_CHILDREN.format(kind=here.kind.upper(), dtype=here.dtype)

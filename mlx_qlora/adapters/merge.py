@@ -30,13 +30,8 @@ from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoRALinear
 from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
-from mlx_qlora.model.weights import (
-    FLOATS,
-    Checkpoint,
-    load_model,
-    open_checkpoint,
-    read_safetensors_header,
-)
+from mlx_qlora.model.stored import tensors_in
+from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, load_model, open_checkpoint
 from mlx_qlora.tree import flat, nested
 
 # Name -> safetensors' name of it, and bytes of one number.
@@ -148,9 +143,7 @@ def save_merged(
 
     drift = None
     with staged(target, replace=True) as staging:
-        originals = _arrays(original) if original else None
-        if original:
-            original.shards.clear()  # or every tensor that was read would stay in memory
+        originals = original.tensors if original else None
         tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
         for name, shard in shards.items():
             _write_shard(staging / name, shard, tensors)
@@ -211,7 +204,7 @@ def _check_disk(target: Path, needed: int) -> None:
 def _check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
     """Refuse original weights that are quantised or another model's, listing all differences."""
     where = original.files.path
-    if original.packing:
+    if original.packing or any(getattr(x, "is_packed", False) for x in original.tensors.values()):
         raise ConfigError(
             f"base: {where} is quantised itself; give the original 16-bit model, or no base"
         )
@@ -227,8 +220,8 @@ def _check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
             info = original.found.get(name)
             if info is None:
                 problems.append(f"{name} is missing")
-            elif info.shape != shape or info.dtype not in FLOATS:
-                problems.append(f"{name} is {info.dtype} {info.shape}; the model's is {shape}")
+            elif info.shape != shape or info.kind not in FLOATS:
+                problems.append(f"{name} is {info.kind} {info.shape}; the model's is {shape}")
     problems = problems or _different_norms(model, original)
     if problems:
         raise WeightsError(f"base: {where} is another model:\n{listing(problems)}")
@@ -245,17 +238,13 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
     """Norms are never quantised, so they tell two models of the same sizes apart."""
-    arrays = _arrays(original)
+    arrays = original.tensors
     norms = {n: w for n, w in flat(model.parameters()).items() if n.endswith("norm.weight")}
     return [
         f"{name} has other values"
         for name, ours in norms.items()
         if not mx.allclose(ours.astype(mx.float32), arrays[name].astype(mx.float32), 1e-2, 1e-3)
     ]
-
-
-def _arrays(original: Checkpoint) -> dict[str, mx.array]:
-    return {name: array for shard in original.shards for name, array in shard.items()}
 
 
 # ---- which tensor goes into which file -----------------------------------------------------------
@@ -332,7 +321,7 @@ class Tensors:
     """Makes the weights of the merged model, each when it is asked for."""
 
     modules: dict[str, Any]  # of the model with LoRA layers
-    originals: dict[str, mx.array] | None  # where W comes from; used up. None: the model itself
+    originals: dict[str, Any] | None  # where W comes from; used up. None: the model itself
     quantize: QuantConfig | None  # how matrices are packed
     dtype: mx.Dtype  # of everything that is not packed
 
@@ -366,10 +355,11 @@ class Tensors:
     def _dense(self, name: str, module: Any) -> mx.array:
         """The merged weight, or another tensor of the base as it is."""
         is_weight = name.endswith(".weight")
+        original = None if self.originals is None else as_array(self.originals.pop(name))
         if isinstance(module, LoRALinear) and is_weight:
-            return module.merged(None if self.originals is None else self.originals.pop(name))
-        if self.originals is not None:
-            return self.originals.pop(name)
+            return module.merged(original)
+        if original is not None:
+            return original
         if isinstance(module, LoRALinear):
             module = module.base_layer
         if isinstance(module, FrozenMatrix) and is_weight:
@@ -402,12 +392,11 @@ def _write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
                 file.write(content)
                 checksums[entry.name] = zlib.crc32(content)
             mx.clear_cache()
-    read = read_safetensors_header(path, WeightsError)
+    read = tensors_in(path, WeightsError)
     with path.open("rb") as file:
         for name, checksum in checksums.items():
-            start, end = read[name]["data_offsets"]
-            file.seek(8 + len(text) + start)
-            if zlib.crc32(file.read(end - start)) != checksum:
+            file.seek(read[name].start)
+            if zlib.crc32(file.read(read[name].nbytes)) != checksum:
                 raise WeightsError(f"{path}: what was read back of {name} is not what was written")
 
 

@@ -1,16 +1,15 @@
 """What an adapter's config says, PEFT's or mlx-lm's: every key is used, harmless or refused."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, listing
-from mlx_qlora.folders import MLX_LM, PEFT
+from mlx_qlora.folders import MLX_LM, PEFT, parse_json
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, is_named, matches_pattern, target_paths
-from mlx_qlora.model.weights import read_safetensors_header
+from mlx_qlora.model.stored import tensors_in
 
 CONFIG, WEIGHTS = PEFT
 MLX_LM_WEIGHTS = MLX_LM[1]
@@ -100,8 +99,8 @@ def _read_peft_config(folder: Path) -> LoraConfig:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path} must hold a JSON object, not a {type(config).__name__}")
@@ -122,12 +121,12 @@ def _read_mlx_lm_config(folder: Path) -> LoraConfig:
             raise AdapterError(f"{path}: lora_parameters.{name} must be a number; got {value!r}")
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{path}: fine_tune_type is {kind!r}; supported: lora, dora")
-    header = read_safetensors_header(file, AdapterError)
-    ranks = {e["shape"][-1] for name, e in header.items() if name.endswith(".lora_a")}
+    header = tensors_in(file, AdapterError)
+    ranks = {e.shape[-1] for name, e in header.items() if name.endswith(".lora_a")}
     if len(ranks) != 1 or 0 in ranks:
         shown = ", ".join(map(str, sorted(ranks))) or "none"
         raise AdapterError(f"{file}: one rank is expected in all lora_a; got {shown}")
-    rank = ranks.pop()
+    rank: Any = ranks.pop()
     try:
         return LoraConfig(
             r=rank,

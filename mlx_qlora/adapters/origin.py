@@ -1,10 +1,11 @@
 """Which base an adapter belongs to: its name for others, and a hash that knows it again."""
 
+import json
 import warnings
 from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
-from mlx_qlora.folders import PEFT, RECORD, json_object
+from mlx_qlora.folders import PEFT, RECORD, json_object, sha256, write_whole
 from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 
@@ -59,6 +60,25 @@ def base_hash(model: LlamaForCausalLM) -> dict[str, str]:
         return {BASE: sample_of(source.path, names=False).hex()}
     except (OSError, UserError):
         return {}
+
+
+SUM = "sha256"  # of the adapter's tensors, in the record of the run that wrote them
+
+
+def seal(folder: Path) -> None:
+    """Add the checksum of a run's finished adapter to its record, which PEFT does not read."""
+    record = json_object(folder / RECORD) | {SUM: sha256(folder / PEFT[1])}
+    write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def check_whole(folder: Path) -> None:
+    """Raise an AdapterError if the tensors of a run's adapter are not those that it wrote."""
+    file, written = folder / PEFT[1], json_object(folder / RECORD).get(SUM)
+    if written and file.is_file() and sha256(file) != written:
+        raise AdapterError(
+            f"{file} is not what the run wrote: its checksum is another one; copy it again, or "
+            f"that of a checkpoint, and delete {SUM} in {RECORD} if you have changed it yourself"
+        )
 
 
 def check_base(source: ModelFiles | None, adapter: Path, metadata: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.options import CONFIG, MLX_LM_WEIGHTS, WEIGHTS, for_this_model, is_mlx_lm
-from mlx_qlora.adapters.origin import base_hash, check_base, original_base
+from mlx_qlora.adapters.origin import base_hash, check_base, check_whole, original_base
 from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
 from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, NOTE, check_writable, staged
@@ -24,7 +24,7 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
 from mlx_qlora.model.rope import in_both_spellings
-from mlx_qlora.model.weights import read_safetensors_header
+from mlx_qlora.model.stored import StoredTensor, tensors_in
 from mlx_qlora.tree import flat, nested
 
 PREFIX = "base_model.model."
@@ -301,10 +301,11 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
             "beside them, switch(model, None) leaves the base alone, and load starts from the base"
         )
     folder = Path(folder).expanduser()
+    check_whole(folder)
     lora, paths, passed_over = for_this_model(model, folder)
     from_mlx_lm = is_mlx_lm(folder)
     file = folder / (MLX_LM_WEIGHTS if from_mlx_lm else WEIGHTS)
-    header = read_safetensors_header(file, AdapterError)
+    header = tensors_in(file, AdapterError)
     copies = [] if from_mlx_lm else [name for name in COPIES if name in header]
     _check_tensors(model, file, lora, paths, {n: e for n, e in header.items() if n not in copies})
 
@@ -343,7 +344,7 @@ def _check_tensors(
     file: Path,
     lora: LoraConfig,
     paths: list[str],
-    header: dict[str, Any],
+    header: dict[str, StoredTensor],
 ) -> None:
     """Compare names, shapes and dtypes with what the config promises for this model."""
     modules, expected = dict(model.named_modules()), {}
@@ -360,10 +361,10 @@ def _check_tensors(
         shape = expected.get(name)
         if shape is None:
             problems.append(f"{name} belongs to no target of this model")
-        elif entry.get("shape") != shape:
-            problems.append(f"{name} has shape {entry.get('shape')}, not {shape}")
-        elif entry.get("dtype") not in ("F32", "F16", "BF16"):
-            problems.append(f"{name} has dtype {entry.get('dtype')}")
+        elif [*entry.shape] != shape:
+            problems.append(f"{name} has shape {[*entry.shape]}, not {shape}")
+        elif entry.kind not in ("F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {entry.kind}")
     if problems:
         raise AdapterError(f"{file} is damaged or for another model:\n{listing(problems)}")
 

@@ -14,9 +14,20 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from mlx_qlora import __version__
+from mlx_qlora.adapters.origin import check_whole
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, listing
-from mlx_qlora.folders import CARD, MLX_COPY, NOTE, PEFT, RECORD, TAG, card_header, json_object
+from mlx_qlora.folders import (
+    CARD,
+    MLX_COPY,
+    NOTE,
+    PEFT,
+    RECORD,
+    TAG,
+    card_header,
+    json_object,
+    parse_json,
+)
 from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
@@ -71,7 +82,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            record = dict(json.loads(line))
+            record = dict(parse_json(line))
         except (TypeError, ValueError) as error:
             raise SourceError(
                 f"{path}, line {number} is no JSON object ({error}): delete the line"
@@ -87,7 +98,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     is_yaml = path.suffix == ".yaml"
     try:
         text = path.read_text(encoding="utf-8")
-        return dict(yaml.safe_load(text) if is_yaml else json.loads(text))
+        return dict(yaml.safe_load(text) if is_yaml else parse_json(text))
     except (TypeError, ValueError, OSError, yaml.YAMLError) as error:
         kind = "YAML" if is_yaml else "a JSON object"
         raise SourceError(f"{path} cannot be read as {kind}: {error}") from None
@@ -211,6 +222,12 @@ def push_to_hub(
         ) from None
     folder = Path(folder).expanduser()
     uploads = _collect(folder, repo_id, include_checkpoints)
+    for path in (folder / name for name in uploads):
+        if not (target := path.resolve()).is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{path} is a link to {target}, outside of the folder: put a copy in its place if "
+                "it shall be uploaded, or remove it"
+            )
     used, left_out = {name.partition("/")[0] for name in uploads}, set[str]()
     for name in {*_names(folder)} - uploads.keys():
         top, slash, _ = name.partition("/")
@@ -259,6 +276,7 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
         known = {*PEFT, *MLX_COPY, *SHIPPED}
         chosen = [name for name in present if name in known or PLOT.fullmatch(name)]
         chosen += [name for name in present if checkpoints and CHECKPOINT.fullmatch(name)]
+        check_whole(folder)
         _check_base(folder / PEFT[0])
         if not card or b"mlx-qlora" in card:
             card = model_card(read_facts(folder, repo_id)).encode()
@@ -317,7 +335,7 @@ def _public(folder: Path, name: str) -> Path | bytes:
     if path.suffix != ".json" or path.name in WITHOUT_PATHS:
         return path
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}") from None
     public = _without_local_paths(values)

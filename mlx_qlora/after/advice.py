@@ -303,9 +303,11 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
 def cost(result: TrainResult, plan: Plan | None) -> Answer:
     """Time, speed, and memory beside the plan."""
     peak = f"Peak memory {size(result.peak_memory_bytes)}"
+    process = f"of the process {size(result.process_memory_bytes)}"
     if plan:
         peak += f" (planned {size(plan.total_bytes)})"
-    why = f"{peak}; {result.steps:,} steps at {speed(result):,.0f} tokens per second"
+        process += f" (planned {size(plan.process_bytes)})" * bool(plan.process_bytes)
+    why = f"{peak}, {process}; {result.steps:,} steps at {speed(result):,.0f} tokens per second"
     early = ", stopped early." if result.stopped_early else "."
     return Answer("What did it cost?", duration(result.seconds), why + early)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_qlora import progress
+from mlx_qlora import device, progress
 from mlx_qlora.adapters.peft import note_on_mlx_lm
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
@@ -21,7 +21,7 @@ from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
 from mlx_qlora.before.plan import FORWARD, Plan
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import duration, say
+from mlx_qlora.errors import duration, say, visible
 from mlx_qlora.folders import write_whole
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -144,10 +144,11 @@ class Observer:
     def _so_far(self, status: str, reloads: bool) -> Report:
         assert self.task is not None
         records = [*self.history]
-        peak = max((r.get("peak_memory_bytes", 0) for r in records), default=0)
+        names = "peak_memory_bytes", "process_memory_bytes"
+        mlx, process = (max((r.get(name, 0) for r in records), default=0) for name in names)
         seconds = progress.now() - self.task.began
         steps, output = int(self.task.done), self.inputs.output
-        result = TrainResult(output, steps, math.nan, None, records, seconds, 0.0, peak)
+        result = TrainResult(output, steps, math.nan, None, records, seconds, 0.0, mlx, process)
         about = self.inputs.reports, self.inputs.sizes, self.plan
         return Report(result, self.inputs.config, (), *about, status=status, reloads=reloads)
 
@@ -203,6 +204,8 @@ class Observer:
                 f"{old.perplexity:.2f} -> {new.perplexity:.2f}, token accuracy "
                 f"{old.token_accuracy:.1%} -> {new.token_accuracy:.1%} ({new.n_tokens:,} tokens)",
             )
+        result.peak_memory_bytes = mx.get_peak_memory()  # scores and answers included
+        result.process_memory_bytes = device.process_memory_bytes()
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
         report = Report(result, config, samples, *about, mlx_lm=note_on_mlx_lm(self.model))
         say(console, f"report    {write_report(report)}")
@@ -210,7 +213,7 @@ class Observer:
         label, width = "next", console.width - LABEL if console.is_terminal else 10**6
         for words in next_commands(report, self.inputs.tokenizer.chat_template is not None):
             # As it is: a line break within a prompt would be another prompt.
-            line = f"{label:<{LABEL}}{folded(words, width, LABEL)}"
+            line = visible(f"{label:<{LABEL}}{folded(words, width, LABEL)}")
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
 

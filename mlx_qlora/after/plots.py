@@ -1,10 +1,9 @@
-"""Figures over steps as plots: SVG always, PNG where matplotlib is installed, live in a notebook.
+"""Figures over steps as plots: SVG files, in the report's page, live in a notebook.
 
 plot.html draws the SVG.
 """
 
 import functools
-import importlib.util
 import json
 import math
 import shlex
@@ -154,45 +153,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-# ---- PNG -----------------------------------------------------------------------------------------
-
-
-def png_hint() -> str:
-    """What PNG files need; empty if matplotlib is installed."""
-    hint = "The plots are SVG files; for PNG files too: pip install 'mlx-qlora[plots]'."
-    return "" if importlib.util.find_spec("matplotlib") else hint
-
-
-def write_png(plot: Plot, path: Path) -> None:
-    """Draw a run's plot with matplotlib, 1440 pixels wide."""
-    # Not pyplot, which would choose a window system and keep the figure.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 2.8), dpi=200, layout="constrained")
-    axes = figure.subplots()
-    for line, colour, dots in zip(plot.lines, ("#0a5bb5", "#b4430a"), ("", "o")):
-        marker = "o" if line.has_dots else dots
-        xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
-        axes.plot(xs, ys, color=colour, label=line.label, marker=marker, markersize=3)
-    if plot.warmup:
-        end = min(plot.warmup, plot.x_range[1])
-        axes.axvspan(0, end, color="#888888", alpha=0.15, linewidth=0, label="warmup")
-    if plot.best is not None:
-        label = f"best: step {plot.best:,}"
-        axes.axvline(plot.best, color="#1a6e36", linestyle="--", linewidth=1, label=label)
-    if plot.level:
-        axes.axhline(plot.level[1], color="#666666", linestyle="--", label=plot.level[0])
-    axes.set_xlim(*plot.x_range)
-    axes.set_ylim(*plot.y_range)
-    axes.set_title(f"{plot.title}, {plot.unit}", loc="left", fontsize=10)
-    axes.set_xlabel("step")
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
-
-
 # ---- in a page and in a notebook -----------------------------------------------------------------
 
 
@@ -208,7 +168,6 @@ def _templates() -> Any:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals |= {"scale": scale, "ticks": ticks, "number": number}
-    environment.globals["png_hint"] = png_hint
     environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
     environment.filters |= {"percent": "{:.4g}%".format, "short": "{:.4g}".format}
     return environment
@@ -220,12 +179,9 @@ def svg_file(plot: Plot) -> str:
 
 
 def write_plots(plots: Sequence[Plot], folder: Path) -> None:
-    """Draw SVG files, and PNG files too where matplotlib is installed."""
+    """Draw a file of each plot."""
     for plot in plots:
-        file = folder / f"{plot.name}.svg"
-        file.write_text(svg_file(plot), encoding="utf-8")
-        if not png_hint():
-            write_png(plot, file.with_suffix(".png"))
+        (folder / f"{plot.name}.svg").write_text(svg_file(plot), encoding="utf-8")
 
 
 def render(template: str, **values: Any) -> str:

@@ -25,15 +25,15 @@ from mlx_qlora.train.loop import TrainResult
 def write_report(report: "Report") -> Path:
     """Write `report.html` and `plots/` into the run's output folder; return the page's path.
 
-    `plots/` gets SVG files, and PNG files too where matplotlib is installed. A notebook that shows
-    the result shows the summary, and the plots if it has not shown them while the run went on.
+    A notebook that shows the result shows the summary, and the plots if it has not shown them while
+    the run went on.
     """
     folder = report.result.output_dir
     path = folder / "report.html"
     with staged(folder) as staging:
         (staging / "plots").mkdir()
         write_plots(report.plots, staging / "plots")
-        (staging / path.name).write_text(report.page(), encoding="utf-8")
+        (staging / path.name).write_text(report.page(), "utf-8", "backslashreplace")
     note = f"The whole report: {path}"
     plots = [] if in_kernel() else report.plots
     report.result.html = render("cell.html", report=report, plots=plots, table=None, note=note)

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_qlora import progress
-from mlx_qlora.errors import warn
+from mlx_qlora.errors import visible, warn
 from mlx_qlora.progress import Task
 
 EVERY = 0.25  # seconds between two looks
@@ -130,7 +130,9 @@ class Screen:
         if self._live is None:
             self._live = Live(console=console, auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(Group(*(Text(line, no_wrap=True) for line in lines)), refresh=True)
+        self._live.update(
+            Group(*(Text(visible(line), no_wrap=True) for line in lines)), refresh=True
+        )
 
     def _erase(self) -> None:
         live, self._live = self._live, None

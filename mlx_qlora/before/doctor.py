@@ -29,9 +29,9 @@ from mlx_qlora.before.plan import trainable
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.distributed import in_time
-from mlx_qlora.errors import SourceError, UserError
+from mlx_qlora.errors import SourceError, UserError, visible
 from mlx_qlora.model import hub
-from mlx_qlora.model.gguf import Packed
+from mlx_qlora.model.gguf import GgufMatrix
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.weights import Checkpoint, open_checkpoint
 from mlx_qlora.train.memory import adapter_bytes
@@ -82,12 +82,14 @@ def examine(console: Console, *checks: Callable[[], Iterable[Finding]]) -> list[
 def show(console: Console, finding: Finding) -> None:
     """A line of the table; its fix has a line to itself and is not wrapped: it can be pasted."""
     width = max(console.width - MARGIN, 20) if console.is_terminal else sys.maxsize
-    lines = textwrap.wrap(finding.text, width, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(
+        visible(finding.text), width, break_long_words=False, break_on_hyphens=False
+    )
     row = Text(f"{finding.state:<9}", COLOURS[finding.state])
     row.append(f"{finding.name:<13}", "bold")
     row.append(("\n" + " " * MARGIN).join(lines), "default")
     if finding.fix:
-        row.append(f"\n{'':<{MARGIN}}{finding.fix}", "cyan")
+        row.append(f"\n{'':<{MARGIN}}{visible(finding.fix)}", "cyan")
     console.print(row, soft_wrap=True, highlight=False)
 
 
@@ -369,7 +371,8 @@ class PlannedRun:
 
 def _repacked(checkpoint: Checkpoint) -> str:
     """What packing adds to K-quants whose groups are not MLX's, where there are such."""
-    tensors = [x for shard in checkpoint.shards for x in shard.values() if isinstance(x, Packed)]
+    tensors = [x for x in checkpoint.tensors.values() if isinstance(x, GgufMatrix)]
+    tensors = [x for x in tensors if x.is_packed and not x.is_mlx]
     errors = {x.kind: 0.0 for x in tensors}
     for tensor in tensors:
         errors[tensor.kind] = max(errors[tensor.kind], tensor.added_error())
@@ -409,7 +412,6 @@ def _command(message: str) -> str | None:
 EXTRAS = {
     "tensorboard": ("tensorboard", "logging.report_to=[tensorboard]"),
     "wandb": ("wandb", "logging.report_to=[wandb]"),
-    "matplotlib": ("plots", "plots as PNG"),
     "pyarrow": ("parquet", "rows in Parquet files"),
     "datasets": ("datasets", "rows from data sets of the hub"),
     "gguf": ("gguf", "adapters for llama.cpp and Ollama"),

@@ -8,7 +8,7 @@ then takes.
 
 import math
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,7 @@ def documents_of(
     if examples is None:
         full = [padded_width(config.data.max_length - 1)] * rows
         return full, full, supervised
-    documents = examples.document_lengths
-    documents = documents[np.argsort(documents[:, 0] * documents[:, 1], kind="stable")]
-    largest = [length - 1 for n, length in documents[-rows:].tolist() for _ in range(n)]
+    documents, largest = examples.document_lengths, memory.largest_micro_batch(examples, rows)
     usual = np.sort(np.repeat(documents[:, 1] - 1, documents[:, 0]))
     # The means of equal parts, as many as a micro-batch has documents, have the mean of all.
     parts = np.array_split(usual, min(round(rows * len(usual) / len(documents)), len(usual)))
@@ -115,20 +113,31 @@ def itemsize_of(config: RunConfig, where: Machine) -> int:
     return device.compute_dtype(config.model.dtype).size
 
 
-def base_bytes(
-    model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig, where: Machine
-) -> tuple[int, int]:
-    """Bytes of the frozen weights as they will be kept, and of dequantised copies of them."""
-    itemsize, quantize = itemsize_of(config, where), config.model.quantize()
-    dense, streamed = itemsize * packed_size(model, checkpoint, quantize), is_streamed(config)
-    way = device.frozen_matmul(config.model.frozen_matmul, dense, where, streamed)
-    base = frozen_bytes(model, checkpoint, quantize, itemsize, streamed)
-    return base, dense if way == "resident" else 0
+@dataclass(frozen=True)
+class Frozen:
+    """Bytes of the frozen weights: where they are, and what is made of them."""
 
+    base: int  # in memory, as they are packed; streamed, two layers
+    copy: int  # of a dequantised copy of all
+    copies_for_now: int  # of those that exist only while a layer is computed
+    read: int  # from the disk, forward or back; 0 of weights in memory
 
-def is_streamed(config: RunConfig) -> bool:
-    """Whether the frozen weights stay on the disk."""
-    return config.model.residency == "streamed"
+    @classmethod
+    def of(
+        cls, model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig, where: Machine
+    ) -> "Frozen":
+        """Of a run's base, by the headers of its files."""
+        itemsize, quantize = itemsize_of(config, where), config.model.quantize()
+        streamed = config.model.residency == "streamed"
+        dense = itemsize * packed_size(model, checkpoint, quantize)
+        way = device.frozen_matmul(config.model.frozen_matmul, dense, where, streamed)
+        sizes = model, checkpoint, quantize, itemsize
+        base, layers = frozen_bytes(*sizes, streamed), model.config.num_hidden_layers
+        attention, mlp = weights_of_layer(model.config)
+        now = itemsize * (mlp // 3 if streamed else attention + mlp)  # streamed, one matrix
+        now *= way == "dequantize" and dense > 0
+        read = base * layers // min(layers, 2) if streamed else 0
+        return cls(base, dense if way == "resident" else 0, now, read)
 
 
 def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
@@ -222,9 +231,12 @@ class Plan:
     tokens_per_second: float  # to be expected, from the machine's matmul rate
     advice: str  # what to change, if it does not fit
     scaling: Scaling | None = None  # of several processes, if their number is known
-    cache_bytes: int = 0  # of freed buffers, which a GPU keeps beside the peak while there is room
+    process_bytes: int = 0  # the predicted peak of the process; 0: a GPU has a memory of its own
+    cache_bytes: int = 0  # of freed buffers, which are kept beside the peak while there is room
     run_seconds: float | None = None  # of the whole run, validations included; None without rows
     residency: str = "resident"  # of the frozen weights, or streamed
+    # Both, where the user leaves it to the plan: peak, process, whether it fits, tokens/s.
+    residencies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -253,9 +265,15 @@ class Plan:
         lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
         if self.cache_bytes:
             lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, while there is room")
+        if self.process_bytes:
+            lines.append(f"{'process':<22}{self.process_bytes / 1e9:8.2f} GB, Python included")
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
         if self.residency == "streamed":
             lines.append(f"{'weights':<22}streamed from the disk, two layers in memory")
+        for name, figures in self.residencies.items():
+            fits = "fits" if figures["fits"] else "does not fit"
+            speed = f"about {figures['tokens_per_second']:,.0f} tokens/s"
+            lines.append(f"{name:<22}{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
         recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
@@ -337,12 +355,15 @@ def plan_checkpoint(
     """
     model, rest = config.model, (examples, where or this_machine(), processes)
     resident = _plan_as_it_is(checkpoint, config, *rest)
-    if resident.fits or model.residency != "auto":
+    if model.residency != "auto":
         return resident
     way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
     model = replace(model, residency="streamed", frozen_matmul=way)
     streamed = _plan_as_it_is(checkpoint, replace(config, model=model), *rest)
-    return streamed if streamed.total_bytes < resident.total_bytes else resident
+    helps = not resident.fits and streamed.total_bytes < resident.total_bytes
+    names = "total_bytes", "process_bytes", "fits", "tokens_per_second"
+    both = {p.residency: {name: getattr(p, name) for name in names} for p in (resident, streamed)}
+    return replace(streamed if helps else resident, residencies=both)
 
 
 def _plan_as_it_is(
@@ -356,7 +377,7 @@ def _plan_as_it_is(
     config = settle(config, llama, examples)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
     itemsize = itemsize_of(config, where)
-    base, resident = base_bytes(model, checkpoint, config, where)
+    frozen = Frozen.of(model, checkpoint, config, where)
     adapter = config.model.adapter
     lora = for_this_model(model, Path(adapter).expanduser())[0] if adapter else config.lora
     trained = trainable(model, lora)
@@ -364,12 +385,11 @@ def _plan_as_it_is(
     training = config.training
     levels = memory.check_recompute(training.recompute, llama.num_hidden_layers)
     largest, usual, supervised = documents_of(config, examples)
-    standing = base + resident + memory.adapter_bytes(trained)
+    standing = frozen.base + frozen.copy + memory.adapter_bytes(trained)
 
-    streamed = is_streamed(config)
-    batches = [
-        memory.Footprint(llama, lengths, itemsize, where, streamed) for lengths in (largest, usual)
-    ]
+    streamed = frozen.read > 0
+    how = itemsize, where, streamed, streamed and frozen.copies_for_now > 0
+    batches = [memory.Footprint(llama, lengths, *how) for lengths in (largest, usual)]
     chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation
@@ -379,24 +399,32 @@ def _plan_as_it_is(
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
     moved = tokens * elementwise_bytes(llama, usually.levels, itemsize, lora.lora_dropout > 0)
     seconds = where.seconds(flops, read, moved)  # of a micro-batch
+    seconds = max(seconds, usually.n_chunks * 2 * frozen.read / device.DISK)  # read meanwhile
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling.of(processes, trained, *of_step) if processes else None
     sums = scaling.added_bytes if scaling else 0
     update = memory.update_bytes(trained, where)
-    parts = {"base weights": base} | ({"dequantised copy": resident} if resident else {})
+    parts = {"base weights": frozen.base}
+    parts |= {"dequantised copy": frozen.copy} if frozen.copy else {}
     parts["adapter and AdamW"] = memory.adapter_bytes(trained)
     backward = {"gradients": step, "activations": kept, "working arrays": work}
     backward |= {"sums under way": sums} if sums else {}
+    copies = memory.copies_bytes(frozen.copies_for_now, work, streamed)
+    backward |= {"dequantised for now": copies} if copies else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
     limit, speed, advice = where.working_set_bytes, tokens / seconds, ""
     total = sum(parts.values())
-    cache = 0 if where.device.kind == "cpu" else min(where.cache_bytes, total - standing)
+    cache = min(where.cache_bytes(kept + work), device.SMALL_CACHE if streamed else limit)
     cache = max(0, min(cache, limit - total))  # MLX gives it back before memory ends
     if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
-    plan = Plan(parts, limit, where.name, trained, chosen, longest, speed, advice, scaling, cache)
+    # Fitted (benchmarks/memory.py): where most is in use, half of the cache is.
+    process = device.PROCESS_BYTES + device.READER_BYTES * streamed + total + cache // 2
+    process *= where.device.kind != "cuda"
+    about = trained, chosen, longest, speed, advice, scaling, process, cache
+    plan = Plan(parts, limit, where.name, *about)
     return replace(plan, residency="streamed") if streamed else plan
 
 
@@ -410,6 +438,7 @@ def _advice(
         "working arrays": "",
         "base weights": smaller,
         "dequantised copy": "set model.frozen_matmul=dequantize",
+        "dequantised for now": smaller,
     }
     largest = max(parts, key=lambda name: parts[name])
     remedy = remedies.get(largest, "lower lora.r")

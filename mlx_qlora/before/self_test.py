@@ -54,7 +54,7 @@ from mlx_qlora.model.weights import load_model, open_checkpoint
 from mlx_qlora.run import Inputs, open_files, packing_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.loop import train
-from mlx_qlora.train.memory import Footprint, adapter_bytes, persistent_bytes, step_bytes
+from mlx_qlora.train.memory import adapter_bytes, persistent_bytes, step_bytes
 from mlx_qlora.tree import flat
 
 # ---- twenty steps of a tiny model ----------------------------------------------------------------
@@ -160,8 +160,7 @@ def layers(config: RunConfig, budget: float, keep: bool) -> Iterator[Finding]:
         before, model = mx.get_active_memory(), _layer(shape, quant, way, dtype, rate)
         lengths, seconds, norm = _timed(engine := Engine(model, compiled=here.compiles), budget)
         peak = mx.get_peak_memory() - before
-        footprint = Footprint(model.config, lengths, engine.dtype.size)
-        plan = footprint.schedule("auto", footprint.budget(engine.persistent))
+        footprint, plan = engine.planned(lengths)
         flops = flops_per_token(model.config, plan.levels, lengths, 0.5) * sum(lengths)
         read = plan.n_chunks * bytes_read(model.config, plan.levels, engine.dtype.size)
         moved = elementwise_bytes(model.config, plan.levels, engine.dtype.size, rate > 0)

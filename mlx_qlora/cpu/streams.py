@@ -3,8 +3,10 @@
 On a GPU `device.cores()` is 1, and all that is asked for here is the default stream.
 """
 
+import os
 import threading
-from collections.abc import Sized
+import time
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager
 
 import mlx.core as mx
@@ -12,6 +14,7 @@ import mlx.core as mx
 from mlx_qlora import device
 from mlx_qlora.cpu import blas
 
+SHORTEST = 5  # ticks of a core, hundredths of a second: of less a share means nothing
 _of_thread = threading.local()  # a stream belongs to the thread that made it
 
 
@@ -25,5 +28,47 @@ def streams(n: int) -> list[mx.Stream]:
 
 
 def cores_shared(shards: Sized) -> AbstractContextManager[None]:
-    """While shards are computed side by side, each matmul has its share of the cores."""
-    return blas.threads(max(1, device.cores() // max(len(shards), 1)))
+    """While shards are computed side by side, each matmul has its share of the cores.
+
+    OpenBLAS's threads wait for each other in a loop. Where another process has the core of one,
+    the others burn theirs: a single document of 48 tokens kept 0.05 of its speed beside two busy
+    processes (benchmarks/beside_others.py). So a matmul has no more threads than cores are idle,
+    which changes no bit of it: each number is summed by one thread.
+    """
+    each = max(1, device.cores() // max(len(shards), 1))
+    return blas.threads(min(each, _others.cores_left()) if each > 1 else 1)
+
+
+class OtherProcesses:
+    """What they do on this machine, which Linux counts.
+
+    Args:
+        stat: the kernel's count of what all cores did, in ticks.
+        own_ticks: those that this process took.
+    """
+
+    def __init__(self, stat: str, own_ticks: Callable[[], float]) -> None:
+        self._stat, self._own_ticks = stat, own_ticks
+        self._before, self._used = (0.0, 0.0, 0.0), 0.0
+
+    def cores_left(self) -> int:
+        """Cores that they have left since this was last asked, at least 1; all if nobody counts."""
+        n = os.cpu_count() or 1
+        try:
+            with open(self._stat, encoding="ascii") as file:
+                ticks = [int(word) for word in file.readline().split()[1:9]]
+            idle = ticks[3] + ticks[4]  # which may wait for a disk
+        except (OSError, ValueError, IndexError):
+            return n
+        now = sum(ticks), sum(ticks) - idle, self._own_ticks()
+        everything, busy, own = (a - b for a, b in zip(now, self._before))
+        if everything >= SHORTEST * n:
+            self._before, self._used = now, n * (busy - own) / everything
+        return max(1, min(n, round(n - self._used)))
+
+
+def _own_ticks() -> float:
+    return time.process_time() * os.sysconf("SC_CLK_TCK")
+
+
+_others = OtherProcesses("/proc/stat", _own_ticks)

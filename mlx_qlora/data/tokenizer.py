@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.data import codecs
 from mlx_qlora.errors import TokenizerError, UserError
+from mlx_qlora.folders import parse_json
 from mlx_qlora.model.hub import check_readable
 
 if TYPE_CHECKING:
@@ -357,7 +358,7 @@ def _read_configs(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    value = _read(path, json.loads) if path.exists() else {}
+    value = _read(path, parse_json) if path.exists() else {}
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlx_qlora.adapters.several import active, adapter_names, switch
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError, UserError
+from mlx_qlora.errors import ConfigError, UserError, visible
 from mlx_qlora.folders import staged
 from mlx_qlora.infer.generate import prompt_ids, room_for, stream
 from mlx_qlora.infer.tokens import GenerationConfig, PromptCache
@@ -113,7 +113,7 @@ class _Conversation:
         try:
             for piece in answer:
                 reply += piece
-                self.console.out(piece, end="", highlight=False)
+                self.console.out(visible(piece), end="", highlight=False)
         except KeyboardInterrupt:
             self.console.out(" ...", end="")
         answer.close()

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_qlora import device
 from mlx_qlora.errors import ConfigError, option, require
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
@@ -213,12 +214,17 @@ def _weights(model: LlamaForCausalLM) -> list[Any]:
 
 # ---- tokens --------------------------------------------------------------------------------------
 
-PREFILL = 2048  # mlx-lm's own choice
+PREFILL, SHORTEST = 2048, 32  # mlx-lm's own choice; fewer tokens would take longer
 
 
-def prefill_step(model: LlamaForCausalLM, longest: int) -> int:
-    """Tokens of a prompt that are computed at once; all, where its length decides their RoPE."""
-    return max(PREFILL, longest) if model.config.rope.by_length else PREFILL
+def prefill_step(model: LlamaForCausalLM, longest: int, n_prompts: int = 1) -> int:
+    """Tokens of a prompt that are computed at once; all, where its length decides their RoPE.
+
+    Of many prompts fewer: attention to all of them at once would take more than training does.
+    """
+    if model.config.rope.by_length:
+        return max(PREFILL, longest)
+    return max(SHORTEST, min(PREFILL, device.current().prompt_positions // n_prompts))
 
 
 def generate_tokens(
@@ -301,7 +307,7 @@ def batch_tokens(
         model,
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
-        prefill_step_size=prefill_step(model, longest),
+        prefill_step_size=prefill_step(model, longest, max(1, min(n, batch_size))),
     )
     try:
         uids = generator.insert(

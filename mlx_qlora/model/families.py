@@ -94,8 +94,10 @@ class Fields:
     def count(self, name: str, default: int | None = None) -> int:
         """A positive integer; without a default it must be there."""
         value = self.config.get(name, default)
-        if type(value) is not int or not 1 <= value < 1 << 31:
-            self.problems.append(f"{name} must be a positive integer; got {value!r}")
+        most = MOST_LAYERS if name == LAYERS else (1 << 31) - 1
+        if type(value) is not int or not 1 <= value <= most:
+            limit = f" of at most {most:,}" * (type(value) is int and value > most)
+            self.problems.append(f"{name} must be a positive integer{limit}; got {value!r}")
             return 1
         return value
 
@@ -172,6 +174,7 @@ class Fields:
 
 
 LAYERS = "num_hidden_layers"
+MOST_LAYERS = 10_000  # so many modules are built in seconds
 MAY_LACK_HEAD_DIM = ("llama", "mistral", "seed_oss")  # null is as if left out
 NEED_KV_HEADS = ("mistral", "ministral", "exaone4", "cwm", "gemma2", "gemma3_text", "glm4")
 WHOLE_NUMBERS = ("sliding_window", "no_rope_layer_interval")
@@ -240,6 +243,8 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     rotated = int(head_dim * facts["rope"].rotary_share)
     if rotated % 2 or (rotated == 2 and facts["rope"].rope_type in ("dynamic", "alpha")):
         fields.problems.append(f"head_dim must be even for RoPE; got {head_dim}")
+    if head_dim * heads >= 1 << 31:
+        fields.problems.append(f"head_dim {head_dim:,} is more than a matrix can have columns for")
     for name in ("short_factor", "long_factor"):
         n, is_long = len(getattr(facts["rope"], name)), facts["rope"].rope_type == "longrope"
         if is_long and n != rotated // 2:

@@ -1,9 +1,9 @@
 """A GGUF file -> a Hugging Face style config and tensors with Hugging Face names and layout.
 
-`mx.load` reads Q4_0, Q4_1 and Q8_0 straight into MLX's affine 4 and 8 bit layout with groups of
-32. A file with other types is read here, tensor by tensor: K-quants and the like become groups of
-MLX as they are loaded, or dense matrices. Three differences from a Hugging Face checkpoint remain,
-and are undone:
+Nothing but headers and vectors is read before it is used, tensor by tensor. Q4_0, Q4_1 and Q8_0
+become MLX's affine 4 and 8 bit layout with groups of 32 bit by bit, as `mx.load` does it; in a file
+with other types, K-quants and the like, all become groups of MLX as they are loaded, or dense
+matrices. Three differences from a Hugging Face checkpoint remain, and are undone:
 
 1. names: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`;
 2. for some architectures the rows of q and k are permuted for llama.cpp's RoPE, which turns pairs
@@ -27,9 +27,10 @@ from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.hub import check_readable, weight_files
 from mlx_qlora.model.quantize import QuantConfig, pack, unpack
 from mlx_qlora.model.rope import LAYER_KINDS, RopeConfig, rope_periods
+from mlx_qlora.model.stored import StoredTensor, stamp_of
 from mlx_qlora.tree import number
 
-# ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX reads.
+# ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX has, too.
 MLX_TYPES = {0: ("F32", 4, 1), 1: ("F16", 2, 1), 2: ("Q4_0", 18, 32), 3: ("Q4_1", 20, 32)}
 MLX_TYPES |= {8: ("Q8_0", 34, 32)}
 # Those that the package gguf dequantises.
@@ -71,58 +72,86 @@ LAYER_NAMES = {
 }
 NORM_PLACES = "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"  # of `families.Norms`
 LOOKED_AT = 256  # rows of a matrix, to estimate an error
+BLOCK = 1 << 22  # weights that are packed at once
+Parts = tuple[mx.array, ...]  # of a packed matrix
 
 
 @dataclass
-class Packed:
-    """A matrix of a GGUF file as ggml packs it; nothing is read before it is used."""
+class GgufMatrix:
+    """A matrix of a GGUF file as ggml stores it; nothing is read before it is used."""
 
-    rows: np.ndarray  # (rows, bytes of a row) uint8, mapped
+    stored: StoredTensor  # (rows, bytes of a row) uint8
     kind: str  # ggml's name of the type
-    order: np.ndarray | None  # of the rows, where llama.cpp has permuted them
+    is_mlx: bool  # whether MLX has all types of the file
+    order: np.ndarray | None = None  # of the rows, where llama.cpp has permuted them
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix."""
-        n_bytes, n_weights = SIZES[self.kind]
-        return len(self.rows), self.rows.shape[1] // n_bytes * n_weights
+        (rows, length), (n_bytes, n_weights) = self.stored.shape, SIZES[self.kind]
+        return rows, length // n_bytes * n_weights
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is quantised."""
+        return self.kind in BITS
 
     def _read(self, rows: slice) -> np.ndarray:
-        return np.array((self.rows if self.order is None else self.rows[self.order])[rows])
+        numbers = np.arange(self.shape[0]) if self.order is None else self.order
+        return np.array(self.stored.read(numbers[rows]), copy=False)
 
     def dense(self, rows: slice = slice(None)) -> np.ndarray:
         """The matrix, or some of its rows, in float32."""
+        data = self._read(rows)
+        if self.kind == "BF16":
+            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if not self.is_packed:
+            return data.view({"F32": np.float32, "F16": np.float16}[self.kind]).astype(np.float32)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        return dequantize(self._read(rows), GGMLQuantizationType[self.kind])
+        return dequantize(data, GGMLQuantizationType[self.kind])
 
-    def pack(self, rows: slice = slice(None)) -> tuple[tuple[mx.array, ...], QuantConfig]:
-        """Weight, scales and biases in MLX's affine layout, and what it is.
+    def pack(self, n: int | None = None) -> tuple[Parts, QuantConfig]:
+        """Weight, scales and biases of all rows, or of n, in MLX's affine layout, and what it is.
 
-        Exact where ggml's groups are MLX's; else rounded again.
+        Exact where ggml's groups are MLX's; else rounded again. Some rows at a time: what is made
+        on the way is several times as large.
         """
-        quant, dense = QuantConfig(BITS[self.kind], 32), self.dense(rows)
-        groups = self._groups(rows)
-        if groups is None:
-            return pack(mx.array(dense), quant), quant
-        scales, biases = groups
-        scaled = (dense.reshape(*scales.shape, 32) - biases[..., None]) / np.where(
-            scales == 0, 1, scales
-        )[..., None]
-        whole = np.clip(np.rint(scaled), 0, 2**quant.bits - 1).astype(np.uint8)
-        bits = (whole[..., None] >> np.arange(quant.bits, dtype=np.uint8)) & 1
-        weight = np.packbits(bits.reshape(len(dense), -1), axis=1, bitorder="little")
-        return (mx.array(weight.view(np.uint32)), mx.array(scales), mx.array(biases)), quant
+        (rows, columns), quant = self.shape, QuantConfig(BITS[self.kind], 32)
+        n, height = n or rows, max(1, BLOCK // columns)
+        blocks = [self._pack(slice(i, min(i + height, n)), quant) for i in range(0, n, height)]
+        return tuple(mx.concatenate([*parts]) for parts in zip(*blocks)), quant
 
-    def _groups(self, rows: slice) -> tuple[np.ndarray, np.ndarray] | None:
-        """Scale and bias (rows, groups) float32 of each 32 weights, if ggml's groups are such."""
-        from gguf.quants import Q4_K
-
+    def _pack(self, rows: slice, quant: QuantConfig) -> Parts:
         data = self._read(rows)
+        groups = self._groups(data)
+        if groups is None:
+            return pack(mx.array(self.dense(rows)), quant)
+        scales, biases = groups
+        codes = data.reshape(*scales.shape, -1)[..., -quant.bits * 4 :]
+        if self.kind == "Q8_0":  # signed
+            weight = codes ^ 128
+        elif self.kind in ("Q4_0", "Q4_1"):  # of 32 weights the first 16, and the others above them
+            codes = np.ascontiguousarray(codes).view(np.uint16)
+            first, others = codes & 0xF | codes >> 4 & 0xF0, codes >> 4 & 0xF | codes >> 8 & 0xF0
+            weight = np.concatenate([first, others], -1).astype(np.uint8)
+        else:
+            steps = np.where(scales == 0, 1, scales)[..., None]
+            dense = self.dense(rows).reshape(*scales.shape, 32)
+            whole = np.clip(np.rint((dense - biases[..., None]) / steps), 0, 2**quant.bits - 1)
+            bits = whole.astype(np.uint8)[..., None] >> np.arange(quant.bits, dtype=np.uint8) & 1
+            weight = np.packbits(bits.reshape(len(data), -1), axis=1, bitorder="little")
+        weight = np.ascontiguousarray(weight.reshape(len(data), -1)).view(np.uint32)
+        return mx.array(weight), mx.array(scales), mx.array(biases)
+
+    def _groups(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Scale and bias (rows, groups) float32 of each 32 weights, if ggml's groups are such."""
         blocks = data.reshape(len(data), -1, SIZES[self.kind][0])
         half = np.ascontiguousarray(blocks[..., :4]).view(np.float16).astype(np.float32)
         if self.kind in ("Q4_K", "Q5_K"):  # of 256 weights: 8 groups with 6 bits for each of two
+            from gguf.quants import Q4_K
+
             wanted = np.ascontiguousarray(blocks[..., 4:16]).reshape(-1, 12)
             scale, least = (x.reshape(len(data), -1, 8) for x in Q4_K.get_scale_min(wanted))
             shape = len(data), -1
@@ -134,9 +163,9 @@ class Packed:
 
     def added_error(self) -> float:
         """What packing adds, relative to the matrix, by its first rows."""
-        rows = slice(0, LOOKED_AT)
+        rows = min(LOOKED_AT, self.shape[0])
         parts, quant = self.pack(rows)
-        dense = self.dense(rows)
+        dense = self.dense(slice(rows))
         gap = np.array(unpack(parts, quant, mx.float32)) - dense
         return float(np.linalg.norm(gap) / max(np.linalg.norm(dense), 1e-30))
 
@@ -145,9 +174,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     """Read a GGUF file, or the first of several parts that make one.
 
     Returns:
-        What its `config.json` would say; the tensors, a matrix that MLX reads packed as `.weight`,
-        `.scales` and `.biases`, any other packed one as `Packed`; and the file's own key-value
-        pairs, tokenizer included.
+        What its `config.json` would say; the tensors, matrices as `GgufMatrix`; and the file's own
+        key-value pairs, tokenizer included.
 
     Raises:
         WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that
@@ -166,24 +194,23 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     if not len({*names}) == len(names) == headers[0][1].get("split.tensors.count", len(names)):
         raise WeightsError(f"{path} lacks tensors, or holds some twice; download it again")
     kinds = {kind for tensors, _, _ in headers for _, _, kind, _ in tensors}
-    if len(parts) == 1 and kinds <= {*MLX_TYPES}:
-        try:
-            file: Any = mx.load(str(path), return_metadata=True)
-        except (RuntimeError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged ({error}); download it again") from None
-        loaded, metadata = file
-    else:
-        if importlib.util.find_spec("gguf") is None:
-            raise WeightsError(
-                f"{path} holds K-quants, which the package gguf reads: pip install "
-                "'mlx-qlora[gguf]'"
-            )
-        metadata, loaded = headers[0][1], {}
-        for part, (tensors, _, start) in zip(parts, headers):
-            data = np.memmap(part, np.uint8, "r")
-            for name, shape, kind, offset in tensors:
-                loaded[name] = _mapped(data, shape, kind, start + offset)
-    factors = {name: loaded.pop(f"{name}.weight", None) for name in FACTORS}
+    is_mlx = kinds <= {*MLX_TYPES}
+    if not is_mlx and importlib.util.find_spec("gguf") is None:
+        raise WeightsError(
+            f"{path} holds K-quants, which the package gguf reads: pip install 'mlx-qlora[gguf]'"
+        )
+    metadata, loaded = headers[0][1], {}
+    for part, (tensors, _, start) in zip(parts, headers):
+        stamp = stamp_of(part)
+        for name, shape, kind, offset in tensors:
+            type_name, n_bytes, n_weights = TYPES[kind]
+            size = math.prod(shape[1:]), shape[0] // n_weights * n_bytes
+            stored = StoredTensor(part, start + offset, size, "U8", stamp)
+            matrix = GgufMatrix(stored, type_name, is_mlx)
+            is_vector = len(shape) == 1 and not matrix.is_packed
+            loaded[name] = mx.array(matrix.dense()[0]) if is_vector else matrix
+    vectors = {name for name, x in loaded.items() if isinstance(x, mx.array)}
+    factors = {n: loaded.pop(f"{n}.weight") if f"{n}.weight" in vectors else None for n in FACTORS}
     config = _hf_config(path, metadata, "output.weight" not in loaded, factors)
     for field, name in BIASES.items():
         if f"blk.0.{name}.bias" in loaded or config["model_type"] in ("glm4", "seed_oss"):
@@ -201,23 +228,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
         module = hf_name.split(".")[-2]
         if module in heads and permuted:
             array = _undo_permute(array, heads[module])
-        if llama.norm_offset and hf_name.endswith("norm.weight"):
+        if llama.norm_offset and hf_name.endswith("norm.weight") and name in vectors:
             array = array - llama.norm_offset
         tensors[hf_name] = array
     return config, tensors, metadata
-
-
-def _mapped(data: np.ndarray, shape: list[int], kind: int, start: int) -> Any:
-    """One tensor of a mapped file; a packed matrix stays there."""
-    name, n_bytes, n_weights = TYPES[kind]
-    raw = data[start : start + math.prod(shape) // n_weights * n_bytes]
-    whole = tuple(reversed(shape))
-    if name in BITS:
-        return Packed(raw.reshape(-1, shape[0] // n_weights * n_bytes), name, None)
-    if name == "BF16":
-        return mx.array(np.array(raw).view(np.uint16)).view(mx.bfloat16).reshape(whole)
-    dtype = {"F32": np.float32, "F16": np.float16}[name]
-    return mx.array(np.array(raw).view(dtype).reshape(whole))
 
 
 # ---- the header: types and sizes, before anything is loaded --------------------------------------
@@ -226,7 +240,7 @@ Tensors = list[tuple[str, list[int], int, int]]  # name, shape, type, offset
 
 
 def _checked_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
-    """Refuse damaged files, which MLX would map into memory and crash on, and unknown types."""
+    """Refuse damaged files, and unknown types."""
     check_readable(path, WeightsError)
     try:
         with path.open("rb") as file:
@@ -466,7 +480,7 @@ def _undo_permute(rows: Any, heads: int) -> Any:
     n = rows.shape[0]
     if n % (2 * heads):
         return rows  # no shape of this model, as the loader is about to say
-    if isinstance(rows, Packed):
+    if isinstance(rows, GgufMatrix):
         rows.order = np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
         return rows
     pairs = rows.reshape(heads, n // heads // 2, 2, *rows.shape[1:])

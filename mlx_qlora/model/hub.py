@@ -7,7 +7,6 @@ message what went wrong and what to do, and to name the original repository for 
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size
-from mlx_qlora.folders import card_header, json_object
+from mlx_qlora.folders import card_header, json_object, parse_json
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -371,7 +370,7 @@ def _shards(folder: Path, names: list[str]) -> list[str]:
     index = folder / INDEX
     check_readable(index, WeightsError)
     try:
-        named = {os.fspath(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        named = {os.fspath(name) for name in parse_json(index.read_text())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "fetch it again, or delete it"
         raise WeightsError(f"{index} cannot be read: {error!r}; {fix}") from None

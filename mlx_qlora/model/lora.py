@@ -16,10 +16,9 @@ import numpy as np
 
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
 from mlx_qlora.model.dropout import Mask, position_words
-from mlx_qlora.model.gguf import Packed
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Given, Gradients, Linear, plus
-from mlx_qlora.model.weights import open_checkpoint
+from mlx_qlora.model.weights import as_array, open_checkpoint
 from mlx_qlora.tree import bound, flat, nested
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -383,8 +382,7 @@ def add_lora(
         originals = _originals(model)
     for path, key in zip(targets, mx.random.split(mx.random.key(seed), len(targets))):
         linear, scale = linears[path], config.scale_of(path)
-        original = originals.pop(f"{path}.weight", None)  # or all that were read would stay
-        original = mx.array(original.dense()) if isinstance(original, Packed) else original
+        original = as_array(originals.pop(f"{path}.weight", None))  # or all would stay
         A, B = initial(init, linear, config.rank_of(path), scale, key, original)
         kind, part = DoRALinear if config.use_dora else LoRALinear, begins_with_base(init)
         if part and linear.quant is None:
@@ -427,8 +425,8 @@ def _originals(model: LlamaForCausalLM) -> dict[str, Any]:
     if source is None or not source.path.exists():
         return {}
     checkpoint = open_checkpoint(source)
-    named = (item for shard in checkpoint.shards for item in shard.items())
-    return {name: x for name, x in named if name.rpartition(".")[0] not in checkpoint.packing}
+    of, packing = checkpoint.tensors, checkpoint.packing
+    return {name: x for name, x in of.items() if name.rpartition(".")[0] not in packing}
 
 
 def for_model(model: LlamaForCausalLM, config: LoraConfig) -> LoraConfig:

@@ -30,6 +30,7 @@ AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 PARTS = ("weight", "scales", "biases")  # of a packed matrix; only affine has biases
 BLOCK = 1 << 18  # numbers that a core dequantises at once, where memory is short
+PACKED_AT_ONCE = 1 << 23  # numbers, which are in float32 meanwhile
 
 
 @dataclass(frozen=True)
@@ -104,43 +105,53 @@ class FrozenMatrix(nn.Module):
         packing = f", {quant.bits} bits, groups of {quant.group_size}" if quant else ""
         return f"{self.shape[0]} x {self.shape[1]}, {self._dtype}{packing}"
 
-    def packed(self) -> tuple[Any, ...]:
-        """The arrays that `mx.quantize` made: weight, scales and, for affine, biases."""
-        return tuple(self.parts().values())
-
     @property
     def is_away(self) -> bool:
         """Whether its arrays are in their file, and not in memory."""
         return self.stored is not None and "weight" not in self
 
-    def parts(self) -> dict[str, mx.array]:
-        """Its arrays by name; those that are away are read, for this use alone."""
-        if self.is_away:
-            return self.read()
-        return {name: self[name] for name in PARTS if name in self}
+    def packed(self) -> tuple[Any, ...]:
+        """The arrays that `mx.quantize` made: weight, scales and, for affine, biases.
 
-    def read(self, rows: np.ndarray | None = None) -> dict[str, mx.array]:
-        """The arrays in its file, or some of their rows, by name."""
+        Those that are away are read, for this use alone.
+        """
+        return self.read() if self.is_away else tuple(self[name] for name in PARTS if name in self)
+
+    def read(self, rows: np.ndarray | None = None) -> tuple[mx.array, ...]:
+        """The arrays in its file, or some of their rows."""
         assert self.stored is not None
         return self.as_computed(self.stored.read(rows))
 
-    def as_computed(self, read: dict[str, mx.array]) -> dict[str, mx.array]:
+    def as_computed(self, read: list[mx.array]) -> tuple[mx.array, ...]:
         """What `stored` has read, in the dtypes that it is computed with."""
         assert self.stored is not None
-        kinds = {name: tensor.kind for name, tensor in self.stored.tensors.items()}
-        arrays = {n: x.view(mx.bfloat16) if kinds[n] == "BF16" else x for n, x in read.items()}
-        return {name: cast(array, self.dtype) for name, array in arrays.items()}
+        pairs = zip(self.stored.tensors.values(), read)
+        arrays = (x.view(mx.bfloat16) if tensor.kind == "BF16" else x for tensor, x in pairs)
+        return tuple(cast(array, self.dtype) for array in arrays)
+
+    def drop(self) -> None:
+        """Forget the arrays, which are in a file, or will be."""
+        self._resident = self.stack = None
+        for name in PARTS:
+            self.pop(name, None)
 
     def stream_from(self, stored: StoredMatrix) -> None:
         """Leave the arrays in their file from now on."""
-        for name in PARTS:
-            self.pop(name, None)
+        self.drop()
         self.stored = stored
         self._no_grad.update(PARTS)  # which `freeze` would do only for what is there
 
     def pack(self, dense: mx.array, quant: QuantConfig) -> None:
-        """Put W, given dense in float32, in its place, packed; floats in `self.dtype`."""
-        self.put(pack(dense, quant), quant)
+        """Put W, given dense in any float dtype, in its place, packed; floats in `self.dtype`."""
+        # Scales and biases are found in float32: half precision would cost accuracy. By blocks of
+        # rows, as an embedding is the largest matrix, and twice as large in float32.
+        height, blocks = max(1, PACKED_AT_ONCE // dense.shape[1]), []
+        for start in range(0, len(dense), height):
+            blocks.append(pack(dense[start : start + height].astype(mx.float32), quant))
+            mx.eval(blocks[-1])
+        alone = len(blocks) == 1
+        whole = blocks[0] if alone else [mx.concatenate([*parts]) for parts in zip(*blocks)]
+        self.put(tuple(whole), quant)
 
     def put(self, parts: tuple[mx.array, ...], quant: QuantConfig) -> None:
         """Put W in its place as `mx.quantize` packs it."""
@@ -154,7 +165,9 @@ class FrozenMatrix(nn.Module):
         if self._resident is not None:
             return self._resident
         if self.quant is None:
-            return self.parts()["weight"]
+            return self.packed()[0]
+        if self.is_away:
+            return unpack_by_blocks(self.packed(), self.quant, self.dtype, self.shape)
         return unpack(self.packed(), self.quant, self.dtype)
 
     @property
@@ -194,7 +207,7 @@ class FrozenMatrix(nn.Module):
         if self.is_away:
             numbers, places = np.unique(np.array(indices), return_inverse=True)
             places = mx.array(places.reshape(indices.shape))
-            rows = tuple(part[places] for part in self.read(numbers).values())
+            rows = tuple(part[places] for part in self.read(numbers))
             return rows[0] if self.quant is None else unpack(rows, self.quant, self.dtype)
         if self.quant is None or self._resident is not None:
             return self.dense()[indices]
@@ -215,7 +228,7 @@ class FrozenMatrix(nn.Module):
         if self.is_away:
             mx.eval(self._before)  # or all slices might be in memory, waiting for their turn
             self._before = after if end < self.shape[0] else []
-            parts = [*self.read(np.arange(start, end)).values()]
+            parts = [*self.read(np.arange(start, end))]
         else:
             parts = [array[start:end] for array in self.packed()]
         rows = mx.depends(parts, after)

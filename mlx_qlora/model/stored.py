@@ -5,14 +5,17 @@ count as the process's memory.
 """
 
 import os
-from dataclasses import dataclass
+import struct
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.errors import WeightsError
+from mlx_qlora.folders import parse_json
+from mlx_qlora.model.hub import check_readable
 
 # safetensors' names of dtypes -> NumPy's, which has no bfloat16.
 NUMPY = {"U32": np.uint32, "U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -27,7 +30,9 @@ class StoredTensor:
     start: int  # its first byte in the file
     shape: tuple[int, ...]
     kind: str  # safetensors' name of its dtype
-    stamp: Stamp  # of the file when it was opened
+    stamp: Stamp = (0, 0, 0)  # of the file when it was opened
+    # The checksum of all its bytes, and the file's ctime (ns) when it was last computed.
+    checked: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +47,7 @@ class StoredTensor:
         Raises:
             WeightsError: the file has changed since it was opened, or cannot be read.
         """
-        rows = np.arange(self.shape[0]) if rows is None else rows
+        whole, rows = rows is None, np.arange(self.shape[0]) if rows is None else rows
         # Of pages that are not there yet, so that the only copy in memory is MLX's.
         array = mx.array(np.empty((len(rows), *self.shape[1:]), NUMPY[self.kind]))
         content, row = np.array(array, copy=False), self.nbytes // self.shape[0]
@@ -54,15 +59,30 @@ class StoredTensor:
                     raise EOFError("it has changed since it was opened")
                 for first, end in zip([0, *ends], ends):
                     _read_into(file, self.start + int(rows[first]) * row, content[first:end])
+                if whole:
+                    self._check(content, os.stat(file).st_ctime_ns)
             finally:
                 os.close(file)
         except (OSError, EOFError) as error:
             why = getattr(error, "strerror", None) or error
             raise WeightsError(
-                f"{self.path} cannot be read any more: {why}. The model is streamed from there "
-                "(model.residency): put the file back as it was and start again"
+                f"{self.path} cannot be read any more: {why}. The model is read from there as it "
+                "is needed: put the file back as it was and start again"
             ) from None
         return array
+
+    def _check(self, content: np.ndarray, ctime: int) -> None:
+        """Compare the content with what was read first, if the file may have been written to.
+
+        A program can set back the time of the last change, but not ctime. That changes with a
+        file's mode or number of links as well, so that the content decides. A checksum each time
+        would take as long as a fast device computes (docs/log.md).
+        """
+        if self.checked.get("ctime") != ctime:
+            checksum = zlib.crc32(content.data)
+            if self.checked.setdefault("checksum", checksum) != checksum:
+                raise EOFError("its content has changed")
+            self.checked["ctime"] = ctime
 
 
 def _read_into(file: int, offset: int, into: np.ndarray) -> None:
@@ -85,9 +105,9 @@ class StoredMatrix:
         """Its size in the file."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def read(self, rows: np.ndarray | None = None) -> dict[str, mx.array]:
-        """What `StoredTensor.read` returns of each part."""
-        return {name: tensor.read(rows) for name, tensor in self.tensors.items()}
+    def read(self, rows: np.ndarray | None = None) -> list[mx.array]:
+        """What `StoredTensor.read` returns of each part, in any thread."""
+        return [tensor.read(rows) for tensor in self.tensors.values()]
 
 
 def stamp_of(file: int | Path) -> Stamp:
@@ -96,14 +116,29 @@ def stamp_of(file: int | Path) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def stored_in(path: Path, header: dict[str, Any], start: int) -> dict[str, StoredTensor]:
-    """The tensors of a file by name, from a header as safetensors has it.
+def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, from its header.
 
-    Args:
-        start: where the data begins, in bytes.
+    Raises:
+        `error`, a class from `mlx_qlora.errors`, if the file cannot be read, or is damaged.
     """
-    stamp, tensors = stamp_of(path), {}
-    for name, entry in header.items():
-        place = start + entry["data_offsets"][0]
-        tensors[name] = StoredTensor(path, place, tuple(entry["shape"]), entry["dtype"], stamp)
+    check_readable(path, error)
+    tensors = {}
+    try:
+        stamp = stamp_of(path)
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > stamp[1]:
+                raise ValueError("the header is longer than the file")
+            header = parse_json(file.read(length))
+        header.pop("__metadata__", None)
+        end = start = 8 + length
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            shape, end = tuple(entry["shape"]), max(end, start + last)
+            tensors[name] = StoredTensor(path, start + first, shape, entry["dtype"], stamp)
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as problem:
+        raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
+    if stamp[1] < end:
+        raise error(f"{path} is truncated: {stamp[1]:,} of {end:,} bytes; fetch or write it again")
     return tensors

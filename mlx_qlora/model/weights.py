@@ -5,8 +5,6 @@ once. Then each tensor is read, cast or quantised, and put in its place before t
 so the peak is the finished model plus one tensor, not the whole dense checkpoint.
 """
 
-import json
-import struct
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +17,12 @@ import mlx.nn as nn
 
 from mlx_qlora.device import free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
-from mlx_qlora.model.gguf import Packed, read_gguf, source_repository
+from mlx_qlora.folders import parse_json
+from mlx_qlora.model.gguf import BITS, GgufMatrix, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FLOAT_MODES, PARTS, FrozenMatrix, QuantConfig, cast
-from mlx_qlora.model.stored import StoredMatrix, StoredTensor, stored_in
+from mlx_qlora.model.stored import StoredMatrix, StoredTensor, tensors_in
 from mlx_qlora.model.streaming import LayerReader, PackedCopy
 from mlx_qlora.progress import doing, each
 from mlx_qlora.tree import flat
@@ -38,28 +37,19 @@ HEAD = "lm_head."
 IGNORED_ENDING = "rotary_emb.inv_freq"
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of one tensor."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 @dataclass
 class Checkpoint:
     """A model's files, opened: what they hold is known, but no tensor is in its place.
 
-    Arrays of safetensors are not read until they are used. Without shards, as the weights were left
-    on the hub, it is enough for a plan.
+    Tensors are not read until they are used. Without them, as the weights were left on the hub, it
+    is enough for a plan.
     """
 
     files: ModelFiles
     config: dict[str, Any]  # a Hugging Face `config.json`
-    found: dict[str, TensorInfo]  # by tensor name
+    found: dict[str, StoredTensor]  # by tensor name
     packing: dict[str, QuantConfig]  # by the path of each matrix that the files hold quantised
-    shards: list[dict[str, mx.array]]  # name -> array
+    tensors: dict[str, Any]  # by name: an array, or a GGUF's `GgufMatrix`
     metadata: dict[str, Any] | None = None  # a GGUF's key-value pairs, its tokenizer among them
 
 
@@ -71,20 +61,19 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     """
     if files.path.is_file():
         config, tensors, metadata = read_gguf(files.path)
-        found = {
-            name: TensorInfo(files.path, array.shape, "U32" if is_packed(array) else "F16")
-            for name, array in tensors.items()
-        }
+        found = {n: StoredTensor(files.path, 0, x.shape, "F16") for n, x in tensors.items()}
         files = replace(files, hf_id=files.hf_id or source_repository(metadata))
-        return Checkpoint(files, config, found, _packing_in_gguf(tensors), [tensors], metadata)
+        return Checkpoint(files, config, found, _packing_in_gguf(tensors), tensors, metadata)
     config = _read_config(files.path)
     if files.left_on_hub:
         found = _headers_on_hub(files)
-        return Checkpoint(files, config, found, _packing_in_config(config, found), [])
-    found = _read_headers(files.path)
+        return Checkpoint(files, config, found, _packing_in_config(config, found), {})
+    found = _read_headers(weight_files(files.path))
     packing = _packing_in_config(config, found)
-    shards = [_open_safetensors(file) for file in sorted({info.file for info in found.values()})]
-    return Checkpoint(files, config, found, packing, shards)
+    opened = map(_open_safetensors, sorted({info.path for info in found.values()}))
+    return Checkpoint(
+        files, config, found, packing, {n: x for file in opened for n, x in file.items()}
+    )
 
 
 def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -157,28 +146,25 @@ def _place(
     """
     packing, modules, matrices = checkpoint.packing, dict(model.named_modules()), _matrices(model)
     what = "quantising" if quantize and not packing and matrices_too else "loading"
-    with doing(what, sum(map(len, checkpoint.shards)), "tensors") as task:
-        for shard in checkpoint.shards:
-            for name in list(shard):
-                path, _, leaf = name.rpartition(".")
-                array = shard.pop(name)  # the reference must go, or the file's copy would stay
-                task.advance()
-                is_matrix = path in matrices and leaf in PARTS
-                if path not in modules or (is_matrix and not matrices_too):
-                    continue
-                if isinstance(array, Packed) and quantize:
-                    parts, quant = array.pack()
-                    matrices[path].put(parts, quant)
-                elif is_matrix and leaf == "weight" and path not in packing and quantize:
-                    # Scales and biases are found in float32: half precision would cost accuracy.
-                    matrices[path].pack(array.astype(mx.float32), quantize)
-                else:
-                    array = mx.array(array.dense()) if isinstance(array, Packed) else array
-                    modules[path][leaf] = cast(array, dtype)
-                    mx.eval(modules[path][leaf])
-                del array
-                if is_matrix:
-                    then(path, matrices[path])
+    with doing(what, len(checkpoint.tensors), "tensors") as task:
+        for name in list(checkpoint.tensors):
+            path, _, leaf = name.rpartition(".")
+            array = checkpoint.tensors.pop(name)  # or what was read of the file would stay
+            task.advance()
+            is_matrix = path in matrices and leaf in PARTS
+            if path not in modules or (is_matrix and not matrices_too):
+                continue
+            is_gguf = isinstance(array, GgufMatrix)
+            if is_gguf and (path in packing or (quantize and array.is_packed)):
+                matrices[path].put(*array.pack())
+            elif is_matrix and leaf == "weight" and path not in packing and quantize:
+                matrices[path].pack(as_array(array), quantize)
+            else:
+                modules[path][leaf] = cast(as_array(array), dtype)
+                mx.eval(modules[path][leaf])
+            del array
+            if is_matrix:
+                then(path, matrices[path])
 
 
 def _stream(
@@ -191,36 +177,35 @@ def _stream(
     """Leave the matrices in their files, or in a packed copy of `n_bytes`, which may be made."""
     free_at_once()
     files, matrices = checkpoint.files, _matrices(model)
-    as_they_are = quantize is None or checkpoint.packing.keys() >= matrices.keys()
-    if files.path.is_dir() and as_they_are:
+    packing, stored = checkpoint.packing, checkpoint.found
+    if files.path.is_dir() and (quantize is None or packing.keys() >= matrices.keys()):
         _place(model, checkpoint, quantize, dtype, matrices_too=False)
-        stored = {}
-        for file in {info.file for info in checkpoint.found.values()}:
-            stored |= _stored_in(file)
     else:
         copy = PackedCopy(files, quantize, dtype)
-        if (stored := copy.find()) is None:
-            warnings.warn(
-                f"the weights of {files.source} are packed once, and streamed from the copy: "
-                f"{size(n_bytes)} in {copy.folder}; mlx-qlora cache lists and clears such copies",
-                StreamedWarning,
-                stacklevel=3,
-            )
-            for path in matrices:  # zeros, which a part of a matrix would be written with
-                matrices[path].pop("weight")
-            with copy.written(n_bytes):
-                _place(model, checkpoint, quantize, dtype, then=copy.take)
-            stored = copy.find()
-        else:
-            _place(model, checkpoint, quantize, dtype, matrices_too=False)
-        assert stored is not None
-        for path, matrix in matrices.items():
-            matrix.quant = copy.packing(path)
+        with copy.there(n_bytes) as is_missing:
+            if is_missing:
+                warnings.warn(
+                    f"the weights of {files.source} are packed once, and streamed from the copy: "
+                    f"{size(n_bytes)} in {copy.folder}; mlx-qlora cache lists and clears such "
+                    "copies",
+                    StreamedWarning,
+                    stacklevel=3,
+                )
+            for matrix in matrices.values():  # zeros, which a part of one would be written with
+                matrix.drop()
+            _place(model, checkpoint, quantize, dtype, is_missing, copy.take)
+        packing, stored = copy.packing, _read_headers(copy.files)
     for path, matrix in matrices.items():
+        matrix.quant = packing.get(path)
         names = {part: f"{path}.{part}" for part in PARTS}
         parts = {part: stored[name] for part, name in names.items() if name in stored}
         matrix.stream_from(StoredMatrix(parts))
     model.model.reader = LayerReader(model.layers)
+
+
+def as_array(tensor: Any) -> mx.array:
+    """A tensor of a checkpoint as an array; a GGUF's matrix is read, and dense in float32."""
+    return mx.array(tensor.dense()) if isinstance(tensor, GgufMatrix) else tensor
 
 
 def frozen_bytes(
@@ -265,8 +250,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     check_readable(path, WeightsError)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise WeightsError(f"{path} cannot be read: it holds no JSON object")
@@ -282,33 +267,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Name -> header entry over all shards; checks that every file is as long as it says."""
-    return _as_one_model(
-        (name, TensorInfo(shard, tuple(entry["shape"]), entry["dtype"]))
-        for shard in weight_files(folder)
-        for name, entry in read_safetensors_header(shard, WeightsError).items()
-    )
+def _read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """What safetensors files hold, by name; checks that each is as long as it says."""
+    return _as_one_model(x for file in files for x in tensors_in(file, WeightsError).items())
 
 
-def _as_one_model(tensors: Iterable[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
+def _as_one_model(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """Tensors by name, each of one file alone, and of a type that MLX opens."""
-    found: dict[str, TensorInfo] = {}
+    found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, info in tensors:
         if (other := found.setdefault(name, info)) is not info:
             raise WeightsError(
-                f"{info.file.parent}: {name} is in {other.file.name} and in {info.file.name}; keep "
+                f"{info.path.parent}: {name} is in {other.path.name} and in {info.path.name}; keep "
                 "the files of one copy of the model there, and move the others away"
             )
-        if remedy := REMEDIES.get(info.dtype.partition("_")[0]):
-            problems.append(f"{name} in {info.file.name} has dtype {info.dtype}; {remedy}")
+        if remedy := REMEDIES.get(info.kind.partition("_")[0]):
+            problems.append(f"{name} in {info.path.name} has dtype {info.kind}; {remedy}")
     if problems:
         raise WeightsError(f"the weights cannot be read:\n{listing(problems)}")
     return found
 
 
-def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
+def _headers_on_hub(files: ModelFiles) -> dict[str, StoredTensor]:
     """Name -> header entry of the files that were left on the hub."""
     from huggingface_hub import HfApi, errors
 
@@ -325,42 +306,10 @@ def _headers_on_hub(files: ModelFiles) -> dict[str, TensorInfo]:
     except hub_errors() as error:
         raise SourceError(explain(error, files.source, files.revision)) from error
     return _as_one_model(
-        (name, TensorInfo(files.path / shard, tuple(entry.shape), entry.dtype))
+        (name, StoredTensor(files.path / shard, 0, tuple(entry.shape), entry.dtype))
         for shard, entries in headers.items()
         for name, entry in entries.items()
     )
-
-
-def read_safetensors_header(path: Path, error: type[Exception]) -> dict[str, Any]:
-    """Tensor name -> {"dtype", "shape", "data_offsets"}, from the header of a safetensors file.
-
-    Raises:
-        `error`, a class from `mlx_qlora.errors`, if the file cannot be read, or is damaged.
-    """
-    check_readable(path, error)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        entries = [(t["data_offsets"][1], t["dtype"], tuple(t["shape"])) for t in header.values()]
-        end = 8 + length + max((end for end, _, _ in entries), default=0)
-    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as problem:
-        raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
-    if size < end:
-        raise error(f"{path} is truncated: {size:,} of {end:,} bytes; fetch or write it again")
-    return header
-
-
-def _stored_in(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of a safetensors file are, by name."""
-    header = read_safetensors_header(path, WeightsError)
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-    return stored_in(path, header, 8 + length)
 
 
 def _open_safetensors(path: Path) -> dict[str, mx.array]:
@@ -372,7 +321,7 @@ def _open_safetensors(path: Path) -> dict[str, mx.array]:
 
 
 def _packing_in_config(
-    config: dict[str, Any], found: dict[str, TensorInfo]
+    config: dict[str, Any], found: dict[str, StoredTensor]
 ) -> dict[str, QuantConfig]:
     """Matrix path -> how the file packs it; what `quantization` leaves out is its mode's own."""
     entry = config.get("quantization") or config.get("quantization_config") or {}
@@ -394,14 +343,11 @@ def _packing_in_config(
     return packing
 
 
-def _packing_in_gguf(tensors: dict[str, mx.array]) -> dict[str, QuantConfig]:
-    packing = {}
-    for name, scales in tensors.items():
-        path = name.removesuffix(".scales")
-        if path != name and f"{path}.weight" in tensors:
-            words = tensors[f"{path}.weight"].shape[-1]
-            packing[path] = QuantConfig(bits=words // scales.shape[-1], group_size=32)
-    return packing
+def _packing_in_gguf(tensors: dict[str, Any]) -> dict[str, QuantConfig]:
+    """Matrix path -> how the file packs it, if MLX has all of its types."""
+    matrices = ((n, x) for n, x in tensors.items() if isinstance(x, GgufMatrix))
+    packed = {n.removesuffix(".weight"): x.kind for n, x in matrices if x.is_packed and x.is_mlx}
+    return {path: QuantConfig(BITS[kind], 32) for path, kind in packed.items()}
 
 
 def _check_tensors(
@@ -409,10 +355,10 @@ def _check_tensors(
 ) -> None:
     """Compare names, shapes and dtypes with the model's; all differences are one error."""
     found, packing = checkpoint.found, checkpoint.packing
-    expected = _expected(model, packing)
+    expected = _expected(model, {} if checkpoint.metadata else packing)  # a GGUF's are by shape
     problems = [f"{name} is missing" for name in expected if name not in found]
     for name, info in found.items():
-        where = f"{name} in {info.file.name}"
+        where = f"{name} in {info.path.name}"
         if name not in expected:
             tied = name.startswith(HEAD) and model.config.tie_word_embeddings
             if not tied and not name.endswith(IGNORED_ENDING):
@@ -421,8 +367,8 @@ def _check_tensors(
         shape, dtypes = expected[name]
         if info.shape != shape:
             problems.append(f"{where} has shape {info.shape}; config.json asks {shape}")
-        elif info.dtype not in dtypes:
-            problems.append(f"{where} has dtype {info.dtype}; supported: {', '.join(dtypes)}")
+        elif info.kind not in dtypes:
+            problems.append(f"{where} has dtype {info.kind}; supported: {', '.join(dtypes)}")
     if problems:
         raise WeightsError(
             f"{checkpoint.files.path} does not hold this model:\n{listing(problems)}"
@@ -438,12 +384,12 @@ def _check_tensors(
 
 def _check_head(checkpoint: Checkpoint) -> None:
     """Refuse a head beside the embedding that it is tied to, unless both are the same."""
-    arrays = {name: array for shard in checkpoint.shards for name, array in shard.items()}
+    arrays = checkpoint.tensors
     for name in [name for name in arrays if name.startswith(HEAD)]:
         embedding = arrays.get(name.replace(HEAD, "model.embed_tokens."))
         if embedding is None or not mx.array_equal(arrays[name], embedding):
             raise WeightsError(
-                f"{name} in {checkpoint.found[name].file} differs from the embedding, and is tied "
+                f"{name} in {checkpoint.found[name].path} differs from the embedding, and is tied "
                 "to it: set tie_word_embeddings to false in config.json, or take it out of the file"
             )
 
@@ -466,11 +412,6 @@ def _expected(
         if quant.mode == "affine":
             expected[f"{path}.biases"] = groups, FLOATS
     return expected
-
-
-def is_packed(array: Any) -> bool:
-    """Whether it is the packed part of a matrix that MLX reads as it is."""
-    return not isinstance(array, Packed) and array.dtype == mx.uint32
 
 
 def _matrices(model: nn.Module) -> dict[str, FrozenMatrix]:

@@ -15,13 +15,12 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlx_qlora import device
 from mlx_qlora.adapters.several import adapter_names, detach
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
-from mlx_qlora.folders import disk_errors, write_whole
+from mlx_qlora.folders import disk_errors, parse_json, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
@@ -248,7 +247,7 @@ def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
     """What an earlier sweep has measured of this very trial at this step, or None."""
     path = _record(config, step)
     try:
-        measured = Measured(**json.loads(path.read_text(encoding="utf-8")))
+        measured = Measured(**parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # none, or a damaged one: it is measured again
         return None
     same = measured.key == _key(config, inputs)
@@ -311,7 +310,6 @@ def _advance(
     Returns the run, and real tokens per second if any were trained. Raises a StepError if a step
     cannot be taken or too many in a row were skipped.
     """
-    device.limit_memory()
     if trial.state.step > until:  # of a sweep with fewer rungs: the steps are taken again
         fresh = RunState(fingerprint=trial.state.fingerprint, config=trial.state.config)
         trial = replace(trial, state=fresh, resumed=None)

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
-from mlx_qlora.folders import disk_errors, json_object, staged
+from mlx_qlora.folders import disk_errors, json_object, sha256, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
@@ -222,6 +222,9 @@ def rotate(output: Path, state: RunState, limit: int) -> None:
 
 def _discard(path: Path) -> None:
     """Removes a checkpoint, which a run that is killed meanwhile leaves under another name."""
+    if path.is_symlink():  # moved to another disk: what it points to is not ours to remove
+        path.unlink()
+        return
     gone = path.with_name(f".{path.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -399,15 +402,6 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path / STATE} cannot be read: {error}") from None
     return {name: value for name, value in saved.items() if name not in ("sha256", "checksums")}
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates: int) -> None:

@@ -16,8 +16,13 @@ micro-batches and processes are added up, and divided once by the step's supervi
 (`train.step`).
 """
 
+<<<<<<< HEAD
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+=======
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+>>>>>>> main
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -40,6 +45,7 @@ from mlx_qlora.model.llama import (
     swiglu_vjp,
 )
 from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.model.streaming import streamed
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import Losses, Weigh, by_batch, losses_by_slice
@@ -84,7 +90,6 @@ NEEDED_BELOW = [
     for i in range(len(PIECES))
 ]
 NEEDED_ABOVE = [{name for p in PIECES[i + 1 :] for name in p.inputs} for i in range(len(PIECES))]
-STREAMED_CACHE = 16 << 20  # bytes of freed buffers that MLX may keep, where the base is streamed
 # What is kept at no level. Neither it nor its gradient is evaluated by itself, so that it exists
 # only while what is made of it is computed.
 FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(KEPT[NOTHING])
@@ -92,6 +97,7 @@ FLEETING = {name for piece in PIECES[:-1] for name in piece.outputs}.difference(
 # ---- the tape of one layer -----------------------------------------------------------------------
 
 Stages = Iterator[list[mx.array]]  # arrays to evaluate, and then the next ones
+Ahead = Callable[[], None]  # begins to read the next layer
 
 
 @dataclass
@@ -110,16 +116,17 @@ class Tape:
     values: dict[str, Any] = field(default_factory=dict)
     gradients: dict[str, mx.array] = field(default_factory=dict)
 
-    def forward(self, kept: tuple[str, ...]) -> Stages:
-        """Runs the pieces, and keeps the values of some names."""
+    def forward(self, kept: tuple[str, ...], ahead: Ahead = lambda: None) -> Stages:
+        """Runs the pieces, and keeps the values of some names; `ahead` reads the next layer."""
         for piece, needed in zip(PIECES, NEEDED_ABOVE):
             outputs = yield from self._run(piece, "weights" in kept)
+            self._release(piece, ahead)
             self.values |= outputs
             self._drop_all_but({*kept, *needed, "y"})
             if FLEETING.isdisjoint(outputs):
                 yield arrays_of(outputs)
 
-    def backward(self, wants_dx: bool) -> Stages:
+    def backward(self, wants_dx: bool, ahead: Ahead = lambda: None) -> Stages:
         """Takes the VJPs in reverse; first, those values are made at once that a level may keep."""
         remade = {}
         for name in KEPT[EXPONENTIALS]:
@@ -129,6 +136,7 @@ class Tape:
         del remade  # or it would keep them to the end
         for piece, needed in zip(reversed(PIECES), reversed(NEEDED_BELOW)):
             yield from self._vjp(piece)
+            self._release(piece, ahead)
             self._drop_all_but(needed)  # before the stage, or they would live through it
             if piece is PIECES[0] and not wants_dx:
                 del self.gradients["x"]
@@ -191,6 +199,17 @@ class Tape:
             earlier = self.gradients.get(name)
             self.gradients[name] = gradient if earlier is None else earlier + gradient
 
+    def _release(self, piece: Piece, ahead: Ahead) -> None:
+        """Streamed one by one, drop matrices after their last use.
+
+        The next layer is read when the widest are gone: two whole layers would be there until then.
+        """
+        if self.one_by_one and piece.name in KEYS_OF:
+            for linear in self.layer.linears(piece.name).members.values():
+                linear.base_layer.drop()
+            if piece.name == "gate_up":
+                ahead()
+
     def _between(self, piece: Piece) -> Callable[..., Any]:
         """A piece without matrices, as a function of its inputs."""
         function = getattr(self.layer, piece.name)
@@ -223,11 +242,11 @@ def arrays_of(values: dict[str, Any]) -> list[mx.array]:
 def side_by_side(
     tapes: list[Tape],
     computations: list[Stages],
-    within: Callable[[], AbstractContextManager[Any]] | None = None,
+    copied: Sequence[FrozenMatrix] = (),
 ) -> None:
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
 
-    If a context is given, each stage is built and finished `within` it before the next one.
+    Where matrices are `copied` each for a stage, the stage is finished before the next one begins.
 
     MLX hands at most some hundred operations to its streams in advance: all of one shard's first
     would leave the other streams without work. Those of one evaluation it hands over breadth first,
@@ -236,12 +255,13 @@ def side_by_side(
     running = list(zip(tapes, computations))
     while running:
         stages = []
-        with within() if within is not None else nullcontext():
-            for tape, computation in running:
-                with mx.stream(tape.shard.stream):
-                    stages.append(next(computation, None))
-            arrays = [array for stage in stages for array in stage or ()]
-            (mx.async_eval if within is None else mx.eval)(arrays)
+        for tape, computation in running:
+            with mx.stream(tape.shard.stream):
+                stages.append(next(computation, None))
+        arrays = [array for stage in stages for array in stage or ()]
+        (mx.eval if copied else mx.async_eval)(arrays)
+        for matrix in copied:
+            matrix.drop_copy()
         running = [one for one, stage in zip(running, stages) if stage is not None]
         del stages, arrays  # while the next ones are made
 
@@ -306,11 +326,7 @@ class Engine:
             for layer in model.layers
         ]
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
-        self.one_by_one = self.reader is not None and any(
-            matrix.matmul == "dequantize" and matrix.quant is not None
-            for layer in self.matrices
-            for matrix in layer
-        )
+        self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
         differentiated = {
             f"model.layers.{i}.{path}.{name}"
             for i, layer in enumerate(model.layers)
@@ -342,6 +358,7 @@ class Engine:
         the labels of whole rows, whose documents are then in one chunk.
         """
         documents = memory.supervised_documents(batch)
+<<<<<<< HEAD
         unit_of = np.arange(len(documents))  # what must not be cut: a document, or a row
         if compare is not None:
             unit_of = np.unique(documents[:, 0], return_inverse=True)[1]
@@ -350,11 +367,15 @@ class Engine:
         footprint = memory.Footprint(self.model.config, lengths, self.dtype.size, streamed=streamed)
         # By nothing but the lengths, so that the same batch is always computed the same way.
         plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
+=======
+        plan = self.planned((documents[:, 2] - documents[:, 1]).tolist())[1]
+>>>>>>> main
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
         weigh = by_batch if compare is None and batch.weights is not None else compare
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
+<<<<<<< HEAD
         with bound(self.model, cast), self._small_cache():
             groups, n_chunks = [documents], plan.n_chunks
             if compare is not None:
@@ -365,6 +386,10 @@ class Engine:
                 for group in groups
                 for shards in memory.chunks_of(self.model, batch, group, n_chunks, dropout_key)
             ]
+=======
+        with bound(self.model, cast), device.small_cache(self.reader is not None):
+            chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
+>>>>>>> main
             for shards in chunks:
                 with cores_shared(shards):
                     hook = all_reduce if shards is chunks[-1] else None
@@ -373,6 +398,16 @@ class Engine:
                 loss, n_tokens = loss + of_chunk, n_tokens + n
         # In the weights' order, and none left out.
         return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}
+
+    def planned(self, lengths: list[int]) -> tuple[memory.Footprint, memory.Schedule]:
+        """What a batch of documents of these lengths takes, and how it is computed.
+
+        By nothing but the lengths, so that the same batch is always computed the same way.
+        """
+        sizes = self.model.config, lengths, self.dtype.size
+        streamed, one_by_one = self.reader is not None, self.one_by_one
+        footprint = memory.Footprint(*sizes, streamed=streamed, one_by_one=one_by_one)
+        return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
 
     def _chunk(
         self,
@@ -395,12 +430,13 @@ class Engine:
         for i, layer in enumerate(tapes):
             kept = KEPT[levels[i]] if i >= self.first else ()
             x = [tape.values["x"] for tape in layer]
-            following = min(i + 1, len(tapes) - 1)  # the last layer is needed twice
-            self._start(i, layer, [tape.forward(kept) for tape in layer], following)
+            # The last layer is needed twice.
+            ahead = partial(self._read_ahead, min(i + 1, len(tapes) - 1))
+            self._start(i, layer, [tape.forward(kept, ahead) for tape in layer])
             # The layer before this one is finished before the next one begins: the device always
             # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).
             mx.eval(x)
-            self._read_ahead(following)
+            ahead()
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
@@ -414,11 +450,10 @@ class Engine:
         for i in reversed(range(self.first, len(tapes))):
             layer = tapes.pop()
             dy = [tape.gradients["y"] for tape in layer]
-            following = i - 1 if i > self.first else -1
-            computations = [tape.backward(wants_dx=i > self.first) for tape in layer]
-            self._start(i, layer, computations, following)
+            ahead = partial(self._read_ahead, i - 1 if i > self.first else -1)
+            self._start(i, layer, [tape.backward(i > self.first, ahead) for tape in layer])
             mx.eval(dy)
-            self._read_ahead(following)
+            ahead()
             for tape, below in zip(layer, tapes[-1] if i > self.first else []):
                 below.gradients["y"] = tape.gradients.pop("x")
             for name in layer[0].gradients:
@@ -430,7 +465,7 @@ class Engine:
                 all_reduce.reduce(grads, complete)
         return mx.stack(losses).sum(), n
 
-    def _start(self, i: int, layer: list[Tape], computations: list[Stages], following: int) -> None:
+    def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
         """Starts a layer's computations, with one dequantised copy of each of its matrices.
 
         Of a streamed layer there is one copy at a time: all would take more memory than is saved.
@@ -442,33 +477,7 @@ class Engine:
                 side_by_side(layer, computations)
             return
         with self.reader.layer(i):
-            if self.one_by_one:
-                self._read_ahead(following)  # the layer before this one is finished
-                side_by_side(layer, computations, partial(self._without_copies, i))
-            else:
-                side_by_side(layer, computations)
-
-    @contextmanager
-    def _without_copies(self, i: int) -> Iterator[None]:
-        """Drop the dense copies that were made within."""
-        try:
-            yield
-        finally:
-            for matrix in self.matrices[i]:
-                matrix.drop_copy()
-
-    @contextmanager
-    def _small_cache(self) -> Iterator[None]:
-        """Of a streamed base no freed weights are kept: they are larger than all else."""
-        if self.reader is None:
-            yield
-            return
-        mx.clear_cache()
-        before = mx.set_cache_limit(STREAMED_CACHE)
-        try:
-            yield
-        finally:
-            mx.set_cache_limit(before)
+            side_by_side(layer, computations, self.matrices[i] if self.one_by_one else ())
 
     def _read_ahead(self, i: int) -> None:
         if self.reader is not None:

@@ -40,6 +40,7 @@ from mlx_qlora.train.checkpoint import (
 )
 from mlx_qlora.train.config import RunLength, batches_of
 from mlx_qlora.train.engine import Engine
+from mlx_qlora.train.memory import largest_micro_batch
 from mlx_qlora.train.metrics import Metrics, open_trackers, rewrite_metrics
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.preferences import Preferences
@@ -73,6 +74,7 @@ class TrainResult:
         seconds: wall time of this process's part, validation and checkpoints included.
         tokens_per_second: real tokens trained per second of that time.
         peak_memory_bytes: MLX's peak.
+        process_memory_bytes: the peak of the process, all that it had before the run included.
         best_step: step of the best validation loss, if there was one.
         stopped_early: whether patience ended the run before its last step.
         test_scores: "before" and "after", of the test rows or, without any, of the validation
@@ -88,6 +90,7 @@ class TrainResult:
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
+    process_memory_bytes: int = 0
     best_step: int | None = None
     stopped_early: bool = False
     test_scores: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +118,6 @@ def train(
         Interrupted: a signal came, and what was done is saved.
     """
     started = time.perf_counter()
-    device.limit_memory()
     run = Run(model, inputs, config, console)
     length = RunLength.of(config.training, run.batches, len(inputs.train))
     say(console, f"          {length}")
@@ -175,12 +177,18 @@ class Run:
         self.optimizer = AdamW(model.trainable_parameters(), *adam, *more)
         self.stop = StopSignal(agreed=self.processes.size > 1)
         engine = Engine(model, training.recompute, compiled=bool(compiled))
+<<<<<<< HEAD
         self.preferences = None
         if training.objective != "sft":
             about = model, self.batches, self.held_out, self.processes
             self.preferences = Preferences(training, *about)
         rest = self.stop, console, self.processes, self.preferences
         self.step = Step(engine, self.optimizer, training.seed, *rest)
+=======
+        footprint, schedule = engine.planned(largest_micro_batch(inputs.train, training.rows))
+        device.limit_memory(sum(footprint.highest(schedule)))
+        self.step = Step(engine, self.optimizer, training.seed, self.stop, console, self.processes)
+>>>>>>> main
 
     # ---- before the first step -------------------------------------------------------------------
 
@@ -407,6 +415,7 @@ class Run:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=mx.get_peak_memory(),
+            process_memory_bytes=device.process_memory_bytes(),
             best_step=best[0] if best else None,
             stopped_early=self.state.step < self.total_steps,
         )

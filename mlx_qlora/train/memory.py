@@ -10,6 +10,7 @@ from mlx_qlora import device
 from mlx_qlora.cpu.attention import BLOCK
 from mlx_qlora.cpu.streams import streams
 from mlx_qlora.data.batches import IGNORE, Batch, padded_width
+from mlx_qlora.data.examples import Examples
 from mlx_qlora.device import Device, Machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.attention import Documents
@@ -63,6 +64,7 @@ class Footprint:
     itemsize: int  # bytes of a number in the compute dtype
     machine: Machine = field(default_factory=lambda: this_machine())
     streamed: bool = False  # whether each chunk reads the layers' weights from the disk
+    one_by_one: bool = False  # and one matrix at a time is dequantised and multiplied
 
     def kept(self, levels: list[int], n_chunks: int) -> int:
         """What the forward of the largest chunk keeps for the backward."""
@@ -79,9 +81,10 @@ class Footprint:
         positions, T = largest_chunk(self.lengths, n_chunks)
         D, F, Hd = self.config.hidden_size, self.config.intermediate_size, self.config.head_dim
         H, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        numbers = 11.0 * F
+        apart = 5 * F if self.one_by_one else 0  # of the MLP's, which are not there at once then
+        numbers = 11.0 * F - apart
         if level >= MLP:
-            numbers = 9 * F + 6 * D + 2 * (H + 2 * K) * Hd
+            numbers = 9 * F - apart + 6 * D + 2 * (H + 2 * K) * Hd
             numbers += 0 if self.machine.device.fused_attention else 1.2 * H * min(T, BLOCK)
         return int(positions * numbers * self.itemsize) + self.scratch(n_chunks)
 
@@ -156,6 +159,13 @@ def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
     )
 
 
+def largest_micro_batch(examples: Examples, rows: int) -> list[int]:
+    """Positions of each document in the largest micro-batch of so many rows."""
+    documents = examples.document_lengths
+    documents = documents[np.argsort(documents[:, 0] * documents[:, 1], kind="stable")]
+    return [length - 1 for n, length in documents[-rows:].tolist() for _ in range(n)]
+
+
 def default_chunks(lengths: Sequence[int], machine: Machine | None = None) -> int:
     """How many chunks a batch is computed in where memory is plentiful."""
     machine = machine or this_machine()
@@ -204,6 +214,14 @@ def update_bytes(trainable: int, machine: Machine) -> int:
     buffer = trainable * FLOAT32
     temporary = machine.device.adamw_bytes
     return 6 * buffer + (4 * buffer if temporary is None else min(4 * buffer, temporary))
+
+
+def copies_bytes(dense: int, working: int, streamed: bool) -> int:
+    """What dequantised copies add to the working arrays, which are not all there beside them.
+
+    `dense` is the size of one layer's matrices; streamed, of the largest, which is alone.
+    """
+    return dense if streamed else max(0, int(1.4 * dense - 0.25 * working))
 
 
 # ---- chunks and shards of a batch ----------------------------------------------------------------

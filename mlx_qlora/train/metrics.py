@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 from rich.console import Console
 
+from mlx_qlora import device
 from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, warn
 from mlx_qlora.folders import write_whole
 from mlx_qlora.progress import doing
@@ -314,7 +315,11 @@ class Metrics:
             "learning_rate": rate,
             "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
+<<<<<<< HEAD
             **{name: sum(values) / len(values) for name, values in state.open_metrics.items()},
+=======
+            "process_memory_bytes": device.process_memory_bytes(),
+>>>>>>> main
         }
         state.open_losses, state.open_grad_norm, state.open_metrics = [], 0.0, {}
         self.tokens, self.started = 0, time.perf_counter()

@@ -35,7 +35,8 @@ from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora, lora_layers, trainable_count
 from mlx_qlora.model.quantize import Linear, QuantConfig
-from mlx_qlora.model.weights import load_model, open_checkpoint, read_safetensors_header
+from mlx_qlora.model.stored import tensors_in
+from mlx_qlora.model.weights import load_model, open_checkpoint
 
 TOKENS = random_tokens(2, 150)  # well beyond LLAMA3_ROPE's 64 original positions
 CONFIGS = {
@@ -536,9 +537,9 @@ def test_bytes_that_read_back_otherwise_are_found(
             byte = file.read(1)[0]
             file.seek(-1000, 2)
             file.write(bytes([byte ^ 1]))
-        return read_safetensors_header(path, error)
+        return tensors_in(path, error)
 
-    monkeypatch.setattr("mlx_qlora.adapters.merge.read_safetensors_header", flip)
+    monkeypatch.setattr("mlx_qlora.adapters.merge.tensors_in", flip)
     with pytest.raises(mq.WeightsError, match=r"what was read back of .* is not what was written"):
         save_merged(adapted(source), tokenizer, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -415,3 +415,34 @@ def test_a_damaged_tokenizer_beside_an_adapter_is_named(
     (tmp_path / "a" / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=str(tmp_path / "a" / "tokenizer.json")):
         mq.load(run[0], adapter=tmp_path / "a")
+
+
+# ---- a finished adapter that changed -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "merge", "export", "push", "train"])
+def test_a_bit_that_flipped_in_a_finished_adapter_is_seen(
+    command: str, run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(run[1], out)
+    content = bytearray((out / WEIGHTS).read_bytes())
+    content[-1] ^= 0x40  # in the exponent of the last number
+    (out / WEIGHTS).write_bytes(content)
+    rows = ["--data", str(run[1].with_name("rows.jsonl"))]
+    words = {
+        "generate": ["--prompt", "x", "generation.max_new_tokens=2"],
+        "evaluate": rows,
+        "merge": ["--output-dir", str(tmp_path / "merged")],
+        "export": ["--output-dir", str(tmp_path / "exported")],
+        "push": [str(out), "me/mine", "--dry-run"],
+        "train": ["--model", str(run[0]), *rows, "--output-dir", str(tmp_path / "next"), *TRAIN],
+    }[command]
+    words += [] if command == "push" else ["--adapter", str(out)]
+    assert main([command, *words]) == 2
+    assert "is not what the run wrote: its checksum is another one" in capsys.readouterr().err
+    if command == "generate":
+        record = json.loads((out / "training_args.json").read_text())
+        del record["sha256"]  # the way out that the message names
+        (out / "training_args.json").write_text(json.dumps(record))
+        assert main([command, *words]) == 0

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,8 @@ ADAPTER_FILES = [
     "mlx/adapter_config.json",
     "mlx/adapters.safetensors",
     *(
-        f"plots/{plot}.{kind}"
+        f"plots/{plot}.svg"
         for plot in ("grad_norm", "learning_rate", "loss", "peak_memory_bytes", "tokens_per_second")
-        for kind in ("png", "svg")
     ),
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,7 +43,7 @@ ADAPTER_FILES = [
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, matplotlib):
+def run_folder(tmp_path_factory):
     """The output folder of one real run, on data and under paths that nobody may see."""
     home = tmp_path_factory.mktemp(SECRET)
     write_model(home / "model")
@@ -66,9 +64,7 @@ def run_folder(tmp_path_factory, matplotlib):
         ),
         logging=mq.LoggingConfig(logging_steps=2),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", matplotlib)
-        mq.fine_tune(model, tokenizer, examples, examples, config, console=Console(quiet=True))
+    mq.fine_tune(model, tokenizer, examples, examples, config, console=Console(quiet=True))
     return home / "out"
 
 
@@ -234,6 +230,21 @@ def test_a_base_that_nobody_else_has_and_paths_in_a_card_are_refused(out, tmp_pa
     (out / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"is no repository on the hub.*save it again with model"):
         push_to_hub(out, REPO)
+
+
+@pytest.mark.parametrize("name", ["plots/loss.svg", "tokenizer.json", "metrics.jsonl"])
+def test_a_link_out_of_the_folder_is_not_followed(name, out, tmp_path):
+    secret = tmp_path / "elsewhere"
+    (out / name).rename(secret)
+    (out / name).symlink_to(secret)
+    with pytest.raises(mq.errors.ConfigError, match=r"is a link to .*elsewhere.*, outside of the"):
+        mq.push_to_hub(out, "me/mine", dry_run=True)
+
+
+def test_a_link_within_the_folder_is_as_good_as_its_file(out):
+    (out / "plots" / "loss.svg").rename(out / "loss.svg")
+    (out / "plots" / "loss.svg").symlink_to(out / "loss.svg")
+    assert "plots/loss.svg" in dict(mq.push_to_hub(out, "me/mine", dry_run=True).files)
 
 
 def test_a_damaged_history_is_named(out):

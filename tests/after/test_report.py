@@ -9,7 +9,6 @@ import queue
 import random
 import re
 import shlex
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -54,8 +53,10 @@ def test_the_page_answers_five_questions_from_the_figures_and_shows_no_refused_r
         "Yes: the loss fell by 33%, the answers are nearer", "3.0000 → 2.0000 (-33.3%)",
         "Only 2 validations",
         "1 of 1 sampled answers differ", "0 before, 1 after", "25.0% → 50.0%",
-        "1.0 minutes", "Peak memory 2.00 GB (planned 1.60 GB)", "102 tokens per second",
-        "measured / planned 1.25", "reached 102 while training", "learning rate 0.0001",
+        "1.0 minutes", "Peak memory 2.00 GB (planned 1.60 GB)",
+        "of the process 2.10 GB (planned 1.80 GB)", "measured process 2.10 GB",
+        "102 tokens per second", "measured / planned 1.25", "reached 102 while training",
+        "learning rate 0.0001",
         "5 0.05 1.4", "20 0.2 1.1 2.175", "40 0.4 1.05 2.15 1e-4 1.5 101.5",
         "on 99 tokens that were not trained, before and after; perplexity 20.09 → 7.389",
         "12 read, 10 kept, 2 refused", "3, 7",
@@ -145,8 +146,7 @@ def test_ticks_are_round_and_within():
         assert 2 <= len(found) <= 7 and low <= found[0] and found[-1] <= high + 1e-9
 
 
-def test_plots_are_files_too(tmp_path, monkeypatch, matplotlib):
-    monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)
+def test_plots_are_files_too(tmp_path):
     written(tmp_path)
     names = {plot.name for plot in plots_of([])}
     assert {path.stem for path in (tmp_path / "plots").glob("*.svg")} == names
@@ -158,9 +158,6 @@ def test_plots_are_files_too(tmp_path, monkeypatch, matplotlib):
     assert len(drawn) == 2 and xs == [125 * i for i in range(1, 9)]
     text = "".join(loss.getroot().itertext())
     assert all(words in text for words in ("best: step 20", "warmup", "training", "validation"))
-    for name in names:
-        data = (tmp_path / "plots" / f"{name}.png").read_bytes()
-        assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == 1440
 
 
 def test_a_logarithmic_axis_has_the_points_own_ticks_and_error_bars_reach_both_ways():
@@ -175,12 +172,6 @@ def test_a_logarithmic_axis_has_the_points_own_ticks_and_error_bars_reach_both_w
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
     assert {"1e-4", "0.001", "0.01"} <= set(texts) and texts.count(HOSTILE) == 2
     assert "rate 0.001: " + HOSTILE + " 1" in "".join(root.itertext())
-
-
-def test_without_matplotlib_there_are_svgs_and_one_line_that_says_so(tmp_path):
-    text = written(tmp_path)
-    assert "pip install 'mlx-qlora[plots]'" in html.unescape(text)
-    assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".svg"}
 
 
 def _luminance(colour: str) -> float:

@@ -451,12 +451,12 @@ def test_packages():
     found = {finding.name: finding for finding in doctor.packages()}
     assert [*found] == [*doctor.EXTRAS]
     assert {finding.state for finding in found.values()} == {"ok"}
-    assert re.fullmatch(r"[\d.]+, for plots as PNG", found["matplotlib"].text)
+    assert re.fullmatch(r"[\d.]+, for chrF of answers", found["sacrebleu"].text)
 
 
 def test_a_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(doctor, "EXTRAS", {"no-such-package": ("plots", "plots as PNG")})
-    text, fix = "not installed; optional, for plots as PNG", "pip install 'mlx-qlora[plots]'"
+    monkeypatch.setattr(doctor, "EXTRAS", {"no-such-package": ("gguf", "adapters")})
+    text, fix = "not installed; optional, for adapters", "pip install 'mlx-qlora[gguf]'"
     assert [*doctor.packages()] == [Finding("ok", "no-such-package", text, fix)]
 
 

@@ -327,7 +327,7 @@ def test_metal_s_attention_gradient_needs_scratch_for_its_largest_group():
     assert made.fits and made.schedule.n_chunks == 18 and set(made.schedule.levels) == {NOTHING}
 
 
-def test_a_gpu_s_cache_of_freed_buffers_is_told_and_gives_way():
+def test_the_cache_of_freed_buffers_is_told_and_gives_way():
     config = build({"model": {"residency": "resident"}})
 
     def made(where: Machine) -> Plan:
@@ -338,8 +338,68 @@ def test_a_gpu_s_cache_of_freed_buffers_is_told_and_gives_way():
     assert "cache                     6.44 GB more, while there is room" in str(roomy)
     for each in (roomy, tight):
         assert each.fits and 0 < each.cache_bytes <= each.memory_bytes - each.total_bytes
-    assert cpu.cache_bytes == 0 and "cache" not in str(cpu)
+    temporary = cpu.parts["activations"] + cpu.parts["working arrays"]
+    assert cpu.cache_bytes == pytest.approx(device.CPU.cache_share * temporary, rel=1e-6)
+    assert cpu.process_bytes == device.PROCESS_BYTES + cpu.total_bytes + cpu.cache_bytes // 2
+    assert f"process              {cpu.process_bytes / 1e9:9.2f} GB" in str(cpu)
     assert made(machine("m1-8")).cache_bytes == 0, "of what does not fit nothing is kept"
+    cuda = made(machine("h100-80"))
+    assert cuda.process_bytes == 0 and "process" not in str(cuda), "its memory is its own"
+
+
+# ---- a base in memory or on the disk ------------------------------------------------------------
+
+LLAMA_3B = LlamaConfig(3072, 28, 24, 8, 128, 8192, 128256)
+LLAMA_70B = LlamaConfig(8192, 80, 64, 8, 128, 28672, 128256)
+
+
+@pytest.mark.parametrize(
+    ("name", "llama", "fits"),
+    [
+        ("m2-8", LLAMA_1B, {"resident": True, "streamed": True}),
+        ("m2-8", LLAMA_3B, {"resident": True, "streamed": True}),
+        ("m2-8", LLAMA, {"resident": False, "streamed": True}),
+        ("m4-24", LLAMA_70B, {"resident": False, "streamed": True}),
+    ],
+)
+def test_a_plan_shows_the_base_in_memory_and_on_the_disk(name, llama, fits):
+    made = plan_checkpoint(weightless(llama), RunConfig(), where=machine(name))
+    both = made.to_dict()["residencies"]
+    assert {way: figures["fits"] for way, figures in both.items()} == fits
+    assert made.residency == ("resident" if fits["resident"] else "streamed") and made.fits
+    for way, figures in both.items():
+        config = build({"model": {"residency": way}})
+        alone = plan_checkpoint(weightless(llama), config, where=machine(name))
+        assert {n: getattr(alone, n) for n in figures} == figures and not alone.residencies
+        words = "fits" if alone.fits else "does not fit"
+        line = f"{way:<22}{alone.total_bytes / 1e9:8.2f} GB, {words}, about "
+        assert line in str(made) and line not in str(alone)
+
+
+def test_a_streamed_base_is_no_faster_than_its_disk(monkeypatch):
+    training = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
+    model = {"residency": "streamed"}
+    config = build({"model": model, "training": training, "data": {"max_length": 513}})
+
+    def made(rate: float) -> Plan:
+        monkeypatch.setattr(device, "DISK", rate)
+        return plan_checkpoint(weightless(LLAMA), config, where=machine("m4-max-64"))
+
+    slow, fast = made(1e6), made(1e12)
+    layers = 32 * 218_103_808 * 4.5 / 8  # bytes; read forward and back by each chunk
+    positions = 6 * 512 / slow.schedule.n_chunks
+    assert slow.tokens_per_second == pytest.approx(positions / (2 * layers / 1e6), rel=0.01)
+    assert fast.tokens_per_second > 100 * slow.tokens_per_second
+
+
+def test_one_dense_matrix_of_a_streamed_base_is_counted(checkpoint_files):
+    def parts(residency: str, way: str) -> dict[str, int]:
+        config = build({"model": {"residency": residency, "frozen_matmul": way}})
+        return plan_checkpoint(open_checkpoint(checkpoint_files), config).parts
+
+    assert parts("streamed", "dequantize")["dequantised for now"] == 4 * 256 * 512
+    for way in (("streamed", "quantized"), ("resident", "resident")):
+        assert "dequantised for now" not in parts(*way)
 
 
 def test_no_attention_to_the_longest_context_is_ended_by_the_watchdog():

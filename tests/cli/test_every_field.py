@@ -457,7 +457,7 @@ def seen_on_disk(output: Path) -> dict[str, Any]:
     if (output / "metrics.jsonl").is_file():
         lines = (output / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-    clock = ("tokens_per_second", "peak_memory_bytes", "eval_runtime")
+    clock = "tokens_per_second", "peak_memory_bytes", "process_memory_bytes", "eval_runtime"
     records = [{k: v for k, v in record.items() if k not in clock} for record in records]
     # TensorBoard puts the time, the machine and the process into a name.
     names = (re.sub(r"tfevents\..*", "tfevents", str(p)) for p in Path().rglob("*") if p.is_file())

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +25,7 @@ LAYOUT = [
     "metrics.jsonl",
     "mlx/adapter_config.json",
     "mlx/adapters.safetensors",
-    *(f"plots/{name}.{kind}" for name in PLOTS for kind in ("png", "svg")),
+    *(f"plots/{name}.svg" for name in PLOTS),
     "report.html",
     "run.yaml",
     "tokenizer.json",
@@ -36,7 +35,7 @@ LAYOUT = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, matplotlib):
+def finished(tmp_path_factory):
     """One real run of the whole path on a tiny model; (its folder, its values, its result)."""
     folder = tmp_path_factory.mktemp("run")
     write_model(folder / "model")
@@ -56,9 +55,7 @@ def finished(tmp_path_factory, matplotlib):
         "logging": {"logging_steps": 4},
         "generation": {"max_new_tokens": 4},
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", matplotlib)
-        return folder, values, train_run(values)
+    return folder, values, train_run(values)
 
 
 def into(out, finished, **model):

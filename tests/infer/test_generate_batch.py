@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
-from support.tiny_folder import write_model
+from support.tiny_folder import write_model, write_random_model
 
 import mlx_qlora as mq
+from mlx_qlora import device
 from mlx_qlora.infer.generate import generate, generate_batch
 
 PROMPTS: list[Any] = [
@@ -109,3 +111,18 @@ def test_real_texts_are_those_of_single_prompts(short_files):
         for i, prompt in enumerate(prompts):
             own: dict[str, Any] = how | ({"seed": 3 + i} if "seed" in how else {})
             assert texts[i] == generate(*smollm2, prompt, max_new_tokens=10, **own)
+
+
+def test_long_prompts_are_read_in_pieces_of_little_memory_and_answered_alike(tmp_path):
+    model = mq.load(write_random_model(tmp_path, max_position_embeddings=1024))
+    prompts: list[Any] = [[5 + (i * n) % 300 for i in range(700)] for n in (1, 3, 7)]
+    texts, peaks = [], []
+    for positions in (1 << 14, device.CPU.prompt_positions):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        with device.use(dataclasses.replace(device.current(), prompt_positions=positions)):
+            texts.append(generate_batch(*model, prompts, max_new_tokens=4, temperature=0.0))
+        peaks.append(mx.get_peak_memory() - before)
+    assert texts[0] == texts[1]
+    assert peaks[1] < peaks[0] / 2

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from support.gpu_route import PACKED, ROUTES, routes
 from support.gradients import gap, packed_batch
 from support.models import load_folder, randomise_lora
 
 from mlx_qlora import device
+from mlx_qlora.cpu import blas, streams
+from mlx_qlora.cpu.streams import OtherProcesses
 from mlx_qlora.device import CPU, CUDA, METAL, Machine, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -260,6 +263,32 @@ def test_an_unknown_choice_is_refused_with_the_legal_ones() -> None:
     assert str(raised.value) == f"model.frozen_matmul must be one of {legal}; got 'fast'"
 
 
+PROCESS = """
+import json
+import numpy as np
+from mlx_qlora.device import process_memory_bytes
+before = process_memory_bytes()
+array = np.ones(80_000_000, np.uint8)
+del array
+print(json.dumps([before, process_memory_bytes()]))
+"""
+
+
+def test_the_peak_of_a_process_is_its_own_and_counts_what_was_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = np.ones(200_000_000, np.uint8)  # which a process that this one starts has not had
+    before, after = fresh(PROCESS)
+    assert 5e6 < before < 150e6 and 75e6 < after - before < 85e6
+    del ours
+    here = device.process_memory_bytes()
+    with monkeypatch.context() as patch:  # as on macOS
+        patch.setattr(Path, "read_text", lambda *_, **__: "")
+        assert device.process_memory_bytes() == pytest.approx(here, rel=0.05)
+        patch.setattr(sys, "platform", "darwin")
+        assert device.process_memory_bytes() == pytest.approx(here / 1024, rel=0.05)
+
+
 def test_facts_are_plain_data_with_these_keys() -> None:
     known = facts()
     kinds = {
@@ -315,3 +344,53 @@ def test_a_gpu_s_route_has_the_gradients_of_a_cpu_s(
     assert n == wanted_n and loss == pytest.approx(wanted_loss, rel=gpu_route.tolerance.loss)
     # A route that was not taken would give 0.
     assert 0 < gap(wanted, grads) < gpu_route.tolerance.gradient
+
+
+# ---- beside other processes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("others", "left"), [(0.0, 4), (0.4, 4), (0.6, 3), (2.0, 2), (2.5, 2)])
+def test_cores_that_other_processes_take_are_counted(
+    others: float, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four cores for a second, in which this process keeps one and a half busy."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    stat, own = tmp_path / "stat", [700.0]
+    counted = OtherProcesses(str(stat), lambda: own[0])
+    for busy in (0, 150 + round(100 * others)):
+        stat.write_text(f"cpu  {1000 + busy} 0 10 {9000 + 400 * (busy > 0) - busy} 5 0 3 0 0 0\n")
+        seen = counted.cores_left()
+        own[0] += 150
+    assert seen == left
+    stat.write_text(stat.read_text().replace(" 5 0 3 ", " 6 0 3 "))  # a tick tells nothing
+    assert counted.cores_left() == left
+
+
+@pytest.mark.parametrize("text", ["", "cpu", "cpu a b c d e", "intr 1 2"])
+def test_where_nobody_counts_all_cores_are_there(text: str, tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    assert OtherProcesses(str(stat), lambda: 0.0).cores_left() == os.cpu_count()
+    stat.write_text(text)
+    assert OtherProcesses(str(stat), lambda: 0.0).cores_left() == os.cpu_count()
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere Accelerate chooses its threads")
+def test_a_matmul_has_no_more_threads_than_cores_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ctypes.CDLL(device.openblas)
+    monkeypatch.setattr(device, "cores", lambda: 4)
+    for left, shards, n in ((4, 1, 4), (1, 1, 1), (3, 2, 2), (1, 2, 1), (4, 4, 1)):
+        monkeypatch.setattr(OtherProcesses, "cores_left", lambda _, left=left: left)
+        with streams.cores_shared(range(shards)):
+            assert library.scipy_openblas_get_num_threads() == n
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    draw = np.random.default_rng(0)
+    for M, K, N in ((1, 576, 1536), (40, 576, 192), (128, 1536, 576), (333, 64, 49)):
+        x, W = (mx.array(draw.standard_normal(n), mx.float32) for n in ((M, K), (N, K)))
+        products = []
+        for n in (1, 2):
+            with blas.threads(n):
+                y = x @ W.T
+                products.append([np.array(each) for each in (y, y @ W, y.T @ x)])
+        assert all((a == b).all() for a, b in zip(*products))

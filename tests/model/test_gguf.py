@@ -26,11 +26,13 @@ from support.models import (
 from support.tiny_folder import hf_smollm2
 
 from mlx_qlora.adapters.export import save_gguf_adapter
-from mlx_qlora.errors import WeightsError
+from mlx_qlora.adapters.merge import save_merged
+from mlx_qlora.errors import ConfigError, WeightsError
 from mlx_qlora.model.gguf import read_gguf, source_repository
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.model.quantize import PARTS, FrozenMatrix, QuantConfig
+from mlx_qlora.model.stored import StoredTensor
 
 # GGUF blocks have 32 weights, so the matrices' columns divide by it.
 ROPE_31 = {
@@ -217,6 +219,37 @@ def test_dense_gguf_tensors_can_be_quantised_on_load(tmp_path: Path) -> None:
     assert all(mx.array_equal(a, b) for a, b in zip(q_proj.packed(), expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
+def test_what_mlx_can_pack_has_the_bits_that_mlx_reads(kind: Type, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), kind)
+    theirs: Any = mx.load(str(path))
+    for name, matrix in load_folder(path).named_modules():
+        if not isinstance(matrix, FrozenMatrix) or name.endswith(("q_proj", "k_proj")):
+            continue  # whose rows are permuted
+        assert matrix.quant == QuantConfig(8 if kind == Type.Q8_0 else 4, 32)
+        stem = gguf_name(f"{name}.weight").removesuffix(".weight")
+        for part, ours in zip(PARTS, matrix.packed(), strict=True):
+            assert mx.array_equal(ours, theirs[f"{stem}.{part}"].astype(ours.dtype)), (name, part)
+
+
+@pytest.mark.parametrize("kind", [Type.F16, Type.Q4_0, Type.Q8_0])
+def test_a_file_is_opened_without_its_matrices(
+    kind: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", make_hf_model(), kind)
+    read, sizes = StoredTensor.read, list[int]()
+
+    def counted(tensor: StoredTensor, rows: np.ndarray | None = None) -> mx.array:
+        sizes.append(tensor.nbytes)
+        return read(tensor, rows)
+
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    config, tensors, _ = read_gguf(path)
+    assert sizes and max(sizes) == 4 * config["hidden_size"], "more than norms was read"
+    shape = tensors["model.embed_tokens.weight"].shape
+    assert shape == (config["vocab_size"], config["hidden_size"])
+
+
 # ---- K-quants and other types ------------------------------------------------------------------
 
 # Where a block of a type has its 16-bit factors: (first byte, one after the last).
@@ -294,6 +327,14 @@ def test_every_type_is_packed_while_it_is_loaded(kind: Type, tmp_path: Path) -> 
         assert matrix.quant is not None and matrix.quant.group_size == 32
         gap = np.linalg.norm(np.array(matrix.dense()) - exact) / np.linalg.norm(exact)
         assert gap < (1e-6 if kind in EXACT else 0.06), gap
+
+
+def test_what_is_packed_is_no_original_to_merge_into(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "k.gguf", make_hf_model(), Type.Q5_0)
+    model = add_lora(load_folder(path, QuantConfig(4, 32)), LoraConfig(r=1))
+    tokenizer: Any = None  # nobody gets as far
+    with pytest.raises(ConfigError, match="is quantised itself"):
+        save_merged(model, tokenizer, tmp_path / "out", base=path)
 
 
 def test_a_model_in_parts_is_the_whole_model(tmp_path: Path) -> None:
@@ -569,14 +610,15 @@ def test_garbage_is_refused(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_header_with_any_one_byte_wrong_never_crashes(whole: bytes, tmp_path: Path) -> None:
-    """In one subprocess: MLX maps the file, so a crash would take the tests along."""
+    """In one subprocess: a crash would take the tests along."""
     (tmp_path / "whole.gguf").write_bytes(whole)
     script = """
 import random, sys
 from pathlib import Path
 import mlx_qlora
 from mlx_qlora.adapters.export import save_gguf_adapter
-from mlx_qlora.errors import WeightsError
+from mlx_qlora.adapters.merge import save_merged
+from mlx_qlora.errors import ConfigError, WeightsError
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.weights import load_model, open_checkpoint
 import mlx.core as mx

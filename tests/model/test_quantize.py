@@ -21,6 +21,7 @@ from support.models import (
 )
 
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.model import quantize
 from mlx_qlora.model.quantize import (
     AFFINE_BITS,
     AFFINE_GROUPS,
@@ -312,6 +313,23 @@ def test_loading_peaks_at_the_packed_model_and_one_tensor(tmp_path: Path) -> Non
     assert measured["after"] <= 1.02 * measured["model"]
     assert measured["peak"] <= bound
     assert bound < 0.5 * (2 * weights + measured["model"])  # what keeping the files' copy takes
+
+
+def test_a_matrix_is_packed_by_blocks_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = (mx.random.normal((2100, 512), key=mx.random.key(0)) / 8).astype(mx.bfloat16)
+    mx.eval(dense)
+    packed, peaks = [], []
+    for at_once in (1 << 23, 300 * 512):
+        monkeypatch.setattr(quantize, "PACKED_AT_ONCE", at_once)
+        matrix = Linear(512, 2100)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        matrix.pack(dense, QuantConfig())
+        peaks.append(mx.get_peak_memory() - before)
+        packed.append([np.array(part) for part in matrix.packed()])
+    for parts in zip(*packed):
+        assert np.array_equal(*parts)
+    assert peaks[1] < dense.nbytes < peaks[0] / 2
 
 
 # ---- bad input ---------------------------------------------------------------------------------

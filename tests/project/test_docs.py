@@ -393,10 +393,10 @@ def test_the_reader_notices_a_wrong_page(sandbox, trained, monkeypatch):
     assert reader.does(Step("shell", "mlx-qlora inspect nowhere.jsonl --model smollm2-135m", 1))
     assert reader.does(Step("inline", "mlx-qlora tarin", 1))
     assert reader.does(Step("python", "mq.nothing", 1))
-    known = {"plots"}
+    known = {"gguf"}
     assert fault_of("make nothing", known) and fault_of("pip install 'mlx-qlora[nope]'", known)
     assert fault_of("python benchmarks/nothing.py", known) and fault_of("curl x", known)
-    assert fault_of("pip install 'mlx-qlora[plots]'", known) is None
+    assert fault_of("pip install 'mlx-qlora[gguf]'", known) is None
 
 
 def test_what_a_page_trains_is_what_its_next_command_reads(sandbox, trained, monkeypatch):

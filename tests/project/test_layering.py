@@ -2,16 +2,18 @@
 
 import ast
 import functools
+import importlib
 from pathlib import Path
 
 import mlx_qlora
 
-PACKAGE = Path(__file__).parents[2] / "mlx_qlora"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
     {"errors", "progress", "tree", "folders"},
-    {"device", "distributed", "measured"},
+    {"device", "distributed"},
     {"cpu"},
     {"model"},
     {"data"},
@@ -19,7 +21,7 @@ ORDER = [
     {"train"},
     {"infer"},
     {"names"},
-    {"config", "loading", "run"},
+    {"config", "loading", "measured", "run"},
     {"before"},
     {"after"},
     {"sweep"},
@@ -135,3 +137,18 @@ def test_no_test_imports_another_test():
             imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             tails = {name.split(".")[-1] for name in imported}
             assert not tails & names, f"{path.name} imports {tails & names}: see tests/support"
+
+
+def test_what_benchmarks_and_examples_import_is_there():
+    """Nothing else looks at them between two releases."""
+    files = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
+    missing = [
+        f"{path.name}: {node.module}.{alias.name}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_qlora")
+        for alias in node.names
+        if f"{node.module}.{alias.name}".removeprefix("mlx_qlora.") not in modules()
+        and not hasattr(importlib.import_module(node.module or ""), alias.name)
+    ]
+    assert len(files) > 20 and not missing, "\n".join(missing)

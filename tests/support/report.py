@@ -20,7 +20,7 @@ HOSTILE = "<script>alert('1')</script>\"'&</pre></style><img src=x onerror=y>"
 VOID = {"meta", "img", "br"}
 PLAN = Plan(
     {"base weights": 10**9, "activations": 6 * 10**8}, 8 * 10**9, "M4", 1000,
-    Schedule(1, [0]), 4096, 120.0, "",
+    Schedule(1, [0]), 4096, 120.0, "", process_bytes=18 * 10**8,
 )  # fmt: skip
 FILE = FileReport(HOSTILE, "alpaca", read=12, kept=10, refused=[(3, "SECRET"), (7, "SECRET")])
 DATA = DataReport(HOSTILE, [FILE], tokens=100, supervised=25, histogram=[(1, 10, 10)])
@@ -51,7 +51,8 @@ SCORES = {"before": scores_of(3.0, 0.25), "after": scores_of(2.0, 0.5)}
 
 def result_in(folder: Path, records: list[dict[str, Any]]) -> TrainResult:
     steps = int(records[-1]["step"]) if records else 0
-    return TrainResult(folder, steps, 1.5, 2.0, records, 61.0, 123.0, 2 * 10**9, best_step=20)
+    peaks = 2 * 10**9, 21 * 10**8
+    return TrainResult(folder, steps, 1.5, 2.0, records, 61.0, 123.0, *peaks, best_step=20)
 
 
 def written(

@@ -53,7 +53,7 @@ PUBLIC: dict[str, Any] = {
     "eval_steps": 2,
     "logging_steps": 3,
 }
-CLOCKS = {"tokens_per_second", "peak_memory_bytes", "eval_runtime"}
+CLOCKS = {"tokens_per_second", "peak_memory_bytes", "process_memory_bytes", "eval_runtime"}
 NAN_TOKEN = 319  # whose embedding is no number in a model that `start` was asked to poison
 
 

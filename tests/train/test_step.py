@@ -421,10 +421,14 @@ def test_a_loss_of_nothing_is_what_a_certain_model_has(model):
 
 def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
     working_set = device.facts()["working_set_bytes"]
-    before = mx.set_cache_limit(12345)
+    before, temporary = mx.set_cache_limit(12345), []
+    limit_memory = device.limit_memory
     try:
-        run(hf_tiny[1], tmp_path / "out", max_steps=1)
-        assert mx.set_cache_limit(before) == working_set // 8
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "limit_memory", lambda n: (temporary.append(n), limit_memory(n)))
+            run(hf_tiny[1], tmp_path / "out", max_steps=1)
+        share = device.current().cache_share
+        assert mx.set_cache_limit(before) == int(share * temporary[0]) > 0
     finally:
         mx.set_cache_limit(before)
 
@@ -434,9 +438,11 @@ def test_memory_is_limited_before_a_run(monkeypatch, hf_tiny, tmp_path):
             patch.setattr(mx, "set_wired_limit", wired.append)
             patch.setattr(mx, "set_memory_limit", limits.append)
             patch.setattr(mx, "set_cache_limit", caches.append)
-            device.limit_memory()
+            for n in (1000, 10 * working_set):
+                device.limit_memory(n)
+        wired, limits = wired[:1], limits[:1]
         assert wired == limits == ([working_set] if kind is device.METAL else [])
-        assert caches == [working_set // 8]
+        assert caches == [int(1000 * kind.cache_share), working_set // 8]
 
 
 # ---- whole runs --------------------------------------------------------------------------------

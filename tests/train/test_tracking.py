@@ -29,7 +29,10 @@ from mlx_qlora.train.checkpoint import RunState, checkpoints
 from mlx_qlora.train.metrics import LoggingConfig, require_trackers, tracked
 
 ROOT = Path(__file__).parents[2]
-CLOCK = ("train/tokens_per_second", "eval/runtime", "train/peak_memory_bytes")
+CLOCK = (
+    *("train/tokens_per_second", "eval/runtime"),
+    *("train/peak_memory_bytes", "train/process_memory_bytes"),
+)
 BOTH = ["tensorboard", "wandb"]
 pytestmark = pytest.mark.usefixtures("usual_signals")
 # A run in a process of its own; `ACT` happens when its console is told of step 5.

@@ -1,0 +1,168 @@
+"""No string of a stranger's file, name or model reaches a terminal as more than text."""
+
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+from support.command_line import call
+from support.tiny_folder import write_random_model
+
+from mlx_qlora.after.screen import Screen
+from mlx_qlora.before.doctor import Finding, show
+from mlx_qlora.errors import ConfigError, UserError, say, visible
+from mlx_qlora.progress import doing
+
+CLIPBOARD, CLEAR, TURNED = "\x1b]52;c;cm0gLXJm\x07", "\x9b2J", "\u202egnp.exe\u2066"
+HOSTILE = CLIPBOARD + CLEAR + TURNED
+
+
+def assert_harmless(text: str) -> None:
+    assert text and not any(sign in text for sign in "\x1b\x07\x9b\u202e\u2066\x00"), ascii(text)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_random_model(folder)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
+    return folder
+
+
+def strange_tensor(base: Path) -> list[Any]:
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"model.{HOSTILE}.weight"] = np.zeros((2, 2), np.float32)
+    save_file(tensors, base / "model.safetensors")
+    return ["generate", "--model", base, "--prompt", "x"]
+
+
+def strange_shard(base: Path) -> list[Any]:
+    (base / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": f"{HOSTILE}x.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    return ["generate", "--model", base, "--prompt", "x"]
+
+
+def strange_record(base: Path) -> list[Any]:
+    adapter = base.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "run.yaml").write_text(f"model:\n  source: {json.dumps(HOSTILE + '/nope')}\n")
+    return ["generate", "--adapter", adapter, "--prompt", "x"]
+
+
+def strange_template(base: Path) -> list[Any]:
+    (base / "chat_template.jinja").write_text(f"{{{{ raise_exception({json.dumps(HOSTILE)}) }}}}")
+    return ["generate", "--model", base, "--prompt", "x"]
+
+
+def strange_row_file(base: Path) -> list[Any]:
+    name = f"{CLIPBOARD}{TURNED}.jsonl"
+    shutil.copy("rows.jsonl", name)
+    return ["inspect", "--model", base, "--data", name]
+
+
+def strange_field(base: Path) -> list[Any]:
+    row = {"prompt": "a", "completion": "b", HOSTILE: "what is not used"}
+    Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * 30)
+    return ["inspect", "--model", base, "--data", "rows.jsonl"]
+
+
+def strange_model_type(base: Path) -> list[Any]:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": HOSTILE}))
+    return ["plan", "--model", base]
+
+
+def strange_adapter(base: Path) -> list[Any]:
+    adapter = base.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": HOSTILE}))
+    shutil.copy(base / "model.safetensors", adapter / "adapter_model.safetensors")
+    return ["generate", "--model", base, "--adapter", adapter, "--prompt", "x"]
+
+
+def strange_config(base: Path) -> list[Any]:
+    Path("c.yaml").write_text(f"model:\n  {json.dumps(HOSTILE)}: 1\n")
+    return ["train", "--model", base, "--config", "c.yaml"]
+
+
+MEMBERS = [strange_tensor, strange_shard, strange_record, strange_template, strange_row_file]
+MEMBERS += [strange_field, strange_model_type, strange_adapter, strange_config]
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.__name__)
+def test_what_a_file_says_is_shown_and_not_obeyed(
+    member: Any, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = call(*member(base))
+    out, err = capsys.readouterr()
+    assert code == (0 if member in (strange_row_file, strange_field) else 2)
+    assert_harmless(out + err)
+    assert "52;c;cm0gLXJm" in out + err, "the name is there, spelled out"
+
+
+def test_a_run_over_a_file_whose_name_is_not_utf8_ends(base: Path) -> None:
+    name = os.fsencode(base.parent) + b"/\xff\xfe.jsonl"
+    with open(name, "wb") as file:
+        file.write(Path("rows.jsonl").read_bytes())
+    words = ["--data", os.fsdecode(name), "--output-dir", "out", "training.max_steps=1"]
+    assert call("train", "--model", base, *words, "generation.max_new_tokens=2") == 0
+    assert r"\udcff\udcfe.jsonl" in Path("out/report.html").read_text(encoding="utf-8")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal, r"\x1b]52"), (io.StringIO, "\x1b]52")])
+def test_a_terminal_is_told_what_a_model_writes_and_a_file_gets_it(
+    stream: Any, shown: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answer:
+        speed = None
+
+        def __iter__(self) -> Any:
+            return iter(["hello ", CLIPBOARD])
+
+    monkeypatch.setattr("mlx_qlora.infer.generate.stream", lambda *_, **__: Answer())
+    monkeypatch.setattr("mlx_qlora.commands.asdict", lambda _: {}, raising=False)
+    monkeypatch.setattr(sys, "stdout", written := stream())
+    try:
+        call("generate", "--model", base, "--prompt", "x", "--raw")
+    finally:
+        monkeypatch.undo()
+    assert written.getvalue().startswith(f"hello {shown}")
+
+
+def test_each_door_spells_out() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=200)
+    say(console, HOSTILE)
+    show(console, Finding("error", "name", f"text {HOSTILE}", f"fix {HOSTILE}"))
+    written = console.file.getvalue()  # pyright: ignore
+    assert_harmless(written)
+    assert written.count("52;c;cm0gLXJm") == 3
+    with doing(f"reading {HOSTILE}", 3, "rows"):
+        screen = Screen(console)
+        screen.tick()  # which moves the cursor itself
+        screen.clear()
+    line = console.file.getvalue().removeprefix(written)  # pyright: ignore
+    assert "52;c;cm0gLXJm" in line
+    assert "\x1b]" not in line and "\x9b" not in line and "\u202e" not in line
+    for kind in (UserError, ConfigError):
+        assert_harmless(str(kind(HOSTILE)))
+
+
+def test_text_of_all_scripts_stays_as_it_is() -> None:
+    for text in ("a\tb\nc", "שלום עולם", "नमस्ते", "👩‍👩‍👧 e\u0301", "\u200e\u200f"):
+        assert visible(text) == text
+    assert visible("\r\x00\x7f\ud800") == r"\r\x00\x7f\ud800"
