@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
+import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import device, progress

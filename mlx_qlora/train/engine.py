@@ -16,13 +16,8 @@ micro-batches and processes are added up, and divided once by the step's supervi
 (`train.step`).
 """
 
-<<<<<<< HEAD
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-=======
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
->>>>>>> main
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -358,25 +353,17 @@ class Engine:
         the labels of whole rows, whose documents are then in one chunk.
         """
         documents = memory.supervised_documents(batch)
-<<<<<<< HEAD
         unit_of = np.arange(len(documents))  # what must not be cut: a document, or a row
         if compare is not None:
             unit_of = np.unique(documents[:, 0], return_inverse=True)[1]
         lengths = np.bincount(unit_of, documents[:, 2] - documents[:, 1]).astype(int).tolist()
-        streamed = self.reader is not None
-        footprint = memory.Footprint(self.model.config, lengths, self.dtype.size, streamed=streamed)
-        # By nothing but the lengths, so that the same batch is always computed the same way.
-        plan = footprint.schedule(self.recompute, footprint.budget(self.persistent))
-=======
-        plan = self.planned((documents[:, 2] - documents[:, 1]).tolist())[1]
->>>>>>> main
+        plan = self.planned(lengths)[1]
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
         weigh = by_batch if compare is None and batch.weights is not None else compare
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
-<<<<<<< HEAD
-        with bound(self.model, cast), self._small_cache():
+        with bound(self.model, cast), device.small_cache(self.reader is not None):
             groups, n_chunks = [documents], plan.n_chunks
             if compare is not None:
                 group_of, n_chunks = memory.spread(lengths, n_chunks)[unit_of], 1
@@ -386,10 +373,6 @@ class Engine:
                 for group in groups
                 for shards in memory.chunks_of(self.model, batch, group, n_chunks, dropout_key)
             ]
-=======
-        with bound(self.model, cast), device.small_cache(self.reader is not None):
-            chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
->>>>>>> main
             for shards in chunks:
                 with cores_shared(shards):
                     hook = all_reduce if shards is chunks[-1] else None

@@ -177,18 +177,14 @@ class Run:
         self.optimizer = AdamW(model.trainable_parameters(), *adam, *more)
         self.stop = StopSignal(agreed=self.processes.size > 1)
         engine = Engine(model, training.recompute, compiled=bool(compiled))
-<<<<<<< HEAD
+        footprint, schedule = engine.planned(largest_micro_batch(inputs.train, training.rows))
+        device.limit_memory(sum(footprint.highest(schedule)))
         self.preferences = None
         if training.objective != "sft":
             about = model, self.batches, self.held_out, self.processes
             self.preferences = Preferences(training, *about)
         rest = self.stop, console, self.processes, self.preferences
         self.step = Step(engine, self.optimizer, training.seed, *rest)
-=======
-        footprint, schedule = engine.planned(largest_micro_batch(inputs.train, training.rows))
-        device.limit_memory(sum(footprint.highest(schedule)))
-        self.step = Step(engine, self.optimizer, training.seed, self.stop, console, self.processes)
->>>>>>> main
 
     # ---- before the first step -------------------------------------------------------------------
 

@@ -315,11 +315,8 @@ class Metrics:
             "learning_rate": rate,
             "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
-<<<<<<< HEAD
-            **{name: sum(values) / len(values) for name, values in state.open_metrics.items()},
-=======
             "process_memory_bytes": device.process_memory_bytes(),
->>>>>>> main
+            **{name: sum(values) / len(values) for name, values in state.open_metrics.items()},
         }
         state.open_losses, state.open_grad_norm, state.open_metrics = [], 0.0, {}
         self.tokens, self.started = 0, time.perf_counter()
