@@ -55,6 +55,8 @@ LOADED = "source revision adapter bits group_size mode dtype frozen_matmul resid
 ROWS = "path format columns system template history train_on max_length truncation strict "
 ROWS += "refused_path num_workers cache_dir"
 SHAPES = "r target_modules layers_to_transform rank_pattern use_dora"  # of LoRA matrices
+PARTS = "validation_path test_path split"
+LENGTH = "num_train_epochs max_steps warmup_ratio warmup_steps"
 STEPS = "per_device_train_batch_size gradient_accumulation_steps "
 MEMORY = STEPS + "gradient_checkpointing"
 
@@ -104,8 +106,8 @@ COMMANDS = {
         ("--model", "--data", "--epochs", "--batch-size", "--max-length", "--strict", "--refused"),
         {
             "model": "source revision adapter",
-            "data": f"{ROWS} validation_path test_path split shuffle max_refused",
-            "training": f"{STEPS}num_train_epochs max_steps warmup_ratio warmup_steps seed",
+            "data": f"{ROWS} {PARTS} prompt_loss_weight shuffle max_refused",
+            "training": f"{STEPS}{LENGTH} seed objective",
         },
     ),
     "generate": Command(

@@ -336,6 +336,16 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
     )
 
 
+# Fields of one objective or two -> these.
+READ_BY = {
+    "beta": ("dpo", "orpo", "simpo", "kto"),
+    **dict.fromkeys(("label_smoothing", "rpo_alpha"), ("dpo", "simpo")),
+    "simpo_gamma": ("simpo",),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",)),
+}
+SFT_RATE = TrainingConfig().learning_rate
+
+
 def check_needs(config: RunConfig, validation: Examples | None) -> None:
     """Raise a ConfigError for a field that needs validation rows, if there are none."""
     for name in ("early_stopping_patience", "load_best_model_at_end"):
@@ -377,10 +387,13 @@ def without_effect(
         batches_of(train, settled.data, settled.training, processes())
     )
     n_validations = -(-steps // int(settled.checkpointing.eval_steps))
+    objective = training.objective
     earliest = 1 + (checkpointing.early_stopping_patience or 0)  # the first is the best so far
     forms = {file.format for file in train.report.files}
     asks_nothing = config.data.template in (*ALPACA, "chat") and forms <= {"text"}
-    no_tasks = config.data.template == ALPACA[1] and "alpaca" not in forms
+    no_tasks = config.data.template == ALPACA[1] and not {"alpaca", "pairs"} & forms
+    learns_no_prompt = objective in ("dpo", "simpo") and not training.rpo_alpha
+    elsewhere = {f"training.{k}": v for k, v in READ_BY.items() if objective not in v}
     reasons = {
         "checkpointing.early_stopping_patience": (
             f"validation {earliest} is the first to stop the run, which ends with number "
@@ -406,6 +419,14 @@ def without_effect(
         "data.train_on": "no row has a prompt" * (forms <= {"text"}),
         "data.max_refused": "data.strict allows no row to be refused" * config.data.strict,
         "data.packing": "rows are computed end to end, without padding, either way",
+        "data.format": "pairs are read by their fields" * ("pairs" in forms),
+        "data.prompt_loss_weight": "no row has a prompt" * (forms <= {"text"})
+        or "prompts are not learned" * (objective == "kto" or learns_no_prompt),
+        "lora.lora_dropout": "answers are compared without dropout" * (objective != "sft"),
+        **{
+            name: f"{' and '.join(readers)} read{'s' * (len(readers) == 1)} it, not {objective}"
+            for name, readers in elsewhere.items()
+        },
     }
     return unused(config, reasons)
 
@@ -440,6 +461,11 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
         lines.append(f"warmup    {training.warmup_steps} steps: {share}")
     if asked.learning_rate == "auto":
         lines.append(f"rate      {training.peak:.3g}: by the model's width")
+    if asked.objective != "sft":
+        how = f"beta {training.reward_scale:g}, no dropout"
+        if asked.learning_rate == SFT_RATE:
+            how += f"; the rate is sft's {SFT_RATE:g}: if it is unstable, take a tenth of it"
+        lines.append(f"objective {asked.objective}, {how}")
     every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
     if auto:

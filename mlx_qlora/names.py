@@ -37,6 +37,10 @@ ALIASES = {
     "training.max_grad_norm": "gradient_clip gradient_clip_val grad_clip clip_grad_norm",
     "training.gradient_checkpointing": "grad_checkpoint",
     "training.seed": "random_state",
+    "training.beta": "pref_beta rl_beta dpo_beta orpo_beta kto_beta",
+    "training.rpo_alpha": "pref_ftx",
+    "training.desirable_weight": "kto_chosen_weight kto_desirable_weight",
+    "training.undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
     "checkpointing.output_dir": "out",
     "checkpointing.save_steps": "save_every",
     "checkpointing.eval_steps": "steps_per_eval",
@@ -50,6 +54,7 @@ ALIASES = {
 RESPONSE, ALL = {"true": "response", "false": "all"}, {"true": "all", "false": "response"}
 ADAMW = "adamw adamw_hf adamw_torch adamw_torch_fused adamw_8bit adamw_bnb_8bit"
 ADAMW += " paged_adamw_8bit paged_adamw_32bit"
+COMPARE = {name: name for name in ("dpo", "orpo", "simpo", "kto")}
 # Name -> the field that it decides, or only its section, and what its values mean; ... is what
 # happens here anyway, or what leaves the field alone.
 MEANINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,7 +69,7 @@ MEANINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("train_on_inputs", "train_on_prompt"), ("data.train_on", ALL)),
     **dict.fromkeys(("optimizer", "optim"), ("training", dict.fromkeys(ADAMW.split(), ...))),
     **dict.fromkeys(("train", "do_train"), ("training", {"true": ...})),
-    "stage": ("training", {"sft": ...}),
+    **dict.fromkeys(("stage", "rl", "train_mode"), ("training.objective", {"sft": ...} | COMPARE)),
     "finetuning_type": ("lora", {"lora": ...}),
 }
 # What else the note says that is printed where such a name is used.

@@ -36,6 +36,7 @@ from mlx_qlora.config import (
     without_effect,
 )
 from mlx_qlora.data.examples import DataReport, Examples
+from mlx_qlora.data.preferences import KIND_OF, check_kind
 from mlx_qlora.data.read import check_examples, read_examples, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
 
 OUTPUT = "checkpointing.output_dir"
-PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "rewards")
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
 WRITTEN += tuple(f"plots/{name}.svg" for name in PLOTS)
@@ -256,8 +257,9 @@ def open_inputs(
     tokenizer = with_tokenizer_of(config.model.adapter, load_tokenizer(files.path, metadata))
     validation = test = None
     if split:
-        seed = config.training.seed
-        train, validation, test = train_validation_test(config.data, tokenizer, seed, console)
+        seed, kind = config.training.seed, KIND_OF[config.training.objective]
+        parts = train_validation_test(config.data, tokenizer, seed, console, kind)
+        train, validation, test = parts
     else:
         config = as_taught(config)
         assert config.data.path is not None
@@ -362,6 +364,8 @@ def fine_tune(
         if everyone.is_first:
             check_output(output)
             require_trackers([*config.logging.report_to])
+        for examples in filter(None, (train_examples, validation)):
+            check_kind(examples.report.kind, config.training.objective)
         check_examples(tokenizer, model.config, train_examples, validation)
         chosen = as_measured_for(model, config, console)
         settled = settle(chosen, model.config, train_examples)

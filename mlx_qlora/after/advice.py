@@ -28,6 +28,7 @@ RISE = 0.02  # of the validation loss above its best, while the training loss fa
 LITTLE = 0.03  # fall of the loss over a whole run
 LITTLE_NEARER = 0.005  # likeness of the answers: less would show as the same percentage
 EXPLODED = 1.5  # times the best stretch
+PREFERS = 0.6  # share of held-out pairs in which the chosen answer has the higher reward
 STUTTER = 0.10  # more repeated first choices than the references have
 
 
@@ -195,6 +196,8 @@ def learned(
     for item in advice:
         if item.kind == "divergence":
             return Answer(question, "Training was unstable", _sentence(item.finding), "bad")
+    if (answer := preferred(history)) is not None:
+        return answer
     name, first, last, where = _evidence(history, scores)
     if not (math.isfinite(first) and math.isfinite(last) and first > 0):
         return Answer(question, "Not known", "Too few figures were recorded to compare.", "note")
@@ -218,6 +221,24 @@ def learned(
     if after < before + LITTLE_NEARER:
         return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
     return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
+
+
+def preferred(history: History) -> Answer | None:
+    """Judge by the rewards of chosen and rejected answers; None for a run that compared none."""
+    margins = [r for r in history if "eval_rewards/margins" in r]
+    prefix, where = ("eval_", "held-out") if margins else ("", "training")
+    margins = margins or [r for r in history if "rewards/margins" in r]
+    if not margins:
+        return None
+    first, last = (record[f"{prefix}rewards/margins"] for record in (margins[0], margins[-1]))
+    share = margins[-1].get(f"{prefix}rewards/accuracies")
+    why = f"Reward of chosen answers above that of rejected ones, on {where} rows: {first:.3f} "
+    why += f"(step {margins[0]['step']:,}) → {last:.3f}."
+    if share is not None:
+        why += f" It is the higher one in {share:.0%} of the pairs."
+    if last > 0 and (share is None or share > PREFERS):
+        return Answer("Did it learn?", "Yes: it prefers the chosen answers", why, "good")
+    return Answer("Did it learn?", "No preference is seen", why, "note")
 
 
 def _evidence(history: History, scores: Mapping[str, Scores]) -> tuple[str, float, float, str]:

@@ -40,12 +40,15 @@ def questions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Questio
     """The examples that can be asked, in order.
 
     Left out are rows that are learned from their first token on (a plain text, or
-    `data.train_on=all`), as nothing is there to ask, and rows whose answer was cut.
+    `data.train_on=all`), as nothing is there to ask, rows whose answer was cut, and bad answers. Of
+    a pair the chosen answer is the reference.
     """
     return [asked for example in examples if (asked := _question(example, tokenizer))]
 
 
 def _question(example: Example, tokenizer: Tokenizer) -> Question | None:
+    if example.weights is not None and example.weights.min() < 0:
+        return None  # a bad answer
     tokens, is_learned = example.documents[-1]
     learned = is_learned.tolist()
     end = len(learned) - learned[::-1].index(True)

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from mlx_qlora import device, progress
 from mlx_qlora.adapters.peft import note_on_mlx_lm
-from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
 from mlx_qlora.after.evaluation import Performance, measure
@@ -27,10 +26,10 @@ from mlx_qlora.errors import duration, say, visible
 from mlx_qlora.folders import write_whole
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import last_checkpoint
 from mlx_qlora.train.loop import TrainResult
+from mlx_qlora.train.preferences import Untrained, good_answers
 from mlx_qlora.train.signals import Interrupted
 
 PAGE_EVERY = 5.0  # seconds between two versions of the page
@@ -58,16 +57,15 @@ class Observer:
     ) -> None:
         self.model, self.inputs, self.console, self.plan = model, inputs, console, plan
         self.processes = processes()
-        self.held_out = inputs.test or (inputs.validation if n_questions else None)
+        held_out = inputs.test or (inputs.validation if n_questions else None)
+        self.held_out = good_answers(held_out) if held_out else None
         rows = (self.held_out or ())[:CANDIDATES] if n_questions else []
         rows = [row for row in rows if len(row) <= MOST_TOKENS]
         self.questions = questions(rows, inputs.tokenizer)[:n_questions]
         # Beyond twice the longest reference an answer is wrong however it ends.
         longest = max((question.tokens for question in self.questions), default=0)
         self.limit = min(inputs.config.generation.max_new_tokens, 2 * longest + 16)
-        starts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
-        # Of an adapter that may do something from the start, which training replaces.
-        self.start = model.trainable_parameters() if any(starts) else None
+        self.untrained = Untrained(model)
 
         self.history = inputs.state.log_history  # grows while the run goes on
         self.task: progress.Task | None = None  # the training, once it has begun
@@ -184,7 +182,7 @@ class Observer:
         if self.processes.is_first:
             for advice in advise(result.log_history, ends_with_best, config.training):
                 say(console, f"advice    {advice}")
-        with shown(console), self._untrained():
+        with shown(console), self.untrained():
             before = self._look()
         with shown(console):
             after = self._look()
@@ -219,20 +217,6 @@ class Observer:
             line = visible(f"{label:<{LABEL}}{folded(words, width, LABEL)}")
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
-
-    @contextmanager
-    def _untrained(self) -> Iterator[None]:
-        """The model as it was before the training, and afterwards as it is."""
-        if self.start is None:
-            with disabled(self.model):
-                yield
-            return
-        trained = self.model.trainable_parameters()
-        self.model.update(self.start)
-        try:
-            yield
-        finally:
-            self.model.update(trained)
 
     def _look(self) -> Performance | None:
         """Scores of the held-out rows and, in the first process, answers to the questions."""

@@ -96,8 +96,12 @@ def plots_of(
     rate = [line("learning_rate", "learning rate")]
     speed = [line("tokens_per_second", "tokens/s")]
     memory = [line("peak_memory_bytes", "measured peak", 1e-9)]
+    rewards = [line(f"rewards/{name}", name) for name in ("chosen", "rejected")]
+    compares = any(each.points for each in rewards)
+    unit = "per example" if compares else "nats per token"
     return [
-        Plot("loss", "Loss", "nats per token", losses, warmup, best),
+        Plot("loss", "Loss", unit, losses, warmup, best),
+        *[Plot("rewards", "Rewards", "of answers in training", rewards)] * compares,
         Plot("learning_rate", "Learning rate", "per step", rate, warmup),
         Plot("grad_norm", "Gradient norm", "before clipping", [line("grad_norm", "gradient norm")]),
         Plot("tokens_per_second", "Speed", "real tokens per second", speed),

@@ -44,6 +44,8 @@ def write_report(report: "Report") -> Path:
 
 RECORDS = 24  # of the history, as a table
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+COLUMNS += ("rewards/accuracies", "rewards/margins", "eval_rewards/accuracies")
+COLUMNS += ("eval_rewards/margins",)
 
 
 @dataclass(frozen=True)

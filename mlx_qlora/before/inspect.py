@@ -156,7 +156,7 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
         "examples": len(first.rows),
         "tokens": first.real_tokens,
         "supervised_tokens": total.tokens,
-        "loss": total.nats / total.tokens,
+        "loss": total.loss,
     }
     say(
         console,

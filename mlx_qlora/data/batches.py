@@ -12,9 +12,10 @@ import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -40,6 +41,9 @@ class Batch:
             outside all of them are padding. Not given, every row is one document.
         places: file and line of each document, for messages.
         rows: the number of each row in the run's stream, which its dropout is drawn from.
+        weights: (B, T) float32 on the host, what each label weighs in the loss; None: all 1.
+        answers: (B, T) bool on the host, which labels are of an answer; None: all.
+        mismatched: for KTO, each row's prompt with the answer of another row of the step.
     """
 
     tokens: mx.array
@@ -47,6 +51,25 @@ class Batch:
     documents: np.ndarray | None = None
     places: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
+    weights: np.ndarray | None = None
+    answers: np.ndarray | None = None
+    mismatched: "Batch | None" = None
+
+    @functools.cached_property
+    def spans(self) -> np.ndarray:
+        """(N, 3) int32: row, start and end of each document."""
+        if self.documents is not None:
+            return self.documents
+        B, T = self.tokens.shape
+        return np.array([(b, 0, T) for b in range(B)], np.int32)
+
+    @functools.cached_property
+    def document_of(self) -> np.ndarray:
+        """(B * T,) int32: the number of the document that each position is in; -1 for padding."""
+        numbers = np.full(self.tokens.shape, -1, np.int32)
+        for number, (row, start, end) in enumerate(self.spans.tolist()):
+            numbers[row, start:end] = number
+        return numbers.reshape(-1)
 
     @functools.cached_property
     def real_tokens(self) -> int:
@@ -65,6 +88,7 @@ def make_batches(
     epochs: float | None = None,
     rank: int = 0,
     world_size: int = 1,
+    mismatch_within: int = 0,
 ) -> "Batches":
     """Batches in a resumable, seeded order.
 
@@ -75,6 +99,8 @@ def make_batches(
         epochs: passes after which the batches end, the last one with the examples that are left;
             None never ends.
         rank: of this process, which gets every `world_size`-th example of the stream.
+        mismatch_within: examples in a step, within which each gets the answer of the one before it
+            as `Batch.mismatched`; 0 gives none.
 
     Raises:
         DataError: there are no examples.
@@ -88,7 +114,8 @@ def make_batches(
     require(seed >= 0, "seed", "be at least 0", seed)
     if not len(examples):
         raise DataError("there are no examples to make batches of")
-    return Batches(examples, batch_size, seed, shuffle, epochs, rank, world_size)
+    shares = rank, world_size
+    return Batches(examples, batch_size, seed, shuffle, epochs, *shares, mismatch_within)
 
 
 def evaluation_batches(examples: Examples, batch_size: int | None = None) -> "Batches":
@@ -109,6 +136,7 @@ class Batches:
     epochs: float | None
     rank: int
     world_size: int
+    mismatch_within: int = 0
 
     def __post_init__(self) -> None:
         self._end = self.stop = None  # examples, and batches, after which the stream ends
@@ -158,11 +186,25 @@ class Batches:
         first = index * self.step
         last = first + self.step if end is None else min(first + self.step, end)
         numbers = range(first + self.rank, last, self.world_size)
-        rows = []
-        for number in numbers:
-            epoch, place = divmod(number, len(self.examples))
-            rows.append([self.examples[int(self._epoch_order(epoch)[place])]])
-        return lay_out(rows, tuple(numbers))
+        rows = [self.examples[i] for i in self.indices(numbers)]
+        layout = lay_out([[row] for row in rows], tuple(numbers))
+        if self.mismatch_within:
+            others = self.indices([self._before(number, end) for number in numbers])
+            pairs = zip(rows, (self.examples[i] for i in others))
+            mismatched = [[mismatch(row, other)] for row, other in pairs]
+            layout = *layout[:-1], lay_out(mismatched, tuple(numbers))
+        return layout
+
+    def _before(self, number: int, end: int | None) -> int:
+        """The example before one in its step, or the step's last one."""
+        first = number - number % self.mismatch_within
+        last = first + self.mismatch_within
+        return number - 1 if number > first else (last if end is None else min(last, end)) - 1
+
+    def indices(self, numbers: Iterable[int]) -> list[int]:
+        """The places in `examples` of some numbers of the stream."""
+        pairs = (divmod(number, len(self.examples)) for number in numbers)
+        return [int(self._epoch_order(epoch)[place]) for epoch, place in pairs]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The examples of an epoch in order, (n,)."""
@@ -172,14 +214,25 @@ class Batches:
         return np.random.default_rng([self.seed, epoch]).permutation(n)
 
 
-# The fields of a Batch, in its order, as numpy arrays.
-Layout = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[int, ...]]
+# The fields of a Batch, in its order, as numpy arrays; the last one is a layout itself, or None.
+Layout = tuple[Any, ...]
 
 
 def as_batch(layout: Layout) -> Batch:
     """Hands the arrays to MLX."""
-    tokens, labels, documents, places, rows = layout
-    return Batch(mx.array(tokens), mx.array(labels), documents, places, rows)
+    tokens, labels, documents, places, rows, weights, answers, mismatched = layout
+    others = None if mismatched is None else as_batch(mismatched)
+    arrays = mx.array(tokens), mx.array(labels)
+    return Batch(*arrays, documents, places, rows, weights, answers, others)
+
+
+def mismatch(example: Example, other: Example) -> Example:
+    """The prompt of an example with the answer of another, cut to the longer one's length."""
+    prompt, answer = (int(each.learned.argmax()) for each in (example, other))
+    longest = max(len(example), len(other))
+    tokens = np.concatenate([example.tokens[:prompt], other.tokens[answer:]])[:longest]
+    learned = np.concatenate([np.zeros(prompt, bool), other.learned[answer:]])[:longest]
+    return Example(tokens, learned, example.line, example.file)
 
 
 def collate(rows: list[list[Example]]) -> Batch:
@@ -189,10 +242,7 @@ def collate(rows: list[list[Example]]) -> Batch:
 
 def halves(batch: Batch) -> list[Batch]:
     """The upper and the lower rows of a batch of at least two, as two batches."""
-    B, T = batch.tokens.shape
-    documents = batch.documents
-    if documents is None:
-        documents = np.array([(b, 0, T) for b in range(B)], np.int32)
+    B, documents = len(batch.tokens), batch.spans
     parts = []
     for rows in (slice(0, B // 2), slice(B // 2, B)):
         inside = (documents[:, 0] >= rows.start) & (documents[:, 0] < rows.stop)
@@ -200,7 +250,10 @@ def halves(batch: Batch) -> list[Batch]:
         places = tuple(itertools.compress(batch.places, inside))
         # On the host: who reads a slice of an MLX array waits for the device to make it.
         tokens, labels = (mx.array(np.array(x)[rows]) for x in (batch.tokens, batch.labels))
-        parts.append(Batch(tokens, labels, shifted, places, batch.rows[rows]))
+        about = shifted, places, batch.rows[rows]
+        weights = None if batch.weights is None else batch.weights[rows]
+        answers = None if batch.answers is None else batch.answers[rows]
+        parts.append(Batch(tokens, labels, *about, weights, answers))
     return parts
 
 
@@ -212,17 +265,22 @@ def lay_out(rows: list[list[Example]], numbers: tuple[int, ...] = ()) -> Layout:
     tokens = np.zeros((max(1, len(rows)), T), np.int32)
     labels = np.full(tokens.shape, IGNORE, np.int32)
     documents, places = [], []
+    weights, answers = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
     for b, row in enumerate(rows):
         start = 0
         for example in row:
-            for ids, learned in example.documents:
+            for (ids, learned), of_labels in zip(example.documents, example.document_weights):
                 end = start + len(ids) - 1  # the last token is only a label
                 tokens[b, start:end] = ids[:-1]
-                labels[b, start:end] = np.where(learned[1:], ids[1:], IGNORE)
+                weights[b, start:end], answers[b, start:end] = of_labels[1:], learned[1:]
+                labels[b, start:end] = np.where(of_labels[1:] != 0, ids[1:], IGNORE)
                 documents.append((b, start, end))
                 places.append(example.place)
                 start = end
-    return tokens, labels, np.array(documents, np.int32).reshape(-1, 3), tuple(places), numbers
+    documents = np.array(documents, np.int32).reshape(-1, 3)
+    weighted = any(example.weights is not None for row in rows for example in row)
+    of_labels = (weights, answers) if weighted else (None, None)
+    return tokens, labels, documents, tuple(places), numbers, *of_labels, None
 
 
 def padded_width(n: int) -> int:

@@ -12,16 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_qlora.data.rows import (
-    THOUGHTS,
-    Chat,
-    Instruction,
-    Message,
-    Pair,
-    Said,
-    as_chat,
-    is_harmless,
-)
+from mlx_qlora.data.marks import is_harmless
+from mlx_qlora.data.rows import THOUGHTS, Chat, Instruction, Message, Pair, Said, as_chat
 from mlx_qlora.data.tokenizer import GENERATED, Tokenizer, render_template
 from mlx_qlora.errors import DataError, TokenizerError
 
@@ -36,7 +28,7 @@ NO_TEMPLATE = (
 CANNOT_WRITE = (
     "cannot write messages; leave it out, or name a file with a chat template if the model has none"
 )
-Segments = list[tuple[str, bool]]  # (text, whether it is learned), in order
+Segments = list[tuple[str, float]]  # (text, weight of its labels; False is not learned), in order
 # A template that writes today's date would give a row other tokens tomorrow, so that a run could
 # not be continued. This day is the one that Llama 3.1's template falls back to.
 ROW_DATE = (2024, 7, 26)
@@ -184,7 +176,7 @@ def _as_asked(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segm
                 answer = _answer_to_another(chat, i, before, after, render, tokenizer)
             if not any(end in answer for end in tokenizer.end_texts):
                 answer += _end_of_call(chat, i, render, tokenizer)
-            documents.append([(before, False), (answer, True)])
+            documents.append([(before, False), (answer, chat.learned[i])])
     return documents
 
 
@@ -269,7 +261,7 @@ def _in_one_text(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[S
                 ends = [end]
             rest = whole[len(after) :] or end
             after += next((end for end in ends if rest.startswith(end)), "")
-        segments += [(whole[at : len(before)], False), (after[len(before) :], True)]
+        segments += [(whole[at : len(before)], False), (after[len(before) :], learned)]
         at = len(after)
     return [segments]
 
@@ -448,7 +440,7 @@ def _marked(chat: Chat, only: int | None = None) -> tuple[Chat, list[_Part]]:
         return {**entry, "function": named} if "function" in entry else named
 
     def message(i: int) -> Message:
-        copy, learned = dict(chat.messages[i]), chat.learned[i]
+        copy, learned = dict(chat.messages[i]), bool(chat.learned[i])
         where, seen = f"messages[{i}]", set[str]()
         thoughts, end, visible = copy["content"].rpartition("</think>")
         if thoughts.strip() and learned:

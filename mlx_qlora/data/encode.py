@@ -14,9 +14,11 @@ import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.data.chats import Segments, Template
-from mlx_qlora.data.examples import TokenStore, hash64
 from mlx_qlora.data.files import parse
+from mlx_qlora.data.marks import row_weight
+from mlx_qlora.data.preferences import ANSWERS, JUDGEMENTS, PAIRS, read_judgement, read_pair
 from mlx_qlora.data.rows import Chat, Said, read_row, unread_fields, with_system
+from mlx_qlora.data.store import Stored, TokenStore, hash64
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 
@@ -34,6 +36,22 @@ class Encoded:
     context: int  # ids before the first answer
     cut: int = 0  # ids that truncation removed
     starts: tuple[int, ...] = ()  # of documents after the first, where a row is several
+    # (n,) float32, of the ids as labels; None: 1 for what is learned, 0 for what is not.
+    weights: np.ndarray | None = None
+
+    @property
+    def label_weights(self) -> np.ndarray:
+        """(n,) float32: what each id weighs as a label."""
+        return self.learned.astype(np.float32) if self.weights is None else self.weights
+
+    def part(self, which: Any, context: int, cut: int) -> "Encoded":
+        """Some of the ids, of which the first is never learned."""
+        learned, weights = self.learned[which], self.weights
+        learned[:1] = False
+        if weights is not None:
+            weights = weights[which]
+            weights[:1] = 0
+        return Encoded(self.ids[which], learned, context, cut, weights=weights)
 
 
 def joined(parts: list[Encoded]) -> Encoded:
@@ -41,15 +59,21 @@ def joined(parts: list[Encoded]) -> Encoded:
     if len(parts) == 1:
         return parts[0]
     ids, learned = (np.concatenate(x) for x in zip(*((p.ids, p.learned) for p in parts)))
-    starts = np.cumsum([len(part.ids) for part in parts[:-1]]).tolist()
-    return Encoded(ids, learned, parts[0].context, sum(p.cut for p in parts), tuple(starts))
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = np.concatenate([part.label_weights for part in parts])
+    starts, cut = np.cumsum([len(part.ids) for part in parts[:-1]]), sum(p.cut for p in parts)
+    return Encoded(ids, learned, parts[0].context, cut, tuple(starts.tolist()), weights)
 
 
-def encode_rows(tokenizer: Tokenizer, rows: list[Segments]) -> list[Encoded]:
+def encode_rows(
+    tokenizer: Tokenizer, rows: list[Segments], prompt_weight: float = 0.0
+) -> list[Encoded]:
     """Token ids of rows, with one BOS if the model expects one and an end after the answer.
 
     The token that ends a turn is learned. After the last answer there is always one: the model's
-    EOS if the template wrote none. Text after an end (a line break) is context, or left out.
+    EOS if the template wrote none. Text after an end (a line break) is context, or left out. As
+    labels the ids of context weigh `prompt_weight`, those of an answer what its segment does.
     """
     rows = [[segment for segment in segments if segment[0]] for segments in rows]
     texts = []
@@ -59,34 +83,39 @@ def encode_rows(tokenizer: Tokenizer, rows: list[Segments]) -> list[Encoded]:
             texts.append(before + text)
             before = texts[-1][-TAIL:]
     ids = iter(tokenizer.encode_batch(texts))
-    return [_assemble(tokenizer, segments, ids) for segments in rows]
+    return [_assemble(tokenizer, segments, ids, prompt_weight) for segments in rows]
 
 
-def _assemble(tokenizer: Tokenizer, segments: Segments, encoded: Iterator[list[int]]) -> Encoded:
+def _assemble(
+    tokenizer: Tokenizer, segments: Segments, encoded: Iterator[list[int]], prompt_weight: float
+) -> Encoded:
     """One row from the ids of its segments; all but the first are encoded after a tail."""
     ids: list[int] = []
-    spans: list[tuple[int, int]] = []  # of learned ids
+    spans: list[tuple[int, int, float]] = []  # of learned ids, with their weights
     before = ""
-    for text, is_answer in segments:
+    for text, weight in segments:
         new = next(encoded)
         new = _without_tail(tokenizer, new, before, text) if before else _one_bos(tokenizer, new)
-        if is_answer:
+        if weight:
             # In a text without a prompt the BOS is not part of the answer.
             lead = int(not ids and tokenizer.adds_bos and new[:1] == [tokenizer.bos_id])
             end = _after_last_end(tokenizer, new) or len(new)
-            spans.append((len(ids) + lead, len(ids) + end))
+            spans.append((len(ids) + lead, len(ids) + end, weight))
         ids += new
         before = (before + text)[-TAIL:]
     context, stop = (spans[0][0], spans[-1][1]) if spans else (len(ids), 0)
     ids = ids[:stop]
     if ids and ids[-1] not in tokenizer.eos_ids:
         ids.append(tokenizer.eos_id)
-        spans.append((stop, stop + 1))
-    learned = np.zeros(len(ids), bool)
-    for start, end in spans:
-        learned[start:end] = True
-    learned[:1] = False  # there is nothing before the first token to predict it from
-    return Encoded(np.array(ids, np.int32), learned, context)
+        spans.append((stop, stop + 1, spans[-1][2] if spans else 1))
+    learned, weights = np.zeros(len(ids), bool), np.full(len(ids), prompt_weight, np.float32)
+    for start, end, weight in spans:
+        learned[start:end], weights[start:end] = True, weight
+    # There is nothing before the first token to predict it from.
+    learned[:1], weights[:1] = False, 0
+    usual = not prompt_weight and all(weight == 1 for *_, weight in spans)
+    made = Encoded(np.array(ids, np.int32), learned, context)
+    return made if usual else replace(made, weights=weights)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -150,7 +179,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     if excess > 0 and truncation == "right":
         # Context after the last learned id would teach nothing.
         end = max(np.flatnonzero(row.learned[:max_length]), default=-1) + 1
-        row = Encoded(row.ids[:end], row.learned[:end], row.context, n - end)
+        row = row.part(slice(end), row.context, n - end)
     elif excess > 0 and truncation == "left-context":
         start = int(row.ids[0] == tokenizer.bos_id)
         if row.context - excess < max(start, 1):  # the first token of all is never learned
@@ -159,9 +188,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
                 f"max_length {max_length}; truncation=right would cut the end"
             )
         kept = np.r_[:start, start + excess : n]
-        learned = row.learned[kept]
-        learned[0] = False
-        row = Encoded(row.ids[kept], learned, row.context - excess, excess)
+        row = row.part(kept, row.context - excess, excess)
     elif excess > 0 and truncation == "error":
         raise TooLong(f"{too_long}; shorten it, or set data.truncation")
     elif excess > 0:
@@ -223,6 +250,8 @@ class Encoder:
     truncation: str  # one of TRUNCATION
     columns: dict[str, str] = field(default_factory=dict)  # our names of fields -> the rows'
     system: str | None = None  # the message that rows without one begin with
+    prompt_weight: float = 0.0  # of what is no answer, as labels
+    kind: str = ANSWERS  # of the rows, as `preferences` names them
 
     def encode(self, chunk: Chunk) -> tuple[TokenStore, Refused, Counter[str]]:
         """The rows that are kept, the others, and how often a field is not used.
@@ -232,31 +261,25 @@ class Encoder:
         Raises:
             DataError: a row is too long, and `truncation` is "error".
         """
-        written: list[tuple[int, int, list[Segments], set[str]]] = []
+        written: list[tuple[int, int, list[Segments], set[str], float]] = []
         refused: Refused = []
         for line, raw in chunk.rows:
             try:
-                row = parse(raw)
-                said = read_row(row, chunk.form, self.columns)
-                if self.train_on == "all":
-                    _refuse_marks(said)
-                unread = unread_fields(row, chunk.form, said, self.columns)
-                said_to = with_system(said, self.system)
-                if self.system and said_to is said:
-                    unread.add("data.system")
-                documents, of_messages = self.template.documents(said_to, self.tokenizer)
-                written.append((line, hash64(_content(said)), documents, unread | of_messages))
+                written.append((line, *self._written(parse(raw), chunk.form)))
             except DataError as reason:
                 refused.append((line, _one_line(reason)))
             except RecursionError:
                 refused.append((line, "nested too deeply"))
 
-        texts = [segments for _, _, documents, _ in written for segments in documents]
-        encoded = iter(encode_rows(self.tokenizer, texts))
-        kept, unused = [], Counter()
-        for line, content, documents, unread in written:
+        texts = [segments for _, _, documents, _, _ in written for segments in documents]
+        learns_all = self.train_on == "all"
+        prompt_weight = 1.0 if learns_all else self.prompt_weight
+        encoded = iter(encode_rows(self.tokenizer, texts, prompt_weight))
+        kept: list[Stored] = []
+        unused = Counter[str]()
+        for line, content, documents, unread, weight in written:
             parts = [next(encoded) for _ in documents]
-            if self.train_on == "all":
+            if learns_all:
                 parts = [replace(part, learned=np.arange(len(part.ids)) > 0) for part in parts]
             try:
                 fitted = (self.tokenizer, self.max_length, self.truncation)
@@ -266,9 +289,49 @@ class Encoder:
             except DataError as reason:
                 refused.append((line, _one_line(reason)))
             else:
-                kept.append((row.ids, row.learned, row.cut, chunk.file, line, content, row.starts))
+                weights = weight * row.label_weights
+                if self.kind == PAIRS:  # of the rejected document the answer alone
+                    rejected = np.arange(len(weights)) < row.starts[0]
+                    weights = np.where(rejected & ~row.learned, 0, weights)
+                usual = np.array_equal(weights, row.learned)
+                told = row.ids, row.learned, row.cut, chunk.file, line, content, row.starts
+                kept.append((*told, None if usual else weights))
                 unused.update(unread)
         return TokenStore.of(kept), sorted(refused), unused
+
+    def _written(self, row: Any, form: str) -> tuple[int, list[Segments], set[str], float]:
+        """A hash of what a row says, its documents, fields that are not used, and its weight.
+
+        The answers of a pair are one document each, the rejected one first; the weight of an answer
+        that is judged to be a bad one is -1.
+        """
+        weight = 1.0
+        if self.kind == PAIRS:
+            sides, unread = read_pair(row, self.columns)
+        elif self.kind == JUDGEMENTS:
+            said, is_good, unread = read_judgement(row, form, self.columns)
+            sides, weight = [said], 1.0 if is_good else -1.0
+        else:
+            sides = [read_row(row, form, self.columns)]
+            unread = unread_fields(row, form, sides[0], self.columns)
+            weight = row_weight(row)
+        documents: list[Segments] = []
+        for said in sides:
+            if self.train_on == "all":
+                _refuse_marks(said)
+            said_to = with_system(said, self.system)
+            if self.system and said_to is said:
+                unread.add("data.system")
+            texts, of_messages = self.template.documents(said_to, self.tokenizer)
+            if self.kind != ANSWERS and len(texts) > 1:
+                raise DataError(
+                    "has several answers, which the template writes one by one; compare the last "
+                    "ones, and put the others into the prompt"
+                )
+            documents += texts
+            unread |= of_messages
+        content = b"".join(map(_content, sides)) + (b"bad" if weight < 0 else b"")
+        return hash64(content), documents, unread, weight
 
 
 def _refuse_marks(said: Said) -> None:

@@ -1,229 +1,16 @@
-"""Tokenised rows: kept on disk, reported on, and cut into parts."""
+"""Tokenised rows: reported on, and cut into parts."""
 
-import contextlib
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-import time
-import weakref
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_qlora import __version__
 from mlx_qlora.data.files import RowFile
-from mlx_qlora.errors import ConfigError, DataError, listing
-
-# ---- tokens on disk ------------------------------------------------------------------------------
-
-# Of these files and of how rows are encoded; part of every cache key.
-VERSION = f"4, mlx-qlora {__version__}"
-START = 1 << 30  # no vocabulary has so many tokens
-KEPT_DAYS = 30  # an entry that no run has used for longer is removed
-ROW = np.dtype(
-    [
-        ("start", "<i8"),  # of its ids in tokens.bin
-        ("length", "<i4"),
-        ("supervised", "<i4"),
-        ("documents", "<i4"),  # that it became
-        ("longest", "<i4"),  # ids of the longest of them
-        ("cut", "<i4"),  # ids that truncation removed
-        ("file", "<i4"),
-        ("line", "<i8"),
-        ("said", "<u8"),  # a hash of what the row says: for splitting, and for finding copies
-        ("made", "<u8"),  # a hash of its ids and labels
-    ]
-)
-
-
-def hash64(content: bytes) -> int:
-    """A 64-bit hash, as ROW holds it."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-class TokenFile:
-    """`tokens.bin`, sliced like an array; read, as mapped pages count as the process's memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        size = 4 * (place.stop - place.start)
-        return np.frombuffer(os.pread(self._file, size, 4 * place.start), np.int32)
-
-
-@dataclass
-class TokenStore:
-    """All rows of one source, or a piece of them: `rows["start"]` counts from its first id."""
-
-    # TokenFile or int32 array; a learned id is complemented, the first one of a further document
-    # of the row has START added.
-    tokens: Any
-    rows: np.ndarray  # (n,) of dtype ROW, mapped if it is a file
-    about: dict[str, Any] = field(default_factory=dict)  # what else was known, as JSON has it
-
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-        """(ids (n,) int32, learned (n,) bool, starts of further documents) of one row."""
-        start, n = int(self.rows["start"][row]), int(self.rows["length"][row])
-        stored = self.tokens[slice(start, start + n)]
-        learned = stored < 0
-        ids = np.where(learned, ~stored, stored)
-        return ids & ~START, learned, tuple(np.flatnonzero(ids & START).tolist())
-
-    @classmethod
-    def of(
-        cls,
-        rows: Iterable[tuple[np.ndarray, np.ndarray, int, int, int, int | None, tuple[int, ...]]],
-    ) -> "TokenStore":
-        """Rows as (ids, learned, cut, file, line, hash of what it says, starts).
-
-        Without that hash it is of the ids; `starts` are those of documents after the first.
-        """
-        tokens, table, start = [np.zeros(0, np.int32)], [], 0
-        for ids, learned, cut, file, line, said, starts in rows:
-            if starts:
-                ids = ids.copy()
-                ids[list(starts)] += START
-            stored = np.where(learned, ~ids, ids).astype(np.int32)
-            made = hash64(stored.tobytes())
-            supervised, said = int(np.count_nonzero(learned)), made if said is None else said
-            longest = int(np.diff([0, *starts, len(stored)]).max())
-            figures = (len(stored), supervised, 1 + len(starts), longest, cut)
-            table.append((start, *figures, file, line, said, made))
-            tokens.append(stored)
-            start += len(stored)
-        return cls(np.concatenate(tokens), np.array(table, ROW))
-
-
-def store_in_memory(pieces: Iterable[TokenStore]) -> TokenStore:
-    """A store without files, for rows that are in memory anyway."""
-    tokens, rows = [np.zeros(0, np.int32)], [np.zeros(0, ROW)]
-    for piece in pieces:
-        piece.rows["start"] += sum(map(len, tokens))
-        tokens.append(piece.tokens)
-        rows.append(piece.rows)
-    return TokenStore(np.concatenate(tokens), np.concatenate(rows))
-
-
-def on_disk(
-    folder: Path | None, pieces: Iterable[TokenStore], about: Callable[[], dict[str, Any]]
-) -> TokenStore:
-    """Writes pieces as they come, then what `about` returns, and opens what was written.
-
-    `folder` is the cache entry to write; None keeps the files as long as the store.
-
-    Raises:
-        DataError: the disk is full, or cannot be written to.
-    """
-    try:
-        if folder is not None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=folder and folder.parent))
-        try:
-            _write(staging, pieces, about)
-            if folder is not None and (store := _move_into_place(staging, folder)):
-                return store
-            store = _open(staging)
-            weakref.finalize(store, shutil.rmtree, staging, True)
-            return store
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    except OSError as error:
-        place = error.filename or folder or tempfile.gettempdir()
-        raise DataError(
-            f"the tokens cannot be written to {place}: {error.strerror or error}; free some space "
-            "there, or set data.cache_dir to another folder"
-        ) from None
-
-
-def _write(folder: Path, pieces: Iterable[TokenStore], about: Callable[[], dict[str, Any]]) -> None:
-    rows = [np.zeros(0, ROW)]
-    with open(folder / "tokens.bin", "wb") as file:
-        for piece in pieces:
-            piece.rows["start"] += file.tell() // 4
-            file.write(piece.tokens.tobytes())
-            rows.append(piece.rows)
-    np.save(folder / "rows.npy", np.concatenate(rows))
-    text = json.dumps(about())
-    entry = {"version": VERSION, "checksums": _checksums(folder, text), "about": text}
-    (folder / "about.json").write_text(json.dumps(entry), encoding="utf-8")
-
-
-def _move_into_place(staging: Path, folder: Path) -> TokenStore | None:
-    """The store in its place; None if something that is not an entry is there and stays."""
-    for _ in range(2):
-        try:
-            os.rename(staging, folder)
-            return _open(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        if (theirs := cached(folder)) is not None:  # another run has written it meanwhile
-            shutil.rmtree(staging)
-            return theirs
-    return None
-
-
-def cached(folder: Path) -> TokenStore | None:
-    """The store of a cache entry; None if there is none. A damaged entry is removed."""
-    if not folder.exists():
-        return None
-    if _is_whole(folder):
-        with contextlib.suppress(OSError):  # one that others own, or that is read-only, serves too
-            os.utime(folder)
-        return _open(folder)
-    aside = folder.with_name(f"staging-{folder.name}-{os.getpid()}-{time.time_ns()}")
-    with contextlib.suppress(OSError):
-        os.rename(folder, aside)  # at once: another run may write the entry again
-        if _is_whole(aside):
-            os.rename(aside, folder)  # it has, while the damaged one was read
-            return cached(folder)
-        shutil.rmtree(aside)
-    return None
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the files of an entry are those that its `about.json` names."""
-    try:
-        entry = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        checksums = _checksums(folder, entry["about"])
-        return checksums == entry["checksums"] and entry["version"] == VERSION
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def forget_unused(folder: Path) -> None:
-    """Removes entries that no run has used for KEPT_DAYS, and the remains of a run that died."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        days = 1 if entry.name.startswith("staging-") else KEPT_DAYS
-        with contextlib.suppress(OSError):  # another run removes it too
-            if entry.is_dir() and time.time() - entry.stat().st_mtime > days * 86_400:
-                shutil.rmtree(entry)
-
-
-def _open(folder: Path) -> TokenStore:
-    about = json.loads(json.loads((folder / "about.json").read_text(encoding="utf-8"))["about"])
-    rows = np.load(folder / "rows.npy", mmap_mode="r")
-    return TokenStore(TokenFile(folder / "tokens.bin"), rows, about)
-
-
-def _checksums(folder: Path, about: str) -> dict[str, int]:
-    checksums = {"tokens.bin": 0, "rows.npy": 0, "about": zlib.crc32(about.encode())}
-    for name in ("tokens.bin", "rows.npy"):
-        with open(folder / name, "rb") as file:
-            while content := file.read(1 << 20):
-                checksums[name] = zlib.crc32(content, checksums[name])
-    return checksums
-
+from mlx_qlora.data.store import TokenStore, hash64
+from mlx_qlora.errors import ConfigError, listing
 
 # ---- the report ----------------------------------------------------------------------------------
 
@@ -262,6 +49,7 @@ class DataReport:
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
     own_system: bool = False  # whether no row needed `data.system`
+    kind: str = "answers"  # what the rows are: answers, pairs or judged answers
 
     @property
     def read(self) -> int:
@@ -362,6 +150,9 @@ class Example:
     line: int = 0  # where the row came from, counted from 1
     file: str = "rows"
     starts: tuple[int, ...] = ()  # of documents after the first; each attends to itself alone
+    # (n,) float32, of the tokens as labels; None: 1 for what is learned. Of a bad answer, for KTO,
+    # they are negative.
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -370,6 +161,12 @@ class Example:
     def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, learned) of each document: most rows are one."""
         return list(zip(*(np.split(x, self.starts) for x in (self.tokens, self.learned))))
+
+    @property
+    def document_weights(self) -> list[np.ndarray]:
+        """(n,) float32 of each document: what its tokens weigh as labels."""
+        weights = self.learned.astype(np.float32) if self.weights is None else self.weights
+        return np.split(weights, self.starts)
 
     @property
     def place(self) -> str:
@@ -391,16 +188,21 @@ class Examples(Sequence[Example]):
         self._rows = np.arange(len(store.rows)) if rows is None else rows
 
     @classmethod
-    def of(cls, examples: Iterable[Example], source: str = "rows") -> "Examples":
-        """Examples that are not rows of a file."""
+    def of(
+        cls, examples: Iterable[Example], source: str = "rows", kind: str = "answers"
+    ) -> "Examples":
+        """Examples that are not rows of a file; `kind` as `DataReport` has it."""
         files: dict[str, int] = {}
         store = TokenStore.of(
-            (e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None, e.starts)
+            (
+                *(e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None),
+                *(e.starts, e.weights),
+            )
             for e in examples
         )
         counts = np.bincount(store.rows["file"], minlength=len(files)).tolist()
         reports = [FileReport(name, "made", read=n, kept=n) for name, n in zip(files, counts)]
-        report = DataReport(source, reports)
+        report = DataReport(source, reports, kind=kind)
         report.measure(store)
         return cls(store, report)
 
@@ -421,7 +223,8 @@ class Examples(Sequence[Example]):
         tokens, learned, starts = self._store[row]
         about = self._store.rows[row]
         name = self.report.files[about["file"]].name
-        return Example(tokens, learned, int(about["line"]), name, starts)
+        weights = self._store.weights_of(row)
+        return Example(tokens, learned, int(about["line"]), name, starts, weights)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -6,6 +6,7 @@ Every row is either kept as it will be trained or refused with its line and the 
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,19 +21,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.data.chats import ALPACA, CANNOT_WRITE, NAMED, NO_TEMPLATE, ROW_DATE, Template
 from mlx_qlora.data.encode import TRUNCATION, Chunk, Encoder, chunks, default_workers, encode_chunks
-from mlx_qlora.data.examples import (
+from mlx_qlora.data.examples import DataReport, Examples, FileReport
+from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows, user_path
+from mlx_qlora.data.preferences import ANSWERS, KIND_OF, PAIRS
+from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, detect_format
+from mlx_qlora.data.store import (
     VERSION,
-    DataReport,
-    Examples,
-    FileReport,
     TokenStore,
     cached,
     forget_unused,
     on_disk,
     store_in_memory,
 )
-from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows, user_path
-from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
 from mlx_qlora.folders import user_cache
@@ -88,6 +88,11 @@ class DataConfig:
     train_on: str = option(
         "response", "learn the response alone, or all tokens", choices=("response", "all")
     )
+    prompt_loss_weight: float = option(
+        0.0,
+        "what a prompt's token weighs in the loss, where a response's weighs 1; 0.01 to 0.1 may "
+        "help where responses are short",
+    )
     max_length: int = option(
         2048, "most tokens in a row. Raise it if `inspect` says that rows are cut; it takes memory"
     )
@@ -127,6 +132,14 @@ class DataConfig:
             object.__setattr__(self, "split", shares)
         shares = "be a share from 0 to 1"
         require(0 <= self.max_refused <= 1, "data.max_refused", shares, self.max_refused)
+        weight = self.prompt_loss_weight
+        rule = "be from 0 on, and finite"
+        require(0 <= weight < math.inf, "data.prompt_loss_weight", rule, weight)
+        if weight and self.train_on == "all":
+            raise ConfigError(
+                "data.train_on=all gives prompts a weight of 1, and data.prompt_loss_weight is "
+                f"{weight:g}; leave one of them out"
+            )
         workers = self.num_workers
         require(workers is None or workers >= 0, "data.num_workers", "be at least 0", workers)
         if self.template in ALPACA and self.format in ("messages", "sharegpt"):
@@ -138,6 +151,7 @@ def read_examples(
     tokenizer: Tokenizer,
     config: DataConfig | None = None,
     *,
+    objective: str = "sft",
     console: Console | None = None,
 ) -> Examples:
     """Reads, renders and tokenises all rows of one source.
@@ -147,6 +161,7 @@ def read_examples(
             `datasets.Dataset`, or a table of pyarrow, pandas or polars. Of a folder that names its
             parts the training files are read.
         config: template, lengths and what is learned; its own paths are not read.
+        objective: of the training: dpo, orpo and simpo read pairs of answers, kto judged ones.
         console: where a progress bar goes if there is much to do; none if not given.
 
     Returns:
@@ -162,13 +177,16 @@ def read_examples(
         name, files = str(source), find_files(source)["train"]
     else:
         name, files = "rows", [in_memory(source)]
-    return _read_all([(name, files)], tokenizer, config, console)[0]
+    rule = f"be one of {', '.join(map(repr, KIND_OF))}"
+    require(objective in KIND_OF, "objective", rule, objective)
+    return _read_all([(name, files)], tokenizer, config, KIND_OF[objective], console)[0]
 
 
 def _read_all(
     sources: list[tuple[str, list[RowFile]]],
     tokenizer: Tokenizer,
     config: DataConfig,
+    kind: str,
     console: Console | None,
 ) -> list[Examples]:
     """Examples of each (name, files); the refused rows of all of them are written to one file."""
@@ -182,7 +200,7 @@ def _read_all(
                     f"data.refused_path: {refused_path} is among the rows of {name}; name another "
                     "file"
                 )
-    read = [_read_files(name, files, tokenizer, config, console) for name, files in sources]
+    read = [_read_files(name, files, tokenizer, config, kind, console) for name, files in sources]
     if refused_path is not None:
         _write_refused(refused_path, [(e.report, files) for e, (_, files) in zip(read, sources)])
     for report in (examples.report for examples in read):
@@ -204,9 +222,10 @@ def _read_files(
     files: list[RowFile],
     tokenizer: Tokenizer,
     config: DataConfig,
+    kind: str,
     console: Console | None,
 ) -> Examples:
-    report = DataReport(source, template=config.template, columns=config.columns)
+    report = DataReport(source, template=config.template, columns=config.columns, kind=kind)
     encoder = _encoder(config, tokenizer, report)
     in_files = all(file.kind != "memory" for file in files)
     entry = store = None
@@ -273,8 +292,14 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
     elif name == "chat" and tokenizer.chat_template is None:
         raise ConfigError(f"data.template=chat, but {NO_TEMPLATE}")
     template = Template(name, tokenizer.chat_template, config.history)
+    if report.kind != ANSWERS and config.train_on == "all":
+        raise ConfigError(
+            "data.train_on=all is for training.objective=sft: the others compare answers; leave it "
+            "out, or set data.prompt_loss_weight"
+        )
     settings = (config.train_on, config.max_length, config.truncation)
-    return Encoder(tokenizer, template, *settings, config.columns, config.system)
+    more = config.columns, config.system, config.prompt_loss_weight, report.kind
+    return Encoder(tokenizer, template, *settings, *more)
 
 
 def _cache_key(files: list[RowFile], encoder: Encoder, config: DataConfig) -> str:
@@ -282,6 +307,7 @@ def _cache_key(files: list[RowFile], encoder: Encoder, config: DataConfig) -> st
     contents = [file.content_hash() for file in files]
     settings = (config.format, config.train_on, config.max_length, config.truncation)
     settings += (sorted(config.columns.items()), config.system)
+    settings += (encoder.prompt_weight, encoder.kind)
     tokenizer = (encoder.tokenizer.fingerprint, encoder.tokenizer.special_tokens)
     tools = encoder.tokenizer.tool_template
     text = repr((VERSION, ROW_DATE, encoder.template, tools, settings, tokenizer, contents))
@@ -302,6 +328,8 @@ def _pieces(
             rows = raw_rows(file)
             first = list(islice(rows, PEEKED))
             form = config.format if config.format != "auto" else _format_of(first, config.columns)
+            if report.kind == PAIRS:
+                form = "pairs"
             if (name := encoder.template.name) in ALPACA and form in ("messages", "sharegpt"):
                 raise ConfigError(f"{file.name} holds {form}; data.template={name} {CANNOT_WRITE}")
             report.files.append(FileReport(file.name, form, file.unit))
@@ -377,9 +405,15 @@ def _text(raw: Any) -> Any:
 
 
 def train_validation_test(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, console: Console | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    console: Console | None = None,
+    kind: str = ANSWERS,
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """The three parts of a run's data: files where they are named, `split` for the others.
+
+    Its rows are of the `kind` that the run's objective reads.
 
     Raises:
         ConfigError: no training file is named.
@@ -393,7 +427,7 @@ def train_validation_test(
     for part, path in named.items():
         if path is not None:
             sources[part] = path, find_files(path)["train"]
-    read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, console)))
+    read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, kind, console)))
     for report in (examples.report for examples in read.values()):
         if (share := len(report.refused) / report.read) > config.max_refused:
             raise DataError(

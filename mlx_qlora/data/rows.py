@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -9,6 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_qlora.data.files import parse_json, without_nulls
+from mlx_qlora.data.marks import (
+    EMPTY,
+    HARMLESS,
+    MARKS,
+    ROW_MARKS,
+    WEIGHTS,
+    is_harmless,
+    is_mark,
+    is_weight,
+    refuse_other_tasks,
+)
 from mlx_qlora.errors import DataError
 
 # ---- a row -> what it says -----------------------------------------------------------------------
@@ -20,26 +32,7 @@ ROLES = {"human": "user", "function": "tool", "observation": "tool"} | dict.from
 )
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
-EMPTY: tuple[Any, ...] = (None, "", [], {})
-# Fields that say where a row or a message is from, how good or long it is: nothing to learn.
-HARMLESS = frozenset(
-    "id _id ids idx index uid uuid guid hash row_id prompt_id message_id conversation_id parent_id "
-    "question_id task_id dataset dataset_name data_source source sources origin url link license "
-    "author user_id model model_name generator teacher engine created created_at updated_at date "
-    "timestamp language lang category categories domain type tag tags difficulty score scores "
-    "rating ratings reward_model quality toxicity embedding length len num_tokens "
-    "token_count num_turns split fold seed temperature metadata meta annotations signature "
-    "logprobs finish_reason usage status version __index_level_0__ cache_control".split()
-)
-LONGEST_LABEL = 100  # characters; a longer "source" is something to read, not where it is from
-# Fields of a row that make it one of another task -> what such rows are.
-OTHER_TASKS = dict.fromkeys(("chosen", "rejected"), "a preference pair") | dict.fromkeys(
-    ("image", "images", "image_url", "audio", "audios", "video", "videos"), "more than text"
-)
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # what a template is given
-# Marks of a message: 0 and false take it out of what is learned, and so does `masked`.
-MARKS = ("weight", "train", "training", "loss", "loss_weight", "trainable", "masked")
-ROW_MARKS = ("weight", "train", "trainable", "loss_weight")  # those that a whole row may have
 # Fields in which a message has its thoughts apart from what it says.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
@@ -66,7 +59,8 @@ class Chat:
     """Messages in order, ending with the last one to learn."""
 
     messages: list[Message]  # with `role` and `content`, and more where the template reads it
-    learned: list[bool]  # one for each message; only the assistant's can be True
+    # One for each message: the weight of its labels. Only an assistant's is not 0 (False).
+    learned: list[float]
     tools: list[dict[str, Any]] | None = None  # JSON schemas of what the assistant may call
     options: dict[str, Any] | None = None  # of the template, such as `enable_thinking`
 
@@ -129,7 +123,9 @@ COLUMNS = {
     "input": "context",
     "system": "system_prompt system_message",
     "text": "content body document article",
-} | dict.fromkeys(("prompt", "completion", "conversations", "tools"), "")
+} | dict.fromkeys(
+    ("prompt", "completion", "conversations", "tools", "chosen", "rejected", "label"), ""
+)
 OPTIONAL_COLUMNS = ("input", "system", "tools")
 ABSENT = "data.columns."  # before the name of an optional one that a row does not have
 
@@ -168,7 +164,7 @@ def likely_columns(row: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     """A row whose fields have our names; a DataError if one that must be there is not."""
     for field, column in columns.items():
         if column not in row and field not in OPTIONAL_COLUMNS:
@@ -188,9 +184,9 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
     if not isinstance(row, Mapping):
         raise DataError(f"not an object but {type(row).__name__}")
     columns, row = columns or {}, without_nulls(row)
-    ours = _renamed(row, columns) if columns else row
+    ours = renamed(row, columns) if columns else row
     try:
-        _refuse_other_tasks(ours, columns)
+        refuse_other_tasks(ours, columns)
         said = FORMATS[detect_format(ours) if form == "auto" else form](ours)
         system = _text_of(ours, "system", optional=True)
         said = with_system(said, system)
@@ -218,7 +214,7 @@ def unread_fields(
 ) -> set[str]:
     """Fields of a row that hold something, and of which `read_row` made nothing."""
     columns = columns or {}
-    ours = _renamed(row, columns) if columns else row
+    ours = renamed(row, columns) if columns else row
     # One of our names for another column of the row.
     hidden = [k for k in columns if k not in columns.values() and not is_harmless("", row.get(k))]
     read = {"system", *FIELDS[detect_format(ours) if form == "auto" else form]}
@@ -229,56 +225,10 @@ def unread_fields(
         for name, value in ours.items()
         if name not in read
         and not is_harmless(name, value)
-        and not (name in ROW_MARKS and _is_mark(value))
+        and not (name in ROW_MARKS and (is_mark(value) or is_weight(name, value)))
     ]
     absent = [ABSENT + k for k in OPTIONAL_COLUMNS if k in columns and columns[k] not in row]
     return {str(name) for name in (*hidden, *others, *absent)}
-
-
-def is_harmless(name: Any, value: Any) -> bool:
-    """Whether a field says nothing to learn: it holds nothing, or a short fact about the row."""
-    if value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value):
-        return True
-    return str(name).lower() in HARMLESS and not _is_long(value)
-
-
-def _is_long(value: Any) -> bool:
-    if isinstance(value, (list, tuple, Mapping)):
-        return any(map(_is_long, value.values() if isinstance(value, Mapping) else value))
-    return isinstance(value, str) and len(value) > LONGEST_LABEL
-
-
-def _is_mark(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value in (0, 1)
-
-
-def _refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """A DataError for rows that teach something else than an answer.
-
-    With `columns` it is the user who says which fields are question and answer.
-    """
-    for name in (name for name in MARKS if name in row):
-        is_number = name in ROW_MARKS and _is_mark(row[name])  # elsewhere 0 may be a figure
-        taken_out = (name == "masked") if row[name] is True else not row[name]
-        if (isinstance(row[name], bool) or is_number) and taken_out:
-            raise DataError(f"no supervised token: the {name} of the row is {row[name]!r}")
-    tasks = {
-        name: task
-        for name, task in OTHER_TASKS.items()
-        if not isinstance(row.get(name), (int, float)) and not is_harmless("", row.get(name))
-    }
-    label = row.get("label", row.get("kto_tag"))
-    if isinstance(row.get("reward_model"), Mapping):
-        tasks["reward_model"] = "rewards for answers"
-    elif isinstance(label, bool) and "text" not in row:
-        tasks["label" if "label" in row else "kto_tag"] = "an answer that is judged"
-    elif label not in EMPTY and "text" in row and not TELLING["alpaca"] & row.keys():
-        tasks["label"] = "classification"
-    text_alone = {name: task for name, task in tasks.items() if task != "more than text"}
-    if tasks and not (columns and text_alone == tasks):
-        names = ", ".join(map(repr, tasks))
-        remedy = "if its answer is wanted, leave the field out, or name both with data.columns"
-        raise DataError(f"is {next(iter(tasks.values()))} ({names}), no answer to learn; {remedy}")
 
 
 def with_system(said: Said, system: str | None) -> Said:
@@ -330,12 +280,13 @@ def _message(value: Any, where: str, asked: bool = False) -> Message:
         raise DataError(f"{where} has OpenAI's old field 'function_call'; write 'tool_calls'")
     marks = {name: rest.pop(name) for name in MARKS if name in rest}
     for name, weight in marks.items() if not asked else ():
-        if not isinstance(weight, (int, float)) or weight not in (0, 1):
-            raise DataError(f"{where} has the {name} {repr(weight)[:40]}; 0 and 1 are known")
+        if not is_mark(weight) and not is_weight(name, weight):
+            known = "it must be from 0 on" if name in WEIGHTS else "0 and 1 are known"
+            raise DataError(f"{where} has the {name} {repr(weight)[:40]}; {known}")
     if "masked" in marks:
         marks["masked"] = not marks["masked"]
     if marks and not asked:
-        rest["weight"] = min(map(int, marks.values()))
+        rest["weight"] = math.prod(marks.values())
     role = rest.pop("role", None) or rest.pop("from", None)
     content = rest.pop("content", None)
     content = rest.pop("value", None) if content is None else content
@@ -458,11 +409,14 @@ def _chat(messages: list[Message], row: Mapping[str, Any]) -> Chat:
     if reserved := RESERVED & (options or {}).keys():
         raise DataError(f"field 'chat_template_kwargs' may not hold {', '.join(sorted(reserved))}")
     weights = [message.pop("weight", 1) for message in messages]
-    learned = [m["role"] == "assistant" and w != 0 for m, w in zip(messages, weights)]
-    if True not in learned:
+    learned: list[float] = [
+        m["role"] == "assistant" and (w if w not in (0, 1) else w == 1)
+        for m, w in zip(messages, weights)
+    ]
+    if not any(learned):
         reason = "is not to be learned" if 0 in weights else "is missing"
         raise DataError(f"no supervised token: a message of the assistant {reason}")
-    end = len(learned) - learned[::-1].index(True)  # what follows could teach nothing
+    end = max(i for i, weight in enumerate(learned) if weight) + 1  # the rest would teach nothing
     return Chat(messages[:end], learned[:end], _tools_of(row), dict(options or {}) or None)
 
 

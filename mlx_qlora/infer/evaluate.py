@@ -32,7 +32,7 @@ class Scores:
     def of(cls, sums: Score | RowScores) -> "Scores":
         """From sums over tokens, be they of all rows together or of each."""
         n = int(np.sum(sums.tokens))
-        loss = float(np.sum(sums.nats)) / n
+        loss = sums.loss if isinstance(sums, Score) else float(np.sum(sums.nats)) / n
         return cls(loss, perplexity(loss), int(np.sum(sums.hits)) / n, n)
 
 

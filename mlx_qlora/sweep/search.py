@@ -98,6 +98,11 @@ def sweep(
 
 def _open(config: RunConfig, console: Console) -> Inputs:
     """Open what all trials share; the hashes of the model and the data are in its state."""
+    if config.training.objective != "sft":
+        raise ConfigError(
+            "mlx-qlora sweep compares losses of training.objective=sft, and not those of "
+            f"{config.training.objective}; leave training.objective out, or train each setting"
+        )
     inputs = open_inputs(config, console)
     config, validation, checkpoint = inputs.config, inputs.validation, inputs.checkpoint
     assert checkpoint is not None

@@ -15,7 +15,7 @@ from mlx_qlora.train.score import Score
 from mlx_qlora.train.signals import WATCHED
 
 SMALLEST_BUCKET, MOST_BUCKETS = 4 << 20, 8  # bytes; messages of a step
-FIXED = 1 << 20  # parts of a nat: sums of whole numbers do not depend on their order
+FIXED = 1 << 20  # parts of a nat, or weight: sums of whole numbers do not depend on their order
 
 
 class GradientAllReduce:
@@ -59,21 +59,22 @@ class GradientAllReduce:
         self,
         grads: dict[str, mx.array],
         nats: mx.array,
-        counts: tuple[int, int, int],
+        counts: tuple[float, int, int],
         received: int | None,
-    ) -> tuple[dict[str, mx.array], mx.array, tuple[int, int, int], int | None]:
+    ) -> tuple[dict[str, mx.array], mx.array, tuple[float, int, int], int | None]:
         """Waits for the sums over all processes, and returns them in the place of this one's.
 
         Args:
             grads: of which the rest is sent now.
             nats: the loss sum.
-            counts: supervised tokens, real tokens, and rows.
+            counts: the weights of the supervised tokens, real tokens, and rows.
             received: a signal; the one returned is one that any process received.
 
         Raises:
             ProcessError: another process is gone, or did not answer in time.
         """
         self.reduce(grads, set(grads))
+        counts = round(counts[0] * FIXED), *counts[1:]
         numbers = mx.array([*counts, *_one_hot(received)], mx.int64)
         numbers, nats = self.processes.all_sum(numbers), self.processes.all_sum(nats)
         self.processes.worked(time.perf_counter() - self.started)
@@ -84,7 +85,7 @@ class GradientAllReduce:
         self.sent = []
         supervised, tokens, rows, *signals = map(int, np.array(numbers))
         grads = {name: total[name] for name in self.shapes}
-        return grads, nats, (supervised, tokens, rows), _signal(signals)
+        return grads, nats, (supervised / FIXED, tokens, rows), _signal(signals)
 
 
 def score_of_all(
@@ -99,15 +100,18 @@ def score_of_all(
     """
     if processes.size == 1:
         return score, None
-    nats, *counts = asdict(score).values()
+    nats, *counts, excess = asdict(score).values()
+    counts.append(round(excess * FIXED))
     whole = [round(nats * FIXED), 0] if math.isfinite(nats) else [0, 1]
     sums = processes.all_sum(mx.array([*whole, *counts, *_one_hot(received)], mx.int64))
     if score.tokens:
         processes.worked(took)
     processes.wait(sums)
     nats, not_finite, *numbers = map(int, np.array(sums))
-    n = len(counts)
-    return Score(math.nan if not_finite else nats / FIXED, *numbers[:n]), _signal(numbers[n:])
+    n, nats = len(counts), math.nan if not_finite else nats / FIXED
+    total = Score(nats, *numbers[: n - 1])
+    total.excess = numbers[n - 1] / FIXED
+    return total, _signal(numbers[n:])
 
 
 def _one_hot(received: int | None) -> list[int]:

@@ -107,6 +107,7 @@ class RunState:
     # Of the steps since the last logged record, whose mean is the next one's.
     open_losses: list[float] = field(default_factory=list)
     open_grad_norm: float = 0.0  # of the last of those steps
+    open_metrics: dict[str, list[float]] = field(default_factory=dict)  # of the objective
     recent_losses: list[float] = field(default_factory=list)  # against which a spike is measured
     skipped_in_a_row: int = 0  # steps just before this one that moved nothing
 

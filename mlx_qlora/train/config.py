@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.preferences import KIND_OF
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, check_choices, option, require
@@ -67,6 +68,26 @@ class TrainingConfig:
         5, "stop after so many steps in a row whose loss or gradient is not finite"
     )
     seed: int = option(0, "draws the adapter, the order of rows, the split and the dropout")
+    objective: str = option(
+        "sft",
+        "what is learned: answers (sft), pairs of a chosen and a rejected one (dpo, orpo, simpo), "
+        "or answers with a label true or false (kto)",
+        choices=KIND_OF,
+    )
+    beta: float | None = option(
+        None, "how strongly answers are told apart; null is 0.1, for simpo 2. Not for sft"
+    )
+    label_smoothing: float = option(
+        0.0, "the share of pairs, from 0 to below 0.5, that may be the wrong way round (dpo, simpo)"
+    )
+    rpo_alpha: float = option(
+        0.0, "so much of the chosen answers' own loss is added (dpo, simpo); orpo always adds 1"
+    )
+    simpo_gamma: float = option(
+        1.0, "margin by which simpo wants a chosen answer's reward above the rejected one's"
+    )
+    desirable_weight: float = option(1.0, "what kto's good answers weigh")
+    undesirable_weight: float = option(1.0, "what kto's bad answers weigh")
 
     def __post_init__(self) -> None:
         check_choices("training", self)
@@ -91,11 +112,19 @@ class TrainingConfig:
                 require(known, f"training.{name}", rule, value)
 
         check((*sizes, "max_steps", "max_skipped_steps"), "be at least 1", lambda n: n >= 1)
-        positive = ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+        positive = ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs", "beta")
         check(positive, "be above 0 and finite", lambda x: 0 < x < math.inf)
         check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
         check(("warmup_ratio",), "be in [0, 1]", lambda x: 0 <= x <= 1)
+        check(("label_smoothing",), "be in [0, 0.5)", lambda x: 0 <= x < 0.5)
+        weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight"
+        check(weights, "be at least 0, and finite", lambda x: 0 <= x < math.inf)
         check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
+
+    @property
+    def reward_scale(self) -> float:
+        """`beta`, or what it is for the objective if it is not given."""
+        return self.beta or (2.0 if self.objective == "simpo" else 0.1)
 
     @property
     def recompute(self) -> str | int:
@@ -192,6 +221,14 @@ def batches_of(
     """The batches of a run; of several processes, those of this one."""
     share = {"rank": processes.rank, "world_size": processes.size} if processes else {}
     size, epochs = training.rows, training.num_train_epochs
+    if training.objective == "kto":
+        in_step = size * training.accumulation * share.get("world_size", 1)
+        if min(in_step, len(examples)) < 2:
+            raise ConfigError(
+                "training.objective=kto compares each answer with another one of its step, and a "
+                "step has one example; set training.per_device_train_batch_size=4"
+            )
+        share["mismatch_within"] = in_step
     return make_batches(examples, size, training.seed, data.shuffle, epochs=epochs, **share)
 
 

@@ -6,21 +6,24 @@ for each core; gradients are sums, so nothing is lost by that. A layer is eleven
 with named values between them. The forward runs them and keeps the values that the layer's level
 names in `memory.KEPT`; the memory planner sums the same table. The head then computes loss and
 gradient of the supervised positions alone, a slice of the vocabulary at a time (`train.loss`).
-The backward takes the VJP of each piece in reverse order, adds gradients by name, and runs those
-pieces again whose values it needs and were not kept. Frozen matrices are multiplied with and never
-differentiated. Dropout is a function of seed, row, column, layer and linear, so a piece that runs
-twice draws the same mask. What is evaluated when decides the peak of memory: a layer is finished
-before the next but one begins. The gradients of all chunks, micro-batches and processes are added
-up, and divided once by the step's supervised tokens (`train.step`).
+Where labels are weighed, or answers compared (`train.preferences`), each position's gradient is
+multiplied by a number then. The backward takes the VJP of each piece in reverse order, adds
+gradients by name, and runs those pieces again whose values it needs and were not kept. Frozen
+matrices are multiplied with and never differentiated. Dropout is a function of seed, row, column,
+layer and linear, so a piece that runs twice draws the same mask. What is evaluated when decides the
+peak of memory: a layer is finished before the next but one begins. The gradients of all chunks,
+micro-batches and processes are added up, and divided once by the step's supervised tokens
+(`train.step`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.cpu.streams import cores_shared
@@ -40,7 +43,7 @@ from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.streaming import streamed
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
-from mlx_qlora.train.loss import losses_by_slice
+from mlx_qlora.train.loss import Losses, Weigh, by_batch, losses_by_slice
 from mlx_qlora.train.memory import EXPONENTIALS, KEPT, NOTHING, Recompute, Shard
 from mlx_qlora.tree import bound, flat, nested
 
@@ -266,7 +269,7 @@ def loss_and_grads(
     batch: Batch,
     dropout_key: mx.array | None = None,
     recompute: Recompute = "auto",
-) -> tuple[mx.array, int, dict[str, Any]]:
+) -> tuple[mx.array, float, dict[str, Any]]:
     """The loss of one batch and its gradients, for use in a loop of your own.
 
     Args:
@@ -279,8 +282,9 @@ def loss_and_grads(
             depend on it.
 
     Returns:
-        loss_sum: float32 scalar, the sum of nats over supervised tokens.
-        n_tokens: how many tokens are supervised; divide once, by the sum over the whole step.
+        loss_sum: float32 scalar, the sum of nats over supervised tokens, times their weights.
+        n_tokens: how many tokens are supervised, or the sum of `batch.weights`; divide once, by the
+            sum over the whole step.
         grads: tree of d(loss_sum) / d(LoRA weight), float32, shaped as
             `model.trainable_parameters()`.
 
@@ -340,25 +344,41 @@ class Engine:
         dropout_key: mx.array | None = None,
         before: dict[str, mx.array] | None = None,
         all_reduce: GradientAllReduce | None = None,
-    ) -> tuple[mx.array, int, dict[str, mx.array]]:
+        compare: Weigh | None = None,
+    ) -> tuple[mx.array, float, dict[str, mx.array]]:
         """(loss_sum, n_tokens, grads) at the given LoRA weights; both by their paths.
 
         The gradients are added to those `before`, of earlier micro-batches. `all_reduce` gets each
-        layer's as soon as they are complete; it is for the last batch of a step.
+        layer's as soon as they are complete; it is for the last batch of a step. `compare` weighs
+        the labels of whole rows, whose documents are then in one chunk.
         """
         documents = memory.supervised_documents(batch)
-        plan = self.planned((documents[:, 2] - documents[:, 1]).tolist())[1]
+        unit_of = np.arange(len(documents))  # what must not be cut: a document, or a row
+        if compare is not None:
+            unit_of = np.unique(documents[:, 0], return_inverse=True)[1]
+        lengths = np.bincount(unit_of, documents[:, 2] - documents[:, 1]).astype(int).tolist()
+        plan = self.planned(lengths)[1]
         grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
+        weigh = by_batch if compare is None and batch.weights is not None else compare
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
         with bound(self.model, cast), device.small_cache(self.reader is not None):
-            chunks = memory.chunks_of(self.model, batch, documents, plan.n_chunks, dropout_key)
+            groups, n_chunks = [documents], plan.n_chunks
+            if compare is not None:
+                group_of, n_chunks = memory.spread(lengths, n_chunks)[unit_of], 1
+                groups = [documents[group_of == group] for group in np.unique(group_of)]
+            chunks = [
+                shards
+                for group in groups
+                for shards in memory.chunks_of(self.model, batch, group, n_chunks, dropout_key)
+            ]
             for shards in chunks:
                 with cores_shared(shards):
                     hook = all_reduce if shards is chunks[-1] else None
-                    loss = loss + self._chunk(shards, plan.levels, grads, hook)
-                n_tokens += sum(shard.targets.size for shard in shards)
+                    rest = grads, hook, batch, weigh
+                    of_chunk, n = self._chunk(shards, plan.levels, *rest)
+                loss, n_tokens = loss + of_chunk, n_tokens + n
         # In the weights' order, and none left out.
         return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}
 
@@ -378,8 +398,10 @@ class Engine:
         levels: list[int],
         grads: dict[str, mx.array],
         all_reduce: GradientAllReduce | None,
-    ) -> mx.array:
-        """The loss sum of a chunk; its gradients are added to `grads`."""
+        batch: Batch,
+        weigh: Weigh | None,
+    ) -> tuple[mx.array, float]:
+        """The loss sum of a chunk and its tokens; its gradients are added to `grads`."""
         tapes = [
             [Tape(layer, shard, shard.keys[i], self.compiled, self.one_by_one) for shard in shards]
             for i, layer in enumerate(self.model.layers)
@@ -402,7 +424,11 @@ class Engine:
                 above.values["x"] = tape.values.pop("y")
 
         losses: list[mx.array] = []
-        side_by_side(tapes[-1], [self._loss(tape, losses) for tape in tapes[-1]])
+        if weigh is None:
+            n: float = sum(shard.targets.size for shard in shards)
+            side_by_side(tapes[-1], [self._loss(tape, losses) for tape in tapes[-1]])
+        else:
+            n = self._weighed_loss(tapes[-1], losses, batch, weigh)
         complete: set[str] = set()
         for i in reversed(range(self.first, len(tapes))):
             layer = tapes.pop()
@@ -420,7 +446,7 @@ class Engine:
                 complete.add(path)
             if all_reduce is not None:
                 all_reduce.reduce(grads, complete)
-        return mx.stack(losses).sum()
+        return mx.stack(losses).sum(), n
 
     def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
         """Starts a layer's computations, with one dequantised copy of each of its matrices.
@@ -442,16 +468,46 @@ class Engine:
 
     def _loss(self, tape: Tape, losses: list[mx.array]) -> Stages:
         """From the last layer's output of a shard to its loss sum and gradient."""
+        found = yield from self._head(tape)
+        losses.append(found.nats.sum())
+        yield from self._from_head(tape, found.gradient, losses[-1:])
+
+    def _weighed_loss(
+        self, tapes: list[Tape], losses: list[mx.array], batch: Batch, weigh: Weigh
+    ) -> float:
+        """As `_loss` for all shards of a chunk, whose labels are weighed when all are scored."""
+        found: dict[int, Losses] = {}
+
+        def head(i: int, tape: Tape) -> Stages:
+            found[i] = yield from self._head(tape)
+
+        side_by_side(tapes, [head(i, tape) for i, tape in enumerate(tapes)])
+        nats = [np.array(found[i].nats) for i in range(len(tapes))]
+        labels = np.concatenate([tape.shard.labels for tape in tapes])
+        weighed = weigh(batch, labels, np.concatenate(nats))
+        losses.append(mx.array(weighed.loss, mx.float32))
+        ends = np.cumsum([len(each) for each in nats])[:-1]
+        stages = []
+        for i, weights in enumerate(np.split(weighed.weights, ends)):
+            gradient = found.pop(i).gradient * mx.array(weights, mx.float32)[:, None]
+            stages.append(self._from_head(tapes[i], gradient, []))
+        side_by_side(tapes, stages)
+        return weighed.n
+
+    def _head(self, tape: Tape) -> Generator[list[mx.array], None, Losses]:
+        """What the head says of the last layer's output of a shard."""
+        x, softcap = tape.values["y"], self.model.config.logits_softcap
+        hidden = self.model.model.normalised(x[tape.shard.positions])
+        yield [hidden]
+        args = self.model.head, hidden, tape.shard.targets, True, softcap
+        return (yield from losses_by_slice(*args))
+
+    def _from_head(self, tape: Tape, gradient: mx.array, more: list[mx.array]) -> Stages:
+        """From the gradient of the supervised positions to that of the last layer's output."""
         x, shard = tape.values.pop("y"), tape.shard
 
         def supervised(x: mx.array) -> mx.array:
             return self.model.model.normalised(x[shard.positions])
 
-        hidden = supervised(x)
-        yield [hidden]
-        softcap = self.model.config.logits_softcap
-        found = yield from losses_by_slice(self.model.head, hidden, shard.targets, True, softcap)
-        gradient = found.gradient.astype(x.dtype)
-        tape.gradients["y"] = mx.vjp(supervised, [x], [gradient])[1][0]
-        losses.append(found.nats.sum())
-        yield [tape.gradients["y"], losses[-1]]
+        tape.gradients["y"] = mx.vjp(supervised, [x], [gradient.astype(x.dtype)])[1][0]
+        yield [tape.gradients["y"], *more]

@@ -4,15 +4,16 @@ Read `train` first: it is the whole story. Every step is a function of (config, 
 run that is stopped and continued takes the same steps as one that was not.
 """
 
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 from rich.console import Console
@@ -42,6 +43,7 @@ from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.memory import largest_micro_batch
 from mlx_qlora.train.metrics import Metrics, open_trackers, rewrite_metrics
 from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.score import score
 from mlx_qlora.train.signals import Interrupted, StopSignal
 from mlx_qlora.train.step import Step, StepError, StepResult, retried
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 # A step's loss this many times above the median of the last ones, and this far above their usual
 # spread, is a loss spike.
 SPIKE, SPREADS, REMEMBERED = 1.5, 8.0, 20
+T = TypeVar("T")
 
 
 # ---- the result ----------------------------------------------------------------------------------
@@ -64,7 +67,8 @@ class TrainResult:
 
     Attributes:
         steps: optimiser steps of the whole run.
-        train_loss: mean nats per supervised token over the last log window.
+        train_loss: mean nats per supervised token over the last log window; of preferences, mean
+            loss per example.
         eval_loss: the last validation loss, if there was a validation set; the best one, if the
             run ended with the best weights.
         seconds: wall time of this process's part, validation and checkpoints included.
@@ -119,6 +123,8 @@ def train(
     say(console, f"          {length}")
     for warning in length.warnings:
         warn(console, warning)
+    if (preferences := run.preferences) is not None:  # before what was trained is put back
+        run.retried(lambda: preferences.refer(run.step.pieces))
     if inputs.resumed is not None:
         run.resume(inputs.resumed)
     run.state = broadcast_state(run.state, run.optimizer, run.processes)
@@ -173,7 +179,12 @@ class Run:
         engine = Engine(model, training.recompute, compiled=bool(compiled))
         footprint, schedule = engine.planned(largest_micro_batch(inputs.train, training.rows))
         device.limit_memory(sum(footprint.highest(schedule)))
-        self.step = Step(engine, self.optimizer, training.seed, self.stop, console, self.processes)
+        self.preferences = None
+        if training.objective != "sft":
+            about = model, self.batches, self.held_out, self.processes
+            self.preferences = Preferences(training, *about)
+        rest = self.stop, console, self.processes, self.preferences
+        self.step = Step(engine, self.optimizer, training.seed, *rest)
 
     # ---- before the first step -------------------------------------------------------------------
 
@@ -310,30 +321,39 @@ class Run:
     def _is_due(self, every: int | str) -> bool:
         return self.state.step % int(every) == 0 or self.state.step == self.total_steps
 
+    def retried(self, work: Callable[[], T]) -> T:
+        """Scores held-out rows, fewer at once where memory ends."""
+        rows = self.held_out or self.batches
+        return retried(work, lambda reason, _: self.step.split_more([rows[0]], reason))
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        return itertools.takewhile(lambda _: self.stop.signum is None, self.step.pieces(batches))
+
     def validate(self, held_out: Batches) -> bool:
         """Measures the validation loss; returns whether it is the best so far."""
 
         def pieces() -> Iterator[Batch]:
             n_rows = len(held_out.examples) / self.processes.size
             with doing("validating", n_rows, "rows") as task:
-                for batch in islice(held_out, self.processes.rank, None, self.processes.size):
-                    for piece in self.step.split(batch):
-                        if self.stop.signum is not None:
-                            return
-                        yield piece
-                        task.advance(len(piece.tokens))
+                share = islice(held_out, self.processes.rank, None, self.processes.size)
+                for piece in self._until_stopped(share):
+                    yield piece
+                    task.advance(len(piece.tokens))
 
-        started = now()
-        ours = retried(
-            lambda: score(self.model, pieces()),
-            lambda reason, _: self.step.split_more([held_out[0]], reason),
-        )
-        if self.stop.signum is not None:
-            return False
-        took, received = now() - started, self.stop.received
-        total, signum = score_of_all(ours, self.processes, took, received)
-        self.stop.signum = self.stop.signum or signum
-        self.metrics.validation(self.epoch, total, now() - started)
+        started, preferences = now(), self.preferences
+        if preferences is not None:
+            compared = self.retried(lambda: preferences.validate(self._until_stopped))
+            if self.stop.signum is not None:
+                return False
+            self.metrics.compared(self.epoch, *compared, now() - started)
+        else:
+            ours = self.retried(lambda: score(self.model, pieces()))
+            if self.stop.signum is not None:
+                return False
+            took, received = now() - started, self.stop.received
+            total, signum = score_of_all(ours, self.processes, took, received)
+            self.stop.signum = self.stop.signum or signum
+            self.metrics.validation(self.epoch, total, now() - started)
         best = best_eval(self.state.log_history)
         return best is not None and best[0] == self.state.step
 

@@ -12,14 +12,16 @@ a larger logit turns up (Milakov & Gimelshein 2018, arXiv 1805.02867). A slice o
 dequantised once for all tokens, and memory is that of (S, slice), not of (S, V).
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.cpu.exponentials import exp
+from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.quantize import FrozenMatrix
 
 NARROWEST = 1024  # rows of the head in a slice
@@ -104,3 +106,25 @@ def vocabulary_slices(V: int, D: int, S: int) -> list[tuple[int, int]]:
     """First row, and the one after the last, of each slice of a head (V, D), for S tokens."""
     width = max(NARROWEST, device.current().head_bytes // (4 * max(S, D)) // NARROWEST * NARROWEST)
     return [(start, min(start + width, V)) for start in range(0, V, width)]
+
+
+# ---- what labels weigh ---------------------------------------------------------------------------
+
+
+class Weighed(NamedTuple):
+    """The loss of some labels, and how much of the gradient of each one's nats is in its own."""
+
+    loss: float
+    n: float  # what these labels add to the number that the loss of a step is divided by
+    weights: np.ndarray  # (S,) float64, d loss / d nats
+
+
+# Of labels (S,), places in the rows of a batch end to end, that cost so many nats (S,) float32.
+Weigh = Callable[[Batch, np.ndarray, np.ndarray], Weighed]
+
+
+def by_batch(batch: Batch, labels: np.ndarray, nats: np.ndarray) -> Weighed:
+    """Weigh labels as their batch says."""
+    assert batch.weights is not None
+    weights = batch.weights.reshape(-1)[labels].astype(np.float64)
+    return Weighed(float(weights @ nats), float(weights.sum()), weights)

@@ -239,15 +239,13 @@ class Shard:
     keys: list[Keys]  # for each layer, the dropout keys of its seven linears
     positions: mx.array  # (S,) int32 into N, of the supervised tokens, in order
     targets: mx.array  # (S,) int32, the token to predict there
+    labels: np.ndarray  # (S,) int, the places of the targets in the batch's rows, end to end
     stream: mx.Stream
 
 
 def supervised_documents(batch: Batch) -> np.ndarray:
     """(n, 3) of row, start and end: the documents of a batch in which something is learned."""
-    labels, documents = np.array(batch.labels), batch.documents
-    if documents is None:  # each row is one
-        B, T = labels.shape
-        documents = np.array([(b, 0, T) for b in range(B)], np.int32)
+    labels, documents = np.array(batch.labels), batch.spans
     learned = [bool((labels[row, start:end] != IGNORE).any()) for row, start, end in documents]
     return documents[np.array(learned, bool)]
 
@@ -272,12 +270,14 @@ def chunks_of(
         spans = [(row, slice(start, end)) for row, start, end in documents.tolist()]
         ids = np.concatenate([tokens[row, span] for row, span in spans])
         targets = np.concatenate([labels[row, span] for row, span in spans])
+        places = np.concatenate([row * tokens.shape[1] + np.r_[span] for row, span in spans])
         padding = padded_width(len(ids)) - len(ids) if device.current().few_shapes else 0
         context = model.model.documents(documents, len(ids) + padding)
         keys = model.model.dropout_keys(dropout_key, len(tokens), context)
         positions = np.flatnonzero(targets != IGNORE).astype(np.int32)
         ids, targets = mx.array(np.pad(ids, (0, padding))), mx.array(targets[positions])
-        return Shard(ids, context, keys, mx.array(positions), targets, stream)
+        of_targets = mx.array(positions), targets, places[positions]
+        return Shard(ids, context, keys, *of_targets, stream)
 
     chunks = []
     for chunk in split_evenly(documents, n_chunks):

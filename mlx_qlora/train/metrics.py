@@ -295,15 +295,18 @@ class Metrics:
         if result.finite:
             state.open_losses.append(result.loss)
             state.open_grad_norm = result.grad_norm
+            for name, value in result.metrics.items():
+                state.open_metrics.setdefault(name, []).append(value)
         speed = self.tokens / max(time.perf_counter() - self.started, 1e-9)
         loss, lr, grad = f"loss {result.loss:.4f}", f"lr {rate:.2e}", f"grad {result.grad_norm:.2f}"
         pace, memory = f"{speed:,.0f} tok/s", f"{mx.get_peak_memory() / 1e9:.2f} GB"
-        self.task.figures = f"epoch {epoch:.2f}", loss, pace, lr, memory, grad
+        compared = _compared(result.metrics)
+        self.task.figures = f"epoch {epoch:.2f}", loss, *compared, pace, lr, memory, grad
         self.task.advance()
         if (step % every and step != self.total_steps) or not state.open_losses:
             return
         if self.in_lines:
-            figures = "  ".join([loss, lr, grad, pace, memory])
+            figures = "  ".join([loss, *compared, lr, grad, pace, memory])
             say(self.console, f"step {step}/{self.total_steps}  {figures}")
         record = {
             "examples": state.rows,
@@ -313,15 +316,16 @@ class Metrics:
             "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
             "process_memory_bytes": device.process_memory_bytes(),
+            **{name: sum(values) / len(values) for name, values in state.open_metrics.items()},
         }
-        state.open_losses, state.open_grad_norm = [], 0.0
+        state.open_losses, state.open_grad_norm, state.open_metrics = [], 0.0, {}
         self.tokens, self.started = 0, time.perf_counter()
         self.event(epoch, **record)
 
     def validation(self, epoch: float, total: Score, seconds: float) -> None:
         """Records one pass over the validation set, and keeps its time out of tokens/s."""
         self.started += seconds
-        loss, pairs = total.nats / total.tokens, max(total.pairs, 1)
+        loss, pairs = total.loss, max(total.pairs, 1)
         if self.in_lines:
             say(self.console, f"step {self.state.step}: validation loss {loss:.4f}")
         self.event(
@@ -332,6 +336,17 @@ class Metrics:
             eval_reference_repetition=total.repeated_targets / pairs,
             eval_runtime=round(seconds, 3),
         )
+
+    def compared(
+        self, epoch: float, loss: float, metrics: dict[str, float], seconds: float
+    ) -> None:
+        """As `validation`, for an objective that compares answers."""
+        self.started += seconds
+        if self.in_lines:
+            figures = "  ".join([f"validation loss {loss:.4f}", *_compared(metrics)])
+            say(self.console, f"step {self.state.step}: {figures}")
+        named = {f"eval_{name}": value for name, value in metrics.items()}
+        self.event(epoch, eval_loss=loss, **named, eval_runtime=round(seconds, 3))
 
     def event(self, epoch: float, **values: Any) -> None:
         """Adds a record of the last step to the history, and a line that others can read at once.
@@ -354,6 +369,12 @@ class Metrics:
     def _warn(self, tracker: Tracker, error: BaseException, then: str) -> None:
         reason = str(error) or type(error).__name__
         warn(self.console, f"logging.report_to: {tracker.name}: {reason}; {then}")
+
+
+def _compared(metrics: dict[str, float]) -> list[str]:
+    """How an objective that compares answers tells them apart, in words."""
+    words = {"rewards/accuracies": "accuracy {:.0%}", "rewards/margins": "margin {:.3f}"}
+    return [text.format(metrics[name]) for name, text in words.items() if name in metrics]
 
 
 def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:

@@ -84,7 +84,7 @@ class AdamW:
         self._move: Any = mx.compile(move, shapeless=True)
 
     def update(
-        self, grads: dict[str, Any], n_tokens: int, rate: float, nats: mx.array | float = 0.0
+        self, grads: dict[str, Any], n_tokens: float, rate: float, nats: mx.array | float = 0.0
     ) -> mx.array:
         """Moves the weights by one step: one division, clipping, AdamW.
 
@@ -93,7 +93,7 @@ class AdamW:
 
         Args:
             grads: tree of gradients of the loss sum over all micro-batches of the step.
-            n_tokens: supervised tokens of the step; the only division by them is here.
+            n_tokens: supervised tokens of the step, or their weights; the only division is here.
             rate: the learning rate.
             nats: the loss sum.
 
@@ -101,12 +101,13 @@ class AdamW:
             The gradient's global norm before clipping, a float32 scalar.
         """
         step, grad = self.step + 1, flatten(grads)
-        norm = self._norm(grad) / max(n_tokens, 1)
+        n = n_tokens or 1
+        norm = self._norm(grad) / n
         # Before clipping, which would make a finite number of an infinite one. A moment that has
         # once been NaN stays so: nothing moves where anything is not finite.
         finite = mx.isfinite(norm) & mx.isfinite(mx.array(nats, mx.float32))
         finite &= (norm > 0) | (n_tokens == 0)  # see `Step`: a device that lost its work
-        factor = mx.array(1 / max(n_tokens, 1))
+        factor = mx.array(1 / n)
         if self.max_grad_norm is not None:
             # 1e-6 as in torch.nn.utils.clip_grad_norm_, for equal trajectories.
             factor = factor * mx.minimum(self.max_grad_norm / (norm + 1e-6), 1)

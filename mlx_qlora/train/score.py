@@ -15,22 +15,35 @@ from mlx_qlora.train.memory import Shard, chunks_of, default_chunks, supervised_
 
 @dataclass
 class Score:
-    """Sums over the supervised tokens of some batches."""
+    """Sums over the supervised tokens of some batches, weighted ones alone where that is said."""
 
-    nats: float = 0.0
+    nats: float = 0.0  # weighted, of all labels
     hits: int = 0  # targets that were the model's first choice
-    tokens: int = 0
+    tokens: int = 0  # of answers
     pairs: int = 0  # targets whose predecessor is a target of the same document, too
     repeated: int = 0  # pairs for which the model's first choices are the same token
     repeated_targets: int = 0  # pairs that are the same token in the data
+    excess: float = 0.0  # by which the sum of all weights is above the number of tokens
+
+    @property
+    def loss(self) -> float:
+        """Mean nats of the labels, by their weights."""
+        return self.nats / (self.tokens + self.excess)
 
 
 def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
     """Scores a model on batches, without dropout."""
     total = Score()
     for batch in batches:
-        for _, position, place, choice, target, nats in _scored(model, batch):
-            follows = (np.diff(position) == 1) & (place[1:] > 0)
+        for shard, choice, target, nats in _scored(model, batch):
+            position, place = np.array(shard.positions), np.array(shard.documents.positions)
+            if batch.weights is not None and batch.answers is not None:
+                weights = batch.weights.reshape(-1)[shard.labels].astype(np.float64)
+                answers = batch.answers.reshape(-1)[shard.labels]
+                total.excess += float(weights.sum()) - int(answers.sum())
+                nats = nats * weights
+                position, choice, target = position[answers], choice[answers], target[answers]
+            follows = (np.diff(position) == 1) & (place[position][1:] > 0)
             total.nats += float(nats.sum(dtype=np.float64))
             total.hits += int((choice == target).sum())
             total.tokens += len(target)
@@ -42,7 +55,7 @@ def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
 
 @dataclass(frozen=True)
 class RowScores:
-    """Sums over the supervised tokens of each of a batch's B rows."""
+    """Sums over the answers' tokens of each of a batch's B rows, whatever their weights."""
 
     nats: np.ndarray  # (B,) float64
     hits: np.ndarray  # (B,) int64, targets that were the model's first choice
@@ -53,19 +66,39 @@ def score_rows(model: LlamaForCausalLM, batch: Batch) -> RowScores:
     """Scores each row of a batch by itself, without dropout."""
     B = batch.tokens.shape[0]
     total = RowScores(np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64))
-    for row, _, _, choice, target, nats in _scored(model, batch):
-        np.add.at(total.nats, row, nats.astype(np.float64))
-        np.add.at(total.hits, row, choice == target)
-        np.add.at(total.tokens, row, 1)
+    answers = np.ones(batch.tokens.size, bool) if batch.answers is None else batch.answers
+    for shard, choice, target, nats in _scored(model, batch):
+        row, is_answer = np.array(shard.documents.row), answers.reshape(-1)[shard.labels]
+        row = row[np.array(shard.positions)]
+        np.add.at(total.nats, row, nats.astype(np.float64) * is_answer)
+        np.add.at(total.hits, row, (choice == target) & is_answer)
+        np.add.at(total.tokens, row, is_answer)
     return total
 
 
-def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]:
-    """Of each shard's supervised tokens, rows (S,) of what the head says and where they are.
+def log_probabilities(model: LlamaForCausalLM, batch: Batch) -> np.ndarray:
+    """(N,) float64: of each document of a batch, the log-probability of its answer."""
+    return -answers_of_documents(batch, *nats_of_labels(model, batch))
 
-    The row of the batch, the position in the shard, the place in the document, the model's first
-    choice, the target, the loss.
-    """
+
+def nats_of_labels(model: LlamaForCausalLM, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """All labels of a batch (S,), as places in its rows end to end, and their nats (S,) float32."""
+    found = [(shard.labels, nats) for shard, _, _, nats in _scored(model, batch)]
+    labels, nats = zip(*found) if found else ([np.zeros(0, int)], [np.zeros(0, np.float32)])
+    return np.concatenate(labels), np.concatenate(nats)
+
+
+def answers_of_documents(batch: Batch, labels: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(N,) float64: sums over the answer of each document, of values at some labels (S,)."""
+    if batch.answers is not None:
+        values = values * batch.answers.reshape(-1)[labels]
+    return np.bincount(batch.document_of[labels], values, minlength=len(batch.spans))
+
+
+def _scored(
+    model: LlamaForCausalLM, batch: Batch
+) -> Iterator[tuple[Shard, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each shard's supervised tokens (S,) the model's first choice, the target, the loss."""
     documents = supervised_documents(batch)
     n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
     for shards in chunks_of(model, batch, documents, n_chunks):
@@ -73,10 +106,7 @@ def _scored(model: LlamaForCausalLM, batch: Batch) -> Iterator[list[np.ndarray]]
             results = _losses(model, shards)
             mx.eval([(losses.nats, losses.choices) for losses in results])
         for shard, losses in zip(shards, results):
-            position = np.array(shard.positions)
-            row, place = np.array(shard.documents.row), np.array(shard.documents.positions)
-            of_head = map(np.array, (losses.choices, shard.targets, losses.nats))
-            yield [row[position], position, place[position], *of_head]
+            yield shard, np.array(losses.choices), np.array(shard.targets), np.array(losses.nats)
 
 
 def _losses(model: LlamaForCausalLM, shards: list[Shard]) -> list[Losses]:

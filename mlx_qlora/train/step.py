@@ -2,8 +2,8 @@
 
 import gc
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, TypeVar
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ from mlx_qlora.errors import TrainingError, warn
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.optim import AdamW
+from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.signals import StopSignal
 from mlx_qlora.tree import number
 
@@ -28,11 +29,12 @@ PIECE_CHUNKS = 4  # chunks that the engine computes before a signal is looked at
 class StepResult:
     """What one step was, of all processes."""
 
-    loss: float  # mean nats per supervised token
+    loss: float  # mean nats per supervised token, or of the objective per example
     grad_norm: float  # before clipping
     tokens: int  # real ones in its rows
     rows: int = 0  # of the stream
     signum: int | None = None  # of a signal that any of several processes received
+    metrics: dict[str, float] = field(default_factory=dict)  # of the objective's own
     # Of a step that moved nothing, the rows of this process whose loss is not finite; all of its
     # rows if each loss is finite but the gradient is not.
     suspects: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ class Step:
     """Takes optimiser steps, each of them shared by the processes of the run.
 
     A signal to `stop`, which is looked at after each micro-batch, abandons a step. The seed is that
-    of the dropout.
+    of the dropout. With `preferences`, answers are compared, and there is no dropout.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Step:
         stop: StopSignal,
         console: Console,
         processes: Processes | None = None,
+        preferences: Preferences | None = None,
     ) -> None:
+        self.preferences = preferences
         self.engine, self.optimizer, self.seed = engine, optimizer, seed
         self.stop, self.console = stop, console
         self.all_reduce = None
@@ -81,18 +85,28 @@ class Step:
             StepError: a single row does not fit into memory, or the device gave up.
             ProcessError: another process is gone, or did not answer in time.
         """
-        optimizer, all_reduce = self.optimizer, self.all_reduce
+        optimizer, all_reduce, preferences = self.optimizer, self.all_reduce, self.preferences
         losses: list[tuple[Batch, mx.array]] = []
+        weigh = None
+        if preferences is not None:
+            weigh = preferences.weigh
+            counts = retried(
+                lambda: preferences.count(micro_batches, self.pieces),
+                lambda error, _: self.split_more(micro_batches, error),
+            )
+            preferences.begin(counts)
 
-        def forward_backward() -> tuple[dict[str, mx.array], mx.array, int]:
+        def forward_backward() -> tuple[dict[str, mx.array], mx.array, float]:
             weights = optimizer.named(optimizer.weights)
             pieces = [piece for batch in micro_batches for piece in self.split(batch)]
             grads, nats, n_tokens = {}, mx.array(0.0), 0
             losses.clear()
+            if preferences is not None:
+                preferences.reset()
             for piece in pieces:
-                keys = dropout_keys(self.seed, piece.rows)
+                keys = dropout_keys(self.seed, piece.rows) if preferences is None else None
                 hook = all_reduce if piece is pieces[-1] else None  # gradients go out from there
-                loss, n, grads = self.engine(weights, piece, keys, grads, hook)
+                loss, n, grads = self.engine(weights, piece, keys, grads, hook, weigh)
                 nats, n_tokens = nats + loss, n_tokens + n
                 losses.append((piece, loss))
                 mx.eval(grads, nats)  # or the graphs of all micro-batches would be alive at once
@@ -118,7 +132,8 @@ class Step:
             )
         # The one division, by the tokens supervised in the step; then clipping and AdamW.
         norm = retried(lambda: optimizer.update(grads, n, rate, nats), only_once)
-        result = StepResult(number(nats) / max(n, 1), number(norm), tokens, rows, signum)
+        metrics = preferences.metrics() if preferences is not None else {}
+        result = StepResult(number(nats) / (n or 1), number(norm), tokens, rows, signum, metrics)
         if n and result.grad_norm == 0 and all_reduce is None:
             # Metal may lose work without an error (mlx#3979), and what it should have written is 0.
             # A gradient may be 0, too: of small numbers in float16, of queries that see one key.
@@ -128,6 +143,10 @@ class Step:
                 give_up(f"the gradient of {n} tokens is exactly 0, at a loss of {result.loss:.3g}")
             warn(self.console, f"nothing to learn in a step: the gradient of {n} tokens is 0")
         return result if result.finite else replace(result, suspects=suspects(losses, elsewhere))
+
+    def pieces(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The pieces of some batches."""
+        return (piece for batch in batches for piece in self.split(batch))
 
     def split(self, batch: Batch) -> list[Batch]:
         """The pieces of a micro-batch: small enough for memory, and for a signal to be heard."""

@@ -57,6 +57,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "format": "text",
         "history": "as_asked",
         "train_on": "all",
+        "prompt_loss_weight": 0.1,
         "max_length": 77,
         "template": "mine.jinja",
         "truncation": "drop",
@@ -86,6 +87,13 @@ OTHER: dict[str, dict[str, Any]] = {
         "compile": True,
         "max_skipped_steps": 2,
         "seed": 9,
+        "objective": "simpo",
+        "beta": 0.5,
+        "label_smoothing": 0.1,
+        "rpo_alpha": 0.2,
+        "simpo_gamma": 0.3,
+        "desirable_weight": 1.5,
+        "undesirable_weight": 0.5,
     },
     "checkpointing": {
         "output_dir": "2026",
@@ -451,7 +459,9 @@ def test_files_of_other_trainers_are_understood(text, wanted, tmp_path):
 
 
 def test_our_own_names_are_read_without_a_note(tmp_path):
-    assert written(tmp_path, to_yaml(build(dict(OTHER, training={"max_steps": 4}))))[1] == []
+    data = {**OTHER["data"], "prompt_loss_weight": 0.0}  # which train_on=all excludes
+    own = build(dict(OTHER, training={"max_steps": 4}, data=data))
+    assert written(tmp_path, to_yaml(own))[1] == []
 
 
 def test_all_unknown_names_are_told_at_once_each_with_its_nearest(tmp_path):

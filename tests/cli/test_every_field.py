@@ -99,6 +99,9 @@ WORSE["training.learning_rate"] = 0.5  # the first validation is the best, the n
 SPOILT = {"data.path": "{spoilt}"}  # one row of it cannot be used
 SHORT = {"data.max_length": 24}
 EPOCHS = {"training.max_steps": None, "training.num_train_epochs": 0.5}
+DPO = {"data.path": "{pairs}", "training.objective": "dpo"}
+SIMPO = DPO | {"training.objective": "simpo"}
+KTO = {"data.path": "{judged}", "training.objective": "kto"}
 SAMPLED = {
     "generation.temperature": 1.0,
     "generation.top_k": 0,
@@ -166,6 +169,7 @@ CASES: dict[str, list[Case]] = {
         Case("as_asked", "batches", base={"model.source": "{chat}", "data.path": "{chats}"})
     ],
     "data.train_on": [Case("all", "batches")],
+    "data.prompt_loss_weight": [Case(0.1, "batches adapter")],
     "data.max_length": [Case(24, "batches")],
     "data.truncation": [
         Case("right", "batches", base=SHORT | {"data.train_on": "all"}),
@@ -208,6 +212,17 @@ CASES: dict[str, list[Case]] = {
         Case(2, "error", base={"training.learning_rate": 1e30, "training.max_steps": 8})
     ],
     "training.seed": [Case(1, "batches adapter")],
+    "training.objective": [
+        *(Case(name, "adapter", "batches", DPO) for name in ("orpo", "simpo")),
+        Case("kto", error="no usable row in .*'label' is missing; training.objective=sft"),
+        Case("dpo", error="has no 'chosen' and no 'rejected'; training.objective=sft"),
+    ],
+    "training.beta": [Case(0.5, "adapter", "batches", base) for base in (DPO, KTO)],
+    "training.label_smoothing": [Case(0.3, "adapter", "batches", DPO)],
+    "training.rpo_alpha": [Case(1.0, "adapter", "batches", base) for base in (DPO, SIMPO)],
+    "training.simpo_gamma": [Case(0.0, "adapter", "batches", SIMPO)],
+    "training.desirable_weight": [Case(3.0, "adapter", "batches", KTO)],
+    "training.undesirable_weight": [Case(3.0, "adapter", "batches", KTO)],
     "checkpointing.output_dir": [Case("elsewhere", "files", "batches adapter")],
     "checkpointing.save_steps": [Case(1, "files", "batches adapter")],
     "checkpointing.eval_steps": [Case(1, "validated", "batches adapter", VALIDATED)],
@@ -262,7 +277,7 @@ def test_a_field_changes_what_it_promises(runs, name, case):
     before, after = runs.unchanged(case), runs.once(case, {name: case.value})
     if case.error:
         assert before["error"] == ""
-        assert re.search(case.error, after["error"]), after["error"]
+        assert re.search(case.error, after["error"], re.DOTALL), after["error"]
         return
     for part in case.differs.split():
         assert not alike(before[part], after[part], part), f"{name} changes nothing of {part}"
@@ -346,6 +361,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         "uneven": [row | {"input": row["input"] * (1 + i % 2)} for i, row in enumerate(rows)],
         "chats": [{"messages": [*turns(row), *turns(row)]} for row in rows],
         "against": [row | {"output": "zyxwv"} for row in rows[:4]],
+        "judged": [row | {"label": i % 3 > 0} for i, row in enumerate(rows)],
+        "pairs": [
+            {"instruction": row["instruction"], "chosen": row["output"], "rejected": "zyxwv"}
+            for row in rows
+        ],
     }
     for name, those in changed.items():
         places[name] = at / f"{name}.jsonl"

@@ -15,6 +15,7 @@ from mlx_qlora.cli import COMMANDS
 from mlx_qlora.config import SECTIONS
 
 ALL, STEPS = "data.split=[1, 0, 0]", "training.max_steps=4"
+DPO = ["training.objective=dpo", "--data", "pairs.jsonl", STEPS]
 # Words of a run -> what is said on standard error, and whether the run goes on.
 SAID: dict[str, tuple[list[str], str, bool]] = {
     "early stopping without validation": (
@@ -61,6 +62,31 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     "what is learned of texts": (
         ["data.train_on=all", "--data", "texts.jsonl"],
         "data.train_on=all is not used: no row has a prompt",
+        True,
+    ),
+    "what a prompt of texts weighs": (
+        ["data.prompt_loss_weight=0.1", "--data", "texts.jsonl"],
+        "data.prompt_loss_weight=0.1 is not used: no row has a prompt",
+        True,
+    ),
+    "how strongly answers are told apart where none are": (
+        ["training.beta=0.5"],
+        "training.beta=0.5 is not used: dpo and orpo and simpo and kto read it, not sft",
+        True,
+    ),
+    "dropout where answers are compared": (
+        [*DPO, "lora.lora_dropout=0.2"],
+        "lora.lora_dropout=0.2 is not used: answers are compared without dropout",
+        True,
+    ),
+    "a margin of another objective": (
+        [*DPO, "training.simpo_gamma=2"],
+        "training.simpo_gamma=2 is not used: simpo reads it, not dpo",
+        True,
+    ),
+    "prompts that a comparison does not learn": (
+        [*DPO, "data.prompt_loss_weight=0.5"],
+        "data.prompt_loss_weight=0.5 is not used: prompts are not learned",
         True,
     ),
     "how many refused rows a strict run allows": (
@@ -156,6 +182,8 @@ def files(train: list[str]) -> list[str]:
     Path("time.yaml").write_text("training:\n  seed: 1:30\n")
     Path("texts.jsonl").write_text("".join(f'{{"text": "a{i}"}}\n' for i in range(30)))
     rows = [f'{{"instruction": "a{i}", "output": "b"}}' for i in range(4)]
+    pair = '{"prompt": "a%d", "chosen": "b", "rejected": "c"}\n'
+    Path("pairs.jsonl").write_text("".join(pair % i for i in range(30)))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     systems = [{"role": "system", "content": "Be kind."}, *turns]
     whole = [json.dumps({"messages": systems}).replace('"a"', f'"a{i}"') for i in range(30)]
@@ -216,7 +244,13 @@ LENGTH += "gradient_accumulation_steps"
 BESIDES: dict[str, set[str]] = {
     "evaluate": {f"training.{name}" for name in LENGTH.split()}
     # Answers are the likeliest ones, by settings of the command's own.
-    | {"data.shuffle", "generation.repetition_penalty", "generation.temperature"},
+    | {
+        "data.shuffle",
+        "data.prompt_loss_weight",
+        "training.objective",
+        "generation.repetition_penalty",
+        "generation.temperature",
+    },
 }
 
 

@@ -9,7 +9,7 @@ from support.npm_tokenizers import CHATS
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fuzz
 
-from mlx_qlora.data import rows
+from mlx_qlora.data import marks
 
 
 @pytest.mark.parametrize("form", fuzz.FORMATS)
@@ -27,6 +27,6 @@ def test_random_chats_are_what_transformers_writes(chat):
 
 
 def test_a_field_that_vanishes_is_seen(monkeypatch):
-    monkeypatch.setattr(rows, "HARMLESS", rows.HARMLESS | {"mood", "notes"})
+    monkeypatch.setattr(marks, "HARMLESS", marks.HARMLESS | {"mood", "notes"})
     _, wrong = fuzz.try_rows("text", 50, seed=1)
     assert len(wrong) == 1 and "are counted, not" in wrong[0]

@@ -214,7 +214,7 @@ def no_answer(form: str, row: Row, draw: random.Random) -> bytes:
     if draw.random() < 0.5:
         row["tools"] = draw.choice([7, [1], {"a": 1}, "[", "no", [[]], "[" * 9999])
     elif draw.random() < 0.5:
-        turns[-1]["weight"] = draw.choice([0, 0.5, 2, "0", []])
+        turns[-1]["weight"] = draw.choice([0, -0.5, -2, "0", []])
     else:
         turns[-1].update({"role": "user"} if "role" in turns[-1] else {"from": "human"})
     return as_line(row, draw)

@@ -143,13 +143,19 @@ def test_a_chat_ends_at_the_last_message_of_the_assistant_that_has_a_weight(
     assert chat(*messages) == Chat(plain[:end], learned[:end])
 
 
-@pytest.mark.parametrize("weight", [2, -1, 0.5, float("nan"), "0", "1", "", [], {}])
+@pytest.mark.parametrize("weight", [-1, float("nan"), "0", "1", "", [], {}])
 @pytest.mark.parametrize("i", [0, 1])
-def test_a_weight_other_than_0_and_1_is_refused(weight: Any, i: int) -> None:
+def test_a_weight_below_0_or_none_is_refused(weight: Any, i: int) -> None:
     messages: list[Any] = [dict(USER), dict(ANSWER), USER, ANSWER]
     messages[i]["weight"] = weight
-    reason = f"messages[{i}] has the weight {weight!r}; 0 and 1 are known"
+    reason = f"messages[{i}] has the weight {weight!r}; it must be from 0 on"
     assert refusal({"messages": messages}) == reason
+
+
+@pytest.mark.parametrize("name", ["train", "training", "loss", "trainable", "masked"])
+def test_a_mark_other_than_0_and_1_is_refused(name: str) -> None:
+    messages = [USER, {**ANSWER, name: 0.5}]
+    assert refusal({"messages": messages}) == f"messages[1] has the {name} 0.5; 0 and 1 are known"
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "tool", "ipython"])

@@ -21,7 +21,8 @@ from support.tiny_folder import write_rows
 
 from mlx_qlora import __version__
 from mlx_qlora.data import read
-from mlx_qlora.data.examples import (
+from mlx_qlora.data.read import DataConfig, read_examples
+from mlx_qlora.data.store import (
     ROW,
     VERSION,
     TokenStore,
@@ -30,11 +31,10 @@ from mlx_qlora.data.examples import (
     on_disk,
     store_in_memory,
 )
-from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 
-FILES = ["about.json", "rows.npy", "tokens.bin"]
+FILES = ["about.json", "rows.npy", "tokens.bin", "weights.bin"]
 
 Row = list[tuple[int, bool]]  # ids, and whether each is learned
 ids = st.one_of(st.integers(0, 3), st.integers(0, 2**30 - 1))
@@ -51,8 +51,14 @@ def pieces_of(content: list[list[Row]]) -> Iterator[TokenStore]:
             line += 1
             about["start"], about["length"], about["line"] = start, len(row), line
             about["said"] = about["made"] = 2**64 - line
+            about["weights"] = start if line % 2 else -1
             start += len(row)
-        yield TokenStore(np.array(tokens, np.int32), rows)
+        yield TokenStore(np.array(tokens, np.int32), rows, weights=weights_of(tokens))
+
+
+def weights_of(ids: list[int]) -> np.ndarray:
+    """What ids weigh as labels, where their row has weights."""
+    return (np.array(ids) % 7).astype(np.float32)
 
 
 def content_of(store: TokenStore) -> list[Row]:
@@ -93,6 +99,10 @@ def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[
         assert store is not None and content_of(store) == rows
         assert store.rows["line"].tolist() == [i + 1 for i in range(len(rows))]
         assert store.rows["start"].tolist() == starts
+        for i, row in enumerate(rows):
+            weights, ids = store.weights_of(i), [~t if learned else t for t, learned in row]
+            wanted = None if i % 2 else weights_of(ids).tolist()
+            assert (weights if weights is None else weights.tolist()) == wanted
         assert store.rows["said"].tolist() == [2**64 - i - 1 for i in range(len(rows))]
     assert [store.about for store in stores if store] == [{}, {"a": [1]}, {"a": [1]}, {"a": [1]}]
 
@@ -282,7 +292,8 @@ DAMAGE = {
 def test_a_damaged_entry_is_removed_and_made_again(
     tokenizer: Tokenizer, tmp_path: Path, damage: str
 ) -> None:
-    path, config = write_rows(tmp_path / "rows.jsonl", 20), DataConfig(cache_dir=str(tmp_path))
+    path = write_rows(tmp_path / "rows.jsonl", 20)
+    config = DataConfig(cache_dir=str(tmp_path), prompt_loss_weight=0.5)
     digest = read_examples(path, tokenizer, config).digest
     (entry,) = (tmp_path / "tokens").iterdir()
     for check in (lambda: cached(entry), lambda: read_examples(path, tokenizer, config)):

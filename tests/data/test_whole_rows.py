@@ -392,7 +392,7 @@ COUNTED: dict[str, tuple[Row, dict[str, int]]] = {
     "an array of numpy's": ({"text": "a", "vector": numpy.ones(3)}, {"vector": 1}),
     "a long source": ({"text": "a", "source": "b" * 200}, {"source": 1}),
     "a label of an instruction": ({"instruction": "a", "output": "b", "label": "c"}, {"label": 1}),
-    "a weight that is a figure": ({"text": "a", "weight": 0.5}, {"weight": 1}),
+    "a weight that is text": ({"text": "a", "weight": "0.5 kg"}, {"weight": 1}),
     "a field of a message": (chat({**ASK, "mood": "glad"}, ANSWER), {"messages[].mood": 1}),
     "the name of who speaks": (chat({**ASK, "name": "Eve"}, ANSWER), {"messages[].name": 1}),
     "a list in a message": (

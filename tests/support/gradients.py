@@ -59,6 +59,7 @@ def autodiff(model, batch: Batch, key: mx.array | None = None) -> tuple[float, A
     """Loss and gradients as MLX finds them, of all logits of all rows."""
     weights = model.trainable_parameters()
     learned = batch.labels != IGNORE
+    factors = 1.0 if batch.weights is None else mx.array(batch.weights)
 
     def loss(weights):
         model.update(weights)
@@ -66,7 +67,7 @@ def autodiff(model, batch: Batch, key: mx.array | None = None) -> tuple[float, A
         logits = logits.astype(mx.float32)
         targets = mx.where(learned, batch.labels, 0)[..., None]
         nats = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, targets, -1)[..., 0]
-        return mx.where(learned, nats, 0).sum()
+        return (mx.where(learned, nats, 0) * factors).sum()
 
     value, grads = mx.value_and_grad(loss)(weights)
     model.update(weights)

@@ -34,7 +34,7 @@ STEPS, CLOSE = 20, 1e-5
 LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the tiny model, for r=1
 # What is sent in a step besides the gradients: three counts and three signals, and the loss sum.
 BESIDES = 6 * 8 + 4
-SCORE = 10 * 8  # numbers of a validation
+SCORE = 11 * 8  # numbers of a validation
 # Ten rows to test on besides, which both processes score.
 SPLIT = ("data.split=[0.6, 0.2, 0.2]", "--json")
 # What a run is told besides, by name.
@@ -47,7 +47,8 @@ KINDS = {
     "poisoned": (),
     "epoch": ("training.max_steps=null", "training.num_train_epochs=1.02"),
     "large": ("lora.r=512", "training.max_steps=4", "checkpointing.save_steps=9"),
-    "wide": ("training.per_device_train_batch_size=3",),
+    "wide": ("training.per_device_train_batch_size=3", "data.prompt_loss_weight=0.1"),
+    "judged": ("training.objective=kto", "training.max_steps=12"),
     "tested": SPLIT,
 }
 POISONED_ROW = 25  # of the stream: of step 5, and of the second process
@@ -61,9 +62,10 @@ class Place:
         self.model = write_model(folder / "model")
         self.rows = self.write_rows("rows.jsonl", 60)
 
-    def write_rows(self, name: str, n: int) -> Path:
+    def write_rows(self, name: str, n: int, judged: bool = False) -> Path:
         lines = [
             {"instruction": f"Say {i}." + " really" * (i % 5), "output": f"{i}." + " yes" * (i % 7)}
+            | ({"label": i % 3 > 0} if judged else {})
             for i in range(n)
         ]
         path = self.folder / name
@@ -88,6 +90,8 @@ class Place:
 
     def run(self, name: str, n: int) -> dict[str, Any]:
         words = self.words(name, n, *KINDS[name])
+        if name == "judged":
+            words += ["--data", str(self.write_rows("judged.jsonl", 60, judged=True))]
         if name == "poisoned":
             return {"words": words, "poison": POISONED_ROW}
         if name == "wide":  # two parts of a micro-batch side by side in every process
@@ -107,13 +111,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def alone(place: Place) -> dict[str, Any]:
-    return place.runs(1, "plain", "best", "poisoned", "epoch", "wide", "tested")
+    return place.runs(1, "plain", "best", "poisoned", "epoch", "wide", "judged", "tested")
 
 
 @pytest.fixture(scope="module")
 def two(place: Place) -> dict[str, Any]:
     """Name -> what was found by each of two processes, of all that they go through together."""
-    names = ("plain", "best", "poisoned", "large", "wide", "tested")
+    names = ("plain", "best", "poisoned", "large", "wide", "judged", "tested")
     runs = {name: place.run(name, 2) for name in names}
     runs |= different(place) | eventful(place)
     for name in ("everyone", "second"):  # of these one or both get a signal
@@ -192,7 +196,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 # ---- the same run --------------------------------------------------------------------------------
 
-SAME = [(2, "plain"), (2, "best"), (2, "poisoned"), (2, "wide")]
+SAME = [(2, "plain"), (2, "best"), (2, "poisoned"), (2, "wide"), (2, "judged")]
 SAME += [(3, "plain"), (3, "poisoned"), (3, "epoch")]
 
 

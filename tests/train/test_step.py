@@ -66,7 +66,7 @@ def engine_that(change: Change) -> type[Engine]:
     """An engine whose (loss, grads) of a batch are `change(batch, loss, grads)`."""
 
     class Changed(Engine):
-        def __call__(self, weights, batch, dropout_key=None, before=None, all_reduce=None):
+        def __call__(self, weights, batch, dropout_key=None, before=None, *more):
             loss, n_tokens, grads = super().__call__(weights, batch, dropout_key)
             loss, grads = change(batch, loss, grads)
             return loss, n_tokens, add_grads(before, grads)
