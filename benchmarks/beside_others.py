@@ -55,7 +55,7 @@ def main() -> None:
         name: {"alone": [], "beside": []} for name in batches
     }
     with blas.threads(1):  # as around a run of the training loop
-        step = our_step(model)
+        step = our_step(model, [*batches.values()])
         for batch in batches.values():
             step(batch)
         for _ in range(args.rounds):

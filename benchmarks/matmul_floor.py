@@ -73,7 +73,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of its documents; default: 256 on a CPU, 2048")
     args = parser.parse_args()
     on_cpu = device.current().kind == "cpu"
-    device.limit_memory()
     mx.random.seed(0)
 
     if args.shape == MODEL:
@@ -92,7 +91,7 @@ def main() -> None:
     with blas.threads(1):  # as around a run of the training loop
         maker = Maker(model)
         floors = [maker.floors(batch) for batch in made]
-        step = our_step(model)
+        step = our_step(model, made)
         rounds = [one_round(floors, step, made) for _ in range(args.rounds + 1)][1:]
     results = summary(rounds, floors, made)
     show(args.shape, results)
@@ -250,9 +249,10 @@ def multiply(chunks: list[list[Share]]) -> None:
 # ---- rounds ------------------------------------------------------------------------------------
 
 
-def our_step(model: Any) -> Callable[[Batch], None]:
+def our_step(model: Any, batches: Sequence[Batch]) -> Callable[[Batch], None]:
     """Our engine and optimiser, as the training loop sets them up."""
     engine = Engine(model, "auto", compiled=device.current().compiles)
+    engine.limit_memory(max(map(lengths_of, batches), key=sum))
     optimizer = AdamW(model.trainable_parameters())
 
     def step(batch: Batch) -> None:
@@ -261,6 +261,12 @@ def our_step(model: Any) -> Callable[[Batch], None]:
         mx.eval(loss, norm, optimizer.weights, optimizer.mean, optimizer.square)
 
     return step
+
+
+def lengths_of(batch: Batch) -> list[int]:
+    """Positions of its documents."""
+    documents = supervised_documents(batch)
+    return (documents[:, 2] - documents[:, 1]).tolist()
 
 
 def one_round(

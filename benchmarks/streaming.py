@@ -226,8 +226,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """A step for each line of the standard input, whose seconds are printed."""
     reads, file = Reads(), args.folder / "model.safetensors"
     model = load(args, "resident" if args.worker == "resident" else "streamed")
-    device.limit_memory()
     optimizer, engine = AdamW(model.trainable_parameters()), Engine(model, args.recompute, False)
+    engine.limit_memory([args.tokens] * args.rows)
     model.update(optimizer.tree())
     mx.eval(optimizer.weights, optimizer.mean, optimizer.square)
     draw, times, gradients = np.random.default_rng(0), [], ""

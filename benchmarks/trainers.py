@@ -59,12 +59,12 @@ def ours(recompute: str, frozen_matmul: str = "auto") -> Any:
         from mlx_qlora.train.optim import AdamW
 
         model = our_model(device.frozen_matmul(frozen_matmul))
-        device.limit_memory()
         base = mx.get_active_memory()
         mq.add_lora(model, mq.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0))
         engine = Engine(model, recompute, compiled=False)
         optimizer = AdamW(model.trainable_parameters())
         made = own_rows(batches)
+        engine.limit_memory(max(([len(ids) - 1 for ids, _ in b] for b in batches), key=sum))
 
         def step(batch: mq.Batch) -> float:
             loss, n, grads = engine(optimizer.named(optimizer.weights), batch)

@@ -392,6 +392,11 @@ class Engine:
         footprint = memory.Footprint(*sizes, streamed=streamed, one_by_one=one_by_one)
         return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
 
+    def limit_memory(self, lengths: list[int]) -> None:
+        """Keep MLX's memory where the plan of the largest batch says, of documents that long."""
+        footprint, schedule = self.planned(lengths)
+        device.limit_memory(sum(footprint.highest(schedule)))
+
     def _chunk(
         self,
         shards: list[Shard],

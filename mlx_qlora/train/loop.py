@@ -177,8 +177,7 @@ class Run:
         self.optimizer = AdamW(model.trainable_parameters(), *adam, *more)
         self.stop = StopSignal(agreed=self.processes.size > 1)
         engine = Engine(model, training.recompute, compiled=bool(compiled))
-        footprint, schedule = engine.planned(largest_micro_batch(inputs.train, training.rows))
-        device.limit_memory(sum(footprint.highest(schedule)))
+        engine.limit_memory(largest_micro_batch(inputs.train, training.rows))
         self.preferences = None
         if training.objective != "sft":
             about = model, self.batches, self.held_out, self.processes
