@@ -119,7 +119,7 @@ def _renderer(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Render:
         try:
             return render_template(source, messages, chat.tools, tokenizer.special_tokens, **given)
         except TokenizerError as error:
-            raise DataError(f"the chat template refuses it: {error}") from None
+            raise DataError(f"the chat template refuses it: {error.args[0]}") from None
 
     speakers = (m["role"] for m in chat.messages if m["role"] != "system")
     if chat.tools and next(speakers) == "assistant":

@@ -355,7 +355,7 @@ def _content(said: Said) -> bytes:
 
 def _one_line(reason: Exception) -> str:
     """A reason without what a row, or a template, may have put into it: line breaks, escapes."""
-    text = " ".join(str(reason).split())
+    text = " ".join(Exception.__str__(reason).split())  # not yet spelled out
     text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 

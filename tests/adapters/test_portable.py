@@ -95,7 +95,8 @@ def test_peft_without_a_warning_and_we_open_it_and_compute_the_same_logits(
     with silence():
         theirs: Any = PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     logits = torch_logits(theirs, TOKENS)
-    assert largest(logits, our_logits(model, TOKENS)) < 1e-5
+    # By what the adapter changes, some 3.6: CPUs differ in the last digits of float32 products.
+    assert largest(logits, our_logits(model, TOKENS)) < 1e-5 * max(1.0, largest(logits, without))
     assert largest(logits, without) > 0.05  # the adapter does something
     modules = theirs.base_model.model.named_modules()
     found = {path: m for path, m in modules if isinstance(m, LoraLayer)}
