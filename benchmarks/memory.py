@@ -221,9 +221,9 @@ def against_plan(folder: Path, case: Case) -> dict[str, Any]:
         )
         files = ModelFiles(folder, None, None, str(folder))
         plan = plan_checkpoint(open_checkpoint(files), config, examples)
-        how = device.current().compute_dtype, config.model.frozen_matmul, case.residency
+        loading = device.current().compute_dtype, config.model.frozen_matmul, case.residency
         with device.small_cache():
-            loaded = load_model(open_checkpoint(files), None, *how)
+            loaded = load_model(open_checkpoint(files), None, *loading)
         base, config = mx.get_active_memory(), settle(config, loaded.config, examples)
         mq.add_lora(loaded, config.lora)
         inputs: Any = SimpleNamespace(train=examples, validation=None, base="", resumed=None)

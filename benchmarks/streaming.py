@@ -87,17 +87,17 @@ def main() -> None:
         args.folder = args.folder or Path(temporary)
         if not (args.folder / "config.json").exists():
             write_model(args)
-        found = in_turns(args)
+        results = in_turns(args)
         merged = result_of(started(args, "merge")) if args.merge else None
-    show(found, merged)
+    show(results, merged)
     plot = measure.bars(
         "streaming",
         "training with a base in memory and on the disk",
         "tokens/s",
-        {way: result["tokens_per_second"] for way, result in found.items()},
+        {way: result["tokens_per_second"] for way, result in results.items()},
     )
-    measure.finish("streaming", vars(args), {**found, "merge": merged}, plot)
-    check(found, args)
+    measure.finish("streaming", vars(args), {**results, "merge": merged}, plot)
+    check(results, args)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -326,11 +326,11 @@ def in_turns(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             process.stdin.write("step\n")
             process.stdin.flush()
             print(f"step {step + 1} {way}: {float(process.stdout.readline()):.1f} s", flush=True)
-    found = {way: result_of(process) for way, process in processes.items()}
-    for of in found.values() if "resident" in found else ():
-        rounds = zip(found["resident"]["seconds"][1:], of["seconds"][1:])
+    results = {way: result_of(process) for way, process in processes.items()}
+    for of in results.values() if "resident" in results else ():
+        rounds = zip(results["resident"]["seconds"][1:], of["seconds"][1:])
         of["share"] = statistics.median([before / after for before, after in rounds] or [1])
-    return found
+    return results
 
 
 # ---- what was found ------------------------------------------------------------------------------

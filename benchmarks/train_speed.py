@@ -12,7 +12,7 @@ synchronised.
 
 Memory is MLX's own peak (of torch: the process's resident set), less the frozen weights that were
 resident before. Asserted: memory and the first loss. How much faster ours is than the others
-depends on the machine, so that is told, round by round, and not asserted: what holds on every
+depends on the machine, so that is printed, round by round, and not asserted: what holds on every
 machine is how near a step comes to its own matmuls (`matmul_floor.py`).
 """
 

@@ -462,10 +462,10 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
     if asked.learning_rate == "auto":
         lines.append(f"rate      {training.peak:.3g}: by the model's width")
     if asked.objective != "sft":
-        how = f"beta {training.reward_scale:g}, no dropout"
+        settings = f"beta {training.reward_scale:g}, no dropout"
         if asked.learning_rate == SFT_RATE:
-            how += f"; the rate is sft's {SFT_RATE:g}: if it is unstable, take a tenth of it"
-        lines.append(f"objective {asked.objective}, {how}")
+            settings += f"; the rate is sft's {SFT_RATE:g}: if it is unstable, take a tenth of it"
+        lines.append(f"objective {asked.objective}, {settings}")
     every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
     if auto:

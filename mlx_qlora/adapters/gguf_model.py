@@ -262,9 +262,9 @@ def _arrays(
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
-    made = Tensors(dict(model.named_modules()), None, None, mx.float32)
+    merged = Tensors(dict(model.named_modules()), None, None, mx.float32)
     for tensor in tensors:
-        array = np.array(made.make(tensor.weight)[0], copy=False)
+        array = np.array(merged.make(tensor.weight)[0], copy=False)
         if tensor.weight.endswith("norm.weight"):
             array = array + np.float32(model.config.norm_offset)
         array = permute(array, tensor.weight, model.config)
@@ -273,7 +273,7 @@ def _arrays(
         packed = np.concatenate(
             [quantize(array[i : i + ROWS], tensor.kind) for i in range(0, len(array), ROWS)]
         )
-        module = made.modules[tensor.weight.rpartition(".")[0]]
+        module = merged.modules[tensor.weight.rpartition(".")[0]]
         if isinstance(module, LoRALinear) and tensor.weight.endswith(".weight"):
             base = np.array(module.base_layer.dense().astype(mx.float32), copy=False)
             base = permute(base, tensor.weight, model.config)

@@ -388,8 +388,8 @@ def _plan_as_it_is(
     standing = frozen.base + frozen.copy + memory.adapter_bytes(trained)
 
     streamed = frozen.read > 0
-    how = itemsize, where, streamed, streamed and frozen.copies_for_now > 0
-    batches = [memory.Footprint(llama, lengths, *how) for lengths in (largest, usual)]
+    sizes = itemsize, where, streamed, streamed and frozen.copies_for_now > 0
+    batches = [memory.Footprint(llama, lengths, *sizes) for lengths in (largest, usual)]
     chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation

@@ -114,8 +114,8 @@ def _assemble(
     # There is nothing before the first token to predict it from.
     learned[:1], weights[:1] = False, 0
     usual = not prompt_weight and all(weight == 1 for *_, weight in spans)
-    made = Encoded(np.array(ids, np.int32), learned, context)
-    return made if usual else replace(made, weights=weights)
+    row = Encoded(np.array(ids, np.int32), learned, context)
+    return row if usual else replace(row, weights=weights)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -294,8 +294,8 @@ class Encoder:
                     rejected = np.arange(len(weights)) < row.starts[0]
                     weights = np.where(rejected & ~row.learned, 0, weights)
                 usual = np.array_equal(weights, row.learned)
-                told = row.ids, row.learned, row.cut, chunk.file, line, content, row.starts
-                kept.append((*told, None if usual else weights))
+                fields = row.ids, row.learned, row.cut, chunk.file, line, content, row.starts
+                kept.append((*fields, None if usual else weights))
                 unused.update(unread)
         return TokenStore.of(kept), sorted(refused), unused
 

@@ -75,7 +75,8 @@ class TrainingConfig:
         choices=KIND_OF,
     )
     beta: float | None = option(
-        None, "how strongly answers are told apart; null is 0.1, for simpo 2. Not for sft"
+        None,
+        "the objective's beta, which scales rewards; null is 0.1, for simpo 2. Not for sft",
     )
     label_smoothing: float = option(
         0.0, "the share of pairs, from 0 to below 0.5, that may be the wrong way round (dpo, simpo)"
