@@ -1,15 +1,15 @@
-"""Makes docs/run.svg: the commands below really run, and what they print, shown as a terminal.
+"""Makes docs/run.svg and docs/report.png: the tutorial's run, its terminal and its report.
 
-Run as: python docs/make_recording.py        (a minute on two cores; nothing is downloaded)
+Run as: python docs/make_recording.py        (minutes on two cores; nothing is downloaded)
+
+The report is photographed by a Chromium, as the tests do.
 
 The figures are this machine's of that day, so the picture is made by hand and not by `make docs`.
 """
 
 import io
-import itertools
-import json
 import os
-import runpy
+import re
 import shlex
 import subprocess
 import sys
@@ -22,27 +22,16 @@ from rich.text import Text
 
 DOCS = Path(__file__).parent
 WIDTH = 100
-ROWS = 60
-SHORT = 200  # most characters of a function, for steps of a second
+REPORT = (1040, 900)  # pixels of its picture
 
+ORDER = "Mara from Trieste wants 12 green kites by Sunday."
+ASKED = f"--instruction 'Turn the order into one line.' --input '{ORDER}' generation.temperature=0"
 # A command, and how many lines of its output are shown at the beginning and at the end.
 COMMANDS = [
-    ("mlx-qlora inspect docstrings.jsonl --model smollm2-135m --max-length 128", 9, 2),
-    (
-        "mlx-qlora train --model smollm2-135m --data docstrings.jsonl --batch-size 2 "
-        "--max-length 128 "
-        "--max-steps 8 training.warmup_steps=2 training.gradient_accumulation_steps=1 "
-        "logging.logging_steps=1 generation.max_new_tokens=16",
-        4,
-        16,
-    ),
-    (
-        "mlx-qlora generate --adapter outputs --seed 0 generation.temperature=0 "
-        "--instruction 'Write a one-sentence docstring for this Python function.' "
-        "--input 'def is_leap(year): return year % 4 == 0 and (year % 100 or year % 400 == 0)'",
-        4,
-        0,
-    ),
+    ("mlx-qlora inspect rows.jsonl --model smollm2-135m --show 1", 6, 9),
+    ("mlx-qlora train --model smollm2-135m --data rows.jsonl --output-dir outputs", 9, 16),
+    (f"mlx-qlora generate --model smollm2-135m {ASKED}", 4, 0),
+    (f"mlx-qlora generate --adapter outputs {ASKED}", 4, 0),
 ]
 
 # Rich's own template fetches its font from another site. Here each piece of text carries its
@@ -81,10 +70,23 @@ THEME = TerminalTheme(GROUND, INK, COLOURS, COLOURS)
 
 
 def write_data(folder: Path) -> None:
-    """Writes the first short rows of the demo's data set."""
-    rows = runpy.run_path(str(DOCS.parent / "examples" / "docstring_data.py"))["rows"]
-    lines = (json.dumps(row) + "\n" for row in itertools.islice(rows(SHORT), ROWS))
-    (folder / "docstrings.jsonl").write_text("".join(lines), encoding="utf-8")
+    """Writes the tutorial's rows, by the script that it shows."""
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r'```python title="make_rows.py"\n(.*?)```', page, re.DOTALL)
+    (folder / "make_rows.py").write_text(script, encoding="utf-8")
+    subprocess.run([sys.executable, "make_rows.py"], cwd=folder, check=True)
+
+
+def photograph(report: Path, picture: Path) -> None:
+    """Saves the top of a report as a PNG."""
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from support.browser import Browser
+
+    with tempfile.TemporaryDirectory() as profile:
+        browser = Browser(Path(profile))
+        browser.open(report, REPORT[0], "light", REPORT[1])
+        browser.screenshot(picture, whole=False)
+        browser.close()
 
 
 def printed(command: str, folder: Path) -> list[str]:
@@ -154,5 +156,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         write_data(Path(name))
         record = [(c, cut(printed(c, Path(name)), first, last)) for c, first, last in COMMANDS]
+        photograph(Path(name) / "outputs" / "report.html", DOCS / "report.png")
     (DOCS / "run.svg").write_text(picture(record), encoding="utf-8")
-    print(f"wrote {DOCS / 'run.svg'}")
+    print(f"wrote {DOCS / 'run.svg'} and {DOCS / 'report.png'}")
