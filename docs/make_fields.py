@@ -40,20 +40,34 @@ def page() -> str:
 
 
 def names() -> str:
-    """What other trainers call a field, as Markdown."""
+    """What other trainers call a field, as Markdown; names that mean the same share a row."""
     lines = ["| Here | Elsewhere, with the same values |", "|---|---|"]
     for field, words in ALIASES.items():
-        lines.append(f"| `{field}` | {', '.join(f'`{word}`' for word in words.split())} |")
+        lines.append(f"| `{field}` | {_code(words.split())} |")
     lines += ["", "| Elsewhere | Its values here |", "|---|---|"]
-    for word, (field, meanings) in MEANINGS.items():
-        shown = ", ".join(
-            f"`{value}`: {'nothing to set' if ours is ... else f'`{field}={_yaml(ours)}`'}"
-            for value, ours in meanings.items()
-        )
-        lines.append(f"| `{word}` | {shown} |")
+    rows = _grouped({word: _values(field, values) for word, (field, values) in MEANINGS.items()})
+    lines += [f"| {_code(words)} | {values} |" for values, words in rows.items()]
     lines += ["", "| Elsewhere, and refused | Use |", "|---|---|"]
-    lines += [f"| `{word}` | {use} |" for word, use in INSTEAD.items()]
+    lines += [f"| {_code(words)} | {use} |" for use, words in _grouped(INSTEAD).items()]
     return "\n".join(lines) + "\n"
+
+
+def _values(field: str, meanings: dict[str, object]) -> str:
+    """What each value of another trainer's name is here."""
+    ours = {v: "nothing to set" if m is ... else f"`{field}={_yaml(m)}`" for v, m in meanings.items()}
+    return "; ".join(f"{_code(values)}: {here}" for here, values in _grouped(ours).items())
+
+
+def _grouped(items: dict[str, str]) -> dict[str, list[str]]:
+    """Value -> the keys that have it."""
+    groups: dict[str, list[str]] = {}
+    for key, value in items.items():
+        groups.setdefault(value, []).append(key)
+    return groups
+
+
+def _code(words: list[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
 
 
 def presets() -> str:
