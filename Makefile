@@ -90,7 +90,7 @@ $(VENV)/.bench: $(VENV)/.test
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP) --editable '.[docs,test]'
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.made pyproject.toml

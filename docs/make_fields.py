@@ -20,41 +20,42 @@ def page() -> str:
     lines = [
         "# Fields",
         "",
-        "Every field of a run: `learning_rate: 2e-4` below `training:` in YAML,",
-        "`training.learning_rate=2e-4` or `--learning-rate 2e-4` on the command line, and",
-        "`TrainingConfig(learning_rate=2e-4)` in Python.",
+        "After this page you know every setting of a run, and how to write it:",
+        "`learning_rate: 2e-4` below `training:` in YAML, `training.learning_rate=2e-4` or",
+        "`--learning-rate 2e-4` on the command line, and",
+        "`TrainingConfig(learning_rate=2e-4)` in Python. In brackets: what it may be; the default.",
         "Made by `make docs` from the declarations; do not edit.",
     ]
     for section, config in SECTIONS.items():
         hints = typing.get_type_hints(config)
         lines += ["", f"## {section}", "", (config.__doc__ or "").split("\n")[0], ""]
-        lines += ["| field | type | default | |", "|---|---|---|---|"]
         for field in dataclasses.fields(config):
             choices = field.metadata["choices"]
             kind = ", ".join(map(str, choices)) if choices else type_name(hints[field.name])
             default = getattr(config(), field.name)
             shown = "null" if default is None else f"{default}"
             help = field.metadata["help"].replace("[", "\\[")  # or Markdown sees a link
-            lines.append(f"| `{field.name}` | {kind} | {shown} | {help} |")
+            lines.append(f"- `{field.name}` ({kind}; {shown}): {help}")
     return "\n".join(lines) + "\n"
 
 
 def names() -> str:
     """What other trainers call a field, as Markdown; names that mean the same share a row."""
-    lines = ["| Here | Elsewhere, with the same values |", "|---|---|"]
-    for field, words in ALIASES.items():
-        lines.append(f"| `{field}` | {_code(words.split())} |")
-    lines += ["", "| Elsewhere | Its values here |", "|---|---|"]
+    lines = ["Fields here, and their names elsewhere, with the same values:", ""]
+    lines += [f"- `{field}`: {_code(words.split())}" for field, words in ALIASES.items()]
+    lines += ["", "Names elsewhere whose values are others here:", ""]
     rows = _grouped({word: _values(field, values) for word, (field, values) in MEANINGS.items()})
-    lines += [f"| {_code(words)} | {values} |" for values, words in rows.items()]
-    lines += ["", "| Elsewhere, and refused | Use |", "|---|---|"]
-    lines += [f"| {_code(words)} | {use} |" for use, words in _grouped(INSTEAD).items()]
+    lines += [f"- {_code(words)} ({values})" for values, words in rows.items()]
+    lines += ["", "Names that are refused, and what to use:", ""]
+    lines += [f"- {_code(words)}: {use}" for use, words in _grouped(INSTEAD).items()]
     return "\n".join(lines) + "\n"
 
 
 def _values(field: str, meanings: dict[str, object]) -> str:
     """What each value of another trainer's name is here."""
-    ours = {v: "nothing to set" if m is ... else f"`{field}={_yaml(m)}`" for v, m in meanings.items()}
+    ours = {
+        v: "nothing to set" if m is ... else f"`{field}={_yaml(m)}`" for v, m in meanings.items()
+    }
     return "; ".join(f"{_code(values)}: {here}" for here, values in _grouped(ours).items())
 
 

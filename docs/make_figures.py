@@ -7,6 +7,10 @@ readable on a light page and on a dark one: each figure brings its own ground an
 reader's `prefers-color-scheme`.
 """
 
+import ast
+import runpy
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -40,6 +44,7 @@ LLAMA_31_8B = {
 STYLE = """
  text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #24292f }
  .small { font-size: 11px } .end { text-anchor: end } .middle { text-anchor: middle }
+ .bold { font-weight: bold } .faint { opacity: .65 }
  .mono { font-family: ui-monospace, Menlo, Consolas, monospace }
  .ground { fill: #ffffff; stroke: #d0d7de } .line { stroke: #8c959f; fill: none }
  .cell { fill: #eef1f4 } .limit { stroke: #cf222e; stroke-width: 2 }
@@ -256,7 +261,57 @@ def limits() -> str:
     return card(720, bottom + 46, "Upper limits of training speed, tokens per second", body)
 
 
+LAYERING = Path(__file__).parents[1] / "tests" / "project" / "test_layering.py"
+NAMED = {  # groups that are no package
+    "errors": "errors, progress, trees of arrays, folders written whole",
+    "device": "what this machine is; the processes of a run",
+    "names": "what other trainers call a field; presets",
+    "run": "sections put together, a source loaded, one run from config to output folder",
+    "cli": "arguments, commands, exit codes",
+}
+
+
+def architecture() -> str:
+    """The groups of modules, what each is for, and how often it imports which others."""
+    layering = runpy.run_path(str(LAYERING))
+    modules, group = layering["modules"](), layering["group"]
+    titles = []
+    for order in layering["ORDER"]:
+        (title,) = order if len(order) == 1 else order & set(NAMED)
+        titles.append(title)
+    inside: dict[str, list[str]] = {title: [] for title in titles}
+    links = {title: Counter[str]() for title in titles}
+    about = dict(NAMED)
+    for name, path in modules.items():
+        title = titles[group(name)]
+        if path.name == "__init__.py":
+            about[title] = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+            continue
+        inside[title].append(name.removeprefix(f"{title}."))
+        for target in layering["imports"](path):
+            if titles[group(target)] != title:
+                links[title][titles[group(target)]] += 1
+    body, y = [], 16
+    for title in reversed(titles):
+        lines = textwrap.wrap("  ".join(sorted(inside[title])), 96)
+        height = 36 + 15 * (len(lines) + bool(links[title]))
+        body += [box(16, y, 688, height, "cell"), text(28, y + 20, title, "mono bold")]
+        body.append(text(110, y + 20, about[title]))
+        for line_of in lines:
+            y += 15
+            body.append(text(28, y + 22, line_of, "small mono"))
+        if links[title]:
+            y += 15
+            parts = [f"{other} {n}" for other, n in links[title].most_common()]
+            body.append(text(28, y + 22, f"imports  {', '.join(parts)}", "small faint"))
+        y += 44
+    rule = "A group imports only those below it; run reaches after once, when there is a report."
+    body.append(text(16, y + 10, rule, "small"))
+    return card(720, y + 22, "The groups of modules of mlx_qlora and what they import", body)
+
+
 DRAWN: dict[str, Callable[[], str]] = {
+    "architecture": architecture,
     "memory-8b": memory,
     "lora": lora,
     "packing": packing,

@@ -10,17 +10,16 @@ from pathlib import Path
 from mlx_qlora.before.plan import Plan, plan_checkpoint
 from mlx_qlora.config import build
 from mlx_qlora.device import BANDWIDTH, machine
-from mlx_qlora.errors import duration
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.weights import Checkpoint
 
 PAGE = Path(__file__).parent / "how-to" / "on-your-mac.md"
 BLOCK = re.compile(r"(<!-- (\w+): made by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
 MACHINES = (
-    *("m1-8", "m1-16", "m1-pro-16", "m1-max-32", "m2-16", "m2-max-32", "m3-16", "m3-max-64"),
-    *("m3-ultra-96", "m4-16", "m4-pro-24", "m4-max-64", "m5-16", "m5-max-64"),
+    *("m1-8", "m1-16", "m1-max-32", "m2-16", "m3-16", "m3-max-64", "m3-ultra-96"),
+    *("m4-16", "m4-pro-24", "m4-max-64", "m5-16", "m5-max-64"),
 )
-ROWS, LENGTH, STEPS = 16, 512, 1000
+ROWS, LENGTH = 16, 512
 REACHED = 0.56  # of the bandwidth, by MLX with weights of 4 bits, as others report
 BITS = 4.5  # of a weight, with the scales and biases of groups of 64
 
@@ -67,11 +66,6 @@ def memory(name: str, model: str, plan: Plan) -> str:
     return f"{plan.total_bytes / 1e9:.1f}"
 
 
-def steps(name: str, model: str, plan: Plan) -> str:
-    """How long 1,000 steps take."""
-    return duration(STEPS * ROWS * LENGTH / plan.tokens_per_second)
-
-
 def inference(name: str, model: str, plan: Plan) -> str:
     """New tokens a second: each reads all weights once, but for an embedding that is no head."""
     _, hidden, *_, tied = MODELS[model]
@@ -86,7 +80,6 @@ TABLES: dict[str, Callable[[str, str, Plan], str]] = {
     "speed": speed,
     "memory": memory,
     "inference": inference,
-    "steps": steps,
 }
 
 

@@ -4,12 +4,11 @@ Run as: make docs        (or: python docs/make_reference.py)
 """
 
 import argparse
-import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import mlx_qlora as mq
 from mlx_qlora.cli import COMMANDS, make_parser
-from mlx_qlora.config import SECTIONS
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -55,18 +54,21 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 def cli_page() -> str:
     """The reference of the command line as Markdown."""
     helps = {action.dest: action.help or "" for action in _subparsers()._choices_actions}
+    shared = _shared()
     lines = [
         "# Command line",
         "",
-        "Commands take fields besides their options: `section.field=value`, listed in",
-        "[Fields](../fields.md). An option wins over the file that `--config` names, and a field",
-        "wins over both. A field that a command does not read is refused, except in that file.",
-        "`mlx-qlora COMMAND --help` prints what is on this page, `--help-all`",
-        "all fields too; each field's name is a flag as well (`--lora-dropout 0`), and so are its",
-        "names elsewhere ([migration](../migration.md)).",
-        "Made by `make docs` from the parser; do not edit.",
+        "After this page you know every command and option. Commands take fields besides:",
+        "`section.field=value`, listed in [Fields](../fields.md), or by a field's name as a flag",
+        "(`--lora-dropout 0`), and by its [names elsewhere](../migration.md). An option wins over",
+        "the file that `--config` names, a field over both. What a command does not read is",
+        "refused, except in that file. Made by `make docs` from the parser; do not edit.",
         "",
         *(f"- [`{name}`](#mlx-qlora-{name}): {helps[name]}" for name in commands()),
+        "",
+        "## Options of several commands",
+        "",
+        *shared,
     ]
     for name, parser in commands().items():
         lines += ["", f"## mlx-qlora {name}", "", parser.description or helps[name]]
@@ -75,7 +77,14 @@ def cli_page() -> str:
             own = {s: ", ".join(f"`{field}`" for field in about.fields(s)) for s in about.sections}
             read = [f"`{s}` ({own[s]})" if about.reads[s] else f"`{s}`" for s in own]
             lines += ["", f"Reads the fields of {', '.join(read)}."]
-        lines += _table(parser)
+        actions = [_row(action) for action in _actions(parser)]
+        alone = [action for action in _actions(parser) if _row(action) not in shared]
+        lines += ["", *map(_row, alone)] if alone else []
+        if common := [_name(shared[row]) for row in actions if row in shared]:
+            lines += ["", f"{'And' if alone else 'Takes'} {', '.join(common)}."]
+        for group in parser._mutually_exclusive_groups:
+            names = [f"`{action.option_strings[0]}`" for action in group._group_actions]
+            lines += ["", f"At most one of {', '.join(names)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -92,7 +101,7 @@ def python_page() -> str:
     lines = [
         "# Python",
         "",
-        "`import mlx_qlora as mq` gives these names and no others that are public. Names load on",
+        "After this page you know every public name of `import mlx_qlora as mq`. Names load on",
         "first use, so the import itself costs next to nothing.",
         "Made by `make docs`; do not edit.",
     ]
@@ -109,41 +118,36 @@ def _subparsers() -> "argparse._SubParsersAction[argparse.ArgumentParser]":
     return found[0]
 
 
-def _table(parser: argparse.ArgumentParser) -> list[str]:
-    """A row for each argument, what must be given first."""
+def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a command, what must be given first."""
     actions = [a for a in parser._actions if a.dest != "help" and a.help != argparse.SUPPRESS]
-    actions.sort(key=lambda action: bool(action.option_strings))
-    lines = ["", "| argument | value | default | |", "|---|---|---|---|"]
-    lines += [_row(action) for action in actions]
-    for group in parser._mutually_exclusive_groups:
-        names = [f"`{action.option_strings[0]}`" for action in group._group_actions]
-        lines += ["", f"At most one of {', '.join(names)}."]
-    return lines if actions else []
+    return sorted(actions, key=lambda action: bool(action.option_strings))
+
+
+def _shared() -> dict[str, argparse.Action]:
+    """What several commands take and mean alike, by its row, in the order of the commands."""
+    rows = [(_row(action), action) for p in commands().values() for action in _actions(p)]
+    counts = Counter(row for row, _ in rows)
+    return {row: action for row, action in rows if counts[row] > 1}
+
+
+def _name(action: argparse.Action) -> str:
+    return ", ".join(f"`{flag}`" for flag in action.option_strings) or f"`{_metavar(action)}`"
 
 
 def _row(action: argparse.Action) -> str:
-    named = ", ".join(f"`{flag}`" for flag in action.option_strings) or f"`{_metavar(action)}`"
-    if action.choices is not None:
-        value = ", ".join(map(str, action.choices))
-    elif action.nargs == 0 or not action.option_strings:
-        value = ""
-    else:
-        value = "a number" if action.type is int else _metavar(action)
-    is_plain = action.default in (None, False, argparse.SUPPRESS) or action.default == []
-    default = "" if is_plain or action.nargs == 0 else str(action.default)
-    if action.required and action.option_strings:
-        default = "required"
-    what = _field(action.dest) if "." in action.dest else action.help or ""
-    what = what.replace("[", "\\[")  # or Markdown sees a link
+    value = "" if action.nargs == 0 or not action.option_strings else f" {_metavar(action)}"
+    named = ", ".join(map(str, action.choices or ()))
+    choices = f" ({named})" if named and named not in (action.help or "") else ""
+    needed = " (required)" if action.required and action.option_strings else ""
+    what = _field(action.dest) if "." in action.dest else (action.help or "").replace("[", "\\[")
     what = "any field" if action.dest == "overrides" else what
-    return " ".join(f"| {named} | {value} | {default} | {what} |".split())
+    return f"- `{_name(action).strip('`')}{value}`{choices}{needed}: {what}"
 
 
 def _field(place: str) -> str:
-    """The field that a flag stands for, and its own line."""
-    section, name = place.split(".")
-    field = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name)
-    return f"`{place}`: {field.metadata['help']}"
+    """The field that a flag is short for, with a link to what it means."""
+    return f"[`{place}`](../fields.md#{place.split('.')[0]})"
 
 
 def _metavar(action: argparse.Action) -> str:
