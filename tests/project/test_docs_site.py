@@ -3,12 +3,14 @@
 import logging
 import re
 import socket
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.browser import Browser
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,3 +121,47 @@ def test_the_python_reference_shows_every_public_name(site):
 def test_material_toggles_light_and_dark(site):
     text = (site[0] / "index.html").read_text(encoding="utf-8")
     assert 'data-md-color-scheme="default"' in text and 'data-md-color-scheme="slate"' in text
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def test_search_works_in_pages_opened_from_disk(site, browser):
+    browser.open(site[0] / "how-to" / "resume-and-stop.html", 1300, "light")
+    typed = "const box = document.querySelector('[data-md-component=search-query]');"
+    typed += "box.focus(); box.value = 'perplexity'; "
+    typed += "box.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))"
+    shown = "[...document.querySelectorAll('.md-search-result__item a')].map(a => a.href).join()"
+    found, until = "", time.monotonic() + 30
+    while "glossary.html" not in found and time.monotonic() < until:
+        browser.run(f"(() => {{ {typed} }})()")
+        time.sleep(0.2)
+        found = browser.run(shown)
+    assert "glossary.html" in found, found
+    assert [url for url in browser.requests() if not url.startswith("file:")] == []
+
+
+@pytest.mark.parametrize("width", [1300, 375])
+def test_no_page_is_wider_than_its_window_and_no_code_is_cut(site, browser, width):
+    wide = "[...document.querySelectorAll('pre > code')].filter("
+    wide += "e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
+    for page in sorted(site[0].rglob("*.html")):
+        if page.name in ("404.html", "log.html"):
+            continue
+        browser.open(page, width, "dark")
+        assert browser.run(wide) == [], page
+        assert browser.run("document.documentElement.scrollWidth") <= width, page
+
+
+def test_the_site_needs_no_torch():
+    """What `make docs` installs: the extra `docs`, and nothing of the tests."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    target = re.findall(r"^\$\(VENV\)/\.docs:.*\n\t(.*)", makefile, re.MULTILINE)
+    assert target == ["$(PIP) --editable '.[docs]'"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (asked,) = re.findall(r"^docs = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    assert "mkdocs-material" in asked and not re.search("torch|transformers|peft|trl", asked)
