@@ -56,7 +56,7 @@ docs: $(VENV)/.docs ## Write what docs show of the program, and build the site i
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_figures.py
 	$(BIN)/python examples/make_notebooks.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet, which leaves warnings uncounted
 
 recording: $(VENV)/.base ## Record a run anew for the README, a minute
 	$(BIN)/python docs/make_recording.py
