@@ -288,7 +288,7 @@ def architecture() -> str:
             about[title] = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
             continue
         inside[title].append(name.removeprefix(f"{title}."))
-        for target in layering["imports"](path):
+        for target in sorted(layering["imports"](path)):
             if titles[group(target)] != title:
                 links[title][titles[group(target)]] += 1
     body, y = [], 16

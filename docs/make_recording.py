@@ -26,6 +26,7 @@ REPORT = (1040, 900)  # pixels of its picture
 
 ORDER = "Mara from Trieste wants 12 green kites by Sunday."
 ASKED = f"--instruction 'Turn the order into one line.' --input '{ORDER}' generation.temperature=0"
+ASKED += " generation.repetition_penalty=1 generation.max_new_tokens=40"
 # A command, and how many lines of its output are shown at the beginning and at the end.
 COMMANDS = [
     ("mlx-qlora inspect rows.jsonl --model smollm2-135m --show 1", 6, 9),
