@@ -74,9 +74,8 @@ def cli_page() -> str:
         lines += ["", f"## mlx-qlora {name}", "", parser.description or helps[name]]
         about = COMMANDS[name]
         if about.sections:
-            own = {s: ", ".join(f"`{field}`" for field in about.fields(s)) for s in about.sections}
-            read = [f"`{s}` ({own[s]})" if about.reads[s] else f"`{s}`" for s in own]
-            lines += ["", f"Reads the fields of {', '.join(read)}."]
+            read = [f"{'some of ' if about.reads[s] else ''}`{s}`" for s in about.sections]
+            lines += ["", f"Reads the fields of {', '.join(read)}; `--help-all` lists them."]
         actions = [_row(action) for action in _actions(parser)]
         alone = [action for action in _actions(parser) if _row(action) not in shared]
         lines += ["", *map(_row, alone)] if alone else []
