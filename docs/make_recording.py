@@ -22,7 +22,7 @@ from rich.text import Text
 
 DOCS = Path(__file__).parent
 WIDTH = 100
-REPORT = (1040, 900)  # pixels of its picture
+REPORT = (1040, 1170)  # pixels of its picture
 
 ORDER = "Mara from Trieste wants 12 green kites by Sunday."
 ASKED = f"--instruction 'Turn the order into one line.' --input '{ORDER}' generation.temperature=0"
@@ -79,10 +79,12 @@ def write_data(folder: Path) -> None:
 
 
 def photograph(report: Path, picture: Path) -> None:
-    """Saves the top of a report as a PNG."""
+    """Saves the top of a report as a PNG, with the paths as one would type them."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from support.browser import Browser
 
+    text = report.read_text(encoding="utf-8").replace(f"{report.parents[1].resolve()}/", "")
+    report.write_text(text, encoding="utf-8")
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(Path(profile))
         browser.open(report, REPORT[0], "light", REPORT[1])
