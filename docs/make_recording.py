@@ -22,7 +22,7 @@ from rich.text import Text
 
 DOCS = Path(__file__).parent
 WIDTH = 100
-REPORT = (1040, 1170)  # pixels of its picture
+REPORT = (1040, 1048)  # pixels of its picture
 
 ORDER = "Mara from Trieste wants 12 green kites by Sunday."
 ASKED = f"--instruction 'Turn the order into one line.' --input '{ORDER}' generation.temperature=0"
