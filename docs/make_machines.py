@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_qlora.before.plan import Plan, plan_checkpoint
 from mlx_qlora.config import build
-from mlx_qlora.device import BANDWIDTH, machine
+from mlx_qlora.device import machine
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.weights import Checkpoint
 
@@ -20,8 +20,6 @@ MACHINES = (
     *("m4-16", "m4-pro-24", "m4-max-64", "m5-16", "m5-max-64"),
 )
 ROWS, LENGTH = 16, 512
-REACHED = 0.56  # of the bandwidth, by MLX with weights of 4 bits, as others report
-BITS = 4.5  # of a weight, with the scales and biases of groups of 64
 
 # Of each config.json what sizes depend on: layers, hidden, MLP, heads, head size, tied.
 MODELS = {
@@ -66,20 +64,9 @@ def memory(name: str, model: str, plan: Plan) -> str:
     return f"{plan.total_bytes / 1e9:.1f}"
 
 
-def inference(name: str, model: str, plan: Plan) -> str:
-    """New tokens a second: each reads all weights once, but for an embedding that is no head."""
-    _, hidden, *_, tied = MODELS[model]
-    looked_up = 0 if tied else VOCABULARY * hidden * BITS / 8
-    if plan.residency == "streamed":  # each token waits for the disk
-        return "-"
-    read = plan.parts["base weights"] - looked_up
-    return f"{BANDWIDTH[name.rpartition('-')[0]] * 1e9 * REACHED / read:,.0f}"
-
-
 TABLES: dict[str, Callable[[str, str, Plan], str]] = {
     "speed": speed,
     "memory": memory,
-    "inference": inference,
 }
 
 
