@@ -148,7 +148,7 @@ def test_gated(hub, ask):
     assert only(found, "model") == Finding(
         "error",
         "model",
-        f"{REPO} is gated: ask for access at {page}, then run `hf auth login`; {WITHOUT_HUB}",
+        f"{REPO} is gated; ask for access at {page}, then run `hf auth login`; {WITHOUT_HUB}",
         f"python -m webbrowser {page}",
     )
     assert only(found, "login") == Finding(
@@ -160,7 +160,7 @@ def test_gated(hub, ask):
     assert only(ask(HF_TOKEN=STRANGERS_TOKEN), "model") == Finding(
         "error",
         "model",
-        f"{REPO} is gated: ask for access at {page}, as your token has none yet; {WITHOUT_HUB}",
+        f"{REPO} is gated; ask for access at {page}, as your token has none; {WITHOUT_HUB}",
         f"python -m webbrowser {page}",
     )
     assert only(ask(HF_TOKEN=GOOD_TOKEN), "model").state == "ok"
@@ -168,7 +168,7 @@ def test_gated(hub, ask):
 
 def test_a_token_that_is_refused(away, ask):
     found = ask(HF_TOKEN="hf_old")
-    said = "the hub refuses your token (401 for {}): correct or unset HF_TOKEN"
+    said = "the hub refuses your token (401 for {}); correct or unset HF_TOKEN"
     about_us, about_it = said.format("/api/whoami-v2"), said.format(REPO)
     assert only(found, "login") == Finding("error", "login", about_us, "unset HF_TOKEN")
     assert only(found, "model") == Finding("error", "model", about_it, "unset HF_TOKEN")
@@ -184,9 +184,9 @@ def test_models_that_are_none(hub, ask):
     missing, ggufs, bert, no_revision = (only(found, "model") for found in answers)
     assert {missing.state, ggufs.state, bert.state, no_revision.state} == {"error"}
     assert missing.fix == "hf auth login"
-    assert missing.text.startswith("the hub shows no repository some-org/Nothing: check the spell")
+    assert missing.text.startswith("the hub shows no repository some-org/Nothing; check the spell")
     assert ggufs.fix == "hf download org/ggufs Q4/a.gguf --local-dir ."
-    assert ggufs.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf): ")
+    assert ggufs.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf); ")
     assert "bert" in bert.text
     assert no_revision.text.startswith(f"{REPO} has no revision 'v9': ")
 

@@ -235,7 +235,7 @@ def test_what_ollama_says_is_told_and_the_file_stays(run, tmp_path, monkeypatch,
         (["--gguf", "--type", "q4_0"], "--type goes with --gguf-model, and not with --gguf"),
         (["--mlx", "--ollama", "x"], "--ollama goes with --gguf-model, and not with --mlx"),
         (["--type", "q9"], "type must be one of q8_0, "),
-        (["--ollama", "x"], "--ollama: there is no program ollama on the PATH"),
+        (["--ollama", "x"], "--ollama: the program ollama is not on the PATH"),
         (["--lmstudio", "me/mine"], "say where it goes, once: by --output-dir, or by --lmstudio"),
     ],
 )

@@ -163,7 +163,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "most rows refused": (
         ["--data", "bad.jsonl"],
-        "75% of the rows of bad.jsonl cannot be used, and data.max_refused=0.5 allows no more",
+        "75% of the rows of bad.jsonl cannot be used, and data.max_refused=0.5 is exceeded",
         False,
     ),
     "most rows refused, and allowed": (

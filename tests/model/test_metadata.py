@@ -240,8 +240,8 @@ def test_a_gguf_key_that_changes_nothing_is_passed_over(
             {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
             r"rope scaling 'none' \(by 4.0\) is not supported",
         ),
-        ({"general.type": "mmproj"}, "is no model but of the type 'mmproj'"),
-        ({"general.type": "adapter"}, "is no model but of the type 'adapter'"),
+        ({"general.type": "mmproj"}, "is no model, but of type 'mmproj'"),
+        ({"general.type": "adapter"}, "is no model, but of type 'adapter'"),
     ],
     ids=str,
 )

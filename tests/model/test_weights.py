@@ -244,7 +244,7 @@ def test_shards_that_the_index_names_and_that_are_missing_are_listed(
     shards[1].unlink()
     shards[2].unlink()
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path} is not a complete model: it lacks ")
+    assert message.startswith(f"{tmp_path} is not a complete model; missing: ")
     assert message.count(".safetensors") == 2
     assert shards[1].name in message and shards[2].name in message
 
@@ -333,7 +333,7 @@ def test_packed_words_of_the_wrong_dtype_are_refused(wide: Path, tmp_path: Path)
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mamba"}, "model_type is 'mamba', layers without attention; supported are"),
-    ({"model_type": ...}, "model_type is None, an architecture that we do not know; supported"),
+    ({"model_type": ...}, "model_type is None, an unknown architecture; supported"),
     (
         {"architectures": ["LlamaForSequenceClassification"]},
         "architectures is ['LlamaForSequenceClassification']; supported: ['LlamaForCausalLM']",

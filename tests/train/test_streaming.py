@@ -252,7 +252,7 @@ def test_a_file_that_changes_during_a_run_is_one_clear_error(
             WeightsError, match=r"model\.safetensors cannot be read any more: "
         ) as e:
             train(source, rows, tmp_path / "out", "streamed", eval_steps=4)
-    assert "put the file back as it was" in str(e.value)
+    assert "restore the file" in str(e.value)
     file.unlink(missing_ok=True)
     shutil.copyfile(kept, file)
     more = {"resume_from_checkpoint": "auto"}
