@@ -120,7 +120,7 @@ def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> No
     adapter = config.model.adapter
     trained = adapter and recorded(adapter, "data").get("data", {}).get("path")
     if trained and Path(str(trained)).expanduser().absolute() == Path(data).expanduser().absolute():
-        better = "on those it is better than on new ones"
+        better = "it is better on them than on new ones"
         warn(console, f"the adapter was trained on rows of {data}: {better}")
 
 
@@ -144,7 +144,7 @@ def _check_arguments(
         file = user_path(output, "--output")
         above = next(path for path in file.absolute().parents if path.exists())
         if file.is_dir() or not above.is_dir():
-            raise ConfigError(f"--output: {file} cannot be a file there; name another")
+            raise ConfigError(f"--output: {file} cannot be a file; name another")
     if n_answers:
         metrics.scorers()
     return None if general_text is None else read_texts(user_path(general_text, "--general"))
@@ -169,8 +169,8 @@ def _drawn_questions(
     if left_out := len(examples) - len(possible):
         say(
             console,
-            f"answers   {left_out:,} of {len(examples):,} rows have nothing to ask before what is "
-            "learned, or an answer that was cut: they are scored, not asked",
+            f"answers   {left_out:,} of {len(examples):,} rows have no prompt, or an answer that was "
+            "cut; they are scored, but not asked",
         )
     n = min(n_answers, len(possible))
     chosen = np.random.default_rng([seed, 0xA5C]).choice(len(possible), n, replace=False)

@@ -273,7 +273,7 @@ def test_the_page_has_the_same_in_colour(folder, chats, tmp_path, capsys):
     assert f"--html: {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
     before = chats.read_bytes()
     assert main(["inspect", *map(str, words), "--html", str(chats)]) == 2
-    assert "is there, and no page; name another file" in capsys.readouterr().err
+    assert "exists and is no HTML page; name another file" in capsys.readouterr().err
     assert chats.read_bytes() == before
 
 

@@ -335,7 +335,7 @@ def test_the_cache_of_freed_buffers_is_told_and_gives_way():
 
     roomy, tight, cpu = made(machine("m4-max-64")), made(machine("m1-16")), made(small(64 << 30))
     assert roomy.cache_bytes == roomy.memory_bytes // 8 == roomy.to_dict()["cache_bytes"]
-    assert "cache                     6.44 GB more, while there is room" in str(roomy)
+    assert "cache                     6.44 GB more, while memory is free" in str(roomy)
     for each in (roomy, tight):
         assert each.fits and 0 < each.cache_bytes <= each.memory_bytes - each.total_bytes
     temporary = cpu.parts["activations"] + cpu.parts["working arrays"]
@@ -397,9 +397,9 @@ def test_one_dense_matrix_of_a_streamed_base_is_counted(checkpoint_files):
         config = build({"model": {"residency": residency, "frozen_matmul": way}})
         return plan_checkpoint(open_checkpoint(checkpoint_files), config).parts
 
-    assert parts("streamed", "dequantize")["dequantised for now"] == 4 * 256 * 512
+    assert parts("streamed", "dequantize")["dequantised in use"] == 4 * 256 * 512
     for way in (("streamed", "quantized"), ("resident", "resident")):
-        assert "dequantised for now" not in parts(*way)
+        assert "dequantised in use" not in parts(*way)
 
 
 def test_no_attention_to_the_longest_context_is_ended_by_the_watchdog():

@@ -262,7 +262,7 @@ def test_a_process_that_dies_is_named(monkeypatch, tmp_path, capsys):
     assert main(["doctor", "--self-test"]) == 1
     first, last = capsys.readouterr().out.splitlines()
     assert first.split() == ["pass", "matmul", "all"]
-    assert last.startswith("fail     process      it ended before it was done: SIGILL boom")
+    assert last.startswith("fail     process      it ended early: SIGILL boom")
     assert "MLX_QLORA_BLAS" in last
     fake.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
     assert main(["doctor", "--self-test", "--json"]) == 1

@@ -254,7 +254,7 @@ def test_a_process_names_the_step_that_rows_of_another_have_spoilt(place, togeth
     logs = [place.output("poisoned", n) / f"rank-{rank}.log" for rank in range(1, n)]
     guilty = POISONED_ROW % n  # every n-th row of the stream is its own
     (record,) = [r for r in recorded(place.output("poisoned", n)) if "skipped" in r]
-    assert record["rows"] == ["rows of another process: see its rank-*.log"]
+    assert record["rows"] == ["rows of another process; see its rank-*.log"]
     shown = logs[guilty - 1].read_text().replace("\n", " ")
     assert "skipped" in shown and "rows.jsonl:" in shown.partition("skipped")[2]
 
@@ -469,7 +469,7 @@ def test_memory_that_ends_once_while_weights_are_moved_changes_nothing(place, tw
 def test_memory_that_ends_while_weights_are_moved_ends_the_run(place, two):
     first, second = two["starved"]
     assert [first["code"], second["code"]] == [2, 2]
-    assert "out of memory while the weights are moved; lower lora.r" in second["err"]
+    assert "out of memory while the weights are updated; lower lora.r" in second["err"]
     assert "another process is gone" in first["err"]
     # The first one had the sums of step 9, and could take it.
     assert (len(first["sent"]), len(second["sent"])) == (1 + 9, 1 + 8)
@@ -633,8 +633,8 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(killed, gone):
     assert found["err"].startswith("mlx-qlora: another process is gone")
     assert f"says process {left} of 2" in found["err"] and found["err"].count("\n") == 1
     saved = str(broken.output / f"checkpoint-{last_step(broken.output)}")
-    goes_on = {0: saved, 1: "what process 0 has saved last\n"}[left]
-    assert f". The same command goes on from {goes_on}" in found["err"]
+    goes_on = {0: saved, 1: "what process 0 saved last\n"}[left]
+    assert f". The same command continues from {goes_on}" in found["err"]
 
 
 def test_a_process_that_is_killed_under_the_launcher_ends_all(killed_under_launcher):
