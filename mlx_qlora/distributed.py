@@ -106,7 +106,7 @@ class Processes:
 
     def _give_up(self, reason: str) -> NoReturn:
         atexit.register(_leave)
-        raise ProcessError(f"{reason}, says process {self.rank} of {self.size}") from None
+        raise ProcessError(f"process {self.rank} of {self.size}: {reason}") from None
 
     # ---- agreement -----------------------------------------------------------------------------
 

@@ -169,8 +169,8 @@ def _drawn_questions(
     if left_out := len(examples) - len(possible):
         say(
             console,
-            f"answers   {left_out:,} of {len(examples):,} rows have no prompt, or an answer that was "
-            "cut; they are scored, but not asked",
+            f"answers   {left_out:,} of {len(examples):,} rows have no prompt, or an answer that "
+            "was cut; they are scored, but not asked",
         )
     n = min(n_answers, len(possible))
     chosen = np.random.default_rng([seed, 0xA5C]).choice(len(possible), n, replace=False)

@@ -200,7 +200,7 @@ def test_a_machine_that_is_none_is_refused(name):
 def test_a_chip_without_its_memory_is_told_the_sizes_it_is_sold_with():
     with pytest.raises(ConfigError) as refused:
         machine("M4-max")
-    told = "--machine: 'M4-max' lacks its memory, like m4-max-36; GB: 36, 48, 64, 128"
+    told = "--machine: 'M4-max' has no memory size; write m4-max-36, or one of 36, 48, 64, 128"
     assert str(refused.value) == told
     chips = {**device.APPLE, **device.NVIDIA}.keys()
     assert device.MEMORY.keys() == device.BANDWIDTH.keys() == chips

@@ -271,7 +271,7 @@ def test_a_process_that_dies_is_named(monkeypatch, tmp_path, capsys):
 
 def test_a_report_goes_with_the_self_test(capsys):
     assert main(["doctor", "--report", "x"]) == 2
-    assert "--report goes with --self-test" in capsys.readouterr().err
+    assert "--report needs --self-test" in capsys.readouterr().err
 
 
 def test_tune_measures_stores_and_says_what_holds(monkeypatch, tmp_path, capsys):

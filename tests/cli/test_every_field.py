@@ -118,7 +118,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "model.adapter": [
         Case("{adapter}", "shapes adapter", "batches", {"lora.r": 16}),
-        Case("{adapter}", error="lora.r is 2 in .*, which is trained on as it is, and not 4"),
+        Case("{adapter}", error="lora.r is 2 in the adapter .*, and cannot be changed to 4"),
     ],
     "model.base_model_name_or_path": [Case("org/name", "base", "batches adapter")],
     "model.bits": [Case(bits, "packed adapter", "batches") for bits in (8, None)],

@@ -170,7 +170,7 @@ def test_auto_uses_the_checkpoint_before_a_damaged_one_and_says_so(folder, whole
     assert asked(copy) == (copy / "checkpoint-3", damage)
     again = fine_tune(folder, copy)
     for line in damage:
-        assert f"warning   {line}: the checkpoint before it is used\n" in again.printed
+        assert f"warning   {line}; the checkpoint before it is used\n" in again.printed
     assert f"continuing from {copy / 'checkpoint-3'}\n" in again.printed
     assert_same(again, whole)
     for n in (3, 6, 8):
