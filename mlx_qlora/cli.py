@@ -148,9 +148,7 @@ COMMANDS = {
         {"model": "source revision", "lora": SHAPES, "checkpointing": KEPT},
     ),
     "cache": Command("list or clear what is kept on this disk for later runs", quiet=True),
-    "completion": Command(
-        "print a script for your shell that completes commands and fields", json=False
-    ),
+    "completion": Command("print a script that completes commands and fields", json=False),
 }
 
 
@@ -239,9 +237,7 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
     from mlx_qlora.config import SECTIONS, field_words
     from mlx_qlora.names import PRESETS
 
-    command.add_argument(
-        "--help-all", action="help", help="show this, and every field with its meaning"
-    )
+    command.add_argument("--help-all", action="help", help="this, and every field with its meaning")
     group = command.add_argument_group("fields")
     for flag in about.shorthands:
         field, value = SHORTHANDS[flag]
@@ -290,9 +286,7 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         asked = "what to answer, written as an instruction row in training"
         ask.add_argument("--instruction", metavar="TEXT", help=asked)
         add("--input", metavar="TEXT", help="the input of that --instruction")
-        add(
-            "--raw", action="store_true", help="give the prompt as it is, without the chat template"
-        )
+        add("--raw", action="store_true", help="leave out the chat template")
         add("--seed", type=int, help="the same seed gives the same text")
     if name == "chat":
         add("--system", metavar="TEXT", help="system message")
@@ -301,11 +295,7 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--limit", type=int, metavar="N", help="score N rows, drawn by training.seed")
         asked = "compare answers to N questions (default 32); 0 asks none"
         add("--answers", type=int, metavar="N", help=asked)
-        add(
-            "--general",
-            metavar="FILE",
-            help="text to measure on what the adapter made the model forget",
-        )
+        add("--general", metavar="FILE", help="text to measure on what was forgotten")
         add("--output", metavar="FILE", help="write everything to this JSON file")
     if name == "sweep":
         for flag, what in (("learning-rates", "1e-4,2e-4,5e-4"), ("ranks", "8,16,32")):
@@ -314,20 +304,12 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--steps", type=int, metavar="N", help="steps of a full trial")
         halved = "how often the worse half is dropped (default 3)"
         add("--rungs", type=int, default=3, metavar="N", help=halved)
-        add(
-            "--product",
-            action="store_true",
-            help="try all combinations, not one field after another",
-        )
+        add("--product", action="store_true", help="all combinations, not one field at a time")
         add("--repeat-best", action="store_true", help="train the winner again, with another seed")
     if name == "doctor":
         tests = "compare kernels, losses, memory and speed with what they should be"
         add("--self-test", action="store_true", help=tests)
-        add(
-            "--report",
-            metavar="FILE",
-            help="write the self-test to FILE.json and FILE.md, for an issue",
-        )
+        add("--report", metavar="FILE", help="write FILE.json and FILE.md, for an issue")
         times = "time a layer in each way, so that model.frozen_matmul=auto chooses the fastest"
         add("--tune", action="store_true", help=times)
     if name in ("merge", "export"):
@@ -358,11 +340,7 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--lmstudio", metavar="PUBLISHER/MODEL", help=place)
     if name == "push":
         add("folder", metavar="FOLDER", help="folder of a run, an export or a merged model")
-        add(
-            "repo_id",
-            metavar="OWNER/NAME",
-            help="repository on the hub; created if it does not exist",
-        )
+        add("repo_id", metavar="OWNER/NAME", help="repository, created if missing")
         add("--public", action="store_true", help="create a public repository")
         add("--dry-run", action="store_true", help="list the files, but upload nothing")
     if name == "cache":

@@ -251,10 +251,7 @@ def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]"
     say(console, f"plan\n{textwrap.indent(str(plan), ' ' * 10)}")
     model = config.model
     if model.residency == "auto" and plan.residency == "streamed":
-        say(
-            console,
-            "streamed  weights are read from the disk, as the run would not fit into memory",
-        )
+        say(console, "streamed  weights from the disk, as the run would not fit into memory")
         way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
         model = replace(model, residency="streamed", frozen_matmul=way)
         inputs = replace(inputs, config=replace(config, model=model))
@@ -369,9 +366,7 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
     if given and args.form not in (None, "gguf-model"):
         raise ConfigError(f"{given[0]} needs --gguf-model; got --{args.form}")
     if (args.folder is None) == (args.lmstudio is None):
-        raise ConfigError(
-            f"no place to write to, or two; pass either {OUTPUT} or --lmstudio PUBLISHER/MODEL"
-        )
+        raise ConfigError(f"pass one of {OUTPUT} and --lmstudio PUBLISHER/MODEL, and not both")
     if args.form == "gguf-model" or given:
         return _export_model(config, console, args)
     form, target = args.form or "peft", _target(args.folder)
@@ -450,9 +445,7 @@ def _numbers(field: str, text: str) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(
-            f"{field} must be numbers, with commas between them; got {text!r}"
-        ) from None
+        raise ConfigError(f"{field} must be numbers between commas; got {text!r}") from None
 
 
 def _prompt(args: argparse.Namespace, can_chat: bool, data: "DataConfig") -> "str | list[Message]":

@@ -71,8 +71,7 @@ class ModelConfig:
     frozen_matmul: str = option(
         "auto",
         "how quantised weights are multiplied: as they are, unpacked each time, or from a dense "
-        "copy. auto is the fastest that memory allows, as measured by doctor --tune if that was "
-        "run",
+        "copy. auto is the fastest that memory allows, by doctor --tune if that was run",
         choices=("auto", "quantized", "dequantize", "resident"),
     )
     residency: str = option(
@@ -203,9 +202,7 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [name for i, name in enumerate(names) if name in names[:i] and name != "<<"]:
             line = node.start_mark.line + 1
-            raise yaml.YAMLError(
-                f"{twice[0]!r} is given twice in the section that begins in line {line}"
-            )
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice in the section of line {line}")
         return super().construct_mapping(node, deep)
 
 

@@ -457,9 +457,7 @@ def machine(name: str | None) -> Machine:
         return Machine(name.lower(), CUDA, int(memory * 0.95), 1)
     if sizes := MEMORY.get(name.lower()):
         first = f"{name.lower()}-{sizes.partition(',')[0]}"
-        raise ConfigError(
-            f"--machine: {name!r} has no memory size; write {first}, or one of {sizes} GB"
-        )
+        raise ConfigError(f"--machine: {name!r} has no size ({sizes} GB); write it as {first}")
     chips = [*APPLE, *NVIDIA]
     raise ConfigError(
         f"--machine: {name!r} is not CHIP-GB, like m4-max-64{did_you_mean(chip, chips)}; "

@@ -74,9 +74,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int
     encoded = tokenizer.encode_batch(texts if texts is not None else [*TEXTS])
     rows = [bos + ids for ids in encoded if len(bos + ids) > 1]
     if not rows:
-        raise ConfigError(
-            "texts: none has two tokens or more, so nothing can be compared; give longer ones"
-        )
+        raise ConfigError("texts: none has two tokens, to compare with; give longer ones")
     return rows
 
 

@@ -102,14 +102,9 @@ def save_gguf_adapter(
         ConfigError: another dtype, or a file would be overwritten that is no adapter.
     """
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
-    require_gguf()
+    require_gguf(model)
     updates = _plain_updates(model, "llama.cpp does not support DoRA")
     file = Path(file).expanduser()
-    if model.config.model_type not in ARCHITECTURES:
-        raise AdapterError(
-            f"no GGUF can be written of model_type {model.config.model_type!r}; merge the adapter "
-            "instead (mlx-qlora merge)"
-        )
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.
@@ -187,8 +182,10 @@ def _is_adapter(file: Path) -> bool:
     return gguf_field(file, "general.type") == "adapter"
 
 
-def require_gguf() -> None:
-    """Raise an AdapterError unless the package is there."""
+def require_gguf(model: LlamaForCausalLM) -> None:
+    """Raise an AdapterError unless the package is there, and llama.cpp knows the model's family."""
+    if (kind := model.config.model_type) not in ARCHITECTURES:
+        raise AdapterError(f"no GGUF can be written of model_type {kind!r}; merge the adapter")
     if importlib.util.find_spec("gguf") is None:
         raise AdapterError("a GGUF needs the package gguf; run: pip install 'mlx-qlora[gguf]'")
 

@@ -98,7 +98,7 @@ def save_gguf_model(
         ConfigError: another type, too little disk, or a file would be overwritten that is not ours.
     """
     check_type(type)
-    require_gguf()
+    require_gguf(model)
     folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
@@ -155,11 +155,6 @@ def _layout(model: LlamaForCausalLM, type: str) -> list[_Tensor]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
-    if model.config.model_type not in ARCHITECTURES:
-        raise WeightsError(
-            f"no GGUF can be written of model_type {model.config.model_type!r}; merge the adapter "
-            "instead (mlx-qlora merge)"
-        )
     kinds, tensors = GGMLQuantizationType, []
     for weight, shape in shapes_of(model).items():
         kind = kinds[type.upper()] if len(shape) == 2 else kinds.F32
@@ -272,9 +267,7 @@ def _arrays(
             array = array + np.float32(model.config.norm_offset)
         array = permute(array, tensor.weight, model.config)
         if tensor.kind == GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo("f2").max:
-            raise WeightsError(
-                f"{tensor.weight} has numbers too large for f16; choose the type bf16"
-            )
+            raise WeightsError(f"{tensor.weight} is too large for f16; choose the type bf16")
         packed = np.concatenate(
             [quantize(array[i : i + ROWS], tensor.kind) for i in range(0, len(array), ROWS)]
         )

@@ -134,9 +134,7 @@ def save_merged(
     sources: list[ModelFiles] = [original.files] if original else []
     sources += [model.source] if getattr(model, "source", None) else []
     if any(target == files.path.resolve() for files in sources):
-        raise ConfigError(
-            f"{target} is the folder that the weights are read from; choose another one"
-        )
+        raise ConfigError(f"{target} holds the weights that are read; choose another folder")
     check_writable(target, MERGED_FOLDER, whole=True, is_ours=is_merged)
     measured = quantize is not None or texts is not None
     rows = encode_texts(tokenizer, texts) if measured else []

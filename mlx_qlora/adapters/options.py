@@ -82,9 +82,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     unknown = [name for name, value in config.items() if value and name not in KNOWN]
     unsupported += [f"{name} is {config[name]!r}, an unknown option" for name in unknown]
     if unsupported:
-        raise AdapterError(
-            f"{path} describes an adapter that is not supported:\n{listing(unsupported)}"
-        )
+        raise AdapterError(f"{path} describes an unsupported adapter:\n{listing(unsupported)}")
     values = {name: config[name] for name in RULES if config.get(name) is not None}
     for name, value in values.items():
         kind, rule = RULES[name]

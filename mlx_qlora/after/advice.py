@@ -245,9 +245,7 @@ def _evidence(history: History, scores: Mapping[str, Scores]) -> tuple[str, floa
     """The name of the best loss there is, its first and last value, and what they are of."""
     if {"before", "after"} <= scores.keys():
         before, after = scores["before"], scores["after"]
-        where = (
-            f"on {after.n_tokens:,} tokens that were not trained on, before and after; perplexity "
-        )
+        where = f"on {after.n_tokens:,} tokens held out of training, before and after; perplexity "
         where += f"{before.perplexity:.4g} → {after.perplexity:.4g}"
         return "Loss on held-out rows", before.loss, after.loss, where
     for key, name in (("eval_loss", "Validation loss"), ("loss", "Training loss")):

@@ -264,9 +264,7 @@ class Plan:
         lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
         lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
         if self.cache_bytes:
-            lines.append(
-                f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, while memory is free"
-            )
+            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, if there is room")
         if self.process_bytes:
             lines.append(f"{'process':<22}{self.process_bytes / 1e9:8.2f} GB, Python included")
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")

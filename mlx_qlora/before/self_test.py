@@ -271,12 +271,10 @@ def self_test(
         path = re.sub(r"\.(json|md)$", "", str(Path(report).expanduser().absolute()))
         for file in (Path(f"{path}.json"), Path(f"{path}.md")):
             if file.exists() and TITLE[:22] not in file.read_text(errors="replace")[:99]:
-                raise ConfigError(
-                    f"--report: {file} exists and is no self-test report; name another file"
-                )
+                raise ConfigError(f"--report: {file} exists and is no self-test; name another")
         if not os.access(Path(path).parent, os.W_OK):
             raise ConfigError(
-                f"--report: {Path(path).parent} is no folder that can be written to; name another"
+                f"--report: {Path(path).parent} is no folder to write to; name another"
             )
     in_child = partial(_from_child, [to_dict(config), parts, seconds, keep])
     findings = doctor.examine(console or Console(), in_child)

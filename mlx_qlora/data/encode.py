@@ -338,9 +338,7 @@ def _refuse_marks(said: Said) -> None:
     """Raises a DataError for an answer that is marked not to be learned, where everything is."""
     roles = zip(said.messages, said.learned) if isinstance(said, Chat) else ()
     if any(message["role"] == "assistant" and not learned for message, learned in roles):
-        raise DataError(
-            "an answer is marked not to be learned; leave data.train_on=all out, or the mark"
-        )
+        raise DataError("an answer is marked not to be learned; leave out data.train_on=all")
 
 
 _JSON = json.JSONEncoder(sort_keys=True, default=str)

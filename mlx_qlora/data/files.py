@@ -434,9 +434,8 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError(
-            f"{about.name} needs pyarrow; run: pip install 'mlx-qlora[parquet]'"
-        ) from None
+        needs = f"{about.name} needs pyarrow"
+        raise DataError(f"{needs}; run: pip install 'mlx-qlora[parquet]'") from None
     number = 0
     try:
         if about.kind == "parquet":

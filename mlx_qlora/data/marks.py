@@ -110,6 +110,4 @@ def refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> No
     if tasks and not own_fields:
         names, task = ", ".join(map(repr, tasks)), next(iter(tasks.values()))
         remedy = "if its answer is wanted, leave the field out, or name both with data.columns"
-        raise DataError(
-            f"is {task} ({names}), not an answer to learn; {READS.get(task, '')}{remedy}"
-        )
+        raise DataError(f"is {task} ({names}), not an answer; {READS.get(task, '')}{remedy}")

@@ -67,9 +67,7 @@ def _pair_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str,
     missing = [name for name in ("chosen", "rejected") if is_harmless("", row.get(name))]
     if len(missing) == 2:
         refuse_other_tasks(row, {})
-        raise DataError(
-            "has no 'chosen' and no 'rejected'; learn answers with training.objective=sft"
-        )
+        raise DataError("has no 'chosen' and no 'rejected'; set training.objective=sft")
     if missing:
         raise DataError(f"field {missing[0]!r} is missing")
     return row
@@ -132,7 +130,7 @@ def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Sai
     if not is_mark(label):
         refuse_other_tasks(ours, {})
         what = f"must be true or false, not {label!r:.40}" if name in ours else "is missing"
-        raise DataError(f"field {name!r} {what}; learn answers with training.objective=sft")
+        raise DataError(f"field {name!r} {what}; set training.objective=sft")
     answer = {k: v for k, v in ours.items() if k != name}
     said = read_row(answer, form)
     unread = unread_fields(answer, form, said)
@@ -148,7 +146,6 @@ def check_kind(kind: str, objective: str) -> None:
     if KIND_OF[objective] != kind:
         others = " or ".join(OBJECTIVES[kind])
         raise DataError(
-            f"the rows are {kind}, for training.objective={others}, not {objective}; read rows for "
-            "it "
+            f"the rows are {kind}, for training.objective={others}, not {objective}; read rows "
             f'with read_examples(..., objective="{objective}")'
         )

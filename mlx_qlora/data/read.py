@@ -81,9 +81,8 @@ class DataConfig:
     )
     history: str = option(
         "auto",
-        "chats with several answers: one text with all turns (joint), or one for each answer, "
-        "written as the model is asked for it (as_asked). auto is joint where the template "
-        "allows it",
+        "chats with several answers: one text of all turns (joint), or one for each, written "
+        "as the model is asked for it (as_asked). auto is joint where the template allows it",
         choices=("auto", "joint", "as_asked"),
     )
     train_on: str = option(
@@ -95,8 +94,7 @@ class DataConfig:
         "help where responses are short",
     )
     max_length: int = option(
-        2048,
-        "most tokens in a row. Raise it if `inspect` says that rows are cut; that takes memory",
+        2048, "most tokens in a row. Raise it if `inspect` says that rows are cut; it takes memory"
     )
     truncation: str = option(
         "left-context",

@@ -78,7 +78,7 @@ def resolve(source: str | Path, revision: str | None = None, weights: bool = Tru
     on_disk, built_in = typed != "" and os.path.exists(path), not is_path and typed in BUILT_IN
     if revision is not None and (on_disk or built_in):
         raise SourceError(
-            f"{typed} is on this disk, and model.revision is for hub repositories; leave it out"
+            f"{typed} is on this disk; leave out model.revision, which is for the hub"
         )
     if on_disk:
         return _from_disk(path, typed)
@@ -304,9 +304,7 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         parts = [path.with_name(name) for name in _all_parts([path.name])]
         if missing := ", ".join([part.name for part in parts if not part.is_file()][:5]):
-            raise WeightsError(
-                f"{path} is one of {len(parts)} parts; fetch the others, too: {missing}"
-            )
+            raise WeightsError(f"{path} is one of {len(parts)} parts; fetch the others: {missing}")
         return parts
     names = _names_in(path)
     if missing := [name for name in _missing_files(path) if name != "config.json"]:

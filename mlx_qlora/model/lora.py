@@ -50,8 +50,7 @@ class LoraConfig:
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
     use_dora: bool = option(False, "train the length of each row as well (arXiv 2402.09353)")
     init_lora_weights: bool | str = option(
-        True,
-        "initial weights: true (the update is 0), gaussian, pissa, pissa_niter_N, olora or loftq",
+        True, "initial weights: true (a usual LoRA), gaussian, pissa, pissa_niter_N, olora or loftq"
     )
     rank_pattern: dict[str, int] = option(
         {}, "path endings or regexes -> their rank; the first that matches counts"
@@ -81,7 +80,7 @@ class LoraConfig:
             try:
                 re.compile(key)
             except re.error as error:
-                raise ConfigError(f"lora: {key!r} is no valid regex: {error}") from None
+                raise ConfigError(f"lora: {key!r} is no regex: {error}") from None
         if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
             object.__setattr__(self, "target_modules", list(self.target_modules))
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -463,9 +462,7 @@ def target_paths(
         try:
             matched = [path for path in paths if re.fullmatch(wanted, path)]
         except re.error as error:
-            raise ConfigError(
-                f"lora.target_modules: {wanted!r} is no valid regex: {error}"
-            ) from None
+            raise ConfigError(f"lora.target_modules: {wanted!r} is no regex: {error}") from None
         if not matched:
             raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")
         # PEFT would adapt these too. In its tree a tied model has an lm_head as well.

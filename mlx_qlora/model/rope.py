@@ -139,9 +139,7 @@ def rope_from_hf(
     if share > 1 or (share < 1 and not parts):
         raise WeightsError(f"config.json: partial_rotary_factor {share} is not supported")
     if given.get("factor", 1) < 1:
-        raise WeightsError(
-            "config.json: factor must be at least 1, as positions are stretched by it"
-        )
+        raise WeightsError("config.json: factor, which stretches positions, must be at least 1")
     if kind == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
         raise WeightsError("config.json: high_freq_factor must be larger than low_freq_factor")
     if kind == "dynamic":

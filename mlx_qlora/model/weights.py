@@ -390,8 +390,7 @@ def _check_head(checkpoint: Checkpoint) -> None:
         if embedding is None or not mx.array_equal(arrays[name], embedding):
             raise WeightsError(
                 f"{name} in {checkpoint.found[name].path} differs from the embedding, though tied "
-                "to it; set tie_word_embeddings to false in config.json, or remove it from the "
-                "file"
+                "to it; set tie_word_embeddings to false in config.json, or remove the tensor"
             )
 
 

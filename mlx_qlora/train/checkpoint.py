@@ -314,10 +314,7 @@ def checkpoint_to_resume(
     if wanted != "auto":
         path = Path(wanted).expanduser()
         if not is_ours(path):
-            raise ConfigError(
-                f"checkpointing.resume_from_checkpoint: {path} is no checkpoint; name a "
-                "checkpoint-N folder"
-            )
+            raise ConfigError(f"checkpointing.resume_from_checkpoint: {path} is no checkpoint")
         return Start(path, _same_run(path, read_state(path), state, defaults or {}), [])
     damaged = []
     for path in reversed(checkpoints(Path(config.output_dir))):

@@ -38,9 +38,7 @@ class TrainingConfig:
     )
     lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
     warmup_ratio: float = option(0.1, "share of the steps during which the rate grows, 0 to 1")
-    warmup_steps: int | None = option(
-        None, "the same as a number of steps, instead of warmup_ratio"
-    )
+    warmup_steps: int | None = option(None, "the same as a number of steps; replaces warmup_ratio")
     num_train_epochs: float | None = option(
         None,
         f"passes over the data, above 0. {USUAL_PASSES} if max_steps is not given either. Take "
@@ -84,8 +82,7 @@ class TrainingConfig:
         0.0, "share of pairs, in [0, 0.5), that may be the wrong way round (dpo, simpo)"
     )
     rpo_alpha: float = option(
-        0.0,
-        "weight of the chosen answers' sft loss, which is added (dpo, simpo). orpo always adds 1",
+        0.0, "weight of the chosen answers' own loss, which is added (dpo, simpo). orpo adds 1"
     )
     simpo_gamma: float = option(
         1.0, "margin between the rewards of a chosen and a rejected answer (simpo)"

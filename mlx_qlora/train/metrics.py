@@ -31,9 +31,7 @@ RUN_ID = "wandb_run_id"
 class LoggingConfig:
     """How often figures are written, and where besides `metrics.jsonl`."""
 
-    logging_steps: int = option(
-        10, "steps between figures that are written; the last step has them, too"
-    )
+    logging_steps: int = option(10, "steps between written figures; the last step has them, too")
     report_to: list[str] | str = option(
         [], "tensorboard, wandb or both, besides metrics.jsonl, which is always written"
     )

@@ -564,13 +564,13 @@ def test_folders_of_others_are_refused_and_untouched(
         ("adapter", model, r"adapter/README\.md \(and 4 more\)"),
         ("notes", model, "choose another folder with --output-dir"),
         ("file", model, "is a file"),
-        ("own", trained, "is the folder that the weights are read from"),
+        ("own", trained, "holds the weights that are read"),
     ):
         with pytest.raises(mq.ConfigError, match=words) as caught:
             save_merged(using, tokenizer, tmp_path / target)
         assert str(tmp_path / target) in str(caught.value)
         assert contents(tmp_path) == before
-    with pytest.raises(mq.ConfigError, match="is the folder that the weights are read from"):
+    with pytest.raises(mq.ConfigError, match="holds the weights that are read"):
         save_merged(model, tokenizer, own, base=own)
 
 

@@ -63,7 +63,7 @@ def test_chat_answers_and_ends(run, monkeypatch, capsys):
     [
         (
             ["sweep", "--learning-rates", "fast"],
-            "must be numbers, with commas between them; got 'fast'",
+            "must be numbers between commas; got 'fast'",
         ),
         (["evaluate", "--data", "x.jsonl"], "model.source is missing"),
         (["chat"], "model.source is missing"),

@@ -58,7 +58,7 @@ def test_the_page_answers_five_questions_from_the_figures_and_shows_no_refused_r
         "102 tokens per second", "measured / planned 1.25", "reached 102 while training",
         "learning rate 0.0001",
         "5 0.05 1.4", "20 0.2 1.1 2.175", "40 0.4 1.05 2.15 1e-4 1.5 101.5",
-        "on 99 tokens that were not trained on, before and after; perplexity 20.09 → 7.389",
+        "on 99 tokens held out of training, before and after; perplexity 20.09 → 7.389",
         "12 read, 10 kept, 2 refused", "3, 7",
     ):  # fmt: skip
         assert said in text, said

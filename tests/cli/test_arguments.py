@@ -199,11 +199,11 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("evaluate generation.top_k=5", "top_k=5: evaluate does not read it; it reads generation."),
         (
             "evaluate --epochs 2",
-            "training.num_train_epochs=2: evaluate does not read it; it reads training.",
+            "num_train_epochs=2: evaluate does not read it; it reads training.",
         ),
         (
             "inspect --lr 1e-4",
-            "training.learning_rate=1e-4: inspect does not read it; it reads training.",
+            "learning_rate=1e-4: inspect does not read it; it reads training.",
         ),
         ("inspect model.bits=8", "model.bits=8: inspect does not read it; it reads model.so"),
         ("plan data.path=x", "data.path=x: plan does not read it; it reads data.max_length"),

@@ -87,12 +87,12 @@ def test_what_a_pair_says_besides_is_counted():
 NOT_PAIRS: dict[str, tuple[Any, str]] = {
     "an answer": (
         {"prompt": "a", "completion": "b"},
-        "has no 'chosen' and no 'rejected'; learn answers with training.objective=sft",
+        "has no 'chosen' and no 'rejected'; set training.objective=sft",
     ),
     "half a pair": ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
     "a judged answer": (
         {"prompt": "a", "completion": "b", "label": True},
-        "is a labelled answer ('label'), not an answer to learn; training.objective=kto reads",
+        "is a labelled answer ('label'), not an answer; training.objective=kto reads",
     ),
     "twice the same": (
         {"prompt": "a", "chosen": "b", "rejected": "b"},
@@ -139,7 +139,7 @@ def test_a_judged_answer_is_its_answer_and_its_label(label):
     [
         (
             {"prompt": "a", "completion": "b"},
-            "field 'label' is missing; learn answers with training.objective=sft",
+            "field 'label' is missing; set training.objective=sft",
         ),
         ({"prompt": "a", "completion": "b", "label": "x"}, "field 'label' must be true or false"),
         (
@@ -159,14 +159,13 @@ def test_what_nobody_judged_is_refused(row, reason):
     [
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "is a preference pair ('chosen', 'rejected'), not an answer to learn; "
+            "is a preference pair ('chosen', 'rejected'), not an answer; "
             "training.objective=dpo, orpo or simpo reads it; ",
         ),
         (PAIRS["OpenAI's"][0], "is a preference pair ('preferred_output', 'non_preferred_output')"),
         (
             {"prompt": "a", "completion": "b", "label": 1},
-            "is a labelled answer ('label'), not an answer to learn; "
-            "training.objective=kto reads it; ",
+            "is a labelled answer ('label'), not an answer; training.objective=kto reads it; ",
         ),
         (
             {"prompt": "a", "completions": ["b"], "labels": [True]},

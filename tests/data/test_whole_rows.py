@@ -314,7 +314,7 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
     "a judged answer": (
         {"prompt": "a", "completion": "b", "label": False},
         "",
-        "is a labelled answer ('label'), not an answer to learn",
+        "is a labelled answer ('label'), not an answer",
     ),
     "a judged chat": (chat(ASK, ANSWER, kto_tag=True), "", "is a labelled answer"),
     "a preference pair": (

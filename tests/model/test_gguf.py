@@ -359,7 +359,7 @@ def test_a_model_in_parts_is_the_whole_model(tmp_path: Path) -> None:
         writer.close()
     assert np.array_equal(our_logits(load_folder(tmp_path / names[0]), random_tokens(2, 9)), logits)
     (tmp_path / names[1]).unlink()
-    assert "2 parts; fetch the others, too: m-00002-of-00002.gguf" in refusal(tmp_path / names[0])
+    assert "2 parts; fetch the others: m-00002-of-00002.gguf" in refusal(tmp_path / names[0])
 
 
 # ---- families ----------------------------------------------------------------------------------

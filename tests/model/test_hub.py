@@ -192,7 +192,7 @@ def test_a_name_that_leads_nowhere(tmp_path, monkeypatch, source, message):
 def test_a_revision_belongs_to_the_hub(tmp_path):
     folder = str(dense(tmp_path / "model"))
     for source in (folder, "smollm2-135m"):
-        message = f"{source} is on this disk, and model.revision is for hub repositories"
+        message = f"{source} is on this disk; leave out model.revision, which is for the hub"
         assert refusal(source, "main") == message
 
 

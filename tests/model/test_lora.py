@@ -213,7 +213,7 @@ def test_targets_select_what_peft_selects(
         ({"target_modules": ["q_proj", "W_pack"]}, ["'W_pack'", "mlp.down_proj", "self_attn"]),
         ({"target_modules": ["lm_head"]}, ["'lm_head' matches nothing"]),
         ({"target_modules": "model.nothing"}, ["no path matches 'model.nothing'", "mlp.up_proj"]),
-        ({"target_modules": "(q_proj"}, ["is no valid regex", "'(q_proj'"]),
+        ({"target_modules": "(q_proj"}, ["is no regex", "'(q_proj'"]),
         # PEFT would adapt these modules too, or refuse them: the file would not mean this model.
         ({"target_modules": ".*proj|lm_head"}, ["also matches lm_head"]),
         ({"target_modules": ".*"}, ["also matches model.norm"]),
@@ -247,7 +247,7 @@ def test_a_target_that_cannot_be_met_says_what_exists(
         ({"bias": "all"}, "lora.bias must be one of 'none'; got 'all'"),
         ({"target_modules": "all-linear", "layers_to_transform": [0]}, "list of names"),
         ({"lora_alpha": math.inf}, "lora.lora_alpha must be above 0 and finite"),
-        ({"alpha_pattern": {"(v": 1}}, "'(v' is no valid regex"),
+        ({"alpha_pattern": {"(v": 1}}, "'(v' is no regex"),
         *(
             ({"rank_pattern": {"q_proj": r}}, f"q_proj must be at least 1; got {r!r}")
             for r in (0, -2, 2.5, "8")

@@ -278,7 +278,7 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "a part is missing": (
         lambda at, whole: write_parts(at, whole, PARTS)[1].unlink(),
-        r"is one of 2 parts; fetch the others, too: m-00002-of-00002.gguf",
+        r"is one of 2 parts; fetch the others: m-00002-of-00002.gguf",
     ),
     "a pointer": (lambda at, _: (at / "m.gguf").write_bytes(POINTER), r"is Git LFS's pointer"),
     "an empty file": (lambda at, _: (at / "m.gguf").write_bytes(b""), r"m.gguf is empty"),

@@ -273,7 +273,7 @@ def test_auto_streams_what_would_not_fit(
 
     inputs, plan, said = opened(1 << 30)
     assert (inputs.config.model.residency, plan.residency) == ("auto", "resident")
-    assert "streamed  weights are read" not in said and inputs.load().model.reader is None
+    assert "streamed  weights from the disk" not in said and inputs.load().model.reader is None
     inputs, plan, said = opened(plan.parts["base weights"] + plan.parts["dequantised copy"])
     assert inputs.config.model.residency == plan.residency == "streamed"
     assert "would not fit" in said and "two layers in memory" in said
