@@ -4,27 +4,24 @@ Run as: python docs/list_messages.py [FOLDER OR FILE ...]
 
 A message is a string with words in it that is no docstring: what an error, a warning or a line
 says, the help of an option, and the pieces that these are put together of. `{...}` stands for what
-is filled in.
+is filled in. `tests/project/test_messages.py` holds the style: what is wrong first, after a `; `
+the remedy; fields and options as they are typed.
 """
 
 import ast
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1] / "mlx_qlora"
 WORDS = re.compile(r"[A-Za-z]{2,}[,;:.]? +\S*[A-Za-z]{2,}")
+NAMES = re.compile(r"(?=.*_)[a-z0-9_ ]+")  # such as a list of fields
 # What is called with a string -> what the string is.
-KINDS = {
-    "option": "help",
-    "add_argument": "help",
-    "say": "line",
-    "print": "line",
-    "warn": "warning",
-}
-KINDS |= {"require": "error", "doing": "progress"}
+KINDS = {"option": "help", "add_argument": "help", "say": "line", "print": "line"}
+KINDS |= {"warn": "warning", "require": "error"}
 
 
 class Message(NamedTuple):
@@ -36,48 +33,42 @@ class Message(NamedTuple):
     text: str
 
 
-def messages(paths: list[Path]) -> list[Message]:
-    """The messages of Python files and of all such files in folders, in the order of the source."""
-    files = [f for path in paths for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    return [message for file in files for message in _in_file(file)]
-
-
-def _in_file(file: Path) -> Iterator[Message]:
-    name = str(file.resolve().relative_to(ROOT))
-    for line, kind, text in _below(ast.parse(file.read_text(encoding="utf-8")), "text"):
-        if WORDS.search(text):
-            yield Message(name, line, kind, text)
+def messages(path: Path = PACKAGE) -> list[Message]:
+    """The messages of a Python file, or of all in a folder, in the order of the source."""
+    found = []
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        for line, kind, text in _below(ast.parse(file.read_text(encoding="utf-8")), "text"):
+            if WORDS.search(text) and not NAMES.fullmatch(text):
+                found.append(Message(os.path.relpath(file), line, kind, text))
+    return found
 
 
 def _below(node: ast.AST, kind: str) -> Iterator[tuple[int, str, str]]:
+    """Line, kind and text of every string below a node, without docstrings."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return  # a docstring
-    text = _text(node)
-    if text is not None:
-        yield node.lineno, kind, text  # type: ignore[attr-defined]
+        return
     if isinstance(node, ast.Raise):
         kind = "error"
     elif isinstance(node, ast.Call):
-        called = ast.unparse(node.func).rpartition(".")[2].lstrip("_")
+        called = ast.unparse(node.func).rpartition(".")[2]
         kind = "error" if called.endswith("Error") else KINDS.get(called, kind)
+    text = None
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        text = node.value
+    elif isinstance(node, ast.JoinedStr):
+        text = "".join(
+            str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"
+            for part in node.values
+            if isinstance(part, (ast.Constant, ast.FormattedValue))
+        )
+    if text is not None:
+        yield node.lineno, kind, text
     for child in ast.iter_child_nodes(node):
         if text is None or not isinstance(child, ast.Constant):
             yield from _below(child, kind)
 
 
-def _text(node: ast.AST) -> str | None:
-    """What a string says, with what is filled in as `{...}`; strings that are added are one."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        parts = [
-            v.value if isinstance(v, ast.Constant) else f"{{{ast.unparse(v.value)}}}"  # type: ignore[attr-defined]
-            for v in node.values
-        ]
-        return "".join(map(str, parts))
-    return None
-
-
 if __name__ == "__main__":
-    for message in messages([Path(name) for name in sys.argv[1:]] or [ROOT / "mlx_qlora"]):
-        print(f"{message.file}:{message.line}: {message.kind}: {message.text!r}")
+    for place in [Path(word) for word in sys.argv[1:]] or [PACKAGE]:
+        for message in messages(place):
+            print(f"{message.file}:{message.line}: {message.kind}: {message.text!r}")

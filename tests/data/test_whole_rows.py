@@ -463,7 +463,7 @@ def test_an_optional_column_that_no_row_has_is_misspelt(
 
 def test_all_cannot_be_learned_where_an_answer_is_marked(chatty: Tokenizer) -> None:
     marked = chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER)
-    with pytest.raises(DataError, match=r"marked not to be learned, and data\.train_on=all"):
+    with pytest.raises(DataError, match=r"marked not to be learned; leave out data\.train_on=all"):
         read([marked], chatty, train_on="all")
 
 
