@@ -24,7 +24,7 @@ RULES = {
     ),
     "no `we`": (
         "error|warning|help|line|text",
-        r"\b([Ww]e|[Uu]s|[Oo]urs?)\b(?!-)",
+        r"\b([Ww]e|[Uu]s|[Oo]urs?)\b(?![-'])",
         'raise ValueError("a type that we do not read")',
     ),
     "a remedy after `; `": (
