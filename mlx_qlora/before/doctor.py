@@ -15,7 +15,6 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -388,7 +387,7 @@ def _in_time(work: Callable[[], Any], seconds: float) -> Any:
     """What `work` returns, or a RuntimeError if it takes longer: name servers heed no timeout."""
     try:
         return in_time(work, seconds)
-    except futures.TimeoutError:
+    except TimeoutError:
         raise RuntimeError(f"no answer within {seconds:g} s") from None
 
 

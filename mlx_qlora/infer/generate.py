@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Unpack, cast
 
 import mlx.core as mx
 import numpy as np
@@ -25,9 +25,6 @@ from mlx_qlora.infer.tokens import (
 )
 from mlx_qlora.model.llama import LlamaForCausalLM, check_ids
 from mlx_qlora.progress import doing
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # ---- prompts and settings ------------------------------------------------------------------------
 
