@@ -14,7 +14,7 @@ TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0 trl==1.16.0 $(GEMMA) $(GEMMA)-
 	$(GEMMA)-part3 $(GEMMA)-part4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format bench docs recording package tools clean
+.PHONY: help demo test quick lint format bench docs notebooks recording package tools clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -57,6 +57,9 @@ docs: $(VENV)/.docs ## Write what docs show of the program, and build the site i
 	$(BIN)/python docs/make_figures.py
 	$(BIN)/python examples/make_notebooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/.docs ## Run the examples that changed, and keep what they print: minutes each
+	$(BIN)/python examples/make_notebooks.py
 
 recording: $(VENV)/.base ## Record a run anew for the README, a minute
 	$(BIN)/python docs/make_recording.py

@@ -70,14 +70,11 @@ def evaluate_run(
     Raises:
         UserError: any of its kinds, before a weight is loaded.
     """
-    data = config.data.path
-    if data is None:
-        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
-    find_files(data)
+    find_files(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
-    _warn_of_training_rows(config, data, console)
+    _warn_of_training_rows(config, str(config.data.path), console)
     seed, n_rows = config.training.seed, len(examples)
     examples = _drawn_examples(examples, limit, seed, console)
     asked = _drawn_questions(examples, tokenizer, n_answers, seed, console)

@@ -81,17 +81,17 @@ def readable(name: str) -> Iterator[None]:
         raise DataError(f"data {name} cannot be read: {error.strerror or error}") from None
 
 
-def user_path(text: str | Path, field: str) -> Path:
-    """A path as a person writes it, `~` included; a ConfigError if it is empty or has no home."""
-    if not str(text):
-        raise ConfigError(f"{field} is empty; name a file or folder")
+def user_path(text: str | Path | None, field: str) -> Path:
+    """A path as a person writes it, `~` included; a ConfigError if it is none or has no home."""
+    if not str(text or ""):
+        raise ConfigError(f"{field} is missing; name a file or folder")
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"{field}: there is no home folder for {text}") from None
 
 
-def find_files(path: str | Path) -> dict[str, list[RowFile]]:
+def find_files(path: str | Path | None) -> dict[str, list[RowFile]]:
     """The files behind a path, in the order of their names: part of a run -> files.
 
     All are "train" except in a folder whose file names say otherwise. A path is a file, a folder

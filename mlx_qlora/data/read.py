@@ -419,10 +419,8 @@ def train_validation_test(
         ConfigError: no training file is named.
         DataError: a file cannot be used, or nothing is left to train on.
     """
-    if config.path is None:
-        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
     files_of = find_files(config.path)
-    sources = {part: (config.path, files) for part, files in files_of.items() if files}
+    sources = {part: (str(config.path), files) for part, files in files_of.items() if files}
     named = {"validation": config.validation_path, "test": config.test_path}
     for part, path in named.items():
         if path is not None:

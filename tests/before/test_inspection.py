@@ -336,7 +336,7 @@ def test_no_weight_is_loaded(tmp_path, data, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("data.path=null", "data.path is missing; name a file of rows with --data FILE"),
+        ("data.path=null", "data.path is missing; name a file or folder"),
         ("--data no.jsonl", "data file no.jsonl is missing"),
         ("--data empty.jsonl", "empty.jsonl is empty"),
         ("--data none.jsonl", "no usable row in"),
