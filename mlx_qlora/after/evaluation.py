@@ -71,10 +71,11 @@ def evaluate_run(
         UserError: any of its kinds, before a weight is loaded.
     """
     find_files(config.data.path)
+    data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
-    _warn_of_training_rows(config, str(config.data.path), console)
+    _warn_of_training_rows(config, data, console)
     seed, n_rows = config.training.seed, len(examples)
     examples = _drawn_examples(examples, limit, seed, console)
     asked = _drawn_questions(examples, tokenizer, n_answers, seed, console)
@@ -90,7 +91,7 @@ def evaluate_run(
         tuned = measure(model, tokenizer, examples, asked, max_new_tokens)
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
     comparison = compare(base, tuned, asked)
-    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
+    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs["max_new_tokens"] = max_new_tokens
     samples = []
