@@ -265,8 +265,8 @@ def test_a_file_whose_path_names_two_parts_is_refused(tmp_path: Path) -> None:
 def test_files_that_are_for_nothing_beside_named_parts_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "train.csv", *(f"more-{i}.csv" for i in range(7)))
     assert refusal(tmp_path) == (
-        f"data folder {tmp_path} has files whose names say what they are for, and others that are "
-        "for nothing:\n"
+        f"data folder {tmp_path} has files whose names say what they are for, and others whose "
+        "names do not:\n"
         + "".join(f"  {tmp_path}/more-{i}.csv\n" for i in range(5))
         + f"  ... and 2 more\n{REMEDY}"
     )
