@@ -8,7 +8,6 @@ is run, which takes minutes. With --all each one is run again, with names only t
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -63,12 +62,14 @@ def run(notebook: NotebookNode, folder: Path, **environment: str) -> None:
     """
     where = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=where)
-    client.execute(env={**os.environ, **environment})
+    # tqdm would have ipywidgets for its bars, which draw downloads alone.
+    quiet = {"PYTHONWARNINGS": "ignore:IProgress not found"}
+    client.execute(env={**os.environ, **quiet, **environment})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it was run
-        for output in cell.get("outputs", []):  # what a terminal draws over
-            if output.output_type == "stream":
-                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+        for output in cell.get("outputs", []):
+            for kind, text in output.get("data", {}).items():
+                output.data[kind] = text.replace(f"{folder}/", "")  # as from the notebook's folder
 
 
 def write(names: list[str], anew: bool = False) -> list[Path]:

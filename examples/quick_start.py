@@ -22,6 +22,7 @@ ROWS = [
 ]
 PROMPT = "### Instruction:\nWrite the amount in house style.\n\n### Input:\n{}\n\n### Response:\n"
 QUESTION = PROMPT.format("740500 dollars")
+GREEDY = {"max_new_tokens": 16, "temperature": 0.0, "repetition_penalty": 1.0}
 
 # %% [markdown]
 # The weights are packed to 4 bits while they are loaded, and stay as they are from then on.
@@ -32,7 +33,7 @@ model, tokenizer = mq.load(MODEL, FOUR_BITS)
 examples = mq.read_examples(ROWS, tokenizer)
 print(examples.report)
 before = mq.evaluate(model, tokenizer, examples)
-print("before:", mq.generate(model, tokenizer, QUESTION, max_new_tokens=12, temperature=0.0))
+print("before:", mq.generate(model, tokenizer, QUESTION, **GREEDY))
 
 # %%
 config = mq.RunConfig(
@@ -43,7 +44,7 @@ result
 
 # %%
 after = mq.evaluate(model, tokenizer, examples)
-answer = mq.generate(model, tokenizer, QUESTION, max_new_tokens=12, temperature=0.0)
+answer = mq.generate(model, tokenizer, QUESTION, **GREEDY)
 print("after:", answer)
 
 # %% [markdown]
@@ -52,7 +53,7 @@ print("after:", answer)
 
 # %%
 again, tokenizer = mq.load(MODEL, FOUR_BITS, adapter=OUTPUT)
-same = mq.generate(again, tokenizer, QUESTION, max_new_tokens=12, temperature=0.0)
+same = mq.generate(again, tokenizer, QUESTION, **GREEDY)
 print(f"loss {before.loss:.3f} -> {after.loss:.3f}; the saved adapter says {same!r}")
 
 assert after.loss < before.loss / 2
