@@ -311,9 +311,9 @@ def test_no_more_rows_are_split_than_there_are(model):
     batch = a_batch(0, False)
     names = ("tokens", "labels", "documents", "places", "rows")
     step([dataclasses.replace(batch, **{name: getattr(batch, name)[:3] for name in names})], 1e-2)
-    assert re.findall("of 3 rows at most . are", printed.getvalue()) == [
-        "of 3 rows at most 2 are",
-        "of 3 rows at most 1 are",
+    assert re.findall("at most . of 3 rows are", printed.getvalue()) == [
+        "at most 2 of 3 rows are",
+        "at most 1 of 3 rows are",
     ]
 
 
