@@ -42,7 +42,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CONFIG, {"rope_scaling": [2.0]}, "rope_scaling must be an object"),
     (CONFIG, {"is_causal": False}, "is_causal is False; supported: True or None"),
     (CONFIG, {"rope_theta": "10000"}, "rope_theta must be a positive number"),
-    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "stretches positions, must be at"),
+    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "positions, must be at least"),
     (CONFIG, {"rope_parameters": DEFAULT, "rope_scaling": LINEAR}, "'linear', and 'default' else"),
     (
         CONFIG,
