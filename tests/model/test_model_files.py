@@ -133,13 +133,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "some parts and the whole": (
         steps(lambda f: shards(f, 3, 1), lambda f: index(f, 3)),
-        r"lacks model-00002-of-00003.* if model.safetensors is the whole model, delete model.safet",
+        r"missing: model-00002-of-00003.* if model.safetensors is the whole model, delete model.safet",
     ),
     "a part is missing": (
         steps(lambda f: shards(f, 3, 2), without_whole),
-        r"lacks model-00003-of-00003.safetensors$",
+        r"missing: model-00003-of-00003.safetensors$",
     ),
-    "only macOS's twin": (steps(twin(WHOLE), without_whole), r"lacks \*.safetensors"),
+    "only macOS's twin": (steps(twin(WHOLE), without_whole), r"missing: \*.safetensors"),
     "only torch's format": (
         only("pytorch_model.bin"),
         r"only as pytorch_model.bin; convert to saf",
