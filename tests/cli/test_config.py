@@ -502,7 +502,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     ),
     "Axolotl's LoRA": (
         "adapter: lora\nlora_model_dir:\nbase_model: x/y\nmicro_batch_size: 2\n",
-        "adapter: lora names a kind",
+        "adapter: lora is a kind",
     ),
     "LLaMA-Factory": (
         "stage: sft\nfinetuning_type: lora\ndataset: identity\ntemplate: llama3\ncutoff_len: 9\n",

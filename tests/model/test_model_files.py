@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "some parts and the whole": (
         steps(lambda f: shards(f, 3, 1), lambda f: index(f, 3)),
-        r"missing: model-00002-of-00003.* if model.safetensors is the whole model, delete model.safet",
+        r"missing: model-00002-of-00003.* if model.safetensors is the whole model, delete model",
     ),
     "a part is missing": (
         steps(lambda f: shards(f, 3, 2), without_whole),
