@@ -370,10 +370,10 @@ def test_a_card_of_what_vllm_does_not_compute_of_a_local_base_and_of_odd_values(
     adapter = {"base_model_name_or_path": f"/home/{SECRET}/tiny", "r": 600, "use_dora": True}
     text = model_card(Facts({**adapter, "target_modules": "a|b"}))
     assert SECRET not in text and "base_model" not in text and "A DoRA adapter" in text
-    assert "vLLM does not compute DoRA" in text and r"a\|b" in text
+    assert "vLLM does not support DoRA" in text and r"a\|b" in text
     assert "vllm serve" not in model_card(Facts({**adapter, "use_dora": False}))
     patterns = {**adapter, "use_dora": False, "r": 8, "alpha_pattern": {"q_proj": 3}}
-    assert "does not compute ranks or scales of their own" in model_card(Facts(patterns))
+    assert "does not support several ranks or scales" in model_card(Facts(patterns))
     counted = model_card(Facts(adapter, {"data": {"rows": 1234, "tokens": 56789}}))
     assert "data: rows 1,234; data: tokens 56,789." in counted
     for r, enough in ((1, 8), (9, 16), (300, 320), (512, 512)):
