@@ -206,10 +206,10 @@ class Scaling:
         handed, wire = self.handed_bytes / 1e9, self.wire_bytes / 1e9
         return (
             f"{'processes':<22}{self.processes}; each needs the memory above\n"
-            f"{'handed over':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
+            f"{'all-reduced':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
             f"{self.messages} messages\n"
-            f"{'step of all':<22}{self.step_tokens:,} tokens, {self.compute_seconds:,.2f} s of "
-            "computing"
+            f"{'step':<22}{self.step_tokens:,} tokens of all processes, computed in "
+            f"{self.compute_seconds:,.2f} s"
         )
 
 
@@ -264,7 +264,7 @@ class Plan:
         lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
         lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
         if self.cache_bytes:
-            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, while there is room")
+            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, if there is room")
         if self.process_bytes:
             lines.append(f"{'process':<22}{self.process_bytes / 1e9:8.2f} GB, Python included")
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
@@ -314,7 +314,7 @@ def plan(
     """
     if processes is not None and (type(processes) is not int or processes < 1):
         raise ConfigError(
-            f"--processes must be a whole number of at least 1; got {processes!r}: "
+            f"--processes must be a whole number of at least 1; got {processes!r}; "
             "pass as many as `mlx.launch` will start"
         )
     config = config or RunConfig()
@@ -408,9 +408,9 @@ def _plan_as_it_is(
     parts |= {"dequantised copy": frozen.copy} if frozen.copy else {}
     parts["adapter and AdamW"] = memory.adapter_bytes(trained)
     backward = {"gradients": step, "activations": kept, "working arrays": work}
-    backward |= {"sums under way": sums} if sums else {}
+    backward |= {"all-reduce": sums} if sums else {}
     copies = memory.copies_bytes(frozen.copies_for_now, work, streamed)
-    backward |= {"dequantised for now": copies} if copies else {}
+    backward |= {"dequantised in use": copies} if copies else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
@@ -438,7 +438,7 @@ def _advice(
         "working arrays": "",
         "base weights": smaller,
         "dequantised copy": "set model.frozen_matmul=dequantize",
-        "dequantised for now": smaller,
+        "dequantised in use": smaller,
     }
     largest = max(parts, key=lambda name: parts[name])
     remedy = remedies.get(largest, "lower lora.r")

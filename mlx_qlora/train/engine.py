@@ -331,8 +331,8 @@ class Engine:
         }
         if missing := sorted(trainable.keys() - differentiated):
             raise ConfigError(
-                f"{missing[0]} is trainable, and has no gradient here: LoRA weights have one; "
-                "freeze the others (model.freeze(), then add_lora)"
+                f"{missing[0]} is trainable, but only LoRA weights can be trained; freeze the "
+                "others (model.freeze(), then add_lora)"
             )
         # Below the first layer that learns nothing is kept, and there is no backward.
         self.first = min(int(path.split(".")[2]) for path in trainable)

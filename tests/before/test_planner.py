@@ -200,7 +200,7 @@ def test_a_machine_that_is_none_is_refused(name):
 def test_a_chip_without_its_memory_is_told_the_sizes_it_is_sold_with():
     with pytest.raises(ConfigError) as refused:
         machine("M4-max")
-    told = "--machine: 'M4-max' lacks its memory, like m4-max-36; GB: 36, 48, 64, 128"
+    told = "--machine: 'M4-max' has no size (36, 48, 64, 128 GB); write it as m4-max-36"
     assert str(refused.value) == told
     chips = {**device.APPLE, **device.NVIDIA}.keys()
     assert device.MEMORY.keys() == device.BANDWIDTH.keys() == chips
@@ -335,7 +335,7 @@ def test_the_cache_of_freed_buffers_is_told_and_gives_way():
 
     roomy, tight, cpu = made(machine("m4-max-64")), made(machine("m1-16")), made(small(64 << 30))
     assert roomy.cache_bytes == roomy.memory_bytes // 8 == roomy.to_dict()["cache_bytes"]
-    assert "cache                     6.44 GB more, while there is room" in str(roomy)
+    assert "cache                     6.44 GB more, if there is room" in str(roomy)
     for each in (roomy, tight):
         assert each.fits and 0 < each.cache_bytes <= each.memory_bytes - each.total_bytes
     temporary = cpu.parts["activations"] + cpu.parts["working arrays"]
@@ -397,9 +397,9 @@ def test_one_dense_matrix_of_a_streamed_base_is_counted(checkpoint_files):
         config = build({"model": {"residency": residency, "frozen_matmul": way}})
         return plan_checkpoint(open_checkpoint(checkpoint_files), config).parts
 
-    assert parts("streamed", "dequantize")["dequantised for now"] == 4 * 256 * 512
+    assert parts("streamed", "dequantize")["dequantised in use"] == 4 * 256 * 512
     for way in (("streamed", "quantized"), ("resident", "resident")):
-        assert "dequantised for now" not in parts(*way)
+        assert "dequantised in use" not in parts(*way)
 
 
 def test_no_attention_to_the_longest_context_is_ended_by_the_watchdog():
