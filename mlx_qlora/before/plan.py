@@ -30,6 +30,7 @@ from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
 from mlx_qlora.train.config import RunLength, batches_of
 
+FULL = 0.85  # of the memory: the rest is for other programs
 FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
 # Of a layer's elementwise operations, counted in the graph of a step on Metal (docs/log.md): how
 # often they move a number of the hidden states, q, k and v, one of the MLP's, and one that dropout
@@ -273,14 +274,17 @@ class Plan:
         for name, figures in self.residencies.items():
             fits = "fits" if figures["fits"] else "does not fit"
             speed = f"about {figures['tokens_per_second']:,.0f} tokens/s"
-            lines.append(f"{name:<22}{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}")
+            chosen = ", chosen" * (name == self.residency)
+            line = f"{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}{chosen}"
+            lines.append(f"{name:<22}{line}")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
         recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
         lines.append(f"{'recomputed':<22}{recomputed or 'nothing'}")
         if self.schedule.n_chunks > 1:
             lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} chunks")
-        lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
+        longest = f"{self.longest_context:,} tokens" if self.longest_context else "none fits"
+        lines.append(f"{'longest context':<22}{longest}")
         lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
         seconds, what = self.run_seconds, "with validations"
         if seconds is None:
@@ -351,19 +355,25 @@ def plan_checkpoint(
 ) -> Plan:
     """The plan for opened files, and for the examples of a run if they are known.
 
-    Where the weights may be streamed, they are if the run would not fit otherwise.
+    Where the weights may be streamed, they are if the run would fill more than `FULL` of memory.
     """
     model, rest = config.model, (examples, where or this_machine(), processes)
-    resident = _plan_as_it_is(checkpoint, config, *rest)
-    if model.residency != "auto":
-        return resident
+    as_asked = _plan_as_it_is(checkpoint, config, *rest)
+    is_full = as_asked.total_bytes > FULL * as_asked.memory_bytes
+    if model.residency == "streamed" or (model.residency == "resident" and not is_full):
+        return as_asked
     way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
     model = replace(model, residency="streamed", frozen_matmul=way)
     streamed = _plan_as_it_is(checkpoint, replace(config, model=model), *rest)
-    helps = not resident.fits and streamed.total_bytes < resident.total_bytes
     names = "total_bytes", "process_bytes", "fits", "tokens_per_second"
-    both = {p.residency: {name: getattr(p, name) for name in names} for p in (resident, streamed)}
-    return replace(streamed if helps else resident, residencies=both)
+    both = {p.residency: {name: getattr(p, name) for name in names} for p in (as_asked, streamed)}
+    if config.model.residency == "auto":
+        helps = is_full and streamed.total_bytes < as_asked.total_bytes
+        return replace(streamed if helps else as_asked, residencies=both)
+    if as_asked.fits or not streamed.fits:
+        return as_asked
+    need = f"streamed, the run takes {streamed.total_bytes / 1e9:.2f} GB"
+    return replace(as_asked, advice=f"This will not fit; {need}: set model.residency=auto.")
 
 
 def _plan_as_it_is(
@@ -390,7 +400,7 @@ def _plan_as_it_is(
     streamed = frozen.read > 0
     sizes = itemsize, where, streamed, streamed and frozen.copies_for_now > 0
     batches = [memory.Footprint(llama, lengths, *sizes) for lengths in (largest, usual)]
-    chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
+    chosen, usually = (b.schedule(levels, b.budget(standing), trained) for b in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation
     step = memory.step_bytes(trained, chosen.n_chunks, accumulation > 1)

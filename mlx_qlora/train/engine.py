@@ -320,6 +320,7 @@ class Engine:
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
+        self.trainable = sum(weight.size for weight in trainable.values())
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
         self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
         differentiated = {
@@ -390,7 +391,8 @@ class Engine:
         sizes = self.model.config, lengths, self.dtype.size
         streamed, one_by_one = self.reader is not None, self.one_by_one
         footprint = memory.Footprint(*sizes, streamed=streamed, one_by_one=one_by_one)
-        return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
+        budget = footprint.budget(self.persistent)
+        return footprint, footprint.schedule(self.recompute, budget, self.trainable)
 
     def limit_memory(self, lengths: list[int]) -> None:
         """Keep MLX's memory where the plan of the largest batch says, of documents that long."""
