@@ -89,6 +89,11 @@ class TrainingConfig:
     )
     desirable_weight: float = option(1.0, "what kto's good answers weigh")
     undesirable_weight: float = option(1.0, "what kto's bad answers weigh")
+    kl_weight: float = option(
+        0.0,
+        "so much of KL(tuned || model before its training), in nats of each learned token, is added "
+        "to sft's loss: less is forgotten, for one more forward",
+    )
 
     def __post_init__(self) -> None:
         check_choices("training", self)
@@ -118,9 +123,11 @@ class TrainingConfig:
         check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
         check(("warmup_ratio",), "be in [0, 1]", lambda x: 0 <= x <= 1)
         check(("label_smoothing",), "be in [0, 0.5)", lambda x: 0 <= x < 0.5)
-        weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight"
+        weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight", "kl_weight"
         check(weights, "be at least 0, and finite", lambda x: 0 <= x < math.inf)
         check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
+        rule = f"be 0 for training.objective={self.objective}, which is no sft"
+        require(not self.kl_weight or self.objective == "sft", "training.kl_weight", rule, self.kl_weight)
 
     @property
     def reward_scale(self) -> float:
