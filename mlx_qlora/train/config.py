@@ -91,8 +91,8 @@ class TrainingConfig:
     undesirable_weight: float = option(1.0, "what kto's bad answers weigh")
     kl_weight: float = option(
         0.0,
-        "so much of KL(tuned || model before its training), in nats of each learned token, is added "
-        "to sft's loss: less is forgotten, for one more forward",
+        "so much of KL(tuned || model before its training) at each learned token is added to sft's "
+        "loss: less is forgotten, for one more forward",
     )
 
     def __post_init__(self) -> None:
@@ -126,8 +126,9 @@ class TrainingConfig:
         weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight", "kl_weight"
         check(weights, "be at least 0, and finite", lambda x: 0 <= x < math.inf)
         check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
-        rule = f"be 0 for training.objective={self.objective}, which is no sft"
-        require(not self.kl_weight or self.objective == "sft", "training.kl_weight", rule, self.kl_weight)
+        sft = self.objective == "sft" or not self.kl_weight
+        rule = f"be left out: training.objective={self.objective} compares answers"
+        require(sft, "training.kl_weight", rule, self.kl_weight)
 
     @property
     def reward_scale(self) -> float:

@@ -8,13 +8,13 @@ names in `memory.KEPT`; the memory planner sums the same table. The head then co
 gradient of the supervised positions alone, a slice of the vocabulary at a time (`train.loss`).
 Where labels are weighed, or answers compared (`train.preferences`), each position's gradient is
 multiplied by a number then; with a `kl_weight` the head compares with hidden states that the model
-as it was before its training has computed first. The backward takes the VJP of each piece in reverse order, adds
-gradients by name, and runs those pieces again whose values it needs and were not kept. Frozen
-matrices are multiplied with and never differentiated. Dropout is a function of seed, row, column,
-layer and linear, so a piece that runs twice draws the same mask. What is evaluated when decides the
-peak of memory: a layer is finished before the next but one begins. The gradients of all chunks,
-micro-batches and processes are added up, and divided once by the step's supervised tokens
-(`train.step`).
+as it was before its training has computed first. The backward takes the VJP of each piece in
+reverse order, adds gradients by name, and runs those pieces again whose values it needs and were
+not kept. Frozen matrices are multiplied with and never differentiated. Dropout is a function of
+seed, row, column, layer and linear, so a piece that runs twice draws the same mask. What is
+evaluated when decides the peak of memory: a layer is finished before the next but one begins. The
+gradients of all chunks, micro-batches and processes are added up, and divided once by the step's
+supervised tokens (`train.step`).
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
