@@ -304,12 +304,11 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
 def forgot(general: Forgetting, kl: Row) -> Answer:
     """How much of general text was forgotten, and how far the answers are from the base's."""
     _, _, estimate, ends, _ = kl.cells()
-    why = f"{_sentence(general.figures)} On the held-out answers it is {estimate}"
-    why += f", {ends}." if ends else "."
-    degree = general.degrees[1]
-    if degree != "little":
+    answers = ", ".join(filter(None, (f"on the held-out answers it is {estimate}", ends)))
+    why, tone = f"{_sentence(general.figures)} {_sentence(answers)}", "good"
+    if not general.verdict.startswith("little was"):
         why += " A lower rate, fewer steps or training.kl_weight=0.1 keep more."
-    tone = {"little": "good", "much": "bad"}.get(degree, "note")
+        tone = "bad" if general.verdict.startswith("much") else "note"
     return Answer("What did it forget?", _sentence(general.verdict)[:-1], why, tone)
 
 

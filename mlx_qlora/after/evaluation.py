@@ -204,8 +204,7 @@ def measure(
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
-    Of several processes each scores its share. With a `base`, that the model is within it, the
-    scores have the divergence from it.
+    Of several processes each scores its share. The scores have the divergence from a `base`.
     """
     scores = score_examples(model, tokenizer, examples, processes, base)
     if not asked:

@@ -61,11 +61,11 @@ class Forgetting:
         ends = f"{100 * change.low:+.2g} to {100 * change.high:+.2g} %"
         interval = f", {100 * change.level:g} % interval {ends}" if change.known else ""
         kl = self.kl
+        ends_of_kl = f", {kl.low:.3g} to {kl.high:.3g}" if kl.known else ""
         return (
             f"on {self.source} the perplexity {moved} from {self.perplexity.base.estimate:.4g} to "
             f"{tuned.estimate:.4g} ({100 * change.estimate:+.2g} %{interval}; {self.tokens:,} "
-            f"tokens), KL(tuned || base) is {kl.estimate:.3g} nats per token, {kl.low:.3g} to "
-            f"{kl.high:.3g}"
+            f"tokens), KL(tuned || base) is {kl.estimate:.3g} nats per token{ends_of_kl}"
         )
 
     @property
@@ -74,24 +74,15 @@ class Forgetting:
         return f"{self.figures}: {self.verdict}"
 
     @property
-    def degrees(self) -> tuple[str, str]:
-        """How much was forgotten at least and at most; without an interval both are the same."""
-        assert self.perplexity.change is not None
-        return degree(self.perplexity.change.low), degree(self.perplexity.change.high)
-
-    @property
     def verdict(self) -> str:
-        """How much was forgotten, and whether more text would tell."""
-        assert self.perplexity.change is not None
-        low, high = self.degrees
-        if not self.perplexity.change.known:
-            return f"{low} was forgotten, but the text is too short to be sure"
-        same = low == high
-        return (
-            f"{low} was forgotten"
-            if same
-            else f"{low} to {high} was forgotten; more text would tell"
-        )
+        """How much was forgotten, in plain words."""
+        change = self.perplexity.change
+        assert change is not None
+        low, high = degree(change.low), degree(change.high)  # without an interval both the same
+        if low != high:
+            return f"{low} to {high} was forgotten; more text would tell"
+        sure = "" if change.known else ", but the text is too short to be sure"
+        return f"{low} was forgotten{sure}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

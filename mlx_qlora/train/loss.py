@@ -100,13 +100,15 @@ def losses_by_slice(
         sloped = weights if softcap is None else weights * (1 - (logits / softcap).square())
         if base is not None:
             logits_of_base = _logits(rows, mx.depends([base], before)[0], softcap)
-            log_sum = mx.logaddexp(log_sum, _log_sum(logits_of_base))
+            most = logits_of_base.max(axis=-1, keepdims=True)
+            summed = exp(logits_of_base - most).sum(axis=-1, keepdims=True)
+            log_sum = mx.logaddexp(log_sum, most + mx.log(summed))
             distance = logits - logits_of_base
             if start == 0:  # what all logits moved by says nothing, and would swallow 16 bits
                 shift = distance.mean(axis=-1, keepdims=True)
             distance = distance - shift
             apart = apart * rescale + (weights * distance).sum(axis=-1, keepdims=True)
-            if kl_weight:
+            if differentiate:
                 more = rows.multiply_back((sloped * distance).astype(hidden.dtype))
                 apart_row = apart_row * rescale + more
             of_base = [log_sum, apart, apart_row]
@@ -127,22 +129,16 @@ def losses_by_slice(
     if softcap is not None:
         rows_of_targets = rows_of_targets * (1 - (wanted / softcap).square())
     gradient = mean_row / total - rows_of_targets
-    if kl is None or not kl_weight:
-        return Losses(nats, gradient, kl=kl)
-    gradient = gradient + kl_weight * (apart_row - apart * mean_row) / total
-    return Losses(nats + kl_weight * kl, gradient, kl=kl)
+    if kl is not None:
+        nats = nats + kl_weight * kl
+        gradient = gradient + kl_weight * (apart_row - apart * mean_row) / total
+    return Losses(nats, gradient, kl=kl)
 
 
 def _logits(rows: FrozenMatrix, hidden: mx.array, softcap: float | None) -> mx.array:
     """Hidden states (S, D) -> the logits of some rows of the head (S, n), float32."""
     logits = rows.multiply(hidden).astype(mx.float32)
     return logits if softcap is None else softcap * mx.tanh(logits / softcap)
-
-
-def _log_sum(logits: mx.array) -> mx.array:
-    """Logits (S, n) -> the logarithm of the sum of their exponentials (S, 1)."""
-    top = logits.max(axis=-1, keepdims=True)
-    return top + mx.log(exp(logits - top).sum(axis=-1, keepdims=True))
 
 
 def vocabulary_slices(V: int, D: int, S: int) -> list[tuple[int, int]]:

@@ -80,8 +80,7 @@ def score_rows(model: LlamaForCausalLM, batch: Batch, base: Lend | None = None) 
         np.add.at(total.nats, row, nats.astype(np.float64) * is_answer)
         np.add.at(total.hits, row, (choice == target) & is_answer)
         np.add.at(total.tokens, row, is_answer)
-        if kl is not None:
-            np.add.at(total.kl, row, kl.astype(np.float64) * is_answer)
+        np.add.at(total.kl, row, kl.astype(np.float64) * is_answer)
     return total
 
 
@@ -106,7 +105,7 @@ def answers_of_documents(batch: Batch, labels: np.ndarray, values: np.ndarray) -
 
 def _scored(
     model: LlamaForCausalLM, batch: Batch, base: Lend | None = None
-) -> Iterator[tuple[Shard, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+) -> Iterator[tuple[Shard, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Of each shard's supervised tokens (S,) the first choice, the target, the loss, the KL."""
     documents = supervised_documents(batch)
     n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
@@ -115,9 +114,8 @@ def _scored(
             results = _losses(model, shards, of_base(model, shards, base))
             mx.eval([(losses.nats, losses.choices, losses.kl) for losses in results])
         for shard, losses in zip(shards, results):
-            kl = None if losses.kl is None else np.array(losses.kl)
-            rest = np.array(shard.targets), np.array(losses.nats), kl
-            yield shard, np.array(losses.choices), *rest
+            kl = mx.zeros(len(shard.labels)) if losses.kl is None else losses.kl
+            yield shard, *map(np.array, (losses.choices, shard.targets, losses.nats, kl))
 
 
 def _losses(
