@@ -191,7 +191,7 @@ class Observer:
             after = self._look(self.untrained)
         if not self.processes.is_first:
             return
-        loss, samples, rest = None, [], {"mlx_lm": note_on_mlx_lm(self.model)}
+        loss, samples, kl, general = None, [], None, None
         if before and after:
             nats = [before.scores.nats, after.scores.nats]
             loss = paired_row("loss", LOWER, nats, after.scores.tokens)
@@ -201,7 +201,7 @@ class Observer:
             ]
             with shown(console):
                 general = forgetting(self.model, self.inputs.tokenizer, base=self.untrained)
-            rest |= {"forgetting": general, "kl": kl_row(after.scores)}
+            kl = kl_row(after.scores)
             old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}
             name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
@@ -214,7 +214,8 @@ class Observer:
         result.peak_memory_bytes = mx.get_peak_memory()  # scores and answers included
         result.process_memory_bytes = device.process_memory_bytes()
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
-        report = Report(result, config, samples, *about, **rest)
+        more: Any = {"mlx_lm": note_on_mlx_lm(self.model), "forgetting": general, "kl": kl}
+        report = Report(result, config, samples, *about, **more)
         say(console, f"report    {write_report(report)}")
         self.task = None  # the page stays as it is, whatever comes
         label, width = "next", console.width - LABEL if console.is_terminal else 10**6

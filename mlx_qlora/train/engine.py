@@ -399,7 +399,7 @@ class Engine:
         By nothing but the lengths, so that the same batch is always computed the same way.
         """
         sizes = self.model.config, lengths, self.dtype.size
-        more = {"one_by_one": self.one_by_one, "has_base": self.base is not None}
+        more: Any = {"one_by_one": self.one_by_one, "has_base": self.base is not None}
         footprint = memory.Footprint(*sizes, streamed=self.reader is not None, **more)
         return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
 

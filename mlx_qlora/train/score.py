@@ -72,7 +72,7 @@ Lend = Callable[[], AbstractContextManager[Any]]
 def score_rows(model: LlamaForCausalLM, batch: Batch, base: Lend | None = None) -> RowScores:
     """Scores each row of a batch by itself, without dropout."""
     B = batch.tokens.shape[0]
-    total = RowScores(*np.zeros((1, B)), *np.zeros((2, B), np.int64), np.zeros(B))
+    total = RowScores(np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64), np.zeros(B))
     answers = np.ones(batch.tokens.size, bool) if batch.answers is None else batch.answers
     for shard, choice, target, nats, kl in _scored(model, batch, base):
         row, is_answer = np.array(shard.documents.row), answers.reshape(-1)[shard.labels]
@@ -114,8 +114,9 @@ def _scored(
             results = _losses(model, shards, of_base(model, shards, base))
             mx.eval([(losses.nats, losses.choices, losses.kl) for losses in results])
         for shard, losses in zip(shards, results):
-            kl = mx.zeros(len(shard.labels)) if losses.kl is None else losses.kl
-            yield shard, *map(np.array, (losses.choices, shard.targets, losses.nats, kl))
+            kl = np.zeros(len(shard.labels)) if losses.kl is None else np.array(losses.kl)
+            target, nats = np.array(shard.targets), np.array(losses.nats)
+            yield shard, np.array(losses.choices), target, nats, kl
 
 
 def _losses(
