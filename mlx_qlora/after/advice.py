@@ -307,7 +307,7 @@ def forgot(general: Forgetting, kl: Row) -> Answer:
     answers = ", ".join(filter(None, (f"on the held-out answers it is {estimate}", ends)))
     why, tone = f"{_sentence(general.figures)} {_sentence(answers)}", "good"
     if not general.verdict.startswith("little was"):
-        why += " A lower rate, fewer steps or training.kl_weight=0.1 keep more."
+        why += " A lower rate, fewer steps or a higher training.kl_weight keep more."
         tone = "bad" if general.verdict.startswith("much") else "note"
     return Answer("What did it forget?", _sentence(general.verdict)[:-1], why, tone)
 

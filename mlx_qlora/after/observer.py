@@ -134,7 +134,8 @@ class Observer:
         inner = [task.seconds_left for task in progress.tasks() if task is not self.task]
         left += math.fsum(seconds for seconds in inner if seconds == seconds)
         answers = ANSWERED * self.limit if self.questions else 0
-        return left + 2 * row * (len(self.held_out or ()) + answers)
+        # Before and after, and without the training once more, to tell how far apart both are.
+        return left + row * (3 * len(self.held_out or ()) + 2 * answers)
 
     def _print_rows(self, records: list[dict[str, Any]]) -> None:
         for record in records:

@@ -340,7 +340,7 @@ def plan_inputs(inputs: Inputs) -> Plan:
     times = {
         inputs.train: length.passes + before,
         inputs.validation: n_validations * FORWARD,
-        inputs.test: 2 * FORWARD,
+        inputs.test: 3 * FORWARD,  # before, after, and how far apart both are
     }
     work = sum(rows.positions * n for rows, n in times.items() if rows)
     return replace(made, run_seconds=work / (made.tokens_per_second * everyone.size))
