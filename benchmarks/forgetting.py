@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--general", type=Path, help="a file of other neutral text")
     args = parser.parse_args()
     texts = read_texts(args.general) if args.general else None
-    results = {weight: trained(weight, texts, args) for weight in (0.0, *args.weights)}
+    results = {}
+    for weight in (0.0, *args.weights):
+        results[weight] = trained(weight, texts, args)
+        print(weight, results[weight], flush=True)
     free = results[0.0]
     rows = []
     for weight, each in results.items():
