@@ -145,7 +145,7 @@ def test_the_verdict_follows_the_interval():
     assert sentence(0.5, 0.0, NONE).endswith("the text is too short to be sure")
     degrees = [degree(x) for x in (0.049, 0.051, 0.119, 0.121)]
     assert degrees == ["little", "something", "something", "much"]
-    words = "(+2 %, 95 % interval +0.83 to +3.2 %; 900 tokens), KL(tuned || base) is 0.01 nats per "
+    words = "(+2 %, 95 % interval +0.99 to +3 %; 900 tokens), KL(tuned || base) is 0.01 nats per "
     assert words + "token, 0.009 to 0.011: little" in sentence(0.02, 0.01)
 
 
