@@ -32,6 +32,9 @@ from mlx_qlora.train.config import RunLength, batches_of
 
 FULL = 0.85  # of the memory: the rest is for other programs
 FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
+# Objectives whose every example is scored once before the run, and forwards of one more model or
+# more examples in each step.
+REFERRED, FORWARDS_OF_STEP = ("dpo", "kto"), {"kto": 2}
 # Of a layer's elementwise operations, counted in the graph of a step on Metal (docs/log.md): how
 # often they move a number of the hidden states, q, k and v, one of the MLP's, and one that dropout
 # may drop; and the forward's share of it.
@@ -337,10 +340,11 @@ def plan_inputs(inputs: Inputs) -> Plan:
     batches = batches_of(inputs.train, config.data, training, everyone)
     length = RunLength.of(training, batches, len(inputs.train))
     n_validations = -(-length.steps // int(checkpointing.eval_steps))
+    before = FORWARD * min(length.passes, 1) * (training.objective in REFERRED)
     times = {
-        inputs.train: length.passes,
+        inputs.train: length.passes + before,
         inputs.validation: n_validations * FORWARD,
-        inputs.test: 2 * FORWARD,
+        inputs.test: 3 * FORWARD,  # before, after, and how far apart both are
     }
     work = sum(rows.positions * n for rows, n in times.items() if rows)
     return replace(made, run_seconds=work / (made.tokens_per_second * everyone.size))
@@ -398,7 +402,8 @@ def _plan_as_it_is(
     standing = frozen.base + frozen.copy + memory.adapter_bytes(trained)
 
     streamed = frozen.read > 0
-    sizes = itemsize, where, streamed, streamed and frozen.copies_for_now > 0
+    has_base = training.kl_weight > 0
+    sizes = itemsize, where, streamed, streamed and frozen.copies_for_now > 0, has_base
     batches = [memory.Footprint(llama, lengths, *sizes) for lengths in (largest, usual)]
     chosen, usually = (b.schedule(levels, b.budget(standing), trained) for b in batches)
     kept, work = batches[0].highest(chosen)
@@ -410,6 +415,7 @@ def _plan_as_it_is(
     moved = tokens * elementwise_bytes(llama, usually.levels, itemsize, lora.lora_dropout > 0)
     seconds = where.seconds(flops, read, moved)  # of a micro-batch
     seconds = max(seconds, usually.n_chunks * 2 * frozen.read / device.DISK)  # read meanwhile
+    seconds *= 1 + FORWARD * FORWARDS_OF_STEP.get(training.objective, int(has_base))
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling.of(processes, trained, *of_step) if processes else None
     sums = scaling.added_bytes if scaling else 0

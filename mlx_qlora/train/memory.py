@@ -65,13 +65,16 @@ class Footprint:
     machine: Machine = field(default_factory=lambda: this_machine())
     streamed: bool = False  # whether each chunk reads the layers' weights from the disk
     one_by_one: bool = False  # and one matrix at a time is dequantised and multiplied
+    has_base: bool = False  # whether the head compares with hidden states of another model
 
     def kept(self, levels: list[int], n_chunks: int) -> int:
         """What the forward of the largest chunk keeps for the backward."""
         positions, T = largest_chunk(self.lengths, n_chunks)
         here = self.machine.device
         each = [layer_bytes(self.config, level, T, self.itemsize, here) for level in LEVELS]
-        return positions * sum(each[level] for level in levels)
+        # The hidden states, and a gradient beside that of the loss; at most all are supervised.
+        of_base = self.has_base * self.config.hidden_size * (self.itemsize + FLOAT32)
+        return positions * (sum(each[level] for level in levels) + of_base)
 
     def working(self, level: int, n_chunks: int) -> int:
         """Arrays that come and go while layers are computed, of about two layers at once.

@@ -12,6 +12,7 @@ from support.models import make_hf_model, save_hf
 import mlx_qlora as mq
 from mlx_qlora import device
 from mlx_qlora.before.plan import (
+    FORWARD,
     Plan,
     elementwise_bytes,
     flops_per_token,
@@ -372,6 +373,30 @@ def test_the_cache_of_freed_buffers_is_told_and_gives_way():
     assert made(machine("m1-8")).cache_bytes == 0, "of what does not fit nothing is kept"
     cuda = made(machine("h100-80"))
     assert cuda.process_bytes == 0 and "process" not in str(cuda), "its memory is its own"
+
+
+@pytest.mark.parametrize(
+    ("training", "forwards", "holds"),
+    [
+        ({"kl_weight": 0.1}, 1, True),
+        ({"objective": "kto"}, 2, False),
+        ({"objective": "dpo"}, 0, False),
+    ],
+)
+def test_another_model_in_a_step_takes_time_and_its_hidden_states_memory(training, forwards, holds):
+    where = machine("m4-max-64")
+    plain, made = (
+        plan_checkpoint(weightless(LLAMA), build({"training": fields}), where=where)
+        for fields in ({}, training)
+    )
+    ratio = plain.tokens_per_second / made.tokens_per_second
+    assert ratio == pytest.approx(1 + FORWARD * forwards)
+    assert made.parts["activations"] >= plain.parts["activations"]
+    assert (made.parts["activations"] != plain.parts["activations"]) == holds
+    lengths, levels = [512] * 6, [NOTHING] * LLAMA.num_hidden_layers
+    without, footprint = (Footprint(LLAMA, lengths, 2, where, has_base=b) for b in (False, True))
+    more = footprint.kept(levels, 1) - without.kept(levels, 1)
+    assert more == 6 * 512 * LLAMA.hidden_size * (2 + 4)
 
 
 # ---- a base in memory or on the disk ------------------------------------------------------------
