@@ -110,6 +110,18 @@ def test_a_page_begins_with_what_one_can_do_after_it(page):
     assert re.search(r"\b(you|your|yours)\b", first, re.IGNORECASE), first
 
 
+def test_messages_in_the_tables_are_the_programs():
+    """Of each quoted message what stands between its dots and numbers is a piece of one of ours."""
+    listed = runpy.run_path(str(ROOT / "docs" / "list_messages.py"))["messages"]()
+    ours = "\n".join(re.sub(r"\{[^}]*\}", "|", message.text) for message in listed)
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    assert len(quoted) > 10
+    for quote in quoted:
+        for piece in re.split(r"\.\.\.|\d+|'\w+'|messages\[.*", quote):
+            assert piece.strip(" :(),") in ours, quote
+
+
 def of_kind(*kinds: str) -> list[tuple[str, Step]]:
     return [(page, step) for page in PAGES for step in steps(page) if step.kind in kinds]
 
