@@ -7,8 +7,11 @@ import copy
 import dataclasses
 import difflib
 import re
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -113,6 +116,8 @@ def require(holds: bool, field: str, rule: str, got: Any) -> None:
         raise ConfigError(f"{field} must {rule}; got {got!r}")
 
 
+PATIENCE = 10.0  # seconds that nothing is said while something is waited for
+
 # ---- lines for a person --------------------------------------------------------------------------
 
 
@@ -152,6 +157,23 @@ def warn(console: "Console", text: str) -> None:
 
         console = Console(stderr=True)
     say(console, f"warning   {text}")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on standard error what is waited for within, once that takes longer than `PATIENCE`."""
+    timer = threading.Timer(PATIENCE, lambda: say_waiting(what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def say_waiting(what: str) -> None:
+    """Say it at once."""
+    print(visible(f"mlx-qlora: waiting for {what}"), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

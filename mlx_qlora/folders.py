@@ -1,5 +1,6 @@
 """Folders: written whole, by one run at a time, and never over files that are not ours."""
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -10,14 +11,16 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from mlx_qlora.errors import ConfigError, TrainingError
+from mlx_qlora.errors import ConfigError, TrainingError, waiting
+
+TAG = "mlx-qlora"
 
 # ---- written whole -------------------------------------------------------------------------------
 
@@ -33,8 +36,9 @@ def staged(
 
     A folder that did not exist appears whole, by one rename. Into an existing one the files are
     moved one by one, each by a rename, and files of other names are left alone; or, with
-    `replace`, the old folder is set aside, and removed once the new one is in place.
-    If the block fails, nothing has changed.
+    `replace`, the old folder is set aside, and removed once the new one is in place. No link in
+    the folder is followed. If the block fails, nothing has changed; what a killed process has left
+    is removed by the next one that writes this folder.
 
     Args:
         folder: where the files will be; missing parents are made.
@@ -45,10 +49,12 @@ def staged(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Inside an existing folder: its parent may be another disk, or not writable.
-    home = folder if folder.exists() and not replace else folder.parent
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=home))
-    staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
+    is_inside = folder.exists() and not replace
+    home, name = (folder, INSIDE) if is_inside else (folder.parent, folder.name)
+    remove_leftovers(home, re.escape(name))
+    staging, lock = _new_staging(home, name)
     try:
+        staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
         yield staging
         for path in (*staging.rglob("*"), staging):
             if path.is_file():  # safetensors makes files that only their owner may read
@@ -62,22 +68,80 @@ def staged(
             except OSError:
                 aside.rename(folder)
                 raise
-            shutil.rmtree(aside)
+            remove(aside)
         elif not folder.exists():
             staging.rename(folder)
         else:
             for name in (*marks, *gone):
                 (folder / name).unlink(missing_ok=True)
-            files = sorted(file for file in staging.rglob("*") if file.is_file())
-            for file in sorted(files, key=lambda f: f.relative_to(staging).as_posix() in marks):
-                target = folder / file.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+            paths = sorted(path.relative_to(staging) for path in staging.rglob("*"))
+            for place in (folder / path for path in paths if (staging / path).is_dir()):
+                if place.is_symlink():
+                    place.unlink()
+                place.mkdir(exist_ok=True)
+            files = [path for path in paths if (staging / path).is_file()]
+            for path in sorted(files, key=lambda path: path.as_posix() in marks):
+                os.replace(staging / path, folder / path)
             for changed in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
                 _flush(changed)
         _flush(folder.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
+        os.close(lock)
+
+
+INSIDE = TAG  # named in the staging within a folder; beside one it is the folder's own name
+LEFTOVER = re.compile(r"\.(.*)-[a-z0-9_]{8}\.(tmp|old)")
+
+
+def _new_staging(home: Path, name: str) -> tuple[Path, int]:
+    """A new folder, and the descriptor that locks it as long as this process lives."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=home))
+        lock = os.open(staging, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if staging.exists():
+            return staging, lock
+        os.close(lock)  # another process took it for a dead one's, before it was locked
+
+
+def remove_leftovers(home: Path, names: str) -> None:
+    """Remove what killed processes left of folders in `home` whose names match a pattern.
+
+    A folder that was set aside for one that never came is put back.
+    """
+    for path in sorted(home.glob(".*-*.*")):  # .old comes before .tmp
+        match = LEFTOVER.fullmatch(path.name)
+        if match and re.fullmatch(names, match[1]) and not _in_use(path.with_suffix(".tmp")):
+            with suppress(OSError):
+                if path.suffix == ".old" and not os.path.lexists(home / match[1]):
+                    path.rename(home / match[1])
+            remove(path)
+
+
+def _in_use(staging: Path) -> bool:
+    """Whether the process that made it lives, or may do so where there are no locks."""
+    try:
+        lock = os.open(staging, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link and not what it points to, as far as the system lets us."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -97,7 +161,10 @@ def sha256(path: Path) -> str:
 
 def user_cache() -> Path:
     """The folder for what this user's runs keep for later ones; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-qlora"
+    place = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if place.startswith("~"):
+        raise ConfigError("this user has no home folder: set XDG_CACHE_HOME to one for the caches")
+    return Path(place) / "mlx-qlora"
 
 
 def _flush(path: Path) -> None:
@@ -132,11 +199,25 @@ def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
     except BrokenPipeError:  # nobody reads what is printed: the disk has nothing to do with it
         raise
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        place = getattr(error, "filename", None) or folder
-        remedy = "free some space or choose another --output-dir"
-        message = f"cannot write to {place}: {reason}; {remedy}. {hint()}"
+        message = f"cannot write to {in_words(error, folder)}. {hint()}"
         raise TrainingError(message.rstrip(". ")) from None
+
+
+SPACE = "free some space or choose another --output-dir"
+REMEDIES = {
+    errno.EMFILE: "raise this shell's limit of open files, as with `ulimit -n 4096`",
+    errno.ENFILE: "close other programs: the whole system has too many files open",
+    errno.ENAMETOOLONG: "choose a shorter name or path",
+    errno.ENOENT: "put it back, or start from a folder that is there",
+}
+
+
+def in_words(error: Exception, place: object = "") -> str:
+    """What the system says: the file, the reason and a remedy; a `place` where it names no file."""
+    place = getattr(error, "filename", None) or place
+    reason = getattr(error, "strerror", None) or str(error)
+    remedy = REMEDIES.get(getattr(error, "errno", None) or 0, SPACE)
+    return f"{place}{': ' * bool(str(place))}{reason}; {remedy}"
 
 
 @contextmanager
@@ -149,7 +230,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with waiting(f"another process that writes to {folder}"):
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"another run is writing to {folder}; choose another --output-dir, or wait for it"
@@ -173,9 +255,9 @@ MERGED_FOLDER = (  # shell patterns
     *("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.*"),
 )
-TAG = "mlx-qlora"
 ADAPTER_SENTENCE = re.compile(r"^A (?:LoRA|DoRA) adapter of rank .*, trained with mlx-qlora ", re.M)
 MERGED_MARK = "merged by mlx-qlora"
+BELOW = "x/" * 100
 NOTE = "note"  # on the base, for whoever reads that config; mlx-lm passes it over
 OUR_MLX_LM_CONFIG = {"fine_tune_type", "num_layers", "lora_parameters"}
 
@@ -202,6 +284,7 @@ def check_writable(
         ConfigError: naming what is in the way.
     """
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    _check_names(folder, above, field)
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         reason = "may not be written to" if os.path.isdir(above) else "is a file"
         raise ConfigError(
@@ -219,6 +302,8 @@ def check_writable(
         for name in present
         if not is_ours(folder / name) or (whole and not any(fnmatch(name, x) for x in allowed))
     ]
+    if not whole:  # files in the place of folders that are needed
+        foreign += {up for name in allowed if _is_file(folder / (up := os.path.dirname(name)))}
     if foreign:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         fate = "deleted, as the whole folder is replaced" if whole else "overwritten"
@@ -233,6 +318,29 @@ def check_writable(
         )
 
 
+def _check_names(folder: Path, above: Path, field: str) -> None:
+    """Refuse what the system cannot name, or what leaves no room for the names of files in it."""
+    parts = folder.absolute().relative_to(above.absolute()).parts
+    # A folder is staged beside its place. What we write in it is at most so long.
+    for place in (*(above / f".{part}-xxxxxxxx.tmp" for part in parts), folder.absolute() / BELOW):
+        try:
+            os.lstat(place)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(
+                    f"{field}: {folder} cannot be made: {reason}; choose another with --output-dir"
+                ) from None
+
+
+def is_text(value: Any) -> bool:
+    """Whether the system can take a text for a name: no NUL, and no half of a letter."""
+    try:
+        return not isinstance(value, str) or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def is_run(folder: Path) -> bool:
     """Whether the record of one of our runs is in a folder."""
     versions = json_object(folder / RECORD).get("versions")
@@ -245,8 +353,14 @@ def is_merged(path: Path) -> bool:
     return card.is_file() and MERGED_MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
 def _is_vouched_for(folder: Path, path: Path) -> bool:
     name = path.relative_to(folder).as_posix()
+    if path.is_dir() and not path.is_symlink():  # in the place of a file
+        return False
     if name == CARD:  # people write one by hand into the folder of a run, too
         return _is_our_card(folder / CARD)
     if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):

@@ -8,7 +8,6 @@ set. Everything known is on disk, so the same command goes on where a killed one
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,8 +89,6 @@ def sweep(
                 f"{output} holds a sweep of another {' and '.join(others)}, whose losses cannot be "
                 "compared with these; choose another --output-dir"
             )
-        for leftover in output.glob(f".{output.name}-*.tmp"):  # of a sweep that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
         search = _Search(inputs, inputs.load(), console, values, steps, rungs)
         return search.run(product, repeat_best)
 

@@ -25,7 +25,7 @@ from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
 from mlx_qlora.run import Inputs, deciding_values, write_record
-from mlx_qlora.train.checkpoint import RunState, last_checkpoint, restore_set_aside
+from mlx_qlora.train.checkpoint import RunState, clear_leftovers, last_checkpoint
 from mlx_qlora.train.loop import Run
 from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.train.step import StepError
@@ -269,11 +269,23 @@ def measure(
         Interrupted: a signal came, and what was done is saved.
         TrainingError: the disk failed.
     """
-    output, began = Path(config.checkpointing.output_dir), time.perf_counter()
-    assert inputs.validation is not None
+    output = Path(config.checkpointing.output_dir)
     with disk_errors(output, lambda: last_checkpoint(output)):
-        output.mkdir(parents=True, exist_ok=True)
-        restore_set_aside(output)
+        return _measure(output, config, step, model, inputs, console)
+
+
+def _measure(
+    output: Path,
+    config: RunConfig,
+    step: int,
+    model: LlamaForCausalLM,
+    inputs: Inputs,
+    console: Console,
+) -> Measured:
+    began = time.perf_counter()
+    assert inputs.validation is not None
+    output.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(output)
     mx.reset_peak_memory()
     failed, may_pass, train_loss, speed = "", False, math.nan, None
     nats, tokens = np.zeros(0), np.zeros(0, int)
@@ -297,8 +309,7 @@ def measure(
     took = speed, mx.get_peak_memory(), time.perf_counter() - began
     measured = Measured(_key(config, inputs), step, *learned, *took)
     if not may_pass:  # what the device gave up is tried again by the next sweep
-        with disk_errors(output, lambda: last_checkpoint(output)):
-            write_whole(_record(config, step), json.dumps(asdict(measured)) + "\n")
+        write_whole(_record(config, step), json.dumps(asdict(measured)) + "\n")
     return measured
 
 
@@ -317,12 +328,7 @@ def _advance(
     if trial.resumed is not None:
         run.resume(trial.resumed)
     before, began = run.state.tokens, time.perf_counter()
-    with (
-        run.stop,
-        disk_errors(run.output, lambda: last_checkpoint(run.output)),
-        run.begin(),
-        blas.threads(1),
-    ):
+    with run.stop, run.begin(), blas.threads(1):
         run.take_steps(until)
         saved = run.save_if_new()
         if run.stop.signum is not None:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,15 @@ from safetensors.numpy import load_file, save_file
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
-from mlx_qlora.folders import disk_errors, json_object, sha256, staged
+from mlx_qlora.folders import (
+    INSIDE,
+    disk_errors,
+    json_object,
+    remove,
+    remove_leftovers,
+    sha256,
+    staged,
+)
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
@@ -221,14 +228,14 @@ def rotate(output: Path, state: RunState, limit: int) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Removes a checkpoint, which a run that is killed meanwhile leaves under another name."""
-    if path.is_symlink():  # moved to another disk: what it points to is not ours to remove
-        path.unlink()
-        return
-    gone = path.with_name(f".{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
+    """Removes a checkpoint, which a run that is killed meanwhile leaves under another name.
+
+    Of one that is a link, moved to another disk, only the link is ours to remove.
+    """
+    gone = path.with_name(f".{path.name}-_discard.tmp")
+    remove(gone)
     path.rename(gone)
-    shutil.rmtree(gone)
+    remove(gone)
 
 
 # ---- what there is -------------------------------------------------------------------------------
@@ -258,26 +265,20 @@ def last_checkpoint(
     return f"{saved[-1]} {fact}" if saved else "No checkpoint was written yet"
 
 
-def remove_leftovers(output: Path, step: int) -> None:
-    """Removes what a run that goes on from `step` will write again, and halves of a dead run.
+def discard_after(output: Path, step: int) -> None:
+    """Removes the checkpoints that a run which goes on from `step` will write again.
 
-    Otherwise the checkpoints of an abandoned run would count as the newest, be kept in the place
-    of this run's, and be resumed.
+    Otherwise those of an abandoned run would count as the newest, be kept in the place of this
+    run's, and be resumed.
     """
     for path in checkpoints(output):
         if step_of(path) > step:
             _discard(path)
-    for path in (*output.glob(".checkpoint-*"), *output.glob(f".{output.name}-*")):
-        if path.suffix in (".tmp", ".old", ".gone"):
-            shutil.rmtree(path, ignore_errors=True)
 
 
-def restore_set_aside(output: Path) -> None:
-    """Puts back a checkpoint that was set aside for another one, if that never came."""
-    for aside in output.glob(".checkpoint-*.old"):
-        name = re.match(r"\.(checkpoint-\d+)-", aside.name)
-        if name and not (output / name[1]).exists():
-            aside.rename(output / name[1])
+def clear_leftovers(output: Path) -> None:
+    """Removes the halves that a killed run has left, and puts back what it had set aside."""
+    remove_leftovers(output, rf"checkpoint-\d+|{INSIDE}")
 
 
 def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
