@@ -219,9 +219,7 @@ def _say_what_is_kept(stop: KeyboardInterrupt, config: RunConfig, args: argparse
         "train": last_checkpoint(Path(config.checkpointing.output_dir)),
         "sweep": "what its trials have saved is kept, and the same command goes on from it",
         "push": "nothing of it is in the repository unless all is; the same command goes on",
-        **dict.fromkeys(
-            ("merge", "export"), "nothing was written; what was there is as it was"
-        ),
+        **dict.fromkeys(("merge", "export"), "nothing was written; what was there is as it was"),
     }
     if args.command in kept and not stop.args and processes().is_first:
         signum = getattr(stop, "signum", signal.SIGINT)

@@ -24,7 +24,6 @@ from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option, require
-from mlx_qlora.folders import is_text
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
@@ -140,7 +139,7 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     for name, fields in values.items():
         typed = {k: coerce(v, hints[name][k], f"{name}.{k}") for k, v in fields.items()}
         for key, value in typed.items():
-            require(is_text(value), f"{name}.{key}", "hold no NUL and no half of a letter", value)
+            require("\0" not in str(value), f"{name}.{key}", "hold no NUL", value)
         sections[name] = SECTIONS[name](**typed)
     return RunConfig(**sections)
 

@@ -500,6 +500,14 @@ def _median_seconds(compute: Callable[[], "mx.array"]) -> float:
 # ---- what others change of the process -----------------------------------------------------------
 
 
+def allow_files(n: int) -> None:
+    """Raise the soft limit of open files, as far as the hard one lets us, where so many need it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + 100 if hard == resource.RLIM_INFINITY else min(n + 100, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 _importing = threading.Lock()
 
 

@@ -212,12 +212,14 @@ REMEDIES = {
 }
 
 
-def in_words(error: Exception, place: object = "") -> str:
+def in_words(error: Exception, place: str | Path = "") -> str:
     """What the system says: the file, the reason and a remedy; a `place` where it names no file."""
+    number = getattr(error, "errno", None)
     place = getattr(error, "filename", None) or place
+    if not place and number == errno.ENOENT:  # which nothing else has no name for
+        place = "the current folder"
     reason = getattr(error, "strerror", None) or str(error)
-    remedy = REMEDIES.get(getattr(error, "errno", None) or 0, SPACE)
-    return f"{place}{': ' * bool(str(place))}{reason}; {remedy}"
+    return f"{place}{': ' * bool(place)}{reason}; {REMEDIES.get(number or 0, SPACE)}"
 
 
 @contextmanager
@@ -322,21 +324,24 @@ def _check_names(folder: Path, above: Path, field: str) -> None:
     """Refuse what the system cannot name, or what leaves no room for the names of files in it."""
     parts = folder.absolute().relative_to(above.absolute()).parts
     # A folder is staged beside its place. What we write in it is at most so long.
+    reason = "" if is_utf8(str(folder)) else "MLX opens no file whose name is not UTF-8"
     for place in (*(above / f".{part}-xxxxxxxx.tmp" for part in parts), folder.absolute() / BELOW):
         try:
             os.lstat(place)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-                reason = getattr(error, "strerror", None) or error
-                raise ConfigError(
-                    f"{field}: {folder} cannot be made: {reason}; choose another with --output-dir"
-                ) from None
+        except ValueError as error:
+            reason = reason or str(error)
+        except OSError as error:
+            reason = error.strerror if error.errno == errno.ENAMETOOLONG else reason
+    if reason:
+        raise ConfigError(
+            f"{field}: {folder} cannot be made: {reason}; choose another with --output-dir"
+        )
 
 
-def is_text(value: Any) -> bool:
-    """Whether the system can take a text for a name: no NUL, and no half of a letter."""
+def is_utf8(text: str) -> bool:
+    """Whether a text has no bytes in it that were none when it was read."""
     try:
-        return not isinstance(value, str) or b"\0" not in os.fsencode(value)
+        return bool(text.encode()) or not text
     except UnicodeEncodeError:
         return False
 
