@@ -181,14 +181,14 @@ def sweep(inputs: Path, place: Path) -> list[str]:
     ]
 
 
-def adapter(command: str, *more: str) -> Callable[[Path, Path], list[str]]:
+def adapter(*words: str) -> Callable[[Path, Path], list[str]]:
     """A command on the adapter that a run has left beside the inputs."""
+    return functools.partial(_on_adapter, words)
 
-    def words(inputs: Path, place: Path) -> list[str]:
-        opened = ["--model", str(inputs / "model"), "--adapter", str(inputs / "adapter")]
-        return [command, *opened, "--output-dir", str(place / "out"), *more]
 
-    return words
+def _on_adapter(words: tuple[str, ...], inputs: Path, place: Path) -> list[str]:
+    opened = ["--model", str(inputs / "model"), "--adapter", str(inputs / "adapter")]
+    return [*words, *opened, "--output-dir", str(place / "out")]
 
 
 @dataclass(frozen=True)

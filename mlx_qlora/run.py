@@ -67,6 +67,7 @@ from mlx_qlora.model.weights import (
 )
 from mlx_qlora.train.checkpoint import (
     RunState,
+    check_is_there,
     checkpoint_to_resume,
     clear_leftovers,
     is_ours,
@@ -406,6 +407,7 @@ def _run(
         with observer.watching():
             result = train(model, inputs, inputs.config, console)
         if everyone.is_first:
+            check_is_there(output)
             write_adapter(model, output, inputs.base, {})
             seal(output)
             with staged(output) as staging:  # or it would be written through a link

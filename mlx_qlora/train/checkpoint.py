@@ -165,8 +165,7 @@ def save_checkpoint(
         for name, array in optimizer.named(getattr(optimizer, ours)).items()
     }
     with disk_errors(output, lambda: last_checkpoint(output)):
-        if not output.is_dir():
-            raise FileNotFoundError(2, "it was removed during the run", str(output))
+        check_is_there(output)
         with staged(folder, replace=True) as staging:
             write_peft(staging, adapter_tensors(model), peft_config(model, base), {})
             save_file(moments, staging / "optimizer.safetensors")
@@ -183,6 +182,12 @@ def _write_state(folder: Path, state: RunState) -> None:
     body = json.dumps({"checksums": checksums, **asdict(state)}, indent=2)[1:] + "\n"
     first = hashlib.sha256(body.encode()).hexdigest()
     (folder / STATE).write_text(f'{{"sha256": "{first}",{body}', encoding="utf-8")
+
+
+def check_is_there(output: Path) -> None:
+    """Raise a FileNotFoundError if somebody has removed the folder of a run."""
+    if not output.is_dir():
+        raise FileNotFoundError(2, "it was removed during the run", str(output))
 
 
 def trainer_state(state: RunState, config: "RunConfig", batches: Batches) -> dict[str, Any]:
