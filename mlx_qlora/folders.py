@@ -96,14 +96,14 @@ LEFTOVER = re.compile(r"\.(.*)-[a-z0-9_]{8}\.(tmp|old)")
 
 def _new_staging(home: Path, name: str) -> tuple[Path, int]:
     """A new folder, and the descriptor that locks it as long as this process lives."""
-    while True:
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=home))
-        lock = os.open(staging, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if staging.exists():
-            return staging, lock
-        os.close(lock)  # another process took it for a dead one's, before it was locked
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=home))
+    lock = os.open(staging, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if staging.exists():
+        return staging, lock
+    os.close(lock)  # another process took it for a dead one's, before it was locked
+    return _new_staging(home, name)
 
 
 def remove_leftovers(home: Path, names: str) -> None:
@@ -114,25 +114,24 @@ def remove_leftovers(home: Path, names: str) -> None:
     for path in sorted(home.glob(".*-*.*")):  # .old comes before .tmp
         match = LEFTOVER.fullmatch(path.name)
         if match and re.fullmatch(names, match[1]) and not _in_use(path.with_suffix(".tmp")):
-            with suppress(OSError):
-                if path.suffix == ".old" and not os.path.lexists(home / match[1]):
-                    path.rename(home / match[1])
-            remove(path)
+            if path.suffix == ".old" and not os.path.lexists(home / match[1]):
+                path.rename(home / match[1])
+            else:
+                remove(path)
 
 
 def _in_use(staging: Path) -> bool:
     """Whether the process that made it lives, or may do so where there are no locks."""
-    try:
-        lock = os.open(staging, os.O_RDONLY)
-    except OSError:
+    if not staging.is_dir():
         return False
+    lock = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
     except OSError:
         return True
     finally:
         os.close(lock)
+    return False
 
 
 def remove(path: Path) -> None:

@@ -80,17 +80,19 @@ def sweep(
     for fields in trial.stages(values, product):  # wrong values, before the model is loaded
         for point in trial.candidates(trial.start_point(config), fields, values):
             trial.config_of(config, point, steps, output)
-    with disk_errors(output):
+    with disk_errors(
+        output, lambda: "What the trials have saved is kept: the same command goes on"
+    ):
         output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        ours, theirs = inputs.state.fingerprint, page.read_fingerprint(output) or {}
-        if others := [name for name, value in ours.items() if theirs.get(name, value) != value]:
-            raise ConfigError(
-                f"{output} holds a sweep of another {' and '.join(others)}, whose losses cannot be "
-                "compared with these; choose another --output-dir"
-            )
-        search = _Search(inputs, inputs.load(), console, values, steps, rungs)
-        return search.run(product, repeat_best)
+        with locked(output):
+            ours, theirs = inputs.state.fingerprint, page.read_fingerprint(output) or {}
+            if others := [name for name, hash in ours.items() if theirs.get(name, hash) != hash]:
+                raise ConfigError(
+                    f"{output} holds a sweep of another {' and '.join(others)}, whose losses "
+                    "cannot be compared with these; choose another --output-dir"
+                )
+            search = _Search(inputs, inputs.load(), console, values, steps, rungs)
+            return search.run(product, repeat_best)
 
 
 def _open(config: RunConfig, console: Console) -> Inputs:
@@ -219,7 +221,7 @@ class _Search:
             "findings": findings,
             "command": command,
         }
-        with disk_errors(output), staged(output) as staging:
+        with staged(output) as staging:
             text = json.dumps(record, indent=2) + "\n"
             (staging / page.RECORD).write_text(text, encoding="utf-8")
             if best_config is not None:

@@ -20,12 +20,12 @@ from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
-from mlx_qlora.folders import disk_errors, parse_json, write_whole
+from mlx_qlora.folders import parse_json, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
 from mlx_qlora.run import Inputs, deciding_values, write_record
-from mlx_qlora.train.checkpoint import RunState, clear_leftovers, last_checkpoint
+from mlx_qlora.train.checkpoint import RunState, clear_leftovers
 from mlx_qlora.train.loop import Run
 from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.train.step import StepError
@@ -267,22 +267,9 @@ def measure(
 
     Raises:
         Interrupted: a signal came, and what was done is saved.
-        TrainingError: the disk failed.
+        OSError: the disk failed.
     """
-    output = Path(config.checkpointing.output_dir)
-    with disk_errors(output, lambda: last_checkpoint(output)):
-        return _measure(output, config, step, model, inputs, console)
-
-
-def _measure(
-    output: Path,
-    config: RunConfig,
-    step: int,
-    model: LlamaForCausalLM,
-    inputs: Inputs,
-    console: Console,
-) -> Measured:
-    began = time.perf_counter()
+    output, began = Path(config.checkpointing.output_dir), time.perf_counter()
     assert inputs.validation is not None
     output.mkdir(parents=True, exist_ok=True)
     clear_leftovers(output)
