@@ -439,7 +439,9 @@ def _target(folder: str) -> Path:
 
 
 def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
+    with waiting("the hub"):
+        how = {"private": not args.public, "dry_run": args.dry_run}
+        pushed = push_to_hub(args.folder, args.repo_id, **how)
     for path, n_bytes in pushed.files:
         say(console, f"{size(n_bytes):>13}  {path}")
     say(console, f"pushed    {pushed.url}" if pushed.url else f"would go to {args.repo_id}")

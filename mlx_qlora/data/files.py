@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_qlora.errors import ConfigError, DataError, listing
+from mlx_qlora.errors import ConfigError, DataError, listing, waiting
 from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
@@ -500,7 +500,8 @@ def hub_dataset(file: RowFile) -> Any:
     repository, config, split = file.path
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(repository, config, split=split or "train")
+        with waiting(f"the hub, for the data set {repository}"):
+            return datasets.load_dataset(repository, config, split=split or "train")
     except Exception as error:  # its own kinds, and those of the packages below it
         cause = error.__cause__ or error  # "An error occurred while generating the dataset"
         reason = (str(cause).strip() or repr(cause)).splitlines()[0]

@@ -146,7 +146,7 @@ def test_a_signal_outside_of_the_loop_says_what_was_kept(
     signum = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3]
     shutil.copytree(place, tmp_path / "here")
     out = tmp_path / "here" / "out"
-    opened = ["--model", place / "model", "--adapter", place / "done", "--output-dir", out]
+    opened = ["--adapter", place / "done", "--output-dir", out]
     words = {
         "train": train(tmp_path / "here", "out"),
         "sweep": ["sweep", *train(tmp_path / "here", "out")[1:], *SWEEP],
