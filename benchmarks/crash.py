@@ -312,11 +312,6 @@ class LeftAlone:
         shutil.copytree(self.inputs / "cache", place / "cache")
         if self.before is not None:
             shutil.copytree(self.before, place / "out")
-            of_another = str(self.before.parent)
-            for path in (place / "out").rglob("*"):  # the same run, of another folder
-                if path.suffix in (".yaml", ".json") and path.name != "tokenizer.json":
-                    if of_another in (text := path.read_text()):
-                        path.write_text(text.replace(of_another, str(place)))
         return place
 
     def run(

@@ -68,6 +68,8 @@ WAITS = {
 }
 
 
+# What reads the prompt closes it in passing.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", WAITS)
 def test_a_long_wait_says_once_what_it_waits_for(name, impatient, tmp_path, capsys):
     wait, words = WAITS[name]
