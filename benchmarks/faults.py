@@ -62,7 +62,7 @@ def refuse(inputs: Path, place: Path) -> list[str]:
 
 def push(inputs: Path, place: Path) -> list[str]:
     """What would be uploaded: nothing is written here."""
-    return ["push", str(inputs / "adapter"), "me/adapter", "--dry-run"]
+    return ["push", str(place / "out"), "me/merged", "--dry-run"]
 
 
 CASES = {
@@ -72,7 +72,7 @@ CASES = {
     "mlx": crash.Case(crash.adapter("export", "--mlx"), crash.adapter("export", "--mlx")),
     "evaluate": crash.Case(evaluate, evaluate),
     "refused": crash.Case(refuse),
-    "push": crash.Case(push),
+    "push": crash.Case(push, crash.adapter("merge")),
 }
 
 

@@ -16,11 +16,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from mlx_qlora.errors import ConfigError, TrainingError, waiting
 
 TAG = "mlx-qlora"
+BASE = "base"  # the name of its hash, in a file's metadata and in a run's record
 
 # ---- written whole -------------------------------------------------------------------------------
 
@@ -304,7 +305,8 @@ def check_writable(
         if not is_ours(folder / name) or (whole and not any(fnmatch(name, x) for x in allowed))
     ]
     if not whole:  # files in the place of folders that are needed
-        foreign += {up for name in allowed if _is_file(folder / (up := os.path.dirname(name)))}
+        above_files = {folder / name for name in map(os.path.dirname, allowed) if name}
+        foreign += [p.name for p in above_files if p.is_file() and not p.is_symlink()]
     if foreign:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         fate = "deleted, as the whole folder is replaced" if whole else "overwritten"
@@ -323,26 +325,19 @@ def _check_names(folder: Path, above: Path, field: str) -> None:
     """Refuse what the system cannot name, or what leaves no room for the names of files in it."""
     parts = folder.absolute().relative_to(above.absolute()).parts
     # A folder is staged beside its place. What we write in it is at most so long.
-    reason = "" if is_utf8(str(folder)) else "MLX opens no file whose name is not UTF-8"
+    reason = ""
     for place in (*(above / f".{part}-xxxxxxxx.tmp" for part in parts), folder.absolute() / BELOW):
         try:
+            str(place).encode()  # MLX opens no other
             os.lstat(place)
         except ValueError as error:
-            reason = reason or str(error)
+            reason = "it is no UTF-8" if isinstance(error, UnicodeError) else str(error)
         except OSError as error:
-            reason = error.strerror if error.errno == errno.ENAMETOOLONG else reason
+            reason = reason or (str(error.strerror) if error.errno == errno.ENAMETOOLONG else "")
     if reason:
         raise ConfigError(
             f"{field}: {folder} cannot be made: {reason}; choose another with --output-dir"
         )
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a text has no bytes in it that were none when it was read."""
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
 
 
 def is_run(folder: Path) -> bool:
@@ -357,10 +352,6 @@ def is_merged(path: Path) -> bool:
     return card.is_file() and MERGED_MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
 def _is_vouched_for(folder: Path, path: Path) -> bool:
     name = path.relative_to(folder).as_posix()
     if path.is_dir() and not path.is_symlink():  # in the place of a file
@@ -369,6 +360,9 @@ def _is_vouched_for(folder: Path, path: Path) -> bool:
         return _is_our_card(folder / CARD)
     if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
         return True
+    if name == MLX_LM[1] and not os.path.lexists(folder / MLX_LM[0]):  # an export was killed
+        with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
+            return BASE in (file.metadata() or {})
     # mlx-lm's own trainer adds every argument that it had.
     return name in MLX_LM and json_object(folder / MLX_LM[0]).keys() - {NOTE} == OUR_MLX_LM_CONFIG
 

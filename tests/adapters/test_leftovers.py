@@ -6,11 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.command_line import ROOT, contents
 
 from mlx_qlora.adapters.merge import check_disk
-from mlx_qlora.folders import remove_leftovers, staged, write_whole
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.folders import MLX_LM, check_writable, remove_leftovers, staged, write_whole
 
 # Another process, in the middle of writing a folder.
 WRITING = """
@@ -144,3 +147,19 @@ def test_a_staging_that_was_taken_for_a_leftover_is_made_again(tmp_path, monkeyp
         (staging / "a").write_text("a")
     assert taken and contents(tmp_path) == {"out/a": b"a"}
     assert time.time() - (tmp_path / "out").stat().st_mtime < 600
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"format": "mlx", "base": "1f" * 32}, {"format": "mlx"}, None]
+)
+def test_tensors_whose_config_a_kill_took_are_ours_if_they_say_so(tmp_path, metadata):
+    """An export for mlx-lm removes the config first, and has no card."""
+    out = tmp_path / "out"
+    out.mkdir()
+    tensors = {"model.layers.0.self_attn.q_proj.lora_a": np.zeros((4, 2), np.float32)}
+    save_file(tensors, out / "adapters.safetensors", metadata=metadata)
+    if metadata and "base" in metadata:
+        check_writable(out, MLX_LM)
+    else:
+        with pytest.raises(ConfigError, match=r"adapters\.safetensors is not known to be from"):
+            check_writable(out, MLX_LM)
