@@ -197,6 +197,7 @@ class Case:
 
     words: Callable[[Path, Path], list[str]]
     before: Callable[[Path, Path], list[str]] | None = None
+    on_adapter: bool = True  # whether it wants one
     is_run: bool = False  # whether it goes on from checkpoints
     killed_at: str = "out/checkpoint-24"  # the rename that `before` is killed at, if it is a run
     is_whole: bool = False  # whether it replaces its folder as a whole
@@ -204,10 +205,10 @@ class Case:
 
 
 CASES = {
-    "train": Case(command, is_run=True),
-    "resume": Case(command, command, is_run=True),  # killed half-way
-    "two": Case(command, is_run=True, processes=2),
-    "sweep": Case(sweep),
+    "train": Case(command, on_adapter=False, is_run=True),
+    "resume": Case(command, command, on_adapter=False, is_run=True),  # killed half-way
+    "two": Case(command, on_adapter=False, is_run=True, processes=2),
+    "sweep": Case(sweep, on_adapter=False),
     "merge": Case(adapter("merge", "--save-dtype", "float32"), adapter("merge"), is_whole=True),
     "portable": Case(
         adapter("export", "--portable"), adapter("export", "--portable"), is_whole=True
@@ -286,10 +287,10 @@ class LeftAlone:
         self.inputs, self.before = folder / "inputs", None
         if not self.inputs.is_dir():
             make_inputs(self.inputs)
+        if self.case.on_adapter and not (self.inputs / "adapter").is_dir():
             done = process_of(command(self.inputs, folder / "first")).wait()
             assert done.code == 0, done
             shutil.copytree(folder / "first" / "out", self.inputs / "adapter")
-            shutil.copytree(folder / "first" / "cache", self.inputs / "cache")
         if self.case.before is not None:
             earlier, self.before = self.folder / "earlier", self.folder / "earlier" / "out"
             moment = Moment("rename", self.case.killed_at) if self.case.is_run else None
@@ -308,8 +309,7 @@ class LeftAlone:
     def begin(self, name: str) -> Path:
         """A place for the command, with what is there before it."""
         place = self.folder / name
-        place.mkdir(parents=True)
-        shutil.copytree(self.inputs / "cache", place / "cache")
+        (place / "cache").mkdir(parents=True)
         if self.before is not None:
             shutil.copytree(self.before, place / "out")
         return place

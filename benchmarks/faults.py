@@ -66,8 +66,8 @@ def push(inputs: Path, place: Path) -> list[str]:
 
 
 CASES = {
-    "train": crash.Case(short, is_run=True),
-    "resume": crash.Case(short, short, is_run=True, killed_at="out/checkpoint-3"),
+    "train": crash.Case(short, on_adapter=False, is_run=True),
+    "resume": crash.Case(short, short, False, is_run=True, killed_at="out/checkpoint-3"),
     **{name: crash.CASES[name] for name in ("sweep", "merge", "portable", "peft", "gguf")},
     "mlx": crash.Case(crash.adapter("export", "--mlx"), crash.adapter("export", "--mlx")),
     "evaluate": crash.Case(evaluate, evaluate),
@@ -135,17 +135,9 @@ def try_all(folder: Path, args: Any) -> tuple[dict[str, dict[str, int]], int]:
     return counts, wrong
 
 
-def place_of(alone: crash.LeftAlone, name: str) -> Path:
-    """A place for a command; the first run has to write the tokens, too."""
-    place = alone.begin(name)
-    if alone.name == "train":
-        shutil.rmtree(place / "cache")
-    return place
-
-
 def calls_of(alone: crash.LeftAlone) -> int:
     """How often a command changes the disk."""
-    place, log = place_of(alone, "counted"), alone.folder / "calls.log"
+    place, log = alone.begin("counted"), alone.folder / "calls.log"
     log.write_text("")
     done = run(alone, place, {"CALLS": str(log)})
     assert done.code == 0, done
@@ -161,7 +153,7 @@ def run(alone: crash.LeftAlone, place: Path, environ: dict[str, str]) -> forked.
 
 def fault(alone: crash.LeftAlone, call: int, mode: str) -> dict[str, Any]:
     """One fault, and the same command again."""
-    place = place_of(alone, f"fault-{call}-{mode}")
+    place = alone.begin(f"fault-{call}-{mode}")
     number = ERRORS[call % len(ERRORS)] if mode == "once" else errno.ENOSPC
     log = alone.folder / f"{place.name}.log"
     environ = {"FAILS_AT": str(call), "FAILURE": str(number), "CALLS": str(log)}

@@ -71,7 +71,7 @@ sys.exit(main(sys.argv[4:]))
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> crash.LeftAlone:
-    return crash.LeftAlone(tmp_path_factory.mktemp("interruption"), counted=False)
+    return crash.LeftAlone(tmp_path_factory.mktemp("interruption"))
 
 
 def paused(words: list[str], place: str, number: int, seconds_after: float = 0.0) -> Any:
