@@ -4,8 +4,8 @@ Run as: python benchmarks/faults.py
 
 A library of a page in C (tests/support/failing_disk.c) counts the calls by which a command changes
 the disk, whoever makes them: Python, Rust or MLX. Then the command is run once for each of them,
-which fails: alone, or with all later ones that need room, as on a disk that is full. Linux and a C
-compiler are needed.
+which fails: by turns alone, or with all later ones that need room, as on a disk that is full (with
+`--both` in both ways). Linux and a C compiler are needed.
 
 The claim that is asserted, of every fault: the command ends with exit code 2 and one message that
 names the reason, or does what it would have done without the fault; a checkpoint or an older
@@ -80,6 +80,7 @@ def main() -> None:
     """Tries every fault, prints a table and a JSON line, and asserts the claim."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, help="calls of each command, and not all of them")
+    parser.add_argument("--both", action="store_true", help="try each call in both ways")
     parser.add_argument("--only", default=",".join(CASES), help="commands, with commas between")
     parser.add_argument("--jobs", default=2, type=int, help="at the same time")
     parser.add_argument("--results", type=Path, help="file of what was tried, to go on from")
@@ -113,9 +114,10 @@ def try_all(folder: Path, args: Any) -> tuple[dict[str, dict[str, int]], int]:
         alone = crash.LeftAlone(folder, name, CASES[name])
         calls = calls_of(alone)
         step = max(1, calls // args.sample) if args.sample else 1
-        asked = [(call, mode) for call in range(1, calls + 1, step) for mode in MODES]
-        if args.sample:  # by turns
-            asked = asked[::3]
+        tried = range(1, calls + 1, step)
+        asked = [(call, MODES[i % 2]) for i, call in enumerate(tried)]
+        if args.both:
+            asked = [(call, mode) for call in tried for mode in MODES]
         records = [known[key] for each in asked if (key := (name, *each)) in known]
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(args.jobs, context) as pool:
