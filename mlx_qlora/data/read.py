@@ -371,7 +371,8 @@ def _write_refused(path: Path, sources: list[tuple[DataReport, list[RowFile]]]) 
     """Writes a JSONL file of refused rows, whole or not at all: place, reason, and the row."""
     try:
         # Files are read once more, as rows that cannot be used are not kept in memory.
-        with staged(path.parent) as staging, open(staging / path.name, "w", -1, "utf-8") as out:
+        folder = path.parent.resolve(strict=True)
+        with staged(folder) as staging, open(staging / path.name, "w", -1, "utf-8") as out:
             for report, files in sources:
                 for file_report, file in zip(report.files, files):
                     reasons = dict(file_report.refused)
