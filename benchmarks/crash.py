@@ -298,13 +298,12 @@ class LeftAlone:
             done = process_of(self.case.before(self.inputs, earlier), earlier, moment).wait()
             assert done.code == (-signal.SIGKILL if moment else 0), done
         self.place = self.begin("alone")
-        began, calls = time.perf_counter(), self.place / "calls.json"
+        began, calls = time.perf_counter(), self.place / "cache" / "calls.json"
         for done in self.end(self.run(self.place, counted=True)):
             assert done.code == 0, done
         self.seconds = time.perf_counter() - began
         self.out = self.place / "out"
         self.calls = [tuple(call) for call in json.loads(calls.read_text())]
-        calls.unlink()
 
     def begin(self, name: str) -> Path:
         """A place for the command, with what is there before it."""
@@ -563,7 +562,14 @@ def watch(place: str, moment: Moment | None) -> Callable[[], None]:
             module.save_file = save_half
     os.fsync = flush
     sys.addaudithook(watch_call)
-    return lambda: (Path(place) / "calls.json").write_text(json.dumps(calls)) and None
+
+    def write_calls() -> None:
+        done = json.dumps(calls)
+        folder = Path(place) / "cache"
+        folder.mkdir(exist_ok=True)
+        (folder / "calls.json").write_text(done)
+
+    return write_calls
 
 
 # ---- comparing it ------------------------------------------------------------------------------
