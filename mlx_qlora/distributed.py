@@ -201,6 +201,8 @@ class Processes:
         place = output / f"rank-{self.rank}.log"
         try:
             output.mkdir(parents=True, exist_ok=True)
+            if place.is_symlink():  # which is not ours to write through
+                place.unlink()
             return Console(file=place.open("a", encoding="utf-8"))
         except OSError as error:
             raise ConfigError(
