@@ -101,7 +101,7 @@ def ends(started: list[subprocess.Popen[str]], seconds: float = 120) -> list[Any
 
 
 def without_waits(err: str) -> str:
-    """Standard error without what a busy machine may add, and MLX's ring, that lost a connection."""
+    """Standard error without what a busy machine adds, and the ring, where a peer has gone."""
     lines = err.splitlines(keepends=True)
     others = ("[ring]", "mlx-qlora: waiting for ")
     return "".join(line for line in lines if not line.startswith(others))
