@@ -296,6 +296,7 @@ def check_writable(
     allowed = list(names)
     present = [name for name in allowed if os.path.lexists(folder / name)]
     if whole:  # macOS puts a .DS_Store into every folder that its file browser shows
+        remove_leftovers(folder, INSIDE)  # of another kind of export
         below = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
         files = (path for path in below if path.name != ".DS_Store")
         present = sorted(path.relative_to(folder).as_posix() for path in files)
