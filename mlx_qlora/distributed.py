@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from mlx_qlora import device
-from mlx_qlora.errors import PATIENCE, ConfigError, ProcessError, UserError, listing, say_waiting
+from mlx_qlora.errors import PATIENCE, ConfigError, ProcessError, UserError, listing, waiting
 from mlx_qlora.folders import in_words
 
 # What launchers leave in the environment: mlx.launch, Open MPI, MPICH.
@@ -226,10 +226,8 @@ def in_time(work: Callable[[], T], seconds: float, who: str) -> T:
             future.set_exception(cause)
 
     threading.Thread(target=run, daemon=True).start()
-    if seconds > PATIENCE and futures.wait([future], PATIENCE).not_done:
-        say_waiting(who)
-        seconds -= PATIENCE
-    return future.result(seconds)
+    with waiting(who):
+        return future.result(seconds)
 
 
 def _leave() -> None:

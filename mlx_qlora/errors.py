@@ -162,18 +162,14 @@ def warn(console: "Console", text: str) -> None:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say on standard error what is waited for within, once that takes longer than `PATIENCE`."""
-    timer = threading.Timer(PATIENCE, lambda: say_waiting(what))
+    line = visible(f"mlx-qlora: waiting for {what}\n")
+    timer = threading.Timer(PATIENCE, lambda: sys.stderr.write(line))
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-
-
-def say_waiting(what: str) -> None:
-    """Say it at once."""
-    print(visible(f"mlx-qlora: waiting for {what}"), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
