@@ -51,9 +51,8 @@ def staged(
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Inside an existing folder: its parent may be another disk, or not writable.
     is_inside = folder.exists() and not replace
-    home, name = (folder, INSIDE) if is_inside else (folder.parent, folder.name)
-    remove_leftovers(home, re.escape(name))
-    staging, lock = _new_staging(home, name)
+    remove_leftovers(folder)
+    staging, lock = _new_staging(*((folder, TAG) if is_inside else (folder.parent, folder.name)))
     try:
         staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
         yield staging
@@ -91,7 +90,6 @@ def staged(
         os.close(lock)
 
 
-INSIDE = TAG  # named in the staging within a folder; beside one it is the folder's own name
 LEFTOVER = re.compile(r"\.(.*)-[a-z0-9_]{8}\.(tmp|old)")
 
 
@@ -107,16 +105,19 @@ def _new_staging(home: Path, name: str) -> tuple[Path, int]:
     return _new_staging(home, name)
 
 
-def remove_leftovers(home: Path, names: str) -> None:
-    """Remove what killed processes left of folders in `home` whose names match a pattern.
+def remove_leftovers(folder: Path, parts: str = TAG) -> None:
+    """Remove what killed processes left of a folder, beside and within it.
 
-    A folder that was set aside for one that never came is put back.
+    One that was set aside for one that never came is put back. `parts` is a pattern of the names of
+    folders within that are staged by themselves.
     """
-    for path in sorted(home.glob(".*-*.*")):  # .old comes before .tmp
+    beside = [(path, re.escape(folder.name)) for path in folder.parent.glob(".*-*.*")]
+    within = [(path, f"{TAG}|{parts}") for path in folder.glob(".*-*.*")]
+    for path, names in sorted([*beside, *within]):  # .old comes before .tmp
         match = LEFTOVER.fullmatch(path.name)
         if match and re.fullmatch(names, match[1]) and not _in_use(path.with_suffix(".tmp")):
-            if path.suffix == ".old" and not os.path.lexists(home / match[1]):
-                path.rename(home / match[1])
+            if path.suffix == ".old" and not os.path.lexists(path.with_name(match[1])):
+                path.rename(path.with_name(match[1]))
             else:
                 remove(path)
 
@@ -296,7 +297,7 @@ def check_writable(
     allowed = list(names)
     present = [name for name in allowed if os.path.lexists(folder / name)]
     if whole:  # macOS puts a .DS_Store into every folder that its file browser shows
-        remove_leftovers(folder, INSIDE)  # of another kind of export
+        remove_leftovers(folder)  # of another kind of export
         below = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
         files = (path for path in below if path.name != ".DS_Store")
         present = sorted(path.relative_to(folder).as_posix() for path in files)

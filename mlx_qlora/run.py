@@ -49,6 +49,7 @@ from mlx_qlora.folders import (
     disk_errors,
     is_run,
     locked,
+    remove_leftovers,
     staged,
     write_whole,
 )
@@ -66,10 +67,10 @@ from mlx_qlora.model.weights import (
     read_config,
 )
 from mlx_qlora.train.checkpoint import (
+    NAMES,
     RunState,
     check_is_there,
     checkpoint_to_resume,
-    clear_leftovers,
     is_ours,
     last_checkpoint,
 )
@@ -439,7 +440,7 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
     output = inputs.output
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
-        clear_leftovers(output)
+        remove_leftovers(output, NAMES)
         inputs = inputs.to_resume(console)
         write_record(output, inputs.config, inputs.state.fingerprint, inputs.train)
         yield inputs

@@ -6,7 +6,6 @@ model in memory), then the files beside them, then the drift, measured on what w
 
 import json
 import math
-import re
 import shutil
 import struct
 import zlib
@@ -26,7 +25,6 @@ from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, WeightsError, listing, require
 from mlx_qlora.folders import (
     CARD,
-    INSIDE,
     MERGED_FOLDER,
     MERGED_MARK,
     check_writable,
@@ -206,8 +204,7 @@ def check_disk(target: Path, needed: int) -> None:
 
     What a killed process has left of that folder goes first.
     """
-    remove_leftovers(target, INSIDE)
-    remove_leftovers(target.parent, re.escape(target.name))
+    remove_leftovers(target)
     disk = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:

@@ -20,12 +20,12 @@ from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
-from mlx_qlora.folders import parse_json, write_whole
+from mlx_qlora.folders import parse_json, remove_leftovers, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
 from mlx_qlora.run import Inputs, deciding_values, write_record
-from mlx_qlora.train.checkpoint import RunState, clear_leftovers
+from mlx_qlora.train.checkpoint import NAMES, RunState
 from mlx_qlora.train.loop import Run
 from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.train.step import StepError
@@ -272,7 +272,7 @@ def measure(
     output, began = Path(config.checkpointing.output_dir), time.perf_counter()
     assert inputs.validation is not None
     output.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(output)
+    remove_leftovers(output, NAMES)
     mx.reset_peak_memory()
     failed, may_pass, train_loss, speed = "", False, math.nan, None
     nats, tokens = np.zeros(0), np.zeros(0, int)

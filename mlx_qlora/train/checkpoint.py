@@ -22,15 +22,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
-from mlx_qlora.folders import (
-    INSIDE,
-    disk_errors,
-    json_object,
-    remove,
-    remove_leftovers,
-    sha256,
-    staged,
-)
+from mlx_qlora.folders import disk_errors, json_object, remove, sha256, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
@@ -40,6 +32,7 @@ if TYPE_CHECKING:
 
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
 STATE = "resume_state.json"
+NAMES = r"checkpoint-\d+"
 # Of `trainer_state.json`'s records, as transformers writes them.
 TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
@@ -249,7 +242,7 @@ def _discard(path: Path) -> None:
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of an output folder, oldest first."""
     ours = filter(is_ours, output.glob("checkpoint-*"))
-    return sorted((p for p in ours if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
+    return sorted((p for p in ours if re.fullmatch(NAMES, p.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -279,11 +272,6 @@ def discard_after(output: Path, step: int) -> None:
     for path in checkpoints(output):
         if step_of(path) > step:
             _discard(path)
-
-
-def clear_leftovers(output: Path) -> None:
-    """Removes the halves that a killed run has left, and puts back what it had set aside."""
-    remove_leftovers(output, rf"checkpoint-\d+|{INSIDE}")
 
 
 def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_what_is_a_leftover_and_what_is_not(tmp_path, name):
     for path in (tmp_path / file for file in files):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
-    remove_leftovers(tmp_path, "out")
+    remove_leftovers(tmp_path / "out")
     assert names(tmp_path) == sorted(left)
 
 
