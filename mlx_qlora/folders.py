@@ -287,7 +287,7 @@ def check_writable(
         ConfigError: naming what is in the way.
     """
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    _check_names(folder, above, field)
+    check_name(folder, field)
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         reason = "may not be written to" if os.path.isdir(above) else "is a file"
         raise ConfigError(
@@ -323,9 +323,10 @@ def check_writable(
         )
 
 
-def _check_names(folder: Path, above: Path, field: str) -> None:
-    """Refuse what the system cannot name, or what leaves no room for the names of files in it."""
-    parts = folder.absolute().relative_to(above.absolute()).parts
+def check_name(folder: Path, field: str) -> None:
+    """Raise a ConfigError for what the system cannot name, or without room for names below it."""
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    parts = folder.absolute().relative_to(above).parts
     # A folder is staged beside its place. What we write in it is at most so long.
     reason = ""
     for place in (*(above / f".{part}-xxxxxxxx.tmp" for part in parts), folder.absolute() / BELOW):
@@ -338,7 +339,7 @@ def _check_names(folder: Path, above: Path, field: str) -> None:
             reason = reason or (str(error.strerror) if error.errno == errno.ENAMETOOLONG else "")
     if reason:
         raise ConfigError(
-            f"{field}: {folder} cannot be made: {reason}; choose another with --output-dir"
+            f"{field}: {folder} cannot be made: {reason}; choose another name or place"
         )
 
 

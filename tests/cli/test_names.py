@@ -51,6 +51,13 @@ def test_an_output_folder_that_cannot_be_is_refused_at_once(
 
 
 @pytest.mark.parametrize("name", BAD)
+def test_a_file_of_scores_that_cannot_be_is_refused_at_once(name, train, opened, capsys):
+    words = ["--model", "nowhere", "--data", "rows.jsonl", "--output", BAD[name][0]]
+    assert call("evaluate", *words, "--answers", "0") == 2
+    assert "mlx-qlora: --output: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BAD)
 def test_push_of_a_name_that_cannot_be(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call("push", BAD[name][0], "me/it") == 2
