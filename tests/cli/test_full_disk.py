@@ -9,16 +9,17 @@ import sys
 import pytest
 from support.command_line import ROOT
 
-COMMANDS = "train", "resume", "sweep", "merge", "portable", "peft", "gguf", "mlx", "evaluate"
-COMMANDS += "refused", "push"
+COMMANDS = "train", "sweep", "merge", "mlx", "push"  # of each kind one
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("cc") is None,
     reason="the failing disk is a library for Linux, and needs a C compiler",
 )
-def test_a_sample_of_faults_in_every_command_that_writes():
+def test_a_sample_of_faults_in_commands_that_write():
     words = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--sample", "2"]
+    words += ["--only", ",".join(COMMANDS)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

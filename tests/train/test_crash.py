@@ -42,6 +42,7 @@ def test_four_of_four_killed_runs_end_identically_and_leave_nothing_behind(alone
     assert [trial.litter for trial in trials] == [[]] * len(moments)
 
 
+@pytest.mark.slow
 def test_every_command_may_be_killed(tmp_path):
     """One trial of each, with the seed's moments; the file of results is gone on from."""
     results, n = tmp_path / "results.jsonl", len(crash.CASES)
