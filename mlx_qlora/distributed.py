@@ -100,7 +100,7 @@ class Processes:
         who = f"another process, says {self.rank} of {self.size}, for at most {limit:.0f} s"
         try:  # MLX itself waits without an end, and without letting signals through
             in_time(lambda: mx.eval(arrays), limit, who)
-        except futures.TimeoutError:
+        except TimeoutError:
             self._give_up(f"another process did not answer within {limit:.0f} s")
         except Exception as error:
             self._give_up(f"another process is gone ({error})")
@@ -111,7 +111,7 @@ class Processes:
 
     def _give_up(self, reason: str) -> NoReturn:
         atexit.register(_leave)
-        raise ProcessError(f"{reason}, says process {self.rank} of {self.size}") from None
+        raise ProcessError(f"process {self.rank} of {self.size}: {reason}") from None
 
     # ---- agreement -----------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Processes:
 
 
 def in_time(work: Callable[[], T], seconds: float, who: str) -> T:
-    """What some work in a thread of its own returns, or a `futures.TimeoutError`.
+    """What some work in a thread of its own returns, or a `TimeoutError`.
 
     The thread then goes on, and ends with the process; that of an executor would be waited for. A
     wait that takes long says `who` is waited for.

@@ -26,8 +26,8 @@ class Interrupted(Stopped):
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
         self.checkpoint = checkpoint
-        saved = f"saved {checkpoint}" if checkpoint else "no step was done yet"
-        super().__init__(signum, f"{saved}. The same command goes on from there")
+        saved = f"saved {checkpoint}" if checkpoint else "no step was finished"
+        super().__init__(signum, f"{saved}. The same command continues from there")
 
 
 def _stop(signum: int, _: FrameType | None) -> None:

@@ -149,7 +149,7 @@ def test_what_is_not_granted_is_one_message(wrong, train, capsys, tmp_path, monk
     assert WRONG[wrong] in error and "Traceback" not in error
     if "broken_disk" in wrong.__name__:
         assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-        assert "checkpoint-2 is whole" in error
+        assert "checkpoint-2 is complete" in error
 
 
 def test_the_limit_is_raised_no_further_than_needed(monkeypatch):

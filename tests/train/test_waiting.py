@@ -121,7 +121,7 @@ def train(folder: Path, out: str) -> list[str]:
 
 
 SWEEP = ["--steps", "2", "--rungs", "1", "--learning-rates", "1e-3", "data.split=[0.6, 0.4, 0]"]
-KEPT = "checkpoint-2 is whole, and the same command goes on from it"
+KEPT = "checkpoint-2 is complete, and the same command continues from it"
 NOTHING = "nothing was written; what was there is as it was"
 # What is called -> (the command, what is said).
 PLACES = {
@@ -129,8 +129,8 @@ PLACES = {
     "mlx_qlora.run.load_model": ("train", "No checkpoint was written yet"),
     "mlx_qlora.run.write_record": ("train", "No checkpoint was written yet"),
     "mlx_qlora.run.write_adapter": ("train", KEPT),
-    "mlx_qlora.after.observer.measure": ("train", "the adapter in {} is whole"),
-    "mlx_qlora.after.observer.write_report": ("train", "the adapter in {} is whole"),
+    "mlx_qlora.after.observer.measure": ("train", "the adapter in {} is complete"),
+    "mlx_qlora.after.observer.write_report": ("train", "the adapter in {} is complete"),
     "mlx_qlora.sweep.trial.score_examples": ("sweep", "what its trials have saved is kept"),
     "mlx_qlora.adapters.merge._write_shard": ("merge", NOTHING),
     "mlx_qlora.commands.with_adapter": ("merge", NOTHING),
