@@ -54,6 +54,7 @@ def evaluate(inputs: Path, place: Path) -> list[str]:
 
 def refuse(inputs: Path, place: Path) -> list[str]:
     """Rows that cannot be used, in a file."""
+    (place / "out").mkdir(exist_ok=True)
     bad = place / "cache" / "bad.jsonl"
     bad.write_text((inputs / "rows.jsonl").read_text() + '{"text": 1}\n')
     own = [f"data.cache_dir={place / 'cache'}", "--refused", str(place / "out" / "refused.jsonl")]
