@@ -179,6 +179,7 @@ LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
 WORDS = {
     "loss": "loss per token",
     "token_accuracy": "tokens guessed right",
+    "kl": "KL(tuned || base)",
     "exact_match": "answers word for word",
     "rouge_l": "same words (ROUGE-L)",
     "chrf": "same letters (chrF)",

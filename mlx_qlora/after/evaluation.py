@@ -7,6 +7,7 @@ and asked, the two are compared example by example, and the adapter is tried on 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.loading import recorded
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
-from mlx_qlora.train.score import RowScores
+from mlx_qlora.train.score import Lend, RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
 # name -> which is better, and the function
@@ -88,7 +89,8 @@ def evaluate_run(
     with disabled(model):  # the adapter, if there is one
         base = measure(model, tokenizer, examples, asked, max_new_tokens)
     if config.model.adapter is not None:
-        tuned = measure(model, tokenizer, examples, asked, max_new_tokens)
+        lend = partial(disabled, model)
+        tuned = measure(model, tokenizer, examples, asked, max_new_tokens, base=lend)
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
     comparison = compare(base, tuned, asked)
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
@@ -195,13 +197,14 @@ def measure(
     asked: list[Question],
     max_new_tokens: int = 512,
     processes: Processes | None = None,
+    base: Lend | None = None,
 ) -> Performance:
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
-    Of several processes each scores its share.
+    Of several processes each scores its share. The scores have the divergence from a `base`.
     """
-    scores = score_examples(model, tokenizer, examples, processes)
+    scores = score_examples(model, tokenizer, examples, processes, base)
     if not asked:
         return Performance(scores)
     prompts = [question.prompt for question in asked]
@@ -251,6 +254,8 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
     hits = [each.scores.hits for each in models]
     rows = [loss, metrics.perplexity_row(loss)]
     rows.append(paired_row("token_accuracy", HIGHER, hits, tokens))
+    if tuned is not None:
+        rows.append(kl_row(tuned.scores))
     references = [question.reference for question in asked]
     if asked:
         for name, (better, metric) in ANSWER_METRICS.items():
@@ -263,6 +268,11 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
         n_answers=len(asked),
         adapter=tuned is not None,
     )
+
+
+def kl_row(scores: RowScores) -> Row:
+    """KL(tuned || base) of rows' answers, nats per token; that of the base is 0."""
+    return paired_row("kl", NEITHER, [0 * scores.kl, scores.kl], scores.tokens)
 
 
 @dataclass(frozen=True)
