@@ -27,6 +27,8 @@ from mlx_qlora.folders import (
     card_header,
     json_object,
     parse_json,
+    parse_yaml,
+    read_text,
 )
 from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
 
@@ -93,13 +95,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    import yaml
-
     is_yaml = path.suffix == ".yaml"
     try:
-        text = path.read_text(encoding="utf-8")
-        return dict(yaml.safe_load(text) if is_yaml else parse_json(text))
-    except (TypeError, ValueError, OSError, yaml.YAMLError) as error:
+        return dict((parse_yaml if is_yaml else parse_json)(read_text(path)))
+    except (TypeError, ValueError, OSError) as error:
         kind = "YAML" if is_yaml else "a JSON object"
         raise SourceError(f"{path} cannot be read as {kind}: {error}") from None
 
@@ -335,7 +334,7 @@ def _public(folder: Path, name: str) -> Path | bytes:
     if path.suffix != ".json" or path.name in WITHOUT_PATHS:
         return path
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
     except ValueError as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}") from None
     public = _without_local_paths(values)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size
-from mlx_qlora.folders import card_header, json_object, parse_json
+from mlx_qlora.folders import card_header, json_object, parse_json, read_text
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -332,6 +332,8 @@ def check_readable(path: Path, error: type[Exception] = SourceError) -> None:
     try:
         if path.is_dir():
             return os.scandir(path).close()
+        if not path.is_file() and path.exists():  # a pipe, for instance, that nobody writes into
+            raise error(f"{path} is no file: put the file itself there")
         with path.open("rb") as file:
             start = file.read(len(POINTER))
     except OSError as problem:
@@ -370,7 +372,8 @@ def _shards(folder: Path, names: list[str]) -> list[str]:
     index = folder / INDEX
     check_readable(index, WeightsError)
     try:
-        named = {os.fspath(name) for name in parse_json(index.read_text())["weight_map"].values()}
+        weight_map = parse_json(read_text(index))["weight_map"]
+        named = {os.fspath(name) for name in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "fetch it again, or delete it"
         raise WeightsError(f"{index} cannot be read: {error!r}; {fix}") from None
