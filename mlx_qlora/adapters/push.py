@@ -30,7 +30,7 @@ from mlx_qlora.folders import (
     parse_yaml,
     read_text,
 )
-from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
+from mlx_qlora.model.hub import HUB_ID, check_environment, hub_errors, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
 
@@ -167,10 +167,27 @@ class Pushed:
     left_out: list[str]  # paths that stay here; a folder of them ends with a slash
 
     def __str__(self) -> str:
-        rows = [f"{size:>15,}  {name}" for name, size in self.files]
+        wide = max((len(name) for name, _ in self.files), default=0)
+        rows = [f"{size:>15,}  {name:<{wide}}  {_what_it_is(name)}" for name, size in self.files]
         rows.append(f"{sum(size for _, size in self.files):>15,}  bytes in all")
         stays = [f"{'stays here':>15}  {name}" for name in self.left_out]
         return "\n".join([*rows, *stays, *([self.url] if self.url else [])])
+
+
+def _what_it_is(name: str) -> str:
+    """What a file that is uploaded is, in a few words."""
+    words = {
+        **{PEFT[0]: "the adapter's config", PEFT[1]: "the adapter's weights", CARD: "model card"},
+        "metrics.jsonl": "numbers of the run, without rows",
+        **dict.fromkeys(MLX_COPY, "copy for mlx-lm"),
+        **dict.fromkeys(MODEL, "the model's config"),
+        **dict.fromkeys(SHIPPED, "tokenizer"),
+    }
+    if "chat_template" in name:
+        return "chat template"
+    if CHECKPOINT.fullmatch(name):
+        return "a checkpoint's adapter"
+    return words.get(name) or ("plot" if PLOT.fullmatch(name) else "the model's weights")
 
 
 def push_to_hub(
@@ -207,6 +224,7 @@ def push_to_hub(
         ConfigError: the name of the repository is invalid, what would be uploaded names a path of
             this machine, or `private` does not fit.
     """
+    check_environment()
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

@@ -138,10 +138,9 @@ def _from_package(name: str) -> ModelFiles:
 
 
 def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
-    try:
-        from huggingface_hub import HfApi, errors, snapshot_download
-    except ValueError as error:  # it reads its numbers when it is imported
-        raise SourceError(f"the hub's client does not start ({error}): {ENVIRONMENT}") from error
+    check_environment()
+    from huggingface_hub import HfApi, errors, snapshot_download
+
     fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=UNREAD)
     needed = [name for name in NEEDED if weights or name != WEIGHTS]
     left: tuple[str, ...] = ()
@@ -166,7 +165,15 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
 
 # What the client raises where it cannot use a proxy or a token of the environment.
 UNUSABLE = (ImportError, ValueError)
+SOCKS = 'pip install "httpx[socks]" and write socks5:// in ALL_PROXY, or unset it'
 ENVIRONMENT = "correct or unset ALL_PROXY, HTTPS_PROXY, HF_TOKEN and the like"
+
+
+def check_environment() -> None:
+    """Raise a SourceError for a variable that the hub's client cannot read when it is imported."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        if not re.fullmatch(r"\s*[+-]?\d*\s*", value := os.environ.get(name, "")):
+            raise SourceError(f"{name} must be a whole number of seconds; got {value!r}")
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -199,6 +206,7 @@ def on_offer(
     Raises:
         SourceError: no access, no such repository or revision, no model in it, or no network.
     """
+    check_environment()
     from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
     from huggingface_hub.utils import hf_raise_for_status as raise_for_status
@@ -264,8 +272,9 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     if status is not None:
         return f"{found} {constants.ENDPOINT} answered {status}: {again}; {WITHOUT_HUB}"
     if isinstance(cause, UNUSABLE):
-        reason = str(cause).splitlines()[0]
-        return f"{found} the hub's client does not connect ({reason}): {ENVIRONMENT}"
+        reason, *_ = re.split(r"\n|\. ", str(cause))
+        fix = SOCKS if "socks" in reason.lower() else ENVIRONMENT
+        return f"{found} the hub's client does not connect ({reason}): {fix}"
     if cause is error and isinstance(error, OSError):
         return f"cannot fetch {repo} into {cache} ({error}): {again}"
     return f"{found} {constants.ENDPOINT} cannot be reached ({cause}): {again}; {WITHOUT_HUB}"

@@ -34,9 +34,12 @@ def header(content: bytes) -> Callable[[Path], Any]:
 # What is done to a model's folder -> what is said.
 MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config nests": (text("config.json", DEEP), "config.json cannot be read: it is nested too"),
-    "config of digits": (text("config.json", DIGITS), "config.json cannot be read: Exceeds the"),
+    "config of digits": (
+        text("config.json", DIGITS),
+        "config.json cannot be read: it has a number",
+    ),
     "header nests": (header(DEEP.encode()), "model.safetensors is damaged (it is nested too"),
-    "header of digits": (header(DIGITS.encode()), "model.safetensors is damaged (Exceeds the"),
+    "header of digits": (header(DIGITS.encode()), "model.safetensors is damaged (it has a number"),
     "index nests": (text(INDEX, DEEP), "index.json cannot be read: ValueError('it is nested"),
     "generation config nests": (text("generation_config.json", DEEP), "is nested too deeply"),
     "special tokens nest": (text("special_tokens_map.json", DEEP), "is nested too deeply"),
