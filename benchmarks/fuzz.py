@@ -26,13 +26,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import jinja2
 
 import mlx_qlora as mq
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
-import hostile
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 Row = dict[str, Any]
 WORD = re.compile(r"w\d+x")

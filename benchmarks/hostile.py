@@ -43,8 +43,8 @@ CHAT = (
     "{%- set ns = namespace(n=0, text='') -%}{{- bos_token }}{%- for m in messages %}"
     "{%- if m.role in ['system', 'user'] and loop.index0 >= 0 %}<|{{ m['role'] }}|>"
     "{{ (m.content | trim) ~ eos_token }}{%- set ns.n = ns.n + 1 %}"
-    "{%- elif m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m.content.split('x')[-1] }}"
-    "{{ eos_token }}{% endgeneration %}{%- endif %}{%- set ns.text = ns.text ~ m.content %}"
+    "{%- elif m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m.content.split('x')[-1] "
+    "}}{{ eos_token }}{% endgeneration %}{%- endif %}{%- set ns.text = ns.text ~ m.content %}"
     "{%- endfor %}{%- set rest = messages[1:] %}{{- {'a': ns.n, 'b': [1, 2]} | tojson }}"
     "{{- '%02d' % ns.n }}{{ rest | length }}{%- macro show(x) %}[{{ x | upper }}]{% endmacro %}"
     "{{ show('k') }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -251,7 +251,7 @@ def rows_trial(place: Path, draw: random.Random, seeds: Path) -> Callable[[], st
 
     from mlx_qlora.data.rows import FORMATS
 
-    form = draw.choice(FORMATS)
+    form = draw.choice([*FORMATS])
     content, bad, good = mixture(form, ROWS, draw)
     (place / "rows.jsonl").write_bytes(content)
 
@@ -288,6 +288,7 @@ def file_trial(name: str, place: Path, draw: random.Random, seeds: Path) -> Call
         shutil.copy(seeds / whole, place)
     elif name == "gguf":
         words[2] = "model.gguf"
+        words += ["model.bits=null"]  # its columns are few
         shutil.copy(seeds / whole, place)
     else:
         shutil.copytree(seeds / whole, place / "model")
@@ -318,8 +319,8 @@ def changed_bytes(content: bytes, draw: random.Random) -> bytes:
     data = bytearray(content)
     for _ in range(draw.choice([1, 1, 2, 8])):
         at = min(int(draw.expovariate(8 / max(1, len(data)))), max(0, len(data) - 1))
-        kind = draw.randrange(6)
-        if kind == 0:
+        kind = draw.randrange(12)
+        if kind >= 6 or kind == 0:
             data[at : at + 1] = bytes([draw.randrange(256)])
         elif kind == 1:
             del data[at : at + draw.choice([1, 3, 40])]
@@ -389,6 +390,21 @@ def changed_safetensors(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.2:
         return struct.pack("<Q", draw.choice([0, 1, len(header) + 9, 2**40])) + header
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def changed_gguf(content: bytes, draw: random.Random) -> bytes:
+    """A file of which a pair has another type or value, or any other bytes are others."""
+    keys = [*re.finditer(rb"(general|llama|tokenizer)\.[a-z_.]+", content)]
+    if draw.random() < 0.4 or not keys:
+        return changed_bytes(content, draw)
+    at, data = draw.choice(keys).end(), bytearray(content)
+    numbers = [0, 1, 2, 31, 33, 2**31 - 1, 2**31, 2**32 - 1, 0x7F800000, 0x7FC00000]
+    if draw.random() < 0.5:  # its type
+        data[at : at + 4] = struct.pack("<I", draw.choice([*range(13), 99]))
+    if draw.random() < 0.6:
+        after = at + 4 * draw.randrange(1, 5)
+        data[after : after + 4] = struct.pack("<I", draw.choice(numbers))
+    return bytes(data)
 
 
 YAML = ["&a ", "*a", "<<: *a", "!!int ''", "!!python/object:os.system {}", "? [", "- ", ": ", "\t"]
@@ -520,7 +536,7 @@ def same_chat(path: Path) -> str:
 CHANGES: dict[str, tuple[Callable[[bytes, random.Random], bytes], Callable[[Path], str]]] = {
     ".json": (changed_json, refused_by(lambda path: json.loads(path.read_text("utf-8")))),
     ".safetensors": (changed_safetensors, refused_by(read_safetensors)),
-    ".gguf": (changed_bytes, refused_by(read_gguf)),
+    ".gguf": (changed_gguf, refused_by(read_gguf)),
     ".yaml": (changed_yaml, refused_by(read_yaml)),
     ".jinja": (changed_template, same_chat),
 }

@@ -319,7 +319,9 @@ def parse_yaml(text: str, loader: Any = None) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # such as !!int ""
-        raise ValueError(str(error)) from None
+        place = getattr(error, "problem_mark", None)
+        where = f" in line {place.line + 1}, column {place.column + 1}" if place else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or error}{where}") from None
 
 
 def _whole_number(digits: str) -> int:
