@@ -98,6 +98,10 @@ def compile_template(
         _work.may_make("format", [form])
         return (datetime.datetime(*date) if date else datetime.datetime.now()).strftime(form)
 
+    @jinja2.pass_context  # or Jinja would take the one turn of its compiler for all
+    def turn(context: Any, size: int) -> str:
+        return _work.turn(size)
+
     environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -108,7 +112,7 @@ def compile_template(
         name: _limited(each)
         for name, each in {**filters.FILTERS, "tojson": tojson}.items()
         if name not in LEFT_OUT
-    } | {"_made": _work.made, "_joined": _work.joined, "_turn": _work.turn}
+    } | {"_made": _work.made, "_joined": _work.joined, "_turn": turn}
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     del environment.globals["lipsum"]
     tree = environment.parse(source.removeprefix("\ufeff"))  # an editor's mark
@@ -214,7 +218,7 @@ def _written(value: Any, left: int = SIZE) -> int:
         return 1
     size = 2
     for each in inner:
-        size += 16 + _written(each, left - size)
+        size += 64 + _written(each, left - size)
         if size > left:
             raise jinja2.TemplateError(TOO_MUCH)
     return size
