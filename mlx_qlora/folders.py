@@ -288,6 +288,8 @@ def reading(path: Path, error: type[UserError]) -> Iterator[None]:
 
 def read_text(path: Path, most: int = MOST_JSON) -> str:
     """The text of a small file; a ValueError if it is no UTF-8, or is not small."""
+    if path.exists() and not path.is_file():  # a pipe, for instance, into which nobody writes
+        raise ValueError("it is no file")
     with path.open("rb") as file:
         text = file.read(most + 1)
     if len(text) > most:

@@ -52,9 +52,10 @@ def render_template(
         TokenizerError: the template is damaged, refuses these messages, or makes too much of them.
         EndlessTemplate: it takes too long, which the next chat would, too.
     """
-    _work.begin()
     try:
-        return compile_template(source, mark, date).render(
+        template = compile_template(source, mark, date, threading.get_ident())
+        template.environment.begin()  # pyright: ignore[reportAttributeAccessIssue]
+        return template.render(
             messages=messages,
             tools=tools,
             documents=None,
@@ -67,11 +68,14 @@ def render_template(
         raise TokenizerError(str(error) or repr(error)) from error
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
 def compile_template(
-    source: str, mark: bool = False, date: tuple[int, int, int] | None = None
+    source: str, mark: bool = False, date: tuple[int, int, int] | None = None, thread: int = 0
 ) -> jinja2.Template:
-    """Compiles a template from the hub, which is untrusted code, in transformers' environment."""
+    """Compiles a template from the hub, which is untrusted code, in transformers' environment.
+
+    Each `thread` has a template, and so an account, of its own.
+    """
     if len(source) > LONGEST_SOURCE:
         raise TokenizerError(f"it is longer than {LONGEST_SOURCE:,} characters")
 
@@ -95,24 +99,24 @@ def compile_template(
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     def strftime_now(form: str) -> str:
-        _work.may_make("format", [form])
+        environment.may_make("format", [form])
         return (datetime.datetime(*date) if date else datetime.datetime.now()).strftime(form)
 
     @jinja2.pass_context  # or Jinja would take the one turn of its compiler for all
     def turn(context: Any, size: int) -> str:
-        return _work.turn(size)
+        return environment.turn(size)
 
     environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, ext.loopcontrols],
-        finalize=_work.text,
     )
+    environment.finalize = environment.text
     environment.filters = {
-        name: _limited(each)
+        name: environment.limited(each)
         for name, each in {**filters.FILTERS, "tojson": tojson}.items()
         if name not in LEFT_OUT
-    } | {"_made": _work.made, "_joined": _work.joined, "_turn": turn}
+    } | {"_made": environment.made, "_joined": environment.joined, "_turn": turn}
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     del environment.globals["lipsum"]
     tree = environment.parse(source.removeprefix("\ufeff"))  # an editor's mark
@@ -123,43 +127,58 @@ def compile_template(
 
 SECONDS = 3  # of one core, for one chat
 SIZE = 1 << 26  # characters that are made for one chat, and 16 for each entry of a list
+LOOK_EVERY = 64  # of these, at the clock
 LONGEST_SOURCE = 1 << 17  # the longest of real ones has 30,000 characters
 # Filters and methods that no chat template has been seen to use, and whose work is hard to foresee.
 LEFT_OUT = {"urlize", "urlencode", "striptags", "xmlattr", "pprint", "filesizeformat", "wordwrap"}
 UNSAFE = {"translate", "expandtabs", "to_bytes", "encode", "format_map", "striptags", "unescape"}
 PADDING = {"center", "ljust", "rjust", "zfill", "indent", "batch", "slice", "tojson"}
 SPLITTING = {"list", "split", "rsplit", "splitlines", "sort", "unique", "batch", "slice", "map"}
+MULTIPLYING = {"format", "replace", "join", "round", "sum"} | PADDING | SPLITTING
 WIDE = re.compile(r"\d{4}|%[-+ #0\d.]*\*|\{[^{}]*\{")  # a format with a width of its own
+TOO_MUCH = "it makes more than a chat can hold"
 
 
-class _Work(threading.local):
-    """What the template that runs in this thread may still do."""
+class _Environment(sandbox.ImmutableSandboxedEnvironment):
+    """Transformers' sandbox, with an account of what a template may still do."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    left, look_below = SIZE, 0  # of the compiler, which computes what is constant
 
     def begin(self) -> None:
-        self.left, self.look_at = SIZE, time.monotonic() + SECONDS
-        self.began = time.thread_time()
+        """A chat is to be written."""
+        self.left, self.look_below = SIZE, SIZE - LOOK_EVERY
+        self.look_at, self.began = time.monotonic() + SECONDS, time.thread_time()
 
-    def turn(self, size: int = 1) -> str:
+    def turn(self, size: int) -> str:
         """Pay for one turn of a loop, or for what was made."""
-        self.left -= size
+        self.left = left = self.left - size - 1
+        if left < self.look_below:
+            self._look()
+        return ""
+
+    def _look(self) -> None:
         if self.left < 0:
             raise jinja2.TemplateError(TOO_MUCH)
-        if time.monotonic() > self.look_at:  # cheaper than this thread's own time
+        self.look_below = self.left - LOOK_EVERY
+        if time.monotonic() > self.look_at:  # which takes less time than this thread's own clock
             left = SECONDS - (time.thread_time() - self.began)
             if left <= 0:
                 raise EndlessTemplate(f"it computes for more than {SECONDS} seconds")
             self.look_at = time.monotonic() + left
-        return ""
 
     def made(self, value: Any) -> Any:
         """Pay for a value; one that has others in it must be small when it is written out, too."""
-        if isinstance(value, str):
+        kind = type(value)
+        if kind is str:
             self.turn(len(value))
+        elif kind is bool or value is None:
+            self.turn(0)
         elif isinstance(value, (list, tuple, dict)):
-            self.turn(16 * len(value) + 1)
+            self.turn(16 * len(value))
             _written(value)
         else:
-            self.turn()
+            self.turn(len(value) if isinstance(value, str) else 0)
         return value
 
     def text(self, value: Any) -> str:
@@ -195,9 +214,43 @@ class _Work(threading.local):
         if size > self.left:
             raise jinja2.TemplateError(TOO_MUCH)
 
+    def limited(self, function: Any) -> Any:
+        """A filter that says beforehand how much it would make, and pays for it."""
+        skipped = int(hasattr(function, "jinja_pass_arg"))
+        name = function.__name__.removeprefix("do_")
 
-TOO_MUCH = "it makes more than a chat can hold"
-_work = _Work()
+        @functools.wraps(function)
+        def limited(*args: Any, **options: Any) -> Any:
+            if name in MULTIPLYING:
+                if name == "join" and isinstance(args[skipped], Iterator):
+                    args = (*args[:skipped], [*args[skipped]], *args[skipped + 1 :])
+                self.may_make(name, [*args[skipped:], *options.values()])
+            return self.made(function(*args, **options))
+
+        return limited
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in UNSAFE and super().is_safe_attribute(obj, attr, value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%":
+            self.may_make("%", [left, *(right if isinstance(right, tuple) else (right,))])
+        elif operator != "+":
+            numbers = [x for x in (left, right) if isinstance(x, int)]
+            if len(numbers) == 2:
+                bits = left.bit_length() * (abs(right) if operator == "**" else right.bit_length())
+                self.turn(SIZE * (bits > 1 << 12))
+            elif numbers:
+                many = left if numbers[0] is right else right
+                self.turn(0 if isinstance(many, float) else max(0, numbers[0]) * _length(many))
+        return self.made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **options: Any) -> Any:
+        if getattr(__obj, "__name__", "") in MULTIPLYING:
+            of = getattr(__obj, "__wrapped__", __obj)  # the sandbox's own `format` wraps the method
+            if isinstance(receiver := getattr(of, "__self__", None), str):
+                __self.may_make(of.__name__, [receiver, *args, *options.values()])
+        return __self.made(super().call(__context, __obj, *args, **options))
 
 
 def _length(value: Any) -> int:
@@ -224,61 +277,13 @@ def _written(value: Any, left: int = SIZE) -> int:
     return size
 
 
-def _limited(function: Any) -> Any:
-    """A filter that says beforehand how much it would make, and pays for it."""
-    skipped = int(hasattr(function, "jinja_pass_arg"))
-    name = function.__name__.removeprefix("do_")
-
-    @functools.wraps(function)
-    def limited(*args: Any, **options: Any) -> Any:
-        values = list(args)
-        if name == "join" and isinstance(values[skipped], Iterator):
-            values[skipped] = list(values[skipped])
-        _work.may_make(name, [*values[skipped:], *options.values()])
-        return _work.made(function(*values, **options))
-
-    return limited
-
-
-class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return attr not in UNSAFE and super().is_safe_attribute(obj, attr, value)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%":
-            others = right if isinstance(right, tuple) else (right,)
-            _work.may_make("%", [left, *others])
-        elif operator in ("*", "**"):
-            numbers = [x for x in (left, right) if isinstance(x, int)]
-            if len(numbers) == 2:
-                size = (
-                    math.prod(x.bit_length() for x in numbers)
-                    if operator == "*"
-                    else (left.bit_length() * abs(right))
-                )
-                _work.turn(SIZE * (size > 1 << 12) + 1)
-            elif numbers:
-                many = left if numbers[0] is right else right
-                _work.turn(0 if isinstance(many, float) else max(0, numbers[0]) * _length(many))
-        return _work.made(super().call_binop(context, operator, left, right))
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **options: Any) -> Any:
-        of = getattr(__obj, "__wrapped__", __obj)  # the sandbox's own `format` wraps the method
-        receiver = [x for x in [getattr(of, "__self__", None)] if isinstance(x, str)]
-        if receiver:
-            _work.may_make(of.__name__, [*receiver, *args, *options.values()])
-        return _work.made(super().call(__context, __obj, *args, **options))
-
-
 class _Metered(NodeTransformer):
     """Puts the limit where a template repeats something or makes a value without a call."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
         written = sum(len(each.data) for each in node.find_all(nodes.TemplateData))
-        size = nodes.Const(1 + written)
+        size = nodes.Const(written)
         turn = nodes.Filter(size, "_turn", [], [], None, None)
         node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
         return node
