@@ -313,6 +313,11 @@ def parse_yaml(text: str, loader: Any = None) -> Any:
 
     if len(text) > MOST_YAML:
         raise ValueError(f"it is longer than {MOST_YAML:,} characters")
+    opened = 0
+    for sign in re.findall(r"[\[\]{}]", text):  # which PyYAML takes seconds for
+        opened += 1 if sign in "[{" else -1
+        if opened > 4 * MOST_LEVELS:  # some may stand in texts
+            raise ValueError("it is nested too deeply")
     try:
         reader = (loader or yaml.SafeLoader)(text)
         node = reader.get_single_node()

@@ -192,14 +192,17 @@ KIND = struct.pack("<Q", 20) + b"general.architecture"
 TOKENS = b"tokenizer.ggml.tokens" + struct.pack("<I", 9)
 GGUFS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nine dimensions": (lambda path: dimensions(path, 9), "output_norm.weight has shape [64, 1, 1"),
-    "four billion": (replaced(b"output_norm.weight\x01\0", b"output_norm.weight\xff\xff"), "shape"),
+    "four billion": (
+        replaced(b"output_norm.weight\x01\0", b"output_norm.weight\xff\xff"),
+        "truncated",
+    ),
     "heads by a word": (pairs(attention__head_count="x"), "must be a positive integer; got 'x'"),
     "an epsilon by a word": (pairs(attention__layer_norm_rms_epsilon="x"), "rms_norm_eps must be"),
     "a base by a word": (pairs(rope__freq_base="x"), "rope_theta must be a positive number"),
     "a type by a number": (pairs(general__type=7), "general.type must be of the type str; got 7"),
     "parts by a word": (
         lambda path: write_tiny_gguf(path, {"general.alignment": "x"}),
-        "general.alignment must be of the type int; got 'x'",
+        "is damaged or truncated",
     ),
     "a text of 2^62 bytes": (
         replaced(KIND + struct.pack("<IQ", 8, 5), KIND + struct.pack("<IQ", 8, 1 << 62)),
