@@ -15,6 +15,7 @@ a row that is lost, changed, or refused under a wrong number.
 import copy
 import io
 import json
+import math
 import os
 import random
 import re
@@ -191,7 +192,7 @@ def in_a_fork(work: Callable[[], str], place: Path) -> tuple[str, str]:
     if child == 0:
         code = 70
         try:
-            resource.setrlimit(resource.RLIMIT_CPU, (3 * SECONDS, 3 * SECONDS))
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(2 * SECONDS),) * 2)
             here = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
             resource.setrlimit(resource.RLIMIT_AS, (here + (4 << 30),) * 2)
             descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -126,6 +126,11 @@ def visible(text: str) -> str:
     return UNSHOWN.sub(lambda character: repr(character[0])[1:-1], text)
 
 
+def in_page(value: Any) -> Any:
+    """What Jinja writes for a value into a page: text with its control characters spelled out."""
+    return visible(value) if type(value) is str else value
+
+
 LONGEST = 2000  # characters of a line that may quote a file
 CREDENTIALS = re.compile(r"(?<=://)[^\s/]+@")  # in the address of a proxy, or of another hub
 

@@ -16,7 +16,7 @@ from typing import Any
 from mlx_qlora import __version__
 from mlx_qlora.adapters.origin import check_whole
 from mlx_qlora.data.tokenizer import SHIPPED
-from mlx_qlora.errors import ConfigError, SourceError, listing
+from mlx_qlora.errors import ConfigError, SourceError, in_page, listing
 from mlx_qlora.folders import (
     CARD,
     MLX_COPY,
@@ -139,7 +139,11 @@ def render(template: str, **values: Any) -> str:
 
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     return jinja2.Template(
-        text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+        text,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=in_page,
     ).render(values)
 
 

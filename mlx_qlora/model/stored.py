@@ -145,7 +145,9 @@ def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
             if length > stamp[1]:
                 raise ValueError("the header is longer than the file")
             header = parse_json(file.read(length))
-        header.pop("__metadata__", None)
+        about = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("its __metadata__ is no map of texts")
         end = start = 8 + length
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
