@@ -147,7 +147,7 @@ def write_gguf(path: Path, tokenizer: dict[str, Any]) -> None:
     old, new = gguf.GGUFReader(path), gguf.GGUFWriter(path.with_suffix(".tmp"), "llama")
     for field in old.fields.values():
         if field.name.startswith("llama."):
-            value = field.contents()
+            value: Any = field.contents()
             (new.add_float32 if isinstance(value, float) else new.add_uint32)(field.name, value)
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     new.add_tokenizer_model("gpt2")
@@ -192,9 +192,10 @@ def in_a_fork(work: Callable[[], str], place: Path) -> tuple[str, str]:
     if child == 0:
         code = 70
         try:
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(2 * SECONDS),) * 2)
-            here = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-            resource.setrlimit(resource.RLIMIT_AS, (here + (4 << 30),) * 2)
+            seconds = math.ceil(2 * SECONDS)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            most = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + (4 << 30)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
             descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(descriptor, stream)

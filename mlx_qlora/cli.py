@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"mlx-qlora: {stop}", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except OSError as error:  # of what is printed: files have errors of their own
-        if not _output_fails():
+        if sys.stdout is None or not _output_fails():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # whoever read us has seen enough, as `head` has

@@ -180,18 +180,11 @@ class Pushed:
 
 def _what_it_is(name: str) -> str:
     """What a file that is uploaded is, in a few words."""
-    words = {
-        **{PEFT[0]: "the adapter's config", PEFT[1]: "the adapter's weights", CARD: "model card"},
-        "metrics.jsonl": "numbers of the run, without rows",
-        **dict.fromkeys(MLX_COPY, "copy for mlx-lm"),
-        **dict.fromkeys(MODEL, "the model's config"),
-        **dict.fromkeys(SHIPPED, "tokenizer"),
-    }
-    if "chat_template" in name:
-        return "chat template"
-    if CHECKPOINT.fullmatch(name):
-        return "a checkpoint's adapter"
-    return words.get(name) or ("plot" if PLOT.fullmatch(name) else "the model's weights")
+    words = {PEFT[0]: "the adapter's config", PEFT[1]: "the adapter's weights", CARD: "model card"}
+    words |= {"metrics.jsonl": "numbers of the run", **dict.fromkeys(MLX_COPY, "copy for mlx-lm")}
+    words |= {**dict.fromkeys(MODEL, "the model's config"), **dict.fromkeys(SHIPPED, "tokenizer")}
+    other = "a checkpoint's adapter" if CHECKPOINT.fullmatch(name) else "the model's weights"
+    return words.get(name) or ("plot" if PLOT.fullmatch(name) else other)
 
 
 def push_to_hub(

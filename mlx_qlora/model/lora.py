@@ -116,9 +116,10 @@ def _first_match(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
 # and engines of linear time have not all that PEFT's users write, such as looking ahead.
 TRY_MATCHES = """
 import json, re, resource, sys
+regexes, texts, seconds = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 if sys.platform == "linux":
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-regexes, texts = json.load(sys.stdin)
 for regex in regexes:
     try:
         pattern = re.compile(regex)
@@ -127,7 +128,7 @@ for regex in regexes:
     for text in texts:
         pattern.match(text), pattern.fullmatch(text)
 """
-SECONDS = 3  # for all of them
+SECONDS = 3  # of one core, for all of them
 
 
 def check_patterns(regexes: Iterable[str], paths: Iterable[str]) -> None:
@@ -140,18 +141,11 @@ def check_patterns(regexes: Iterable[str], paths: Iterable[str]) -> None:
     if not risky:
         return
     shown = reprlib.repr(", ".join(risky).replace(ANY_PARENT, ""))
-    try:
-        subprocess.run(
-            [sys.executable, "-ISc", TRY_MATCHES],
-            input=json.dumps([risky, sorted(paths)]).encode(),
-            timeout=SECONDS,
-            capture_output=True,
-            check=True,
-        )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        is_slow = isinstance(error, subprocess.TimeoutExpired)
-        reason = f"takes more than {SECONDS} seconds" if is_slow else "cannot be compiled"
-        raise ConfigError(f"lora: to match {shown} {reason}: list the modules' names") from None
+    command, given = [sys.executable, "-ISc", TRY_MATCHES], [risky, sorted(paths), SECONDS]
+    ended = subprocess.run(command, input=json.dumps(given).encode(), capture_output=True)
+    if ended.returncode:  # negative of a signal, and 1 of Python without memory
+        reason = f"takes more than {SECONDS} seconds, or all memory"
+        raise ConfigError(f"lora: to match {shown} {reason}: list the modules' names")
 
 
 ANY_PARENT = r"(.*\.)?"
@@ -513,8 +507,8 @@ def target_paths(
     # PEFT would adapt these too. In its tree a tied model has an lm_head as well.
     others = {"lm_head", *(path for path, _ in model.named_modules())}.difference(paths)
     regexes = [as_regex(key) for key in (*config.rank_pattern, *config.alpha_pattern)]
-    is_regex = isinstance(wanted, str) and wanted != "all-linear"
-    check_patterns([*regexes, *([wanted] if is_regex else [])], {*paths, *others})
+    regexes += [wanted] if isinstance(wanted, str) and wanted != "all-linear" else []
+    check_patterns(regexes, {*paths, *others})
     if wanted == "all-linear":
         matched = paths
     elif isinstance(wanted, str):
