@@ -74,7 +74,7 @@ def try_all(malformed: int, files: int, seed: int, state: Path | None) -> dict[s
             if outcome not in ("done", "refused"):
                 done["bad"].append([kind, n, name, outcome, said[-1500:]])
             done |= {"trials": number, "counts": dict(counts)}
-            if state is not None and number % 20 == 0:
+            if state is not None and number % 4 == 0:
                 state.write_text(json.dumps(done))
     if state is not None:
         state.write_text(json.dumps(done))
