@@ -106,7 +106,7 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config(num_hidden_layers=10**9),
         "config.json says 1,000,000,000 layers, and its files hold 2",
     ),
-    "a wide head": (config(head_dim=10**9), "head_dim 1,000,000,000 is more than a matrix can"),
+    "a wide head": (config(head_dim=10**9), "head_dim 1,000,000,000 is too large for a matrix"),
     "an endless vocabulary": (
         config(vocab_size=10**12),
         "vocab_size must be a positive integer of at most 2,147,483,647; got 1000000000000",
