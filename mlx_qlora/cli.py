@@ -406,10 +406,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if str(stop):  # a run that saved what it had says so
             print(f"mlx-qlora: {stop}", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
-    except BrokenPipeError:  # whoever read us has seen enough, as `head` has
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except OSError as error:  # of what is printed: files have errors of their own
+        if sys.stdout is None or not _output_fails():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read us has seen enough, as `head` has
+            return 128 + signal.SIGPIPE
+        print(f"mlx-qlora: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _output_fails() -> bool:
+    try:
+        print(flush=True)  # what could not be written is tried again first
+    except OSError:
+        return True
+    return False
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -446,7 +458,9 @@ def _command(argv: Sequence[str]) -> int:
 
 def _print_json(result: Any) -> None:
     """Print one object; NaN and infinity become null, as JSON cannot write them."""
-    print(json.dumps(_plain(result), ensure_ascii=False))
+    from mlx_qlora.errors import write_out
+
+    write_out(json.dumps(_plain(result), ensure_ascii=False))
 
 
 def _plain(value: Any) -> Any:

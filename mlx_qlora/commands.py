@@ -35,8 +35,8 @@ from mlx_qlora.errors import (
     require,
     say,
     size,
-    visible,
     warn,
+    write_out,
 )
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
@@ -196,7 +196,7 @@ def run_command(args: argparse.Namespace) -> JsonObject:
     if getattr(args, "print_config", False):
         if about.json and args.json:
             return to_dict(config)
-        print("".join(f"# {note}\n" for note in notes) + to_yaml(config), end="")
+        write_out("".join(f"# {note}\n" for note in notes) + to_yaml(config), end="")
         return None
     for note in notes:  # beside what the command prints, which may be an answer
         say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
@@ -264,7 +264,7 @@ def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
 
     prediction = plan(source_of(config), config, args.machine, args.processes)
     if not args.json:
-        print(prediction)
+        write_out(str(prediction))
     return prediction.to_dict()
 
 
@@ -300,8 +300,8 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     text = ""
     for piece in answer:
         text += piece
-        if not args.json:  # a terminal would act on what a model writes; a file gets it as it is
-            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        if not args.json:
+            write_out(piece, end="")
     if not args.json:
         print()
     return {"text": text, **asdict(answer.speed)}

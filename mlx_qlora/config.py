@@ -24,6 +24,7 @@ from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option
+from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
@@ -160,10 +161,10 @@ def read_yaml(
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
     """
     try:
-        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
+        content = parse_yaml(read_text(Path(path).expanduser(), MOST_YAML), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except ValueError as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from None
     if content is None:
         return {}
@@ -278,8 +279,8 @@ def set_override(
             hint = did_you_mean(place.strip(), (), meant)
         raise ConfigError(f"expected section.field=value; got {assignment!r}{hint}")
     try:
-        value = yaml.load(text, _Loader) if text else ""
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(text, _Loader) if text else ""
+    except ValueError:
         value = text
     known, _, name = place_of(section, key).partition(".")
     hint = typing.get_type_hints(SECTIONS[known]).get(name) if known in SECTIONS else None

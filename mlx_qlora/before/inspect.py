@@ -16,7 +16,7 @@ from mlx_qlora.data.examples import DataReport
 from mlx_qlora.data.files import user_path
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import ConfigError, duration, say, warn
+from mlx_qlora.errors import ConfigError, duration, say, visible, warn
 from mlx_qlora.folders import write_whole
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
@@ -71,12 +71,13 @@ def _text_of(
     following = np.append(tokens[1:], IGNORE)
     ids = [int(tokens[0]), *np.where(labels != IGNORE, labels, following).tolist()]
     text = Text()
-    text.append(f"{place}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
+    text.append(f"{visible(place)}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
     # Neighbours that are both learned, or both not, together: a character may span tokens. What is
     # not learned at the end is no input, and the batch does not hold it.
     pairs = [(is_learned, token) for is_learned, token in zip(learned, ids) if token != IGNORE]
     for is_learned, run in groupby(pairs, key=lambda pair: pair[0]):
         words = tokenizer.decode([token for _, token in run]).translate(PICTURES)
+        words = visible(words)
         marked = words if colour or not is_learned else f"⟦{words}⟧"
         text.append(marked, SUPERVISED if is_learned else CONTEXT)
     return text.append("\n")

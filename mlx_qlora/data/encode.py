@@ -348,7 +348,14 @@ def _content(said: Said) -> bytes:
     """What a row says and no more: rows that differ only in an id are copies of each other."""
     try:
         fields = {k: v for k, v in vars(said).items() if k != "options" or v is not None}
-        return _JSON.encode([type(said).__name__, fields]).encode()
+        said_as = [type(said).__name__, fields]
+        encoded = _JSON.encode(said_as)
+        if "\\ud" in encoded:  # of a character beyond 16 bits, or half of one
+            json.dumps(said_as, default=str, ensure_ascii=False).encode()
+        return encoded.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"holds {half!r}, half of a character: write it whole") from None
     except (TypeError, ValueError) as error:  # names that are not text, numbers of many digits
         raise DataError(f"cannot be written as JSON: {error}") from None
 

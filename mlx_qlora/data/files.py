@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_qlora.errors import ConfigError, DataError, listing
+from mlx_qlora.model.hub import check_environment
 from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
@@ -491,6 +492,7 @@ def in_memory(rows: Any) -> RowFile:
 
 def hub_dataset(file: RowFile) -> Any:
     """A `datasets.Dataset`, from its cache or the hub, or a DataError that says why not."""
+    check_environment()
     try:
         import datasets
     except ImportError:

@@ -162,7 +162,8 @@ def test_a_dry_run_says_the_same_and_asks_nobody(away, hub, out):
     assert dry["files"] == real["files"] and dry["left_out"] == real["left_out"]
     shown = str(push_to_hub(out, REPO, dry_run=True))
     size = (out / "adapter_model.safetensors").stat().st_size
-    assert f"{size:,}  adapter_model.safetensors" in shown
+    assert re.search(rf"{size:,}  adapter_model.safetensors +the adapter's weights\n", shown)
+    assert re.search(r"plots/loss.svg +plot\n", shown)
     assert f"{sum(n for _, n in dry['files']):,}  bytes in all" in shown
     assert "stays here  run.yaml" in shown
 
