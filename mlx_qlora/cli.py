@@ -13,6 +13,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -403,8 +404,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, and not when Python ends: it may be a pipe that has broken
         return code
     except KeyboardInterrupt as stop:
-        if str(stop):  # a run that saved what it had says so
-            print(f"mlx-qlora: {stop}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            if str(stop):  # a run that saved what it had says so
+                print(f"mlx-qlora: {stop}", file=sys.stderr, flush=True)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except OSError as error:  # of what is printed: files have errors of their own
         if sys.stdout is None or not _output_fails():
@@ -442,14 +444,19 @@ def _command(argv: Sequence[str]) -> int:
         return 0
     from mlx_qlora.commands import run_command
     from mlx_qlora.distributed import prints
+    from mlx_qlora.folders import in_words
 
     try:
         result = run_command(args)
-    except UserError as error:
-        if prints(error):
-            print(f"mlx-qlora: {error}", file=sys.stderr)
-        if as_json and prints(error):
-            _print_json({"error": str(error), "kind": type(error).__name__})
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        # What the system refuses, wherever that is, is no fault of ours.
+        told = error if isinstance(error, UserError) else UserError(in_words(error))
+        if prints(told):
+            print(f"mlx-qlora: {told}", file=sys.stderr)
+        if as_json and prints(told):
+            _print_json({"error": str(told), "kind": type(error).__name__})
         return 2
     if as_json and result is not None:
         _print_json(result)

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -35,6 +36,7 @@ from mlx_qlora.errors import (
     require,
     say,
     size,
+    waiting,
     warn,
     write_out,
 )
@@ -51,6 +53,8 @@ from mlx_qlora.folders import (
 from mlx_qlora.loading import loaded, model_to_ask, recorded, with_adapter, with_model
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.names import preset, whose
+from mlx_qlora.train.checkpoint import last_checkpoint
+from mlx_qlora.train.signals import Stopped, raised
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
@@ -200,8 +204,25 @@ def run_command(args: argparse.Namespace) -> JsonObject:
         return None
     for note in notes:  # beside what the command prints, which may be an answer
         say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
-    with shown(console):
-        return RUN[args.command](config, console, args)
+    try:
+        with raised(), shown(console):
+            return RUN[args.command](config, console, args)
+    except KeyboardInterrupt as stop:
+        _say_what_is_kept(stop, config, args)
+        raise
+
+
+def _say_what_is_kept(stop: KeyboardInterrupt, config: RunConfig, args: argparse.Namespace) -> None:
+    """Let a signal say what there is of a command that writes, unless it does so already."""
+    kept = {
+        "train": last_checkpoint(Path(config.checkpointing.output_dir)),
+        "sweep": "what its trials have saved is kept, and the same command continues from it",
+        "push": "nothing of it is in the repository unless all is; the same command continues",
+        **dict.fromkeys(("merge", "export"), "nothing was written; what was there is as it was"),
+    }
+    if args.command in kept and not stop.args and processes().is_first:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        stop.args = Stopped(signum, kept[args.command]).args
 
 
 def _train_together(console: Console, args: argparse.Namespace) -> JsonObject:
@@ -417,7 +438,9 @@ def _target(folder: str) -> Path:
 
 
 def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
+    with waiting("the hub"):
+        how = {"private": not args.public, "dry_run": args.dry_run}
+        pushed = push_to_hub(args.folder, args.repo_id, **how)
     for path, n_bytes in pushed.files:
         say(console, f"{size(n_bytes):>13}  {path}")
     say(console, f"pushed    {pushed.url}" if pushed.url else f"would be pushed to {args.repo_id}")
@@ -470,7 +493,9 @@ def _standard_input() -> str:
         raise ConfigError("--prompt - reads standard input, which is closed; pass --prompt TEXT")
     try:
         # Not as text: in a C locale Python would take any bytes for it.
-        return io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict").read()
+        with waiting("the prompt from standard input, whose end is Ctrl-D"):
+            text = io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict")
+            return text.read()
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--prompt -: standard input is not {error.encoding} at byte {error.start}"

@@ -23,7 +23,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option
+from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option, require
 from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
@@ -139,6 +139,8 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     sections = {}
     for name, fields in values.items():
         typed = {k: coerce(v, hints[name][k], f"{name}.{k}") for k, v in fields.items()}
+        for key, value in typed.items():
+            require("\0" not in str(value), f"{name}.{key}", "hold no NUL", value)
         sections[name] = SECTIONS[name](**typed)
     return RunConfig(**sections)
 

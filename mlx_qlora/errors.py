@@ -9,7 +9,9 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ def require(holds: bool, field: str, rule: str, got: Any) -> None:
         raise ConfigError(f"{field} must {rule}; got {got!r}")
 
 
+PATIENCE = 10.0  # seconds that nothing is said while something is waited for
+
 # ---- lines for a person --------------------------------------------------------------------------
 
 
@@ -173,6 +177,19 @@ def warn(console: "Console", text: str) -> None:
 
         console = Console(stderr=True)
     say(console, f"warning   {text}")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on standard error what is waited for within, once that takes longer than `PATIENCE`."""
+    line = visible(f"mlx-qlora: waiting for {what}\n")
+    timer = threading.Timer(PATIENCE, lambda: sys.stderr.write(line))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def duration(seconds: float) -> str:

@@ -30,6 +30,7 @@ from mlx_qlora.errors import (
     WeightsError,
     listing,
     require,
+    waiting,
 )
 from mlx_qlora.folders import check_writable, json_object, staged
 from mlx_qlora.model.families import LlamaConfig
@@ -282,7 +283,8 @@ def _arrays(
 
 def _run(command: list[str], folder: Path) -> None:
     """Run a program in a folder; an AdapterError with its last words if it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    with waiting(Path(command[0]).name):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
         what = f"{Path(command[0]).name} failed ({done.returncode}): {' '.join(words[-1:])}"

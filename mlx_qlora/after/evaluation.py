@@ -27,7 +27,7 @@ from mlx_qlora.data.files import find_files, user_path
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, require, say, warn
-from mlx_qlora.folders import write_whole
+from mlx_qlora.folders import check_name, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.loading import recorded
@@ -142,6 +142,7 @@ def _check_arguments(
         )
     if output is not None:
         file = user_path(output, "--output")
+        check_name(file, "--output")
         above = next(path for path in file.absolute().parents if path.exists())
         if file.is_dir() or not above.is_dir():
             raise ConfigError(f"--output: {file} cannot be a file; name another")

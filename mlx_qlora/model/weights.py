@@ -5,6 +5,8 @@ once. Then each tensor is read, cast or quantised, and put in its place before t
 so the peak is the finished model plus one tensor, not the whole dense checkpoint.
 """
 
+import errno
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.device import free_at_once, frozen_matmul, this_machine
+from mlx_qlora.device import allow_files, free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
-from mlx_qlora.folders import parse_json, read_text, reading
+from mlx_qlora.folders import in_words, parse_json, read_text, reading
 from mlx_qlora.model.families import LAYERS
 from mlx_qlora.model.gguf import BITS, GgufMatrix, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
@@ -79,7 +81,9 @@ def _open(files: ModelFiles) -> Checkpoint:
     found = _read_headers(weight_files(files.path))
     _check_layers(files, config, found)
     packing = _packing_in_config(config, found)
-    opened = map(_open_safetensors, sorted({info.path for info in found.values()}))
+    shards = sorted({info.path for info in found.values()})
+    allow_files(len(shards))
+    opened = map(_open_safetensors, shards)
     return Checkpoint(
         files, config, found, packing, {n: x for file in opened for n, x in file.items()}
     )
@@ -346,6 +350,9 @@ def _open_safetensors(path: Path) -> dict[str, mx.array]:
     try:
         return mx.load(str(path))  # pyright: ignore[reportReturnType]
     except RuntimeError as error:  # sizes that contradict each other, or a dtype MLX lacks
+        if "Failed to open" in str(error):  # its header was read a moment ago
+            too_many = OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+            raise WeightsError(in_words(too_many)) from None
         raise WeightsError(f"{path} cannot be read: {error}; fetch or write it again") from None
 
 

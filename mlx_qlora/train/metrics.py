@@ -16,7 +16,7 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import device
-from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, warn
+from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, waiting, warn
 from mlx_qlora.folders import write_whole
 from mlx_qlora.progress import doing
 from mlx_qlora.train.checkpoint import RunState
@@ -213,7 +213,8 @@ class Wandb:
 
     def close(self, failed: bool) -> None:
         """Waits until everything is sent; a failed or interrupted run is shown as such."""
-        self.run.finish(exit_code=int(failed))
+        with waiting("wandb, which sends the last figures"):
+            self.run.finish(exit_code=int(failed))
 
 
 Tracker: TypeAlias = TensorBoard | Wandb
