@@ -124,7 +124,12 @@ COMMANDS = {
     "evaluate": Command(
         "score a model on rows, or its adapter against the base",
         ("--model", "--adapter", "--data", "--max-length"),
-        {"model": LOADED, "data": ROWS, "training": "seed", "generation": "max_new_tokens"},
+        {
+            "model": LOADED,
+            "data": ROWS,
+            "training": "seed objective",
+            "generation": "max_new_tokens",
+        },
     ),
     "sweep": Command(
         "find a learning rate, rank and batch size by short runs",

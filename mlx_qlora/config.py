@@ -428,7 +428,12 @@ def without_effect(
             for name, readers in elsewhere.items()
         },
     }
-    return unused(config, reasons)
+    lines, report = unused(config, reasons), train.report
+    if objective == "kto" and report.bad in (0, report.kept):
+        label = "true" if report.bad == 0 else "false"
+        one_kind = f"all {report.kept:,} answers are labelled {label}"
+        lines.append(f"training.objective=kto compares good answers with bad ones, but {one_kind}")
+    return lines
 
 
 def unused(config: RunConfig, reasons: dict[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_qlora import device
 from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.files import parse
-from mlx_qlora.data.marks import row_weight
+from mlx_qlora.data.marks import row_weight, with_marks
 from mlx_qlora.data.preferences import ANSWERS, JUDGEMENTS, PAIRS, read_judgement, read_pair
 from mlx_qlora.data.rows import Chat, Said, read_row, unread_fields, with_system
 from mlx_qlora.data.store import Stored, TokenStore, hash64
@@ -305,7 +305,7 @@ class Encoder:
         The answers of a pair are one document each, the rejected one first; the weight of an answer
         that is judged to be a bad one is -1.
         """
-        weight = 1.0
+        row, weight = with_marks(row, self.columns), 1.0
         if self.kind == PAIRS:
             sides, unread = read_pair(row, self.columns)
         elif self.kind == JUDGEMENTS:

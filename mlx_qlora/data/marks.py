@@ -51,12 +51,29 @@ def is_weight(name: str, value: Any) -> bool:
     return name in WEIGHTS and is_number and 0 <= value < math.inf
 
 
+def as_value(value: Any) -> Any:
+    """The number, or true or false, that a text says, as all values of a CSV file are text."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    try:
+        return text == "true" if text in ("true", "false") else float(text)
+    except ValueError:
+        return value
+
+
+def with_marks(row: Any, columns: Mapping[str, str]) -> Any:
+    """A row whose marks are numbers, true or false where they are text that says so."""
+    names = MARKS if isinstance(row, Mapping) else ()
+    texts = {n: as_value(row[n]) for n in names if n in row and n not in columns.values()}
+    return {**row, **texts} if texts else row
+
+
 def row_weight(row: Mapping[str, Any]) -> float:
     """The factor of all weights of a row, 1 if it has none; a DataError for one that is none."""
     weight = 1.0
-    for name in (name for name in WEIGHTS if isinstance(row.get(name), (int, float))):
+    for name in (name for name in WEIGHTS if isinstance(row.get(name) or None, (int, float, str))):
         if not (is_weight(name, row[name]) or isinstance(row[name], bool)):
-            raise DataError(f"the {name} of the row must be at least 0; got {row[name]!r}")
+            rule = "a number of at least 0"
+            raise DataError(f"the {name} of the row must be {rule}; got {row[name]!r:.40}")
         weight *= row[name]
     return weight
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_qlora.data.files import without_nulls
-from mlx_qlora.data.marks import is_harmless, is_mark, refuse_other_tasks, row_weight
-from mlx_qlora.data.rows import Said, read_row, renamed, unread_fields
+from mlx_qlora.data.marks import as_value, is_harmless, is_mark, refuse_other_tasks, row_weight
+from mlx_qlora.data.rows import Said, columns_hint, read_row, renamed, unread_fields
 from mlx_qlora.errors import DataError
 
 # What rows are -> the objectives that read them.
@@ -65,11 +65,14 @@ def _pair_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str,
         asked = asked if isinstance(asked, Mapping) else {"messages": asked}
         row = {**rest, **asked, **{ours: row[name] for name, ours in OPENAI.items()}}
     missing = [name for name in ("chosen", "rejected") if is_harmless("", row.get(name))]
+    hint = columns_hint(row, is_pair=True) if missing and not columns else ""
     if len(missing) == 2:
         refuse_other_tasks(row, {})
-        raise DataError("has no 'chosen' and no 'rejected'; set training.objective=sft")
+        remedy = hint or "; set training.objective=sft"
+        raise DataError(f"has no 'chosen' and no 'rejected'{remedy}")
     if missing:
-        raise DataError(f"field {missing[0]!r} is missing")
+        what = "is empty" if missing[0] in row else f"is missing{hint}"
+        raise DataError(f"field {missing[0]!r} {what}")
     return row
 
 
@@ -125,12 +128,11 @@ def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Sai
     """
     ours = renamed(_object(row), columns) if columns else _object(row)
     name = next((name for name in ("label", "kto_tag") if name in ours), "label")
-    label = ours.get(name)
-    label = {"true": True, "false": False}.get(str(label).strip().lower(), label)
+    label = as_value(ours.get(name))
     if not is_mark(label):
         refuse_other_tasks(ours, {})
         what = f"must be true or false, not {label!r:.40}" if name in ours else "is missing"
-        raise DataError(f"field {name!r} {what}; set training.objective=sft")
+        raise DataError(f"field {name!r} {what}")
     answer = {k: v for k, v in ours.items() if k != name}
     said = read_row(answer, form)
     unread = unread_fields(answer, form, said)

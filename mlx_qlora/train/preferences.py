@@ -33,6 +33,8 @@ from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.loss import Weighed
 from mlx_qlora.train.score import answers_of_documents, log_probabilities, nats_of_labels
 
+AVERAGED = ("orpo", "simpo")  # objectives that compare log-probabilities per token
+
 # ---- the model before its training ---------------------------------------------------------------
 
 
@@ -129,6 +131,14 @@ def good_answers(examples: Examples) -> Examples | None:
     return Examples.of(rows, examples.report.source) if rows else None
 
 
+def rejected_answers(examples: Examples) -> Examples | None:
+    """Rejected answers alone, in the order of `good_answers`; None if the rows are no pairs."""
+    if examples.report.kind != PAIRS:
+        return None
+    rows = (Example(*row.documents[0], row.line, row.file) for row in examples)
+    return Examples.of(rows, examples.report.source)
+
+
 def compared(
     config: TrainingConfig, answers: Answers, reference: np.ndarray, kl: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,7 +152,7 @@ def compared(
         (n,) losses; (n, k) their derivatives by the log-probabilities; (n, k) scores, of which
         `beta` times are the rewards.
     """
-    averages = config.objective in ("orpo", "simpo")
+    averages = config.objective in AVERAGED
     scale = answers.lengths if averages else np.ones_like(answers.lengths)
     scores = answers.logps / scale if averages else answers.logps - reference
     beta, smoothing = config.reward_scale, config.label_smoothing
@@ -305,7 +315,7 @@ class Preferences:
 
     def _sums_of(self, answers: Answers, scores: np.ndarray) -> np.ndarray:
         """Of the good answers and the others their number, rewards and log-probabilities."""
-        averaged = self.config.objective in ("orpo", "simpo")
+        averaged = self.config.objective in AVERAGED
         logps = scores if averaged else answers.logps
         sums = [
             values[good].sum()
