@@ -144,7 +144,10 @@ COMMANDS = {
         quiet=True,
     ),
     "export": Command(
-        "write an adapter in another format", ("--model", "--adapter"), {"model": ALL}, quiet=True
+        "write an adapter in another format, or a copy in PEFT's if none is named",
+        ("--model", "--adapter"),
+        {"model": ALL},
+        quiet=True,
     ),
     "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
     "doctor": Command(
@@ -181,11 +184,13 @@ def _flag_meant(flag: str, command: str) -> str:
     """The known flag that an unknown one is most like, or what to use in its place."""
     from mlx_qlora.config import field_words
     from mlx_qlora.errors import did_you_mean
-    from mlx_qlora.names import INSTEAD
+    from mlx_qlora.names import COMPARE, INSTEAD
 
     about = COMMANDS[command]
     words = map(_as_word, (*about.shorthands, *field_words(about.sections)))
     meant = {word: f"--{word.replace('_', '-')}" for word in words}
+    if "training" in about.sections:
+        meant |= {name: f"--objective {name}" for name in COMPARE}
     hint = did_you_mean(_as_word(flag), (), INSTEAD | meant if about.sections else {})
     return hint or f"; see mlx-qlora {command} --help"
 

@@ -392,7 +392,10 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     gguf_model.check_type(kind := args.type or "q8_0")
     target = gguf_model.lm_studio_folder(args.lmstudio) if args.lmstudio else _target(args.folder)
-    check_writable(target, (), OUTPUT)
+    files = [f"model-{kind}.gguf", "model-bf16.gguf"][: 1 + (kind in gguf_model.K_QUANTS)]
+    old = [target / file for file in files if (target / file).exists()]
+    option = "--lmstudio" if args.lmstudio else OUTPUT
+    check_writable(target, files, option, is_ours=gguf_model.is_ours)
     if args.ollama is not None:
         gguf_model.find_ollama()  # before a weight is read
     if config.model.adapter is None:  # nothing was learned over packed weights
@@ -400,13 +403,19 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
     with disk_errors(target):
         written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)
-    say(console, f"exported  {written.file}, {size(written.bytes)}")
+    replaced = ", in the place of an older one" if written.file in old else ""
+    say(console, f"exported  {written.file}, {size(written.bytes)}{replaced}")
     if written.kept is not None and written.kept < 0.9:
         warn(console, f"{kind} leaves {written.kept:.0%} of what was learned; choose q8_0 or q5_0")
     if written.command is not None:
         say(console, f"for {kind}, with llama.cpp's program: {written.command}")
     if args.ollama is not None:
         gguf_model.create_in_ollama(target, args.ollama)
+        say(console, f"ollama    has the model as {args.ollama}")
+    create = f"ollama create NAME -f {shlex.quote(str(target / 'Modelfile'))}"
+    with_lm_studio = args.lmstudio and f"choose {args.lmstudio} in LM Studio"
+    onward = f"ollama run {args.ollama}" if args.ollama else with_lm_studio or create
+    say(console, f"next      {onward}")
     return {"format": "gguf-model", **asdict(written)}
 
 

@@ -134,7 +134,8 @@ def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         place = getattr(error, "filename", None) or folder
-        remedy = "free some space or choose another --output-dir"
+        full = re.search("space|quota|too large", reason)
+        remedy = f"{'free some space or ' if full else ''}choose another --output-dir"
         message = f"cannot write to {place}: {reason}; {remedy}. {hint()}"
         raise TrainingError(message.rstrip(". ")) from None
 
@@ -224,7 +225,8 @@ def check_writable(
         fate = "deleted, as the whole folder is replaced" if whole else "overwritten"
         raise ConfigError(
             f"{field}: {folder / foreign[0]}{more} is not known to be from mlx-qlora and would be "
-            f"{fate}; choose another folder with --output-dir"
+            f"{fate}; choose another {'name' if field == '--lmstudio' else 'folder'} with "
+            f"{'--lmstudio' if field == '--lmstudio' else '--output-dir'}"
         )
     if whole and Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(

@@ -265,6 +265,8 @@ def open_inputs(
     validation = test = None
     if split:
         seed, kind = config.training.seed, KIND_OF[config.training.objective]
+        if not config.training.learns_prompts:  # nor are they counted as if they were
+            config = replace(config, data=replace(config.data, prompt_loss_weight=0.0))
         parts = train_validation_test(config.data, tokenizer, seed, console, kind)
         train, validation, test = parts
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, listing
-from mlx_qlora.folders import MLX_LM, PEFT, parse_json
+from mlx_qlora.folders import MLX_LM, PEFT, is_run, parse_json
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, is_named, matches_pattern, target_paths
 from mlx_qlora.model.stored import tensors_in
@@ -69,6 +69,13 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     for name in PEFT:
         if not (folder / name).is_file():
             what = f"{name} is missing" if folder.is_dir() else "there is no such folder"
+            saved = [path.parent for path in folder.glob(f"checkpoint-*/{CONFIG}")]
+            if saved and is_run(folder):
+                last = max(saved, key=lambda path: (len(path.name), path.name))
+                raise AdapterError(
+                    f"{folder}: the run has not finished; the train command that began it "
+                    f"continues it, or name its last checkpoint, {last}"
+                )
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
     config = _read_object(path)
     unsupported = [

@@ -17,7 +17,7 @@ from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.files import parse
 from mlx_qlora.data.marks import row_weight, with_marks
 from mlx_qlora.data.preferences import ANSWERS, JUDGEMENTS, PAIRS, read_judgement, read_pair
-from mlx_qlora.data.rows import Chat, Said, read_row, unread_fields, with_system
+from mlx_qlora.data.rows import Chat, Pair, Said, read_row, unread_fields, with_system
 from mlx_qlora.data.store import Stored, TokenStore, hash64
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
@@ -323,6 +323,10 @@ class Encoder:
             if self.system and said_to is said:
                 unread.add("data.system")
             texts, of_messages = self.template.documents(said_to, self.tokenizer)
+            if isinstance(said_to, Pair) and self.template.source and self.template.name != "chat":
+                ends = said_to.prompt[-1:], said_to.completion[:1]
+                if all(ends) and not any(map(str.isspace, ends)):
+                    unread.add("data.template")
             if self.kind != ANSWERS and len(texts) > 1:
                 raise DataError(
                     "has several answers, which the chat template writes one by one; move all but "

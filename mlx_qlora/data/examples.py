@@ -50,6 +50,8 @@ class DataReport:
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
     own_system: bool = False  # whether no row needed `data.system`
+    # Whether all prompts and answers meet without a space, though the model has a chat template.
+    is_joined: bool = False
     kind: str = "answers"  # what the rows are: answers, pairs or labelled answers
     bad: int = 0  # kept rows whose answer has the label false
 
@@ -132,6 +134,9 @@ class DataReport:
             text += f"; {self.leaked:,} are also training rows"
         if self.unread:
             text += f"\n  {self.unread_fields()}"
+        if self.is_joined:
+            text += "\n  prompt and answer are joined as they are, without a space; "
+            text += "for questions set data.template=chat"
         return f"{text}\n{self.refusals()}" if refused else text
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ and refusals of other rows apply to both.
 """
 
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ OBJECTIVES = {ANSWERS: ("sft",), PAIRS: ("dpo", "orpo", "simpo"), JUDGEMENTS: ("
 KIND_OF = {objective: kind for kind, each in OBJECTIVES.items() for objective in each}
 # OpenAI's names of a pair's fields -> ours.
 OPENAI = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+# What opens an answer in a transcript.
+TURN = re.compile(r"\b(?:assistant|ai|bot|gpt|model|response|answer)\b[^\w\s]*[:>\n]\s*", re.I)
 CONTEXTS = ("messages", "conversations")  # fields that may hold what precedes both answers
 
 
@@ -88,7 +91,8 @@ def _sides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{**rest, "prompt": context, "completion": answer} for answer in answers]
     if context is None and all(isinstance(answer, str) for answer in answers):
         start = _common(*answers)  # two transcripts that begin alike
-        place = answers[0][:start].rfind(" ") + 1 if start else 0
+        openings = [*TURN.finditer(answers[0][:start])]
+        place = openings[-1].end() if openings else answers[0][:start].rfind(" ") + 1
         texts = ({"prompt": x[:place], "completion": x[place:]} for x in answers)
         return [{**rest, **(text if place else {"text": text["completion"]})} for text in texts]
     turns = [_turns(answer) for answer in answers]
