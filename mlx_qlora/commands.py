@@ -392,10 +392,8 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     gguf_model.check_type(kind := args.type or "q8_0")
     target = gguf_model.lm_studio_folder(args.lmstudio) if args.lmstudio else _target(args.folder)
-    files = [f"model-{kind}.gguf", "model-bf16.gguf"][: 1 + (kind in gguf_model.K_QUANTS)]
-    old = [target / file for file in files if (target / file).exists()]
-    option = "--lmstudio" if args.lmstudio else OUTPUT
-    check_writable(target, files, option, is_ours=gguf_model.is_ours)
+    old, option = [*target.glob("model-*.gguf")], "--lmstudio" if args.lmstudio else OUTPUT
+    check_writable(target, [f"model-{kind}.gguf"], option, is_ours=gguf_model.is_ours)
     if args.ollama is not None:
         gguf_model.find_ollama()  # before a weight is read
     if config.model.adapter is None:  # nothing was learned over packed weights
@@ -412,10 +410,9 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     if args.ollama is not None:
         gguf_model.create_in_ollama(target, args.ollama)
         say(console, f"ollama    has the model as {args.ollama}")
-    create = f"ollama create NAME -f {shlex.quote(str(target / 'Modelfile'))}"
-    with_lm_studio = args.lmstudio and f"choose {args.lmstudio} in LM Studio"
-    onward = f"ollama run {args.ollama}" if args.ollama else with_lm_studio or create
-    say(console, f"next      {onward}")
+    onward = f"ollama create NAME -f {shlex.quote(str(target / 'Modelfile'))}"
+    onward = f"open {args.lmstudio} in LM Studio" if args.lmstudio else onward
+    say(console, f"next      {f'ollama run {args.ollama}' if args.ollama else onward}")
     return {"format": "gguf-model", **asdict(written)}
 
 

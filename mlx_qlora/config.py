@@ -425,7 +425,8 @@ def without_effect(
         or "prompts are not learned" * (not training.learns_prompts),
         "lora.lora_dropout": "answers are compared without dropout" * (objective != "sft"),
         **{
-            name: f"{listed(readers)} read{'s' * (len(readers) == 1)} it, not {objective}"
+            name: " and ".join(readers).replace(" and ", ", ", len(readers) - 2)
+            + f" read{'s' * (len(readers) == 1)} it, not {objective}"
             for name, readers in elsewhere.items()
         },
     }
@@ -435,11 +436,6 @@ def without_effect(
         one_kind = f"all {report.kept:,} answers are labelled {label}"
         lines.append(f"training.objective=kto compares good answers with bad ones, but {one_kind}")
     return lines
-
-
-def listed(names: tuple[str, ...]) -> str:
-    """Names as a sentence has them."""
-    return " and ".join(names).replace(" and ", ", ", len(names) - 2)
 
 
 def unused(config: RunConfig, reasons: dict[str, str]) -> list[str]:

@@ -52,14 +52,7 @@ from mlx_qlora.folders import (
     staged,
     write_whole,
 )
-from mlx_qlora.loading import (
-    as_loaded,
-    as_taught,
-    check_lora,
-    recorded,
-    with_model,
-    with_tokenizer_of,
-)
+from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
 from mlx_qlora.measured import as_measured, as_measured_for
 from mlx_qlora.model.hub import resolve, sample_of
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -270,7 +263,13 @@ def open_inputs(
         parts = train_validation_test(config.data, tokenizer, seed, console, kind)
         train, validation, test = parts
     else:
-        config, train = _rows_to_score(as_taught(config), tokenizer, console)
+        plain, config = config.training, as_taught(config)
+        try:  # as answers, unless the objective is given
+            train = _all_rows(replace(config, training=plain), tokenizer, console)
+        except DataError:
+            if config.training == plain:
+                raise
+            train = _all_rows(config, tokenizer, console)
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
     if checkpoint is not None and writes:
@@ -298,23 +297,10 @@ def open_inputs(
     return inputs
 
 
-def _rows_to_score(
-    config: RunConfig, tokenizer: Tokenizer, console: Console
-) -> tuple[RunConfig, Examples]:
-    """All rows as the adapter's run read its own, or as answers if they are no such rows."""
-    data, asked, adapter = config.data, config.training.objective, config.model.adapter
-    record = recorded(adapter, "training") if adapter and asked == "sft" else {}
-    errors = []
-    for objective in dict.fromkeys((record.get("training", {}).get("objective", asked), asked)):
-        training = replace(config.training, objective=objective)
-        try:
-            rows = read_examples(
-                data.path or "", tokenizer, data, objective=objective, console=console
-            )
-            return replace(config, training=training), rows
-        except DataError as error:
-            errors.append(error)
-    raise errors[0]
+def _all_rows(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Examples:
+    data, objective = config.data, config.training.objective
+    assert data.path is not None
+    return read_examples(data.path, tokenizer, data, objective=objective, console=console)
 
 
 def packing_of(checkpoint: Checkpoint, quantize: QuantConfig | None) -> QuantConfig | None:

@@ -77,17 +77,16 @@ def evaluate_run(
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
     _warn_of_training_rows(config, data, console)
-    training, n_rows = config.training, len(examples)
-    seed = training.seed
-    examples = _drawn_examples(examples, limit, seed, console)
-    rejected, n_drawn, objective = rejected_answers(examples), len(examples), training.objective
-    if (examples := good_answers(examples)) is None:
+    seed, objective, n_rows = config.training.seed, config.training.objective, len(examples)
+    drawn = _drawn_examples(examples, limit, seed, console)
+    rejected = rejected_answers(drawn)
+    if (examples := good_answers(drawn)) is None:
         raise DataError(f"{data}: no answer is labelled true, so there is none to score")
     if rejected is not None:
         unit = "nats per token" if objective in AVERAGED else "nats"
         say(console, f"pairs     chosen answers are scored; their margin over the others in {unit}")
-    elif objective == "kto":
-        say(console, f"answers   {len(examples):,} of {n_drawn:,} are labelled true and scored")
+    elif len(examples) < len(drawn):
+        say(console, f"answers   {len(examples):,} of {len(drawn):,} are labelled true and scored")
     asked = _drawn_questions(examples, tokenizer, n_answers, seed, console)
     # Twice the longest reference: an answer beyond that is wrong however it ends.
     longest = max((question.tokens for question in asked), default=0)
@@ -103,8 +102,7 @@ def evaluate_run(
     comparison = compare(base, tuned, asked, objective)
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
-    inputs |= {"objective": objective}
-    inputs["max_new_tokens"] = max_new_tokens
+    inputs |= {"objective": objective, "max_new_tokens": max_new_tokens}
     samples = []
     for i, question in enumerate(asked):
         sample = {"place": question.place, "prompt": question.prompt}
@@ -199,15 +197,6 @@ class Performance:
     answers: tuple[str, ...] = ()
     rejected: RowScores | None = None  # scores of the other answer of each pair
 
-    def margins(self, objective: str) -> np.ndarray:
-        """(n,) nats: the log-probability of the chosen answer above that of the rejected one."""
-        assert self.rejected is not None
-        chosen, rejected = (
-            each.nats / (each.tokens if objective in AVERAGED else 1)
-            for each in (self.scores, self.rejected)
-        )
-        return rejected - chosen
-
 
 def measure(
     model: LlamaForCausalLM,
@@ -271,8 +260,8 @@ def compare(
 ) -> Comparison:
     """The figures of two models on the same rows and questions, or of one.
 
-    Of pairs the `objective` says what a margin is; for dpo an answer's reward is how much likelier
-    the adapter makes it, so that the base rewards none.
+    Of pairs the margin is the log-probability of the chosen answer above the other's, per token if
+    the `objective` compares so; for dpo the chosen reward is higher where the margin has risen.
     """
     models = [base] if tuned is None else [base, tuned]
     tokens = base.scores.tokens
@@ -280,8 +269,10 @@ def compare(
     hits = [each.scores.hits for each in models]
     rows = [loss, metrics.perplexity_row(loss)]
     rows.append(paired_row("token_accuracy", HIGHER, hits, tokens))
-    if base.rejected is not None:
-        margins = [each.margins(objective) for each in models]
+    pairs = [(each.rejected, each.scores) for each in models if each.rejected]
+    if pairs:
+        each = ([x.nats / (x.tokens if objective in AVERAGED else 1) for x in p] for p in pairs)
+        margins = [rejected - chosen for rejected, chosen in each]
         rows.append(paired_row("prefers_chosen", HIGHER, [1.0 * (each > 0) for each in margins]))
         rows.append(paired_row("margin", HIGHER, margins))
         if objective == "dpo" and tuned is not None:

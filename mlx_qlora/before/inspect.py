@@ -68,17 +68,14 @@ def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Cons
                     place += " rejected" if i % 2 else " chosen"
                 elif kind == JUDGEMENTS:
                     place += f" labelled {'false' if weights[0] < 0 else 'true'}"
-                of_document = tokens[here], labels[here], sorted({*map(abs, weights)})
+                weighs = sorted({*map(abs, weights)})
+                place += f", weight {', '.join(map('{:g}'.format, weighs))}" * (weighs != [1])
+                of_document = tokens[here], labels[here]
                 console.print(_text_of(place, *of_document, tokenizer, colour), soft_wrap=True)
 
 
 def _text_of(
-    place: str,
-    tokens: np.ndarray,
-    labels: np.ndarray,
-    weights: list[float],
-    tokenizer: Tokenizer,
-    colour: bool,
+    place: str, tokens: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer, colour: bool
 ) -> Text:
     end = len(tokens)
     # A label is the token to predict next: the example's own tokens are its first token, and behind
@@ -87,9 +84,7 @@ def _text_of(
     following = np.append(tokens[1:], IGNORE)
     ids = [int(tokens[0]), *np.where(labels != IGNORE, labels, following).tolist()]
     text = Text()
-    ends = " to ".join(dict.fromkeys(f"{weight:g}" for weight in (*weights[:1], *weights[-1:])))
-    weigh = "" if ends in ("", "1") else f", weight {ends}"
-    text.append(f"{place}: {end + 1} tokens, {sum(learned)} supervised{weigh}\n", NOTE)
+    text.append(f"{place}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
     # Neighbours that are both learned, or both not, together: a character may span tokens. What is
     # not learned at the end is no input, and the batch does not hold it.
     pairs = [(is_learned, token) for is_learned, token in zip(learned, ids) if token != IGNORE]
