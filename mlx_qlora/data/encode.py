@@ -314,7 +314,8 @@ class Encoder:
         else:
             sides = [read_row(row, form, self.columns)]
             unread = unread_fields(row, form, sides[0], self.columns)
-            weight = row_weight(row)
+            named = {*self.columns.values()}
+            weight = row_weight({k: v for k, v in row.items() if k not in named})
         documents: list[Segments] = []
         for said in sides:
             if self.train_on == "all":

@@ -309,7 +309,7 @@ def test_weights_are_numbers_in_text_too(chatty: Tokenizer, tmp_path: Path):
     reasons = {line: reason for line, reason in report.refused}
     assert reasons[4].startswith("no supervised token: the weight") and report.unread == {}
     assert reasons[5].startswith("no supervised token: the train")
-    assert "must be a number of at least 0; got '0,5'" in reasons[6] and "got -1.0" in reasons[7]
+    assert "must be at least 0; got '0,5'" in reasons[6] and "got -1.0" in reasons[7]
     columns = DataConfig(cache_dir=None, columns={"completion": "weight", "prompt": "prompt"})
     as_text = mq.read_examples([{"prompt": "a", "weight": "2"}], chatty, columns)
     assert as_text[0].weights is None and chatty.decode([as_text[0].tokens[-2]]) == "2"
