@@ -187,6 +187,8 @@ def _flag_meant(flag: str, command: str) -> str:
     from mlx_qlora.names import COMPARE, INSTEAD
 
     about = COMMANDS[command]
+    if about.sections and _as_word(flag) in ("set", "override", "config_override"):
+        return "; fields are written without it, as training.max_steps=100"
     words = map(_as_word, (*about.shorthands, *field_words(about.sections)))
     meant = {word: f"--{word.replace('_', '-')}" for word in words}
     if "training" in about.sections:

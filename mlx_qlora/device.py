@@ -447,14 +447,15 @@ def machine(name: str | None) -> Machine:
     """
     if name is None:
         return this_machine()
-    match = re.fullmatch(r"([a-z]+\d+(?:-[a-z]+)?)-(\d+)", name.lower())
+    plain = re.sub(r"[\s_-]+", "-", name.lower().strip().removeprefix("apple"))
+    match = re.fullmatch(r"-?([a-z]+\d+(?:-[a-z]+)?)-(\d+)(?:-?gb)?", plain)
     chip, gigabytes = (match[1], int(match[2])) if match else (name, 0)
     memory = gigabytes << 30
     if chip in APPLE and gigabytes:
         share = 2 / 3 if memory <= SMALL_MAC else 3 / 4
-        return Machine(name.lower(), METAL, int(memory * share), 1)
+        return Machine(f"{chip}-{gigabytes}", METAL, int(memory * share), 1)
     if chip in NVIDIA and gigabytes:
-        return Machine(name.lower(), CUDA, int(memory * 0.95), 1)
+        return Machine(f"{chip}-{gigabytes}", CUDA, int(memory * 0.95), 1)
     if sizes := MEMORY.get(name.lower()):
         first = f"{name.lower()}-{sizes.partition(',')[0]}"
         raise ConfigError(f"--machine: {name!r} has no size ({sizes} GB); write it as {first}")

@@ -112,6 +112,30 @@ def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
         switch(model, former if former in _adapters(model) else None)
 
 
+class Untrained:
+    """Lends a model as it is when this is made, before its training."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        acts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
+        # Of an adapter that does something from the start, which training replaces.
+        self.start = model.trainable_parameters() if any(acts) else None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The model as it was, and afterwards as it is."""
+        if self.start is None:
+            with disabled(self.model):
+                yield
+            return
+        trained = self.model.trainable_parameters()
+        self.model.update(self.start)
+        try:
+            yield
+        finally:
+            self.model.update(trained)
+
+
 def combine(
     model: LlamaForCausalLM, weights: dict[str, float], name: str, combination_type: str = "cat"
 ) -> LlamaForCausalLM:

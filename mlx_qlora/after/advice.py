@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_qlora.after.answer_metrics import Row, style_similarity
+from mlx_qlora.after.forgetting import Forgetting
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.errors import duration, size
 from mlx_qlora.infer.evaluate import Scores
@@ -300,6 +301,17 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
     equal = f"Equal to the reference: {before} before, {after} after."
     verdict = f"{differ} of {len(samples)} sampled answers differ"
     return Answer(question, verdict, f"{equal} {why}".strip(), "" if differ else "note")
+
+
+def forgot(general: Forgetting, kl: Row) -> Answer:
+    """How much of general text was forgotten, and how far the answers are from the base's."""
+    _, _, estimate, ends, _ = kl.cells()
+    answers = ", ".join(filter(None, (f"on the held-out answers it is {estimate}", ends)))
+    why, tone = f"{_sentence(general.figures)} {_sentence(answers)}", "good"
+    if not general.verdict.startswith("little was"):
+        why += " A lower rate, fewer steps or a higher training.kl_weight keep more."
+        tone = "bad" if general.verdict.startswith("much") else "note"
+    return Answer("What did it forget?", _sentence(general.verdict)[:-1], why, tone)
 
 
 def cost(result: TrainResult, plan: Plan | None) -> Answer:

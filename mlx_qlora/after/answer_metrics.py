@@ -182,6 +182,7 @@ WORDS = {
     "prefers_chosen": "chosen answer likelier",
     "margin": "margin of the chosen",
     "reward_accuracy": "reward of chosen higher",
+    "kl": "KL(tuned || base)",
     "exact_match": "answers word for word",
     "rouge_l": "same words (ROUGE-L)",
     "chrf": "same letters (chrF)",

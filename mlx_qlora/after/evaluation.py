@@ -7,6 +7,7 @@ and asked, the two are compared example by example, and the adapter is tried on 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from mlx_qlora.loading import recorded
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
 from mlx_qlora.train.preferences import AVERAGED, good_answers, rejected_answers
-from mlx_qlora.train.score import RowScores
+from mlx_qlora.train.score import Lend, RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
 # name -> which is better, and the function
@@ -97,7 +98,8 @@ def evaluate_run(
     with disabled(model):  # the adapter, if there is one
         base = measure(model, tokenizer, examples, asked, max_new_tokens, rejected=rejected)
     if config.model.adapter is not None:
-        tuned = measure(model, tokenizer, examples, asked, max_new_tokens, rejected=rejected)
+        both: Any = {"base": partial(disabled, model), "rejected": rejected}
+        tuned = measure(model, tokenizer, examples, asked, max_new_tokens, **both)
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
     comparison = compare(base, tuned, asked, objective)
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
@@ -205,14 +207,16 @@ def measure(
     asked: list[Question],
     max_new_tokens: int = 512,
     processes: Processes | None = None,
+    base: Lend | None = None,
     rejected: Examples | None = None,
 ) -> Performance:
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
-    Of several processes each scores its share. `rejected` are the other answers of pairs.
+    Of several processes each scores its share. The scores have the divergence from a `base`;
+    `rejected` are the other answers of pairs.
     """
-    scores = score_examples(model, tokenizer, examples, processes)
+    scores = score_examples(model, tokenizer, examples, processes, base)
     others = score_examples(model, tokenizer, rejected, processes) if rejected else None
     if not asked:
         return Performance(scores, (), others)
@@ -278,6 +282,8 @@ def compare(
         if objective == "dpo" and tuned is not None:
             rises = [1.0 * (each > margins[0]) for each in margins]
             rows.append(paired_row("reward_accuracy", HIGHER, rises))
+    if tuned is not None:
+        rows.append(kl_row(tuned.scores))
     references = [question.reference for question in asked]
     if asked:
         for name, (better, metric) in ANSWER_METRICS.items():
@@ -290,6 +296,11 @@ def compare(
         n_answers=len(asked),
         adapter=tuned is not None,
     )
+
+
+def kl_row(scores: RowScores) -> Row:
+    """KL(tuned || base) of rows' answers, nats per token; that of the base is 0."""
+    return paired_row("kl", NEITHER, [0 * scores.kl, scores.kl], scores.tokens)
 
 
 @dataclass(frozen=True)

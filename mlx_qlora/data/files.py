@@ -272,7 +272,7 @@ def parse_json(text: str) -> Any:
     try:
         return _STRICT.decode(text)
     except json.JSONDecodeError as error:
-        return DataError(f"not JSON: {error.msg} at column {error.colno}")
+        return DataError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return DataError("not JSON: nested too deeply")
     except ValueError as error:  # `_object`, `_constant`, or an integer of thousands of digits

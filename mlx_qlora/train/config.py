@@ -89,6 +89,11 @@ class TrainingConfig:
     )
     desirable_weight: float = option(1.0, "weight of good answers (kto)")
     undesirable_weight: float = option(1.0, "weight of bad answers (kto)")
+    kl_weight: float = option(
+        0.0,
+        "weight of KL(tuned || model before its training) at each learned token (sft): less is "
+        "forgotten, for one more forward",
+    )
 
     def __post_init__(self) -> None:
         check_choices("training", self)
@@ -118,9 +123,12 @@ class TrainingConfig:
         check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
         check(("warmup_ratio",), "be in [0, 1]", lambda x: 0 <= x <= 1)
         check(("label_smoothing",), "be in [0, 0.5)", lambda x: 0 <= x < 0.5)
-        weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight"
+        weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight", "kl_weight"
         check(weights, "be at least 0, and finite", lambda x: 0 <= x < math.inf)
         check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
+        sft = self.objective == "sft" or not self.kl_weight
+        rule = f"be left out: training.objective={self.objective} compares answers"
+        require(sft, "training.kl_weight", rule, self.kl_weight)
 
     @property
     def reward_scale(self) -> float:

@@ -176,7 +176,7 @@ class Run:
         more = training.weight_decay, training.max_grad_norm, model.lora_config.loraplus_lr_ratio
         self.optimizer = AdamW(model.trainable_parameters(), *adam, *more)
         self.stop = StopSignal(agreed=self.processes.size > 1)
-        engine = Engine(model, training.recompute, compiled=bool(compiled))
+        engine = Engine(model, training.recompute, bool(compiled), training.kl_weight)
         engine.limit_memory(largest_micro_batch(inputs.train, training.rows))
         self.preferences = None
         if training.objective != "sft":

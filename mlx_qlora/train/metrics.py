@@ -374,8 +374,9 @@ class Metrics:
 
 
 def _compared(metrics: dict[str, float]) -> list[str]:
-    """How an objective that compares answers tells them apart, in words."""
+    """How far an objective that compares models or answers tells them apart, in words."""
     words = {"rewards/accuracies": "accuracy {:.0%}", "rewards/margins": "margin {:.3f}"}
+    words["kl"] = "KL {:.3f}"
     return [text.format(metrics[name]) for name, text in words.items() if name in metrics]
 
 

@@ -132,8 +132,9 @@ class Step:
             )
         # The one division, by the tokens supervised in the step; then clipping and AdamW.
         norm = retried(lambda: optimizer.update(grads, n, rate, nats), only_once)
-        metrics = preferences.metrics() if preferences is not None else {}
-        result = StepResult(number(nats) / (n or 1), number(norm), tokens, rows, signum, metrics)
+        loss, *kl = [total / (n or 1) for total in np.array(nats).reshape(-1).tolist()]
+        metrics = preferences.metrics() if preferences is not None else dict(zip(["kl"], kl))
+        result = StepResult(loss, number(norm), tokens, rows, signum, metrics)
         if n and result.grad_norm == 0 and all_reduce is None:
             # Metal may lose work without an error (mlx#3979), and what it should have written is 0.
             # A gradient may be 0, too: of small numbers in float16, of queries that see one key.
@@ -232,7 +233,7 @@ def suspects(losses: list[tuple[Batch, mx.array]], elsewhere: bool) -> tuple[str
 
     `elsewhere`: whether there are other processes and the gradients of this one are finite.
     """
-    spoilt = [batch for batch, loss in losses if not math.isfinite(number(loss))]
+    spoilt = [batch for batch, loss in losses if not math.isfinite(number(loss.sum()))]
     if elsewhere and not spoilt:
         return ("rows of another process; see its rank-*.log",)
     return tuple(place for batch in spoilt or (b for b, _ in losses) for place in batch.places)

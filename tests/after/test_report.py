@@ -326,6 +326,7 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
     for said in (
         "60 read, 60 kept, 0 refused", "base weights", "planned peak", "Loss on held-out rows",
         "### Response:", "Before training", "After training", "first choice",
+        "What did it forget?", "was forgotten", "On the built-in texts", "On the held-out answers",
         "Fingerprint", record["fingerprint"]["data"],
     ):  # fmt: skip
         assert said in page.text, said

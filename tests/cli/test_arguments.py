@@ -219,6 +219,7 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
             "generation.top_k=3: plan does not read it; it reads fields of",
         ),
         ("merge --output-dir m data.path=x", "merge does not read it; it reads fields of m"),
+        ("train --set training.max_steps=2", "without it, as training.max_steps=100"),
         ("train --epoch 3", "--epoch; did you mean --epochs?"),
         ("train --dpo", "--dpo; did you mean --objective dpo?"),
         ("train --scale 20", "--scale; did you mean lora.lora_alpha (scale x lora.r)?"),

@@ -228,6 +228,7 @@ CASES: dict[str, list[Case]] = {
     "training.rpo_alpha": [Case(1.0, "adapter", "batches", base) for base in (DPO, SIMPO)],
     "training.simpo_gamma": [Case(0.0, "adapter", "batches", SIMPO)],
     "training.desirable_weight": [Case(3.0, "adapter", "batches", KTO)],
+    "training.kl_weight": [Case(1.0, "adapter", "batches")],
     "training.undesirable_weight": [Case(3.0, "adapter", "batches", KTO)],
     "checkpointing.output_dir": [Case("elsewhere", "files", "batches adapter")],
     "checkpointing.save_steps": [Case(1, "files", "batches adapter")],

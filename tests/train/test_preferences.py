@@ -15,6 +15,7 @@ from support.training import assert_same, at_step, fine_tune, recorded, stop
 
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import Batch, Batches, evaluation_batches, halves, make_batches
@@ -25,7 +26,7 @@ from mlx_qlora.errors import ConfigError, DataError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.preferences import Preferences, Untrained
+from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.score import log_probabilities
 from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.tree import flat, nested

@@ -47,7 +47,10 @@ KINDS = {
     "poisoned": (),
     "epoch": ("training.max_steps=null", "training.num_train_epochs=1.02"),
     "large": ("lora.r=512", "training.max_steps=4", "checkpointing.save_steps=9"),
-    "wide": ("training.per_device_train_batch_size=3", "data.prompt_loss_weight=0.1"),
+    "wide": (
+        *("training.per_device_train_batch_size=3", "data.prompt_loss_weight=0.1"),
+        "training.kl_weight=0.5",
+    ),
     "judged": ("training.objective=kto", "training.max_steps=12"),
     "tested": SPLIT,
 }
@@ -204,7 +207,7 @@ SAME += [(3, "plain"), (3, "poisoned"), (3, "epoch")]
 def test_several_processes_train_as_one_does(place, alone, together, n, name):
     one, several = place.output(name, 1), place.output(name, n)
     assert [found["code"] for found in alone[name] + together[name]] == [0] * (n + 1)
-    for key in ("loss", "grad_norm", "eval_loss"):
+    for key in ("loss", "grad_norm", "eval_loss", *["kl"] * (name == "wide")):
         mine, theirs = series(several, key), series(one, key)
         assert [step for step, _ in mine] == [step for step, _ in theirs], key
         # A norm is of a size of its own.

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from support.training import at_step, make_examples, stop
 
 import mlx_qlora as mq
 from mlx_qlora import device
+from mlx_qlora.adapters.several import disabled
 from mlx_qlora.cli import main
 from mlx_qlora.commands import open_with_plan
 from mlx_qlora.config import build
@@ -70,8 +72,13 @@ def computed(residency: str, path: Path, lora: LoraConfig, **how: Any) -> dict[s
         loss, _, grads = loss_and_grads(model, batch(), mx.random.key(3), recompute)
         found |= {f"{recompute} {name}": np.array(g) for name, g in flat(grads).items()}
         found[f"{recompute} loss"] = np.array(loss)
-    scores = score_rows(model, batch())
-    return found | {"nats": scores.nats, "hits": scores.hits}
+    engine = Engine(model, kl_weight=0.5)
+    randomise_lora(model, seed=2)
+    weights = flat(model.trainable_parameters())
+    sums, _, grads = engine(weights, batch(), mx.random.key(3))
+    found |= {"sums": np.array(sums)} | {f"kl {name}": np.array(g) for name, g in grads.items()}
+    scores = score_rows(model, batch(), partial(disabled, model))
+    return found | {"nats": scores.nats, "hits": scores.hits, "kl": scores.kl}
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
