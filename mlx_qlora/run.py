@@ -15,6 +15,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,12 +265,14 @@ def open_inputs(
         train, validation, test = parts
     else:
         plain, config = config.training, as_taught(config)
+        assert config.data.path is not None
+        read = partial(read_examples, config.data.path, tokenizer, config.data, console=console)
         try:  # as answers, unless the objective is given
-            train = _all_rows(replace(config, training=plain), tokenizer, console)
+            train = read(objective=plain.objective)
         except DataError:
             if config.training == plain:
                 raise
-            train = _all_rows(config, tokenizer, console)
+            train = read(objective=config.training.objective)
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
     if checkpoint is not None and writes:
@@ -295,12 +298,6 @@ def open_inputs(
         for line in explained(config, settled, train):
             say(console, line)
     return inputs
-
-
-def _all_rows(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Examples:
-    data, objective = config.data, config.training.objective
-    assert data.path is not None
-    return read_examples(data.path, tokenizer, data, objective=objective, console=console)
 
 
 def packing_of(checkpoint: Checkpoint, quantize: QuantConfig | None) -> QuantConfig | None:

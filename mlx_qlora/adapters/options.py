@@ -69,13 +69,10 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     for name in PEFT:
         if not (folder / name).is_file():
             what = f"{name} is missing" if folder.is_dir() else "there is no such folder"
-            saved = [path.parent for path in folder.glob(f"checkpoint-*/{CONFIG}")]
+            saved = [str(path.parent) for path in folder.glob(f"checkpoint-*/{CONFIG}")]
             if saved and is_run(folder):
-                last = max(saved, key=lambda path: (len(path.name), path.name))
-                raise AdapterError(
-                    f"{folder}: the run has not finished; the train command that began it "
-                    f"continues it, or name its last checkpoint, {last}"
-                )
+                last = max(saved, key=lambda path: (len(path), path))
+                what = f"its run has not finished; run its command again, or name {last}"
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
     config = _read_object(path)
     unsupported = [

@@ -24,6 +24,7 @@ from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
+from mlx_qlora.data.preferences import PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, DataError, require, say, warn
@@ -33,7 +34,7 @@ from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.loading import recorded
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
-from mlx_qlora.train.preferences import AVERAGED, good_answers, rejected_answers
+from mlx_qlora.train.preferences import AVERAGED, good_answers
 from mlx_qlora.train.score import Lend, RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
@@ -80,7 +81,7 @@ def evaluate_run(
     _warn_of_training_rows(config, data, console)
     seed, objective, n_rows = config.training.seed, config.training.objective, len(examples)
     drawn = _drawn_examples(examples, limit, seed, console)
-    rejected = rejected_answers(drawn)
+    rejected = good_answers(drawn, 0) if drawn.report.kind == PAIRS else None
     if (examples := good_answers(drawn)) is None:
         raise DataError(f"{data}: no answer is labelled true, so there is none to score")
     if rejected is not None:

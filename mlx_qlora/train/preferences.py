@@ -90,24 +90,16 @@ class Answers:
         return self._columns(2) > 0
 
 
-def good_answers(examples: Examples) -> Examples | None:
-    """Chosen answers and good ones alone, as rows of one answer; None if there are none."""
+def good_answers(examples: Examples, side: int = -1) -> Examples | None:
+    """Chosen answers (rejected ones: `side` 0) and good ones, as rows of one; None without any."""
     if examples.report.kind == KIND_OF["sft"]:
         return examples
     rows = []
     for row in examples:
-        (tokens, learned), weights = row.documents[-1], row.document_weights[-1]
+        (tokens, learned), weights = row.documents[side], row.document_weights[side]
         if weights.min() >= 0:
             rows.append(Example(tokens, learned, row.line, row.file))
     return Examples.of(rows, examples.report.source) if rows else None
-
-
-def rejected_answers(examples: Examples) -> Examples | None:
-    """Rejected answers alone, in the order of `good_answers`; None if the rows are no pairs."""
-    if examples.report.kind != PAIRS:
-        return None
-    rows = (Example(*row.documents[0], row.line, row.file) for row in examples)
-    return Examples.of(rows, examples.report.source)
 
 
 def compared(

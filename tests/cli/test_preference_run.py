@@ -72,7 +72,7 @@ def test_a_dpo_run_says_what_it_is_and_is_evaluated_on_its_pairs(run, capsys):
     (unfinished / "adapter_config.json").unlink()
     assert call("evaluate", "--adapter", unfinished, "--data", data, "--answers", 0) == 2
     error = capsys.readouterr().err
-    assert "the run has not finished" in error and str(unfinished / "checkpoint-4") in error
+    assert "its run has not finished" in error and str(unfinished / "checkpoint-4") in error
 
 
 @pytest.mark.parametrize(
