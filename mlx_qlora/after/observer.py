@@ -208,6 +208,7 @@ class Observer:
             name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
             of = {"sft": "", "kto": " of good answers"}
             of = of.get(config.training.objective, " of chosen answers")
+            of += " (unweighted)" * any(row.weights is not None for row in self.held_out or ())
             say(
                 console,
                 f"{name:<{LABEL}}loss{of} {old.loss:.4f} -> {new.loss:.4f} ({change:+.1%}), "

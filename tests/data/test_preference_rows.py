@@ -62,6 +62,13 @@ PAIRS: dict[str, tuple[dict[str, Any], list[Any]]] = {
         {"chosen": "Human: Hi Assistant: Hello", "rejected": "Human: Hi Assistant: Hey"},
         [Pair("Human: Hi Assistant: ", "Hey"), Pair("Human: Hi Assistant: ", "Hello")],
     ),
+    "transcripts whose answers begin alike": (
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: I can",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: I do",
+        },
+        [Pair("\n\nHuman: Hi\n\nAssistant: ", x) for x in ("I do", "I can")],
+    ),
     "an earlier answer": (
         {"chosen": [*EARLIER, ASK, GOOD], "rejected": [*EARLIER, ASK, BAD], "system": "S"},
         [
