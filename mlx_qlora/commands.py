@@ -401,7 +401,7 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
     with disk_errors(target):
         written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)
-    replaced = ", in the place of an older one" if written.file in old else ""
+    replaced = ", replaces an older one" if written.file in old else ""
     say(console, f"exported  {written.file}, {size(written.bytes)}{replaced}")
     if written.kept is not None and written.kept < 0.9:
         warn(console, f"{kind} leaves {written.kept:.0%} of what was learned; choose q8_0 or q5_0")

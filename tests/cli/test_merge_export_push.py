@@ -219,11 +219,11 @@ def test_ollama_is_given_the_model(run, tmp_path, monkeypatch, capsys):
     assert calls.read_text() == f"{tmp_path}/g create my-model -f Modelfile\n"
     said = capsys.readouterr().out
     assert "ollama    has the model as my-model" in said and "ollama run my-model" in said
-    assert "in the place of an older one" not in said
+    assert "replaces an older one" not in said
     assert call(*words) == 0
     said = capsys.readouterr().out
     assert f"ollama create NAME -f {tmp_path}/g/Modelfile" in said
-    assert "model-q4_0.gguf" in said and ", in the place of an older one" in said
+    assert "model-q4_0.gguf" in said and ", replaces an older one" in said
 
 
 @pytest.mark.usefixtures("without_loading")
