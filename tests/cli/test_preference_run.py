@@ -75,26 +75,9 @@ def test_a_dpo_run_says_what_it_is_and_is_evaluated_on_its_pairs(run, capsys):
     assert "its run has not finished" in error and str(unfinished / "checkpoint-4") in error
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["data.train_on=all"], "as the others compare answers; leave it out\n"),
-        (["training.simpo_gamma=2"], "training.simpo_gamma=2 is not used: simpo reads it"),
-        (["training.desirable_weight=2"], "is not used: kto reads it, not dpo"),
-    ],
-)
-def test_what_the_objective_has_no_use_for(run, tmp_path, words, message, capsys):
-    train(run, tmp_path / "out", "--dry-run", "training.objective=dpo", *words)
-    said = capsys.readouterr()
-    assert message in said.out + said.err
-
-
-def test_an_unused_beta_lists_who_reads_it(run, tmp_path, capsys):
-    model, _, _ = run
-    (tmp_path / "rows.jsonl").write_text('{"text": "a b c"}\n' * 9)
-    words = ["--model", model, "--data", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "out"]
-    assert call("train", *words, "--dry-run", "model.bits=null", "training.beta=1") == 0
-    assert "dpo, orpo, simpo and kto read it, not sft" in capsys.readouterr().out
+def test_all_tokens_are_for_another_objective(run, tmp_path, capsys):
+    assert train(run, tmp_path / "out", "training.objective=dpo", "data.train_on=all") == 2
+    assert "as the others compare answers; leave it out\n" in capsys.readouterr().err
 
 
 def test_labels_of_one_kind_are_counted_and_pointed_out(run, tmp_path, capsys):
