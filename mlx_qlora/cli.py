@@ -125,7 +125,12 @@ COMMANDS = {
     "evaluate": Command(
         "score a model on rows, or its adapter against the base",
         ("--model", "--adapter", "--data", "--max-length"),
-        {"model": LOADED, "data": ROWS, "training": "seed", "generation": "max_new_tokens"},
+        {
+            "model": LOADED,
+            "data": ROWS,
+            "training": "seed objective",
+            "generation": "max_new_tokens",
+        },
     ),
     "sweep": Command(
         "find a learning rate, rank and batch size by short runs",
@@ -140,7 +145,10 @@ COMMANDS = {
         quiet=True,
     ),
     "export": Command(
-        "write an adapter in another format", ("--model", "--adapter"), {"model": ALL}, quiet=True
+        "write an adapter in another format, or a copy in PEFT's if none is named",
+        ("--model", "--adapter"),
+        {"model": ALL},
+        quiet=True,
     ),
     "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
     "doctor": Command(
@@ -177,13 +185,15 @@ def _flag_meant(flag: str, command: str) -> str:
     """The known flag that an unknown one is most like, or what to use in its place."""
     from mlx_qlora.config import field_words
     from mlx_qlora.errors import did_you_mean
-    from mlx_qlora.names import INSTEAD
+    from mlx_qlora.names import COMPARE, INSTEAD
 
     about = COMMANDS[command]
     if about.sections and _as_word(flag) in ("set", "override", "config_override"):
         return "; fields are written without it, as training.max_steps=100"
     words = map(_as_word, (*about.shorthands, *field_words(about.sections)))
     meant = {word: f"--{word.replace('_', '-')}" for word in words}
+    if "training" in about.sections:
+        meant |= {name: f"--objective {name}" for name in COMPARE}
     hint = did_you_mean(_as_word(flag), (), INSTEAD | meant if about.sections else {})
     return hint or f"; see mlx-qlora {command} --help"
 

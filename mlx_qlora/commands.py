@@ -413,7 +413,8 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     gguf_model.check_type(kind := args.type or "q8_0")
     target = gguf_model.lm_studio_folder(args.lmstudio) if args.lmstudio else _target(args.folder)
-    check_writable(target, (), OUTPUT)
+    old, option = [*target.glob("model-*.gguf")], "--lmstudio" if args.lmstudio else OUTPUT
+    check_writable(target, [f"model-{kind}.gguf"], option, is_ours=gguf_model.is_ours)
     if args.ollama is not None:
         gguf_model.find_ollama()  # before a weight is read
     if config.model.adapter is None:  # nothing was learned over packed weights
@@ -421,13 +422,18 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
     with disk_errors(target):
         written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)
-    say(console, f"exported  {written.file}, {size(written.bytes)}")
+    replaced = ", replaces an older one" if written.file in old else ""
+    say(console, f"exported  {written.file}, {size(written.bytes)}{replaced}")
     if written.kept is not None and written.kept < 0.9:
         warn(console, f"{kind} leaves {written.kept:.0%} of what was learned; choose q8_0 or q5_0")
     if written.command is not None:
         say(console, f"for {kind}, with llama.cpp's program: {written.command}")
     if args.ollama is not None:
         gguf_model.create_in_ollama(target, args.ollama)
+        say(console, f"ollama    has the model as {args.ollama}")
+    onward = f"ollama create NAME -f {shlex.quote(str(target / 'Modelfile'))}"
+    onward = f"open {args.lmstudio} in LM Studio" if args.lmstudio else onward
+    say(console, f"next      {f'ollama run {args.ollama}' if args.ollama else onward}")
     return {"format": "gguf-model", **asdict(written)}
 
 

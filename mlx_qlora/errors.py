@@ -106,6 +106,9 @@ def check_choices(section: str, config: Any) -> None:
         choices = field.metadata.get("choices")
         value = getattr(config, field.name)
         if choices is not None:
+            if isinstance(value, str) and value.lower() in choices:
+                value = value.lower()
+                object.__setattr__(config, field.name, value)
             rule = f"be one of {', '.join(map(repr, choices))}"
             require(value in choices, f"{section}.{field.name}", rule, value)
 

@@ -314,7 +314,7 @@ def check_writable(
         fate = "deleted, as the whole folder is replaced" if whole else "overwritten"
         raise ConfigError(
             f"{field}: {folder / foreign[0]}{more} is not known to be from mlx-qlora and would be "
-            f"{fate}; choose another folder with --output-dir"
+            f"{fate}; choose another folder with {field if field[:2] == '--' else '--output-dir'}"
         )
     if whole and Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(

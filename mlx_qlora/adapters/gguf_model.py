@@ -103,7 +103,7 @@ def save_gguf_model(
     folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
-    check_writable(folder, [file.name], is_ours=_is_ours)
+    check_writable(folder, [file.name], is_ours=is_ours)
     source = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     tensors = _layout(model, written)
@@ -132,7 +132,8 @@ def check_type(type: str) -> None:
     require(type in TYPES + K_QUANTS, "type", f"be one of {', '.join(TYPES + K_QUANTS)}", type)
 
 
-def _is_ours(file: Path) -> bool:
+def is_ours(file: Path) -> bool:
+    """Whether a GGUF file is one that we have written."""
     try:
         return str(read_header(file)[1].get(OURS)).startswith("mlx-qlora ")
     except WeightsError:

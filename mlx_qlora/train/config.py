@@ -136,6 +136,11 @@ class TrainingConfig:
         return self.beta or (2.0 if self.objective == "simpo" else 0.1)
 
     @property
+    def learns_prompts(self) -> bool:
+        """Whether `data.prompt_loss_weight` changes anything."""
+        return self.objective in ("sft", "orpo") or bool(self.rpo_alpha and self.objective != "kto")
+
+    @property
     def recompute(self) -> str | int:
         """`gradient_checkpointing` in the engine's words."""
         if isinstance(self.gradient_checkpointing, bool):
