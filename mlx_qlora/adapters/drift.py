@@ -46,9 +46,9 @@ class Drift:
     def __str__(self) -> str:
         return (
             f"loss {self.loss_exact:.4f} with the adapter, {self.loss_base:.4f} without it, "
-            f"{self.loss_written:.4f} as written ({self.tokens:,} tokens); KL of written "
-            f"{self.kl:.2g} and of the base {self.kl_base:.2g} nats per token; logits differ by "
-            f"at most {self.max_logit_difference:.2g}\n{self._verdict()}"
+            f"{self.loss_written:.4f} as written ({self.tokens:,} tokens); KL to the tuned model "
+            f"{self.kl:.2g} nats per token, of the base {self.kl_base:.2g}; logits differ by at "
+            f"most {self.max_logit_difference:.2g}\n{self._verdict()}"
         )
 
     def _verdict(self) -> str:
@@ -62,7 +62,7 @@ class Drift:
             lost = "moved the model further than training did: all of what was learned is lost"
         else:
             lost = f"lost {100 * (1 - self.kept):.0f} % of what was learned"
-        return f"{what} {lost}; {remedy}, or keep the adapter apart"
+        return f"{what} {lost}; {remedy}, or keep the adapter separate"
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int]]:
@@ -74,7 +74,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int
     encoded = tokenizer.encode_batch(texts if texts is not None else [*TEXTS])
     rows = [bos + ids for ids in encoded if len(bos + ids) > 1]
     if not rows:
-        raise ConfigError("texts: none of them has two tokens, so there is nothing to compare")
+        raise ConfigError("texts: none has two tokens, to compare with; give longer ones")
     return rows
 
 

@@ -71,10 +71,8 @@ def evaluate_run(
     Raises:
         UserError: any of its kinds, before a weight is loaded.
     """
-    data = config.data.path
-    if data is None:
-        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
-    find_files(data)
+    find_files(config.data.path)
+    data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
@@ -95,7 +93,7 @@ def evaluate_run(
         tuned = measure(model, tokenizer, examples, asked, max_new_tokens, base=lend)
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
     comparison = compare(base, tuned, asked)
-    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
+    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs["max_new_tokens"] = max_new_tokens
     samples = []
@@ -122,7 +120,7 @@ def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> No
     adapter = config.model.adapter
     trained = adapter and recorded(adapter, "data").get("data", {}).get("path")
     if trained and Path(str(trained)).expanduser().absolute() == Path(data).expanduser().absolute():
-        better = "on those it is better than on new ones"
+        better = "it is better on them than on new ones"
         warn(console, f"the adapter was trained on rows of {data}: {better}")
 
 
@@ -146,7 +144,7 @@ def _check_arguments(
         file = user_path(output, "--output")
         above = next(path for path in file.absolute().parents if path.exists())
         if file.is_dir() or not above.is_dir():
-            raise ConfigError(f"--output: {file} cannot be a file there; name another")
+            raise ConfigError(f"--output: {file} cannot be a file; name another")
     if n_answers:
         metrics.scorers()
     return None if general_text is None else read_texts(user_path(general_text, "--general"))
@@ -171,8 +169,8 @@ def _drawn_questions(
     if left_out := len(examples) - len(possible):
         say(
             console,
-            f"answers   {left_out:,} of {len(examples):,} rows have nothing to ask before what is "
-            "learned, or an answer that was cut: they are scored, not asked",
+            f"answers   {left_out:,} of {len(examples):,} rows have no prompt, or an answer that "
+            "was cut; they are scored, but not asked",
         )
     n = min(n_answers, len(possible))
     chosen = np.random.default_rng([seed, 0xA5C]).choice(len(possible), n, replace=False)

@@ -89,7 +89,7 @@ def score_examples(
     nats, hits, tokens = sums[0], sums[1].astype(np.int64), sums[2].astype(np.int64)
     if not tokens.all():
         place = examples[int(tokens.argmin())].place
-        raise DataError(f"{place} has no supervised token, so it has no loss; leave it out")
+        raise DataError(f"{place} has no supervised token, and so no loss; leave it out")
     return RowScores(nats, hits, tokens, sums[3])
 
 

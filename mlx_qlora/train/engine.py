@@ -329,6 +329,7 @@ class Engine:
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
+        self.trainable = sum(weight.size for weight in trainable.values())
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
         self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
         differentiated = {
@@ -340,8 +341,8 @@ class Engine:
         }
         if missing := sorted(trainable.keys() - differentiated):
             raise ConfigError(
-                f"{missing[0]} is trainable, and has no gradient here: LoRA weights have one; "
-                "freeze the others (model.freeze(), then add_lora)"
+                f"{missing[0]} is trainable, but only LoRA weights can be trained; freeze the "
+                "others (model.freeze(), then add_lora)"
             )
         # Below the first layer that learns nothing is kept, and there is no backward.
         self.first = min(int(path.split(".")[2]) for path in trainable)
@@ -401,7 +402,8 @@ class Engine:
         sizes = self.model.config, lengths, self.dtype.size
         more: Any = {"one_by_one": self.one_by_one, "has_base": self.base is not None}
         footprint = memory.Footprint(*sizes, streamed=self.reader is not None, **more)
-        return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
+        budget = footprint.budget(self.persistent)
+        return footprint, footprint.schedule(self.recompute, budget, self.trainable)
 
     def limit_memory(self, lengths: list[int]) -> None:
         """Keep MLX's memory where the plan of the largest batch says, of documents that long."""
@@ -440,7 +442,7 @@ class Engine:
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
-        for tape in tapes[-1]:
+        for tape in tapes[-1] if self.base else ():
             tape.values["base"] = bases.pop(0)  # and nowhere else: it goes when the head has it
         losses: list[mx.array] = []
         if weigh is None:
@@ -524,7 +526,7 @@ class Engine:
         hidden = self.model.model.normalised(x[tape.shard.positions])
         yield [hidden]
         args = self.model.head, hidden, tape.shard.targets, True, softcap
-        return (yield from losses_by_slice(*args, tape.values.pop("base"), self.kl_weight))
+        return (yield from losses_by_slice(*args, tape.values.pop("base", None), self.kl_weight))
 
     def _from_head(self, tape: Tape, gradient: mx.array, more: list[mx.array]) -> Stages:
         """From the gradient of the supervised positions to that of the last layer's output."""

@@ -112,10 +112,11 @@ class Footprint:
         work = self.working(LAYER, default_chunks(self.lengths, self.machine))
         return self.machine.device.memory_share * self.machine.working_set_bytes - persistent - work
 
-    def schedule(self, recompute: list[int] | str, budget: float) -> Schedule:
+    def schedule(self, recompute: list[int] | str, budget: float, trainable: int = 0) -> Schedule:
         """The schedule that recomputes least and keeps at most `budget` bytes, if one does.
 
-        `recompute` is each layer's level, or "auto" to choose them.
+        `recompute` is each layer's level, or "auto" to choose them; `trainable` numbers have
+        gradients, which lie beside what is kept.
         """
         lengths, machine = self.lengths, self.machine
         n_chunks, n = default_chunks(lengths, machine), max(len(lengths), 1)
@@ -132,6 +133,8 @@ class Footprint:
         while n_chunks < most_chunks and self.kept(recomputed, n_chunks) > budget:
             n_chunks += 1
             budget = room - self.scratch(n_chunks)
+        # Not before the chunks, whose number changes the last bits of sums.
+        budget -= step_bytes(trainable, n_chunks, accumulates=True)
         # The MLP before the whole layer: its two matmuls free the most, and need no attention.
         for level in LEVELS[1:]:
             for i in range(len(levels)):

@@ -330,7 +330,7 @@ def test_a_base_that_is_not_the_original_is_refused_before_anything_is_written(
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     for base, error, words in (
-        (packed, mq.ConfigError, "is quantised itself"),
+        (packed, mq.ConfigError, "is quantised, too"),
         (tmp_path / "rope", mq.WeightsError, "rope is RopeConfig"),
         (tmp_path / "size", mq.WeightsError, "intermediate_size is 224; the model's is 192"),
         (tmp_path / "weights", mq.WeightsError, "model.norm.weight has other values"),
@@ -452,7 +452,7 @@ def test_four_bits_swallow_a_small_update_that_eight_keep(
         assert merged.drift is not None
         drifts[bits] = merged.drift
     assert drifts[4].kept < 0.5 < 0.9 < drifts[8].kept < 1
-    assert "re-quantising to 4 bits" in str(drifts[4]) and "keep the adapter apart" in str(
+    assert "re-quantising to 4 bits" in str(drifts[4]) and "keep the adapter separate" in str(
         drifts[4]
     )
 
@@ -564,13 +564,13 @@ def test_folders_of_others_are_refused_and_untouched(
         ("adapter", model, r"adapter/README\.md \(and 4 more\)"),
         ("notes", model, "choose another folder with --output-dir"),
         ("file", model, "is a file"),
-        ("own", trained, "is what the weights are read from"),
+        ("own", trained, "holds the weights that are read"),
     ):
         with pytest.raises(mq.ConfigError, match=words) as caught:
             save_merged(using, tokenizer, tmp_path / target)
         assert str(tmp_path / target) in str(caught.value)
         assert contents(tmp_path) == before
-    with pytest.raises(mq.ConfigError, match="is what the weights are read from"):
+    with pytest.raises(mq.ConfigError, match="holds the weights that are read"):
         save_merged(model, tokenizer, own, base=own)
 
 
@@ -590,7 +590,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(
             "dtype must be one of bfloat16, float16, float32",
         ),
         (model, {"max_shard_bytes": 0}, mq.ConfigError, "max_shard_bytes must be at least 1"),
-        (model, {"texts": ["", ""], "dtype": "float32"}, mq.ConfigError, "none of them has two"),
+        (model, {"texts": ["", ""], "dtype": "float32"}, mq.ConfigError, "none has two tokens"),
         (model, {"quantize": QuantConfig(4, 128)}, mq.ConfigError, "128 does not divide the 64"),
         (nan, {}, mq.WeightsError, "o_proj.weight of the merged model has numbers"),
         (nan, {"quantize": QuantConfig(4, 32, "mxfp4")}, mq.WeightsError, "or NaN"),

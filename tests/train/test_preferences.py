@@ -300,11 +300,10 @@ def test_micro_batches_do_not_change_a_run(folder, tmp_path):
 def test_rows_of_another_objective_are_refused(folder, tmp_path):
     with pytest.raises(DataError) as caught:
         fine_tune(folder, tmp_path, make_pairs(), make_pairs(4))
-    assert (
-        "the rows are pairs, which training.objective=dpo or orpo or simpo reads, and not"
-        in str(caught.value)
+    assert "the rows are pairs, for training.objective=dpo or orpo or simpo, not" in str(
+        caught.value
     )
-    with pytest.raises(DataError, match="the rows are answers, which"):
+    with pytest.raises(DataError, match="the rows are answers, for training.objective=sft, not kto"):
         fine_tune(folder, tmp_path, objective="kto")
 
 
