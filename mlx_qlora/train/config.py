@@ -91,8 +91,8 @@ class TrainingConfig:
     undesirable_weight: float = option(1.0, "weight of bad answers (kto)")
     kl_weight: float = option(
         0.0,
-        "weight of KL(tuned || model before its training) at each learned token (sft): less is "
-        "forgotten, for one more forward",
+        "weight of the KL divergence from the model before its training, at the learned tokens, "
+        "which is added to the loss (sft). Less is forgotten, for one more forward",
     )
 
     def __post_init__(self) -> None:
