@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_qlora.adapters import gguf_model
-from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.drift import Drift
+from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import like_base, save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub

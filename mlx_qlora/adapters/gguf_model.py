@@ -310,8 +310,7 @@ def _calibrated(
     def plain(path: str, W: mx.array) -> mx.array:
         return mx.array(dequantize(_quantized(np.array(W), kinds[path]), kinds[path]))
 
-    dense = lambda path: merged.make(f"{path}.weight")[0]  # noqa: E731
-    return Calibrated(model, dense, grid, plain, rows)
+    return Calibrated(model, merged.matrix, grid, plain, rows)
 
 
 def blocks(rounded: Rounded, kind: Any) -> np.ndarray:

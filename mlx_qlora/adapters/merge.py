@@ -9,7 +9,7 @@ import math
 import shutil
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -353,15 +353,16 @@ class Tensors:
         """Round the layers' matrices from now on by what training rows bring to them."""
         quantize = self.quantize
         assert quantize is not None
-        grid = grid_of(quantize, self.dtype)
+        grid, whole = grid_of(quantize, self.dtype), replace(self, quantize=None, dtype=mx.float32)
 
         def plain(path: str, W: mx.array) -> mx.array:
             return unpack(tuple(map(self._stored, pack(W, quantize))), quantize, mx.float32)
 
-        def dense(path: str) -> mx.array:
-            return self._dense(f"{path}.weight", self.modules[path]).astype(mx.float32)
+        self.calibrated = Calibrated(model, whole.matrix, lambda path: grid, plain, rows)
 
-        self.calibrated = Calibrated(model, dense, lambda path: grid, plain, rows)
+    def matrix(self, path: str) -> mx.array:
+        """The merged matrix of a path, not packed."""
+        return self.make(f"{path}.weight")[0]
 
     def make(self, name: str) -> tuple[mx.array, ...]:
         """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
