@@ -143,8 +143,10 @@ def test_a_group_of_zeros_and_inputs_that_are_never_there() -> None:
     for name, grid in GRIDS.items():
         W, X = problem()
         W[:32], X[:, 40:50] = 0, 0
-        dense = round_matrix(W, damped(X.T @ X), grid).dense
-        assert np.isfinite(dense).all() and np.abs(dense[:32]).max() < 0.5, name
+        rounded = round_matrix(W, damped(X.T @ X), grid)
+        lost = np.square(X @ (rounded.dense - W)).sum()
+        assert lost < 0.5 * np.square(X @ (plainly(W, grid) - W)).sum(), name
+        assert np.isfinite(rounded.dense).all() and (rounded.scales != 0).all()
 
 
 # ---- whole models ------------------------------------------------------------------------------
