@@ -16,7 +16,7 @@ from support import go_template
 from support.adapters import adapted
 from support.families import FAMILIES, write_family
 from support.gguf_names import gguf_name, permuted
-from support.models import our_logits, random_tokens, randomise_lora
+from support.models import our_logits, random_tokens
 from support.npm_tokenizers import chat_tokenizer
 from support.sayable import CONTEXT_OF_WINDOW, REFUSED, SAYABLE
 from support.tiny_folder import write_random_model, write_tokenizer
