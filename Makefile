@@ -14,7 +14,7 @@ TEST_DATA := $(MODEL_PACKAGE) llama-models==0.3.0 trl==1.16.0 $(GEMMA) $(GEMMA)-
 	$(GEMMA)-part3 $(GEMMA)-part4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format bench docs recording tools clean
+.PHONY: help demo test quick lint format bench docs notebooks recording package tools clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -58,8 +58,17 @@ docs: $(VENV)/.docs ## Write what docs show of the program, and build the site i
 	$(BIN)/python examples/make_notebooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+notebooks: $(VENV)/.docs ## Run the examples that changed, and keep what they print: minutes each
+	$(BIN)/python examples/make_notebooks.py
+
 recording: $(VENV)/.base ## Record a run anew for the README, a minute
 	$(BIN)/python docs/make_recording.py
+
+package: $(VENV)/.made ## Build what goes to PyPI into dist/, and check it
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
 
 # A browser for the report and a zsh for completion: Debian's, where there is none; elsewhere the
 # tests say what is missing.
@@ -69,7 +78,7 @@ tools:
 		apt-get update -qq && apt-get install -y -qq chromium zsh >/dev/null; } || true
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ Run as: python benchmarks/streaming.py        (on two CPU cores half an hour)
         python benchmarks/streaming.py --shape qwen2.5-0.5b --tokens 256 --r 8 --ways resident \
             streamed --mlx-bytes 361e6 --least 0.5
 
-A model of a shape, by default of Llama 3.1 8B's with 18 of its layers, 4 bits and random weights,
+A model of a shape, by default of Llama 3.1 8B's with 20 of its layers, 4 bits and random weights,
 is written to the disk once (2.5 GB). Then LoRA of rank 16 on all seven linears is trained on rows
 of 512 tokens, by the same route, each time in a process of its own: the base in memory; streamed,
 with the file in the page cache; streamed, with the file dropped from it before each step. The
@@ -61,7 +61,7 @@ def main() -> None:
     """Measures, prints tables and a JSON line, and asserts the claims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=shapes.SHAPES)
-    parser.add_argument("--layers", type=int, help="18 of 8B, else all that the shape has")
+    parser.add_argument("--layers", type=int, help="20 of 8B, else all that the shape has")
     parser.add_argument("--vocabulary", type=int, help="32,000 of 8B, else the shape's")
     parser.add_argument("--rows", default=1, type=int, help="of --tokens each, in a step")
     parser.add_argument("--tokens", default=512, type=int)
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=(*WAYS, "merge"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     is_8b = args.shape == "llama-3.1-8b"
-    args.layers = args.layers or (18 if is_8b else shapes.config(args.shape).num_hidden_layers)
+    args.layers = args.layers or (20 if is_8b else shapes.config(args.shape).num_hidden_layers)
     args.vocabulary = args.vocabulary or (32000 if is_8b else shapes.config(args.shape).vocab_size)
     if args.worker:
         print(json.dumps(merge(args) if args.worker == "merge" else train(args)))

@@ -1,9 +1,10 @@
 # %% [markdown]
 """# Which learning rate?
 
-Three short runs differ in nothing but the learning rate, and are scored on the same rows.
-Their differences are taken row by row, with 95 % intervals: what is hard for all cancels.
+Three runs on the defaults differ in nothing but the learning rate, and are scored on the same
+rows. Their differences are taken row by row, with 95 % intervals: what is hard for all cancels.
 `mlx-qlora sweep` does this with many runs, and stops the bad ones early.
+Takes two minutes on two CPU cores.
 """
 
 # %%
@@ -18,15 +19,14 @@ from mlx_qlora.sweep.trial import Measured, difference, in_words, is_clear
 
 MODEL = "smollm2-135m"
 OUTPUT = Path("outputs/compare_learning_rates")
-RATES = {"1e-6": 1e-6, "3e-4": 3e-4, "2e-3": 2e-3}
-STEPS, SEED = 4, 0
+RATES = {"1e-6": 1e-6, "2e-4": 2e-4, "2e-3": 2e-3}
 ROWS = [
     {
         "instruction": "Write the amount in house style.",
         "input": f"{n} euros",
         "output": f"EUR {n:,}.00",
     }
-    for n in range(1_000, 900_000, 40_000)
+    for n in range(1_000, 900_000, 20_000)
 ]
 
 # %% [markdown]
@@ -44,24 +44,15 @@ def run(name: str) -> tuple[mq.TrainResult, Measured]:
     """Trains at a rate; returns the run and what each validation row costs the model."""
     model, _ = mq.load(MODEL)
     config = mq.RunConfig(
-        lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
-        training=mq.TrainingConfig(
-            learning_rate=RATES[name],
-            warmup_steps=1,
-            max_steps=STEPS,
-            per_device_train_batch_size=3,
-            gradient_accumulation_steps=1,
-            seed=SEED,
-        ),
+        training=mq.TrainingConfig(learning_rate=RATES[name]),
         checkpointing=mq.CheckpointingConfig(
             output_dir=str(OUTPUT / name), resume_from_checkpoint="none"
         ),
-        logging=mq.LoggingConfig(logging_steps=1),
     )
     result = mq.fine_tune(model, tokenizer, train, config=config)
     scores = score_examples(model, tokenizer, validation)
     nats, tokens = scores.nats.tolist(), scores.tokens.tolist()
-    return result, Measured(name, STEPS, result.train_loss, nats, tokens)
+    return result, Measured(name, result.steps, result.train_loss, nats, tokens)
 
 
 found = {name: run(name) for name in RATES}
@@ -99,4 +90,4 @@ worst = max(found, key=lambda name: found[name][1].validation_loss)
 
 assert worst == "1e-6"
 assert is_clear(behind[worst]) and behind[worst].low > 0.2
-assert is_clear(difference(found[worst][1], found["3e-4"][1]))
+assert is_clear(difference(found[worst][1], found["2e-4"][1]))

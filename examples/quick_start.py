@@ -1,8 +1,9 @@
 # %% [markdown]
 """# Quick start: a first adapter in five calls.
 
-Load a model in 4 bits, read rows, fine-tune, ask, save.
+Load a model in 4 bits, read rows, fine-tune on the defaults, ask, open the adapter again.
 The model is small and comes from a PyPI package, so nothing is downloaded.
+Takes a minute on two CPU cores.
 """
 
 # %%
@@ -10,22 +11,22 @@ import mlx_qlora as mq
 
 MODEL = "smollm2-135m"
 OUTPUT = "outputs/quick_start"
-FOUR_BITS = mq.QuantConfig(bits=4, group_size=64)
-GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 12}
+FOUR_BITS = mq.QuantConfig(bits=4)
 ROWS = [
     {
         "instruction": "Write the amount in house style.",
         "input": f"{n} dollars",
         "output": f"USD {n:,}.00",
     }
-    for n in range(1_000, 900_000, 46_000)
+    for n in range(1_000, 900_000, 15_000)
 ]
 PROMPT = "### Instruction:\nWrite the amount in house style.\n\n### Input:\n{}\n\n### Response:\n"
 QUESTION = PROMPT.format("740500 dollars")
+GREEDY = {"max_new_tokens": 16, "temperature": 0.0, "repetition_penalty": 1.0}
 
 # %% [markdown]
 # The weights are packed to 4 bits while they are loaded, and stay as they are from then on.
-# The rows have Alpaca's fields, which are found without being told.
+# The rows have Alpaca's fields, which are recognised.
 
 # %%
 model, tokenizer = mq.load(MODEL, FOUR_BITS)
@@ -34,22 +35,9 @@ print(examples.report)
 before = mq.evaluate(model, tokenizer, examples)
 print("before:", mq.generate(model, tokenizer, QUESTION, **GREEDY))
 
-# %% [markdown]
-# A short run: eight steps of three rows, without warmup to speak of and at a high rate.
-# Everything that is not given keeps the default that suits Llama 3.1 8B.
-
 # %%
 config = mq.RunConfig(
-    lora=mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0),
-    training=mq.TrainingConfig(
-        learning_rate=3e-3,
-        warmup_steps=2,
-        max_steps=8,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=1,
-    ),
-    checkpointing=mq.CheckpointingConfig(output_dir=OUTPUT, resume_from_checkpoint="none"),
-    logging=mq.LoggingConfig(logging_steps=2),
+    checkpointing=mq.CheckpointingConfig(output_dir=OUTPUT, resume_from_checkpoint="none")
 )
 result = mq.fine_tune(model, tokenizer, examples, config=config)
 result
@@ -60,8 +48,8 @@ answer = mq.generate(model, tokenizer, QUESTION, **GREEDY)
 print("after:", answer)
 
 # %% [markdown]
-# The adapter is saved by `fine_tune` already. It opens on a fresh copy of the model and gives the
-# same answer.
+# `fine_tune` has saved the adapter. It opens on a fresh copy of the model and gives the same
+# answer.
 
 # %%
 again, tokenizer = mq.load(MODEL, FOUR_BITS, adapter=OUTPUT)

@@ -102,7 +102,7 @@ COMMANDS = {
         },
     ),
     "inspect": Command(
-        "read data as a run would, and say what would be trained",
+        "read rows as a run does, and show what would be trained",
         ("--model", "--data", "--epochs", "--batch-size", "--max-length", "--strict", "--refused"),
         {
             "model": "source revision adapter",
@@ -111,29 +111,29 @@ COMMANDS = {
         },
     ),
     "generate": Command(
-        "let a model, with or without an adapter, continue a prompt",
+        "answer a prompt, with an adapter or without",
         ("--model", "--adapter"),
         {"model": LOADED, "data": "system template", "generation": ALL},
     ),
     "chat": Command(
-        "talk to a model, with its adapter or without",
+        "chat with a model, with an adapter or without",
         ("--model", "--adapter"),
         {"model": LOADED, "data": "system template", "generation": ALL},
         json=False,
     ),
     "evaluate": Command(
-        "score a model on rows, and its adapter against the base",
+        "score a model on rows, or its adapter against the base",
         ("--model", "--adapter", "--data", "--max-length"),
         {"model": LOADED, "data": ROWS, "training": "seed", "generation": "max_new_tokens"},
     ),
     "sweep": Command(
-        "find a learning rate, a rank and a batch size by short runs",
+        "find a learning rate, rank and batch size by short runs",
         tuple(flag for flag in SHORTHANDS if flag not in NOT_SWEPT),
         EVERY_FIELD,
         quiet=True,
     ),
     "merge": Command(
-        "fold an adapter into its model's weights, as a folder any tool opens",
+        "merge an adapter into its model, as a folder that any tool opens",
         ("--model", "--adapter", "--data"),
         {"model": LOADED, "data": ROWS},
         quiet=True,
@@ -146,11 +146,11 @@ COMMANDS = {
     ),
     "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
     "doctor": Command(
-        "examine this machine, its packages and the hub, and say what to fix",
+        "check this machine, its packages and the hub, and say what to fix",
         ("--model", "--output-dir"),
         {"model": "source revision", "lora": SHAPES, "checkpointing": KEPT},
     ),
-    "cache": Command("list what is kept on this disk for later runs, or clear it", quiet=True),
+    "cache": Command("list or clear what is kept on this disk for later runs", quiet=True),
     "completion": Command("print a script that completes commands and fields", json=False),
 }
 
@@ -162,14 +162,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("--help-all" in argv)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or "; see mlx-qlora --help"
-        parser.error(f"there is no command {argv[0]!r}{near}")
+        parser.error(f"unknown command {argv[0]!r}{near}")
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
         hints = (f"{word.split('=')[0]}{_flag_meant(word, args.command)}" for word in unknown)
-        parser.error(f"unrecognized arguments: {', '.join(hints)}")
+        parser.error(f"unknown arguments: {', '.join(hints)}")
     if late and not COMMANDS[args.command].sections:
-        parser.error(f"{args.command} reads no fields: {' '.join(late)}")
+        parser.error(f"{args.command} takes no fields; leave out {' '.join(late)}")
     args.overrides = [*getattr(args, "named", []), *getattr(args, "overrides", []), *late]
     args.about = COMMANDS[args.command]
     return args
@@ -182,6 +182,8 @@ def _flag_meant(flag: str, command: str) -> str:
     from mlx_qlora.names import INSTEAD
 
     about = COMMANDS[command]
+    if about.sections and _as_word(flag) in ("set", "override", "config_override"):
+        return "; fields are written without it, as training.max_steps=100"
     words = map(_as_word, (*about.shorthands, *field_words(about.sections)))
     meant = {word: f"--{word.replace('_', '-')}" for word in words}
     hint = did_you_mean(_as_word(flag), (), INSTEAD | meant if about.sections else {})
@@ -196,7 +198,7 @@ def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
     """The parser of all commands, with help on all of their fields if asked for."""
     parser = argparse.ArgumentParser(
         prog="mlx-qlora",
-        description="Fine-tune Llama, Qwen, Gemma and their like with QLoRA, in pure MLX.",
+        description="Fine-tune Llama, Qwen, Gemma and other decoders with QLoRA, in pure MLX.",
     )
     parser.add_argument("--version", action="version", version=f"mlx-qlora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -211,10 +213,10 @@ def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
         )
         _add_own_arguments(name, command)
         if about.quiet:
-            quiet = "say nothing but warnings and errors"
+            quiet = "print only warnings and errors"
             command.add_argument("--quiet", action="store_true", help=quiet)
         if about.json:
-            ends = "end in one JSON object on standard output; all else goes to standard error"
+            ends = "print one JSON object at the end, and all else to standard error"
             command.add_argument("--json", action="store_true", help=ends)
         if about.sections:
             _add_fields(about, command)
@@ -252,10 +254,10 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
         options |= {"nargs": "?", "const": "auto"} if flag == "--resume" else {}
         group.add_argument(flag, action=_Field, default=argparse.SUPPRESS, **options)
     if {"lora", "training"} <= {*about.sections}:
-        purpose = f"values for a purpose: {', '.join(PRESETS)}"
+        purpose = f"fields for a purpose: {', '.join(PRESETS)}"
         group.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help=purpose)
-    group.add_argument("--config", metavar="FILE", help="YAML with the fields")
-    any_field = "any field; --FIELD VALUE, too, and by other trainers' names"
+    group.add_argument("--config", metavar="FILE", help="YAML file with fields")
+    any_field = "any field; also as --FIELD VALUE, and by other trainers' names"
     group.add_argument("overrides", nargs="*", metavar=ASSIGNMENT, help=any_field)
     group.add_argument(
         "--print-config", action="store_true", help="print the resolved YAML and stop"
@@ -274,61 +276,61 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         dry = "load, read, plan and show the first batch, but train nothing"
         add("--dry-run", action="store_true", help=dry)
     if name == "inspect":
-        add("file", nargs="?", metavar="FILE", help="the rows; the same as --data")
+        add("file", nargs="?", metavar="FILE", help="the rows, as --data")
         show = "print N examples as the model sees them"
         add("--show", type=int, default=0, metavar="N", help=show)
-        page = "write the same in colour to a page (with 50 examples if --show is not given)"
+        page = "write the examples in colour to a page (50, if --show is not given)"
         add("--html", metavar="FILE", help=page)
     if name == "plan":
         add("--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64")
-        several = "plan for N processes that train together, each on such a machine"
+        several = "plan for N processes that train together, each on its own machine"
         add("--processes", type=int, metavar="N", help=several)
     if name == "generate":
         ask = command.add_mutually_exclusive_group()
-        ask.add_argument("--prompt", metavar="TEXT", help="what to answer; - is standard input")
-        asked = "asked as instruction rows are in training"
+        ask.add_argument("--prompt", metavar="TEXT", help="what to answer, or - for standard input")
+        asked = "what to answer, written as an instruction row in training"
         ask.add_argument("--instruction", metavar="TEXT", help=asked)
-        add("--input", metavar="TEXT", help="goes with --instruction")
-        add("--raw", action="store_true", help="do not use the chat template")
+        add("--input", metavar="TEXT", help="the input of that --instruction")
+        add("--raw", action="store_true", help="leave out the chat template")
         add("--seed", type=int, help="the same seed gives the same text")
     if name == "chat":
-        add("--system", metavar="TEXT", help="instructions that the model gets first")
+        add("--system", metavar="TEXT", help="system message")
         add("--seed", type=int, help="the same seed gives the same answers")
     if name == "evaluate":
         add("--limit", type=int, metavar="N", help="score N rows, drawn by training.seed")
-        asked = "let the models answer N questions (default 32); 0 asks none"
+        asked = "compare answers to N questions (default 32); 0 asks none"
         add("--answers", type=int, metavar="N", help=asked)
-        add("--general", metavar="FILE", help="text on which to look for what was forgotten")
-        add("--output", metavar="FILE", help="JSON of everything")
+        add("--general", metavar="FILE", help="text to measure on what was forgotten")
+        add("--output", metavar="FILE", help="write everything to this JSON file")
     if name == "sweep":
         for flag, what in (("learning-rates", "1e-4,2e-4,5e-4"), ("ranks", "8,16,32")):
-            add(f"--{flag}", metavar="LIST", help=f"to try, such as {what}")
-        add("--batch-sizes", metavar="LIST", help="rows of a step to try, such as 8,16")
-        add("--steps", type=int, metavar="N", help="full budget of a trial")
-        halved = "how often the worse half is given up (default 3)"
+            add(f"--{flag}", metavar="LIST", help=f"values to try, such as {what}")
+        add("--batch-sizes", metavar="LIST", help="examples in a step to try, such as 8,16")
+        add("--steps", type=int, metavar="N", help="steps of a full trial")
+        halved = "how often the worse half is dropped (default 3)"
         add("--rungs", type=int, default=3, metavar="N", help=halved)
-        add("--product", action="store_true", help="all combinations, not field after field")
-        add("--repeat-best", action="store_true", help="the winner with another seed, too")
+        add("--product", action="store_true", help="all combinations, not one field at a time")
+        add("--repeat-best", action="store_true", help="train the winner again, with another seed")
     if name == "doctor":
         tests = "compare kernels, losses, memory and speed with what they should be"
         add("--self-test", action="store_true", help=tests)
-        add("--report", metavar="FILE", help="of --self-test: FILE.json and FILE.md for an issue")
-        times = "time a layer of the model in each way, for model.frozen_matmul=auto to choose by"
+        add("--report", metavar="FILE", help="write FILE.json and FILE.md, for an issue")
+        times = "time a layer in each way, so that model.frozen_matmul=auto chooses the fastest"
         add("--tune", action="store_true", help=times)
     if name in ("merge", "export"):
         needed = name == "merge"  # an export may go to LM Studio's folder
-        add("--output-dir", dest="folder", required=needed, metavar="DIR", help="where it goes")
+        add("--output-dir", dest="folder", required=needed, metavar="DIR", help="folder to write")
     if name == "merge":
         original = "original 16-bit weights to merge into, instead of the dequantised ones"
         add("--base", metavar="SOURCE", help=original)
         kinds = ("bfloat16", "float16", "float32")
-        add("--save-dtype", default="bfloat16", choices=kinds, help="of the written weights")
-        again = "quantise the result, made up for on the run's rows: 4, 5, 6, 8 or mxfp4"
+        add("--save-dtype", default="bfloat16", choices=kinds, help="dtype of the written weights")
+        again = "quantise to 4, 5, 6, 8 or mxfp4, with what the run's rows make up for"
         add("--requantize", metavar="BITS", help=again)
     if name == "export":
         form = command.add_mutually_exclusive_group()
         forms = {
-            "portable": "one rank and scale 1, for tools that ignore rsLoRA and patterns",
+            "portable": "with one rank and scale 1, for tools that ignore rsLoRA and patterns",
             "mlx": "for mlx-lm",
             "gguf": "the adapter for llama.cpp and Ollama, with a Modelfile",
             "gguf-model": "the whole model for llama.cpp, Ollama and LM Studio",
@@ -336,20 +338,20 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         for name, meaning in forms.items():
             options: Any = {"action": "store_const", "const": name, "help": meaning}
             form.add_argument(f"--{name}", dest="form", **options)
-        kinds = "of the whole model: q8_0 (default), q5_1, q5_0, q4_1, q4_0, bf16, f16; or q4_k_m "
+        kinds = "of the model: q8_0 (default), q5_1, q5_0, q4_1, q4_0, bf16, f16; or q4_k_m "
         add("--type", metavar="TYPE", help=f"{kinds}and the like, by llama-quantize")
-        add("--ollama", metavar="NAME", help="give Ollama the whole model under this name")
-        place = "put the whole model where LM Studio finds it, in place of --output-dir"
+        add("--ollama", metavar="NAME", help="add the model to Ollama under this name")
+        place = "write the model where LM Studio finds it, instead of --output-dir"
         add("--lmstudio", metavar="PUBLISHER/MODEL", help=place)
     if name == "push":
-        add("folder", metavar="FOLDER", help="of a run, an export or a merged model")
-        add("repo_id", metavar="OWNER/NAME", help="repository on the hub; made if need be")
-        add("--public", action="store_true", help="let everybody read it")
-        add("--dry-run", action="store_true", help="list the files, upload nothing")
+        add("folder", metavar="FOLDER", help="folder of a run, an export or a merged model")
+        add("repo_id", metavar="OWNER/NAME", help="repository, created if missing")
+        add("--public", action="store_true", help="create a public repository")
+        add("--dry-run", action="store_true", help="list the files, but upload nothing")
     if name == "cache":
-        add("--clear", action="store_true", help="remove it: the next run makes it again")
+        add("--clear", action="store_true", help="remove it; the next run makes it again")
     if name == "completion":
-        add("shell", choices=("bash", "zsh"), help="which shell the script is for")
+        add("shell", choices=("bash", "zsh"), help="your shell")
 
 
 def _section_help(section: str, read: Sequence[str]) -> str:
@@ -423,7 +425,7 @@ def _command(argv: Sequence[str]) -> int:
         if (error.name or "").partition(".")[0] != "mlx":
             raise
         fix = "pip install --upgrade --force-reinstall mlx mlx-lm"
-        print(f"mlx-qlora: MLX cannot be loaded ({error}): {fix}", file=sys.stderr)
+        print(f"mlx-qlora: MLX cannot be loaded ({error}); run: {fix}", file=sys.stderr)
         return 2
     as_json = getattr(args, "json", False)
     if args.command == "completion":

@@ -111,7 +111,7 @@ def _config_of(args: argparse.Namespace, notes: list[str], of_file: list[str]) -
     for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):
         given = typed.get("training", {})
         if one in given and other not in given and values.get("training", {}).pop(other, None):
-            notes.append(f"training.{one} takes the place of {file}'s training.{other}")
+            notes.append(f"training.{one} replaces training.{other} of {file}")
     values = {s: values.get(s, {}) | typed.get(s, {}) for s in (*values, *typed)}
     if getattr(args, "preset", None):
         fields, note = preset(args.preset, {f"{s}.{k}" for s in values for k in values[s]})
@@ -125,12 +125,11 @@ def _refuse_unread(args: argparse.Namespace, typed: dict[str, dict[str, Any]]) -
     """Raise a ConfigError for a field that could change nothing of what the command does."""
     for section in (name for name in typed if name in SECTIONS):
         read, known = args.about.fields(section), SECTIONS[section].__dataclass_fields__
-        others = f"of {section} it reads {', '.join(read)}"
-        if not read:
-            others = f"it reads fields of {', '.join(args.about.sections)}"
+        others = ", ".join(f"{section}.{name}" for name in read)
+        others = others or f"fields of {', '.join(args.about.sections)}"
         for name in (name for name in typed[section] if name in known and name not in read):
             place = f"{section}.{name}={typed[section][name]}"
-            raise ConfigError(f"{place}: {args.command} has no use for it; {others}")
+            raise ConfigError(f"{place}: {args.command} does not read it; it reads {others}")
 
 
 def _assignments(args: argparse.Namespace) -> list[str]:
@@ -146,7 +145,7 @@ def _assignments(args: argparse.Namespace) -> list[str]:
     if files and not takes_file:
         can_read = "--data" in args.about.shorthands
         hint = f"; for a file of rows pass --data {files[0]}" if can_read else ""
-        raise ConfigError(f"expected section.field=value, got {files[0]!r}{hint}")
+        raise ConfigError(f"expected section.field=value; got {files[0]!r}{hint}")
     named = [word.partition("=")[2] for word in words if word.startswith("data.path=")]
     if files and len(sources := [*files, *named]) > 1:
         raise ConfigError(f"inspect reads one source of rows; got {' and '.join(sources)}")
@@ -222,7 +221,7 @@ def _train_together(console: Console, args: argparse.Namespace) -> JsonObject:
     if args.command != "train" or args.dry_run or args.print_config:
         extra = "--dry-run" if getattr(args, "dry_run", False) else "--print-config"
         what = f"train {extra}" if args.command == "train" else args.command
-        error = ConfigError(f"{what} runs in one process; only train runs in several")
+        error = ConfigError(f"{what} runs in one process; start it without mlx.launch")
         error.is_shared = True
         raise error
     everyone = processes()
@@ -262,7 +261,7 @@ def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]"
     say(console, f"plan\n{textwrap.indent(str(plan), ' ' * 10)}")
     model = config.model
     if model.residency == "auto" and plan.residency == "streamed":
-        say(console, "streamed  the weights, as the run would not fit into memory with them")
+        say(console, "streamed  weights from the disk, as the run would not fit into memory")
         way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
         model = replace(model, residency="streamed", frozen_matmul=way)
         inputs = replace(inputs, config=replace(config, model=model))
@@ -291,9 +290,9 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     from mlx_qlora.infer.generate import stream
 
     if args.prompt is None and args.instruction is None:
-        raise ConfigError("nothing to answer: pass --prompt TEXT, or --instruction TEXT")
+        raise ConfigError("nothing to answer; pass --prompt TEXT, or --instruction TEXT")
     if args.input and args.instruction is None:
-        raise ConfigError("--input goes with --instruction")
+        raise ConfigError("--input needs --instruction")
     if args.prompt == "-":
         args.prompt = _standard_input()
     settings: dict[str, Any] = asdict(config.generation) | {"seed": args.seed}
@@ -398,9 +397,9 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
     flags = {"--type": args.type, "--ollama": args.ollama, "--lmstudio": args.lmstudio}
     given = [flag for flag, value in flags.items() if value is not None]
     if given and args.form not in (None, "gguf-model"):
-        raise ConfigError(f"{given[0]} goes with --gguf-model, and not with --{args.form}")
+        raise ConfigError(f"{given[0]} needs --gguf-model; got --{args.form}")
     if (args.folder is None) == (args.lmstudio is None):
-        raise ConfigError(f"say where it goes, once: by {OUTPUT}, or by --lmstudio PUBLISHER/MODEL")
+        raise ConfigError(f"pass one of {OUTPUT} and --lmstudio PUBLISHER/MODEL, and not both")
     if args.form == "gguf-model" or given:
         return _export_model(config, console, args)
     form, target = args.form or "peft", _target(args.folder)
@@ -456,7 +455,7 @@ def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
     pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
     for path, n_bytes in pushed.files:
         say(console, f"{size(n_bytes):>13}  {path}")
-    say(console, f"pushed    {pushed.url}" if pushed.url else f"would go to {args.repo_id}")
+    say(console, f"pushed    {pushed.url}" if pushed.url else f"would be pushed to {args.repo_id}")
     return asdict(pushed)
 
 
@@ -464,7 +463,7 @@ def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
     from mlx_qlora.before.doctor import PlannedRun, doctor
 
     if args.report is not None and not args.self_test:
-        raise ConfigError("--report goes with --self-test")
+        raise ConfigError("--report needs --self-test")
     if args.self_test or args.tune:
         from mlx_qlora.before.self_test import PARTS, self_test
 
@@ -481,7 +480,7 @@ def _numbers(field: str, text: str) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{field} must be numbers with commas between; got {text!r}") from None
+        raise ConfigError(f"{field} must be numbers between commas; got {text!r}") from None
 
 
 def _prompt(args: argparse.Namespace, can_chat: bool, data: "DataConfig") -> "str | list[Message]":

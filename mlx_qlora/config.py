@@ -39,39 +39,39 @@ class ModelConfig:
     """Which model, and in what precision."""
 
     source: str | None = option(
-        None, "hub id (org/name), folder, .gguf file, or smollm2-135m. That one is built in"
+        None, "hub id (org/name), folder, .gguf file, or the built-in smollm2-135m"
     )
     revision: str | None = option(None, "branch, tag or commit of a hub repository")
     adapter: str | None = option(
         None,
-        "folder of an adapter to put on the model. Training goes on from it, and `lora` is what "
-        "its config says",
+        "folder of an adapter to load. Training continues from it, and `lora` is what its config "
+        "says",
     )
     base_model_name_or_path: str | None = option(
-        None, "the original Hugging Face repository, where the model's files do not name it"
+        None, "the original Hugging Face repository, if the model's files do not name it"
     )
     bits: int | None = option(
         4,
-        "bits of a weight, 2 to 8. 8 is closer to the original and takes twice the memory; null "
-        "keeps the files' precision, as quantised files do",
+        "bits of a weight, 2 to 8. 8 is closer to the original and takes twice the memory. null "
+        "keeps the precision of the files; quantised files always do",
     )
     group_size: int = option(
         64, "weights that share a scale: 32, 64 or 128. Fewer are more exact and take more memory"
     )
     mode: str = option(
         "affine",
-        "integers with a scale and a bias, or a float format",
+        "format of quantised weights: integers with a scale and a bias, or a float format",
         choices=("affine", "mxfp4", "mxfp8", "nvfp4"),
     )
     dtype: str = option(
         "auto",
-        "of the computation. auto is bfloat16 on a GPU, float32 on a CPU",
+        "dtype of the computation. auto is bfloat16 on a GPU, float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     frozen_matmul: str = option(
         "auto",
         "how quantised weights are multiplied: as they are, unpacked each time, or from a dense "
-        "copy. auto is the fastest that the memory allows, by doctor --tune if that was run",
+        "copy. auto is the fastest that memory allows, by doctor --tune if that was run",
         choices=("auto", "quantized", "dequantize", "resident"),
     )
     residency: str = option(
@@ -122,11 +122,11 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     unknown: list[str] = []
     for name, fields in values.items():
         if name and name not in SECTIONS:
-            known = f"sections are {', '.join(SECTIONS)}"
+            known = f"supported: {', '.join(SECTIONS)}"
             unknown.append(f"unknown section {name!r}{did_you_mean(name, SECTIONS)}; {known}")
             continue
         if not isinstance(fields, dict):
-            raise ConfigError(f"section {name} must hold fields, got {fields!r}")
+            raise ConfigError(f"section {name} must hold fields; got {fields!r}")
         own = {key: f"{name}.{key}" for key in hints.get(name, {})}
         for key in (key for key in map(str, fields) if key not in own):
             # People forget in which section a field is.
@@ -174,8 +174,8 @@ def read_yaml(
     values: dict[str, dict[str, Any]] = {}
     if (kind := content.get("adapter")) in ADAPTER_KINDS and not Path(kind).is_dir():
         raise ConfigError(
-            f"adapter: {kind} names a kind of training, which lora.use_dora and model.bits decide "
-            "here; leave it out. Here, adapter is the folder of an adapter to go on from"
+            f"adapter: {kind} is a kind of training, which lora.use_dora and model.bits decide "
+            "here, and adapter is a folder to continue from; leave it out"
         )
     for name, fields in content.items():
         section = "lora" if name == "lora_parameters" else str(name)  # mlx-lm's
@@ -202,7 +202,7 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [name for i, name in enumerate(names) if name in names[:i] and name != "<<"]:
             line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"{twice[0]!r} is given twice in what begins in line {line}")
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice in the section of line {line}")
         return super().construct_mapping(node, deep)
 
 
@@ -276,7 +276,7 @@ def set_override(
         if equals and not dot:
             meant = {word: f"{field}={text}" for word, field in field_words().items()}
             hint = did_you_mean(place.strip(), (), meant)
-        raise ConfigError(f"expected section.field=value, got {assignment!r}{hint}")
+        raise ConfigError(f"expected section.field=value; got {assignment!r}{hint}")
     try:
         value = yaml.load(text, _Loader) if text else ""
     except (yaml.YAMLError, ValueError):
@@ -351,7 +351,7 @@ def check_needs(config: RunConfig, validation: Examples | None) -> None:
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(config.checkpointing, name) and not validation:
             raise ConfigError(
-                f"checkpointing.{name} needs validation rows, and there are none: name a file with "
+                f"checkpointing.{name} needs validation rows, and there are none; name a file with "
                 "data.validation_path, or set data.split=auto"
             )
 
@@ -376,7 +376,7 @@ def without_effect(
     """
     checkpointing, training = config.checkpointing, config.training
     files = "the weights are quantised in the files" * packed
-    adapter = "training goes on from an adapter" * (config.model.adapter is not None)
+    adapter = "training continues from an adapter" * (config.model.adapter is not None)
     named = [name for name in ("validation", "test") if getattr(config.data, f"{name}_path")]
     if named and not isinstance(config.data.split, str):
         place = {"validation": 1, "test": 2}
@@ -396,7 +396,7 @@ def without_effect(
     elsewhere = {f"training.{k}": v for k, v in READ_BY.items() if objective not in v}
     reasons = {
         "checkpointing.early_stopping_patience": (
-            f"validation {earliest} is the first to stop the run, which ends with number "
+            f"the run could stop at validation {earliest} at the earliest, and has "
             f"{n_validations}; set a smaller checkpointing.eval_steps"
         )
         * (earliest >= n_validations),
@@ -414,11 +414,11 @@ def without_effect(
         "data.template": "no row is an instruction" * (asks_nothing or no_tasks),
         "lora.init_lora_weights": adapter,
         "data.history": "no row is a chat" * (forms <= {"text"}),
-        "data.split": f"{' and '.join(named)} rows have a file of their own" * bool(named),
-        "data.system": "every row has a system message of its own" * train.report.own_system,
+        "data.split": f"{' and '.join(named)} rows have separate files" * bool(named),
+        "data.system": "every row has a system message" * train.report.own_system,
         "data.train_on": "no row has a prompt" * (forms <= {"text"}),
         "data.max_refused": "data.strict allows no row to be refused" * config.data.strict,
-        "data.packing": "rows are computed end to end, without padding, either way",
+        "data.packing": "rows are always computed end to end, without padding",
         "data.format": "pairs are read by their fields" * ("pairs" in forms),
         "data.prompt_loss_weight": "no row has a prompt" * (forms <= {"text"})
         or "prompts are not learned" * (objective == "kto" or learns_no_prompt),
@@ -464,7 +464,7 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
     if asked.objective != "sft":
         settings = f"beta {training.reward_scale:g}, no dropout"
         if asked.learning_rate == SFT_RATE:
-            settings += f"; the rate is sft's {SFT_RATE:g}: if it is unstable, take a tenth of it"
+            settings += f"; the rate is that of sft, {SFT_RATE:g}: take a tenth if it is unstable"
         lines.append(f"objective {asked.objective}, {settings}")
     every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]

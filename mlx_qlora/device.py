@@ -150,8 +150,8 @@ def _found() -> Device:
     if has_gpu_wheel():
         # Both wheels write the same libmlx.so, and pip cannot leave mlx-cpu out.
         warnings.warn(
-            "a CUDA wheel of MLX is installed but MLX computes on the CPU: the last one "
-            "installed wins. Remedy: pip uninstall -y mlx-cpu && "
+            "MLX computes on the CPU, though its CUDA wheel is installed: the one installed last "
+            "wins; run: pip uninstall -y mlx-cpu && "
             "pip install --force-reinstall --no-deps mlx-cuda-13",
             stacklevel=3,
         )
@@ -198,7 +198,7 @@ def frozen_matmul(
     if name == "resident" and streamed:
         raise ConfigError(
             "model.frozen_matmul=resident keeps a dense copy of all weights in memory, and "
-            "model.residency=streamed none of them: choose auto, quantized or dequantize"
+            "model.residency=streamed none; choose auto, quantized or dequantize"
         )
     legal = "quantized", "dequantize", "resident"
     require(name in legal, "model.frozen_matmul", f"be one of auto, {', '.join(legal)}", name)
@@ -339,7 +339,7 @@ def hint(reason: str) -> str:
     """What a user can do about an error of the device; empty where nothing is known."""
     if any(words in reason for words in WATCHDOG):  # mlx#3267: macOS protects the display
         return (
-            ". macOS stops work that keeps the display waiting: set the environment variable "
+            "; macOS stops work that keeps the display waiting; set the environment variable "
             "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, or lower training.per_device_train_batch_size "
             "or data.max_length"
         )
@@ -447,17 +447,18 @@ def machine(name: str | None) -> Machine:
     """
     if name is None:
         return this_machine()
-    match = re.fullmatch(r"([a-z]+\d+(?:-[a-z]+)?)-(\d+)", name.lower())
+    plain = re.sub(r"[\s_-]+", "-", name.lower().strip().removeprefix("apple"))
+    match = re.fullmatch(r"-?([a-z]+\d+(?:-[a-z]+)?)-(\d+)(?:-?gb)?", plain)
     chip, gigabytes = (match[1], int(match[2])) if match else (name, 0)
     memory = gigabytes << 30
     if chip in APPLE and gigabytes:
         share = 2 / 3 if memory <= SMALL_MAC else 3 / 4
-        return Machine(name.lower(), METAL, int(memory * share), 1)
+        return Machine(f"{chip}-{gigabytes}", METAL, int(memory * share), 1)
     if chip in NVIDIA and gigabytes:
-        return Machine(name.lower(), CUDA, int(memory * 0.95), 1)
+        return Machine(f"{chip}-{gigabytes}", CUDA, int(memory * 0.95), 1)
     if sizes := MEMORY.get(name.lower()):
         first = f"{name.lower()}-{sizes.partition(',')[0]}"
-        raise ConfigError(f"--machine: {name!r} lacks its memory, like {first}; GB: {sizes}")
+        raise ConfigError(f"--machine: {name!r} has no size ({sizes} GB); write it as {first}")
     chips = [*APPLE, *NVIDIA]
     raise ConfigError(
         f"--machine: {name!r} is not CHIP-GB, like m4-max-64{did_you_mean(chip, chips)}; "

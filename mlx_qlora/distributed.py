@@ -95,7 +95,7 @@ class Processes:
         limit = seconds or (AT_LEAST + TIMES * self.longest if self.longest else TO_BEGIN)
         try:  # MLX itself waits without an end, and without letting signals through
             in_time(lambda: mx.eval(arrays), limit)
-        except futures.TimeoutError:
+        except TimeoutError:
             self._give_up(f"another process did not answer within {limit:.0f} s")
         except Exception as error:
             self._give_up(f"another process is gone ({error})")
@@ -106,7 +106,7 @@ class Processes:
 
     def _give_up(self, reason: str) -> NoReturn:
         atexit.register(_leave)
-        raise ProcessError(f"{reason}, says process {self.rank} of {self.size}") from None
+        raise ProcessError(f"process {self.rank} of {self.size}: {reason}") from None
 
     # ---- agreement -----------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Processes:
 
 
 def in_time(work: Callable[[], T], seconds: float) -> T:
-    """What some work in a thread of its own returns, or a `futures.TimeoutError`.
+    """What some work in a thread of its own returns, or a `TimeoutError`.
 
     The thread then goes on, and ends with the process; that of an executor would be waited for.
     """

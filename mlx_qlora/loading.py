@@ -73,7 +73,7 @@ def load(
     model.frozen_matmul = frozen_matmul
     if model.model.reader is not None:
         warnings.warn(
-            f"{source} is streamed from the disk: each token that is generated reads all of its "
+            f"{source} is streamed from the disk, so every generated token reads all of its "
             f"weights, {size(streamed_bytes(model))}, which is slow",
             StreamedWarning,
             stacklevel=2,
@@ -117,7 +117,7 @@ def with_model(config: RunConfig) -> RunConfig:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
     if not Path(chosen.adapter).expanduser().is_dir():
         raise ConfigError(
-            f"model.adapter: there is no folder {chosen.adapter}; name one that a run has left"
+            f"model.adapter: there is no folder {chosen.adapter}; name the output folder of a run"
         )
     default = asdict(ModelConfig())
     given = {k: v for k, v in asdict(chosen).items() if v != default[k]}
@@ -244,8 +244,8 @@ def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
             continue
         if _meaning(wanted) != _meaning(has):
             raise ConfigError(
-                f"lora.{name} is {has!r} in {adapter}, which is trained on as it is, and not "
-                f"{wanted!r}: leave lora.{name} out, or train a new adapter without --adapter"
+                f"lora.{name} is {has!r} in the adapter {adapter}, and cannot be changed to "
+                f"{wanted!r}; leave lora.{name} out, or train a new adapter without --adapter"
             )
 
 

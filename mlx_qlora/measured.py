@@ -45,7 +45,7 @@ def stored() -> dict[str, Seconds]:
         return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    warnings.warn(f"{path} is not as `mlx-qlora doctor --tune` writes it: ignored", stacklevel=2)
+    warnings.warn(f"{path} is damaged, and ignored; run: mlx-qlora doctor --tune", stacklevel=2)
     return {}
 
 
@@ -77,7 +77,7 @@ def fastest(key: str, dense_numbers: int) -> tuple[str, str, str] | None:
         return None
     best = min(known, key=lambda way: known[way])
     if known[best] > FASTER * known[usual]:
-        return dtype, usual, "no other way was faster here"
+        return dtype, usual, "no other was faster here"
     return dtype, best, f"{known[usual] / known[best]:.2f} times as fast here as {usual}"
 
 

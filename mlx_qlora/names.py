@@ -74,7 +74,7 @@ MEANINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What else the note says that is printed where such a name is used.
 REMARKS: dict[str, str] = {
-    **dict.fromkeys(("optimizer", "optim"), "; it is always AdamW, in float32"),
+    **dict.fromkeys(("optimizer", "optim"), "; the optimiser is always AdamW, in float32"),
     **dict.fromkeys(("iters", "save_every", "steps_per_eval"), ", which counts updates"),
 }
 # Names without an equal -> what is nearest to them.
@@ -109,8 +109,8 @@ def whose(words: Iterable[str]) -> str:
         return ""
     known = [f"{word} is {FIELD_OF[word]}" for word in words if word in FIELD_OF][:6]
     return (
-        f"\nthis looks like a config of {name}{': ' * bool(known)}{', '.join(known)}. Leave out or "
-        'rename what has no equal; all names are under "Coming from another trainer" in the docs'
+        f"\nthis looks like a config of {name}{': ' * bool(known)}{', '.join(known)}; leave out or "
+        'rename what has no equal here (in the docs, see "Coming from another trainer")'
     )
 
 
@@ -126,14 +126,14 @@ def translate(word: str, value: Any) -> tuple[Any, str]:
     meanings, shown = MEANINGS[word][1], str(value)
     shown = shown.lower() if isinstance(value, bool) else shown
     if value is None:  # "fp16:" with nothing behind it
-        return ..., f"{word} changes nothing"
+        return ..., f"{word} has no effect"
     if word == "lora_target" and shown not in meanings:
         names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
         return names, f"{word} is {field}"
     if shown not in meanings:
         raise ConfigError(f"{word} may be {' or '.join(meanings)} here; got {value!r}{remark}")
     value = meanings[shown]
-    meaning = "changes nothing" if value is ... else f"is {field}={value}"
+    meaning = "has no effect" if value is ... else f"is {field}={value}"
     return value, f"{word}={shown} {meaning}{remark}"
 
 
@@ -147,7 +147,7 @@ PRESETS = {
         f"training.num_train_epochs=1 data.max_length=512 generation.max_new_tokens=128 {SMALL}",
     ),
     "style": (
-        "a tone or a format, from some hundred rows: a small adapter, the best validation kept",
+        "a tone or a format, from some hundred rows: a small adapter, the best weights kept",
         f"{SMALL} {BEST}",
     ),
     "knowledge": (
@@ -159,7 +159,7 @@ PRESETS = {
         "data.max_length=8192 training.per_device_train_batch_size=1",
     ),
     "tiny-mac": (
-        "8 GB of memory: short rows, one at a time, all activations computed again",
+        "8 GB of memory: short rows, one at a time, all activations recomputed",
         "data.max_length=512 training.per_device_train_batch_size=1 "
         f"training.gradient_checkpointing=true checkpointing.save_total_limit=1 {SMALL}",
     ),

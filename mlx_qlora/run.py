@@ -172,7 +172,7 @@ class Inputs:
         defaults = deciding_values(RunConfig())
         start = checkpoint_to_resume(self.config.checkpointing, self.state, defaults)
         for damage in start.damaged:
-            warn(console, f"{damage}: the checkpoint before it is used")
+            warn(console, f"{damage}; the checkpoint before it is used")
         return replace(self, resumed=start.path, state=start.state)
 
     def shared_facts(self) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     same = adapter is not None and output.resolve() == Path(adapter).expanduser().resolve()
     if same and not is_run(output):
         raise ConfigError(
-            f"{OUTPUT}: {output} holds the adapter that training goes on from, which would be "
+            f"{OUTPUT}: {output} holds the adapter that training continues from, which would be "
             "overwritten; choose another folder with --output-dir"
         )
 
@@ -415,7 +415,7 @@ def _run(
             observer.after(result)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
-                f"stopped while the run was scored; the adapter in {inputs.output} is whole"
+                f"stopped while the run was scored; the adapter in {inputs.output} is complete"
             ) from stop
         if everyone.is_first:
             # Last: it shows figures of the run.

@@ -72,7 +72,7 @@ class Drift:
             lost = "lost all of what was learned"
         else:
             lost = f"lost {1 - self.kept:.0%} of what was learned"
-        return f"rounding to {self.what} {lost}; take more bits, or keep the adapter apart"
+        return f"rounding to {self.what} {lost}; take more bits, or keep the adapter separate"
 
 
 def measure(
@@ -126,7 +126,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int
     encoded = tokenizer.encode_batch(texts if texts is not None else [*TEXTS])
     rows = [bos + ids for ids in encoded if len(bos + ids) > 1]
     if not rows:
-        raise ConfigError("texts: none of them has two tokens, so there is nothing to compare")
+        raise ConfigError("texts: none has two tokens, to compare with; give longer ones")
     return rows
 
 

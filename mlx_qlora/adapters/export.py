@@ -44,7 +44,7 @@ def save_portable(
         AdapterError: the model has no LoRA layers or has DoRA's, or nothing says what the base is.
         ConfigError: the folder holds anything but an adapter of ours, or is the current folder.
     """
-    updates = _plain_updates(model, "vLLM and llama.cpp refuse DoRA")
+    updates = _plain_updates(model, "vLLM and llama.cpp do not support DoRA")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = Path(folder).expanduser()
     check_writable(folder, ADAPTER_FOLDER, whole=True)
@@ -67,7 +67,7 @@ def _plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
     """Path -> update of the original base; DoRA is refused, and the message says why."""
     layers = layers_of(model)
     if model.lora_config.use_dora:
-        raise AdapterError(f"{why}: merge the adapter into its base instead (mlx-qlora merge)")
+        raise AdapterError(f"{why}; merge the adapter into its base instead (mlx-qlora merge)")
     updates = {}
     for path, layer in layers:
         A, B = layer.factors()
@@ -102,11 +102,9 @@ def save_gguf_adapter(
         ConfigError: another dtype, or a file would be overwritten that is no adapter.
     """
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
-    require_gguf()
-    updates = _plain_updates(model, "llama.cpp knows no DoRA")
+    require_gguf(model)
+    updates = _plain_updates(model, "llama.cpp does not support DoRA")
     file = Path(file).expanduser()
-    if model.config.model_type not in ARCHITECTURES:
-        raise AdapterError(f"llama.cpp's names for {model.config.model_type} are not known here")
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.
@@ -114,7 +112,7 @@ def save_gguf_adapter(
     alpha = float(np.float32(first_scale * len(first_A)))
     tensors = _gguf_tensors(updates, alpha, model.config, DTYPES[dtype])
     if file.suffix.lower() != ".gguf":
-        raise AdapterError(f"{file}: a GGUF adapter's name must end in .gguf")
+        raise AdapterError(f"{file} must end in .gguf; choose another name")
     check_writable(file.parent, [file.name], "file", is_ours=_is_adapter)
     if ollama_base is None and source is not None and source.path.suffix.lower() == ".gguf":
         ollama_base = str(source.path.absolute())
@@ -147,8 +145,8 @@ def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     limit = np.finfo(dtype).max
     if not np.all(np.abs(array) <= limit):  # NaN is not, either
         raise AdapterError(
-            f"{name} has values that are not finite or beyond {dtype.__name__} ({limit:g}); "
-            "if the adapter is sound, write it with dtype='float32'"
+            f"{name} has values that are not finite, or too large for {dtype.__name__} "
+            f"({limit:g}); if the adapter is sound, write it with dtype='float32'"
         )
     return np.ascontiguousarray(array.astype(dtype))
 
@@ -184,10 +182,12 @@ def _is_adapter(file: Path) -> bool:
     return gguf_field(file, "general.type") == "adapter"
 
 
-def require_gguf() -> None:
-    """Raise an AdapterError unless the package is there."""
+def require_gguf(model: LlamaForCausalLM) -> None:
+    """Raise an AdapterError unless the package is there, and llama.cpp knows the model's family."""
+    if (kind := model.config.model_type) not in ARCHITECTURES:
+        raise AdapterError(f"no GGUF can be written of model_type {kind!r}; merge the adapter")
     if importlib.util.find_spec("gguf") is None:
-        raise AdapterError("a GGUF file needs the package gguf: pip install 'mlx-qlora[gguf]'")
+        raise AdapterError("a GGUF needs the package gguf; run: pip install 'mlx-qlora[gguf]'")
 
 
 def add_base(writer: Any, base: str | None) -> None:
@@ -226,10 +226,10 @@ def modelfile(base: str | None, adapter_file: str, original: str | None = None) 
         f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",
         "# Ollama is reported to refuse ADAPTER from 0.34.1 on; there, or where this fails, merge",
         "# the adapter into its base and create from the merged model.",
-        "# FROM must be the very model that was trained; its own chat template is used.",
+        "# FROM must be the model that was trained; its own chat template is used.",
     ]
     if base is None:
-        lines += ["# Its GGUF is not known here: put its path, or its name in Ollama, into FROM."]
+        lines += ["# Replace what FROM says by the path of its GGUF, or by its name in Ollama."]
     return "\n".join([*lines, f"FROM {base or UNKNOWN_BASE}", f"ADAPTER ./{adapter_file}", ""])
 
 
@@ -242,6 +242,6 @@ def keeps_modelfile(path: Path, text: str) -> bool:
     if set(needed) - {f"FROM {UNKNOWN_BASE}"} <= present:
         return True
     raise AdapterError(
-        f"{path} exists and lacks one of these lines; add them, or move it away, or give the "
-        f"adapter a folder of its own: {'; '.join(needed)}"
+        f"{path} exists, without these lines: {', '.join(needed)}; add them, move the file away, "
+        "or choose another folder"
     )

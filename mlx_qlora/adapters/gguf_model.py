@@ -102,7 +102,7 @@ def save_gguf_model(
         ConfigError: another type, too little disk, or a file would be overwritten that is not ours.
     """
     check_type(type)
-    require_gguf()
+    require_gguf(model)
     folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
@@ -163,8 +163,6 @@ def _layout(model: LlamaForCausalLM, type: str) -> list[_Tensor]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
-    if model.config.model_type not in ARCHITECTURES:
-        raise WeightsError(f"llama.cpp's names for {model.config.model_type} are not known here")
     kinds, tensors = GGMLQuantizationType, []
     for weight, shape in shapes_of(model).items():
         kind = kinds[type.upper()] if len(shape) == 2 else kinds.F32
@@ -193,7 +191,7 @@ def _checked_pairs(
     try:
         read = LlamaConfig.from_hf(config_of(Path("model.gguf"), metadata, names, arrays))
     except WeightsError as error:
-        raise WeightsError(f"llama.cpp does not compute this model: {error}") from None
+        raise WeightsError(f"llama.cpp cannot compute this model: {error}") from None
     problems = [
         f"{field} = {value!r}; it would compute with {getattr(read, field)!r}"
         for field, value in vars(said).items()
@@ -201,8 +199,8 @@ def _checked_pairs(
     ]
     if problems:
         raise WeightsError(
-            f"a GGUF file of llama.cpp's architecture {architecture!r} cannot say all that this "
-            f"model is; merge the adapter instead (mlx-qlora merge):\n{listing(problems)}"
+            f"a GGUF file of llama.cpp's architecture {architecture!r} cannot describe this "
+            f"model; merge the adapter instead (mlx-qlora merge):\n{listing(problems)}"
         )
     return of_model, factors
 
@@ -274,7 +272,7 @@ def _arrays(
             array = array + np.float32(model.config.norm_offset)
         array = permute(array, tensor.weight, model.config)
         if tensor.kind == GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo("f2").max:
-            raise WeightsError(f"{tensor.weight} has numbers beyond f16: choose the type bf16")
+            raise WeightsError(f"{tensor.weight} is too large for f16; choose the type bf16")
         yield _quantized(array, tensor.kind)
 
 
@@ -406,7 +404,7 @@ def find_ollama() -> str:
     """The path of Ollama's program; a ConfigError if it is not installed."""
     if (program := shutil.which("ollama")) is None:
         raise ConfigError(
-            "--ollama: there is no program ollama on the PATH; install it (https://ollama.com), "
+            "--ollama: the program ollama is not on the PATH; install it (https://ollama.com), "
             "or leave --ollama out, and run `ollama create NAME -f Modelfile` later"
         )
     return program

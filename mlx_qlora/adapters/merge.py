@@ -137,7 +137,7 @@ def save_merged(
     sources: list[ModelFiles] = [original.files] if original else []
     sources += [model.source] if getattr(model, "source", None) else []
     if any(target == files.path.resolve() for files in sources):
-        raise ConfigError(f"{target} is what the weights are read from; choose another folder")
+        raise ConfigError(f"{target} holds the weights that are read; choose another folder")
     check_writable(target, MERGED_FOLDER, whole=True, is_ours=is_merged)
     shards = _layout(model, dtype, quantize, max_shard_bytes)
     check_disk(target, sum(map(_size_of, shards.values())))
@@ -193,8 +193,8 @@ def check_disk(target: Path, needed: int) -> None:
     free = shutil.disk_usage(disk).free
     if free < needed:
         raise ConfigError(
-            f"the merged model needs {needed:,} bytes, and {disk} has {free:,} free: free some, "
-            "or choose a folder on a larger disk (an older export there stays until the end)"
+            f"the merged model needs {needed:,} bytes, and {disk} has {free:,} free (an older "
+            "export stays until the end); free some space, or choose a folder on a larger disk"
         )
 
 
@@ -203,7 +203,7 @@ def _check_base(model: LlamaForCausalLM, original: Checkpoint) -> None:
     where = original.files.path
     if original.packing or any(getattr(x, "is_packed", False) for x in original.tensors.values()):
         raise ConfigError(
-            f"base: {where} is quantised itself; give the original 16-bit model, or no base"
+            f"base: {where} is quantised, too; give the original 16-bit model, or no base"
         )
     theirs, ours = LlamaConfig.from_hf(original.config), model.config
     problems = [
@@ -390,7 +390,7 @@ class Tensors:
         tensors = tuple(map(self._stored, tensors))
         if not all(mx.isfinite(a).all().item() for a in (*dense, *tensors) if _is_float(a)):
             raise WeightsError(
-                f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN: "
+                f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN; "
                 "export as bfloat16, or train again if the loss was NaN"
             )
         return tensors

@@ -68,7 +68,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG
     for name in PEFT:
         if not (folder / name).is_file():
-            what = f"it has no {name}" if folder.is_dir() else "there is no such folder"
+            what = f"{name} is missing" if folder.is_dir() else "there is no such folder"
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
     config = _read_object(path)
     unsupported = [
@@ -77,12 +77,12 @@ def _read_peft_config(folder: Path) -> LoraConfig:
         if name in config and (config[name] or None) != (value or None)
     ]
     if (begin := config.get("init_lora_weights")) not in KEEP_THE_BASE:
-        unsupported.append(f"init_lora_weights is {begin!r}, which needs a changed base model")
+        unsupported.append(f"init_lora_weights is {begin!r}, which changes the base model")
     unsupported += [f"{name} is missing" for name in NEEDED if config.get(name) is None]
     unknown = [name for name, value in config.items() if value and name not in KNOWN]
-    unsupported += [f"{name} is {config[name]!r}, an option unknown here" for name in unknown]
+    unsupported += [f"{name} is {config[name]!r}, an unknown option" for name in unknown]
     if unsupported:
-        raise AdapterError(f"{path} describes an adapter we cannot run:\n{listing(unsupported)}")
+        raise AdapterError(f"{path} describes an unsupported adapter:\n{listing(unsupported)}")
     values = {name: config[name] for name in RULES if config.get(name) is not None}
     for name, value in values.items():
         kind, rule = RULES[name]
@@ -125,7 +125,7 @@ def _read_mlx_lm_config(folder: Path) -> LoraConfig:
     ranks = {e.shape[-1] for name, e in header.items() if name.endswith(".lora_a")}
     if len(ranks) != 1 or 0 in ranks:
         shown = ", ".join(map(str, sorted(ranks))) or "none"
-        raise AdapterError(f"{file}: one rank is expected in all lora_a; got {shown}")
+        raise AdapterError(f"{file}: all lora_a must have the same rank; got {shown}")
     rank: Any = ranks.pop()
     try:
         return LoraConfig(

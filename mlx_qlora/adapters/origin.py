@@ -21,17 +21,16 @@ def original_base(source: ModelFiles | None) -> str:
     if source is None or source.hf_id is None:
         what = source.source if source else "this model"
         raise AdapterError(
-            f"nothing says which Hugging Face repository {what} was made from, and PEFT needs "
-            f"the original one. Pass {CONFIRM} "
-            "(in Python: save_adapter(model, folder, base_model_name_or_path=...))"
+            f"the Hugging Face repository of {what} is unknown, and a PEFT adapter names it; pass "
+            f"{CONFIRM} (in Python: save_adapter(model, folder, base_model_name_or_path=...))"
         )
     base, hint = source.hf_id, json_object(source.path / "config.json").get("_name_or_path")
     card, is_gguf = source.path / "README.md", source.path.suffix.lower() == ".gguf"
     is_hint = base == hint != source.source  # and no card says so, too
     is_hint = is_hint and not (card.is_file() and base in card.read_text(errors="replace"))
     if is_hint or (is_gguf and source.source not in BUILT_IN):
-        note = f"{source.source} says that it was made from {base}, which the adapter names; if "
-        note += f"its weights were trained since, say what others load: {CONFIRM}"
+        note = f"{source.source} says that it was made from {base}, which the adapter names as its "
+        note += f"base; if the weights were trained since then, pass {CONFIRM}"
     elif isinstance(hint, str) and HUB_ID.fullmatch(hint) and base == str(source.path):
         note = f"the adapter names {base} as its base, whose config.json says {hint}; if the "
         note += f"weights are that repository's own, pass {CONFIRM.replace('org/name', hint)}"
@@ -76,8 +75,8 @@ def check_whole(folder: Path) -> None:
     file, written = folder / PEFT[1], json_object(folder / RECORD).get(SUM)
     if written and file.is_file() and sha256(file) != written:
         raise AdapterError(
-            f"{file} is not what the run wrote: its checksum is another one; copy it again, or "
-            f"that of a checkpoint, and delete {SUM} in {RECORD} if you have changed it yourself"
+            f"{file} has changed since the run wrote it (another checksum); copy it again, or that "
+            f"of a checkpoint, or delete {SUM} in {RECORD} if you have changed it yourself"
         )
 
 
@@ -89,8 +88,8 @@ def check_base(source: ModelFiles | None, adapter: Path, metadata: dict[str, str
         named = ((record.get("config") or {}).get("model") or {}).get("source")
         named = named or json_object(adapter / PEFT[0]).get("base_model_name_or_path", "not named")
         warnings.warn(
-            f"{adapter} was trained on other weights ({named}) than those of {source.source}: that "
-            "is right only if they are the same model in another precision or format",
+            f"{adapter} was trained on other weights ({named}) than those of {source.source}; use "
+            "it only if they are the same model in another precision or format",
             AdapterWarning,
             stacklevel=1,
         )

@@ -93,8 +93,8 @@ def layers_of(model: LlamaForCausalLM) -> list[tuple[str, LoRALinear]]:
     layers = lora_layers(model)
     if not layers:
         raise AdapterError(
-            "the model has no LoRA layers: add_lora or load_adapter puts them in, and merge, which "
-            "folds them away, comes after saving and save_merged"
+            "the model has no LoRA layers; call add_lora or load_adapter first, and merge only "
+            "after save_adapter and save_merged"
         )
     return layers
 
@@ -238,8 +238,8 @@ def note_on_mlx_lm(model: LlamaForCausalLM) -> str:
     if missing in ({}, {"rope_theta": 10000.0}):
         return ""
     return (
-        "mlx-lm 0.32 does not look into the base's rope_parameters, and would compute other "
-        f"positions: add {json.dumps(missing)[1:-1]} to its config.json, or merge, which writes it"
+        "mlx-lm 0.32 does not read the base's rope_parameters, and would compute other "
+        f"positions; add {json.dumps(missing)[1:-1]} to its config.json, or merge, which writes it"
     )
 
 
@@ -297,8 +297,8 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
     """
     if lora_layers(model):
         raise ConfigError(
-            "the model already has LoRA layers: attach(model, folder, name) puts another adapter "
-            "beside them, switch(model, None) leaves the base alone, and load starts from the base"
+            "the model already has LoRA layers; add another adapter with attach(model, folder, "
+            "name), use the base with switch(model, None), or load the model again"
         )
     folder = Path(folder).expanduser()
     check_whole(folder)
@@ -321,14 +321,14 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         for name in copies
     ):
         raise AdapterError(
-            f"{file}: this adapter also carries {carried}, with other numbers than the base's; "
-            "merge it with PEFT, and name the merged model as model.source"
+            f"{file} also holds {carried}, with other numbers than the base's; merge it with PEFT, "
+            "and name the merged model as model.source"
         )
     if copies:
-        note = f"{file} also carries {carried}, equal to the base's: not read"
+        note = f"{file} also holds {carried}, equal to the base's, which are ignored"
         warnings.warn(note, AdapterWarning, stacklevel=2)
     if passed_over:
-        note = f"passed over, as the model has no such thing: {'; '.join(passed_over)}"
+        note = f"ignored, because the model has none of these: {'; '.join(passed_over)}"
         warnings.warn(f"{folder / CONFIG}: {note}", AdapterWarning, stacklevel=2)
     if from_mlx_lm:
         arrays = {_peft_name(name): mx.contiguous(array.T) for name, array in arrays.items()}
@@ -366,7 +366,7 @@ def _check_tensors(
         elif entry.kind not in ("F32", "F16", "BF16"):
             problems.append(f"{name} has dtype {entry.kind}")
     if problems:
-        raise AdapterError(f"{file} is damaged or for another model:\n{listing(problems)}")
+        raise AdapterError(f"{file} is damaged, or for another model:\n{listing(problems)}")
 
 
 def _is_copy(array: mx.array, matrix: FrozenMatrix) -> bool:

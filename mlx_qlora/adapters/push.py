@@ -85,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = dict(parse_json(line))
         except (TypeError, ValueError) as error:
             raise SourceError(
-                f"{path}, line {number} is no JSON object ({error}): delete the line"
+                f"{path}, line {number} is no JSON object ({error}); delete the line"
             ) from None
         # The record of a skipped step names rows of the data.
         records.append({k: v for k, v in record.items() if isinstance(v, int | float)})
@@ -218,15 +218,15 @@ def push_to_hub(
             raise HFValidationError("it is empty")
     except HFValidationError as error:
         raise ConfigError(
-            f"{repo_id!r} cannot be the name of a repository: write it as org/name ({error})"
+            f"{repo_id!r} cannot be the name of a repository ({error}); write it as org/name"
         ) from None
     folder = Path(folder).expanduser()
     uploads = _collect(folder, repo_id, include_checkpoints)
     for path in (folder / name for name in uploads):
         if not (target := path.resolve()).is_relative_to(folder.resolve()):
             raise ConfigError(
-                f"{path} is a link to {target}, outside of the folder: put a copy in its place if "
-                "it shall be uploaded, or remove it"
+                f"{path} is a link to {target}, outside of the folder; put a copy in its place "
+                "if it should be uploaded, or remove it"
             )
     used, left_out = {name.partition("/")[0] for name in uploads}, set[str]()
     for name in {*_names(folder)} - uploads.keys():
@@ -240,7 +240,7 @@ def push_to_hub(
         return Pushed(files, None, sorted(left_out))
     if (token or get_token()) is None:
         raise SourceError(
-            "not logged in to the hub: run `hf auth login` with a token that may write, or pass "
+            "not logged in to the hub; run `hf auth login` with a token that may write, or pass "
             "token="
         )
     api, message = HfApi(token=token), commit_message or "Upload with mlx-qlora"
@@ -248,7 +248,7 @@ def push_to_hub(
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo).private:
             raise ConfigError(
-                f"{repo} exists and is public: pass private=False to publish there, or name "
+                f"{repo} exists and is public; pass private=False to publish there, or name "
                 "another repository"
             )
         if revision is not None:
@@ -286,10 +286,10 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
     else:
         if "config.json" not in present:
             missing = [name for name in PEFT if name not in present]
-            half = f"; of an adapter {missing[0]} is missing" if len(missing) == 1 else ""
+            half = f"; for an adapter, {missing[0]} is missing" if len(missing) == 1 else ""
             raise SourceError(
                 f"{folder} holds neither an adapter ({' and '.join(PEFT)}) nor a merged model "
-                f"(config.json and model.safetensors){half}: give the output folder of a run or a "
+                f"(config.json and model.safetensors){half}; give the output folder of a run or a "
                 "merge"
             )
         resolve(folder)  # names the shards that are missing
@@ -298,8 +298,8 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
     if card:
         paths = PATH_IN_TEXT.findall(card.decode("utf-8", "replace"))
         if problems := [*dict.fromkeys(path for path in paths if _is_private(path))]:
-            place, fix = folder / CARD, "names paths of this machine; take them out"
-            raise ConfigError(f"{place} {fix}:\n{listing(problems)}")
+            names = "names paths of this machine; remove them"
+            raise ConfigError(f"{folder / CARD} {names}:\n{listing(problems)}")
         rewritten[CARD] = card
     uploads = {name: _public(folder, name) for name in chosen} | rewritten
     return dict(sorted(uploads.items()))
@@ -316,7 +316,7 @@ def _check_base(path: Path) -> None:
     if not isinstance(base, str) or not HUB_ID.fullmatch(base):
         raise ConfigError(
             f"{path}: the base model {base!r} is no repository on the hub, so nobody else could "
-            "open the adapter: save it again with model.base_model_name_or_path=org/name (in "
+            "open the adapter; save it again with model.base_model_name_or_path=org/name (in "
             "Python: save_adapter(model, folder, base_model_name_or_path=...))"
         )
 
@@ -367,20 +367,20 @@ def _explain(error: Exception, repo_id: str, token: str | None) -> str:
     status = next((answer.status_code for answer in answers if answer is not None), None)
     again = "run the same command again; what was uploaded already is not sent twice"
     if status == 401 and token:
-        return f"the hub refuses your token (401 for {repo_id}): correct or leave out token="
+        return f"the hub refuses your token (401 for {repo_id}); correct or leave out token="
     if status == 401:
         return token_refused(repo_id)
     if status == 403:
         return (
-            f"your token may not write to {repo_id} (403): make one with write permission at "
+            f"your token may not write to {repo_id} (403); make one with write permission at "
             "https://huggingface.co/settings/tokens, or name a repository of your own account"
         )
     if any(isinstance(each, errors.OfflineModeIsEnabled) for each in chain):
-        return f"cannot push to {repo_id}, HF_HUB_OFFLINE is set: unset it and {again}"
+        return f"cannot push to {repo_id}, HF_HUB_OFFLINE is set; unset it and {again}"
     if isinstance(error, ValueError) and status in (None, 400):
         return f"the hub does not accept what would be uploaded to {repo_id}: {error}"
     if status is not None:
-        return f"cannot push to {repo_id}, {constants.ENDPOINT} answered {status}: {again}"
+        return f"cannot push to {repo_id}, {constants.ENDPOINT} answered {status}; {again}"
     return (
-        f"cannot push to {repo_id}, {constants.ENDPOINT} cannot be reached ({chain[-1]}): {again}"
+        f"cannot push to {repo_id}, {constants.ENDPOINT} cannot be reached ({chain[-1]}); {again}"
     )

@@ -112,6 +112,30 @@ def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
         switch(model, former if former in _adapters(model) else None)
 
 
+class Untrained:
+    """Lends a model as it is when this is made, before its training."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        acts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
+        # Of an adapter that does something from the start, which training replaces.
+        self.start = model.trainable_parameters() if any(acts) else None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The model as it was, and afterwards as it is."""
+        if self.start is None:
+            with disabled(self.model):
+                yield
+            return
+        trained = self.model.trainable_parameters()
+        self.model.update(self.start)
+        try:
+            yield
+        finally:
+            self.model.update(trained)
+
+
 def combine(
     model: LlamaForCausalLM, weights: dict[str, float], name: str, combination_type: str = "cat"
 ) -> LlamaForCausalLM:
@@ -179,7 +203,7 @@ def _linear(path: str, terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array,
     updates = [layer.factors() for layer, _ in terms]
     ranks = [len(A) for A, _ in updates]
     if len(set(ranks)) > 1:
-        raise ConfigError(f"linear needs equal ranks; those of {path} are {ranks}: use cat")
+        raise ConfigError(f"linear needs equal ranks; those of {path} are {ranks}; use cat")
     roots = [math.sqrt(abs(weight * layer.scale)) for layer, weight in terms]
     A = [math.copysign(f, w) * A for f, (A, _), (_, w) in zip(roots, updates, terms)]
     B = [f * B for f, (_, B) in zip(roots, updates)]
@@ -198,7 +222,7 @@ def _check_sum(adapters: dict[str, Adapter], weights: dict[str, float], kind: st
             raise ConfigError(f"weights[{each!r}] must be a finite number; got {weight!r}")
         if adapters[each].config.use_dora:
             raise ConfigError(
-                f"the adapter {each!r} uses DoRA, whose row lengths have no weighted sum: combine "
+                f"the adapter {each!r} uses DoRA, whose row lengths cannot be summed; combine "
                 "adapters without it, or merge this one into the base"
             )
 
@@ -229,8 +253,8 @@ def _put(model: LlamaForCausalLM, name: str | None) -> None:
         if any(layer.initial_update is not None for layer in of_name.layers.values()):
             raise ConfigError(
                 f"the adapter {each!r} began with init_lora_weights="
-                f"{of_name.config.init_lora_weights!r}, which took its part off a dense base that "
-                "others would share: save_adapter(model, folder), load the base again, and "
+                f"{of_name.config.init_lora_weights!r}, which changed the dense base that others "
+                "would share; save_adapter(model, folder), load the base again, and "
                 "attach(model, folder, name)"
             )
     adapter = vars(model)["adapters"][name] if name is not None else None
@@ -240,7 +264,7 @@ def _put(model: LlamaForCausalLM, name: str | None) -> None:
     for path, layer in layers.items():
         if base.get(path) is not layer.base_layer:
             raise ConfigError(
-                f"{path} of the base was replaced since the adapter {name!r} was attached: load "
+                f"{path} of the base was replaced since the adapter {name!r} was attached; load "
                 "the base again, and attach the adapters to it"
             )
     if bare or layers:
@@ -255,7 +279,7 @@ def _check_new(adapters: dict[str, Adapter], name: str) -> None:
         raise ConfigError(f"an adapter's name must be text; got {name!r}")
     if name in adapters:
         raise ConfigError(
-            f"the model has an adapter {name!r} already: choose another name, or "
+            f"the model already has an adapter {name!r}; choose another name, or "
             f"detach(model, {name!r}) first"
         )
 

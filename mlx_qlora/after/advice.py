@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_qlora.after.answer_metrics import Row, style_similarity
+from mlx_qlora.after.forgetting import Forgetting
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.errors import duration, size
 from mlx_qlora.infer.evaluate import Scores
@@ -69,11 +70,11 @@ def cut_short(history: History, training: TrainingConfig) -> list[Advice]:
     if 1 < step <= warmup:
         reached = f"{training.peak * step / warmup:.2g} of {training.peak:.2g}"
         finding = f"the warmup of {warmup:,} steps was not over at step {step:,}, the last one"
-        finding += f": the learning rate reached {reached}"
-        remedy = "train longer, or leave training.warmup_steps out: it is a tenth of the run then"
+        finding += f", and the learning rate reached {reached}"
+        remedy = "train longer, or leave training.warmup_steps out, for a tenth of the run"
         advice.append(Advice("warmup", finding, remedy))
     if epoch < 1:
-        instead = "" if training.max_steps is None else " in the place of training.max_steps"
+        instead = "" if training.max_steps is None else " instead of training.max_steps"
         remedy = f"set training.num_train_epochs=3{instead}"
         advice.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
     return advice
@@ -90,7 +91,7 @@ def diverged(history: History) -> list[Advice]:
     if not fifths or fifths[-1] <= EXPLODED * min(fifths):
         return []
     finding = f"the loss rose from {min(fifths):.3f} at its best to {fifths[-1]:.3f} at the end"
-    remedy = "lower training.learning_rate (to a third), raise training.warmup_steps"
+    remedy = "lower training.learning_rate (to a third), or raise training.warmup_steps"
     return [Advice("divergence", finding, remedy)]
 
 
@@ -209,7 +210,7 @@ def learned(
         return Answer(question, "Barely", why, "note")
     fell = f"the loss fell by {-change:.0%}"
     if loss is not None and loss.verdict != "better":
-        few = f"{loss.base.n} rows do not tell that from chance"
+        few = f"with {loss.base.n} rows that may be chance"
         return Answer(question, f"Perhaps: {fell}", f"{why} {_sentence(few)}", "note")
     if loss is None or not samples:
         return Answer(question, f"Perhaps: {fell}", f"{why} No answers were compared.", "note")
@@ -217,7 +218,7 @@ def learned(
         statistics.fmean(style_similarity(sample[key], sample["reference"]) for sample in samples)
         for key in ("before", "after")
     )
-    why += f" Likeness of the answers to the references: {before:.0%} → {after:.0%}."
+    why += f" Similarity of the answers to the references: {before:.0%} → {after:.0%}."
     if after < before + LITTLE_NEARER:
         return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
     return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
@@ -235,17 +236,17 @@ def preferred(history: History) -> Answer | None:
     why = f"Reward of chosen answers above that of rejected ones, on {where} rows: {first:.3f} "
     why += f"(step {margins[0]['step']:,}) → {last:.3f}."
     if share is not None:
-        why += f" It is the higher one in {share:.0%} of the pairs."
+        why += f" It is higher in {share:.0%} of the pairs."
     if last > 0 and (share is None or share > PREFERS):
         return Answer("Did it learn?", "Yes: it prefers the chosen answers", why, "good")
-    return Answer("Did it learn?", "No preference is seen", why, "note")
+    return Answer("Did it learn?", "No preference shown", why, "note")
 
 
 def _evidence(history: History, scores: Mapping[str, Scores]) -> tuple[str, float, float, str]:
     """The name of the best loss there is, its first and last value, and what they are of."""
     if {"before", "after"} <= scores.keys():
         before, after = scores["before"], scores["after"]
-        where = f"on {after.n_tokens:,} tokens that were not trained, before and after; perplexity "
+        where = f"on {after.n_tokens:,} tokens held out of training, before and after; perplexity "
         where += f"{before.perplexity:.4g} → {after.perplexity:.4g}"
         return "Loss on held-out rows", before.loss, after.loss, where
     for key, name in (("eval_loss", "Validation loss"), ("loss", "Training loss")):
@@ -265,7 +266,7 @@ def overfitting(history: History, best_step: int | None, advice: Sequence[Advice
             return Answer(question, verdict, _sentence(item.finding), "bad")
     evals = _validations(history)
     if not evals:
-        why = "There was no validation set: give data.validation_path, or a share in data.split."
+        why = "There were no validation rows; set data.validation_path, or a share in data.split."
         return Answer(question, "Not known", why, "note")
     last, best = evals[-1]["eval_loss"], min(evals, key=lambda record: record["eval_loss"])
     losses = [r["loss"] for r in history if "loss" in r]
@@ -289,7 +290,7 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
         before, after = scores["before"].token_accuracy, scores["after"].token_accuracy
         why = f"Held-out tokens that are the model's first choice: {before:.1%} → {after:.1%}."
     if not samples:
-        return Answer(question, "No samples", why or "No row was held out to ask for.")
+        return Answer(question, "No samples", why or "No row was held out to ask about.")
     differ = sum(sample["before"] != sample["after"] for sample in samples)
     before, after = (
         sum(sample[key].strip() == sample["reference"].strip() for sample in samples)
@@ -298,6 +299,17 @@ def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) 
     equal = f"Equal to the reference: {before} before, {after} after."
     verdict = f"{differ} of {len(samples)} sampled answers differ"
     return Answer(question, verdict, f"{equal} {why}".strip(), "" if differ else "note")
+
+
+def forgot(general: Forgetting, kl: Row) -> Answer:
+    """How much of general text was forgotten, and how far the answers are from the base's."""
+    _, _, estimate, ends, _ = kl.cells()
+    answers = ", ".join(filter(None, (f"on the held-out answers it is {estimate}", ends)))
+    why, tone = f"{_sentence(general.figures)} {_sentence(answers)}", "good"
+    if not general.verdict.startswith("little was"):
+        why += " A lower rate, fewer steps or a higher training.kl_weight keep more."
+        tone = "bad" if general.verdict.startswith("much") else "note"
+    return Answer("What did it forget?", _sentence(general.verdict)[:-1], why, tone)
 
 
 def cost(result: TrainResult, plan: Plan | None) -> Answer:

@@ -111,8 +111,8 @@ def scorers() -> tuple[Any, Any]:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise ConfigError(
-            f"ROUGE-L and chrF need rouge-score and sacrebleu ({error}): "
-            'pip install "mlx-qlora[evaluate]"; or ask no questions (--answers 0)'
+            f"ROUGE-L and chrF need rouge-score and sacrebleu ({error}); run: "
+            "pip install 'mlx-qlora[evaluate]', or ask no questions (--answers 0)"
         ) from None
     words = SimpleNamespace(tokenize=lambda text: WORD.findall(text.lower()))
     return RougeScorer(["rougeL"], tokenizer=words), CHRF()
@@ -179,10 +179,11 @@ LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
 WORDS = {
     "loss": "loss per token",
     "token_accuracy": "tokens guessed right",
+    "kl": "KL(tuned || base)",
     "exact_match": "answers word for word",
     "rouge_l": "same words (ROUGE-L)",
     "chrf": "same letters (chrF)",
-    "relative_length": "length; 1 is as long",
+    "relative_length": "length (1: as long)",
     "style_similarity": "same style",
     "excess_repetition": "repeats itself more",
 }

@@ -7,6 +7,7 @@ and asked, the two are compared example by example, and the adapter is tried on 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.loading import recorded
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
-from mlx_qlora.train.score import RowScores
+from mlx_qlora.train.score import Lend, RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
 # name -> which is better, and the function
@@ -70,10 +71,8 @@ def evaluate_run(
     Raises:
         UserError: any of its kinds, before a weight is loaded.
     """
-    data = config.data.path
-    if data is None:
-        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
-    find_files(data)
+    find_files(config.data.path)
+    data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
@@ -90,10 +89,11 @@ def evaluate_run(
     with disabled(model):  # the adapter, if there is one
         base = measure(model, tokenizer, examples, asked, max_new_tokens)
     if config.model.adapter is not None:
-        tuned = measure(model, tokenizer, examples, asked, max_new_tokens)
+        lend = partial(disabled, model)
+        tuned = measure(model, tokenizer, examples, asked, max_new_tokens, base=lend)
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
     comparison = compare(base, tuned, asked)
-    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": str(data)}
+    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs["max_new_tokens"] = max_new_tokens
     samples = []
@@ -120,7 +120,7 @@ def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> No
     adapter = config.model.adapter
     trained = adapter and recorded(adapter, "data").get("data", {}).get("path")
     if trained and Path(str(trained)).expanduser().absolute() == Path(data).expanduser().absolute():
-        better = "on those it is better than on new ones"
+        better = "it is better on them than on new ones"
         warn(console, f"the adapter was trained on rows of {data}: {better}")
 
 
@@ -144,7 +144,7 @@ def _check_arguments(
         file = user_path(output, "--output")
         above = next(path for path in file.absolute().parents if path.exists())
         if file.is_dir() or not above.is_dir():
-            raise ConfigError(f"--output: {file} cannot be a file there; name another")
+            raise ConfigError(f"--output: {file} cannot be a file; name another")
     if n_answers:
         metrics.scorers()
     return None if general_text is None else read_texts(user_path(general_text, "--general"))
@@ -169,8 +169,8 @@ def _drawn_questions(
     if left_out := len(examples) - len(possible):
         say(
             console,
-            f"answers   {left_out:,} of {len(examples):,} rows have nothing to ask before what is "
-            "learned, or an answer that was cut: they are scored, not asked",
+            f"answers   {left_out:,} of {len(examples):,} rows have no prompt, or an answer that "
+            "was cut; they are scored, but not asked",
         )
     n = min(n_answers, len(possible))
     chosen = np.random.default_rng([seed, 0xA5C]).choice(len(possible), n, replace=False)
@@ -197,13 +197,14 @@ def measure(
     asked: list[Question],
     max_new_tokens: int = 512,
     processes: Processes | None = None,
+    base: Lend | None = None,
 ) -> Performance:
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
-    Of several processes each scores its share.
+    Of several processes each scores its share. The scores have the divergence from a `base`.
     """
-    scores = score_examples(model, tokenizer, examples, processes)
+    scores = score_examples(model, tokenizer, examples, processes, base)
     if not asked:
         return Performance(scores)
     prompts = [question.prompt for question in asked]
@@ -253,6 +254,8 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
     hits = [each.scores.hits for each in models]
     rows = [loss, metrics.perplexity_row(loss)]
     rows.append(paired_row("token_accuracy", HIGHER, hits, tokens))
+    if tuned is not None:
+        rows.append(kl_row(tuned.scores))
     references = [question.reference for question in asked]
     if asked:
         for name, (better, metric) in ANSWER_METRICS.items():
@@ -265,6 +268,11 @@ def compare(base: Performance, tuned: Performance | None, asked: list[Question])
         n_answers=len(asked),
         adapter=tuned is not None,
     )
+
+
+def kl_row(scores: RowScores) -> Row:
+    """KL(tuned || base) of rows' answers, nats per token; that of the base is 0."""
+    return paired_row("kl", NEITHER, [0 * scores.kl, scores.kl], scores.tokens)
 
 
 @dataclass(frozen=True)

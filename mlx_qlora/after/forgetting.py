@@ -1,13 +1,15 @@
 """What an adapter does to text that has nothing to do with its data.
 
-The perplexity of general text, without the adapter and with it, and KL(base || tuned) there: the
-mean over positions of sum_v p_base log(p_base / p_tuned). It grows where the tuned model has no
-probability left for what the base would have said, and predicts losses on earlier tasks (Shenfeld
-et al. 2025, arXiv 2509.04259). KL(tuned || base), the penalty of reinforcement learning, grows
-where the tuned model says what the base never would.
+The perplexity of general text, without the adapter and with it, and KL(tuned || base) there: the
+mean over positions of sum_v p_tuned log(p_tuned / p_base). It grows where the tuned model says what
+the base never would; it is what `training.kl_weight` and reinforcement learning penalise, and so
+the one that is shown. KL(base || tuned) is recorded beside it: it grows where the tuned model has
+no probability left for what the base would have said, and predicts losses on earlier tasks
+(Shenfeld et al. 2025, arXiv 2509.04259).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import each
+from mlx_qlora.train.score import Lend
 
 # How much a rise of perplexity is, by what people accept knowingly. Rounding Llama 2 7B to 4 bits
 # takes WikiText-2 from 5.47 to 5.73, +5 %; from 13B (4.88) to 7B it is +12 % (Lin et al. 2023,
@@ -44,31 +47,42 @@ class Forgetting:
 
     loss: Row  # nats per token, as in a comparison
     perplexity: Row
-    kl: Interval  # KL(base || tuned), nats per token
-    kl_reverse: Interval  # KL(tuned || base)
+    kl: Interval  # KL(tuned || base), nats per token
+    kl_reverse: Interval  # KL(base || tuned)
     tokens: int  # predictions that were compared
     source: str  # what the text was
 
     @property
-    def sentence(self) -> str:
-        """What happened to general text, in plain words."""
+    def figures(self) -> str:
+        """Perplexities and divergence, in words."""
         change, tuned = self.perplexity.change, self.perplexity.tuned
         assert change is not None and tuned is not None
         moved = "rose" if change.estimate > 0 else "fell"
         ends = f"{100 * change.low:+.2g} to {100 * change.high:+.2g} %"
         interval = f", {100 * change.level:g} % interval {ends}" if change.known else ""
-        low, high = degree(change.low), degree(change.high)  # without an interval both the same
-        if not change.known:
-            verdict = f"{low} was forgotten, but the text is too short to be sure"
-        elif low == high:
-            verdict = f"{low} was forgotten"
-        else:
-            verdict = f"{low} to {high} was forgotten; more text would tell"
+        kl = self.kl
+        ends_of_kl = f", {kl.low:.3g} to {kl.high:.3g}" if kl.known else ""
         return (
             f"on {self.source} the perplexity {moved} from {self.perplexity.base.estimate:.4g} to "
             f"{tuned.estimate:.4g} ({100 * change.estimate:+.2g} %{interval}; {self.tokens:,} "
-            f"tokens): {verdict}"
+            f"tokens), KL(tuned || base) is {kl.estimate:.3g} nats per token{ends_of_kl}"
         )
+
+    @property
+    def sentence(self) -> str:
+        """What happened to general text, in plain words."""
+        return f"{self.figures}: {self.verdict}"
+
+    @property
+    def verdict(self) -> str:
+        """How much was forgotten, in plain words."""
+        change = self.perplexity.change
+        assert change is not None
+        low, high = degree(change.low), degree(change.high)  # without an interval both the same
+        if low != high:
+            return f"{low} to {high} was forgotten; more text would tell"
+        sure = "" if change.known else ", but the text is too short to be sure"
+        return f"{low} was forgotten{sure}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -76,8 +90,8 @@ class Forgetting:
             "source": self.source,
             "tokens": self.tokens,
             "metrics": [self.loss.to_dict(), self.perplexity.to_dict()],
-            "kl_base_tuned": self.kl.to_dict(),
-            "kl_tuned_base": self.kl_reverse.to_dict(),
+            "kl_tuned_base": self.kl.to_dict(),
+            "kl_base_tuned": self.kl_reverse.to_dict(),
             "sentence": self.sentence,
         }
 
@@ -108,13 +122,15 @@ def forgetting(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     texts: list[str] | None = None,
-    source: str = "general text",
+    source: str = "the built-in texts",
+    base: Lend | None = None,
 ) -> Forgetting:
     """Compares a model with its adapter, which is on and stays on, and without it.
 
     Args:
         texts: general ones; None means the six built-in ones.
         source: what messages call the texts.
+        base: what it is compared with, if not with the model without its adapter.
 
     Raises:
         ConfigError: no adapter is on or it cannot be turned off, or no text has two tokens.
@@ -128,21 +144,22 @@ def forgetting(
         # Windows share a token: the last of one is the first of the next, which it predicts from.
         for start in range(0, len(ids) - 1, window - 1)
     ]
-    blocks = [_blocks(model, ids) for ids in each(rows, "reading", "texts")]
-    base, tuned, kl, kl_reverse, n = np.concatenate(blocks).T
-    loss = paired_row("loss", LOWER, [base, tuned], n)
+    lend = base or partial(disabled, model)
+    blocks = [_blocks(model, ids, lend) for ids in each(rows, "reading", "texts")]
+    before, tuned, kl, kl_reverse, n = np.concatenate(blocks).T
+    loss = paired_row("loss", LOWER, [before, tuned], n)
     divergences = ratio_interval(kl, n), ratio_interval(kl_reverse, n)
     return Forgetting(loss, perplexity_row(loss), *divergences, int(n.sum()), source)
 
 
-def _blocks(model: LlamaForCausalLM, ids: list[int]) -> np.ndarray:
+def _blocks(model: LlamaForCausalLM, ids: list[int], lend: Lend) -> np.ndarray:
     """(blocks, 5) float64 of one text: sums of two losses and two divergences, and how many.
 
     Logits exist for POSITIONS tokens at once, in float64: a divergence of 1e-7 is a difference of
     numbers near 10.
     """
     tokens, labels = mx.array([ids[:-1]]), np.array(ids[1:])
-    with disabled(model):
+    with lend():
         hidden_base = model.model(tokens)[0]
         mx.eval(hidden_base)
     hidden_tuned = model.model(tokens)[0]
@@ -157,7 +174,7 @@ def _blocks(model: LlamaForCausalLM, ids: list[int]) -> np.ndarray:
             )
             at = np.arange(len(base)), labels[part]
             difference = base - tuned
-            kl = (np.exp(base) * difference).sum(axis=1)
-            kl_reverse = -(np.exp(tuned) * difference).sum(axis=1)
+            kl = -(np.exp(tuned) * difference).sum(axis=1)
+            kl_reverse = (np.exp(base) * difference).sum(axis=1)
             figures[part] = np.stack([-base[at], -tuned[at], kl, kl_reverse, 0 * kl + 1], axis=1)
     return np.add.reduceat(figures, range(0, len(figures), BLOCK), axis=0)

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from mlx_qlora import device, progress
 from mlx_qlora.adapters.peft import note_on_mlx_lm
+from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
-from mlx_qlora.after.evaluation import Performance, measure
+from mlx_qlora.after.evaluation import Performance, kl_row, measure
+from mlx_qlora.after.forgetting import forgetting
 from mlx_qlora.after.plots import in_kernel, render
 from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
@@ -29,7 +31,8 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import last_checkpoint
 from mlx_qlora.train.loop import TrainResult
-from mlx_qlora.train.preferences import Untrained, good_answers
+from mlx_qlora.train.preferences import good_answers
+from mlx_qlora.train.score import Lend
 from mlx_qlora.train.signals import Interrupted
 
 PAGE_EVERY = 5.0  # seconds between two versions of the page
@@ -131,7 +134,8 @@ class Observer:
         inner = [task.seconds_left for task in progress.tasks() if task is not self.task]
         left += math.fsum(seconds for seconds in inner if seconds == seconds)
         answers = ANSWERED * self.limit if self.questions else 0
-        return left + 2 * row * (len(self.held_out or ()) + answers)
+        # Before and after, and without the training once more, to tell how far apart both are.
+        return left + row * (3 * len(self.held_out or ()) + 2 * answers)
 
     def _print_rows(self, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -185,10 +189,10 @@ class Observer:
         with shown(console), self.untrained():
             before = self._look()
         with shown(console):
-            after = self._look()
+            after = self._look(self.untrained)
         if not self.processes.is_first:
             return
-        loss, samples = None, []
+        loss, samples, kl, general = None, [], None, None
         if before and after:
             nats = [before.scores.nats, after.scores.nats]
             loss = paired_row("loss", LOWER, nats, after.scores.tokens)
@@ -196,6 +200,9 @@ class Observer:
                 {"prompt": row.prompt, "reference": row.reference, "before": old, "after": new}
                 for row, old, new in zip(self.questions, before.answers, after.answers)
             ]
+            with shown(console):
+                general = forgetting(self.model, self.inputs.tokenizer, base=self.untrained)
+            kl = kl_row(after.scores)
             old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}
             name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
@@ -208,7 +215,8 @@ class Observer:
         result.peak_memory_bytes = mx.get_peak_memory()  # scores and answers included
         result.process_memory_bytes = device.process_memory_bytes()
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
-        report = Report(result, config, samples, *about, mlx_lm=note_on_mlx_lm(self.model))
+        more: Any = {"mlx_lm": note_on_mlx_lm(self.model), "forgetting": general, "kl": kl}
+        report = Report(result, config, samples, *about, **more)
         say(console, f"report    {write_report(report)}")
         self.task = None  # the page stays as it is, whatever comes
         label, width = "next", console.width - LABEL if console.is_terminal else 10**6
@@ -218,11 +226,12 @@ class Observer:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
 
-    def _look(self) -> Performance | None:
+    def _look(self, base: Lend | None = None) -> Performance | None:
         """Scores of the held-out rows and, in the first process, answers to the questions."""
         model, tokenizer, rows = self.model, self.inputs.tokenizer, self.held_out
         asked = self.questions if self.processes.is_first else []
-        return measure(model, tokenizer, rows, asked, self.limit, self.processes) if rows else None
+        more = asked, self.limit, self.processes, base
+        return measure(model, tokenizer, rows, *more) if rows else None
 
     def _own_prompt(self) -> list[str]:
         """The flags of `generate` for one of the user's own prompts, short and best of one line."""

@@ -13,6 +13,7 @@ from mlx_qlora.adapters.push import VLLM_RANKS
 from mlx_qlora.after import advice
 from mlx_qlora.after.advice import Advice, Answer
 from mlx_qlora.after.answer_metrics import Row
+from mlx_qlora.after.forgetting import Forgetting
 from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, write_plots
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
@@ -45,7 +46,7 @@ def write_report(report: "Report") -> Path:
 RECORDS = 24  # of the history, as a table
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
 COLUMNS += ("rewards/accuracies", "rewards/margins", "eval_rewards/accuracies")
-COLUMNS += ("eval_rewards/margins",)
+COLUMNS += ("eval_rewards/margins", "kl")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Report:
     ask: Sequence[str] = ("--prompt", "Hello")  # flags of `generate` for a prompt like the rows'
     status: str = ""  # of a run under way or broken off; empty at its end
     mlx_lm: str = ""  # what mlx-lm would misread
+    forgetting: Forgetting | None = None  # of general text
+    kl: Row | None = None  # KL(tuned || base) of the held-out answers
     reloads: bool = False  # whether the page loads itself again, as it will have changed
 
     def page(self) -> str:
@@ -104,7 +107,7 @@ class Report:
 
     @property
     def answers(self) -> list[Answer]:
-        """The five answers, in the order in which people ask."""
+        """The answers, in the order in which people ask."""
         result, kept = self.result, self.result.log_history
         best = result.best_step
         if best is not None and self.config.checkpointing.load_best_model_at_end:
@@ -114,6 +117,7 @@ class Report:
             advice.learned(kept, result.test_scores, self.advice, self.samples, self.loss),
             advice.overfitting(result.log_history, best, self.advice),
             advice.changed(self.samples, result.test_scores),
+            *([advice.forgot(self.forgetting, self.kl)] if self.forgetting and self.kl else []),
             advice.cost(result, self.plan),
             Answer("How do I use it?", "Ask it something", why, code=self.question),
         ]

@@ -119,7 +119,7 @@ class Screen:
                 with suppress(Exception):
                     self._erase()
                 with suppress(Exception):
-                    warn(self.console, f"how far it is will not be shown any more: {error!r}")
+                    warn(self.console, f"progress is not shown any more: {error!r}")
 
     def _look(self) -> None:
         self._follower()

@@ -15,7 +15,6 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,16 +157,16 @@ def wired_limit() -> Iterator[Finding]:
     megabytes, working_set = facts["memory_bytes"] >> 20, facts["working_set_bytes"] >> 20
     limit = int(output_of("sysctl", "-n", "iogpu.wired_limit_mb"))
     text = f"set to {limit / 1024:.1f} GB"
-    text = text if limit else f"macOS's own choice, {working_set / 1024:.1f} GB"
+    text = text if limit else f"macOS's default, {working_set / 1024:.1f} GB"
     most = megabytes - max(4096, megabytes // 8)  # the rest is for macOS itself
     command = "sudo sysctl iogpu.wired_limit_mb="
     if _macos() < 15:
-        yield _ok("wired limit", f"{text}; macOS 15 could raise it")
+        yield _ok("wired limit", f"{text}; macOS 15 and newer can raise it")
     elif limit > most:
-        text += f" of {megabytes / 1024:.0f}: macOS itself may run out of memory"
+        text += f" of {megabytes / 1024:.0f}; macOS itself may run out of memory"
         yield _warning("wired limit", text, f"{command}0")
     elif most > max(limit, working_set):
-        text += f"; a model that needs more may have {most / 1024:.1f} GB, until the next restart"
+        text += f"; up to {most / 1024:.1f} GB is possible, until the next restart"
         yield _ok("wired limit", text, f"{command}{most}")
     else:
         yield _ok("wired limit", text)
@@ -199,7 +198,7 @@ def matmul() -> Iterator[Finding]:
             yield _ok("matmul", text)
             return
         fix = "pip install scipy-openblas32" if sys.platform.startswith("linux") else None
-        text += ": the speed of a reference BLAS, which an OpenBLAS exceeds many times"
+        text += ", the speed of a reference BLAS; OpenBLAS is many times as fast"
         yield _warning("matmul", text, fix)
         return
     apple = device.APPLE.get(re.sub(r"\W+", "-", chip.removeprefix("apple ").strip()))
@@ -208,7 +207,7 @@ def matmul() -> Iterator[Finding]:
     if expected:
         text += f"; about {expected / 1e9:,.0f} are expected of this chip"
     if rate < expected / 2:
-        yield _warning("matmul", f"{text}: is it throttled, or shared?", IF_THROTTLED[here.kind])
+        yield _warning("matmul", f"{text}; it may be throttled or shared", IF_THROTTLED[here.kind])
     else:
         yield _ok("matmul", text)
 
@@ -295,7 +294,7 @@ class PlannedRun:
             text = hub.token_refused("/api/whoami-v2")
             yield _error("login", text, _command(text))
         else:
-            text = f"{url} answered {status} to the question who we are"
+            text = f"{url} answered {status} when asked for the account"
             yield _warning("login", text, "hf auth whoami")
 
     def model(self) -> Iterator[Finding]:
@@ -331,9 +330,9 @@ class PlannedRun:
         self.of, self.to_fetch = source, to_fetch
         family = f"{llama.model_type}, {llama.num_hidden_layers} layers"
         if files:
-            whole = "; whole in the cache" if hub.is_on_hub(source) else ""
+            whole = "; completely in the cache" if hub.is_on_hub(source) else ""
             return f"{files.path}: {family}{whole}{repacked}"
-        begun = "in part in the cache" if to_fetch < size else "not in the cache yet"
+        begun = "partly in the cache" if to_fetch < size else "not in the cache yet"
         begun += f"; {to_fetch / 1e9:,.2f} GB to fetch"
         return f"{source}: {family} that you may read, {begun}"
 
@@ -377,7 +376,7 @@ def _repacked(checkpoint: Checkpoint) -> str:
     for tensor in tensors:
         errors[tensor.kind] = max(errors[tensor.kind], tensor.added_error())
     shown = ", ".join(f"{kind} {error:.1%}" for kind, error in sorted(errors.items()))
-    return f"; error that packing adds: {shown}" if shown else ""
+    return f"; error added by quantisation: {shown}" if shown else ""
 
 
 def _existing(folder: Path) -> Path:
@@ -388,7 +387,7 @@ def _in_time(work: Callable[[], Any], seconds: float) -> Any:
     """What `work` returns, or a RuntimeError if it takes longer: name servers heed no timeout."""
     try:
         return in_time(work, seconds)
-    except futures.TimeoutError:
+    except TimeoutError:
         raise RuntimeError(f"no answer within {seconds:g} s") from None
 
 
@@ -435,7 +434,7 @@ def environment() -> Iterator[Finding]:
     watchdog = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
     if sys.platform == "darwin":
         if os.environ.get(watchdog):
-            yield _ok("watchdog", f"{watchdog} is set: macOS lets long GPU work go on")
+            yield _ok("watchdog", f"{watchdog} is set: macOS does not stop long GPU work")
         elif '"spdisplays_ndrvs"' in output_of("system_profiler", "-json", "SPDisplaysDataType"):
             # A display is attached: github.com/ml-explore/mlx/issues/3267
             text = "macOS stops GPU work that keeps the display waiting (ImpactingInteractivity)"

@@ -125,7 +125,7 @@ def inspect_data(
         text = page.export_html().replace('<pre style="', '<pre style="white-space:pre-wrap;')
         place = user_path(html, "--html")
         if place.is_file() and not place.read_bytes()[:15].lower().startswith(b"<!doctype html"):
-            raise ConfigError(f"--html: {html} is there, and no page; name another file")
+            raise ConfigError(f"--html: {html} exists and is no HTML page; name another file")
         try:
             write_whole(place, text)
         except OSError as error:
@@ -171,7 +171,7 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
         warn(console, warning)
     print_rows(batches, inputs.tokenizer, EXAMPLES_OF_A_DRY_RUN, console)
     resumed = None if inputs.resumed is None else str(inputs.resumed)
-    onward = "" if resumed is None else f", going on from {resumed}"
+    onward = "" if resumed is None else f", continuing from {resumed}"
     say(
         console,
         f"dry run   {trainable_count(model):,} parameters would be trained for {length.steps:,} "

@@ -30,7 +30,11 @@ from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET
 from mlx_qlora.train.config import RunLength, batches_of
 
+FULL = 0.85  # of the memory: the rest is for other programs
 FORWARD = 0.5  # of a step's time that scoring the same rows takes: frozen weights have no gradient
+# Objectives whose every example is scored once before the run, and forwards of one more model or
+# more examples in each step.
+REFERRED, FORWARDS_OF_STEP = ("dpo", "kto"), {"kto": 2}
 # Of a layer's elementwise operations, counted in the graph of a step on Metal (docs/log.md): how
 # often they move a number of the hidden states, q, k and v, one of the MLP's, and one that dropout
 # may drop; and the forward's share of it.
@@ -206,10 +210,10 @@ class Scaling:
         handed, wire = self.handed_bytes / 1e9, self.wire_bytes / 1e9
         return (
             f"{'processes':<22}{self.processes}; each needs the memory above\n"
-            f"{'handed over':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
+            f"{'all-reduced':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
             f"{self.messages} messages\n"
-            f"{'step of all':<22}{self.step_tokens:,} tokens, {self.compute_seconds:,.2f} s of "
-            "computing"
+            f"{'step':<22}{self.step_tokens:,} tokens of all processes, computed in "
+            f"{self.compute_seconds:,.2f} s"
         )
 
 
@@ -264,7 +268,7 @@ class Plan:
         lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
         lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
         if self.cache_bytes:
-            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, while there is room")
+            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, if there is room")
         if self.process_bytes:
             lines.append(f"{'process':<22}{self.process_bytes / 1e9:8.2f} GB, Python included")
         lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
@@ -273,14 +277,17 @@ class Plan:
         for name, figures in self.residencies.items():
             fits = "fits" if figures["fits"] else "does not fit"
             speed = f"about {figures['tokens_per_second']:,.0f} tokens/s"
-            lines.append(f"{name:<22}{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}")
+            chosen = ", chosen" * (name == self.residency)
+            line = f"{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}{chosen}"
+            lines.append(f"{name:<22}{line}")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
         recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
         lines.append(f"{'recomputed':<22}{recomputed or 'nothing'}")
         if self.schedule.n_chunks > 1:
             lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} chunks")
-        lines.append(f"{'longest context':<22}{self.longest_context:,} tokens")
+        longest = f"{self.longest_context:,} tokens" if self.longest_context else "none fits"
+        lines.append(f"{'longest context':<22}{longest}")
         lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
         seconds, what = self.run_seconds, "with validations"
         if seconds is None:
@@ -314,7 +321,7 @@ def plan(
     """
     if processes is not None and (type(processes) is not int or processes < 1):
         raise ConfigError(
-            f"--processes must be a whole number of at least 1; got {processes!r}: "
+            f"--processes must be a whole number of at least 1; got {processes!r}; "
             "pass as many as `mlx.launch` will start"
         )
     config = config or RunConfig()
@@ -333,10 +340,11 @@ def plan_inputs(inputs: Inputs) -> Plan:
     batches = batches_of(inputs.train, config.data, training, everyone)
     length = RunLength.of(training, batches, len(inputs.train))
     n_validations = -(-length.steps // int(checkpointing.eval_steps))
+    before = FORWARD * min(length.passes, 1) * (training.objective in REFERRED)
     times = {
-        inputs.train: length.passes,
+        inputs.train: length.passes + before,
         inputs.validation: n_validations * FORWARD,
-        inputs.test: 2 * FORWARD,
+        inputs.test: 3 * FORWARD,  # before, after, and how far apart both are
     }
     work = sum(rows.positions * n for rows, n in times.items() if rows)
     return replace(made, run_seconds=work / (made.tokens_per_second * everyone.size))
@@ -351,19 +359,25 @@ def plan_checkpoint(
 ) -> Plan:
     """The plan for opened files, and for the examples of a run if they are known.
 
-    Where the weights may be streamed, they are if the run would not fit otherwise.
+    Where the weights may be streamed, they are if the run would fill more than `FULL` of memory.
     """
     model, rest = config.model, (examples, where or this_machine(), processes)
-    resident = _plan_as_it_is(checkpoint, config, *rest)
-    if model.residency != "auto":
-        return resident
+    as_asked = _plan_as_it_is(checkpoint, config, *rest)
+    is_full = as_asked.total_bytes > FULL * as_asked.memory_bytes
+    if model.residency == "streamed" or (model.residency == "resident" and not is_full):
+        return as_asked
     way = "auto" if model.frozen_matmul == "resident" else model.frozen_matmul
     model = replace(model, residency="streamed", frozen_matmul=way)
     streamed = _plan_as_it_is(checkpoint, replace(config, model=model), *rest)
-    helps = not resident.fits and streamed.total_bytes < resident.total_bytes
     names = "total_bytes", "process_bytes", "fits", "tokens_per_second"
-    both = {p.residency: {name: getattr(p, name) for name in names} for p in (resident, streamed)}
-    return replace(streamed if helps else resident, residencies=both)
+    both = {p.residency: {name: getattr(p, name) for name in names} for p in (as_asked, streamed)}
+    if config.model.residency == "auto":
+        helps = is_full and streamed.total_bytes < as_asked.total_bytes
+        return replace(streamed if helps else as_asked, residencies=both)
+    if as_asked.fits or not streamed.fits:
+        return as_asked
+    need = f"streamed, the run takes {streamed.total_bytes / 1e9:.2f} GB"
+    return replace(as_asked, advice=f"This will not fit; {need}: set model.residency=auto.")
 
 
 def _plan_as_it_is(
@@ -388,9 +402,10 @@ def _plan_as_it_is(
     standing = frozen.base + frozen.copy + memory.adapter_bytes(trained)
 
     streamed = frozen.read > 0
-    sizes = itemsize, where, streamed, streamed and frozen.copies_for_now > 0
+    has_base = training.kl_weight > 0
+    sizes = itemsize, where, streamed, streamed and frozen.copies_for_now > 0, has_base
     batches = [memory.Footprint(llama, lengths, *sizes) for lengths in (largest, usual)]
-    chosen, usually = (batch.schedule(levels, batch.budget(standing)) for batch in batches)
+    chosen, usually = (b.schedule(levels, b.budget(standing), trained) for b in batches)
     kept, work = batches[0].highest(chosen)
     accumulation = training.accumulation
     step = memory.step_bytes(trained, chosen.n_chunks, accumulation > 1)
@@ -400,6 +415,7 @@ def _plan_as_it_is(
     moved = tokens * elementwise_bytes(llama, usually.levels, itemsize, lora.lora_dropout > 0)
     seconds = where.seconds(flops, read, moved)  # of a micro-batch
     seconds = max(seconds, usually.n_chunks * 2 * frozen.read / device.DISK)  # read meanwhile
+    seconds *= 1 + FORWARD * FORWARDS_OF_STEP.get(training.objective, int(has_base))
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling.of(processes, trained, *of_step) if processes else None
     sums = scaling.added_bytes if scaling else 0
@@ -408,9 +424,9 @@ def _plan_as_it_is(
     parts |= {"dequantised copy": frozen.copy} if frozen.copy else {}
     parts["adapter and AdamW"] = memory.adapter_bytes(trained)
     backward = {"gradients": step, "activations": kept, "working arrays": work}
-    backward |= {"sums under way": sums} if sums else {}
+    backward |= {"all-reduce": sums} if sums else {}
     copies = memory.copies_bytes(frozen.copies_for_now, work, streamed)
-    backward |= {"dequantised for now": copies} if copies else {}
+    backward |= {"dequantised in use": copies} if copies else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
@@ -438,7 +454,7 @@ def _advice(
         "working arrays": "",
         "base weights": smaller,
         "dequantised copy": "set model.frozen_matmul=dequantize",
-        "dequantised for now": smaller,
+        "dequantised in use": smaller,
     }
     largest = max(parts, key=lambda name: parts[name])
     remedy = remedies.get(largest, "lower lora.r")

@@ -179,7 +179,7 @@ def layers(config: RunConfig, budget: float, keep: bool) -> Iterator[Finding]:
             times.setdefault(dtype, {})[way] = seconds / sum(lengths)
         del model, engine
     rest = {"float32", "bfloat16", "float16", *ways}.difference(*made)
-    yield Finding("ok", "one layer", f"not measured, as nothing for this device: {sorted(rest)}")
+    yield Finding("ok", "one layer", f"not measured on this device: {sorted(rest)}")
     if keep:
         path = store(key_of(shape, quant), times)
         dtype, way, why = fastest(key_of(shape, quant), dense) or ("auto", "auto", "")
@@ -271,9 +271,11 @@ def self_test(
         path = re.sub(r"\.(json|md)$", "", str(Path(report).expanduser().absolute()))
         for file in (Path(f"{path}.json"), Path(f"{path}.md")):
             if file.exists() and TITLE[:22] not in file.read_text(errors="replace")[:99]:
-                raise ConfigError(f"--report: {file} is no report of a self-test; name another")
+                raise ConfigError(f"--report: {file} exists and is no self-test; name another")
         if not os.access(Path(path).parent, os.W_OK):
-            raise ConfigError(f"--report: {Path(path).parent} is no folder that can be written to")
+            raise ConfigError(
+                f"--report: {Path(path).parent} is no folder to write to; name another"
+            )
     in_child = partial(_from_child, [to_dict(config), parts, seconds, keep])
     findings = doctor.examine(console or Console(), in_child)
     result: dict[str, Any] = {"about": TITLE, "ok": all(each.state not in BAD for each in findings)}
@@ -331,9 +333,9 @@ def _from_child(words: list[Any]) -> Iterator[Finding]:
     if (code := child.returncode) < 0:
         said = f"{signal.Signals(-code).name} {said}"
         if code == -signal.SIGILL:
-            said += "a library is for another CPU: set MLX_QLORA_BLAS to another BLAS, or to none"
+            said += "a library is for another CPU; set MLX_QLORA_BLAS to another BLAS, or to none"
     if code or last != DONE:
-        yield Finding("fail", "process", f"it ended before it was done: {said}")
+        yield Finding("fail", "process", f"it ended early: {said}")
 
 
 def _child() -> None:

@@ -47,10 +47,10 @@ def load_fast_blas() -> str | None:
         if _rebind(library) or device.has_gpu_wheel():
             device.openblas = candidate
             return candidate
-        problem = f"MLX does not let {candidate} take the place of its BLAS"
+        problem = f"MLX does not let {candidate} replace its BLAS"
     if not device.has_gpu_wheel():
         warnings.warn(
-            f"{problem}: matmuls on this CPU will be some 70 times slower. Remedy: {REMEDY}",
+            f"{problem}: matmuls on this CPU will be some 70 times slower; run: {REMEDY}",
             stacklevel=3,
         )
     return None

@@ -22,7 +22,7 @@ from mlx_qlora.errors import DataError, TokenizerError
 ALPACA = ("alpaca", "alpaca-preamble")  # templates of ours
 NAMED = ("auto", *ALPACA, "chat")  # any other template is a file
 NO_TEMPLATE = (
-    "the model has no chat template: name a file with one (data.template=FILE), or train the "
+    "the model has no chat template; name a file with one (data.template=FILE), or train the "
     "instruct model of its family"
 )
 CANNOT_WRITE = (
@@ -95,8 +95,8 @@ def alpaca_prompt(instruction: str, input: str = "", preamble: bool = False) -> 
 
 
 UNKNOWN_BEGIN = (
-    "what the chat template writes before an answer is not how it begins the text with it, and it "
-    "has no {% generation %} markers: where the answers begin cannot be known; name a template for "
+    "the chat template writes a prompt in another way once its answer follows, and has no "
+    "{% generation %} markers, so it is not known where answers begin; name a template for "
     "training with data.template"
 )
 
@@ -274,7 +274,7 @@ def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     answers = [learned for message, learned in turns if message["role"] == "assistant"]
     if len(texts) != 2 * len(answers) + 1:
         raise DataError(
-            f"the chat template marks {len(texts) // 2} answers of the {len(answers)} there are"
+            f"the chat template marks {len(texts) // 2} answers, and the row has {len(answers)}"
         )
     segments = [(text, i % 2 == 1 and answers[i // 2]) for i, text in enumerate(texts)]
     last = max(i for i, (_, learned) in enumerate(segments) if learned)

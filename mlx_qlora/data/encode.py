@@ -175,7 +175,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     """
     n = len(row.ids)
     excess = n - max_length
-    too_long = f"{n} tokens, longer than max_length {max_length}"
+    too_long = f"{n} tokens, longer than data.max_length={max_length}"
     if excess > 0 and truncation == "right":
         # Context after the last learned id would teach nothing.
         end = max(np.flatnonzero(row.learned[:max_length]), default=-1) + 1
@@ -184,8 +184,8 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
         start = int(row.ids[0] == tokenizer.bos_id)
         if row.context - excess < max(start, 1):  # the first token of all is never learned
             raise DataError(
-                f"{n} tokens, of which {n - row.context} from the first answer on: longer than "
-                f"max_length {max_length}; truncation=right would cut the end"
+                f"{n} tokens, {n - row.context} of them from the first answer on, longer than "
+                f"data.max_length={max_length}; raise it, or cut the end with data.truncation=right"
             )
         kept = np.r_[:start, start + excess : n]
         row = row.part(kept, row.context - excess, excess)
@@ -194,7 +194,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     elif excess > 0:
         raise DataError(too_long)
     if not row.learned.any():
-        where = f" within max_length {max_length}" if row.cut else ""
+        where = f" within data.max_length={max_length}" if row.cut else ""
         raise DataError(f"no supervised token{where}")
     return row
 
@@ -325,8 +325,8 @@ class Encoder:
             texts, of_messages = self.template.documents(said_to, self.tokenizer)
             if self.kind != ANSWERS and len(texts) > 1:
                 raise DataError(
-                    "has several answers, which the template writes one by one; compare the last "
-                    "ones, and put the others into the prompt"
+                    "has several answers, which the chat template writes one by one; move all but "
+                    "the last one into the prompt"
                 )
             documents += texts
             unread |= of_messages
@@ -338,7 +338,7 @@ def _refuse_marks(said: Said) -> None:
     """Raises a DataError for an answer that is marked not to be learned, where everything is."""
     roles = zip(said.messages, said.learned) if isinstance(said, Chat) else ()
     if any(message["role"] == "assistant" and not learned for message, learned in roles):
-        raise DataError("an answer is marked not to be learned, and data.train_on=all learns all")
+        raise DataError("an answer is marked not to be learned; leave out data.train_on=all")
 
 
 _JSON = json.JSONEncoder(sort_keys=True, default=str)
@@ -350,7 +350,7 @@ def _content(said: Said) -> bytes:
         fields = {k: v for k, v in vars(said).items() if k != "options" or v is not None}
         return _JSON.encode([type(said).__name__, fields]).encode()
     except (TypeError, ValueError) as error:  # names that are not text, numbers of many digits
-        raise DataError(f"holds what JSON cannot: {error}") from None
+        raise DataError(f"cannot be written as JSON: {error}") from None
 
 
 def _one_line(reason: Exception) -> str:
@@ -401,8 +401,8 @@ def encode_chunks(
                 yield chunk, *future.result()
         except loky.BrokenProcessPool:
             raise DataError(
-                "a process that tokenises was killed, probably for want of memory; set "
-                f"data.num_workers=0, or a smaller number than {n_workers}"
+                "a process that tokenises was killed, probably because memory ran out; set "
+                f"data.num_workers=0, or to fewer than {n_workers}"
             ) from None
         finally:
             for _, future in ahead:

@@ -118,11 +118,11 @@ class DataReport:
             f"{share:.0%} supervised"
         )
         if self.truncated:
-            text += f"; {self.truncated:,} cut to max_length"
+            text += f"; {self.truncated:,} cut to data.max_length"
         if self.duplicates:
-            text += f"; {self.duplicates:,} say the same as an earlier row"
+            text += f"; {self.duplicates:,} repeat an earlier row"
         if self.leaked:
-            text += f"; {self.leaked:,} are among the training rows, too"
+            text += f"; {self.leaked:,} are also training rows"
         if self.unread:
             text += f"\n  {self.unread_fields()}"
         return f"{text}\n{self.refusals()}" if refused else text

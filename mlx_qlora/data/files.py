@@ -81,17 +81,17 @@ def readable(name: str) -> Iterator[None]:
         raise DataError(f"data {name} cannot be read: {error.strerror or error}") from None
 
 
-def user_path(text: str | Path, field: str) -> Path:
-    """A path as a person writes it, `~` included; a ConfigError if it is empty or has no home."""
-    if not str(text):
-        raise ConfigError(f"{field} is empty; name a file or folder")
+def user_path(text: str | Path | None, field: str) -> Path:
+    """A path as a person writes it, `~` included; a ConfigError if it is none or has no home."""
+    if not str(text or ""):
+        raise ConfigError(f"{field} is missing; name a file or folder")
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"{field}: there is no home folder for {text}") from None
 
 
-def find_files(path: str | Path) -> dict[str, list[RowFile]]:
+def find_files(path: str | Path | None) -> dict[str, list[RowFile]]:
     """The files behind a path, in the order of their names: part of a run -> files.
 
     All are "train" except in a folder whose file names say otherwise. A path is a file, a folder
@@ -131,7 +131,7 @@ def _row_file(path: Path, name: str) -> RowFile:
     kind = kind_of(path)
     if kind is None:
         ending = "".join(path.suffixes[-2:]) or "no"
-        raise DataError(f"data file {name}: {ending} ending; known: {ENDINGS}, each also .gz")
+        raise DataError(f"data file {name}: {ending} ending; supported: {ENDINGS}, each also .gz")
     if not path.stat().st_size:
         raise DataError(f"data file {name} is empty; write the rows to it again")
     with open(path, "rb") as file:
@@ -152,7 +152,7 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
         if kind_of(path) and not hidden and path.is_file():
             files.append(_row_file(path, str(path)))
     if not files:
-        raise DataError(f"data folder {folder} holds no file of rows; known endings: {ENDINGS}")
+        raise DataError(f"data folder {folder} holds no file of rows; supported: {ENDINGS}")
     part_of = {file.name: _part(file.path.relative_to(folder)) for file in files}
     if not any(part_of.values()):
         part_of = _parts_by_last_words([file.name for file in files])
@@ -161,7 +161,7 @@ def _by_part(folder: Path) -> dict[str, list[RowFile]]:
     parts = {name: [f for f in files if part_of[f.name] == name] for name in PART_NAMES}
     others = [file.name for file in files if part_of[file.name] is None]
     if others or not parts["train"]:
-        problem = "others that are for nothing" if others else "none to train on"
+        problem = "others whose names do not" if others else "none for training"
         raise DataError(
             f"data folder {folder} has files whose names say what they are for, and {problem}:\n"
             f"{listing(others or [f.name for f in files], most=5)}\n"
@@ -191,7 +191,7 @@ def _part(path: Path) -> str | None:
     words = {re.split(r"[._-]", name.lower())[0] for name in path.parts}
     named = [part for part, names in PART_NAMES.items() if words.intersection(names)]
     if len(named) > 1:
-        raise DataError(f"data file {path} is for {' and for '.join(named)} by its name; rename it")
+        raise DataError(f"the name of data file {path} says {' and '.join(named)}; rename it")
     return named[0] if named else None
 
 
@@ -272,7 +272,7 @@ def parse_json(text: str) -> Any:
     try:
         return _STRICT.decode(text)
     except json.JSONDecodeError as error:
-        return DataError(f"not JSON: {error.msg} at column {error.colno}")
+        return DataError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return DataError("not JSON: nested too deeply")
     except ValueError as error:  # `_object`, `_constant`, or an integer of thousands of digits
@@ -301,8 +301,8 @@ def _json_lines(file: IO[bytes], name: str) -> Rows:
         text = line.removeprefix(BOM) if number == 1 else line
         if number == 1 and text.strip() == b"{":
             raise DataError(
-                f"data file {name}, line 1: a JSON object that goes on in the next line; write "
-                "each row in one line (jq -c .), or all of them as one array [...]"
+                f"data file {name}, line 1: a JSON object continues on the next line; write each "
+                "row on one line (jq -c .), or all of them as one array [...]"
             )
         if text.strip():
             yield number, text
@@ -335,10 +335,10 @@ def _array_rows(file: IO[bytes]) -> Rows:
         number += 1
         if not text.take(",") and text.peek() != "]":
             reason = "a comma is missing" if text.peek() else "the file is cut short"
-            yield number, DataError(f"not JSON, and all after it is lost: {reason}")
+            yield number, DataError(f"not JSON, so the rest of the file is lost: {reason}")
             return
     if text.peek():
-        yield number, DataError("what follows the end of the array is lost")
+        yield number, DataError("not JSON: text after the end of the array, which is ignored")
 
 
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
@@ -389,10 +389,10 @@ class _ArrayText:
                     item, self._at = self._text[self._at : end], end
                     return item.encode("utf-8", "surrogateescape")
             except RecursionError:
-                return DataError("not JSON, and all after it is lost: nested too deeply")
+                return DataError("not JSON, so the rest of the file is lost: nested too deeply")
             except json.JSONDecodeError as error:
                 if self._ended or len(self._text) > LONGEST_ITEM:
-                    return DataError(f"not JSON, and all after it is lost: {error.msg}")
+                    return DataError(f"not JSON, so the rest of the file is lost: {error.msg}")
             self._read(max(PIECE, len(self._text)))
 
 
@@ -434,7 +434,8 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{about.name} needs pyarrow: pip install 'mlx-qlora[parquet]'") from None
+        needs = f"{about.name} needs pyarrow"
+        raise DataError(f"{needs}; run: pip install 'mlx-qlora[parquet]'") from None
     number = 0
     try:
         if about.kind == "parquet":
@@ -481,7 +482,7 @@ def in_memory(rows: Any) -> RowFile:
                 "put a single row into a list, or name one of the parts"
             )
         if len(set(map(len, columns.values()))) > 1:
-            raise DataError("rows given as columns must be lists of one length")
+            raise DataError("rows given as columns must be lists of the same length")
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
     if not isinstance(rows, Iterable):
         raise DataError(f"rows must be a list or a table, not {type(rows).__name__}")
@@ -494,8 +495,8 @@ def hub_dataset(file: RowFile) -> Any:
         import datasets
     except ImportError:
         raise DataError(
-            f"data {file.name} is neither a file nor a folder. If it is a data set on the hub: "
-            "pip install 'mlx-qlora[datasets]'"
+            f"data {file.name} is neither a file nor a folder; if it is a data set on the hub, "
+            "run: pip install 'mlx-qlora[datasets]'"
         ) from None
     repository, config, split = file.path
     datasets.disable_progress_bars()
@@ -505,6 +506,6 @@ def hub_dataset(file: RowFile) -> Any:
         cause = error.__cause__ or error  # "An error occurred while generating the dataset"
         reason = (str(cause).strip() or repr(cause)).splitlines()[0]
         raise DataError(
-            f"data {file.name} is no file, and the hub's data set of that name cannot be loaded: "
-            f"{reason}"
+            f"data {file.name} is no file, and the data set of that name on the hub cannot be "
+            f"loaded: {reason}"
         ) from None

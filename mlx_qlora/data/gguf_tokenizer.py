@@ -102,7 +102,7 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
     types = _required(metadata, "token_type", source).tolist()
     for key in ("token_type", "scores"):
         if (n := len(metadata.get(f"tokenizer.ggml.{key}", tokens))) != len(tokens):
-            raise TokenizerError(f"{source} has {len(tokens)} tokens, and a {key} of {n} of them")
+            raise TokenizerError(f"{source}: {key} has {n} entries for {len(tokens)} tokens")
     # BOS, EOS, ... by Hugging Face's names; defaults are llama.cpp's, an id outside is none.
     ids = {"unk_token": 0, "bos_token": 1, "eos_token": 2} if kind == "llama" else {}
     stated = {name: _scalar(metadata, f"{key}_token_id", -1) for key, name in _NAMED.items()}
@@ -114,8 +114,8 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
         adds_bos = True
     else:
         raise TokenizerError(
-            f"{source}: tokenizer.ggml.model is {kind!r}, and only 'gpt2' and 'llama' are "
-            "supported; use the model's Hugging Face folder instead"
+            f"{source}: tokenizer.ggml.model is {kind!r}; supported: gpt2, llama; use the model's "
+            "Hugging Face folder instead"
         )
     # Control and user-defined tokens match whole in text, before anything is cut.
     whole = [
@@ -153,8 +153,8 @@ def _byte_level(
     pre = _required(metadata, "pre", source)
     if pre not in _CUTS:
         raise TokenizerError(
-            f"{source}: tokenizer.ggml.pre is {pre!r}, and the known ones are "
-            f"{', '.join(_CUTS)}; use the model's Hugging Face folder instead"
+            f"{source}: tokenizer.ggml.pre is {pre!r}; supported: {', '.join(_CUTS)}; "
+            "use the model's Hugging Face folder instead"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", source)]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -248,6 +248,7 @@ _PROBE = (
     "  \t two  spaces \n \n\n\n한국어 日本語のテキスト 漢字 คำไทย हिन्दी עִבְרִית"
     " -->  ...!!? $5 €6 'S 'd🙂 a_b #x (y)[z] end  "
 )
+NO_GGUF = "llama.cpp does not support this tokenizer"
 _SPACE = "\u2581"  # how SentencePiece writes one
 
 
@@ -260,13 +261,13 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     backend, source = tokenizer.backend, tokenizer.source
     if backend is None:
         raise TokenizerError(
-            f"{source} has no tokenizer.json, which a GGUF's tokenizer is made from: write one "
+            f"{source} has no tokenizer.json, which a GGUF's tokenizer is made from; write one "
             "with transformers (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
         )
     said = json.loads(backend.to_str())
     model, added = said["model"], backend.get_added_tokens_decoder()
     if model["type"] != "BPE":
-        raise TokenizerError(f"{source}: llama.cpp knows BPE; this tokenizer is {model['type']}")
+        raise TokenizerError(f"{source}: {NO_GGUF}: it is {model['type']}, not BPE")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     pieces = bool(model.get("byte_fallback"))  # SentencePiece's; else bytes are written as letters
     texts = {i: text for text, i in backend.get_vocab().items()}
@@ -320,9 +321,9 @@ def _name_of_cut(backend: tokenizers.Tokenizer, said: dict[str, Any], source: An
                 return pre
         if names and _merges_make_all(backend, said):  # then it is all the same
             return names[0]
-        why = f"it cuts text in none of the ways of {', '.join(_CUTS)}"
-        why = f"of {names[0]} only the merges are used" if names else why
-    raise TokenizerError(f"{source}: llama.cpp has no name that is known here for it: {why}")
+        why = f"it splits text unlike any of {', '.join(_CUTS)}"
+        why = f"it splits text as {names[0]}, but merges all words" if names else why
+    raise TokenizerError(f"{source}: {NO_GGUF}: {why}")
 
 
 def _merges_make_all(backend: tokenizers.Tokenizer, said: dict[str, Any]) -> bool:
@@ -350,7 +351,7 @@ def _has_space_prefix(said: dict[str, Any], tokenizer: Tokenizer) -> bool:
     steps = [*_steps(said["normalizer"]), *_steps(said["pre_tokenizer"])]
     unknown = {step["type"] for step in steps} - {"Prepend", "Replace", "Metaspace", "Split"}
     if unknown:
-        raise TokenizerError(f"{tokenizer.source}: llama.cpp does not do {', '.join(unknown)}")
+        raise TokenizerError(f"{tokenizer.source}: {NO_GGUF}: it has {', '.join(unknown)}")
     schemes = {step.get("prepend_scheme", step["type"]) for step in steps}
     # "first" is at the very beginning of a text alone: where a chat has a special token.
     wanted = {"Prepend", "always"} | ({"first"} if tokenizer.chat_template is None else set())

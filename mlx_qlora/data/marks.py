@@ -56,7 +56,7 @@ def row_weight(row: Mapping[str, Any]) -> float:
     weight = 1.0
     for name in (name for name in WEIGHTS if isinstance(row.get(name), (int, float))):
         if not (is_weight(name, row[name]) or isinstance(row[name], bool)):
-            raise DataError(f"the {name} of the row is {row[name]!r}; it must be from 0 on")
+            raise DataError(f"the {name} of the row must be at least 0; got {row[name]!r}")
         weight *= row[name]
     return weight
 
@@ -64,7 +64,7 @@ def row_weight(row: Mapping[str, Any]) -> float:
 # ---- rows of other tasks -------------------------------------------------------------------------
 
 # What rows of other tasks are -> how they can be read.
-PAIR, JUDGED = "a preference pair", "an answer that is judged"
+PAIR, JUDGED = "a preference pair", "a labelled answer"
 READS = {
     PAIR: "training.objective=dpo, orpo or simpo reads it; ",
     JUDGED: "training.objective=kto reads it; ",
@@ -110,4 +110,4 @@ def refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> No
     if tasks and not own_fields:
         names, task = ", ".join(map(repr, tasks)), next(iter(tasks.values()))
         remedy = "if its answer is wanted, leave the field out, or name both with data.columns"
-        raise DataError(f"is {task} ({names}), no answer to learn; {READS.get(task, '')}{remedy}")
+        raise DataError(f"is {task} ({names}), not an answer; {READS.get(task, '')}{remedy}")

@@ -14,7 +14,7 @@ from mlx_qlora.data.rows import Said, read_row, renamed, unread_fields
 from mlx_qlora.errors import DataError
 
 # What rows are -> the objectives that read them.
-ANSWERS, PAIRS, JUDGEMENTS = "answers", "pairs", "judged answers"
+ANSWERS, PAIRS, JUDGEMENTS = "answers", "pairs", "labelled answers"
 OBJECTIVES = {ANSWERS: ("sft",), PAIRS: ("dpo", "orpo", "simpo"), JUDGEMENTS: ("kto",)}
 KIND_OF = {objective: kind for kind, each in OBJECTIVES.items() for objective in each}
 # OpenAI's names of a pair's fields -> ours.
@@ -38,7 +38,7 @@ def read_pair(row: Any, columns: Mapping[str, str]) -> tuple[list[Said], set[str
             raise DataError(text.replace("completion[", f"{name}[")) from None
         unread |= unread_fields(side, "auto", sides[-1])
     if sides[0] == sides[1]:
-        raise DataError("fields 'chosen' and 'rejected' say the same")
+        raise DataError("fields 'chosen' and 'rejected' are equal")
     # What stands before both answers is one field, and there is no third answer.
     before = next((n for n in (*CONTEXTS, "instruction", "prompt") if row.get(n)), "")
     others = {*CONTEXTS, "prompt", "completion", "output"} - {before}
@@ -67,7 +67,7 @@ def _pair_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str,
     missing = [name for name in ("chosen", "rejected") if is_harmless("", row.get(name))]
     if len(missing) == 2:
         refuse_other_tasks(row, {})
-        raise DataError("has no 'chosen' and no 'rejected'; training.objective=sft learns answers")
+        raise DataError("has no 'chosen' and no 'rejected'; set training.objective=sft")
     if missing:
         raise DataError(f"field {missing[0]!r} is missing")
     return row
@@ -97,7 +97,7 @@ def _sides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         turns = [each[len(shared) :] for each in turns]
         texts = [str(turn.get("content", turn.get("value"))).strip() for turn in shared]
         if shared and context is not None and context.strip() not in texts:
-            raise DataError("field 'prompt' says something else than both conversations")
+            raise DataError("field 'prompt' differs from how both conversations begin")
         asked = [{"role": "user", "content": context}] if context is not None else []
         context = shared or asked
     elif all(each[: len(context)] == context for each in turns):  # repeated in both answers
@@ -130,7 +130,7 @@ def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Sai
     if not is_mark(label):
         refuse_other_tasks(ours, {})
         what = f"must be true or false, not {label!r:.40}" if name in ours else "is missing"
-        raise DataError(f"field {name!r} {what}; training.objective=sft learns answers")
+        raise DataError(f"field {name!r} {what}; set training.objective=sft")
     answer = {k: v for k, v in ours.items() if k != name}
     said = read_row(answer, form)
     unread = unread_fields(answer, form, said)
@@ -146,6 +146,6 @@ def check_kind(kind: str, objective: str) -> None:
     if KIND_OF[objective] != kind:
         others = " or ".join(OBJECTIVES[kind])
         raise DataError(
-            f"the rows are {kind}, which training.objective={others} reads, and not {objective}; "
-            f'give read_examples the objective ("{objective}") of rows that it is to read'
+            f"the rows are {kind}, for training.objective={others}, not {objective}; read rows "
+            f'with read_examples(..., objective="{objective}")'
         )

@@ -57,31 +57,31 @@ class DataConfig:
     test_path: str | None = option(None, "test rows; null takes them from `split`")
     split: list[float] | str = option(
         "auto",
-        "shares of `path` that are trained, validated and tested, such as [0.8, 0.1, 0.1]; auto: a "
-        f"tenth is validated ({FEWEST_HELD_OUT} to {MOST_HELD_OUT} rows), and from "
-        f"{FEWEST_TO_TEST} rows on another tenth tested",
+        "shares of `path` to train, validate and test on, such as [0.8, 0.1, 0.1]. auto: a tenth "
+        f"to validate ({FEWEST_HELD_OUT} to {MOST_HELD_OUT} rows); from {FEWEST_TO_TEST} rows on, "
+        "another tenth to test",
     )
     format: str = option(
-        "auto", "the fields of a row; auto finds it for each file", choices=("auto", *FORMATS)
+        "auto", "which fields rows have. auto finds out for each file", choices=("auto", *FORMATS)
     )
     columns: dict[str, str] = option(
         {},
-        f"where rows have other names: {', '.join(COLUMNS)} -> the row's own, such as "
-        "{instruction: question, output: answer}",
+        "the rows' names for fields, where they differ, such as {instruction: question, output: "
+        f"answer}}; of {', '.join(COLUMNS)}",
     )
     system: str | None = option(
         None,
-        "a system message for rows that have none; instructions are then written as chats, too",
+        "system message for rows without one. Instructions are then written as chats, too",
     )
     template: str = option(
         "auto",
-        "how a row is written: alpaca, alpaca-preamble (after a sentence, as the Stanford project "
-        "and most trainers have it), chat (the model's chat template), a file with a chat "
-        "template; auto takes alpaca for instructions and chat for messages",
+        "how a row is written: alpaca, alpaca-preamble (with Stanford's introductory sentence), "
+        "chat (the model's chat template), or a file with a chat template. auto takes alpaca for "
+        "instructions and chat for messages",
     )
     history: str = option(
         "auto",
-        "chats of several answers: one text of all turns (joint), or one for each answer, written "
+        "chats with several answers: one text of all turns (joint), or one for each, written "
         "as the model is asked for it (as_asked). auto is joint where the template allows it",
         choices=("auto", "joint", "as_asked"),
     )
@@ -90,7 +90,7 @@ class DataConfig:
     )
     prompt_loss_weight: float = option(
         0.0,
-        "what a prompt's token weighs in the loss, where a response's weighs 1; 0.01 to 0.1 may "
+        "weight of prompt tokens in the loss, where those of the response have 1. 0.01 to 0.1 may "
         "help where responses are short",
     )
     max_length: int = option(
@@ -98,24 +98,24 @@ class DataConfig:
     )
     truncation: str = option(
         "left-context",
-        "of longer rows: cut what stands before the first answer, cut the end (right), refuse "
-        "them (drop), or stop (error)",
+        "longer rows: cut what is before the first answer (left-context), cut the end (right), "
+        "refuse them (drop), or stop (error)",
         choices=TRUNCATION,
     )
     packing: bool = option(
-        True, "changes nothing: rows are computed end to end, without padding, either way"
+        True, "has no effect: rows are always computed end to end, without padding"
     )
     shuffle: bool = option(True, "train in another order each epoch; false keeps the file's")
     strict: bool = option(False, "stop if any row is refused, or has a field that is not used")
-    max_refused: float = option(0.5, "a run stops if a larger share of its rows is refused")
+    max_refused: float = option(0.5, "stop if a larger share of the rows is refused")
     refused_path: str | None = option(None, "write refused rows, with reasons, to this JSONL file")
     num_workers: int | None = option(
-        None, "processes that tokenise. null takes the performance cores"
+        None, "processes that tokenise. null: one for each performance core"
     )
     cache_dir: str | None = option(
         "auto",
-        "folder that keeps the tokens of files for the next run, and may be deleted at any time; "
-        "auto is ~/.cache/mlx-qlora, null keeps none",
+        "folder that keeps tokens of files for the next run; it may be deleted at any time. auto "
+        "is ~/.cache/mlx-qlora, null keeps none",
     )
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class DataConfig:
         shares = "be a share from 0 to 1"
         require(0 <= self.max_refused <= 1, "data.max_refused", shares, self.max_refused)
         weight = self.prompt_loss_weight
-        rule = "be from 0 on, and finite"
+        rule = "be at least 0, and finite"
         require(0 <= weight < math.inf, "data.prompt_loss_weight", rule, weight)
         if weight and self.train_on == "all":
             raise ConfigError(
@@ -205,7 +205,7 @@ def _read_all(
         _write_refused(refused_path, [(e.report, files) for e, (_, files) in zip(read, sources)])
     for report in (examples.report for examples in read):
         if not report.kept:
-            empty = "" if report.read else ": it holds no row at all"
+            empty = "" if report.read else "; it has no rows"
             raise DataError(f"no usable row in {report}{empty}")
         if config.strict and report.refused:
             raise DataError(
@@ -260,8 +260,8 @@ def _take_out_marks(report: DataReport) -> None:
     for name in OPTIONAL_COLUMNS:
         if is_in_all(ABSENT + name):
             raise ConfigError(
-                f"data.columns: no row of {report.source} has {report.columns[name]!r}, which is "
-                f"to be its {name}; correct the name, or leave it out"
+                f"data.columns: no row of {report.source} has {report.columns[name]!r}, given "
+                f"as {name}; correct the name, or leave it out"
             )
 
 
@@ -294,8 +294,8 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
     template = Template(name, tokenizer.chat_template, config.history)
     if report.kind != ANSWERS and config.train_on == "all":
         raise ConfigError(
-            "data.train_on=all is for training.objective=sft: the others compare answers; leave it "
-            "out, or set data.prompt_loss_weight"
+            "data.train_on=all is for training.objective=sft, as the others compare answers; "
+            "leave it out, or set data.prompt_loss_weight"
         )
     settings = (config.train_on, config.max_length, config.truncation)
     more = config.columns, config.system, config.prompt_loss_weight, report.kind
@@ -419,10 +419,8 @@ def train_validation_test(
         ConfigError: no training file is named.
         DataError: a file cannot be used, or nothing is left to train on.
     """
-    if config.path is None:
-        raise ConfigError("data.path is missing; name a file of rows with --data FILE")
     files_of = find_files(config.path)
-    sources = {part: (config.path, files) for part, files in files_of.items() if files}
+    sources = {part: (str(config.path), files) for part, files in files_of.items() if files}
     named = {"validation": config.validation_path, "test": config.test_path}
     for part, path in named.items():
         if path is not None:
@@ -432,7 +430,7 @@ def train_validation_test(
         if (share := len(report.refused) / report.read) > config.max_refused:
             raise DataError(
                 f"{share:.0%} of the rows of {report.source} cannot be used, and "
-                f"data.max_refused={config.max_refused:g} allows no more:\n{report.refusals()}"
+                f"data.max_refused={config.max_refused:g} is exceeded:\n{report.refusals()}"
             )
 
     train, *rest = _split(read["train"], config.split, [part in read for part in named], seed)
@@ -475,8 +473,8 @@ def check_examples(tokenizer: Tokenizer, llama: LlamaConfig, *parts: Examples | 
     most = llama.max_position_embeddings
     if longest > most:
         raise ConfigError(
-            f"data.max_length lets in a row of {longest} tokens, and the model was made for "
-            f"{most}; set data.max_length={most}"
+            f"a row has {longest} tokens, and the model was made for {most}; set "
+            f"data.max_length={most}"
         )
     if tokenizer.vocab_size > llama.vocab_size:
         for example in chain.from_iterable(part or () for part in parts):

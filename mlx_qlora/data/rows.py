@@ -191,7 +191,7 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
         system = _text_of(ours, "system", optional=True)
         said = with_system(said, system)
         if system and isinstance(said, Chat) and said.messages[0]["content"] != system:
-            raise DataError("field 'system' says something else than the system message")
+            raise DataError("field 'system' differs from the system message")
         return said
     except DataError as error:
         text = re.sub(r"field '(\w+)'", lambda m: f"field {columns.get(m[1], m[1])!r}", str(error))
@@ -203,8 +203,8 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
             with contextlib.suppress(DataError):
                 if (other := detect_format(ours)) != form:
                     text = (
-                        f"is {other!r} in a file taken for {form!r}: split the file by format, or "
-                        f"set data.format ({text})"
+                        f"is {other!r} in a file of {form!r} ({text}); split the file by format, "
+                        "or set data.format"
                     )
         raise DataError(text) from None
 
@@ -281,8 +281,8 @@ def _message(value: Any, where: str, asked: bool = False) -> Message:
     marks = {name: rest.pop(name) for name in MARKS if name in rest}
     for name, weight in marks.items() if not asked else ():
         if not is_mark(weight) and not is_weight(name, weight):
-            known = "it must be from 0 on" if name in WEIGHTS else "0 and 1 are known"
-            raise DataError(f"{where} has the {name} {repr(weight)[:40]}; {known}")
+            rule = "at least 0" if name in WEIGHTS else "0 or 1"
+            raise DataError(f"{name} of {where} must be {rule}; got {repr(weight)[:40]}")
     if "masked" in marks:
         marks["masked"] = not marks["masked"]
     if marks and not asked:
@@ -296,7 +296,7 @@ def _message(value: Any, where: str, asked: bool = False) -> Message:
         rest["tool_calls"], content = _calls_in(content, where), None
     role = ROLES.get(role.lower(), role if asked else role.lower())
     if role not in KNOWN_ROLES and not asked:
-        raise DataError(f"{where} has the role {role[:40]!r}; known: {', '.join(KNOWN_ROLES)}")
+        raise DataError(f"{where} has the role {role[:40]!r}; supported: {', '.join(KNOWN_ROLES)}")
     if isinstance(content, (list, tuple)):
         content = _text_of_parts(content, rest, where)
     if calls := rest.pop("tool_calls", None):
@@ -319,7 +319,7 @@ def _text_of_parts(parts: Any, message: dict[str, Any], where: str) -> str:
         kind = str(part.get("type"))
         kind = "reasoning" if kind == "thinking" else kind.removeprefix("output_")
         if kind not in (*texts, "tool_call"):
-            raise DataError(f"{place} is of type {kind[:40]!r}; text alone can be learned")
+            raise DataError(f"{place} is of type {kind[:40]!r}; only text can be learned")
         names = ("text", "value", "thinking")
         value = next((part[name] for name in names if isinstance(part.get(name), str)), None)
         if value is None:
@@ -414,8 +414,8 @@ def _chat(messages: list[Message], row: Mapping[str, Any]) -> Chat:
         for m, w in zip(messages, weights)
     ]
     if not any(learned):
-        reason = "is not to be learned" if 0 in weights else "is missing"
-        raise DataError(f"no supervised token: a message of the assistant {reason}")
+        reason = "no answer is to be learned" if 0 in weights else "there is no answer"
+        raise DataError(f"no supervised token: {reason}")
     end = max(i for i, weight in enumerate(learned) if weight) + 1  # the rest would teach nothing
     return Chat(messages[:end], learned[:end], _tools_of(row), dict(options or {}) or None)
 

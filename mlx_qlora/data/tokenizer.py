@@ -268,8 +268,8 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TokenizerError(
-            f"{source}: what tokenizer_config.json and the files beside it say cannot be read "
-            f"({error!r}); download them again"
+            f"{source}: tokenizer_config.json or a file beside it cannot be read ({error!r}); "
+            "download them again"
         ) from error
 
 

@@ -163,10 +163,10 @@ class _Conversation:
             say(f"the system message is {'set' if rest else 'removed'}", style="dim")
         elif name == "/adapter":
             if rest not in ("on", "off"):
-                raise ConfigError("/adapter wants on or off")
+                raise ConfigError("/adapter needs on or off")
             names = adapter_names(self.model)
             if not names:
-                raise ConfigError("the model has no adapter: start the chat with --adapter DIR")
+                raise ConfigError("the model has no adapter; start the chat with --adapter DIR")
             self.adapter = active(self.model) or self.adapter or names[0]
             switch(self.model, self.adapter if rest == "on" else None)
             self.cache.reset()
@@ -175,7 +175,7 @@ class _Conversation:
             self._save(rest)
             say(f"saved in {rest}", style="dim", markup=False)
         else:
-            raise ConfigError(f"there is no {name}; /help lists the commands")
+            raise ConfigError(f"unknown command {name}; /help lists the commands")
 
     def _recompute(self) -> None:
         """Drops text, tokens and cache; the turns stay."""
@@ -185,7 +185,7 @@ class _Conversation:
     def _save(self, name: str) -> None:
         """Adds the conversation to a file of rows; a full disk leaves the file as it was."""
         if not name:
-            raise ConfigError("/save wants the name of a file")
+            raise ConfigError("/save needs the name of a file")
         if not self.turns:
             raise ConfigError("there is nothing to save yet")
         path = Path(name).expanduser()

@@ -14,7 +14,7 @@ from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
-from mlx_qlora.train.score import RowScores, Score, score, score_rows
+from mlx_qlora.train.score import Lend, RowScores, Score, score, score_rows
 
 MOST_NATS = 700.0  # exp of more is not finite
 
@@ -63,9 +63,11 @@ def score_examples(
     tokenizer: Tokenizer,
     examples: Examples,
     processes: Processes | None = None,
+    base: Lend | None = None,
 ) -> RowScores:
     """Sums over the supervised tokens of each example, in order, without dropout.
 
+    With a `base`, that the model is within it, the sums of KL(model || base) are among them.
     Of several processes each scores its share; all have to call it.
 
     Raises:
@@ -73,12 +75,12 @@ def score_examples(
         ProcessError: another process is gone, or did not finish in time.
     """
     _check(model, tokenizer, examples)
-    sums, several = np.zeros((3, len(examples))), processes or Processes(None)
+    sums, several = np.zeros((4, len(examples))), processes or Processes(None)
     share = np.arange(several.rank, len(examples), several.size)
     with doing("scoring", len(share), "rows") as task:
         for batch in evaluation_batches(examples[share]) if len(share) else ():
-            rows = score_rows(model, batch)
-            sums[:, share[list(batch.rows)]] = rows.nats, rows.hits, rows.tokens
+            rows = score_rows(model, batch, base)
+            sums[:, share[list(batch.rows)]] = rows.nats, rows.hits, rows.tokens, rows.kl
             task.advance(len(batch.rows))
     if several.size > 1:  # float32, like the loss of each token
         total = several.all_sum(mx.array(sums, mx.float32))
@@ -87,8 +89,8 @@ def score_examples(
     nats, hits, tokens = sums[0], sums[1].astype(np.int64), sums[2].astype(np.int64)
     if not tokens.all():
         place = examples[int(tokens.argmin())].place
-        raise DataError(f"{place} has no supervised token, so it has no loss; leave it out")
-    return RowScores(nats, hits, tokens)
+        raise DataError(f"{place} has no supervised token, and so no loss; leave it out")
+    return RowScores(nats, hits, tokens, sums[3])
 
 
 def _check(model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Unpack, cast
 
 import mlx.core as mx
 import numpy as np
@@ -26,9 +26,6 @@ from mlx_qlora.infer.tokens import (
 from mlx_qlora.model.llama import LlamaForCausalLM, check_ids
 from mlx_qlora.progress import doing
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 # ---- prompts and settings ------------------------------------------------------------------------
 
 Prompt = str | list[dict[str, Any]] | list[int]
@@ -45,7 +42,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         ids = encode_prompt(tokenizer, text)
     elif len(prompt) and not isinstance(prompt[0], int | np.integer):
         kind = type(prompt[0]).__name__
-        raise ConfigError(f"a prompt is text, messages or token ids, not a list of {kind}")
+        raise ConfigError(f"a prompt must be text, messages or token ids, not a list of {kind}")
     else:
         ids = [i.item() if isinstance(i, np.integer) else i for i in cast("list[int]", prompt)]
     if not ids:
@@ -69,7 +66,7 @@ def room_for(
     check_ids(ids, model.config.vocab_size, what, tokenizer.decode)
     limit, n = model.config.max_position_embeddings, len(ids)
     if n >= limit:  # beyond the positions that it was trained on a model writes noise, silently
-        raise ConfigError(f"{what} has {n} tokens, and the model was made for {limit}: {remedy}")
+        raise ConfigError(f"{what} has {n} tokens, and the model was made for {limit}; {remedy}")
     return limit - n
 
 
@@ -77,7 +74,7 @@ def _config_of(settings: Mapping[str, Any], known: Collection[str]) -> Generatio
     """The fields of GenerationConfig among some keywords; a ConfigError if one is not known."""
     for name in settings:
         if name not in known:
-            hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+            hint = did_you_mean(name, known) or f"; supported: {', '.join(known)}"
             raise ConfigError(f"unknown keyword {name!r}{hint}")
     names = [field.name for field in fields(GenerationConfig)]
     return GenerationConfig(**{name: settings[name] for name in names if name in settings})
@@ -169,7 +166,7 @@ class Answer:
 def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
     """The texts that end an answer, of one or several; a ConfigError if one is empty."""
     texts = [stop] if isinstance(stop, str) else list(stop or [])
-    require(all(texts), "stop", "hold texts that are not empty", stop)
+    require(all(texts), "stop", "hold no empty text", stop)
     return texts
 
 

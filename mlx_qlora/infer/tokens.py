@@ -25,9 +25,9 @@ from mlx_qlora.model.lora import lora_layers
 class GenerationConfig:
     """How the next token is chosen; names and order of operations are Hugging Face's."""
 
-    temperature: float = option(0.7, "divides the logits; 0 always takes the likeliest token")
+    temperature: float = option(0.7, "divides the logits. 0 always takes the likeliest token")
     top_p: float = option(0.9, "sample from the likeliest tokens that make up this probability")
-    top_k: int = option(50, "sample from this many likeliest tokens; 0 means all")
+    top_k: int = option(50, "sample from this many likeliest tokens. 0 means all")
     repetition_penalty: float = option(1.1, "divides positive logits of tokens already seen")
     max_new_tokens: int = option(512, "most tokens to generate")
 
@@ -136,11 +136,11 @@ def kv_group(model: LlamaForCausalLM, kv_bits: int | None) -> int:
     require(kv_bits in (None, 2, 4, 8), "kv_bits", "be one of 2, 4, 8, or None", kv_bits)
     size = model.config.head_dim
     if kv_bits is not None and size % 32:
-        raise ConfigError(f"kv_bits needs heads of a multiple of 32; this model's have {size}")
+        raise ConfigError(f"kv_bits needs a head_dim that 32 divides; this model's is {size}")
     if kv_bits is not None and (any(model.config.windows) or model.config.attention_softcap):
         raise ConfigError(
-            f"kv_bits: {model.config.model_type} keeps keys of a window, or caps its scores, which "
-            "no quantised cache can; leave kv_bits out"
+            f"kv_bits: {model.config.model_type} has windows or capped scores, which a quantised "
+            "cache cannot have; leave kv_bits out"
         )
     return 64 if size % 64 == 0 else 32
 
@@ -243,8 +243,8 @@ def generate_tokens(
     cache = cache if cache is not None else PromptCache()
     if cache.ids and cache._kv_bits != kv_bits:
         raise ConfigError(
-            f"the prompt cache was made with kv_bits={cache._kv_bits}; got {kv_bits}: pass the "
-            "same, or prompt_cache.reset() first"
+            f"the prompt cache has kv_bits={cache._kv_bits}; got {kv_bits}; pass the same, or call "
+            "prompt_cache.reset() first"
         )
 
     def tokens() -> Generator[int]:

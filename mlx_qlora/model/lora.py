@@ -35,25 +35,25 @@ class LoraConfig:
 
     r: int = option(
         16,
-        "rank of the adapter, 1 or more: how much it can hold. 8 to 64 are usual; more, if the "
+        "rank of the adapter, 1 or more: how much it can learn. 8 to 64 is usual; more, if the "
         "validation loss still falls at the end",
     )
     lora_alpha: float = option(32, "the update is scaled by lora_alpha / r. Twice r is usual")
-    lora_dropout: float = option(0.1, "share of lora_A's inputs that are left out, in [0, 1)")
+    lora_dropout: float = option(0.1, "share of lora_A's inputs to drop, in [0, 1)")
     target_modules: list[str] | str = option(
         ALL_SEVEN, 'names or path endings of linears, "all-linear", or one regex on the whole path'
     )
     layers_to_transform: list[int] | None = option(
-        None, "numbers of the layers that get updates, from 0. null or an empty list means all"
+        None, "numbers of the layers to train, from 0. null or an empty list means all"
     )
-    bias: str = option("none", "biases stay frozen", choices=("none",))
+    bias: str = option("none", "biases are not trained", choices=("none",))
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (arXiv 2312.03732)")
     use_dora: bool = option(False, "train the length of each row as well (arXiv 2402.09353)")
     init_lora_weights: bool | str = option(
-        True, "true, gaussian, pissa, pissa_niter_N, olora or loftq: where the update begins"
+        True, "initial weights: true (a usual LoRA), gaussian, pissa, pissa_niter_N, olora or loftq"
     )
     rank_pattern: dict[str, int] = option(
-        {}, "path endings or regexes -> a rank of their own, the first that matches"
+        {}, "path endings or regexes -> their rank; the first that matches counts"
     )
     alpha_pattern: dict[str, float] = option({}, "the same for lora_alpha")
     loraplus_lr_ratio: float = option(
@@ -80,7 +80,7 @@ class LoraConfig:
             try:
                 re.compile(key)
             except re.error as error:
-                raise ConfigError(f"lora: the pattern {key!r} is no regex: {error}") from None
+                raise ConfigError(f"lora: {key!r} is no regex: {error}") from None
         if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
             object.__setattr__(self, "target_modules", list(self.target_modules))
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -309,15 +309,15 @@ def initial(
         return mx.random.uniform(-bound, bound, (r, d_in), mx.float32, key), B
     if linear.quant is not None and original is None:
         raise ConfigError(
-            f"lora.init_lora_weights: {name} needs the weights as they were before they were "
-            "quantised; use a 16-bit model, which is quantised while it is loaded (model.bits)"
+            f"lora.init_lora_weights: {name} needs the weights from before quantisation; use a "
+            "16-bit model, to be quantised while it is loaded (model.bits)"
         )
     W = np.array((linear.dense() if original is None else original).astype(mx.float32))
     if name == "loftq":
         if linear.quant is None:
             raise ConfigError(
-                "lora.init_lora_weights: loftq starts from what quantisation loses, and this model "
-                "is not quantised; set model.bits"
+                "lora.init_lora_weights: loftq corrects for quantisation, and this model is not "
+                "quantised; set model.bits"
             )
         W = W - np.array(linear.dense().astype(mx.float32))
     elif name == "olora":
@@ -400,21 +400,21 @@ def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:
             if not any(matches_pattern(key, path) for path in targets):
                 endings = sorted({path.rpartition(".")[2] for path in targets})
                 raise ConfigError(
-                    f"lora.{name}: {key!r} matches no linear that has an update; the targets' "
-                    f"names are {', '.join(endings)}"
+                    f"lora.{name}: {key!r} matches no target of LoRA; the targets are "
+                    f"{', '.join(endings)}"
                 )
     for path, linear in targets.items():
         if begins_with_base(config.init_lora_weights) and linear.quant is None and linear.stored:
             raise ConfigError(
-                f"lora.init_lora_weights: {config.init_lora_weights} takes a part off the dense "
-                "weights, which streamed ones stay without; set model.bits, or "
+                f"lora.init_lora_weights: {config.init_lora_weights} changes the dense weights, "
+                "which streaming reads as they are; set model.bits, or "
                 "model.residency=resident"
             )
         r, most = config.rank_of(path), min(linear.shape)
         if r > most and config.init_lora_weights not in PLAIN:
             raise ConfigError(
                 f"lora.init_lora_weights: {config.init_lora_weights} finds {most} components in "
-                f"{path}, fewer than its rank of {r}; choose a smaller lora.r or "
+                f"{path}, fewer than its rank {r}; choose a smaller lora.r or "
                 "lora.rank_pattern"
             )
 
@@ -469,8 +469,8 @@ def target_paths(
         others = {"lm_head", *(path for path, _ in model.named_modules())}.difference(paths)
         if beyond := sorted(p for p in others if re.fullmatch(wanted, p) and not is_excluded(p)):
             raise ConfigError(
-                f"lora.target_modules: {wanted!r} also matches {beyond[-1]}, which cannot have an "
-                f"update; {exists}"
+                f"lora.target_modules: {wanted!r} also matches {beyond[-1]}, which cannot be "
+                f"trained; {exists}"
             )
     else:
         endings = [name.rpartition(".")[2] for name in names]

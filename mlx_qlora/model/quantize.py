@@ -54,7 +54,7 @@ class QuantConfig:
         require(mode in FLOAT_MODES, "mode", f"be one of {legal}", mode)
         if (bits, size) != FLOAT_MODES[mode]:
             bits, size = FLOAT_MODES[mode]
-            raise ConfigError(f"mode {mode} needs bits={bits} and group_size={size}")
+            raise ConfigError(f"mode {mode} needs bits={bits} and group_size={size}; set them")
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a matrix of this shape divides into whole groups."""

@@ -118,7 +118,7 @@ def rope_from_hf(
     if OLD_LENGTH in needed:  # also beside the parameters, which is then what counts
         given.setdefault(OLD_LENGTH, config.get(OLD_LENGTH, positions))
         if config.get(OLD_LENGTH, given[OLD_LENGTH]) != given[OLD_LENGTH]:
-            raise WeightsError(f"config.json: {OLD_LENGTH} is given twice, with two values")
+            raise WeightsError(f"config.json: {OLD_LENGTH} is given twice, with different values")
     given = {name: value for name, value in given.items() if value is not None}
     missing = [name for name in needed if name not in given]
     unknown = [name for name in given if name not in (*needed, *optional)]
@@ -137,9 +137,9 @@ def rope_from_hf(
     if theta <= 1:
         raise WeightsError(f"config.json: rope_theta must be above 1; got {theta!r}")
     if share > 1 or (share < 1 and not parts):
-        raise WeightsError(f"config.json: partial_rotary_factor {share} is not supported here")
+        raise WeightsError(f"config.json: partial_rotary_factor {share} is not supported")
     if given.get("factor", 1) < 1:
-        raise WeightsError("config.json: factor must be at least 1: positions are stretched by it")
+        raise WeightsError("config.json: factor, which stretches positions, must be at least 1")
     if kind == "llama3" and not given["high_freq_factor"] > given["low_freq_factor"]:
         raise WeightsError("config.json: high_freq_factor must be larger than low_freq_factor")
     if kind == "dynamic":

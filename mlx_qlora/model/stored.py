@@ -66,8 +66,8 @@ class StoredTensor:
         except (OSError, EOFError) as error:
             why = getattr(error, "strerror", None) or error
             raise WeightsError(
-                f"{self.path} cannot be read any more: {why}. The model is read from there as it "
-                "is needed: put the file back as it was and start again"
+                f"{self.path} cannot be read any more: {why}, and the model is read from there "
+                "during the run; restore the file and start again"
             ) from None
         return array
 

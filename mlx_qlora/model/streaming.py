@@ -138,8 +138,8 @@ class PackedCopy:
                 if free < n_bytes:
                     raise ConfigError(
                         f"model.residency: streaming {self._source} needs a packed copy of "
-                        f"{size(n_bytes)} in {self._copies}, where {size(free)} are free: free "
-                        "some, clear older copies with mlx-qlora cache --clear, or set "
+                        f"{size(n_bytes)} in {self._copies}, where {size(free)} are free; clear "
+                        "older copies with mlx-qlora cache --clear, free other space, or set "
                         "XDG_CACHE_HOME to a larger disk"
                     )
                 with staged(self.folder, replace=True) as self._staging:

@@ -262,7 +262,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if method and "quantization" not in config:
         raise WeightsError(
             f"{path}: weights quantised by {method!r} cannot be read; use the original 16-bit "
-            "repository (we quantise while loading) or one in MLX's format"
+            "repository, to be quantised while it is loaded, or one in MLX's format"
         )
     return config
 
@@ -338,7 +338,7 @@ def _packing_in_config(
                 packing[path] = QuantConfig(**{"bits": bits, "group_size": size, **stated})
             except (TypeError, ConfigError) as error:
                 raise WeightsError(
-                    f"config.json: `quantization` does not say how {path} is packed: {error}"
+                    f"config.json: `quantization` does not say how {path} is quantised: {error}"
                 ) from None
     return packing
 
@@ -366,7 +366,7 @@ def _check_tensors(
             continue
         shape, dtypes = expected[name]
         if info.shape != shape:
-            problems.append(f"{where} has shape {info.shape}; config.json asks {shape}")
+            problems.append(f"{where} has shape {info.shape}; config.json asks for {shape}")
         elif info.kind not in dtypes:
             problems.append(f"{where} has dtype {info.kind}; supported: {', '.join(dtypes)}")
     if problems:
@@ -389,8 +389,8 @@ def _check_head(checkpoint: Checkpoint) -> None:
         embedding = arrays.get(name.replace(HEAD, "model.embed_tokens."))
         if embedding is None or not mx.array_equal(arrays[name], embedding):
             raise WeightsError(
-                f"{name} in {checkpoint.found[name].path} differs from the embedding, and is tied "
-                "to it: set tie_word_embeddings to false in config.json, or take it out of the file"
+                f"{name} in {checkpoint.found[name].path} differs from the embedding, though tied "
+                "to it; set tie_word_embeddings to false in config.json, or remove the tensor"
             )
 
 

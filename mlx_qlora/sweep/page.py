@@ -111,9 +111,9 @@ def stage_findings(stage: Stage, trials: dict[Point, Trial]) -> list[str]:
     winner, lowest = stage.winner.label(stage.fields), stage.rungs[-1][1][0]
     if lowest != stage.winner:
         findings.append(
-            f"{lowest.label(stage.fields)} has the lowest loss, but its lead over {winner} is "
-            "within chance: of equals the lower learning rate, then the lower rank, then the "
-            "smaller batch is taken"
+            f"{lowest.label(stage.fields)} has the lowest loss, but its lead over {winner} may "
+            "be chance: among equals the lower learning rate, then the lower rank, then the "
+            "smaller batch is chosen"
         )
     for point in stage.points:
         if point == stage.winner:
@@ -143,7 +143,7 @@ def seed_findings(
     gap = abs(again.validation_loss - loss)
     findings = [
         f"with seed {seed} the winner's loss is {again.validation_loss:.4f} instead of "
-        f"{loss:.4f}: chance in training alone, seen once, moves it by {gap:.4f}"
+        f"{loss:.4f}: chance in training alone moves it by {gap:.4f}, seen once"
     ]
     for stage in stages:
         finalists, _ = stage.rungs[-1]

@@ -114,7 +114,7 @@ def _open(config: RunConfig, console: Console) -> Inputs:
         )
     say(console, f"split     {len(inputs.train):,} train, {len(validation):,} validation")
     if len(validation) < TOO_FEW_EXAMPLES:
-        warn(console, f"{len(validation)} validation rows tell little apart")
+        warn(console, f"{len(validation)} validation rows show only large differences")
     base = config.model.base_model_name_or_path or original_base(checkpoint.files)
     packing = {name: getattr(config.model, name) for name in ("bits", "group_size", "mode")}
     dtype = str(device.compute_dtype(config.model.dtype))
@@ -168,7 +168,7 @@ class _Search:
             alive = sorted(best)
             if rung < self.rungs - 1:
                 names = "; ".join(point.label(fields) for point in alive)
-                say(self.console, f"rung {rung + 1}/{self.rungs}: {names} go on")
+                say(self.console, f"rung {rung + 1}/{self.rungs}: {names} continue")
         winner = alive[trial.ties([results[point] for point in alive])[0]]  # the most cautious one
         self.done.append(Stage(fields, tuple(points), tuple(history), winner))
         self.write()

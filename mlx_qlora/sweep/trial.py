@@ -83,13 +83,13 @@ def check_swept(config: RunConfig) -> None:
     init = config.lora.init_lora_weights
     if init not in PLAIN:
         raise ConfigError(
-            f"lora.init_lora_weights={init} begins with a decomposition of each matrix, which a "
-            "sweep would do again for each trial; sweep with true or gaussian, and train with it "
+            f"lora.init_lora_weights={init} decomposes each matrix, which a sweep would repeat "
+            "for each trial; sweep with true or gaussian, and train with it "
             "afterwards"
         )
     if config.model.adapter is not None:
         raise ConfigError(
-            "model.adapter: the trials of a sweep begin adapters of their own; merge this one "
+            "model.adapter: each trial of a sweep begins a new adapter; merge this one "
             "into the model first, or leave it out"
         )
     resume = config.checkpointing.resume_from_checkpoint

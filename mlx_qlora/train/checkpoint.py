@@ -47,25 +47,19 @@ class CheckpointingConfig:
     """Where a run leaves its files, and when."""
 
     output_dir: str = option("outputs", "folder for the adapter, report and checkpoints")
-    save_steps: int | str = option(
-        "auto", f"write a checkpoint every this many steps; auto: {AUTO_EVERY}"
-    )
-    eval_steps: int | str = option(
-        "auto", f"measure the validation loss every this many steps; auto: {AUTO_EVERY}"
-    )
-    save_total_limit: int = option(
-        3, "how many checkpoints are kept: the newest ones, and the best besides"
-    )
+    save_steps: int | str = option("auto", f"steps between checkpoints. auto: {AUTO_EVERY}")
+    eval_steps: int | str = option("auto", f"steps between validations. auto: {AUTO_EVERY}")
+    save_total_limit: int = option(3, "checkpoints to keep: the newest ones, and the best besides")
     load_best_model_at_end: bool = option(
-        False, "end with the weights of the best validation loss; each best one is saved"
+        False, "end with the weights of the best validation loss, each of which is saved"
     )
     early_stopping_patience: int | None = option(
-        None, "stop after so many validations without a better loss; null never does"
+        None, "stop after so many validations without a better loss. null never does"
     )
     resume_from_checkpoint: str | bool = option(
         "auto",
-        "auto (or true), none (or false), or a checkpoint's folder to go on from. auto: the newest "
-        "of the same run",
+        "auto (or true), none (or false), or the folder of a checkpoint to continue from. auto: "
+        "the newest one of the same run",
     )
 
     def __post_init__(self) -> None:
@@ -251,7 +245,7 @@ def is_ours(path: Path) -> bool:
 
 
 def last_checkpoint(
-    output: Path, fact: str = "is whole, and the same command goes on from it"
+    output: Path, fact: str = "is complete, and the same command continues from it"
 ) -> str:
     """What there is to go on from, for messages: the newest checkpoint and a fact about it."""
     saved = checkpoints(output)
@@ -332,7 +326,7 @@ def checkpoint_to_resume(
         return Start(path, _same_run(path, saved, state, defaults or {}), damaged)
     if damaged:
         raise ConfigError(
-            f"no checkpoint of {config.output_dir} is whole:\n{listing(damaged)}\n"
+            f"every checkpoint of {config.output_dir} is damaged:\n{listing(damaged)}\n"
             "to start from the beginning pass checkpointing.resume_from_checkpoint=none"
         )
     return Start(None, state, [])
@@ -346,10 +340,10 @@ def _same_run(
     numerics = theirs.get("numerics", "1")
     if numerics != str(NUMERICS):
         raise ConfigError(
-            f"{path} was trained with version {numerics} of the numerics, and this mlx-qlora "
-            f"computes version {NUMERICS}: the run would not end as it began. Finish it with the "
-            f"version that began it ({path.parent / 'training_args.json'} names it), or train on "
-            f"from its adapter: --adapter {path} and another --output-dir"
+            f"{path} was trained with version {numerics} of the numerics, and this mlx-qlora has "
+            f"version {NUMERICS}, whose results differ; finish the run with the mlx-qlora that "
+            f"began it ({path.parent / 'training_args.json'} names it), or begin a new run with "
+            f"its adapter: --adapter {path} and another --output-dir"
         )
     differences = list(_differences(saved["config"], state.config, defaults))
     changed = [name for name in state.fingerprint if name not in ("numerics", "base")]

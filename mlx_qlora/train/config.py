@@ -33,31 +33,31 @@ class TrainingConfig:
 
     learning_rate: float | str = option(
         2e-4,
-        "rate after the warmup, or auto: by the model's width. A third of it if the loss jumps, "
-        "three times as much if it barely falls",
+        "rate after the warmup, or auto: by the model's width. Take a third of it if the loss "
+        "jumps, three times as much if it barely falls",
     )
     lr_scheduler_type: str = option("cosine", "what follows the warmup", choices=SCHEDULES)
-    warmup_ratio: float = option(0.1, "share of the steps in which the rate grows, 0 to 1")
-    warmup_steps: int | None = option(None, "the same as a number of steps; overrides warmup_ratio")
+    warmup_ratio: float = option(0.1, "share of the steps during which the rate grows, 0 to 1")
+    warmup_steps: int | None = option(None, "the same as a number of steps; replaces warmup_ratio")
     num_train_epochs: float | None = option(
         None,
-        f"passes over the data, above 0. {USUAL_PASSES} if max_steps is not given either; fewer, "
-        "if the validation loss rises while the training loss falls",
+        f"passes over the data, above 0. {USUAL_PASSES} if max_steps is not given either. Take "
+        "fewer if the validation loss rises while the training loss falls",
     )
     max_steps: int | None = option(None, "optimiser steps, instead of num_train_epochs")
     per_device_train_batch_size: int | str = option(
         "auto",
-        "examples in a micro-batch, 1 or more, or auto. That makes a step of "
-        f"{FEWEST_EXAMPLES} to {MOST_EXAMPLES} examples, by how many there are",
+        "examples in a micro-batch, 1 or more, or auto: "
+        f"{FEWEST_EXAMPLES} to {MOST_EXAMPLES} examples in a step, by how many there are",
     )
     gradient_accumulation_steps: int | str = option(
         "auto", "micro-batches in an optimiser step. auto: what the batch size leaves, mostly 1"
     )
-    max_grad_norm: float | None = option(1.0, "clip the gradient to this norm; null never clips")
-    weight_decay: float = option(0.01, "decoupled, on every LoRA matrix")
+    max_grad_norm: float | None = option(1.0, "clip the gradient to this norm. null never clips")
+    weight_decay: float = option(0.01, "decoupled weight decay, on every LoRA matrix")
     adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients")
     adam_beta2: float = option(0.999, "decay of AdamW's mean of squared gradients")
-    adam_epsilon: float = option(1e-8, "keeps AdamW's division from 0")
+    adam_epsilon: float = option(1e-8, "is added to AdamW's denominator")
     gradient_checkpointing: bool | int | str = option(
         "auto", "recompute activations: true, false, auto (as memory asks), or how many layers"
     )
@@ -67,7 +67,7 @@ class TrainingConfig:
     max_skipped_steps: int = option(
         5, "stop after so many steps in a row whose loss or gradient is not finite"
     )
-    seed: int = option(0, "draws the adapter, the order of rows, the split and the dropout")
+    seed: int = option(0, "seed of the initial adapter, the order of rows, the split and dropout")
     objective: str = option(
         "sft",
         "what is learned: answers (sft), pairs of a chosen and a rejected one (dpo, orpo, simpo), "
@@ -76,19 +76,24 @@ class TrainingConfig:
     )
     beta: float | None = option(
         None,
-        "the objective's beta, which scales rewards; null is 0.1, for simpo 2. Not for sft",
+        "the objective's beta, which scales rewards. null is 0.1, for simpo 2. Not for sft",
     )
     label_smoothing: float = option(
-        0.0, "the share of pairs, from 0 to below 0.5, that may be the wrong way round (dpo, simpo)"
+        0.0, "share of pairs, in [0, 0.5), that may be the wrong way round (dpo, simpo)"
     )
     rpo_alpha: float = option(
-        0.0, "so much of the chosen answers' own loss is added (dpo, simpo); orpo always adds 1"
+        0.0, "weight of the chosen answers' own loss, which is added (dpo, simpo). orpo adds 1"
     )
     simpo_gamma: float = option(
-        1.0, "margin by which simpo wants a chosen answer's reward above the rejected one's"
+        1.0, "margin between the rewards of a chosen and a rejected answer (simpo)"
     )
-    desirable_weight: float = option(1.0, "what kto's good answers weigh")
-    undesirable_weight: float = option(1.0, "what kto's bad answers weigh")
+    desirable_weight: float = option(1.0, "weight of good answers (kto)")
+    undesirable_weight: float = option(1.0, "weight of bad answers (kto)")
+    kl_weight: float = option(
+        0.0,
+        "weight of KL(tuned || model before its training) at each learned token (sft): less is "
+        "forgotten, for one more forward",
+    )
 
     def __post_init__(self) -> None:
         check_choices("training", self)
@@ -97,7 +102,7 @@ class TrainingConfig:
         elif self.max_steps is not None and self.num_train_epochs is not None:
             raise ConfigError(
                 "training.max_steps and training.num_train_epochs exclude each other; "
-                f"got {self.max_steps} and {self.num_train_epochs}: leave one of them out"
+                f"got {self.max_steps} and {self.num_train_epochs}; leave one of them out"
             )
         sizes = "per_device_train_batch_size", "gradient_accumulation_steps"
         words = dict.fromkeys((*sizes, "learning_rate"), "be a number or auto")
@@ -118,9 +123,12 @@ class TrainingConfig:
         check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
         check(("warmup_ratio",), "be in [0, 1]", lambda x: 0 <= x <= 1)
         check(("label_smoothing",), "be in [0, 0.5)", lambda x: 0 <= x < 0.5)
-        weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight"
+        weights = "rpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight", "kl_weight"
         check(weights, "be at least 0, and finite", lambda x: 0 <= x < math.inf)
         check(("adam_beta1", "adam_beta2"), "be in [0, 1)", lambda x: 0 <= x < 1)
+        sft = self.objective == "sft" or not self.kl_weight
+        rule = f"be left out: training.objective={self.objective} compares answers"
+        require(sft, "training.kl_weight", rule, self.kl_weight)
 
     @property
     def reward_scale(self) -> float:
@@ -226,8 +234,8 @@ def batches_of(
         in_step = size * training.accumulation * share.get("world_size", 1)
         if min(in_step, len(examples)) < 2:
             raise ConfigError(
-                "training.objective=kto compares each answer with another one of its step, and a "
-                "step has one example; set training.per_device_train_batch_size=4"
+                "training.objective=kto compares each answer with others of its step, and a step "
+                "has one example; set training.per_device_train_batch_size=4"
             )
         share["mismatch_within"] = in_step
     return make_batches(examples, size, training.seed, data.shuffle, epochs=epochs, **share)

@@ -7,13 +7,14 @@ with named values between them. The forward runs them and keeps the values that 
 names in `memory.KEPT`; the memory planner sums the same table. The head then computes loss and
 gradient of the supervised positions alone, a slice of the vocabulary at a time (`train.loss`).
 Where labels are weighed, or answers compared (`train.preferences`), each position's gradient is
-multiplied by a number then. The backward takes the VJP of each piece in reverse order, adds
-gradients by name, and runs those pieces again whose values it needs and were not kept. Frozen
-matrices are multiplied with and never differentiated. Dropout is a function of seed, row, column,
-layer and linear, so a piece that runs twice draws the same mask. What is evaluated when decides the
-peak of memory: a layer is finished before the next but one begins. The gradients of all chunks,
-micro-batches and processes are added up, and divided once by the step's supervised tokens
-(`train.step`).
+multiplied by a number then; with a `kl_weight` the head compares with hidden states that the model
+as it was before its training has computed first. The backward takes the VJP of each piece in
+reverse order, adds gradients by name, and runs those pieces again whose values it needs and were
+not kept. Frozen matrices are multiplied with and never differentiated. Dropout is a function of
+seed, row, column, layer and linear, so a piece that runs twice draws the same mask. What is
+evaluated when decides the peak of memory: a layer is finished before the next but one begins. The
+gradients of all chunks, micro-batches and processes are added up, and divided once by the step's
+supervised tokens (`train.step`).
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -26,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import device
+from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
@@ -45,6 +47,7 @@ from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import Losses, Weigh, by_batch, losses_by_slice
 from mlx_qlora.train.memory import EXPONENTIALS, KEPT, NOTHING, Recompute, Shard
+from mlx_qlora.train.score import of_base
 from mlx_qlora.tree import bound, flat, nested
 
 # ---- the pieces of a layer -----------------------------------------------------------------------
@@ -301,25 +304,32 @@ class Engine:
     """Differentiates a model's loss with respect to its LoRA weights.
 
     `recompute` is as in `loss_and_grads`, or the level of each layer; if `compiled`, elementwise
-    operations are fused with `mx.compile`.
+    operations are fused with `mx.compile`. To the loss `kl_weight` times the divergence from what
+    the model is when this is made is added, without that model's dropout.
 
     Raises:
         ConfigError: the model has nothing to train, or `recompute` is none of its words.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, recompute: Recompute = "auto", compiled: bool = True
+        self,
+        model: LlamaForCausalLM,
+        recompute: Recompute = "auto",
+        compiled: bool = True,
+        kl_weight: float = 0.0,
     ) -> None:
         trainable = flat(model.trainable_parameters())
         if not trainable:
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
-        self.model, self.compiled = model, compiled
+        self.model, self.compiled, self.kl_weight = model, compiled, kl_weight
+        self.base = Untrained(model) if kl_weight else None
         self.dtype = model.model.embed_tokens.dtype
         self.recompute = memory.check_recompute(recompute, len(model.layers))
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
+        self.trainable = sum(weight.size for weight in trainable.values())
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
         self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
         differentiated = {
@@ -331,8 +341,8 @@ class Engine:
         }
         if missing := sorted(trainable.keys() - differentiated):
             raise ConfigError(
-                f"{missing[0]} is trainable, and has no gradient here: LoRA weights have one; "
-                "freeze the others (model.freeze(), then add_lora)"
+                f"{missing[0]} is trainable, but only LoRA weights can be trained; freeze the "
+                "others (model.freeze(), then add_lora)"
             )
         # Below the first layer that learns nothing is kept, and there is no backward.
         self.first = min(int(path.split(".")[2]) for path in trainable)
@@ -348,6 +358,7 @@ class Engine:
     ) -> tuple[mx.array, float, dict[str, mx.array]]:
         """(loss_sum, n_tokens, grads) at the given LoRA weights; both by their paths.
 
+        With a `kl_weight`, loss_sum is (2,): the sum of the loss and, within it, of the divergence.
         The gradients are added to those `before`, of earlier micro-batches. `all_reduce` gets each
         layer's as soon as they are complete; it is for the last batch of a step. `compare` weighs
         the labels of whole rows, whose documents are then in one chunk.
@@ -358,7 +369,8 @@ class Engine:
             unit_of = np.unique(documents[:, 0], return_inverse=True)[1]
         lengths = np.bincount(unit_of, documents[:, 2] - documents[:, 1]).astype(int).tolist()
         plan = self.planned(lengths)[1]
-        grads, loss, n_tokens = dict(before or {}), mx.array(0.0), 0
+        grads, n_tokens = dict(before or {}), 0
+        loss = mx.zeros(2) if self.kl_weight else mx.array(0.0)
         weigh = by_batch if compare is None and batch.weights is not None else compare
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
@@ -388,9 +400,10 @@ class Engine:
         By nothing but the lengths, so that the same batch is always computed the same way.
         """
         sizes = self.model.config, lengths, self.dtype.size
-        streamed, one_by_one = self.reader is not None, self.one_by_one
-        footprint = memory.Footprint(*sizes, streamed=streamed, one_by_one=one_by_one)
-        return footprint, footprint.schedule(self.recompute, footprint.budget(self.persistent))
+        more: Any = {"one_by_one": self.one_by_one, "has_base": self.base is not None}
+        footprint = memory.Footprint(*sizes, streamed=self.reader is not None, **more)
+        budget = footprint.budget(self.persistent)
+        return footprint, footprint.schedule(self.recompute, budget, self.trainable)
 
     def limit_memory(self, lengths: list[int]) -> None:
         """Keep MLX's memory where the plan of the largest batch says, of documents that long."""
@@ -407,6 +420,7 @@ class Engine:
         weigh: Weigh | None,
     ) -> tuple[mx.array, float]:
         """The loss sum of a chunk and its tokens; its gradients are added to `grads`."""
+        bases = of_base(self.model, shards, self.base)
         tapes = [
             [Tape(layer, shard, shard.keys[i], self.compiled, self.one_by_one) for shard in shards]
             for i, layer in enumerate(self.model.layers)
@@ -428,6 +442,8 @@ class Engine:
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
+        for tape in tapes[-1] if self.base else ():
+            tape.values["base"] = bases.pop(0)  # and nowhere else: it goes when the head has it
         losses: list[mx.array] = []
         if weigh is None:
             n: float = sum(shard.targets.size for shard in shards)
@@ -451,7 +467,7 @@ class Engine:
                 complete.add(path)
             if all_reduce is not None:
                 all_reduce.reduce(grads, complete)
-        return mx.stack(losses).sum(), n
+        return mx.stack(losses).sum(0), n
 
     def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
         """Starts a layer's computations, with one dequantised copy of each of its matrices.
@@ -475,6 +491,8 @@ class Engine:
         """From the last layer's output of a shard to its loss sum and gradient."""
         found = yield from self._head(tape)
         losses.append(found.nats.sum())
+        if found.kl is not None:
+            losses[-1] = mx.stack([losses[-1], found.kl.sum()])
         yield from self._from_head(tape, found.gradient, losses[-1:])
 
     def _weighed_loss(
@@ -491,6 +509,9 @@ class Engine:
         labels = np.concatenate([tape.shard.labels for tape in tapes])
         weighed = weigh(batch, labels, np.concatenate(nats))
         losses.append(mx.array(weighed.loss, mx.float32))
+        if self.kl_weight:
+            kl = weighed.weights @ np.concatenate([found[i].kl for i in range(len(tapes))])
+            losses[-1] = mx.array([weighed.loss, kl], mx.float32)
         ends = np.cumsum([len(each) for each in nats])[:-1]
         stages = []
         for i, weights in enumerate(np.split(weighed.weights, ends)):
@@ -505,7 +526,7 @@ class Engine:
         hidden = self.model.model.normalised(x[tape.shard.positions])
         yield [hidden]
         args = self.model.head, hidden, tape.shard.targets, True, softcap
-        return (yield from losses_by_slice(*args))
+        return (yield from losses_by_slice(*args, tape.values.pop("base", None), self.kl_weight))
 
     def _from_head(self, tape: Tape, gradient: mx.array, more: list[mx.array]) -> Stages:
         """From the gradient of the supervised positions to that of the last layer's output."""

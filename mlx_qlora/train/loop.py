@@ -176,7 +176,7 @@ class Run:
         more = training.weight_decay, training.max_grad_norm, model.lora_config.loraplus_lr_ratio
         self.optimizer = AdamW(model.trainable_parameters(), *adam, *more)
         self.stop = StopSignal(agreed=self.processes.size > 1)
-        engine = Engine(model, training.recompute, compiled=bool(compiled))
+        engine = Engine(model, training.recompute, bool(compiled), training.kl_weight)
         engine.limit_memory(largest_micro_batch(inputs.train, training.rows))
         self.preferences = None
         if training.objective != "sft":
@@ -278,10 +278,10 @@ class Run:
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
         self.metrics.event(self.epoch, skipped=reason, rows=rows)
         shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-        warn(self.console, f"step {state.step}: {reason}: skipped. Rows: {shown}")
+        warn(self.console, f"step {state.step} skipped: {reason}; rows: {shown}")
         if state.skipped_in_a_row >= self.config.training.max_skipped_steps:
             raise StepError(
-                f"step {state.step}: {reason}: {state.skipped_in_a_row} steps in a row were "
+                f"step {state.step}: {reason}, and {state.skipped_in_a_row} steps in a row were "
                 "skipped (training.max_skipped_steps); lower training.learning_rate, or look at "
                 f"these rows: {shown}",
                 again=False,
@@ -391,7 +391,7 @@ class Run:
                 load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
             say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
         except ConfigError as error:  # it was not saved by this run, or damaged since
-            warn(self.console, f"step {best[0]} was best, but {error}: the last weights stay")
+            warn(self.console, f"step {best[0]} was best, but {error}; the last weights are kept")
         # Of several processes only the first one has read them.
         self.optimizer.weights = self.processes.broadcast_array(self.optimizer.weights)
         self.model.update(self.optimizer.tree())
@@ -424,7 +424,9 @@ def saved_if_others_are_lost(run: Run) -> Iterator[None]:
     except ProcessError as error:
         if run.processes.is_first:
             last = run.save_if_new()
-            kept = f"The same command goes on from {last}" if last else last_checkpoint(run.output)
+            kept = (
+                f"The same command continues from {last}" if last else last_checkpoint(run.output)
+            )
         else:  # whose disk may be another one
-            kept = "The same command goes on from what process 0 has saved last"
+            kept = "The same command continues from what process 0 saved last"
         raise ProcessError(f"{error}. {kept}", error.is_shared) from None

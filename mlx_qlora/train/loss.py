@@ -10,6 +10,10 @@ The head is frozen, so the only gradient is that of the hidden states,
 and it is made in the forward: the vocabulary passes in slices, and what was summed is rescaled when
 a larger logit turns up (Milakov & Gimelshein 2018, arXiv 1805.02867). A slice of the head is
 dequantised once for all tokens, and memory is that of (S, slice), not of (S, V).
+
+The divergence of these probabilities p from those of the base, q, is summed up on the same way:
+
+    KL(p || q) = sum of p_i log(p_i / q_i),    d KL / d logit_i = p_i (log(p_i / q_i) - KL).
 """
 
 from collections.abc import Callable, Generator
@@ -34,6 +38,7 @@ class Losses:
     nats: mx.array  # (S,) float32, the loss of each target
     gradient: Any = None  # (S, D) float32, of the sum of the nats by the hidden states
     choices: Any = None  # (S,) uint32, the head's first choices
+    kl: Any = None  # (S,) float32, KL(p || q), where the hidden states of q are given
 
 
 def cross_entropy(
@@ -42,6 +47,8 @@ def cross_entropy(
     targets: mx.array,
     differentiate: bool = True,
     softcap: float | None = None,
+    base: mx.array | None = None,
+    kl_weight: float = 0.0,
 ) -> Losses:
     """The losses of some tokens, and their gradient, or else the head's first choices.
 
@@ -51,8 +58,10 @@ def cross_entropy(
         targets: (S,) int, from 0 to V - 1.
         differentiate: True for the gradient, False for the choices.
         softcap: logits z become softcap * tanh(z / softcap), as Gemma 2's do.
+        base: (S, D), hidden states of a model to measure the divergence from.
+        kl_weight: so much of the divergence is in the nats and in their gradient.
     """
-    slices = losses_by_slice(head, hidden, targets, differentiate, softcap)
+    slices = losses_by_slice(head, hidden, targets, differentiate, softcap, base, kl_weight)
     while True:
         try:
             next(slices)
@@ -66,18 +75,20 @@ def losses_by_slice(
     targets: mx.array,
     differentiate: bool,
     softcap: float | None = None,
+    base: mx.array | None = None,
+    kl_weight: float = 0.0,
 ) -> Generator[list[mx.array], None, Losses]:
     """As `cross_entropy`; yields after each slice what has to be computed before the next."""
     S, D = hidden.shape
     top, total, wanted = mx.full((S, 1), -mx.inf), mx.zeros((S, 1)), mx.zeros((S, 1))
     choices, mean_row = mx.zeros((S, 1), mx.uint32), mx.zeros((S, D))  # the latter not yet divided
-    for start, end in vocabulary_slices(*head.shape, S):
+    log_sum, apart, apart_row, shift = top, total, mean_row, total  # of the divergence
+    of_base: list[mx.array] = []
+    for start, end in vocabulary_slices(*head.shape, 2 * S if kl_weight else S):
         # Tied to all results of the slice before: one that waited would keep its logits alive.
-        before = [total, wanted, mean_row if differentiate else choices]
+        before = [total, wanted, mean_row if differentiate else choices, *of_base]
         rows = head.rows(start, end, before)
-        logits = rows.multiply(mx.depends([hidden], before)[0]).astype(mx.float32)
-        if softcap is not None:
-            logits = softcap * mx.tanh(logits / softcap)
+        logits = _logits(rows, mx.depends([hidden], before)[0], softcap)
         highest = logits.max(axis=-1, keepdims=True)
         is_here = (targets >= start) & (targets < end)
         index = mx.clip(targets - start, 0, end - start - 1)
@@ -86,20 +97,48 @@ def losses_by_slice(
         old_top, top = top, mx.maximum(top, highest)
         weights, rescale = exp(logits - top), exp(old_top - top)
         total = total * rescale + weights.sum(axis=-1, keepdims=True)
+        sloped = weights if softcap is None else weights * (1 - (logits / softcap).square())
+        if base is not None:
+            logits_of_base = _logits(rows, mx.depends([base], before)[0], softcap)
+            most = logits_of_base.max(axis=-1, keepdims=True)
+            summed = exp(logits_of_base - most).sum(axis=-1, keepdims=True)
+            log_sum = mx.logaddexp(log_sum, most + mx.log(summed))
+            distance = logits - logits_of_base
+            if start == 0:  # what all logits moved by says nothing, and would swallow 16 bits
+                shift = distance.mean(axis=-1, keepdims=True)
+            distance = distance - shift
+            apart = apart * rescale + (weights * distance).sum(axis=-1, keepdims=True)
+            if differentiate:
+                more = rows.multiply_back((sloped * distance).astype(hidden.dtype))
+                apart_row = apart_row * rescale + more
+            of_base = [log_sum, apart, apart_row]
         if differentiate:
-            sloped = weights if softcap is None else weights * (1 - (logits / softcap).square())
             mean_row = mean_row * rescale + rows.multiply_back(sloped.astype(hidden.dtype))
         else:
             first = (mx.argmax(logits, -1, keepdims=True) + start).astype(mx.uint32)
             choices = mx.where(highest > old_top, first, choices)
-        yield [top, total, wanted, mean_row if differentiate else choices]
-    nats = (top + mx.log(total) - wanted)[:, 0]
+        yield [top, total, wanted, mean_row if differentiate else choices, *of_base]
+    log_total, kl = top + mx.log(total), None
+    nats = (log_total - wanted)[:, 0]
+    if base is not None:
+        apart = apart / total
+        kl = (apart + shift + (log_sum - log_total))[:, 0]
     if not differentiate:
-        return Losses(nats, choices=choices[:, 0])
+        return Losses(nats, choices=choices[:, 0], kl=kl)
     rows_of_targets = head.lookup(targets).astype(mx.float32)
     if softcap is not None:
         rows_of_targets = rows_of_targets * (1 - (wanted / softcap).square())
-    return Losses(nats, mean_row / total - rows_of_targets)
+    gradient = mean_row / total - rows_of_targets
+    if kl is not None:
+        nats = nats + kl_weight * kl
+        gradient = gradient + kl_weight * (apart_row - apart * mean_row) / total
+    return Losses(nats, gradient, kl=kl)
+
+
+def _logits(rows: FrozenMatrix, hidden: mx.array, softcap: float | None) -> mx.array:
+    """Hidden states (S, D) -> the logits of some rows of the head (S, n), float32."""
+    logits = rows.multiply(hidden).astype(mx.float32)
+    return logits if softcap is None else softcap * mx.tanh(logits / softcap)
 
 
 def vocabulary_slices(V: int, D: int, S: int) -> list[tuple[int, int]]:

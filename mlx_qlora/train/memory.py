@@ -65,13 +65,16 @@ class Footprint:
     machine: Machine = field(default_factory=lambda: this_machine())
     streamed: bool = False  # whether each chunk reads the layers' weights from the disk
     one_by_one: bool = False  # and one matrix at a time is dequantised and multiplied
+    has_base: bool = False  # whether the head compares with hidden states of another model
 
     def kept(self, levels: list[int], n_chunks: int) -> int:
         """What the forward of the largest chunk keeps for the backward."""
         positions, T = largest_chunk(self.lengths, n_chunks)
         here = self.machine.device
         each = [layer_bytes(self.config, level, T, self.itemsize, here) for level in LEVELS]
-        return positions * sum(each[level] for level in levels)
+        # The hidden states, and a gradient beside that of the loss; at most all are supervised.
+        of_base = self.has_base * self.config.hidden_size * (self.itemsize + FLOAT32)
+        return positions * (sum(each[level] for level in levels) + of_base)
 
     def working(self, level: int, n_chunks: int) -> int:
         """Arrays that come and go while layers are computed, of about two layers at once.
@@ -109,10 +112,11 @@ class Footprint:
         work = self.working(LAYER, default_chunks(self.lengths, self.machine))
         return self.machine.device.memory_share * self.machine.working_set_bytes - persistent - work
 
-    def schedule(self, recompute: list[int] | str, budget: float) -> Schedule:
+    def schedule(self, recompute: list[int] | str, budget: float, trainable: int = 0) -> Schedule:
         """The schedule that recomputes least and keeps at most `budget` bytes, if one does.
 
-        `recompute` is each layer's level, or "auto" to choose them.
+        `recompute` is each layer's level, or "auto" to choose them; `trainable` numbers have
+        gradients, which lie beside what is kept.
         """
         lengths, machine = self.lengths, self.machine
         n_chunks, n = default_chunks(lengths, machine), max(len(lengths), 1)
@@ -129,6 +133,8 @@ class Footprint:
         while n_chunks < most_chunks and self.kept(recomputed, n_chunks) > budget:
             n_chunks += 1
             budget = room - self.scratch(n_chunks)
+        # Not before the chunks, whose number changes the last bits of sums.
+        budget -= step_bytes(trainable, n_chunks, accumulates=True)
         # The MLP before the whole layer: its two matmuls free the most, and need no attention.
         for level in LEVELS[1:]:
             for i in range(len(levels)):

@@ -31,14 +31,14 @@ RUN_ID = "wandb_run_id"
 class LoggingConfig:
     """How often figures are written, and where besides `metrics.jsonl`."""
 
-    logging_steps: int = option(10, "write figures every this many steps (and at the last)")
+    logging_steps: int = option(10, "steps between written figures; the last step has them, too")
     report_to: list[str] | str = option(
         [], "tensorboard, wandb or both, besides metrics.jsonl, which is always written"
     )
     run_name: str | None = option(
-        None, "of the run in trackers; null takes the output folder's name"
+        None, "name of the run in trackers. null: the output folder's name"
     )
-    project: str = option("mlx-qlora", "the project that wandb files the run under")
+    project: str = option("mlx-qlora", "project of the run in wandb")
 
     def __post_init__(self) -> None:
         steps, name = self.logging_steps, self.run_name
@@ -69,7 +69,7 @@ def require_trackers(report_to: list[str]) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # no origin: a folder `wandb` of offline runs
             raise ConfigError(
-                f"logging.report_to: {name} is not installed: pip install 'mlx-qlora[{name}]'"
+                f"logging.report_to: {name} is not installed; run: pip install 'mlx-qlora[{name}]'"
             )
     if "wandb" not in report_to:
         return
@@ -84,7 +84,7 @@ def require_trackers(report_to: list[str]) -> None:
         raise ConfigError(f"logging.report_to: wandb: {error}; run `wandb login`") from None
     if not has_key:
         raise ConfigError(
-            "logging.report_to: wandb has no API key for this machine: run `wandb login`, or set "
+            "logging.report_to: wandb has no API key on this machine; run `wandb login`, or set "
             "WANDB_MODE=offline to keep the run here until `wandb sync`"
         )
 
@@ -192,7 +192,7 @@ class Wandb:
             )
         except Exception as error:  # its own process answers with errors that are no wandb.Error
             raise ConfigError(
-                f"logging.report_to: wandb cannot begin a run: {error}; set WANDB_MODE=offline to "
+                f"logging.report_to: wandb cannot start a run: {error}; set WANDB_MODE=offline to "
                 "keep it on this machine, or leave wandb out"
             ) from None
         if not self.run.disabled and self.run.id != known:
@@ -282,7 +282,7 @@ class Metrics:
             try:
                 tracker.close(failed=kind is not None)
             except (Exception, KeyboardInterrupt) as error:  # what was trained is worth more
-                self._warn(tracker, error, "its last figures may be missing there")
+                self._warn(tracker, error, "the last figures may be missing there")
 
     def train_step(self, epoch: float, result: StepResult, rate: float) -> None:
         """Shows an optimiser step, and records the mean loss of each log window.
@@ -372,8 +372,9 @@ class Metrics:
 
 
 def _compared(metrics: dict[str, float]) -> list[str]:
-    """How an objective that compares answers tells them apart, in words."""
+    """How far an objective that compares models or answers tells them apart, in words."""
     words = {"rewards/accuracies": "accuracy {:.0%}", "rewards/margins": "margin {:.3f}"}
+    words["kl"] = "KL {:.3f}"
     return [text.format(metrics[name]) for name, text in words.items() if name in metrics]
 
 

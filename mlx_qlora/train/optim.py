@@ -95,7 +95,7 @@ class AdamW:
             grads: tree of gradients of the loss sum over all micro-batches of the step.
             n_tokens: supervised tokens of the step, or their weights; the only division is here.
             rate: the learning rate.
-            nats: the loss sum.
+            nats: the loss sum, and what else has to be finite.
 
         Returns:
             The gradient's global norm before clipping, a float32 scalar.
@@ -105,7 +105,7 @@ class AdamW:
         norm = self._norm(grad) / n
         # Before clipping, which would make a finite number of an infinite one. A moment that has
         # once been NaN stays so: nothing moves where anything is not finite.
-        finite = mx.isfinite(norm) & mx.isfinite(mx.array(nats, mx.float32))
+        finite = mx.isfinite(norm) & mx.isfinite(mx.array(nats, mx.float32)).all()
         finite &= (norm > 0) | (n_tokens == 0)  # see `Step`: a device that lost its work
         factor = mx.array(1 / n)
         if self.max_grad_norm is not None:

@@ -15,50 +15,21 @@ Dropout is off: in a difference of two log-probabilities it would be noise.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_qlora.adapters.several import disabled
+from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.data.batches import IGNORE, Batch, Batches, evaluation_batches, mismatch
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.preferences import KIND_OF, PAIRS
 from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.progress import doing
 from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.loss import Weighed
 from mlx_qlora.train.score import answers_of_documents, log_probabilities, nats_of_labels
-
-# ---- the model before its training ---------------------------------------------------------------
-
-
-class Untrained:
-    """Lends a model as it is when this is made, before its training."""
-
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        self.model = model
-        acts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
-        # Of an adapter that does something from the start, which training replaces.
-        self.start = model.trainable_parameters() if any(acts) else None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """The model as it was, and afterwards as it is."""
-        if self.start is None:
-            with disabled(self.model):
-                yield
-            return
-        trained = self.model.trainable_parameters()
-        self.model.update(self.start)
-        try:
-            yield
-        finally:
-            self.model.update(trained)
-
 
 # ---- answers and their losses --------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """How well a model predicts some batches: sums over their supervised tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +37,7 @@ def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
     """Scores a model on batches, without dropout."""
     total = Score()
     for batch in batches:
-        for shard, choice, target, nats in _scored(model, batch):
+        for shard, choice, target, nats, _ in _scored(model, batch):
             position, place = np.array(shard.positions), np.array(shard.documents.positions)
             if batch.weights is not None and batch.answers is not None:
                 weights = batch.weights.reshape(-1)[shard.labels].astype(np.float64)
@@ -60,19 +62,25 @@ class RowScores:
     nats: np.ndarray  # (B,) float64
     hits: np.ndarray  # (B,) int64, targets that were the model's first choice
     tokens: np.ndarray  # (B,) int64; 0 where nothing of a row is learned
+    kl: np.ndarray  # (B,) float64, KL(model || base) in nats; 0 where no base was given
 
 
-def score_rows(model: LlamaForCausalLM, batch: Batch) -> RowScores:
+# Makes a model another one, for a while.
+Lend = Callable[[], AbstractContextManager[Any]]
+
+
+def score_rows(model: LlamaForCausalLM, batch: Batch, base: Lend | None = None) -> RowScores:
     """Scores each row of a batch by itself, without dropout."""
     B = batch.tokens.shape[0]
-    total = RowScores(np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64))
+    total = RowScores(np.zeros(B), np.zeros(B, np.int64), np.zeros(B, np.int64), np.zeros(B))
     answers = np.ones(batch.tokens.size, bool) if batch.answers is None else batch.answers
-    for shard, choice, target, nats in _scored(model, batch):
+    for shard, choice, target, nats, kl in _scored(model, batch, base):
         row, is_answer = np.array(shard.documents.row), answers.reshape(-1)[shard.labels]
         row = row[np.array(shard.positions)]
         np.add.at(total.nats, row, nats.astype(np.float64) * is_answer)
         np.add.at(total.hits, row, (choice == target) & is_answer)
         np.add.at(total.tokens, row, is_answer)
+        np.add.at(total.kl, row, kl.astype(np.float64) * is_answer)
     return total
 
 
@@ -83,7 +91,7 @@ def log_probabilities(model: LlamaForCausalLM, batch: Batch) -> np.ndarray:
 
 def nats_of_labels(model: LlamaForCausalLM, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """All labels of a batch (S,), as places in its rows end to end, and their nats (S,) float32."""
-    found = [(shard.labels, nats) for shard, _, _, nats in _scored(model, batch)]
+    found = [(shard.labels, nats) for shard, _, _, nats, _ in _scored(model, batch)]
     labels, nats = zip(*found) if found else ([np.zeros(0, int)], [np.zeros(0, np.float32)])
     return np.concatenate(labels), np.concatenate(nats)
 
@@ -96,22 +104,47 @@ def answers_of_documents(batch: Batch, labels: np.ndarray, values: np.ndarray) -
 
 
 def _scored(
-    model: LlamaForCausalLM, batch: Batch
-) -> Iterator[tuple[Shard, np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each shard's supervised tokens (S,) the model's first choice, the target, the loss."""
+    model: LlamaForCausalLM, batch: Batch, base: Lend | None = None
+) -> Iterator[tuple[Shard, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each shard's supervised tokens (S,) the first choice, the target, the loss, the KL."""
     documents = supervised_documents(batch)
     n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
     for shards in chunks_of(model, batch, documents, n_chunks):
         with cores_shared(shards):
-            results = _losses(model, shards)
-            mx.eval([(losses.nats, losses.choices) for losses in results])
+            results = _losses(model, shards, of_base(model, shards, base))
+            mx.eval([(losses.nats, losses.choices, losses.kl) for losses in results])
         for shard, losses in zip(shards, results):
-            yield shard, np.array(losses.choices), np.array(shard.targets), np.array(losses.nats)
+            kl = np.zeros(len(shard.labels)) if losses.kl is None else np.array(losses.kl)
+            target, nats = np.array(shard.targets), np.array(losses.nats)
+            yield shard, np.array(losses.choices), target, nats, kl
 
 
-def _losses(model: LlamaForCausalLM, shards: list[Shard]) -> list[Losses]:
+def _losses(
+    model: LlamaForCausalLM, shards: list[Shard], bases: list[mx.array | None]
+) -> list[Losses]:
     """What the head says of each shard's supervised tokens."""
-    tree, cap = model.model, model.config.logits_softcap
+    cap = model.config.logits_softcap
+    triples = zip(_in_streams(shards), hidden_states(model, shards), bases)
+    return [
+        cross_entropy(model.head, x, shard.targets, False, cap, base) for shard, x, base in triples
+    ]
+
+
+def of_base(
+    model: LlamaForCausalLM, shards: list[Shard], base: Lend | None
+) -> list[mx.array | None]:
+    """As `hidden_states`, of the base; None for each shard where there is none."""
+    if base is None:
+        return [None] * len(shards)
+    with base():
+        hidden = hidden_states(model, shards)
+        mx.eval(hidden)
+    return [*hidden]
+
+
+def hidden_states(model: LlamaForCausalLM, shards: list[Shard]) -> list[mx.array]:
+    """What the head reads of each shard's supervised tokens (S, D), without dropout."""
+    tree = model.model
 
     def step(i: int, xs: list[mx.array]) -> list[mx.array]:
         pairs = zip(_in_streams(shards), xs)
@@ -119,9 +152,7 @@ def _losses(model: LlamaForCausalLM, shards: list[Shard]) -> list[Losses]:
 
     xs = tree.through(step, [tree.embed(shard.tokens) for shard in _in_streams(shards)])
     pairs = zip(_in_streams(shards), xs)
-    hidden = [tree.normalised(x)[shard.positions] for shard, x in pairs]
-    pairs = zip(_in_streams(shards), hidden)
-    return [cross_entropy(model.head, x, shard.targets, False, cap) for shard, x in pairs]
+    return [tree.normalised(x)[shard.positions] for shard, x in pairs]
 
 
 def _in_streams(shards: list[Shard]) -> Iterator[Shard]:

@@ -18,8 +18,8 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum  # the exit code is 128 + signum
         self.checkpoint = checkpoint
         name = signal.Signals(signum).name
-        saved = f"saved {checkpoint}" if checkpoint else "no step was done yet"
-        super().__init__(f"stopped by {name}; {saved}. The same command goes on from there")
+        saved = f"saved {checkpoint}" if checkpoint else "no step was finished"
+        super().__init__(f"stopped by {name}; {saved}. The same command continues from there")
 
 
 class StopSignal:

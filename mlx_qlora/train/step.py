@@ -132,8 +132,9 @@ class Step:
             )
         # The one division, by the tokens supervised in the step; then clipping and AdamW.
         norm = retried(lambda: optimizer.update(grads, n, rate, nats), only_once)
-        metrics = preferences.metrics() if preferences is not None else {}
-        result = StepResult(number(nats) / (n or 1), number(norm), tokens, rows, signum, metrics)
+        loss, *kl = [total / (n or 1) for total in np.array(nats).reshape(-1).tolist()]
+        metrics = preferences.metrics() if preferences is not None else dict(zip(["kl"], kl))
+        result = StepResult(loss, number(norm), tokens, rows, signum, metrics)
         if n and result.grad_norm == 0 and all_reduce is None:
             # Metal may lose work without an error (mlx#3979), and what it should have written is 0.
             # A gradient may be 0, too: of small numbers in float16, of queries that see one key.
@@ -171,8 +172,8 @@ class Step:
         rows = max(len(batch.tokens) for batch in micro_batches)
         warn(
             self.console,
-            f"out of memory: of {rows} rows at most {-(-most // 2)} are computed at "
-            "once from here on; the result is the same",
+            f"out of memory: from now on at most {-(-most // 2)} of {rows} rows are computed at "
+            "once; the result is the same",
         )
 
 
@@ -206,13 +207,13 @@ def retried(work: Callable[[], T], make_room: Callable[[str, int], None]) -> T:
 def only_once(reason: str, failures: int) -> None:
     """Makes no more room than `retried` does, for the update: fewer rows would not help there."""
     if failures > 1:
-        words = f"out of memory while the weights are moved; lower lora.r ({reason})"
+        words = f"out of memory while the weights are updated; lower lora.r ({reason})"
         raise StepError(words, again=True)
 
 
 def give_up(reason: str, _: int = 1) -> NoReturn:
     """Ends the run: the device failed, or what other processes have counted cannot be repeated."""
-    raise StepError(f"the device gave up: {reason}{device.hint(reason)}", again=True)
+    raise StepError(f"the device failed: {reason}{device.hint(reason)}", again=True)
 
 
 def split(batch: Batch, n: int) -> list[Batch]:
@@ -232,9 +233,9 @@ def suspects(losses: list[tuple[Batch, mx.array]], elsewhere: bool) -> tuple[str
 
     `elsewhere`: whether there are other processes and the gradients of this one are finite.
     """
-    spoilt = [batch for batch, loss in losses if not math.isfinite(number(loss))]
+    spoilt = [batch for batch, loss in losses if not math.isfinite(number(loss.sum()))]
     if elsewhere and not spoilt:
-        return ("rows of another process: see its rank-*.log",)
+        return ("rows of another process; see its rank-*.log",)
     return tuple(place for batch in spoilt or (b for b, _ in losses) for place in batch.places)
 
 

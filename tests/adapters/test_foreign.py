@@ -113,7 +113,7 @@ def test_a_generic_config_is_read_as_peft_reads_it(
     theirs = moved_by_peft(hf_tiny[0], tmp_path / "a", r=4, lora_alpha=8, **options)
     model = load_folder(hf_tiny[1])
     if passed_over:
-        with pytest.warns(AdapterWarning, match=f"no such thing: .*{passed_over}"):
+        with pytest.warns(AdapterWarning, match=f"none of these: .*{passed_over}"):
             load_adapter(model, tmp_path / "a")
     else:
         load_adapter(model, tmp_path / "a")
@@ -195,14 +195,14 @@ def test_copies_of_the_base_s_embeddings_are_passed_over_and_others_are_refused(
     wanted = our_logits(load_adapter(bare(base, quantize, compute), tmp_path / "a"), TOKENS)
     for names in (["embed_tokens"], ["embed_tokens", "lm_head"]):
         carry(tmp_path / "a", base, names, as_it_is, dtype)
-        said = f"also carries {' and '.join(names)}, equal to the base's: not read"
+        said = f"also holds {' and '.join(names)}, equal to the base's, which are ignored"
         with pytest.warns(AdapterWarning, match=said):
             loaded = load_adapter(bare(base, quantize, compute), tmp_path / "a")
         np.testing.assert_array_equal(our_logits(loaded, TOKENS), wanted)
     for change in (with_a_row_trained, with_a_row_more):
         carry(tmp_path / "a", base, ["lm_head"], change, dtype)
         model = bare(base, quantize, compute)
-        with pytest.raises(AdapterError, match=r"also carries embed_tokens and lm_head.*with PEFT"):
+        with pytest.raises(AdapterError, match=r"also holds embed_tokens and lm_head.*with PEFT"):
             load_adapter(model, tmp_path / "a")
         assert not lora_layers(model)
 

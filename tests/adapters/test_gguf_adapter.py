@@ -175,7 +175,7 @@ def test_a_base_without_a_repository_has_no_url(
 
 def test_dora_is_refused_with_the_remedy(base: Path, tmp_path: Path) -> None:
     model = adapted(base, replace(CONFIGS["plain"], use_dora=True))
-    with pytest.raises(AdapterError, match=r"llama\.cpp knows no DoRA: merge"):
+    with pytest.raises(AdapterError, match=r"llama\.cpp does not support DoRA; merge"):
         save_gguf_adapter(model, tmp_path / "a.gguf")
     assert os.listdir(tmp_path) == []
 
@@ -256,7 +256,7 @@ def test_the_modelfile_begins_from_the_gguf_that_was_trained_on(base: Path, tmp_
 def test_an_unknown_gguf_base_is_said_to_be_unknown(base: Path, tmp_path: Path) -> None:
     save_gguf_adapter(adapted(base, CONFIGS["plain"]), tmp_path / "a.gguf")
     assert instructions(tmp_path) == ["FROM ./base.gguf", "ADAPTER ./a.gguf"]
-    assert "Its GGUF is not known here" in (tmp_path / "Modelfile").read_text()
+    assert "Replace what FROM says" in (tmp_path / "Modelfile").read_text()
     assert "not known" not in modelfile("llama3.2:1b", "a.gguf")
 
 
@@ -280,7 +280,7 @@ def test_a_modelfile_that_says_something_else_is_refused_and_left_alone(
     base: Path, tmp_path: Path, there: str, ollama_base: str | None
 ) -> None:
     (tmp_path / "Modelfile").write_text(there)
-    with pytest.raises(AdapterError, match=r"Modelfile exists and lacks .*ADAPTER \./a\.gguf"):
+    with pytest.raises(AdapterError, match=r"Modelfile exists, without .*ADAPTER \./a\.gguf"):
         model = adapted(base, CONFIGS["plain"])
         save_gguf_adapter(model, tmp_path / "a.gguf", ollama_base=ollama_base)
     assert (tmp_path / "Modelfile").read_text() == there

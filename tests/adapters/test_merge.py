@@ -329,7 +329,7 @@ def test_a_base_that_is_not_the_original_is_refused_before_anything_is_written(
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     for base, error, words in (
-        (packed, mq.ConfigError, "is quantised itself"),
+        (packed, mq.ConfigError, "is quantised, too"),
         (tmp_path / "rope", mq.WeightsError, "rope is RopeConfig"),
         (tmp_path / "size", mq.WeightsError, "intermediate_size is 224; the model's is 192"),
         (tmp_path / "weights", mq.WeightsError, "model.norm.weight has other values"),
@@ -389,7 +389,7 @@ def test_the_verdict_says_what_was_lost() -> None:
         figures = {v: Figures(2.0, 0.5, 0.1, kept) for v in VERSIONS}
         return Drift(figures, 600, "4 bits")
 
-    lost = "rounding to 4 bits lost 34% of what was learned; take more bits, or keep the adapter"
+    lost = "rounding to 4 bits lost 34% of what was learned; take more bits, or keep the adapter separate"
     for kept, words in (
         (0.66, lost),
         (0.97, "keep 97%"),
@@ -487,13 +487,13 @@ def test_folders_of_others_are_refused_and_untouched(
         ("adapter", model, r"adapter/README\.md \(and 4 more\)"),
         ("notes", model, "choose another folder with --output-dir"),
         ("file", model, "is a file"),
-        ("own", trained, "is what the weights are read from"),
+        ("own", trained, "holds the weights that are read"),
     ):
         with pytest.raises(mq.ConfigError, match=words) as caught:
             save_merged(using, tokenizer, tmp_path / target)
         assert str(tmp_path / target) in str(caught.value)
         assert contents(tmp_path) == before
-    with pytest.raises(mq.ConfigError, match="is what the weights are read from"):
+    with pytest.raises(mq.ConfigError, match="holds the weights that are read"):
         save_merged(model, tokenizer, own, base=own)
 
 

@@ -205,7 +205,7 @@ def test_what_mlx_lm_would_misread_of_the_base_is_said_where_its_command_is(
     capsys.readouterr()
     assert main([*export, str(tmp_path / "mlx")]) == 0
     shown = capsys.readouterr().out
-    said = "mlx-lm 0.32 does not look into the base's rope_parameters"
+    said = "mlx-lm 0.32 does not read the base's rope_parameters"
     assert (said in shown) == (said in page) == bool(words)
     assert words in shown and words in page
     card = (tmp_path / "out" / "README.md").read_text()

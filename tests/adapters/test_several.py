@@ -353,7 +353,7 @@ def test_names_that_are_unknown_or_taken(base, folders):
         lambda: attach(model, folders("all"), "some"),
         lambda: combine(model, {"all": 1.0}, "some"),
     ):
-        with pytest.raises(ConfigError, match=r"has an adapter 'some' already: choose another"):
+        with pytest.raises(ConfigError, match=r"has an adapter 'some' already; choose another"):
             call()
     with pytest.raises(ConfigError, match="must be text; got ''"):
         attach(model, folders("all"), "")
@@ -381,7 +381,7 @@ def test_sums_that_do_not_exist(base, folders):
         combine(model, {"all": math.nan}, "sum")
     with pytest.raises(ConfigError, match="'dora' uses DoRA"):
         combine(model, {"all": 1.0, "dora": 1.0}, "sum")
-    with pytest.raises(ConfigError, match=r"equal ranks; those of model.* are \[4, 2\]: use cat"):
+    with pytest.raises(ConfigError, match=r"equal ranks; those of model.* are \[4, 2\]; use cat"):
         combine(model, {"all": 1.0, "rank 2": 1.0}, "sum", "linear")
     assert adapter_names(model) == ["all", "dora", "rank 2"] and active(model) == "rank 2"
 

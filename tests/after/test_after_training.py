@@ -61,7 +61,10 @@ def test_chat_answers_and_ends(run, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sweep", "--learning-rates", "fast"], "must be numbers with commas between; got 'fast'"),
+        (
+            ["sweep", "--learning-rates", "fast"],
+            "must be numbers between commas; got 'fast'",
+        ),
         (["evaluate", "--data", "x.jsonl"], "model.source is missing"),
         (["chat"], "model.source is missing"),
     ],

@@ -80,7 +80,7 @@ def test_repetition_is_the_share_of_n_grams_seen_before():
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    message = r"need rouge-score and sacrebleu .*: pip install .mlx-qlora\[evaluate\]"
+    message = r"need rouge-score and sacrebleu .*; run: pip install .mlx-qlora\[evaluate\]"
     needs = {"sacrebleu.metrics.chrf": on.rouge_l, "rouge_score.rouge_scorer": on.chrf}
     for name, metric in needs.items():  # each metric needs both
         on.scorers.cache_clear()

@@ -64,7 +64,9 @@ def made_up(seed: int = 0, n: int = 60, gain: float = 0.1) -> tuple[Performance,
     better = nats - tokens * gain * random.gamma(4, 0.25, n)
     hits = random.binomial(tokens, 0.4)
     more = np.minimum(hits + random.binomial(2, 0.5, n), tokens)
-    return Performance(RowScores(nats, hits, tokens)), Performance(RowScores(better, more, tokens))
+    kl = nats - better
+    base, tuned = RowScores(nats, hits, tokens, 0 * kl), RowScores(better, more, tokens, kl)
+    return Performance(base), Performance(tuned)
 
 
 def test_figures_are_weighted_by_tokens_and_paired():
@@ -80,6 +82,11 @@ def test_figures_are_weighted_by_tokens_and_paired():
     assert perplexity.base.estimate == pytest.approx(np.exp(loss.base.estimate))
     assert perplexity.change.low == pytest.approx(np.exp(loss.change.low) - 1)
     assert found["token_accuracy"].base.estimate == base.scores.hits.sum() / tokens.sum()
+    kl = found["kl"]
+    assert kl.base.estimate == 0 and kl.tuned == kl.change == ratio_interval(
+        tuned.scores.kl, tokens
+    )
+    assert kl.verdict == "rose" and kl.cells()[0] == "KL(tuned || base)"
     assert (found.n_examples, found.n_tokens, found.n_answers) == (60, tokens.sum(), 0)
 
 
@@ -88,7 +95,7 @@ def test_a_verdict_says_better_only_where_the_interval_leaves_out_0():
     assert compare(base, tuned, [])["loss"].verdict == "better"
     assert compare(tuned, base, [])["loss"].verdict == "worse"
     noise = np.random.default_rng(0).normal(0, 1, 60)
-    shaken = RowScores(base.scores.nats + noise, base.scores.hits, base.scores.tokens)
+    shaken = replace(base.scores, nats=base.scores.nats + noise)
     found = compare(base, Performance(shaken), [])
     assert found["loss"].verdict == "no change shown"
     assert found["token_accuracy"].verdict == "all alike"

@@ -12,7 +12,8 @@ from support.tiny_folder import write_model
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.drift import TEXTS, encode_texts
-from mlx_qlora.after.answer_metrics import LOWER, Row, perplexity_row
+from mlx_qlora.after.advice import forgot
+from mlx_qlora.after.answer_metrics import LOWER, NEITHER, Row, paired_row, perplexity_row
 from mlx_qlora.after.bootstrap import NONE, STUDENTISED, Interval
 from mlx_qlora.after.forgetting import BLOCK, Forgetting, degree, forgetting, read_texts
 
@@ -61,8 +62,11 @@ def test_the_figures_are_torch_s_in_float64(made):
     assert found.loss.tuned is not None and found.loss.change is not None
     assert found.loss.base.estimate == pytest.approx(base, abs=1e-5)
     assert found.loss.tuned.estimate == pytest.approx(tuned, abs=1e-5)
-    assert found.kl.estimate == pytest.approx(forward, rel=1e-4)
-    assert found.kl_reverse.estimate == pytest.approx(reverse, rel=1e-4)
+    assert found.kl.estimate == pytest.approx(reverse, rel=1e-4)
+    assert found.kl_reverse.estimate == pytest.approx(forward, rel=1e-4)
+    record = found.to_dict()
+    assert record["kl_tuned_base"]["estimate"] == found.kl.estimate
+    assert record["kl_base_tuned"]["estimate"] == found.kl_reverse.estimate
     assert abs(forward - reverse) > 1e-3 * forward  # the two directions are told apart
     assert found.tokens == sum(len(row) - 1 for row in rows)
     assert found.kl.n == sum(-(-(len(row) - 1) // BLOCK) for row in rows)
@@ -115,7 +119,7 @@ def test_an_adapter_that_does_nothing_forgets_nothing(made):
     assert "little was forgotten" in found.sentence
 
 
-def sentence(rise: float, half: float, method: str = STUDENTISED) -> str:
+def made_up(rise: float, half: float, method: str = STUDENTISED) -> Forgetting:
     def interval(x: float, half: float) -> Interval:
         return Interval(x, x - half, x + half, 40, 0.95, method)
 
@@ -123,7 +127,11 @@ def sentence(rise: float, half: float, method: str = STUDENTISED) -> str:
     change = interval(after - base, half)
     loss = Row("loss", LOWER, interval(base, half), interval(after, half), change)
     kl = interval(0.01, 0.001)
-    return Forgetting(loss, perplexity_row(loss), kl, kl, 900, "the text").sentence
+    return Forgetting(loss, perplexity_row(loss), kl, kl, 900, "the text")
+
+
+def sentence(*how: Any) -> str:
+    return made_up(*how).sentence
 
 
 def test_the_verdict_follows_the_interval():
@@ -137,6 +145,26 @@ def test_the_verdict_follows_the_interval():
     assert sentence(0.5, 0.0, NONE).endswith("the text is too short to be sure")
     degrees = [degree(x) for x in (0.049, 0.051, 0.119, 0.121)]
     assert degrees == ["little", "something", "something", "much"]
+    words = "(+2 %, 95 % interval +0.99 to +3 %; 900 tokens), KL(tuned || base) is 0.01 nats per "
+    assert words + "token, 0.009 to 0.011: little" in sentence(0.02, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("rise", "verdict", "tone"),
+    [
+        (0.02, "Little was forgotten", "good"),
+        (0.08, "Something was forgotten", "note"),
+        (0.5, "Much was forgotten", "bad"),
+    ],
+)
+def test_the_report_answers_what_was_forgotten(rise, verdict, tone):
+    random, tokens = np.random.default_rng(0), np.full(40, 20)
+    kl = paired_row("kl", NEITHER, [np.zeros(40), random.gamma(4, 1, 40)], tokens)
+    answer = forgot(made_up(rise, 0.005), kl)
+    assert (answer.verdict, answer.tone) == (verdict, tone)
+    assert kl.tuned is not None
+    assert f"On the held-out answers it is {kl.tuned.estimate:.4g}, +" in answer.why
+    assert ("training.kl_weight" in answer.why) == (tone != "good")
 
 
 def test_a_file_s_paragraphs_are_its_texts(tmp_path):

@@ -58,7 +58,7 @@ def test_the_page_answers_five_questions_from_the_figures_and_shows_no_refused_r
         "102 tokens per second", "measured / planned 1.25", "reached 102 while training",
         "learning rate 0.0001",
         "5 0.05 1.4", "20 0.2 1.1 2.175", "40 0.4 1.05 2.15 1e-4 1.5 101.5",
-        "on 99 tokens that were not trained, before and after; perplexity 20.09 → 7.389",
+        "on 99 tokens held out of training, before and after; perplexity 20.09 → 7.389",
         "12 read, 10 kept, 2 refused", "3, 7",
     ):  # fmt: skip
         assert said in text, said
@@ -101,7 +101,7 @@ def test_verdicts_follow_the_history(tmp_path):
     assert "No sign of it" in said([(10, 3.0), (20, 2.0), (30, 1.9)])
     assert "No, it got worse" in said([(10, 2.0), (40, 3.0)])
     assert "Barely" in said([(10, 2.0), (40, 2.01)])
-    assert "There was no validation set" in said([])
+    assert "There were no validation rows" in said([])
     explodes = [{"step": s, "loss": 1.0 if s < 30 else 9.0} for s in range(5, 45, 5)]
     assert "Training was unstable" in written(tmp_path, explodes, **alone)
     nothing = written(tmp_path, [], **alone)
@@ -299,7 +299,7 @@ def test_verdicts_are_earned_by_a_loss_beyond_noise_and_by_nearer_answers():
     assert (verdict(sure, near).tone, verdict(sure, far).tone) == ("good", "note")
     assert verdict(sure, far).verdict.endswith("the answers are no nearer")
     assert verdict(noise, near).verdict.startswith("Perhaps:")
-    assert "20 rows do not tell that from chance" in verdict(noise, near).why
+    assert "With 20 rows that may be chance" in verdict(noise, near).why
     assert verdict(sure, []).verdict.startswith("Perhaps:")
     assert "No answers were compared" in verdict(sure, []).why
 
@@ -326,6 +326,7 @@ def test_a_whole_run_shows_data_plan_scores_and_samples(tmp_path):
     for said in (
         "60 read, 60 kept, 0 refused", "base weights", "planned peak", "Loss on held-out rows",
         "### Response:", "Before training", "After training", "first choice",
+        "What did it forget?", "was forgotten", "On the built-in texts", "On the held-out answers",
         "Fingerprint", record["fingerprint"]["data"],
     ):  # fmt: skip
         assert said in page.text, said
@@ -376,9 +377,7 @@ def test_the_page_of_a_run_that_was_stopped_says_so_and_does_not_load_itself_aga
         fine_tune(model, tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     saved = tmp_path / "out" / "checkpoint-3"
-    said = (
-        f"of 8: stopped by SIGTERM; saved {saved}. The same command goes on from there (written 20"
-    )
+    said = f"of 8: stopped by SIGTERM; saved {saved}. The same command continues from there"
     assert said in Page(text).text
     assert 'http-equiv="refresh"' not in text
     fine_tune(model, tmp_path / "out")

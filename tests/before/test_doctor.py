@@ -108,7 +108,7 @@ def test_a_model_that_can_be_fetched_is_not(hub, away, ask):
 
 def test_a_copy_needs_nothing_even_without_a_network(hub, away, ask):
     folder = away.resolve(REPO).path
-    whole = Finding("ok", "model", f"{folder}: llama, 2 layers; whole in the cache")
+    whole = Finding("ok", "model", f"{folder}: llama, 2 layers; completely in the cache")
     hub.log.clear()
     assert only(ask(), "model") == whole
     assert {path for _, path, _ in hub.log} == {"api/whoami-v2"}
@@ -133,7 +133,7 @@ def test_asking_what_a_partial_copy_lacks_leaves_the_cache_alone(hub, away, ask)
     found = only(ask(), "model")
     assert (found.state, found.text) == (
         "ok",
-        f"{REPO}: llama, 2 layers that you may read, in part in the cache; 0.05 GB to fetch",
+        f"{REPO}: llama, 2 layers that you may read, partly in the cache; 0.05 GB to fetch",
     )
     assert main.read_text() == "f" * 40 and sorted(folder.parents[1].rglob("*")) == before
     found = only(ask(HF_HUB_OFFLINE="1"), "model")
@@ -148,7 +148,7 @@ def test_gated(hub, ask):
     assert only(found, "model") == Finding(
         "error",
         "model",
-        f"{REPO} is gated: ask for access at {page}, then run `hf auth login`; {WITHOUT_HUB}",
+        f"{REPO} is gated; ask for access at {page}, then run `hf auth login`; {WITHOUT_HUB}",
         f"python -m webbrowser {page}",
     )
     assert only(found, "login") == Finding(
@@ -160,7 +160,7 @@ def test_gated(hub, ask):
     assert only(ask(HF_TOKEN=STRANGERS_TOKEN), "model") == Finding(
         "error",
         "model",
-        f"{REPO} is gated: ask for access at {page}, as your token has none yet; {WITHOUT_HUB}",
+        f"{REPO} is gated; ask for access at {page}, as your token has none; {WITHOUT_HUB}",
         f"python -m webbrowser {page}",
     )
     assert only(ask(HF_TOKEN=GOOD_TOKEN), "model").state == "ok"
@@ -168,7 +168,7 @@ def test_gated(hub, ask):
 
 def test_a_token_that_is_refused(away, ask):
     found = ask(HF_TOKEN="hf_old")
-    said = "the hub refuses your token (401 for {}): correct or unset HF_TOKEN"
+    said = "the hub refuses your token (401 for {}); correct or unset HF_TOKEN"
     about_us, about_it = said.format("/api/whoami-v2"), said.format(REPO)
     assert only(found, "login") == Finding("error", "login", about_us, "unset HF_TOKEN")
     assert only(found, "model") == Finding("error", "model", about_it, "unset HF_TOKEN")
@@ -184,9 +184,9 @@ def test_models_that_are_none(hub, ask):
     missing, ggufs, bert, no_revision = (only(found, "model") for found in answers)
     assert {missing.state, ggufs.state, bert.state, no_revision.state} == {"error"}
     assert missing.fix == "hf auth login"
-    assert missing.text.startswith("the hub shows no repository some-org/Nothing: check the spell")
+    assert missing.text.startswith("the hub shows no repository some-org/Nothing; check the spell")
     assert ggufs.fix == "hf download org/ggufs Q4/a.gguf --local-dir ."
-    assert ggufs.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf): ")
+    assert ggufs.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf); ")
     assert "bert" in bert.text
     assert no_revision.text.startswith(f"{REPO} has no revision 'v9': ")
 
@@ -344,12 +344,20 @@ def test_the_chip(mac):
 @pytest.mark.parametrize(
     ("gigabytes", "working_set", "limit", "macos", "state", "text", "fix"),
     [
-        (64, 48, 0, "15.1", "ok", "macOS's own choice, 48.0 GB; a model that needs more", 57344),
-        (16, 10.6, 0, "15.1", "ok", "macOS's own choice, 10.6 GB; a model that", 12288),
-        (8, 5.3, 0, "15.1", "ok", "macOS's own choice, 5.3 GB", None),
+        (64, 48, 0, "15.1", "ok", "macOS's default, 48.0 GB; up to", 57344),
+        (16, 10.6, 0, "15.1", "ok", "macOS's default, 10.6 GB; up to", 12288),
+        (8, 5.3, 0, "15.1", "ok", "macOS's default, 5.3 GB", None),
         (64, 48, 57344, "15.1", "ok", "set to 56.0 GB", None),
-        (64, 48, 64000, "15.1", "warning", "set to 62.5 GB of 64: macOS itself may", 0),
-        (64, 48, 0, "14.5", "ok", "macOS's own choice, 48.0 GB; macOS 15 could raise it", None),
+        (64, 48, 64000, "15.1", "warning", "set to 62.5 GB of 64; macOS itself may", 0),
+        (
+            64,
+            48,
+            0,
+            "14.5",
+            "ok",
+            "macOS's default, 48.0 GB; macOS 15 and newer can raise it",
+            None,
+        ),
     ],
 )
 def test_the_wired_limit(mac, gigabytes, working_set, limit, macos, state, text, fix):
@@ -415,11 +423,11 @@ def test_a_rate_is_two_n_cubed_over_the_shortest_product():
     ("kind", "chip", "rate", "state", "said"),
     [
         ("metal", "Apple M4 Max", 13e12, "ok", "; about 13,400 are expected of this chip"),
-        ("metal", "Apple M4 Max", 6e12, "warning", ": is it throttled, or shared?"),
+        ("metal", "Apple M4 Max", 6e12, "warning", "; it may be throttled or shared"),
         ("metal", "Apple M9 Nano", 6e9, "ok", "6 GFLOP/s in bfloat16, 4096 x 4096"),
         ("cuda", "NVIDIA H100 80GB HBM3", 7e14, "ok", "; about 798,000 are expected of this chip"),
-        ("cuda", "NVIDIA H100 80GB HBM3", 3e14, "warning", ": is it throttled, or shared?"),
-        ("cpu", "AMD EPYC", 2e9, "warning", "the speed of a reference BLAS, which an OpenBLAS"),
+        ("cuda", "NVIDIA H100 80GB HBM3", 3e14, "warning", "; it may be throttled or shared"),
+        ("cpu", "AMD EPYC", 2e9, "warning", "the speed of a reference BLAS; OpenBLAS"),
         ("cpu", "AMD EPYC", 60e9, "ok", "60 GFLOP/s in float32, 1024 x 1024"),
         ("cpu", "Apple M4 Max", 60e9, "ok", "60 GFLOP/s in float32, 1024 x 1024"),
     ],
@@ -471,7 +479,7 @@ def test_the_watchdog_of_a_display(mac, monkeypatch):
     assert [*doctor.environment()] == []
     monkeypatch.setenv(watchdog, "1")
     (found,) = doctor.environment()
-    assert found.text == f"{watchdog} is set: macOS lets long GPU work go on"
+    assert found.text == f"{watchdog} is set: macOS does not stop long GPU work"
 
 
 def test_variables_that_matter(mac, monkeypatch):

@@ -109,7 +109,7 @@ def test_the_report_counts_the_rows_and_names_what_is_wrong_with_the_others(
     share = sum(int(example.learned.sum()) for example in examples) / tokens
     assert line_of(out, "data") == (
         f"{data} (alpaca): 46 rows read, 43 kept, 3 refused; {tokens:,} tokens, "
-        f"{share:.0%} supervised; 1 cut to max_length; 2 say the same as an earlier row"
+        f"{share:.0%} supervised; 1 cut to data.max_length; 2 repeat an earlier row"
     )
     n = len(tokenizer.encode("fox " * 100)) + 1
     whole = n + len(tokenizer.encode("### Instruction:\ncount\n\n### Response:\n")) + 1
@@ -118,7 +118,7 @@ def test_the_report_counts_the_rows_and_names_what_is_wrong_with_the_others(
         "  line 44: field 'output' is missing",
         "  line 45: not JSON: Expecting value at column 1",
     ]
-    assert lines[2].startswith(f"  line 46: {whole} tokens, of which {n} from the first answer on")
+    assert lines[2].startswith(f"  line 46: {whole} tokens, {n} of them from the first answer on")
 
 
 def test_the_lengths_add_up_to_the_kept_rows(folder, tokenizer, tmp_path, capsys):
@@ -273,7 +273,7 @@ def test_the_page_has_the_same_in_colour(folder, chats, tmp_path, capsys):
     assert f"--html: {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
     before = chats.read_bytes()
     assert main(["inspect", *map(str, words), "--html", str(chats)]) == 2
-    assert "is there, and no page; name another file" in capsys.readouterr().err
+    assert "exists and is no HTML page; name another file" in capsys.readouterr().err
     assert chats.read_bytes() == before
 
 
@@ -336,13 +336,13 @@ def test_no_weight_is_loaded(tmp_path, data, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("data.path=null", "data.path is missing; name a file of rows with --data FILE"),
+        ("data.path=null", "data.path is missing; name a file or folder"),
         ("--data no.jsonl", "data file no.jsonl is missing"),
         ("--data empty.jsonl", "empty.jsonl is empty"),
         ("--data none.jsonl", "no usable row in"),
         ("model.source=null", "model.source is missing; name a model with --model SOURCE"),
         ("--model smollm2-136m", "did you mean 'smollm2-135m'"),
-        ("--model bare", "bare is not a complete model: it lacks *.safetensors"),
+        ("--model bare", "bare is not a complete model; missing: *.safetensors"),
         ("--max-length 1", "data.max_length must be at least 2; got 1"),
         ("--max-length 3", "no usable row in"),
         ("--show -1", "--show must be at least 0; got -1"),

@@ -107,7 +107,7 @@ def test_a_plan_of_several_processes_adds_the_sums_and_nothing_else():
     assert alone.scaling is None and alone.to_dict()["scaling"] is None
     assert dataclasses.replace(one, scaling=None) == alone
     assert four.scaling is not None
-    assert four.parts == alone.parts | {"sums under way": four.scaling.added_bytes}
+    assert four.parts == alone.parts | {"all-reduce": four.scaling.added_bytes}
     assert four.scaling.added_bytes == 2 * 4 * 41_943_040
     assert four.longest_context < alone.longest_context
     told = four.to_dict()["scaling"]

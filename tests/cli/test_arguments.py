@@ -134,7 +134,7 @@ def test_a_field_is_set_by_any_of_its_names(line, field, value, capsys):
 def test_a_field_by_another_name_is_noted_beside_what_is_printed(capsys):
     assert main(["train", "--optim", "adamw_8bit", "--lr", "1e-4", "--print-config"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "# optim=adamw_8bit changes nothing; it is always AdamW, in float32"
+    assert lines[0] == "# optim=adamw_8bit has no effect; the optimiser is always AdamW, in float32"
     assert lines[1] == "# lr is training.learning_rate"
     assert main(["train", "--lr", "1e-4", "--model", "smollm2-136m"]) == 2
     assert capsys.readouterr().err.startswith("note      lr is training.learning_rate\n")
@@ -180,39 +180,46 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
     [
         ("train --nonsense", "error:"),
         ("", "error:"),
-        ("tarin --model m", "there is no command 'tarin'; did you mean 'train'?\n"),
-        ("xyz --model m", "there is no command 'xyz'; see mlx-qlora --help"),
-        ("push out me/mine lora.r=3", "push reads no fields: lora.r=3"),
+        ("tarin --model m", "unknown command 'tarin'; did you mean 'train'?\n"),
+        ("xyz --model m", "unknown command 'xyz'; see mlx-qlora --help"),
+        ("push out me/mine lora.r=3", "push takes no fields; leave out lora.r=3"),
         (
             "generate training.seed=1",
-            "training.seed=1: generate has no use for it; it reads fields of model, data, gene",
+            "training.seed=1: generate does not read it; it reads fields of model, data, gene",
         ),
         (
             "generate data.history=joint",
-            "data.history=joint: generate has no use for it; of data it reads system, template",
+            "data.history=joint: generate does not read it; it reads data.system, data.template",
         ),
         (
             "chat --history joint",
-            "data.history=joint: chat has no use for it; of data it reads sys",
+            "data.history=joint: chat does not read it; it reads data.sys",
         ),
-        ("evaluate data.split=auto", "data.split=auto: evaluate has no use for it; of data it"),
-        ("evaluate generation.top_k=5", "top_k=5: evaluate has no use for it; of generation it r"),
-        ("evaluate --epochs 2", "training.num_train_epochs=2: evaluate has no use for it; of tr"),
-        ("inspect --lr 1e-4", "training.learning_rate=1e-4: inspect has no use for it; of tra"),
-        ("inspect model.bits=8", "model.bits=8: inspect has no use for it; of model it reads so"),
-        ("plan data.path=x", "data.path=x: plan has no use for it; of data it reads max_length"),
-        ("plan --max-steps 9", "training.max_steps=9: plan has no use for it; of training it r"),
-        ("doctor lora.lora_alpha=8", "lora.lora_alpha=8: doctor has no use for it; of lora it r"),
+        ("evaluate data.split=auto", "data.split=auto: evaluate does not read it; it reads data."),
+        ("evaluate generation.top_k=5", "top_k=5: evaluate does not read it; it reads generation."),
+        (
+            "evaluate --epochs 2",
+            "num_train_epochs=2: evaluate does not read it; it reads training.",
+        ),
+        (
+            "inspect --lr 1e-4",
+            "learning_rate=1e-4: inspect does not read it; it reads training.",
+        ),
+        ("inspect model.bits=8", "model.bits=8: inspect does not read it; it reads model.so"),
+        ("plan data.path=x", "data.path=x: plan does not read it; it reads data.max_length"),
+        ("plan --max-steps 9", "training.max_steps=9: plan does not read it; it reads training."),
+        ("doctor lora.lora_alpha=8", "lora.lora_alpha=8: doctor does not read it; it reads lora."),
         (
             "merge --output-dir m model.base_model_name_or_path=a/b",
-            "model.base_model_name_or_path=a/b: merge has no use for it; of model it reads source",
+            "model.base_model_name_or_path=a/b: merge does not read it; it reads model.source",
         ),
-        ("inspect lora.r=3", "lora.r=3: inspect has no use for it; it reads fields of model"),
+        ("inspect lora.r=3", "lora.r=3: inspect does not read it; it reads fields of model"),
         (
             "plan generation.top_k=3",
-            "generation.top_k=3: plan has no use for it; it reads fields of",
+            "generation.top_k=3: plan does not read it; it reads fields of",
         ),
-        ("merge --output-dir m data.path=x", "merge has no use for it; it reads fields of m"),
+        ("merge --output-dir m data.path=x", "merge does not read it; it reads fields of m"),
+        ("train --set training.max_steps=2", "without it, as training.max_steps=100"),
         ("train --epoch 3", "--epoch; did you mean --epochs?"),
         ("train --scale 20", "--scale; did you mean lora.lora_alpha (scale x lora.r)?"),
         ("train --lr fast", "training.learning_rate must be a number or auto; got 'fast'"),
@@ -231,7 +238,7 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("inspect rows.jsonl more.csv", "one source of rows; got rows.jsonl and more.csv"),
         ("inspect rows.jsonl --data more.csv", "got rows.jsonl and more.csv"),
         ("inspect data.path=more.csv rows.jsonl", "got rows.jsonl and more.csv"),
-        ("generate --model m ~nobody=1", "mlx-qlora: expected section.field=value, got "),
+        ("generate --model m ~nobody=1", "mlx-qlora: expected section.field=value; got "),
     ],
 )
 def test_a_wrong_word_is_told_with_what_was_meant(line, message, capsys):
@@ -241,7 +248,7 @@ def test_a_wrong_word_is_told_with_what_was_meant(line, message, capsys):
 
 def test_a_long_text_in_a_wrong_place_is_no_path(capsys):
     assert main(["generate", "--model", "m", "Why is a = b? " * 30]) == 2
-    assert capsys.readouterr().err.startswith("mlx-qlora: expected section.field=value, got ")
+    assert capsys.readouterr().err.startswith("mlx-qlora: expected section.field=value; got ")
 
 
 def test_a_file_may_hold_fields_that_a_command_does_not_read(tmp_path, capsys):

@@ -191,13 +191,13 @@ def test_a_rate_may_be_written_in_any_way(tmp_path, text):
     ("values", "words"),
     [
         ({"trainng": {}}, ["unknown section 'trainng'", "did you mean 'training'"]),
-        ({"x": {}}, ["unknown section 'x'", "sections are model, lora, data"]),
+        ({"x": {}}, ["unknown section 'x'", "supported: model, lora, data"]),
         ({"training": {"learning_rat": 1}}, ["training.learning_rat", "training.learning_rate?"]),
         ({"training": {"lora_alpha": 1}}, ["training.lora_alpha", "did you mean lora.lora_alpha?"]),
         ({"training": {"output_dir": "x"}}, ["did you mean checkpointing.output_dir?"]),
         ({"training": {True: 5}}, ["unknown field training.True"]),  # as YAML reads `on: 5`
         ({"lora": {"zzz": 1}}, ["unknown field lora.zzz", "--help"]),
-        ({"lora": 5}, ["section lora must hold fields, got 5"]),
+        ({"lora": 5}, ["section lora must hold fields; got 5"]),
         ({"lora": {"r": "16"}}, ["lora.r must be int; got '16'"]),
         ({"lora": {"r": True}}, ["lora.r must be int; got True"]),
         ({"lora": {"r": 2.0}}, ["lora.r must be int; got 2.0"]),
@@ -386,7 +386,7 @@ def test_a_file_of_the_usual_names_is_read_with_a_note_of_what_each_is_here(tmp_
         "generation: {max_new_tokens: 512, temperature: 0.7, top_p: 0.9, top_k: 50}\n",
     )
     assert notes == [
-        "optimizer=adamw_torch_fused changes nothing; it is always AdamW, in float32",
+        "optimizer=adamw_torch_fused has no effect; the optimiser is always AdamW, in float32",
         "lr_scheduler is training.lr_scheduler_type",
         "gradient_clip is training.max_grad_norm",
     ]
@@ -473,7 +473,7 @@ def test_all_unknown_names_are_told_at_once_each_with_its_nearest(tmp_path):
         "  unknown field lora.scale; did you mean lora.lora_alpha (scale x lora.r)?",
         "  unknown field sav_steps; did you mean checkpointing.save_steps?",
         "  unknown field zzz; see --help-all",
-        "  unknown section 'trainng'; did you mean 'training'?; sections are model, lora, data, "
+        "  unknown section 'trainng'; did you mean 'training'?; supported: model, lora, data, "
         "training, checkpointing, logging, generation",
     ]
 
@@ -483,7 +483,10 @@ def test_all_unknown_names_are_told_at_once_each_with_its_nearest(tmp_path):
     [
         ("training: {lr: 1e-4, learning_rate: 2e-4}", "training.learning_rate is given twice"),
         ("mask_prompt: true\ndata: {train_on: all}", "data.train_on is given twice"),
-        ("optimizer: lion", "optimizer may be adamw or .* got 'lion'; it is always AdamW"),
+        (
+            "optimizer: lion",
+            "optimizer may be adamw or .* got 'lion'; the optimiser is always AdamW",
+        ),
         ("training: {lora_r: 8}", "unknown field training.lora_r; did you mean lora.r?"),
     ],
 )
@@ -499,7 +502,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     ),
     "Axolotl's LoRA": (
         "adapter: lora\nlora_model_dir:\nbase_model: x/y\nmicro_batch_size: 2\n",
-        "adapter: lora names a kind",
+        "adapter: lora is a kind",
     ),
     "LLaMA-Factory": (
         "stage: sft\nfinetuning_type: lora\ndataset: identity\ntemplate: llama3\ncutoff_len: 9\n",

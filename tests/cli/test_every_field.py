@@ -114,11 +114,11 @@ CASES: dict[str, list[Case]] = {
     "model.source": [Case("{other}", "adapter", "batches")],
     "model.revision": [
         Case("v2", "adapter", "batches", {"model.source": "org/tiny"}),
-        Case("v2", error="model.revision is for hub repositories only"),
+        Case("v2", error="leave out model.revision"),
     ],
     "model.adapter": [
         Case("{adapter}", "shapes adapter", "batches", {"lora.r": 16}),
-        Case("{adapter}", error="lora.r is 2 in .*, which is trained on as it is, and not 4"),
+        Case("{adapter}", error="lora.r is 2 in the adapter .*, and cannot be changed to 4"),
     ],
     "model.base_model_name_or_path": [Case("org/name", "base", "batches adapter")],
     "model.bits": [Case(bits, "packed adapter", "batches") for bits in (8, None)],
@@ -214,14 +214,21 @@ CASES: dict[str, list[Case]] = {
     "training.seed": [Case(1, "batches adapter")],
     "training.objective": [
         *(Case(name, "adapter", "batches", DPO) for name in ("orpo", "simpo")),
-        Case("kto", error="no usable row in .*'label' is missing; training.objective=sft"),
-        Case("dpo", error="has no 'chosen' and no 'rejected'; training.objective=sft"),
+        Case(
+            "kto",
+            error="no usable row in .*'label' is missing; set training.objective=sft",
+        ),
+        Case(
+            "dpo",
+            error="has no 'chosen' and no 'rejected'; set training.objective=sft",
+        ),
     ],
     "training.beta": [Case(0.5, "adapter", "batches", base) for base in (DPO, KTO)],
     "training.label_smoothing": [Case(0.3, "adapter", "batches", DPO)],
     "training.rpo_alpha": [Case(1.0, "adapter", "batches", base) for base in (DPO, SIMPO)],
     "training.simpo_gamma": [Case(0.0, "adapter", "batches", SIMPO)],
     "training.desirable_weight": [Case(3.0, "adapter", "batches", KTO)],
+    "training.kl_weight": [Case(1.0, "adapter", "batches")],
     "training.undesirable_weight": [Case(3.0, "adapter", "batches", KTO)],
     "checkpointing.output_dir": [Case("elsewhere", "files", "batches adapter")],
     "checkpointing.save_steps": [Case(1, "files", "batches adapter")],

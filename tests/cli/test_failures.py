@@ -81,7 +81,7 @@ BROKEN = {
     "file for output": (
         Path("file").touch, "--output-dir file", "file is a file; choose another with --output-dir"
     ),
-    "long rows": (None, "data.max_length=5", "longer than max_length 5"),
+    "long rows": (None, "data.max_length=5", "longer than data.max_length=5"),
 }  # fmt: skip
 
 
@@ -121,9 +121,9 @@ def test_json_of_an_error(train, capsys):
         ("--model {} --prompt x --seed -1 model.bits=null", "seed must be in"),
         ("--model {} --prompt x generation.top_p=2", "generation.top_p must be in (0, 1]"),
         ("--model {} --prompt x model.bits=null model.adapter=nowhere", "no such folder"),
-        ("--model {} model.bits=null", "nothing to answer: pass --prompt TEXT"),
+        ("--model {} model.bits=null", "nothing to answer; pass --prompt TEXT"),
         ("--prompt x", "model.source is missing"),
-        ("--prompt x --input y", "--input goes with --instruction"),
+        ("--prompt x --input y", "--input needs --instruction"),
     ],
 )
 def test_generate_says_what_is_wrong_or_missing(words, message, model, capsys):

@@ -232,11 +232,11 @@ def test_what_ollama_says_is_told_and_the_file_stays(run, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gguf", "--type", "q4_0"], "--type goes with --gguf-model, and not with --gguf"),
-        (["--mlx", "--ollama", "x"], "--ollama goes with --gguf-model, and not with --mlx"),
+        (["--gguf", "--type", "q4_0"], "--type needs --gguf-model; got --gguf"),
+        (["--mlx", "--ollama", "x"], "--ollama needs --gguf-model; got --mlx"),
         (["--type", "q9"], "type must be one of q8_0, "),
-        (["--ollama", "x"], "--ollama: there is no program ollama on the PATH"),
-        (["--lmstudio", "me/mine"], "say where it goes, once: by --output-dir, or by --lmstudio"),
+        (["--ollama", "x"], "--ollama: the program ollama is not on the PATH"),
+        (["--lmstudio", "me/mine"], "pass one of --output-dir and --lmstudio"),
     ],
 )
 @pytest.mark.usefixtures("without_loading")
@@ -253,7 +253,7 @@ def test_what_cannot_be_is_told_before_the_model_is_loaded(
 def test_a_place_is_needed(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert call("export", "--adapter", run[0]) == 2
-    assert "say where it goes, once" in capsys.readouterr().err
+    assert "pass one of --output-dir and --lmstudio" in capsys.readouterr().err
     assert call("export", "--adapter", run[0], "--lmstudio", "mine") == 2
     assert "--lmstudio must name PUBLISHER/MODEL; got 'mine'" in capsys.readouterr().err
 

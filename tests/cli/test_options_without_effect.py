@@ -30,8 +30,8 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "more patience than validations": (
         ["checkpointing.early_stopping_patience=3", "checkpointing.eval_steps=1", STEPS],
-        "checkpointing.early_stopping_patience=3 is not used: validation 4 is the first to stop the"
-        " run, which ends with number 4; set a smaller checkpointing.eval_steps",
+        "checkpointing.early_stopping_patience=3 is not used: the run could stop at "
+        "validation 4 at the earliest, and has 4; set a smaller checkpointing.eval_steps",
         True,
     ),
     "patience for all but the last validation": (
@@ -41,7 +41,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "more patience than automatic validations": (
         ["checkpointing.early_stopping_patience=9", STEPS],
-        "checkpointing.early_stopping_patience=9 is not used: validation 10 is the first to stop",
+        "checkpointing.early_stopping_patience=9 is not used: the run could stop at validation 10",
         True,
     ),
     "the best of one validation": (
@@ -51,7 +51,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "a system message that every row has": (
         ["data.system=Be brief.", "--data", "systems.jsonl", "data.template=chat.jinja"],
-        "data.system=Be brief. is not used: every row has a system message of its own",
+        "data.system=Be brief. is not used: every row has a system message",
         True,
     ),
     "a system message that some rows have": (
@@ -111,7 +111,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "packing": (
         ["data.packing=false"],
-        "data.packing=False is not used: rows are computed end to end",
+        "data.packing=False is not used: rows are always computed end to end",
         True,
     ),
     "a history without chats": (
@@ -121,7 +121,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "a split of parts that have files": (
         ["data.validation_path=rows.jsonl", "data.test_path=rows.jsonl"],
-        "data.split=[0.8, 0.1, 0.1] is not used: validation and test rows have a file of their own",
+        "data.split=[0.8, 0.1, 0.1] is not used: validation and test rows have separate files",
         True,
     ),
     "sampling without temperature": (
@@ -129,8 +129,16 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
         "generation.top_k=5 is not used: generation.temperature=0 takes the likeliest token",
         True,
     ),
-    "a name twice": (["--config", "twice.yaml"], "'learning_rate' is given twice in what", False),
-    "a section twice": (["--config", "sections.yaml"], "'data' is given twice in what", False),
+    "a name twice": (
+        ["--config", "twice.yaml"],
+        "'learning_rate' is given twice in the section",
+        False,
+    ),
+    "a section twice": (
+        ["--config", "sections.yaml"],
+        "'data' is given twice in the section",
+        False,
+    ),
     "a number of another base": (
         ["--config", "octal.yaml"],
         "training.seed must be int; got '010'",
@@ -163,7 +171,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "most rows refused": (
         ["--data", "bad.jsonl"],
-        "75% of the rows of bad.jsonl cannot be used, and data.max_refused=0.5 allows no more",
+        "75% of the rows of bad.jsonl cannot be used, and data.max_refused=0.5 is exceeded",
         False,
     ),
     "most rows refused, and allowed": (

@@ -203,7 +203,7 @@ def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp
         mq.load(folder / "model", adapter=folder / "out")[0], tmp_path / "a", "org/base"
     )
     before = contents(tmp_path / "a")
-    with pytest.raises(mq.ConfigError, match="holds the adapter that training goes on from"):
+    with pytest.raises(mq.ConfigError, match="holds the adapter that training continues from"):
         train_run(into(tmp_path / "a", finished, adapter=str(tmp_path / "a")))
     assert contents(tmp_path / "a") == before
 
@@ -211,7 +211,7 @@ def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp
 @pytest.mark.parametrize(
     ("lora", "told"),
     [
-        ({"r": 64}, "lora.r is 4 in {}, which is trained on as it is, and not 64"),
+        ({"r": 64}, "lora.r is 4 in the adapter {}, and cannot be changed to 64"),
         ({"r": 4, "lora_alpha": 1}, "lora.lora_alpha is 8"),
         ({"target_modules": ["q_proj"]}, "lora.target_modules is ['q_proj', 'k_proj'"),
         ({"use_dora": True}, "lora.use_dora is False"),

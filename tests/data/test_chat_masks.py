@@ -251,8 +251,8 @@ FORGETS = (
 )
 MARKED = FORGETS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
 REASONS = (
-    "what the chat template writes before an answer is not how it begins the text with it, and it "
-    "has no {% generation %} markers: where the answers begin cannot be known; name a template for "
+    "the chat template writes a prompt in another way once its answer follows, and has no "
+    "{% generation %} markers, so it is not known where answers begin; name a template for "
     "training with data.template"
 )
 # An answer is its calls, or its text.

@@ -356,14 +356,14 @@ def row_of(context: int, answer: int) -> Encoded:
         (
             "left-context",
             DataError,
-            "9 tokens, of which 6 from the first answer on: longer than max_length 5; "
-            "truncation=right would cut the end",
+            "9 tokens, 6 of them from the first answer on, longer than data.max_length=5; raise "
+            "it, or cut the end with data.truncation=right",
         ),
-        ("drop", DataError, "9 tokens, longer than max_length 5"),
+        ("drop", DataError, "9 tokens, longer than data.max_length=5"),
         (
             "error",
             TooLong,
-            "9 tokens, longer than max_length 5; shorten it, or set data.truncation",
+            "9 tokens, longer than data.max_length=5; shorten it, or set data.truncation",
         ),
     ],
 )
@@ -376,7 +376,7 @@ def test_a_row_that_cannot_be_cut_says_why(
 
 
 def test_a_row_without_anything_to_learn_says_so(tiny: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"^no supervised token within max_length 3$"):
+    with pytest.raises(DataError, match=r"^no supervised token within data.max_length=3$"):
         fit(row_of(3, 2), tiny, 3, "right")
     with pytest.raises(DataError, match=r"^no supervised token$"):
         fit(row_of(3, 0), tiny, 5, "right")
@@ -451,7 +451,7 @@ def test_a_row_that_is_too_long_stops_the_workers_with_its_place(tiny: Tokenizer
     with small_chunks(600), pytest.raises(DataError) as caught:
         list(encode_chunks(chunks(0, "a", "text", rows), encoder(tiny, "error"), 2))
     assert str(caught.value) == (
-        "a:170: 202 tokens, longer than max_length 60; shorten it, or set data.truncation"
+        "a:170: 202 tokens, longer than data.max_length=60; shorten it, or set data.truncation"
     )
 
 

@@ -36,7 +36,7 @@ from mlx_qlora.errors import DataError
 ROOT = Path(__file__).parents[2]
 ENDINGS = ".jsonl, .ndjson, .json, .csv, .parquet, .arrow"
 REMEDY = "rename or remove them, or name the files one by one (data.path, data.test_path, ...)"
-LOST = "not JSON, and all after it is lost: "
+LOST = "not JSON, so the rest of the file is lost: "
 
 Rows = list[tuple[int, Any]]
 
@@ -120,7 +120,7 @@ def test_a_file_is_for_training_and_of_the_kind_that_its_ending_says(
 )
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, ending: str) -> None:
     path = write(tmp_path, name) / name
-    reason = f"data file {path}: {ending} ending; known: {ENDINGS}, each also .gz"
+    reason = f"data file {path}: {ending} ending; supported: {ENDINGS}, each also .gz"
     assert refusal(path) == reason
 
 
@@ -181,7 +181,7 @@ def test_copies_that_datasets_leaves_beside_rows_are_no_rows(tmp_path: Path) -> 
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "README.md", ".hidden.jsonl")
-    reason = f"data folder {tmp_path} holds no file of rows; known endings: {ENDINGS}"
+    reason = f"data folder {tmp_path} holds no file of rows; supported: {ENDINGS}"
     assert refusal(tmp_path) == reason
 
 
@@ -258,20 +258,20 @@ def test_a_name_that_only_begins_like_a_part_or_is_above_the_folder_is_none(
 
 def test_a_file_whose_path_names_two_parts_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "test/train.jsonl")
-    with pytest.raises(DataError, match=r"is for train and for test by its name; rename it"):
+    with pytest.raises(DataError, match=r"says train and test; rename it"):
         find_files(tmp_path)
 
 
 def test_files_that_are_for_nothing_beside_named_parts_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "train.csv", *(f"more-{i}.csv" for i in range(7)))
     assert refusal(tmp_path) == (
-        f"data folder {tmp_path} has files whose names say what they are for, and others that are "
-        "for nothing:\n"
+        f"data folder {tmp_path} has files whose names say what they are for, and others whose "
+        "names do not:\n"
         + "".join(f"  {tmp_path}/more-{i}.csv\n" for i in range(5))
         + f"  ... and 2 more\n{REMEDY}"
     )
     (tmp_path / "train.csv").rename(tmp_path / "test.csv")
-    assert "for, and others that are for nothing:\n" in refusal(tmp_path)
+    assert "for, and others whose names do not:\n" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_a_folder_with_named_parts_but_none_to_train_on_is_refused(
 ) -> None:
     write(tmp_path, *found)
     assert refusal(tmp_path) == (
-        f"data folder {tmp_path} has files whose names say what they are for, and none to train "
-        "on:\n" + "".join(f"  {tmp_path}/{name}\n" for name in found) + REMEDY
+        f"data folder {tmp_path} has files whose names say what they are for, and none for "
+        "training:\n" + "".join(f"  {tmp_path}/{name}\n" for name in found) + REMEDY
     )
 
 
@@ -454,7 +454,7 @@ def test_the_items_of_an_array_are_counted(tmp_path: Path, name: str) -> None:
         (b'\n{"a": 2}]', f"{LOST}a comma is missing"),
         (b'\xff, {"a": 2}]', f"{LOST}a comma is missing"),
         *(
-            (b"]" + more, "what follows the end of the array is lost")
+            (b"]" + more, "not JSON: text after the end of the array, which is ignored")
             for more in (b'\n{"a": 2}\n{"a": 3}', b'\n[{"a": 2}]', b"]", b",", b"\0", b" \n\t x")
         ),
     ],
@@ -745,7 +745,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError) as caught:
         rows_of(file)
-    assert str(caught.value) == "a.parquet needs pyarrow: pip install 'mlx-qlora[parquet]'"
+    assert str(caught.value) == "a.parquet needs pyarrow; run: pip install 'mlx-qlora[parquet]'"
 
 
 # ---- data sets on the hub ----------------------------------------------------------------------
@@ -845,7 +845,7 @@ def test_data_sets_are_read_by_split_and_config(online: tuple[Path, str, dict[st
     ]
 
 
-NOT_LOADED = "data {} is no file, and the hub's data set of that name cannot be loaded: "
+NOT_LOADED = "data {} is no file, and the data set of that name on the hub cannot be loaded: "
 
 
 def test_what_the_hub_does_not_have_is_one_message(
@@ -879,6 +879,6 @@ def test_without_datasets_the_hub_says_what_to_install(monkeypatch: pytest.Monke
     with pytest.raises(DataError) as caught:
         hub_dataset(find_files("owner/name")["train"][0])
     assert str(caught.value) == (
-        "data owner/name is neither a file nor a folder. If it is a data set on the hub: "
-        "pip install 'mlx-qlora[datasets]'"
+        "data owner/name is neither a file nor a folder; if it is a data set on the hub, "
+        "run: pip install 'mlx-qlora[datasets]'"
     )

@@ -87,16 +87,16 @@ def test_what_a_pair_says_besides_is_counted():
 NOT_PAIRS: dict[str, tuple[Any, str]] = {
     "an answer": (
         {"prompt": "a", "completion": "b"},
-        "has no 'chosen' and no 'rejected'; training.objective=sft",
+        "has no 'chosen' and no 'rejected'; set training.objective=sft",
     ),
     "half a pair": ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
     "a judged answer": (
         {"prompt": "a", "completion": "b", "label": True},
-        "is an answer that is judged ('label'), no answer to learn; training.objective=kto reads",
+        "is a labelled answer ('label'), not an answer; training.objective=kto reads",
     ),
     "twice the same": (
         {"prompt": "a", "chosen": "b", "rejected": "b"},
-        "fields 'chosen' and 'rejected' say the same",
+        "fields 'chosen' and 'rejected' are equal",
     ),
     "no text": (
         {"prompt": "a", "chosen": "b", "rejected": 7},
@@ -104,7 +104,7 @@ NOT_PAIRS: dict[str, tuple[Any, str]] = {
     ),
     "another question": (
         {"prompt": "What?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
-        "field 'prompt' says something else than both conversations",
+        "field 'prompt' differs from how both conversations begin",
     ),
     "no object": ([1], "not an object but list"),
 }
@@ -137,7 +137,10 @@ def test_a_judged_answer_is_its_answer_and_its_label(label):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "completion": "b"}, "field 'label' is missing; training.objective=sft"),
+        (
+            {"prompt": "a", "completion": "b"},
+            "field 'label' is missing; set training.objective=sft",
+        ),
         ({"prompt": "a", "completion": "b", "label": "x"}, "field 'label' must be true or false"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -156,14 +159,13 @@ def test_what_nobody_judged_is_refused(row, reason):
     [
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "is a preference pair ('chosen', 'rejected'), no answer to learn; "
+            "is a preference pair ('chosen', 'rejected'), not an answer; "
             "training.objective=dpo, orpo or simpo reads it; ",
         ),
         (PAIRS["OpenAI's"][0], "is a preference pair ('preferred_output', 'non_preferred_output')"),
         (
             {"prompt": "a", "completion": "b", "label": 1},
-            "is an answer that is judged ('label'), no answer to learn; "
-            "training.objective=kto reads it; ",
+            "is a labelled answer ('label'), not an answer; training.objective=kto reads it; ",
         ),
         (
             {"prompt": "a", "completions": ["b"], "labels": [True]},
@@ -274,12 +276,12 @@ def test_weights_are_cut_with_their_tokens(chatty: Tokenizer, truncation):
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])
 def test_a_weight_that_is_none_is_refused(weight):
-    with pytest.raises(DataError, match=r"messages\[1\] has the weight .*; it must be from 0 on"):
+    with pytest.raises(DataError, match=r"messages\[1\] must be at least 0; got"):
         read_row({"messages": [ASK, {**GOOD, "weight": weight}]}, "auto")
 
 
 def test_a_row_of_a_weight_that_is_none_is_refused(tokenizer: Tokenizer):
-    with pytest.raises(DataError, match="the weight of the row is -1; it must be from 0 on"):
+    with pytest.raises(DataError, match="the weight of the row must be at least 0; got -1"):
         mq.read_examples([{"text": "a", "weight": -1}], tokenizer)
     report = mq.read_examples([{"text": "a", "weight": "much"}], tokenizer).report
     assert report.unread == {"weight": 1}
@@ -304,7 +306,7 @@ def test_a_batch_has_the_weights_of_its_labels(chatty: Tokenizer):
 def test_values_that_exclude_each_other_are_refused(tokenizer: Tokenizer, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"data.train_on=all gives prompts a weight of 1, and"):
         DataConfig(train_on="all", prompt_loss_weight=0.1)
-    with pytest.raises(ConfigError, match=r"data.prompt_loss_weight must be from 0 on"):
+    with pytest.raises(ConfigError, match=r"data.prompt_loss_weight must be at least 0"):
         DataConfig(prompt_loss_weight=-0.1)
     path = write_rows(tmp_path / "rows.jsonl", 3)
     with pytest.raises(ConfigError, match=r"data.train_on=all is for training.objective=sft"):

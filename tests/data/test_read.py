@@ -89,7 +89,7 @@ def test_copies_and_cuts_are_counted(tokenizer: Tokenizer) -> None:
     report = examples.report
     assert same(examples[-1], examples[-2])
     assert (report.kept, report.duplicates, report.truncated) == (10, 4, 3)
-    assert "; 3 cut to max_length; 4 say the same as an earlier row" in str(report)
+    assert "; 3 cut to data.max_length; 4 repeat an earlier row" in str(report)
     assert str(read_examples([first, second], tokenizer).report).endswith("% supervised")
 
 
@@ -100,9 +100,9 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(
     with pytest.raises(DataError, match="line 1: field 'output' is missing"):
         read_examples(path, tokenizer, DataConfig())
     (tmp_path / "blank.jsonl").write_text("\n \n")
-    with pytest.raises(DataError, match=r"no usable row in .*: it holds no row at all"):
+    with pytest.raises(DataError, match=r"no usable row in .*; it has no rows"):
         read_examples(tmp_path / "blank.jsonl", tokenizer, DataConfig())
-    with pytest.raises(DataError, match=r"no usable row in rows .*: it holds no row at all"):
+    with pytest.raises(DataError, match=r"no usable row in rows .*; it has no rows"):
         read_examples([], tokenizer)
 
 
@@ -131,13 +131,13 @@ def test_a_row_longer_than_max_length_is_refused_by_line_or_stops_all(
     config = DataConfig(max_length=n - 1, truncation="drop")
     examples = read_examples(path, tokenizer, config)
     assert len(examples) == 4
-    assert examples.report.refused == [(3, f"{n} tokens, longer than max_length {n - 1}")]
+    assert examples.report.refused == [(3, f"{n} tokens, longer than data.max_length={n - 1}")]
     assert len(read_examples(path, tokenizer, replace(config, max_length=n))) == 5
     error = replace(config, truncation="error", cache_dir=str(tmp_path / "cache"))
     for _ in range(2):  # what failed is not cached
         with pytest.raises(DataError) as caught:
             read_examples(path, tokenizer, error)
-        words = f"{path}:3: {n} tokens, longer than max_length {n - 1}; shorten it, or set"
+        words = f"{path}:3: {n} tokens, longer than data.max_length={n - 1}; shorten it, or set"
         assert str(caught.value).startswith(words)
     assert not [place for place in (tmp_path / "cache").rglob("*") if place.is_file()]
     other = [{"instruction": "x"}, *rows(1)]  # a row that is wrong in another way does not
@@ -314,7 +314,7 @@ def test_a_message_in_memory_that_json_cannot_hold_is_refused(
     question, answer = TURNS["messages"]
     report = read_examples([TURNS, {"messages": [{**question, **extra}, answer]}], chatty).report
     ((number, why),) = report.refused
-    assert number == 2 and why.startswith("holds what JSON cannot: ")
+    assert number == 2 and why.startswith("cannot be written as JSON: ")
 
 
 def test_nesting_that_parses_but_cannot_be_written_again_is_no_crash(
@@ -381,16 +381,16 @@ def test_one_format_to_a_file_and_a_named_one_is_not_guessed(tokenizer: Tokenize
     assert report.format == "text" and "rows (text): " in str(report)
     assert [line for line, _ in report.refused] == [1, 2, 4]
     assert report.refused[2][1] == (
-        "is 'prompt_completion' in a file taken for 'text': split the file by format, or set "
-        "data.format (field 'text' is missing)"
+        "is 'prompt_completion' in a file of 'text' (field 'text' is missing); split the file by "
+        "format, or set data.format"
     )
     named = read_examples(rows, tokenizer, DataConfig(format="prompt_completion"))
     assert named.report.refused[1:] == [
         (2, "field 'prompt' is missing"),
         (
             3,
-            "is 'text' in a file taken for 'prompt_completion': split the file by format, or set "
-            "data.format (field 'prompt' is missing)",
+            "is 'text' in a file of 'prompt_completion' (field 'prompt' is missing); split the "
+            "file by format, or set data.format",
         ),
     ]
 
@@ -541,7 +541,7 @@ def test_rows_of_another_file_that_are_trained_too_are_counted(
     train, validation, _ = train_validation_test(config, tokenizer, 0)
     assert validation is not None
     assert (train.report.leaked, validation.report.leaked) == (0, 3)
-    assert "; 3 are among the training rows, too" in str(validation.report)
+    assert "; 3 are also training rows" in str(validation.report)
 
 
 def test_a_missing_path_and_an_empty_training_part_are_refused(
@@ -700,8 +700,8 @@ def test_rows_that_are_refused_for_one_reason_take_one_line(tokenizer: Tokenizer
     assert len(report.refused) == 7 and len(shown) == 3
     assert shown[0].startswith("  row 2 and 2 more: field 'instruction' is missing; data.columns=")
     assert shown[1:] == [
-        "  row 3 and 2 more: is 'text' in a file taken for 'alpaca': split the file by format, or "
-        "set data.format (field 'instruction' is missing)",
+        "  row 3 and 2 more: is 'text' in a file of 'alpaca' (field 'instruction' is missing); "
+        "split the file by format, or set data.format",
         "  row 8: field 'instruction' is empty",
     ]
 

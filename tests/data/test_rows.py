@@ -133,10 +133,8 @@ def test_a_chat_ends_at_the_last_message_of_the_assistant_that_has_a_weight(
     learned = [role == "assistant" and weight != 0 for role, _, weight in turns]
     if not any(learned):
         unwanted = any(weight == 0 for _, _, weight in turns)
-        why = "is not to be learned" if unwanted else "is missing"
-        assert refusal({"messages": messages}) == (
-            f"no supervised token: a message of the assistant {why}"
-        )
+        why = "no answer is to be learned" if unwanted else "there is no answer"
+        assert refusal({"messages": messages}) == f"no supervised token: {why}"
         return
     end = max(i for i, is_learned in enumerate(learned) if is_learned) + 1
     plain = [{"role": role, "content": content} for role, content, _ in turns]
@@ -148,14 +146,14 @@ def test_a_chat_ends_at_the_last_message_of_the_assistant_that_has_a_weight(
 def test_a_weight_below_0_or_none_is_refused(weight: Any, i: int) -> None:
     messages: list[Any] = [dict(USER), dict(ANSWER), USER, ANSWER]
     messages[i]["weight"] = weight
-    reason = f"messages[{i}] has the weight {weight!r}; it must be from 0 on"
+    reason = f"weight of messages[{i}] must be at least 0; got {weight!r}"
     assert refusal({"messages": messages}) == reason
 
 
 @pytest.mark.parametrize("name", ["train", "training", "loss", "trainable", "masked"])
 def test_a_mark_other_than_0_and_1_is_refused(name: str) -> None:
     messages = [USER, {**ANSWER, name: 0.5}]
-    assert refusal({"messages": messages}) == f"messages[1] has the {name} 0.5; 0 and 1 are known"
+    assert refusal({"messages": messages}) == f"{name} of messages[1] must be 0 or 1; got 0.5"
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "tool", "ipython"])
@@ -280,12 +278,12 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({**ANSWER, "content": ""}, "messages[1] has no content (field 'content', or 'value')"),
         ({**USER, "content": 5}, "messages[1] must have text as content, not int"),
         ({**USER, "content": {"a": 1}}, "messages[1] must have text as content, not dict"),
-        ({**USER, "content": [IMAGE]}, f"{PART} is of type 'image_url'; text alone can be learned"),
+        ({**USER, "content": [IMAGE]}, f"{PART} is of type 'image_url'; only text can be learned"),
         ({**USER, "content": ["a"]}, f"{PART} is not an object but str"),
         ({**USER, "content": [{"type": "text"}]}, f"{PART} has no 'text'"),
         (
             {**USER, "content": [{"type": ["text"], "text": "a"}]},
-            f"{PART} is of type \"['text']\"; text alone can be learned",
+            f"{PART} is of type \"['text']\"; only text can be learned",
         ),
         ({**ANSWER, "tool_calls": "add"}, "messages[1].tool_calls must be a list of calls"),
         ({**ANSWER, "tool_calls": ["add"]}, "messages[1].tool_calls has a call without a name"),
@@ -357,7 +355,7 @@ def test_the_names_of_sharegpt_become_roles(name: str, role: str) -> None:
 @pytest.mark.parametrize("role", ["narrator", "Critic", "users", "r" * 50])
 def test_a_role_that_no_template_knows_is_refused(role: str) -> None:
     known = "system, developer, user, assistant, tool, ipython"
-    reason = f"has the role {role.lower()[:40]!r}; known: {known}"
+    reason = f"has the role {role.lower()[:40]!r}; supported: {known}"
     turn = {"role": role, "content": "a"}
     assert refusal({"messages": [USER, turn, ANSWER]}) == f"messages[1] {reason}"
     turn = {"from": role, "value": "a"}
@@ -384,7 +382,7 @@ def test_a_system_message_and_a_field_beside_it_must_agree() -> None:
     for field in ({}, {"system": "Be brief."}, {"system": ""}):
         wanted = Chat([system, USER, ANSWER], [False, False, True])
         assert read_row({"conversations": turns, **field}, "auto") == wanted
-    reason = "field 'system' says something else than the system message"
+    reason = "field 'system' differs from the system message"
     assert refusal({"conversations": turns, "system": "Be long."}) == reason
 
 
@@ -406,7 +404,7 @@ def test_of_a_prompt_of_messages_only_the_completion_is_learned() -> None:
 
 
 def test_a_completion_without_an_answer_is_refused() -> None:
-    reason = "no supervised token: a message of the assistant is not to be learned"
+    reason = "no supervised token: no answer is to be learned"
     assert refusal({"prompt": [USER, ANSWER], "completion": [USER]}) == reason
 
 

@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
     "an image": (
         chat(turn("user", [{"type": "image_url", "image_url": {"url": "a"}}]), ANSWER),
         "",
-        "part 0 of messages[0] is of type 'image_url'; text alone can be learned",
+        "part 0 of messages[0] is of type 'image_url'; only text can be learned",
     ),
     "a picture that is read already": (
         chat(ASK, ANSWER, image=b"\x89PNG"),
@@ -314,9 +314,9 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
     "a judged answer": (
         {"prompt": "a", "completion": "b", "label": False},
         "",
-        "is an answer that is judged ('label'), no answer to learn",
+        "is a labelled answer ('label'), not an answer",
     ),
-    "a judged chat": (chat(ASK, ANSWER, kto_tag=True), "", "is an answer that is judged"),
+    "a judged chat": (chat(ASK, ANSWER, kto_tag=True), "", "is a labelled answer"),
     "a preference pair": (
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         "",
@@ -341,7 +341,7 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
     "a system message that contradicts": (
         chat(turn("system", "a"), ASK, ANSWER, system="b"),
         "",
-        "field 'system' says something else than the system message",
+        "field 'system' differs from the system message",
     ),
     "a history that is none": (
         {"instruction": "a", "output": "b", "history": ["c"]},
@@ -454,9 +454,7 @@ def test_an_optional_column_that_no_row_has_is_misspelt(
     path.write_text('{"q": "a", "a": "b", "spelt": "c"}\n' * 3)
     config = DataConfig(cache_dir=str(tmp_path / "cache"), columns=columns)
     for _ in range(2):  # anew, and from the cache
-        with pytest.raises(
-            ConfigError, match=f"no row of .* has 'misspelt', which is to be its {field}"
-        ):
+        with pytest.raises(ConfigError, match=f"no row of .* has 'misspelt', given as {field}"):
             read_examples(path, chatty, config)
     rows = [{"q": "a", "a": "b"}, {"q": "a", "a": "b", "c": "d"}]
     named = {"instruction": "q", "output": "a", "input": "c"}
@@ -465,7 +463,7 @@ def test_an_optional_column_that_no_row_has_is_misspelt(
 
 def test_all_cannot_be_learned_where_an_answer_is_marked(chatty: Tokenizer) -> None:
     marked = chat(ASK, {**ANSWER, "weight": 0}, ASK, ANSWER)
-    with pytest.raises(DataError, match=r"marked not to be learned, and data\.train_on=all"):
+    with pytest.raises(DataError, match=r"marked not to be learned; leave out data\.train_on=all"):
         read([marked], chatty, train_on="all")
 
 
@@ -557,7 +555,7 @@ def test_a_table_with_holes_says_what_is_there(chatty: Tokenizer) -> None:
     ("source", "reason"),
     [
         ({"instruction": "a", "output": "b"}, "rows must be a list or a table, not one object of"),
-        ({"text": ["a"], "id": [1, 2]}, "rows given as columns must be lists of one length"),
+        ({"text": ["a"], "id": [1, 2]}, "rows given as columns must be lists of the same length"),
         (
             datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a"}])}),
             "not one object of train; put a single row into a list, or name one of the parts",
@@ -576,7 +574,7 @@ MISTAKEN: dict[str, tuple[str, bytes, str]] = {
     "objects over several lines": (
         "a.jsonl",
         b'{\n  "text": "a"\n}\n',
-        "line 1: a JSON object that goes on in the next line; write each row in one line",
+        "line 1: a JSON object continues on the next line; write each row on one line",
     ),
     "a pointer of Git LFS": (
         "a.parquet",
@@ -586,7 +584,7 @@ MISTAKEN: dict[str, tuple[str, bytes, str]] = {
     "another format in between": (
         "a.jsonl",
         b'{"instruction": "a", "output": "b"}\n{"messages": []}\n',
-        "line 2: is 'messages' in a file taken for 'alpaca': split the file by format",
+        "line 2: is 'messages' in a file of 'alpaca' (",
     ),
     "rows that are arrays": ("a.jsonl", b'["a"]\n["b"]\n', "line 1 and 1 more: not an object"),
     "an Arrow file cut short": ("a.arrow", b"\xff\xff\xff\xff\x10", "is damaged"),

@@ -108,10 +108,10 @@ def test_the_adapter_goes_off_and_on_and_is_as_before_afterwards(model, asked):
 def test_no_adapter_and_wrong_words_are_one_message(model):
     out = play(model, "/adapter off", "/adapter", "/nonsense", "/save", "/save x.jsonl", "/help")
     for words in (
-        "the model has no adapter: start the chat with --adapter DIR",
-        "/adapter wants on or off",
-        "there is no /nonsense; /help lists the commands",
-        "/save wants the name of a file",
+        "the model has no adapter; start the chat with --adapter DIR",
+        "/adapter needs on or off",
+        "unknown command /nonsense; /help lists the commands",
+        "/save needs the name of a file",
         "there is nothing to save yet",
         "/save FILE       add the conversation to FILE",
     ):
@@ -169,7 +169,7 @@ def test_a_seed_repeats_a_chat_and_each_turn_draws_differently(model, asked):
 
 def test_a_conversation_longer_than_the_model_is_refused(model):
     out = play(model, "the fox " * 300, "Hi")
-    assert "tokens, and the model was made for 512: /reset" in out
+    assert "tokens, and the model was made for 512; /reset" in out
     assert out.count("/s; peak") == 1
 
 

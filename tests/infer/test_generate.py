@@ -330,7 +330,7 @@ def test_an_exception_within_leaves_an_empty_cache(tiny, monkeypatch):
 def test_kv_bits_that_cannot_be_are_refused(tiny):
     with pytest.raises(mq.ConfigError, match="kv_bits must be one of 2, 4, 8, or None; got 3"):
         generate(*tiny, "x", kv_bits=3)
-    with pytest.raises(mq.ConfigError, match="multiple of 32; this model's have 16"):
+    with pytest.raises(mq.ConfigError, match="that 32 divides; this model's is 16"):
         generate(*tiny, "x", kv_bits=4)
 
 
@@ -428,7 +428,7 @@ def test_an_empty_prompt_is_refused_where_no_bos_stands_in(smollm2):
         ({"repetition_penalty": 0}, "generation.repetition_penalty must be above 0; got 0"),
         ({"max_new_tokens": 0}, "generation.max_new_tokens must be at least 1; got 0"),
         ({"max_new_tokens": -5}, "generation.max_new_tokens must be at least 1; got -5"),
-        ({"stop": [""]}, "stop must hold texts that are not empty; got ['']"),
+        ({"stop": [""]}, "stop must hold no empty text; got ['']"),
         ({"seed": -1}, "seed must be in [0, 2**64); got -1"),
     ],
 )
@@ -460,5 +460,5 @@ def test_settings_are_keywords_and_an_unknown_one_names_the_nearest(tiny):
         with pytest.raises(TypeError, match="positional"):
             ask(*tiny, prompt, 12)
     only_one_prompt: Any = {"kv_bits": 4}
-    with pytest.raises(mq.ConfigError, match=r"'kv_bits'; known are temperature, .* batch_size"):
+    with pytest.raises(mq.ConfigError, match=r"'kv_bits'; supported: temperature, .* batch_size"):
         mq.generate_batch(*tiny, ["x"], **only_one_prompt)

@@ -73,7 +73,7 @@ def test_a_text_ends_where_the_context_does_and_a_prompt_that_fills_it_is_refuse
     assert all(asked + new == 72 for asked, new in sizes) and sizes[0] != sizes[1]
     assert generate_batch(model, tokenizer, prompts, **how) == texts
     assert [generate(model, tokenizer, prompt, **how) for prompt in prompts] == texts
-    long, words = "the quick brown fox " * 24, "tokens, and the model was made for 72: shorten it"
+    long, words = "the quick brown fox " * 24, "tokens, and the model was made for 72; shorten it"
     for ask in (generate, mq.stream):
         with pytest.raises(mq.ConfigError, match=rf"the prompt has \d+ {words}"):
             ask(model, tokenizer, long)
@@ -91,8 +91,8 @@ def test_no_prompts_give_no_texts(tiny):
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"seed": 2**64 - 1}, "seed must be in"),
         ({"seed": -1}, "seed must be in"),
-        ({"stop": [""]}, "stop must hold texts that are not empty"),
-        ({"stop": ""}, "stop must hold texts that are not empty"),
+        ({"stop": [""]}, "stop must hold no empty text"),
+        ({"stop": ""}, "stop must hold no empty text"),
         ({"top_p": 0.0}, "generation.top_p must be in"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_command_names_the_row_or_the_prompt_the_token_and_the_remedy(
     how += ["--output-dir", tmp_path / "out", "--max-steps", 1] if command == "train" else []
     assert call(command, "--model", folder, *how) == 2
     message = capsys.readouterr().err
-    assert f"token 320 ({NEW}) has no row in the model's embedding" in message
+    assert f"token 320 ({NEW}) is not in the model's embedding" in message
     assert "resize_token_embeddings" in message
     assert ("the prompt: " if command == "generate" else "rows.jsonl:10: ") in message
 

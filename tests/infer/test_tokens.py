@@ -151,7 +151,7 @@ def test_a_quantised_cache_holds_nearly_the_same(tmp_path, in_float32):
         assert layer.bits == bits and layer.nbytes < exact._layers[0].nbytes / 2
         kept = mx.dequantize(*layer.keys, group_size=layer.group_size, bits=bits)
         assert 0 < np.abs(np.array(kept)[:, :, :40] - wanted).max() < most
-        with pytest.raises(mq.ConfigError, match=f"made with kv_bits={bits}; got None"):
+        with pytest.raises(mq.ConfigError, match=f"prompt cache has kv_bits={bits}; got None"):
             generate(model, tokenizer, "x", prompt_cache=cache)
 
 

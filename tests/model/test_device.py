@@ -113,7 +113,7 @@ def test_a_blas_that_cannot_be_loaded_warns_once_with_the_remedy(kind: str, tmp_
     told = [
         [
             f"MLX_QLORA_BLAS={path} could not be loaded: matmuls on this CPU will be some 70 "
-            "times slower. Remedy: pip install scipy-openblas32",
+            "times slower; run: pip install scipy-openblas32",
             "UserWarning",
         ]
     ]

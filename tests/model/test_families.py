@@ -196,7 +196,7 @@ def test_a_merged_folder_is_the_same_model_to_transformers_and_mlx_lm(family, tm
 REFUSED = {
     "mixture of experts": {"model_type": "mixtral", "num_local_experts": 8},
     "GatedDeltaNet": {"model_type": "qwen3_5"},
-    "Gemma 3n and 4": {"model_type": "gemma4_text"},
+    "embeddings in each layer": {"model_type": "gemma4_text"},
     "attention sinks": {"model_type": "gpt_oss"},
     "an MLP without a gate": {"model_type": "nemotron"},
     "an encoder, which": {"model_type": "bert"},
@@ -205,7 +205,7 @@ REFUSED = {
         "text_config": {"model_type": "gemma3_text"},
         "vision_config": {},
     },
-    "an architecture that we do not know": {"model_type": "brand_new"},
+    "an unknown architecture": {"model_type": "brand_new"},
 }
 
 

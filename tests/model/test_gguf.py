@@ -333,7 +333,7 @@ def test_what_is_packed_is_no_original_to_merge_into(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "k.gguf", make_hf_model(), Type.Q5_0)
     model = add_lora(load_folder(path, QuantConfig(4, 32)), LoraConfig(r=1))
     tokenizer: Any = None  # nobody gets as far
-    with pytest.raises(ConfigError, match="is quantised itself"):
+    with pytest.raises(ConfigError, match="is quantised, too"):
         save_merged(model, tokenizer, tmp_path / "out", base=path)
 
 
@@ -359,7 +359,7 @@ def test_a_model_in_parts_is_the_whole_model(tmp_path: Path) -> None:
         writer.close()
     assert np.array_equal(our_logits(load_folder(tmp_path / names[0]), random_tokens(2, 9)), logits)
     (tmp_path / names[1]).unlink()
-    assert "is one of 2 parts; missing: m-00002-of-00002.gguf" in refusal(tmp_path / names[0])
+    assert "2 parts; fetch the others: m-00002-of-00002.gguf" in refusal(tmp_path / names[0])
 
 
 # ---- families ----------------------------------------------------------------------------------
@@ -576,7 +576,7 @@ def test_a_type_that_nobody_reads_is_refused_by_name(
     assert f"blk.0.attn_v.weight: type {kind}" in message
     assert f"blk.1.attn_v.weight: type {kind}" in message
     assert "supported: F32, F16, Q4_0, Q4_1, Q8_0, Q5_0" in message
-    assert "Use another quantisation of the model, or its safetensors" in message
+    assert "use another quantisation of the model, or its safetensors" in message
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-4, 0.001, 0.01, 0.05, 0.1, 0.3, 0.6, 0.99, -1, -64])
@@ -666,7 +666,7 @@ print("refused", refused)
         ),
         (
             {"extra": [("rope_freqs.weight", np.linspace(1, 5, 8).astype(np.float32))]},
-            "rope_freqs.weight is no Llama 3 scaling that we know",
+            "the scaling in rope_freqs.weight is not supported",
         ),
     ],
 )
@@ -681,7 +681,7 @@ def test_metadata_that_lacks_a_key_is_refused_by_name(whole: bytes, tmp_path: Pa
         path = tmp_path / f"{key}.gguf"
         other = key[:-1].encode() + b"X"  # a key of the same length that nobody asks for
         path.write_bytes(whole.replace(key.encode(), other))
-        assert f"the metadata lacks {key}" in refusal(path)
+        assert f"{key} is missing in the metadata" in refusal(path)
 
 
 def test_the_original_repository_is_read_from_the_metadata(tmp_path: Path) -> None:

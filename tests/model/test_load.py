@@ -78,7 +78,7 @@ def test_wrong_requests_are_the_user_s_errors(folder: Path, tmp_path: Path) -> N
         mq.load(tmp_path / "missing")
     with pytest.raises(mq.AdapterError, match="no such folder"):
         mq.load(folder, adapter=tmp_path / "missing")
-    with pytest.raises(mq.SourceError, match="hub repositories only"):
+    with pytest.raises(mq.SourceError, match="leave out model"):
         mq.load(folder, revision="main")
 
 

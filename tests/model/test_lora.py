@@ -247,7 +247,7 @@ def test_a_target_that_cannot_be_met_says_what_exists(
         ({"bias": "all"}, "lora.bias must be one of 'none'; got 'all'"),
         ({"target_modules": "all-linear", "layers_to_transform": [0]}, "list of names"),
         ({"lora_alpha": math.inf}, "lora.lora_alpha must be above 0 and finite"),
-        ({"alpha_pattern": {"(v": 1}}, "the pattern '(v' is no regex"),
+        ({"alpha_pattern": {"(v": 1}}, "'(v' is no regex"),
         *(
             ({"rank_pattern": {"q_proj": r}}, f"q_proj must be at least 1; got {r!r}")
             for r in (0, -2, 2.5, "8")

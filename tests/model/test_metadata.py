@@ -42,7 +42,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CONFIG, {"rope_scaling": [2.0]}, "rope_scaling must be an object"),
     (CONFIG, {"is_causal": False}, "is_causal is False; supported: True or None"),
     (CONFIG, {"rope_theta": "10000"}, "rope_theta must be a positive number"),
-    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "positions, must be at least"),
     (CONFIG, {"rope_parameters": DEFAULT, "rope_scaling": LINEAR}, "'linear', and 'default' else"),
     (
         CONFIG,
@@ -240,8 +240,8 @@ def test_a_gguf_key_that_changes_nothing_is_passed_over(
             {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
             r"rope scaling 'none' \(by 4.0\) is not supported",
         ),
-        ({"general.type": "mmproj"}, "is no model but of the type 'mmproj'"),
-        ({"general.type": "adapter"}, "is no model but of the type 'adapter'"),
+        ({"general.type": "mmproj"}, "is no model, but of type 'mmproj'"),
+        ({"general.type": "adapter"}, "is no model, but of type 'adapter'"),
     ],
     ids=str,
 )

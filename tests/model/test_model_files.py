@@ -133,21 +133,21 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "some parts and the whole": (
         steps(lambda f: shards(f, 3, 1), lambda f: index(f, 3)),
-        r"lacks model-00002-of-00003.* if model.safetensors is the whole model, delete model.safet",
+        r"missing: model-00002-of-00003.* if model.safetensors is the whole model, delete model",
     ),
     "a part is missing": (
         steps(lambda f: shards(f, 3, 2), without_whole),
-        r"lacks model-00003-of-00003.safetensors$",
+        r"missing: model-00003-of-00003.safetensors$",
     ),
-    "only macOS's twin": (steps(twin(WHOLE), without_whole), r"lacks \*.safetensors"),
+    "only macOS's twin": (steps(twin(WHOLE), without_whole), r"missing: \*.safetensors"),
     "only torch's format": (
         only("pytorch_model.bin"),
-        r"only as pytorch_model.bin: convert to saf",
+        r"only as pytorch_model.bin; convert to saf",
     ),
-    "only a checkpoint": (only("model.ckpt"), r"only as model.ckpt: convert to safetensors"),
-    "only MLX's old format": (only("weights.npz"), r"only as weights.npz: convert the original ag"),
-    "only Flax's format": (only("flax_model.msgpack"), r"only as flax.*: use the model's copy for"),
-    "only ONNX": (only("model.onnx"), r"only as model.onnx: use the model's copy for PyTorch"),
+    "only a checkpoint": (only("model.ckpt"), r"only as model.ckpt; convert to safetensors"),
+    "only MLX's old format": (only("weights.npz"), r"only as weights.npz; convert the original ag"),
+    "only Flax's format": (only("flax_model.msgpack"), r"only as flax.*; use the model's copy for"),
+    "only ONNX": (only("model.onnx"), r"only as model.onnx; use the model's copy for PyTorch"),
     "64 bits": (retyped("F64"), r"dtype F64; save the model in bfloat16"),
     "8 bits": (retyped("F8_E4M3"), r"dtype F8_E4M3; use the original 16-bit repository"),
     "8 bits of range": (retyped("F8_E5M2"), r"dtype F8_E5M2; use the original 16-bit repository"),
@@ -200,7 +200,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
     monkeypatch.setattr("os.scandir", as_the_system(__import__("os").scandir))
     with pytest.raises(UserError) as raised:
         mq.load(folder)
-    said = f"{denied} cannot be read (Permission denied): give yourself read permission"
+    said = f"{denied} cannot be read (Permission denied); give yourself read permission"
     assert str(raised.value) == said
 
 
@@ -278,7 +278,7 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "a part is missing": (
         lambda at, whole: write_parts(at, whole, PARTS)[1].unlink(),
-        r"is one of 2 parts; missing: m-00002-of-00002.gguf",
+        r"is one of 2 parts; fetch the others: m-00002-of-00002.gguf",
     ),
     "a pointer": (lambda at, _: (at / "m.gguf").write_bytes(POINTER), r"is Git LFS's pointer"),
     "an empty file": (lambda at, _: (at / "m.gguf").write_bytes(b""), r"m.gguf is empty"),

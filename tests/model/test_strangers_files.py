@@ -50,7 +50,7 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config(num_hidden_layers=10**9),
         "num_hidden_layers must be a positive integer of at most 10,000; got 1000000000",
     ),
-    "a wide head": (config(head_dim=10**9), "head_dim 1,000,000,000 is more than a matrix can"),
+    "a wide head": (config(head_dim=10**9), "head_dim 1,000,000,000 is too large for a matrix"),
     "an endless vocabulary": (
         config(vocab_size=10**12),
         "vocab_size must be a positive integer of at most 2,147,483,647; got 1000000000000",

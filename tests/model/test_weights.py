@@ -244,7 +244,7 @@ def test_shards_that_the_index_names_and_that_are_missing_are_listed(
     shards[1].unlink()
     shards[2].unlink()
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path} is not a complete model: it lacks ")
+    assert message.startswith(f"{tmp_path} is not a complete model; missing: ")
     assert message.count(".safetensors") == 2
     assert shards[1].name in message and shards[2].name in message
 
@@ -276,7 +276,7 @@ def test_all_problems_of_all_shards_are_reported_at_once(folder: Path) -> None:
     assert head == f"{folder} does not hold this model:"
     where = "in model.safetensors"
     assert sorted(problem.strip() for problem in problems) == [
-        f"lm_head.weight {where} has shape (320, 63); config.json asks (320, 64)",
+        f"lm_head.weight {where} has shape (320, 63); config.json asks for (320, 64)",
         f"model.layers.0.mlp.down_proj.weight {where} has dtype I8; supported: F32, F16, BF16",
         f"model.layers.0.self_attn.k_proj.bias {where} belongs to no module of this architecture",
         f"model.layers.2.mlp.up_proj.weight {where} belongs to no module of this architecture",
@@ -294,7 +294,7 @@ def test_a_wrong_shape_names_the_shard_it_lies_in(
     weights = dict(mx.load(str(shard)))
     mx.eval(list(weights.values()))
     mx.save_safetensors(str(shard), weights | {name: mx.zeros((64, 64))})
-    assert f"{name} in {shard.name} has shape (64, 64); config.json asks (32, 64)" in refusal(
+    assert f"{name} in {shard.name} has shape (64, 64); config.json asks for (32, 64)" in refusal(
         tmp_path
     )
 
@@ -306,7 +306,7 @@ def test_a_quantised_matrix_of_the_wrong_shape_is_refused(wide: Path, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(tmp_path)
     assert "lm_head.weight in model.safetensors has shape (320, 12)" in message
-    assert "config.json asks (320, 16)" in message
+    assert "config.json asks for (320, 16)" in message
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
@@ -332,8 +332,8 @@ def test_packed_words_of_the_wrong_dtype_are_refused(wide: Path, tmp_path: Path)
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mamba"}, "model_type is 'mamba', layers without attention; supported are"),
-    ({"model_type": ...}, "model_type is None, an architecture that we do not know; supported"),
+    ({"model_type": "mamba"}, "model_type is 'mamba', layers without attention; supported: "),
+    ({"model_type": ...}, "model_type is None, an unknown architecture; supported"),
     (
         {"architectures": ["LlamaForSequenceClassification"]},
         "architectures is ['LlamaForSequenceClassification']; supported: ['LlamaForCausalLM']",

@@ -4,6 +4,7 @@
 """
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import jupytext
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import make_notebooks  # pyright: ignore[reportMissingImports]
@@ -22,14 +23,13 @@ import make_notebooks  # pyright: ignore[reportMissingImports]
 ROOT = Path(__file__).parents[2]
 SCRIPTS = make_notebooks.scripts()
 EACH = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-LIMIT = 600  # seconds
 # What these claim is true of the whole SmolLM2 alone; the others hold on its first layers, too.
 WHOLE_MODEL = {"chat_data", "export", "own_loop"}
 
 
 def test_the_examples_are_found_and_the_demo_is_not_one_of_them():
     names = {script.stem for script in SCRIPTS}
-    assert names >= {"quick_start", "llama31_8b", "resume", "export", "own_loop"}
+    assert names >= {"own_rows", "quick_start", "llama31_8b", "resume", "export", "own_loop"}
     assert not names & {"demo", "docstring_data", "make_notebooks"}
 
 
@@ -54,12 +54,50 @@ def test_the_readme_names_each_example_and_no_other():
 # ---- notebooks ---------------------------------------------------------------------------------
 
 
+def stored(script: Path) -> Any:
+    return nbformat.read(make_notebooks.place_of(script), as_version=4)
+
+
 @EACH
 def test_a_notebook_is_its_script(script):
-    place = make_notebooks.place_of(script)
-    again = "run: python examples/make_notebooks.py"
-    assert place.is_file(), again
-    assert place.read_text(encoding="utf-8") == make_notebooks.notebook_of(script), again
+    again = "run: make notebooks"
+    assert make_notebooks.place_of(script).is_file(), again
+    expected = make_notebooks.notebook_of(script)
+    assert make_notebooks.code(stored(script)) == make_notebooks.code(expected), again
+    assert [cell.id for cell in stored(script).cells] == [cell.id for cell in expected.cells]
+
+
+@EACH
+def test_a_notebook_opens_with_what_it_shows_and_how_long_it_takes(script):
+    head, *rest = stored(script).cells[0].source.split("\n")
+    assert re.fullmatch(r"# [^#]+\.|# [^#]+\?", head) or ":" in head
+    assert re.search(r"Takes .* on two CPU cores", " ".join(rest))
+
+
+@EACH
+def test_a_stored_notebook_was_run_to_its_end_without_errors_and_warnings(script):
+    cells = [cell for cell in stored(script).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {
+        "stream",
+        "display_data",
+        "execute_result",
+    }
+    shows_its_result(outputs)
+    text = "".join(json.dumps(output) for output in outputs)
+    assert not re.search(r"warning|Traceback|stderr", text, re.IGNORECASE)
+    assert not re.search(r"/(home|root|work|tmp|Users)/", text), "a path of the machine it ran on"
+
+
+def shows_its_result(outputs: list[Any]) -> None:
+    """A run's summary as the value of a cell, and a plot that followed the run."""
+    results = [output.data for output in outputs if output.output_type == "execute_result"]
+    runs = [data for data in results if data["text/plain"].startswith("TrainResult(")]
+    assert runs, "no cell ends in a result"
+    assert all('class="mq cell"' in data.get("text/html", "") for data in runs)
+    live = [output.data for output in outputs if output.output_type == "display_data"]
+    assert sum("<svg" in data.get("text/html", "") for data in live) >= len(runs)
 
 
 def test_every_notebook_has_its_script():
@@ -76,13 +114,17 @@ def test_writing_again_changes_no_byte_and_removes_what_has_no_script(tmp_path, 
     (examples / "notebooks" / "gone.ipynb").write_text("{}")
     monkeypatch.setattr(make_notebooks, "EXAMPLES", examples)
     monkeypatch.setattr(make_notebooks, "NOTEBOOKS", examples / "notebooks")
-    (place,) = make_notebooks.write()
+    (place,) = make_notebooks.write([])
     first = place.read_bytes()
-    assert make_notebooks.write() == [place] and place.read_bytes() == first
+    assert make_notebooks.write([]) == [] and place.read_bytes() == first
     assert [path.name for path in place.parent.iterdir()] == ["one.ipynb"]
     cells: Any = nbformat.read(place, as_version=4).cells
     assert [cell.source for cell in cells] == ["# One.\n\nText.", "x = 1\nx"]
-    assert cells[1].outputs == [] and cells[0].id != cells[1].id
+    assert cells[1].outputs[0].data["text/plain"] == "1" and cells[0].id != cells[1].id
+    (examples / "one.py").write_text('# %% [markdown]\n"""# One."""\n\n# %%\nassert False\n')
+    with pytest.raises(CellExecutionError):
+        make_notebooks.write([])
+    assert place.read_bytes() == first, "a notebook whose code fails is left as it was"
 
 
 # ---- runs --------------------------------------------------------------------------------------
@@ -95,29 +137,16 @@ def test_an_example_runs_as_its_notebook_and_shows_its_result(script, tmp_path, 
     found_in = os.environ["PYTHONPATH"]
     if script.stem not in WHOLE_MODEL:
         found_in = os.pathsep.join([str(short_smollm2), found_in])
-    notebook = nbformat.read(make_notebooks.place_of(script), as_version=4)
+    notebook = make_notebooks.notebook_of(script)
     place = tmp_path / "examples" / "notebooks"
     place.mkdir(parents=True)
     for path in (ROOT / "examples").iterdir():
         if path.is_file() and path.suffix != ".py":
             shutil.copy(path, place.parent)
-    where = {"metadata": {"path": str(place)}}
-    client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=where)
-    client.execute(
-        env={
-            **os.environ,
-            "PYTHONPATH": found_in,
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        }
-    )
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    results = [output.data for output in outputs if output.output_type == "execute_result"]
-    runs = [data for data in results if data["text/plain"].startswith("TrainResult(")]
-    assert runs, "no cell ends in a result"
-    html = [data.get("text/html", "") for data in runs]
-    assert all('class="mq cell"' in text for text in html)
-    live = [output.data for output in outputs if output.output_type == "display_data"]
-    assert sum("<svg" in data.get("text/html", "") for data in live) >= len(runs)
+    rows = (place.parent / "finance.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (place.parent / "finance.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
+    make_notebooks.run(notebook, place, PYTHONPATH=found_in, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    shows_its_result([output for cell in notebook.cells for output in cell.get("outputs", [])])
     assert [path.name for path in place.iterdir()] == ["outputs"]
     assert {path.name for path in place.glob("outputs/*")} <= {script.stem}
 

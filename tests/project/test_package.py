@@ -15,12 +15,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from email.message import Message
 from pathlib import Path
 
+import packaging.metadata
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from support.tiny_folder import write_random_model, write_rows
 
@@ -152,11 +155,54 @@ def test_the_sdist_makes_the_same_wheel(built):
 
 def test_the_metadata_says_what_pip_and_the_index_need(built):
     fields, version = metadata(built["wheel"]), built["wheel"].name.split("-")[1]
-    assert fields["Version"] == version and fields["Requires-Python"] == ">=3.10"
+    assert fields["Version"] == version and fields["Requires-Python"] == ">=3.11"
     assert fields["License-Expression"] == "Apache-2.0" and fields["Summary"]
     shown = fields.get_payload(decode=True)
     assert isinstance(shown, bytes)
     assert shown.decode() == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_metadata_is_what_the_index_accepts(built):
+    for kind in ("wheel", "direct"):
+        packaging.metadata.Metadata.from_email(bytes(metadata(built[kind])), validate=True)
+    fields = metadata(built["wheel"])
+    assert fields["Description-Content-Type"] == "text/markdown"
+    notes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{fields['Version']}]" in notes, "a version has its release notes"
+
+
+def test_no_extra_repeats_another():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    parts = {"": project["dependencies"], **project["optional-dependencies"]}
+    named = {extra: [Requirement(text) for text in texts] for extra, texts in parts.items()}
+    asked = [r.name for texts in named.values() for r in texts if r.name != "mlx-qlora"]
+    assert {name for name in asked if asked.count(name) > 1} == {"mlx"}, "one MLX for each system"
+    within = {extra for texts in named.values() for r in texts for extra in r.extras}
+    assert within - {"cpu", "cuda13", "python"} <= set(parts)
+
+
+def promised() -> list[str]:
+    """The versions of Python that the classifiers name."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.findall(r"Python :: (3\.\d+)", text)
+
+
+def test_every_dependency_installs_on_the_promised_pythons(built):
+    own = SpecifierSet(metadata(built["wheel"])["Requires-Python"])
+    assert promised()[0] in own and "3.10" not in own
+    for name in asked_for(built["wheel"]):
+        needs = SpecifierSet(importlib.metadata.metadata(name)["Requires-Python"] or "")
+        assert [v for v in promised() if v not in needs] == [], name
+
+
+@pytest.mark.parametrize("version", promised())
+def test_the_wheel_compiles_without_a_warning(version, built, tmp_path):
+    python = shutil.which(f"python{version}")
+    if python is None:
+        pytest.skip(f"no python{version} on the PATH")
+    with zipfile.ZipFile(built["wheel"]) as file:
+        file.extractall(tmp_path)
+    printed([python, "-W", "error", "-m", "compileall", "-q", str(tmp_path)])
 
 
 # ---- what is installed ---------------------------------------------------------------------------
@@ -280,7 +326,7 @@ def test_a_users_script_is_sound_to_pyright_and_a_wrong_one_is_not(venv, empty):
 
 def pyright(folder: Path, venv: Path) -> dict[str, list[str]]:
     """The errors of each script of a folder, with the installed package's types."""
-    rules = {"typeCheckingMode": "standard", "pythonVersion": "3.10"}
+    rules = {"typeCheckingMode": "standard", "pythonVersion": "3.11"}
     # Beyond the standard: nothing of ours may be of unknown type to a user.
     rules |= dict.fromkeys(
         ("reportUnknownMemberType", "reportUnknownVariableType", "reportUnknownArgumentType"),

@@ -45,7 +45,7 @@ def make_judged(n: int = 22, seed: int = 0) -> Examples:
         learned = np.arange(len(tokens)) >= prompt
         weights = None if is_good else -learned.astype(np.float32)
         rows.append(Example(tokens, learned, line, "judged", (), weights))
-    return Examples.of(rows, kind="judged answers")
+    return Examples.of(rows, kind="labelled answers")
 
 
 # ---- TRL -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ title="file" (which the reader saves under that name), and `mlx-qlora ...` in th
 import functools
 import re
 import shlex
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,7 +169,6 @@ def make_targets() -> set[str]:
 
 @functools.cache
 def extras() -> set[str]:
-    """The optional dependencies; Python 3.10 has no reader of TOML."""
+    """The optional dependencies."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    return set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
+    return set(tomllib.loads(text)["project"]["optional-dependencies"])

@@ -478,9 +478,9 @@ def test_other_data_and_another_model_are_refused(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "grid", "how", "message"),
     [
-        ({"lora": {"init_lora_weights": "pissa"}}, None, {}, "begins with a decomposition"),
-        ({"lora": {"init_lora_weights": "olora"}}, None, {}, "begins with a decomposition"),
-        ({"model": {"adapter": "there"}}, None, {}, "begin adapters of their own"),
+        ({"lora": {"init_lora_weights": "pissa"}}, None, {}, "decomposes each matrix"),
+        ({"lora": {"init_lora_weights": "olora"}}, None, {}, "decomposes each matrix"),
+        ({"model": {"adapter": "there"}}, None, {}, "begins a new adapter"),
         ({"checkpointing": {"resume_from_checkpoint": "none"}}, None, {}, "be auto in a sweep"),
         ({}, {"rank": [2]}, {}, "cannot vary 'rank'"),
         ({}, {"r": []}, {}, "at least one value"),

@@ -170,7 +170,7 @@ def test_auto_uses_the_checkpoint_before_a_damaged_one_and_says_so(folder, whole
     assert asked(copy) == (copy / "checkpoint-3", damage)
     again = fine_tune(folder, copy)
     for line in damage:
-        assert f"warning   {line}: the checkpoint before it is used\n" in again.printed
+        assert f"warning   {line}; the checkpoint before it is used\n" in again.printed
     assert f"continuing from {copy / 'checkpoint-3'}\n" in again.printed
     assert_same(again, whole)
     for n in (3, 6, 8):
@@ -197,7 +197,7 @@ def test_with_no_whole_checkpoint_a_run_does_not_silently_start_anew(folder, who
     with pytest.raises(ConfigError) as error:
         fine_tune(folder, copy)
     assert str(error.value) == (
-        f"no checkpoint of {copy} is whole:\n"
+        f"every checkpoint of {copy} is damaged:\n"
         + "".join(f"  {line}\n" for line in damage)
         + "to start from the beginning pass checkpointing.resume_from_checkpoint=none"
     )
@@ -265,14 +265,14 @@ def test_where_the_best_weights_cannot_be_read_a_run_ends_with_the_last(
     """The best was not saved, as nobody asked for it then; or it is damaged at the end."""
     out = shutil.copytree(worsening.out, tmp_path / "out")
     late = fine_tune(folder, out, load_best_model_at_end=True)
-    assert "checkpoint-2/resume_state.json is missing: the last weights stay" in late.printed
+    assert "checkpoint-2/resume_state.json is missing; the last weights are kept" in late.printed
 
     def damage(run: Run) -> None:
         spoil(run.output / "checkpoint-2" / "adapter_model.safetensors")
 
     with losses([1, 2, 3, 4]), at_step(7, damage):
         run = fine_tune(folder, tmp_path / "damaged", load_best_model_at_end=True)
-    assert "adapter_model.safetensors is damaged: the last weights stay" in run.printed
+    assert "adapter_model.safetensors is damaged; the last weights are kept" in run.printed
     assert late.adapter == run.adapter == worsening.adapter
 
 
@@ -550,10 +550,10 @@ def test_other_numerics_are_refused_with_the_ways_out(folder, copy, version):
     with pytest.raises(ConfigError) as error:
         fine_tune(folder, copy)
     assert str(error.value) == (
-        f"{path} was trained with version {version} of the numerics, and this mlx-qlora computes "
-        "version 2: the run would not end as it began. Finish it with the version that began it "
-        f"({copy}/training_args.json names it), or train on from its adapter: --adapter {path} and "
-        "another --output-dir"
+        f"{path} was trained with version {version} of the numerics, and this mlx-qlora has "
+        "version 2, whose results differ; finish the run with the mlx-qlora that began it "
+        f"({copy}/training_args.json names it), or begin a new run with its adapter: --adapter "
+        f"{path} and another --output-dir"
     )
     assert everything(copy) == before
     model, _ = mq.load(folder, adapter=path)
@@ -657,7 +657,8 @@ def assert_explained(error: str, out: Path, reason: str, last: int) -> None:
     assert error.count(reason) == 1, error
     remedy = "free some space or choose another --output-dir. "
     assert error.endswith(
-        f"; {remedy}{out / f'checkpoint-{last}'} is whole, and the same command goes on from it"
+        f"; {remedy}{out / f'checkpoint-{last}'} is complete, and the same command continues "
+        "from it"
     ), error
     assert steps_in(out)[-1] == last
     read_state(out / f"checkpoint-{last}")

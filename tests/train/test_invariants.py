@@ -143,7 +143,9 @@ def test_the_self_test_trains_the_rows_that_the_command_reads(command, tmp_path)
     assert LlamaConfig.from_hf(TRAJECTORY["model"]) == LlamaConfig.from_hf(config)
 
 
-def test_runs_are_the_same_however_they_are_computed(command, tmp_path):
+@pytest.mark.parametrize("kl_weight", ["0", "0.5"])
+def test_runs_are_the_same_however_they_are_computed(command, tmp_path, kl_weight):
+    command = [*command, f"training.kl_weight={kl_weight}"]
     off = ["training.compile=false", "training.gradient_checkpointing=false"]
     plain = losses(tmp_path / "plain", *command, *batch_of(8, 1), *off)
     for number, how in enumerate(

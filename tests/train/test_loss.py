@@ -178,6 +178,40 @@ def test_bfloat16_is_summed_in_float32(narrow):
     np.testing.assert_allclose(np.array(found.gradient), gradient, atol=2e-2)
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_the_divergence_and_its_gradient_equal_float64_piece_by_piece(narrow, softcap, shift):
+    """With a row of the head that all states move along, so that all logits move alike."""
+    W, hidden, targets = normal(V, D) * 0.3, normal(37, D, seed=1), some_targets(37)
+    W[:, 0], hidden[:, 0] = 1, shift
+    base = hidden + 0.3 * normal(37, D, seed=2)
+    base[:, 0] = 0
+    args = mx.array(hidden), mx.array(targets), True, softcap, mx.array(base)
+    found = {weight: cross_entropy(dense_head(W), *args, weight) for weight in (0.0, 0.7)}
+
+    def logs_and_slope(states):
+        logits = states.astype(np.float64) @ W.T.astype(np.float64)
+        slope = np.ones_like(logits)
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+            slope = 1 - (logits / softcap) ** 2
+        top = logits.max(-1, keepdims=True)
+        return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)), slope
+
+    (p, slope), (q, _) = logs_and_slope(hidden), logs_and_slope(base)
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    gradient = (np.exp(p) * (p - q - kl[:, None]) * slope) @ W
+    for losses in found.values():
+        np.testing.assert_allclose(np.array(losses.kl), kl, atol=1e-5)
+    added = [
+        np.array(getattr(found[0.7], n) - getattr(found[0.0], n)) for n in ("nats", "gradient")
+    ]
+    np.testing.assert_allclose(added[0], 0.7 * kl, atol=1e-5)
+    np.testing.assert_allclose(added[1], 0.7 * gradient, atol=1e-5)
+    scored = cross_entropy(dense_head(W), *args[:2], False, softcap, args[4])
+    np.testing.assert_allclose(np.array(scored.kl), kl, atol=1e-5)
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 
@@ -188,8 +222,9 @@ def peak(run) -> int:
     return mx.get_peak_memory() - before
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
 @pytest.mark.parametrize("matmul", [None, "dequantize", "resident"])
-def test_no_more_than_a_few_pieces_of_the_logits_exist_at_once(use_device, matmul):
+def test_no_more_than_a_few_pieces_of_the_logits_exist_at_once(use_device, matmul, kl_weight):
     S, rows = 1024, 32768
     use_device(head_bytes=device.CPU.head_bytes)
     W, hidden = normal(rows, D) * 0.3, mx.array(normal(S, D, seed=1))
@@ -199,7 +234,8 @@ def test_no_more_than_a_few_pieces_of_the_logits_exist_at_once(use_device, matmu
     mx.eval(head.parameters(), hidden, targets)
 
     def found():
-        losses = cross_entropy(head, hidden, targets)
+        base = 0.9 * hidden if kl_weight else None
+        losses = cross_entropy(head, hidden, targets, base=base, kl_weight=kl_weight)
         return losses.nats, losses.gradient
 
     def naive():

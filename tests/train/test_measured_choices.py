@@ -70,9 +70,9 @@ def test_what_is_stored_is_found_again_beside_other_layers(base):
     ("seconds", "way", "why"),
     [
         ({"quantized": 1.0, "resident": 1.5}, "quantized", "1.50 times as fast here as resident"),
-        ({"quantized": 0.99, "resident": 1.0}, "resident", "no other way was faster here"),
-        ({"dequantize": 2.0, "resident": 1.0}, "resident", "no other way was faster here"),
-        ({"sideways": 0.1, "resident": 1.0}, "resident", "no other way was faster here"),
+        ({"quantized": 0.99, "resident": 1.0}, "resident", "no other was faster here"),
+        ({"dequantize": 2.0, "resident": 1.0}, "resident", "no other was faster here"),
+        ({"sideways": 0.1, "resident": 1.0}, "resident", "no other was faster here"),
     ],
 )
 def test_the_fastest_way_is_taken_if_it_is_faster_than_noise(base, seconds, way, why):
@@ -85,7 +85,7 @@ def test_a_copy_that_does_not_fit_is_not_chosen(base):
     assert measured.fastest(key(base), 1 << 50) == (
         "float32",
         "dequantize",
-        "no other way was faster here",
+        "no other was faster here",
     )
 
 

@@ -15,6 +15,7 @@ from support.training import assert_same, at_step, fine_tune, recorded, stop
 
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import save_adapter
+from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import Batch, Batches, evaluation_batches, halves, make_batches
@@ -25,7 +26,7 @@ from mlx_qlora.errors import ConfigError, DataError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.preferences import Preferences, Untrained
+from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.score import log_probabilities
 from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.tree import flat, nested
@@ -299,11 +300,10 @@ def test_micro_batches_do_not_change_a_run(folder, tmp_path):
 def test_rows_of_another_objective_are_refused(folder, tmp_path):
     with pytest.raises(DataError) as caught:
         fine_tune(folder, tmp_path, make_pairs(), make_pairs(4))
-    assert (
-        "the rows are pairs, which training.objective=dpo or orpo or simpo reads, and not"
-        in str(caught.value)
+    assert "the rows are pairs, for training.objective=dpo or orpo or simpo, not" in str(
+        caught.value
     )
-    with pytest.raises(DataError, match="the rows are answers, which"):
+    with pytest.raises(DataError, match="the rows are answers, for training.objective=sft, not kto"):
         fine_tune(folder, tmp_path, objective="kto")
 
 

@@ -111,7 +111,7 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(name,
     assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
     kept = tmp_path / "out" / "checkpoint-10"
     assert said == (
-        f"mlx-qlora: stopped by {name}; saved {kept}. The same command goes on from there\n"
+        f"mlx-qlora: stopped by {name}; saved {kept}. The same command continues from there\n"
     )
     assert "micro-batch" not in printed and "done" not in printed
     assert json.loads((kept / "trainer_state.json").read_text())["global_step"] == 10
@@ -293,7 +293,7 @@ def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
     begin, tmp_path, monkeypatch, usual_signals
 ):
     at_micro_batch(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"^stopped by SIGINT; no step was done yet\.") as caught:
+    with pytest.raises(Interrupted, match=r"^stopped by SIGINT; no step was finished\.") as caught:
         begin()
     assert caught.value.checkpoint is None
     assert not list((tmp_path / "out").glob("*checkpoint*"))

@@ -195,7 +195,7 @@ def test_a_gradient_that_is_no_number_is_looked_for_where_it_was_made():
     batch = a_batch(3, False)
     losses = [(batch, mx.array(1.5))]
     assert suspects(losses, elsewhere=False) == batch.places
-    assert suspects(losses, elsewhere=True) == ("rows of another process: see its rank-*.log",)
+    assert suspects(losses, elsewhere=True) == ("rows of another process; see its rank-*.log",)
     losses += [(a_batch(7, False), mx.array(mx.nan))]
     assert suspects(losses, elsewhere=True) == losses[1][0].places
 
@@ -256,7 +256,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     assert same_to_rounding(halved, whole)
     assert halved.optimizer.step == whole.optimizer.step == 2
     assert printed.getvalue().splitlines() == [
-        f"warning   out of memory: of 4 rows at most {4 // n} are computed at once from here on; "
+        f"warning   out of memory: from now on at most {4 // n} of 4 rows are computed at once; "
         "the result is the same"
         for n in (2, 4)
         if n <= n_splits
@@ -299,7 +299,7 @@ def test_no_memory_to_move_the_weights_ends_the_run_with_a_remedy(model):
 
     step = stepper(model, optimizer=Starved)
     before = numbers_of(step)
-    message = "^out of memory while the weights are moved; lower lora.r"
+    message = "^out of memory while the weights are updated; lower lora.r"
     with pytest.raises(TrainingError, match=message):
         step(a_step(0), 1e-2)
     assert numbers_of(step) == before and step.n_splits == 1
@@ -311,9 +311,9 @@ def test_no_more_rows_are_split_than_there_are(model):
     batch = a_batch(0, False)
     names = ("tokens", "labels", "documents", "places", "rows")
     step([dataclasses.replace(batch, **{name: getattr(batch, name)[:3] for name in names})], 1e-2)
-    assert re.findall("of 3 rows at most . are", printed.getvalue()) == [
-        "of 3 rows at most 2 are",
-        "of 3 rows at most 1 are",
+    assert re.findall("at most . of 3 rows are", printed.getvalue()) == [
+        "at most 2 of 3 rows are",
+        "at most 1 of 3 rows are",
     ]
 
 
@@ -373,8 +373,8 @@ def test_other_errors_of_the_device_end_the_run_in_its_own_words(model, words, r
         step(a_step(0), 1e-2)
     assert step.n_splits == 1, "splitting is for want of memory"
     message = str(raised.value)
-    assert message.startswith(f"the device gave up: {words}")
-    hint = message.removeprefix(f"the device gave up: {words}")
+    assert message.startswith(f"the device failed: {words}")
+    hint = message.removeprefix(f"the device failed: {words}")
     assert (remedy in hint) if remedy else hint == ""
 
 
@@ -397,7 +397,7 @@ def test_a_gradient_of_nothing_is_a_device_that_lost_its_work(model, lost):
     with pytest.raises(StepError) as raised:
         step(a_step(8), 1e-2)
     loss = "0" if "loss" in lost else r"\d\.\d+"
-    words = rf"the device gave up: the gradient of \d+ tokens is exactly 0, at a loss of {loss}"
+    words = rf"the device failed: the gradient of \d+ tokens is exactly 0, at a loss of {loss}"
     assert re.fullmatch(words, str(raised.value)) and raised.value.again
     assert numbers_of(step) == before
 
@@ -479,7 +479,7 @@ def test_a_skipped_step_is_recorded_with_its_rows(hf_tiny, tmp_path):
     assert skipped == [{"step": 3, "epoch": 0.3, "skipped": reason, "rows": named}]
     assert skipped[0] in result.log_history
     assert [r["step"] for r in result.log_history if "loss" in r] == [1, 2, 4, 5, 6, 7, 8]
-    assert f"step 3: {reason}: skipped. Rows: {', '.join(named)}\n" in printed.getvalue()
+    assert f"step 3 skipped: {reason}; rows: {', '.join(named)}\n" in printed.getvalue()
     assert printed.getvalue().count("skipped") == 1
 
     last = out / "checkpoint-8"

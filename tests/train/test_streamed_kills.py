@@ -158,7 +158,7 @@ def test_the_content_decides_whether_a_file_has_changed(
     if not is_error:
         with reader.layer(1):
             return
-    with pytest.raises(WeightsError, match=r"any more: its content has changed.* put the file"):
+    with pytest.raises(WeightsError, match=r"any more: its content has changed.* restore the file"):
         with reader.layer(1):
             pass
 

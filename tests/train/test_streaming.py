@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from support.training import at_step, make_examples, stop
 
 import mlx_qlora as mq
 from mlx_qlora import device
+from mlx_qlora.adapters.several import disabled
 from mlx_qlora.cli import main
 from mlx_qlora.commands import open_with_plan
 from mlx_qlora.config import build
@@ -70,8 +72,13 @@ def computed(residency: str, path: Path, lora: LoraConfig, **how: Any) -> dict[s
         loss, _, grads = loss_and_grads(model, batch(), mx.random.key(3), recompute)
         found |= {f"{recompute} {name}": np.array(g) for name, g in flat(grads).items()}
         found[f"{recompute} loss"] = np.array(loss)
-    scores = score_rows(model, batch())
-    return found | {"nats": scores.nats, "hits": scores.hits}
+    engine = Engine(model, kl_weight=0.5)
+    randomise_lora(model, seed=2)
+    weights = flat(model.trainable_parameters())
+    sums, _, grads = engine(weights, batch(), mx.random.key(3))
+    found |= {"sums": np.array(sums)} | {f"kl {name}": np.array(g) for name, g in grads.items()}
+    scores = score_rows(model, batch(), partial(disabled, model))
+    return found | {"nats": scores.nats, "hits": scores.hits, "kl": scores.kl}
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -138,7 +145,7 @@ def loaded(path: Path, **how: Any) -> Any:
     """What `mq.load` returns; that a streamed model generates slowly is said."""
     if how.get("residency") != "streamed":
         return mq.load(path, **how)
-    with pytest.warns(StreamedWarning, match="each token that is generated"):
+    with pytest.warns(StreamedWarning, match="every generated token"):
         return mq.load(path, **how)
 
 
@@ -252,7 +259,7 @@ def test_a_file_that_changes_during_a_run_is_one_clear_error(
             WeightsError, match=r"model\.safetensors cannot be read any more: "
         ) as e:
             train(source, rows, tmp_path / "out", "streamed", eval_steps=4)
-    assert "put the file back as it was" in str(e.value)
+    assert "restore the file" in str(e.value)
     file.unlink(missing_ok=True)
     shutil.copyfile(kept, file)
     more = {"resume_from_checkpoint": "auto"}
@@ -273,7 +280,7 @@ def test_auto_streams_what_would_not_fit(
 
     inputs, plan, said = opened(1 << 30)
     assert (inputs.config.model.residency, plan.residency) == ("auto", "resident")
-    assert "streamed  the weights" not in said and inputs.load().model.reader is None
+    assert "streamed  weights from the disk" not in said and inputs.load().model.reader is None
     inputs, plan, said = opened(plan.parts["base weights"] + plan.parts["dequantised copy"])
     assert inputs.config.model.residency == plan.residency == "streamed"
     assert "would not fit" in said and "two layers in memory" in said

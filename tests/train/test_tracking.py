@@ -352,7 +352,7 @@ def test_what_wandb_refuses_is_said_before_training(hf_tiny, tmp_path):
     (out / "checkpoint-8" / "resume_state.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*")}
     other = Wandb("p", "n", out, {}, RunState(step=6))
-    with pytest.raises(ConfigError, match=r"wandb cannot begin a run: run ID .* in use; set WAN"):
+    with pytest.raises(ConfigError, match=r"wandb cannot start a run: run ID .* in use; set WAN"):
         start(hf_tiny[1], out, report_to=BOTH)
     other.close(failed=False)
     kept = ("metrics.jsonl", "checkpoint-3", "checkpoint-6", "wandb_run_id")
@@ -380,7 +380,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError) as caught:
         require_trackers(BOTH)
-    remedy = f"{name} is not installed: pip install 'mlx-qlora[{name}]'"
+    remedy = f"{name} is not installed; run: pip install 'mlx-qlora[{name}]'"
     assert str(caught.value) == f"logging.report_to: {remedy}"
 
 
@@ -399,7 +399,7 @@ def test_a_folder_of_offline_runs_is_no_package(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"WANDB_MODE": ""}, "wandb has no API key for this machine: run `wandb login`, or set "),
+        ({"WANDB_MODE": ""}, "wandb has no API key on this machine; run `wandb login`, or set "),
         ({"WANDB_MODE": "", "WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"),
         ({"WANDB_MODE": "offline"}, "fine"),
         ({"WANDB_MODE": "disabled"}, "fine"),
