@@ -318,7 +318,7 @@ def blocks(rounded: Rounded, kind: Any) -> np.ndarray:
     """
     codes = rounded.codes.reshape(-1, len(rounded.scales), 32)
     numbers = [rounded.scales, rounded.offsets] if kind in OFFSET else [rounded.scales]
-    parts = [x.T.astype("<f2")[..., None].view(np.uint8) for x in numbers]
+    parts: list[Any] = [x.T.astype("<f2")[..., None].view(np.uint8) for x in numbers]
     if kind == 8:  # signed
         parts.append(codes - np.uint8(127))
     else:
