@@ -140,14 +140,14 @@ COMMANDS = {
     ),
     "merge": Command(
         "merge an adapter into its model, as a folder that any tool opens",
-        ("--model", "--adapter"),
-        {"model": LOADED},
+        ("--model", "--adapter", "--data"),
+        {"model": LOADED, "data": ROWS},
         quiet=True,
     ),
     "export": Command(
         "write an adapter in another format, or a copy in PEFT's if none is named",
-        ("--model", "--adapter"),
-        {"model": ALL},
+        ("--model", "--adapter", "--data"),
+        {"model": ALL, "data": ROWS},
         quiet=True,
     ),
     "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
@@ -333,8 +333,8 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--base", metavar="SOURCE", help=original)
         kinds = ("bfloat16", "float16", "float32")
         add("--save-dtype", default="bfloat16", choices=kinds, help="dtype of the written weights")
-        again = "quantise the merged model, and report what that loses"
-        add("--requantize", type=int, metavar="BITS", help=again)
+        again = "quantise to 4, 5, 6, 8 or mxfp4, with what the run's rows make up for"
+        add("--requantize", metavar="BITS", help=again)
     if name == "export":
         form = command.add_mutually_exclusive_group()
         forms = {
