@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mlx_qlora.errors import ConfigError, TrainingError, waiting
+from mlx_qlora.errors import ConfigError, TrainingError, UserError, waiting
 
 TAG = "mlx-qlora"
 BASE = "base"  # the name of its hash, in a file's metadata and in a run's record
@@ -314,7 +314,7 @@ def check_writable(
         fate = "deleted, as the whole folder is replaced" if whole else "overwritten"
         raise ConfigError(
             f"{field}: {folder / foreign[0]}{more} is not known to be from mlx-qlora and would be "
-            f"{fate}; choose another folder with --output-dir"
+            f"{fate}; choose another folder with {field if field[:2] == '--' else '--output-dir'}"
         )
     if whole and Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(
@@ -378,28 +378,108 @@ def _is_our_card(path: Path) -> bool:
     return ADAPTER_SENTENCE.search(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
-def card_header(path: Path) -> dict[str, Any]:
-    """The YAML header of a model card; empty if there is none that can be read."""
-    import yaml
+# ---- what strangers' files say -------------------------------------------------------------------
 
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+# A JSON text takes thirty times as much in memory at worst, and the reader of YAML takes seconds.
+MOST_JSON, MOST_YAML = 1 << 24, 1 << 18
+MOST_LEVELS, MOST_VALUES, MOST_DIGITS = 64, 1 << 20, 100
+
+
+@contextmanager
+def reading(path: Path, error: type[UserError]) -> Iterator[None]:
+    """Turn whatever a stranger's file makes of those who read it into one `error` that names it.
+
+    What is commonly wrong has a message of its own, a UserError, which passes.
+    """
     try:
-        return dict(yaml.safe_load(text[3:].split("\n---", 1)[0])) if text[:3] == "---" else {}
-    except (TypeError, ValueError, yaml.YAMLError):  # people write it by hand
-        return {}
+        yield
+    except BaseException as problem:
+        of_rust = type(problem).__name__ == "PanicException"  # which is no Exception
+        if isinstance(problem, UserError) or not (of_rust or isinstance(problem, Exception)):
+            raise
+        reason = str(problem) or type(problem).__name__
+        raise error(f"{path} cannot be read ({reason}); fetch or write it again") from problem
+
+
+def read_text(path: Path, most: int = MOST_JSON) -> str:
+    """The text of a small file; a ValueError if it is no UTF-8, or is not small."""
+    if path.exists() and not path.is_file():  # a pipe, for instance, into which nobody writes
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return text.decode("utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a file of a stranger holds; a ValueError if that is no JSON, or nests too deeply."""
+    """The value of a JSON text; a ValueError if it is none, or beyond any real file's limits."""
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_int=_whole_number)
+        _check_size(value)
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str, loader: Any = None) -> Any:
+    """As `parse_json`, for YAML; what it says by aliases counts as if it were written out."""
+    import yaml
+
+    if len(text) > MOST_YAML:
+        raise ValueError(f"it is longer than {MOST_YAML:,} characters")
+    opened = 0
+    for sign in re.findall(r"[\[\]{}]", text):  # which PyYAML takes seconds for
+        opened += 1 if sign in "[{" else -1
+        if opened > 4 * MOST_LEVELS:  # some may stand in texts
+            raise ValueError("it is nested too deeply")
+    try:
+        reader = (loader or yaml.SafeLoader)(text)
+        node = reader.get_single_node()
+        _check_size(node)
+        return None if node is None else reader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # such as !!int ""
+        place = getattr(error, "problem_mark", None)
+        where = f" in line {place.line + 1}, column {place.column + 1}" if place else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or error}{where}") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) -> int:
+    """How many values a value of JSON, or a node of YAML, holds."""
+    inner = getattr(value, "value", value)
+    inner = inner.values() if isinstance(inner, dict) else inner
+    if isinstance(inner, (str, int, float, type(None))):
+        return 1
+    if not levels:
+        raise ValueError("it is nested too deeply")
+    n = 1
+    for each in inner if isinstance(inner, Iterable) else ():
+        n += _check_size(each, levels - 1, most - n)
+        if n > most:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+    return n
+
+
+def card_header(path: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty if there is none that can be read."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        return dict(parse_yaml(text[3:].split("\n---", 1)[0])) if text[:3] == "---" else {}
+    except (TypeError, ValueError):  # people write it by hand
+        return {}
 
 
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        return dict(parse_json(path.read_text(encoding="utf-8")))
+        return dict(parse_json(read_text(path)))
     except (OSError, TypeError, ValueError):
         return {}

@@ -15,6 +15,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,12 +261,20 @@ def open_inputs(
     validation = test = None
     if split:
         seed, kind = config.training.seed, KIND_OF[config.training.objective]
+        if not config.training.learns_prompts:  # nor are they counted as if they were
+            config = replace(config, data=replace(config.data, prompt_loss_weight=0.0))
         parts = train_validation_test(config.data, tokenizer, seed, console, kind)
         train, validation, test = parts
     else:
-        config = as_taught(config)
+        plain, config = config.training, as_taught(config)
         assert config.data.path is not None
-        train = read_examples(config.data.path, tokenizer, config.data, console=console)
+        read = partial(read_examples, config.data.path, tokenizer, config.data, console=console)
+        try:  # as answers, unless the objective is given
+            train = read(objective=plain.objective)
+        except DataError:
+            if config.training == plain:
+                raise
+            train = read(objective=config.training.objective)
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
     if checkpoint is not None and writes:

@@ -28,7 +28,7 @@ from mlx_qlora.before.plan import trainable
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.distributed import in_time
-from mlx_qlora.errors import SourceError, UserError, visible
+from mlx_qlora.errors import SourceError, UserError, shown, visible
 from mlx_qlora.model import hub
 from mlx_qlora.model.gguf import GgufMatrix
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -261,6 +261,7 @@ class PlannedRun:
 
     def hub(self) -> Iterator[Finding]:
         """Whether the hub answers, and as whom it knows us."""
+        hub.check_environment()
         from huggingface_hub import constants, errors, get_token
         from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -445,4 +446,4 @@ def environment() -> Iterator[Finding]:
         yield _ok("environment", text)
     for name in ("HF_HOME", "HF_ENDPOINT"):
         if value := os.environ.get(name):
-            yield _ok("environment", f"{name}={value}")
+            yield _ok("environment", shown(f"{name}={value}"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_qlora.errors import ConfigError, DataError, listing, waiting
+from mlx_qlora.model.hub import check_environment
 from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def readable(name: str) -> Iterator[None]:
 
 def user_path(text: str | Path | None, field: str) -> Path:
     """A path as a person writes it, `~` included; a ConfigError if it is none or has no home."""
-    if not str(text or ""):
+    if text is None or not str(text):
         raise ConfigError(f"{field} is missing; name a file or folder")
     try:
         return Path(text).expanduser()
@@ -491,6 +492,7 @@ def in_memory(rows: Any) -> RowFile:
 
 def hub_dataset(file: RowFile) -> Any:
     """A `datasets.Dataset`, from its cache or the hub, or a DataError that says why not."""
+    check_environment()
     try:
         import datasets
     except ImportError:

@@ -256,6 +256,7 @@ def _take_out_marks(report: DataReport) -> None:
         return sum(file.unread.pop(mark, 0) for file in report.files) == report.kept > 0
 
     report.own_system = is_in_all("data.system")
+    report.is_joined = is_in_all("data.template")
     for name in OPTIONAL_COLUMNS:
         if is_in_all(ABSENT + name):
             raise ConfigError(
@@ -294,7 +295,7 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
     if report.kind != ANSWERS and config.train_on == "all":
         raise ConfigError(
             "data.train_on=all is for training.objective=sft, as the others compare answers; "
-            "leave it out, or set data.prompt_loss_weight"
+            "leave it out"
         )
     settings = (config.train_on, config.max_length, config.truncation)
     more = config.columns, config.system, config.prompt_loss_weight, report.kind

@@ -7,6 +7,7 @@ so the peak is the finished model plus one tensor, not the whole dense checkpoin
 
 import errno
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,13 @@ import mlx.nn as nn
 
 from mlx_qlora.device import allow_files, free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
-from mlx_qlora.folders import in_words, parse_json
+from mlx_qlora.folders import in_words, parse_json, read_text, reading
+from mlx_qlora.model.families import LAYERS
 from mlx_qlora.model.gguf import BITS, GgufMatrix, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FLOAT_MODES, PARTS, FrozenMatrix, QuantConfig, cast
-from mlx_qlora.model.stored import StoredMatrix, StoredTensor, tensors_in
+from mlx_qlora.model.stored import StoredMatrix, StoredTensor, check_finite, tensors_in
 from mlx_qlora.model.streaming import LayerReader, PackedCopy
 from mlx_qlora.progress import doing, each
 from mlx_qlora.tree import flat
@@ -61,6 +63,11 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     Raises:
         WeightsError: files that are damaged, incomplete, or quantised in a way we cannot read.
     """
+    with reading(files.path, WeightsError):
+        return _open(files)
+
+
+def _open(files: ModelFiles) -> Checkpoint:
     if files.path.is_file():
         config, tensors, metadata = read_gguf(files.path)
         found = {n: StoredTensor(files.path, 0, x.shape, "F16") for n, x in tensors.items()}
@@ -69,8 +76,10 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     config = _read_config(files.path)
     if files.left_on_hub:
         found = _headers_on_hub(files)
+        _check_layers(files, config, found)
         return Checkpoint(files, config, found, _packing_in_config(config, found), {})
     found = _read_headers(weight_files(files.path))
+    _check_layers(files, config, found)
     packing = _packing_in_config(config, found)
     shards = sorted({info.path for info in found.values()})
     allow_files(len(shards))
@@ -82,10 +91,11 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What a `Checkpoint` has as `config` and `metadata`; a folder's weights may be missing."""
-    if files.path.is_file():
-        config, _, metadata = read_gguf(files.path)
-        return config, metadata
-    return _read_config(files.path), None
+    with reading(files.path, WeightsError):
+        if files.path.is_file():
+            config, _, metadata = read_gguf(files.path)
+            return config, metadata
+        return _read_config(files.path), None
 
 
 def load_model(
@@ -154,18 +164,24 @@ def _place(
         for name in list(checkpoint.tensors):
             path, _, leaf = name.rpartition(".")
             array = checkpoint.tensors.pop(name)  # or what was read of the file would stay
+            info = checkpoint.found[name]
             task.advance()
             is_matrix = path in matrices and leaf in PARTS
             if path not in modules or (is_matrix and not matrices_too):
                 continue
             is_gguf = isinstance(array, GgufMatrix)
             if is_gguf and (path in packing or (quantize and array.is_packed)):
-                matrices[path].put(*array.pack())
+                (weight, *groups), quant = array.pack()
+                check_finite(name, info.path, *groups)
+                matrices[path].put((weight, *groups), quant)
             elif is_matrix and leaf == "weight" and path not in packing and quantize:
-                matrices[path].pack(as_array(array), quantize)
+                dense = as_array(array)
+                check_finite(name, info.path, dense)
+                matrices[path].pack(dense, quantize)
+                del dense
             else:
                 modules[path][leaf] = cast(as_array(array), dtype)
-                mx.eval(modules[path][leaf])
+                check_finite(name, info.path, modules[path][leaf])
             del array
             if is_matrix:
                 then(path, matrices[path])
@@ -254,7 +270,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     check_readable(path, WeightsError)
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = parse_json(read_text(path))
     except ValueError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
@@ -291,6 +307,19 @@ def _as_one_model(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, Stor
     if problems:
         raise WeightsError(f"the weights cannot be read:\n{listing(problems)}")
     return found
+
+
+def _check_layers(
+    files: ModelFiles, config: dict[str, Any], found: dict[str, StoredTensor]
+) -> None:
+    """Compare the number of layers before anybody builds as many."""
+    held = {name.split(".", 3)[2] for name in found if re.match(r"model\.layers\.\d+\.", name)}
+    said = config.get(LAYERS)
+    if isinstance(said, int) and held and said > len(held):
+        raise WeightsError(
+            f"{files.path} does not hold this model: config.json says {said:,} layers, and its "
+            f"files hold {len(held):,}"
+        )
 
 
 def _headers_on_hub(files: ModelFiles) -> dict[str, StoredTensor]:

@@ -20,7 +20,7 @@ from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
-from mlx_qlora.folders import parse_json, remove_leftovers, write_whole
+from mlx_qlora.folders import parse_json, read_text, remove_leftovers, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
@@ -247,7 +247,7 @@ def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
     """What an earlier sweep has measured of this very trial at this step, or None."""
     path = _record(config, step)
     try:
-        measured = Measured(**parse_json(path.read_text(encoding="utf-8")))
+        measured = Measured(**parse_json(read_text(path)))
     except (OSError, ValueError, TypeError):  # none, or a damaged one: it is measured again
         return None
     same = measured.key == _key(config, inputs)

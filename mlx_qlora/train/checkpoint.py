@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
-from mlx_qlora.folders import disk_errors, json_object, remove, sha256, staged
+from mlx_qlora.folders import disk_errors, json_object, parse_json, remove, sha256, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
@@ -381,13 +381,15 @@ def read_state(path: Path) -> dict[str, Any]:
         first = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
         if first is None or hashlib.sha256(text[first.end() :].encode()).hexdigest() != first[1]:
             raise ConfigError(f"{path / STATE} is damaged")
-        saved = json.loads(text)
+        saved = parse_json(text)
         for name, checksum in saved["checksums"].items():
             if sha256(path / name) != checksum:
                 raise ConfigError(f"{path / name} is damaged")
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(f"{path / STATE} cannot be read: {error}") from None
     return {name: value for name, value in saved.items() if name not in ("sha256", "checksums")}
 

@@ -306,18 +306,20 @@ class Metrics:
         self.task.advance()
         if (step % every and step != self.total_steps) or not state.open_losses:
             return
+        mean = sum(state.open_losses) / len(state.open_losses)
+        means = {name: sum(values) / len(values) for name, values in state.open_metrics.items()}
         if self.in_lines:
-            figures = "  ".join([loss, *compared, lr, grad, pace, memory])
+            figures = "  ".join([f"loss {mean:.4f}", *_compared(means), lr, grad, pace, memory])
             say(self.console, f"step {step}/{self.total_steps}  {figures}")
         record = {
             "examples": state.rows,
-            "loss": sum(state.open_losses) / len(state.open_losses),
+            "loss": mean,
             "grad_norm": state.open_grad_norm,
             "learning_rate": rate,
             "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
             "process_memory_bytes": device.process_memory_bytes(),
-            **{name: sum(values) / len(values) for name, values in state.open_metrics.items()},
+            **means,
         }
         state.open_losses, state.open_grad_norm, state.open_metrics = [], 0.0, {}
         self.tokens, self.started = 0, time.perf_counter()

@@ -304,7 +304,7 @@ def test_rows_of_another_objective_are_refused(folder, tmp_path):
         caught.value
     )
     with pytest.raises(
-        DataError, match="the rows are answers, for training.objective=sft, not kto"
+        DataError, match=r"the rows are answers, for training\.objective=sft, not kto"
     ):
         fine_tune(folder, tmp_path, objective="kto")
 
