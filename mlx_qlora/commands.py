@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -36,8 +37,9 @@ from mlx_qlora.errors import (
     require,
     say,
     size,
-    visible,
+    waiting,
     warn,
+    write_out,
 )
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
@@ -59,6 +61,8 @@ from mlx_qlora.loading import (
 )
 from mlx_qlora.model.quantize import FLOAT_MODES, QuantConfig
 from mlx_qlora.names import preset, whose
+from mlx_qlora.train.checkpoint import last_checkpoint
+from mlx_qlora.train.signals import Stopped, raised
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
@@ -206,12 +210,29 @@ def run_command(args: argparse.Namespace) -> JsonObject:
     if getattr(args, "print_config", False):
         if about.json and args.json:
             return to_dict(config)
-        print("".join(f"# {note}\n" for note in notes) + to_yaml(config), end="")
+        write_out("".join(f"# {note}\n" for note in notes) + to_yaml(config), end="")
         return None
     for note in notes:  # beside what the command prints, which may be an answer
         say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
-    with shown(console):
-        return RUN[args.command](config, console, args)
+    try:
+        with raised(), shown(console):
+            return RUN[args.command](config, console, args)
+    except KeyboardInterrupt as stop:
+        _say_what_is_kept(stop, config, args)
+        raise
+
+
+def _say_what_is_kept(stop: KeyboardInterrupt, config: RunConfig, args: argparse.Namespace) -> None:
+    """Let a signal say what there is of a command that writes, unless it does so already."""
+    kept = {
+        "train": last_checkpoint(Path(config.checkpointing.output_dir)),
+        "sweep": "what its trials have saved is kept, and the same command continues from it",
+        "push": "nothing of it is in the repository unless all is; the same command continues",
+        **dict.fromkeys(("merge", "export"), "nothing was written; what was there is as it was"),
+    }
+    if args.command in kept and not stop.args and processes().is_first:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        stop.args = Stopped(signum, kept[args.command]).args
 
 
 def _train_together(console: Console, args: argparse.Namespace) -> JsonObject:
@@ -274,7 +295,7 @@ def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
 
     prediction = plan(source_of(config), config, args.machine, args.processes)
     if not args.json:
-        print(prediction)
+        write_out(str(prediction))
     return prediction.to_dict()
 
 
@@ -310,8 +331,8 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     text = ""
     for piece in answer:
         text += piece
-        if not args.json:  # a terminal would act on what a model writes; a file gets it as it is
-            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        if not args.json:
+            write_out(piece, end="")
     if not args.json:
         print()
     return {"text": text, **asdict(answer.speed)}
@@ -425,7 +446,8 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     gguf_model.check_type(kind := args.type or "q8_0")
     target = gguf_model.lm_studio_folder(args.lmstudio) if args.lmstudio else _target(args.folder)
-    check_writable(target, (), OUTPUT)
+    old, option = [*target.glob("model-*.gguf")], "--lmstudio" if args.lmstudio else OUTPUT
+    check_writable(target, [f"model-{kind}.gguf"], option, is_ours=gguf_model.is_ours)
     if args.ollama is not None:
         gguf_model.find_ollama()  # before a weight is read
     if config.model.adapter is None:  # nothing was learned over packed weights
@@ -436,12 +458,17 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
         rows = _rows_of_run(config, tokenizer, console)
     with disk_errors(target):
         written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind, rows=rows)
-    say(console, f"exported  {written.file}, {size(written.bytes)}")
+    replaced = ", replaces an older one" if written.file in old else ""
+    say(console, f"exported  {written.file}, {size(written.bytes)}{replaced}")
     _say_drift(written.drift, console)
     if written.command is not None:
         say(console, f"for {kind}, with llama.cpp's program: {written.command}")
     if args.ollama is not None:
         gguf_model.create_in_ollama(target, args.ollama)
+        say(console, f"ollama    has the model as {args.ollama}")
+    onward = f"ollama create NAME -f {shlex.quote(str(target / 'Modelfile'))}"
+    onward = f"open {args.lmstudio} in LM Studio" if args.lmstudio else onward
+    say(console, f"next      {f'ollama run {args.ollama}' if args.ollama else onward}")
     return {"format": "gguf-model", **asdict(written)}
 
 
@@ -452,7 +479,9 @@ def _target(folder: str) -> Path:
 
 
 def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
+    with waiting("the hub"):
+        how = {"private": not args.public, "dry_run": args.dry_run}
+        pushed = push_to_hub(args.folder, args.repo_id, **how)
     for path, n_bytes in pushed.files:
         say(console, f"{size(n_bytes):>13}  {path}")
     say(console, f"pushed    {pushed.url}" if pushed.url else f"would be pushed to {args.repo_id}")
@@ -505,7 +534,9 @@ def _standard_input() -> str:
         raise ConfigError("--prompt - reads standard input, which is closed; pass --prompt TEXT")
     try:
         # Not as text: in a C locale Python would take any bytes for it.
-        return io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict").read()
+        with waiting("the prompt from standard input, whose end is Ctrl-D"):
+            text = io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict")
+            return text.read()
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--prompt -: standard input is not {error.encoding} at byte {error.start}"

@@ -160,8 +160,8 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def as_taught(config: RunConfig) -> RunConfig:
-    """Write rows as the run that made the adapter did, unless the config says how."""
-    data = config.data
+    """Read and write rows as the run that made the adapter did, unless the config says how."""
+    data, training = config.data, config.training
     if config.model.adapter is None:
         return config
     taught = build(recorded(config.model.adapter, "data")).data
@@ -171,7 +171,11 @@ def as_taught(config: RunConfig) -> RunConfig:
     copy = run_of(Path(config.model.adapter).expanduser()) / "chat_template.jinja"
     if template == taught.template not in NAMED and copy.is_file():
         template = "chat"  # the file that it was read from may be gone; the tokenizer has its copy
-    return replace(config, data=replace(data, system=system, history=history, template=template))
+    if training.objective == "sft":
+        record = recorded(config.model.adapter, "training").get("training", {})
+        training = replace(training, objective=record.get("objective", "sft"))
+    data = replace(data, system=system, history=history, template=template)
+    return replace(config, data=data, training=training)
 
 
 def rows_of_run(

@@ -34,6 +34,7 @@ from mlx_qlora.errors import (
     WeightsError,
     listing,
     require,
+    waiting,
 )
 from mlx_qlora.folders import check_writable, json_object, staged
 from mlx_qlora.model.families import LlamaConfig
@@ -106,7 +107,7 @@ def save_gguf_model(
     folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
-    check_writable(folder, [file.name], is_ours=_is_ours)
+    check_writable(folder, [file.name], is_ours=is_ours)
     source = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     tensors = _layout(model, written)
@@ -139,7 +140,8 @@ def check_type(type: str) -> None:
     require(type in TYPES + K_QUANTS, "type", f"be one of {', '.join(TYPES + K_QUANTS)}", type)
 
 
-def _is_ours(file: Path) -> bool:
+def is_ours(file: Path) -> bool:
+    """Whether a GGUF file is one that we have written."""
     try:
         return str(read_header(file)[1].get(OURS)).startswith("mlx-qlora ")
     except WeightsError:
@@ -331,7 +333,8 @@ def blocks(rounded: Rounded, kind: Any) -> np.ndarray:
 
 def _run(command: list[str], folder: Path) -> None:
     """Run a program in a folder; an AdapterError with its last words if it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    with waiting(Path(command[0]).name):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
         what = f"{Path(command[0]).name} failed ({done.returncode}): {' '.join(words[-1:])}"

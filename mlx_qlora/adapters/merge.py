@@ -26,7 +26,15 @@ from mlx_qlora.adapters.requantize import grid_of, packed
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, WeightsError, listing, require
-from mlx_qlora.folders import CARD, MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
+from mlx_qlora.folders import (
+    CARD,
+    MERGED_FOLDER,
+    MERGED_MARK,
+    check_writable,
+    is_merged,
+    remove_leftovers,
+    staged,
+)
 from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -188,7 +196,11 @@ def save_merged(
 
 
 def check_disk(target: Path, needed: int) -> None:
-    """Raise a ConfigError unless so many bytes are free where a folder will be."""
+    """Raise a ConfigError unless so many bytes are free where a folder will be.
+
+    What a killed process has left of that folder goes first.
+    """
+    remove_leftovers(target)
     disk = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_qlora.cpu.attention import Reach
 from mlx_qlora.cpu.exponentials import sigmoid
-from mlx_qlora.device import Device, current
+from mlx_qlora.device import Device, current, mlx_lm
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.dropout import position_words
@@ -519,7 +519,6 @@ class LlamaForCausalLM(nn.Module):
 
     def make_cache(self) -> list[Any]:
         """One empty mlx-lm key-value cache per layer; those of windows hold no more than these."""
-        from mlx_lm.models.cache import KVCache, RotatingKVCache
-
+        cache = mlx_lm("models.cache")
         windows = (layer.self_attn.reach.window for layer in self.layers)
-        return [KVCache() if window is None else RotatingKVCache(window) for window in windows]
+        return [cache.KVCache() if n is None else cache.RotatingKVCache(n) for n in windows]
