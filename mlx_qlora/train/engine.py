@@ -442,7 +442,7 @@ class Engine:
             for tape, above in zip(layer, tapes[i + 1] if i + 1 < len(tapes) else []):
                 above.values["x"] = tape.values.pop("y")
 
-        for tape in tapes[-1]:
+        for tape in tapes[-1] if self.base else ():
             tape.values["base"] = bases.pop(0)  # and nowhere else: it goes when the head has it
         losses: list[mx.array] = []
         if weigh is None:
@@ -526,7 +526,7 @@ class Engine:
         hidden = self.model.model.normalised(x[tape.shard.positions])
         yield [hidden]
         args = self.model.head, hidden, tape.shard.targets, True, softcap
-        return (yield from losses_by_slice(*args, tape.values.pop("base"), self.kl_weight))
+        return (yield from losses_by_slice(*args, tape.values.pop("base", None), self.kl_weight))
 
     def _from_head(self, tape: Tape, gradient: mx.array, more: list[mx.array]) -> Stages:
         """From the gradient of the supervised positions to that of the last layer's output."""

@@ -82,7 +82,7 @@ def test_a_run_fits_is_never_silent_and_knows_its_end(width, time, tmp_path, mon
     costs(
         monkeypatch, time, Step, "__call__", lambda _, batches, __: 4 + batches[0].real_tokens % 5
     )
-    costs(monkeypatch, time, evaluate, "score_rows", lambda _, batch: 0.2 * len(batch.tokens))
+    costs(monkeypatch, time, evaluate, "score_rows", lambda _, batch, __: 0.2 * len(batch.tokens))
     real, real_tokens = loop.score, generate.batch_tokens
 
     def slow_tokens(*args):
