@@ -148,7 +148,8 @@ def write_gguf(path: Path, tokenizer: dict[str, Any]) -> None:
     for field in old.fields.values():
         if field.name.startswith("llama."):
             value: Any = field.contents()
-            (new.add_float32 if isinstance(value, float) else new.add_uint32)(field.name, value)
+            add: Any = new.add_float32 if isinstance(value, float) else new.add_uint32
+            add(field.name, value)
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     new.add_tokenizer_model("gpt2")
     new.add_tokenizer_pre("gpt2")

@@ -164,4 +164,6 @@ def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
         raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
     if stamp[1] < end:
         raise error(f"{path} is truncated: {stamp[1]:,} of {end:,} bytes; fetch or write it again")
+    if stamp[1] > end:  # which safetensors refuses, too
+        raise error(f"{path} has {stamp[1] - end:,} bytes too many; fetch or write it again")
     return tensors
