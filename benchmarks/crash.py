@@ -1,57 +1,72 @@
-"""A run that is killed and started again ends bit for bit as one that was left alone.
+"""A command that is killed and given again ends bit for bit as one that was left alone.
 
 Run as: python benchmarks/crash.py --kills 50 --seed 0
 
-Each trial is the real command in a process of its own, on a tiny model that this file makes: 36
-steps with dropout, accumulation, validation and the best weights at the end. The process
-gets SIGKILL, the same command is given again, one to three times in a row, and then it is left
-alone. Half of the trials are killed at a random moment. The others kill themselves at a call that
-changes the disk: before a file is opened for writing, before it is flushed, before a rename, before
+Each trial is a real command in a process of its own (forked from one that has imported
+everything), on a tiny model that this file makes: a run of 36 steps with dropout, accumulation,
+validation and the best weights at the end; the same, going on from a run that was killed in its
+middle; two processes of it; a sweep; a merge and three exports over older ones. The process gets
+SIGKILL, the same command is given again, one to three times in a row, and then it is left alone.
+Half of the trials are killed at a random moment. The others kill themselves at a call that changes
+the disk: before a file is opened for writing, before it is flushed, before a rename, before
 something is removed, or with half of a safetensors file written.
 
-The claim that is asserted, of every trial: it went on from its newest checkpoint; the adapter, the
-checkpoints' weights and moments and every recorded loss are those of the run that was left alone;
-and no other files are left. What was handed to the system outlives a process, so this says nothing
-of power cuts.
+The claim that is asserted, of every trial: a run went on from its newest checkpoint; what was
+there of an older export was there until the new one was; every file that holds no times is, byte
+for byte, that of the command that was left alone, and so is every recorded loss; and no other files
+are left. With `--results FILE` a trial that is in the file is not made again. What was handed to
+the system outlives a process, so this says nothing of power cuts.
 """
 
 import argparse
 import fcntl
+import functools
 import json
+import multiprocessing
 import os
 import random
 import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_STEPS, EVAL_STEPS = 36, 4, 6
 RANDOM = "random moment"
 CALLS = ("open", "half a file", "fsync", "rename", "remove")
-SAME_BYTES = ("adapter_config.json", "README.md", "tokenizer.json", "tokenizer_config.json")
+# No two runs have these in common; of reports and plots it is only seen that they are there.
 TIMINGS = "tokens_per_second", "peak_memory_bytes", "process_memory_bytes", "eval_runtime"
+TIMINGS += "seconds", "checksums"
+TIMED = (".html", ".svg", "rank-1.log")
 
 
 def main() -> None:
-    """Kills runs, prints a table and a JSON line, and asserts the claim."""
+    """Kills commands, prints a table and a JSON line, and asserts the claim."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", default=50, type=int, help="trials")
     parser.add_argument("--seed", default=0, type=int, help="draws the moments")
     parser.add_argument("--jobs", default=2, type=int, help="trials at the same time")
+    parser.add_argument("--only", default=",".join(CASES), help="commands, with commas between")
+    parser.add_argument("--results", type=Path, help="file of trials, to go on from")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        left_alone = LeftAlone(Path(folder))
-        trials = run_trials(left_alone, draw_moments(left_alone, args.kills, args.seed), args.jobs)
+    forked.warm()
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        cases = [LeftAlone(Path(folder), name) for name in args.only.split(",")]
+        trials = run_trials(cases, args.kills, args.seed, args.jobs, args.results)
     show(trials)
     results = {
         "processes_killed": sum(len(trial.killed) for trial in trials),
@@ -61,12 +76,20 @@ def main() -> None:
     }
     from mlx_qlora import device
 
-    print(json.dumps({"benchmark": "crash", **vars(args), **device.facts(), **results}))
+    about = {**vars(args), "results": str(args.results)}
+    print(json.dumps({"benchmark": "crash", **about, **device.facts(), **results}))
     for claim in ("identical", "tidy"):
-        assert results[claim] == args.kills, f"{results[claim]} of {args.kills} runs are {claim}"
+        assert results[claim] == args.kills, f"{results[claim]} of {args.kills} are {claim}"
 
 
 # ---- what is run -------------------------------------------------------------------------------
+
+
+def in_memory() -> str | None:
+    """A folder that is kept in memory, if there is one with room: syncing takes no time there."""
+    place = "/dev/shm"
+    has_room = os.path.isdir(place) and shutil.disk_usage(place).free > 4 << 30
+    return place if has_room else None
 
 
 def make_inputs(folder: Path) -> Path:
@@ -130,7 +153,9 @@ def command(inputs: Path, place: Path) -> list[str]:
     ]
 
 
-def start(words: list[str], how: list[str] | None = None) -> subprocess.Popen[str]:
+def start(
+    words: list[str], how: list[str] | None = None, environ: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """A process of the command; `how` is what Python runs, the command line if not given.
 
     One thread each: more would only make a tiny model slower.
@@ -138,11 +163,59 @@ def start(words: list[str], how: list[str] | None = None) -> subprocess.Popen[st
     return subprocess.Popen(
         [sys.executable, *(how or ["-m", "mlx_qlora"]), *words],
         cwd=ROOT,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **(environ or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def sweep(inputs: Path, place: Path) -> list[str]:
+    """Two learning rates and two ranks, of which the better halves go on."""
+    return [
+        *("sweep", "--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl")),
+        *("--output-dir", str(place / "out"), f"data.cache_dir={place / 'cache'}"),
+        *("--steps", "4", "--rungs", "2", "--learning-rates", "1e-6,2e-2", "--ranks", "2,4"),
+        *("--batch-size", "2", "--max-length", "128", "data.split=[0.7, 0.3, 0.0]"),
+        "checkpointing.save_steps=1",
+    ]
+
+
+def adapter(*words: str) -> Callable[[Path, Path], list[str]]:
+    """A command on the adapter that a run has left beside the inputs."""
+    return functools.partial(_on_adapter, words)
+
+
+def _on_adapter(words: tuple[str, ...], inputs: Path, place: Path) -> list[str]:
+    opened = ["--model", str(inputs / "model"), "--adapter", str(inputs / "adapter")]
+    return [*words, *opened, "--output-dir", str(place / "out")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, and the one that has left what is there before it, if there is any."""
+
+    words: Callable[[Path, Path], list[str]]
+    before: Callable[[Path, Path], list[str]] | None = None
+    on_adapter: bool = True  # whether it wants one
+    is_run: bool = False  # whether it goes on from checkpoints
+    killed_at: str = "out/checkpoint-24"  # the rename that `before` is killed at, if it is a run
+    is_whole: bool = False  # whether it replaces its folder as a whole
+    processes: int = 1
+
+
+CASES = {
+    "train": Case(command, on_adapter=False, is_run=True),
+    "resume": Case(command, command, on_adapter=False, is_run=True),  # killed half-way
+    "two": Case(command, on_adapter=False, is_run=True, processes=2),
+    "sweep": Case(sweep, on_adapter=False),
+    "merge": Case(adapter("merge", "--save-dtype", "float32"), adapter("merge"), is_whole=True),
+    "portable": Case(
+        adapter("export", "--portable"), adapter("export", "--portable"), is_whole=True
+    ),
+    "peft": Case(adapter("export"), adapter("export")),
+    "gguf": Case(adapter("export", "--gguf-model"), adapter("export", "--gguf-model")),
+}
 
 
 # ---- killing it --------------------------------------------------------------------------------
@@ -154,54 +227,113 @@ class Moment:
 
     Attributes:
         kind: RANDOM, or one of CALLS.
-        at: for RANDOM, lines of progress to wait for and, as a fraction, how much of the time
-            between two of them; otherwise which of the process's calls of that kind, from 1, or
-            the path that it is about.
+        at: for RANDOM, the share of the time that the command takes; otherwise which of the
+            process's calls of that kind, from 1, or the path that it is about.
+        victim: of several processes: 0, 1, or 2 for both.
     """
 
     kind: str
     at: float | str
+    victim: int = 0
+
+
+class Started:
+    """As `forked.Forked`, where this process has computed already: a fresh one of Python."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        """Sends it SIGKILL."""
+        self.process.kill()
+
+    def wait(self) -> forked.Done:
+        """Waits for its end."""
+        out, err = self.process.communicate(timeout=300)
+        return forked.Done(self.process.returncode, out, err)
+
+
+def process_of(
+    words: list[str],
+    place: Path | None = None,
+    moment: Moment | None = None,
+    environ: dict[str, str] | None = None,
+) -> forked.Forked | Started:
+    """A process of a command; with a `place` its calls there are watched."""
+    if forked.warmed:
+        watched = functools.partial(watch, str(place), moment) if place else None
+        return forked.Forked(words, watched, environ)
+    return Started(start(words, killing(place, moment) if place else None, environ))
 
 
 class LeftAlone:
-    """A run that nobody kills: what the others are compared with, and what can befall them.
-
-    It is made twice, the second time with its calls counted, as in a process that kills itself;
-    once if they are not wanted.
+    """A command that nobody kills: what the others are compared with, and what can befall them.
 
     Attributes:
-        inputs: with the model and the rows.
-        out: the output folder.
+        inputs: with the model, the rows and an adapter.
+        place: of its output and its cache; `out` is the output.
+        before: what is there before it, or None.
         calls: (kind, path) of every call that changes the disk, in order.
-        lines: of progress.
-        startup: seconds until the first of them.
-        pace: seconds between two of them.
+        seconds: that it takes.
     """
 
-    def __init__(self, folder: Path, counted: bool = True) -> None:
-        self.folder = folder
-        self.inputs = make_inputs(folder / "inputs")
-        self.out = folder / "alone" / "out"
-        began, times = time.perf_counter(), []
-        process = start(command(self.inputs, folder / "alone"))
-        for line in process.stdout:
-            if line.startswith("step "):
-                times.append(time.perf_counter() - began)
-        _, said = process.communicate()
-        assert process.returncode == 0, said
-        self.lines = len(times)
-        self.startup, self.pace = times[0], (times[-1] - times[0]) / (len(times) - 1)
+    def __init__(self, folder: Path, name: str = "train", case: Case | None = None) -> None:
+        self.name, self.case = name, case or CASES[name]
+        self.folder = folder / name
+        self.inputs, self.before = folder / "inputs", None
+        if not self.inputs.is_dir():
+            make_inputs(self.inputs)
+        if self.case.on_adapter and not (self.inputs / "adapter").is_dir():
+            done = process_of(command(self.inputs, folder / "first")).wait()
+            assert done.code == 0, done
+            shutil.copytree(folder / "first" / "out", self.inputs / "adapter")
+        if self.case.before is not None:
+            earlier, self.before = self.folder / "earlier", self.folder / "earlier" / "out"
+            moment = Moment("rename", self.case.killed_at) if self.case.is_run else None
+            earlier.mkdir(parents=True)
+            done = process_of(self.case.before(self.inputs, earlier), earlier, moment).wait()
+            assert done.code == (-signal.SIGKILL if moment else 0), done
+        self.place = self.begin("alone")
+        began, calls = time.perf_counter(), self.place / "cache" / "calls.json"
+        for done in self.end(self.run(self.place, counted=True)):
+            assert done.code == 0, done
+        self.seconds = time.perf_counter() - began
+        self.out = self.place / "out"
+        self.calls = [tuple(call) for call in json.loads(calls.read_text())]
 
-        if counted:
-            self.calls = self._count()
+    def begin(self, name: str) -> Path:
+        """A place for the command, with what is there before it."""
+        place = self.folder / name
+        (place / "cache").mkdir(parents=True)
+        if self.before is not None:
+            shutil.copytree(self.before, place / "out")
+        return place
 
-    def _count(self) -> list[tuple[str, str]]:
-        place = self.folder / "counted"
-        process = start(command(self.inputs, place), killing(place, None))
-        _, said = process.communicate()
-        assert process.returncode == 0, said
-        assert not differences(self.out, place / "out"), "two runs are not the same"
-        return [tuple(call) for call in json.loads((place / "calls.json").read_text())]
+    def run(
+        self, place: Path, moment: Moment | None = None, counted: bool = False
+    ) -> list["forked.Forked | Started"]:
+        """The command's processes, of which one may kill itself."""
+        n = self.case.processes
+        environs: list[dict[str, str]] = [{}]
+        if n > 1:
+            hosts = place / "cache" / "hosts.json"
+            hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
+            environs = [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(n)]
+        counted = counted or (moment is not None and moment.kind != RANDOM)
+        words = self.case.words(self.inputs, place)
+        return [
+            process_of(words, place if counted and rank == 0 else None, moment, environ)
+            for rank, environ in enumerate(environs)
+        ]
+
+    @staticmethod
+    def end(processes: list["forked.Forked | Started"]) -> list[forked.Done]:
+        """Waits for all of them."""
+        return [process.wait() for process in processes]
 
     def how_many(self, kind: str) -> int:
         """Calls of one kind."""
@@ -213,82 +345,138 @@ class LeftAlone:
         kind = self.calls[number][0]
         return Moment(kind, sum(call == kind for call, _ in self.calls[: number + 1]))
 
+    def draw(self, number: int, seed: int) -> list[Moment]:
+        """The moments at which a trial's processes are killed, one after another."""
+        draw = random.Random(f"{seed} {number} {self.name}")
 
-def draw_moments(alone: LeftAlone, trials: int, seed: int) -> list[list[Moment]]:
-    """For each trial the moments at which its processes are killed, one after another."""
-    draw = random.Random(seed)
+        def moment() -> Moment:
+            victim = draw.randrange(3) if self.case.processes > 1 else 0
+            kind = draw.choice([kind for kind in CALLS if self.how_many(kind)])
+            if draw.random() < 0.5:
+                return Moment(RANDOM, draw.random(), victim)
+            return Moment(kind, draw.randint(1, self.how_many(kind)))
 
-    def moment(number: int) -> Moment:
-        if number % 2 == 0:
-            return Moment(RANDOM, draw.uniform(0, alone.lines + 1))
-        kind = draw.choice(CALLS)
-        return Moment(kind, draw.randint(1, alone.how_many(kind)))
+        return [moment() for _ in range(draw.choice((1, 1, 2, 3)))]
 
-    return [[moment(number) for _ in range(draw.choice((1, 1, 2, 3)))] for number in range(trials)]
+
+def free_ports(n: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(n)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @dataclass
 class Trial:
-    """A run that was killed until it came to its end.
+    """A command that was killed until it came to its end.
 
     Attributes:
+        case: its name.
         moments: at which its processes were to be killed.
         killed: those at which one was; a later process may have too little left to do.
-        problems: what is not as in the run that was left alone.
-        litter: what lies in the output folder besides.
+        problems: what is not as of the command that was left alone.
+        litter: what lies beside and in the output folder besides.
     """
 
+    case: str
     moments: list[Moment]
     killed: list[Moment] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     litter: list[str] = field(default_factory=list)
 
 
-def run_trials(alone: LeftAlone, drawn: list[list[Moment]], jobs: int = 2) -> list[Trial]:
-    """Runs every trial in a folder of its own."""
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda n: run_trial(alone, f"trial-{n}", drawn[n]), range(len(drawn))))
+def run_trials(
+    cases: list[LeftAlone], n: int, seed: int, jobs: int = 2, results: Path | None = None
+) -> list[Trial]:
+    """So many trials, the commands in turn, each in a folder of its own."""
+    trials: dict[int, Trial] = {}
+    if results is not None and results.is_file():
+        for record in map(json.loads, results.read_text().splitlines()):
+            number, of_seed = record.pop("number"), record.pop("seed")
+            same = of_seed == seed and record["case"] == cases[number % len(cases)].name
+            if number < n and same and not record["problems"] + record["litter"]:
+                for name in ("moments", "killed"):
+                    record[name] = [Moment(**moment) for moment in record[name]]
+                trials[number] = Trial(**record)
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, context) if forked.warmed else ThreadPoolExecutor(jobs) as pool:
+        left = [number for number in range(n) if number not in trials]
+        alone = {number: cases[number % len(cases)] for number in left}
+        futures = {
+            pool.submit(run_trial, alone[i], f"trial-{i}", alone[i].draw(i, seed)): i for i in left
+        }
+        for future in as_completed(futures):
+            number, trial = futures[future], future.result()
+            trials[number] = trial
+            if trial.problems or trial.litter:
+                print(f"trial {number}: {trial}", flush=True)
+            if results is not None:
+                with results.open("a") as file:
+                    file.write(json.dumps({"number": number, "seed": seed, **asdict(trial)}) + "\n")
+    return [trials[number] for number in sorted(trials)]
 
 
 def run_trial(alone: LeftAlone, name: str, moments: list[Moment]) -> Trial:
     """The same command again and again, until a process comes to its end."""
-    place, trial = alone.folder / name, Trial(moments)
+    trial, place = Trial(alone.name, moments), alone.begin(name)
+    newest, first = None, Done(0, "", "")
     for moment in [*moments, None]:
-        newest = newest_checkpoint(place / "out")
-        code, printed, said = run_process(alone, place, moment)
-        if code == 0:
-            break
-        if code != -signal.SIGKILL or moment is None:
-            trial.problems.append(f"exit code {code}: {said.strip()}")
+        newest = newest_checkpoint(place / "out") if alone.case.is_run else None
+        processes = alone.run(place, moment)
+        if moment is not None and moment.kind == RANDOM:
+            until = time.perf_counter() + float(moment.at) * alone.seconds
+            while time.perf_counter() < until and not all(each.ended() for each in processes):
+                time.sleep(0.002)
+            for rank in {0: [0], 1: [1], 2: [0, 1]}[moment.victim]:
+                processes[rank].kill()
+        try:
+            first, *others = alone.end(processes)
+        except AssertionError as late:
+            trial.problems.append(str(late))
             return trial
+        codes = [done.code for done in (first, *others)]
+        if not any(codes):
+            break
+        if -signal.SIGKILL not in codes or moment is None:
+            trial.problems.append(f"exit codes {codes}: {first.err.strip()}")
+            return trial
+        if others and 1 in codes:
+            trial.problems.append(f"exit codes {codes}: {[done.err for done in (first, *others)]}")
         trial.killed.append(moment)
+        if alone.case.is_whole and not is_old_or_new(alone, place):
+            trial.problems.append(f"killed at {moment}, neither the old nor the new is there")
     if not trial.killed and moments[0].kind == RANDOM:  # it came too late
         shutil.rmtree(place)
-        return run_trial(alone, name, [Moment(RANDOM, moments[0].at / 2)])
-    trial.problems = differences(alone.out, place / "out")
+        earlier = Moment(RANDOM, float(moments[0].at) / 2, moments[0].victim)
+        return run_trial(alone, name, [earlier])
+    trial.problems += differences(alone.place / "out", place / "out")
     if not trial.killed:
         trial.problems.append("no process was killed")
-    if newest is not None and f"continuing from {newest}\n" not in printed:
+    if newest is not None and f"continuing from {newest}\n" not in first.out:
         trial.problems.append(f"it did not go on from {newest}")
-    trial.litter = sorted(names(place / "out") - names(alone.out))
+    trial.litter = sorted(litter(place) - litter(alone.place))
+    shutil.rmtree(place)
     return trial
 
 
-def run_process(alone: LeftAlone, place: Path, moment: Moment | None) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of one process that is perhaps killed."""
-    at_random = moment is None or moment.kind == RANDOM
-    how = None if at_random else killing(place, moment)
-    process, read = start(command(alone.inputs, place), how), ""
-    if moment is not None and at_random:
-        for _ in range(int(moment.at)):
-            while line := process.stdout.readline():
-                read += line
-                if line.startswith("step "):
-                    break
-        time.sleep(moment.at % 1 * (alone.pace if moment.at >= 1 else alone.startup))
-        process.kill()
-    printed, said = process.communicate()
-    return process.returncode, read + printed, said
+Done = forked.Done
+
+
+def litter(place: Path) -> set[str]:
+    """Every file and folder of a command's place but its cache."""
+    return {name for name in names(place) if not name.startswith("cache")}
+
+
+def is_old_or_new(alone: LeftAlone, place: Path) -> bool:
+    """Whether a folder that is replaced is one or the other, or the old one is set aside."""
+    assert alone.before is not None
+    aside = sorted(place.glob(".out-*.old"))
+    there = place / "out" if (place / "out").exists() or not aside else aside[0]
+    return not differences(alone.before, there) or not differences(alone.place / "out", there)
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -307,12 +495,24 @@ def killing(place: Path, moment: Moment | None) -> list[str]:
 
 
 def child(place: str, kind: str, at: str, *words: str) -> None:
-    """The command line, with a look at every call that changes something in `place`.
+    """The command line, watched."""
+    write_calls = watch(place, Moment(kind, at))
+    sys.argv, sys.path[0] = ["mlx-qlora", *words], str(ROOT)
+    try:
+        runpy.run_module("mlx_qlora", run_name="__main__")
+    finally:
+        write_calls()
 
-    Python tells its audit hooks of a call just before it is made, whoever makes it.
+
+def watch(place: str, moment: Moment | None) -> Callable[[], None]:
+    """Looks at every call that changes something in `place`, and kills this process at one.
+
+    Python tells its audit hooks of a call just before it is made, whoever makes it. What is
+    returned writes down the calls.
     """
     import safetensors.numpy
 
+    kind, at = (moment.kind, str(moment.at)) if moment else ("none", "0")
     calls: list[tuple[str, str]] = []
     removing, opened = False, ""
     full_flush = getattr(fcntl, "F_FULLFSYNC", "none")  # what macOS has for fsync
@@ -325,7 +525,7 @@ def child(place: str, kind: str, at: str, *words: str) -> None:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def watch(event: str, details: tuple) -> None:
+    def watch_call(event: str, details: tuple) -> None:
         nonlocal removing, opened
         path = str(details[0]) if details else ""
         here = path.startswith(place)
@@ -357,14 +557,19 @@ def child(place: str, kind: str, at: str, *words: str) -> None:
         whole_flush(descriptor)
 
     whole_save, whole_flush = safetensors.numpy.save_file, os.fsync
-    safetensors.numpy.save_file, os.fsync = save_half, flush
-    sys.addaudithook(watch)
-    sys.argv, sys.path[0] = ["mlx-qlora", *words], str(ROOT)
-    try:
-        runpy.run_module("mlx_qlora", run_name="__main__")
-    finally:
+    for module in [*sys.modules.values()]:
+        if getattr(module, "save_file", None) is whole_save:
+            module.save_file = save_half
+    os.fsync = flush
+    sys.addaudithook(watch_call)
+
+    def write_calls() -> None:
         done = json.dumps(calls)
-        (Path(place) / "calls.json").write_text(done)
+        folder = Path(place) / "cache"
+        folder.mkdir(exist_ok=True)
+        (folder / "calls.json").write_text(done)
+
+    return write_calls
 
 
 # ---- comparing it ------------------------------------------------------------------------------
@@ -376,10 +581,7 @@ def differences(expected: Path, got: Path) -> list[str]:
     for name in sorted(names(expected)):
         if not (got / name).exists():
             found.append(f"{name} is missing")
-        elif name.endswith((".safetensors", *SAME_BYTES)):
-            if (got / name).read_bytes() != (expected / name).read_bytes():
-                found.append(f"{name} differs")
-        elif name == "metrics.jsonl" and figures(got) != figures(expected):
+        elif (expected / name).is_file() and content(expected, name) != content(got, name):
             found.append(f"{name} differs")
     return found
 
@@ -389,10 +591,32 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+def content(folder: Path, name: str) -> object:
+    """What a file holds, without times and the name of the place."""
+    path = folder / name
+    if name.endswith(TIMED):
+        return None
+    raw = path.read_bytes().replace(str(folder.parent).encode(), b"PLACE")
+    if path.suffix == ".jsonl":
+        return [without_times(json.loads(line)) for line in raw.splitlines()]
+    if path.suffix == ".json":
+        value = without_times(json.loads(raw))
+        if path.name == "resume_state.json":
+            del value["sha256"]
+        return value
+    return raw
+
+
+def without_times(value: object) -> object:
+    """A value of JSON without what no two runs have in common."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMINGS}
+    return [*map(without_times, value)] if isinstance(value, list) else value
+
+
 def figures(folder: Path) -> list[dict[str, object]]:
     """The records of `metrics.jsonl`, without what no two runs have in common."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+    return content(folder, "metrics.jsonl")
 
 
 def show(trials: list[Trial]) -> None:
@@ -400,21 +624,18 @@ def show(trials: list[Trial]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    for number, trial in enumerate(trials):
-        for problem in [*trial.problems, *(f"{name} is left behind" for name in trial.litter)]:
-            print(f"trial {number}, killed at {trial.killed}: {problem}")
-    table = Table(title=f"runs of {STEPS} steps, killed and started again")
-    for column in ("first killed at", "trials", "processes killed", "identical", "tidy"):
-        table.add_column(column, justify="left" if "first" in column else "right")
-    for kind in (RANDOM, *CALLS, None):
-        some = [trial for trial in trials if kind in (None, trial.moments[0].kind)]
+    table = Table(title="commands that were killed and given again")
+    for column in ("command", "trials", "processes killed", "identical", "tidy"):
+        table.add_column(column, justify="left" if column == "command" else "right")
+    for name in (*dict.fromkeys(trial.case for trial in trials), None):
+        some = [trial for trial in trials if name in (None, trial.case)]
         counts = (
             len(some),
             sum(len(trial.killed) for trial in some),
             sum(not trial.problems for trial in some),
             sum(not trial.problems + trial.litter for trial in some),
         )
-        table.add_row(kind or "all", *map(str, counts))
+        table.add_row(name or "all", *map(str, counts))
     Console().print(table)
 
 

@@ -36,6 +36,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--rows", type=int, default=16, help="in a step")
+    parser.add_argument(
+        "--examples", type=int, help="to learn from; all that there are if not given"
+    )
+    parser.add_argument("--test-rows", type=int, default=TEST_ROWS)
     parser.add_argument("--general", type=Path, help="a file of other neutral text")
     args = parser.parse_args()
     texts = read_texts(args.general) if args.general else None
@@ -97,12 +101,12 @@ def trained(weight: float, texts: list[str] | None, args: argparse.Namespace) ->
         )
         train, _, test = train_validation_test(config.data, tokenizer, config.training.seed)
         assert test
-        mq.fine_tune(model, tokenizer, train, None, config)
+        mq.fine_tune(model, tokenizer, train[: args.examples], None, config)
         general = forgetting(model, tokenizer, texts)
         base = partial(mq.disabled, model)
-        after = score_examples(model, tokenizer, test[:TEST_ROWS], base=base)
+        after = score_examples(model, tokenizer, test[: args.test_rows], base=base)
         with base():
-            before = score_examples(model, tokenizer, test[:TEST_ROWS])
+            before = score_examples(model, tokenizer, test[: args.test_rows])
     change, n = general.loss.change, int(after.tokens.sum())
     assert change is not None
     return {

@@ -1,6 +1,8 @@
 """Random rows and chats against readers that share no code with ours: nothing differs in silence.
 
 Run as: python benchmarks/fuzz.py --rows 10000 --chats 1000
+and, for what `hostile.py` tries: python benchmarks/fuzz.py --rows 0 --chats 0 --malformed 100000
+--files 10000 --state fuzz-state.json
 
 Every word of a row is one of a kind, so that what became of it can be seen. Claims:
 
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import jinja2
 
 import mlx_qlora as mq
@@ -41,13 +44,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=10_000, type=int, help="of each format")
     parser.add_argument("--chats", default=1_000, type=int, help="for each template")
+    parser.add_argument("--malformed", default=0, type=int, help="rows that are none")
+    parser.add_argument("--files", default=0, type=int, help="that are changed; see hostile.py")
+    parser.add_argument("--state", type=Path, help="file from which these two go on")
     parser.add_argument("--seed", default=0, type=int)
     args = parser.parse_args()
     start, wrong, counts = time.perf_counter(), [], {}
-    for form in FORMATS:
+    done = hostile.try_all(args.malformed, args.files, args.seed, args.state)  # forks: at first
+    wrong += [" ".join(map(str, bad)) for bad in done["bad"]]
+    for form in FORMATS if args.rows else ():
         counts[form], differences = try_rows(form, args.rows, args.seed)
         wrong += differences
-    for chat in templates():
+    for chat in templates() if args.chats else ():
         counts[chat], differences = try_chats(chat, args.chats, args.seed)
         wrong += differences
     for line in wrong[:20]:
@@ -56,6 +64,7 @@ def main() -> None:
         print(f"{name:18} {', '.join(f'{n:,} {what}' for what, n in count.items())}")
     seconds = time.perf_counter() - start
     about = {"benchmark": "fuzz", "rows": args.rows, "chats": args.chats, "seed": args.seed}
+    about |= {"hostile": hostile.summary(done)}
     print(json.dumps({**about, "counts": counts, "wrong": len(wrong), "seconds": seconds}))
     assert not wrong, f"{len(wrong)} rows differ in silence"
 

@@ -9,6 +9,7 @@ is run, which takes minutes. With --all each one is run again, with names only t
 import argparse
 import os
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -68,8 +69,11 @@ def run(notebook: NotebookNode, folder: Path, **environment: str) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it was run
         for output in cell.get("outputs", []):
-            for kind, text in output.get("data", {}).items():
-                output.data[kind] = text.replace(f"{folder}/", "")  # as from the notebook's folder
+            texts = output if output.output_type == "stream" else output.data
+            for kind, text in texts.items():  # without what is of this machine
+                if isinstance(text, str):
+                    text = text.replace(f"{folder}/", "")
+                    texts[kind] = text.replace(sysconfig.get_path("purelib"), "site-packages")
 
 
 def write(names: list[str], anew: bool = False) -> list[Path]:

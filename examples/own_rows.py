@@ -3,7 +3,7 @@
 
 A file of rows is read, looked at, trained on with the defaults, and scored on rows kept apart.
 Put your own file in the place of the finance questions; nothing else has to change.
-Takes 5 minutes on two CPU cores with these 192 rows, seconds on a GPU.
+Takes two minutes on two CPU cores, with 64 of the rows.
 """
 
 # %%
@@ -24,6 +24,7 @@ QUESTION = "What is the impact of a P/E compression from 30x to 24x?"
 model, tokenizer = mq.load(MODEL, mq.QuantConfig(bits=4))
 examples = mq.read_examples(DATA, tokenizer)
 print(examples.report)
+examples = examples[:64]  # for the time it takes; of your own rows take all
 
 # %% [markdown]
 # What a row is for the model: the prompt is context, and the marked part is learned.
@@ -34,11 +35,11 @@ print(tokenizer.decode(example.tokens[~example.learned].tolist()))
 print("LEARNED:", tokenizer.decode(example.tokens[example.learned].tolist()))
 
 # %% [markdown]
-# A tenth of the rows is kept apart, to validate with. A row goes into a part by a hash of what it
+# A fifth of the rows is kept apart, to validate with. A row goes into a part by a hash of what it
 # says, so a row that is added to the file later does not move the others.
 
 # %%
-train, validation = examples.split([0.9, 0.1])
+train, validation = examples.split([0.8, 0.2])
 print(f"{len(train)} rows to train, {len(validation)} to validate")
 before = mq.evaluate(model, tokenizer, validation)
 

@@ -18,7 +18,7 @@ ROWS = [
         "input": f"{n} dollars",
         "output": f"USD {n:,}.00",
     }
-    for n in range(1_000, 900_000, 15_000)
+    for n in range(1_234, 900_000, 14_983)
 ]
 PROMPT = "### Instruction:\nWrite the amount in house style.\n\n### Input:\n{}\n\n### Response:\n"
 QUESTION = PROMPT.format("740500 dollars")

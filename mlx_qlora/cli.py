@@ -13,6 +13,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,12 @@ COMMANDS = {
     "evaluate": Command(
         "score a model on rows, or its adapter against the base",
         ("--model", "--adapter", "--data", "--max-length"),
-        {"model": LOADED, "data": ROWS, "training": "seed", "generation": "max_new_tokens"},
+        {
+            "model": LOADED,
+            "data": ROWS,
+            "training": "seed objective",
+            "generation": "max_new_tokens",
+        },
     ),
     "sweep": Command(
         "find a learning rate, rank and batch size by short runs",
@@ -134,12 +140,15 @@ COMMANDS = {
     ),
     "merge": Command(
         "merge an adapter into its model, as a folder that any tool opens",
-        ("--model", "--adapter"),
-        {"model": LOADED},
+        ("--model", "--adapter", "--data"),
+        {"model": LOADED, "data": ROWS},
         quiet=True,
     ),
     "export": Command(
-        "write an adapter in another format", ("--model", "--adapter"), {"model": ALL}, quiet=True
+        "write an adapter in another format, or a copy in PEFT's if none is named",
+        ("--model", "--adapter", "--data"),
+        {"model": ALL, "data": ROWS},
+        quiet=True,
     ),
     "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
     "doctor": Command(
@@ -176,13 +185,15 @@ def _flag_meant(flag: str, command: str) -> str:
     """The known flag that an unknown one is most like, or what to use in its place."""
     from mlx_qlora.config import field_words
     from mlx_qlora.errors import did_you_mean
-    from mlx_qlora.names import INSTEAD
+    from mlx_qlora.names import COMPARE, INSTEAD
 
     about = COMMANDS[command]
     if about.sections and _as_word(flag) in ("set", "override", "config_override"):
         return "; fields are written without it, as training.max_steps=100"
     words = map(_as_word, (*about.shorthands, *field_words(about.sections)))
     meant = {word: f"--{word.replace('_', '-')}" for word in words}
+    if "training" in about.sections:
+        meant |= {name: f"--objective {name}" for name in COMPARE}
     hint = did_you_mean(_as_word(flag), (), INSTEAD | meant if about.sections else {})
     return hint or f"; see mlx-qlora {command} --help"
 
@@ -322,8 +333,8 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--base", metavar="SOURCE", help=original)
         kinds = ("bfloat16", "float16", "float32")
         add("--save-dtype", default="bfloat16", choices=kinds, help="dtype of the written weights")
-        again = "quantise the merged model, and report what that loses"
-        add("--requantize", type=int, metavar="BITS", help=again)
+        again = "quantise to 4, 5, 6, 8 or mxfp4, with what the run's rows make up for"
+        add("--requantize", metavar="BITS", help=again)
     if name == "export":
         form = command.add_mutually_exclusive_group()
         forms = {
@@ -403,13 +414,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, and not when Python ends: it may be a pipe that has broken
         return code
     except KeyboardInterrupt as stop:
-        if str(stop):  # a run that saved what it had says so
-            print(f"mlx-qlora: {stop}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            if str(stop):  # a run that saved what it had says so
+                print(f"mlx-qlora: {stop}", file=sys.stderr, flush=True)
         return 128 + getattr(stop, "signum", signal.SIGINT)
-    except BrokenPipeError:  # whoever read us has seen enough, as `head` has
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except OSError as error:  # of what is printed: files have errors of their own
+        if sys.stdout is None or not _output_fails():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read us has seen enough, as `head` has
+            return 128 + signal.SIGPIPE
+        print(f"mlx-qlora: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _output_fails() -> bool:
+    try:
+        print(flush=True)  # what could not be written is tried again first
+    except OSError:
+        return True
+    return False
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -430,14 +454,19 @@ def _command(argv: Sequence[str]) -> int:
         return 0
     from mlx_qlora.commands import run_command
     from mlx_qlora.distributed import prints
+    from mlx_qlora.folders import in_words
 
     try:
         result = run_command(args)
-    except UserError as error:
-        if prints(error):
-            print(f"mlx-qlora: {error}", file=sys.stderr)
-        if as_json and prints(error):
-            _print_json({"error": str(error), "kind": type(error).__name__})
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        # What the system refuses, wherever that is, is no fault of ours.
+        told = error if isinstance(error, UserError) else UserError(in_words(error))
+        if prints(told):
+            print(f"mlx-qlora: {told}", file=sys.stderr)
+        if as_json and prints(told):
+            _print_json({"error": str(told), "kind": type(error).__name__})
         return 2
     if as_json and result is not None:
         _print_json(result)
@@ -446,7 +475,9 @@ def _command(argv: Sequence[str]) -> int:
 
 def _print_json(result: Any) -> None:
     """Print one object; NaN and infinity become null, as JSON cannot write them."""
-    print(json.dumps(_plain(result), ensure_ascii=False))
+    from mlx_qlora.errors import write_out
+
+    write_out(json.dumps(_plain(result), ensure_ascii=False))
 
 
 def _plain(value: Any) -> Any:

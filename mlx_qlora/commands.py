@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_qlora.adapters import gguf_model
+from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
-from mlx_qlora.adapters.merge import save_merged
+from mlx_qlora.adapters.merge import like_base, save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.after.screen import shown
@@ -35,8 +37,9 @@ from mlx_qlora.errors import (
     require,
     say,
     size,
-    visible,
+    waiting,
     warn,
+    write_out,
 )
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
@@ -48,14 +51,25 @@ from mlx_qlora.folders import (
     json_object,
     user_cache,
 )
-from mlx_qlora.loading import loaded, model_to_ask, recorded, with_adapter, with_model
-from mlx_qlora.model.quantize import QuantConfig
+from mlx_qlora.loading import (
+    loaded,
+    model_to_ask,
+    recorded,
+    rows_of_run,
+    with_adapter,
+    with_model,
+)
+from mlx_qlora.model.quantize import FLOAT_MODES, QuantConfig
 from mlx_qlora.names import preset, whose
+from mlx_qlora.train.checkpoint import last_checkpoint
+from mlx_qlora.train.signals import Stopped, raised
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
+    from mlx_qlora.data.examples import Examples
     from mlx_qlora.data.read import DataConfig
     from mlx_qlora.data.rows import Message
+    from mlx_qlora.data.tokenizer import Tokenizer
     from mlx_qlora.run import Inputs
 
 JsonObject = dict[str, Any] | None
@@ -196,12 +210,29 @@ def run_command(args: argparse.Namespace) -> JsonObject:
     if getattr(args, "print_config", False):
         if about.json and args.json:
             return to_dict(config)
-        print("".join(f"# {note}\n" for note in notes) + to_yaml(config), end="")
+        write_out("".join(f"# {note}\n" for note in notes) + to_yaml(config), end="")
         return None
     for note in notes:  # beside what the command prints, which may be an answer
         say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
-    with shown(console):
-        return RUN[args.command](config, console, args)
+    try:
+        with raised(), shown(console):
+            return RUN[args.command](config, console, args)
+    except KeyboardInterrupt as stop:
+        _say_what_is_kept(stop, config, args)
+        raise
+
+
+def _say_what_is_kept(stop: KeyboardInterrupt, config: RunConfig, args: argparse.Namespace) -> None:
+    """Let a signal say what there is of a command that writes, unless it does so already."""
+    kept = {
+        "train": last_checkpoint(Path(config.checkpointing.output_dir)),
+        "sweep": "what its trials have saved is kept, and the same command continues from it",
+        "push": "nothing of it is in the repository unless all is; the same command continues",
+        **dict.fromkeys(("merge", "export"), "nothing was written; what was there is as it was"),
+    }
+    if args.command in kept and not stop.args and processes().is_first:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        stop.args = Stopped(signum, kept[args.command]).args
 
 
 def _train_together(console: Console, args: argparse.Namespace) -> JsonObject:
@@ -264,7 +295,7 @@ def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
 
     prediction = plan(source_of(config), config, args.machine, args.processes)
     if not args.json:
-        print(prediction)
+        write_out(str(prediction))
     return prediction.to_dict()
 
 
@@ -300,8 +331,8 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     text = ""
     for piece in answer:
         text += piece
-        if not args.json:  # a terminal would act on what a model writes; a file gets it as it is
-            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        if not args.json:
+            write_out(piece, end="")
     if not args.json:
         print()
     return {"text": text, **asdict(answer.speed)}
@@ -342,22 +373,45 @@ def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
 
 
 def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    model_config, bits = config.model, args.requantize
-    quantize = bits and QuantConfig(bits, model_config.group_size, model_config.mode)
     target = _target(args.folder)
     check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
+    quantize = args.requantize and _packing(config, args.requantize)
     model, tokenizer = with_adapter(config)
+    rows = None
+    if quantize:
+        quantize, rows = like_base(model, quantize), _rows_of_run(config, tokenizer, console)
+    how = {"dtype": args.save_dtype, "base": args.base, "quantize": quantize, "rows": rows}
     with disk_errors(target):
-        merged = save_merged(
-            model, tokenizer, target, dtype=args.save_dtype, base=args.base, quantize=quantize
-        )
+        merged = save_merged(model, tokenizer, target, **how)
     say(console, f"merged    {merged.bytes / 1e9:.2f} GB in {merged.folder}")
-    if merged.drift is not None:
-        say(console, str(merged.drift))
-    else:
+    _say_drift(merged.drift, console)
+    if not quantize:
         words = f"export --model {shlex.quote(str(merged.folder))} --output-dir gguf --gguf-model"
         say(console, f"for llama.cpp, Ollama and LM Studio: mlx-qlora {words}")
     return asdict(merged)
+
+
+def _packing(config: RunConfig, text: str) -> QuantConfig:
+    """What `--requantize` asks for."""
+    if text in FLOAT_MODES:
+        return QuantConfig(*FLOAT_MODES[text], text)
+    require(text.isdecimal(), "--requantize", "be a number of bits, or mxfp4", text)
+    return QuantConfig(int(text), config.model.group_size, config.model.mode)
+
+
+def _rows_of_run(
+    config: RunConfig, tokenizer: "Tokenizer", console: Console
+) -> "tuple[Examples, Examples | None] | None":
+    """What to calibrate a rounding with, and to measure it on; a line if there is nothing."""
+    rows, why = rows_of_run(config, tokenizer)
+    if rows is None:
+        warn(console, f"rounded plainly, and not measured: {why}; name rows with --data FILE")
+    return rows
+
+
+def _say_drift(drift: Drift | None, console: Console) -> None:
+    if drift is not None:
+        console.print(str(drift), markup=False, highlight=False)
 
 
 def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -392,21 +446,29 @@ def _export(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 def _export_model(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     gguf_model.check_type(kind := args.type or "q8_0")
     target = gguf_model.lm_studio_folder(args.lmstudio) if args.lmstudio else _target(args.folder)
-    check_writable(target, (), OUTPUT)
+    old, option = [*target.glob("model-*.gguf")], "--lmstudio" if args.lmstudio else OUTPUT
+    check_writable(target, [f"model-{kind}.gguf"], option, is_ours=gguf_model.is_ours)
     if args.ollama is not None:
         gguf_model.find_ollama()  # before a weight is read
     if config.model.adapter is None:  # nothing was learned over packed weights
         config = replace(config, model=replace(config.model, bits=None))
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
+    rows = None
+    if config.model.adapter is not None and kind.startswith("q") and kind in gguf_model.TYPES:
+        rows = _rows_of_run(config, tokenizer, console)
     with disk_errors(target):
-        written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind)
-    say(console, f"exported  {written.file}, {size(written.bytes)}")
-    if written.kept is not None and written.kept < 0.9:
-        warn(console, f"{kind} leaves {written.kept:.0%} of what was learned; choose q8_0 or q5_0")
+        written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind, rows=rows)
+    replaced = ", replaces an older one" if written.file in old else ""
+    say(console, f"exported  {written.file}, {size(written.bytes)}{replaced}")
+    _say_drift(written.drift, console)
     if written.command is not None:
         say(console, f"for {kind}, with llama.cpp's program: {written.command}")
     if args.ollama is not None:
         gguf_model.create_in_ollama(target, args.ollama)
+        say(console, f"ollama    has the model as {args.ollama}")
+    onward = f"ollama create NAME -f {shlex.quote(str(target / 'Modelfile'))}"
+    onward = f"open {args.lmstudio} in LM Studio" if args.lmstudio else onward
+    say(console, f"next      {f'ollama run {args.ollama}' if args.ollama else onward}")
     return {"format": "gguf-model", **asdict(written)}
 
 
@@ -417,7 +479,9 @@ def _target(folder: str) -> Path:
 
 
 def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    pushed = push_to_hub(args.folder, args.repo_id, private=not args.public, dry_run=args.dry_run)
+    with waiting("the hub"):
+        how = {"private": not args.public, "dry_run": args.dry_run}
+        pushed = push_to_hub(args.folder, args.repo_id, **how)
     for path, n_bytes in pushed.files:
         say(console, f"{size(n_bytes):>13}  {path}")
     say(console, f"pushed    {pushed.url}" if pushed.url else f"would be pushed to {args.repo_id}")
@@ -470,7 +534,9 @@ def _standard_input() -> str:
         raise ConfigError("--prompt - reads standard input, which is closed; pass --prompt TEXT")
     try:
         # Not as text: in a C locale Python would take any bytes for it.
-        return io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict").read()
+        with waiting("the prompt from standard input, whose end is Ctrl-D"):
+            text = io.TextIOWrapper(sys.stdin.buffer, sys.stdin.encoding, errors="strict")
+            return text.read()
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--prompt -: standard input is not {error.encoding} at byte {error.start}"

@@ -23,7 +23,8 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option
+from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option, require
+from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
@@ -138,6 +139,8 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     sections = {}
     for name, fields in values.items():
         typed = {k: coerce(v, hints[name][k], f"{name}.{k}") for k, v in fields.items()}
+        for key, value in typed.items():
+            require("\0" not in str(value), f"{name}.{key}", "hold no NUL", value)
         sections[name] = SECTIONS[name](**typed)
     return RunConfig(**sections)
 
@@ -160,10 +163,10 @@ def read_yaml(
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
     """
     try:
-        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
+        content = parse_yaml(read_text(Path(path).expanduser(), MOST_YAML), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except ValueError as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from None
     if content is None:
         return {}
@@ -278,8 +281,8 @@ def set_override(
             hint = did_you_mean(place.strip(), (), meant)
         raise ConfigError(f"expected section.field=value; got {assignment!r}{hint}")
     try:
-        value = yaml.load(text, _Loader) if text else ""
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(text, _Loader) if text else ""
+    except ValueError:
         value = text
     known, _, name = place_of(section, key).partition(".")
     hint = typing.get_type_hints(SECTIONS[known]).get(name) if known in SECTIONS else None
@@ -326,6 +329,8 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
     n = len(examples) if examples else None
     training = config.training.at_hidden_size(llama.hidden_size, llama.model_type)
     training = training.for_examples(n, processes().size)
+    if training.objective != "sft":
+        training = replace(training, beta=training.reward_scale)
     if not examples:
         return replace(config, training=training)
     steps = training.total_steps(batches_of(examples, config.data, training, processes()))
@@ -392,7 +397,6 @@ def without_effect(
     forms = {file.format for file in train.report.files}
     asks_nothing = config.data.template in (*ALPACA, "chat") and forms <= {"text"}
     no_tasks = config.data.template == ALPACA[1] and not {"alpaca", "pairs"} & forms
-    learns_no_prompt = objective in ("dpo", "simpo") and not training.rpo_alpha
     elsewhere = {f"training.{k}": v for k, v in READ_BY.items() if objective not in v}
     reasons = {
         "checkpointing.early_stopping_patience": (
@@ -421,14 +425,20 @@ def without_effect(
         "data.packing": "rows are always computed end to end, without padding",
         "data.format": "pairs are read by their fields" * ("pairs" in forms),
         "data.prompt_loss_weight": "no row has a prompt" * (forms <= {"text"})
-        or "prompts are not learned" * (objective == "kto" or learns_no_prompt),
+        or "prompts are not learned" * (not training.learns_prompts),
         "lora.lora_dropout": "answers are compared without dropout" * (objective != "sft"),
         **{
-            name: f"{' and '.join(readers)} read{'s' * (len(readers) == 1)} it, not {objective}"
+            name: " and ".join(readers).replace(" and ", ", ", len(readers) - 2)
+            + f" read{'s' * (len(readers) == 1)} it, not {objective}"
             for name, readers in elsewhere.items()
         },
     }
-    return unused(config, reasons)
+    lines, report = unused(config, reasons), train.report
+    if objective == "kto" and report.bad in (0, report.kept):
+        label = "true" if report.bad == 0 else "false"
+        one_kind = f"all {report.kept:,} answers are labelled {label}"
+        lines.append(f"training.objective=kto compares good answers with bad ones, but {one_kind}")
+    return lines
 
 
 def unused(config: RunConfig, reasons: dict[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib
 import importlib.metadata
 import math
 import os
@@ -9,6 +10,7 @@ import platform
 import re
 import resource
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -494,3 +496,32 @@ def _median_seconds(compute: Callable[[], "mx.array"]) -> float:
         mx.eval(compute())
         times.append(time.perf_counter() - start)
     return sorted(times)[2]
+
+
+# ---- what others change of the process -----------------------------------------------------------
+
+
+def allow_files(n: int) -> None:
+    """Raise the soft limit of open files, as far as the hard one lets us, where so many need it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + 100 if hard == resource.RLIM_INFINITY else min(n + 100, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+_importing = threading.Lock()
+
+
+@functools.cache
+def mlx_lm(module: str) -> Any:
+    """A module of mlx-lm, whose import would set this process's limits of open files.
+
+    Where the shell's are lower the system refuses that, which would end the import.
+    """
+    with _importing:
+        ours = resource.setrlimit
+        try:
+            resource.setrlimit = lambda *_: None
+            return importlib.import_module(f"mlx_lm.{module}")
+        finally:
+            resource.setrlimit = ours

@@ -10,10 +10,13 @@ import atexit
 import functools
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,7 +25,8 @@ import numpy as np
 from rich.console import Console
 
 from mlx_qlora import device
-from mlx_qlora.errors import ConfigError, ProcessError, UserError, listing
+from mlx_qlora.errors import PATIENCE, ConfigError, ProcessError, UserError, listing, waiting
+from mlx_qlora.folders import in_words
 
 # What launchers leave in the environment: mlx.launch, Open MPI, MPICH.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -93,8 +97,9 @@ class Processes:
             ProcessError: another process is gone, or did not answer in time.
         """
         limit = seconds or (AT_LEAST + TIMES * self.longest if self.longest else TO_BEGIN)
+        who = f"another process, says {self.rank} of {self.size}, for at most {limit:.0f} s"
         try:  # MLX itself waits without an end, and without letting signals through
-            in_time(lambda: mx.eval(arrays), limit)
+            in_time(lambda: mx.eval(arrays), limit, who)
         except TimeoutError:
             self._give_up(f"another process did not answer within {limit:.0f} s")
         except Exception as error:
@@ -121,8 +126,8 @@ class Processes:
         error, result = None, None
         try:
             result = work()
-        except UserError as raised:
-            error = raised
+        except (UserError, OSError) as raised:
+            error = raised if isinstance(raised, UserError) else ProcessError(in_words(raised))
         messages = self.gather("" if error is None else str(error))
         if error is not None:
             error.is_shared = True  # rank 0 prints it
@@ -196,6 +201,8 @@ class Processes:
         place = output / f"rank-{self.rank}.log"
         try:
             output.mkdir(parents=True, exist_ok=True)
+            if place.is_symlink():  # which is not ours to write through
+                place.unlink()
             return Console(file=place.open("a", encoding="utf-8"))
         except OSError as error:
             raise ConfigError(
@@ -204,10 +211,11 @@ class Processes:
             ) from None
 
 
-def in_time(work: Callable[[], T], seconds: float) -> T:
+def in_time(work: Callable[[], T], seconds: float, who: str) -> T:
     """What some work in a thread of its own returns, or a `TimeoutError`.
 
-    The thread then goes on, and ends with the process; that of an executor would be waited for.
+    The thread then goes on, and ends with the process; that of an executor would be waited for. A
+    wait that takes long says `who` is waited for.
     """
     future: futures.Future[T] = futures.Future()
 
@@ -218,7 +226,8 @@ def in_time(work: Callable[[], T], seconds: float) -> T:
             future.set_exception(cause)
 
     threading.Thread(target=run, daemon=True).start()
-    return future.result(seconds)
+    with waiting(who):
+        return future.result(seconds)
 
 
 def _leave() -> None:
@@ -253,6 +262,28 @@ def _on_this_machine(rank: int) -> int:
     return int(next((os.environ[name] for name in LOCALLY if name in os.environ), 1))
 
 
+@contextmanager
+def _said_by_another() -> Iterator[None]:
+    """As `errors.waiting`, of work that holds Python's lock: no thread of ours, and no handler.
+
+    A signal has its usual effect within.
+    """
+    words = "mlx-qlora: waiting for the other processes to begin; if one of them has ended with an "
+    words += "error, end this one and correct it"
+    script = f'sleep {PATIENCE}; kill -0 {os.getpid()} && echo "{words}" >&2'
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
+    speaker = subprocess.Popen(["sh", "-c", script], start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(speaker.pid, signal.SIGKILL)  # and its `sleep`, which has our standard error
+        speaker.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @functools.cache
 def processes() -> Processes:
     """The processes that this one was started with: itself alone, unless a launcher says more.
@@ -263,7 +294,8 @@ def processes() -> Processes:
     if not launched() or _hosts() == []:
         return Processes(None)
     try:
-        group = mx.distributed.init()
+        with _said_by_another():
+            group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the other processes cannot be reached: {error}") from None
     if group.size() == 1:

@@ -7,8 +7,11 @@ import copy
 import dataclasses
 import difflib
 import re
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ class UserError(ValueError):
     is_shared = False  # whether all processes have it, so that only the first one prints it
 
     def __str__(self) -> str:
-        return visible(super().__str__())  # it may quote a stranger's file
+        return shown(super().__str__())
 
 
 class ConfigError(UserError):
@@ -103,6 +106,9 @@ def check_choices(section: str, config: Any) -> None:
         choices = field.metadata.get("choices")
         value = getattr(config, field.name)
         if choices is not None:
+            if isinstance(value, str) and value.lower() in choices:
+                value = value.lower()
+                object.__setattr__(config, field.name, value)
             rule = f"be one of {', '.join(map(repr, choices))}"
             require(value in choices, f"{section}.{field.name}", rule, value)
 
@@ -112,6 +118,8 @@ def require(holds: bool, field: str, rule: str, got: Any) -> None:
     if not holds:
         raise ConfigError(f"{field} must {rule}; got {got!r}")
 
+
+PATIENCE = 10.0  # seconds that nothing is said while something is waited for
 
 # ---- lines for a person --------------------------------------------------------------------------
 
@@ -125,12 +133,32 @@ def visible(text: str) -> str:
     return UNSHOWN.sub(lambda character: repr(character[0])[1:-1], text)
 
 
+def in_page(value: Any) -> Any:
+    """What Jinja writes for a value into a page: text with its control characters spelled out."""
+    return visible(value) if type(value) is str else value
+
+
+LONGEST = 2000  # characters of a line that may quote a file
+CREDENTIALS = re.compile(r"(?<=://)[^\s/]+@")  # in the address of a proxy, or of another hub
+
+
+def shown(text: str) -> str:
+    """A message, which may quote a stranger's file or an address with a password, for a person."""
+    cut = (x if len(x) <= LONGEST else f"{x[:LONGEST]} ..." for x in text.split("\n"))
+    return CREDENTIALS.sub("***@", visible("\n".join(cut)))
+
+
 def say(console: "Console", text: str) -> None:
     """Print a line: as it is where there is no terminal, else folded between words."""
-    text = visible(text)
+    text = shown(text)
     if console.is_terminal:
         text = "\n".join(fold(line, console.width) for line in text.split("\n"))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_out(text: str, end: str = "\n") -> None:
+    """Print what is not ours: a terminal would act on it, and a file gets it as it is."""
+    print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def fold(line: str, width: int) -> str:
@@ -152,6 +180,19 @@ def warn(console: "Console", text: str) -> None:
 
         console = Console(stderr=True)
     say(console, f"warning   {text}")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on standard error what is waited for within, once that takes longer than `PATIENCE`."""
+    line = visible(f"mlx-qlora: waiting for {what}\n")
+    timer = threading.Timer(PATIENCE, lambda: sys.stderr.write(line))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Folders: written whole, by one run at a time, and never over files that are not ours."""
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -10,14 +11,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from mlx_qlora.errors import ConfigError, TrainingError
+from mlx_qlora.errors import ConfigError, TrainingError, UserError, waiting
+
+TAG = "mlx-qlora"
+BASE = "base"  # the name of its hash, in a file's metadata and in a run's record
 
 # ---- written whole -------------------------------------------------------------------------------
 
@@ -33,8 +37,9 @@ def staged(
 
     A folder that did not exist appears whole, by one rename. Into an existing one the files are
     moved one by one, each by a rename, and files of other names are left alone; or, with
-    `replace`, the old folder is set aside, and removed once the new one is in place.
-    If the block fails, nothing has changed.
+    `replace`, the old folder is set aside, and removed once the new one is in place. No link in
+    the folder is followed. If the block fails, nothing has changed; what a killed process has left
+    is removed by the next one that writes this folder.
 
     Args:
         folder: where the files will be; missing parents are made.
@@ -45,10 +50,11 @@ def staged(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Inside an existing folder: its parent may be another disk, or not writable.
-    home = folder if folder.exists() and not replace else folder.parent
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=home))
-    staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
+    is_inside = folder.exists() and not replace
+    remove_leftovers(folder)
+    staging, lock = _new_staging(*((folder, TAG) if is_inside else (folder.parent, folder.name)))
     try:
+        staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
         yield staging
         for path in (*staging.rglob("*"), staging):
             if path.is_file():  # safetensors makes files that only their owner may read
@@ -62,22 +68,81 @@ def staged(
             except OSError:
                 aside.rename(folder)
                 raise
-            shutil.rmtree(aside)
+            remove(aside)
         elif not folder.exists():
             staging.rename(folder)
         else:
             for name in (*marks, *gone):
                 (folder / name).unlink(missing_ok=True)
-            files = sorted(file for file in staging.rglob("*") if file.is_file())
-            for file in sorted(files, key=lambda f: f.relative_to(staging).as_posix() in marks):
-                target = folder / file.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+            paths = sorted(path.relative_to(staging) for path in staging.rglob("*"))
+            for place in (folder / path for path in paths if (staging / path).is_dir()):
+                if place.is_symlink():
+                    place.unlink()
+                place.mkdir(exist_ok=True)
+            files = [path for path in paths if (staging / path).is_file()]
+            for path in sorted(files, key=lambda path: path.as_posix() in marks):
+                os.replace(staging / path, folder / path)
             for changed in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
                 _flush(changed)
         _flush(folder.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
+        os.close(lock)
+
+
+LEFTOVER = re.compile(r"\.(.*)-[a-z0-9_]{8}\.(tmp|old)")
+
+
+def _new_staging(home: Path, name: str) -> tuple[Path, int]:
+    """A new folder, and the descriptor that locks it as long as this process lives."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=home))
+    lock = os.open(staging, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if staging.exists():
+        return staging, lock
+    os.close(lock)  # another process took it for a dead one's, before it was locked
+    return _new_staging(home, name)
+
+
+def remove_leftovers(folder: Path, parts: str = TAG) -> None:
+    """Remove what killed processes left of a folder, beside and within it.
+
+    One that was set aside for one that never came is put back. `parts` is a pattern of the names of
+    folders within that are staged by themselves.
+    """
+    beside = [(path, re.escape(folder.name)) for path in folder.parent.glob(".*-*.*")]
+    within = [(path, f"{TAG}|{parts}") for path in folder.glob(".*-*.*")]
+    for path, names in sorted([*beside, *within]):  # .old comes before .tmp
+        match = LEFTOVER.fullmatch(path.name)
+        if match and re.fullmatch(names, match[1]) and not _in_use(path.with_suffix(".tmp")):
+            if path.suffix == ".old" and not os.path.lexists(path.with_name(match[1])):
+                path.rename(path.with_name(match[1]))
+            else:
+                remove(path)
+
+
+def _in_use(staging: Path) -> bool:
+    """Whether the process that made it lives, or may do so where there are no locks."""
+    if not staging.is_dir():
+        return False
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link and not what it points to, as far as the system lets us."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -97,7 +162,10 @@ def sha256(path: Path) -> str:
 
 def user_cache() -> Path:
     """The folder for what this user's runs keep for later ones; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-qlora"
+    place = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if place.startswith("~"):
+        raise ConfigError("this user has no home folder: set XDG_CACHE_HOME to one for the caches")
+    return Path(place) / "mlx-qlora"
 
 
 def _flush(path: Path) -> None:
@@ -132,11 +200,27 @@ def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
     except BrokenPipeError:  # nobody reads what is printed: the disk has nothing to do with it
         raise
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        place = getattr(error, "filename", None) or folder
-        remedy = "free some space or choose another --output-dir"
-        message = f"cannot write to {place}: {reason}; {remedy}. {hint()}"
+        message = f"cannot write to {in_words(error, folder)}. {hint()}"
         raise TrainingError(message.rstrip(". ")) from None
+
+
+SPACE = "free some space or choose another --output-dir"
+REMEDIES = {
+    errno.EMFILE: "raise this shell's limit of open files, as with `ulimit -n 4096`",
+    errno.ENFILE: "close other programs: the whole system has too many files open",
+    errno.ENAMETOOLONG: "choose a shorter name or path",
+    errno.ENOENT: "put it back, or start from a folder that is there",
+}
+
+
+def in_words(error: Exception, place: str | Path = "") -> str:
+    """What the system says: the file, the reason and a remedy; a `place` where it names no file."""
+    number = getattr(error, "errno", None)
+    place = getattr(error, "filename", None) or place
+    if not place and number == errno.ENOENT:  # which nothing else has no name for
+        place = "the current folder"
+    reason = getattr(error, "strerror", None) or str(error)
+    return f"{place}{': ' * bool(place)}{reason}; {REMEDIES.get(number or 0, SPACE)}"
 
 
 @contextmanager
@@ -149,7 +233,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with waiting(f"another process that writes to {folder}"):
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"another run is writing to {folder}; choose another --output-dir, or wait for it"
@@ -173,9 +258,9 @@ MERGED_FOLDER = (  # shell patterns
     *("model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.*"),
 )
-TAG = "mlx-qlora"
 ADAPTER_SENTENCE = re.compile(r"^A (?:LoRA|DoRA) adapter of rank .*, trained with mlx-qlora ", re.M)
 MERGED_MARK = "merged by mlx-qlora"
+BELOW = "x/" * 100
 NOTE = "note"  # on the base, for whoever reads that config; mlx-lm passes it over
 OUR_MLX_LM_CONFIG = {"fine_tune_type", "num_layers", "lora_parameters"}
 
@@ -202,6 +287,7 @@ def check_writable(
         ConfigError: naming what is in the way.
     """
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    check_name(folder, field)
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         reason = "may not be written to" if os.path.isdir(above) else "is a file"
         raise ConfigError(
@@ -211,6 +297,7 @@ def check_writable(
     allowed = list(names)
     present = [name for name in allowed if os.path.lexists(folder / name)]
     if whole:  # macOS puts a .DS_Store into every folder that its file browser shows
+        remove_leftovers(folder)  # of another kind of export
         below = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
         files = (path for path in below if path.name != ".DS_Store")
         present = sorted(path.relative_to(folder).as_posix() for path in files)
@@ -219,17 +306,40 @@ def check_writable(
         for name in present
         if not is_ours(folder / name) or (whole and not any(fnmatch(name, x) for x in allowed))
     ]
+    if not whole:  # files in the place of folders that are needed
+        above_files = {folder / name for name in map(os.path.dirname, allowed) if name}
+        foreign += [p.name for p in above_files if p.is_file() and not p.is_symlink()]
     if foreign:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         fate = "deleted, as the whole folder is replaced" if whole else "overwritten"
         raise ConfigError(
             f"{field}: {folder / foreign[0]}{more} is not known to be from mlx-qlora and would be "
-            f"{fate}; choose another folder with --output-dir"
+            f"{fate}; choose another folder with {field if field[:2] == '--' else '--output-dir'}"
         )
     if whole and Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"{field}: {folder} is the current folder or holds it, and would be replaced as a "
             "whole; choose another folder with --output-dir"
+        )
+
+
+def check_name(folder: Path, field: str) -> None:
+    """Raise a ConfigError for what the system cannot name, or without room for names below it."""
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    parts = folder.absolute().relative_to(above).parts
+    # A folder is staged beside its place. What we write in it is at most so long.
+    reason = ""
+    for place in (*(above / f".{part}-xxxxxxxx.tmp" for part in parts), folder.absolute() / BELOW):
+        try:
+            str(place).encode()  # MLX opens no other
+            os.lstat(place)
+        except ValueError as error:
+            reason = "it is no UTF-8" if isinstance(error, UnicodeError) else str(error)
+        except OSError as error:
+            reason = reason or (str(error.strerror) if error.errno == errno.ENAMETOOLONG else "")
+    if reason:
+        raise ConfigError(
+            f"{field}: {folder} cannot be made: {reason}; choose another name or place"
         )
 
 
@@ -247,10 +357,15 @@ def is_merged(path: Path) -> bool:
 
 def _is_vouched_for(folder: Path, path: Path) -> bool:
     name = path.relative_to(folder).as_posix()
+    if path.is_dir() and not path.is_symlink():  # in the place of a file
+        return False
     if name == CARD:  # people write one by hand into the folder of a run, too
         return _is_our_card(folder / CARD)
     if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
         return True
+    if name == MLX_LM[1] and not os.path.lexists(folder / MLX_LM[0]):  # an export was killed
+        with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
+            return BASE in (file.metadata() or {})
     # mlx-lm's own trainer adds every argument that it had.
     return name in MLX_LM and json_object(folder / MLX_LM[0]).keys() - {NOTE} == OUR_MLX_LM_CONFIG
 
@@ -263,28 +378,108 @@ def _is_our_card(path: Path) -> bool:
     return ADAPTER_SENTENCE.search(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
-def card_header(path: Path) -> dict[str, Any]:
-    """The YAML header of a model card; empty if there is none that can be read."""
-    import yaml
+# ---- what strangers' files say -------------------------------------------------------------------
 
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+# A JSON text takes thirty times as much in memory at worst, and the reader of YAML takes seconds.
+MOST_JSON, MOST_YAML = 1 << 24, 1 << 18
+MOST_LEVELS, MOST_VALUES, MOST_DIGITS = 64, 1 << 20, 100
+
+
+@contextmanager
+def reading(path: Path, error: type[UserError]) -> Iterator[None]:
+    """Turn whatever a stranger's file makes of those who read it into one `error` that names it.
+
+    What is commonly wrong has a message of its own, a UserError, which passes.
+    """
     try:
-        return dict(yaml.safe_load(text[3:].split("\n---", 1)[0])) if text[:3] == "---" else {}
-    except (TypeError, ValueError, yaml.YAMLError):  # people write it by hand
-        return {}
+        yield
+    except BaseException as problem:
+        of_rust = type(problem).__name__ == "PanicException"  # which is no Exception
+        if isinstance(problem, UserError) or not (of_rust or isinstance(problem, Exception)):
+            raise
+        reason = str(problem) or type(problem).__name__
+        raise error(f"{path} cannot be read ({reason}); fetch or write it again") from problem
+
+
+def read_text(path: Path, most: int = MOST_JSON) -> str:
+    """The text of a small file; a ValueError if it is no UTF-8, or is not small."""
+    if path.exists() and not path.is_file():  # a pipe, for instance, into which nobody writes
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return text.decode("utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a file of a stranger holds; a ValueError if that is no JSON, or nests too deeply."""
+    """The value of a JSON text; a ValueError if it is none, or beyond any real file's limits."""
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_int=_whole_number)
+        _check_size(value)
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str, loader: Any = None) -> Any:
+    """As `parse_json`, for YAML; what it says by aliases counts as if it were written out."""
+    import yaml
+
+    if len(text) > MOST_YAML:
+        raise ValueError(f"it is longer than {MOST_YAML:,} characters")
+    opened = 0
+    for sign in re.findall(r"[\[\]{}]", text):  # which PyYAML takes seconds for
+        opened += 1 if sign in "[{" else -1
+        if opened > 4 * MOST_LEVELS:  # some may stand in texts
+            raise ValueError("it is nested too deeply")
+    try:
+        reader = (loader or yaml.SafeLoader)(text)
+        node = reader.get_single_node()
+        _check_size(node)
+        return None if node is None else reader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # such as !!int ""
+        place = getattr(error, "problem_mark", None)
+        where = f" in line {place.line + 1}, column {place.column + 1}" if place else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or error}{where}") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) -> int:
+    """How many values a value of JSON, or a node of YAML, holds."""
+    inner = getattr(value, "value", value)
+    inner = inner.values() if isinstance(inner, dict) else inner
+    if isinstance(inner, (str, int, float, type(None))):
+        return 1
+    if not levels:
+        raise ValueError("it is nested too deeply")
+    n = 1
+    for each in inner if isinstance(inner, Iterable) else ():
+        n += _check_size(each, levels - 1, most - n)
+        if n > most:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+    return n
+
+
+def card_header(path: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty if there is none that can be read."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        return dict(parse_yaml(text[3:].split("\n---", 1)[0])) if text[:3] == "---" else {}
+    except (TypeError, ValueError):  # people write it by hand
+        return {}
 
 
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        return dict(parse_json(path.read_text(encoding="utf-8")))
+        return dict(parse_json(read_text(path)))
     except (OSError, TypeError, ValueError):
         return {}

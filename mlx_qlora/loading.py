@@ -13,9 +13,11 @@ from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
 from mlx_qlora.data.chats import NAMED
-from mlx_qlora.data.read import own_template
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.preferences import KIND_OF
+from mlx_qlora.data.read import own_template, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
-from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, size
+from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, size
 from mlx_qlora.folders import json_object
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -158,8 +160,8 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def as_taught(config: RunConfig) -> RunConfig:
-    """Write rows as the run that made the adapter did, unless the config says how."""
-    data = config.data
+    """Read and write rows as the run that made the adapter did, unless the config says how."""
+    data, training = config.data, config.training
     if config.model.adapter is None:
         return config
     taught = build(recorded(config.model.adapter, "data")).data
@@ -169,7 +171,35 @@ def as_taught(config: RunConfig) -> RunConfig:
     copy = run_of(Path(config.model.adapter).expanduser()) / "chat_template.jinja"
     if template == taught.template not in NAMED and copy.is_file():
         template = "chat"  # the file that it was read from may be gone; the tokenizer has its copy
-    return replace(config, data=replace(data, system=system, history=history, template=template))
+    if training.objective == "sft":
+        record = recorded(config.model.adapter, "training").get("training", {})
+        training = replace(training, objective=record.get("objective", "sft"))
+    data = replace(data, system=system, history=history, template=template)
+    return replace(config, data=data, training=training)
+
+
+def rows_of_run(
+    config: RunConfig, tokenizer: Tokenizer
+) -> tuple[tuple[Examples, Examples | None] | None, str]:
+    """The rows that an adapter's run was trained on, and those that it held out; or why none.
+
+    Those of `data.path`, split as a run would, if it names any. Test rows go before validation
+    rows, by which a run may have chosen its weights.
+    """
+    adapter = config.model.adapter
+    taught = build(recorded(adapter, "data", "training")) if adapter else RunConfig()
+    data = config.data if config.data.path else taught.data
+    if data.path is None:
+        return None, f"{adapter} has no run.yaml that names rows"
+    try:
+        data = as_taught(replace(config, data=data)).data
+        kind = KIND_OF[taught.training.objective]
+        parts = train_validation_test(data, tokenizer, taught.training.seed, kind=kind)
+    except UserError as error:
+        if config.data.path:
+            raise
+        return None, f"the run's rows cannot be read ({error})"
+    return (parts[0], parts[2] or parts[1]), ""
 
 
 def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Tokenizer:

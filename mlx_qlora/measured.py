@@ -16,7 +16,7 @@ from mlx_qlora import device
 from mlx_qlora.config import RunConfig
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import say
-from mlx_qlora.folders import disk_errors, user_cache, write_whole
+from mlx_qlora.folders import disk_errors, parse_json, read_text, user_cache, write_whole
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
 from mlx_qlora.train.checkpoint import values_before
@@ -37,13 +37,13 @@ def stored() -> dict[str, Seconds]:
     """What the file holds, by key; a file that is not ours is ignored with a warning."""
     path = user_cache() / "machine.json"
     try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        layers = parse_json(read_text(path))["layers"]
         numbers = [s for of in layers.values() for ways in of.values() for s in ways.values()]
         if all(type(seconds) is float and seconds > 0 for seconds in numbers):
             return layers
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     warnings.warn(f"{path} is damaged, and ignored; run: mlx-qlora doctor --tune", stacklevel=2)
     return {}

@@ -15,6 +15,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ from mlx_qlora.folders import (
     disk_errors,
     is_run,
     locked,
+    remove_leftovers,
     staged,
     write_whole,
 )
@@ -66,11 +68,12 @@ from mlx_qlora.model.weights import (
     read_config,
 )
 from mlx_qlora.train.checkpoint import (
+    NAMES,
     RunState,
+    check_is_there,
     checkpoint_to_resume,
     is_ours,
     last_checkpoint,
-    restore_set_aside,
 )
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
@@ -258,12 +261,20 @@ def open_inputs(
     validation = test = None
     if split:
         seed, kind = config.training.seed, KIND_OF[config.training.objective]
+        if not config.training.learns_prompts:  # nor are they counted as if they were
+            config = replace(config, data=replace(config.data, prompt_loss_weight=0.0))
         parts = train_validation_test(config.data, tokenizer, seed, console, kind)
         train, validation, test = parts
     else:
-        config = as_taught(config)
+        plain, config = config.training, as_taught(config)
         assert config.data.path is not None
-        train = read_examples(config.data.path, tokenizer, config.data, console=console)
+        read = partial(read_examples, config.data.path, tokenizer, config.data, console=console)
+        try:  # as answers, unless the objective is given
+            train = read(objective=plain.objective)
+        except DataError:
+            if config.training == plain:
+                raise
+            train = read(objective=config.training.objective)
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
     if checkpoint is not None and writes:
@@ -392,7 +403,8 @@ def _run(
     everyone = processes()
     inputs = everyone.agree(lambda: inputs.prepare(model))
     everyone.must_equal(inputs.shared_facts())
-    with ExitStack() as stack:
+    output = inputs.output
+    with disk_errors(output, lambda: last_checkpoint(output)), ExitStack() as stack:
         inputs = everyone.agree(lambda: stack.enter_context(begun(inputs, console)))
         observer = Observer(model, inputs, console, n_questions, plan)
         stack.push(observer.ended)
@@ -405,21 +417,20 @@ def _run(
         with observer.watching():
             result = train(model, inputs, inputs.config, console)
         if everyone.is_first:
-            with disk_errors(inputs.output, lambda: last_checkpoint(inputs.output)):
-                write_adapter(model, inputs.output, inputs.base, {})
-                seal(inputs.output)
-                with staged(inputs.output) as staging:  # or it would be written through a link
-                    inputs.tokenizer.save(staging)
+            check_is_there(output)
+            write_adapter(model, output, inputs.base, {})
+            seal(output)
+            with staged(output) as staging:  # or it would be written through a link
+                inputs.tokenizer.save(staging)
             say(console, _summary(result))
         try:
             observer.after(result)
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(
-                f"stopped while the run was scored; the adapter in {inputs.output} is complete"
-            ) from stop
+            stop.args = (f"stopped while the run was scored; the adapter in {output} is complete",)
+            raise
         if everyone.is_first:
             # Last: it shows figures of the run.
-            write_whole(inputs.output / CARD, model_card(read_facts(inputs.output)))
+            write_whole(output / CARD, model_card(read_facts(output)))
     return result
 
 
@@ -436,10 +447,9 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
         yield inputs
         return
     output = inputs.output
-    with disk_errors(output, lambda: last_checkpoint(output)):
-        output.mkdir(parents=True, exist_ok=True)
-    with locked(output), disk_errors(output, lambda: last_checkpoint(output)):
-        restore_set_aside(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        remove_leftovers(output, NAMES)
         inputs = inputs.to_resume(console)
         write_record(output, inputs.config, inputs.state.fingerprint, inputs.train)
         yield inputs

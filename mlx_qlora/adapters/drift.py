@@ -1,7 +1,8 @@
 """Drift: what an export has changed, the written model against the model with its adapter.
 
 Re-quantising rounds W + s B A to steps that are often larger than s B A itself, and then the files
-hold little of what was learned. The weights do not show it; the next-token distributions do.
+hold little of what was learned. The weights do not show it; the next-token distributions on rows
+that were held out do.
 """
 
 import math
@@ -11,58 +12,109 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_qlora.adapters.several import disabled
+from mlx_qlora.data.batches import IGNORE
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
 
 POSITIONS = 64  # whose logits exist at once: a vocabulary of 128,256 in float64 is 1 MB each
-NO_EFFECT = 1e-9  # nats per token; below it rounding is larger than what the adapter does
+NO_GAIN = 1e-3  # nats per token; what is smaller is no measure of what was kept
 WELL_KEPT = 0.95
 TEXTS = tuple(Path(__file__).with_name("drift_texts.txt").read_text("utf-8").splitlines())
+# The versions of a model that are compared, by their names in a table.
+BASE, ADAPTER, MERGED = "base", "with the adapter", "merged, 16 bits"
+PLAIN, WRITTEN = "rounded plainly", "as written"
+VERSIONS = BASE, ADAPTER, MERGED, PLAIN, WRITTEN
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a version of a model predicts the held-out rows' answers."""
+
+    loss: float  # nats per token
+    token_accuracy: float  # share of tokens that were its first choice
+    kl: float  # KL(with the adapter || this version), nats per token
+    kept: float  # share of the adapter's gain in loss over the base; NaN if it gained nothing
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a written model is from the model with its adapter, on sample texts.
+    """How far a written model is from the model with its adapter, on rows that were held out.
 
-    KL is KL(exact || other), the mean over positions of sum_v p_exact log(p_exact / p_other): what
-    text of the tuned model costs the other in nats per token, beyond what it must cost. `kept` is
-    1 - KL(exact || written) / KL(exact || base). A written model equal to the tuned one keeps all;
-    one that is as far from it as the base is keeps nothing; noise beyond that gives a negative
-    number. It holds for these texts, not for all text. Losses and divergences are nats per token.
+    KL(p || q) is the mean over positions of sum_v p_v log(p_v / q_v): what text of the tuned model
+    costs the other in nats per token, beyond what it must cost.
     """
 
-    loss_exact: float  # of the model with its adapter
-    loss_base: float  # of the same model without it
-    loss_written: float  # of what was written, read back from the files
-    kl: float  # KL(exact || written)
-    kl_base: float  # KL(exact || base): the adapter's effect
-    max_logit_difference: float  # largest |logit of written - logit of exact|
-    kept: float  # the share of the effect that is in the files; NaN where there is next to none
+    figures: dict[str, Figures]  # by version
     tokens: int  # how many predictions were compared
-    bits: int | None  # what the files are quantised to; None if they are dense
+    what: str  # the written matrices are in
+
+    @property
+    def kept(self) -> float:
+        """The share of the gain in loss that is in the files."""
+        return self.figures[WRITTEN].kept
 
     def __str__(self) -> str:
-        return (
-            f"loss {self.loss_exact:.4f} with the adapter, {self.loss_base:.4f} without it, "
-            f"{self.loss_written:.4f} as written ({self.tokens:,} tokens); KL to the tuned model "
-            f"{self.kl:.2g} nats per token, of the base {self.kl_base:.2g}; logits differ by at "
-            f"most {self.max_logit_difference:.2g}\n{self._verdict()}"
-        )
+        lines = [f"on {self.tokens:,} held-out tokens    loss  accuracy      KL    kept"]
+        for version, each in self.figures.items():
+            kept = "" if math.isnan(each.kept) else f"{each.kept:8.1%}"
+            lines.append(
+                f"{version:<24}{each.loss:8.4f}{each.token_accuracy:10.1%}{each.kl:8.4f}{kept}"
+            )
+        return "\n".join([*lines, self._verdict()])
 
     def _verdict(self) -> str:
         if math.isnan(self.kept):
-            return "on these texts the adapter changes nothing that could have been lost"
+            return "on these rows the adapter gains nothing that could have been lost"
         if self.kept >= WELL_KEPT:
-            return f"the files keep {100 * self.kept:.0f} % of what was learned"
-        what = "rounding" if self.bits is None else f"re-quantising to {self.bits} bits"
-        remedy = "choose a wider dtype" if self.bits is None else "merge without bits="
+            return f"the files keep {self.kept:.0%} of what was learned"
         if self.kept <= 0:
-            lost = "moved the model further than training did: all of what was learned is lost"
+            lost = "lost all of what was learned"
         else:
-            lost = f"lost {100 * (1 - self.kept):.0f} % of what was learned"
-        return f"{what} {lost}; {remedy}, or keep the adapter separate"
+            lost = f"lost {1 - self.kept:.0%} of what was learned"
+        return f"rounding to {self.what} {lost}; take more bits, or keep the adapter separate"
+
+
+def measure(
+    model: LlamaForCausalLM,
+    hidden: list[dict[str, mx.array]],
+    labels: list[np.ndarray],
+    what: str,
+) -> Drift | None:
+    """Compare versions of a model, by what they make of some rows.
+
+    Args:
+        model: of which the head is used.
+        hidden: version -> (N, D), what the head reads, for some documents end to end.
+        labels: (N,) of each of these, what follows each position, or IGNORE.
+        what: the name of what was written.
+    """
+    sums, n = np.zeros((len(VERSIONS), 3)), 0
+    with model.head.dense_for_now():
+        for states, targets in zip(hidden, labels):
+            places = np.flatnonzero(targets != IGNORE)
+            for start in range(0, len(places), POSITIONS):
+                part = places[start : start + POSITIONS]
+                logs = {
+                    version: log_softmax(float64_of(model.logits(states[version][mx.array(part)])))
+                    for version in VERSIONS
+                }
+                exact, target = logs[ADAPTER], targets[part]
+                p = np.exp(exact)
+                for i, log in enumerate(logs.values()):
+                    loss = -log[np.arange(len(part)), target].sum()
+                    sums[i] += loss, (log.argmax(axis=1) == target).sum(), (p * (exact - log)).sum()
+                n += len(part)
+    if not n:
+        return None
+    means = sums / n
+    base, tuned = means[0, 0], means[1, 0]
+    gain = base - tuned if base - tuned > NO_GAIN else math.nan
+    figures = {
+        version: Figures(loss, accuracy, kl, float((base - loss) / gain))
+        for version, (loss, accuracy, kl) in zip(VERSIONS, means.tolist())
+    }
+    return Drift(figures, n, what)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int]]:
@@ -76,47 +128,6 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int
     if not rows:
         raise ConfigError("texts: none has two tokens, to compare with; give longer ones")
     return rows
-
-
-def measure(
-    exact: LlamaForCausalLM, written: LlamaForCausalLM, rows: list[list[int]], bits: int | None
-) -> Drift:
-    """Compare two models, and the first without its adapter, on every prediction of some texts.
-
-    Args:
-        written: the exported model, loaded with the same compute dtype.
-        rows: ids of each text, at least two.
-        bits: what `written` is quantised to, for the report.
-    """
-    sums = np.zeros(5)  # three losses, two divergences
-    largest = 0.0
-    for ids in rows:
-        tokens = mx.array([ids[:-1]])
-        with disabled(exact):
-            hidden_of_base = exact.model(tokens)[0]
-        hidden = exact.model(tokens)[0], hidden_of_base, written.model(tokens)[0]
-        mx.eval(hidden)
-        labels = np.array(ids[1:])
-        with exact.head.dense_for_now(), written.head.dense_for_now():
-            for start in range(0, len(labels), POSITIONS):
-                part = slice(start, start + POSITIONS)
-                logits = [float64_of(exact.logits(h[part])) for h in hidden[:2]]
-                logits.append(float64_of(written.logits(hidden[2][part])))
-                sums += _compare(logits, labels[part])
-                largest = max(largest, float(np.abs(logits[2] - logits[0]).max()))
-    n = sum(len(ids) - 1 for ids in rows)
-    loss_exact, loss_base, loss_written, kl_base, kl = (float(s) for s in sums / n)
-    kept = 1 - kl / kl_base if kl_base > NO_EFFECT else math.nan
-    return Drift(loss_exact, loss_base, loss_written, kl, kl_base, largest, kept, n, bits)
-
-
-def _compare(logits: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """Logits (P, V) of exact, base, written -> the sums of their losses, KL of base, of written."""
-    exact, base, written = (log_softmax(each) for each in logits)
-    at = np.arange(len(labels)), labels
-    losses = [-logs[at].sum() for logs in (exact, base, written)]
-    p = np.exp(exact)
-    return np.array([*losses, (p * (exact - base)).sum(), (p * (exact - written)).sum()])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

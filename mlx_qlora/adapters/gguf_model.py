@@ -19,8 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import __version__
+from mlx_qlora.adapters.calibration import Calibrated
+from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.export import add_base, keeps_modelfile, require_gguf
 from mlx_qlora.adapters.merge import Tensors, check_disk, same_value, shapes_of
+from mlx_qlora.adapters.requantize import Grid, Rounded
+from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.gguf_tokenizer import gguf_tokenizer
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import (
@@ -30,6 +34,7 @@ from mlx_qlora.errors import (
     WeightsError,
     listing,
     require,
+    waiting,
 )
 from mlx_qlora.folders import check_writable, json_object, staged
 from mlx_qlora.model.families import LlamaConfig
@@ -45,7 +50,7 @@ from mlx_qlora.model.gguf_terms import (
 )
 from mlx_qlora.model.hub import HUB_ID
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoRALinear
+from mlx_qlora.model.lora import lora_layers
 
 TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "bf16", "f16", "f32")  # those that we write
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
@@ -62,9 +67,7 @@ class GgufModel:
     file: Path
     bytes: int
     command: str | None = None  # that makes the K-quant which was asked for, where we could not
-    # Share of the adapter's update that is left after rounding, 1 on average; None without one, and
-    # of a K-quant. Over a 4-bit base, types with nearly its own steps round back to it.
-    kept: float | None = None
+    drift: Drift | None = None  # what rounding changed; None if that was not measured
 
 
 def save_gguf_model(
@@ -74,6 +77,7 @@ def save_gguf_model(
     base_model_name_or_path: str | None = None,
     *,
     type: str = "q8_0",
+    rows: tuple[Examples, Examples | None] | None = None,
 ) -> GgufModel:
     """Write a model, with its adapter folded in if it has one, as `model-TYPE.gguf`.
 
@@ -89,6 +93,7 @@ def save_gguf_model(
             and 5 bits keep embedding and head in q8_0; or a K-quant such as q4_k_m, which
             llama.cpp's `llama-quantize` makes. Where that is not on the PATH, the file is in
             bf16, and `command` says how to go on.
+        rows: as in `save_merged`, for the types of 8 bits and fewer.
 
     Raises:
         WeightsError: llama.cpp would compute another model, or a number is beyond f16.
@@ -102,7 +107,7 @@ def save_gguf_model(
     folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
-    check_writable(folder, [file.name], is_ours=_is_ours)
+    check_writable(folder, [file.name], is_ours=is_ours)
     source = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     tensors = _layout(model, written)
@@ -115,7 +120,11 @@ def save_gguf_model(
     check_disk(folder.absolute(), sum(tensor.nbytes for tensor in tensors))
     with staged(folder) as staging:
         plain = staging / f"model-{written}.gguf"
-        kept = _write(plain, model, tensors, pairs | of_model, factors, written, base)
+        calibrated = None
+        if rows is not None and written in TYPES[:5] and lora_layers(model):
+            calibrated = _calibrated(model, tensors, rows)
+        _write(plain, model, tensors, pairs | of_model, factors, written, base, calibrated)
+        drift = calibrated.verdict(written) if calibrated else None
         if quantizer:
             _run([quantizer, plain.name, file.name, type.upper()], staging)
             plain.unlink()
@@ -123,7 +132,7 @@ def save_gguf_model(
             (staging / "Modelfile").write_text(text, encoding="utf-8")
     goal = folder / f"model-{type}.gguf"
     command = shlex.join([QUANTIZE, str(file), str(goal), type.upper()]) if file != goal else None
-    return GgufModel(file, file.stat().st_size, command, None if quantizer else kept)
+    return GgufModel(file, file.stat().st_size, command, drift)
 
 
 def check_type(type: str) -> None:
@@ -131,7 +140,8 @@ def check_type(type: str) -> None:
     require(type in TYPES + K_QUANTS, "type", f"be one of {', '.join(TYPES + K_QUANTS)}", type)
 
 
-def _is_ours(file: Path) -> bool:
+def is_ours(file: Path) -> bool:
+    """Whether a GGUF file is one that we have written."""
     try:
         return str(read_header(file)[1].get(OURS)).startswith("mlx-qlora ")
     except WeightsError:
@@ -208,11 +218,9 @@ def _write(
     factors: dict[str, np.ndarray],
     type: str,
     base: str | None,
-) -> float | None:
-    """Write what llama.cpp's converter writes, tensor by tensor, and read it back.
-
-    Returns the share of the adapter's update that is in the file.
-    """
+    calibrated: Calibrated | None,
+) -> None:
+    """Write what llama.cpp's converter writes, tensor by tensor, and read it back."""
     import gguf
 
     writer = gguf.GGUFWriter(file, ARCHITECTURES[model.config.model_type][0])
@@ -234,12 +242,12 @@ def _write(
     for tensor in tensors:
         dtype = np.dtype(dtypes.get(tensor.kind, np.uint8))
         writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, tensor.kind)
-    checksums, sums = [], np.zeros(2)
+    checksums = []
     with closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for array in chain(factors.values(), _arrays(model, tensors, sums)):
+        for array in chain(factors.values(), _arrays(model, tensors, calibrated)):
             writer.write_tensor_data(array)
             checksums.append((array.nbytes, zlib.crc32(array.data)))
             mx.clear_cache()
@@ -247,42 +255,86 @@ def _write(
     for (name, *_, offset), (n_bytes, checksum) in zip(read, checksums, strict=True):
         if zlib.crc32(data[start + offset :][:n_bytes].data) != checksum:
             raise WeightsError(f"{file.name}: what was read back of {name} is not what was written")
-    return float(sums[0] / sums[1]) if sums[1] else None
 
 
 def _arrays(
-    model: LlamaForCausalLM, tensors: list[_Tensor], sums: np.ndarray
+    model: LlamaForCausalLM, tensors: list[_Tensor], calibrated: Calibrated | None
 ) -> Iterator[np.ndarray]:
-    """The tensors as they are in the file, from one dense matrix at a time.
-
-    The update's product with what is stored of it, and with itself, are added to `sums`.
-    """
+    """The tensors as they are in the file, from one dense matrix at a time."""
     from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize, quantize
 
     merged = Tensors(dict(model.named_modules()), None, None, mx.float32)
     for tensor in tensors:
+        path = tensor.weight.removesuffix(".weight")
+        if calibrated is not None and path.startswith("model.layers.") and tensor.kind in LEVELS:
+            yield permute(blocks(calibrated[path], tensor.kind), tensor.weight, model.config)
+            continue
         array = np.array(merged.make(tensor.weight)[0], copy=False)
         if tensor.weight.endswith("norm.weight"):
             array = array + np.float32(model.config.norm_offset)
         array = permute(array, tensor.weight, model.config)
         if tensor.kind == GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo("f2").max:
             raise WeightsError(f"{tensor.weight} is too large for f16; choose the type bf16")
-        packed = np.concatenate(
-            [quantize(array[i : i + ROWS], tensor.kind) for i in range(0, len(array), ROWS)]
-        )
-        module = merged.modules[tensor.weight.rpartition(".")[0]]
-        if isinstance(module, LoRALinear) and tensor.weight.endswith(".weight"):
-            base = np.array(module.base_layer.dense().astype(mx.float32), copy=False)
-            base = permute(base, tensor.weight, model.config)
-            update, stored = array - base, dequantize(packed, tensor.kind) - base
-            sums += np.vdot(update, stored), np.vdot(update, update)
-        yield packed
+        yield _quantized(array, tensor.kind)
+
+
+def _quantized(array: np.ndarray, kind: Any) -> np.ndarray:
+    from gguf.quants import quantize
+
+    parts = [quantize(array[i : i + ROWS], kind) for i in range(0, len(array), ROWS)]
+    return np.concatenate(parts)
+
+
+# ---- rounding by rows ----------------------------------------------------------------------------
+
+# ggml's number of a type -> its levels; two types add a number of each group's own.
+LEVELS = {2: (-8, 7), 3: (0, 15), 6: (-16, 15), 7: (0, 31), 8: (-127, 127)}
+OFFSET = (3, 7)
+
+
+def _calibrated(
+    model: LlamaForCausalLM, tensors: list[_Tensor], rows: tuple[Examples, Examples | None]
+) -> Calibrated:
+    from gguf.quants import dequantize
+
+    merged = Tensors(dict(model.named_modules()), None, None, mx.float32)
+    kinds = {tensor.weight.removesuffix(".weight"): tensor.kind for tensor in tensors}
+
+    def grid(path: str) -> Grid | None:
+        if kinds[path] not in LEVELS:
+            return None
+        first, last = LEVELS[kinds[path]]
+        levels = np.arange(first, last + 1, dtype=np.float32)
+        return Grid(levels, 32, kinds[path] in OFFSET, lambda x: x.astype("f2").astype("f4"))
+
+    def plain(path: str, W: mx.array) -> mx.array:
+        return mx.array(dequantize(_quantized(np.array(W), kinds[path]), kinds[path]))
+
+    return Calibrated(model, merged.matrix, grid, plain, rows)
+
+
+def blocks(rounded: Rounded, kind: Any) -> np.ndarray:
+    """A matrix as ggml stores it, (n, bytes of a row) uint8: exactly these numbers.
+
+    A block is scale, offset, the fifth bits, and codes: of 32 weights the last 16 above the others.
+    """
+    codes = rounded.codes.reshape(-1, len(rounded.scales), 32)
+    numbers = [rounded.scales, rounded.offsets] if kind in OFFSET else [rounded.scales]
+    parts: list[Any] = [x.T.astype("<f2")[..., None].view(np.uint8) for x in numbers]
+    if kind == 8:  # signed
+        parts.append(codes - np.uint8(127))
+    else:
+        if kind in (6, 7):
+            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
+        low = codes & 15
+        parts.append(low[..., :16] | low[..., 16:] << 4)
+    return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
 
 
 def _run(command: list[str], folder: Path) -> None:
     """Run a program in a folder; an AdapterError with its last words if it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    with waiting(Path(command[0]).name):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
         what = f"{Path(command[0]).name} failed ({done.returncode}): {' '.join(words[-1:])}"

@@ -9,7 +9,7 @@ import math
 import shutil
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,31 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import __version__
-from mlx_qlora.adapters.drift import Drift, encode_texts, measure
+from mlx_qlora.adapters.calibration import Calibrated
+from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.peft import layers_of
 from mlx_qlora.adapters.push import render
+from mlx_qlora.adapters.requantize import grid_of, packed
+from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, WeightsError, listing, require
-from mlx_qlora.folders import CARD, MERGED_FOLDER, MERGED_MARK, check_writable, is_merged, staged
+from mlx_qlora.folders import (
+    CARD,
+    MERGED_FOLDER,
+    MERGED_MARK,
+    check_writable,
+    is_merged,
+    remove_leftovers,
+    staged,
+)
 from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoRALinear
-from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack
+from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack, unpack
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.stored import tensors_in
-from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, load_model, open_checkpoint
+from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, open_checkpoint
 from mlx_qlora.tree import flat, nested
 
 # Name -> safetensors' name of it, and bytes of one number.
@@ -96,7 +107,7 @@ def save_merged(
     base: str | Path | ModelFiles | None = None,
     quantize: QuantConfig | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    texts: list[str] | None = None,
+    rows: tuple[Examples, Examples | None] | None = None,
 ) -> Merged:
     """Write the model with its adapter folded in as a Hugging Face folder.
 
@@ -110,11 +121,11 @@ def save_merged(
         base: where the original weights lie, not quantised: a source as `load` takes it, or its
             files. Then all weights, config.json and generation_config.json come from there, and
             only the update from the model. None takes the model's own, dequantised.
-        quantize: packs every matrix in MLX's format, embedding and head included; matrices
-            that the adapter does not touch and that are packed so already are copied.
+        quantize: packs every matrix in MLX's format. Packed ones of the base are copied as they
+            are if the adapter does not touch them: embedding and head, and others packed so.
         max_shard_bytes: most bytes of tensors in one file; a larger matrix has a file of its own.
-        texts: what the drift is measured on, which loads the written model beside this one. None
-            means a few built-in paragraphs if `quantize` is given, and otherwise no measurement.
+        rows: of training, for `quantize` to make up for its errors on, and held out, to measure
+            the drift on (`train_validation_test` reads them). None rounds plainly.
 
     Raises:
         AdapterError: the model has no LoRA layers.
@@ -136,8 +147,6 @@ def save_merged(
     if any(target == files.path.resolve() for files in sources):
         raise ConfigError(f"{target} holds the weights that are read; choose another folder")
     check_writable(target, MERGED_FOLDER, whole=True, is_ours=is_merged)
-    measured = quantize is not None or texts is not None
-    rows = encode_texts(tokenizer, texts) if measured else []
     shards = _layout(model, dtype, quantize, max_shard_bytes)
     check_disk(target, sum(map(_size_of, shards.values())))
 
@@ -145,6 +154,8 @@ def save_merged(
     with staged(target, replace=True) as staging:
         originals = original.tensors if original else None
         tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
+        if quantize is not None and rows is not None:
+            tensors.calibrate(model, rows)
         for name, shard in shards.items():
             _write_shard(staging / name, shard, tensors)
         if len(shards) > 1:
@@ -155,7 +166,7 @@ def save_merged(
             }
             _write_json(staging / "model.safetensors.index.json", index)
         config = original.config if original else model.hf_config
-        config = _hf_config(config, tokenizer, dtype, quantize)
+        config = _hf_config(config, tokenizer, dtype, _packings(model, quantize))
         _write_json(staging / "config.json", config)
         for path in (files.path / GENERATION for files in sources[::-1]):  # the last one counts
             if path.is_file():
@@ -164,15 +175,8 @@ def save_merged(
             ids = {name: config[name] for name in IDS if config.get(name) is not None}
             _write_json(staging / GENERATION, ids)
         tokenizer.save(staging)
-        if measured:
-            files = ModelFiles(staging, None, None, str(staging))
-            embedding = model.model.embed_tokens
-            # Never resident: that would be a dense copy of the whole model.
-            matmul = "quantized" if embedding.matmul == "quantized" else "dequantize"
-            residency = "resident" if model.model.reader is None else "streamed"
-            how = None, embedding.dtype, matmul, residency
-            written = load_model(open_checkpoint(files), *how)
-            drift = measure(model, written, rows, None if quantize is None else quantize.bits)
+        if quantize is not None and tensors.calibrated is not None:
+            drift = tensors.calibrated.verdict(f"{quantize.bits} bits")
         repo = (sources[0].hf_id if sources else None) or ""
         card = render(
             "merged_card.md.jinja",
@@ -192,7 +196,11 @@ def save_merged(
 
 
 def check_disk(target: Path, needed: int) -> None:
-    """Raise a ConfigError unless so many bytes are free where a folder will be."""
+    """Raise a ConfigError unless so many bytes are free where a folder will be.
+
+    What a killed process has left of that folder goes first.
+    """
+    remove_leftovers(target)
     disk = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:
@@ -284,8 +292,9 @@ def _layout(
 ) -> dict[str, list[Entry]]:
     """File name -> its tensors. What one matrix is packed into stays in one file."""
     shards: list[list[Entry]] = [[]]
+    packings = _packings(model, quantize)
     for name, shape in shapes_of(model).items():
-        entries = _entries_of(name, shape, dtype, quantize)
+        entries = _entries_of(name, shape, dtype, packings.get(name.removesuffix(".weight")))
         if shards[-1] and _size_of(shards[-1]) + _size_of(entries) > max_bytes:
             shards.append([])
         shards[-1] += entries
@@ -293,6 +302,29 @@ def _layout(
     if n == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def like_base(model: LlamaForCausalLM, quantize: QuantConfig) -> QuantConfig:
+    """With the base's own groups, if it is packed in as many bits: no larger, and near its numbers.
+
+    Groups that were asked for stay.
+    """
+    own = model.layers[0].linears("o").members["self_attn.o_proj"].base_layer.quant
+    if own is None or (own.bits, own.mode) != (quantize.bits, quantize.mode):
+        return quantize
+    return own if quantize.group_size == QuantConfig().group_size else quantize
+
+
+def _packings(model: LlamaForCausalLM, quantize: QuantConfig | None) -> dict[str, QuantConfig]:
+    """How each matrix is packed, by its path: embedding and head as in the base, if they are."""
+    if quantize is None:
+        return {}
+    matrices = [(path, m) for path, m in model.named_modules() if isinstance(m, FrozenMatrix)]
+    own = {path.removesuffix(".base_layer"): m.quant for path, m in matrices}
+    return {
+        path: (None if path.startswith("model.layers.") else quant) or quantize
+        for path, quant in own.items()
+    }
 
 
 def _entries_of(
@@ -328,32 +360,56 @@ class Tensors:
     quantize: QuantConfig | None  # how matrices are packed
     dtype: mx.Dtype  # of everything that is not packed
 
+    calibrated: Calibrated | None = None
+
+    def calibrate(self, model: LlamaForCausalLM, rows: tuple[Examples, Examples | None]) -> None:
+        """Round the layers' matrices from now on by what training rows bring to them."""
+        quantize = self.quantize
+        assert quantize is not None
+        grid, whole = grid_of(quantize, self.dtype), replace(self, quantize=None, dtype=mx.float32)
+
+        def plain(path: str, W: mx.array) -> mx.array:
+            return unpack(tuple(map(self._stored, pack(W, quantize))), quantize, mx.float32)
+
+        self.calibrated = Calibrated(model, whole.matrix, lambda path: grid, plain, rows)
+
+    def matrix(self, path: str) -> mx.array:
+        """The merged matrix of a path, not packed."""
+        return self.make(f"{path}.weight")[0]
+
     def make(self, name: str) -> tuple[mx.array, ...]:
         """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
 
         A WeightsError if the dtype cannot hold a number.
         """
-        module = self.modules[name.rpartition(".")[0]]
+        path = name.rpartition(".")[0]
+        module, quantize = self.modules[path], self.quantize
         is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))
+        in_layer = path.startswith("model.layers.")
         dense: tuple[mx.array, ...] = ()
-        if self.quantize is None or not is_matrix:
+        if quantize is None or not is_matrix:
             tensors = (self._dense(name, module),)
-        elif (
-            self.originals is None
-            and isinstance(module, FrozenMatrix)
-            and module.quant == self.quantize
+        elif isinstance(module, FrozenMatrix) and (
+            module.quant is not None
+            and ((module.quant == quantize and self.originals is None) or not in_layer)
         ):
             tensors = module.packed()  # packing again what was packed would lose a little more
+        elif self.calibrated is not None and in_layer:
+            tensors = packed(self.calibrated[path], quantize)
         else:  # scales and biases are found in float32, as they are while loading
             dense = (self._dense(name, module).astype(mx.float32),)
-            tensors = pack(dense[0], self.quantize)
-        tensors = tuple(a.astype(self.dtype) if _is_float(a) else a for a in tensors)
+            tensors = pack(dense[0], quantize)
+        tensors = tuple(map(self._stored, tensors))
         if not all(mx.isfinite(a).all().item() for a in (*dense, *tensors) if _is_float(a)):
             raise WeightsError(
                 f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN; "
                 "export as bfloat16, or train again if the loss was NaN"
             )
         return tensors
+
+    def _stored(self, array: mx.array) -> mx.array:
+        """As it is written: floats in the dtype."""
+        return array.astype(self.dtype) if _is_float(array) else array
 
     def _dense(self, name: str, module: Any) -> mx.array:
         """The merged weight, or another tensor of the base as it is."""
@@ -411,7 +467,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _hf_config(
-    config: dict[str, Any], tokenizer: Tokenizer, dtype: str, quantize: QuantConfig | None
+    config: dict[str, Any], tokenizer: Tokenizer, dtype: str, packings: dict[str, QuantConfig]
 ) -> dict[str, Any]:
     """The source's config in every reader's spelling.
 
@@ -434,7 +490,8 @@ def _hf_config(
     for name, ids in zip(IDS, ([tokenizer.bos_id], ends, pad)):
         if full.get(name) is None:
             full[name] = ids[0] if len(ids) == 1 else ids
-    if quantize is not None:
-        packing = {name: getattr(quantize, name) for name in ("group_size", "bits", "mode")}
+    if packings:
+        most = packings["model.layers.0.self_attn.o_proj"]
+        packing = vars(most) | {path: vars(own) for path, own in packings.items() if own != most}
         full |= {"quantization": packing, "quantization_config": packing}
     return full

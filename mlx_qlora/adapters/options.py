@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, listing
-from mlx_qlora.folders import MLX_LM, PEFT, parse_json
+from mlx_qlora.folders import MLX_LM, PEFT, is_run, parse_json, read_text, reading
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, is_named, matches_pattern, target_paths
+from mlx_qlora.model.lora import LoraConfig, check_patterns, is_named, matches_pattern, target_paths
 from mlx_qlora.model.stored import tensors_in
 
 CONFIG, WEIGHTS = PEFT
@@ -50,7 +50,8 @@ def is_mlx_lm(folder: Path) -> bool:
 
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The LoraConfig of PEFT's or mlx-lm's folder; an AdapterError if we do not compute it."""
-    return _read_mlx_lm_config(folder) if is_mlx_lm(folder) else _read_peft_config(folder)
+    with reading(folder / CONFIG, AdapterError):
+        return _read_mlx_lm_config(folder) if is_mlx_lm(folder) else _read_peft_config(folder)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -69,6 +70,10 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     for name in PEFT:
         if not (folder / name).is_file():
             what = f"{name} is missing" if folder.is_dir() else "there is no such folder"
+            saved = [str(path.parent) for path in folder.glob(f"checkpoint-*/{CONFIG}")]
+            if saved and is_run(folder):
+                last = max(saved, key=lambda path: (len(path), path))
+                what = f"its run has not finished; run its command again, or name {last}"
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
     config = _read_object(path)
     unsupported = [
@@ -99,7 +104,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = parse_json(read_text(path))
     except (ValueError, OSError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
@@ -163,13 +168,17 @@ def for_this_model(
             return True
         if isinstance(excluded, list) and any(is_named(name, path) for name in excluded):
             return True
-        in_layers = any(re.match(rf"(?:^|.*?\.){p}\.\d+\.", path) for p in patterns)
+        in_layers = any(re.match(layer[p], path) for p in patterns)
         return bool(layers and patterns) and path not in lora.target_modules and not in_layers
 
+    layer = {p: rf"(?:^|.*?\.){p}\.\d+\." for p in patterns}
+    modules = {"lm_head", *dict(model.named_modules())}  # in PEFT a tied model has a head
     absent: dict[str, list[Any]] = {"target_modules": [], "layers_to_transform": beyond}
     try:
+        check_patterns(
+            [*layer.values(), *([excluded] if isinstance(excluded, str) else [])], modules
+        )
         if isinstance(targets, list) and config:
-            modules = {"lm_head", *dict(model.named_modules())}  # in PEFT a tied model has a head
             named = {t: [m for m in modules if is_named(t, m)] for t in targets}
             absent["target_modules"] = [t for t, paths in named.items() if not paths]
             targets = [t for t in targets if not all(map(is_excluded, named[t]))] or targets

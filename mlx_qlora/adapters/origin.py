@@ -5,11 +5,10 @@ import warnings
 from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
-from mlx_qlora.folders import PEFT, RECORD, json_object, sha256, write_whole
+from mlx_qlora.folders import BASE, PEFT, RECORD, json_object, sha256, write_whole
 from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 
-BASE = "base"  # the name of its hash, in a file's metadata and in a run's record
 CONFIRM = "model.base_model_name_or_path=org/name"
 
 

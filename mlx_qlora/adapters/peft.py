@@ -19,12 +19,21 @@ from mlx_qlora.adapters.options import CONFIG, MLX_LM_WEIGHTS, WEIGHTS, for_this
 from mlx_qlora.adapters.origin import base_hash, check_base, check_whole, original_base
 from mlx_qlora.adapters.push import Facts, model_card
 from mlx_qlora.errors import AdapterError, AdapterWarning, ConfigError, listing
-from mlx_qlora.folders import ADAPTER_FOLDER, CARD, MLX_COPY, MLX_LM, NOTE, check_writable, staged
+from mlx_qlora.folders import (
+    ADAPTER_FOLDER,
+    CARD,
+    MLX_COPY,
+    MLX_LM,
+    NOTE,
+    check_writable,
+    reading,
+    staged,
+)
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
 from mlx_qlora.model.rope import in_both_spellings
-from mlx_qlora.model.stored import StoredTensor, tensors_in
+from mlx_qlora.model.stored import StoredTensor, check_finite, tensors_in
 from mlx_qlora.tree import flat, nested
 
 PREFIX = "base_model.model."
@@ -309,11 +318,11 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
     copies = [] if from_mlx_lm else [name for name in COPIES if name in header]
     _check_tensors(model, file, lora, paths, {n: e for n, e in header.items() if n not in copies})
 
-    try:
+    with reading(file, AdapterError):
         loaded: Any = mx.load(str(file), return_metadata=True)
-    except (RuntimeError, ValueError) as error:  # offsets that do not fit the shapes
-        raise AdapterError(f"{file} is damaged: {error}") from None
     arrays, metadata = loaded
+    for name, array in arrays.items():
+        check_finite(name, file, array, error=AdapterError)
     check_base(getattr(model, "source", None), folder, metadata)
     carried = " and ".join(COPIES[name] for name in copies)
     if not all(

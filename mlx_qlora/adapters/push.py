@@ -16,7 +16,7 @@ from typing import Any
 from mlx_qlora import __version__
 from mlx_qlora.adapters.origin import check_whole
 from mlx_qlora.data.tokenizer import SHIPPED
-from mlx_qlora.errors import ConfigError, SourceError, listing
+from mlx_qlora.errors import ConfigError, SourceError, in_page, listing
 from mlx_qlora.folders import (
     CARD,
     MLX_COPY,
@@ -27,8 +27,10 @@ from mlx_qlora.folders import (
     card_header,
     json_object,
     parse_json,
+    parse_yaml,
+    read_text,
 )
-from mlx_qlora.model.hub import HUB_ID, hub_errors, resolve, token_refused
+from mlx_qlora.model.hub import HUB_ID, check_environment, hub_errors, resolve, token_refused
 
 # ---- the model card ------------------------------------------------------------------------------
 
@@ -93,13 +95,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    import yaml
-
     is_yaml = path.suffix == ".yaml"
     try:
-        text = path.read_text(encoding="utf-8")
-        return dict(yaml.safe_load(text) if is_yaml else parse_json(text))
-    except (TypeError, ValueError, OSError, yaml.YAMLError) as error:
+        return dict((parse_yaml if is_yaml else parse_json)(read_text(path)))
+    except (TypeError, ValueError, OSError) as error:
         kind = "YAML" if is_yaml else "a JSON object"
         raise SourceError(f"{path} cannot be read as {kind}: {error}") from None
 
@@ -140,7 +139,11 @@ def render(template: str, **values: Any) -> str:
 
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     return jinja2.Template(
-        text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+        text,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=in_page,
     ).render(values)
 
 
@@ -168,10 +171,20 @@ class Pushed:
     left_out: list[str]  # paths that stay here; a folder of them ends with a slash
 
     def __str__(self) -> str:
-        rows = [f"{size:>15,}  {name}" for name, size in self.files]
+        wide = max((len(name) for name, _ in self.files), default=0)
+        rows = [f"{size:>15,}  {name:<{wide}}  {_what_it_is(name)}" for name, size in self.files]
         rows.append(f"{sum(size for _, size in self.files):>15,}  bytes in all")
         stays = [f"{'stays here':>15}  {name}" for name in self.left_out]
         return "\n".join([*rows, *stays, *([self.url] if self.url else [])])
+
+
+def _what_it_is(name: str) -> str:
+    """What a file that is uploaded is, in a few words."""
+    words = {PEFT[0]: "the adapter's config", PEFT[1]: "the adapter's weights", CARD: "model card"}
+    words |= {"metrics.jsonl": "numbers of the run", **dict.fromkeys(MLX_COPY, "copy for mlx-lm")}
+    words |= {**dict.fromkeys(MODEL, "the model's config"), **dict.fromkeys(SHIPPED, "tokenizer")}
+    other = "a checkpoint's adapter" if CHECKPOINT.fullmatch(name) else "the model's weights"
+    return words.get(name) or ("plot" if PLOT.fullmatch(name) else other)
 
 
 def push_to_hub(
@@ -208,6 +221,7 @@ def push_to_hub(
         ConfigError: the name of the repository is invalid, what would be uploaded names a path of
             this machine, or `private` does not fit.
     """
+    check_environment()
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -335,7 +349,7 @@ def _public(folder: Path, name: str) -> Path | bytes:
     if path.suffix != ".json" or path.name in WITHOUT_PATHS:
         return path
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
     except ValueError as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}") from None
     public = _without_local_paths(values)

@@ -73,9 +73,8 @@ def cut_short(history: History, training: TrainingConfig) -> list[Advice]:
         finding += f", and the learning rate reached {reached}"
         remedy = "train longer, or leave training.warmup_steps out, for a tenth of the run"
         advice.append(Advice("warmup", finding, remedy))
-    if epoch < 1:
-        instead = "" if training.max_steps is None else " instead of training.max_steps"
-        remedy = f"set training.num_train_epochs=3{instead}"
+    if epoch < 1 and training.max_steps is None:
+        remedy = "set training.num_train_epochs=3"
         advice.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
     return advice
 
@@ -238,6 +237,9 @@ def preferred(history: History) -> Answer | None:
     if share is not None:
         why += f" It is higher in {share:.0%} of the pairs."
     if last > 0 and (share is None or share > PREFERS):
+        if len(margins) > 1 and 0 < last <= first * (1 + LITTLE):
+            verdict = "It preferred the chosen answers from the first figure on"
+            return Answer("Did it learn?", verdict, why, "note")
         return Answer("Did it learn?", "Yes: it prefers the chosen answers", why, "good")
     return Answer("Did it learn?", "No preference shown", why, "note")
 

@@ -179,6 +179,9 @@ LOWER, HIGHER, NEITHER = "lower", "higher", "neither"
 WORDS = {
     "loss": "loss per token",
     "token_accuracy": "tokens guessed right",
+    "prefers_chosen": "chosen answer likelier",
+    "margin": "margin of the chosen",
+    "reward_accuracy": "reward of chosen higher",
     "kl": "KL(tuned || base)",
     "exact_match": "answers word for word",
     "rouge_l": "same words (ROUGE-L)",

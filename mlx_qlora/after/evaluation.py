@@ -24,15 +24,17 @@ from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files, user_path
+from mlx_qlora.data.preferences import PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import Processes
-from mlx_qlora.errors import ConfigError, require, say, warn
-from mlx_qlora.folders import write_whole
+from mlx_qlora.errors import ConfigError, DataError, require, say, warn
+from mlx_qlora.folders import check_name, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.loading import recorded
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
+from mlx_qlora.train.preferences import AVERAGED, good_answers
 from mlx_qlora.train.score import Lend, RowScores
 
 ANSWERS = 32  # questions: enough for an interval, few enough to wait for
@@ -77,8 +79,16 @@ def evaluate_run(
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
     _warn_of_training_rows(config, data, console)
-    seed, n_rows = config.training.seed, len(examples)
-    examples = _drawn_examples(examples, limit, seed, console)
+    seed, objective, n_rows = config.training.seed, config.training.objective, len(examples)
+    drawn = _drawn_examples(examples, limit, seed, console)
+    rejected = good_answers(drawn, 0) if drawn.report.kind == PAIRS else None
+    if (examples := good_answers(drawn)) is None:
+        raise DataError(f"{data}: no answer is labelled true, so there is none to score")
+    if rejected is not None:
+        unit = "nats per token" if objective in AVERAGED else "nats"
+        say(console, f"pairs     chosen answers are scored; their margin over the others in {unit}")
+    elif len(examples) < len(drawn):
+        say(console, f"answers   {len(examples):,} of {len(drawn):,} are labelled true and scored")
     asked = _drawn_questions(examples, tokenizer, n_answers, seed, console)
     # Twice the longest reference: an answer beyond that is wrong however it ends.
     longest = max((question.tokens for question in asked), default=0)
@@ -87,15 +97,15 @@ def evaluate_run(
     model = inputs.load()
     tuned, general = None, None
     with disabled(model):  # the adapter, if there is one
-        base = measure(model, tokenizer, examples, asked, max_new_tokens)
+        base = measure(model, tokenizer, examples, asked, max_new_tokens, rejected=rejected)
     if config.model.adapter is not None:
-        lend = partial(disabled, model)
-        tuned = measure(model, tokenizer, examples, asked, max_new_tokens, base=lend)
+        both: Any = {"base": partial(disabled, model), "rejected": rejected}
+        tuned = measure(model, tokenizer, examples, asked, max_new_tokens, **both)
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
-    comparison = compare(base, tuned, asked)
+    comparison = compare(base, tuned, asked, objective)
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
-    inputs["max_new_tokens"] = max_new_tokens
+    inputs |= {"objective": objective, "max_new_tokens": max_new_tokens}
     samples = []
     for i, question in enumerate(asked):
         sample = {"place": question.place, "prompt": question.prompt}
@@ -142,6 +152,7 @@ def _check_arguments(
         )
     if output is not None:
         file = user_path(output, "--output")
+        check_name(file, "--output")
         above = next(path for path in file.absolute().parents if path.exists())
         if file.is_dir() or not above.is_dir():
             raise ConfigError(f"--output: {file} cannot be a file; name another")
@@ -188,6 +199,7 @@ class Performance:
 
     scores: RowScores
     answers: tuple[str, ...] = ()
+    rejected: RowScores | None = None  # scores of the other answer of each pair
 
 
 def measure(
@@ -198,20 +210,23 @@ def measure(
     max_new_tokens: int = 512,
     processes: Processes | None = None,
     base: Lend | None = None,
+    rejected: Examples | None = None,
 ) -> Performance:
     """Scores a model as it is on all examples, and lets it answer questions, if there are any.
 
     Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
-    Of several processes each scores its share. The scores have the divergence from a `base`.
+    Of several processes each scores its share. The scores have the divergence from a `base`;
+    `rejected` are the other answers of pairs.
     """
     scores = score_examples(model, tokenizer, examples, processes, base)
+    others = score_examples(model, tokenizer, rejected, processes) if rejected else None
     if not asked:
-        return Performance(scores)
+        return Performance(scores, (), others)
     prompts = [question.prompt for question in asked]
     greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0}
     settings: Any = {"max_new_tokens": max_new_tokens, **greedy}
     answers = generate_batch(model, tokenizer, prompts, **settings)
-    return Performance(scores, tuple(answers))
+    return Performance(scores, tuple(answers), others)
 
 
 @dataclass(frozen=True)
@@ -246,14 +261,29 @@ class Comparison:
         return table
 
 
-def compare(base: Performance, tuned: Performance | None, asked: list[Question]) -> Comparison:
-    """The figures of two models on the same rows and questions, or of one."""
+def compare(
+    base: Performance, tuned: Performance | None, asked: list[Question], objective: str = "sft"
+) -> Comparison:
+    """The figures of two models on the same rows and questions, or of one.
+
+    Of pairs the margin is the log-probability of the chosen answer above the other's, per token if
+    the `objective` compares so; for dpo the chosen reward is higher where the margin has risen.
+    """
     models = [base] if tuned is None else [base, tuned]
     tokens = base.scores.tokens
     loss = paired_row("loss", LOWER, [each.scores.nats for each in models], tokens)
     hits = [each.scores.hits for each in models]
     rows = [loss, metrics.perplexity_row(loss)]
     rows.append(paired_row("token_accuracy", HIGHER, hits, tokens))
+    pairs = [(each.rejected, each.scores) for each in models if each.rejected]
+    if pairs:
+        each = ([x.nats / (x.tokens if objective in AVERAGED else 1) for x in p] for p in pairs)
+        margins = [rejected - chosen for rejected, chosen in each]
+        rows.append(paired_row("prefers_chosen", HIGHER, [1.0 * (each > 0) for each in margins]))
+        rows.append(paired_row("margin", HIGHER, margins))
+        if objective == "dpo" and tuned is not None:
+            rises = [1.0 * (each > margins[0]) for each in margins]
+            rows.append(paired_row("reward_accuracy", HIGHER, rises))
     if tuned is not None:
         rows.append(kl_row(tuned.scores))
     references = [question.reference for question in asked]

@@ -206,10 +206,13 @@ class Observer:
             old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}
             name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
+            of = {"sft": "", "kto": " of good answers"}
+            of = of.get(config.training.objective, " of chosen answers")
+            of += " (unweighted)" * any(row.weights is not None for row in self.held_out or ())
             say(
                 console,
-                f"{name:<{LABEL}}loss {old.loss:.4f} -> {new.loss:.4f} ({change:+.1%}), perplexity "
-                f"{old.perplexity:.2f} -> {new.perplexity:.2f}, token accuracy "
+                f"{name:<{LABEL}}loss{of} {old.loss:.4f} -> {new.loss:.4f} ({change:+.1%}), "
+                f"perplexity {old.perplexity:.2f} -> {new.perplexity:.2f}, token accuracy "
                 f"{old.token_accuracy:.1%} -> {new.token_accuracy:.1%} ({new.n_tokens:,} tokens)",
             )
         result.peak_memory_bytes = mx.get_peak_memory()  # scores and answers included

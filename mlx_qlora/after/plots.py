@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_qlora.errors import in_page
+
 # ---- what is drawn -------------------------------------------------------------------------------
 
 Points = list[tuple[float, float]]
@@ -163,6 +165,7 @@ def _templates() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mlx_qlora.after", ""),
         autoescape=True,
+        finalize=in_page,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

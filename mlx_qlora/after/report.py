@@ -76,7 +76,8 @@ class Report:
     @property
     def title(self) -> str:
         """What the run was, in a few words."""
-        return f"{Path(self.base).name}, fine-tuned"
+        objective = self.config.training.objective
+        return f"{Path(self.base).name}, fine-tuned{f' by {objective}' * (objective != 'sft')}"
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -172,8 +173,7 @@ def command(report: Report, name: str, folder: str) -> list[str]:
 def next_commands(report: Report, chats: bool) -> list[list[str]]:
     """What to do with a new adapter: ask it, talk to it if it `chats`, take it elsewhere."""
     folder = str(report.result.output_dir)
-    form = "--portable" if report.adapter.get("use_dora") else "--gguf"
-    export = ["--output-dir", f"{folder}-{form.strip('-')}", form]
+    export = ["--output-dir", f"{folder}-gguf", "--gguf-model"]
     return [
         [*command(report, "generate", folder), *report.ask],
         *([command(report, "chat", folder)] if chats else []),

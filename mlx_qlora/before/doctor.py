@@ -28,7 +28,7 @@ from mlx_qlora.before.plan import trainable
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.distributed import in_time
-from mlx_qlora.errors import SourceError, UserError, visible
+from mlx_qlora.errors import SourceError, UserError, shown, visible
 from mlx_qlora.model import hub
 from mlx_qlora.model.gguf import GgufMatrix
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -261,6 +261,7 @@ class PlannedRun:
 
     def hub(self) -> Iterator[Finding]:
         """Whether the hub answers, and as whom it knows us."""
+        hub.check_environment()
         from huggingface_hub import constants, errors, get_token
         from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -386,7 +387,7 @@ def _existing(folder: Path) -> Path:
 def _in_time(work: Callable[[], Any], seconds: float) -> Any:
     """What `work` returns, or a RuntimeError if it takes longer: name servers heed no timeout."""
     try:
-        return in_time(work, seconds)
+        return in_time(work, seconds, "the hub")
     except TimeoutError:
         raise RuntimeError(f"no answer within {seconds:g} s") from None
 
@@ -445,4 +446,4 @@ def environment() -> Iterator[Finding]:
         yield _ok("environment", text)
     for name in ("HF_HOME", "HF_ENDPOINT"):
         if value := os.environ.get(name):
-            yield _ok("environment", f"{name}={value}")
+            yield _ok("environment", shown(f"{name}={value}"))

@@ -14,9 +14,10 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import IGNORE, Batches
 from mlx_qlora.data.examples import DataReport
 from mlx_qlora.data.files import user_path
+from mlx_qlora.data.preferences import JUDGEMENTS, PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import ConfigError, duration, say, warn
+from mlx_qlora.errors import ConfigError, duration, say, visible, warn
 from mlx_qlora.folders import write_whole
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
@@ -47,17 +48,29 @@ def histogram(report: DataReport) -> str:
 def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Console) -> None:
     """Print the first examples of the first batches, token by token as they are trained.
 
-    Without colour, ⟦ ⟧ are around what is supervised.
+    Without colour, ⟦ ⟧ are around what is supervised. Of a pair the chosen answer comes first.
     """
+    kind = batches.examples.report.kind
     colour = console.color_system is not None and not console.no_color
     each = ((batch, b) for batch in batches for b in range(len(batch.rows)))
     for batch, b in islice(each, count):
         assert batch.documents is not None
         tokens: Any = np.array(batch.tokens)
         labels: Any = np.array(batch.labels)
-        for place, (row, start, end) in zip(batch.places, batch.documents.tolist()):
+        documents = [*zip(batch.places, batch.documents.tolist())]
+        for i in range(len(documents)):
+            place, (row, start, end) = documents[i ^ 1 if kind == PAIRS else i]
             if row == b:  # a row of several answers may be several documents
-                of_document = tokens[b, start:end], labels[b, start:end]
+                here = b, slice(start, end)
+                weights = np.ones(1) if batch.weights is None else batch.weights[here]
+                weights = weights[weights != 0].tolist()
+                if kind == PAIRS:
+                    place += " rejected" if i % 2 else " chosen"
+                elif kind == JUDGEMENTS:
+                    place += f" labelled {'false' if weights[0] < 0 else 'true'}"
+                weighs = sorted({*map(abs, weights)})
+                place += f", weight {', '.join(map('{:g}'.format, weighs))}" * (weighs != [1])
+                of_document = tokens[here], labels[here]
                 console.print(_text_of(place, *of_document, tokenizer, colour), soft_wrap=True)
 
 
@@ -71,12 +84,13 @@ def _text_of(
     following = np.append(tokens[1:], IGNORE)
     ids = [int(tokens[0]), *np.where(labels != IGNORE, labels, following).tolist()]
     text = Text()
-    text.append(f"{place}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
+    text.append(f"{visible(place)}: {end + 1} tokens, {sum(learned)} supervised\n", NOTE)
     # Neighbours that are both learned, or both not, together: a character may span tokens. What is
     # not learned at the end is no input, and the batch does not hold it.
     pairs = [(is_learned, token) for is_learned, token in zip(learned, ids) if token != IGNORE]
     for is_learned, run in groupby(pairs, key=lambda pair: pair[0]):
         words = tokenizer.decode([token for _, token in run]).translate(PICTURES)
+        words = visible(words)
         marked = words if colour or not is_learned else f"⟦{words}⟧"
         text.append(marked, SUPERVISED if is_learned else CONTEXT)
     return text.append("\n")

@@ -377,7 +377,7 @@ def plan_checkpoint(
     if as_asked.fits or not streamed.fits:
         return as_asked
     need = f"streamed, the run takes {streamed.total_bytes / 1e9:.2f} GB"
-    return replace(as_asked, advice=f"This will not fit; {need}: set model.residency=auto.")
+    return replace(as_asked, advice=f"This will not fit: {need}; set model.residency=auto.")
 
 
 def _plan_as_it_is(

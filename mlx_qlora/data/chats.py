@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_qlora.data.marks import is_harmless
 from mlx_qlora.data.rows import THOUGHTS, Chat, Instruction, Message, Pair, Said, as_chat
-from mlx_qlora.data.tokenizer import GENERATED, Tokenizer, render_template
+from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError, TokenizerError
 
 # ---- a row as text -------------------------------------------------------------------------------
@@ -110,6 +110,9 @@ Render = Callable[..., str]  # messages, and options of `render_template` -> tex
 
 def _renderer(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Render:
     """How the template writes messages of a chat; a DataError for what it cannot write."""
+    # Here, as Jinja takes a moment to import.
+    from mlx_qlora.data.templates import EndlessTemplate, render_template
+
     source = tokenizer.template_for(source, chat.tools)
     if source is None:
         raise DataError(NO_TEMPLATE)
@@ -118,6 +121,8 @@ def _renderer(chat: Chat, source: str | None, tokenizer: Tokenizer) -> Render:
         given = {"date": ROW_DATE, "options": chat.options, **how}
         try:
             return render_template(source, messages, chat.tools, tokenizer.special_tokens, **given)
+        except EndlessTemplate as error:
+            raise TokenizerError(f"the chat template does not end: {error.args[0]}") from None
         except TokenizerError as error:
             raise DataError(f"the chat template refuses it: {error.args[0]}") from None
 
@@ -268,6 +273,8 @@ def _in_one_text(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[S
 
 def _marked_segments(chat: Chat, source: str, marked: str) -> Segments:
     """The segments that the template itself marks as the assistant's words."""
+    from mlx_qlora.data.templates import GENERATED
+
     if not re.search(r"\{%[-+]?\s*generation\b", source):
         raise NotNestedError(UNKNOWN_BEGIN)
     texts, turns = marked.split(GENERATED), zip(chat.messages, chat.learned)

@@ -15,9 +15,9 @@ import numpy as np
 from mlx_qlora import device
 from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.files import parse
-from mlx_qlora.data.marks import row_weight
+from mlx_qlora.data.marks import row_weight, with_marks
 from mlx_qlora.data.preferences import ANSWERS, JUDGEMENTS, PAIRS, read_judgement, read_pair
-from mlx_qlora.data.rows import Chat, Said, read_row, unread_fields, with_system
+from mlx_qlora.data.rows import Chat, Pair, Said, read_row, unread_fields, with_system
 from mlx_qlora.data.store import Stored, TokenStore, hash64
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
@@ -178,7 +178,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     too_long = f"{n} tokens, longer than data.max_length={max_length}"
     if excess > 0 and truncation == "right":
         # Context after the last learned id would teach nothing.
-        end = max(np.flatnonzero(row.learned[:max_length]), default=-1) + 1
+        end = int(max(np.flatnonzero(row.learned[:max_length]), default=-1)) + 1
         row = row.part(slice(end), row.context, n - end)
     elif excess > 0 and truncation == "left-context":
         start = int(row.ids[0] == tokenizer.bos_id)
@@ -305,7 +305,7 @@ class Encoder:
         The answers of a pair are one document each, the rejected one first; the weight of an answer
         that is judged to be a bad one is -1.
         """
-        weight = 1.0
+        row, weight = with_marks(row, self.columns), 1.0
         if self.kind == PAIRS:
             sides, unread = read_pair(row, self.columns)
         elif self.kind == JUDGEMENTS:
@@ -314,7 +314,8 @@ class Encoder:
         else:
             sides = [read_row(row, form, self.columns)]
             unread = unread_fields(row, form, sides[0], self.columns)
-            weight = row_weight(row)
+            named = {*self.columns.values()}
+            weight = row_weight({k: v for k, v in row.items() if k not in named})
         documents: list[Segments] = []
         for said in sides:
             if self.train_on == "all":
@@ -323,6 +324,10 @@ class Encoder:
             if self.system and said_to is said:
                 unread.add("data.system")
             texts, of_messages = self.template.documents(said_to, self.tokenizer)
+            if isinstance(said_to, Pair) and self.template.source and self.template.name != "chat":
+                ends = said_to.prompt[-1:], said_to.completion[:1]
+                if all(ends) and not any(map(str.isspace, ends)):
+                    unread.add("data.template")
             if self.kind != ANSWERS and len(texts) > 1:
                 raise DataError(
                     "has several answers, which the chat template writes one by one; move all but "
@@ -348,7 +353,14 @@ def _content(said: Said) -> bytes:
     """What a row says and no more: rows that differ only in an id are copies of each other."""
     try:
         fields = {k: v for k, v in vars(said).items() if k != "options" or v is not None}
-        return _JSON.encode([type(said).__name__, fields]).encode()
+        said_as = [type(said).__name__, fields]
+        encoded = _JSON.encode(said_as)
+        if "\\ud" in encoded:  # of a character beyond 16 bits, or half of one
+            json.dumps(said_as, default=str, ensure_ascii=False).encode()
+        return encoded.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"holds {half!r}, half of a character: write it whole") from None
     except (TypeError, ValueError) as error:  # names that are not text, numbers of many digits
         raise DataError(f"cannot be written as JSON: {error}") from None
 

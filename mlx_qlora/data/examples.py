@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora.data.files import RowFile
+from mlx_qlora.data.preferences import JUDGEMENTS
 from mlx_qlora.data.store import TokenStore, hash64
 from mlx_qlora.errors import ConfigError, listing
 
@@ -49,7 +50,10 @@ class DataReport:
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
     own_system: bool = False  # whether no row needed `data.system`
-    kind: str = "answers"  # what the rows are: answers, pairs or judged answers
+    # Whether all prompts and answers meet without a space, though the model has a chat template.
+    is_joined: bool = False
+    kind: str = "answers"  # what the rows are: answers, pairs or labelled answers
+    bad: int = 0  # kept rows whose answer has the label false
 
     @property
     def read(self) -> int:
@@ -91,6 +95,9 @@ class DataReport:
         self.duplicates = len(rows) - len(np.unique(rows["said"]))
         self.truncated = int(np.count_nonzero(rows["cut"]))
         self.longest = int(lengths.max(initial=0))
+        if self.kind == JUDGEMENTS:
+            weighed = map(store.weights_of, np.flatnonzero(rows["weights"] >= 0).tolist())
+            self.bad = sum(weights is not None and weights.min() < 0 for weights in weighed)
         step = max(1, -(-self.longest // BARS))
         counts = np.bincount((lengths - 1) // step).tolist()
         self.histogram = [(i * step + 1, (i + 1) * step, n) for i, n in enumerate(counts)]
@@ -117,6 +124,8 @@ class DataReport:
             f"{self.kept:,} kept, {refused:,} refused; {self.tokens:,} tokens, "
             f"{share:.0%} supervised"
         )
+        if self.kind == JUDGEMENTS:
+            text += f"; {self.kept - self.bad:,} labelled true, {self.bad:,} false"
         if self.truncated:
             text += f"; {self.truncated:,} cut to data.max_length"
         if self.duplicates:
@@ -125,6 +134,9 @@ class DataReport:
             text += f"; {self.leaked:,} are also training rows"
         if self.unread:
             text += f"\n  {self.unread_fields()}"
+        if self.is_joined:
+            text += "\n  prompt and answer are joined as they are, without a space; "
+            text += "for questions set data.template=chat"
         return f"{text}\n{self.refusals()}" if refused else text
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_qlora.errors import ConfigError, DataError, listing
+from mlx_qlora.errors import ConfigError, DataError, listing, waiting
+from mlx_qlora.model.hub import check_environment
 from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def readable(name: str) -> Iterator[None]:
 
 def user_path(text: str | Path | None, field: str) -> Path:
     """A path as a person writes it, `~` included; a ConfigError if it is none or has no home."""
-    if not str(text or ""):
+    if text is None or not str(text):
         raise ConfigError(f"{field} is missing; name a file or folder")
     try:
         return Path(text).expanduser()
@@ -491,6 +492,7 @@ def in_memory(rows: Any) -> RowFile:
 
 def hub_dataset(file: RowFile) -> Any:
     """A `datasets.Dataset`, from its cache or the hub, or a DataError that says why not."""
+    check_environment()
     try:
         import datasets
     except ImportError:
@@ -501,7 +503,8 @@ def hub_dataset(file: RowFile) -> Any:
     repository, config, split = file.path
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(repository, config, split=split or "train")
+        with waiting(f"the hub, for the data set {repository}"):
+            return datasets.load_dataset(repository, config, split=split or "train")
     except Exception as error:  # its own kinds, and those of the packages below it
         cause = error.__cause__ or error  # "An error occurred while generating the dataset"
         reason = (str(cause).strip() or repr(cause)).splitlines()[0]

@@ -1,6 +1,7 @@
 """What of a row is nothing to learn: where it is from, marks and weights, labels of other tasks."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ LONGEST_LABEL = 100  # characters; a longer "source" is something to read, not w
 # Marks of a message: 0 and false take it out of what is learned, and so does `masked`.
 MARKS = ("weight", "train", "training", "loss", "loss_weight", "trainable", "masked")
 ROW_MARKS = ("weight", "train", "trainable", "loss_weight")  # those that a whole row may have
+LIKE = re.compile(r"[-+., ]*\d[-+\d.,% ]*")  # a text that is meant as a number
 WEIGHTS = ("weight", "loss_weight")  # marks that may be any number from 0 on
 
 
@@ -51,13 +53,30 @@ def is_weight(name: str, value: Any) -> bool:
     return name in WEIGHTS and is_number and 0 <= value < math.inf
 
 
+def as_value(value: Any) -> Any:
+    """The number, or true or false, that a text says, as all values of a CSV file are text."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    try:
+        return text == "true" if text in ("true", "false") else float(text)
+    except ValueError:
+        return value
+
+
+def with_marks(row: Any, columns: Mapping[str, str]) -> Any:
+    """A row whose marks are numbers, true or false where they are text that says so."""
+    names = MARKS if isinstance(row, Mapping) else ()
+    texts = {n: as_value(row[n]) for n in names if n in row and n not in columns.values()}
+    return {**row, **texts} if texts else row
+
+
 def row_weight(row: Mapping[str, Any]) -> float:
     """The factor of all weights of a row, 1 if it has none; a DataError for one that is none."""
     weight = 1.0
-    for name in (name for name in WEIGHTS if isinstance(row.get(name), (int, float))):
-        if not (is_weight(name, row[name]) or isinstance(row[name], bool)):
-            raise DataError(f"the {name} of the row must be at least 0; got {row[name]!r}")
-        weight *= row[name]
+    for name, value in ((name, row[name]) for name in WEIGHTS if name in row):
+        if is_weight(name, value) or isinstance(value, bool):
+            weight *= value
+        elif isinstance(value, (int, float)) or LIKE.fullmatch(str(value)):
+            raise DataError(f"the {name} of the row must be at least 0; got {value!r:.40}")
     return weight
 
 

@@ -5,12 +5,13 @@ and refusals of other rows apply to both.
 """
 
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from mlx_qlora.data.files import without_nulls
-from mlx_qlora.data.marks import is_harmless, is_mark, refuse_other_tasks, row_weight
-from mlx_qlora.data.rows import Said, read_row, renamed, unread_fields
+from mlx_qlora.data.marks import as_value, is_harmless, is_mark, refuse_other_tasks, row_weight
+from mlx_qlora.data.rows import Said, columns_hint, read_row, renamed, unread_fields
 from mlx_qlora.errors import DataError
 
 # What rows are -> the objectives that read them.
@@ -19,6 +20,8 @@ OBJECTIVES = {ANSWERS: ("sft",), PAIRS: ("dpo", "orpo", "simpo"), JUDGEMENTS: ("
 KIND_OF = {objective: kind for kind, each in OBJECTIVES.items() for objective in each}
 # OpenAI's names of a pair's fields -> ours.
 OPENAI = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+# What opens an answer in a transcript.
+TURN = re.compile(r"\b(?:assistant|ai|bot|gpt|model|response|answer)\b[^\w\s]*[:>\n]\s*", re.I)
 CONTEXTS = ("messages", "conversations")  # fields that may hold what precedes both answers
 
 
@@ -65,11 +68,14 @@ def _pair_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str,
         asked = asked if isinstance(asked, Mapping) else {"messages": asked}
         row = {**rest, **asked, **{ours: row[name] for name, ours in OPENAI.items()}}
     missing = [name for name in ("chosen", "rejected") if is_harmless("", row.get(name))]
+    hint = columns_hint(row, is_pair=True) if missing and not columns else ""
     if len(missing) == 2:
         refuse_other_tasks(row, {})
-        raise DataError("has no 'chosen' and no 'rejected'; set training.objective=sft")
+        remedy = hint or "; set training.objective=sft"
+        raise DataError(f"has no 'chosen' and no 'rejected'{remedy}")
     if missing:
-        raise DataError(f"field {missing[0]!r} is missing")
+        what = "is empty" if missing[0] in row else f"is missing{hint}"
+        raise DataError(f"field {missing[0]!r} {what}")
     return row
 
 
@@ -85,7 +91,8 @@ def _sides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{**rest, "prompt": context, "completion": answer} for answer in answers]
     if context is None and all(isinstance(answer, str) for answer in answers):
         start = _common(*answers)  # two transcripts that begin alike
-        place = answers[0][:start].rfind(" ") + 1 if start else 0
+        openings = [*TURN.finditer(answers[0][:start])]
+        place = openings[-1].end() if openings else answers[0][:start].rfind(" ") + 1
         texts = ({"prompt": x[:place], "completion": x[place:]} for x in answers)
         return [{**rest, **(text if place else {"text": text["completion"]})} for text in texts]
     turns = [_turns(answer) for answer in answers]
@@ -125,12 +132,11 @@ def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Sai
     """
     ours = renamed(_object(row), columns) if columns else _object(row)
     name = next((name for name in ("label", "kto_tag") if name in ours), "label")
-    label = ours.get(name)
-    label = {"true": True, "false": False}.get(str(label).strip().lower(), label)
+    label = as_value(ours.get(name))
     if not is_mark(label):
         refuse_other_tasks(ours, {})
         what = f"must be true or false, not {label!r:.40}" if name in ours else "is missing"
-        raise DataError(f"field {name!r} {what}; set training.objective=sft")
+        raise DataError(f"field {name!r} {what}")
     answer = {k: v for k, v in ours.items() if k != name}
     said = read_row(answer, form)
     unread = unread_fields(answer, form, said)

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from mlx_qlora.data.store import (
 )
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
-from mlx_qlora.folders import user_cache
+from mlx_qlora.folders import staged, user_cache
 from mlx_qlora.model.llama import LlamaConfig, check_ids
 
 PEEKED = 100  # rows that are looked at to find a file's format
@@ -257,6 +256,7 @@ def _take_out_marks(report: DataReport) -> None:
         return sum(file.unread.pop(mark, 0) for file in report.files) == report.kept > 0
 
     report.own_system = is_in_all("data.system")
+    report.is_joined = is_in_all("data.template")
     for name in OPTIONAL_COLUMNS:
         if is_in_all(ABSENT + name):
             raise ConfigError(
@@ -295,7 +295,7 @@ def _encoder(config: DataConfig, tokenizer: Tokenizer, report: DataReport) -> En
     if report.kind != ANSWERS and config.train_on == "all":
         raise ConfigError(
             "data.train_on=all is for training.objective=sft, as the others compare answers; "
-            "leave it out, or set data.prompt_loss_weight"
+            "leave it out"
         )
     settings = (config.train_on, config.max_length, config.truncation)
     more = config.columns, config.system, config.prompt_loss_weight, report.kind
@@ -370,10 +370,10 @@ def _progress(console: Console | None, size: int) -> Iterator[Callable[[int], No
 
 def _write_refused(path: Path, sources: list[tuple[DataReport, list[RowFile]]]) -> None:
     """Writes a JSONL file of refused rows, whole or not at all: place, reason, and the row."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         # Files are read once more, as rows that cannot be used are not kept in memory.
-        with open(partial, "w", encoding="utf-8") as out:
+        folder = path.parent.resolve(strict=True)
+        with staged(folder) as staging, open(staging / path.name, "w", -1, "utf-8") as out:
             for report, files in sources:
                 for file_report, file in zip(report.files, files):
                     reasons = dict(file_report.refused)
@@ -381,12 +381,8 @@ def _write_refused(path: Path, sources: list[tuple[DataReport, list[RowFile]]]) 
                         if line in reasons:
                             where = {"file": file.name, "line": line, "reason": reasons[line]}
                             out.write(json.dumps({**where, "row": _text(raw)}) + "\n")
-        os.replace(partial, path)
     except OSError as error:
         raise DataError(f"data.refused_path: {path} cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _text(raw: Any) -> Any:

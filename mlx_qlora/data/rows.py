@@ -1,6 +1,7 @@
 """What a row says."""
 
 import contextlib
+import difflib
 import json
 import math
 import re
@@ -123,9 +124,10 @@ COLUMNS = {
     "input": "context",
     "system": "system_prompt system_message",
     "text": "content body document article",
-} | dict.fromkeys(
-    ("prompt", "completion", "conversations", "tools", "chosen", "rejected", "label"), ""
-)
+    "chosen": "better preferred winner accepted",
+    "rejected": "worse dispreferred loser declined",
+} | dict.fromkeys(("prompt", "completion", "conversations", "tools", "label"), "")
+NEAR = 0.85  # likeness of a misspelt name to the one that is meant
 OPTIONAL_COLUMNS = ("input", "system", "tools")
 ABSENT = "data.columns."  # before the name of an optional one that a row does not have
 
@@ -142,22 +144,29 @@ def detect_format(row: Mapping[str, Any]) -> str:
     )
 
 
-def likely_columns(row: Mapping[str, Any]) -> dict[str, str]:
+def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
+    """The remedy `data.columns=...` for a row of other names; empty if none is likely."""
+    pairs = json.dumps(likely_columns(row, is_pair), ensure_ascii=False).replace('"', "")
+    return "" if pairs == "{}" else f"; data.columns={shlex.quote(pairs)} would read it"
+
+
+def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, str]:
     """A `data.columns` that reads a row of other names; an empty one if none is likely."""
-    if any(fields <= row.keys() for fields in TELLING.values()):
+    if not is_pair and any(fields <= row.keys() for fields in TELLING.values()):
         return {}
     names = {str(name).lower(): name for name in row}
     found = {}
     for field, likely in COLUMNS.items():
-        column = next((names[name] for name in (field, *likely.split()) if name in names), None)
-        kind = (list, tuple) if field == "messages" else str
+        near = difflib.get_close_matches(field, names, 1, NEAR)
+        column = next((names[n] for n in (field, *likely.split(), *near) if n in names), None)
+        kind: Any = (list, tuple) if field == "messages" else str
+        kind = (str, list, tuple, Mapping) if field in ("chosen", "rejected") else kind
         if column is not None and isinstance(row[column], kind):
             found[field] = column
-    for needed, more in (
-        (1, "messages system"),
-        (2, "instruction output input system"),
-        (1, "text"),
-    ):
+    asks = any(name in row for name in ("prompt", "messages", "conversations"))
+    answers = ((1, "messages system"), (2, "instruction output input system"), (1, "text"))
+    pairs = ((2, f"chosen rejected {'' if asks else 'instruction input '}system"),)
+    for needed, more in pairs if is_pair else answers:
         fields = [field for field in more.split() if field in found]
         if fields[:needed] == more.split()[:needed]:
             return {field: found[field] for field in fields if found[field] != field}
@@ -195,10 +204,9 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
         return said
     except DataError as error:
         text = re.sub(r"field '(\w+)'", lambda m: f"field {columns.get(m[1], m[1])!r}", str(error))
-        likely = {} if columns else likely_columns(row)
-        if likely and re.search("no format|is missing", text):
-            pairs = json.dumps(likely, ensure_ascii=False).replace('"', "")
-            text += f"; data.columns={shlex.quote(pairs)} would read it"
+        hint = "" if columns else columns_hint(row)
+        if hint and re.search("no format|is missing", text):
+            text += hint
         elif form != "auto" and "is missing" in text:
             with contextlib.suppress(DataError):
                 if (other := detect_format(ours)) != form:

@@ -7,10 +7,8 @@ besides (BOS, EOS, template, what to save) is assembled once, from the same conf
 
 from __future__ import annotations
 
-import datetime
 import functools
 import hashlib
-import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -20,88 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.data import codecs
 from mlx_qlora.data.gguf_tokenizer import build_gguf_tokenizer
-from mlx_qlora.errors import TokenizerError, UserError
-from mlx_qlora.folders import parse_json
+from mlx_qlora.errors import TokenizerError
+from mlx_qlora.folders import parse_json, read_text, reading
 from mlx_qlora.model.hub import check_readable
 
 if TYPE_CHECKING:
-    import jinja2
     import tokenizers
-
-# ---- chat templates ------------------------------------------------------------------------------
-
-# Written on both sides of the words that a template marks as the assistant's. With its private-use
-# characters, no template writes it and no text of a person holds it.
-GENERATED = "\U000f1a2bmlx-qlora:generated\U000f1a2b"
-
-
-def render_template(
-    source: str,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    special_tokens: Mapping[str, str],
-    *,
-    add_generation_prompt: bool = False,
-    mark: bool = False,
-    date: tuple[int, int, int] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> str:
-    """Writes a conversation as text; `add_generation_prompt` ends it where an answer begins.
-
-    `mark` puts GENERATED on both sides of the text inside `{% generation %}`; `date` (year, month,
-    day) is the template's today, None the clock's; `options` are what the template itself reads.
-
-    Raises:
-        TokenizerError: the template is damaged, or refuses these messages.
-    """
-    try:
-        return compile_template(source, mark, date).render(
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **{**special_tokens, **(options or {})},
-        )
-    except Exception as error:  # the template is the user's code: whatever it raises is input
-        raise TokenizerError(str(error) or repr(error)) from error
-
-
-@functools.lru_cache(maxsize=16)
-def compile_template(
-    source: str, mark: bool = False, date: tuple[int, int, int] | None = None
-) -> jinja2.Template:
-    """Compiles a template from the hub, which is untrusted code, in transformers' environment."""
-    from jinja2 import TemplateError, ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """`{% generation %}` marks the assistant's words for a mask; the text is unchanged."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            border = nodes.Output([nodes.TemplateData(GENERATED)], lineno=line)
-            body = [border, *body, border] if mark else body
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # Jinja's own filter escapes <, > and & for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    def strftime_now(form: str) -> str:
-        return (datetime.datetime(*date) if date else datetime.datetime.now()).strftime(form)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source.removeprefix("\ufeff"))  # an editor's mark
-
 
 # ---- text <-> ids --------------------------------------------------------------------------------
 
@@ -166,7 +88,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tools: list[dict[str, Any]] | None = None,
     ) -> str:
-        """Writes a conversation as text by the model's chat template; see `render_template`.
+        """Writes a conversation as text by the model's chat template.
 
         The text holds the special tokens, BOS included where the template writes it: encode it
         without adding another.
@@ -174,6 +96,8 @@ class Tokenizer:
         Raises:
             TokenizerError: there is no template, or it is damaged or refuses these messages.
         """
+        from mlx_qlora.data.templates import render_template
+
         source = self.template_for(self.chat_template, tools)
         if source is None:
             raise TokenizerError(
@@ -254,23 +178,15 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
         TokenizerError: a file is missing or damaged, the format is unknown, or no EOS is known.
     """
     source = Path(source)
-    if gguf_metadata is not None:
-        gguf = build_gguf_tokenizer(gguf_metadata, source.name)
-        codec = codecs.TokenizersCodec(gguf.backend)
-        return _assemble(source, codec, gguf.config, gguf.end_ids, gguf.files)
-
-    for path in (source / name for name in (*SHIPPED, *CONFIGS)):
-        if path.exists():
-            check_readable(path, TokenizerError)
-    try:
+    with reading(source, TokenizerError):
+        if gguf_metadata is not None:
+            gguf = build_gguf_tokenizer(gguf_metadata, source.name)
+            codec = codecs.TokenizersCodec(gguf.backend)
+            return _assemble(source, codec, gguf.config, gguf.end_ids, gguf.files)
+        for path in (source / name for name in (*SHIPPED, *CONFIGS)):
+            if path.exists():
+                check_readable(path, TokenizerError)
         return _of_folder(source)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TokenizerError(
-            f"{source}: tokenizer_config.json or a file beside it cannot be read ({error!r}); "
-            "download them again"
-        ) from error
 
 
 def _of_folder(source: Path) -> Tokenizer:
@@ -373,6 +289,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(read_text(path))
     except ValueError as error:  # not UTF-8, or not JSON
         raise TokenizerError(f"{path} is damaged: {error}; download it again") from error

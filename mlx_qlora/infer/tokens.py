@@ -121,9 +121,8 @@ def repetition_processor(
     The penalty divides positive and multiplies negative logits of tokens that were seen (Keskar et
     al. 2019, arXiv 1909.05858), also of those in a prompt cache, which mlx-lm does not pass on.
     """
-    from mlx_lm.sample_utils import make_repetition_penalty
-
     known = mx.array(sorted(set(cached)), mx.int32)
+    make_repetition_penalty = device.mlx_lm("sample_utils").make_repetition_penalty
     penalise = make_repetition_penalty(penalty, context_size=1 << 30)  # all tokens
     return lambda tokens, logits: penalise(mx.concatenate([known, tokens]), logits)
 
@@ -178,14 +177,13 @@ class PromptCache:
         Until `keep` takes them back the prompt cache is empty: an exception between two layers
         leaves caches that do not agree.
         """
-        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-
+        kv = device.mlx_lm("models.cache")
         common, layers = self.common(model, prompt), self._layers
         # A window that is full has forgotten what a shorter text would need.
-        if common < len(self.ids) and not can_trim_prompt_cache(layers):
+        if common < len(self.ids) and not kv.can_trim_prompt_cache(layers):
             common = 0
         if common:
-            trim_prompt_cache(layers, len(self.ids) - common)
+            kv.trim_prompt_cache(layers, len(self.ids) - common)
         else:
             layers = model.make_cache()
         self.reset()
@@ -195,10 +193,9 @@ class PromptCache:
         self, model: LlamaForCausalLM, layers: list[Any], ids: list[int], kv_bits: int | None
     ) -> None:
         """Takes back caches that hold some of these tokens, from the first on."""
-        from mlx_lm.models.cache import can_trim_prompt_cache
-
+        kv = device.mlx_lm("models.cache")
         held = min(len(ids), layers[0].offset)
-        if layers[0].offset > held and not can_trim_prompt_cache(layers):
+        if layers[0].offset > held and not kv.can_trim_prompt_cache(layers):
             return  # see `lend`
         for layer in layers:  # mlx-lm computes one token ahead, which may be in the cache already
             layer.trim(layer.offset - held)
@@ -248,12 +245,11 @@ def generate_tokens(
         )
 
     def tokens() -> Generator[int]:
-        from mlx_lm.generate import generate_step, generation_stream, wired_limit
-
-        streams: Any = [generation_stream]  # one for each thread, which mlx-lm types as another
+        mlx_lm = device.mlx_lm("generate")
+        streams: Any = [mlx_lm.generation_stream]  # one for each thread
         layers, n_cached = cache.lend(model, prompt)
         penalise = repetition_processor(config.repetition_penalty, prompt[:n_cached])
-        steps = generate_step(
+        steps = mlx_lm.generate_step(
             mx.array(prompt[n_cached:]),
             model,
             max_tokens=config.max_new_tokens,
@@ -267,7 +263,7 @@ def generate_tokens(
         )
         new: list[int] = []
         try:
-            with wired_limit(model, streams), closing(steps):
+            with mlx_lm.wired_limit(model, streams), closing(steps):
                 for token, _ in steps:
                     new.append(int(token))
                     yield new[-1]
@@ -292,8 +288,6 @@ def batch_tokens(
     `seed` is the first prompt's, each following one adds 1. `batch_size` is the most prompts at
     once. `ended`, numbers of prompts that want no more tokens, is read after each token.
     """
-    from mlx_lm.generate import BatchGenerator
-
     n = len(prompts)
     samplers = [Sampler(config, key_of(None if seed is None else seed + i)) for i in range(n)]
     if config.temperature == 0:  # mlx-lm calls a shared sampler once for all rows
@@ -303,7 +297,7 @@ def batch_tokens(
     # Prompts of similar length start together, as the shorter ones are padded.
     order = sorted(range(n), key=lambda i: -len(prompts[i]))
     longest = max(map(len, prompts), default=0)
-    generator = BatchGenerator(
+    generator = device.mlx_lm("generate").BatchGenerator(
         model,
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,

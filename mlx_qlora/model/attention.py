@@ -276,12 +276,11 @@ class Cached:
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, reach: Reach) -> mx.array:
         """q (B, T, H, Hd), k and v (B, T, K, Hd), rotated -> (B, T, H, Hd)."""
-        from mlx_lm.models.base import scaled_dot_product_attention  # of quantised caches, too
-
+        base = device.mlx_lm("models.base")
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         k, v = self.cache.update_and_fetch(k, v)
         if reach.softcap is not None:
             out = attend_capped(q, k, v, reach, self.mask)
         else:
-            out = scaled_dot_product_attention(q, k, v, self.cache, reach.scale, self.mask)
+            out = base.scaled_dot_product_attention(q, k, v, self.cache, reach.scale, self.mask)
         return out.swapaxes(1, 2)

@@ -13,7 +13,9 @@ matrices. Three differences from a Hugging Face checkpoint remain, and are undon
 
 import importlib.util
 import math
+import os
 import re
+import reprlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,15 @@ BITS = {
     **dict.fromkeys(("IQ3_XXS", "IQ3_S"), 5),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"), 5),
 }
+# What pairs are, whoever reads them.
+PAIRS: dict[str, type] = {
+    **dict.fromkeys(("general.architecture", "general.type"), str),
+    **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"), str),
+    **dict.fromkeys(("general.alignment", "split.no", "split.count", "split.tensors.count"), int),
+    **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), list),
+    **dict.fromkeys(("tokenizer.ggml.token_type", "tokenizer.ggml.scores"), np.ndarray),
+}
+MOST_DIMENSIONS, MOST_ITEMS = 4, 1 << 22  # ggml's; and of an array, which no vocabulary has
 STRING, ARRAY = 8, 9  # metadata types; the scalars with their struct codes:
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
@@ -228,10 +239,14 @@ def read_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
     try:
         with path.open("rb") as file:
             tensors, pairs, data_start = _read_header(file)
-    except (struct.error, ValueError, TypeError, OverflowError, KeyError, MemoryError, OSError):
+    except (struct.error, ValueError, TypeError, OverflowError, LookupError, EOFError, OSError):
         raise WeightsError(f"{path} is damaged or truncated; download it again") from None
     if tensors is None:
         raise WeightsError(f"{path} is not a GGUF file (version 2 or 3)")
+    for key, value in pairs.items():
+        if not isinstance(value, kind := PAIRS.get(key, object)):
+            said = f"{key} must be of the type {kind.__name__}; got {reprlib.repr(value)}"
+            raise WeightsError(f"{path}: {said}; download it again")
     problems = [f"{name}: type {kind}" for name, _, kind, _ in tensors if kind not in TYPES]
     if problems:
         supported = ", ".join(name for name, _, _ in TYPES.values())
@@ -239,11 +254,13 @@ def read_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
             f"{path} has tensors of unsupported types (supported: {supported}); use another "
             f"quantisation of the model, or its safetensors:\n{listing(problems, most=5)}"
         )
-    size, again = path.stat().st_size, "download it again"
-    for name, shape, kind, offset in tensors:
+    size, again, end = path.stat().st_size, "download it again", data_start
+    for name, shape, kind, offset in sorted(tensors, key=lambda tensor: tensor[3]):
         _, block_bytes, block_weights = TYPES[kind]
-        if not shape or not all(shape) or shape[0] % block_weights:
+        if not 0 < len(shape) <= MOST_DIMENSIONS or not all(shape) or shape[0] % block_weights:
             raise WeightsError(f"{path} is damaged: {name} has shape {shape}; {again}")
+        if data_start + offset < end:
+            raise WeightsError(f"{path} is damaged: {name} overlaps another tensor; {again}")
         end = data_start + offset + math.prod(shape) // block_weights * block_bytes
         if end > size:
             raise WeightsError(f"{path} is truncated: {name} ends at byte {end} of {size}; {again}")
@@ -255,23 +272,30 @@ def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
 
     Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
+    size = os.fstat(file.fileno()).st_size
+
+    def take(n: int) -> bytes:
+        if n > 4096 and n > size - file.tell():  # or so much memory would be asked for
+            raise EOFError
+        return file.read(n)
 
     def number(code: str) -> Any:
-        return struct.unpack("<" + code, file.read(struct.calcsize(code)))[0]
+        return struct.unpack("<" + code, take(struct.calcsize(code)))[0]
 
     def text() -> str:
-        return file.read(number("Q")).decode()
+        return take(number("Q")).decode()
 
     def value(kind: int) -> Any:
         if kind == STRING:
             return text()
         if kind == ARRAY:
             inner, length = number("I"), number("Q")
+            if length > MOST_ITEMS:
+                raise ValueError
             if inner == STRING:
                 return [text() for _ in range(length)]
             dtype = np.dtype("<" + SCALARS[inner].replace("q", "i8").replace("Q", "u8"))
-            raw = file.read(dtype.itemsize * length)
-            return np.frombuffer(raw, dtype, length)
+            return np.frombuffer(take(dtype.itemsize * length), dtype, length)
         return number(SCALARS[kind])
 
     if file.read(4) != b"GGUF" or number("I") not in (2, 3):
@@ -280,13 +304,17 @@ def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
     pairs = {}
     for _ in range(pair_count):
         key = text()
+        if key in pairs:
+            raise ValueError
         pairs[key] = value(number("I"))
     tensors = []
     for _ in range(tensor_count):
         name = text()
-        shape = [number("Q") for _ in range(number("I"))]
+        shape = [number("Q") for _ in range(min(number("I"), MOST_DIMENSIONS + 1))]
         tensors.append((name, shape, number("I"), number("Q")))
     alignment = pairs.get("general.alignment") or 32
+    if alignment < 1:
+        raise ValueError
     return tensors, pairs, -(-file.tell() // alignment) * alignment
 
 

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size
-from mlx_qlora.folders import card_header, json_object, parse_json
+from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size, waiting
+from mlx_qlora.folders import card_header, json_object, parse_json, read_text
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -86,7 +86,8 @@ def resolve(source: str | Path, revision: str | None = None, weights: bool = Tru
         return _from_package(typed)
     is_path = is_path or _looks_like_a_path(typed)
     if not is_path and HUB_ID.fullmatch(typed):
-        return _from_hub(typed, revision, weights)
+        with waiting(f"the hub, for {typed}"):
+            return _from_hub(typed, revision, weights)
     if is_path or "/" in typed:
         raise SourceError(f"no such file or folder: {typed}{_nearest_path(path)}")
     near = typed and (did_you_mean(typed, BUILT_IN) or _nearest_path(path))
@@ -140,10 +141,9 @@ def _from_package(name: str) -> ModelFiles:
 
 
 def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
-    try:
-        from huggingface_hub import HfApi, errors, snapshot_download
-    except ValueError as error:  # it reads its numbers when it is imported
-        raise SourceError(f"the hub's client does not start ({error}); {ENVIRONMENT}") from error
+    check_environment()
+    from huggingface_hub import HfApi, errors, snapshot_download
+
     fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=UNREAD)
     needed = [name for name in NEEDED if weights or name != WEIGHTS]
     left: tuple[str, ...] = ()
@@ -168,7 +168,15 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
 
 # What the client raises where it cannot use a proxy or a token of the environment.
 UNUSABLE = (ImportError, ValueError)
+SOCKS = 'pip install "httpx[socks]" and write socks5:// in ALL_PROXY, or unset it'
 ENVIRONMENT = "correct or unset ALL_PROXY, HTTPS_PROXY, HF_TOKEN and the like"
+
+
+def check_environment() -> None:
+    """Raise a SourceError for a variable that the hub's client cannot read when it is imported."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        if not re.fullmatch(r"\s*[+-]?\d*\s*", value := os.environ.get(name, "")):
+            raise SourceError(f"{name} must be a whole number of seconds; got {value!r}")
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -201,6 +209,7 @@ def on_offer(
     Raises:
         SourceError: no access, no such repository or revision, no model in it, or no network.
     """
+    check_environment()
     from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
     from huggingface_hub.utils import hf_raise_for_status as raise_for_status
@@ -266,8 +275,9 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     if status is not None:
         return f"{found} {constants.ENDPOINT} answered {status}; {again}; {WITHOUT_HUB}"
     if isinstance(cause, UNUSABLE):
-        reason = str(cause).splitlines()[0]
-        return f"{found} the hub's client does not connect ({reason}); {ENVIRONMENT}"
+        reason, *_ = re.split(r"\n|\. ", str(cause))
+        fix = SOCKS if "socks" in reason.lower() else ENVIRONMENT
+        return f"{found} the hub's client does not connect ({reason}); {fix}"
     if cause is error and isinstance(error, OSError):
         return f"cannot fetch {repo} into {cache} ({error}); {again}"
     return f"{found} {constants.ENDPOINT} cannot be reached ({cause}); {again}; {WITHOUT_HUB}"
@@ -334,6 +344,8 @@ def check_readable(path: Path, error: type[Exception] = SourceError) -> None:
     try:
         if path.is_dir():
             return os.scandir(path).close()
+        if not path.is_file() and path.exists():  # a pipe, for instance, that nobody writes into
+            raise error(f"{path} is no file: put the file itself there")
         with path.open("rb") as file:
             start = file.read(len(POINTER))
     except OSError as problem:
@@ -372,7 +384,8 @@ def _shards(folder: Path, names: list[str]) -> list[str]:
     index = folder / INDEX
     check_readable(index, WeightsError)
     try:
-        named = {os.fspath(name) for name in parse_json(index.read_text())["weight_map"].values()}
+        weight_map = parse_json(read_text(index))["weight_map"]
+        named = {os.fspath(name) for name in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "fetch it again, or delete it"
         raise WeightsError(f"{index} cannot be read: {error!r}; {fix}") from None

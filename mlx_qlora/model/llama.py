@@ -12,7 +12,7 @@ V vocabulary.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_qlora.cpu.attention import Reach
 from mlx_qlora.cpu.exponentials import sigmoid
-from mlx_qlora.device import Device, current
+from mlx_qlora.device import Device, current, mlx_lm
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.dropout import position_words
@@ -123,6 +123,7 @@ def _compiled(here: Device, act: str) -> tuple[Any, Any]:
 Context = Documents | Cached  # what the tokens of a forward attend to
 Keys = Sequence[mx.array | None]  # of the seven linears of a layer
 NO_KEYS: Keys = [None] * 7
+Pieces = Generator[tuple[str, mx.array], list[mx.array], mx.array]
 # The linears of a layer that read the same input, and their places among the keys.
 KEYS_OF = {"qkv": slice(0, 3), "o": slice(3, 4), "gate_up": slice(4, 6), "down": slice(6, 7)}
 
@@ -237,14 +238,23 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, context: Context, keys: Keys = NO_KEYS) -> mx.array:
         """x (..., D) -> (..., D)."""
-        of_qkv, of_o, of_gate_up, of_down = (keys[part] for part in KEYS_OF.values())
-        q, k, v = self.linears("qkv")(self.attention_norm(x), of_qkv)
+        running = self.pieces(x, context)
+        name, read = next(running)
+        while True:
+            try:
+                name, read = running.send(self.linears(name)(read, keys[KEYS_OF[name]]))
+            except StopIteration as done:
+                return done.value
+
+    def pieces(self, x: mx.array, context: Context) -> Pieces:
+        """As a call, but asks for what linears make: their name and input are sent results."""
+        q, k, v = yield "qkv", self.attention_norm(x)
         q, k, v = self.rotate(q, k, v, context)
         heads = context.attend(q, k, v, self.self_attn.reach).flatten(-2)
-        h = self.add_attention(x, *self.linears("o")(heads, of_o))
-        gate, up = self.linears("gate_up")(self.mlp_norm(h), of_gate_up)
+        h = self.add_attention(x, *(yield "o", heads))
+        gate, up = yield "gate_up", self.mlp_norm(h)
         gated = swiglu(gate, up, act=self.act)
-        return self.add_mlp(h, *self.linears("down")(gated, of_down))
+        return self.add_mlp(h, *(yield "down", gated))
 
     def linears(self, name: str) -> Linears:
         """The linears of a piece, qkv, o, gate_up or down: they read the same input."""
@@ -509,7 +519,6 @@ class LlamaForCausalLM(nn.Module):
 
     def make_cache(self) -> list[Any]:
         """One empty mlx-lm key-value cache per layer; those of windows hold no more than these."""
-        from mlx_lm.models.cache import KVCache, RotatingKVCache
-
+        cache = mlx_lm("models.cache")
         windows = (layer.self_attn.reach.window for layer in self.layers)
-        return [KVCache() if window is None else RotatingKVCache(window) for window in windows]
+        return [cache.KVCache() if n is None else cache.RotatingKVCache(n) for n in windows]

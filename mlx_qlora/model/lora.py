@@ -4,9 +4,13 @@ A linear W gets an update, y = W x + scale * B A x. DoRA (Liu et al. 2024, arXiv
 the length of each row as well. Names and definitions are PEFT's.
 """
 
+import json
 import math
 import re
-from collections.abc import Callable
+import reprlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +83,7 @@ class LoraConfig:
         for key in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(key)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ConfigError(f"lora: {key!r} is no regex: {error}") from None
         if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
             object.__setattr__(self, "target_modules", list(self.target_modules))
@@ -108,9 +112,53 @@ def _first_match(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
     return next((value for key, value in patterns.items() if matches_pattern(key, path)), otherwise)
 
 
+# Ends when each regex was tried on each text. Python's engine cannot be interrupted in a thread,
+# and engines of linear time have not all that PEFT's users write, such as looking ahead.
+TRY_MATCHES = """
+import json, re, resource, sys
+regexes, texts, seconds = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+if sys.platform == "linux":
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+for regex in regexes:
+    try:
+        pattern = re.compile(regex)
+    except re.error:  # which whoever uses it says
+        continue
+    for text in texts:
+        pattern.match(text), pattern.fullmatch(text)
+"""
+SECONDS = 3  # of one core, for all of them
+
+
+def check_patterns(regexes: Iterable[str], paths: Iterable[str]) -> None:
+    """Try regexes in a process that ends in time, before they are used on the same paths here.
+
+    Raises:
+        ConfigError: they take longer, or more memory, than any that is meant to name modules.
+    """
+    risky = [regex for regex in regexes if re.search(r"[*+?{|]", regex.removeprefix(ANY_PARENT))]
+    if not risky:
+        return
+    shown = reprlib.repr(", ".join(risky).replace(ANY_PARENT, ""))
+    command, given = [sys.executable, "-ISc", TRY_MATCHES], [risky, sorted(paths), SECONDS]
+    ended = subprocess.run(command, input=json.dumps(given).encode(), capture_output=True)
+    if ended.returncode:  # negative of a signal, and 1 of Python without memory
+        reason = f"takes more than {SECONDS} seconds, or all memory"
+        raise ConfigError(f"lora: to match {shown} {reason}: list the modules' names")
+
+
+ANY_PARENT = r"(.*\.)?"
+
+
 def matches_pattern(key: str, path: str) -> bool:
     """Whether a key of a pattern is the path of a linear, its ending or a regex for it."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return re.match(as_regex(key), path) is not None
+
+
+def as_regex(key: str) -> str:
+    """The regex that a key of a pattern stands for, by PEFT's rule."""
+    return rf"{ANY_PARENT}({key})$"
 
 
 class LowRank(nn.Module):
@@ -456,6 +504,11 @@ def target_paths(
     paths = [path for path, _ in _linears(model)]
     names = sorted({path.split(".", 3)[3] for path in paths})
     exists = "the linears of each layer are " + ", ".join(names)
+    # PEFT would adapt these too. In its tree a tied model has an lm_head as well.
+    others = {"lm_head", *(path for path, _ in model.named_modules())}.difference(paths)
+    regexes = [as_regex(key) for key in (*config.rank_pattern, *config.alpha_pattern)]
+    regexes += [wanted] if isinstance(wanted, str) and wanted != "all-linear" else []
+    check_patterns(regexes, {*paths, *others})
     if wanted == "all-linear":
         matched = paths
     elif isinstance(wanted, str):
@@ -465,8 +518,6 @@ def target_paths(
             raise ConfigError(f"lora.target_modules: {wanted!r} is no regex: {error}") from None
         if not matched:
             raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")
-        # PEFT would adapt these too. In its tree a tied model has an lm_head as well.
-        others = {"lm_head", *(path for path, _ in model.named_modules())}.difference(paths)
         if beyond := sorted(p for p in others if re.fullmatch(wanted, p) and not is_excluded(p)):
             raise ConfigError(
                 f"lora.target_modules: {wanted!r} also matches {beyond[-1]}, which cannot be "

@@ -4,6 +4,7 @@ By plain reads and not by a mapping: a mapped file that gets shorter ends the pr
 count as the process's memory.
 """
 
+import math
 import os
 import struct
 import zlib
@@ -13,12 +14,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_qlora.errors import WeightsError
+from mlx_qlora.errors import UserError, WeightsError
 from mlx_qlora.folders import parse_json
 from mlx_qlora.model.hub import check_readable
 
 # safetensors' names of dtypes -> NumPy's, which has no bfloat16.
 NUMPY = {"U32": np.uint32, "U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+BYTES = {kind: np.dtype(dtype).itemsize for kind, dtype in NUMPY.items()}
 Stamp = tuple[int, int, int]  # a file's number, size in bytes and time of the last change in ns
 
 
@@ -116,6 +118,18 @@ def stamp_of(file: int | Path) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def check_finite(
+    name: str, path: Path, *arrays: mx.array, error: type[UserError] = WeightsError
+) -> None:
+    """Refuse numbers that are NaN or infinite, of a tensor that is in memory anyway."""
+    for array in arrays:
+        if not mx.issubdtype(array.dtype, mx.floating):
+            mx.eval(array)
+        # Both keep NaN, and need no array of the same size.
+        elif array.size and not mx.isfinite(mx.stack([array.max(), array.min()])).all().item():
+            raise error(f"{name} in {path} holds NaN or infinite numbers; fetch or write it again")
+
+
 def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, from its header.
 
@@ -131,14 +145,25 @@ def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
             if length > stamp[1]:
                 raise ValueError("the header is longer than the file")
             header = parse_json(file.read(length))
-        header.pop("__metadata__", None)
+        about = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("its __metadata__ is no map of texts")
         end = start = 8 + length
-        for name, entry in header.items():
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
-            shape, end = tuple(entry["shape"]), max(end, start + last)
-            tensors[name] = StoredTensor(path, start + first, shape, entry["dtype"], stamp)
+            shape, kind = tuple(entry["shape"]), str(entry["dtype"])
+            if any(type(n) is not int or n < 0 for n in (first, last, *shape)):
+                raise ValueError(f"{name} has the shape {shape} at {first} to {last}")
+            if start + first != end:  # as the format demands: no holes, and no byte twice
+                raise ValueError(f"{name} overlaps another tensor, or does not follow it")
+            n_bytes = math.prod(shape) * BYTES.get(kind, 0)
+            if last - first != n_bytes and kind in BYTES:
+                raise ValueError(f"{name} has {last - first:,} bytes, and its shape {n_bytes:,}")
+            tensors[name], end = StoredTensor(path, start + first, shape, kind, stamp), start + last
     except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
     if stamp[1] < end:
         raise error(f"{path} is truncated: {stamp[1]:,} of {end:,} bytes; fetch or write it again")
+    if stamp[1] > end:  # which safetensors refuses, too
+        raise error(f"{path} has {stamp[1] - end:,} bytes too many; fetch or write it again")
     return tensors

@@ -5,6 +5,9 @@ once. Then each tensor is read, cast or quantised, and put in its place before t
 so the peak is the finished model plus one tensor, not the whole dense checkpoint.
 """
 
+import errno
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +18,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.device import free_at_once, frozen_matmul, this_machine
+from mlx_qlora.device import allow_files, free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
-from mlx_qlora.folders import parse_json
+from mlx_qlora.folders import in_words, parse_json, read_text, reading
+from mlx_qlora.model.families import LAYERS
 from mlx_qlora.model.gguf import BITS, GgufMatrix, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FLOAT_MODES, PARTS, FrozenMatrix, QuantConfig, cast
-from mlx_qlora.model.stored import StoredMatrix, StoredTensor, tensors_in
+from mlx_qlora.model.stored import StoredMatrix, StoredTensor, check_finite, tensors_in
 from mlx_qlora.model.streaming import LayerReader, PackedCopy
 from mlx_qlora.progress import doing, each
 from mlx_qlora.tree import flat
@@ -59,6 +63,11 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     Raises:
         WeightsError: files that are damaged, incomplete, or quantised in a way we cannot read.
     """
+    with reading(files.path, WeightsError):
+        return _open(files)
+
+
+def _open(files: ModelFiles) -> Checkpoint:
     if files.path.is_file():
         config, tensors, metadata = read_gguf(files.path)
         found = {n: StoredTensor(files.path, 0, x.shape, "F16") for n, x in tensors.items()}
@@ -67,10 +76,14 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     config = _read_config(files.path)
     if files.left_on_hub:
         found = _headers_on_hub(files)
+        _check_layers(files, config, found)
         return Checkpoint(files, config, found, _packing_in_config(config, found), {})
     found = _read_headers(weight_files(files.path))
+    _check_layers(files, config, found)
     packing = _packing_in_config(config, found)
-    opened = map(_open_safetensors, sorted({info.path for info in found.values()}))
+    shards = sorted({info.path for info in found.values()})
+    allow_files(len(shards))
+    opened = map(_open_safetensors, shards)
     return Checkpoint(
         files, config, found, packing, {n: x for file in opened for n, x in file.items()}
     )
@@ -78,10 +91,11 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What a `Checkpoint` has as `config` and `metadata`; a folder's weights may be missing."""
-    if files.path.is_file():
-        config, _, metadata = read_gguf(files.path)
-        return config, metadata
-    return _read_config(files.path), None
+    with reading(files.path, WeightsError):
+        if files.path.is_file():
+            config, _, metadata = read_gguf(files.path)
+            return config, metadata
+        return _read_config(files.path), None
 
 
 def load_model(
@@ -150,18 +164,24 @@ def _place(
         for name in list(checkpoint.tensors):
             path, _, leaf = name.rpartition(".")
             array = checkpoint.tensors.pop(name)  # or what was read of the file would stay
+            info = checkpoint.found[name]
             task.advance()
             is_matrix = path in matrices and leaf in PARTS
             if path not in modules or (is_matrix and not matrices_too):
                 continue
             is_gguf = isinstance(array, GgufMatrix)
             if is_gguf and (path in packing or (quantize and array.is_packed)):
-                matrices[path].put(*array.pack())
+                (weight, *groups), quant = array.pack()
+                check_finite(name, info.path, *groups)
+                matrices[path].put((weight, *groups), quant)
             elif is_matrix and leaf == "weight" and path not in packing and quantize:
-                matrices[path].pack(as_array(array), quantize)
+                dense = as_array(array)
+                check_finite(name, info.path, dense)
+                matrices[path].pack(dense, quantize)
+                del dense
             else:
                 modules[path][leaf] = cast(as_array(array), dtype)
-                mx.eval(modules[path][leaf])
+                check_finite(name, info.path, modules[path][leaf])
             del array
             if is_matrix:
                 then(path, matrices[path])
@@ -250,7 +270,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     check_readable(path, WeightsError)
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = parse_json(read_text(path))
     except ValueError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
@@ -289,6 +309,19 @@ def _as_one_model(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, Stor
     return found
 
 
+def _check_layers(
+    files: ModelFiles, config: dict[str, Any], found: dict[str, StoredTensor]
+) -> None:
+    """Compare the number of layers before anybody builds as many."""
+    held = {name.split(".", 3)[2] for name in found if re.match(r"model\.layers\.\d+\.", name)}
+    said = config.get(LAYERS)
+    if isinstance(said, int) and held and said > len(held):
+        raise WeightsError(
+            f"{files.path} does not hold this model: config.json says {said:,} layers, and its "
+            f"files hold {len(held):,}"
+        )
+
+
 def _headers_on_hub(files: ModelFiles) -> dict[str, StoredTensor]:
     """Name -> header entry of the files that were left on the hub."""
     from huggingface_hub import HfApi, errors
@@ -317,6 +350,9 @@ def _open_safetensors(path: Path) -> dict[str, mx.array]:
     try:
         return mx.load(str(path))  # pyright: ignore[reportReturnType]
     except RuntimeError as error:  # sizes that contradict each other, or a dtype MLX lacks
+        if "Failed to open" in str(error):  # its header was read a moment ago
+            too_many = OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+            raise WeightsError(in_words(too_many)) from None
         raise WeightsError(f"{path} cannot be read: {error}; fetch or write it again") from None
 
 

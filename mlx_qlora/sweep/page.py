@@ -10,7 +10,7 @@ from rich.table import Table
 from mlx_qlora.after.plots import Line, Plot
 from mlx_qlora.config import RunConfig
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.folders import parse_json
+from mlx_qlora.folders import parse_json, read_text
 from mlx_qlora.sweep import trial as of_trial
 from mlx_qlora.sweep.trial import Measured, Point, standard_error
 
@@ -92,7 +92,7 @@ def read_fingerprint(output: Path) -> dict[str, str] | None:
     """Of the sweep that a folder holds, or None; a ConfigError if its record is damaged."""
     path = output / RECORD
     try:
-        return dict(parse_json(path.read_text(encoding="utf-8"))["fingerprint"])
+        return dict(parse_json(read_text(path))["fingerprint"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,7 +8,6 @@ set. Everything known is on disk, so the same command goes on where a killed one
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,19 +80,19 @@ def sweep(
     for fields in trial.stages(values, product):  # wrong values, before the model is loaded
         for point in trial.candidates(trial.start_point(config), fields, values):
             trial.config_of(config, point, steps, output)
-    with disk_errors(output):
+    with disk_errors(
+        output, lambda: "What the trials have saved is kept: the same command goes on"
+    ):
         output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        ours, theirs = inputs.state.fingerprint, page.read_fingerprint(output) or {}
-        if others := [name for name, value in ours.items() if theirs.get(name, value) != value]:
-            raise ConfigError(
-                f"{output} holds a sweep of another {' and '.join(others)}, whose losses cannot be "
-                "compared with these; choose another --output-dir"
-            )
-        for leftover in output.glob(f".{output.name}-*.tmp"):  # of a sweep that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        search = _Search(inputs, inputs.load(), console, values, steps, rungs)
-        return search.run(product, repeat_best)
+        with locked(output):
+            ours, theirs = inputs.state.fingerprint, page.read_fingerprint(output) or {}
+            if others := [name for name, hash in ours.items() if theirs.get(name, hash) != hash]:
+                raise ConfigError(
+                    f"{output} holds a sweep of another {' and '.join(others)}, whose losses "
+                    "cannot be compared with these; choose another --output-dir"
+                )
+            search = _Search(inputs, inputs.load(), console, values, steps, rungs)
+            return search.run(product, repeat_best)
 
 
 def _open(config: RunConfig, console: Console) -> Inputs:
@@ -222,7 +221,7 @@ class _Search:
             "findings": findings,
             "command": command,
         }
-        with disk_errors(output), staged(output) as staging:
+        with staged(output) as staging:
             text = json.dumps(record, indent=2) + "\n"
             (staging / page.RECORD).write_text(text, encoding="utf-8")
             if best_config is not None:

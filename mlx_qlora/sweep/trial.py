@@ -20,12 +20,12 @@ from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
-from mlx_qlora.folders import disk_errors, parse_json, write_whole
+from mlx_qlora.folders import parse_json, read_text, remove_leftovers, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
 from mlx_qlora.run import Inputs, deciding_values, write_record
-from mlx_qlora.train.checkpoint import RunState, last_checkpoint, restore_set_aside
+from mlx_qlora.train.checkpoint import NAMES, RunState
 from mlx_qlora.train.loop import Run
 from mlx_qlora.train.signals import Interrupted
 from mlx_qlora.train.step import StepError
@@ -247,7 +247,7 @@ def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
     """What an earlier sweep has measured of this very trial at this step, or None."""
     path = _record(config, step)
     try:
-        measured = Measured(**parse_json(path.read_text(encoding="utf-8")))
+        measured = Measured(**parse_json(read_text(path)))
     except (OSError, ValueError, TypeError):  # none, or a damaged one: it is measured again
         return None
     same = measured.key == _key(config, inputs)
@@ -267,13 +267,12 @@ def measure(
 
     Raises:
         Interrupted: a signal came, and what was done is saved.
-        TrainingError: the disk failed.
+        OSError: the disk failed.
     """
     output, began = Path(config.checkpointing.output_dir), time.perf_counter()
     assert inputs.validation is not None
-    with disk_errors(output, lambda: last_checkpoint(output)):
-        output.mkdir(parents=True, exist_ok=True)
-        restore_set_aside(output)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output, NAMES)
     mx.reset_peak_memory()
     failed, may_pass, train_loss, speed = "", False, math.nan, None
     nats, tokens = np.zeros(0), np.zeros(0, int)
@@ -297,8 +296,7 @@ def measure(
     took = speed, mx.get_peak_memory(), time.perf_counter() - began
     measured = Measured(_key(config, inputs), step, *learned, *took)
     if not may_pass:  # what the device gave up is tried again by the next sweep
-        with disk_errors(output, lambda: last_checkpoint(output)):
-            write_whole(_record(config, step), json.dumps(asdict(measured)) + "\n")
+        write_whole(_record(config, step), json.dumps(asdict(measured)) + "\n")
     return measured
 
 
@@ -317,12 +315,7 @@ def _advance(
     if trial.resumed is not None:
         run.resume(trial.resumed)
     before, began = run.state.tokens, time.perf_counter()
-    with (
-        run.stop,
-        disk_errors(run.output, lambda: last_checkpoint(run.output)),
-        run.begin(),
-        blas.threads(1),
-    ):
+    with run.stop, run.begin(), blas.threads(1):
         run.take_steps(until)
         saved = run.save_if_new()
         if run.stop.signum is not None:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, option, require
-from mlx_qlora.folders import disk_errors, json_object, sha256, staged
+from mlx_qlora.folders import disk_errors, json_object, parse_json, remove, sha256, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
 STATE = "resume_state.json"
+NAMES = r"checkpoint-\d+"
 # Of `trainer_state.json`'s records, as transformers writes them.
 TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
@@ -152,8 +152,7 @@ def save_checkpoint(
         for name, array in optimizer.named(getattr(optimizer, ours)).items()
     }
     with disk_errors(output, lambda: last_checkpoint(output)):
-        if not output.is_dir():
-            raise FileNotFoundError(2, "it was removed during the run", str(output))
+        check_is_there(output)
         with staged(folder, replace=True) as staging:
             write_peft(staging, adapter_tensors(model), peft_config(model, base), {})
             save_file(moments, staging / "optimizer.safetensors")
@@ -170,6 +169,12 @@ def _write_state(folder: Path, state: RunState) -> None:
     body = json.dumps({"checksums": checksums, **asdict(state)}, indent=2)[1:] + "\n"
     first = hashlib.sha256(body.encode()).hexdigest()
     (folder / STATE).write_text(f'{{"sha256": "{first}",{body}', encoding="utf-8")
+
+
+def check_is_there(output: Path) -> None:
+    """Raise a FileNotFoundError if somebody has removed the folder of a run."""
+    if not output.is_dir():
+        raise FileNotFoundError(2, "it was removed during the run", str(output))
 
 
 def trainer_state(state: RunState, config: "RunConfig", batches: Batches) -> dict[str, Any]:
@@ -215,14 +220,14 @@ def rotate(output: Path, state: RunState, limit: int) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Removes a checkpoint, which a run that is killed meanwhile leaves under another name."""
-    if path.is_symlink():  # moved to another disk: what it points to is not ours to remove
-        path.unlink()
-        return
-    gone = path.with_name(f".{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
+    """Removes a checkpoint, which a run that is killed meanwhile leaves under another name.
+
+    Of one that is a link, moved to another disk, only the link is ours to remove.
+    """
+    gone = path.with_name(f".{path.name}-_discard.tmp")
+    remove(gone)
     path.rename(gone)
-    shutil.rmtree(gone)
+    remove(gone)
 
 
 # ---- what there is -------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ def _discard(path: Path) -> None:
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of an output folder, oldest first."""
     ours = filter(is_ours, output.glob("checkpoint-*"))
-    return sorted((p for p in ours if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
+    return sorted((p for p in ours if re.fullmatch(NAMES, p.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -252,26 +257,15 @@ def last_checkpoint(
     return f"{saved[-1]} {fact}" if saved else "No checkpoint was written yet"
 
 
-def remove_leftovers(output: Path, step: int) -> None:
-    """Removes what a run that goes on from `step` will write again, and halves of a dead run.
+def discard_after(output: Path, step: int) -> None:
+    """Removes the checkpoints that a run which goes on from `step` will write again.
 
-    Otherwise the checkpoints of an abandoned run would count as the newest, be kept in the place
-    of this run's, and be resumed.
+    Otherwise those of an abandoned run would count as the newest, be kept in the place of this
+    run's, and be resumed.
     """
     for path in checkpoints(output):
         if step_of(path) > step:
             _discard(path)
-    for path in (*output.glob(".checkpoint-*"), *output.glob(f".{output.name}-*")):
-        if path.suffix in (".tmp", ".old", ".gone"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def restore_set_aside(output: Path) -> None:
-    """Puts back a checkpoint that was set aside for another one, if that never came."""
-    for aside in output.glob(".checkpoint-*.old"):
-        name = re.match(r"\.(checkpoint-\d+)-", aside.name)
-        if name and not (output / name[1]).exists():
-            aside.rename(output / name[1])
 
 
 def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
@@ -387,13 +381,15 @@ def read_state(path: Path) -> dict[str, Any]:
         first = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
         if first is None or hashlib.sha256(text[first.end() :].encode()).hexdigest() != first[1]:
             raise ConfigError(f"{path / STATE} is damaged")
-        saved = json.loads(text)
+        saved = parse_json(text)
         for name, checksum in saved["checksums"].items():
             if sha256(path / name) != checksum:
                 raise ConfigError(f"{path / name} is damaged")
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(f"{path / STATE} cannot be read: {error}") from None
     return {name: value for name, value in saved.items() if name not in ("sha256", "checksums")}
 

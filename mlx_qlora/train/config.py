@@ -91,8 +91,8 @@ class TrainingConfig:
     undesirable_weight: float = option(1.0, "weight of bad answers (kto)")
     kl_weight: float = option(
         0.0,
-        "weight of KL(tuned || model before its training) at each learned token (sft): less is "
-        "forgotten, for one more forward",
+        "weight of the KL divergence from the model before its training, at the learned tokens, "
+        "which is added to the loss (sft). Less is forgotten, for one more forward",
     )
 
     def __post_init__(self) -> None:
@@ -134,6 +134,11 @@ class TrainingConfig:
     def reward_scale(self) -> float:
         """`beta`, or what it is for the objective if it is not given."""
         return self.beta or (2.0 if self.objective == "simpo" else 0.1)
+
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether `data.prompt_loss_weight` changes anything."""
+        return self.objective in ("sft", "orpo") or bool(self.rpo_alpha and self.objective != "kto")
 
     @property
     def recompute(self) -> str | int:

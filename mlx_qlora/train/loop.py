@@ -29,10 +29,10 @@ from mlx_qlora.progress import doing, now
 from mlx_qlora.train.allreduce import broadcast_state, score_of_all
 from mlx_qlora.train.checkpoint import (
     best_eval,
+    discard_after,
     last_checkpoint,
     load_tensors,
     load_weights,
-    remove_leftovers,
     rotate,
     save_checkpoint,
     validations_since_best,
@@ -203,7 +203,7 @@ class Run:
             path, logging = self.output / "metrics.jsonl", self.config.logging
             # First: it may fail, and nothing was removed yet.
             trackers = open_trackers(logging, self.output, self.settings(), state)
-            remove_leftovers(self.output, state.step)
+            discard_after(self.output, state.step)
             rotate(self.output, state, self.config.checkpointing.save_total_limit)
             rewrite_metrics(path, state.log_history)
         every = self.config.logging.logging_steps

@@ -16,7 +16,7 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import device
-from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, warn
+from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, waiting, warn
 from mlx_qlora.folders import write_whole
 from mlx_qlora.progress import doing
 from mlx_qlora.train.checkpoint import RunState
@@ -213,7 +213,8 @@ class Wandb:
 
     def close(self, failed: bool) -> None:
         """Waits until everything is sent; a failed or interrupted run is shown as such."""
-        self.run.finish(exit_code=int(failed))
+        with waiting("wandb, which sends the last figures"):
+            self.run.finish(exit_code=int(failed))
 
 
 Tracker: TypeAlias = TensorBoard | Wandb
@@ -305,18 +306,20 @@ class Metrics:
         self.task.advance()
         if (step % every and step != self.total_steps) or not state.open_losses:
             return
+        mean = sum(state.open_losses) / len(state.open_losses)
+        means = {name: sum(values) / len(values) for name, values in state.open_metrics.items()}
         if self.in_lines:
-            figures = "  ".join([loss, *compared, lr, grad, pace, memory])
+            figures = "  ".join([f"loss {mean:.4f}", *_compared(means), lr, grad, pace, memory])
             say(self.console, f"step {step}/{self.total_steps}  {figures}")
         record = {
             "examples": state.rows,
-            "loss": sum(state.open_losses) / len(state.open_losses),
+            "loss": mean,
             "grad_norm": state.open_grad_norm,
             "learning_rate": rate,
             "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": mx.get_peak_memory(),
             "process_memory_bytes": device.process_memory_bytes(),
-            **{name: sum(values) / len(values) for name, values in state.open_metrics.items()},
+            **means,
         }
         state.open_losses, state.open_grad_norm, state.open_metrics = [], 0.0, {}
         self.tokens, self.started = 0, time.perf_counter()

@@ -31,6 +31,8 @@ from mlx_qlora.train.config import TrainingConfig
 from mlx_qlora.train.loss import Weighed
 from mlx_qlora.train.score import answers_of_documents, log_probabilities, nats_of_labels
 
+AVERAGED = ("orpo", "simpo")  # objectives that compare log-probabilities per token
+
 # ---- answers and their losses --------------------------------------------------------------------
 
 
@@ -88,13 +90,13 @@ class Answers:
         return self._columns(2) > 0
 
 
-def good_answers(examples: Examples) -> Examples | None:
-    """Chosen answers and good ones alone, as rows of one answer; None if there are none."""
+def good_answers(examples: Examples, side: int = -1) -> Examples | None:
+    """Chosen answers (rejected ones: `side` 0) and good ones, as rows of one; None without any."""
     if examples.report.kind == KIND_OF["sft"]:
         return examples
     rows = []
     for row in examples:
-        (tokens, learned), weights = row.documents[-1], row.document_weights[-1]
+        (tokens, learned), weights = row.documents[side], row.document_weights[side]
         if weights.min() >= 0:
             rows.append(Example(tokens, learned, row.line, row.file))
     return Examples.of(rows, examples.report.source) if rows else None
@@ -113,7 +115,7 @@ def compared(
         (n,) losses; (n, k) their derivatives by the log-probabilities; (n, k) scores, of which
         `beta` times are the rewards.
     """
-    averages = config.objective in ("orpo", "simpo")
+    averages = config.objective in AVERAGED
     scale = answers.lengths if averages else np.ones_like(answers.lengths)
     scores = answers.logps / scale if averages else answers.logps - reference
     beta, smoothing = config.reward_scale, config.label_smoothing
@@ -276,7 +278,7 @@ class Preferences:
 
     def _sums_of(self, answers: Answers, scores: np.ndarray) -> np.ndarray:
         """Of the good answers and the others their number, rewards and log-probabilities."""
-        averaged = self.config.objective in ("orpo", "simpo")
+        averaged = self.config.objective in AVERAGED
         logps = scores if averaged else answers.logps
         sums = [
             values[good].sum()

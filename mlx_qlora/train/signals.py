@@ -4,6 +4,8 @@ import os
 import signal
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,15 +13,41 @@ from typing import Any
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupted(KeyboardInterrupt):
+class Stopped(KeyboardInterrupt):
+    """A signal ends a command; what it says, if anything, is what was kept."""
+
+    def __init__(self, signum: int, kept: str = "") -> None:
+        self.signum = signum  # the exit code is 128 + signum
+        super().__init__(*([f"stopped by {signal.Signals(signum).name}; {kept}"] if kept else []))
+
+
+class Interrupted(Stopped):
     """A run was stopped by a signal, and has saved what it had if a step was done."""
 
     def __init__(self, signum: int, checkpoint: Path | None) -> None:
-        self.signum = signum  # the exit code is 128 + signum
         self.checkpoint = checkpoint
-        name = signal.Signals(signum).name
         saved = f"saved {checkpoint}" if checkpoint else "no step was finished"
-        super().__init__(f"stopped by {name}; {saved}. The same command continues from there")
+        super().__init__(signum, f"{saved}. The same command continues from there")
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # the next one ends the process at once
+    raise Stopped(signum)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP are exceptions, as Ctrl-C is: nothing half-written is left."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # and not `nohup`
+                before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignal:
@@ -66,8 +94,10 @@ class StopSignal:
     def _restore(self, but: int | None = None) -> None:
         kept = {number: self._before.pop(number) for number in (but,) if number in self._before}
         for number, handler in self._before.items():
-            # None: the handler was set by code that is not Python's, and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            # None: the handler was set by code that is not Python's, and cannot be put back. And
+            # the second SIGTERM ends the process at once.
+            is_default = handler is None or (handler is _stop and self.received)
+            signal.signal(number, signal.SIG_DFL if is_default else handler)
         self._before = kept
 
 

@@ -1,17 +1,19 @@
 """A folder is written whole or not at all, and never over files of others."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, TrainingError
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
     MLX_LM,
     check_writable,
+    disk_errors,
     is_merged,
     staged,
 )
@@ -179,3 +181,12 @@ def write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("code", "is_full"), [("ENOSPC", 1), ("EDQUOT", 1), ("EFBIG", 1), ("EACCES", 0), ("EROFS", 0)]
+)
+def test_room_is_asked_for_where_there_is_none(tmp_path: Path, code: str, is_full: int) -> None:
+    with pytest.raises(TrainingError) as caught, disk_errors(tmp_path):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), "file")
+    assert str(caught.value).count("free some space") == is_full

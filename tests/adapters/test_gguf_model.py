@@ -16,7 +16,7 @@ from support import go_template
 from support.adapters import adapted
 from support.families import FAMILIES, write_family
 from support.gguf_names import gguf_name, permuted
-from support.models import our_logits, random_tokens, randomise_lora
+from support.models import our_logits, random_tokens
 from support.npm_tokenizers import chat_tokenizer
 from support.sayable import CONTEXT_OF_WINDOW, REFUSED, SAYABLE
 from support.tiny_folder import write_random_model, write_tokenizer
@@ -79,20 +79,6 @@ def test_packed_weights_are_written_too_and_a_base_needs_no_adapter(tmp_path):
     back, _ = mq.load(save_gguf_model(model, tokenizer, tmp_path / "g", type="f32").file)
     logits = our_logits(model, TOKENS)
     assert np.abs(our_logits(back, TOKENS) - logits).max() < 1e-5 * logits.std()
-
-
-def test_a_type_with_the_base_s_own_steps_rounds_back_to_it_and_that_is_told(tmp_path):
-    dense, tokenizer = mq.load(write_random_model(tmp_path / "model"))
-    packed = save_gguf_model(dense, tokenizer, tmp_path / "base", type="q4_1")
-    assert packed.kept is None
-    model = add_lora(mq.load(packed.file)[0], LoraConfig(r=4))
-    randomise_lora(model, scale=0.006)
-    kept = {
-        type: save_gguf_model(model, tokenizer, tmp_path, type=type).kept
-        for type in ("f32", "q8_0", "q5_0", "q4_1")
-    }
-    assert kept["f32"] == pytest.approx(1, abs=1e-4) and kept["q8_0"] == pytest.approx(1, abs=0.05)
-    assert kept["q5_0"] == pytest.approx(1, abs=0.2) and kept["q4_1"] < 0.5, kept
 
 
 def test_columns_that_no_group_of_32_divides_are_kept_in_16_bits(tmp_path):

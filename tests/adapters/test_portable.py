@@ -187,7 +187,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(
 
 def test_dora_is_refused_with_the_remedy(base: Path, tmp_path: Path) -> None:
     model = adapted(base, replace(CONFIGS["plain"], use_dora=True))
-    with pytest.raises(AdapterError, match=r"vLLM and llama\.cpp refuse DoRA; merge"):
+    with pytest.raises(AdapterError, match=r"vLLM and llama\.cpp do not support DoRA; merge"):
         save_portable(model, tmp_path / "a")
     assert os.listdir(tmp_path) == []
 

@@ -162,7 +162,8 @@ def test_a_dry_run_says_the_same_and_asks_nobody(away, hub, out):
     assert dry["files"] == real["files"] and dry["left_out"] == real["left_out"]
     shown = str(push_to_hub(out, REPO, dry_run=True))
     size = (out / "adapter_model.safetensors").stat().st_size
-    assert f"{size:,}  adapter_model.safetensors" in shown
+    assert re.search(rf"{size:,}  adapter_model.safetensors +the adapter's weights\n", shown)
+    assert re.search(r"plots/loss.svg +plot\n", shown)
     assert f"{sum(n for _, n in dry['files']):,}  bytes in all" in shown
     assert "stays here  run.yaml" in shown
 
@@ -214,7 +215,7 @@ def test_folders_that_hold_nothing_to_push(tmp_path, out):
     with pytest.raises(SourceError, match=r"neither an adapter .* nor a merged model .*; give"):
         push_to_hub(tmp_path / "empty", REPO)
     (out / "adapter_model.safetensors").unlink()
-    with pytest.raises(SourceError, match=r"of an adapter adapter_model.safetensors is missing"):
+    with pytest.raises(SourceError, match=r"for an adapter, adapter_model.safetensors is missing"):
         push_to_hub(out, REPO)
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(SourceError, match=r"is not a complete model; missing: \*.safetensors"):
@@ -281,7 +282,7 @@ def test_no_network_and_a_hub_that_breaks_down(away, hub, out):
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
     message = away.refused(out, environ={"HF_ENDPOINT": closed})
     assert message.startswith(f"cannot push to {REPO}, {closed} cannot be reached (")
-    assert message.endswith(f"): {again}")
+    assert message.endswith(f"); {again}")
     offline = away.refused(out, environ={"HF_HUB_OFFLINE": "1"})
     assert offline == f"cannot push to {REPO}, HF_HUB_OFFLINE is set; unset it and {again}"
     hub.broken = "large/"

@@ -353,7 +353,7 @@ def test_names_that_are_unknown_or_taken(base, folders):
         lambda: attach(model, folders("all"), "some"),
         lambda: combine(model, {"all": 1.0}, "some"),
     ):
-        with pytest.raises(ConfigError, match=r"has an adapter 'some' already; choose another"):
+        with pytest.raises(ConfigError, match=r"already has an adapter 'some'; choose another"):
             call()
     with pytest.raises(ConfigError, match="must be text; got ''"):
         attach(model, folders("all"), "")

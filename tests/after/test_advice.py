@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.tiny_folder import write_model
 from support.training import fine_tune
 
-from mlx_qlora.after.advice import advise
+from mlx_qlora.after.advice import advise, learned
 from mlx_qlora.config import SECTIONS
 from mlx_qlora.train.config import TrainingConfig
 
@@ -259,17 +259,34 @@ def test_runs_that_climb_far_above_their_best_diverge(seed, n, start, noise, tim
 
 
 def test_an_unfinished_warmup_and_less_than_a_pass_are_told():
-    training = TrainingConfig(learning_rate=2e-4, max_steps=30, warmup_steps=100)
+    training = TrainingConfig(learning_rate=2e-4, num_train_epochs=0.35, warmup_steps=100)
     records = [{"step": 30, "epoch": 0.35, "loss": 2.0, "learning_rate": 6e-5}]
     warmup, length = advise(records, training=training)
     assert (warmup.kind, length.kind) == ("warmup", "length")
     assert "warmup of 100 steps was not over at step 30" in warmup.finding
     assert "reached 6e-05 of 0.0002" in warmup.finding
     assert "only 35% of the rows" in length.finding
-    whole = TrainingConfig(max_steps=30, warmup_steps=3)
-    assert advise([records[0] | {"epoch": 1.0}], training=whole) == []
+    steps = TrainingConfig(max_steps=30, warmup_steps=3)  # as asked for
+    assert advise(records, training=steps) == []
     one = TrainingConfig(max_steps=1, warmup_steps=1)  # a tenth of one step, rounded up
     assert advise([records[0] | {"step": 1, "epoch": 1.0}], training=one) == []
+
+
+@pytest.mark.parametrize(
+    ("margins", "verdict"),
+    [
+        ([0.1, 0.3], "Yes: it prefers the chosen answers"),
+        ([0.3], "Yes: it prefers the chosen answers"),
+        ([-0.1, 0.2], "Yes: it prefers the chosen answers"),
+        ([0.3, 0.3], "It preferred the chosen answers from the first figure on"),
+        ([0.1, -0.1], "No preference shown"),
+    ],
+)
+def test_a_preference_that_was_there_before_is_not_learned(margins, verdict):
+    names = "eval_rewards/margins", "eval_rewards/accuracies"
+    records = [{"step": i, **dict(zip(names, (m, 0.8)))} for i, m in enumerate(margins)]
+    answer = learned(records, {}, [])
+    assert answer.verdict == verdict
 
 
 # ---- in a run ----------------------------------------------------------------------------------

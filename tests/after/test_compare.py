@@ -1,5 +1,6 @@
 """Base against adapter: paired figures, the sentences about them, and the command."""
 
+import contextlib
 import io
 import json
 import math
@@ -26,6 +27,7 @@ from mlx_qlora.after.evaluation import (
     evaluate_run,
     measure,
 )
+from mlx_qlora.cli import main
 from mlx_qlora.config import RunConfig, build, to_yaml
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.train.score import RowScores
@@ -186,6 +188,59 @@ def test_a_run_s_adapter_is_evaluated_by_its_folder_alone(adapter, rows, tmp_pat
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
     again = evaluated(config, quiet(), limit=12, n_answers=3, data=str(rows))
     assert again.to_dict() == found.to_dict()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "kto"])
+def test_an_adapter_is_scored_on_rows_as_its_run_read_them(
+    folder, adapter, tmp_path, objective, capsys
+):
+    taught, path = shutil.copytree(adapter, tmp_path / "adapter"), tmp_path / "rows.jsonl"
+    values = {"training": {"objective": objective}, "model": {"source": str(folder), "bits": None}}
+    (taught / "run.yaml").write_text(to_yaml(build(values)))
+    texts = [(f"{n} is ", "even " * (1 + n % 3), "odd") for n in range(9)]
+    sides = [{"prompt": p, "completion": c} for p, c, _ in texts]
+    others = [{"prompt": p, "completion": r} for p, _, r in texts]
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in texts]
+    if objective == "kto":
+        rows = [
+            r | {"label": x} for x, answers in ((True, sides), (False, others)) for r in answers
+        ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", "--adapter", str(taught), "--answers", "0", "--data"]
+    assert main([*command, str(path), "--json"]) == 0
+    figures = {m["metric"]: m for m in json.loads(capsys.readouterr().out)["comparison"]["metrics"]}
+
+    model, tokenizer = mq.load(folder, adapter=taught)
+    nats, margins = {}, {}
+    for name in ("tuned", "base"):
+        with mq.disabled(model) if name == "base" else contextlib.nullcontext():
+            scores = [
+                score_examples(model, tokenizer, mq.read_examples(x, tokenizer))
+                for x in (sides, others)
+            ]
+        nats[name] = scores[0].nats.sum() / scores[0].tokens.sum()
+        each = [s.nats / (s.tokens if objective == "simpo" else 1) for s in scores]
+        margins[name] = each[1] - each[0]
+    wanted = {"loss": nats}
+    if objective != "kto":
+        wanted["margin"] = {name: each.mean() for name, each in margins.items()}
+        wanted["prefers_chosen"] = {name: (each > 0).mean() for name, each in margins.items()}
+    if objective == "dpo":
+        rose = (margins["tuned"] > margins["base"]).mean()
+        wanted["reward_accuracy"] = {"base": 0.0, "tuned": rose}
+    assert wanted.keys() == figures.keys() & {"loss", "margin", "prefers_chosen", "reward_accuracy"}
+    for metric, models in wanted.items():
+        for name, value in models.items():
+            assert figures[metric][name]["estimate"] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+    path.write_text("".join(json.dumps(row) + "\n" for row in sides))  # answers, as of any adapter
+    assert main([*command, str(path)]) == 0
+    assert "objective" not in capsys.readouterr().out
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = ["evaluate", "--model", str(folder), "--answers", "0", "--data", str(path)]
+    assert main(alone) == 2 and "training.objective=" in capsys.readouterr().err
+    alone += ["model.bits=null", f"training.objective={objective}"]
+    assert main(alone) == 0
 
 
 def test_a_base_alone_has_figures_and_no_change(folder, rows, tmp_path):

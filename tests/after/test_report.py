@@ -259,7 +259,7 @@ def test_what_to_do_next_is_three_commands_that_our_parser_takes(tmp_path, capsy
 def test_commands_fit_what_the_adapter_is(tmp_path):
     dora = commands(tmp_path, {"r": 8, "use_dora": True})
     assert "--enable-lora" not in dora["vLLM"] and "vllm serve merged" in dora["vLLM"]
-    assert "--gguf" not in dora["llama.cpp, Ollama"]
+    assert "--gguf-model" in dora["llama.cpp, Ollama"]
     pattern = commands(tmp_path, {"r": 8, "rank_pattern": {"q_proj": 40}})["vLLM"]
     assert "--portable" in pattern and "tuned=portable" in pattern and "rank 64" in pattern
     assert "--enable-lora" not in commands(tmp_path, {"r": 1024})["vLLM"]

@@ -188,7 +188,7 @@ def test_models_that_are_none(hub, ask):
     assert ggufs.fix == "hf download org/ggufs Q4/a.gguf --local-dir ."
     assert ggufs.text.startswith("org/ggufs holds its weights only as GGUF (Q4/a.gguf); ")
     assert "bert" in bert.text
-    assert no_revision.text.startswith(f"{REPO} has no revision 'v9': ")
+    assert no_revision.text.startswith(f"{REPO} has no revision 'v9'; ")
 
 
 def test_a_hub_that_is_away(hub, ask):

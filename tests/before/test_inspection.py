@@ -380,6 +380,21 @@ def first_row(examples: Examples, tokenizer: Tokenizer, colour: bool = False) ->
     return console.export_text()
 
 
+@pytest.mark.parametrize(
+    ("row", "objective", "headings"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "cd"}, "dpo", ["1 chosen", "1 rejected"]),
+        ({"prompt": "a", "completion": "b", "label": False}, "kto", ["1 labelled false"]),
+        ({"prompt": "a", "completion": "b", "label": True}, "kto", ["1 labelled true"]),
+        ({"prompt": "a", "completion": "b", "weight": 0.5}, "sft", ["1, weight 0.5"]),
+    ],
+)
+def test_a_heading_says_which_answer_it_is_and_what_it_weighs(tokenizer, row, objective, headings):
+    shown = first_row(read_examples([row, row], tokenizer, objective=objective), tokenizer)
+    assert re.findall(r"^rows:(1[^:]*): \d+ tokens, \d supervised$", shown, re.M) == headings
+    assert shown.index("⟦b") < shown.find("⟦cd") or objective != "dpo"
+
+
 def test_a_row_that_ends_in_context_is_shown_without_a_foreign_token(tokenizer):
     ids = [0, *tokenizer.encode("abc")]
     learned = np.array([False, True, True, False])

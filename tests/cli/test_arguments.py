@@ -221,6 +221,7 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("merge --output-dir m data.path=x", "merge does not read it; it reads fields of m"),
         ("train --set training.max_steps=2", "without it, as training.max_steps=100"),
         ("train --epoch 3", "--epoch; did you mean --epochs?"),
+        ("train --dpo", "--dpo; did you mean --objective dpo?"),
         ("train --scale 20", "--scale; did you mean lora.lora_alpha (scale x lora.r)?"),
         ("train --lr fast", "training.learning_rate must be a number or auto; got 'fast'"),
         ("train --optimizer lion", "optimizer may be adamw or adamw_hf or "),

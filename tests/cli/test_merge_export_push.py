@@ -60,10 +60,10 @@ def test_merge_into_the_original_weights_is_another_model(run, model, tmp_path):
     assert np.abs(found - logits).max() > 1e-3  # 8 bits are not 32
 
 
-def test_requantising_reports_what_it_loses(run, tmp_path, capsys):
+def test_requantising_without_the_run_s_rows_says_that_it_measures_nothing(run, tmp_path, capsys):
     words = ["merge", "--adapter", run[0], "--output-dir", tmp_path / "m", "--requantize", "4"]
     assert call(*words, "model.group_size=32") == 0
-    assert "%" in capsys.readouterr().out
+    assert "has no run.yaml that names rows; name rows with --data" in capsys.readouterr().out
     model, _ = mq.load(tmp_path / "m")
     assert model.layers[0].mlp.up_proj.quant == mq.QuantConfig(4, 32)
 
@@ -212,11 +212,29 @@ def test_a_merged_folder_becomes_a_gguf_by_the_command_that_merge_prints(run, tm
     assert np.abs(whole - run[1]).max() < 0.2 * run[1].std()
 
 
-def test_ollama_is_given_the_model(run, tmp_path, monkeypatch):
+def test_ollama_is_given_the_model(run, tmp_path, monkeypatch, capsys):
     calls = program(tmp_path / "bin", "ollama", "cat Modelfile >/dev/null", monkeypatch)
     words = ["export", "--adapter", run[0], "--output-dir", tmp_path / "g", "--type", "q4_0"]
     assert call(*words, "--ollama", "my-model") == 0
     assert calls.read_text() == f"{tmp_path}/g create my-model -f Modelfile\n"
+    said = capsys.readouterr().out
+    assert "ollama    has the model as my-model" in said and "ollama run my-model" in said
+    assert "replaces an older one" not in said
+    assert call(*words) == 0
+    said = capsys.readouterr().out
+    assert f"ollama create NAME -f {tmp_path}/g/Modelfile" in said
+    assert "model-q4_0.gguf" in said and ", replaces an older one" in said
+
+
+@pytest.mark.usefixtures("without_loading")
+def test_a_model_of_others_in_lm_studio_is_kept(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".lmstudio" / "models" / "me" / "mine" / "model-q8_0.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    assert call("export", "--adapter", run[0], "--lmstudio", "me/mine") == 2
+    assert "choose another folder with --lmstudio" in capsys.readouterr().err
+    assert file.read_text() == "precious"
 
 
 def test_what_ollama_says_is_told_and_the_file_stays(run, tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "how strongly answers are told apart where none are": (
         ["training.beta=0.5"],
-        "training.beta=0.5 is not used: dpo and orpo and simpo and kto read it, not sft",
+        "training.beta=0.5 is not used: dpo, orpo, simpo and kto read it, not sft",
         True,
     ),
     "dropout where answers are compared": (

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,75 @@ def test_each_door_spells_out() -> None:
     assert "\x1b]" not in line and "\x9b" not in line and "\u202e" not in line
     for kind in (UserError, ConfigError):
         assert_harmless(str(kind(HOSTILE)))
+
+
+# ---- what the environment says -------------------------------------------------------------------
+
+AWAY = "http://user:hunter2@127.0.0.1:9"
+ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
+    "a password in the hub's address": ({"HF_ENDPOINT": AWAY}, "http://***@127.0.0.1:9 cannot be"),
+    "a password with an @": (
+        {"HF_ENDPOINT": "http://user:hunter2@hunter2@127.0.0.1:9"},
+        "http://***@127.0.0.1:9 cannot be reached",
+    ),
+    "a password of a proxy": ({"ALL_PROXY": f"x{AWAY}"}, "://***@127.0.0.1:9"),
+    "SOCKS without its package": (
+        {"ALL_PROXY": "socks5://user:hunter2@127.0.0.1:9"},
+        'pip install "httpx[socks]" and write socks5:// in ALL_PROXY, or unset it',
+    ),
+    "SOCKS of no version": ({"all_proxy": "socks://127.0.0.1:9/"}, 'pip install "httpx[socks]"'),
+    "a token beyond ASCII": ({"HF_TOKEN": "hf_\xe4"}, "correct or unset"),
+    "a timeout by a word": (
+        {"HF_HUB_DOWNLOAD_TIMEOUT": "abc"},
+        "HF_HUB_DOWNLOAD_TIMEOUT must be a whole number of seconds; got 'abc'",
+    ),
+    "another by a word": ({"HF_HUB_ETAG_TIMEOUT": "1.5"}, "HF_HUB_ETAG_TIMEOUT must be a whole"),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_what_the_environment_causes_is_one_line_without_a_password(
+    name: str, tmp_path: Path
+) -> None:
+    variables, said = ENVIRONMENTS[name]
+    inherited = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    env = inherited | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": ""}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9"} | variables
+    words = ["-m", "mlx_qlora", "generate", "--model", "some/repo", "--prompt", "x"]
+    ended = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert ended.returncode == 2 and said in ended.stderr, ended.stderr
+    assert ended.stderr.startswith("mlx-qlora: ") and ended.stderr.count("\n") == 1
+    assert "hunter2" not in ended.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "--data", "rows.jsonl"],
+        ["generate", "--prompt", "x", "generation.max_new_tokens=2"],
+        ["plan", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_output_that_cannot_be_written_is_one_line(words: list[str], base: Path) -> None:
+    command = [sys.executable, "-m", "mlx_qlora", *words, "--model", str(base)]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "mlx-qlora: standard output cannot be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
+def test_output_that_is_not_utf8_shows_what_it_can(base: Path) -> None:
+    words = [sys.executable, "-m", "mlx_qlora", "inspect", "--model", base, "--data", "rows.jsonl"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(words, env=env, capture_output=True)
+    assert ended.returncode == 0 and rb"\u2588" in ended.stdout and not ended.stderr
+
+
+def test_a_line_that_quotes_megabytes_is_cut() -> None:
+    assert len(str(UserError("a" * 10**7 + "\nb"))) == 2006
+    assert str(UserError("a" * 10**7 + "\nb")).endswith(" ...\nb")
 
 
 def test_text_of_all_scripts_stays_as_it_is() -> None:

@@ -15,7 +15,8 @@ from mlx_qlora.data.batches import IGNORE, make_batches
 from mlx_qlora.data.chats import ROW_DATE, Template
 from mlx_qlora.data.encode import encode_rows
 from mlx_qlora.data.rows import Chat, read_row
-from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer, render_template
+from mlx_qlora.data.templates import render_template
+from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import DataError
 
 TOOLS = [

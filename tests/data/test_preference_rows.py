@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from support.tiny_folder import write_rows
 
 import mlx_qlora as mq
@@ -61,6 +62,13 @@ PAIRS: dict[str, tuple[dict[str, Any], list[Any]]] = {
         {"chosen": "Human: Hi Assistant: Hello", "rejected": "Human: Hi Assistant: Hey"},
         [Pair("Human: Hi Assistant: ", "Hey"), Pair("Human: Hi Assistant: ", "Hello")],
     ),
+    "transcripts whose answers begin alike": (
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: I can",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: I do",
+        },
+        [Pair("\n\nHuman: Hi\n\nAssistant: ", x) for x in ("I do", "I can")],
+    ),
     "an earlier answer": (
         {"chosen": [*EARLIER, ASK, GOOD], "rejected": [*EARLIER, ASK, BAD], "system": "S"},
         [
@@ -90,6 +98,7 @@ NOT_PAIRS: dict[str, tuple[Any, str]] = {
         "has no 'chosen' and no 'rejected'; set training.objective=sft",
     ),
     "half a pair": ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
+    "an empty side": ({"prompt": "a", "chosen": "b", "rejected": ""}, "field 'rejected' is empty"),
     "a judged answer": (
         {"prompt": "a", "completion": "b", "label": True},
         "is a labelled answer ('label'), not an answer; training.objective=kto reads",
@@ -125,10 +134,32 @@ def test_columns_name_the_sides_of_a_pair():
     assert read_pair(row, columns) == (wanted, set())
 
 
-@pytest.mark.parametrize("label", [True, False, 1, 0, "true", "False"])
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"question": "a", "better": "b", "worse": "c"},
+            "{chosen: better, rejected: worse, instruction: question}",
+        ),
+        ({"prompt": "a", "choosen": "b", "rejected": "c"}, "{chosen: choosen}"),
+        ({"prompt": "a", "Chosen": "b", "Rejected": "c"}, "{chosen: Chosen, rejected: Rejected}"),
+        (
+            {"messages": [ASK], "winner": [GOOD], "loser": BAD},
+            "{chosen: winner, rejected: loser}",
+        ),
+    ],
+)
+def test_a_pair_of_other_names_is_refused_with_the_columns_that_would_read_it(row, columns):
+    with pytest.raises(DataError) as caught:
+        read_pair(row, {})
+    assert str(caught.value).endswith(f"; data.columns='{columns}' would read it")
+    read_pair(row, yaml.safe_load(columns))
+
+
+@pytest.mark.parametrize("label", [True, False, 1, 0, "true", "False", "1", "0"])
 def test_a_judged_answer_is_its_answer_and_its_label(label):
     row = {"prompt": "a", "completion": "b", "label": label}
-    good = label in (True, "true")
+    good = label in (True, "true", "1")
     assert read_judgement(row, "auto", {}) == (Pair("a", "b"), good, set())
     said = read_judgement({"messages": [ASK, GOOD], "kto_tag": label}, "auto", {})
     assert said == (CHAT[1], good, set())
@@ -137,11 +168,11 @@ def test_a_judged_answer_is_its_answer_and_its_label(label):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"prompt": "a", "completion": "b"}, "field 'label' is missing"),
         (
-            {"prompt": "a", "completion": "b"},
-            "field 'label' is missing; set training.objective=sft",
+            {"prompt": "a", "completion": "b", "label": "x"},
+            "field 'label' must be true or false, not 'x'",
         ),
-        ({"prompt": "a", "completion": "b", "label": "x"}, "field 'label' must be true or false"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "is a preference pair ('chosen', 'rejected')",
@@ -272,6 +303,23 @@ def test_weights_are_cut_with_their_tokens(chatty: Tokenizer, truncation):
         wanted = whole.weights[kept]
         wanted[0] = 0
     assert short.weights.tolist() == wanted.tolist()
+
+
+def test_weights_are_numbers_in_text_too(chatty: Tokenizer, tmp_path: Path):
+    rows = ["prompt,completion,weight,train", "a,b,0.5,true", "a,c,,", "a,d,0,", "a,e,1,False"]
+    (tmp_path / "rows.csv").write_text("\n".join([*rows, 'a,f,"0,5",', "a,g,-1,"]))
+    config = DataConfig(cache_dir=None, template="chat")
+    examples = mq.read_examples(tmp_path / "rows.csv", chatty, config)
+    report = examples.report
+    assert [row.weights is None for row in examples] == [False, True]
+    assert {*examples[0].weights[examples[0].learned].tolist()} == {0.5}
+    reasons = {line: reason for line, reason in report.refused}
+    assert reasons[4].startswith("no supervised token: the weight") and report.unread == {}
+    assert reasons[5].startswith("no supervised token: the train")
+    assert "must be at least 0; got '0,5'" in reasons[6] and "got -1.0" in reasons[7]
+    columns = DataConfig(cache_dir=None, columns={"completion": "weight", "prompt": "prompt"})
+    as_text = mq.read_examples([{"prompt": "a", "weight": "2"}], chatty, columns)
+    assert as_text[0].weights is None and chatty.decode([as_text[0].tokens[-2]]) == "2"
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])

@@ -1,14 +1,21 @@
-"""Whatever a stranger's model folder holds, what is wrong with it is one line."""
+"""Whatever a stranger's files hold, what is wrong with them is one line, said in time."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.command_line import call
 from support.tiny_folder import write_random_model
+from support.tiny_gguf import write_tiny_gguf
+
+from mlx_qlora.folders import MOST_JSON, MOST_YAML
+from mlx_qlora.model import lora
 
 DEEP, DIGITS = "[" * 100_000, '{"a": ' + "1" * 6000 + "}"
 INDEX = "model.safetensors.index.json"
@@ -26,17 +33,66 @@ def config(**fields: Any) -> Callable[[Path], Any]:
     return change
 
 
+def config_of_tokenizer(**fields: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
 def header(content: bytes) -> Callable[[Path], Any]:
     whole = struct.pack("<Q", len(content)) + content
     return lambda folder: (folder / "model.safetensors").write_bytes(whole)
 
 
+def entries(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    """Another header, in the place of that of the tensors."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        change(said := json.loads(content[8 : 8 + length]))
+        text = json.dumps(said).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+    return spoil
+
+
+def overlap(said: dict[str, Any]) -> None:
+    said["model.layers.0.mlp.up_proj.weight"]["data_offsets"] = said[
+        "model.layers.0.mlp.gate_proj.weight"
+    ]["data_offsets"]
+
+
+def number(name: str, value: float) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].reshape(-1)[-1] = value
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def pipe(name: str) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 # What is done to a model's folder -> what is said.
 MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config nests": (text("config.json", DEEP), "config.json cannot be read: it is nested too"),
-    "config of digits": (text("config.json", DIGITS), "config.json cannot be read: Exceeds the"),
+    "config of digits": (
+        text("config.json", DIGITS),
+        "config.json cannot be read: it has a number",
+    ),
     "header nests": (header(DEEP.encode()), "model.safetensors is damaged (it is nested too"),
-    "header of digits": (header(DIGITS.encode()), "model.safetensors is damaged (Exceeds the"),
+    "header of digits": (header(DIGITS.encode()), "model.safetensors is damaged (it has a number"),
     "index nests": (text(INDEX, DEEP), "index.json cannot be read: ValueError('it is nested"),
     "generation config nests": (text("generation_config.json", DEEP), "is nested too deeply"),
     "special tokens nest": (text("special_tokens_map.json", DEEP), "is nested too deeply"),
@@ -48,7 +104,7 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a billion layers": (
         config(num_hidden_layers=10**9),
-        "num_hidden_layers must be a positive integer of at most 10,000; got 1000000000",
+        "config.json says 1,000,000,000 layers, and its files hold 2",
     ),
     "a wide head": (config(head_dim=10**9), "head_dim 1,000,000,000 is too large for a matrix"),
     "an endless vocabulary": (
@@ -59,6 +115,35 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "packing by a list": (config(quantization_config=[1]), "quantization_config must be an obj"),
     "positions by a word": (config(max_position_embeddings="x"), "must be a positive integer;"),
     "RoPE without a base": (config(rope_theta=0), "rope_theta must be a positive number; got 0"),
+    "layers that are not there": (config(num_hidden_layers=9), "says 9 layers, and its files hold"),
+    "a base beyond floats": (text("config.json", f'{{"rope_theta": 1{"0" * 400}}}'), "401 digits"),
+    "objects in objects": (text("config.json", '{"a":' * 900 + "1" + "}" * 900), "nested too"),
+    "many megabytes": (text("config.json", " " * (MOST_JSON + 1)), "it is larger than 16,777,216"),
+    "no text": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff{}"),
+        "can't decode byte",
+    ),
+    "a pipe": (pipe("config.json"), "config.json is no file: put the file itself there"),
+    "a pipe beside it": (pipe("generation_config.json"), "generation_config.json is no file"),
+    "two tensors in one place": (entries(overlap), "overlaps another tensor, or does not follow"),
+    "a negative shape": (entries(lambda h: h[NORM].update(shape=[-64])), f"{NORM} has the shape"),
+    "a shape by a word": (entries(lambda h: h[NORM].update(shape="x")), f"{NORM} has the shape"),
+    "a shape of more": (entries(lambda h: h[NORM].update(shape=[65])), "bytes, and its shape 260"),
+    "an entry that is none": (
+        entries(lambda h: h.update({NORM: 7})),
+        "model.safetensors is damaged",
+    ),
+    "a norm of NaN": (number(NORM, np.nan), f"{NORM} in "),
+    "a matrix of infinity": (number(UP, np.inf), f"{UP} in "),
+    "added tokens by a list": (
+        config_of_tokenizer(added_tokens_decoder=[1]),
+        "added_tokens_decoder",
+    ),
+    "an added token by a word": (
+        config_of_tokenizer(added_tokens_decoder={"1": "x"}),
+        "cannot be read (string indices must be integers",
+    ),
+    "an end that is a half": (config_of_tokenizer(eos_token="\ud800"), "surrogates not allowed"),
     "an end by a word": (config(eos_token_id="x"), "eos_token_id must be an id or a list of ids"),
 }
 
@@ -73,3 +158,137 @@ def test_what_is_wrong_is_one_line(
     assert call("generate", "--model", tmp_path, "--prompt", "x") == 2
     out, err = capsys.readouterr()
     assert said in err and err.startswith("mlx-qlora: ") and not out, err
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------
+
+
+def dimensions(path: Path, n: int) -> None:
+    """A tensor of so many dimensions, which ends the process in MLX's own reader."""
+    said = b"".join(struct.pack("<Q", len(x)) + x for x in (b"general.architecture",))
+    said += struct.pack("<I", 8) + struct.pack("<Q", 5) + b"llama"
+    said += struct.pack("<Q", 18) + b"output_norm.weight" + struct.pack("<I", n)
+    said += struct.pack(f"<{n}Q", 64, *[1] * (n - 1)) + struct.pack("<IQ", 0, 0)
+    said = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + said
+    path.write_bytes(said + b"\0" * (-len(said) % 32) + b"\0" * 256)
+
+
+def replaced(old: bytes, new: bytes) -> Callable[[Path], Any]:
+    def spoil(path: Path) -> None:
+        content = write_tiny_gguf(path).read_bytes()
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+
+    return spoil
+
+
+def pairs(**metadata: Any) -> Callable[[Path], Any]:
+    return lambda path: write_tiny_gguf(
+        path, {k.replace("__", "."): v for k, v in metadata.items()}
+    )
+
+
+KIND = struct.pack("<Q", 20) + b"general.architecture"
+TOKENS = b"tokenizer.ggml.tokens" + struct.pack("<I", 9)
+GGUFS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "nine dimensions": (lambda path: dimensions(path, 9), "output_norm.weight has shape [64, 1, 1"),
+    "four billion": (
+        replaced(b"output_norm.weight\x01\0", b"output_norm.weight\xff\xff"),
+        "truncated",
+    ),
+    "heads by a word": (pairs(attention__head_count="x"), "must be a positive integer; got 'x'"),
+    "an epsilon by a word": (pairs(attention__layer_norm_rms_epsilon="x"), "rms_norm_eps must be"),
+    "a base by a word": (pairs(rope__freq_base="x"), "rope_theta must be a positive number"),
+    "a type by a number": (pairs(general__type=7), "general.type must be of the type str; got 7"),
+    "parts by a word": (
+        lambda path: write_tiny_gguf(path, {"general.alignment": "x"}),
+        "is damaged or truncated",
+    ),
+    "a text of 2^62 bytes": (
+        replaced(KIND + struct.pack("<IQ", 8, 5), KIND + struct.pack("<IQ", 8, 1 << 62)),
+        "is damaged or truncated",
+    ),
+    "2^40 tokens": (
+        replaced(TOKENS + struct.pack("<IQ", 8, 320), TOKENS + struct.pack("<IQ", 8, 1 << 40)),
+        "is damaged or truncated",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GGUFS)
+def test_what_is_wrong_with_a_gguf_is_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, said = GGUFS[name]
+    spoil(path := tmp_path / "model.gguf")
+    assert call("generate", "--model", path, "--prompt", "x") == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.startswith("mlx-qlora: ") and not out, err
+
+
+# ---- YAML ----------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(8 * [f'*{old}'])}]\n" for old, new in zip("abcdefgh", "bcdefghi")
+)
+MERGED = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{new}: &{new} {{<<: [{', '.join(8 * [f'*{old}'])}]}}\n"
+    for old, new in zip("abcdefgh", "bcdefghi")
+)
+YAMLS = {
+    "aliases": (BOMB, "it holds more than 1,048,576 values"),
+    "merged aliases": (MERGED, "it holds more than 1,048,576 values"),
+    "an alias of itself": ("lora: &a [*a]\n", "nested too deeply"),
+    "brackets": ("lora: " + "[" * 3000, "nested too deeply"),
+    "braces within limits": ("lora: " + "{a: " * 70 + "1" + "}" * 70, "nested too deeply"),
+    "digits": (f"lora: {{r: {'9' * 6000}}}\n", "is not YAML"),
+    "a number without digits": ('lora: {r: !!int ""}\n', "is not YAML"),
+    "a day that is none": ("lora: {r: !!timestamp x}\n", "is not YAML"),
+    "a flag that is none": ("lora: {r: !!bool x}\n", "is not YAML"),
+    "a key that is a list": ("lora: {[a]: 1}\n", "found unhashable key in line 1, column 8"),
+    "a megabyte": ("#" * (MOST_YAML + 1), "is larger than 262,144 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", YAMLS)
+@pytest.mark.parametrize("way", ["config", "record"])
+def test_what_is_wrong_with_yaml_is_one_line(
+    name: str, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, said = YAMLS[name]
+    (path := tmp_path / "run.yaml").write_text(content)
+    words = {
+        "config": ["train", "--config", path, "--print-config"],
+        "record": ["generate", "--adapter", tmp_path, "--prompt", "x"],
+    }
+    assert call(*words[way]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.startswith("mlx-qlora: ") and err.count("\n") == 1 and not out, err
+
+
+# ---- patterns ------------------------------------------------------------------------------------
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "targets": {"target_modules": r"(([a-z._]+)+)+x"},
+    "alternatives": {"target_modules": r"(a|[a-z]|.)*x"},
+    "ranks": {"rank_pattern": {r"([a-z0-9._]*)*!": 3}},
+    "factors": {"alpha_pattern": {r"(.*.*)*.*.*.*.*!": 3}},
+    "exclusions": {"exclude_modules": r"((\w|\.)+)+!"},
+    "layers": {"layers_to_transform": [0], "layers_pattern": [r"((\w|\.)+)+!"]},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_that_would_never_end_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "SECONDS", 1)
+    (model := tmp_path / "model").mkdir()
+    write_random_model(model)
+    (adapter := tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | PATTERNS[name]))
+    save_file({"x": np.zeros(1, "f4")}, adapter / "adapter_model.safetensors")
+    assert call("generate", "--model", model, "--adapter", adapter, "--prompt", "x") == 2
+    err = capsys.readouterr().err
+    assert "takes more than 1 seconds, or all memory: list the modules' names" in err

@@ -1,6 +1,7 @@
 """Folders of safetensors: what MLX's own tools write, and everything that can be wrong."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -228,10 +229,19 @@ def test_offsets_that_do_not_fit_the_shape_are_refused(folder: Path) -> None:
 def test_floats_that_we_do_not_read_are_refused(dtype: str, bytes_each: int, folder: Path) -> None:
     def retype(header: dict[str, Any]) -> None:
         entry = header["lm_head.weight"]
-        start = entry["data_offsets"][0]
-        entry.update(dtype=dtype, data_offsets=[start, start + 320 * 64 * bytes_each])
+        start, end = entry["data_offsets"]
+        more = 320 * 64 * bytes_each - (end - start)
+        for other in header.values():
+            if other.get("data_offsets", [0])[0] >= end:
+                other["data_offsets"] = [at + more for at in other["data_offsets"]]
+        entry.update(dtype=dtype, data_offsets=[start, end + more])
 
     edited_header(folder, retype)
+    path = folder / "model.safetensors"
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    ends = [entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry]
+    os.truncate(path, 8 + length + max(ends))
     message = refusal(folder)
     assert "model.safetensors" in message and dtype in message
 

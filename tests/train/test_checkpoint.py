@@ -422,9 +422,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_halves_are_remove
 ):
     for n in (6, 8):
         shutil.rmtree(copy / f"checkpoint-{n}")
-    shutil.copytree(whole.out / "checkpoint-6", copy / ".checkpoint-6-abc.tmp")
-    (copy / ".checkpoint-6-abc.tmp" / "resume_state.json").unlink()
-    shutil.copytree(whole.out / "checkpoint-3", copy / ".checkpoint-3-abc.old")
+    shutil.copytree(whole.out / "checkpoint-6", copy / ".checkpoint-6-abcdefgh.tmp")
+    (copy / ".checkpoint-6-abcdefgh.tmp" / "resume_state.json").unlink()
+    shutil.copytree(whole.out / "checkpoint-3", copy / ".checkpoint-3-01234567.old")
     (copy / "adapter_model.safetensors").unlink()
     run = fine_tune(folder, copy)
     assert f"continuing from {copy / 'checkpoint-3'}\n" in run.printed

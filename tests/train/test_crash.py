@@ -1,15 +1,18 @@
-"""A run that is killed and started again ends bit for bit as one that was left alone."""
+"""A command that is killed and given again ends bit for bit as one that was left alone."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import crash
-from crash import RANDOM, LeftAlone, Moment
+from crash import RANDOM, ROOT, LeftAlone, Moment
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +20,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> LeftAlone:
     return LeftAlone(tmp_path_factory.mktemp("crash"))
 
 
-def test_six_of_six_killed_runs_end_identically_and_leave_nothing_behind(alone):
+def test_four_of_four_killed_runs_end_identically_and_leave_nothing_behind(alone):
     moments = [
-        [Moment(RANDOM, 0.8)],  # before the first line of progress
-        [Moment(RANDOM, 4.5), Moment(RANDOM, 4.5)],
-        [Moment(RANDOM, 12.3)],
+        [Moment(RANDOM, 0.5), Moment(RANDOM, 0.5)],
         [  # with half of a checkpoint's moments on disk; then before a checkpoint gets its name
             Moment("half a file", "out/.checkpoint-8.tmp/optimizer.safetensors"),
             Moment("rename", "out/checkpoint-20"),
@@ -32,15 +33,35 @@ def test_six_of_six_killed_runs_end_identically_and_leave_nothing_behind(alone):
             Moment("rename", "out/adapter_model.safetensors"),
         ],
     ]
-    trials = crash.run_trials(alone, moments)
-    assert [trial.killed for trial in trials[3:]] == moments[3:]
+    with ThreadPoolExecutor(2) as pool:
+        names = [f"trial-{number}" for number in range(len(moments))]
+        trials = [*pool.map(crash.run_trial, [alone] * len(moments), names, moments)]
+    assert [trial.killed for trial in trials[1:]] == moments[1:]
     assert all(trial.killed for trial in trials)
-    assert [trial.problems for trial in trials] == [[]] * 6
-    assert [trial.litter for trial in trials] == [[]] * 6
+    assert [trial.problems for trial in trials] == [[]] * len(moments)
+    assert [trial.litter for trial in trials] == [[]] * len(moments)
+
+
+@pytest.mark.slow
+def test_every_command_may_be_killed(tmp_path):
+    """One trial of each, with the seed's moments; the file of results is gone on from."""
+    results, n = tmp_path / "results.jsonl", len(crash.CASES)
+    words = [sys.executable, str(ROOT / "benchmarks" / "crash.py"), "--kills", str(n), "--seed"]
+    kept = [*words, "1", "--results", str(results)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(kept, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {trial["case"] for trial in trials} == {*crash.CASES}
+    assert all(trial["killed"] and not trial["problems"] for trial in trials)
 
 
 def test_the_comparison_sees_one_bit_one_loss_and_one_file(alone, tmp_path):
     other = shutil.copytree(alone.out, tmp_path / "out")
+    for path in (other / "run.yaml", other / "training_args.json"):
+        path.write_text(path.read_text().replace(str(alone.place), str(tmp_path)))
+    for path in other.glob("checkpoint-*/trainer_state.json"):
+        path.write_text(path.read_text().replace(str(alone.place), str(tmp_path)))
     assert crash.differences(alone.out, other) == []
     weights = other / "checkpoint-36" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -58,7 +79,8 @@ def test_the_comparison_sees_one_bit_one_loss_and_one_file(alone, tmp_path):
 
 
 def test_moments_are_drawn_from_the_seed_half_of_them_inside_writes(alone):
-    drawn = crash.draw_moments(alone, 50, seed=1)
-    assert drawn == crash.draw_moments(alone, 50, seed=1) != crash.draw_moments(alone, 50, seed=2)
-    kinds = [moments[0].kind for moments in drawn]
-    assert len(kinds) == 50 and kinds.count(RANDOM) == 25 and set(kinds) == {RANDOM, *crash.CALLS}
+    drawn = [alone.draw(number, seed=1) for number in range(100)]
+    assert drawn == [alone.draw(number, seed=1) for number in range(100)]
+    assert drawn != [alone.draw(number, seed=2) for number in range(100)]
+    kinds = [moment.kind for moments in drawn for moment in moments]
+    assert 0.3 < kinds.count(RANDOM) / len(kinds) < 0.7 and {*kinds} == {RANDOM, *crash.CALLS}

@@ -396,8 +396,7 @@ def test_a_streamed_model_merges_to_the_same_bytes(
         model, tokenizer = mq.load(sources["mlx"], **how)
         add_lora(model, LORAS[name], seed=1)
         randomise_lora(model)
-        merged = mq.save_merged(model, tokenizer, tmp_path / residency, quantize=quantize)
-        assert (merged.drift is None) == (bits is None)
+        mq.save_merged(model, tokenizer, tmp_path / residency, quantize=quantize)
         assert residency == "resident" or in_memory(model) == 0
     streamed, resident = (contents(tmp_path / residency) for residency in ("streamed", "resident"))
     assert streamed == resident
