@@ -164,7 +164,7 @@ def user_cache() -> Path:
     """The folder for what this user's runs keep for later ones; it need not exist."""
     place = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if place.startswith("~"):
-        raise ConfigError("this user has no home folder: set XDG_CACHE_HOME to one for the caches")
+        raise ConfigError("this user has no home folder; set XDG_CACHE_HOME to a folder")
     return Path(place) / "mlx-qlora"
 
 

@@ -360,7 +360,7 @@ def _content(said: Said) -> bytes:
         return encoded.encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise DataError(f"holds {half!r}, half of a character: write it whole") from None
+        raise DataError(f"holds {half!r}, half of a character; write it whole") from None
     except (TypeError, ValueError) as error:  # names that are not text, numbers of many digits
         raise DataError(f"cannot be written as JSON: {error}") from None
 
