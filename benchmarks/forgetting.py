@@ -2,7 +2,7 @@
 
 Run as: python benchmarks/forgetting.py
 
-SmolLM2-135M learns the demo's docstrings at the demo's high rate, without the term and with it.
+SmolLM2-135M learns 48 docstrings of the demo three times at its high rate, without the term and with it.
 Each run is judged on test rows (the task's gain: by how much their loss fell) and on neutral texts
 (the rise: by how much their loss grew). What is asserted: without the term the neutral loss rises
 by at least 0.1 nats a token; with it by at most half as much, at no more than 2 % of the gain.
@@ -26,19 +26,17 @@ from mlx_qlora.infer.evaluate import score_examples
 MODEL = "smollm2-135m"
 LEAST_RISE, KEPT_RISE, LOST_GAIN = 0.1, 0.5, 0.02
 LENGTH = 96  # tokens of a row, at most
-TEST_ROWS = 96
+TEST_ROWS = 48
 
 
 def main() -> None:
     """Trains with each weight, prints a table and a JSON line, and asserts the claim."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", nargs="+", type=float, default=[0.1])
+    parser.add_argument("--weights", nargs="+", type=float, default=[0.3])
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--rows", type=int, default=16, help="in a step")
-    parser.add_argument(
-        "--examples", type=int, help="to learn from; all that there are if not given"
-    )
+    parser.add_argument("--rows", type=int, default=4, help="in a step")
+    parser.add_argument("--examples", type=int, default=48, help="to learn from; 0: all")
     parser.add_argument("--test-rows", type=int, default=TEST_ROWS)
     parser.add_argument("--general", type=Path, help="a file of other neutral text")
     args = parser.parse_args()
@@ -101,7 +99,7 @@ def trained(weight: float, texts: list[str] | None, args: argparse.Namespace) ->
         )
         train, _, test = train_validation_test(config.data, tokenizer, config.training.seed)
         assert test
-        mq.fine_tune(model, tokenizer, train[: args.examples], None, config)
+        mq.fine_tune(model, tokenizer, train[: args.examples or None], None, config)
         general = forgetting(model, tokenizer, texts)
         base = partial(mq.disabled, model)
         after = score_examples(model, tokenizer, test[: args.test_rows], base=base)

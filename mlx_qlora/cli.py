@@ -97,9 +97,9 @@ COMMANDS = {
         ("--model", "--batch-size", "--lora-r", "--max-length"),
         {
             "model": LOADED,
-            "lora": f"{SHAPES} lora_dropout",
+            "lora": f"{SHAPES} alpha_pattern lora_dropout",
             "data": "max_length train_on",
-            "training": MEMORY,
+            "training": f"{MEMORY} objective kl_weight",
         },
     ),
     "inspect": Command(
@@ -461,6 +461,8 @@ def _command(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
+        if getattr(error, "filename", "a user's") is None and _output_fails():
+            raise
         # What the system refuses, wherever that is, is no fault of ours.
         told = error if isinstance(error, UserError) else UserError(in_words(error))
         if prints(told):

@@ -144,7 +144,9 @@ CREDENTIALS = re.compile(r"(?<=://)[^\s/]+@")  # in the address of a proxy, or o
 
 def shown(text: str) -> str:
     """A message, which may quote a stranger's file or an address with a password, for a person."""
-    cut = (x if len(x) <= LONGEST else f"{x[:LONGEST]} ..." for x in text.split("\n"))
+    half = LONGEST // 2  # the reason is at the end, after a name that may be long
+    lines = text.split("\n")
+    cut = (x if len(x) <= LONGEST else f"{x[:half]} ... {x[-half:]}" for x in lines)
     return CREDENTIALS.sub("***@", visible("\n".join(cut)))
 
 

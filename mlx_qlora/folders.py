@@ -210,6 +210,7 @@ REMEDIES = {
     errno.ENFILE: "close other programs: the whole system has too many files open",
     errno.ENAMETOOLONG: "choose a shorter name or path",
     errno.ENOENT: "put it back, or start from a folder that is there",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another --output-dir"),
 }
 
 

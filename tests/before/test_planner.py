@@ -300,7 +300,7 @@ def test_a_base_that_would_fill_all_memory_is_streamed():
 def test_a_resident_base_that_does_not_fit_is_advised_to_be_streamed(name, llama):
     config = build({"model": {"residency": "resident"}})
     made = plan_checkpoint(weightless(llama), config, None, machine(name))
-    assert not made.fits and "GB: set model.residency=auto" in str(made)
+    assert not made.fits and "GB; set model.residency=auto" in str(made)
     assert ("none fits" in str(made)) == (made.longest_context == 0)
 
 

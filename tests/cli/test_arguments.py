@@ -218,7 +218,7 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
             "plan generation.top_k=3",
             "generation.top_k=3: plan does not read it; it reads fields of",
         ),
-        ("merge --output-dir m data.path=x", "merge does not read it; it reads fields of m"),
+        ("merge --output-dir m training.seed=1", "merge does not read it; it reads fields of m"),
         ("train --set training.max_steps=2", "without it, as training.max_steps=100"),
         ("train --epoch 3", "--epoch; did you mean --epochs?"),
         ("train --dpo", "--dpo; did you mean --objective dpo?"),

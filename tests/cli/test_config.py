@@ -94,6 +94,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "simpo_gamma": 0.3,
         "desirable_weight": 1.5,
         "undesirable_weight": 0.5,
+        "kl_weight": 0.2,
     },
     "checkpointing": {
         "output_dir": "2026",

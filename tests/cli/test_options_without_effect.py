@@ -233,23 +233,37 @@ def test_true_goes_on_from_the_newest_checkpoint_as_auto_does(
 # ---- what a command reads ----------------------------------------------------------------------
 
 GROUPS = "model.group_size=32"
+OWN_ROWS = ["--data", "rows.jsonl", "data.cache_dir=null"]
+GGUF = ["--gguf-model", "--type", "q4_0"]
 USES: dict[str, list[str]] = {
     "plan": [GROUPS],
     "inspect": ["rows.jsonl", "data.cache_dir=null"],
     "generate": [GROUPS, "--instruction", "Say", "generation.max_new_tokens=2"],
     "chat": [GROUPS, "generation.max_new_tokens=2"],
     "evaluate": [GROUPS, "--data", "rows.jsonl", "--answers", "1", "data.cache_dir=null"],
-    "merge": [GROUPS, "--adapter", "out", "--output-dir", "merged"],
-    "export": [GROUPS, "--adapter", "out", "--output-dir", "exported"],
+    "merge": [GROUPS, "--adapter", "out", "--output-dir", "merged", "--requantize", "4", *OWN_ROWS],
+    "export": [GROUPS, "--adapter", "out", "--output-dir", "exported", *GGUF, *OWN_ROWS],
     "doctor": [],
 }
 # Functions that look at fields, or copy them, whatever the command does.
 NO_READERS = {"__post_init__", "check", "replace", "with_model", "as_taught", "unused"}
-NO_READERS |= {"at_hidden_size", "for_steps", "check_needs", "without_effect", "explained"}
+NO_READERS |= {
+    "at_hidden_size",
+    "for_steps",
+    "check_needs",
+    "without_effect",
+    "explained",
+    "check_patterns",
+}
+# Of the run whose rows a rounding is measured on, by its record.
+RUN = {"training.objective", "training.seed", "data.max_refused", "data.prompt_loss_weight"}
+RUN |= {"data.split", "data.validation_path", "data.test_path"}
 # Read by what a command shares with a run, and of no use to it: how long a run would be.
 LENGTH = "max_steps num_train_epochs warmup_ratio warmup_steps per_device_train_batch_size "
 LENGTH += "gradient_accumulation_steps"
 BESIDES: dict[str, set[str]] = {
+    "merge": RUN,
+    "export": RUN,
     "evaluate": {f"training.{name}" for name in LENGTH.split()}
     # Answers are the likeliest ones, by settings of the command's own.
     | {

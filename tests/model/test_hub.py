@@ -269,7 +269,7 @@ def test_a_plan_and_an_inspection_fetch_no_weights(hub, away, tmp_path, quantise
     folder = write_model(tmp_path / "dense")
     if quantised:  # by MLX, in shards with an index
         model, tokenizer = mq.load(folder)
-        how = {"quantize": mq.QuantConfig(4, 32), "max_shard_bytes": 50_000, "texts": ["so"]}
+        how = {"quantize": mq.QuantConfig(4, 32), "max_shard_bytes": 50_000}
         made = save_merged(
             mq.add_lora(model, mq.LoraConfig(r=2)), tokenizer, tmp_path / "packed", **how
         )

@@ -371,11 +371,13 @@ def test_what_was_trained_on_a_quantised_base_is_what_the_adapter_computes_on_it
     bare = load_folder(folder, FOUR_BITS, matmul)
     config = LoraConfig(r=8, init_lora_weights=beginning, **VARIANTS[variant])
     model = add_lora(load_folder(folder, FOUR_BITS, matmul), config)
-    assert largest(our_logits(model, TOKENS), our_logits(bare, TOKENS)) < 1e-5
+    # The update that is subtracted at the start is so much larger, and its rounding with it.
+    limit = 1e-5 * (config.r**0.5 if config.use_rslora else 1)
+    assert largest(our_logits(model, TOKENS), our_logits(bare, TOKENS)) < limit
     trained = our_logits(move(model), TOKENS)
     assert largest(trained, our_logits(bare, TOKENS)) > 1e-2
     save_adapter(model, tmp_path / "a")
-    assert largest(our_logits(load_adapter(bare, tmp_path / "a"), TOKENS), trained) < 1e-5
+    assert largest(our_logits(load_adapter(bare, tmp_path / "a"), TOKENS), trained) < limit
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

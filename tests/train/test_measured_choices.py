@@ -119,7 +119,7 @@ def test_a_file_that_is_not_ours_is_ignored_with_a_warning(base, tmp_path, text)
     path = user_cache() / "machine.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.warns(UserWarning, match="machine.json is not as .*ignored"):
+    with pytest.warns(UserWarning, match="machine.json is damaged, and ignored"):
         assert measured.fastest(key(base), 1000) is None
     with pytest.warns(UserWarning, match="ignored"):
         store(base, FASTER_PACKED)

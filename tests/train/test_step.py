@@ -494,7 +494,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(hf_tiny, tmp_path):
     out = tmp_path / "out"
     bad = poisoned(make_examples(40), 0, 4, 12, 16, 20)  # of steps 1, 2, 4, 5 and 6
     message = (
-        r"^step 6: loss nan, gradient norm nan: 3 steps in a row were skipped "
+        r"^step 6: loss nan, gradient norm nan, and 3 steps in a row were skipped "
         r"\(training\.max_skipped_steps\); lower training\.learning_rate, or look at these rows: "
         rf"rows:21, rows:22\. {re.escape(str(out))}/checkpoint-3 is the last checkpoint$"
     )
