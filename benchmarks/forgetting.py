@@ -2,10 +2,11 @@
 
 Run as: python benchmarks/forgetting.py
 
-SmolLM2-135M learns 48 docstrings of the demo three times at its high rate, without the term and with it.
-Each run is judged on test rows (the task's gain: by how much their loss fell) and on neutral texts
-(the rise: by how much their loss grew). What is asserted: without the term the neutral loss rises
-by at least 0.1 nats a token; with it by at most half as much, at no more than 2 % of the gain.
+SmolLM2-135M learns 48 docstrings of the demo three times at its high rate, without the term and
+with it. Each run is judged on test rows (the task's gain: by how much their loss fell) and on
+neutral texts (the rise: by how much their loss grew). What is asserted: without the term the
+neutral loss rises by at least 0.1 nats a token; with it by at most half as much, at no more than
+2 % of the gain.
 """
 
 import argparse
