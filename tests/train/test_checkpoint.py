@@ -655,7 +655,8 @@ def full(disk: Path) -> Iterator[Callable[[int], None]]:
 def assert_explained(error: str, out: Path, reason: str, last: int) -> None:
     assert error.startswith(f"cannot write to {out}"), error
     assert error.count(reason) == 1, error
-    remedy = "free some space or choose another --output-dir. "
+    full = "free some space or " * (reason not in ("Permission denied", "Read-only file system"))
+    remedy = f"{full}choose another --output-dir. "
     assert error.endswith(
         f"; {remedy}{out / f'checkpoint-{last}'} is complete, and the same command continues "
         "from it"
