@@ -62,7 +62,8 @@ ENDS = {
 
 @pytest.mark.parametrize("outcome", ENDS)
 def test_how_a_fork_ends_is_seen(outcome, tmp_path, monkeypatch):
-    monkeypatch.setattr(hostile, "SECONDS", 1)
+    if outcome == "hang":
+        monkeypatch.setattr(hostile, "SECONDS", 1)
     assert hostile.in_a_fork(ENDS[outcome], tmp_path)[0] == outcome
 
 
