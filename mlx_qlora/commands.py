@@ -24,6 +24,7 @@ from mlx_qlora.adapters import gguf_model
 from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import like_base, save_merged
+from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.after.screen import shown
@@ -45,6 +46,7 @@ from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
     MLX_LM,
+    RECORD,
     check_writable,
     disk_errors,
     is_merged,
@@ -326,6 +328,10 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     for line in unused_fields(config, reasons):
         warn(Terminal(stderr=True), line)
     config, model, tokenizer = model_to_ask(config)
+    if config.model.adapter and tokenizer.chat_template and not raw:
+        unlike = _unlike_rows(config.model.adapter, config.data, args.instruction is not None)
+        if unlike:
+            warn(Terminal(stderr=True), unlike)
     prompt = _prompt(args, tokenizer.chat_template is not None, config.data)
     answer = stream(model, tokenizer, prompt, **settings)
     text = ""
@@ -336,6 +342,21 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     if not args.json:
         print()
     return {"text": text, **asdict(answer.speed)}
+
+
+def _unlike_rows(adapter: str, data: "DataConfig", instruction: bool) -> str:
+    """A line if the question is not written as the rows were that an adapter was trained on."""
+    from mlx_qlora.data.chats import ALPACA
+
+    record = json_object(run_of(Path(adapter).expanduser()) / RECORD)
+    form = record.get("data", {}).get("format")
+    if data.system or data.template not in ("auto", *ALPACA):  # all are chats
+        return ""
+    if instruction and form in ("messages", "sharegpt"):
+        return f"{adapter} was trained on chats, and --instruction is not one; ask with --prompt"
+    if not instruction and form == "alpaca":
+        return f"{adapter} was trained on instructions; ask with --instruction, not --prompt"
+    return ""
 
 
 def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -352,7 +373,8 @@ def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
         warn(console, line)
     config, model, tokenizer = model_to_ask(config)
     system = config.data.system if args.system is None else args.system
-    chat(model, tokenizer, console, config.generation, system, args.seed)
+    read = input if sys.stdin.isatty() else lambda _: input()  # a pipe is not asked for a line
+    chat(model, tokenizer, console, config.generation, system, args.seed, read)
     return None
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable
@@ -334,8 +335,11 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
     if not examples:
         return replace(config, training=training)
     steps = training.total_steps(batches_of(examples, config.data, training, processes()))
+    # Whoever asks the adapter something begins as all rows did.
+    system = config.data.system or examples.report.shared_system
     return replace(
         config,
+        data=replace(config.data, system=system),
         training=replace(training, warmup_steps=training.warmup_of(steps)),
         checkpointing=config.checkpointing.for_steps(steps),
     )
@@ -419,7 +423,8 @@ def without_effect(
         "lora.init_lora_weights": adapter,
         "data.history": "no row is a chat" * (forms <= {"text"}),
         "data.split": f"{' and '.join(named)} rows have separate files" * bool(named),
-        "data.system": "every row has a system message" * train.report.own_system,
+        "data.system": "every row has a system message"
+        * (train.report.own_system and config.data.system != train.report.shared_system),
         "data.train_on": "no row has a prompt" * (forms <= {"text"}),
         "data.max_refused": "data.strict allows no row to be refused" * config.data.strict,
         "data.packing": "rows are always computed end to end, without padding",
@@ -476,6 +481,9 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
         if asked.learning_rate == SFT_RATE:
             settings += f"; the rate is that of sft, {SFT_RATE:g}: take a tenth if it is unstable"
         lines.append(f"objective {asked.objective}, {settings}")
+    if settled.data.system != config.data.system:
+        shown = textwrap.shorten(settled.data.system or "", 60, placeholder=" ...")
+        lines.append(f"system    {shown!r} begins every row; generate and chat begin with it, too")
     every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
     if auto:

@@ -512,7 +512,11 @@ def write_record(
         "versions": {"mlx-qlora": __version__, "python": platform.python_version(), **versions},
         "machine": device.facts(),
         "fingerprint": fingerprint,
-        "data": {"rows": len(examples), "tokens": int(examples.lengths.sum())},
+        "data": {
+            "rows": len(examples),
+            "tokens": int(examples.lengths.sum()),
+            "format": examples.report.format,
+        },
     }
     # First: it marks the folder as ours.
     write_whole(output / RECORD, json.dumps(record, indent=2) + "\n")

@@ -130,6 +130,9 @@ def underfitted(history: History) -> list[Advice]:
         "raise training.learning_rate (to three times), train for more steps, or raise lora.r; and "
         "look at the data with `mlx-qlora inspect`"
     )
+    if (epoch := max(record.get("epoch", 1.0) for record in history)) < 1:
+        seen = f"as the run has seen {epoch:.0%} of the rows"
+        remedy = f"train for a whole pass first (training.num_train_epochs=1), {seen}"
     return [Advice("underfitting", finding, remedy)]
 
 

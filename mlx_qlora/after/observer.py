@@ -93,7 +93,8 @@ class Observer:
             if error is not None and self.task is not None:
                 output, why = self.inputs.output, str(error)
                 (output / "report.html").unlink(missing_ok=True)  # which makes room on a full disk
-                if not isinstance(error, Interrupted):
+                scored = self.task.done >= self.task.total and isinstance(error, KeyboardInterrupt)
+                if not scored and not isinstance(error, Interrupted):
                     why = f"stopped. {last_checkpoint(output, 'is the last checkpoint')}"
                 self._write_page(f"{self.at}: {why}", reloads=False)
 
@@ -242,7 +243,8 @@ class Observer:
         """The flags of `generate` for one of the user's own prompts, short and best of one line."""
         inputs, tokenizer = self.inputs, self.inputs.tokenizer
         rows = (self.held_out or inputs.validation or inputs.train)[:CANDIDATES]
-        asks = [prompt_flags(asked.prompt, tokenizer) for asked in questions(rows, tokenizer)]
+        system = inputs.config.data.system
+        asks = [prompt_flags(q.prompt, tokenizer, system) for q in questions(rows, tokenizer)]
         asks = asks or [["--prompt", "Hello"]]
         return min(asks, key=lambda flags: (any("\n" in flag for flag in flags), len(str(flags))))
 
@@ -255,14 +257,18 @@ ALPACA = re.compile(
 )
 
 
-def prompt_flags(prompt: str, tokenizer: Tokenizer) -> list[str]:
-    """The flags by which `generate` writes a prompt, a row up to its answer, as the rows were."""
+def prompt_flags(prompt: str, tokenizer: Tokenizer, system: str | None = None) -> list[str]:
+    """The flags by which `generate` writes a prompt, a row up to its answer, as the rows were.
+
+    `system` is the message that `generate` begins with by itself.
+    """
     bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
     if found := ALPACA.fullmatch(prompt.removeprefix(bos)):
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]
     if tokenizer.chat_template is not None:
-        message = {"role": "user", "content": MARK}
-        start, _, end = tokenizer.render_chat([message], add_generation_prompt=True).partition(MARK)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": MARK})
+        start, _, end = tokenizer.render_chat(messages, add_generation_prompt=True).partition(MARK)
         if prompt.startswith(start) and prompt.endswith(end):
             return ["--prompt", prompt[len(start) : len(prompt) - len(end)]]
     raw = [] if tokenizer.chat_template is None else ["--raw"]

@@ -241,6 +241,7 @@ class Plan:
     residency: str = "resident"  # of the frozen weights, or streamed
     # Both, where the user leaves it to the plan: peak, process, whether it fits, tokens/s.
     residencies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    documents: str = ""  # of a micro-batch, in words, where no rows are known
 
     @property
     def total_bytes(self) -> int:
@@ -280,6 +281,8 @@ class Plan:
             chosen = ", chosen" * (name == self.residency)
             line = f"{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}{chosen}"
             lines.append(f"{name:<22}{line}")
+        if self.documents:
+            lines.append(f"{'rows, assumed':<22}{self.documents}")
         lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
         counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
         recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
@@ -441,6 +444,9 @@ def _plan_as_it_is(
     process *= where.device.kind != "cuda"
     about = trained, chosen, longest, speed, advice, scaling, process, cache
     plan = Plan(parts, limit, where.name, *about)
+    if examples is None:
+        each = f"each of {config.data.max_length:,} tokens (data.max_length)"
+        plan = replace(plan, documents=f"{training.rows} in a micro-batch, {each}")
     return replace(plan, residency="streamed") if streamed else plan
 
 

@@ -17,7 +17,7 @@ from mlx_qlora.data.chats import Segments, Template
 from mlx_qlora.data.files import parse
 from mlx_qlora.data.marks import row_weight, with_marks
 from mlx_qlora.data.preferences import ANSWERS, JUDGEMENTS, PAIRS, read_judgement, read_pair
-from mlx_qlora.data.rows import Chat, Pair, Said, read_row, unread_fields, with_system
+from mlx_qlora.data.rows import SYSTEM, Chat, Pair, Said, read_row, unread_fields, with_system
 from mlx_qlora.data.store import Stored, TokenStore, hash64
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
@@ -297,6 +297,7 @@ class Encoder:
                 fields = row.ids, row.learned, row.cut, chunk.file, line, content, row.starts
                 kept.append((*fields, None if usual else weights))
                 unused.update(unread)
+        forget_several_systems(unused)
         return TokenStore.of(kept), sorted(refused), unused
 
     def _written(self, row: Any, form: str) -> tuple[int, list[Segments], set[str], float]:
@@ -320,6 +321,8 @@ class Encoder:
         for said in sides:
             if self.train_on == "all":
                 _refuse_marks(said)
+            if isinstance(said, Chat) and said.messages[0]["role"] == "system":
+                unread.add(SYSTEM + said.messages[0]["content"])
             said_to = with_system(said, self.system)
             if self.system and said_to is said:
                 unread.add("data.system")
@@ -337,6 +340,14 @@ class Encoder:
             unread |= of_messages
         content = b"".join(map(_content, sides)) + (b"bad" if weight < 0 else b"")
         return hash64(content), documents, unread, weight
+
+
+def forget_several_systems(counted: Counter[str]) -> None:
+    """Leaves a system message among what is counted if it is the only one: it may be all rows'."""
+    systems = [mark for mark in counted if mark.startswith(SYSTEM)]
+    if len(systems) > 1:
+        for mark in systems:
+            del counted[mark]
 
 
 def _refuse_marks(said: Said) -> None:

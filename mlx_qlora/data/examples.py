@@ -50,6 +50,7 @@ class DataReport:
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
     own_system: bool = False  # whether no row needed `data.system`
+    shared_system: str | None = field(default=None, repr=False)  # the rows' own, all the same
     # Whether all prompts and answers meet without a space, though the model has a chat template.
     is_joined: bool = False
     kind: str = "answers"  # what the rows are: answers, pairs or labelled answers

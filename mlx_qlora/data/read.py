@@ -19,11 +19,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.data.chats import ALPACA, CANNOT_WRITE, NAMED, NO_TEMPLATE, ROW_DATE, Template
-from mlx_qlora.data.encode import TRUNCATION, Chunk, Encoder, chunks, default_workers, encode_chunks
+from mlx_qlora.data.encode import (
+    TRUNCATION,
+    Chunk,
+    Encoder,
+    chunks,
+    default_workers,
+    encode_chunks,
+    forget_several_systems,
+)
 from mlx_qlora.data.examples import DataReport, Examples, FileReport
 from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows, user_path
 from mlx_qlora.data.preferences import ANSWERS, KIND_OF, PAIRS
-from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, detect_format
+from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, SYSTEM, detect_format
 from mlx_qlora.data.store import (
     VERSION,
     TokenStore,
@@ -255,6 +263,10 @@ def _take_out_marks(report: DataReport) -> None:
     def is_in_all(mark: str) -> bool:
         return sum(file.unread.pop(mark, 0) for file in report.files) == report.kept > 0
 
+    systems = {m for file in report.files for m in file.unread if m.startswith(SYSTEM)}
+    for mark in systems:
+        if is_in_all(mark):
+            report.shared_system = mark.removeprefix(SYSTEM)
     report.own_system = is_in_all("data.system")
     report.is_joined = is_in_all("data.template")
     for name in OPTIONAL_COLUMNS:
@@ -338,7 +350,9 @@ def _pieces(
     n_workers = default_workers() if config.num_workers is None else config.num_workers
     for chunk, piece, refused, unread in encode_chunks(all_chunks(), encoder, n_workers):
         file = report.files[chunk.file]
-        file.unread = dict(Counter(file.unread) + unread)
+        unread += Counter(file.unread)
+        forget_several_systems(unread)
+        file.unread = dict(unread)
         file.read += len(chunk.rows)
         file.kept += len(piece.rows)
         file.refused += refused

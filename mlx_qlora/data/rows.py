@@ -129,6 +129,7 @@ COLUMNS = {
 } | dict.fromkeys(("prompt", "completion", "conversations", "tools", "label"), "")
 NEAR = 0.85  # likeness of a misspelt name to the one that is meant
 OPTIONAL_COLUMNS = ("input", "system", "tools")
+SYSTEM = "data.system: "  # before the system message that a row has itself
 ABSENT = "data.columns."  # before the name of an optional one that a row does not have
 
 

@@ -22,7 +22,7 @@ from mlx_qlora.errors import DataError
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 # Of these files and of how rows are encoded; part of every cache key.
-VERSION = f"6, mlx-qlora {__version__}"
+VERSION = f"7, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed
 ROW = np.dtype(

@@ -39,7 +39,7 @@ EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
 
 
 PARTS, MOST_STEPS = 6, 500  # a run is validated and saved so often, and at least that often
-AUTO_EVERY = f"{PARTS} times in a run, and at least every {MOST_STEPS} steps"
+AUTO_EVERY = f"a sixth of the run, at most {MOST_STEPS} steps"
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,14 @@ def test_each_trouble_is_named_with_its_figures_and_its_remedy(found, kind, find
     assert str(advice) == f"{kind}: {advice.finding}; {advice.remedy}"
 
 
+def test_a_run_of_less_than_a_pass_is_told_to_see_all_rows_first():
+    (advice,) = advise([{**record, "epoch": 0.2} for record in UNDERFITTED])
+    assert advice.remedy == (
+        "train for a whole pass first (training.num_train_epochs=1), as the run has seen 20% of "
+        "the rows"
+    )
+
+
 def test_skipped_steps_are_a_divergence_whose_rows_are_in_the_metrics():
     (advice,) = advise([*HEALTHY, skipped(50), skipped(51)])
     assert advice.kind == "divergence"

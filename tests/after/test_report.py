@@ -425,6 +425,24 @@ def test_a_run_that_ends_without_its_report_leaves_no_page_that_loads_itself_aga
         assert 'http-equiv="refresh"' not in text
 
 
+def test_a_page_says_that_the_scoring_was_stopped(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(observer, "measure", stop)
+    monkeypatch.setattr(screen, "EVERY", 0.01)
+    values = {
+        "model": {"source": str(write_random_model(tmp_path / "model")), "bits": None},
+        "data": {"path": str(write_rows(tmp_path / "rows.jsonl", 40)), "max_length": 64},
+        "training": {"max_steps": 4},
+        "checkpointing": {"output_dir": str(tmp_path / "out")},
+    }
+    with pytest.raises(KeyboardInterrupt):
+        train_run(values)
+    said = f"of 4: stopped while the run was scored; the adapter in {tmp_path / 'out'} is complete"
+    assert said in Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
+
+
 # ---- notebooks ---------------------------------------------------------------------------------
 
 

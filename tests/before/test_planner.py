@@ -226,6 +226,7 @@ def test_plan_by_source_shows_every_part_and_the_total(smollm2_files):
     shown = str(predicted)
     for part in (*predicted.parts, "predicted peak", "this machine", "longest context"):
         assert part in shown
+    assert "in a micro-batch, each of 2,048 tokens (data.max_length)" in shown
     assert predicted.trainable == 4_884_480
     assert predicted.total_bytes == sum(predicted.parts.values())
     assert mq.plan is plan

@@ -239,3 +239,62 @@ def test_a_model_is_asked_with_the_system_message_that_its_rows_had(chat_folder,
         values = {"model": {"adapter": str(adapter)}, "data": {"system": system}}
         data = as_taught(build(values)).data
         assert (data.system, data.template) == (wanted, "chat")
+
+
+@pytest.mark.parametrize(
+    ("row", "unlike", "like"),
+    [
+        ({"instruction": "Say", "output": "a"}, "--prompt", "--instruction"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Say"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            "--instruction",
+            "--prompt",
+        ),
+    ],
+)
+def test_generate_says_that_a_question_is_not_like_the_rows(
+    row, unlike, like, chat_folder, tmp_path, capsys
+):
+    rows, adapter = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(f"{json.dumps(row)}\n" * 8)
+    words = [
+        "--model",
+        str(chat_folder),
+        "--data",
+        str(rows),
+        "--max-steps",
+        "1",
+        "model.bits=null",
+    ]
+    assert main(["train", *words, "--output-dir", str(adapter), "--quiet"]) == 0
+    ask = ["generate", "--adapter", str(adapter), "generation.max_new_tokens=2"]
+    assert main([*ask, unlike, "Say"]) == 0
+    assert f"ask with {like}" in " ".join(capsys.readouterr().err.split())
+    for fine in ([like, "Say"], [unlike, "Say", "data.template=chat"]):
+        assert main([*ask, *fine]) == 0
+        assert "ask with" not in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_system_message_that_its_rows_share(chat_folder, tmp_path, capsys):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say"}]
+    row = json.dumps({"messages": [*turns, {"role": "assistant", "content": "a"}]})
+    rows, adapter = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(f"{row}\n" * 8)
+    words = ["train", "--model", str(chat_folder), "--data", str(rows), "--max-steps", "2"]
+    assert main([*words, "--output-dir", str(adapter), "model.bits=null"]) == 0
+    assert "'Be brief.' begins every row" in capsys.readouterr().out
+    assert (
+        main(["generate", "--adapter", str(adapter), "--prompt", "Say", "--seed", "1", "--json"])
+        == 0
+    )
+    answer = printed_json(capsys)["text"]
+    model, tokenizer = mq.load(chat_folder, adapter=adapter)
+    assert answer == mq.generate(model, tokenizer, turns, seed=1)
+    again = ["train", "--config", str(adapter / "run.yaml"), "--output-dir", str(tmp_path / "b")]
+    assert main(again) == 0
+    assert "data.system" not in capsys.readouterr().err

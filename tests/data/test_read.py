@@ -757,6 +757,34 @@ def test_a_system_message_is_written_before_each_row_without_one(
         read_examples([{"text": "a"}], chatty, config)
 
 
+def test_the_system_message_that_all_rows_share_is_known(chatty: Tokenizer, tmp_path: Path) -> None:
+    def chats(*systems: str) -> list[dict[str, Any]]:
+        turns = talk("q", "a")["messages"]
+        return [
+            {"messages": [*([{"role": "system", "content": text}] * bool(text)), *turns]}
+            for text in systems
+        ]
+
+    def shared(rows: list[dict[str, Any]], n_workers: int = 0) -> str | None:
+        path = write_rows(tmp_path / "chats.jsonl", rows)
+        config = DataConfig(num_workers=n_workers, cache_dir=str(tmp_path / "cache"))
+        reports = [read_examples(path, chatty, config).report for _ in range(2)]
+        assert [report.cached for report in reports] == [False, True]
+        assert not any(report.unread for report in reports)
+        assert reports[0].shared_system == reports[1].shared_system
+        return reports[0].shared_system
+
+    brief = "Be brief. Ask: who?"
+    assert shared(chats(*[brief] * 3)) == brief
+    assert shared(chats(*[brief] * 1500), n_workers=2) == brief, "in several chunks"
+    assert shared(chats(brief, brief, "")) is None
+    assert shared(chats(brief, "Be kind.", brief)) is None
+    assert shared(chats(*["Be kind."] * 700, *[brief] * 800), n_workers=2) is None
+    assert shared(chats("", "")) is None
+    asked = [{"instruction": "q", "output": "a", "system": brief}]
+    assert read_examples(asked, chatty).report.shared_system == brief
+
+
 def test_columns_that_no_format_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.columns must name some of messages.*'ouput'"):
         DataConfig(columns={"ouput": "answer"})

@@ -92,8 +92,7 @@ def test_what_is_settled_is_in_the_config_and_said_with_its_reason():
         "batch     9 examples in a step: 90 rows, read 3 times, make 30 steps",
         "warmup    3 steps: warmup_ratio 0.1 of 30",
         "rate      0.000286: by the model's width",
-        "every     5 steps a validation and a checkpoint: 6 times in a run, and at least every "
-        "500 steps",
+        "every     5 steps a validation and a checkpoint: a sixth of the run, at most 500 steps",
     ]
     assert settle(settled, LLAMA, make_examples(500)) == settled
     assert explained(settled, settled, examples) == []
