@@ -172,7 +172,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
-        hints = (f"{word.split('=')[0]}{_flag_meant(word, args.command)}" for word in unknown)
+        own = _options_of(parser, args.command)
+        hints = (f"{word.split('=')[0]}{_flag_meant(word, args.command, own)}" for word in unknown)
         parser.error(f"unknown arguments: {', '.join(hints)}")
     if late and not COMMANDS[args.command].sections:
         parser.error(f"{args.command} takes no fields; leave out {' '.join(late)}")
@@ -181,7 +182,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _flag_meant(flag: str, command: str) -> str:
+def _options_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    """The flags in a command's help."""
+    assert parser._subparsers is not None
+    (commands,) = parser._subparsers._group_actions
+    assert isinstance(commands.choices, dict)
+    actions = commands.choices[command]._actions
+    shown = (action for action in actions if action.help != argparse.SUPPRESS)
+    return [flag for action in shown for flag in action.option_strings if flag.startswith("--")]
+
+
+def _flag_meant(flag: str, command: str, own: Sequence[str]) -> str:
     """The known flag that an unknown one is most like, or what to use in its place."""
     from mlx_qlora.config import field_words
     from mlx_qlora.errors import did_you_mean
@@ -190,11 +201,11 @@ def _flag_meant(flag: str, command: str) -> str:
     about = COMMANDS[command]
     if about.sections and _as_word(flag) in ("set", "override", "config_override"):
         return "; fields are written without it, as training.max_steps=100"
-    words = map(_as_word, (*about.shorthands, *field_words(about.sections)))
+    words = map(_as_word, (*own, *field_words(about.sections)))
     meant = {word: f"--{word.replace('_', '-')}" for word in words}
     if "training" in about.sections:
         meant |= {name: f"--objective {name}" for name in COMPARE}
-    hint = did_you_mean(_as_word(flag), (), INSTEAD | meant if about.sections else {})
+    hint = did_you_mean(_as_word(flag), (), (INSTEAD if about.sections else {}) | meant)
     return hint or f"; see mlx-qlora {command} --help"
 
 

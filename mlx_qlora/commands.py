@@ -4,6 +4,7 @@ import argparse
 import errno
 import glob
 import io
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -573,7 +574,10 @@ def _cache(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     for kind in ("tokens", "weights"):  # of rows, and packed to be streamed
         for folder in sorted((user_cache() / kind).glob("*")):
             sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
-            of = json_object(folder / "about.json").get("source", folder.name)
+            about = json_object(folder / "about.json")
+            with suppress(KeyError, TypeError, ValueError):  # of tokens it is text with a checksum
+                about = json.loads(about["about"])
+            of = about.get("source", folder.name)
             entries.append({"kind": kind, "folder": folder, "of": of, "bytes": sum(sizes)})
             say(console, f"{size(sum(sizes)):>13}  {kind:<9}{of}")
             if args.clear:

@@ -142,7 +142,7 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """What a cache entry keeps of it; the figures are measured again."""
-        return {"files": [vars(file) for file in self.files]}
+        return {"source": self.source, "files": [vars(file) for file in self.files]}
 
     def restore(self, about: dict[str, Any], files: list[RowFile]) -> None:
         """Fills in what `as_dict` returned, read from JSON; the files may have moved since."""

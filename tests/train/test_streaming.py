@@ -372,8 +372,11 @@ def test_the_command_lists_and_clears_what_is_kept(
 ) -> None:
     load_as("streamed", sources["dense"])
     (copy,) = cache.iterdir()
+    rows = write_rows(cache.parents[1] / "rows.jsonl", 3)
+    mq.read_examples(rows, load_tokenizer(sources["dense"]))
     assert main(["cache", "--json"]) == 0
-    (entry,) = json.loads(capsys.readouterr().out)["entries"]
+    tokens, entry = json.loads(capsys.readouterr().out)["entries"]
+    assert (tokens["kind"], tokens["of"]) == ("tokens", str(rows))
     assert (entry["kind"], entry["folder"]) == ("weights", str(copy))
     assert entry["of"] == str(sources["dense"]) and entry["bytes"] > 50_000
     assert main(["cache", "--clear"]) == 0
