@@ -25,7 +25,6 @@ from mlx_qlora.adapters import gguf_model
 from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import like_base, save_merged
-from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
 from mlx_qlora.after.screen import shown
@@ -47,7 +46,6 @@ from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
     MLX_LM,
-    RECORD,
     check_writable,
     disk_errors,
     is_merged,
@@ -55,6 +53,8 @@ from mlx_qlora.folders import (
     user_cache,
 )
 from mlx_qlora.loading import (
+    form_of_rows,
+    in_form_of_rows,
     loaded,
     model_to_ask,
     recorded,
@@ -70,7 +70,6 @@ from mlx_qlora.train.signals import Stopped, raised
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
     from mlx_qlora.data.examples import Examples
-    from mlx_qlora.data.read import DataConfig
     from mlx_qlora.data.rows import Message
     from mlx_qlora.data.tokenizer import Tokenizer
     from mlx_qlora.run import Inputs
@@ -148,6 +147,9 @@ def _assignments(args: argparse.Namespace) -> list[str]:
     words, takes_file = [*args.overrides], hasattr(args, "file")
     if takes_file and args.file is not None:  # argparse has it from anywhere among the words
         words.insert(len(getattr(args, "named", ())), args.file)
+    if cut := [word for word in words if word.count("{") > word.count("}")]:
+        name = cut[0].partition("=")[0]
+        raise ConfigError(f"{cut[0]!r} ends within braces; put quotes around it: {name}='{{...}}'")
     files = [word for word in words if "=" not in word or (takes_file and _is_path(word))]
     if files and not takes_file:
         can_read = "--data" in args.about.shorthands
@@ -329,11 +331,7 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     for line in unused_fields(config, reasons):
         warn(Terminal(stderr=True), line)
     config, model, tokenizer = model_to_ask(config)
-    if config.model.adapter and tokenizer.chat_template and not raw:
-        unlike = _unlike_rows(config.model.adapter, config.data, args.instruction is not None)
-        if unlike:
-            warn(Terminal(stderr=True), unlike)
-    prompt = _prompt(args, tokenizer.chat_template is not None, config.data)
+    prompt = _prompt(args, tokenizer.chat_template is not None, config)
     answer = stream(model, tokenizer, prompt, **settings)
     text = ""
     for piece in answer:
@@ -343,21 +341,6 @@ def _generate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     if not args.json:
         print()
     return {"text": text, **asdict(answer.speed)}
-
-
-def _unlike_rows(adapter: str, data: "DataConfig", instruction: bool) -> str:
-    """A line if the question is not written as the rows were that an adapter was trained on."""
-    from mlx_qlora.data.chats import ALPACA
-
-    record = json_object(run_of(Path(adapter).expanduser()) / RECORD)
-    form = record.get("data", {}).get("format")
-    if data.system or data.template not in ("auto", *ALPACA):  # all are chats
-        return ""
-    if instruction and form in ("messages", "sharegpt"):
-        return f"{adapter} was trained on chats, and --instruction is not one; ask with --prompt"
-    if not instruction and form == "alpaca":
-        return f"{adapter} was trained on instructions; ask with --instruction, not --prompt"
-    return ""
 
 
 def _chat(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -400,12 +383,13 @@ def _merge(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
     quantize = args.requantize and _packing(config, args.requantize)
     model, tokenizer = with_adapter(config)
+    chats = _in_form_of_rows(config, tokenizer, console)
     rows = None
     if quantize:
         quantize, rows = like_base(model, quantize), _rows_of_run(config, tokenizer, console)
     how = {"dtype": args.save_dtype, "base": args.base, "quantize": quantize, "rows": rows}
     with disk_errors(target):
-        merged = save_merged(model, tokenizer, target, **how)
+        merged = save_merged(model, chats, target, **how)
     say(console, f"merged    {merged.bytes / 1e9:.2f} GB in {merged.folder}")
     _say_drift(merged.drift, console)
     if not quantize:
@@ -432,6 +416,14 @@ def _rows_of_run(
     else:
         say(console, "rounding  layer by layer, so that the run's rows lose least; takes minutes")
     return rows
+
+
+def _in_form_of_rows(config: RunConfig, tokenizer: "Tokenizer", console: Console) -> "Tokenizer":
+    """A tokenizer that writes chats as the rows were; a line if these were no chats."""
+    chats = in_form_of_rows(config, tokenizer)
+    if chats is not tokenizer:
+        say(console, "template  chats are written as the rows were: '### Instruction:' and so on")
+    return chats
 
 
 def _say_drift(drift: Drift | None, console: Console) -> None:
@@ -478,12 +470,13 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     if config.model.adapter is None:  # nothing was learned over packed weights
         config = replace(config, model=replace(config.model, bits=None))
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
+    chats = _in_form_of_rows(config, tokenizer, console)
     rows = None
     # Of 8 bits plain rounding keeps all that was learned.
     if config.model.adapter is not None and kind in ("q4_0", "q4_1", "q5_0", "q5_1"):
         rows = _rows_of_run(config, tokenizer, console)
     with disk_errors(target):
-        written = gguf_model.save_gguf_model(model, tokenizer, target, base, type=kind, rows=rows)
+        written = gguf_model.save_gguf_model(model, chats, target, base, type=kind, rows=rows)
     replaced = ", replaces an older one" if written.file in old else ""
     say(console, f"exported  {written.file}, {size(written.bytes)}{replaced}")
     _say_drift(written.drift, console)
@@ -538,18 +531,20 @@ def _numbers(field: str, text: str) -> list[Any]:
         raise ConfigError(f"{field} must be numbers between commas; got {text!r}") from None
 
 
-def _prompt(args: argparse.Namespace, can_chat: bool, data: "DataConfig") -> "str | list[Message]":
+def _prompt(args: argparse.Namespace, can_chat: bool, config: RunConfig) -> "str | list[Message]":
     """The question in the form that the model was taught."""
     from mlx_qlora.data.chats import ALPACA, alpaca_prompt
     from mlx_qlora.data.rows import chat_question
 
     if args.instruction is None and (args.raw or not can_chat):
         return args.prompt
-    question = args.prompt
+    question, data = args.prompt, config.data
     if args.instruction is not None:
-        if data.template in ("auto", *ALPACA) and not data.system:
-            return alpaca_prompt(args.instruction, args.input or "", data.template == ALPACA[1])
-        question = chat_question(args.instruction, args.input or "")
+        asked = args.instruction, args.input or ""
+        of_chats = can_chat and form_of_rows(config) in ("messages", "sharegpt")
+        if data.template in ALPACA or (data.template == "auto" and not (data.system or of_chats)):
+            return alpaca_prompt(*asked, data.template == ALPACA[1])
+        question = chat_question(*asked)
     system = [{"role": "system", "content": data.system}] if data.system else []
     return [*system, {"role": "user", "content": question}]
 

@@ -426,7 +426,8 @@ def _run(
         try:
             observer.after(result)
         except KeyboardInterrupt as stop:
-            stop.args = (f"stopped while the run was scored; the adapter in {output} is complete",)
+            kept = f"the adapter in {output} is complete, and the same command scores it"
+            stop.args = (f"stopped while the run was scored; {kept}",)
             raise
         if everyone.is_first:
             # Last: it shows figures of the run.
