@@ -468,6 +468,7 @@ class LlamaForCausalLM(nn.Module):
     is_merged: bool  # set where an adapter was folded into the weights, which left their files
     frozen_matmul: str  # as `load` was asked for it
     lora_config: Any  # the `LoraConfig` of the LoRA layers, once `add_lora` has put them in
+    beginning: Any  # the `Beginning` of the last run that trained them
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -441,6 +441,22 @@ def add_lora(
     return model
 
 
+def drawn(model: LlamaForCausalLM, seed: int) -> dict[str, mx.array]:
+    """The path and the array of each weight that `add_lora` began with, where it was a PLAIN one.
+
+    Nobody has to keep them: they follow from the seed.
+    """
+    layers, init = lora_layers(model), model.lora_config.init_lora_weights
+    weights: dict[str, mx.array] = {}
+    for (path, layer), key in zip(layers, mx.random.split(mx.random.key(seed), len(layers))):
+        r = len(layer.lora_A.weight)
+        A, B = initial(init, layer.base_layer, r, layer.scale, key, None)
+        weights |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+        if isinstance(layer, DoRALinear):  # B is zero, and the rows have the base's lengths
+            weights[f"{path}.lora_magnitude_vector"] = mx.sqrt(layer._squares)
+    return weights
+
+
 def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:
     """Refuse patterns that match nothing, and ranks that an initialisation cannot find."""
     for name in ("rank_pattern", "alpha_pattern"):
