@@ -25,7 +25,7 @@ ORDER = [
     {"before"},
     {"after"},
     {"sweep"},
-    {"cli", "commands", "__main__", "train.__main__"},
+    {"cli", "commands", "exports", "__main__", "train.__main__"},
 ]
 # The core reaches what surrounds it at one place, when a run has something to show.
 LATE = {("run", "after.observer")}
