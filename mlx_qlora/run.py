@@ -83,6 +83,7 @@ from mlx_qlora.train.checkpoint import (
     checkpoint_to_resume,
     is_ours,
     last_checkpoint,
+    named_checkpoint,
 )
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
@@ -286,6 +287,7 @@ def open_inputs(
         config = replace(config, data=replace(config.data, refused_path=None))
     elif writes:
         check_output(Path(config.checkpointing.output_dir), config.model.adapter)
+        named_checkpoint(config.checkpointing)
         require_trackers([*config.logging.report_to])
     checkpoint = None
     if weights:

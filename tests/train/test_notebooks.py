@@ -111,7 +111,9 @@ def test_what_is_refused_leaves_the_model_as_it_was_trained(folder, tmp_path):
     trained = notebook.weights()
     with pytest.raises(ConfigError, match=r"made from another config:\n.*learning_rate"):
         notebook.run(tmp_path / "out", learning_rate=3e-3)
-    with pytest.raises(ConfigError, match=r"lora\.r is 2 in the adapter that the model has.*again$"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.r is 2 in the adapter that the model has.*again$"
+    ):
         notebook.run(tmp_path / "out", r=8)
     assert notebook.weights() == trained
     notebook.run(tmp_path / "out")
