@@ -288,7 +288,7 @@ class Start(NamedTuple):
 
 
 def named_checkpoint(config: CheckpointingConfig) -> Path | None:
-    """The folder that a config names to go on from, if it names one; a ConfigError if it is none."""
+    """The folder that a config names to go on from, if any; a ConfigError if that is none."""
     wanted = str(config.resume_from_checkpoint)
     if wanted in ("auto", "none"):
         return None
