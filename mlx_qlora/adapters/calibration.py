@@ -24,8 +24,8 @@ from mlx_qlora.model.linears import Linears
 from mlx_qlora.model.llama import KEYS_OF, NO_KEYS, DecoderLayer, LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 
-TOKENS = 8_192  # of training rows: more kept no more of what was learned (docs/log.md)
-HELD_OUT = 4_096  # a share of the gain is then known to half a percent
+TOKENS = 4_096, 16_384  # of training rows: 3 for each column of the widest matrix, within these
+HELD_OUT = 4_096  # tokens of rows that the result is measured on, each in five versions
 
 
 class Flow:
@@ -70,7 +70,8 @@ class Calibrated:
         self._model, self._dense, self._grid, self._plain = model, dense, grid, plain
         self._layer, self._rounded = 0, dict[str, Rounded]()
         train, held_out = rows
-        self._train = [self._flows(b, (MERGED, WRITTEN)) for b in _batches(train, TOKENS)]
+        tokens = int(np.clip(3 * model.config.intermediate_size, *TOKENS))
+        self._train = [self._flows(b, (MERGED, WRITTEN)) for b in _batches(train, tokens)]
         self._labels = [*_batches(held_out, HELD_OUT)] if held_out is not None else []
         self._held_out = [self._flows(batch, VERSIONS) for batch in self._labels]
 
