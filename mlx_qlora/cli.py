@@ -383,7 +383,8 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
 
 
 def _section_help(section: str, read: Sequence[str]) -> str:
-    from mlx_qlora.config import SECTIONS, type_name
+    from mlx_qlora.config import SECTIONS
+    from mlx_qlora.fields import type_name
 
     config, flags = SECTIONS[section], {field: flag for flag, (field, _) in SHORTHANDS.items()}
     hints, lines = typing.get_type_hints(config), [f"\n{section}:"]

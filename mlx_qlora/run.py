@@ -42,6 +42,7 @@ from mlx_qlora.data.read import check_examples, read_examples, train_validation_
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn
+from mlx_qlora.fields import checked
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     CARD,
@@ -382,6 +383,7 @@ def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainRe
     return _run(model, inputs, console, plan, N_QUESTIONS)
 
 
+@checked
 def fine_tune(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,

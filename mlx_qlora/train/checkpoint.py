@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
-from mlx_qlora.errors import ConfigError, listing, option, require
+from mlx_qlora.errors import ConfigError, listing, require
+from mlx_qlora.fields import config_section, option
 from mlx_qlora.folders import disk_errors, json_object, parse_json, remove, sha256, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
@@ -42,7 +43,7 @@ PARTS, MOST_STEPS = 6, 500  # a run is validated and saved so often, and at leas
 AUTO_EVERY = f"a sixth of the run, at most {MOST_STEPS} steps"
 
 
-@dataclass(frozen=True)
+@config_section("checkpointing")
 class CheckpointingConfig:
     """Where a run leaves its files, and when."""
 

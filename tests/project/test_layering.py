@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
-    {"errors", "progress", "tree", "folders"},
+    {"errors", "progress", "tree", "folders", "names", "fields"},
     {"device", "distributed"},
     {"cpu"},
     {"model"},
@@ -20,7 +20,6 @@ ORDER = [
     {"adapters"},
     {"train"},
     {"infer"},
-    {"names"},
     {"config", "loading", "measured", "run"},
     {"before"},
     {"after"},

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from support.tiny_folder import write_model
@@ -45,7 +46,7 @@ class Notebook:
 
     def weights(self) -> dict[str, bytes]:
         weights = flat(self.model.trainable_parameters())
-        return {name: memoryview(weight).tobytes() for name, weight in weights.items()}
+        return {name: np.array(weight).tobytes() for name, weight in weights.items()}
 
 
 KINDS: list[dict[str, Any]] = [
@@ -111,9 +112,7 @@ def test_what_is_refused_leaves_the_model_as_it_was_trained(folder, tmp_path):
     trained = notebook.weights()
     with pytest.raises(ConfigError, match=r"made from another config:\n.*learning_rate"):
         notebook.run(tmp_path / "out", learning_rate=3e-3)
-    with pytest.raises(
-        ConfigError, match=r"lora\.r is 2 in the adapter that the model has.*again$"
-    ):
+    with pytest.raises(ConfigError, match=r"r is 2 in the adapter that the model has.*again$"):
         notebook.run(tmp_path / "out", r=8)
     assert notebook.weights() == trained
     notebook.run(tmp_path / "out")
