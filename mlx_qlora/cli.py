@@ -165,7 +165,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; wrong ones exit with 2, as argparse does."""
     from mlx_qlora.errors import did_you_mean
 
-    parser = make_parser("--help-all" in argv, argv[:1])
+    parser = make_parser("--help-all" in argv, argv)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or "; see mlx-qlora --help"
         parser.error(f"unknown command {argv[0]!r}{near}")
@@ -220,7 +220,7 @@ def make_parser(
 
     Args:
         all_fields: whether to have help on all of their fields.
-        needed: names of commands; the others are named alone, as the flags of all take time.
+        needed: words; commands that are not among them are only named, as flags take time.
     """
     parser = argparse.ArgumentParser(
         prog="mlx-qlora",
