@@ -71,7 +71,8 @@ def _rows_of_run(
     if rows is None:
         warn(console, f"rounded plainly, and not measured: {why}; name rows with --data FILE")
     else:
-        say(console, "rounding  layer by layer, so that the run's rows lose least; takes minutes")
+        say(console, "rounding  layer by layer, so that the run's rows lose least, and measured on")
+        say(console, "          held-out rows; on two CPU cores a minute for 100 million parameters")
     return rows
 
 

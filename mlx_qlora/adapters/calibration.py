@@ -121,19 +121,23 @@ class Calibrated:
             x = written.x.astype(mx.float32)
             H, D = mx.addmm(H, x.T, x), mx.addmm(D, x.T, exact.x.astype(mx.float32) - x)
             mx.eval(H, D)
+        merged = {name: self._dense(f"model.layers.{i}.{name}") for name in linears.members}
+        missing = {name: np.array(D @ W.T) for name, W in merged.items()} if D.any() else {}
+        del D  # of 14336 columns each is 0.8 GB
         inputs = damped(np.array(H))
-        del H  # of 14336 columns 0.8 GB
+        del H
+        mx.clear_cache()
         members: dict[str, dict[str, Any]] = {MERGED: {}, PLAIN: {}, WRITTEN: {}}
         for name, linear in linears.members.items():
             path = f"model.layers.{i}.{name}"
-            W, grid = self._dense(path), self._grid(path)
+            W, grid = merged[name], self._grid(path)
             dense = dict.fromkeys(members, W) | {MERGED: W.astype(mx.bfloat16)}
             if grid is not None:
                 begin = packed_on(linear.base_layer, grid)
                 if begin is None or linear is not linear.base_layer:
                     wanted = np.array(W.T, order="C")
-                    if D.any():  # what brings the results of these inputs nearest to the merged
-                        wanted += np.linalg.solve(inputs.H, np.array(D @ W.T))
+                    if missing:  # what brings the results of these inputs nearest to the merged
+                        wanted += np.linalg.solve(inputs.H, missing[name])
                     begin = round_matrix(wanted, inputs, grid, begin)
                 self._rounded[path] = begin
                 dense[PLAIN] = self._plain(path, W)
