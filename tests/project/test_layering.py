@@ -12,7 +12,8 @@ PACKAGE = ROOT / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
-    {"errors", "progress", "tree", "folders", "names", "fields"},
+    {"errors", "progress", "tree", "folders"},
+    {"names", "fields"},
     {"device", "distributed"},
     {"cpu"},
     {"model"},
