@@ -22,14 +22,16 @@ help: ## Show this list
 demo: $(VENV)/.base ## Fine-tune a real 4-bit model on this machine, a few minutes
 	$(BIN)/python examples/demo.py
 
-# Two workers have a core each: more threads would wait for one another.
+# Two workers have a core each: more threads would wait for one another. The tests of a file share
+# what takes long to make, so one of them has them all; tests/conftest.py says which files are first.
 test quick: export OPENBLAS_NUM_THREADS ?= 1
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.test tools ## Run all tests, the oracles with torch and PEFT included
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest $(SHARED)
 
 quick: $(VENV)/.test tools ## Run the tests that take no more than a few seconds each
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 lint: $(VENV)/.test $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check

@@ -26,23 +26,21 @@ import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import forked
 
-ROOT = Path(__file__).resolve().parent.parent
+Done = forked.Done
 STEPS, SAVE_STEPS, EVAL_STEPS = 36, 4, 6
 RANDOM = "random moment"
 CALLS = ("open", "half a file", "fsync", "rename", "remove")
@@ -153,23 +151,6 @@ def command(inputs: Path, place: Path) -> list[str]:
     ]
 
 
-def start(
-    words: list[str], how: list[str] | None = None, environ: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
-    """A process of the command; `how` is what Python runs, the command line if not given.
-
-    One thread each: more would only make a tiny model slower.
-    """
-    return subprocess.Popen(
-        [sys.executable, *(how or ["-m", "mlx_qlora"]), *words],
-        cwd=ROOT,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **(environ or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def sweep(inputs: Path, place: Path) -> list[str]:
     """Two learning rates and two ranks, of which the better halves go on."""
     return [
@@ -237,37 +218,20 @@ class Moment:
     victim: int = 0
 
 
-class Started:
-    """As `forked.Forked`, where this process has computed already: a fresh one of Python."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-
-    def ended(self) -> bool:
-        """Whether it has ended."""
-        return self.process.poll() is not None
-
-    def kill(self) -> None:
-        """Sends it SIGKILL."""
-        self.process.kill()
-
-    def wait(self) -> forked.Done:
-        """Waits for its end."""
-        out, err = self.process.communicate(timeout=300)
-        return forked.Done(self.process.returncode, out, err)
-
-
 def process_of(
     words: list[str],
     place: Path | None = None,
     moment: Moment | None = None,
     environ: dict[str, str] | None = None,
-) -> forked.Forked | Started:
+) -> forked.Forked:
     """A process of a command; with a `place` its calls there are watched."""
-    if forked.warmed:
-        watched = functools.partial(watch, str(place), moment) if place else None
-        return forked.Forked(words, watched, environ)
-    return Started(start(words, killing(place, moment) if place else None, environ))
+    watched = functools.partial(watch, str(place), moment) if place else None
+    return forked.Forked(words, watched, environ)
+
+
+def end_of(words: list[str], place: Path | None = None, moment: Moment | None = None) -> Done:
+    """How that process ends."""
+    return process_of(words, place, moment).wait()
 
 
 class LeftAlone:
@@ -315,7 +279,7 @@ class LeftAlone:
 
     def run(
         self, place: Path, moment: Moment | None = None, counted: bool = False
-    ) -> list["forked.Forked | Started"]:
+    ) -> list[forked.Forked]:
         """The command's processes, of which one may kill itself."""
         n = self.case.processes
         environs: list[dict[str, str]] = [{}]
@@ -331,7 +295,7 @@ class LeftAlone:
         ]
 
     @staticmethod
-    def end(processes: list["forked.Forked | Started"]) -> list[forked.Done]:
+    def end(processes: list[forked.Forked]) -> list[Done]:
         """Waits for all of them."""
         return [process.wait() for process in processes]
 
@@ -403,7 +367,7 @@ def run_trials(
                     record[name] = [Moment(**moment) for moment in record[name]]
                 trials[number] = Trial(**record)
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(jobs, context) if forked.warmed else ThreadPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, context) as pool:
         left = [number for number in range(n) if number not in trials]
         alone = {number: cases[number % len(cases)] for number in left}
         futures = {
@@ -463,9 +427,6 @@ def run_trial(alone: LeftAlone, name: str, moments: list[Moment]) -> Trial:
     return trial
 
 
-Done = forked.Done
-
-
 def litter(place: Path) -> set[str]:
     """Every file and folder of a command's place but its cache."""
     return {name for name in names(place) if not name.startswith("cache")}
@@ -486,22 +447,6 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 # ---- in the process that kills itself ----------------------------------------------------------
-
-
-def killing(place: Path, moment: Moment | None) -> list[str]:
-    """What Python runs to be killed at one of its calls; None only counts them."""
-    kind, at = (moment.kind, moment.at) if moment else ("none", 0)
-    return [__file__, "child", str(place), kind, str(at)]
-
-
-def child(place: str, kind: str, at: str, *words: str) -> None:
-    """The command line, watched."""
-    write_calls = watch(place, Moment(kind, at))
-    sys.argv, sys.path[0] = ["mlx-qlora", *words], str(ROOT)
-    try:
-        runpy.run_module("mlx_qlora", run_name="__main__")
-    finally:
-        write_calls()
 
 
 def watch(place: str, moment: Moment | None) -> Callable[[], None]:
@@ -640,4 +585,4 @@ def show(trials: list[Trial]) -> None:
 
 
 if __name__ == "__main__":
-    child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main()
+    main()

@@ -263,8 +263,7 @@ def limits() -> str:
 
 LAYERING = Path(__file__).parents[1] / "tests" / "project" / "test_layering.py"
 NAMED = {  # groups that are no package
-    "errors": "errors, progress, trees of arrays, folders written whole",
-    "names": "how a field is declared and checked; what other trainers call it; presets",
+    "errors": "errors, fields and their names elsewhere, progress, trees of arrays, folders",
     "device": "what this machine is; the processes of a run",
     "run": "sections put together, a source loaded, one run from config to output folder",
     "cli": "arguments, commands, exit codes",

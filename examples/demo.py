@@ -7,6 +7,7 @@ few minutes on two CPU cores, and fails if the test loss did not fall by at leas
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -60,7 +61,13 @@ def main() -> int:
     test = test[:TEST_ROWS]
     console.print(f"data      {train.report.kept:,} rows fit {config.data.max_length} tokens")
     plan = mq.plan(MODEL, config)
-    console.print(str(plan), highlight=False)
+    tokens = args.max_steps * BATCH_SIZE * train.report.tokens / train.report.kept
+    minutes = math.ceil(tokens / plan.tokens_per_second / 60)
+    console.print(
+        f"plan      {plan.total_bytes / 1e9:.2f} GB of {plan.memory_bytes / 1e9:.0f}; "
+        f"{args.max_steps} steps in about {minutes} min, then scores and answers",
+        highlight=False,
+    )
 
     result = mq.fine_tune(model, tokenizer, train, validation[:VALIDATION_ROWS], config)
     after, texts_after = mq.evaluate(model, tokenizer, test), answers(model, tokenizer, test)
@@ -108,4 +115,7 @@ def prompt_and_reference(tokenizer, example) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command begins anew")

@@ -28,7 +28,7 @@ ROWS = [
         "input": f"{n} euros",
         "output": f"EUR {n:,}.00",
     }
-    for n in range(1_000, 900_000, 41_000)
+    for n in range(1_000, 900_000, 60_000)
 ]
 PROMPT = (
     "### Instruction:\nWrite the amount in house style.\n\n"

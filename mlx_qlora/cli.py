@@ -165,7 +165,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; wrong ones exit with 2, as argparse does."""
     from mlx_qlora.errors import did_you_mean
 
-    parser = make_parser("--help-all" in argv)
+    parser = make_parser("--help-all" in argv, argv[:1])
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or "; see mlx-qlora --help"
         parser.error(f"unknown command {argv[0]!r}{near}")
@@ -213,8 +213,15 @@ def _as_word(flag: str) -> str:
     return flag.split("=")[0].lstrip("-").replace("-", "_")
 
 
-def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
-    """The parser of all commands, with help on all of their fields if asked for."""
+def make_parser(
+    all_fields: bool = False, needed: Sequence[str] = tuple(COMMANDS)
+) -> argparse.ArgumentParser:
+    """The parser of all commands, of which those needed have their arguments.
+
+    Args:
+        all_fields: whether to have help on all of their fields.
+        needed: names of commands; the others are named alone, as the flags of all take time.
+    """
     parser = argparse.ArgumentParser(
         prog="mlx-qlora",
         description="Fine-tune Llama, Qwen, Gemma and other decoders with QLoRA, in pure MLX.",
@@ -230,6 +237,8 @@ def make_parser(all_fields: bool = False) -> argparse.ArgumentParser:
             allow_abbrev=False,  # the names of all fields are flags
             usage=f"mlx-qlora {name} [options] [{ASSIGNMENT} ...]" if about.shorthands else None,
         )
+        if name not in needed:
+            continue
         _add_own_arguments(name, command)
         if about.quiet:
             quiet = "print only warnings and errors"

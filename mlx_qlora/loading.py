@@ -12,13 +12,13 @@ from mlx_qlora.adapters.options import is_mlx_lm
 from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
-from mlx_qlora.data.chats import NAMED
+from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.preferences import KIND_OF
 from mlx_qlora.data.read import own_template, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, size
-from mlx_qlora.folders import json_object
+from mlx_qlora.folders import RECORD, json_object
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
@@ -101,7 +101,10 @@ def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokeni
     config = with_model(config)
     own = own_template(config.data)  # before a weight is read
     model, tokenizer = loaded(config)
-    return as_taught(config), model, tokenizer.with_chat_template(own) if own else tokenizer
+    config = as_taught(config)
+    if own:
+        return config, model, tokenizer.with_chat_template(own)
+    return config, model, in_form_of_rows(config, tokenizer)
 
 
 def with_model(config: RunConfig) -> RunConfig:
@@ -176,6 +179,25 @@ def as_taught(config: RunConfig) -> RunConfig:
         training = replace(training, objective=record.get("objective", "sft"))
     data = replace(data, system=system, history=history, template=template)
     return replace(config, data=data, training=training)
+
+
+def form_of_rows(config: RunConfig) -> str:
+    """The format of the rows that an adapter of ours was trained on; empty if it is not known."""
+    if config.model.adapter is None:
+        return ""
+    record = json_object(run_of(Path(config.model.adapter).expanduser()) / RECORD)
+    return record.get("data", {}).get("format", "")
+
+
+def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that writes a chat as an adapter's rows were, if all were instructions.
+
+    The model has never seen what it was taught in the form of its own chats.
+    """
+    data = as_taught(config).data
+    if form_of_rows(config) != "alpaca" or data.system or data.template not in ("auto", *ALPACA):
+        return tokenizer
+    return tokenizer.with_chat_template(alpaca_template(tokenizer.adds_bos, data.template))
 
 
 def rows_of_run(

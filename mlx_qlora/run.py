@@ -84,6 +84,7 @@ from mlx_qlora.train.checkpoint import (
     checkpoint_to_resume,
     is_ours,
     last_checkpoint,
+    named_checkpoint,
 )
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
@@ -287,6 +288,7 @@ def open_inputs(
         config = replace(config, data=replace(config.data, refused_path=None))
     elif writes:
         check_output(Path(config.checkpointing.output_dir), config.model.adapter)
+        named_checkpoint(config.checkpointing)
         require_trackers([*config.logging.report_to])
     checkpoint = None
     if weights:
@@ -481,7 +483,8 @@ def _run(
         try:
             observer.after(result)
         except KeyboardInterrupt as stop:
-            stop.args = (f"stopped while the run was scored; the adapter in {output} is complete",)
+            kept = f"the adapter in {output} is complete, and the same command scores it"
+            stop.args = (f"stopped while the run was scored; {kept}",)
             raise
         if everyone.is_first:
             # Last: it shows figures of the run.

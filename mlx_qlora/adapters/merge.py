@@ -43,6 +43,7 @@ from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack, un
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.stored import tensors_in
 from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, open_checkpoint
+from mlx_qlora.progress import Task, doing
 from mlx_qlora.tree import flat, nested
 
 # Name -> safetensors' name of it, and bytes of one number.
@@ -156,8 +157,9 @@ def save_merged(
         tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
         if quantize is not None and rows is not None:
             tensors.calibrate(model, rows)
-        for name, shard in shards.items():
-            _write_shard(staging / name, shard, tensors)
+        with doing("writing", len(shapes_of(model)), "weights") as task:
+            for name, shard in shards.items():
+                _write_shard(staging / name, shard, tensors, task)
         if len(shards) > 1:
             places = {entry.name: name for name, shard in shards.items() for entry in shard}
             index = {
@@ -430,7 +432,7 @@ def _is_float(array: mx.array) -> bool:
     return mx.issubdtype(array.dtype, mx.floating)
 
 
-def _write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
+def _write_shard(path: Path, entries: list[Entry], tensors: Tensors, task: Task) -> None:
     """Write one safetensors file, tensor by tensor, and read it back."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -451,6 +453,7 @@ def _write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
                 file.write(content)
                 checksums[entry.name] = zlib.crc32(content)
             mx.clear_cache()
+            task.advance()
     read = tensors_in(path, WeightsError)
     with path.open("rb") as file:
         for name, checksum in checksums.items():

@@ -6,6 +6,7 @@ What is uploaded is a closed list: a file that is not on it stays here and is na
 machine; the settings and figures in them are in the model card.
 """
 
+import functools
 import json
 import os
 import re
@@ -135,16 +136,21 @@ def model_card(facts: Facts) -> str:
 
 def render(template: str, **values: Any) -> str:
     """Fill a template beside this file; values go in as they are: it is Markdown, not HTML."""
+    return _template(template).render(values)
+
+
+@functools.cache
+def _template(name: str) -> Any:
+    """A template is compiled once: a run writes a card with every checkpoint."""
     import jinja2
 
-    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     return jinja2.Template(
-        text,
+        Path(__file__).with_name(name).read_text(encoding="utf-8"),
         trim_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
         finalize=in_page,
-    ).render(values)
+    )
 
 
 # ---- the upload ----------------------------------------------------------------------------------

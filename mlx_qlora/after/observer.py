@@ -22,6 +22,7 @@ from mlx_qlora.after.plots import in_kernel, render
 from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
 from mlx_qlora.before.plan import FORWARD, Plan
+from mlx_qlora.data.chats import MARK
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import duration, say, visible
@@ -262,7 +263,6 @@ class Observer:
 
 # ---- a prompt on the command line ----------------------------------------------------------------
 
-MARK = "\N{WHITE SQUARE}"
 ALPACA = re.compile(
     r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n", re.DOTALL
 )

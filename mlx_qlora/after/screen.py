@@ -1,10 +1,12 @@
 """A terminal that shows what is under way: a line for each task, below all that is printed.
 
-One thread does it, and whatever else follows a run: the table, the report, the notebook.
+Where there is no terminal, a line on standard error says now and then how far it is. One thread
+does it, and whatever else follows a run: the table, the report, the notebook.
 """
 
 import math
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,12 +19,14 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_qlora import progress
-from mlx_qlora.errors import visible, warn
+from mlx_qlora.after.plots import in_kernel
+from mlx_qlora.errors import duration, visible, warn
 from mlx_qlora.progress import Task
 
 EVERY = 0.25  # seconds between two looks
 BAR, LEAST_BAR = 30, 8  # characters
 LABEL = 10  # characters of what a line is about
+SILENCE, LONGEST_SILENCE = 30, 600  # seconds between two lines where there is no terminal
 LONGEST = 1e5 * 86400  # seconds; a longer time left is shown as this
 PLAIN = str.maketrans("━─▼▲", "=-v^")
 
@@ -49,6 +53,13 @@ def task_line(task: Task, width: int) -> str:
     full = round(size * min(task.done / task.total, 1)) if task.total else 0
     bar = "━" * full + "─" * (size - full)
     return f"{task.what + ' ':<{LABEL}}{bar}  {'  '.join([*pieces, when])}"[: width - 1]
+
+
+def plain_line(task: Task) -> str:
+    """What, how many, and how long, for a file."""
+    count = f"{task.done:,.0f}{f' of {task.total:,.0f}' if task.total else ''} {task.unit}".rstrip()
+    left = "" if math.isnan(task.seconds_left) else f", about {duration(task.seconds_left)} left"
+    return f"mlx-qlora: {task.what} {count}{left}\n"
 
 
 COLUMNS = {"step": 8, "epoch": 6, "examples": 9, "train loss": 10, "val loss": 9}
@@ -99,6 +110,7 @@ class Screen:
         self._follower: Callable[[], None] = lambda: None
         self._live: Live | None = None
         self._lock, self._failed = threading.Lock(), False
+        self._silence, self._next = SILENCE, progress.now() + SILENCE
 
     def tick(self) -> None:
         """Look once: the follower first, then the lines of the tasks."""
@@ -124,7 +136,13 @@ class Screen:
     def _look(self) -> None:
         self._follower()
         console, under_way = self.console, progress.tasks()
-        if not under_way or not console.is_terminal or console.quiet:
+        if not under_way or console.quiet:
+            return
+        if not console.is_terminal:
+            if progress.now() >= self._next and not in_kernel():
+                sys.stderr.write(visible(plain_line(under_way[0])))
+                self._silence = min(2 * self._silence, LONGEST_SILENCE)
+                self._next = progress.now() + self._silence
             return
         lines = [drawn(task_line(task, console.width), console) for task in under_way]
         if self._live is None:

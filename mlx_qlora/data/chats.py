@@ -94,6 +94,22 @@ def alpaca_prompt(instruction: str, input: str = "", preamble: bool = False) -> 
     return PREAMBLE.format(before) + task if preamble else task
 
 
+MARK = "\N{WHITE SQUARE}"  # in the place of a question
+
+
+def alpaca_template(bos: bool, name: str = ALPACA[0]) -> str:
+    """A chat template (Jinja) that writes each question as `alpaca_prompt` does, after a BOS."""
+    before, after = alpaca_prompt(MARK, preamble=name == ALPACA[1]).split(MARK)
+    return (
+        "{{ bos_token }}" * bos + "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        f"{{{{ {before!r} + message['content'] + {after!r} }}}}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{{ message['content'] + eos_token + '\\n\\n' }}"
+        "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
+    )
+
+
 UNKNOWN_BEGIN = (
     "the chat template writes a prompt in another way once its answer follows, and has no "
     "{% generation %} markers, so it is not known where answers begin; name a template for "

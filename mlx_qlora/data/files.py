@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_qlora.errors import ConfigError, DataError, listing, waiting
+from mlx_qlora.errors import ConfigError, DataError, did_you_mean, listing, waiting
 from mlx_qlora.model.hub import check_environment
 from mlx_qlora.progress import doing
 
@@ -118,7 +118,10 @@ def find_files(path: str | Path | None) -> dict[str, list[RowFile]]:
             return {"train": files}
         if hub_id:
             return {"train": [RowFile(text, "hub", hub_id.groups())]}
-        raise DataError(f"data file {text} is missing; give the path of a file or folder of rows")
+        beside = place.parent.iterdir() if place.parent.is_dir() else ()
+        near = did_you_mean(place.stem, (), {each.stem: repr(each.name) for each in beside})
+        remedy = near or "; give the path of a file or folder of rows"
+        raise DataError(f"data file {text} is missing{remedy}")
 
 
 def kind_of(path: Path) -> str | None:
@@ -398,12 +401,18 @@ class _ArrayText:
 
 
 def _csv_rows(file: IO[bytes], name: str) -> Rows:
-    """Rows of a CSV file as dicts by its header; a quoted field may hold line breaks."""
+    """Rows of a CSV file as dicts by its header; a quoted field may hold line breaks.
+
+    Columns are between commas, or between semicolons or tabs if the header has these alone, as
+    spreadsheets write them where a comma is in numbers.
+    """
     csv.field_size_limit(sys.maxsize)
     # A generator of text and not a TextIOWrapper, which would close the file a second time.
-    lines = itertools.chain([file.readline().removeprefix(BOM)], file)
+    first = file.readline().removeprefix(BOM)
+    others = [mark for mark in (";", "\t") if mark.encode() in first and b"," not in first]
+    lines = itertools.chain([first], file)
     text = (line.decode("utf-8", "surrogateescape") for line in lines)
-    reader = csv.reader(text, strict=True)
+    reader = csv.reader(text, delimiter=[*others, ","][0], strict=True)
     try:
         header = next(reader, [])
     except csv.Error as error:

@@ -22,7 +22,7 @@ from mlx_qlora.data.marks import (
     is_weight,
     refuse_other_tasks,
 )
-from mlx_qlora.errors import DataError
+from mlx_qlora.errors import DataError, did_you_mean
 
 # ---- a row -> what it says -----------------------------------------------------------------------
 
@@ -178,7 +178,10 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
     """A row whose fields have our names; a DataError if one that must be there is not."""
     for field, column in columns.items():
         if column not in row and field not in OPTIONAL_COLUMNS:
-            raise DataError(f"field {column!r}, which data.columns takes as {field}, is missing")
+            near = did_you_mean(column, map(str, row))
+            raise DataError(
+                f"field {column!r}, which data.columns takes as {field}, is missing{near}"
+            )
     rest = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
     return rest | {field: row[column] for field, column in columns.items() if column in row}
 

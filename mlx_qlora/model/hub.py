@@ -267,8 +267,8 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     if status == 403:
         return f"your token may not read {repo} (403); give it read permission, or another token"
 
-    again = "run the same command again; finished files are kept"
     is_partial = (cache / f"models--{repo.replace('/', '--')}" / "snapshots").exists()
+    again = f"run the same command again{'; finished files are kept' * is_partial}"
     found = f"{repo} is {'only in part' if is_partial else 'not'} in the cache {cache}, and"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"{found} HF_HUB_OFFLINE is set; unset it and {again}; {WITHOUT_HUB}"

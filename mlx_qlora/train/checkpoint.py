@@ -288,6 +288,19 @@ class Start(NamedTuple):
     damaged: list[str]  # what is wrong with newer checkpoints, which were passed over
 
 
+def named_checkpoint(config: CheckpointingConfig) -> Path | None:
+    """The folder that a config names to go on from, if any; a ConfigError if that is none."""
+    wanted = str(config.resume_from_checkpoint)
+    if wanted in ("auto", "none"):
+        return None
+    if not is_ours(path := Path(wanted).expanduser()):
+        raise ConfigError(
+            f"checkpointing.resume_from_checkpoint: {path} is no checkpoint; name a folder "
+            "checkpoint-N of a run, or auto for the newest"
+        )
+    return path
+
+
 def checkpoint_to_resume(
     config: CheckpointingConfig,
     state: RunState,
@@ -303,13 +316,9 @@ def checkpoint_to_resume(
             where there are some, or one that was made from another config, data or model, or with
             other numerics.
     """
-    wanted = str(config.resume_from_checkpoint)
-    if wanted == "none":
+    if config.resume_from_checkpoint == "none":
         return Start(None, state, [])
-    if wanted != "auto":
-        path = Path(wanted).expanduser()
-        if not is_ours(path):
-            raise ConfigError(f"checkpointing.resume_from_checkpoint: {path} is no checkpoint")
+    if (path := named_checkpoint(config)) is not None:
         return Start(path, _same_run(path, read_state(path), state, defaults or {}), [])
     damaged = []
     for path in reversed(checkpoints(Path(config.output_dir))):

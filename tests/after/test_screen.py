@@ -325,3 +325,22 @@ def test_a_long_message_is_folded_below_its_label_and_keeps_its_words():
     assert all(part.startswith(" " * 10 + "o") for part in shown[1:])
     assert " ".join("".join(shown).split()).count("one-word/and/path.jsonl") == 12
     assert fold("short", 80) == "short"
+
+
+def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(time, capsys):
+    console = Console(file=(printed := io.StringIO()))
+    with shown(console), progress.doing("scoring", 40, "rows") as task:
+        time.passes(29)
+        assert capsys.readouterr().err == ""
+        task.advance(10)
+        time.passes(2)
+        assert capsys.readouterr().err == (
+            "mlx-qlora: scoring 10 of 40 rows, about 1.4 minutes left\n"
+        )
+        time.passes(3600)
+        lines = capsys.readouterr().err.splitlines()
+        assert 5 < len(lines) < 12, "more and more rarely"
+    assert printed.getvalue() == "", "what a command prints stays as it is"
+    with shown(Console(file=printed, quiet=True)), progress.doing("scoring"):
+        time.passes(3600)
+    assert capsys.readouterr() == ("", "")

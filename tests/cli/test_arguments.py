@@ -242,6 +242,7 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("inspect rows.jsonl more.csv", "one source of rows; got rows.jsonl and more.csv"),
         ("inspect rows.jsonl --data more.csv", "got rows.jsonl and more.csv"),
         ("inspect data.path=more.csv rows.jsonl", "got rows.jsonl and more.csv"),
+        ("train data.columns={instruction: q, output: a}", "put quotes around it: data.columns='{"),
         ("generate --model m ~nobody=1", "mlx-qlora: expected section.field=value; got "),
     ],
 )

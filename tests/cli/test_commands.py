@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 from support.command_line import QUICK, printed_json
+from transformers import AutoTokenizer
 
 import mlx_qlora as mq
 from mlx_qlora.cli import COMMANDS, main
 from mlx_qlora.commands import RUN
 from mlx_qlora.config import SECTIONS, build, read_yaml
+from mlx_qlora.data.chats import alpaca_prompt
 from mlx_qlora.loading import as_taught
 from mlx_qlora.model.lora import trainable_count
 
@@ -241,43 +243,51 @@ def test_a_model_is_asked_with_the_system_message_that_its_rows_had(chat_folder,
         assert (data.system, data.template) == (wanted, "chat")
 
 
-@pytest.mark.parametrize(
-    ("row", "unlike", "like"),
-    [
-        ({"instruction": "Say", "output": "a"}, "--prompt", "--instruction"),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "Say"},
-                    {"role": "assistant", "content": "a"},
-                ]
-            },
-            "--instruction",
-            "--prompt",
-        ),
-    ],
-)
-def test_generate_says_that_a_question_is_not_like_the_rows(
-    row, unlike, like, chat_folder, tmp_path, capsys
-):
-    rows, adapter = tmp_path / "rows.jsonl", tmp_path / "out"
-    rows.write_text(f"{json.dumps(row)}\n" * 8)
-    words = [
-        "--model",
-        str(chat_folder),
-        "--data",
-        str(rows),
-        "--max-steps",
-        "1",
-        "model.bits=null",
-    ]
-    assert main(["train", *words, "--output-dir", str(adapter), "--quiet"]) == 0
-    ask = ["generate", "--adapter", str(adapter), "generation.max_new_tokens=2"]
-    assert main([*ask, unlike, "Say"]) == 0
-    assert f"ask with {like}" in " ".join(capsys.readouterr().err.split())
-    for fine in ([like, "Say"], [unlike, "Say", "data.template=chat"]):
-        assert main([*ask, *fine]) == 0
-        assert "ask with" not in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def taught(chat_folder, tmp_path_factory):
+    """Adapters of a model that chats: of instructions, and of chats."""
+    turns = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "a"}]
+    rows = {"alpaca": {"instruction": "Say", "output": "a"}, "messages": {"messages": turns}}
+    place = tmp_path_factory.mktemp("taught")
+    for form, row in rows.items():
+        (place / f"{form}.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+        words = ["train", "--model", str(chat_folder), "--data", str(place / f"{form}.jsonl")]
+        words += ["--max-steps", "1", "model.bits=null", "--output-dir", str(place / form)]
+        assert main([*words, "--quiet"]) == 0
+    return place
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--instruction"])
+@pytest.mark.parametrize("form", ["alpaca", "messages"])
+def test_a_question_is_written_as_the_rows_were(form, flag, taught, chat_folder, capsys):
+    ask = ["generate", "--adapter", str(taught / form), flag, "Say", "--seed", "1", "--json"]
+    assert main(ask) == 0
+    answer = printed_json(capsys)["text"]
+    model, tokenizer = mq.load(chat_folder, adapter=taught / form)
+    turns = [{"role": "user", "content": "Say"}]
+    asked = {"alpaca": alpaca_prompt("Say"), "messages": turns}
+    assert answer == mq.generate(model, tokenizer, asked[form], seed=1)
+    other = asked["messages" if form == "alpaca" else "alpaca"]
+    assert answer != mq.generate(model, tokenizer, other, seed=1)
+    asked_so = {"--prompt": "data.template=chat", "--instruction": "data.template=alpaca"}[flag]
+    assert main([*ask, asked_so]) == 0, "unless another form is named"
+    wanted = turns if flag == "--prompt" else alpaca_prompt("Say")
+    assert printed_json(capsys)["text"] == mq.generate(model, tokenizer, wanted, seed=1)
+
+
+@pytest.mark.parametrize("form", ["alpaca", "messages"])
+def test_a_merged_model_chats_as_the_rows_were(form, taught, tmp_path, capsys):
+    is_text, use = form == "alpaca", ["--adapter", str(taught / form), "--output-dir"]
+    assert main(["merge", *use, str(tmp_path / "merged")]) == 0
+    assert ("template " in capsys.readouterr().out) == is_text
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    turns = [{"role": "user", "content": "Say"}]
+    text = merged.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text.removeprefix("<|bos|>").startswith("### Instruction:") == is_text
+    if is_text:
+        assert text == "<|bos|>" * text.startswith("<|bos|>") + alpaca_prompt("Say")
+    assert main(["export", *use, str(tmp_path / "gguf"), "--gguf-model"]) == 0
+    assert ("### Response:" in (tmp_path / "gguf" / "Modelfile").read_text()) == is_text
 
 
 def test_a_run_keeps_the_system_message_that_its_rows_share(chat_folder, tmp_path, capsys):

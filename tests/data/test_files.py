@@ -131,6 +131,9 @@ def test_an_empty_and_a_missing_file_are_named(tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
     reason = f"data file {path} is missing; give the path of a file or folder of rows"
     assert refusal(path) == reason
+    write(tmp_path, "questions.csv")
+    path = tmp_path / "question.csv"
+    assert refusal(path) == f"data file {path} is missing; did you mean 'questions.csv'?"
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(
@@ -558,14 +561,17 @@ def test_csv_rows_may_span_lines_and_are_checked_against_the_header(tmp_path: Pa
 
 @with_fixture
 @given(
-    st.lists(st.tuples(words, words), max_size=6), st.sampled_from(["\n", "\r\n"]), st.booleans()
+    st.lists(st.tuples(words, words), max_size=6),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+    st.sampled_from(",;\t"),
 )
 def test_any_csv_comes_back_with_the_lines_that_its_rows_begin_on(
-    tmp_path: Path, rows: list[tuple[str, str]], end: str, bom: bool
+    tmp_path: Path, rows: list[tuple[str, str]], end: str, bom: bool, mark: str
 ) -> None:
     text = io.StringIO(newline="")
-    text.write(f"instruction,output{end}")
-    writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator=end)
+    text.write(f"instruction{mark}output{end}")
+    writer = csv.writer(text, delimiter=mark, quoting=csv.QUOTE_ALL, lineterminator=end)
     expected = []
     for row in rows:
         line = 1 + text.getvalue().count("\n")
@@ -573,6 +579,12 @@ def test_any_csv_comes_back_with_the_lines_that_its_rows_begin_on(
         expected.append((line, dict(zip(("instruction", "output"), row))))
     content = text.getvalue().encode("utf-8-sig" if bom else "utf-8")
     assert read(tmp_path / "rows.csv", content) == expected
+
+
+def test_a_header_with_a_comma_has_no_other_mark_between_columns(tmp_path: Path) -> None:
+    content = b"output,a;b\tc\n1;2,3\n"
+    assert read(tmp_path / "rows.csv", content) == [(2, {"output": "1;2", "a;b\tc": "3"})]
+    assert read(tmp_path / "rows.csv", b"text\n1;2\n") == [(2, {"text": "1;2"})]
 
 
 def test_a_csv_row_that_is_none_hides_no_other(tmp_path: Path) -> None:

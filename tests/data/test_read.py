@@ -719,6 +719,9 @@ def test_columns_of_other_names_read_what_the_formats_own_names_say(
     assert examples.digest == read_examples(rows(20), tokenizer).digest
     assert list(examples.contents) == list(read_examples(rows(20), tokenizer).contents)
     assert str(examples.report).startswith(f"{path} (alpaca, q as instruction, a as output): 20 ")
+    misspelt = replace(config, columns={"instruction": "q", "output": "texd"})
+    with pytest.raises(DataError, match=r"field 'texd', .* is missing; did you mean 'text'\?"):
+        read_examples(path, tokenizer, misspelt)
 
 
 def test_two_mappings_of_a_file_do_not_share_their_tokens(

@@ -130,7 +130,7 @@ def test_the_collector_finds_what_a_reader_finds():
     commands = [step.text for page, step in of_kind("shell") if page == "README.md"]
     assert {"make demo", "make test"} <= {*commands}
     (generate,) = [c for c in commands if c.startswith("mlx-qlora generate")]
-    assert shlex.split(generate)[-2:] == ["--instruction", "What does a P/E of 25 mean?"]
+    assert shlex.split(generate)[-2:] == ["--prompt", "What does a P/E of 25 mean?"]
     assert all("#" not in command for command in commands)
     (joined,) = [
         s.text

@@ -12,8 +12,7 @@ PACKAGE = ROOT / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
-    {"errors", "progress", "tree", "folders"},
-    {"names", "fields"},
+    {"errors", "progress", "tree", "folders", "names", "fields"},
     {"device", "distributed"},
     {"cpu"},
     {"model"},
@@ -25,7 +24,7 @@ ORDER = [
     {"before"},
     {"after"},
     {"sweep"},
-    {"cli", "commands", "__main__", "train.__main__"},
+    {"cli", "commands", "exports", "__main__", "train.__main__"},
 ]
 # The core reaches what surrounds it at one place, when a run has something to show.
 LATE = {("run", "after.observer")}

@@ -5,22 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.command_line import ROOT
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import crash
-from crash import RANDOM, ROOT, LeftAlone, Moment
+from crash import RANDOM, LeftAlone, Moment
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> LeftAlone:
-    return LeftAlone(tmp_path_factory.mktemp("crash"))
+def alone(warm: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> LeftAlone:
+    return warm.submit(LeftAlone, tmp_path_factory.mktemp("crash")).result()
 
 
-def test_four_of_four_killed_runs_end_identically_and_leave_nothing_behind(alone):
+def test_four_of_four_killed_runs_end_identically_and_leave_nothing_behind(warm, alone):
     moments = [
         [Moment(RANDOM, 0.5), Moment(RANDOM, 0.5)],
         [  # with half of a checkpoint's moments on disk; then before a checkpoint gets its name
@@ -33,9 +34,8 @@ def test_four_of_four_killed_runs_end_identically_and_leave_nothing_behind(alone
             Moment("rename", "out/adapter_model.safetensors"),
         ],
     ]
-    with ThreadPoolExecutor(2) as pool:
-        names = [f"trial-{number}" for number in range(len(moments))]
-        trials = [*pool.map(crash.run_trial, [alone] * len(moments), names, moments)]
+    names = [f"trial-{number}" for number in range(len(moments))]
+    trials = [*warm.map(crash.run_trial, [alone] * len(moments), names, moments)]
     assert [trial.killed for trial in trials[1:]] == moments[1:]
     assert all(trial.killed for trial in trials)
     assert [trial.problems for trial in trials] == [[]] * len(moments)

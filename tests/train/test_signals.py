@@ -13,12 +13,14 @@ import termios
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from rich.console import Console
+from support.command_line import ROOT
 from support.training import settings
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -70,13 +72,34 @@ sys.exit(main(sys.argv[4:]))
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> crash.LeftAlone:
-    return crash.LeftAlone(tmp_path_factory.mktemp("interruption"))
+def alone(warm: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> crash.LeftAlone:
+    return warm.submit(crash.LeftAlone, tmp_path_factory.mktemp("interruption")).result()
+
+
+@pytest.fixture
+def resumes(warm: ProcessPoolExecutor, alone: crash.LeftAlone) -> Callable[[Path, int], None]:
+    """The same command goes on from that step, and ends like the run that was left alone."""
+
+    def check(place: Path, step: int) -> None:
+        done = warm.submit(crash.end_of, crash.command(alone.inputs, place)).result()
+        assert (done.code, done.err) == (0, "")
+        assert f"continuing from {place / 'out' / f'checkpoint-{step}'}\n" in done.out
+        assert crash.differences(alone.out, place / "out") == []
+        assert crash.names(place / "out") == crash.names(alone.out)
+
+    return check
 
 
 def paused(words: list[str], place: str, number: int, seconds_after: float = 0.0) -> Any:
     """A process that waits at the numbered place, and what it printed until then."""
-    process = crash.start(words, ["-c", PAUSING, place, str(number), str(seconds_after)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAUSING, place, str(number), str(seconds_after), *words],
+        cwd=ROOT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     return process, read_until(process, "waiting")
 
 
@@ -89,21 +112,13 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
     raise AssertionError(f"it ended before: {lines} {process.communicate()[1]}")
 
 
-def resumes(alone: crash.LeftAlone, place: Path, step: int) -> None:
-    """The same command goes on from that step, and ends like the run that was left alone."""
-    process = crash.start(crash.command(alone.inputs, place))
-    printed, said = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, said) == (0, "")
-    assert f"continuing from {place / 'out' / f'checkpoint-{step}'}\n" in printed
-    assert crash.differences(alone.out, place / "out") == []
-    assert crash.names(place / "out") == crash.names(alone.out)
-
-
 # ---- a real run --------------------------------------------------------------------------------
 
 
 @BOTH
-def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(name, alone, tmp_path):
+def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(
+    name, alone, resumes, tmp_path
+):
     """In the first of the two micro-batches of step 11."""
     process, _ = paused(crash.command(alone.inputs, tmp_path), "micro-batch", 21)
     process.send_signal(signal.Signals[name])
@@ -116,7 +131,7 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_it(name,
     assert "micro-batch" not in printed and "done" not in printed
     assert json.loads((kept / "trainer_state.json").read_text())["global_step"] == 10
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-    resumes(alone, tmp_path, 10)
+    resumes(tmp_path, 10)
 
 
 HANGING = """
@@ -141,7 +156,7 @@ def hang_up(words: list[str], ready: Callable[[], bool]) -> int:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, *words],
-        cwd=crash.ROOT,
+        cwd=ROOT,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         stdin=theirs,
         stdout=theirs,
@@ -164,14 +179,14 @@ def hang_up(words: list[str], ready: Callable[[], bool]) -> int:
         process.kill()
 
 
-def test_a_closed_terminal_saves_the_last_finished_step(alone, tmp_path):
+def test_a_closed_terminal_saves_the_last_finished_step(alone, resumes, tmp_path):
     metrics = tmp_path / "out" / "metrics.jsonl"
     words = ["-m", "mlx_qlora", *crash.command(alone.inputs, tmp_path)]
     code = hang_up(words, lambda: metrics.exists() and '"step": 9,' in metrics.read_text())
     assert code == 128 + signal.SIGHUP
     (*_, last) = sorted(int(p.name.partition("-")[2]) for p in metrics.parent.glob("checkpoint-*"))
     assert last >= 9
-    resumes(alone, tmp_path, last)
+    resumes(tmp_path, last)
 
 
 def test_what_follows_a_closed_terminal_is_no_second_thought(tmp_path):
@@ -185,7 +200,7 @@ def test_a_pipe_that_closes_with_the_terminal_is_written_to_no_more(tmp_path):
     """As of a launcher, which passes on what its processes print."""
     process = subprocess.Popen(
         [sys.executable, "-c", HANGING, str(tmp_path / "saved")],
-        cwd=crash.ROOT,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
@@ -218,11 +233,11 @@ def test_a_second_signal_stops_at_once(name, alone, tmp_path):
     assert there == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_a_signal_during_validation_leaves_it_to_the_next_process(alone, tmp_path):
+def test_a_signal_during_validation_leaves_it_to_the_next_process(warm, alone, resumes, tmp_path):
     """The checkpoint without it is replaced, and a kill between the two renames harms nothing."""
     process, _ = paused(crash.command(alone.inputs, tmp_path), "validation", 2)
     process.send_signal(signal.SIGTERM)
-    printed, said = process.communicate(timeout=PATIENCE)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert f"saved {tmp_path / 'out' / 'checkpoint-12'}. " in said
     evals = [r["step"] for r in crash.figures(tmp_path / "out") if "eval_loss" in r]
@@ -230,12 +245,11 @@ def test_a_signal_during_validation_leaves_it_to_the_next_process(alone, tmp_pat
 
     words = crash.command(alone.inputs, tmp_path)
     moment = crash.Moment("rename", "out/checkpoint-12")
-    killed = crash.start(words, crash.killing(tmp_path, moment))
-    printed, _ = killed.communicate(timeout=PATIENCE)
-    assert killed.returncode == -signal.SIGKILL
-    assert "step 12: validation loss" in printed
+    killed = warm.submit(crash.end_of, words, tmp_path, moment).result()
+    assert killed.code == -signal.SIGKILL
+    assert "step 12: validation loss" in killed.out
     assert not (tmp_path / "out" / "checkpoint-12").exists(), "the kill is between the renames"
-    resumes(alone, tmp_path, 12)
+    resumes(tmp_path, 12)
 
 
 # ---- in Python ---------------------------------------------------------------------------------
