@@ -460,7 +460,9 @@ def unused(config: RunConfig, reasons: dict[str, str]) -> list[str]:
     return lines
 
 
-def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list[str]:
+def explained(
+    config: RunConfig, settled: RunConfig, examples: Examples, validation: Examples | None
+) -> list[str]:
     """A line for each thing that `settle` has put a number to, with the reason."""
     asked, training, checkpointing = config.training, settled.training, settled.checkpointing
     batches = batches_of(examples, settled.data, training, processes())
@@ -484,7 +486,8 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
     if settled.data.system != config.data.system:
         shown = textwrap.shorten(settled.data.system or "", 60, placeholder=" ...")
         lines.append(f"system    {shown!r} begins every row; generate and chat begin with it, too")
-    every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
+    every = {"eval_steps": "a validation"} if validation else {}
+    every["save_steps"] = "a checkpoint"
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
     if auto:
         what = " and ".join(every[name] for name in auto)

@@ -342,7 +342,7 @@ def open_inputs(
     if split:
         parts = "split     {train:,} train, {validation:,} validation, {test:,} test"
         say(console, parts.format(**inputs.sizes))
-        for line in explained(config, settled, train):
+        for line in explained(config, settled, train, validation):
             say(console, line)
     return inputs
 
@@ -399,7 +399,10 @@ def fine_tune(
         model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (it was
             trained before, or an adapter was attached) it goes on training those. In the output
             folder of its last run it begins, or continues, as that run did.
+        tokenizer: from `load`, as `read_examples` had it; a copy is kept with the adapter.
         train_examples: from `read_examples`.
+        validation: rows that are not trained, whose loss is measured at every
+            `checkpointing.eval_steps`, and before and after for the result.
         config: everything else; the defaults if not given.
         console: where progress goes; standard error if not given.
 
@@ -429,7 +432,7 @@ def fine_tune(
         check_examples(tokenizer, model.config, train_examples, validation)
         chosen = as_measured_for(model, config, console)
         settled = settle(chosen, model.config, train_examples)
-        for line in explained(config, settled, train_examples):
+        for line in explained(config, settled, train_examples, validation):
             say(console, line)
         check_needs(config, validation)
         for line in without_effect(config, settled, train_examples, validation):

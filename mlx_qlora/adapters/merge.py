@@ -126,7 +126,7 @@ def save_merged(
             are if the adapter does not touch them: embedding and head, and others packed so.
         max_shard_bytes: most bytes of tensors in one file; a larger matrix has a file of its own.
         rows: of training, for `quantize` to make up for its errors on, and held out, to measure
-            the drift on (`train_validation_test` reads them). None rounds plainly.
+            the drift on (`read_examples` reads them). None rounds plainly.
 
     Raises:
         AdapterError: the model has no LoRA layers.

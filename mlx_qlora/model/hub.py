@@ -157,7 +157,7 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
         # Raises if the hub is away, which tells a partial cache from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
     except hub_errors() as error:
-        raise SourceError(explain(error, repo, revision)) from error
+        raise SourceError(explain(error, repo, revision)) from None
     if missing and not weights:
         missing = _missing_files(folder, names)
         left = tuple(_shards(folder, names))
@@ -231,7 +231,7 @@ def on_offer(
     except SourceError:
         raise
     except hub_errors() as cause:
-        raise SourceError(explain(cause, repo, revision)) from cause
+        raise SourceError(explain(cause, repo, revision)) from None
     cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
     to_fetch = sum(sizes[name] for name, path in cached.items() if not isinstance(path, str))
     return config if isinstance(config, dict) else {}, sum(sizes[name] for name in names), to_fetch

@@ -478,6 +478,10 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.freeze()
 
+    def __repr__(self) -> str:  # of MLX's own, a notebook would show every module
+        source = getattr(getattr(self, "source", None), "source", self.config.model_type)
+        return f"LlamaForCausalLM({source}, {len(self.layers)} layers)"
+
     def __call__(
         self,
         tokens: mx.array,

@@ -1,6 +1,7 @@
-"""A notebook: cells that are run again, with the model that the last time has trained."""
+"""A notebook: cells that are run again, what they show, and what they say of the result."""
 
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from support.tiny_folder import write_model
 from support.training import PUBLIC, Finished, assert_same, at_step, make_examples, settings, stop
 
 import mlx_qlora as mq
+from mlx_qlora.after import observer, screen
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.tree import flat
 
 SHAPE: dict[str, Any] = {
-    **{"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48},
+    **{"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64},
     **{"num_attention_heads": 2, "num_key_value_heads": 1},
 }
 ADAPTER = "adapter_model.safetensors"
@@ -32,13 +34,13 @@ class Notebook:
     def __init__(self, folder: Path, **how: Any) -> None:
         self.model, self.tokenizer = mq.load(folder, **how)
 
-    def run(self, out: Path, **fields: Any) -> Finished:
+    def run(self, out: Path, *, validated: bool = True, **fields: Any) -> Finished:
         printed = io.StringIO()
         result = mq.fine_tune(
             self.model,
             self.tokenizer,
             make_examples(),
-            make_examples(6, seed=9),
+            make_examples(6, seed=9) if validated else None,
             settings(out, **{**PUBLIC, **fields}),
             console=Console(file=printed, width=300),
         )
@@ -117,3 +119,58 @@ def test_what_is_refused_leaves_the_model_as_it_was_trained(folder, tmp_path):
     assert notebook.weights() == trained
     notebook.run(tmp_path / "out")
     assert notebook.weights() == trained
+
+
+# ---- what a cell shows, and what it says ---------------------------------------------------------
+
+
+def test_a_cell_shows_each_step_and_not_only_those_that_are_logged(folder, tmp_path, monkeypatch):
+    notes, seen = [], threading.Event()
+
+    def show(self: Any, note: str) -> None:
+        notes.append(note)
+        if note.startswith("Step 3 of 8") and "loss " in note:
+            seen.set()
+
+    monkeypatch.setattr(observer, "in_kernel", lambda: True)
+    monkeypatch.setattr(observer.Observer, "_show_cell", show)
+    monkeypatch.setattr(screen, "EVERY", 0.01)
+    with at_step(3, lambda _: seen.wait(30)):
+        Notebook(folder).run(tmp_path / "out", validated=False, logging_steps=10)
+    assert seen.is_set(), notes
+
+
+def test_the_result_compares_the_held_out_rows_before_and_after(folder, tmp_path):
+    notebook = Notebook(folder)
+    run = notebook.run(tmp_path / "out")
+    examples = make_examples(6, seed=9)
+    after = mq.evaluate(run.model, notebook.tokenizer, examples).loss
+    with mq.disabled(run.model):
+        before = mq.evaluate(run.model, notebook.tokenizer, examples).loss
+    scores = run.result.test_scores
+    assert scores["before"].loss == pytest.approx(before, rel=1e-6)
+    assert scores["after"].loss == pytest.approx(after, rel=1e-6)
+    html = run.result.html
+    assert f"{before:.4f} → {after:.4f}" in html and "before and after" in html
+    assert "No row was held out" not in html
+    assert "(mean of 2 steps)" in html, "of steps 7 and 8: a record comes after every third step"
+
+
+def test_without_held_out_rows_nothing_is_said_of_validations_or_of_the_beginning(folder, tmp_path):
+    run = Notebook(folder).run(
+        tmp_path / "out", validated=False, eval_steps="auto", learning_rate=0.1
+    )
+    assert "a validation" not in run.printed
+    assert "from step 3 to step 8" in run.result.html
+    assert "Before the training it was not measured." in run.result.html
+
+
+def test_what_to_do_next_is_said_in_python_and_can_be_run(folder, tmp_path):
+    run = Notebook(folder, quantize=mq.QuantConfig(8, 32)).run(tmp_path / "out")
+    ask, load = run.printed.partition("next      ")[2].strip().splitlines()
+    assert "mlx-qlora" not in ask + load
+    names: dict[str, Any] = {"mq": mq}
+    exec(load.strip(), names)
+    assert isinstance(eval(ask, names), str)
+    weights = [flat(model.trainable_parameters()) for model in (run.model, names["model"])]
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
