@@ -4,11 +4,9 @@ import argparse
 import errno
 import glob
 import io
-import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -50,7 +48,10 @@ from mlx_qlora.folders import (
     disk_errors,
     is_merged,
     json_object,
+    parse_json,
+    remove,
     user_cache,
+    user_path,
 )
 from mlx_qlora.loading import (
     form_of_rows,
@@ -494,7 +495,7 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
 def _target(folder: str) -> Path:
     if not folder:
         raise ConfigError(f"{OUTPUT} must name a folder; got nothing")
-    return Path(folder).expanduser()
+    return user_path(folder)
 
 
 def _push(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
@@ -571,12 +572,12 @@ def _cache(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
             sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
             about = json_object(folder / "about.json")
             with suppress(KeyError, TypeError, ValueError):  # of tokens it is text with a checksum
-                about = json.loads(about["about"])
+                about = dict(parse_json(about["about"]))
             of = about.get("source", folder.name)
             entries.append({"kind": kind, "folder": folder, "of": of, "bytes": sum(sizes)})
             say(console, f"{size(sum(sizes)):>13}  {kind:<9}{of}")
             if args.clear:
-                shutil.rmtree(folder)
+                remove(folder)
     total, done = sum(entry["bytes"] for entry in entries), "removed from" if args.clear else "in"
     say(console, f"cache     {size(total)} {done} {user_cache()}")
     return {"entries": entries, "bytes": total, "cleared": args.clear}

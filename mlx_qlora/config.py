@@ -25,7 +25,7 @@ from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option, require
-from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text
+from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text, user_path
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
@@ -163,8 +163,9 @@ def read_yaml(
     Raises:
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
     """
+    file = user_path(path)
     try:
-        content = parse_yaml(read_text(Path(path).expanduser(), MOST_YAML), _Loader)
+        content = parse_yaml(read_text(file, MOST_YAML), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except ValueError as error:
@@ -335,11 +336,14 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
     if not examples:
         return replace(config, training=training)
     steps = training.total_steps(batches_of(examples, config.data, training, processes()))
-    # Whoever asks the adapter something begins as all rows did.
-    system = config.data.system or examples.report.shared_system
+    # Whoever asks the adapter something begins as all rows did, if the record can hold it.
+    shared = examples.report.shared_system
+    with contextlib.suppress(ValueError):
+        build({"data": {"system": shared}})
+        parse_yaml(yaml.safe_dump([shared, shared]))  # twice, as there is more in a record
+        config = replace(config, data=replace(config.data, system=config.data.system or shared))
     return replace(
         config,
-        data=replace(config.data, system=system),
         training=replace(training, warmup_steps=training.warmup_of(steps)),
         checkpointing=config.checkpointing.for_steps(steps),
     )
@@ -484,6 +488,8 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
     if settled.data.system != config.data.system:
         shown = textwrap.shorten(settled.data.system or "", 60, placeholder=" ...")
         lines.append(f"system    {shown!r} begins every row; generate and chat begin with it, too")
+    elif (examples.report.shared_system or settled.data.system) != settled.data.system:
+        lines.append("system    the message of every row is not kept: no record can hold it")
     every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
     if auto:

@@ -606,8 +606,8 @@ def test_a_csv_row_that_is_none_hides_no_other(tmp_path: Path) -> None:
         (b'"text"x\na\n', "no header: ',' expected after '\"'"),
         (b"a,b\r1,2\r", "no header: new-line character"),
         ("text,b\r\na,b\r\n".encode("utf-16"), "no header: new-line character seen"),
-        (b"a,b,a\n1,2,3\n", "the header names 'a' twice; give each column its own name"),
-        (b"text,,\na,,\n", "the header names '' twice; give each column its own name"),
+        (b"a,b,a\n1,2,3\n", "the header has 'a' twice; rename one"),
+        (b"text,,\na,,\n", "the header has '' twice; rename one"),
     ],
     ids=itertools.count(),
 )
