@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ from mlx_qlora.data.store import (
 )
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
+from mlx_qlora.folders import TAG, new_staging
 
 FILES = ["about.json", "rows.npy", "tokens.bin", "weights.bin"]
 
@@ -397,6 +399,51 @@ def test_rows_that_fail_leave_nothing(
     with pytest.raises(error, match="no more"):
         on_disk(tmp_path / "entry" if is_kept else None, pieces(), dict)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for folder in (tmp_path / "entry", None):
+        if not os.fork():
+
+            def pieces() -> Any:
+                yield from pieces_of(SOME)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            on_disk(folder, pieces(), dict)
+        os.wait()
+        (dead,) = tmp_path.iterdir()
+        living, lock = new_staging(tmp_path, TAG)
+        on_disk(tmp_path / "entry", pieces_of(SOME), dict)
+        assert not dead.exists() and sorted(os.listdir(tmp_path)) == [living.name, "entry"]
+        os.close(lock)
+        shutil.rmtree(living)
+        shutil.rmtree(tmp_path / "entry")
+
+
+@pytest.mark.parametrize("name", [*FILES])
+def test_what_is_no_file_is_no_entry(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "entry", SOME)
+    (tmp_path / "entry" / name).unlink()
+    os.mkfifo(tmp_path / "entry" / name)
+    assert cached(tmp_path / "entry") is None and os.listdir(tmp_path) == []
+
+
+def test_an_entry_that_nests_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "entry", SOME)
+    (tmp_path / "entry" / "about.json").write_text("[" * 100_000)
+    assert cached(tmp_path / "entry") is None and os.listdir(tmp_path) == []
+
+
+def test_a_link_in_the_place_of_an_entry_is_removed_and_not_followed(tmp_path: Path) -> None:
+    (away := tmp_path / "away").mkdir()
+    (away / "mine").touch()
+    (home := tmp_path / "tokens").mkdir()
+    (home / "entry").symlink_to(away)
+    assert cached(home / "entry") is None
+    assert os.listdir(home) == [] and os.listdir(away) == ["mine"]
 
 
 # ---- without a cache ---------------------------------------------------------------------------
