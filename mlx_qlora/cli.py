@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora import __version__
+from mlx_qlora.errors import visible
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ def make_parser(
         all_fields: whether to have help on all of their fields.
         needed: words; commands that are not among them are only named, as flags take time.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mlx-qlora",
         description="Fine-tune Llama, Qwen, Gemma and other decoders with QLoRA, in pure MLX.",
     )
@@ -255,6 +256,12 @@ def make_parser(
             if ways := COMPLETED.get(str(action.metavar)):
                 action.complete = ways  # pyright: ignore[reportAttributeAccessIssue]
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    # Python's neither spells out what it quotes nor says that it could not be written.
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(visible(message), end="", file=file or sys.stderr, flush=True)
 
 
 class _Field(argparse.Action):
@@ -426,13 +433,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is done, 2 the user's input is wrong, 1 `doctor` found an error, 128 + n signal n.
     """
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:  # or a file would be standard output
+        os.set_inheritable(nowhere, True)
+    os.close(nowhere)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that it cannot show ends no command
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _command(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, and not when Python ends: it may be a pipe that has broken
+        sys.stdout.flush()  # here, and not when Python ends: it may be a pipe that has broken
         return code
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # the terminal may be gone
@@ -440,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"mlx-qlora: {stop}", file=sys.stderr, flush=True)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except OSError as error:  # of what is printed: files have errors of their own
-        if sys.stdout is None or not _output_fails():
+        if not _output_fails():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # whoever read us has seen enough, as `head` has

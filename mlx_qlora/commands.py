@@ -4,10 +4,8 @@ import argparse
 import errno
 import glob
 import io
-import json
 import os
 import re
-import shutil
 import signal
 import sys
 import textwrap
@@ -36,7 +34,7 @@ from mlx_qlora.errors import (
     warn,
     write_out,
 )
-from mlx_qlora.folders import json_object, user_cache
+from mlx_qlora.folders import json_object, parse_json, remove, user_cache
 from mlx_qlora.loading import form_of_rows, model_to_ask, recorded
 from mlx_qlora.names import preset, whose
 from mlx_qlora.train.checkpoint import last_checkpoint
@@ -414,12 +412,12 @@ def _cache(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
             sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
             about = json_object(folder / "about.json")
             with suppress(KeyError, TypeError, ValueError):  # of tokens it is text with a checksum
-                about = json.loads(about["about"])
+                about = dict(parse_json(about["about"]))
             of = about.get("source", folder.name)
             entries.append({"kind": kind, "folder": folder, "of": of, "bytes": sum(sizes)})
             say(console, f"{size(sum(sizes)):>13}  {kind:<9}{of}")
             if args.clear:
-                shutil.rmtree(folder)
+                remove(folder)
     total, done = sum(entry["bytes"] for entry in entries), "removed from" if args.clear else "in"
     say(console, f"cache     {size(total)} {done} {user_cache()}")
     return {"entries": entries, "bytes": total, "cleared": args.clear}

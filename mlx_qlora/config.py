@@ -5,6 +5,7 @@ together. A field that does not exist, a value of the wrong type and a pair that
 other are errors before anything else happens.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -24,7 +25,7 @@ from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, did_you_mean, listing
 from mlx_qlora.fields import coerce, config_section, option
-from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text
+from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text, user_path
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
@@ -155,8 +156,9 @@ def read_yaml(
     Raises:
         ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
     """
+    file = user_path(path)
     try:
-        content = parse_yaml(read_text(Path(path).expanduser(), MOST_YAML), _Loader)
+        content = parse_yaml(read_text(file, MOST_YAML), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except ValueError as error:
@@ -335,11 +337,14 @@ def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = No
     if not examples:
         return replace(config, training=training)
     steps = training.total_steps(batches_of(examples, config.data, training, processes()))
-    # Whoever asks the adapter something begins as all rows did.
-    system = config.data.system or examples.report.shared_system
+    # Whoever asks the adapter something begins as all rows did, if the record can hold it.
+    shared = examples.report.shared_system
+    with contextlib.suppress(ValueError):
+        build({"data": {"system": shared}})
+        parse_yaml(yaml.safe_dump([shared, shared]))  # twice, as there is more in a record
+        config = replace(config, data=replace(config.data, system=config.data.system or shared))
     return replace(
         config,
-        data=replace(config.data, system=system),
         training=replace(training, warmup_steps=training.warmup_of(steps)),
         checkpointing=config.checkpointing.for_steps(steps),
     )
@@ -486,6 +491,8 @@ def explained(
     if settled.data.system != config.data.system:
         shown = textwrap.shorten(settled.data.system or "", 60, placeholder=" ...")
         lines.append(f"system    {shown!r} begins every row; generate and chat begin with it, too")
+    elif (examples.report.shared_system or settled.data.system) != settled.data.system:
+        lines.append("system    the message of every row is not kept: no record can hold it")
     every = {"eval_steps": "a validation"} if validation else {}
     every["save_steps"] = "a checkpoint"
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]

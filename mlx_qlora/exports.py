@@ -23,6 +23,7 @@ from mlx_qlora.folders import (
     check_writable,
     disk_errors,
     is_merged,
+    user_path,
 )
 from mlx_qlora.loading import in_form_of_rows, loaded, rows_of_run, with_adapter, with_model
 from mlx_qlora.model.quantize import FLOAT_MODES, QuantConfig
@@ -72,7 +73,9 @@ def _rows_of_run(
         warn(console, f"rounded plainly, and not measured: {why}; name rows with --data FILE")
     else:
         say(console, "rounding  layer by layer, so that the run's rows lose least, and measured on")
-        say(console, "          held-out rows; on two CPU cores a minute for 100 million parameters")
+        say(
+            console, "          held-out rows; on two CPU cores a minute for 100 million parameters"
+        )
     return rows
 
 
@@ -153,7 +156,7 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
 def _target(folder: str) -> Path:
     if not folder:
         raise ConfigError(f"{OUTPUT} must name a folder; got nothing")
-    return Path(folder).expanduser()
+    return user_path(folder)
 
 
 def push(config: RunConfig, console: Console, args: argparse.Namespace) -> dict[str, Any]:

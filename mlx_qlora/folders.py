@@ -52,7 +52,7 @@ def staged(
     # Inside an existing folder: its parent may be another disk, or not writable.
     is_inside = folder.exists() and not replace
     remove_leftovers(folder)
-    staging, lock = _new_staging(*((folder, TAG) if is_inside else (folder.parent, folder.name)))
+    staging, lock = new_staging(*((folder, TAG) if is_inside else (folder.parent, folder.name)))
     try:
         staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would make the finished folder private
         yield staging
@@ -93,7 +93,7 @@ def staged(
 LEFTOVER = re.compile(r"\.(.*)-[a-z0-9_]{8}\.(tmp|old)")
 
 
-def _new_staging(home: Path, name: str) -> tuple[Path, int]:
+def new_staging(home: Path, name: str) -> tuple[Path, int]:
     """A new folder, and the descriptor that locks it as long as this process lives."""
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=home))
     lock = os.open(staging, os.O_RDONLY)
@@ -102,7 +102,7 @@ def _new_staging(home: Path, name: str) -> tuple[Path, int]:
     if staging.exists():
         return staging, lock
     os.close(lock)  # another process took it for a dead one's, before it was locked
-    return _new_staging(home, name)
+    return new_staging(home, name)
 
 
 def remove_leftovers(folder: Path, parts: str = TAG) -> None:
@@ -126,7 +126,10 @@ def _in_use(staging: Path) -> bool:
     """Whether the process that made it lives, or may do so where there are no locks."""
     if not staging.is_dir():
         return False
-    lock = os.open(staging, os.O_RDONLY)
+    try:
+        lock = os.open(staging, os.O_RDONLY)
+    except OSError:  # another user's, in a folder of all
+        return True
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -137,8 +140,8 @@ def _in_use(staging: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or a link and not what it points to, as far as the system lets us."""
-    if path.is_symlink():
+    """Remove a folder or file, or a link and not what it points to, as far as we may."""
+    if path.is_symlink() or path.is_file():
         with suppress(OSError):
             path.unlink()
     else:
@@ -162,10 +165,16 @@ def sha256(path: Path) -> str:
 
 def user_cache() -> Path:
     """The folder for what this user's runs keep for later ones; it need not exist."""
-    place = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if place.startswith("~"):
-        raise ConfigError("this user has no home folder; set XDG_CACHE_HOME to a folder")
-    return Path(place) / "mlx-qlora"
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / TAG
+
+
+def user_path(text: str | Path | None, field: str = "it") -> Path:
+    """A path as a person writes it, `~` included; a ConfigError if it is none or has no home."""
+    if text is None or not str(text):
+        raise ConfigError(f"{field} is missing; name a file or folder")
+    if (place := os.path.expanduser(text)).startswith("~"):
+        raise ConfigError(f"there is no home folder for {text}; set {field} to a whole path")
+    return Path(place)
 
 
 def _flush(path: Path) -> None:
@@ -352,8 +361,7 @@ def is_run(folder: Path) -> bool:
 
 def is_merged(path: Path) -> bool:
     """Whether the card of a merged model lies beside a file."""
-    card = path.parent / CARD
-    return card.is_file() and MERGED_MARK in card.read_text(encoding="utf-8", errors="replace")
+    return MERGED_MARK in card_text(path.parent / CARD)
 
 
 def _is_vouched_for(folder: Path, path: Path) -> bool:
@@ -376,7 +384,7 @@ def _is_our_card(path: Path) -> bool:
     tags = card_header(path).get("tags")
     if not isinstance(tags, list) or TAG not in tags:
         return False
-    return ADAPTER_SENTENCE.search(path.read_text(encoding="utf-8", errors="replace")) is not None
+    return ADAPTER_SENTENCE.search(card_text(path)) is not None
 
 
 # ---- what strangers' files say -------------------------------------------------------------------
@@ -402,7 +410,7 @@ def reading(path: Path, error: type[UserError]) -> Iterator[None]:
         raise error(f"{path} cannot be read ({reason}); fetch or write it again") from problem
 
 
-def read_text(path: Path, most: int = MOST_JSON) -> str:
+def read_text(path: Path, most: int = MOST_JSON, errors: str = "strict") -> str:
     """The text of a small file; a ValueError if it is no UTF-8, or is not small."""
     if path.exists() and not path.is_file():  # a pipe, for instance, into which nobody writes
         raise ValueError("it is no file")
@@ -410,13 +418,20 @@ def read_text(path: Path, most: int = MOST_JSON) -> str:
         text = file.read(most + 1)
     if len(text) > most:
         raise ValueError(f"it is larger than {most:,} bytes")
-    return text.decode("utf-8")
+    return text.decode("utf-8", errors)
+
+
+def card_text(path: Path) -> str:
+    """The text of a model card, or of another file by hand; empty if there is none of its size."""
+    with suppress(OSError, ValueError):
+        return read_text(path, errors="replace")
+    return ""
 
 
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text; a ValueError if it is none, or beyond any real file's limits."""
     try:
-        value = json.loads(text, parse_int=_whole_number)
+        value = json.loads(text, parse_int=lambda digits: int(_check_digits(digits)))
         _check_size(value)
         return value
     except RecursionError:
@@ -447,15 +462,17 @@ def parse_yaml(text: str, loader: Any = None) -> Any:
         raise ValueError(f"{getattr(error, 'problem', None) or error}{where}") from None
 
 
-def _whole_number(digits: str) -> int:
+def _check_digits(digits: str) -> str:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"it has a number of {len(digits):,} digits")
-    return int(digits)
+    return digits
 
 
 def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) -> int:
     """How many values a value of JSON, or a node of YAML, holds."""
     inner = getattr(value, "value", value)
+    if str(getattr(value, "tag", "")).endswith(":int"):
+        _check_digits(inner)
     inner = inner.values() if isinstance(inner, dict) else inner
     if isinstance(inner, (str, int, float, type(None))):
         return 1
@@ -471,7 +488,7 @@ def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) 
 
 def card_header(path: Path) -> dict[str, Any]:
     """The YAML header of a model card; empty if there is none that can be read."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = card_text(path)
     try:
         return dict(parse_yaml(text[3:].split("\n---", 1)[0])) if text[:3] == "---" else {}
     except (TypeError, ValueError):  # people write it by hand

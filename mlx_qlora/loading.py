@@ -16,9 +16,9 @@ from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.preferences import KIND_OF
 from mlx_qlora.data.read import own_template, train_validation_test
-from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
+from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer, read_configs
 from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, size
-from mlx_qlora.folders import RECORD, json_object
+from mlx_qlora.folders import RECORD, json_object, reading, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
@@ -118,7 +118,7 @@ def with_model(config: RunConfig) -> RunConfig:
         return config
     if chosen.adapter is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
-    if not Path(chosen.adapter).expanduser().is_dir():
+    if not user_path(chosen.adapter).is_dir():
         raise ConfigError(
             f"model.adapter: there is no folder {chosen.adapter}; name the output folder of a run"
         )
@@ -135,7 +135,7 @@ def with_model(config: RunConfig) -> RunConfig:
 
 def recorded(adapter: str, *sections: str) -> dict[str, dict[str, Any]]:
     """Section -> field -> value of some sections, from the record of our run, if there is one."""
-    record = run_of(Path(adapter).expanduser()) / "run.yaml"
+    record = run_of(user_path(adapter)) / "run.yaml"
     values = read_yaml(record) if record.is_file() else {}
     return {section: values[section] for section in sections if section in values}
 
@@ -171,7 +171,7 @@ def as_taught(config: RunConfig) -> RunConfig:
     history = taught.history if data.history == "auto" else data.history
     system = taught.system if data.system is None else data.system
     template = taught.template if data.template == "auto" else data.template
-    copy = run_of(Path(config.model.adapter).expanduser()) / "chat_template.jinja"
+    copy = run_of(user_path(config.model.adapter)) / "chat_template.jinja"
     if template == taught.template not in NAMED and copy.is_file():
         template = "chat"  # the file that it was read from may be gone; the tokenizer has its copy
     if training.objective == "sft":
@@ -185,8 +185,8 @@ def form_of_rows(config: RunConfig) -> str:
     """The format of the rows that an adapter of ours was trained on; empty if it is not known."""
     if config.model.adapter is None:
         return ""
-    record = json_object(run_of(Path(config.model.adapter).expanduser()) / RECORD)
-    return record.get("data", {}).get("format", "")
+    data = json_object(run_of(user_path(config.model.adapter)) / RECORD).get("data")
+    return str(data.get("format", "")) if isinstance(data, dict) else ""
 
 
 def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
@@ -231,20 +231,16 @@ def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Token
     """
     if adapter is None:
         return tokenizer
-    folder = run_of(Path(adapter).expanduser())
+    folder = run_of(user_path(adapter))
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save(Path(place))
         pairs = [(folder / name, Path(place, name)) for name in SHIPPED if (folder / name).exists()]
         if all(base.exists() and filecmp.cmp(own, base, False) for own, base in pairs):
             return tokenizer
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        texts = [
-            json_object(folder / f"{name}.json") for name in ("chat_template", "tokenizer_config")
-        ]
-        template = texts[0].get("chat_template") or texts[1].get("chat_template")
-        if (file := folder / "chat_template.jinja").exists():
-            template = file.read_text(encoding="utf-8-sig")
-        return tokenizer.with_chat_template(template) if isinstance(template, str) else tokenizer
+        with reading(folder, UserError):
+            template = read_configs(folder)["chat_template"]
+        return tokenizer.with_chat_template(template) if template else tokenizer
     theirs = load_tokenizer(folder)
     theirs = replace(theirs, eos_ids=theirs.eos_ids | tokenizer.eos_ids)
     if theirs.chat_template is not None or tokenizer.chat_template is None:
@@ -267,7 +263,7 @@ def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str | None = Non
     where, instead = "that the model has", "load the model again"
     if adapter is not None:
         where, instead = adapter, "train a new adapter without --adapter"
-        if is_mlx_lm(Path(adapter).expanduser()):  # which lists every matrix, and scale x rank
+        if is_mlx_lm(user_path(adapter)):  # which lists every matrix, and scale x rank
             unsaid |= {"target_modules", "layers_to_transform", "lora_alpha"}
     for name in (each.name for each in fields(LoraConfig)):
         wanted, has = getattr(asked, name), getattr(trained, name)

@@ -53,6 +53,7 @@ from mlx_qlora.folders import (
     locked,
     remove_leftovers,
     staged,
+    user_path,
     write_whole,
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
@@ -300,7 +301,7 @@ def open_inputs(
     if writes and config.model.base_model_name_or_path is None:
         original_base(files)
     if writes and config.model.adapter is not None:
-        trained = read_adapter_config(Path(config.model.adapter).expanduser())
+        trained = read_adapter_config(user_path(config.model.adapter))
         check_lora(config.lora, trained, config.model.adapter)
     tokenizer = with_tokenizer_of(config.model.adapter, load_tokenizer(files.path, metadata))
     validation = test = None
@@ -363,7 +364,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     check_writable(output, WRITTEN, OUTPUT)
     checkpoints = [path.name for path in output.glob("checkpoint-*")]
     check_writable(output, checkpoints, OUTPUT, is_ours=is_ours)
-    same = adapter is not None and output.resolve() == Path(adapter).expanduser().resolve()
+    same = adapter is not None and output.resolve() == user_path(adapter).resolve()
     if same and not is_run(output):
         raise ConfigError(
             f"{OUTPUT}: {output} holds the adapter that training continues from, which would be "

@@ -15,7 +15,7 @@ from mlx_qlora.adapters.peft import (
     write_peft,
 )
 from mlx_qlora.errors import AdapterError, require
-from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged
+from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged, user_path
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,7 @@ def save_portable(
     """
     updates = _plain_updates(model, "vLLM and llama.cpp do not support DoRA")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     check_writable(folder, ADAPTER_FOLDER, whole=True)
     rank = max(len(A) for A, _, _ in updates.values())
     tensors = {}
@@ -104,7 +104,7 @@ def save_gguf_adapter(
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     require_gguf(model)
     updates = _plain_updates(model, "llama.cpp does not support DoRA")
-    file = Path(file).expanduser()
+    file = user_path(file)
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.

@@ -36,7 +36,7 @@ from mlx_qlora.errors import (
     require,
     waiting,
 )
-from mlx_qlora.folders import check_writable, json_object, staged
+from mlx_qlora.folders import check_writable, json_object, staged, user_path
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import (
@@ -105,7 +105,7 @@ def save_gguf_model(
     """
     check_type(type)
     require_gguf(model)
-    folder, written = Path(folder).expanduser(), type if type in TYPES else "bf16"
+    folder, written = user_path(folder), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
     check_writable(folder, [file.name], is_ours=is_ours)

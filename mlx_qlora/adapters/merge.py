@@ -34,6 +34,7 @@ from mlx_qlora.folders import (
     is_merged,
     remove_leftovers,
     staged,
+    user_path,
 )
 from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
@@ -138,7 +139,7 @@ def save_merged(
     layers_of(model)
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     require(max_shard_bytes >= 1, "max_shard_bytes", "be at least 1", max_shard_bytes)
-    target = Path(folder).expanduser().resolve()
+    target = user_path(folder).resolve()
     original = None
     if base is not None:
         original = open_checkpoint(base if isinstance(base, ModelFiles) else resolve(base))
@@ -191,7 +192,7 @@ def save_merged(
         )
         (staging / CARD).write_text(card)
         size = sum(path.stat().st_size for path in staging.iterdir())
-    return Merged(Path(folder).expanduser(), size, drift)
+    return Merged(user_path(folder), size, drift)
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
-from mlx_qlora.folders import BASE, PEFT, RECORD, json_object, sha256, write_whole
+from mlx_qlora.folders import BASE, PEFT, RECORD, card_text, json_object, sha256, write_whole
 from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 
@@ -26,7 +26,7 @@ def original_base(source: ModelFiles | None) -> str:
     base, hint = source.hf_id, json_object(source.path / "config.json").get("_name_or_path")
     card, is_gguf = source.path / "README.md", source.path.suffix.lower() == ".gguf"
     is_hint = base == hint != source.source  # and no card says so, too
-    is_hint = is_hint and not (card.is_file() and base in card.read_text(errors="replace"))
+    is_hint = is_hint and base not in card_text(card)
     if is_hint or (is_gguf and source.source not in BUILT_IN):
         note = f"{source.source} says that it was made from {base}, which the adapter names as its "
         note += f"base; if the weights were trained since then, pass {CONFIRM}"

@@ -28,6 +28,7 @@ from mlx_qlora.folders import (
     check_writable,
     reading,
     staged,
+    user_path,
 )
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
@@ -87,7 +88,7 @@ def write_adapter(
 ) -> Path:
     """As `save_adapter`, with a base's hash or, where a run's record has it, without."""
     layers_of(model)
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     check_writable(folder, ADAPTER_FOLDER)
     marks, gone = (CONFIG, MLX_COPY[0]), () if mlx_lm else MLX_COPY
     with staged(folder, marks=marks, gone=gone) as staging:
@@ -228,7 +229,7 @@ def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
         ConfigError: the folder holds an adapter that somebody else wrote.
     """
     layers_of(model)
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if (folder / WEIGHTS).exists():
         raise AdapterError(f"{folder} holds a PEFT adapter already; choose another folder")
     check_writable(folder, MLX_LM)
@@ -309,7 +310,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
             "the model already has LoRA layers; add another adapter with attach(model, folder, "
             "name), use the base with switch(model, None), or load the model again"
         )
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     check_whole(folder)
     lora, paths, passed_over = for_this_model(model, folder)
     from_mlx_lm = is_mlx_lm(folder)

@@ -30,6 +30,7 @@ from mlx_qlora.folders import (
     parse_json,
     parse_yaml,
     read_text,
+    user_path,
 )
 from mlx_qlora.model.hub import HUB_ID, check_environment, hub_errors, resolve, token_refused
 
@@ -240,7 +241,7 @@ def push_to_hub(
         raise ConfigError(
             f"{repo_id!r} cannot be the name of a repository ({error}); write it as org/name"
         ) from None
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     uploads = _collect(folder, repo_id, include_checkpoints)
     for path in (folder / name for name in uploads):
         if not (target := path.resolve()).is_relative_to(folder.resolve()):
@@ -343,7 +344,7 @@ def _check_base(path: Path) -> None:
 
 def _is_private(word: str) -> bool:
     """Whether a path is one of this machine: it exists, or would be in the user's home."""
-    path, home = Path(word.rstrip(".,;:")).expanduser(), Path.home()
+    path, home = Path(os.path.expanduser(word.rstrip(".,;:"))), Path(os.path.expanduser("~"))
     if len(path.parts) < 3 or str(path).startswith(SYSTEM):
         return False
     return os.path.exists(path) or (len(home.parts) > 2 and str(path).startswith(str(home)))

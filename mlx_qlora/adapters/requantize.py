@@ -143,7 +143,7 @@ class Inputs:
         L = np.zeros_like(H)
         for start in range(0, m, BLOCK):
             here = slice(start, start + BLOCK)
-            left = L[here, :start].astype(np.float64)
+            left, diagonal = L[here, :start].astype(np.float64), np.zeros(0)
             for below in range(start, m, BLOCK):
                 rows = slice(below, below + BLOCK)
                 part = H[np.ix_(order[rows], order[here])] - L[rows, :start] @ left.T

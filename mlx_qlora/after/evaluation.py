@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,12 @@ from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.files import find_files, user_path
+from mlx_qlora.data.files import find_files
 from mlx_qlora.data.preferences import PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, DataError, require, say, warn
-from mlx_qlora.folders import check_name, write_whole
+from mlx_qlora.folders import check_name, user_path, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
 from mlx_qlora.loading import recorded
@@ -116,7 +115,7 @@ def evaluate_run(
     if general is not None:
         say(console, f"general   {general.sentence}")
     if output is not None:
-        file = Path(output).expanduser()
+        file = user_path(output)
         record = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         try:
             write_whole(file.absolute(), record + "\n")
@@ -129,7 +128,7 @@ def evaluate_run(
 def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> None:
     adapter = config.model.adapter
     trained = adapter and recorded(adapter, "data").get("data", {}).get("path")
-    if trained and Path(str(trained)).expanduser().absolute() == Path(data).expanduser().absolute():
+    if trained and user_path(str(trained)).absolute() == user_path(data).absolute():
         better = "it is better on them than on new ones"
         warn(console, f"the adapter was trained on rows of {data}: {better}")
 
@@ -145,7 +144,7 @@ def _check_arguments(
     require(limit is None or limit >= 1, "--limit", "be at least 1", limit)
     require(n_answers >= 0, "n_answers", "be at least 0", n_answers)
     if config.model.adapter is not None:
-        read_adapter_config(Path(config.model.adapter).expanduser())
+        read_adapter_config(user_path(config.model.adapter))
     elif general_text is not None:
         raise ConfigError(
             "--general compares a model with its adapter and without it; name one with --adapter"

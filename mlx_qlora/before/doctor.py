@@ -342,7 +342,7 @@ class PlannedRun:
         from huggingface_hub import constants
 
         cache, checkpointing = Path(constants.HF_HUB_CACHE), self.config.checkpointing
-        output = Path(checkpointing.output_dir).expanduser().absolute()
+        output = Path(checkpointing.output_dir).absolute()
         # The newest ones, the best one, and one more before the oldest of them goes.
         kept = checkpointing.save_total_limit + 2
         need = kept * adapter_bytes(self.n_trained)

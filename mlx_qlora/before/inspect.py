@@ -13,12 +13,11 @@ from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.batches import IGNORE, Batches
 from mlx_qlora.data.examples import DataReport
-from mlx_qlora.data.files import user_path
 from mlx_qlora.data.preferences import JUDGEMENTS, PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, duration, say, visible, warn
-from mlx_qlora.folders import write_whole
+from mlx_qlora.folders import user_path, write_whole
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
 from mlx_qlora.train.config import RunLength, batches_of

@@ -9,7 +9,6 @@ then takes.
 import math
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.device import Machine, machine, this_machine
 from mlx_qlora.distributed import processes as processes_of_run
 from mlx_qlora.errors import ConfigError, duration
+from mlx_qlora.folders import user_path
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, target_paths
 from mlx_qlora.model.weights import Checkpoint, frozen_bytes, packed_size
@@ -396,7 +396,7 @@ def _plan_as_it_is(
     itemsize = itemsize_of(config, where)
     frozen = Frozen.of(model, checkpoint, config, where)
     adapter = config.model.adapter
-    lora = for_this_model(model, Path(adapter).expanduser())[0] if adapter else config.lora
+    lora = for_this_model(model, user_path(adapter))[0] if adapter else config.lora
     trained = trainable(model, lora)
 
     training = config.training

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import functools
 import itertools
+import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -129,6 +131,11 @@ def open_tokenizers(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[
     # A file can carry the length limits of whoever saved it; cutting rows is data.max_length's.
     backend.no_truncation()
     backend.no_padding()
+    if getattr(backend.model, "dropout", None):  # of BPE, for whoever trained with it
+        backend.model.dropout = None
+    for part in filter(None, (backend.normalizer, backend.decoder)):
+        if (times := _growth(json.loads(part.__getstate__()))) > 64:  # real ones: 2
+            raise TokenizerError(f"{path} makes a text {times:,.0f} times as long; get it again")
     known = backend.get_added_tokens_decoder()
     missing = [(i, token) for i, token in _added_tokens(config) if i not in known]
     backend.add_tokens([AddedToken(**token) for _, token in missing])
@@ -150,6 +157,14 @@ def open_tokenizers(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[
     prefix = [backend.id_to_token(i) for i in backend.encode("").ids[:1]]
     bos = config.get("bos_token")
     return TokenizersCodec(backend), {"add_bos_token": bos and prefix == [token_text(bos)]}
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """How many times as long a text may become, by what a `tokenizer.json` has it replaced with."""
+    if part["type"] == "Sequence":
+        return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or ()))
+    old, new = part.get("pattern", {}).get("String"), part.get("content", part.get("prepend", ""))
+    return max(1.0, len(new) / len(old) if old else 1.0 + len(new))
 
 
 def is_tiktoken(path: Path) -> bool:

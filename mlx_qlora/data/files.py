@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_qlora.errors import ConfigError, DataError, did_you_mean, listing, waiting
+from mlx_qlora.errors import DataError, did_you_mean, listing, waiting
+from mlx_qlora.folders import user_path
 from mlx_qlora.model.hub import check_environment
 from mlx_qlora.progress import doing
 
@@ -80,16 +80,6 @@ def readable(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"data {name} cannot be read: {error.strerror or error}") from None
-
-
-def user_path(text: str | Path | None, field: str) -> Path:
-    """A path as a person writes it, `~` included; a ConfigError if it is none or has no home."""
-    if text is None or not str(text):
-        raise ConfigError(f"{field} is missing; name a file or folder")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{field}: there is no home folder for {text}") from None
 
 
 def find_files(path: str | Path | None) -> dict[str, list[RowFile]]:
@@ -287,9 +277,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON allows a name twice and Python keeps the last: half of such a row would be lost."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = Counter(name for name, _ in pairs)
-        repeated = next(name for name, count in names.items() if count > 1)
-        raise DataError(f"field {repeated[:40]!r} appears twice")
+        raise DataError(f"field {repeated(name for name, _ in pairs)[0][:40]!r} appears twice")
     return fields
 
 
@@ -300,8 +288,20 @@ def _constant(name: str) -> None:
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
+MOST_ROW = 1 << 24  # bytes of a row; a text of JSON takes thirty times as much in memory at worst
+
+
+def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
+    """The lines of a file; a DataError for one that is no row, such as an unpacked gigabyte."""
+    lines = iter(lambda: file.readline(MOST_ROW + 1), b"")  # only \n ends one, whatever it holds
+    for number, line in enumerate(lines, 1):
+        if len(line) > MOST_ROW:
+            raise DataError(f"data file {name}, line {number}: longer than {MOST_ROW:,} bytes")
+        yield line
+
+
 def _json_lines(file: IO[bytes], name: str) -> Rows:
-    for number, line in enumerate(file, 1):  # bytes: only \n ends a line, whatever a string holds
+    for number, line in enumerate(_lines(file, name), 1):
         text = line.removeprefix(BOM) if number == 1 else line
         if number == 1 and text.strip() == b"{":
             raise DataError(
@@ -346,7 +346,6 @@ def _array_rows(file: IO[bytes]) -> Rows:
 
 
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
-LONGEST_ITEM = 1 << 28  # characters; a longer item is taken for one that never ends
 # Only finds where a value ends. It takes what _STRICT refuses (numbers of any length, NaN, a name
 # twice), so that a refused item does not hide the ones after it, as a streaming parser would.
 _LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
@@ -395,7 +394,7 @@ class _ArrayText:
             except RecursionError:
                 return DataError("not JSON, so the rest of the file is lost: nested too deeply")
             except json.JSONDecodeError as error:
-                if self._ended or len(self._text) > LONGEST_ITEM:
+                if self._ended or len(self._text) > MOST_ROW:  # it may never end
                     return DataError(f"not JSON, so the rest of the file is lost: {error.msg}")
             self._read(max(PIECE, len(self._text)))
 
@@ -406,22 +405,19 @@ def _csv_rows(file: IO[bytes], name: str) -> Rows:
     Columns are between commas, or between semicolons or tabs if the header has these alone, as
     spreadsheets write them where a comma is in numbers.
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MOST_ROW)
     # A generator of text and not a TextIOWrapper, which would close the file a second time.
-    first = file.readline().removeprefix(BOM)
+    lines = _lines(file, name)
+    first = next(lines, b"").removeprefix(BOM)
     others = [mark for mark in (";", "\t") if mark.encode() in first and b"," not in first]
-    lines = itertools.chain([first], file)
-    text = (line.decode("utf-8", "surrogateescape") for line in lines)
+    text = (x.decode("utf-8", "surrogateescape") for x in itertools.chain([first], lines))
     reader = csv.reader(text, delimiter=[*others, ","][0], strict=True)
     try:
         header = next(reader, [])
     except csv.Error as error:
         raise DataError(f"data file {name}, line 1: no header: {error}") from None
-    if repeated := [column for column in header if header.count(column) > 1]:
-        raise DataError(
-            f"data file {name}, line 1: the header names {repeated[0]!r} twice; give each column "
-            "its own name"
-        )
+    if twice := repeated(header):
+        raise DataError(f"data file {name}, line 1: the header has {twice[0]!r} twice; rename one")
     while True:
         line = reader.line_num + 1
         try:
@@ -440,6 +436,11 @@ def _csv_rows(file: IO[bytes], name: str) -> Rows:
             yield line, dict(zip(header, values))
 
 
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that are there twice, of which a dict would lose one."""
+    return [name for name, n in Counter(names).items() if n > 1]
+
+
 def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     try:
         import pyarrow.parquet
@@ -449,14 +450,17 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     number = 0
     try:
         if about.kind == "parquet":
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
+            # Few rows, as a small file may unpack to large ones.
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=16)
         else:
             batches = pyarrow.ipc.open_stream(file)
         for batch in batches:
+            if twice := repeated(batch.schema.names):
+                raise ValueError(f"it names column {twice[0]!r} twice")
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # pyarrow's, and Python's for a day or a text that it cannot hold
         after = f" after row {number}" if number else ""
         raise DataError(f"data file {about.name} is damaged{after}: {error}") from None
 

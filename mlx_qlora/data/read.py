@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mlx_qlora.data.encode import (
     forget_several_systems,
 )
 from mlx_qlora.data.examples import DataReport, Examples, FileReport
-from mlx_qlora.data.files import RowFile, find_files, in_memory, parse, raw_rows, user_path
+from mlx_qlora.data.files import RowFile, Rows, find_files, in_memory, parse, raw_rows
 from mlx_qlora.data.preferences import ANSWERS, KIND_OF, PAIRS
 from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, SYSTEM, detect_format
 from mlx_qlora.data.store import (
@@ -43,7 +43,7 @@ from mlx_qlora.data.store import (
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, DataWarning, require
 from mlx_qlora.fields import checked, config_section, option
-from mlx_qlora.folders import staged, user_cache
+from mlx_qlora.folders import read_text, staged, user_cache, user_path
 from mlx_qlora.model.llama import LlamaConfig, check_ids
 
 PEEKED = 100  # rows that are looked at to find a file's format
@@ -299,8 +299,8 @@ def own_template(config: DataConfig) -> str | None:
     if config.template in NAMED:
         return None
     try:
-        return user_path(config.template, "data.template").read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(user_path(config.template, "data.template")).removeprefix("\ufeff")
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"data.template must be auto, {', '.join(ALPACA)}, chat or a file with a template; "
             f"{config.template!r} cannot be read: {error}"
@@ -347,15 +347,16 @@ def _pieces(
 
     def all_chunks() -> Iterator[Chunk]:
         for number, file in enumerate(files):
-            rows = raw_rows(file)
-            first = list(islice(rows, PEEKED))
-            form = config.format if config.format != "auto" else _format_of(first, config.columns)
+            (rows, ahead), form = tee(raw_rows(file)), config.format
+            if form == "auto":
+                form = _format_of(islice(ahead, PEEKED), config.columns)
+            del ahead  # or all rows would be kept for it
             if report.kind == PAIRS:
                 form = "pairs"
             if (name := encoder.template.name) in ALPACA and form in ("messages", "sharegpt"):
                 raise ConfigError(f"{file.name} holds {form}; data.template={name} {CANNOT_WRITE}")
             report.files.append(FileReport(file.name, form, file.unit))
-            yield from chunks(number, file.name, form, chain(first, rows))
+            yield from chunks(number, file.name, form, rows)
 
     n_workers = default_workers() if config.num_workers is None else config.num_workers
     for chunk, piece, refused, unread in encode_chunks(all_chunks(), encoder, n_workers):
@@ -370,7 +371,7 @@ def _pieces(
         yield piece
 
 
-def _format_of(rows: list[tuple[int, Any]], columns: Mapping[str, str]) -> str:
+def _format_of(rows: Rows, columns: Mapping[str, str]) -> str:
     """The format of the columns, or the first row, that tell one; "auto" leaves it to each row."""
     for row in chain([columns], (parse(raw) for _, raw in rows)):
         if isinstance(row, Mapping):

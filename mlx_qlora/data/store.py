@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 import weakref
@@ -18,12 +17,14 @@ import numpy as np
 
 from mlx_qlora import __version__
 from mlx_qlora.errors import DataError
+from mlx_qlora.folders import TAG, new_staging, remove, remove_leftovers
 
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 # Of these files and of how rows are encoded; part of every cache key.
 VERSION = f"7, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
+FILES = ("tokens.bin", "weights.bin", "rows.npy")
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed
 ROW = np.dtype(
     [
@@ -141,25 +142,24 @@ def on_disk(
 ) -> TokenStore:
     """Writes pieces as they come, then what `about` returns, and opens what was written.
 
-    `folder` is the cache entry to write; None keeps the files as long as the store.
+    `folder` is the cache entry to write; None keeps the files as long as the store, without names.
 
     Raises:
         DataError: the disk is full, or cannot be written to.
     """
     try:
-        if folder is not None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix="staging-", dir=folder and folder.parent))
+        home = folder.parent if folder else Path(tempfile.gettempdir())
+        home.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(home)  # of killed processes
+        staging, lock = new_staging(home, TAG)
         try:
             _write(staging, pieces, about)
             if folder is not None and (store := _move_into_place(staging, folder)):
                 return store
-            store = _open(staging)
-            weakref.finalize(store, shutil.rmtree, staging, True)
-            return store
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            return _open(staging)  # whose files live on without names
+        finally:
+            os.close(lock)
+            remove(staging)
     except OSError as error:
         place = error.filename or folder or tempfile.gettempdir()
         raise DataError(
@@ -192,7 +192,6 @@ def _move_into_place(staging: Path, folder: Path) -> TokenStore | None:
             if not folder.exists():
                 raise
         if (theirs := cached(folder)) is not None:  # another run has written it meanwhile
-            shutil.rmtree(staging)
             return theirs
     return None
 
@@ -205,33 +204,34 @@ def cached(folder: Path) -> TokenStore | None:
         with contextlib.suppress(OSError):  # one that others own, or that is read-only, serves too
             os.utime(folder)
         return _open(folder)
-    aside = folder.with_name(f"staging-{folder.name}-{os.getpid()}-{time.time_ns()}")
+    aside = folder.with_name(f".{TAG}-{os.getpid():08}.tmp")  # which others may remove
     with contextlib.suppress(OSError):
         os.rename(folder, aside)  # at once: another run may write the entry again
         if _is_whole(aside):
             os.rename(aside, folder)  # it has, while the damaged one was read
             return cached(folder)
-        shutil.rmtree(aside)
+        remove(aside)
     return None
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether the files of an entry are those that its `about.json` names."""
     try:
+        if not all((folder / name).is_file() for name in (*FILES, "about.json")):
+            return False
         entry = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         checksums = _checksums(folder, entry["about"])
         return checksums == entry["checksums"] and entry["version"] == VERSION
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
 def forget_unused(folder: Path) -> None:
-    """Removes entries that no run has used for KEPT_DAYS, and the remains of a run that died."""
+    """Removes entries that no run has used for KEPT_DAYS."""
     for entry in folder.iterdir() if folder.is_dir() else ():
-        days = 1 if entry.name.startswith("staging-") else KEPT_DAYS
         with contextlib.suppress(OSError):  # another run removes it too
-            if entry.is_dir() and time.time() - entry.stat().st_mtime > days * 86_400:
-                shutil.rmtree(entry)
+            if entry.is_dir() and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86_400:
+                remove(entry)
 
 
 def _open(folder: Path) -> TokenStore:
@@ -242,7 +242,7 @@ def _open(folder: Path) -> TokenStore:
 
 
 def _checksums(folder: Path, about: str) -> dict[str, int]:
-    checksums = dict.fromkeys(("tokens.bin", "weights.bin", "rows.npy"), 0)
+    checksums = dict.fromkeys(FILES, 0)
     for name in checksums:
         with open(folder / name, "rb") as file:
             while content := file.read(1 << 20):

@@ -193,7 +193,7 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
 
 
 def _of_folder(source: Path) -> Tokenizer:
-    config = _read_configs(source)
+    config = read_configs(source)
     end_ids: list[int] = []
     for path in (source / name for name in CONFIGS):
         ends = _read_json(path).get("eos_token_id")
@@ -239,6 +239,8 @@ def _assemble(
             f"{source}: no end-of-sequence token is known; set eos_token in "
             "tokenizer_config.json or eos_token_id in generation_config.json"
         )
+    if codec.size > 1 << 24:  # some sixty times as many as in the largest vocabularies
+        raise TokenizerError(f"{source}: no model has the id {codec.size - 1:,}; download it again")
     eos_id = end_ids[0] if eos_id is None else eos_id
     ends = [codec.specials[token] for token in _ENDS if token in codec.specials]
     return Tokenizer(
@@ -256,7 +258,7 @@ def _assemble(
     )
 
 
-def _read_configs(folder: Path) -> dict[str, Any]:
+def read_configs(folder: Path) -> dict[str, Any]:
     """`tokenizer_config.json` and the files beside it as one dict, in transformers' precedence."""
     config = _read_json(folder / "tokenizer_config.json")
     named = _read_json(folder / "special_tokens_map.json")

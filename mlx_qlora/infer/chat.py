@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.console import Console
 from mlx_qlora.adapters.several import active, adapter_names, switch
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, UserError, visible
-from mlx_qlora.folders import staged
+from mlx_qlora.folders import staged, user_path
 from mlx_qlora.infer.generate import prompt_ids, room_for, stream
 from mlx_qlora.infer.tokens import GenerationConfig, PromptCache
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -188,12 +187,13 @@ class _Conversation:
             raise ConfigError("/save needs the name of a file")
         if not self.turns:
             raise ConfigError("there is nothing to save yet")
-        path = Path(name).expanduser()
+        path = user_path(name)
         row = json.dumps({"messages": self.messages}, ensure_ascii=False).encode("utf-8", "replace")
         try:
             rows = path.read_bytes() if path.exists() else b""
             rows += b"\n" if rows and not rows.endswith(b"\n") else b""
             with staged(path.parent) as staging:
                 (staging / path.name).write_bytes(rows + row + b"\n")
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # such as a NUL
+            said = getattr(error, "strerror", error)
+            raise ConfigError(f"{path} cannot be written: {said}") from error

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size, waiting
-from mlx_qlora.folders import card_header, json_object, parse_json, read_text
+from mlx_qlora.folders import card_header, card_text, json_object, parse_json, read_text
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -40,6 +40,9 @@ CONVERT = "convert to safetensors (in transformers: from_pretrained, then save_p
 OTHER_FORMATS: dict[str, str] = dict.fromkeys((".bin", ".pth", ".pt", ".ckpt"), CONVERT)
 OTHER_FORMATS |= {".npz": "convert the original again, with a current mlx-lm"}
 OTHER_FORMATS |= dict.fromkeys((".h5", ".msgpack", ".onnx"), "use the model's copy for PyTorch")
+URLS = re.compile("HF_ENDPOINT|(https?|all)_proxy", re.I)  # variables with an address
+HOST = r"([^/]*@)?(\[[\w:.]+\]|[^/?#@\s:\[\]]+)(:\d*)?(/[^?#@\s]*)?"
+ENDPOINT, PROXY = re.compile(f"(https?://{HOST})?"), re.compile(rf"((\w+://)?{HOST})?")
 CONVERTED_FROM = re.compile(r"converted to MLX format from \[`?([^\]`]+)`?\]")
 
 
@@ -177,6 +180,9 @@ def check_environment() -> None:
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         if not re.fullmatch(r"\s*[+-]?\d*\s*", value := os.environ.get(name, "")):
             raise SourceError(f"{name} must be a whole number of seconds; got {value!r}")
+    for name in filter(URLS.fullmatch, os.environ):  # what they say may hold a password
+        if not (ENDPOINT if name == "HF_ENDPOINT" else PROXY).fullmatch(os.environ[name]):
+            raise SourceError(f"{name} is no address such as http://host:8080; correct or unset it")
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -184,7 +190,8 @@ def hub_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub import errors
 
     http = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
-    return OSError, RuntimeError, http, *UNUSABLE  # RuntimeError is xet's
+    client = importlib.import_module(http.__module__.partition(".")[0])
+    return OSError, RuntimeError, http, client.InvalidURL, *UNUSABLE  # RuntimeError is xet's
 
 
 def whole_copy(repo: str, revision: str | None = None) -> Path | None:
@@ -464,8 +471,7 @@ def original_repository(files_path: Path, hub_id: str | None) -> str | None:
         return (base if relation == "quantized" else None) or str(files_path.absolute())
     # mlx-lm once kept the header of the original's card, so that base_model is the original's own
     # base, and only the sentence below it names the original.
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    sentence = CONVERTED_FROM.search(text)
+    sentence = CONVERTED_FROM.search(card_text(card))
     if original := _other_id(sentence and sentence[1], hub_id):
         return original
     if len(bases) > 1:

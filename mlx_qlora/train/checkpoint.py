@@ -72,8 +72,11 @@ class CheckpointingConfig:
         if isinstance(self.resume_from_checkpoint, bool):  # transformers' spelling
             which = "auto" if self.resume_from_checkpoint else "none"
             object.__setattr__(self, "resume_from_checkpoint", which)
-        require(bool(self.output_dir), "checkpointing.output_dir", "name a folder", "nothing")
-        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
+        for name in ("output_dir", "resume_from_checkpoint"):
+            place = os.path.expanduser(getattr(self, name))
+            is_path = place and place[0] != "~"  # that of nobody
+            require(is_path, f"checkpointing.{name}", "name a folder", place or "nothing")
+            object.__setattr__(self, name, place)
 
     def for_steps(self, steps: int) -> "CheckpointingConfig":
         """With numbers in the place of `auto`, for a run of so many steps."""
@@ -273,8 +276,8 @@ def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
     """The deciding values of a section in the run that is to go on; not yet verified, or empty."""
     wanted = str(config.resume_from_checkpoint)
     saved = checkpoints(Path(config.output_dir)) if wanted == "auto" else [Path(wanted)]
-    states = (json_object(path.expanduser() / STATE) for path in reversed(saved))
-    return next((state["config"].get(section, {}) for state in states if "config" in state), {})
+    configs = (json_object(path / STATE).get("config") for path in reversed(saved))
+    return next((config.get(section, {}) for config in configs if isinstance(config, dict)), {})
 
 
 # ---- which one to go on from ---------------------------------------------------------------------
@@ -293,7 +296,7 @@ def named_checkpoint(config: CheckpointingConfig) -> Path | None:
     wanted = str(config.resume_from_checkpoint)
     if wanted in ("auto", "none"):
         return None
-    if not is_ours(path := Path(wanted).expanduser()):
+    if not is_ours(path := Path(wanted)):
         raise ConfigError(
             f"checkpointing.resume_from_checkpoint: {path} is no checkpoint; name a folder "
             "checkpoint-N of a run, or auto for the newest"

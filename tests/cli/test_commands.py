@@ -308,3 +308,16 @@ def test_a_run_keeps_the_system_message_that_its_rows_share(chat_folder, tmp_pat
     again = ["train", "--config", str(adapter / "run.yaml"), "--output-dir", str(tmp_path / "b")]
     assert main(again) == 0
     assert "data.system" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", ["be\0brief", "[" * 300, "Be brief. " * 30_000])
+def test_a_system_message_that_no_record_holds_is_not_kept(system, chat_folder, tmp_path, capsys):
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": "Say"}]
+    row = json.dumps({"messages": [*turns, {"role": "assistant", "content": "a"}]})
+    rows, adapter = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(f"{row}\n" * 8)
+    words = ["train", "--model", str(chat_folder), "--data", str(rows), "--max-steps", "1"]
+    words += ["data.truncation=left-context"]
+    assert main([*words, "--output-dir", str(adapter), "model.bits=null", "lora.r=2"]) == 0
+    assert "the message of every row is not kept" in capsys.readouterr().out
+    assert main(["generate", "--adapter", str(adapter), "--prompt", "Say", "--raw"]) == 0

@@ -152,6 +152,32 @@ def test_what_is_not_granted_is_one_message(wrong, train, capsys, tmp_path, monk
         assert "checkpoint-2 is complete" in error
 
 
+NOBODY = "~nobody-of-this-name/it"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--config", NOBODY],
+        ["generate", "--adapter", NOBODY, "--prompt", "x"],
+        ["train", "--model", "x", "--data", "x", "--output-dir", NOBODY],
+        ["train", "--model", "x", "--data", "x", "--resume", NOBODY],
+        ["inspect", "--model", "smollm2-135m", "--data", NOBODY],
+        ["merge", "--model", "x", "--adapter", NOBODY, "--output-dir", NOBODY],
+        ["export", "--model", "x", "--adapter", NOBODY, "--output-dir", NOBODY],
+        ["push", NOBODY, "me/it"],
+        ["doctor", "--self-test", "--report", NOBODY],
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_nobody_is_refused_at_once(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mlx-qlora: ") and error.count("\n") == 1, error
+    assert NOBODY in error and not os.listdir(tmp_path)
+
+
 def test_the_limit_is_raised_no_further_than_needed(monkeypatch):
     from mlx_qlora.device import allow_files
 

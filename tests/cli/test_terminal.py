@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from support.command_line import call
+from support.command_line import call, shell
 from support.tiny_folder import write_random_model
 
 from mlx_qlora.after.screen import Screen
@@ -96,7 +96,23 @@ def strange_config(base: Path) -> list[Any]:
     return ["train", "--model", base, "--config", "c.yaml"]
 
 
-MEMBERS = [strange_tensor, strange_shard, strange_record, strange_template, strange_row_file]
+def strange_flag(base: Path) -> list[Any]:
+    return ["inspect", "--model", base, f"--{HOSTILE}"]  # as a shell makes of a name and a *
+
+
+def strange_word(base: Path) -> list[Any]:
+    return ["cache", HOSTILE]
+
+
+MEMBERS = [
+    strange_flag,
+    strange_word,
+    strange_tensor,
+    strange_shard,
+    strange_record,
+    strange_template,
+    strange_row_file,
+]
 MEMBERS += [strange_field, strange_model_type, strange_adapter, strange_config]
 
 
@@ -178,6 +194,23 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
         'pip install "httpx[socks]" and write socks5:// in ALL_PROXY, or unset it',
     ),
     "SOCKS of no version": ({"all_proxy": "socks://127.0.0.1:9/"}, 'pip install "httpx[socks]"'),
+    "a password with a slash": (
+        {"HF_ENDPOINT": "http://user:hunter2/hunter2@127.0.0.1:9"},
+        "HF_ENDPOINT is no address such as http://host:8080; correct or unset it",
+    ),
+    "an address without http": (
+        {"HF_ENDPOINT": "user:hunter2@127.0.0.1:9"},
+        "HF_ENDPOINT is no address",
+    ),
+    "a token in the address": (
+        {"HF_ENDPOINT": "http://127.0.0.1:9/?token=hunter2"},
+        "HF_ENDPOINT is no address",
+    ),
+    "a slash in a proxy's": (
+        {"HTTP_PROXY": "http://user:hunter2/hunter2@127.0.0.1:9"},
+        "HTTP_PROXY is no address",
+    ),
+    "half of an address": ({"https_proxy": "http://user:hunter2@[::1"}, "https_proxy is no addr"),
     "a token beyond ASCII": ({"HF_TOKEN": "hf_\xe4"}, "correct or unset"),
     "a timeout by a word": (
         {"HF_HUB_DOWNLOAD_TIMEOUT": "abc"},
@@ -209,6 +242,7 @@ def test_what_the_environment_causes_is_one_line_without_a_password(
         ["inspect", "--data", "rows.jsonl"],
         ["generate", "--prompt", "x", "generation.max_new_tokens=2"],
         ["plan", "--json"],
+        ["train", "--help"],
     ],
     ids=" ".join,
 )
@@ -218,6 +252,28 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str], base: Path)
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     said = "mlx-qlora: standard output cannot be written: No space left on device\n"
     assert (ended.returncode, ended.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- <&-", "2>&-"])
+@pytest.mark.parametrize("words", ["plan", "plan --json", "train --print-config"])
+def test_a_stream_that_is_closed_is_as_one_that_nobody_reads(
+    words: str, closed: str, base: Path
+) -> None:
+    ended = shell(f"$us {words} --model {base} {closed}")
+    assert ended.returncode == 0 and not ended.stderr
+    assert bool(ended.stdout) == (closed == "2>&-")
+
+
+def test_an_error_that_nobody_reads_is_no_answer(base: Path) -> None:
+    ended = shell("$us generate --model nowhere --prompt x 2>&-")
+    assert (ended.returncode, ended.stdout) == (2, b"")
+
+
+def test_no_file_of_ours_takes_the_place_of_a_closed_stream(base: Path) -> None:
+    words = "training.max_steps=1 lora.r=2 generation.max_new_tokens=1 model.bits=null"
+    line = f"$us train --model {base} --data rows.jsonl --output-dir out {words} >&- 2>&- <&-"
+    assert shell(line).returncode == 0
+    assert not any(b"training " in path.read_bytes() for path in Path("out").glob("*.jsonl"))
 
 
 def test_output_that_is_not_utf8_shows_what_it_can(base: Path) -> None:

@@ -8,8 +8,10 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -606,8 +608,8 @@ def test_a_csv_row_that_is_none_hides_no_other(tmp_path: Path) -> None:
         (b'"text"x\na\n', "no header: ',' expected after '\"'"),
         (b"a,b\r1,2\r", "no header: new-line character"),
         ("text,b\r\na,b\r\n".encode("utf-16"), "no header: new-line character seen"),
-        (b"a,b,a\n1,2,3\n", "the header names 'a' twice; give each column its own name"),
-        (b"text,,\na,,\n", "the header names '' twice; give each column its own name"),
+        (b"a,b,a\n1,2,3\n", "the header has 'a' twice; rename one"),
+        (b"text,,\na,,\n", "the header has '' twice; rename one"),
     ],
     ids=itertools.count(),
 )
@@ -630,6 +632,99 @@ def test_a_csv_field_may_be_long_and_a_file_may_hold_no_row(tmp_path: Path) -> N
     assert read(tmp_path / "a.csv", "a\n" + "x" * 1_000_000) == [(2, {"a": "x" * 1_000_000})]
     assert read(tmp_path / "b.csv", "a,b\n") == []
     assert read(tmp_path / "c.csv.gz", "a,b\n1,2\n") == [(2, {"a": "1", "b": "2"})]
+
+
+def packed(path: Path) -> None:
+    with gzip.open(path, "wb", 1) as file:
+        file.write(b'{"text": "')
+        for _ in range(600):
+            file.write(b"a" * (1 << 20))
+        file.write(b'"}\n')
+
+
+def table(**columns: Any) -> Callable[[Path], Any]:
+    def write(path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = {"text": ["a"]} | {name: make(pyarrow) for name, make in columns.items()}
+        names = ["text" if name == "twice" else name for name in rows]
+        arrays = [pyarrow.array(column) for column in rows.values()]
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, names), path)
+
+    return write
+
+
+def struct_of_two(pyarrow: Any) -> Any:
+    return pyarrow.StructArray.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["x", "x"])
+
+
+LONG = 2**24 + 1
+# What a file holds that unpacks to gigabytes, or to what Python has no value for -> what is said.
+STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "an endless line": ("r.jsonl.gz", packed, "line 1: longer than 16,777,216 bytes"),
+    "a long line": (
+        "r.jsonl",
+        lambda path: path.write_bytes(b'{"text": "b"}\n{"text": "' + b"a" * LONG + b'"}\n'),
+        "line 2: longer than 16,777,216 bytes",
+    ),
+    "a long header": ("r.csv", lambda path: path.write_bytes(b"a" * LONG), "line 1: longer than"),
+    "a long item": (
+        "r.json",
+        lambda path: path.write_bytes(b'[{"text": "' + b"a" * 3 * LONG),
+        "so the rest of the file is lost",
+    ),
+    "a quote that never ends": (
+        "r.csv",
+        lambda path: path.write_bytes(b'text\n"' + b"a\n" * (1 + LONG // 2)),
+        "field larger than field limit (16777216)",
+    ),
+    "many columns": (
+        "r.csv",
+        lambda path: path.write_text(",".join(map(str, range(100_000))) + "\n0\n"),
+        "1 fields, where the header has 100000",
+    ),
+    "a day beyond all": (
+        "r.parquet",
+        table(day=lambda a: a.array([2**31 - 1], a.int32()).cast(a.date32())),
+        "r.parquet is damaged: ",
+    ),
+    "a time beyond all": (
+        "r.parquet",
+        table(time=lambda a: a.array([2**62], a.timestamp("us"))),
+        "r.parquet is damaged: ",
+    ),
+    "a time that takes long": (
+        "r.parquet",
+        table(time=lambda a: a.array([2**62], a.duration("s"))),
+        "r.parquet is damaged: ",
+    ),
+    "text that is none": (
+        "r.parquet",
+        table(other=lambda a: a.array([b"\xff"], a.binary()).view(a.string())),
+        "r.parquet is damaged: 'utf-8' codec",
+    ),
+    "fields of one name": ("r.parquet", table(s=struct_of_two), "r.parquet is damaged: "),
+    "columns of one name": (
+        "r.parquet",
+        table(twice=lambda a: a.array(["b"])),
+        "r.parquet is damaged: it names column 'text' twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_no_row_can_hold_is_one_error(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file, write, said = STRANGE[name]
+    if file.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    write(tmp_path / file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError) as caught:
+        read_examples(tmp_path / file, tokenizer, DataConfig(cache_dir=None, num_workers=0))
+    assert said in str(caught.value) and len(str(caught.value)) < 1000
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 500 << (20 if sys.platform == "darwin" else 10)
 
 
 # ---- lines and rows ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ from mlx_qlora.data.store import (
 )
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
+from mlx_qlora.folders import TAG, new_staging
 
 FILES = ["about.json", "rows.npy", "tokens.bin", "weights.bin"]
 
@@ -334,14 +336,14 @@ def test_no_entry_is_none(tmp_path: Path) -> None:
 
 
 def test_what_was_not_used_for_long_is_removed(tmp_path: Path) -> None:
-    days = {"today": 0, "29": 29, "31": 31, "staging-now": 0.9, "staging-dead": 1.1}
+    days = {"today": 0, "29": 29, "31": 31}
     for name, age in days.items():
         write(tmp_path / name, SOME)
         os.utime(tmp_path / name, 2 * (time.time() - age * 86_400,))
     (tmp_path / "mine.txt").touch()
     os.utime(tmp_path / "mine.txt", (0, 0))
     forget_unused(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["29", "mine.txt", "staging-now", "today"]
+    assert sorted(os.listdir(tmp_path)) == ["29", "mine.txt", "today"]
     forget_unused(tmp_path / "none")
 
 
@@ -399,19 +401,61 @@ def test_rows_that_fail_leave_nothing(
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for folder in (tmp_path / "entry", None):
+        if not os.fork():
+
+            def pieces() -> Any:
+                yield from pieces_of(SOME)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            on_disk(folder, pieces(), dict)
+        os.wait()
+        (dead,) = tmp_path.iterdir()
+        living, lock = new_staging(tmp_path, TAG)
+        on_disk(tmp_path / "entry", pieces_of(SOME), dict)
+        assert not dead.exists() and sorted(os.listdir(tmp_path)) == [living.name, "entry"]
+        os.close(lock)
+        shutil.rmtree(living)
+        shutil.rmtree(tmp_path / "entry")
+
+
+@pytest.mark.parametrize("name", [*FILES])
+def test_what_is_no_file_is_no_entry(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "entry", SOME)
+    (tmp_path / "entry" / name).unlink()
+    os.mkfifo(tmp_path / "entry" / name)
+    assert cached(tmp_path / "entry") is None and os.listdir(tmp_path) == []
+
+
+def test_an_entry_that_nests_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "entry", SOME)
+    (tmp_path / "entry" / "about.json").write_text("[" * 100_000)
+    assert cached(tmp_path / "entry") is None and os.listdir(tmp_path) == []
+
+
+def test_a_link_in_the_place_of_an_entry_is_removed_and_not_followed(tmp_path: Path) -> None:
+    (away := tmp_path / "away").mkdir()
+    (away / "mine").touch()
+    (home := tmp_path / "tokens").mkdir()
+    (home / "entry").symlink_to(away)
+    assert cached(home / "entry") is None
+    assert os.listdir(home) == [] and os.listdir(away) == ["mine"]
+
+
 # ---- without a cache ---------------------------------------------------------------------------
 
 
-def test_files_that_no_cache_keeps_go_with_their_store(
+def test_files_that_no_cache_keeps_have_no_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     store = on_disk(None, pieces_of(SOME), dict)
-    (staging,) = tmp_path.iterdir()
-    assert sorted(os.listdir(staging)) == FILES and content_of(store) == SOME_ROWS
-    del store
-    gc.collect()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [], "so that nothing can be left of them"
+    assert content_of(store) == SOME_ROWS
 
 
 def test_a_slice_keeps_the_files_of_its_examples(
@@ -424,7 +468,6 @@ def test_a_slice_keeps_the_files_of_its_examples(
     last, digest = examples[15:], examples[15:].digest
     del examples
     gc.collect()
-    assert len(os.listdir(tmp_path / "temporary")) == 1
     assert [example.line for example in last] == [16, 17, 18, 19, 20] and last.digest == digest
     del last
     gc.collect()

@@ -592,6 +592,15 @@ def test_length_limits_left_in_the_file_do_not_cut(tmp_path):
     assert tokenizer.decode(tokenizer.encode(CORPUS[2])) == CORPUS[2]
 
 
+def test_dropout_left_in_the_file_changes_no_id(tmp_path):
+    folder = bpe_folder(tmp_path, **SPELLINGS["strings"])
+    plain = load_tokenizer(folder).encode(CORPUS[2])
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["model"]["dropout"] = 0.9
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    assert load_tokenizer(folder).encode(CORPUS[2]) == plain
+
+
 def test_save_copies_what_the_folder_has(tmp_path):
     folder = bpe_folder(tmp_path / "base", **SPELLINGS["map of dicts"])
     (folder / "chat_template.jinja").write_text("{{ messages }}")

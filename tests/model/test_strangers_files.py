@@ -75,6 +75,32 @@ def number(name: str, value: float) -> Callable[[Path], Any]:
     return spoil
 
 
+def tokenizer(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        change(said := json.loads(path.read_text()))
+        path.write_text(json.dumps(said))
+
+    return spoil
+
+
+def replacing(pattern: dict[str, str], new: str, n: int) -> dict[str, Any]:
+    return {
+        "type": "Sequence",
+        "normalizers": n * [{"type": "Replace", "content": new} | {"pattern": pattern}],
+    }
+
+
+def in_decoder(said: dict[str, Any]) -> None:
+    grows = replacing({"Regex": "."}, "aa", 40)["normalizers"]
+    said["decoder"] = {"type": "Sequence", "decoders": [said["decoder"], *grows]}
+
+
+def distant_id(said: dict[str, Any]) -> None:
+    vocabulary = said["model"]["vocab"]
+    vocabulary[[*vocabulary][-1]] = 2**32 - 2
+
+
 def pipe(name: str) -> Callable[[Path], Any]:
     def spoil(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -144,6 +170,16 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "cannot be read (string indices must be integers",
     ),
     "an end that is a half": (config_of_tokenizer(eos_token="\ud800"), "surrogates not allowed"),
+    "a text twice as long, 40 times": (
+        tokenizer(lambda t: t.update(normalizer=replacing({"String": "a"}, "aa", 40))),
+        "tokenizer.json makes a text 1,099,511,627,776 times as long",
+    ),
+    "a text between all letters": (
+        tokenizer(lambda t: t.update(normalizer=replacing({"String": ""}, "a" * 1000, 4))),
+        "tokenizer.json makes a text 1,004,006,004,001 times as long",
+    ),
+    "an answer that grows": (tokenizer(in_decoder), "times as long; get it again"),
+    "an id beyond all": (tokenizer(distant_id), "no model has the id 4,294,967,294"),
     "an end by a word": (config(eos_token_id="x"), "eos_token_id must be an id or a list of ids"),
 }
 
@@ -242,6 +278,7 @@ YAMLS = {
     "brackets": ("lora: " + "[" * 3000, "nested too deeply"),
     "braces within limits": ("lora: " + "{a: " * 70 + "1" + "}" * 70, "nested too deeply"),
     "digits": (f"lora: {{r: {'9' * 6000}}}\n", "is not YAML"),
+    "hexadecimal digits": (f"lora: {{r: 0x{'f' * 6000}}}\n", "it has a number of 6,002 digits"),
     "a number without digits": ('lora: {r: !!int ""}\n', "is not YAML"),
     "a day that is none": ("lora: {r: !!timestamp x}\n", "is not YAML"),
     "a flag that is none": ("lora: {r: !!bool x}\n", "is not YAML"),
@@ -264,6 +301,79 @@ def test_what_is_wrong_with_yaml_is_one_line(
     assert call(*words[way]) == 2
     out, err = capsys.readouterr()
     assert said in err and err.startswith("mlx-qlora: ") and err.count("\n") == 1 and not out, err
+
+
+# ---- beside an adapter ---------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, base: Path, **fields: Any) -> Path:
+    folder.mkdir()
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    said["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(said | fields))
+    n = json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 64), "B": (64, 2)}
+    pairs = {name.format(i, x): np.zeros(shapes[x], "f4") for i in range(n) for x in "AB"}
+    save_file(pairs, folder / "adapter_model.safetensors")
+    return folder
+
+
+def hollow(name: str) -> Callable[[Path], Any]:
+    """A file of 2 GB that takes no room."""
+
+    def make(folder: Path) -> None:
+        with (folder / name).open("wb") as file:
+            file.truncate(2 << 30)
+
+    return make
+
+
+TEMPLATE = "chat_template.jinja"
+BESIDE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a template of bytes": (
+        lambda folder: (folder / TEMPLATE).write_bytes(b"\xff"),
+        "chat_template.jinja is damaged: 'utf-8' codec can't decode",
+    ),
+    "a template that is a pipe": (pipe(TEMPLATE), "chat_template.jinja is damaged: it is no file"),
+    "a folder": (lambda folder: (folder / TEMPLATE).mkdir(), "is damaged: it is no file"),
+    "gigabytes": (hollow(TEMPLATE), "is damaged: it is larger than 16,777,216 bytes"),
+    "a template by a number": (text("tokenizer_config.json", '{"chat_template": 7}'), "got 7"),
+    "a template that nests": (text("chat_template.json", DEEP), "is nested too deeply"),
+    "a record of a list": (text("training_args.json", '{"data": []}'), ""),
+    "a format of a list": (text("training_args.json", '{"data": {"format": [1]}}'), ""),
+    "a record by a word": (text("training_args.json", '{"data": "x"}'), ""),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_wrong_beside_an_adapter_is_one_line_or_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, said = BESIDE[name]
+    (model := tmp_path / "model").mkdir()
+    write_random_model(model)
+    spoil(adapter := write_adapter(tmp_path / "adapter", model))
+    words = ["--model", model, "--adapter", adapter, "--prompt", "x", "model.bits=null"]
+    code = call("generate", *words, "generation.max_new_tokens=1")
+    err = capsys.readouterr().err
+    assert code == (2 if said else 0), err
+    assert said in err and err.count("\n") == (1 if said else 0), err
+
+
+def test_a_card_of_gigabytes_is_none_of_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model := tmp_path / "model").mkdir()
+    write_random_model(model)
+    hollow("README.md")(adapter := write_adapter(tmp_path / "adapter", model))
+
+    def whole(*_: Any, **__: Any) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_text", whole)
+    assert call("merge", "--model", model, "--adapter", adapter, "--output-dir", adapter) == 2
+    assert "is not known to be from mlx-qlora" in capsys.readouterr().err
 
 
 # ---- patterns ------------------------------------------------------------------------------------
