@@ -192,7 +192,8 @@ class Observer:
             for advice in advise(result.log_history, ends_with_best, config.training):
                 say(console, f"advice    {advice}")
             if self.held_out and not console.is_terminal:  # which shows how far it is
-                say(console, "scoring   held-out rows and answers, before and after training")
+                answers = " and answers" * bool(self.questions)
+                say(console, f"scoring   held-out rows{answers}, before and after training")
         with shown(console), self.untrained():
             before = self._look()
         with shown(console):
