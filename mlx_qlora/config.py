@@ -555,6 +555,6 @@ def _convert(value: Any, kind: Any) -> Any:
         number = float(value)
         # 32 stays 32: a resolved config must read back to the same text, and hash.
         return value if isinstance(value, int) else number
-    if not isinstance(value, base) or (base is int and is_bool):
+    if not isinstance(value, base) or (base is int and (is_bool or abs(value) >> 53)):
         raise TypeError(value)
     return value
