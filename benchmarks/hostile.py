@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a thread is not forked
+
 SECONDS, MEGABYTES, WALL = 8, 500, 120
 ROWS = 200  # malformed ones of a trial
 # Of each hundred trials of files.

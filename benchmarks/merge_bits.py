@@ -1,12 +1,13 @@
 """How much of what was learned is in a merged model of 4 bits? Share of the gain, and bytes.
 
-Run as: python benchmarks/merge_bits.py        (on two CPU cores some forty minutes)
+Run as: python benchmarks/merge_bits.py --score 12        (on two CPU cores some forty minutes)
 
 SmolLM2-135M, whose matrices are in 4 bits, learns the demo's docstrings at a rate of 2e-4, with
 three seeds. Each adapter is merged into MLX's and llama.cpp's formats, rounded plainly and with
 what the run's training rows make up for, and measured on the run's held-out rows: of the fall of
-the loss from the base to the tuned model, the share that is left. `--score` has llama.cpp score
-the GGUF files, too. Asserted: in 4 bits and the base's own groups, in no more bytes than the base
+the loss from the base to the tuned model, the share that is left. `--score` has llama.cpp measure
+that of the GGUF files, too, on some rows and with its own losses of the base and of the model
+merged in 16 bits. Asserted: in 4 bits and the base's own groups, in no more bytes than the base
 has, the share is at least KEPT.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ MLX = {
     "8 bits": mq.QuantConfig(8, 64),
 }
 GGUF = ("q4_0", "q4_1", "q5_0", "q8_0")
+SHARES = "kept", "plain", "kept_by_llama_cpp"
 BASE_S_OWN = "4 bits, groups of 32"
 
 
@@ -49,31 +52,39 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--formats", nargs="+", default=[*MLX, *GGUF], choices=[*MLX, *GGUF])
     parser.add_argument("--score", type=int, default=0, help="rows that llama.cpp scores as well")
+    parser.add_argument("--runs", type=Path, help="folder of trained adapters, to take or to fill")
     args = parser.parse_args()
     base_bytes = 0
     results: dict[str, Any] = {name: {"kept": [], "plain": []} for name in args.formats}
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
-        import docstring_data
-
-        docstring_data.write(home / "docstrings.jsonl")
         for seed in range(args.seeds):
-            model, tokenizer, rows = trained(home, seed, args)
+            model, tokenizer, rows = trained(args.runs or home, seed, args)
             base_bytes = packed_bytes(model)
+            ends = None
+            if args.score:
+                tuned = save_gguf_model(model, tokenizer, home / "gguf", type="f16").file
+                ends = [by_llama_cpp(f, rows[1][: args.score]) for f in (model.source.path, tuned)]
+                print(f"seed {seed}: by llama.cpp the base {ends[0]:.4f}, tuned {ends[1]:.4f}")
             for name, figures in results.items():
-                print(f"seed {seed}, {name}", flush=True)
-                drift, figures["bytes"], scores = merged(name, model, tokenizer, rows, home, args)
+                started = time.process_time()
+                drift, figures["bytes"], file = merged(name, model, tokenizer, rows, home)
+                print(f"seed {seed}, {name}: {time.process_time() - started:.0f} s of CPU time")
+                print(drift, flush=True)
                 for key, version in (("kept", WRITTEN), ("plain", PLAIN)):
                     figures[key].append(drift.figures[version].kept)
-                if scores is not None:
-                    figures.setdefault("llama_cpp_minus_ours", []).append(scores)
-                print(drift, flush=True)
+                if ends is not None and file is not None:
+                    loss = by_llama_cpp(file, rows[1][: args.score])
+                    share = (ends[0] - loss) / (ends[0] - ends[1])
+                    figures.setdefault("kept_by_llama_cpp", []).append(share)
+                    print(f"by llama.cpp {loss:.4f}, {share:.1%} kept", flush=True)
     table = []
     for name, figures in results.items():
-        figures |= {f"{key}_mean": interval(figures[key]) for key in ("kept", "plain")}
-        shares = [shown(figures[f"{key}_mean"]) for key in ("kept", "plain")]
+        means = {key: interval(figures[key]) for key in SHARES if key in figures}
+        shares = [shown(means[key]) if key in means else "" for key in SHARES]
         table.append([name, f"{figures['bytes'] / 1e6:.1f}", *shares])
-    heads = ["written in", "MB", "gain kept", "rounded plainly"]
+        figures |= {f"{key}_mean": mean for key, mean in means.items()}
+    heads = ["written in", "MB", "gain kept", "rounded plainly", "kept, by llama.cpp"]
     measure.show(f"Merged; the base's matrices take {base_bytes / 1e6:.1f} MB", heads, table)
     plot = measure.bars(
         "merge_bits",
@@ -81,19 +92,25 @@ def main() -> None:
         "%",
         {name: 100 * figures["kept_mean"][0] for name, figures in results.items()},
     )
-    measure.finish("merge_bits", vars(args), results | {"base_bytes": base_bytes}, plot)
+    settings = vars(args) | {"runs": None}
+    measure.finish("merge_bits", settings, results | {"base_bytes": base_bytes}, plot)
     if BASE_S_OWN in results:
         own = results[BASE_S_OWN]
         assert own["bytes"] <= base_bytes, (own["bytes"], base_bytes)
         assert own["kept_mean"][0] >= KEPT, own
 
 
-def trained(home: Path, seed: int, args: argparse.Namespace) -> tuple[Any, Any, Any]:
+def trained(runs: Path, seed: int, args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """A model with an adapter, its tokenizer, and the rows of training and those held out."""
+    import docstring_data
+
+    data, folder = runs / "docstrings.jsonl", runs / f"run{seed}"
+    if not data.exists():
+        docstring_data.write(data)
     config = mq.RunConfig(
         model=mq.ModelConfig(source=MODEL),
         lora=mq.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0),
-        data=mq.DataConfig(path=str(home / "docstrings.jsonl"), max_length=96, truncation="drop"),
+        data=mq.DataConfig(path=str(data), max_length=96, truncation="drop"),
         training=mq.TrainingConfig(
             learning_rate=args.learning_rate,
             max_steps=args.steps,
@@ -101,21 +118,22 @@ def trained(home: Path, seed: int, args: argparse.Namespace) -> tuple[Any, Any, 
             gradient_accumulation_steps=1,
             seed=seed,
         ),
-        checkpointing=mq.CheckpointingConfig(
-            output_dir=str(home / f"run{seed}"), eval_steps=args.steps
-        ),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(folder), eval_steps=args.steps),
     )
-    model, tokenizer = mq.load(MODEL)
-    train, validation, test = train_validation_test(config.data, tokenizer, seed)
-    assert validation and test
-    mq.fine_tune(model, tokenizer, train, validation[:32], config)
+    if not (folder / "adapter_config.json").exists():
+        model, tokenizer = mq.load(MODEL)
+        train, validation, _ = train_validation_test(config.data, tokenizer, seed)
+        mq.fine_tune(model, tokenizer, train, validation and validation[:32], config)
+    model, tokenizer = mq.load(MODEL, adapter=folder)
+    train, _, test = train_validation_test(config.data, tokenizer, seed)
+    assert test
     return model, tokenizer, (train, test)
 
 
 def merged(
-    name: str, model: Any, tokenizer: Any, rows: Any, home: Path, args: argparse.Namespace
-) -> tuple[Any, int, float | None]:
-    """What rounding changed, bytes of the weights, and how far llama.cpp's loss is from ours."""
+    name: str, model: Any, tokenizer: Any, rows: Any, home: Path
+) -> tuple[Any, int, Path | None]:
+    """What rounding changed, bytes of the weights, and the file if llama.cpp can read it."""
     if name in MLX:
         folder = home / "merged"
         drift = mq.save_merged(
@@ -123,11 +141,7 @@ def merged(
         ).drift
         return drift, sum(file.stat().st_size for file in folder.glob("*.safetensors")), None
     written = save_gguf_model(model, tokenizer, home / "gguf", type=name, rows=rows)
-    scores = None
-    if args.score:
-        scores = by_llama_cpp(written.file, rows[1][: args.score])
-        scores -= mq.evaluate(*mq.load(written.file), rows[1][: args.score]).loss
-    return written.drift, written.bytes, scores
+    return written.drift, written.bytes, written.file
 
 
 def by_llama_cpp(file: Path, examples: Any) -> float:

@@ -8,7 +8,8 @@ import re
 import typing
 from pathlib import Path
 
-from mlx_qlora.config import SECTIONS, type_name
+from mlx_qlora.config import SECTIONS
+from mlx_qlora.fields import type_name
 from mlx_qlora.names import ALIASES, INSTEAD, MEANINGS, PRESETS
 
 DOCS = Path(__file__).parent

@@ -263,9 +263,8 @@ def limits() -> str:
 
 LAYERING = Path(__file__).parents[1] / "tests" / "project" / "test_layering.py"
 NAMED = {  # groups that are no package
-    "errors": "errors, progress, trees of arrays, folders written whole",
+    "errors": "errors, fields and their names elsewhere, progress, trees of arrays, folders",
     "device": "what this machine is; the processes of a run",
-    "names": "what other trainers call a field; presets",
     "run": "sections put together, a source loaded, one run from config to output folder",
     "cli": "arguments, commands, exit codes",
 }

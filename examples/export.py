@@ -4,7 +4,7 @@
 A run leaves a PEFT folder, and in it the same adapter for mlx-lm.
 A GGUF file for llama.cpp and a dense model with the adapter folded in are one call each.
 Every one of them is opened here again, by the tool it is for where that is installed.
-Takes a minute on two CPU cores.
+Takes half a minute on two CPU cores.
 """
 
 # %%
@@ -28,7 +28,7 @@ ROWS = [
         "input": f"{n} euros",
         "output": f"EUR {n:,}.00",
     }
-    for n in range(1_000, 900_000, 41_000)
+    for n in range(1_000, 900_000, 120_000)
 ]
 PROMPT = (
     "### Instruction:\nWrite the amount in house style.\n\n"

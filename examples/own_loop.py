@@ -18,7 +18,7 @@ import mlx_qlora as mq
 
 MODEL = "smollm2-135m"
 OUTPUT = Path("outputs/own_loop")
-STEPS, BATCH_SIZE, ACCUMULATION, RATE, DECAY, SEED = 4, 2, 2, 1e-3, 0.01, 0
+STEPS, BATCH_SIZE, ACCUMULATION, RATE, DECAY, SEED = 3, 2, 2, 1e-3, 0.01, 0
 LORA = mq.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0)
 ROWS = [
     {

@@ -3,7 +3,7 @@
 
 Load a model in 4 bits, read rows, fine-tune on the defaults, ask, open the adapter again.
 The model is small and comes from a PyPI package, so nothing is downloaded.
-Takes a minute on two CPU cores.
+Takes half a minute on two CPU cores.
 """
 
 # %%
@@ -18,7 +18,7 @@ ROWS = [
         "input": f"{n} dollars",
         "output": f"USD {n:,}.00",
     }
-    for n in range(1_234, 900_000, 14_983)
+    for n in range(1_234, 900_000, 59_983)
 ]
 PROMPT = "### Instruction:\nWrite the amount in house style.\n\n### Input:\n{}\n\n### Response:\n"
 QUESTION = PROMPT.format("740500 dollars")

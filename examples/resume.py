@@ -4,7 +4,7 @@
 A run writes checkpoints, and one that is stopped saves its last whole step.
 The same call then goes on from there: same rows, same dropout, same moments of AdamW.
 Here one run is left alone, another is stopped in the middle, and both end with the same adapter.
-Takes a minute on two CPU cores.
+Takes half a minute on two CPU cores.
 """
 
 # %%
@@ -25,7 +25,7 @@ ROWS = [
         "input": f"{n} euros",
         "output": f"EUR {n:,}.00",
     }
-    for n in range(1_000, 900_000, 41_000)
+    for n in range(1_000, 900_000, 80_000)
 ]
 
 # %% [markdown]

@@ -166,7 +166,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; wrong ones exit with 2, as argparse does."""
     from mlx_qlora.errors import did_you_mean
 
-    parser = make_parser("--help-all" in argv, argv[:1])
+    parser = make_parser("--help-all" in argv, argv)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or "; see mlx-qlora --help"
         parser.error(f"unknown command {argv[0]!r}{near}")
@@ -221,7 +221,7 @@ def make_parser(
 
     Args:
         all_fields: whether to have help on all of their fields.
-        needed: names of commands; the others are named alone, as the flags of all take time.
+        needed: words; commands that are not among them are only named, as flags take time.
     """
     parser = _Parser(
         prog="mlx-qlora",
@@ -390,7 +390,8 @@ def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
 
 
 def _section_help(section: str, read: Sequence[str]) -> str:
-    from mlx_qlora.config import SECTIONS, type_name
+    from mlx_qlora.config import SECTIONS
+    from mlx_qlora.fields import type_name
 
     config, flags = SECTIONS[section], {field: flag for flag, (field, _) in SHORTHANDS.items()}
     hints, lines = typing.get_type_hints(config), [f"\n{section}:"]

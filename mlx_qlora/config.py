@@ -10,10 +10,9 @@ import dataclasses
 import os
 import re
 import textwrap
-import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, listing, option, require
+from mlx_qlora.errors import ConfigError, did_you_mean, listing
+from mlx_qlora.fields import coerce, config_section, option
 from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text, user_path
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
@@ -36,7 +36,7 @@ from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
 
 
-@dataclass(frozen=True)
+@config_section("model")
 class ModelConfig:
     """Which model, and in what precision."""
 
@@ -84,7 +84,6 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices("model", self)
         self.quantize()
         if self.frozen_matmul != "auto":  # which would ask what machine this is
             frozen_matmul(self.frozen_matmul, streamed=self.residency == "streamed")
@@ -94,7 +93,7 @@ class ModelConfig:
         return None if self.bits is None else QuantConfig(self.bits, self.group_size, self.mode)
 
 
-@dataclass(frozen=True)
+@config_section("")
 class RunConfig:
     """Everything that decides a run."""
 
@@ -137,13 +136,7 @@ def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     if unknown:
         several = f"{len(unknown)} names are unknown:\n{listing(unknown)}"
         raise ConfigError(several if len(unknown) > 1 else unknown[0])
-    sections = {}
-    for name, fields in values.items():
-        typed = {k: coerce(v, hints[name][k], f"{name}.{k}") for k, v in fields.items()}
-        for key, value in typed.items():
-            require("\0" not in str(value), f"{name}.{key}", "hold no NUL", value)
-        sections[name] = SECTIONS[name](**typed)
-    return RunConfig(**sections)
+    return RunConfig(**{name: SECTIONS[name](**fields) for name, fields in values.items()})
 
 
 def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
@@ -292,6 +285,14 @@ def set_override(
     if key not in MEANINGS and hint and _fits(text, hint) and (is_text or not _fits(value, hint)):
         value = text
     put(values, section, key, value, notes, over=True)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    try:
+        coerce(value, annotation, "")
+    except ConfigError:
+        return False
+    return True
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -464,7 +465,9 @@ def unused(config: RunConfig, reasons: dict[str, str]) -> list[str]:
     return lines
 
 
-def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list[str]:
+def explained(
+    config: RunConfig, settled: RunConfig, examples: Examples, validation: Examples | None
+) -> list[str]:
     """A line for each thing that `settle` has put a number to, with the reason."""
     asked, training, checkpointing = config.training, settled.training, settled.checkpointing
     batches = batches_of(examples, settled.data, training, processes())
@@ -490,7 +493,8 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
         lines.append(f"system    {shown!r} begins every row; generate and chat begin with it, too")
     elif (examples.report.shared_system or settled.data.system) != settled.data.system:
         lines.append("system    the message of every row is not kept: no record can hold it")
-    every = {"eval_steps": "a validation", "save_steps": "a checkpoint"}
+    every = {"eval_steps": "a validation"} if validation else {}
+    every["save_steps"] = "a checkpoint"
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]
     if auto:
         what = " and ".join(every[name] for name in auto)
@@ -498,63 +502,3 @@ def explained(config: RunConfig, settled: RunConfig, examples: Examples) -> list
         each = "step" if n == 1 else f"{n:,} steps"
         lines.append(f"every     {each} {what}: {AUTO_EVERY}")
     return lines
-
-
-# ---- types -------------------------------------------------------------------------------------
-def coerce(value: Any, annotation: Any, name: str) -> Any:
-    """The value as its field's type.
-
-    YAML reads `2e-4` as a string (it wants 2.0e-4), so numbers may come as text; nothing else is
-    converted.
-
-    Raises:
-        ConfigError: it does not fit, naming the field, the type and the value.
-    """
-    for member in _members(annotation):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return _convert(value, member)
-    raise ConfigError(f"{name} must be {type_name(annotation)}; got {value!r}")
-
-
-def type_name(annotation: Any) -> str:
-    """A type as `--help` and messages show it."""
-    if len(members := _members(annotation)) > 1:
-        return " or ".join(map(type_name, members))
-    if annotation is type(None):
-        return "null"
-    if typing.get_origin(annotation) is list:
-        return f"list of {type_name(typing.get_args(annotation)[0])}"
-    if typing.get_origin(annotation) is dict:
-        key, value = typing.get_args(annotation)
-        return f"map of {type_name(key)} to {type_name(value)}"
-    return {int: "int", float: "number", bool: "true/false", str: "text"}[annotation]
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    try:
-        coerce(value, annotation, "")
-    except ConfigError:
-        return False
-    return True
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """The value as a type that is no union; an error of Python's if it does not fit."""
-    base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if base is list and isinstance(value, (list, tuple)):
-        return [_convert(item, inner[0]) for item in value]
-    if base is dict and isinstance(value, dict):
-        return {_convert(k, inner[0]): _convert(v, inner[1]) for k, v in value.items()}
-    is_bool = isinstance(value, bool)  # which is an int to Python
-    if base is float and not is_bool:
-        number = float(value)
-        # 32 stays 32: a resolved config must read back to the same text, and hash.
-        return value if isinstance(value, int) else number
-    if not isinstance(value, base) or (base is int and (is_bool or abs(value) >> 53)):
-        raise TypeError(value)
-    return value

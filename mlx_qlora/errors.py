@@ -1,10 +1,8 @@
-"""What a user can get wrong, how a field of the config is declared, and lines for a person.
+"""What a user can get wrong, and lines for a person.
 
 Everything imports this file, and it imports nothing of ours.
 """
 
-import copy
-import dataclasses
 import difflib
 import re
 import sys
@@ -63,6 +61,10 @@ class AdapterError(UserError):
     """An adapter is damaged, incomplete, or belongs to another model."""
 
 
+class DataWarning(UserWarning):
+    """Rows that were refused, or fields of them that are not used."""
+
+
 class AdapterWarning(UserWarning):
     """What a user should know of an adapter that is loaded all the same."""
 
@@ -87,30 +89,6 @@ def listing(problems: list[str], most: int = 20) -> str:
     if len(problems) > most:
         lines.append(f"  ... and {len(problems) - most} more")
     return "\n".join(lines)
-
-
-# ---- fields of the config ------------------------------------------------------------------------
-
-
-def option(default: Any, help: str, *, choices: Iterable[Any] | None = None) -> Any:
-    """Declare a field with its default, its one line of help and, if closed, its legal values."""
-    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def check_choices(section: str, config: Any) -> None:
-    """Refuse a value outside its field's legal set; the fields were declared with `option`."""
-    for field in dataclasses.fields(config):
-        choices = field.metadata.get("choices")
-        value = getattr(config, field.name)
-        if choices is not None:
-            if isinstance(value, str) and value.lower() in choices:
-                value = value.lower()
-                object.__setattr__(config, field.name, value)
-            rule = f"be one of {', '.join(map(repr, choices))}"
-            require(value in choices, f"{section}.{field.name}", rule, value)
 
 
 def require(holds: bool, field: str, rule: str, got: Any) -> None:

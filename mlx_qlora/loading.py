@@ -249,8 +249,10 @@ def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Token
     return replace(of_base, tool_template=tokenizer.tool_template)
 
 
-def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
+def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str | None = None) -> None:
     """Refuse values for an adapter's shape that are not those of the adapter to train on.
+
+    That is one in a folder, or the one that the model has.
 
     A value that is the default may be there because nobody set it, so it is passed over.
 
@@ -258,16 +260,19 @@ def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str) -> None:
         ConfigError: naming the first field, its value in the adapter and the one asked for.
     """
     default, unsaid = LoraConfig(), {"loraplus_lr_ratio", "init_lora_weights"}  # in no file
-    if is_mlx_lm(user_path(adapter)):  # which lists every matrix, and scale x rank
-        unsaid |= {"target_modules", "layers_to_transform", "lora_alpha"}
+    where, instead = "that the model has", "load the model again"
+    if adapter is not None:
+        where, instead = adapter, "train a new adapter without --adapter"
+        if is_mlx_lm(user_path(adapter)):  # which lists every matrix, and scale x rank
+            unsaid |= {"target_modules", "layers_to_transform", "lora_alpha"}
     for name in (each.name for each in fields(LoraConfig)):
         wanted, has = getattr(asked, name), getattr(trained, name)
         if name in unsaid or wanted == getattr(default, name):
             continue
         if _meaning(wanted) != _meaning(has):
             raise ConfigError(
-                f"lora.{name} is {has!r} in the adapter {adapter}, and cannot be changed to "
-                f"{wanted!r}; leave lora.{name} out, or train a new adapter without --adapter"
+                f"lora.{name} is {has!r} in the adapter {where}, and cannot be changed to "
+                f"{wanted!r}; leave lora.{name} out, or {instead}"
             )
 
 

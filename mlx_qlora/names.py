@@ -87,6 +87,9 @@ INSTEAD = {
     **dict.fromkeys(("dataset", "datasets"), "data.path"),
     **dict.fromkeys(("prompt_feature", "dataset_text_field"), "data.columns"),
 }
+# Arguments of other trainers' functions -> those of ours.
+ARGUMENTS = {"eval_dataset": "validation", "train_dataset": "train_examples", "args": "config"}
+ARGUMENTS |= {"processing_class": "tokenizer", "peft_config": "config"}
 # Words of a trainer's config file; two of them show whose it is.
 PROGRAMS = {
     "Axolotl": "base_model adapter datasets sequence_len micro_batch_size val_set_size",

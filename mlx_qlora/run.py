@@ -42,6 +42,7 @@ from mlx_qlora.data.read import check_examples, read_examples, train_validation_
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn
+from mlx_qlora.fields import checked
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     CARD,
@@ -59,7 +60,16 @@ from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with
 from mlx_qlora.measured import as_measured, as_measured_for
 from mlx_qlora.model.hub import resolve, sample_of
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import add_lora, begins_with_base, lora_layers, trainable_count
+from mlx_qlora.model.lora import (
+    PLAIN,
+    LoraConfig,
+    LoRALinear,
+    add_lora,
+    begins_with_base,
+    drawn,
+    lora_layers,
+    trainable_count,
+)
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
 from mlx_qlora.model.weights import (
     Checkpoint,
@@ -75,10 +85,12 @@ from mlx_qlora.train.checkpoint import (
     checkpoint_to_resume,
     is_ours,
     last_checkpoint,
+    named_checkpoint,
 )
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import require_trackers
+from mlx_qlora.tree import bound, flat, nested
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
@@ -108,6 +120,7 @@ class Inputs:
     # that has not begun, with the hashes of what decides the weights.
     base: str = ""
     state: RunState = field(default_factory=RunState)
+    begins: "Beginning | None" = None
     resumed: Path | None = None  # the checkpoint to go on from, once the output folder is taken
 
     def __post_init__(self) -> None:
@@ -148,14 +161,23 @@ class Inputs:
     def prepare(self, model: LlamaForCausalLM) -> "Inputs":
         """Give the model its LoRA layers, and hash what decides the weights.
 
+        Layers that were trained in this output folder before count as they were before that.
+
         Raises:
             AdapterError: nothing says what the original base is.
             ConfigError: a target that matches nothing.
         """
         config, source = self.config, getattr(model, "source", None)
         base = config.model.base_model_name_or_path or original_base(source)
-        if not lora_layers(model):
-            add_lora(model, config.lora, config.training.seed)
+        seed, former = config.training.seed, getattr(model, "beginning", None)
+        start: dict[str, Any] | int | None = None
+        if former is not None and former.is_of(model, self.output):
+            ratio = config.lora.loraplus_lr_ratio
+            start = seed if isinstance(former.start, int) else former.start
+            config = replace(config, lora=replace(former.lora, loraplus_lr_ratio=ratio))
+        elif not lora_layers(model):
+            add_lora(model, config.lora, seed)
+            start = seed if config.lora.init_lora_weights in PLAIN else None
         else:  # the record has to say what is trained, and that is the attached adapter
             # An adapter's file does not carry LoRA+'s ratio, which concerns training alone.
             ratio = config.lora.loraplus_lr_ratio
@@ -163,9 +185,12 @@ class Inputs:
             config = replace(config, lora=model.lora_config)
         if config.model.source is None and source is not None:
             config = replace(config, model=as_loaded(config.model, model))
-        fingerprint = fingerprint_of(model, self.train, self.validation, config, base)
+        start = flat(model.trainable_parameters()) if start is None else start
+        begins = Beginning(self.output.absolute(), config.lora, lora_layers(model)[0][1], start)
+        with bound(model, begins.weights(model)):
+            fingerprint = fingerprint_of(model, self.train, self.validation, config, base)
         state = RunState(fingerprint=fingerprint, config=deciding_values(config))
-        return replace(self, config=config, base=base, state=state)
+        return replace(self, config=config, base=base, state=state, begins=begins)
 
     def to_resume(self, console: Console) -> "Inputs":
         """Find the checkpoint to go on from, and warn of damaged ones that are passed over.
@@ -197,6 +222,25 @@ class Inputs:
             "the hash of the rows": state.fingerprint["data"][:12],
             "the hash of the model": state.fingerprint["model"][:12],
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """How a model's LoRA layers began a run, for the same run once more in the same process."""
+
+    output: Path
+    lora: LoraConfig
+    layer: LoRALinear  # the first one, which tells whether the model has the same ones still
+    start: dict[str, Any] | int  # their weights, or the seed that draws them
+
+    def is_of(self, model: LlamaForCausalLM, output: Path) -> bool:
+        """Whether it is that of a run in this folder, which trained the layers that there are."""
+        layers = lora_layers(model)
+        return output.absolute() == self.output and bool(layers) and layers[0][1] is self.layer
+
+    def weights(self, model: LlamaForCausalLM) -> dict[str, Any]:
+        """The path and the array of each weight."""
+        return drawn(model, self.start) if isinstance(self.start, int) else self.start
 
 
 def open_files(config: RunConfig, weights: bool = True) -> Checkpoint:
@@ -245,6 +289,7 @@ def open_inputs(
         config = replace(config, data=replace(config.data, refused_path=None))
     elif writes:
         check_output(Path(config.checkpointing.output_dir), config.model.adapter)
+        named_checkpoint(config.checkpointing)
         require_trackers([*config.logging.report_to])
     checkpoint = None
     if weights:
@@ -298,7 +343,7 @@ def open_inputs(
     if split:
         parts = "split     {train:,} train, {validation:,} validation, {test:,} test"
         say(console, parts.format(**inputs.sizes))
-        for line in explained(config, settled, train):
+        for line in explained(config, settled, train, validation):
             say(console, line)
     return inputs
 
@@ -339,6 +384,7 @@ def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainRe
     return _run(model, inputs, console, plan, N_QUESTIONS)
 
 
+@checked
 def fine_tune(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
@@ -351,9 +397,13 @@ def fine_tune(
     """Train a LoRA adapter on a model and leave an output folder.
 
     Args:
-        model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (an
-            adapter was attached) it goes on training those.
+        model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (it was
+            trained before, or an adapter was attached) it goes on training those. In the output
+            folder of its last run it begins, or continues, as that run did.
+        tokenizer: from `load`, as `read_examples` had it; a copy is kept with the adapter.
         train_examples: from `read_examples`.
+        validation: rows that are not trained, whose loss is measured at every
+            `checkpointing.eval_steps`, and before and after for the result.
         config: everything else; the defaults if not given.
         console: where progress goes; standard error if not given.
 
@@ -378,10 +428,12 @@ def fine_tune(
             require_trackers([*config.logging.report_to])
         for examples in filter(None, (train_examples, validation)):
             check_kind(examples.report.kind, config.training.objective)
+        if lora_layers(model):
+            check_lora(config.lora, model.lora_config)
         check_examples(tokenizer, model.config, train_examples, validation)
         chosen = as_measured_for(model, config, console)
         settled = settle(chosen, model.config, train_examples)
-        for line in explained(config, settled, train_examples):
+        for line in explained(config, settled, train_examples, validation):
             say(console, line)
         check_needs(config, validation)
         for line in without_effect(config, settled, train_examples, validation):
@@ -407,6 +459,11 @@ def _run(
     output = inputs.output
     with disk_errors(output, lambda: last_checkpoint(output)), ExitStack() as stack:
         inputs = everyone.agree(lambda: stack.enter_context(begun(inputs, console)))
+        former, model.beginning = getattr(model, "beginning", None), inputs.begins
+        if inputs.resumed is None and former is not None and former.is_of(model, output):
+            say(console, "model     begins as it did before it was trained in this folder")
+        assert inputs.begins is not None
+        model.update(nested(inputs.begins.weights(model)))
         observer = Observer(model, inputs, console, n_questions, plan)
         stack.push(observer.ended)
         others = f", process {everyone.rank} of {everyone.size}" if everyone.size > 1 else ""

@@ -26,8 +26,10 @@ from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.weights import load_model, open_checkpoint
 
 ROOT = Path(__file__).parents[1]
-# Files that take longest: they come first, so that both workers end together.
-LONGEST = ["test_examples_run.py", "test_processes.py", "test_package.py", "test_docs.py"]
+# Files that take more than half a minute: they come first, so that both workers end together.
+LONGEST = ["test_examples_run.py", "test_processes.py", "test_docs.py", "test_package.py"]
+LONGEST += ["test_crash.py", "test_llama_cpp.py", "test_every_field.py", "test_invariants.py"]
+LONGEST += ["test_families_30_steps.py"]
 MEMORY = Path("/dev/shm")  # a folder that is kept there, on Linux
 
 
@@ -70,7 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     With `-m gpu` a Mac runs those on its own.
     """
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
         if "gpu_route" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")

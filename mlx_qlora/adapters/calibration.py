@@ -8,6 +8,7 @@ what becomes of them is the verdict. One layer is in memory at a time.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,8 @@ from mlx_qlora.model.linears import Linears
 from mlx_qlora.model.llama import KEYS_OF, NO_KEYS, DecoderLayer, LlamaForCausalLM
 from mlx_qlora.model.quantize import Linear
 
-TOKENS = 16_384  # of training rows, and as many held out: some ten for each column of a matrix
+TOKENS = 4_096, 16_384  # of training rows: 3 for each column of the widest matrix, within these
+HELD_OUT = 4_096  # tokens of rows that the result is measured on, each in five versions
 
 
 class Flow:
@@ -68,8 +70,9 @@ class Calibrated:
         self._model, self._dense, self._grid, self._plain = model, dense, grid, plain
         self._layer, self._rounded = 0, dict[str, Rounded]()
         train, held_out = rows
-        self._train = [self._flows(batch, (MERGED, WRITTEN)) for batch in _batches(train)]
-        self._labels = [*_batches(held_out)] if held_out is not None else []
+        tokens = int(np.clip(3 * model.config.intermediate_size, *TOKENS))
+        self._train = [self._flows(b, (MERGED, WRITTEN)) for b in _batches(train, tokens)]
+        self._labels = [*_batches(held_out, HELD_OUT)] if held_out is not None else []
         self._held_out = [self._flows(batch, VERSIONS) for batch in self._labels]
 
     def __getitem__(self, path: str) -> Rounded:
@@ -97,7 +100,7 @@ class Calibrated:
     def _go_through(self, i: int) -> None:
         """Round a layer's matrices, and take all rows through it."""
         layer, reader = self._model.layers[i], self._model.model.reader
-        flows = [flow for some in (*self._train, *self._held_out) for flow in some]
+        flows = [*chain(*self._train, *self._held_out)]
         self._rounded = {}
         with nullcontext() if reader is None else reader.layer(i):
             with disabled(self._model):
@@ -116,21 +119,26 @@ class Calibrated:
         H = D = mx.zeros((1, 1))
         for exact, written in self._train:
             x = written.x.astype(mx.float32)
-            H = H + x.T @ x
-            D = D + x.T @ (exact.x.astype(mx.float32) - x)
+            H, D = mx.addmm(H, x.T, x), mx.addmm(D, x.T, exact.x.astype(mx.float32) - x)
             mx.eval(H, D)
-        H, D = damped(np.array(H)), np.array(D)
-        shift = mx.array(np.linalg.solve(H, D)) if D.any() else None
+        merged = {name: self._dense(f"model.layers.{i}.{name}") for name in linears.members}
+        missing = {name: np.array(D @ W.T) for name, W in merged.items()} if D.any() else {}
+        del D  # of 14336 columns each is 0.8 GB
+        inputs = damped(np.array(H))
+        del H
+        mx.clear_cache()
         members: dict[str, dict[str, Any]] = {MERGED: {}, PLAIN: {}, WRITTEN: {}}
         for name, linear in linears.members.items():
             path = f"model.layers.{i}.{name}"
-            W, grid = self._dense(path), self._grid(path)
+            W, grid = merged[name], self._grid(path)
             dense = dict.fromkeys(members, W) | {MERGED: W.astype(mx.bfloat16)}
             if grid is not None:
                 begin = packed_on(linear.base_layer, grid)
                 if begin is None or linear is not linear.base_layer:
-                    wanted = W.T if shift is None else W.T + shift @ W.T
-                    begin = round_matrix(np.array(wanted), H, grid, begin)
+                    wanted = np.array(W.T, order="C")
+                    if missing:  # what brings the results of these inputs nearest to the merged
+                        wanted += np.linalg.solve(inputs.H, missing[name])
+                    begin = round_matrix(wanted, inputs, grid, begin)
                 self._rounded[path] = begin
                 dense[PLAIN] = self._plain(path, W)
                 dense[WRITTEN] = mx.array(begin.dense).T
@@ -168,10 +176,10 @@ def _linear(weight: mx.array, like: Linear) -> Linear:
     return linear
 
 
-def _batches(examples: Examples) -> list[Batch]:
-    """Batches of some rows, drawn at random, of TOKENS in all."""
+def _batches(examples: Examples, tokens: int) -> list[Batch]:
+    """Batches of some rows, drawn at random, of so many tokens in all."""
     drawn = np.random.default_rng(0).permutation(len(examples))
-    n = int(np.searchsorted(np.cumsum(examples.lengths[drawn]), TOKENS)) + 1
+    n = int(np.searchsorted(np.cumsum(examples.lengths[drawn]), tokens)) + 1
     return [*evaluation_batches(examples[drawn[:n]])]
 
 

@@ -51,6 +51,7 @@ from mlx_qlora.model.gguf_terms import (
 from mlx_qlora.model.hub import HUB_ID
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
+from mlx_qlora.progress import each
 
 TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "bf16", "f16", "f32")  # those that we write
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
@@ -264,7 +265,7 @@ def _arrays(
     from gguf import GGMLQuantizationType
 
     merged = Tensors(dict(model.named_modules()), None, None, mx.float32)
-    for tensor in tensors:
+    for tensor in each(tensors, "writing", "weights"):
         path = tensor.weight.removesuffix(".weight")
         if calibrated is not None and path.startswith("model.layers.") and tensor.kind in LEVELS:
             yield permute(blocks(calibrated[path], tensor.kind), tensor.weight, model.config)

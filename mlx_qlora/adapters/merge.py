@@ -44,6 +44,7 @@ from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack, un
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.stored import tensors_in
 from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, open_checkpoint
+from mlx_qlora.progress import Task, doing
 from mlx_qlora.tree import flat, nested
 
 # Name -> safetensors' name of it, and bytes of one number.
@@ -126,7 +127,7 @@ def save_merged(
             are if the adapter does not touch them: embedding and head, and others packed so.
         max_shard_bytes: most bytes of tensors in one file; a larger matrix has a file of its own.
         rows: of training, for `quantize` to make up for its errors on, and held out, to measure
-            the drift on (`train_validation_test` reads them). None rounds plainly.
+            the drift on (`read_examples` reads them). None rounds plainly.
 
     Raises:
         AdapterError: the model has no LoRA layers.
@@ -157,8 +158,9 @@ def save_merged(
         tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
         if quantize is not None and rows is not None:
             tensors.calibrate(model, rows)
-        for name, shard in shards.items():
-            _write_shard(staging / name, shard, tensors)
+        with doing("writing", len(shapes_of(model)), "weights") as task:
+            for name, shard in shards.items():
+                _write_shard(staging / name, shard, tensors, task)
         if len(shards) > 1:
             places = {entry.name: name for name, shard in shards.items() for entry in shard}
             index = {
@@ -431,7 +433,7 @@ def _is_float(array: mx.array) -> bool:
     return mx.issubdtype(array.dtype, mx.floating)
 
 
-def _write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
+def _write_shard(path: Path, entries: list[Entry], tensors: Tensors, task: Task) -> None:
     """Write one safetensors file, tensor by tensor, and read it back."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -452,6 +454,7 @@ def _write_shard(path: Path, entries: list[Entry], tensors: Tensors) -> None:
                 file.write(content)
                 checksums[entry.name] = zlib.crc32(content)
             mx.clear_cache()
+            task.advance()
     read = tensors_in(path, WeightsError)
     with path.open("rb") as file:
         for name, checksum in checksums.items():

@@ -22,10 +22,11 @@ import numpy as np
 
 from mlx_qlora.model.quantize import QuantConfig
 
-BLOCK = 128  # columns whose errors reach the others together, as one product
+STEP = 128  # columns whose errors reach the others together, as one product
+ROWS = 1024  # of a matrix at a time: what they need beside H has to be small
+BLOCK = 512  # rows and columns of a triangular factor's that are computed at a time
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that were not seen count, too
 SWEEPS = 4  # of the coordinate descent
-SHRINKAGES = np.linspace(1.0, 0.6, 17)  # of a group's range that are tried: outliers may be cut
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Rounded:
     levels: np.ndarray
     scales: np.ndarray
     offsets: np.ndarray
+
+    @property
+    def numbers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Levels, scales and offsets."""
+        return self.levels, self.scales, self.offsets
 
     @property
     def dense(self) -> np.ndarray:
@@ -115,100 +121,132 @@ def packed(rounded: Rounded, quant: QuantConfig) -> tuple[mx.array, ...]:
 # ---- rounding ------------------------------------------------------------------------------------
 
 
-def round_matrix(W: np.ndarray, H: np.ndarray, grid: Grid, begin: Rounded | None = None) -> Rounded:
-    """Round W (m, n) onto a grid so that inputs with H = X^T X (m, m) feel little of it.
+@dataclass
+class Inputs:
+    """What matrices read: H = X^T X (m, m) float32, positive definite (`damped`)."""
+
+    H: np.ndarray
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """(m,): the smallest inputs first."""
+        return np.argsort(np.diag(self.H), kind="stable")
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """L (m, m) float32, in this order: lower triangular, H = L diag(d) L^T, with ones in it.
+
+        Beside H and L there are only blocks: those are in float64, because each of L's rounded
+        numbers is off by its own 6e-8, but what many products add up to would be by much more.
+        """
+        H, order, m = self.H, self.order, len(self.H)
+        L = np.zeros_like(H)
+        for start in range(0, m, BLOCK):
+            here = slice(start, start + BLOCK)
+            left, diagonal = L[here, :start].astype(np.float64), np.zeros(0)
+            for below in range(start, m, BLOCK):
+                rows = slice(below, below + BLOCK)
+                part = H[np.ix_(order[rows], order[here])] - L[rows, :start] @ left.T
+                if below == start:
+                    diagonal = np.linalg.cholesky(part)
+                L[rows, here] = np.linalg.solve(diagonal, part.T).T
+        L /= np.diag(L).copy()
+        return L
+
+
+def damped(H: np.ndarray) -> Inputs:
+    """Of H, to whose diagonal a small multiple of its mean is added in place."""
+    H[np.diag_indices_from(H)] += DAMPING * np.diag(H).mean() + 1e-12
+    return Inputs(H)
+
+
+def round_matrix(
+    W: np.ndarray, inputs: Inputs, grid: Grid, begin: Rounded | None = None
+) -> Rounded:
+    """Round W (m, n) onto a grid so that its inputs feel little of it.
 
     Args:
-        H: positive definite (`damped`).
         begin: a matrix on the grid that W is near to, such as the one that it was before training;
             None looks for scales and rounds with compensation first.
     """
-    if begin is None:
-        begin = compensated(W, H, grid, *scales_of(W, grid, np.diag(H)))
-    return improved(begin, W, H)
+    parts = []
+    for start in range(0, W.shape[1], ROWS):
+        rows = slice(start, start + ROWS)
+        some = np.ascontiguousarray(W[:, rows])
+        if begin is None:
+            first = compensated(some, inputs, grid, *scales_of(some, grid))
+        else:
+            first = Rounded(grid, *(x[:, rows] for x in begin.numbers))
+        parts.append(improved(first, some, inputs).numbers)
+    return Rounded(grid, *(np.concatenate(x, axis=1) for x in zip(*parts)))
 
 
-def damped(H: np.ndarray) -> np.ndarray:
-    """H with a small multiple of the identity added: positive definite."""
-    return H + (DAMPING * np.diag(H).mean() + 1e-12) * np.eye(len(H), dtype=H.dtype)
-
-
-def scales_of(W: np.ndarray, grid: Grid, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and offsets (G, n): of some shares of each group's range the one that loses least.
-
-    `weights` (m,) says how much an error in each column counts.
-    """
+def scales_of(W: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and offsets (G, n) by which a grid covers the range of each group."""
     groups = W.reshape(-1, grid.group, W.shape[1])
     low, high = groups.min(axis=1), groups.max(axis=1)
-    span = grid.levels[-1] - grid.levels[0]
-    best = np.full(low.shape, np.inf, np.float32)
-    scales, offsets = np.ones_like(low), np.zeros_like(low)
-    for share in SHRINKAGES:
-        if grid.offset:
-            scale = grid.store((high - low) * np.float32(share / span))
-            offset = grid.store((high + low) / 2 - scale * (grid.levels.sum() / len(grid.levels)))
-        else:  # the number farthest from 0 on the level farthest from it
-            farthest = np.where(high > -low, high, low)
-            scale = grid.store(farthest * np.float32(share / grid.levels[0]))
-            offset = np.zeros_like(low)
-        scale = np.where(scale == 0, 1, scale)
-        near = grid.nearest((groups - offset[:, None]) / scale[:, None])
-        lost = (near * scale[:, None] + offset[:, None] - groups) ** 2
-        lost = (lost * weights.reshape(-1, grid.group, 1)).sum(axis=1)
-        is_best = lost < best
-        for kept, new in ((best, lost), (scales, scale), (offsets, offset)):
-            np.copyto(kept, new, where=is_best)
-    return scales, offsets
+    if grid.offset:
+        scale = grid.store((high - low) / (grid.levels[-1] - grid.levels[0]))
+        offset = grid.store((high + low) / 2 - scale * grid.levels.mean())
+    else:  # the number farthest from 0 on the level farthest from it
+        scale = grid.store(np.where(high > -low, high, low) / grid.levels[0])
+        offset = np.zeros_like(low)
+    return np.where(scale == 0, 1, scale), offset
 
 
 def compensated(
-    W: np.ndarray, H: np.ndarray, grid: Grid, scales: np.ndarray, offsets: np.ndarray
+    W: np.ndarray, inputs: Inputs, grid: Grid, scales: np.ndarray, offsets: np.ndarray
 ) -> Rounded:
     """Round column after column, those with the largest inputs first; each takes over errors.
 
-    With H = A^T A, A upper triangular, a row's cost is |A E|^2. From the last column to the first
-    each is rounded to what brings its own term of it nearest to 0.
+    With H = L d L^T, L lower triangular, a row's cost is that of L^T E. From the last column to the
+    first each is rounded to what brings its own term of it nearest to 0.
     """
-    order = np.argsort(np.diag(H), kind="stable")
-    A = np.linalg.cholesky(H[np.ix_(order, order)].astype(np.float64)).T
-    A = (A / np.diag(A)[:, None]).astype(np.float32)
+    order, L = inputs.order, inputs.factor
     levels, E = np.empty_like(W), np.zeros_like(W)  # E in this order
-    for end in range(len(W), 0, -BLOCK):
-        start = max(end - BLOCK, 0)
-        carried = A[start:end, end:] @ E[end:]
+    for end in range(len(W), 0, -STEP):
+        start = max(end - STEP, 0)
+        carried = L[end:, start:end].T @ E[end:]
+        A = L[start:end, start:end].T.copy()
         for i in range(end - 1, start - 1, -1):
-            column = order[i]
+            j, column = i - start, order[i]
             scale, offset = scales[column // grid.group], offsets[column // grid.group]
-            wanted = W[column] + carried[i - start] + A[i, i + 1 : end] @ E[i + 1 : end]
+            wanted = W[column] + carried[j] + A[j, j + 1 :] @ E[i + 1 : end]
             levels[column] = grid.nearest((wanted - offset) / scale)
             E[i] = W[column] - (levels[column] * scale + offset)
     return Rounded(grid, levels, scales, offsets)
 
 
-def improved(begin: Rounded, W: np.ndarray, H: np.ndarray, sweeps: int = SWEEPS) -> Rounded:
+def improved(begin: Rounded, W: np.ndarray, inputs: Inputs, sweeps: int = SWEEPS) -> Rounded:
     """Coordinate descent from a matrix on a grid: no step makes a row's cost larger.
 
     Of one group after the other, scale and offset by least squares, then each column's level.
     """
-    grid, levels = begin.grid, begin.levels.copy()
+    grid, levels, H = begin.grid, begin.levels.copy(), inputs.H
     scales, offsets, size = begin.scales.copy(), begin.offsets.copy(), begin.grid.group
-    diagonal = np.diag(H)
-    for _ in range(sweeps):
-        # What of the error the inputs of each column feel: half the cost's slope, with its sign.
-        R = H @ (W - Rounded(grid, levels, scales, offsets).dense)
-        for g in range(len(scales)):
-            part = slice(g * size, (g + 1) * size)
-            r, within, q = R[part].copy(), H[part, part], levels[part]
-            before = q * scales[g] + offsets[g]
+    # What of the error the inputs of each column feel: half the cost's slope, with its sign.
+    R = H @ (W - begin.dense)
+    step = size * max(STEP // size, 1)
+    added = np.empty((step, W.shape[1]), np.float32)
+    for first in [*range(0, len(W), step)] * sweeps:
+        last = min(first + step, len(W))
+        for start in range(first, last, size):
+            g, part, before = start // size, slice(start, start + size), slice(first, start)
+            within, q = H[part, part], levels[part]
+            r = R[part] - H[part, before] @ added[: start - first]
+            old = q * scales[g] + offsets[g]
             change = _fitted(grid, r, within, q, scales[g], offsets[g])
             scales[g] += change[0]
             offsets[g] += change[1]
             r -= within @ (q * change[0] + change[1])
+            moved = np.zeros_like(q)
             for i in range(size):
-                old = q[i].copy()
-                q[i] = grid.nearest(old + r[i] / (diagonal[part][i] * scales[g]))
-                r -= within[:, i, None] * ((q[i] - old) * scales[g])
-            R -= H[:, part] @ (q * scales[g] + offsets[g] - before)
+                wanted = (r[i] - within[i, :i] @ moved[:i]) / (within[i, i] * scales[g])
+                new = grid.nearest(q[i] + wanted)
+                moved[i] = (new - q[i]) * scales[g]
+                q[i] = new
+            added[start - first :][:size] = q * scales[g] + offsets[g] - old
+        R -= H[:, first:last] @ added[: last - first]
     return Rounded(grid, levels, scales, offsets)
 
 

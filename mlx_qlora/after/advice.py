@@ -205,12 +205,17 @@ def learned(
     if not (math.isfinite(first) and math.isfinite(last) and first > 0):
         return Answer(question, "Not known", "Too few figures were recorded to compare.", "note")
     change = (last - first) / first
+    is_before = {"before", "after"} <= scores.keys()
     why = f"{name}: {first:.4f} → {last:.4f} ({change:+.1%}), {where}."
+    why += " Before the training it was not measured." * (not is_before)
     if change > LITTLE:
         return Answer(question, "No, it got worse", why, "bad")
     if change > -LITTLE:
         return Answer(question, "Barely", why, "note")
-    fell = f"the loss fell by {-change:.0%}"
+    # Not 100 %, which would say that nothing is left to learn.
+    fell = f"the loss fell by {min(-change, 0.99):.0%}"
+    if not is_before:
+        return Answer(question, f"Perhaps: {fell} {where}", why, "note")
     if loss is not None and loss.verdict != "better":
         few = f"with {loss.base.n} rows that may be chance"
         return Answer(question, f"Perhaps: {fell}", f"{why} {_sentence(few)}", "note")
@@ -274,8 +279,10 @@ def overfitting(history: History, best_step: int | None, advice: Sequence[Advice
         why = "There were no validation rows; set data.validation_path, or a share in data.split."
         return Answer(question, "Not known", why, "note")
     last, best = evals[-1]["eval_loss"], min(evals, key=lambda record: record["eval_loss"])
-    losses = [r["loss"] for r in history if "loss" in r]
-    training = f" Training loss {losses[-1]:.4f}." if losses else ""
+    losses = [(r["step"], r["loss"]) for r in history if "loss" in r]
+    (before, _), (step, loss) = [(0, 0.0), *losses][-2:] if losses else [(0, 0.0)] * 2
+    of = f" (mean of {step - before} steps)" * (step - before > 1)
+    training = f" Training loss {loss:.4f}{of}." * bool(losses)
     if len(evals) < 3:
         many = "1 validation" if len(evals) == 1 else f"{len(evals)} validations"
         why = f"Only {many}; lower checkpointing.eval_steps. Validation loss {last:.4f}.{training}"

@@ -37,6 +37,7 @@ from mlx_qlora.train.score import Lend
 from mlx_qlora.train.signals import Interrupted
 
 PAGE_EVERY = 5.0  # seconds between two versions of the page
+CELL_EVERY = 1.0  # and of a notebook's cell, which shows each step of a slow run
 ANSWERED = 0.5  # of the time in which a row is scored: a token of all answers
 ROWS = 12  # of the table in a notebook
 CANDIDATES = 20  # held-out rows, of which some are answered, and one's prompt is in a command
@@ -48,7 +49,7 @@ class Observer:
 
     The base is frozen, so that what the model said and scored before its training is found after
     it, without the adapter. The first process asks and writes; the held-out rows are scored by all.
-    `n_questions` of them are answered, 0 asks none.
+    `n_questions` of them are answered; 0, of a run in Python, asks none, nor what was forgotten.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Observer:
     ) -> None:
         self.model, self.inputs, self.console, self.plan = model, inputs, console, plan
         self.processes = processes()
-        held_out = inputs.test or (inputs.validation if n_questions else None)
+        held_out = inputs.test or inputs.validation
         self.held_out = good_answers(held_out) if held_out else None
         rows = (self.held_out or ())[:CANDIDATES] if n_questions else []
         rows = [row for row in rows if len(row) <= MOST_TOKENS]
@@ -76,6 +77,7 @@ class Observer:
         self.first_step, self.next_page = inputs.state.step, 0.0
         self.n_read, self.has_head, self.last_eval = 0, False, math.nan  # of the history
         self.cell: Any = None  # of a notebook
+        self.next_cell, self.in_python = 0.0, not n_questions
         self.at, self.began = "", 0.0  # the step, in words; when the watching did
 
     # ---- while it trains -------------------------------------------------------------------------
@@ -113,8 +115,8 @@ class Observer:
         self.at = status = f"Step {self.task.done:,.0f} of {self.task.total:,.0f}"
         if (left := self.task.seconds_left) == left and self.task.done < self.task.total:
             status += f", about {duration(left)} to go"
-        if in_kernel() and (new or self.cell is None):
-            self._show_cell(status)
+        if in_kernel() and (new or progress.now() >= self.next_cell):
+            self._show_cell(", ".join([status, *self.task.figures]))
         if progress.now() >= self.next_page and progress.tasks():
             self._write_page(status, reloads=True)
 
@@ -170,6 +172,7 @@ class Observer:
     def _show_cell(self, status: str) -> None:
         from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 
+        self.next_cell = progress.now() + CELL_EVERY
         report = self._so_far(status, reloads=False)
         heads, rows, _ = report.history_table()
         table = (heads, rows[-ROWS:]) if rows else None
@@ -183,7 +186,7 @@ class Observer:
 
     def after(self, result: TrainResult) -> None:
         """Answer and score with the adapter and without its training, and write the report."""
-        config, console = self.inputs.config, self.console
+        config, console, tokenizer = self.inputs.config, self.console, self.inputs.tokenizer
         ends_with_best = config.checkpointing.load_best_model_at_end
         if self.processes.is_first:
             for advice in advise(result.log_history, ends_with_best, config.training):
@@ -204,8 +207,9 @@ class Observer:
                 {"prompt": row.prompt, "reference": row.reference, "before": old, "after": new}
                 for row, old, new in zip(self.questions, before.answers, after.answers)
             ]
-            with shown(console):
-                general = forgetting(self.model, self.inputs.tokenizer, base=self.untrained)
+            if not self.in_python:
+                with shown(console):
+                    general = forgetting(self.model, self.inputs.tokenizer, base=self.untrained)
             kl = kl_row(after.scores)
             old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}
@@ -221,15 +225,18 @@ class Observer:
             )
         result.peak_memory_bytes = mx.get_peak_memory()  # scores and answers included
         result.process_memory_bytes = device.process_memory_bytes()
-        about = self.inputs.reports, self.inputs.sizes, self.plan, loss, self._own_prompt()
+        about = self.inputs.reports, self.inputs.sizes, self.plan, loss
+        prompt, ask = self._own_prompt()
         more: Any = {"mlx_lm": note_on_mlx_lm(self.model), "forgetting": general, "kl": kl}
+        more |= {"ask": ask, "text": prompt if self.in_python else ""}
         report = Report(result, config, samples, *about, **more)
         say(console, f"report    {write_report(report)}")
         self.task = None  # the page stays as it is, whatever comes
         label, width = "next", console.width - LABEL if console.is_terminal else 10**6
-        for words in next_commands(report, self.inputs.tokenizer.chat_template is not None):
+        commands = next_commands(report, tokenizer.chat_template is not None)
+        for line in report.calls or [folded(words, width, LABEL) for words in commands]:
             # As it is: a line break within a prompt would be another prompt.
-            line = visible(f"{label:<{LABEL}}{folded(words, width, LABEL)}")
+            line = visible(f"{label:<{LABEL}}{line}")
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
 
@@ -240,14 +247,18 @@ class Observer:
         more = asked, self.limit, self.processes, base
         return measure(model, tokenizer, rows, *more) if rows else None
 
-    def _own_prompt(self) -> list[str]:
-        """The flags of `generate` for one of the user's own prompts, short and best of one line."""
+    def _own_prompt(self) -> tuple[str, list[str]]:
+        """One of the user's own prompts, short and best of one line, and `generate`'s flags for it.
+
+        The text is without the BOS, which is put before any.
+        """
         inputs, tokenizer = self.inputs, self.inputs.tokenizer
-        rows = (self.held_out or inputs.validation or inputs.train)[:CANDIDATES]
-        system = inputs.config.data.system
-        asks = [prompt_flags(q.prompt, tokenizer, system) for q in questions(rows, tokenizer)]
-        asks = asks or [["--prompt", "Hello"]]
-        return min(asks, key=lambda flags: (any("\n" in flag for flag in flags), len(str(flags))))
+        rows, bos = (self.held_out or inputs.train)[:CANDIDATES], tokenizer.bos_id
+        system, bos = inputs.config.data.system, "" if bos is None else tokenizer.decode([bos])
+        prompts = [question.prompt.removeprefix(bos) for question in questions(rows, tokenizer)]
+        asks = [(prompt, prompt_flags(prompt, tokenizer, system)) for prompt in prompts]
+        asks = asks or [("Hello", ["--prompt", "Hello"])]
+        return min(asks, key=lambda ask: (any("\n" in flag for flag in ask[1]), len(str(ask[1]))))
 
 
 # ---- a prompt on the command line ----------------------------------------------------------------

@@ -61,6 +61,7 @@ class Report:
     plan: Plan | None = None
     loss: Row | None = None  # of the held-out rows, before and after
     ask: Sequence[str] = ("--prompt", "Hello")  # flags of `generate` for a prompt like the rows'
+    text: str = ""  # that prompt itself, of a run in Python
     status: str = ""  # of a run under way or broken off; empty at its end
     mlx_lm: str = ""  # what mlx-lm would misread
     forgetting: Forgetting | None = None  # of general text
@@ -125,8 +126,26 @@ class Report:
 
     @property
     def question(self) -> str:
-        """The command that asks the adapter something."""
-        return shlex.join([*command(self, "generate", self.folder), *self.ask])
+        """The command, or the call, that asks the adapter something."""
+        return (
+            self.calls[0]
+            if self.text
+            else shlex.join([*command(self, "generate", self.folder), *self.ask])
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        """What to do with a new adapter in Python; nothing after a command."""
+        if not self.text:
+            return []
+        chosen, given = self.config.model, {"adapter": str(self.result.output_dir)}
+        given |= {"revision": chosen.revision} if chosen.revision else {}
+        packing = f", mq.{chosen.quantize()}" * (chosen.bits is not None)
+        words = packing + "".join(f", {name}={value!r}" for name, value in given.items())
+        return [
+            f"mq.generate(model, tokenizer, {self.text!r})",
+            f"model, tokenizer = mq.load({chosen.source or self.base!r}{words})  # later",
+        ]
 
     @cached_property
     def plots(self) -> list[Plot]:

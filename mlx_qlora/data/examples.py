@@ -222,9 +222,10 @@ class Examples(Sequence[Example]):
     def __repr__(self) -> str:
         tokens, supervised = self.lengths.sum(), self._store.rows["supervised"][self._rows].sum()
         share = f"{supervised / max(tokens, 1):.0%}"
-        return (
-            f"Examples({len(self):,} of {self.report.source}, {tokens:,} tokens, {share} learned)"
-        )
+        n_refused = len(self.report.refused)
+        refused = f", {n_refused:,} of the source refused" * bool(n_refused)
+        about = f"{tokens:,} tokens, {share} learned{refused}"
+        return f"Examples({len(self):,} of {self.report.source}, {about})"
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -7,9 +7,9 @@ import contextlib
 import hashlib
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ from mlx_qlora.data.store import (
     store_in_memory,
 )
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError, DataError, check_choices, option, require
+from mlx_qlora.errors import ConfigError, DataError, DataWarning, require
+from mlx_qlora.fields import checked, config_section, option
 from mlx_qlora.folders import read_text, staged, user_cache, user_path
 from mlx_qlora.model.llama import LlamaConfig, check_ids
 
@@ -51,7 +52,7 @@ PEEKED = 100  # rows that are looked at to find a file's format
 FEWEST_HELD_OUT, MOST_HELD_OUT, FEWEST_TO_TEST = 8, 500, 200
 
 
-@dataclass(frozen=True)
+@config_section("data")
 class DataConfig:
     """Where the rows are and how they become tokens and labels."""
 
@@ -126,7 +127,6 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices("data", self)
         rule = f"name some of {', '.join(COLUMNS)}"
         require(self.columns.keys() <= COLUMNS.keys(), "data.columns", rule, self.columns)
         require(self.system != "", "data.system", "not be empty", self.system)
@@ -153,6 +153,7 @@ class DataConfig:
             raise ConfigError(f"data.template={self.template} {CANNOT_WRITE}")
 
 
+@checked
 def read_examples(
     source: str | Path | Iterable[Mapping[str, Any]] | Mapping[str, Any],
     tokenizer: Tokenizer,
@@ -169,15 +170,19 @@ def read_examples(
             parts the training files are read.
         config: template, lengths and what is learned; its own paths are not read.
         objective: of the training: dpo, orpo and simpo read pairs of answers, kto judged ones.
-        console: where a progress bar goes if there is much to do; none if not given.
+        console: where a progress bar goes if there is much to do; none if not given, and what is
+            refused or not used is then a warning.
 
     Returns:
-        The kept rows; `.report` says what was refused and why, by line.
+        The kept rows; `.report` says what was refused and why, by line, or by row from 1 on.
 
     Raises:
         DataError: the source is missing, or no row of it can be used; with `strict`, if any
             cannot.
         ConfigError: a template that cannot be read, or that does not fit the rows.
+
+    Warns:
+        DataWarning: the report, of rows that are refused and fields that are not used.
     """
     config = config or DataConfig()
     if isinstance(source, (str, Path)):
@@ -186,7 +191,12 @@ def read_examples(
         name, files = "rows", [in_memory(source)]
     rule = f"be one of {', '.join(map(repr, KIND_OF))}"
     require(objective in KIND_OF, "objective", rule, objective)
-    return _read_all([(name, files)], tokenizer, config, KIND_OF[objective], console)[0]
+    examples = _read_all([(name, files)], tokenizer, config, KIND_OF[objective], console)[0]
+    report = examples.report
+    if console is None and (report.refused or report.unread):
+        about = "\n  rows are counted from 1" * bool(report.refused)
+        warnings.warn(f"{report}{about}", DataWarning, stacklevel=3)  # above `checked`
+    return examples
 
 
 def _read_all(

@@ -61,6 +61,9 @@ class Tokenizer:
     _own_template: bool = False  # True: the template is not the one that `source` ships
     tool_template: str | None = None  # the template `tool_use` beside the default one
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.source}, {self.vocab_size:,} tokens)"
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; text that spells a special token becomes that token.
 

@@ -12,6 +12,7 @@ from mlx_qlora.data.read import check_examples
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import TO_BEGIN, Processes
 from mlx_qlora.errors import DataError
+from mlx_qlora.fields import checked
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
 from mlx_qlora.train.score import Lend, RowScores, Score, score, score_rows
@@ -41,6 +42,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, MOST_NATS))
 
 
+@checked
 def evaluate(
     model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Examples, batch_size: int | None = None
 ) -> Scores:

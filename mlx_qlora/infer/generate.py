@@ -14,6 +14,7 @@ from mlx_qlora.data.files import without_nulls
 from mlx_qlora.data.rows import messages_of
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, did_you_mean, require
+from mlx_qlora.fields import checked
 from mlx_qlora.infer.tokens import (
     GenerationConfig,
     GenerationSettings,
@@ -173,6 +174,7 @@ def stop_texts(stop: str | Sequence[str] | None) -> list[str]:
 # ---- one prompt, and many ------------------------------------------------------------------------
 
 
+@checked
 def generate(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
@@ -204,6 +206,7 @@ def generate(
     return "".join(Stream(model, tokenizer, prompt, settings))
 
 
+@checked
 def stream(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
@@ -296,6 +299,7 @@ class Stream(Iterator[str]):
             yield piece
 
 
+@checked
 def generate_batch(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,

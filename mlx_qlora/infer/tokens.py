@@ -14,14 +14,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_qlora import device
-from mlx_qlora.errors import ConfigError, option, require
+from mlx_qlora.errors import ConfigError, require
+from mlx_qlora.fields import config_section, option
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
 
 # ---- settings ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@config_section("generation")
 class GenerationConfig:
     """How the next token is chosen; names and order of operations are Hugging Face's."""
 

@@ -160,7 +160,7 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> ModelFiles:
         # Raises if the hub is away, which tells a partial cache from an unfit repository.
         names = HfApi().list_repo_files(repo, revision=folder.name) if missing else []
     except hub_errors() as error:
-        raise SourceError(explain(error, repo, revision)) from error
+        raise SourceError(explain(error, repo, revision)) from None
     if missing and not weights:
         missing = _missing_files(folder, names)
         left = tuple(_shards(folder, names))
@@ -238,7 +238,7 @@ def on_offer(
     except SourceError:
         raise
     except hub_errors() as cause:
-        raise SourceError(explain(cause, repo, revision)) from cause
+        raise SourceError(explain(cause, repo, revision)) from None
     cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in names}
     to_fetch = sum(sizes[name] for name, path in cached.items() if not isinstance(path, str))
     return config if isinstance(config, dict) else {}, sum(sizes[name] for name in names), to_fetch
@@ -274,8 +274,8 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
     if status == 403:
         return f"your token may not read {repo} (403); give it read permission, or another token"
 
-    again = "run the same command again; finished files are kept"
     is_partial = (cache / f"models--{repo.replace('/', '--')}" / "snapshots").exists()
+    again = f"run the same command again{'; finished files are kept' * is_partial}"
     found = f"{repo} is {'only in part' if is_partial else 'not'} in the cache {cache}, and"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"{found} HF_HUB_OFFLINE is set; unset it and {again}; {WITHOUT_HUB}"

@@ -468,6 +468,7 @@ class LlamaForCausalLM(nn.Module):
     is_merged: bool  # set where an adapter was folded into the weights, which left their files
     frozen_matmul: str  # as `load` was asked for it
     lora_config: Any  # the `LoraConfig` of the LoRA layers, once `add_lora` has put them in
+    beginning: Any  # the `Beginning` of the last run that trained them
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -476,6 +477,10 @@ class LlamaForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.freeze()
+
+    def __repr__(self) -> str:  # of MLX's own, a notebook would show every module
+        source = getattr(getattr(self, "source", None), "source", self.config.model_type)
+        return f"LlamaForCausalLM({source}, {len(self.layers)} layers)"
 
     def __call__(
         self,

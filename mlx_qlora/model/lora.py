@@ -11,14 +11,15 @@ import reprlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_qlora.errors import ConfigError, check_choices, did_you_mean, option, require
+from mlx_qlora.errors import ConfigError, did_you_mean, require
+from mlx_qlora.fields import config_section, option
 from mlx_qlora.model.dropout import Mask, position_words
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.quantize import Given, Gradients, Linear, plus
@@ -33,7 +34,7 @@ PLAIN = (True, "gaussian")  # initial weights that need nothing of the base
 INITS = re.compile(r"gaussian|olora|loftq|pissa(_niter_[1-9]\d*)?")
 
 
-@dataclass(frozen=True)
+@config_section("lora")
 class LoraConfig:
     """Which linears get an update, and of what shape; field names and meanings are PEFT's."""
 
@@ -65,10 +66,9 @@ class LoraConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices("lora", self)
         ranks = {f"rank_pattern.{key}": r for key, r in self.rank_pattern.items()}
         for name, r in {"r": self.r, **ranks}.items():
-            require(isinstance(r, int) and r >= 1, f"lora.{name}", "be at least 1", r)
+            require(r >= 1, f"lora.{name}", "be at least 1", r)
         factors = {f"alpha_pattern.{key}": alpha for key, alpha in self.alpha_pattern.items()}
         factors |= {"lora_alpha": self.lora_alpha, "loraplus_lr_ratio": self.loraplus_lr_ratio}
         for name, factor in factors.items():
@@ -85,8 +85,6 @@ class LoraConfig:
                 re.compile(key)
             except (re.error, RecursionError, OverflowError) as error:
                 raise ConfigError(f"lora: {key!r} is no regex: {error}") from None
-        if isinstance(self.target_modules, tuple):  # a tuple is what the signature shows
-            object.__setattr__(self, "target_modules", list(self.target_modules))
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError(
                 "lora.layers_to_transform needs lora.target_modules to be a list of names "
@@ -439,6 +437,22 @@ def add_lora(
     model.update_modules(nested(wrapped))
     model.lora_config = config
     return model
+
+
+def drawn(model: LlamaForCausalLM, seed: int) -> dict[str, mx.array]:
+    """The path and the array of each weight that `add_lora` began with, where it was a PLAIN one.
+
+    Nobody has to keep them: they follow from the seed.
+    """
+    layers, init = lora_layers(model), model.lora_config.init_lora_weights
+    weights: dict[str, mx.array] = {}
+    for (path, layer), key in zip(layers, mx.random.split(mx.random.key(seed), len(layers))):
+        r = len(layer.lora_A.weight)
+        A, B = initial(init, layer.base_layer, r, layer.scale, key, None)
+        weights |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+        if isinstance(layer, DoRALinear):  # B is zero, and the rows have the base's lengths
+            weights[f"{path}.lora_magnitude_vector"] = mx.sqrt(layer._squares)
+    return weights
 
 
 def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:

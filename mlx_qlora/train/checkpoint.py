@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
-from mlx_qlora.errors import ConfigError, listing, option, require
+from mlx_qlora.errors import ConfigError, listing, require
+from mlx_qlora.fields import config_section, option
 from mlx_qlora.folders import disk_errors, json_object, parse_json, remove, sha256, staged
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
@@ -42,7 +43,7 @@ PARTS, MOST_STEPS = 6, 500  # a run is validated and saved so often, and at leas
 AUTO_EVERY = f"a sixth of the run, at most {MOST_STEPS} steps"
 
 
-@dataclass(frozen=True)
+@config_section("checkpointing")
 class CheckpointingConfig:
     """Where a run leaves its files, and when."""
 
@@ -290,6 +291,19 @@ class Start(NamedTuple):
     damaged: list[str]  # what is wrong with newer checkpoints, which were passed over
 
 
+def named_checkpoint(config: CheckpointingConfig) -> Path | None:
+    """The folder that a config names to go on from, if any; a ConfigError if that is none."""
+    wanted = str(config.resume_from_checkpoint)
+    if wanted in ("auto", "none"):
+        return None
+    if not is_ours(path := Path(wanted)):
+        raise ConfigError(
+            f"checkpointing.resume_from_checkpoint: {path} is no checkpoint; name a folder "
+            "checkpoint-N of a run, or auto for the newest"
+        )
+    return path
+
+
 def checkpoint_to_resume(
     config: CheckpointingConfig,
     state: RunState,
@@ -305,13 +319,9 @@ def checkpoint_to_resume(
             where there are some, or one that was made from another config, data or model, or with
             other numerics.
     """
-    wanted = str(config.resume_from_checkpoint)
-    if wanted == "none":
+    if config.resume_from_checkpoint == "none":
         return Start(None, state, [])
-    if wanted != "auto":
-        path = Path(wanted)
-        if not is_ours(path):
-            raise ConfigError(f"checkpointing.resume_from_checkpoint: {path} is no checkpoint")
+    if (path := named_checkpoint(config)) is not None:
         return Start(path, _same_run(path, read_state(path), state, defaults or {}), [])
     damaged = []
     for path in reversed(checkpoints(Path(config.output_dir))):

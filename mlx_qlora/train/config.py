@@ -11,7 +11,8 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.preferences import KIND_OF
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.distributed import Processes
-from mlx_qlora.errors import ConfigError, check_choices, option, require
+from mlx_qlora.errors import ConfigError, require
+from mlx_qlora.fields import config_section, option
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
 
 # The version of the arithmetic, in every run's fingerprint. 1 is what commit 8129655 computes, and
@@ -27,7 +28,7 @@ USUAL_PASSES, MANY_PASSES = 3, 20  # that are a start, and that learn examples b
 FEWEST_EXAMPLES, MOST_EXAMPLES, LEAST_STEPS = 4, 18, 30
 
 
-@dataclass(frozen=True)
+@config_section("training")
 class TrainingConfig:
     """How long and how fast to learn; names and defaults as Hugging Face users know them."""
 
@@ -96,7 +97,6 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices("training", self)
         if self.max_steps is None and self.num_train_epochs is None:
             object.__setattr__(self, "num_train_epochs", float(USUAL_PASSES))
         elif self.max_steps is not None and self.num_train_epochs is not None:

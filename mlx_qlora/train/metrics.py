@@ -8,7 +8,6 @@ import secrets
 import socket
 import textwrap
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +15,8 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_qlora import device
-from mlx_qlora.errors import ConfigError, did_you_mean, option, require, say, waiting, warn
+from mlx_qlora.errors import ConfigError, did_you_mean, require, say, waiting, warn
+from mlx_qlora.fields import config_section, option
 from mlx_qlora.folders import write_whole
 from mlx_qlora.progress import doing
 from mlx_qlora.train.checkpoint import RunState
@@ -27,7 +27,7 @@ NAMES = ("tensorboard", "wandb")
 RUN_ID = "wandb_run_id"
 
 
-@dataclass(frozen=True)
+@config_section("logging")
 class LoggingConfig:
     """How often figures are written, and where besides `metrics.jsonl`."""
 

@@ -17,10 +17,13 @@ from support.models import our_logits, random_tokens, randomise_lora
 from support.tiny_folder import write_random_model, write_rows
 
 import mlx_qlora as mq
+from mlx_qlora import progress
+from mlx_qlora.adapters import requantize
 from mlx_qlora.adapters.drift import ADAPTER, BASE, MERGED, PLAIN, VERSIONS, WRITTEN
 from mlx_qlora.adapters.gguf_model import LEVELS, OFFSET, blocks, save_gguf_model
 from mlx_qlora.adapters.requantize import (
     Grid,
+    Inputs,
     compensated,
     damped,
     grid_of,
@@ -67,7 +70,7 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def plainly(W: np.ndarray, grid: Grid) -> np.ndarray:
     """Each number at the nearest one of its group, by itself."""
-    scales, offsets = (np.repeat(x, grid.group, 0) for x in scales_of(W, grid, np.ones(M)))
+    scales, offsets = (np.repeat(x, grid.group, 0) for x in scales_of(W, grid))
     values = grid.levels[:, None, None] * scales + offsets
     return np.take_along_axis(values, np.abs(values - W).argmin(0)[None], 0)[0]
 
@@ -75,11 +78,11 @@ def plainly(W: np.ndarray, grid: Grid) -> np.ndarray:
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_output_is_nearer_than_that_of_plain_rounding(name: str) -> None:
     (W, X), grid = problem(), GRIDS[name]
-    H = damped(X.T @ X)
-    first = compensated(W, H, grid, *scales_of(W, grid, np.diag(H)))
+    inputs = damped(X.T @ X)
+    first = compensated(W, inputs, grid, *scales_of(W, grid))
     lost = [
         float(np.square(X @ (Q - W)).sum())
-        for Q in (plainly(W, grid), first.dense, improved(first, W, H).dense)
+        for Q in (plainly(W, grid), first.dense, improved(first, W, inputs).dense)
     ]
     assert lost[2] < lost[1] < 0.5 * lost[0]
 
@@ -87,15 +90,17 @@ def test_the_output_is_nearer_than_that_of_plain_rounding(name: str) -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_inputs_that_do_not_depend_on_each_other_leave_plain_rounding(name: str) -> None:
     (W, _), grid, eye = problem(), GRIDS[name], np.eye(M, dtype=np.float32)
-    rounded = compensated(W, eye, grid, *scales_of(W, grid, np.ones(M)))
+    rounded = compensated(W, Inputs(eye), grid, *scales_of(W, grid))
     np.testing.assert_allclose(rounded.dense, plainly(W, grid), atol=1e-6)
 
 
-def test_compensation_is_the_textbook_s() -> None:
-    """Frantar et al. 2022, algorithm 1, by the inverse of H in float64."""
+def test_compensation_is_the_textbook_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frantar et al. 2022, algorithm 1, by the inverse of H in float64; here in several blocks."""
+    monkeypatch.setattr(requantize, "BLOCK", 40)
+    monkeypatch.setattr(requantize, "STEP", 30)
     (W, X), grid = problem(), GRIDS["4 affine"]
-    H = damped(X.T @ X)
-    scales, offsets = scales_of(W, grid, np.diag(H))
+    inputs = damped(X.T @ X)
+    H, (scales, offsets) = inputs.H, scales_of(W, grid)
     order = np.argsort(-np.diag(H), kind="stable")
     U = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)].astype(np.float64))).T
     left, wanted = W[order].astype(np.float64), np.empty(W.shape)
@@ -104,29 +109,30 @@ def test_compensation_is_the_textbook_s() -> None:
         q = np.clip(np.rint((left[i] - offset) / scale), 0, 15)
         wanted[column] = q
         left[i:] -= U[i, i:, None] * ((left[i] - q * scale - offset) / U[i, i])
-    levels = compensated(W, H, grid, scales, offsets).levels
+    levels = compensated(W, inputs, grid, scales, offsets).levels
     rows = (levels == wanted).all(axis=0)
     assert rows.mean() > 0.9, "of a number between two levels float32 may take the other"
 
 
 def test_coordinate_descent_never_makes_a_row_worse_and_finds_the_base_again() -> None:
     (W, X), grid = problem(), GRIDS["4 affine"]
-    H = damped(X.T @ X)
-    begin = compensated(W, H, grid, *scales_of(W, grid, np.diag(H)))
+    inputs = damped(X.T @ X)
+    begin = compensated(W, inputs, grid, *scales_of(W, grid))
     costs = []
     for sweeps in range(4):
-        E = improved(begin, W, H, sweeps).dense - W
-        costs.append(((H @ E) * E).sum(axis=0))
+        E = improved(begin, W, inputs, sweeps).dense - W
+        costs.append(((inputs.H @ E) * E).sum(axis=0))
     for before, after in itertools.pairwise(costs):
         assert (after <= before * (1 + 1e-4)).all()
-    same = improved(begin, begin.dense, H)
+    same = improved(begin, begin.dense, inputs)
     np.testing.assert_array_equal(same.levels, begin.levels)
     np.testing.assert_array_equal(same.dense, begin.dense)
 
 
 @pytest.mark.parametrize("quant", MLX, ids=lambda q: f"{q.bits} {q.mode}")
-def test_mlx_decodes_what_was_promised(quant: QuantConfig) -> None:
+def test_mlx_decodes_what_was_promised(quant: QuantConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     W, X = problem()
+    monkeypatch.setattr(requantize, "ROWS", 16)
     rounded = round_matrix(W, damped(X.T @ X), grid_of(quant, mx.float32))
     dense = unpack(packed(rounded, quant), quant, mx.float32)
     np.testing.assert_allclose(np.array(dense).T, rounded.dense, atol=1e-6)
@@ -209,6 +215,7 @@ def test_each_format_is_nearer_to_the_tuned_model_than_rounded_plainly(
     before = our_logits(model, tokens)
     place, drift = FORMATS[name](model, tokenizer, tmp_path / "out", (rows(80, 0), held_out))
     np.testing.assert_array_equal(our_logits(model, tokens), before)
+    assert progress.latest["writing"].done == progress.latest["writing"].total > 0
     assert list(drift.figures) == list(VERSIONS) and drift.tokens == 6 * 20
     kl = {version: figures.kl for version, figures in drift.figures.items()}
     assert kl[ADAPTER] == 0 < kl[MERGED] < kl[WRITTEN] < kl[PLAIN]

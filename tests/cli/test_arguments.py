@@ -221,6 +221,7 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("merge --output-dir m training.seed=1", "merge does not read it; it reads fields of m"),
         ("train --set training.max_steps=2", "without it, as training.max_steps=100"),
         ("train --epoch 3", "--epoch; did you mean --epochs?"),
+        ("--epoch train --lr 1e-4", "unknown arguments: --epoch; did you mean --epochs?\n"),
         ("train --dpo", "--dpo; did you mean --objective dpo?"),
         ("train --scale 20", "--scale; did you mean lora.lora_alpha (scale x lora.r)?"),
         ("train --lr fast", "training.learning_rate must be a number or auto; got 'fast'"),

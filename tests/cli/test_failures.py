@@ -104,6 +104,13 @@ def test_wrong_input_is_one_message_and_changes_no_file(name, train, model, tmp_
     assert contents(tmp_path) == before
 
 
+def test_a_checkpoint_that_is_none_is_named_before_a_row_is_read(train, model, capsys):
+    assert main([*train, "--model", str(model), "--resume", "nowhere"]) == 2
+    out, err = capsys.readouterr()
+    assert "nowhere is no checkpoint; name a folder checkpoint-N" in err
+    assert "data  " not in out
+
+
 def test_json_of_an_error(train, capsys):
     assert main([*train, "--data", "away.jsonl", "--json"]) == 2
     out, err = capsys.readouterr()

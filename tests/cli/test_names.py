@@ -29,8 +29,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("time was spent")
 
     monkeypatch.setattr("mlx_qlora.run.open_files", late)
-    monkeypatch.setattr("mlx_qlora.commands.with_adapter", late)
-    monkeypatch.setattr("mlx_qlora.commands.loaded", late)
+    monkeypatch.setattr("mlx_qlora.exports.with_adapter", late)
+    monkeypatch.setattr("mlx_qlora.exports.loaded", late)
 
 
 @pytest.mark.parametrize("name", BAD)

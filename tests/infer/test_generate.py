@@ -1,4 +1,4 @@
-"""Generated text: transformers' own, whole characters, where it ends, settings, prompts."""
+"""Generated text: whole characters, where it ends, settings, prompts."""
 
 import dataclasses
 import re
@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.models import randomise_lora, torch_logits
+from support.models import randomise_lora
 from support.parrot import Parrot
-from support.tiny_folder import CORPUS, hf_smollm2, write_model, write_tokenizer
+from support.tiny_folder import CORPUS, write_model, write_tokenizer
 
 import mlx_qlora as mq
 from mlx_qlora.data.tokenizer import load_tokenizer
@@ -22,32 +22,9 @@ from mlx_qlora.infer.tokens import (
     GenerationSettings,
     PromptCache,
     StreamSettings,
-    batch_tokens,
 )
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):\n",
-    "### Instruction:\nName three colours.\n\n### Response:\n",
-    "Once upon a time, in a village by the sea,",
-    "Photosynthesis is the process by which",
-    "The three laws of motion say that",
-    "import numpy as np\n\n",
-    "Dear Sir or Madam,\n",
-    "1, 2, 3, 4,",
-    "Water boils at",
-    "The best way to learn a language is",
-    "In 1969,",
-    "Shakespeare wrote",
-    "A recipe for bread: first,",
-    "The mitochondria",
-    "SELECT name FROM",
-    "Q: What is 7 times 8?\nA:",
-    "La Tour Eiffel est",
-    "My favourite animal is the",
-    "To be, or not to be,",
-]
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +33,6 @@ def tiny(chat_folder: Path) -> tuple[Any, Any]:
 
 
 # ---- greedy ------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_greedy_text_is_that_of_transformers(smollm2):
-    """Each of our tokens is transformers' first choice after all before it: its greedy text.
-
-    All prompts together, as that takes a quarter of the time; the first one also alone.
-    """
-    model, tokenizer = smollm2
-    config, ended = GenerationConfig(max_new_tokens=32, **GREEDY), set[int]()
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS[::2]]
-    answers: list[list[int]] = [[] for _ in prompts]
-    for i, token in batch_tokens(model, prompts, config, None, len(prompts), ended):
-        if i not in ended:
-            answers[i].append(token)
-            ended |= {i} if token in tokenizer.eos_ids else set()
-    for prompt, new in zip(prompts, answers):
-        scores = torch_logits(hf_smollm2(), np.array([prompt + new[:-1]]))[0, len(prompt) - 1 :]
-        assert new == scores.argmax(axis=-1).tolist(), tokenizer.decode(prompt)
-        assert len(new) == 32 or new[-1] in tokenizer.eos_ids
-    shown = [token for token in answers[0][:12] if token not in tokenizer.eos_ids]
-    text = generate(model, tokenizer, PROMPTS[0], max_new_tokens=12, **GREEDY)
-    assert text == tokenizer.decode(shown)
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from support.models import (
     randomise_lora,
     torch_logits,
 )
-from support.tiny_folder import hf_smollm2
 
 from mlx_qlora.adapters.export import save_gguf_adapter
 from mlx_qlora.adapters.merge import save_merged
@@ -519,19 +518,6 @@ def test_an_adapter_of_a_family_fits_its_gguf_base(name: str, tmp_path: Path) ->
 
 
 # ---- the real SmolLM2 --------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_smollm2s_logits_equal_transformers_reading_of_the_same_file(
-    smollm2: tuple[LlamaForCausalLM, Any],
-) -> None:
-    model, tokenizer = smollm2
-    text = "The capital of France is Paris. In 1789, the people of the city rose, because"
-    tokens = np.array([tokenizer.encode(text)], np.int32)
-    theirs = torch_logits(hf_smollm2(), tokens)
-    ours = our_logits(model, tokens)
-    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
-    assert np.abs(ours - theirs).max() <= 1e-4 * theirs.std()
 
 
 def test_smollm2_is_read_as_what_it_is(smollm2: tuple[LlamaForCausalLM, Any]) -> None:

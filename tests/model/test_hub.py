@@ -342,7 +342,7 @@ def test_a_token_that_the_hub_refuses(away):
 
 
 def test_no_network_and_no_copy(hub, away):
-    again = f"run the same command again; finished files are kept; {WITHOUT_HUB}"
+    again = f"run the same command again; {WITHOUT_HUB}"
     nothing = f"{REPO} is not in the cache {away.cache}, and "
     offline = away.refused(REPO, HF_HUB_OFFLINE="1")
     assert offline == f"{nothing}HF_HUB_OFFLINE is set; unset it and {again}"

@@ -237,7 +237,11 @@ def test_a_target_that_cannot_be_met_says_what_exists(
     [
         ({"r": 0}, "lora.r must be at least 1; got 0"),
         ({"r": -3}, "lora.r must be at least 1; got -3"),
-        ({"r": 2.5}, "lora.r must be at least 1; got 2.5"),
+        ({"r": 2.5}, "lora.r must be int; got 2.5"),
+        *(
+            ({"rank_pattern": {"q_proj": r}}, "lora.rank_pattern must be map of text to int; got")
+            for r in (2.5, "8")
+        ),
         ({"lora_alpha": 0}, "lora.lora_alpha must be above 0 and finite; got 0"),
         ({"lora_alpha": math.nan}, "lora.lora_alpha must be above 0 and finite; got nan"),
         ({"lora_dropout": 1.0}, "lora.lora_dropout must be in [0, 1); got 1.0"),
@@ -250,7 +254,7 @@ def test_a_target_that_cannot_be_met_says_what_exists(
         ({"alpha_pattern": {"(v": 1}}, "'(v' is no regex"),
         *(
             ({"rank_pattern": {"q_proj": r}}, f"q_proj must be at least 1; got {r!r}")
-            for r in (0, -2, 2.5, "8")
+            for r in (0, -2)
         ),
         *(
             ({"alpha_pattern": {"v_proj": alpha}}, "lora.alpha_pattern.v_proj must be above 0")
@@ -258,7 +262,11 @@ def test_a_target_that_cannot_be_met_says_what_exists(
         ),
         *(
             ({"init_lora_weights": name}, "lora.init_lora_weights must be true, gaussian, pissa")
-            for name in ("pisa", "pissa_niter_0", "pissa_niter_", False, 1, None, "eva")
+            for name in ("pisa", "pissa_niter_0", "pissa_niter_", False, "eva")
+        ),
+        *(
+            ({"init_lora_weights": name}, "lora.init_lora_weights must be true/false or text; got")
+            for name in (1, None)
         ),
     ],
 )

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
-    {"errors", "progress", "tree", "folders"},
+    {"errors", "progress", "tree", "folders", "names", "fields"},
     {"device", "distributed"},
     {"cpu"},
     {"model"},
@@ -20,12 +20,11 @@ ORDER = [
     {"adapters"},
     {"train"},
     {"infer"},
-    {"names"},
     {"config", "loading", "measured", "run"},
     {"before"},
     {"after"},
     {"sweep"},
-    {"cli", "commands", "__main__", "train.__main__"},
+    {"cli", "commands", "exports", "__main__", "train.__main__"},
 ]
 # The core reaches what surrounds it at one place, when a run has something to show.
 LATE = {("run", "after.observer")}

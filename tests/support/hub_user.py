@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,8 @@ class Away:
     def refused(self, *args, **environ):
         with pytest.raises(SourceError) as error:
             self.resolve(*args, **environ)
+        shown = traceback.format_exception(error.value)
+        assert "The above exception" not in "".join(shown), "no traceback of the client above it"
         return str(error.value)
 
 

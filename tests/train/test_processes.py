@@ -4,6 +4,7 @@ They are real processes that MLX's ring joins; `ring.py` starts them. Starting c
 run, so one ring of two does all that leaves both of them alive, one run after the other.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from mlx_qlora.distributed import RING_PADS, WORDS, Processes
 from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, GradientAllReduce
 from mlx_qlora.train.checkpoint import checkpoints, read_state
 
-STEPS, CLOSE = 20, 1e-5
+STEPS, CLOSE = 15, 1e-5
 LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the tiny model, for r=1
 # What is sent in a step besides the gradients: three counts and three signals, and the loss sum.
 BESIDES = 6 * 8 + 4
@@ -172,7 +173,7 @@ def eventful(place: Place) -> dict[str, Any]:
         return {"words": place.words(name, 2, *more), **event}
 
     return {
-        "slow": one("slow", "training.max_steps=8", slow_save=3.0, patience=1.5),
+        "slow": one("slow", "training.max_steps=8", slow_save=2.0, patience=1.5),
         "signalled": [one("signalled"), one("signalled", signalled=STEPS // 5)],
         "hungry": [one("hungry"), one("hungry", starved=(4, 4))],
         "full": one("full"),
@@ -592,7 +593,7 @@ def launch(n: int, command: list[str]) -> subprocess.Popen[str]:
     """MLX's launcher, which lies beside the interpreter."""
     port = ring.free_ports(1)[0] - n
     own = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "--backend", "ring"]
-    return subprocess.Popen(
+    launcher = subprocess.Popen(
         [*own, "--starting-port", str(port), "--", *command],
         env=ring.outside_a_ring(),
         cwd=ring.ROOT,
@@ -601,16 +602,26 @@ def launch(n: int, command: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    # It would spin on the core of its processes while they can take input, or its own has ended:
+    # so they are given more than a pipe holds, and it stays open.
+    assert launcher.stdin is not None
+    launcher.stdin.write(100_000 * "\n")
+    launcher.stdin.flush()
+    return launcher
 
 
 def printed_by(launcher: subprocess.Popen[str]) -> tuple[str, str]:
     """Standard output and errors of a launcher, once it has ended."""
+    given, launcher.stdin = launcher.stdin, None  # which `communicate` would close at once
     try:
         return launcher.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         launcher.kill()
         launcher.communicate()
         raise
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            given.close()
 
 
 @pytest.mark.parametrize("name", ["everyone", "second"])

@@ -88,14 +88,18 @@ def test_what_is_settled_is_in_the_config_and_said_with_its_reason():
     training, checkpointing = settled.training, settled.checkpointing
     assert (training.rows, training.accumulation, training.warmup_steps) == (9, 1, 3)
     assert (checkpointing.eval_steps, checkpointing.save_steps) == (5, 5)
-    assert explained(config, settled, examples) == [
+    lines = explained(config, settled, examples, examples)
+    assert lines == [
         "batch     9 examples in a step: 90 rows, read 3 times, make 30 steps",
         "warmup    3 steps: warmup_ratio 0.1 of 30",
         "rate      0.000286: by the model's width",
         "every     5 steps a validation and a checkpoint: a sixth of the run, at most 500 steps",
     ]
     assert settle(settled, LLAMA, make_examples(500)) == settled
-    assert explained(settled, settled, examples) == []
+    without = explained(config, settled, examples, None)
+    assert without[:3] == lines[:3]
+    assert without[3].startswith("every     5 steps a checkpoint: a sixth")
+    assert explained(settled, settled, examples, examples) == []
     assert settle(config, LLAMA).checkpointing.eval_steps == "auto", "without data it stays open"
 
 

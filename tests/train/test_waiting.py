@@ -133,9 +133,9 @@ PLACES = {
     "mlx_qlora.after.observer.write_report": ("train", "the adapter in {} is complete"),
     "mlx_qlora.sweep.trial.score_examples": ("sweep", "what its trials have saved is kept"),
     "mlx_qlora.adapters.merge._write_shard": ("merge", NOTHING),
-    "mlx_qlora.commands.with_adapter": ("merge", NOTHING),
+    "mlx_qlora.exports.with_adapter": ("merge", NOTHING),
     "mlx_qlora.adapters.peft.write_peft": ("export", NOTHING),
-    "mlx_qlora.commands.push_to_hub": ("push", "nothing of it is in the repository unless all"),
+    "mlx_qlora.exports.push_to_hub": ("push", "nothing of it is in the repository unless all"),
 }
 
 

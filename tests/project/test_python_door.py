@@ -1,0 +1,122 @@
+"""What a user of the Python names may pass, and what is said of anything else."""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.models import load_folder
+from support.tiny_folder import write_model
+from support.training import make_examples
+
+import mlx_qlora
+from mlx_qlora.config import SECTIONS, build, to_dict
+from mlx_qlora.data.tokenizer import load_tokenizer
+from mlx_qlora.errors import ConfigError, DataWarning
+
+mq: Any = mlx_qlora  # a type checker would say before what these tests are of
+ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", num_hidden_layers=1)
+
+
+# ---- sections ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: mq.DataConfig(max_length="256"), "data.max_length must be int; got '256'"),
+        (lambda: mq.DataConfig(packing=1), "data.packing must be true/false; got 1"),
+        (lambda: mq.TrainingConfig(max_steps=4.0), "training.max_steps must be int or null"),
+        (lambda: mq.GenerationConfig(top_k=True), "generation.top_k must be int; got True"),
+        (
+            lambda: mq.RunConfig(training={"max_steps": 4}),
+            "training must be TrainingConfig(...); got {'max_steps': 4}",
+        ),
+        (lambda: mq.RunConfig(mq.LoraConfig()), "model must be ModelConfig(...); got LoraConfig("),
+        (lambda: mq.TrainingConfig(lr=1e-4), "training.lr; did you mean training.learning_rate?"),
+        (lambda: mq.DataConfig(max_lenght=8), "data.max_lenght; did you mean data.max_length?"),
+        (lambda: mq.LoraConfig(num_layers=8), "did you mean lora.layers_to_transform?"),
+        (lambda: mq.RunConfig(trainig=None), "unknown field trainig; did you mean training?"),
+        (lambda: mq.LoggingConfig(zzz=1), "logging.zzz; LoggingConfig has logging_steps, report"),
+    ],
+)
+def test_a_section_says_what_a_field_of_it_may_be(make: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make()
+
+
+def test_numbers_of_numpy_and_paths_become_what_a_config_holds(tmp_path: Path) -> None:
+    config = mq.RunConfig(
+        data=mq.DataConfig(path=tmp_path, max_length=np.int64(64), split=(0.5, np.float32(0.5))),
+        training=mq.TrainingConfig(learning_rate=np.float64(1e-3)),
+        lora=mq.LoraConfig(target_modules=("q_proj", "v_proj")),
+    )
+    assert (config.data.path, config.data.max_length) == (str(tmp_path), 64)
+    assert type(config.data.max_length) is int
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert build(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("config", [*SECTIONS.values()], ids=[*SECTIONS])
+def test_help_shows_every_field_with_its_line(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        assert f"    {field.name}: {field.metadata['help']}" in (inspect.getdoc(config) or "")
+    assert [*inspect.signature(config).parameters] == [f.name for f in dataclasses.fields(config)]
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def test_an_argument_of_another_class_is_named_with_what_it_must_be(folder: Path) -> None:
+    model, tokenizer, rows = load_folder(folder), load_tokenizer(folder), make_examples()
+    of_load = "must be the Tokenizer of load; got LlamaForCausalLM"
+    calls: list[tuple[Any, str]] = [
+        (lambda: mq.read_examples(ROWS, model), f"read_examples: tokenizer {of_load}"),
+        (
+            lambda: mq.read_examples(ROWS, tokenizer, {"max_length": 64}),
+            "read_examples: config must be DataConfig(...); got dict",
+        ),
+        (
+            lambda: mq.fine_tune(model, tokenizer, ROWS),
+            "fine_tune: train_examples must be the Examples of read_examples; got list",
+        ),
+        (
+            lambda: mq.fine_tune(model, tokenizer, rows, None, mq.TrainingConfig()),
+            "fine_tune: config must be RunConfig(...); got TrainingConfig",
+        ),
+        (lambda: mq.evaluate(model, model, rows), f"evaluate: tokenizer {of_load}"),
+        (lambda: mq.evaluate(model, tokenizer, ROWS), "evaluate: examples must be the Examples"),
+        (lambda: mq.generate(tokenizer, model, "Hi"), "generate: model must be the LlamaForCa"),
+        (lambda: mq.generate_batch(model, None, ["Hi"]), "generate_batch: tokenizer must be the"),
+    ]
+    for call, words in calls:
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            call()
+    with pytest.raises(TypeError, match=r"fine_tune: .*'eval_dataset'; did you mean validation\?"):
+        mq.fine_tune(model, tokenizer, rows, eval_dataset=rows)
+    with pytest.raises(TypeError, match=r"fine_tune: missing a required argument: 'train_examples"):
+        mq.fine_tune(model, tokenizer)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_refused_are_a_warning_and_in_the_repr(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    rows = [*ROWS[:3], {"instruction": "And?", "output": ""}, *ROWS[3:]]
+    with pytest.warns(DataWarning, match=r"(?s)10 kept, 1 refused.*\n  row 4: .*from 1$"):
+        examples = mq.read_examples(rows, tokenizer)
+    assert repr(examples).endswith(", 1 of the source refused)")
+    assert repr(examples[:3]).startswith("Examples(3 of rows")
+    with pytest.warns(DataWarning, match=r"not used: field 'mood' in 1 rows$") as caught:
+        mq.read_examples([ROWS[0] | {"mood": "x"}], tokenizer)
+    assert caught[0].filename == __file__
+    assert "refused" not in repr(mq.read_examples(ROWS, tokenizer))
