@@ -15,7 +15,7 @@ from mlx_qlora.adapters.peft import (
     write_peft,
 )
 from mlx_qlora.errors import AdapterError, require
-from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged, user_path
+from mlx_qlora.folders import ADAPTER_FOLDER, card_text, check_writable, staged, user_path
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -237,7 +237,7 @@ def keeps_modelfile(path: Path, text: str) -> bool:
     """Whether a Modelfile of the user's already says all that `text` does; if not, refuse it."""
     if not path.exists():
         return False
-    present = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    present = set(card_text(path).splitlines())
     needed = [line for line in text.splitlines() if line and not line.startswith("#")]
     if set(needed) - {f"FROM {UNKNOWN_BASE}"} <= present:
         return True

@@ -36,7 +36,7 @@ from mlx_qlora.errors import (
     require,
     waiting,
 )
-from mlx_qlora.folders import check_writable, json_object, staged, user_path
+from mlx_qlora.folders import card_text, check_writable, json_object, staged, user_path
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import (
@@ -116,7 +116,7 @@ def save_gguf_model(
     of_model, factors = _checked_pairs(model.config, pairs, [tensor.name for tensor in tensors])
     text = modelfile_of_model(file.name, tokenizer)
     modelfile = folder / "Modelfile"
-    is_old = modelfile.is_file() and modelfile.read_text(errors="replace").startswith(MADE_BY)
+    is_old = card_text(modelfile).startswith(MADE_BY)
     keeps = not is_old and keeps_modelfile(modelfile, text)
     check_disk(folder.absolute(), sum(tensor.nbytes for tensor in tensors))
     with staged(folder) as staging:
@@ -424,7 +424,6 @@ def lm_studio_folder(name: str) -> Path:
     if not HUB_ID.fullmatch(name):
         raise ConfigError(f"--lmstudio must name PUBLISHER/MODEL; got {name!r}")
     home, pointer = Path.home() / ".lmstudio", Path.home() / ".lmstudio-home-pointer"
-    if pointer.is_file():
-        home = Path(pointer.read_text(encoding="utf-8").strip())
+    home = Path(card_text(pointer).strip() or home)
     models = json_object(home / "settings.json").get("downloadsFolder")
     return (Path(models) if isinstance(models, str) else home / "models") / name

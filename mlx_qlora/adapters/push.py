@@ -83,7 +83,7 @@ def read_facts(folder: Path, name: str = Facts.name) -> Facts:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, their numbers alone; none if there is no such file."""
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             record = dict(parse_json(line))

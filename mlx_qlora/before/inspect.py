@@ -17,7 +17,7 @@ from mlx_qlora.data.preferences import JUDGEMENTS, PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, duration, say, visible, warn
-from mlx_qlora.folders import user_path, write_whole
+from mlx_qlora.folders import card_text, user_path, write_whole
 from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.run import Inputs, open_inputs
 from mlx_qlora.train.config import RunLength, batches_of
@@ -137,7 +137,7 @@ def inspect_data(
         describe(page, show or EXAMPLES_OF_A_PAGE)
         text = page.export_html().replace('<pre style="', '<pre style="white-space:pre-wrap;')
         place = user_path(html, "--html")
-        if place.is_file() and not place.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        if place.is_file() and not card_text(place)[:15].lower().startswith("<!doctype html"):
             raise ConfigError(f"--html: {html} exists and is no HTML page; name another file")
         try:
             write_whole(place, text)

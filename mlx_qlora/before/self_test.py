@@ -43,7 +43,7 @@ from mlx_qlora.config import ModelConfig, RunConfig, build, to_dict
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.folders import disk_errors, user_path, write_whole
+from mlx_qlora.folders import card_text, disk_errors, user_path, write_whole
 from mlx_qlora.measured import fastest, key_of, store
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -270,7 +270,7 @@ def self_test(
     if report is not None:
         path = re.sub(r"\.(json|md)$", "", str(user_path(report).absolute()))
         for file in (Path(f"{path}.json"), Path(f"{path}.md")):
-            if file.exists() and TITLE[:22] not in file.read_text(errors="replace")[:99]:
+            if file.exists() and TITLE[:22] not in card_text(file)[:99]:
                 raise ConfigError(f"--report: {file} exists and is no self-test; name another")
         if not os.access(Path(path).parent, os.W_OK):
             raise ConfigError(

@@ -288,9 +288,6 @@ def _constant(name: str) -> None:
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-MOST_ROW = 1 << 24  # bytes of a row; a text of JSON takes thirty times as much in memory at worst
-
-
 def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
     """The lines of a file; a DataError for one that is no row, such as an unpacked gigabyte."""
     lines = iter(lambda: file.readline(MOST_ROW + 1), b"")  # only \n ends one, whatever it holds
@@ -346,6 +343,7 @@ def _array_rows(file: IO[bytes]) -> Rows:
 
 
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
+MOST_ROW = 1 << 24  # bytes; a text of JSON takes thirty times as much in memory at worst
 # Only finds where a value ends. It takes what _STRICT refuses (numbers of any length, NaN, a name
 # twice), so that a refused item does not hide the ones after it, as a streaming parser would.
 _LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)

@@ -317,7 +317,7 @@ def test_a_system_message_that_no_record_holds_is_not_kept(system, chat_folder, 
     rows, adapter = tmp_path / "rows.jsonl", tmp_path / "out"
     rows.write_text(f"{row}\n" * 8)
     words = ["train", "--model", str(chat_folder), "--data", str(rows), "--max-steps", "1"]
-    words += ["data.truncation=left-context"]
+    words += ["data.truncation=left-context", "data.max_length=512"]
     assert main([*words, "--output-dir", str(adapter), "model.bits=null", "lora.r=2"]) == 0
     assert "the message of every row is not kept" in capsys.readouterr().out
     assert main(["generate", "--adapter", str(adapter), "--prompt", "Say", "--raw"]) == 0
