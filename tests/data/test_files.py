@@ -909,7 +909,17 @@ def read_away(home: Path, hub: str, *sources: str, **environ: str) -> dict[str, 
     kept |= {"HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home), "HF_ENDPOINT": hub}
     kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environ}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CHILD, write_tokenizer(home / "tiny"), *sources],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore:owner/name",
+            "-c",
+            CHILD,
+            write_tokenizer(home / "tiny"),
+            *sources,
+        ],
         env={**kept, "PYTHONPATH": str(ROOT)},  # datasets looks for torch by itself
         cwd=home,
         capture_output=True,
