@@ -408,7 +408,7 @@ def _rows_of_run(
         warn(console, f"rounded plainly, and not measured: {why}; name rows with --data FILE")
     else:
         say(console, "rounding  layer by layer, so that the run's rows lose least, and measured on")
-        say(console, "          held-out rows; on two CPU cores a minute for 100 million parameters")
+        say(console, "          held-out rows; a minute on two CPU cores for 100M parameters")
     return rows
 
 
