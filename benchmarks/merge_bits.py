@@ -1,6 +1,6 @@
 """How much of what was learned is in a merged model of 4 bits? Share of the gain, and bytes.
 
-Run as: python benchmarks/merge_bits.py --score 12        (on two CPU cores some forty minutes)
+Run as: python benchmarks/merge_bits.py --score 12        (on two CPU cores about an hour)
 
 SmolLM2-135M, whose matrices are in 4 bits, learns the demo's docstrings at a rate of 2e-4, with
 three seeds. Each adapter is merged into MLX's and llama.cpp's formats, rounded plainly and with
@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import mlx.core as mx
 import numpy as np
 
 import mlx_qlora as mq
 from mlx_qlora.adapters.drift import PLAIN, WRITTEN
 from mlx_qlora.adapters.gguf_model import save_gguf_model
 from mlx_qlora.data.read import train_validation_test
+from mlx_qlora.model.llama import RMSNorm
 from mlx_qlora.model.quantize import FrozenMatrix
 
 MODEL = "smollm2-135m"
@@ -85,7 +87,7 @@ def main() -> None:
         table.append([name, f"{figures['bytes'] / 1e6:.1f}", *shares])
         figures |= {f"{key}_mean": mean for key, mean in means.items()}
     heads = ["written in", "MB", "gain kept", "rounded plainly", "kept, by llama.cpp"]
-    measure.show(f"Merged; the base's matrices take {base_bytes / 1e6:.1f} MB", heads, table)
+    measure.show(f"Merged; the base's weights take {base_bytes / 1e6:.1f} MB", heads, table)
     plot = measure.bars(
         "merge_bits",
         "Share of the gain in loss that a merged model keeps",
@@ -139,7 +141,10 @@ def merged(
         drift = mq.save_merged(
             model, tokenizer, folder, dtype="float16", quantize=MLX[name], rows=rows
         ).drift
-        return drift, sum(file.stat().st_size for file in folder.glob("*.safetensors")), None
+        arrays = [
+            array for file in folder.glob("*.safetensors") for array in mx.load(file).values()
+        ]
+        return drift, sum(array.nbytes for array in arrays), None
     written = save_gguf_model(model, tokenizer, home / "gguf", type=name, rows=rows)
     return written.drift, written.bytes, written.file
 
@@ -159,11 +164,14 @@ def by_llama_cpp(file: Path, examples: Any) -> float:
 
 
 def packed_bytes(model: Any) -> int:
-    """Of the base's matrices as they are packed, their scales and biases in 16 bits."""
+    """Of the base's weights as they are packed, norms, scales and biases in 16 bits."""
     total = 0
-    for matrix in (m for m in model.modules() if isinstance(m, FrozenMatrix)):
-        weight, *others = matrix.packed()
-        total += weight.nbytes + sum(2 * array.size for array in others)
+    for module in model.modules():
+        if isinstance(module, FrozenMatrix):
+            weight, *others = module.packed()
+            total += weight.nbytes + sum(2 * array.size for array in others)
+        elif isinstance(module, RMSNorm):
+            total += 2 * module.weight.size
     return total
 
 

@@ -141,15 +141,17 @@ class Inputs:
         """
         H, order, m = self.H, self.order, len(self.H)
         L = np.zeros_like(H)
+
+        def remaining(rows: slice, here: slice) -> np.ndarray:
+            known = L[rows, : here.start] @ L[here, : here.start].astype(np.float64).T
+            return H[np.ix_(order[rows], order[here])] - known
+
         for start in range(0, m, BLOCK):
             here = slice(start, start + BLOCK)
-            left, diagonal = L[here, :start].astype(np.float64), np.zeros(0)
-            for below in range(start, m, BLOCK):
+            L[here, here] = diagonal = np.linalg.cholesky(remaining(here, here))
+            for below in range(start + BLOCK, m, BLOCK):
                 rows = slice(below, below + BLOCK)
-                part = H[np.ix_(order[rows], order[here])] - L[rows, :start] @ left.T
-                if below == start:
-                    diagonal = np.linalg.cholesky(part)
-                L[rows, here] = np.linalg.solve(diagonal, part.T).T
+                L[rows, here] = np.linalg.solve(diagonal, remaining(rows, here).T).T
         L /= np.diag(L).copy()
         return L
 
