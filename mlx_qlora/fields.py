@@ -174,7 +174,7 @@ def _convert(value: Any, kind: Any) -> Any:
         number = float(value)
         # 32 stays 32: a resolved config must read back to the same text, and hash.
         return value if isinstance(value, int) else number
-    if base is int and not is_bool:
+    if base is int and not is_bool and abs(operator.index(value)) < 1 << 53:
         return operator.index(value)  # of NumPy's, too
     if base is str and isinstance(value, os.PathLike):
         return os.fspath(value)

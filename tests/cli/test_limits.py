@@ -187,3 +187,12 @@ def test_the_limit_is_raised_no_further_than_needed(monkeypatch):
     for n in (10, 500, 5000):
         allow_files(n)
     assert asked == [(600, 1000), (1000, 1000)]
+
+
+@pytest.mark.parametrize("field", ["lora.r", "data.max_length", "training.max_steps"])
+@pytest.mark.parametrize("number", ["9" * 25, f"-{'9' * 25}"])
+def test_a_whole_number_beyond_all_is_refused(field, number, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("{}: {{{}: {}}}".format(*field.split("."), number))
+    for words in (["--config", tmp_path / "c.yaml"], [f"{field}={number}"]):
+        assert call("train", "--model", "x", *words, "--print-config") == 2
+        assert f"{field} must be int" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.command_line import call
+from support.command_line import ROOT, call
 from support.tiny_folder import write_random_model
 from support.tiny_gguf import write_tiny_gguf
 
@@ -374,6 +374,25 @@ def test_a_card_of_gigabytes_is_none_of_ours(
     monkeypatch.setattr(Path, "read_text", whole)
     assert call("merge", "--model", model, "--adapter", adapter, "--output-dir", adapter) == 2
     assert "is not known to be from mlx-qlora" in capsys.readouterr().err
+
+
+# What reads a whole file: our own, or one that has been found to be small or is a model's.
+READ_WHOLE = {
+    *("mlx_qlora/folders.py", "mlx_qlora/__init__.py", "mlx_qlora/adapters/drift.py"),
+    *("mlx_qlora/adapters/peft.py", "mlx_qlora/adapters/push.py", "mlx_qlora/after/forgetting.py"),
+    *("mlx_qlora/before/self_test.py", "mlx_qlora/cpu/blas.py", "mlx_qlora/data/store.py"),
+    *("mlx_qlora/device.py", "mlx_qlora/distributed.py", "mlx_qlora/train/metrics.py"),
+}
+
+
+def test_no_other_door_to_a_text_of_any_size() -> None:
+    """A stranger's file is read by `read_text` or `card_text`, which have limits."""
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "mlx_qlora").rglob("*.py")
+        if ".read_text(" in path.read_text()
+    }
+    assert found <= READ_WHOLE, found - READ_WHOLE
 
 
 # ---- patterns ------------------------------------------------------------------------------------
