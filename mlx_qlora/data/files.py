@@ -460,7 +460,8 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
                 yield number, row
     except Exception as error:  # pyarrow's, and Python's for a day or a text that it cannot hold
         after = f" after row {number}" if number else ""
-        raise DataError(f"data file {about.name} is damaged{after}: {error}") from None
+        said = str(error) or repr(error)
+        raise DataError(f"data file {about.name} is damaged{after}: {said}") from None
 
 
 def without_nulls(value: Any) -> Any:
