@@ -415,7 +415,7 @@ def read_text(path: Path, most: int = MOST_JSON, errors: str = "strict") -> str:
     if path.exists() and not path.is_file():  # a pipe, for instance, into which nobody writes
         raise ValueError("it is no file")
     with path.open("rb") as file:
-        text = file.read(most + 1)
+        text = file.read(min(path.stat().st_size, most) + 1)  # Python allocates what is asked for
     if len(text) > most:
         raise ValueError(f"it is larger than {most:,} bytes")
     return text.decode("utf-8", errors)

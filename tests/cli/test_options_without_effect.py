@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.command_line import call
 
-from mlx_qlora import errors
+from mlx_qlora import fields
 from mlx_qlora.cli import COMMANDS
 from mlx_qlora.config import SECTIONS
 
@@ -293,7 +293,7 @@ def test_a_command_declares_the_fields_that_it_reads(
         def watched(self: Any, name: str) -> Any:
             frames = [sys._getframe(1).f_code, sys._getframe(2).f_code]
             is_reader = NO_READERS.isdisjoint(code.co_name for code in frames)
-            if name in names and is_reader and frames[0].co_filename != errors.__file__:
+            if name in names and is_reader and frames[0].co_filename != fields.__file__:
                 read.add(f"{section}.{name}")
             return plain(self, name)
 
