@@ -118,4 +118,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command begins anew")
+        sys.exit("stopped; the same command starts over")

@@ -173,8 +173,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
-        own = _options_of(parser, args.command)
-        hints = (f"{word.split('=')[0]}{_flag_meant(word, args.command, own)}" for word in unknown)
+        flags = _options_of(parser, args.command)
+        hints = (
+            f"{word.split('=')[0]}{_flag_meant(word, args.command, flags)}" for word in unknown
+        )
         parser.error(f"unknown arguments: {', '.join(hints)}")
     if late and not COMMANDS[args.command].sections:
         parser.error(f"{args.command} takes no fields; leave out {' '.join(late)}")

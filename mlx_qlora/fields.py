@@ -40,7 +40,7 @@ def config_section(name: str) -> Callable[[type[T]], type[T]]:
     Its own `__post_init__` comes afterwards. The section of all sections has no name.
     """
 
-    def made(cls: type[T]) -> type[T]:
+    def decorate(cls: type[T]) -> type[T]:
         own_check: Any = vars(cls).get("__post_init__", lambda self: None)
 
         def __post_init__(self: T) -> None:
@@ -66,7 +66,7 @@ def config_section(name: str) -> Callable[[type[T]], type[T]]:
         config.__init__ = __init__
         return config
 
-    return made
+    return decorate
 
 
 _hints = functools.cache(typing.get_type_hints)
@@ -154,8 +154,9 @@ def type_name(annotation: Any) -> str:
     words = {int: "int", float: "number", bool: "true/false", str: "text"}
     if annotation in words:
         return words[annotation]
-    made = RETURNED_BY.get(annotation.__name__)
-    return f"{annotation.__name__}(...)" if made is None else f"the {annotation.__name__} of {made}"
+    if function := RETURNED_BY.get(annotation.__name__):
+        return f"the {annotation.__name__} of {function}"
+    return f"{annotation.__name__}(...)"
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

@@ -174,12 +174,12 @@ def round_matrix(
     parts = []
     for start in range(0, W.shape[1], ROWS):
         rows = slice(start, start + ROWS)
-        some = np.ascontiguousarray(W[:, rows])
+        block = np.ascontiguousarray(W[:, rows])
         if begin is None:
-            first = compensated(some, inputs, grid, *scales_of(some, grid))
+            first = compensated(block, inputs, grid, *scales_of(block, grid))
         else:
             first = Rounded(grid, *(x[:, rows] for x in begin.numbers))
-        parts.append(improved(first, some, inputs).numbers)
+        parts.append(improved(first, block, inputs).numbers)
     return Rounded(grid, *(np.concatenate(x, axis=1) for x in zip(*parts)))
 
 

@@ -149,7 +149,7 @@ def test_search_works_in_pages_opened_from_disk(site, browser):
 def test_no_page_is_wider_than_its_window_and_no_code_is_cut(site, browser, width):
     wide = "[...document.querySelectorAll('pre > code')].filter("
     wide += "e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
-    # Every page would make the index of the search anew, which takes longer than the page.
+    # Every page would build the search index again, which takes longer than the page.
     browser.ask("Network.setBlockedURLs", urls=["*search*"])
     for page in sorted(site[0].rglob("*.html")):
         if page.name in ("404.html", "log.html"):
