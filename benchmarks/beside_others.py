@@ -1,6 +1,6 @@
 """How much of its speed does training keep while other processes take the cores?
 
-Run as: python benchmarks/beside_others.py
+Run as: python benchmarks/beside_others.py        (some five minutes)
 
 SmolLM2-135M with LoRA (r=16 on all seven linears) takes steps on micro-batches of one to four short
 or long documents, alone and beside as many busy processes as there are cores. Both take turns,
@@ -64,6 +64,7 @@ def main() -> None:
                     time.sleep(SETTLE)
                     for name, batch in batches.items():
                         rates[name][way].append(rate(step, batch, args.seconds))
+                        print(f"{way}, {name}: {rates[name][way][-1]:.0f} tokens/s", flush=True)
 
     results = {name: figures(of["alone"], of["beside"]) for name, of in rates.items()}
     columns = ["micro-batch", "tokens/s alone", f"beside {args.others} others", "share kept"]

@@ -383,7 +383,7 @@ SMALL_MAC = 36e9  # macOS gives a process 2/3 of so little memory, else 3/4 (iog
 PROBE = 1024  # rows and columns of the product that measures this machine
 UNCACHED = 1 << 24  # numbers of an array that no cache holds
 PROCESS_BYTES = 57 << 20  # of Python, its packages and libraries, imported
-READER_BYTES = 23 << 20  # of the thread that reads streamed layers, and what it leaves on the heap
+HEAP_BYTES = 23 << 20  # that stay with the heap where matrices are read or dequantised in turn
 DISK = 1.5e9  # bytes per second of the slowest SSD that these Macs are sold with
 
 

@@ -123,7 +123,7 @@ class Frozen:
 
     base: int  # in memory, as they are packed; streamed, two layers
     copy: int  # of a dequantised copy of all
-    copies_for_now: int  # of those that exist only while a layer is computed
+    copy_for_now: int  # of the largest matrix, if each is dequantised while it is multiplied
     read: int  # from the disk, forward or back; 0 of weights in memory
 
     @classmethod
@@ -137,8 +137,7 @@ class Frozen:
         way = device.frozen_matmul(config.model.frozen_matmul, dense, where, streamed)
         sizes = model, checkpoint, quantize, itemsize
         base, layers = frozen_bytes(*sizes, streamed), model.config.num_hidden_layers
-        attention, mlp = weights_of_layer(model.config)
-        now = itemsize * (mlp // 3 if streamed else attention + mlp)  # streamed, one matrix
+        now = itemsize * weights_of_layer(model.config)[1] // 3
         now *= way == "dequantize" and dense > 0
         read = base * layers // min(layers, 2) if streamed else 0
         return cls(base, dense if way == "resident" else 0, now, read)
@@ -406,7 +405,7 @@ def _plan_as_it_is(
 
     streamed = frozen.read > 0
     has_base = training.kl_weight > 0
-    sizes = itemsize, where, streamed, streamed and frozen.copies_for_now > 0, has_base
+    sizes = itemsize, where, streamed, frozen.copy_for_now > 0, has_base
     batches = [memory.Footprint(llama, lengths, *sizes) for lengths in (largest, usual)]
     chosen, usually = (b.schedule(levels, b.budget(standing), trained) for b in batches)
     kept, work = batches[0].highest(chosen)
@@ -428,8 +427,9 @@ def _plan_as_it_is(
     parts["adapter and AdamW"] = memory.adapter_bytes(trained)
     backward = {"gradients": step, "activations": kept, "working arrays": work}
     backward |= {"all-reduce": sums} if sums else {}
-    copies = memory.copies_bytes(frozen.copies_for_now, work, streamed)
-    backward |= {"dequantised in use": copies} if copies else {}
+    # Streamed, the next layer is not read before the widest matrices of this one are gone.
+    copy = max(0, frozen.copy_for_now - streamed * frozen.base // 2)
+    backward |= {"dequantised in use": copy} if copy else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
@@ -440,7 +440,8 @@ def _plan_as_it_is(
     if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
     # Fitted (benchmarks/memory.py): where most is in use, half of the cache is.
-    process = device.PROCESS_BYTES + device.READER_BYTES * streamed + total + cache // 2
+    in_turn = streamed or frozen.copy_for_now > 0
+    process = device.PROCESS_BYTES + device.HEAP_BYTES * in_turn + total + cache // 2
     process *= where.device.kind != "cuda"
     about = trained, chosen, longest, speed, advice, scaling, process, cache
     plan = Plan(parts, limit, where.name, *about)

@@ -35,8 +35,8 @@ def cores_shared(shards: Sized) -> AbstractContextManager[None]:
     processes (benchmarks/beside_others.py). So a matmul has no more threads than cores are idle,
     which changes no bit of it: each number is summed by one thread.
     """
-    each = max(1, device.cores() // max(len(shards), 1))
-    return blas.threads(min(each, _others.cores_left()) if each > 1 else 1)
+    left = _others.cores_left()  # even where it decides nothing: what was long ago is not known
+    return blas.threads(max(1, min(device.cores() // max(len(shards), 1), left)))
 
 
 class OtherProcesses:

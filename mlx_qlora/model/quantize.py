@@ -367,10 +367,13 @@ def unpack(packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.a
 def unpack_by_blocks(
     packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype, shape: tuple[int, int]
 ) -> mx.array:
-    """As `unpack`, evaluated: a block on each core at a time.
+    """As `unpack`, evaluated; on a CPU a block on each core at a time.
 
-    MLX's temporary arrays are as large as its result on a CPU.
+    MLX's temporary arrays are as large as its result there.
     """
+    if not device.current().side_by_side:
+        mx.eval(W := unpack(packed, quant, dtype))
+        return W
     (rows, columns), cores = shape, streams(device.cores())
     W, height = mx.zeros(shape, dtype), max(1, BLOCK // columns)
     for first in range(0, rows, height * len(cores)):

@@ -18,7 +18,7 @@ supervised tokens (`train.step`).
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -42,7 +42,6 @@ from mlx_qlora.model.llama import (
     swiglu_vjp,
 )
 from mlx_qlora.model.quantize import FrozenMatrix
-from mlx_qlora.model.streaming import streamed
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import Losses, Weigh, by_batch, losses_by_slice
@@ -117,7 +116,7 @@ class Tape:
     def forward(self, kept: tuple[str, ...], ahead: Ahead = lambda: None) -> Stages:
         """Runs the pieces, and keeps the values of some names; `ahead` reads the next layer."""
         for piece, needed in zip(PIECES, NEEDED_ABOVE):
-            outputs = yield from self._run(piece, "weights" in kept)
+            outputs = yield from self._run(piece, kept)
             self._release(piece, ahead)
             self.values |= outputs
             self._drop_all_but({*kept, *needed, "y"})
@@ -141,21 +140,21 @@ class Tape:
             if FLEETING.isdisjoint(self.gradients):
                 yield list(self.gradients.values())
 
-    def _run(self, piece: Piece, keep_weights: bool = False) -> Running[dict[str, Any]]:
+    def _run(self, piece: Piece, kept: tuple[str, ...] = ()) -> Running[dict[str, Any]]:
         """The outputs of a piece, and what its VJP needs besides."""
         inputs = yield from self._values(piece.inputs)
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
-            found = self.shard.documents.attend_with_residuals(q, k, v, reach, keep_weights)
+            found = self.shard.documents.attend_with_residuals(q, k, v, reach, "weights" in kept)
             return dict(zip(piece.residuals, found))
         if piece.name == "swiglu":
             act = self.layer.act
             if self.compiled:
                 return {"gated": swiglu(*inputs, compiled=True, act=act)}
+            if self.one_by_one and "s" not in {*kept, *self.values}:
+                return {"gated": swiglu(*inputs, act=act)}  # memory is short: the VJP has it again
             s = self.values["s"] if "s" in self.values else gate_sigmoid(inputs[0], act)
-            gated = swiglu(*inputs, s=s, act=act)
-            # Streamed, memory is short: the VJP computes the sigmoid again.
-            return {"gated": gated} if self.one_by_one else {"gated": gated, "s": s}
+            return {"gated": swiglu(*inputs, s=s, act=act), "s": s}
         if piece.name in KEYS_OF:
             x = inputs[0].flatten(1)  # heads end to end
             linears, keys = self.layer.linears(piece.name), self.keys[KEYS_OF[piece.name]]
@@ -198,13 +197,14 @@ class Tape:
             self.gradients[name] = gradient if earlier is None else earlier + gradient
 
     def _release(self, piece: Piece, ahead: Ahead) -> None:
-        """Streamed one by one, drop matrices after their last use.
+        """Streamed one by one, drops matrices after their last use.
 
         The next layer is read when the widest are gone: two whole layers would be there until then.
         """
         if self.one_by_one and piece.name in KEYS_OF:
             for linear in self.layer.linears(piece.name).members.values():
-                linear.base_layer.drop()
+                if linear.base_layer.stored is not None:
+                    linear.base_layer.drop()
             if piece.name == "gate_up":
                 ahead()
 
@@ -331,7 +331,9 @@ class Engine:
         ]
         self.trainable = sum(weight.size for weight in trainable.values())
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
-        self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
+        self.one_by_one = any(
+            m.quant and m.matmul == "dequantize" for layer in self.matrices for m in layer
+        )
         differentiated = {
             f"model.layers.{i}.{path}.{name}"
             for i, layer in enumerate(model.layers)
@@ -470,18 +472,18 @@ class Engine:
         return mx.stack(losses).sum(0), n
 
     def _start(self, i: int, layer: list[Tape], computations: list[Stages]) -> None:
-        """Starts a layer's computations, with one dequantised copy of each of its matrices.
+        """Starts a layer's computations.
 
-        Of a streamed layer there is one copy at a time: all would take more memory than is saved.
+        Of matrices that are dequantised there is one dense copy at a time: how many there would be
+        otherwise, at most all seven of the layer, depends on which core is ahead.
         """
-        if self.reader is None:
-            with ExitStack() as stack:
-                for matrix in self.matrices[i]:
-                    stack.enter_context(matrix.dense_for_now())
-                side_by_side(layer, computations)
-            return
-        with self.reader.layer(i):
-            side_by_side(layer, computations, self.matrices[i] if self.one_by_one else ())
+        copied = self.matrices[i] if self.one_by_one else ()
+        with self.reader.layer(i) if self.reader else nullcontext():
+            try:
+                side_by_side(layer, computations, copied)
+            finally:
+                for matrix in copied:
+                    matrix.drop_copy()
 
     def _read_ahead(self, i: int) -> None:
         if self.reader is not None:

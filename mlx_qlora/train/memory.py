@@ -64,7 +64,7 @@ class Footprint:
     itemsize: int  # bytes of a number in the compute dtype
     machine: Machine = field(default_factory=lambda: this_machine())
     streamed: bool = False  # whether each chunk reads the layers' weights from the disk
-    one_by_one: bool = False  # and one matrix at a time is dequantised and multiplied
+    one_by_one: bool = False  # whether one matrix at a time is dequantised and multiplied
     has_base: bool = False  # whether the head compares with hidden states of another model
 
     def kept(self, levels: list[int], n_chunks: int) -> int:
@@ -84,10 +84,10 @@ class Footprint:
         positions, T = largest_chunk(self.lengths, n_chunks)
         D, F, Hd = self.config.hidden_size, self.config.intermediate_size, self.config.head_dim
         H, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        apart = 5 * F if self.one_by_one else 0  # of the MLP's, which are not there at once then
-        numbers = 11.0 * F - apart
+        of_mlp = 4.0 if self.one_by_one else 11 if level < MLP else 9
+        numbers = of_mlp * F
         if level >= MLP:
-            numbers = 9 * F - apart + 6 * D + 2 * (H + 2 * K) * Hd
+            numbers += 6 * D + 2 * (H + 2 * K) * Hd
             numbers += 0 if self.machine.device.fused_attention else 1.2 * H * min(T, BLOCK)
         return int(positions * numbers * self.itemsize) + self.scratch(n_chunks)
 
@@ -220,14 +220,6 @@ def update_bytes(trainable: int, machine: Machine) -> int:
     buffer = trainable * FLOAT32
     temporary = machine.device.adamw_bytes
     return 6 * buffer + (4 * buffer if temporary is None else min(4 * buffer, temporary))
-
-
-def copies_bytes(dense: int, working: int, streamed: bool) -> int:
-    """What dequantised copies add to the working arrays, which are not all there beside them.
-
-    `dense` is the size of one layer's matrices; streamed, of the largest, which is alone.
-    """
-    return dense if streamed else max(0, int(1.4 * dense - 0.25 * working))
 
 
 # ---- chunks and shards of a batch ----------------------------------------------------------------

@@ -383,6 +383,10 @@ def test_a_matmul_has_no_more_threads_than_cores_are_idle(monkeypatch: pytest.Mo
         monkeypatch.setattr(OtherProcesses, "cores_left", lambda _, left=left: left)
         with streams.cores_shared(range(shards)):
             assert asked[-1] == n
+    # What others took is known of the time since this was last asked: long ago is no answer.
+    monkeypatch.setattr(OtherProcesses, "cores_left", lambda _: asked.append(-1) or 4)
+    with streams.cores_shared(range(4)):
+        assert asked[-2:] == [-1, 1]
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

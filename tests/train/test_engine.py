@@ -20,7 +20,7 @@ from support.models import load_folder, our_logits, random_tokens, randomise_lor
 from mlx_qlora import device
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model import llama
+from mlx_qlora.model import llama, quantize
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
 from mlx_qlora.train import engine as engine_module
@@ -388,6 +388,28 @@ def test_a_call_and_an_exception_in_the_middle_of_one_leave_the_model_as_it_was(
     again = loss_and_grads(model, batch, key, "none")
     assert again[0].item() == expected[0].item()
     assert gap(expected[2], again[2]) == 0
+
+
+def test_one_dense_copy_at_a_time_is_in_memory(hf_tiny, monkeypatch):
+    model = load_folder(hf_tiny[1], QuantConfig(4, 32), "dequantize")
+    add_lora(model, LoraConfig(r=4), seed=5)
+    layers = [m for layer in model.layers for m in layer.modules() if isinstance(m, FrozenMatrix)]
+    copies, fails, real = [], [], quantize.unpack_by_blocks
+
+    def counted(*args):
+        copies.append([m for m in layers if m.resident_bytes])
+        if len(copies) in fails:
+            raise RuntimeError("in the middle")
+        return real(*args)
+
+    monkeypatch.setattr(quantize, "unpack_by_blocks", counted)
+    mx.eval(loss_and_grads(model, packed_batch(ROWS), None, "all"))
+    assert len(copies) > 2 * len(layers) and not any(copies)  # forward, again, and back
+    fails += [len(copies) + 3, 2 * len(copies)]
+    for _ in fails:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            loss_and_grads(model, packed_batch(ROWS), None, "all")
+        assert not any(m.resident_bytes for m in layers)
 
 
 def test_what_worked_in_one_thread_works_in_the_next(autodiffed):
