@@ -164,7 +164,5 @@ def push(config: RunConfig, console: Console, args: argparse.Namespace) -> dict[
     with waiting("the hub"):
         how = {"private": not args.public, "dry_run": args.dry_run}
         pushed = push_to_hub(args.folder, args.repo_id, **how)
-    for path, n_bytes in pushed.files:
-        say(console, f"{size(n_bytes):>13}  {path}")
-    say(console, f"pushed    {pushed.url}" if pushed.url else f"would be pushed to {args.repo_id}")
+    say(console, str(pushed) if pushed.url else f"{pushed}\nwould be pushed to {args.repo_id}")
     return asdict(pushed)

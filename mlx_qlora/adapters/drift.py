@@ -6,6 +6,7 @@ that were held out do.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,15 +94,10 @@ def measure(
     with model.head.dense_for_now():
         for states, targets in zip(hidden, labels):
             places = np.flatnonzero(targets != IGNORE)
-            for start in range(0, len(places), POSITIONS):
-                part = places[start : start + POSITIONS]
-                logs = {
-                    version: log_softmax(float64_of(model.logits(states[version][mx.array(part)])))
-                    for version in VERSIONS
-                }
-                exact, target = logs[ADAPTER], targets[part]
+            for part, logs in log_probabilities(model, [states[v] for v in VERSIONS], places):
+                exact, target = logs[VERSIONS.index(ADAPTER)], targets[part]
                 p = np.exp(exact)
-                for i, log in enumerate(logs.values()):
+                for i, log in enumerate(logs):
                     loss = -log[np.arange(len(part)), target].sum()
                     sums[i] += loss, (log.argmax(axis=1) == target).sum(), (p * (exact - log)).sum()
                 n += len(part)
@@ -130,13 +126,17 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int
     return rows
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logits (P, V) float64 -> log-probabilities."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def log_probabilities(
+    model: LlamaForCausalLM, hidden: list[mx.array], places: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """POSITIONS of some places at a time, and of each hidden (N, D) there log-probabilities (P, V).
 
-
-def float64_of(logits: mx.array) -> np.ndarray:
-    """Logits as float64 (P, V)."""
-    # A divergence of 1e-7 is a difference of numbers near 10: float32 cannot hold it.
-    return np.array(logits.astype(mx.float32)).astype(np.float64)
+    In float64: a divergence of 1e-7 is a difference of numbers near 10.
+    """
+    for start in range(0, len(places), POSITIONS):
+        part, logs = places[start : start + POSITIONS], []
+        for states in hidden:
+            logits = np.array(model.logits(states[mx.array(part)]).astype(mx.float32), np.float64)
+            shifted = logits - logits.max(axis=1, keepdims=True)
+            logs.append(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+        yield part, logs

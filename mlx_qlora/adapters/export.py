@@ -12,6 +12,7 @@ from mlx_qlora.adapters.peft import (
     layers_of,
     peft_config,
     same_tensors,
+    uniform_updates,
     write_peft,
 )
 from mlx_qlora.errors import AdapterError, require
@@ -19,10 +20,10 @@ from mlx_qlora.folders import ADAPTER_FOLDER, card_text, check_writable, staged,
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.lora import LoRALinear
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 UNKNOWN_BASE = "./base.gguf"
-Update = tuple[np.ndarray, np.ndarray, float]  # A (r, d_in), B (d_out, r), both float32; scale
 
 # ---- plain LoRA ----------------------------------------------------------------------------------
 
@@ -44,16 +45,14 @@ def save_portable(
         AdapterError: the model has no LoRA layers or has DoRA's, or nothing says what the base is.
         ConfigError: the folder holds anything but an adapter of ours, or is the current folder.
     """
-    updates = _plain_updates(model, "vLLM and llama.cpp do not support DoRA")
+    _refuse_dora(model, "vLLM and llama.cpp do not support DoRA")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = user_path(folder)
     check_writable(folder, ADAPTER_FOLDER, whole=True)
-    rank = max(len(A) for A, _, _ in updates.values())
+    rank, updates = uniform_updates(model, 1.0)
     tensors = {}
-    for path, (A, B, scale) in updates.items():
-        missing = (0, rank - len(A))
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.pad(A, (missing, (0, 0)))
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.pad(B * np.float32(scale), ((0, 0), missing))
+    for path, (A, B) in updates.items():
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
     config = peft_config(model, base) | {"r": rank, "lora_alpha": rank, "use_rslora": False}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}
     if isinstance(config["target_modules"], str):  # a regex; not every reader has Python's
@@ -63,16 +62,12 @@ def save_portable(
     return folder
 
 
-def _plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
-    """Path -> update of the original base; DoRA is refused, and the message says why."""
+def _refuse_dora(model: LlamaForCausalLM, why: str) -> list[tuple[str, LoRALinear]]:
+    """The LoRA layers; an AdapterError if they are DoRA's, which says why."""
     layers = layers_of(model)
     if model.lora_config.use_dora:
         raise AdapterError(f"{why}; merge the adapter into its base instead (mlx-qlora merge)")
-    updates = {}
-    for path, layer in layers:
-        A, B = layer.factors()
-        updates[path] = np.array(A), np.array(B), layer.scale
-    return updates
+    return layers
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------
@@ -103,14 +98,14 @@ def save_gguf_adapter(
     """
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     require_gguf(model)
-    updates = _plain_updates(model, "llama.cpp does not support DoRA")
+    layers = _refuse_dora(model, "llama.cpp does not support DoRA")
     file = user_path(file)
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.
-    first_A, _, first_scale = next(iter(updates.values()))
-    alpha = float(np.float32(first_scale * len(first_A)))
-    tensors = _gguf_tensors(updates, alpha, model.config, DTYPES[dtype])
+    first = layers[0][1]
+    alpha = float(np.float32(first.scale * len(first.factors()[0])))
+    tensors = _gguf_tensors(layers, alpha, model.config, DTYPES[dtype])
     if file.suffix.lower() != ".gguf":
         raise AdapterError(f"{file} must end in .gguf; choose another name")
     check_writable(file.parent, [file.name], "file", is_ours=_is_adapter)
@@ -127,12 +122,16 @@ def save_gguf_adapter(
 
 
 def _gguf_tensors(
-    updates: dict[str, Update], alpha: float, config: LlamaConfig, dtype: type[np.floating]
+    layers: list[tuple[str, LoRALinear]],
+    alpha: float,
+    config: LlamaConfig,
+    dtype: type[np.floating],
 ) -> dict[str, np.ndarray]:
     """`blk.N.attn_q.weight.lora_a` (r, d_in) and `.lora_b` (d_out, r), in the model's order."""
     tensors = {}
-    for path, (A, B, scale) in updates.items():
-        factor = scale * len(A) / alpha
+    for path, layer in layers:
+        A, B = map(np.array, layer.factors())
+        factor = layer.scale * len(A) / alpha
         if not np.isclose(factor, 1, rtol=1e-6, atol=0):
             B = B * np.float32(factor)
         name = gguf_name(f"{path}.weight", config)

@@ -182,7 +182,7 @@ def save_merged(
             drift = tensors.calibrated.verdict(f"{quantize.bits} bits")
         repo = (sources[0].hf_id if sources else None) or ""
         card = render(
-            "merged_card.md.jinja",
+            "adapters/merged_card.md.jinja",
             repo=repo if HUB_ID.fullmatch(repo) else None,
             mark=MERGED_MARK,
             version=__version__,

@@ -118,6 +118,25 @@ def adapter_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     return {PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
+def uniform_updates(
+    model: LlamaForCausalLM, scale: float
+) -> tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The largest rank, and path -> A (r, d_in) and B (d_out, r), float32, of it and of one scale.
+
+    A smaller rank is padded with zeros, and B carries what another scale differs by: their product
+    stays the same.
+    """
+    layers = layers_of(model)
+    rank = max(len(layer.factors()[0]) for _, layer in layers)
+    updates = {}
+    for path, layer in layers:
+        A, B = map(np.array, layer.factors())
+        B = B if layer.scale == scale else B * np.float32(layer.scale / scale)
+        missing = 0, rank - len(A)
+        updates[path] = np.pad(A, (missing, (0, 0))), np.pad(B, ((0, 0), missing))
+    return rank, updates
+
+
 def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
     """The content of `adapter_config.json`: only keys that every PEFT since 0.8 knows.
 
@@ -254,21 +273,13 @@ def note_on_mlx_lm(model: LlamaForCausalLM) -> str:
 
 
 def _write_mlx_lm(model: LlamaForCausalLM, folder: Path, known_by: dict[str, str]) -> None:
-    """Write `adapters.safetensors` and `adapter_config.json` and read them back.
-
-    Updates of smaller rank are padded with zeros, and those of another scale carry the
-    difference in lora_b: the product stays the same.
-    """
+    """Write `adapters.safetensors` and `adapter_config.json` and read them back."""
     lora: LoraConfig = model.lora_config
     layers = lora_layers(model)
-    updates = {path: tuple(map(np.array, layer.factors())) for path, layer in layers}
-    rank = max(len(A) for A, _ in updates.values())
-    scale = layers[0][1].scale
+    rank, updates = uniform_updates(model, scale := layers[0][1].scale)
     tensors = {}
     for path, layer in layers:
         A, B = updates[path]
-        A, B = np.pad(A, ((0, rank - len(A)), (0, 0))), np.pad(B, ((0, 0), (0, rank - len(A))))
-        B = B if layer.scale == scale else B * np.float32(layer.scale / scale)
         tensors[f"{path}.lora_a"] = np.ascontiguousarray(A.T)
         tensors[f"{path}.lora_b"] = np.ascontiguousarray(B.T)
         if lora.use_dora:

@@ -7,9 +7,10 @@ is trained, saved, or costs time.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, lora_layers
-from mlx_qlora.tree import nested
+from mlx_qlora.tree import bound, flat, nested
 
 COMBINATIONS = ("cat", "linear")
 UNNAMED = "default"  # PEFT's name for an adapter that was given none
@@ -119,21 +120,11 @@ class Untrained:
         self.model = model
         acts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
         # Of an adapter that does something from the start, which training replaces.
-        self.start = model.trainable_parameters() if any(acts) else None
+        self.start = flat(model.trainable_parameters()) if any(acts) else None
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> AbstractContextManager[Any]:
         """The model as it was, and afterwards as it is."""
-        if self.start is None:
-            with disabled(self.model):
-                yield
-            return
-        trained = self.model.trainable_parameters()
-        self.model.update(self.start)
-        try:
-            yield
-        finally:
-            self.model.update(trained)
+        return disabled(self.model) if self.start is None else bound(self.model, self.start)
 
 
 def combine(

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qlora.adapters.drift import POSITIONS, encode_texts, float64_of, log_softmax
+from mlx_qlora.adapters.drift import encode_texts, log_probabilities
 from mlx_qlora.adapters.several import active, disabled
 from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_row
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
@@ -153,11 +153,7 @@ def forgetting(
 
 
 def _blocks(model: LlamaForCausalLM, ids: list[int], lend: Lend) -> np.ndarray:
-    """(blocks, 5) float64 of one text: sums of two losses and two divergences, and how many.
-
-    Logits exist for POSITIONS tokens at once, in float64: a divergence of 1e-7 is a difference of
-    numbers near 10.
-    """
+    """(blocks, 5) float64 of one text: sums of two losses and two divergences, and how many."""
     tokens, labels = mx.array([ids[:-1]]), np.array(ids[1:])
     with lend():
         hidden_base = model.model(tokens)[0]
@@ -166,13 +162,9 @@ def _blocks(model: LlamaForCausalLM, ids: list[int], lend: Lend) -> np.ndarray:
     mx.eval(hidden_tuned)
     figures = np.empty((len(labels), 5))
     with model.head.dense_for_now():
-        for start in range(0, len(labels), POSITIONS):
-            part = slice(start, start + POSITIONS)
-            base, tuned = (
-                log_softmax(float64_of(model.logits(hidden[part])))
-                for hidden in (hidden_base, hidden_tuned)
-            )
-            at = np.arange(len(base)), labels[part]
+        hidden = [hidden_base, hidden_tuned]
+        for part, (base, tuned) in log_probabilities(model, hidden, np.arange(len(labels))):
+            at = np.arange(len(part)), labels[part]
             difference = base - tuned
             kl = -(np.exp(tuned) * difference).sum(axis=1)
             kl_reverse = (np.exp(base) * difference).sum(axis=1)

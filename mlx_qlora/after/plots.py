@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import in_page
+from mlx_qlora.adapters.push import templates
 
 # ---- what is drawn -------------------------------------------------------------------------------
 
@@ -159,17 +159,9 @@ def number(value: float) -> str:
 
 
 @functools.cache
-def _templates() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mlx_qlora.after", ""),
-        autoescape=True,
-        finalize=in_page,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+def _pages() -> Any:
+    """The package's templates, with what a page draws with."""
+    environment = templates()
     environment.globals |= {"scale": scale, "ticks": ticks, "number": number}
     environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
     environment.filters |= {"percent": "{:.4g}%".format, "short": "{:.4g}".format}
@@ -178,7 +170,7 @@ def _templates() -> Any:
 
 def svg_file(plot: Plot) -> str:
     """Draw a document of its own, with title, legend and colours."""
-    return _templates().get_template("plot.html").module.document(plot)
+    return _pages().get_template("after/plot.html").module.document(plot)
 
 
 def write_plots(plots: Sequence[Plot], folder: Path) -> None:
@@ -188,8 +180,8 @@ def write_plots(plots: Sequence[Plot], folder: Path) -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this package, and escape every value."""
-    return _templates().get_template(template).render(values)
+    """Fill a page beside this file, and escape every value."""
+    return _pages().get_template(f"after/{template}").render(values)
 
 
 def in_kernel() -> bool:
