@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.adapters.options import for_this_model
+from mlx_qlora.adapters.push import render
 from mlx_qlora.config import RunConfig, settle
 from mlx_qlora.data.batches import padded_width
 from mlx_qlora.data.examples import Examples
@@ -206,16 +207,6 @@ class Scaling:
         messages = -(-handed // bucket) + SMALL_SUMS if handed else 0
         return cls(processes, 2 * handed, handed, wire, messages, processes * tokens, seconds)
 
-    def __str__(self) -> str:
-        handed, wire = self.handed_bytes / 1e9, self.wire_bytes / 1e9
-        return (
-            f"{'processes':<22}{self.processes}; each needs the memory above\n"
-            f"{'all-reduced':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
-            f"{self.messages} messages\n"
-            f"{'step':<22}{self.step_tokens:,} tokens of all processes, computed in "
-            f"{self.compute_seconds:,.2f} s"
-        )
-
 
 # ---- the plan ------------------------------------------------------------------------------------
 
@@ -266,39 +257,8 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
-        lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
-        if self.cache_bytes:
-            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, if there is room")
-        if self.process_bytes:
-            lines.append(f"{'process':<22}{self.process_bytes / 1e9:8.2f} GB, Python included")
-        lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
-        if self.residency == "streamed":
-            lines.append(f"{'weights':<22}streamed from the disk, two layers in memory")
-        for name, figures in self.residencies.items():
-            fits = "fits" if figures["fits"] else "does not fit"
-            speed = f"about {figures['tokens_per_second']:,.0f} tokens/s"
-            chosen = ", chosen" * (name == self.residency)
-            line = f"{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}{chosen}"
-            lines.append(f"{name:<22}{line}")
-        if self.documents:
-            lines.append(f"{'rows, assumed':<22}{self.documents}")
-        lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
-        counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
-        recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
-        lines.append(f"{'recomputed':<22}{recomputed or 'nothing'}")
-        if self.schedule.n_chunks > 1:
-            lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} chunks")
-        longest = f"{self.longest_context:,} tokens" if self.longest_context else "none fits"
-        lines.append(f"{'longest context':<22}{longest}")
-        lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
-        seconds, what = self.run_seconds, "with validations"
-        if seconds is None:
-            seconds, what = 1e6 / self.tokens_per_second, "for each million tokens"
-        lines.append(f"{'expected time':<22}about {duration(seconds)} {what}")
-        if self.scaling is not None:
-            lines.append(str(self.scaling))
-        return "\n".join([*lines, self.advice] if self.advice else lines)
+        values = {"plan": self, "levels": LEVEL_NAMES, "duration": duration}
+        return render("before/plan.txt.jinja", **values).rstrip("\n")
 
 
 def plan(
