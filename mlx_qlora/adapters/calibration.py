@@ -54,7 +54,7 @@ class Calibrated:
     Args:
         model: with an adapter, which it keeps.
         dense: the merged matrix (n, m) float32 of a path.
-        grid: onto which a path's matrix is rounded; None for one that is not.
+        grid: of a path's matrix; None for one that is not rounded.
         plain: a matrix (n, m) float32 rounded without rows, for the verdict.
         rows: those to calibrate with, and those for the verdict, if there are any.
     """

@@ -1,8 +1,7 @@
 """Drift: what an export has changed, the written model against the model with its adapter.
 
-Re-quantising rounds W + s B A to steps that are often larger than s B A itself, and then the files
-hold little of what was learned. The weights do not show it; the next-token distributions on rows
-that were held out do.
+Re-quantising rounds W + s B A to steps that are often larger than s B A itself. The weights do not
+show what is lost then; the next-token distributions on rows that were held out do.
 """
 
 import math
@@ -82,13 +81,10 @@ def measure(
     labels: list[np.ndarray],
     what: str,
 ) -> Drift | None:
-    """Compare versions of a model, by what they make of some rows.
+    """Compare VERSIONS of a model by what they make of some rows.
 
-    Args:
-        model: of which the head is used.
-        hidden: version -> (N, D), what the head reads, for some documents end to end.
-        labels: (N,) of each of these, what follows each position, or IGNORE.
-        what: the name of what was written.
+    `hidden` is what its head reads, version -> (N, D), for some documents end to end; `labels` (N,)
+    what follows each position, or IGNORE; `what` names what was written.
     """
     sums, n = np.zeros((len(VERSIONS), 3)), 0
     with model.head.dense_for_now():
@@ -114,10 +110,7 @@ def measure(
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int]]:
-    """The ids of each text, after a BOS if the model expects one; None means `TEXTS`.
-
-    A ConfigError if no text has a token to predict.
-    """
+    """The ids of each text, after a BOS if the model expects one; a ConfigError if none has two."""
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     encoded = tokenizer.encode_batch(texts if texts is not None else [*TEXTS])
     rows = [bos + ids for ids in encoded if len(bos + ids) > 1]

@@ -216,10 +216,9 @@ def gguf_field(file: Path, key: str) -> Any:
 
 
 def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
-    """The text of an Ollama Modelfile.
+    """An Ollama Modelfile; `base` is a GGUF file or a name in Ollama, `original` a hub repository.
 
     It sets no TEMPLATE: Ollama's are Go templates, not the tokenizer's, and it takes the base's.
-    `base` is a GGUF file or a name in Ollama, `original` the Hugging Face repository.
     """
     lines = [
         f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",

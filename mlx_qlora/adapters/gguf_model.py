@@ -1,7 +1,6 @@
 """A whole model, its adapter folded in, as one GGUF file: for llama.cpp, Ollama and LM Studio.
 
-`save_gguf_model` tells the story: what llama.cpp could not compute is refused, then the weights go
-into the file one matrix at a time, then a Modelfile is put beside it.
+What llama.cpp could not compute is refused before the weights go into the file, one at a time.
 """
 
 import shlex

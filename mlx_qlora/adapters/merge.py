@@ -1,7 +1,6 @@
 """The adapter folded into its base: in memory, or as a Hugging Face folder that any tool opens.
 
-`save_merged` tells the story: checks, then the weights one matrix at a time (never a second dense
-model in memory), then the files beside them, then the drift, measured on what was written.
+The weights are written one matrix at a time: there is never a second dense model in memory.
 """
 
 import json
@@ -65,9 +64,8 @@ DROPPED = ("quantization", "quantization_config", "_name_or_path")
 def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Fold the adapter into dense weights of the compute dtype, in place.
 
-    Every LoRA layer becomes a plain frozen `Linear`, and takes the size of a dense one; other
-    matrices stay as they are, packed ones too. The model then has no LoRA layers, no `lora_config`
-    and nothing to train.
+    Every LoRA layer becomes a plain frozen `Linear` of a dense one's size; other matrices stay as
+    they are. The model then has no LoRA layers, no `lora_config` and nothing to train.
 
     Raises:
         AdapterError: the model has no LoRA layers.
@@ -199,10 +197,7 @@ def save_merged(
 
 
 def check_disk(target: Path, needed: int) -> None:
-    """Raise a ConfigError unless so many bytes are free where a folder will be.
-
-    What a killed process has left of that folder goes first.
-    """
+    """Remove what a killed process left; a ConfigError unless so many bytes are free."""
     remove_leftovers(target)
     disk = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(disk).free
@@ -308,10 +303,7 @@ def _layout(
 
 
 def like_base(model: LlamaForCausalLM, quantize: QuantConfig) -> QuantConfig:
-    """With the base's own groups, if it is packed in as many bits: no larger, and near its numbers.
-
-    Groups that were asked for stay.
-    """
+    """With the base's groups, unless others were asked for, if it has as many bits: no larger."""
     own = model.layers[0].linears("o").members["self_attn.o_proj"].base_layer.quant
     if own is None or (own.bits, own.mode) != (quantize.bits, quantize.mode):
         return quantize
@@ -381,10 +373,7 @@ class Tensors:
         return self.make(f"{path}.weight")[0]
 
     def make(self, name: str) -> tuple[mx.array, ...]:
-        """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
-
-        A WeightsError if the dtype cannot hold a number.
-        """
+        """The tensors that a weight becomes, evaluated; a WeightsError if one cannot be held."""
         path = name.rpartition(".")[0]
         module, quantize = self.modules[path], self.quantize
         is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))
@@ -475,8 +464,8 @@ def _hf_config(
 ) -> dict[str, Any]:
     """The source's config in every reader's spelling.
 
-    mlx-lm and old transformers read `rope_theta` and `rope_scaling` and ignore v5's
-    `rope_parameters`; without the former they would silently compute with theta 10000.
+    mlx-lm and old transformers ignore v5's `rope_parameters`; without the names before them they
+    would silently compute with theta 10000.
     """
     read = LlamaConfig.from_hf(config)
     family = FAMILIES[read.model_type]

@@ -138,8 +138,7 @@ def for_this_model(
 ) -> tuple[LoraConfig, list[str], list[str]]:
     """An adapter's config without what a model does not have, its linears, what was passed over.
 
-    By PEFT's rules where it is PEFT's. An AdapterError if we do not compute it, or if it is for
-    another model.
+    By PEFT's rules where it is PEFT's; an AdapterError if it is for another model.
     """
     (lora, filters), path = _read(folder), folder / CONFIG
     excluded, patterns = (filters.get(name) or [] for name in FILTERS)

@@ -1,6 +1,6 @@
 """An adapter on disk: PEFT's layout, and mlx-lm's in the folder `mlx/`; out and in.
 
-A LoRA weight is called in PEFT's file what it is called in our tree, after a prefix. mlx-lm has the
+A LoRA weight has in PEFT's file the name that it has in our tree, after a prefix. mlx-lm has the
 same two matrices transposed, and one rank and one scale for all of them.
 """
 
@@ -173,11 +173,7 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
 
 
 def _config_of_tensors(lora: LoraConfig) -> LoraConfig:
-    """The config of what `adapter_tensors` returns.
-
-    Those of PiSSA and OLoRA are the trained matrices minus those of the beginning: twice the rank,
-    same scale.
-    """
+    """The config of `adapter_tensors`: PiSSA's and OLoRA's have twice the rank, at one scale."""
     if not begins_with_base(lora.init_lora_weights):
         return lora
     factor = math.sqrt(2) if lora.use_rslora else 2
@@ -238,14 +234,10 @@ def same_tensors(read: dict[str, np.ndarray], written: dict[str, np.ndarray]) ->
 
 
 def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
-    """Write the adapter for mlx-lm alone, into a folder that appears whole or not at all.
+    """Write the adapter for mlx-lm alone; files of other names in the folder are left alone.
 
-    Files of other names in the folder are left alone.
-
-    Raises:
-        AdapterError: the model has no LoRA layers, or files of PEFT's adapter are in the folder:
-            both have an `adapter_config.json`.
-        ConfigError: the folder holds an adapter that somebody else wrote.
+    An AdapterError without LoRA layers, or where PEFT's adapter is in the folder: both have an
+    `adapter_config.json`. A ConfigError where somebody else's is.
     """
     layers_of(model)
     folder = user_path(folder)

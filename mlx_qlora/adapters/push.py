@@ -56,10 +56,7 @@ class Facts:
 
 
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
-    """The facts of an output folder, a checkpoint, or any folder with a PEFT adapter.
-
-    A SourceError if there is no `adapter_config.json`, or a file cannot be read.
-    """
+    """The facts of any folder with a PEFT adapter; a SourceError if a file cannot be read."""
     states = map(_read_object, folder.glob("checkpoint-*/trainer_state.json"))
     seen = [state.get("num_input_tokens_seen") or 0 for state in states]
     record = _read_object(folder / RECORD) if (folder / RECORD).is_file() else {}

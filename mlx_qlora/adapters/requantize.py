@@ -167,9 +167,8 @@ def round_matrix(
 ) -> Rounded:
     """Round W (m, n) onto a grid so that its inputs feel little of it.
 
-    Args:
-        begin: a matrix on the grid that W is near to, such as the one that it was before training;
-            None looks for scales and rounds with compensation first.
+    `begin` is a matrix on the grid that W is near to, such as the one before training; None rounds
+    with compensation first.
     """
     parts = []
     for start in range(0, W.shape[1], ROWS):
@@ -220,10 +219,7 @@ def compensated(
 
 
 def improved(begin: Rounded, W: np.ndarray, inputs: Inputs, sweeps: int = SWEEPS) -> Rounded:
-    """Coordinate descent from a matrix on a grid: no step makes a row's cost larger.
-
-    Of one group after the other, scale and offset by least squares, then each column's level.
-    """
+    """Coordinate descent from a matrix on a grid: no step makes a row's cost larger."""
     grid, levels, H = begin.grid, begin.levels.copy(), inputs.H
     scales, offsets, size = begin.scales.copy(), begin.offsets.copy(), begin.grid.group
     # What of the error the inputs of each column feel: half the cost's slope, with its sign.

@@ -1,8 +1,6 @@
 """What the figures of a run say: advice by stated rules, and answers to the questions people ask.
 
-The rules look at means over stretches and not at single steps, because the loss of one batch
-says little. Each is a function of the history, and of which of its weights the run ended with, so
-that it can be tried on recorded ones.
+The rules look at means over stretches: the loss of one batch says little.
 """
 
 import math
@@ -189,11 +187,11 @@ def learned(
     samples: Sequence[Mapping[str, str]] = (),
     loss: Row | None = None,
 ) -> Answer:
-    """Judge by the held-out rows if they were scored, else by validation, else by training.
+    """Whether `history`, which ends with the step whose weights the adapter has, shows learning.
 
-    That it learned takes two things: a loss on held-out rows (`loss`, row by row) that fell by more
-    than chance moves it, and answers nearer to the references. `history` ends with the step whose
-    weights the adapter has, `advice` is of the whole run.
+    By the held-out rows if they were scored, else by validation, else by training. It takes two
+    things: a held-out `loss` that fell by more than chance moves it, and answers nearer to the
+    references.
     """
     question = "Did it learn?"
     for item in advice:

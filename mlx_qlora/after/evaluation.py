@@ -1,7 +1,6 @@
 """`mlx-qlora evaluate`: a base, or an adapter against its base, on rows that were held out.
 
-Whatever can be wrong with the input is found before a weight is loaded. Then each model is scored
-and asked, the two are compared example by example, and the adapter is tried on general text.
+Whatever can be wrong with the input is found before a weight is loaded.
 """
 
 import json
@@ -58,19 +57,11 @@ def evaluate_run(
     general_text: str | None = None,
     output: str | None = None,
 ) -> "Evaluation":
-    """Scores a base, or an adapter against its base, on rows of a file.
+    """Score a base, or an adapter against its base, on rows of a file.
 
-    Args:
-        config: its model and adapter, the rows and how they are read, the seed of their choice, and
-            `generation.max_new_tokens`. An adapter of ours brings its model and its template.
-        limit: score so many rows, drawn by the seed; None scores all.
-        n_answers: let the models answer so many questions, drawn too; 0 asks none.
-        general_text: a text file for the check of what was forgotten; the built-in texts if not
-            given. Needs an adapter.
-        output: a JSON file for everything.
-
-    Raises:
-        UserError: any of its kinds, before a weight is loaded.
+    `limit` rows of them and `n_answers` questions are drawn by the config's seed. An adapter of
+    ours brings its model and its template, and is tried on general text, the built-in one if none
+    is named. `output` is a JSON file for everything.
     """
     find_files(config.data.path)
     data = str(config.data.path)
@@ -211,10 +202,10 @@ def measure(
     base: Lend | None = None,
     rejected: Examples | None = None,
 ) -> Performance:
-    """Scores a model as it is on all examples, and lets it answer questions, if there are any.
+    """Score a model on all examples, and let it answer questions, if there are any.
 
-    Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
-    Of several processes each scores its share. The scores have the divergence from a `base`;
+    Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition. Of
+    several processes each scores its share. The scores have the divergence from a `base`;
     `rejected` are the other answers of pairs.
     """
     scores = score_examples(model, tokenizer, examples, processes, base)

@@ -40,9 +40,9 @@ MOST_CHARACTERS = 400_000  # of a file; some 100,000 tokens give intervals of un
 class Forgetting:
     """An adapter on general text.
 
-    Intervals come from drawing blocks of BLOCK neighbouring predictions (Künsch 1989, the block
-    bootstrap). Of the built-in texts there are some 16 blocks of six subjects: an interval then
-    covers chance within them, not other kinds of text.
+    Intervals come from drawing blocks of BLOCK neighbouring predictions (Künsch 1989). Of the
+    built-in texts there are some 16 of six subjects: they cover chance within them, not other kinds
+    of text.
     """
 
     loss: Row  # nats per token, as in a comparison
@@ -102,10 +102,7 @@ def degree(rise: float) -> str:
 
 
 def read_texts(path: Path, max_characters: int = MOST_CHARACTERS) -> list[str]:
-    """The paragraphs of a text file, evenly spaced ones if there are more than are needed.
-
-    A ConfigError if it cannot be read as UTF-8, or holds no text.
-    """
+    """A text file's paragraphs, evenly spaced ones of many; a ConfigError if it has none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -125,15 +122,10 @@ def forgetting(
     source: str = "the built-in texts",
     base: Lend | None = None,
 ) -> Forgetting:
-    """Compares a model with its adapter, which is on and stays on, and without it.
+    """Compare a model with its adapter, which is on and stays on, and without it, or with a `base`.
 
-    Args:
-        texts: general ones; None means the six built-in ones.
-        source: what messages call the texts.
-        base: what it is compared with, if not with the model without its adapter.
-
-    Raises:
-        ConfigError: no adapter is on or it cannot be turned off, or no text has two tokens.
+    `texts` are the six built-in ones if not given; messages call them `source`. A ConfigError if no
+    adapter is on, or no text has two tokens.
     """
     if active(model) is None:
         raise ConfigError("the model has no adapter that is on: attach one, or switch to it")

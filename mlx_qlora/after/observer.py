@@ -249,10 +249,7 @@ class Observer:
         return measure(model, tokenizer, rows, *more) if rows else None
 
     def _own_prompt(self) -> tuple[str, list[str]]:
-        """One of the user's own prompts, short and best of one line, and `generate`'s flags for it.
-
-        The text is without the BOS, which is put before any.
-        """
+        """A prompt of the user's, short and best of one line, and `generate`'s flags for it."""
         inputs, tokenizer = self.inputs, self.inputs.tokenizer
         rows, bos = (self.held_out or inputs.train)[:CANDIDATES], tokenizer.bos_id
         system, bos = inputs.config.data.system, "" if bos is None else tokenizer.decode([bos])
@@ -270,10 +267,7 @@ ALPACA = re.compile(
 
 
 def prompt_flags(prompt: str, tokenizer: Tokenizer, system: str | None = None) -> list[str]:
-    """The flags by which `generate` writes a prompt, a row up to its answer, as the rows were.
-
-    `system` is the message that `generate` begins with by itself.
-    """
+    """`generate`'s flags for a row up to its answer; it begins with `system` by itself."""
     bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
     if found := ALPACA.fullmatch(prompt.removeprefix(bos)):
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]

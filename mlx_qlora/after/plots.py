@@ -1,7 +1,4 @@
-"""Figures over steps as plots: SVG files, in the report's page, live in a notebook.
-
-plot.html draws the SVG.
-"""
+"""Figures over steps as plots, which plot.html draws for files, pages and notebooks."""
 
 import functools
 import json
@@ -82,10 +79,9 @@ def plots_of(
     best: int | None = None,
     planned_bytes: int | None = None,
 ) -> list[Plot]:
-    """Make the plots of a history (the records of `metrics.jsonl`), the loss first.
+    """The plots of a history (the records of `metrics.jsonl`), the loss first.
 
-    The last step of the warmup and that of the best validation are marked, and the predicted peak
-    of memory is drawn beside the measured one.
+    Marked are the last step of the warmup, the best validation's, and the predicted peak of memory.
     """
 
     def line(key: str, label: str, scale: float = 1.0) -> Line:
@@ -112,9 +108,9 @@ def plots_of(
 
 
 def thin(points: Points, buckets: int = BUCKETS) -> Points:
-    """Keep the lowest and the highest finite point of each bucket of steps, and both ends.
+    """Keep the lowest and the highest point of each bucket of steps, and both ends.
 
-    So every extreme of the line stays: a spike of one step in 100,000 is still seen.
+    So a spike of one step in 100,000 is still seen.
     """
     if len(points) <= 2 * buckets:
         return points

@@ -26,8 +26,7 @@ from mlx_qlora.train.loop import TrainResult
 def write_report(report: "Report") -> Path:
     """Write `report.html` and `plots/` into the run's output folder; return the page's path.
 
-    A notebook that shows the result shows the summary, and the plots if it has not shown them while
-    the run went on.
+    A notebook shows the summary of the result, and the plots if it has not shown them before.
     """
     folder = report.result.output_dir
     path = folder / "report.html"
@@ -180,8 +179,8 @@ def figure(value: object) -> str:
 def command(report: Report, name: str, folder: str) -> list[str]:
     """The beginning of a command of ours that opens the adapter.
 
-    The folder's own run.yaml says how the base was loaded: its revision, bits and dtype. A model
-    that is named would be loaded without them, so one is named only where no run.yaml names it.
+    A model that is named would be loaded without what run.yaml says of it: revision, bits and
+    dtype.
     """
     source = report.config.model.source
     named = source is not None and (report.result.output_dir / "run.yaml").is_file()

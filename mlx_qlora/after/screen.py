@@ -1,7 +1,7 @@
 """A terminal that shows what is under way: a line for each task, below all that is printed.
 
-Where there is no terminal, a line on standard error says now and then how far it is. One thread
-does it, and whatever else follows a run: the table, the report, the notebook.
+Elsewhere a line on standard error says now and then how far it is. One thread does both, and calls
+whatever else follows a run.
 """
 
 import math
