@@ -219,12 +219,7 @@ def _as_word(flag: str) -> str:
 def make_parser(
     all_fields: bool = False, needed: Sequence[str] = tuple(COMMANDS)
 ) -> argparse.ArgumentParser:
-    """The parser of all commands, of which those needed have their arguments.
-
-    Args:
-        all_fields: whether to have help on all of their fields.
-        needed: words; commands that are not among them are only named, as flags take time.
-    """
+    """The parser of all commands; those not `needed` are only named, as flags take time."""
     parser = _Parser(
         prog="mlx-qlora",
         description="Fine-tune Llama, Qwen, Gemma and other decoders with QLoRA, in pure MLX.",

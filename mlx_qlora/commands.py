@@ -64,9 +64,6 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
     """Build the config: the file, then the flags, then the overrides; later ones win.
 
     A preset fills in what none of them says. The messages about names are appended to `notes`.
-
-    Raises:
-        ConfigError: a field that does not exist, that the command does not read, or a wrong value.
     """
     words: list[str] = []
     try:
@@ -109,11 +106,7 @@ def _refuse_unread(args: argparse.Namespace, typed: dict[str, dict[str, Any]]) -
 
 
 def _assignments(args: argparse.Namespace) -> list[str]:
-    """The words of a command that are not flags; `inspect` takes one of them for its FILE.
-
-    Raises:
-        ConfigError: a word that is no assignment, or a second source.
-    """
+    """The words of a command that are not flags; `inspect` takes one of them for its FILE."""
     words, takes_file = [*args.overrides], hasattr(args, "file")
     if takes_file and args.file is not None:  # argparse has it from anywhere among the words
         words.insert(len(getattr(args, "named", ())), args.file)

@@ -1,8 +1,7 @@
 """A run, written down: the sections, YAML, and `section.field=value`.
 
-Every section is a dataclass that lives beside the code that reads it; this file only puts them
-together. A field that does not exist, a value of the wrong type and a pair that excludes each
-other are errors before anything else happens.
+Every section is a dataclass that lives beside the code that reads it; this file puts them together,
+and what is wrong is an error before anything else happens.
 """
 
 import contextlib
@@ -115,9 +114,7 @@ SECTIONS: dict[str, type] = {
 def build(values: dict[str, dict[str, Any]]) -> RunConfig:
     """A RunConfig from section -> field -> value; what is not given keeps its default.
 
-    Raises:
-        ConfigError: unknown sections and fields, each with the nearest real one, or a value of the
-            wrong type or out of range.
+    A ConfigError names each unknown one with the nearest real one, or the first wrong value.
     """
     hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
     unknown: list[str] = []
@@ -151,10 +148,7 @@ def read_yaml(
 ) -> dict[str, dict[str, Any]]:
     """Section -> field -> value from a YAML file; other trainers' names are taken, with a note.
 
-    The file's own names are appended to `words`.
-
-    Raises:
-        ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
+    The file's own names are appended to `words`. A ConfigError if a field is given twice, too.
     """
     file = user_path(path)
     try:
@@ -228,8 +222,7 @@ def put(
 ) -> None:
     """Put a value where its name belongs, which may be another trainer's; an unknown one stays.
 
-    Raises:
-        ConfigError: the field has a value that this is not `over`, or no such value here.
+    A ConfigError where the field has a value that this is not `over`, or where it has no meaning.
     """
     place = place_of(section, word)
     if place == FIELD_OF.get(word) and place != f"{section}.{word}":
@@ -259,13 +252,10 @@ def place_of(section: str, word: str) -> str:
 def set_override(
     values: dict[str, dict[str, Any]], assignment: str, notes: list[str] | None = None
 ) -> None:
-    """Puts one `section.field=value` into section -> field -> value, over what is there.
+    """Put one `section.field=value` into section -> field -> value, over what is there.
 
     The value is read as YAML, but plain text stays as it is typed: a folder may be called
     2026-11-22, and YAML would cut "rows #1.jsonl" short.
-
-    Raises:
-        ConfigError: not of that form.
     """
     place, equals, text = assignment.partition("=")
     section, dot, key = (part.strip() for part in place.partition("."))
@@ -380,13 +370,8 @@ def without_effect(
     """The fields that somebody set and that this run has no use for, each with the reason.
 
     A field that every run of a command ignores is refused before (`cli.Command.reads`). A limit
-    that nothing reaches, such as `data.max_refused`, has had its effect.
-
-    Args:
-        config: as it was asked for, before `settle`.
-        settled: the same after it.
-        packed: whether the model's files hold quantised weights.
-
+    that nothing reaches, such as `data.max_refused`, has had its effect. `settled` is the `config`
+    after `settle`; `packed` files hold quantised weights.
     """
     checkpointing, training = config.checkpointing, config.training
     files = "the weights are quantised in the files" * packed

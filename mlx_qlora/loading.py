@@ -37,7 +37,7 @@ def load(
     frozen_matmul: str = "auto",
     residency: str = "auto",
 ) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """Loads a frozen model and its tokenizer.
+    """Load a frozen model and its tokenizer.
 
     Args:
         source: a hub id (`org/name`), a folder of Hugging Face safetensors (dense, or quantised
@@ -52,9 +52,6 @@ def load(
         residency: `resident` keeps all weights in memory, `streamed` reads each layer from the disk
             when its turn comes, and `auto` streams what would fill the memory by itself. Dense
             weights that are quantised, and a GGUF, are streamed from a copy, which is made once.
-
-    Returns:
-        The model, evaluated, and the tokenizer.
 
     Raises:
         SourceError: the source cannot be found or fetched.
@@ -108,11 +105,7 @@ def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokeni
 
 
 def with_model(config: RunConfig) -> RunConfig:
-    """Fill in the model that an adapter of ours was trained on, if none is named.
-
-    Raises:
-        ConfigError: there is no such folder, or nothing says which model it is for.
-    """
+    """Fill in the model that an adapter was trained on; a ConfigError if nothing names it."""
     chosen = config.model
     if chosen.source is not None:
         return config
@@ -203,10 +196,9 @@ def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
 def rows_of_run(
     config: RunConfig, tokenizer: Tokenizer
 ) -> tuple[tuple[Examples, Examples | None] | None, str]:
-    """The rows that an adapter's run was trained on, and those that it held out; or why none.
+    """The rows that an adapter's run, or `data.path`, trains on and holds out; or why none.
 
-    Those of `data.path`, split as a run would, if it names any. Test rows go before validation
-    rows, by which a run may have chosen its weights.
+    Test rows go before validation rows, by which a run may have chosen its weights.
     """
     adapter = config.model.adapter
     taught = build(recorded(adapter, "data", "training")) if adapter else RunConfig()
@@ -252,12 +244,8 @@ def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Token
 def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str | None = None) -> None:
     """Refuse values for an adapter's shape that are not those of the adapter to train on.
 
-    That is one in a folder, or the one that the model has.
-
-    A value that is the default may be there because nobody set it, so it is passed over.
-
-    Raises:
-        ConfigError: naming the first field, its value in the adapter and the one asked for.
+    That is one in a folder, or the one that the model has. A value that is the default may be there
+    because nobody set it, so it is passed over.
     """
     default, unsaid = LoraConfig(), {"loraplus_lr_ratio", "init_lora_weights"}  # in no file
     where, instead = "that the model has", "load the model again"

@@ -120,8 +120,7 @@ def whose(words: Iterable[str]) -> str:
 def translate(word: str, value: Any) -> tuple[Any, str]:
     """The value of `FIELD_OF[word]`, ... if it stays as it is, and a note that says so.
 
-    Raises:
-        ConfigError: a value without an equal; the message lists those that have one.
+    A ConfigError for a value without an equal lists those that have one.
     """
     field, remark = FIELD_OF[word], REMARKS.get(word, "")
     if word not in MEANINGS:

@@ -1,9 +1,8 @@
 """One run, from a config to an output folder.
 
-`open_inputs` is the one door: everything that a command or a notebook starts from is opened there,
-and what is wrong with it is found before a weight is loaded. `run` and `fine_tune` then go the same
-way: `Inputs.prepare` gives the model its LoRA layers, `begun` takes the output folder, `train`
-trains, and `after` (the only import of what surrounds the core) writes the report.
+`open_inputs` is the one door of commands: what is wrong is found there, before a weight is loaded.
+`run` and `fine_tune` then go the same way: `Inputs.prepare` gives the model its LoRA layers,
+`begun` takes the output folder, `train` trains, and `after` writes the report.
 """
 
 import dataclasses
@@ -161,11 +160,8 @@ class Inputs:
     def prepare(self, model: LlamaForCausalLM) -> "Inputs":
         """Give the model its LoRA layers, and hash what decides the weights.
 
-        Layers that were trained in this output folder before count as they were before that.
-
-        Raises:
-            AdapterError: nothing says what the original base is.
-            ConfigError: a target that matches nothing.
+        Layers that were trained in this output folder before count as they were before that. An
+        AdapterError if nothing says what the original base is.
         """
         config, source = self.config, getattr(model, "source", None)
         base = config.model.base_model_name_or_path or original_base(source)
@@ -193,11 +189,7 @@ class Inputs:
         return replace(self, config=config, base=base, state=state, begins=begins)
 
     def to_resume(self, console: Console) -> "Inputs":
-        """Find the checkpoint to go on from, and warn of damaged ones that are passed over.
-
-        Raises:
-            ConfigError: a checkpoint of another run, or none that is whole.
-        """
+        """Find the checkpoint to go on from, and warn of damaged ones that are passed over."""
         defaults = deciding_values(RunConfig())
         start = checkpoint_to_resume(self.config.checkpointing, self.state, defaults)
         for damage in start.damaged:
@@ -244,15 +236,7 @@ class Beginning:
 
 
 def open_files(config: RunConfig, weights: bool = True) -> Checkpoint:
-    """The files of the config's model, with what their headers say.
-
-    Without `weights`, those that are not here yet stay on the hub.
-
-    Raises:
-        ConfigError: no model is named.
-        SourceError: it cannot be found or fetched.
-        WeightsError: its files are damaged, or of an unsupported architecture.
-    """
+    """The files of the config's model; without `weights`, those not here yet stay on the hub."""
     return open_checkpoint(resolve(source_of(config), config.model.revision, weights=weights))
 
 
@@ -357,9 +341,6 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     """Refuse an output folder that cannot be written to, or that holds files of others.
 
     That of the `adapter` that training goes on from is one of these.
-
-    Raises:
-        ConfigError: naming the folder, and the file that a run would overwrite.
     """
     check_writable(output, WRITTEN, OUTPUT)
     checkpoints = [path.name for path in output.glob("checkpoint-*")]
@@ -498,9 +479,6 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
     """Take the output folder: lock it, find the checkpoint to go on from, write the record.
 
     All of it in the first process; the others need not even see the folder.
-
-    Raises:
-        ConfigError: another run is writing there, or a checkpoint of another run.
     """
     if not processes().is_first:
         yield inputs
@@ -583,10 +561,7 @@ def write_record(
 
 
 def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value of what decides the weights.
-
-    Where files go and how often, and what only memory asks for, does not.
-    """
+    """Section -> field -> value of what decides the weights, and not what only memory asks for."""
     decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
     training = decides["training"]
     for name in ("gradient_checkpointing", "compile", "max_skipped_steps"):

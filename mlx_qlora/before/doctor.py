@@ -1,7 +1,6 @@
 """`mlx-qlora doctor`: what this machine is, what it lacks for a run, and the command that fixes it.
 
-Each check yields findings, and whatever goes wrong in it becomes a finding, too. The network is
-asked for a few seconds at most; nothing is downloaded and nothing on disk is changed.
+Whatever goes wrong in a check becomes a finding, too. Nothing is downloaded or changed.
 """
 
 import importlib.metadata

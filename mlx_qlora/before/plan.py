@@ -1,9 +1,8 @@
 """What a run will need, before it starts: bytes by part, how it will be computed, and how fast.
 
-The figures come from the headers of the model's files and from the config; no weight is loaded.
-The peak is the base plus the larger of two moments: the backward's beginning, when all that the
-forward kept is there, and the optimiser's update. `benchmarks/memory.py` compares with what a run
-then takes.
+The figures come from the headers of the model's files and from the config. The peak is the base
+plus the larger of two moments: the backward's beginning, when all that the forward kept is there,
+and the optimiser's update. `benchmarks/memory.py` compares with what a run then takes.
 """
 
 import math
@@ -47,10 +46,9 @@ HIDDEN_MOVED, MLP_MOVED, DROPPED_MOVED, FORWARD_MOVED = 19, 54.5, 7, 0.36
 def flops_per_token(
     llama: LlamaConfig, levels: list[int], lengths: list[int], supervised: float
 ) -> float:
-    """Multiplications and additions of a step, per position.
+    """Multiplications and additions of a step, per position; the head at supervised ones alone.
 
-    Two for each weight forward and two back, two more where the backward computes it again; the
-    head at supervised positions alone; attention up to the diagonal.
+    Two for each weight forward and two back, two more where the backward computes it again.
     """
     attention, mlp = weights_of_layer(llama)
     typical = sum(n * n for n in lengths) / max(sum(lengths), 1)
@@ -65,10 +63,7 @@ def flops_per_token(
 
 
 def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
-    """Bytes of dense weights that a micro-batch takes from memory, however many rows it has.
-
-    All of them forward and back, those of a layer that is recomputed once more.
-    """
+    """Bytes of dense weights that a micro-batch takes from memory, forward, back and recomputed."""
     of_layer = sum(weights_of_layer(llama))
     passes = sum(3 if level == memory.LAYER else 2 for level in levels)
     return itemsize * (passes * of_layer + 2 * llama.vocab_size * llama.hidden_size)
@@ -94,10 +89,9 @@ def weights_of_layer(llama: LlamaConfig) -> tuple[int, int]:
 def documents_of(
     config: RunConfig, examples: Examples | None
 ) -> tuple[list[int], list[int], float]:
-    """Lengths of a micro-batch's documents, and which share of its positions is supervised.
+    """Lengths of the largest and of a usual micro-batch's documents, and the share of supervision.
 
-    First those of the largest micro-batch, which decides memory, then those of a usual one, which
-    decides speed.
+    The first decides memory, the second speed.
     """
     rows = config.training.rows
     supervised = 1.0 if config.data.train_on == "all" else 0.25
@@ -146,11 +140,7 @@ class Frozen:
 
 
 def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
-    """How many numbers a run trains; the model may be one without weights.
-
-    Raises:
-        ConfigError: a target that matches nothing.
-    """
+    """How many numbers a run trains; the model may be one without weights."""
     try:
         paths = target_paths(model, lora)
     except ConfigError as error:
