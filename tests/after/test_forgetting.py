@@ -94,7 +94,7 @@ def test_logits_exist_for_a_slice_of_the_positions_and_slices_change_nothing(mad
         return real(self, hidden)
 
     monkeypatch.setattr(type(model), "logits", seen)
-    monkeypatch.setattr("mlx_qlora.after.forgetting.POSITIONS", 16)
+    monkeypatch.setattr("mlx_qlora.adapters.drift.POSITIONS", 16)
     found = forgetting(model, tokenizer, [*TEXTS[:1]])
     assert max(widths) == 16
     assert found.kl.estimate == pytest.approx(wanted.kl.estimate, rel=1e-5)
