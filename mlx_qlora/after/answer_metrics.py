@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,8 +116,6 @@ def scorers() -> tuple[Any, Any]:
 
 # ---- form ----------------------------------------------------------------------------------------
 
-STYLE_GRAM = 3  # characters
-
 
 def relative_length(prediction: str, reference: str) -> float:
     """Characters of the prediction over the reference's, white space at the ends not counted."""
@@ -141,10 +139,8 @@ def style_similarity(prediction: str, reference: str) -> float:
 def _grams(text: str) -> Counter[str]:
     text = " ".join(text.split())
     padded = f" {text} " if text else ""
-    return Counter(padded[i : i + STYLE_GRAM] for i in range(len(padded) - STYLE_GRAM + 1))
+    return Counter(padded[i : i + 3] for i in range(len(padded) - 2))
 
-
-# ---- repetition ---------------------------------------------------------------------------------
 
 REPEATED_GRAM = 4  # words
 
@@ -224,13 +220,8 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         intervals = {"base": self.base, "tuned": self.tuned, "change": self.change}
-        return {
-            "metric": self.metric,
-            "better": self.better,
-            "relative": self.relative,
-            **{name: each.to_dict() if each else None for name, each in intervals.items()},
-            "verdict": self.verdict,
-        }
+        intervals = {name: each and each.to_dict() for name, each in intervals.items()}
+        return asdict(self) | intervals | {"verdict": self.verdict}
 
 
 def _ends(interval: Interval, form: str, percent: bool = False) -> str:
@@ -246,11 +237,8 @@ def paired_row(
 
     `weights` (n,) are the tokens of each example; None counts examples alike.
     """
-    figures = [ratio_interval(each, weights) for each in values]
-    if len(values) == 1:
-        return Row(metric, better, figures[0])
-    change = ratio_interval(values[1] - values[0], weights)
-    return Row(metric, better, figures[0], figures[1], change)
+    changes = [tuned - values[0] for tuned in values[1:]]
+    return Row(metric, better, *(ratio_interval(each, weights) for each in (*values, *changes)))
 
 
 def perplexity_row(loss: Row) -> Row:

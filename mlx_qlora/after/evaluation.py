@@ -68,7 +68,11 @@ def evaluate_run(
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
-    _warn_of_training_rows(config, data, console)
+    taught = recorded(config.model.adapter, "data") if config.model.adapter else {}
+    trained = taught.get("data", {}).get("path")
+    if trained and user_path(str(trained)).absolute() == user_path(data).absolute():
+        better = "it is better on them than on new ones"
+        warn(console, f"the adapter was trained on rows of {data}: {better}")
     seed, objective, n_rows = config.training.seed, config.training.objective, len(examples)
     drawn = _drawn_examples(examples, limit, seed, console)
     rejected = good_answers(drawn, 0) if drawn.report.kind == PAIRS else None
@@ -96,11 +100,11 @@ def evaluate_run(
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs |= {"objective": objective, "max_new_tokens": max_new_tokens}
-    samples = []
-    for i, question in enumerate(asked):
-        sample = {"place": question.place, "prompt": question.prompt}
-        sample |= {"reference": question.reference, "base": base.answers[i]}
-        samples.append(sample | ({"tuned": tuned.answers[i]} if tuned else {}))
+    names = "place", "prompt", "reference"
+    samples = [{name: getattr(question, name) for name in names} for question in asked]
+    for key, model_of in {"base": base, "tuned": tuned}.items():
+        for sample, answer in zip(samples, model_of.answers if model_of else ()):
+            sample[key] = answer
     evaluation = Evaluation(comparison, general, tuple(samples), inputs)
     console.print(comparison)
     if general is not None:
@@ -114,14 +118,6 @@ def evaluate_run(
             raise ConfigError(f"--output: {file} cannot be written: {error}") from None
         say(console, f"written   {file}")
     return evaluation
-
-
-def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> None:
-    adapter = config.model.adapter
-    trained = adapter and recorded(adapter, "data").get("data", {}).get("path")
-    if trained and user_path(str(trained)).absolute() == user_path(data).absolute():
-        better = "it is better on them than on new ones"
-        warn(console, f"the adapter was trained on rows of {data}: {better}")
 
 
 def _check_arguments(
@@ -235,11 +231,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
-        counts = ("n_examples", "n_tokens", "n_answers", "adapter")
-        return {
-            **{name: getattr(self, name) for name in counts},
-            "metrics": [row.to_dict() for row in self.rows],
-        }
+        counts = {name: value for name, value in vars(self).items() if name != "rows"}
+        return counts | {"metrics": [row.to_dict() for row in self.rows]}
 
     def __rich__(self) -> Table:
         """The table that a terminal shows; 80 columns hold it."""
@@ -281,13 +274,7 @@ def compare(
         for name, (better, metric) in ANSWER_METRICS.items():
             values = [np.array([*map(metric, each.answers, references)]) for each in models]
             rows.append(paired_row(name, better, values))
-    return Comparison(
-        tuple(rows),
-        n_examples=len(tokens),
-        n_tokens=int(tokens.sum()),
-        n_answers=len(asked),
-        adapter=tuned is not None,
-    )
+    return Comparison(tuple(rows), len(tokens), int(tokens.sum()), len(asked), tuned is not None)
 
 
 def kl_row(scores: RowScores) -> Row:
@@ -306,10 +293,6 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
-        return {
-            "mlx_qlora": __version__,
-            **self.inputs,
-            "comparison": self.comparison.to_dict(),
-            "forgetting": self.forgetting.to_dict() if self.forgetting else None,
-            "samples": list(self.samples),
-        }
+        general = self.forgetting and self.forgetting.to_dict()
+        found = {"comparison": self.comparison.to_dict(), "forgetting": general}
+        return {"mlx_qlora": __version__, **self.inputs, **found, "samples": [*self.samples]}

@@ -101,17 +101,16 @@ def degree(rise: float) -> str:
     return "little" if rise < LITTLE else "something" if rise < MUCH else "much"
 
 
-def read_texts(path: Path, max_characters: int = MOST_CHARACTERS) -> list[str]:
+def read_texts(path: Path) -> list[str]:
     """A text file's paragraphs, evenly spaced ones of many; a ConfigError if it has none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--general: {path} cannot be read as text: {error}") from None
-    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
-    paragraphs = [paragraph[:max_characters] for paragraph in paragraphs if paragraph]
+    paragraphs = [part.strip()[:MOST_CHARACTERS] for part in text.split("\n\n") if part.strip()]
     if not paragraphs:
         raise ConfigError(f"--general: {path} holds no text; name a file of plain text")
-    step = -(-sum(map(len, paragraphs)) // max_characters)
+    step = -(-sum(map(len, paragraphs)) // MOST_CHARACTERS)
     return paragraphs[::step]
 
 
