@@ -392,7 +392,7 @@ class Tensors:
             dense = (self._dense(name, module).astype(mx.float32),)
             tensors = pack(dense[0], quantize)
         tensors = tuple(map(self._stored, tensors))
-        if not all(mx.isfinite(a).all().item() for a in (*dense, *tensors) if _is_float(a)):
+        if not all(mx.isfinite(array).all().item() for array in (*dense, *tensors)):
             raise WeightsError(
                 f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN; "
                 "export as bfloat16, or train again if the loss was NaN"
@@ -401,7 +401,7 @@ class Tensors:
 
     def _stored(self, array: mx.array) -> mx.array:
         """As it is written: floats in the dtype."""
-        return array.astype(self.dtype) if _is_float(array) else array
+        return array.astype(self.dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
     def _dense(self, name: str, module: Any) -> mx.array:
         """The merged weight, or another tensor of the base as it is."""
@@ -416,10 +416,6 @@ class Tensors:
         if isinstance(module, FrozenMatrix) and is_weight:
             return module.dense()
         return module[name.rpartition(".")[2]]
-
-
-def _is_float(array: mx.array) -> bool:
-    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def _write_shard(path: Path, entries: list[Entry], tensors: Tensors, task: Task) -> None:
