@@ -65,33 +65,27 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
 
     A preset fills in what none of them says. The messages about names are appended to `notes`.
     """
-    words: list[str] = []
+    notes, words = [] if notes is None else notes, list[str]()
     try:
-        return _config_of(args, [] if notes is None else notes, words)
+        file = getattr(args, "config", None)
+        values: dict[str, dict[str, Any]] = read_yaml(file, notes, words) if file else {}
+        typed: dict[str, dict[str, Any]] = {}
+        for assignment in _assignments(args):
+            set_override(typed, assignment, notes)
+        _refuse_unread(args, typed)
+        for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):
+            given = typed.get("training", {})
+            if one in given and other not in given and values.get("training", {}).pop(other, None):
+                notes.append(f"training.{one} replaces training.{other} of {file}")
+        values = {s: values.get(s, {}) | typed.get(s, {}) for s in (*values, *typed)}
+        if getattr(args, "preset", None):
+            fields, note = preset(args.preset, {f"{s}.{k}" for s in values for k in values[s]})
+            notes.append(note)
+            for field in fields:
+                set_override(values, field)
+        return build(_with_record(args, values))
     except ConfigError as error:
         raise ConfigError(f"{error}{whose(words)}") from None
-
-
-def _config_of(args: argparse.Namespace, notes: list[str], of_file: list[str]) -> RunConfig:
-    """As `config_of`; the names in the file are appended to `of_file`."""
-    words = _assignments(args)
-    file = getattr(args, "config", None)
-    values: dict[str, dict[str, Any]] = read_yaml(file, notes, of_file) if file else {}
-    typed: dict[str, dict[str, Any]] = {}
-    for assignment in words:
-        set_override(typed, assignment, notes)
-    _refuse_unread(args, typed)
-    for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):
-        given = typed.get("training", {})
-        if one in given and other not in given and values.get("training", {}).pop(other, None):
-            notes.append(f"training.{one} replaces training.{other} of {file}")
-    values = {s: values.get(s, {}) | typed.get(s, {}) for s in (*values, *typed)}
-    if getattr(args, "preset", None):
-        fields, note = preset(args.preset, {f"{s}.{k}" for s in values for k in values[s]})
-        notes.append(note)
-        for field in fields:
-            set_override(values, field)
-    return build(_with_record(args, values))
 
 
 def _refuse_unread(args: argparse.Namespace, typed: dict[str, dict[str, Any]]) -> None:
@@ -336,7 +330,13 @@ def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     from mlx_qlora.sweep.search import sweep
 
     lists = {"learning_rate": args.learning_rates, "r": args.ranks, "batch_size": args.batch_sizes}
-    grid = {field: _numbers(field, text) for field, text in lists.items() if text is not None}
+    grid: dict[str, list[Any]] = {}
+    for field, text in lists.items():
+        kind = float if field == "learning_rate" else int
+        try:
+            grid |= {field: [kind(part) for part in text.split(",")]} if text is not None else {}
+        except ValueError:
+            raise ConfigError(f"{field} must be numbers between commas; got {text!r}") from None
     how = {"product": args.product, "repeat_best": args.repeat_best}
     return sweep(config, console, grid or None, args.steps, args.rungs, **how).record
 
@@ -355,14 +355,6 @@ def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
     findings = doctor(console, PlannedRun(config))
     fine = all(finding.state != "error" for finding in findings)
     return {"ok": fine, "findings": [asdict(finding) for finding in findings]}
-
-
-def _numbers(field: str, text: str) -> list[Any]:
-    kind = float if field == "learning_rate" else int
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{field} must be numbers between commas; got {text!r}") from None
 
 
 def _prompt(args: argparse.Namespace, can_chat: bool, config: RunConfig) -> "str | list[Message]":
