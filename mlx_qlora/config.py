@@ -369,7 +369,7 @@ def without_effect(
 ) -> list[str]:
     """The fields that somebody set and that this run has no use for, each with the reason.
 
-    A field that every run of a command ignores is refused before (`cli.Command.reads`). A limit
+    A field that every run of a command ignores is refused before (commands.toml). A limit
     that nothing reaches, such as `data.max_refused`, has had its effect. `settled` is the `config`
     after `settle`; `packed` files hold quantised weights.
     """
