@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 
 from mlx_qlora.after.answer_metrics import Row, style_similarity
 from mlx_qlora.after.forgetting import Forgetting
-from mlx_qlora.before.plan import Plan
-from mlx_qlora.errors import duration, size
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.train.checkpoint import best_eval
 from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.loop import TrainResult
 
 # ---- advice --------------------------------------------------------------------------------------
 
@@ -177,7 +174,6 @@ class Answer(NamedTuple):
     verdict: str
     why: str  # the figures behind it
     tone: str = ""  # good, bad, note, or nothing where there is nothing to judge
-    code: str = ""  # a command, if that is the answer
 
 
 def learned(
@@ -293,24 +289,6 @@ def overfitting(history: History, best_step: int | None, advice: Sequence[Advice
     return Answer(question, "No sign of it", why, "good")
 
 
-def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) -> Answer:
-    """How many sampled answers differ, and how the token accuracy moved."""
-    question, why = "What changed in the answers?", ""
-    if {"before", "after"} <= scores.keys():
-        before, after = scores["before"].token_accuracy, scores["after"].token_accuracy
-        why = f"Held-out tokens that are the model's first choice: {before:.1%} → {after:.1%}."
-    if not samples:
-        return Answer(question, "No samples", why or "No row was held out to ask about.")
-    differ = sum(sample["before"] != sample["after"] for sample in samples)
-    before, after = (
-        sum(sample[key].strip() == sample["reference"].strip() for sample in samples)
-        for key in ("before", "after")
-    )
-    equal = f"Equal to the reference: {before} before, {after} after."
-    verdict = f"{differ} of {len(samples)} sampled answers differ"
-    return Answer(question, verdict, f"{equal} {why}".strip(), "" if differ else "note")
-
-
 def forgot(general: Forgetting, kl: Row) -> Answer:
     """How much of general text was forgotten, and how far the answers are from the base's."""
     _, _, estimate, ends, _ = kl.cells()
@@ -320,26 +298,6 @@ def forgot(general: Forgetting, kl: Row) -> Answer:
         why += " A lower rate, fewer steps or a higher training.kl_weight keep more."
         tone = "bad" if general.verdict.startswith("much") else "note"
     return Answer("What did it forget?", _sentence(general.verdict)[:-1], why, tone)
-
-
-def cost(result: TrainResult, plan: Plan | None) -> Answer:
-    """Time, speed, and memory beside the plan."""
-    peak = f"Peak memory {size(result.peak_memory_bytes)}"
-    process = f"of the process {size(result.process_memory_bytes)}"
-    if plan:
-        peak += f" (planned {size(plan.total_bytes)})"
-        process += f" (planned {size(plan.process_bytes)})" * bool(plan.process_bytes)
-    why = f"{peak}, {process}; {result.steps:,} steps at {speed(result):,.0f} tokens per second"
-    early = ", stopped early." if result.stopped_early else "."
-    return Answer("What did it cost?", duration(result.seconds), why + early)
-
-
-def speed(result: TrainResult) -> float:
-    """Tokens per second of the training itself, without validations, as a plan has it."""
-    key = "tokens_per_second"
-    return statistics.fmean(
-        [r[key] for r in result.log_history if key in r] or [getattr(result, key)]
-    )
 
 
 def _sentence(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.adapters.push import templates
+from mlx_qlora.errors import duration, size
 
 # ---- what is drawn -------------------------------------------------------------------------------
 
@@ -160,6 +161,7 @@ def _pages() -> Any:
     environment = templates()
     environment.globals |= {"scale": scale, "ticks": ticks, "number": number}
     environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
+    environment.globals |= {"size": size, "duration": duration}
     environment.filters |= {"percent": "{:.4g}%".format, "short": "{:.4g}".format}
     return environment
 

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,6 @@ from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, wri
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
-from mlx_qlora.errors import size
 from mlx_qlora.folders import PEFT, RECORD, json_object, staged
 from mlx_qlora.train.loop import TrainResult
 
@@ -43,7 +43,8 @@ def write_report(report: "Report") -> Path:
 # ---- the report ----------------------------------------------------------------------------------
 
 RECORDS = 24  # of the history, as a table
-COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+SPEED = "tokens_per_second"
+COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", SPEED)
 COLUMNS += ("rewards/accuracies", "rewards/margins", "eval_rewards/accuracies")
 COLUMNS += ("eval_rewards/margins", "kl")
 
@@ -69,9 +70,8 @@ class Report:
 
     def page(self) -> str:
         """The HTML."""
-        formats = {"size": size, "figure": figure, "speed": advice.speed}
         more = {"yaml": to_yaml(self.config), "version": __version__, "vllm_ranks": VLLM_RANKS}
-        return render("page.html", report=self, **formats, **more)
+        return render("page.html", report=self, figure=figure, **more)
 
     @property
     def title(self) -> str:
@@ -108,20 +108,26 @@ class Report:
 
     @property
     def answers(self) -> list[Answer]:
-        """The answers, in the order in which people ask."""
+        """Whether it learned, and whether too much."""
         result, kept = self.result, self.result.log_history
         best = result.best_step
         if best is not None and self.config.checkpointing.load_best_model_at_end:
             kept = [record for record in kept if record["step"] <= best]
-        why = "The adapter is in PEFT's format. Other tools: see below."
         return [
             advice.learned(kept, result.test_scores, self.advice, self.samples, self.loss),
             advice.overfitting(result.log_history, best, self.advice),
-            advice.changed(self.samples, result.test_scores),
-            *([advice.forgot(self.forgetting, self.kl)] if self.forgetting and self.kl else []),
-            advice.cost(result, self.plan),
-            Answer("How do I use it?", "Ask it something", why, code=self.question),
         ]
+
+    @property
+    def forgot(self) -> Answer | None:
+        """How much of general text was forgotten, if that was measured."""
+        return advice.forgot(self.forgetting, self.kl) if self.forgetting and self.kl else None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of the training itself, without validations, as a plan has it."""
+        of_steps = [r[SPEED] for r in self.result.log_history if SPEED in r]
+        return statistics.fmean(of_steps or [self.result.tokens_per_second])
 
     @property
     def question(self) -> str:
