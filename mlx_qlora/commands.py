@@ -129,10 +129,7 @@ def _is_path(word: str) -> bool:
 def _with_record(
     args: argparse.Namespace, values: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Fill fields that are not set from the record of the run that made the adapter.
-
-    An adapter is used with its own model, as it was trained, unless another model is named.
-    """
+    """Fill unset fields by an adapter's record: it is used with its own model, as trained."""
     chosen = values.get("model", {})
     adapter, read = chosen.get("adapter"), args.about.sections
     if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):

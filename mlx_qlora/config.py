@@ -112,10 +112,7 @@ SECTIONS: dict[str, type] = {
 
 
 def build(values: dict[str, dict[str, Any]]) -> RunConfig:
-    """A RunConfig from section -> field -> value; what is not given keeps its default.
-
-    A ConfigError names each unknown one with the nearest real one, or the first wrong value.
-    """
+    """A RunConfig from section -> field -> value; one ConfigError names all unknown names."""
     hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
     unknown: list[str] = []
     for name, fields in values.items():
@@ -146,10 +143,7 @@ def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
 def read_yaml(
     path: str | Path, notes: list[str] | None = None, words: list[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value from a YAML file; other trainers' names are taken, with a note.
-
-    The file's own names are appended to `words`. A ConfigError if a field is given twice, too.
-    """
+    """Section -> field -> value from a YAML file, whose own names are appended to `words`."""
     file = user_path(path)
     try:
         content = parse_yaml(read_text(file, MOST_YAML), _Loader)
@@ -220,10 +214,7 @@ def put(
     notes: list[str] | None = None,
     over: bool = False,
 ) -> None:
-    """Put a value where its name belongs, which may be another trainer's; an unknown one stays.
-
-    A ConfigError where the field has a value that this is not `over`, or where it has no meaning.
-    """
+    """Put a value where its name, which may be another trainer's, belongs; not twice but `over`."""
     place = place_of(section, word)
     if place == FIELD_OF.get(word) and place != f"{section}.{word}":
         value, note = translate(word, value)
@@ -315,10 +306,7 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
 
 
 def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = None) -> RunConfig:
-    """Put numbers where the config leaves them to the data and the model.
-
-    Without examples, as for a plan of a model alone, what follows from their number stays open.
-    """
+    """Put numbers where the config leaves them to the model and, if they are known, the rows."""
     n = len(examples) if examples else None
     training = config.training.at_hidden_size(llama.hidden_size, llama.model_type)
     training = training.for_examples(n, processes().size)

@@ -198,10 +198,7 @@ def _umask() -> int:
 
 @contextmanager
 def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
-    """Turn what the system says about a folder into a TrainingError with a remedy.
-
-    `hint` makes the end of the message, and is called only when there is one.
-    """
+    """Turn what the system says of a folder into a TrainingError, which ends in `hint()`."""
     try:
         yield
     except BrokenPipeError:  # nobody reads what is printed: the disk has nothing to do with it
@@ -233,10 +230,7 @@ def in_words(error: Exception, place: str | Path = "") -> str:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other runs out of a folder; the system gives the lock back if a run dies.
-
-    Where another one is there, this is a ConfigError, or it is waited for.
-    """
+    """Keep other runs out of a folder, or wait for them; the system unlocks it if a run dies."""
     with disk_errors(folder):
         lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:

@@ -91,10 +91,7 @@ def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokenizer]:
-    """Load the model of a config, which then writes rows as its adapter was taught with.
-
-    The tokenizer has the chat template of the file that `data.template` names, if it names one.
-    """
+    """Load the model of a config, which then writes rows as its adapter was taught with."""
     config = with_model(config)
     own = own_template(config.data)  # before a weight is read
     model, tokenizer = loaded(config)
@@ -217,10 +214,7 @@ def rows_of_run(
 
 
 def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer and chat template beside an adapter, if they are not those of its base.
-
-    Whatever was trained with, a template or an end token of its own, is there.
-    """
+    """The tokenizer, template or end token of its own that an adapter was trained with, if any."""
     if adapter is None:
         return tokenizer
     folder = run_of(user_path(adapter))

@@ -45,10 +45,7 @@ def whose(words: Iterable[str]) -> str:
 
 
 def translate(word: str, value: Any) -> tuple[Any, str]:
-    """The value of `FIELD_OF[word]`, ... if it stays as it is, and a note that says so.
-
-    A ConfigError for a value without an equal lists those that have one.
-    """
+    """The value of `FIELD_OF[word]`, ... if it stays as it is, and a note that says so."""
     field, remark = FIELD_OF[word], REMARKS.get(word, "")
     if word not in MEANINGS:
         return value, f"{word} is {field}{remark}"

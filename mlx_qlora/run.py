@@ -324,10 +324,7 @@ def packing_of(checkpoint: Checkpoint, quantize: QuantConfig | None) -> QuantCon
 
 
 def check_output(output: Path, adapter: str | None = None) -> None:
-    """Refuse an output folder that cannot be written to, or that holds files of others.
-
-    That of the `adapter` that training goes on from is one of these.
-    """
+    """Refuse an output folder that cannot be written to, or holds files of others or `adapter`."""
     check_writable(output, WRITTEN, OUTPUT)
     checkpoints = [path.name for path in output.glob("checkpoint-*")]
     check_writable(output, checkpoints, OUTPUT, is_ours=is_ours)
@@ -343,10 +340,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
 
 
 def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainResult:
-    """Train on opened inputs and leave an output folder, with answers and scores in the report.
-
-    The report compares the plan with what was measured.
-    """
+    """Train on opened inputs and leave an output folder; the report compares with the plan."""
     model = processes().agree(inputs.load)
     return _run(model, inputs, console, plan, N_QUESTIONS)
 

@@ -216,10 +216,7 @@ def gguf_field(file: Path, key: str) -> Any:
 
 
 def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
-    """An Ollama Modelfile; `base` is a GGUF file or a name in Ollama, `original` a hub repository.
-
-    It sets no TEMPLATE: Ollama's are Go templates, not the tokenizer's, and it takes the base's.
-    """
+    """An Ollama Modelfile of a `base`, a GGUF file or a name in Ollama; TEMPLATE is the base's."""
     lines = [
         f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",
         "# Ollama is reported to refuse ADAPTER from 0.34.1 on; there, or where this fails, merge",

@@ -1,7 +1,4 @@
-"""A whole model, its adapter folded in, as one GGUF file: for llama.cpp, Ollama and LM Studio.
-
-What llama.cpp could not compute is refused before the weights go into the file, one at a time.
-"""
+"""A whole model, its adapter folded in, as one GGUF file: for llama.cpp, Ollama and LM Studio."""
 
 import shlex
 import shutil

@@ -43,11 +43,9 @@ class Advice:
 def advise(
     history: History, ends_with_best: bool = False, training: TrainingConfig | None = None
 ) -> list[Advice]:
-    """Apply all rules to a history, and return the most urgent advice first.
+    """Apply all rules to a history of a run, and return the most urgent advice first.
 
-    Args:
-        ends_with_best: whether the run ended with the weights of its best validation.
-        training: how the run was asked to learn, with numbers; None leaves out what that tells.
+    `ends_with_best` says that the run ended with the weights of its best validation.
     """
     best = best_eval(history) if ends_with_best else None
     kept = [r for r in history if best is None or r["step"] <= best[0]]

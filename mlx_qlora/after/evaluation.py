@@ -1,7 +1,4 @@
-"""`mlx-qlora evaluate`: a base, or an adapter against its base, on rows that were held out.
-
-Whatever can be wrong with the input is found before a weight is loaded.
-"""
+"""`mlx-qlora evaluate`: a base, or an adapter against its base, on rows that were held out."""
 
 import json
 from collections.abc import Callable

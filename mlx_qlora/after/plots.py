@@ -80,10 +80,7 @@ def plots_of(
     best: int | None = None,
     planned_bytes: int | None = None,
 ) -> list[Plot]:
-    """The plots of a history (the records of `metrics.jsonl`), the loss first.
-
-    Marked are the last step of the warmup, the best validation's, and the predicted peak of memory.
-    """
+    """The plots of a history (the records of `metrics.jsonl`), with warmup, best step and plan."""
 
     def line(key: str, label: str, scale: float = 1.0) -> Line:
         points = [(r["step"], r[key] * scale) for r in history if key in r]

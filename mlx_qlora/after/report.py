@@ -24,10 +24,7 @@ from mlx_qlora.train.loop import TrainResult
 
 
 def write_report(report: "Report") -> Path:
-    """Write `report.html` and `plots/` into the run's output folder; return the page's path.
-
-    A notebook shows the summary of the result, and the plots if it has not shown them before.
-    """
+    """Write `report.html` and `plots/`, and what a notebook shows of the result."""
     folder = report.result.output_dir
     path = folder / "report.html"
     with staged(folder) as staging:

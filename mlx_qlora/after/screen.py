@@ -1,8 +1,4 @@
-"""A terminal that shows what is under way: a line for each task, below all that is printed.
-
-Elsewhere a line on standard error says now and then how far it is. One thread does both, and calls
-whatever else follows a run.
-"""
+"""A terminal that shows what is under way: a line for each task, below all that is printed."""
 
 import math
 import shlex

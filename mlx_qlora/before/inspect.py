@@ -104,8 +104,7 @@ def inspect_data(
     """Read the data of a run and print the report, the split, the lengths and the run's length.
 
     Then `show` examples as the model will see them; `html` is a page with the same in colour. No
-    weight is loaded. What is returned has every refusal, too. A ConfigError if the page cannot be
-    written.
+    weight is loaded.
     """
     inputs = open_inputs(config, console, writes=False, weights=False)
     training = inputs.config.training

@@ -1,8 +1,8 @@
 """What a run will need, before it starts: bytes by part, how it will be computed, and how fast.
 
-The figures come from the headers of the model's files and from the config. The peak is the base
-plus the larger of two moments: the backward's beginning, when all that the forward kept is there,
-and the optimiser's update. `benchmarks/memory.py` compares with what a run then takes.
+By the files' headers and the config. The peak is the base plus the larger of two moments: the
+backward's beginning, when all that the forward kept is there, and the optimiser's update.
+`benchmarks/memory.py` compares with what a run then takes.
 """
 
 import math
@@ -310,10 +310,7 @@ def plan_checkpoint(
     where: Machine | None = None,
     processes: int | None = None,
 ) -> Plan:
-    """The plan for opened files, and for the examples of a run if they are known.
-
-    Where the weights may be streamed, they are if the run would fill more than `FULL` of memory.
-    """
+    """The plan for opened files and for rows, if they are known; full memory streams weights."""
     model, rest = config.model, (examples, where or this_machine(), processes)
     as_asked = _plan_as_it_is(checkpoint, config, *rest)
     is_full = as_asked.total_bytes > FULL * as_asked.memory_bytes

@@ -188,10 +188,7 @@ class _Search:
         return result
 
     def write(self, winner: Point | None = None, repeated: Point | None = None) -> SweepResult:
-        """Leave what is known so far in the folder; with a winner, the sweep is over.
-
-        Then print the table and the findings, too. `repeated` is the winner with another seed.
-        """
+        """Leave what is known in the folder; with a winner the sweep is over, and says so."""
         output, config, stages = self.inputs.output, self.inputs.config, self.done
         trials = [*self.trials.values()]
         findings = [line for stage in stages for line in page.stage_findings(stage, self.trials)]

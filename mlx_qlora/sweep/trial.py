@@ -292,10 +292,7 @@ def measure(
 def _advance(
     model: LlamaForCausalLM, trial: Inputs, until: int, console: Console
 ) -> tuple[Run, float | None]:
-    """Take the steps of `train.loop.train` up to one and save them: the run, and real tokens/s.
-
-    A StepError if a step cannot be taken or too many in a row were skipped.
-    """
+    """Take the steps of `train.loop.train` up to one and save them: the run, and real tokens/s."""
     if trial.state.step > until:  # of a sweep with fewer rungs: the steps are taken again
         fresh = RunState(fingerprint=trial.state.fingerprint, config=trial.state.config)
         trial = replace(trial, state=fresh, resumed=None)
