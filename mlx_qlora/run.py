@@ -355,7 +355,7 @@ def fine_tune(
     *,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a LoRA adapter on a model and leave an output folder.
+    """Train a LoRA adapter on a model and leave an output folder; the model then holds it.
 
     Args:
         model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (it was
@@ -365,11 +365,7 @@ def fine_tune(
         train_examples: from `read_examples`.
         validation: rows that are not trained, whose loss is measured at every
             `checkpointing.eval_steps`, and before and after for the result.
-        config: everything else; the defaults if not given.
         console: where progress goes; standard error if not given.
-
-    Returns:
-        What the run was; the model now holds the trained adapter.
 
     Raises:
         DataError: nothing to train on.

@@ -38,8 +38,7 @@ def save_portable(
 
     Args:
         folder: made if it does not exist; an earlier export in it is replaced as a whole.
-        base_model_name_or_path: the original Hugging Face repository; by default what the model's
-            own files say they are a copy of.
+        base_model_name_or_path: as in `save_adapter`.
 
     Raises:
         AdapterError: the model has no LoRA layers or has DoRA's, or nothing says what the base is.
@@ -85,8 +84,7 @@ def save_gguf_adapter(
 
     Args:
         file: `*.gguf`; an older adapter of this name is replaced, any other file is not.
-        base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
-            what the model's own files say they are a copy of. It may stay unknown.
+        base_model_name_or_path: as in `save_adapter`, for the metadata; it may stay unknown.
         dtype: of the tensors, float16 or float32.
         ollama_base: what the Modelfile begins FROM, a GGUF file or a name in Ollama; by default
             the file that the model was loaded from, if it is a GGUF file.

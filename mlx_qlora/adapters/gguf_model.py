@@ -83,9 +83,7 @@ def save_gguf_model(
 
     Args:
         tokenizer: the model's, which must have a `tokenizer.json` or come from a GGUF file.
-        folder: made if it does not exist.
-        base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
-            what the model's own files say they are a copy of.
+        base_model_name_or_path: as in `save_adapter`, for the metadata.
         type: of the matrices: q8_0, q5_1, q5_0, q4_1, q4_0, bf16, f16 or f32, where those of 4
             and 5 bits keep embedding and head in q8_0; or a K-quant such as q4_k_m, which
             llama.cpp's `llama-quantize` makes. Where that is not on the PATH, the file is in

@@ -118,19 +118,18 @@ def save_merged(
         tokenizer: the model's; its files are written too.
         folder: does not exist, is empty, or holds an older export and nothing else.
         dtype: of the weights, or of the scales of quantised ones: bfloat16, float16 or float32.
-        base: where the original weights lie, not quantised: a source as `load` takes it, or its
-            files. Then all weights, config.json and generation_config.json come from there, and
-            only the update from the model. None takes the model's own, dequantised.
+        base: where the original 16-bit weights lie: a source as `load` takes it, or its files.
+            Only the update is then the model's own. None takes its weights, dequantised.
         quantize: packs every matrix in MLX's format. Packed ones of the base are copied as they
-            are if the adapter does not touch them: embedding and head, and others packed so.
+            are if the adapter does not touch them.
         max_shard_bytes: most bytes of tensors in one file; a larger matrix has a file of its own.
         rows: of training, for `quantize` to make up for its errors on, and held out, to measure
             the drift on (`read_examples` reads them). None rounds plainly.
 
     Raises:
         AdapterError: the model has no LoRA layers.
-        ConfigError: a dtype, size, group size or base that cannot be used; a folder that holds
-            anything but an older export, or that the weights are read from; too little disk.
+        ConfigError: a value or base that cannot be used; a folder that holds anything but an older
+            export, or that the weights are read from; too little disk.
         WeightsError: a base that is another model, or a number that `dtype` cannot hold.
         SourceError: the base cannot be found.
     """

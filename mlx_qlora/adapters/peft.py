@@ -63,10 +63,9 @@ def save_adapter(
     """Write the adapter as a PEFT folder, with a copy for mlx-lm in its `mlx/`.
 
     The tensors are the float32 masters. What was written is read back and compared before it
-    replaces anything older.
+    replaces anything older. Files of other names in the folder are left alone.
 
     Args:
-        folder: made if it does not exist; files of other names in it are left alone.
         base_model_name_or_path: the original Hugging Face repository, which every PEFT user will
             load; by default what the model's own files say they are a copy of.
         mlx_lm: whether `mlx/` is written too.
@@ -295,10 +294,7 @@ def _write_mlx_lm(model: LlamaForCausalLM, folder: Path, known_by: dict[str, str
 def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalLM:
     """Attach an adapter to a model without one: PEFT's, ours or another's, or mlx-lm's.
 
-    Args:
-        model: the base, frozen; it gets the LoRA layers, ready to generate or to be trained on.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`, or mlx-lm's
-            `adapters.safetensors`.
+    The base stays frozen, and gets LoRA layers that are ready to generate or to be trained on.
 
     Raises:
         AdapterError: files are missing or damaged, the adapter uses an option that we do not

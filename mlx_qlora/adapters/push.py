@@ -217,9 +217,8 @@ def push_to_hub(
     """Upload an adapter or a merged model to the hub, in one commit; nothing changes here.
 
     An adapter is uploaded with its copy for mlx-lm, the tokenizer, `metrics.jsonl` (its numbers),
-    the plots and a new model card. A card that was written by hand, one that does not mention
-    mlx-qlora, is uploaded as it is. In small JSON files a path of this machine is cut to its last
-    part.
+    the plots and a new model card. A card that does not mention mlx-qlora is uploaded as it is. In
+    small JSON files a path of this machine is cut to its last part.
 
     Args:
         folder: what a run, `save_adapter` or a merge has left.
@@ -228,7 +227,6 @@ def push_to_hub(
             one that is private already stays so.
         token: that may write; by default the one of `hf auth login` or HF_TOKEN.
         revision: a branch, made if it does not exist; by default the main one.
-        commit_message: by default one that names mlx-qlora.
         include_checkpoints: also the adapters of `checkpoint-*`, never their optimiser state.
         dry_run: only say what would be uploaded; needs neither network nor token.
 

@@ -139,10 +139,7 @@ def combine(
 
     A linear that only some adapters change gets their updates; dropout is that of the first. With
     rsLoRA, PEFT 0.21 multiplies the sum by the square root of the new rank once more; we do not.
-
-    Args:
-        weights: name -> factor; negative ones subtract.
-        combination_type: `cat` or `linear`.
+    `weights` are name -> factor; negative ones subtract.
 
     Raises:
         ConfigError: an unknown adapter or type, a name that is taken, weights that are not finite,

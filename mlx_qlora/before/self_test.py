@@ -247,13 +247,12 @@ def self_test(
     config: RunConfig | None = None,
     keep: bool = False,
 ) -> dict[str, Any]:
-    """Tests whether this machine trains right and as fast as planned; prints line by line.
+    """Test whether this machine trains right and as fast as planned; print line by line.
 
     Args:
         source: the model whose layers are timed, as for `load`; its weights are not fetched.
         report: a JSON and a Markdown file to write, for an issue: without personal data.
         seconds: of each line that measures speed.
-        parts: what is done, of the default's.
         config: in the place of `source`.
         keep: stores the times, for `model.frozen_matmul: auto` to choose by.
 
