@@ -96,7 +96,10 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     classes = {
         name: _members(parameter.annotation)
         for name, parameter in signature.parameters.items()
-        if all(_is_ours(member) for member in _members(parameter.annotation))
+        if all(
+            member is type(None) or getattr(member, "__module__", "").startswith("mlx_qlora")
+            for member in _members(parameter.annotation)
+        )
     }
 
     @functools.wraps(function)
@@ -114,11 +117,6 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **named)
 
     return call
-
-
-def _is_ours(annotation: Any) -> bool:
-    is_class = isinstance(annotation, type) and annotation.__module__.startswith("mlx_qlora")
-    return is_class or annotation is type(None)
 
 
 # ---- types ---------------------------------------------------------------------------------------

@@ -134,16 +134,9 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
     """Load the model that a config names, with its adapter if it names one."""
     chosen = config.model
     assert chosen.source is not None
-    asked = chosen.quantize()
-    model, tokenizer = load(
-        chosen.source,
-        asked,
-        chosen.adapter,
-        chosen.revision,
-        dtype=chosen.dtype,
-        frozen_matmul=chosen.frozen_matmul,
-        residency=chosen.residency,
-    )
+    asked, names = chosen.quantize(), ("dtype", "frozen_matmul", "residency")
+    settings = {name: getattr(chosen, name) for name in names}
+    model, tokenizer = load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
     packings = {m.quant for m in model.modules() if isinstance(m, FrozenMatrix)}
     if asked not in (None, QuantConfig(), *packings):
         words = ", ".join(f"model.{name}={value}" for name, value in asdict(asked).items())

@@ -68,11 +68,9 @@ class Drift:
             return "on these rows the adapter gains nothing that could have been lost"
         if self.kept >= WELL_KEPT:
             return f"the files keep {self.kept:.0%} of what was learned"
-        if self.kept <= 0:
-            lost = "lost all of what was learned"
-        else:
-            lost = f"lost {1 - self.kept:.0%} of what was learned"
-        return f"rounding to {self.what} {lost}; take more bits, or keep the adapter separate"
+        lost = "all" if self.kept <= 0 else f"{1 - self.kept:.0%}"
+        lost = f"rounding to {self.what} lost {lost} of what was learned"
+        return f"{lost}; take more bits, or keep the adapter separate"
 
 
 def measure(

@@ -16,7 +16,7 @@ from mlx_qlora.adapters.peft import note_on_mlx_lm
 from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
-from mlx_qlora.after.evaluation import Performance, kl_row, measure
+from mlx_qlora.after.evaluation import kl_row, measure
 from mlx_qlora.after.forgetting import forgetting
 from mlx_qlora.after.plots import in_kernel, render
 from mlx_qlora.after.report import Report, next_commands, write_report
@@ -33,7 +33,6 @@ from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import last_checkpoint
 from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.preferences import good_answers
-from mlx_qlora.train.score import Lend
 from mlx_qlora.train.signals import Interrupted
 
 PAGE_EVERY = 5.0  # seconds between two versions of the page
@@ -194,10 +193,14 @@ class Observer:
             if self.held_out and not console.is_terminal:  # which shows how far it is
                 answers = " and answers" * bool(self.questions)
                 say(console, f"scoring   held-out rows{answers}, before and after training")
-        with shown(console), self.untrained():
-            before = self._look()
-        with shown(console):
-            after = self._look(self.untrained)
+        asked = self.questions if self.processes.is_first else []
+        before = after = None
+        if rows := self.held_out:
+            of = self.model, tokenizer, rows, asked, self.limit, self.processes
+            with shown(console), self.untrained():
+                before = measure(*of)
+            with shown(console):
+                after = measure(*of, self.untrained)
         if not self.processes.is_first:
             return
         loss, samples, kl, general = None, [], None, None
@@ -215,8 +218,8 @@ class Observer:
             old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}
             name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
-            of = {"sft": "", "kto": " of good answers"}
-            of = of.get(config.training.objective, " of chosen answers")
+            good = {"sft": "", "kto": " of good answers"}
+            of = good.get(config.training.objective, " of chosen answers")
             of += " (unweighted)" * any(row.weights is not None for row in self.held_out or ())
             say(
                 console,
@@ -240,13 +243,6 @@ class Observer:
             line = visible(f"{label:<{LABEL}}{line}")
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
-
-    def _look(self, base: Lend | None = None) -> Performance | None:
-        """Scores of the held-out rows and, in the first process, answers to the questions."""
-        model, tokenizer, rows = self.model, self.inputs.tokenizer, self.held_out
-        asked = self.questions if self.processes.is_first else []
-        more = asked, self.limit, self.processes, base
-        return measure(model, tokenizer, rows, *more) if rows else None
 
     def _own_prompt(self) -> tuple[str, list[str]]:
         """A prompt of the user's, short and best of one line, and `generate`'s flags for it."""

@@ -141,12 +141,8 @@ class Frozen:
 
 def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
     """How many numbers a run trains; the model may be one without weights."""
-    try:
-        paths = target_paths(model, lora)
-    except ConfigError as error:
-        raise ConfigError(f"the plan cannot be made: {error}") from None
     modules, total = dict(model.named_modules()), 0
-    for path in paths:
+    for path in target_paths(model, lora):
         rows, columns = modules[path].shape
         total += lora.rank_of(path) * (rows + columns) + (rows if lora.use_dora else 0)
     return total
