@@ -106,7 +106,9 @@ def save_gguf_adapter(
     tensors = _gguf_tensors(layers, alpha, model.config, DTYPES[dtype])
     if file.suffix.lower() != ".gguf":
         raise AdapterError(f"{file} must end in .gguf; choose another name")
-    check_writable(file.parent, [file.name], "file", is_ours=_is_adapter)
+    # A base model has the same ending.
+    is_ours = lambda old: gguf_field(old, "general.type") == "adapter"  # noqa: E731
+    check_writable(file.parent, [file.name], "file", is_ours=is_ours)
     if ollama_base is None and source is not None and source.path.suffix.lower() == ".gguf":
         ollama_base = str(source.path.absolute())
     text = modelfile(ollama_base, file.name, base)
@@ -135,17 +137,14 @@ def _gguf_tensors(
         name = gguf_name(f"{path}.weight", config)
         tensors[f"{name}.lora_a"] = A.astype(np.float32)
         tensors[f"{name}.lora_b"] = permute(B, f"{path}.weight", config)
-    return {name: _cast(name, array, dtype) for name, array in tensors.items()}
-
-
-def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     limit = np.finfo(dtype).max
-    if not np.all(np.abs(array) <= limit):  # NaN is not, either
-        raise AdapterError(
-            f"{name} has values that are not finite, or too large for {dtype.__name__} "
-            f"({limit:g}); if the adapter is sound, write it with dtype='float32'"
-        )
-    return np.ascontiguousarray(array.astype(dtype))
+    for name, array in tensors.items():
+        if not np.all(np.abs(array) <= limit):  # NaN is not, either
+            raise AdapterError(
+                f"{name} has values that are not finite, or too large for {dtype.__name__} "
+                f"({limit:g}); if the adapter is sound, write it with dtype='float32'"
+            )
+    return {name: np.ascontiguousarray(array.astype(dtype)) for name, array in tensors.items()}
 
 
 def _write(
@@ -172,11 +171,6 @@ def _write(
     same = same_tensors({tensor.name: tensor.data for tensor in reader.tensors}, tensors)
     if not same or gguf_field(file, gguf.Keys.Adapter.LORA_ALPHA) != alpha:
         raise AdapterError(f"{file.name}: what was read back is not what was written")
-
-
-def _is_adapter(file: Path) -> bool:
-    """Whether a GGUF file says that it is an adapter: a base model has the same ending."""
-    return gguf_field(file, "general.type") == "adapter"
 
 
 def require_gguf(model: LlamaForCausalLM) -> None:

@@ -340,7 +340,8 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         note = f"ignored, because the model has none of these: {'; '.join(passed_over)}"
         warnings.warn(f"{folder / CONFIG}: {note}", AdapterWarning, stacklevel=2)
     if from_mlx_lm:
-        arrays = {_peft_name(name): mx.contiguous(array.T) for name, array in arrays.items()}
+        named = [(name.rpartition("."), array) for name, array in arrays.items()]
+        arrays = {f"{path}{LEAVES[leaf]}": mx.contiguous(x.T) for (path, _, leaf), x in named}
     add_lora(model, lora, begin=False)
     weights = {name.removeprefix(PREFIX): a.astype(mx.float32) for name, a in arrays.items()}
     model.update(nested(weights))
@@ -395,9 +396,3 @@ def _is_copy(array: mx.array, matrix: FrozenMatrix) -> bool:
         if not same.all().item():
             return False
     return True
-
-
-def _peft_name(name: str) -> str:
-    """PEFT's name for a tensor of mlx-lm's; any other name stays as it is."""
-    path, _, leaf = name.rpartition(".")
-    return f"{PREFIX}{path}{LEAVES[leaf]}" if leaf in LEAVES else name

@@ -154,7 +154,13 @@ def combine(
     layers = {}
     for path in dict.fromkeys(path for part, _ in parts for path in part.layers):
         terms = [(part.layers[path], weight) for part, weight in parts if path in part.layers]
-        A, B = _cat(terms) if combination_type == "cat" else _linear(path, terms)
+        if combination_type == "linear":
+            A, B = _linear(path, terms)
+        else:
+            A = mx.concatenate(
+                [weight * layer.scale * layer.factors()[0] for layer, weight in terms]
+            )
+            B = mx.concatenate([layer.factors()[1] for layer, _ in terms], axis=1)
         missing = rank - len(A)
         A, B = mx.pad(A, [(0, missing), (0, 0)]), mx.pad(B, [(0, 0), (0, missing)])
         mx.eval(A, B)
@@ -177,13 +183,6 @@ def combine(
     adapters[name] = Adapter(config, layers)
     _put(model, name)
     return model
-
-
-def _cat(terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
-    """A (sum of ranks, d_in) and B (d_out, sum of ranks), float32."""
-    updates = [(*layer.factors(), weight * layer.scale) for layer, weight in terms]
-    A = mx.concatenate([factor * A for A, _, factor in updates])
-    return A, mx.concatenate([B for _, B, _ in updates], axis=1)
 
 
 def _linear(path: str, terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:

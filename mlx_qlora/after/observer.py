@@ -109,8 +109,13 @@ class Observer:
             self.task, task.beyond = task, self.beyond
         new = self.history[self.n_read :]
         self.n_read += len(new)
-        if self.console.is_terminal:
-            self._print_rows(new)
+        for record in new if self.console.is_terminal else ():
+            if record["step"] > self.first_step and {"loss", "eval_loss"} & record.keys():
+                if not self.has_head:
+                    say(self.console, HEAD)
+                    self.has_head = True
+                say(self.console, drawn(table_row(record, self.last_eval), self.console))
+            self.last_eval = record.get("eval_loss", self.last_eval)
         self.at = status = f"Step {self.task.done:,.0f} of {self.task.total:,.0f}"
         if (left := self.task.seconds_left) == left and self.task.done < self.task.total:
             status += f", about {duration(left)} to go"
@@ -139,15 +144,6 @@ class Observer:
         answers = ANSWERED * self.limit if self.questions else 0
         # Before and after, and without the training once more, to tell how far apart both are.
         return left + row * (3 * len(self.held_out or ()) + 2 * answers)
-
-    def _print_rows(self, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            if record["step"] > self.first_step and {"loss", "eval_loss"} & record.keys():
-                if not self.has_head:
-                    say(self.console, HEAD)
-                    self.has_head = True
-                say(self.console, drawn(table_row(record, self.last_eval), self.console))
-            self.last_eval = record.get("eval_loss", self.last_eval)
 
     def _so_far(self, status: str, reloads: bool) -> Report:
         assert self.task is not None
