@@ -68,8 +68,8 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
     notes, words = [] if notes is None else notes, list[str]()
     try:
         file = getattr(args, "config", None)
-        values: dict[str, dict[str, Any]] = read_yaml(file, notes, words) if file else {}
-        typed: dict[str, dict[str, Any]] = {}
+        values: dict[str, Any] = read_yaml(file, notes, words) if file else {}
+        typed: dict[str, Any] = {}
         for assignment in _assignments(args):
             set_override(typed, assignment, notes)
         _refuse_unread(args, typed)
@@ -88,7 +88,7 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
         raise ConfigError(f"{error}{whose(words)}") from None
 
 
-def _refuse_unread(args: argparse.Namespace, typed: dict[str, dict[str, Any]]) -> None:
+def _refuse_unread(args: argparse.Namespace, typed: dict[str, Any]) -> None:
     """Raise a ConfigError for a field that could change nothing of what the command does."""
     for section in (name for name in typed if name in SECTIONS):
         read, known = args.about.fields(section), SECTIONS[section].__dataclass_fields__
@@ -126,9 +126,7 @@ def _is_path(word: str) -> bool:
     return "/" in word.partition("=")[0] or os.path.exists(path) or bool(glob.glob(path))
 
 
-def _with_record(
-    args: argparse.Namespace, values: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def _with_record(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Fill unset fields by an adapter's record: it is used with its own model, as trained."""
     chosen = values.get("model", {})
     adapter, read = chosen.get("adapter"), args.about.sections

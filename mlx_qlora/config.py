@@ -34,6 +34,9 @@ from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
 
+Values = dict[str, dict[str, Any]]  # section -> field -> value
+Notes = list[str] | None  # lines, to which more are appended
+
 
 @config_section("model")
 class ModelConfig:
@@ -111,7 +114,7 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def build(values: dict[str, dict[str, Any]]) -> RunConfig:
+def build(values: Values) -> RunConfig:
     """A RunConfig from section -> field -> value; one ConfigError names all unknown names."""
     hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
     unknown: list[str] = []
@@ -140,9 +143,7 @@ def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
     return usual | fields
 
 
-def read_yaml(
-    path: str | Path, notes: list[str] | None = None, words: list[str] | None = None
-) -> dict[str, dict[str, Any]]:
+def read_yaml(path: str | Path, notes: Notes = None, words: Notes = None) -> Values:
     """Section -> field -> value from a YAML file, whose own names are appended to `words`."""
     file = user_path(path)
     try:
@@ -157,7 +158,7 @@ def read_yaml(
         raise ConfigError(f"config file {path} must hold sections such as `training:`")
     if words is not None:
         words.extend(map(str, content))
-    values: dict[str, dict[str, Any]] = {}
+    values: Values = {}
     if (kind := content.get("adapter")) in ADAPTER_KINDS and not Path(kind).is_dir():
         raise ConfigError(
             f"adapter: {kind} is a kind of training, which lora.use_dora and model.bits decide "
@@ -207,12 +208,7 @@ for _kind, _form in NUMBERS.items():
 
 
 def put(
-    values: dict[str, dict[str, Any]],
-    section: str,
-    word: str,
-    value: Any,
-    notes: list[str] | None = None,
-    over: bool = False,
+    values: Values, section: str, word: str, value: Any, notes: Notes = None, over: bool = False
 ) -> None:
     """Put a value where its name, which may be another trainer's, belongs; not twice but `over`."""
     place = place_of(section, word)
@@ -240,9 +236,7 @@ def place_of(section: str, word: str) -> str:
     return f"{section}.{word}" if section else field_words().get(word, word)
 
 
-def set_override(
-    values: dict[str, dict[str, Any]], assignment: str, notes: list[str] | None = None
-) -> None:
+def set_override(values: Values, assignment: str, notes: Notes = None) -> None:
     """Put one `section.field=value` into section -> field -> value, over what is there.
 
     The value is read as YAML, but plain text stays as it is typed: a folder may be called
@@ -276,7 +270,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     return True
 
 
-def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+def to_dict(config: RunConfig) -> Values:
     """Section -> field -> value of every field, resolved."""
     return dataclasses.asdict(config)
 

@@ -11,7 +11,7 @@ from mlx_qlora import device
 from mlx_qlora.adapters.options import is_mlx_lm
 from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
-from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
+from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
 from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.preferences import KIND_OF
@@ -123,7 +123,7 @@ def with_model(config: RunConfig) -> RunConfig:
     return replace(config, model=chosen)
 
 
-def recorded(adapter: str, *sections: str) -> dict[str, dict[str, Any]]:
+def recorded(adapter: str, *sections: str) -> Values:
     """Section -> field -> value of some sections, from the record of our run, if there is one."""
     record = run_of(user_path(adapter)) / "run.yaml"
     values = read_yaml(record) if record.is_file() else {}

@@ -6,12 +6,11 @@ import json
 import math
 import platform
 from pathlib import Path
-from typing import Any
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.origin import base_hash
 from mlx_qlora.adapters.peft import adapter_tensors
-from mlx_qlora.config import RunConfig, to_dict, to_yaml, with_whole_paths
+from mlx_qlora.config import RunConfig, Values, to_dict, to_yaml, with_whole_paths
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.distributed import processes
 from mlx_qlora.folders import RECORD, write_whole
@@ -79,7 +78,7 @@ def write_record(
     write_whole(output / "run.yaml", to_yaml(config))
 
 
-def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
+def deciding_values(config: RunConfig) -> Values:
     """Section -> field -> value of what decides the weights, and not what only memory asks for."""
     decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
     training = decides["training"]
