@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_qlora.adapters.push import render
 from mlx_qlora.data.batches import IGNORE
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
@@ -55,22 +56,8 @@ class Drift:
         return self.figures[WRITTEN].kept
 
     def __str__(self) -> str:
-        lines = [f"on {self.tokens:,} held-out tokens    loss  accuracy      KL    kept"]
-        for version, each in self.figures.items():
-            kept = "" if math.isnan(each.kept) else f"{each.kept:8.1%}"
-            lines.append(
-                f"{version:<24}{each.loss:8.4f}{each.token_accuracy:10.1%}{each.kl:8.4f}{kept}"
-            )
-        return "\n".join([*lines, self._verdict()])
-
-    def _verdict(self) -> str:
-        if math.isnan(self.kept):
-            return "on these rows the adapter gains nothing that could have been lost"
-        if self.kept >= WELL_KEPT:
-            return f"the files keep {self.kept:.0%} of what was learned"
-        lost = "all" if self.kept <= 0 else f"{1 - self.kept:.0%}"
-        lost = f"rounding to {self.what} lost {lost} of what was learned"
-        return f"{lost}; take more bits, or keep the adapter separate"
+        text = render("adapters/drift.txt.jinja", drift=self, well_kept=WELL_KEPT)
+        return text.removesuffix("\n")
 
 
 def measure(

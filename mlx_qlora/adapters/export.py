@@ -15,6 +15,7 @@ from mlx_qlora.adapters.peft import (
     uniform_updates,
     write_peft,
 )
+from mlx_qlora.adapters.push import render
 from mlx_qlora.errors import AdapterError, require
 from mlx_qlora.folders import ADAPTER_FOLDER, card_text, check_writable, staged, user_path
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
@@ -209,15 +210,8 @@ def gguf_field(file: Path, key: str) -> Any:
 
 def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
     """An Ollama Modelfile of a `base`, a GGUF file or a name in Ollama; TEMPLATE is the base's."""
-    lines = [
-        f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",
-        "# Ollama is reported to refuse ADAPTER from 0.34.1 on; there, or where this fails, merge",
-        "# the adapter into its base and create from the merged model.",
-        "# FROM must be the model that was trained; its own chat template is used.",
-    ]
-    if base is None:
-        lines += ["# Replace what FROM says by the path of its GGUF, or by its name in Ollama."]
-    return "\n".join([*lines, f"FROM {base or UNKNOWN_BASE}", f"ADAPTER ./{adapter_file}", ""])
+    values = {"base": base, "file": adapter_file, "original": original, "unknown": UNKNOWN_BASE}
+    return render("adapters/Modelfile.adapter.jinja", **values)
 
 
 def keeps_modelfile(path: Path, text: str) -> bool:
