@@ -5,7 +5,7 @@ The rules look at means over stretches: the loss of one batch says little.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,55 +51,51 @@ def advise(
     kept = [r for r in history if best is None or r["step"] <= best[0]]
     surer = [*diverged(history), *overfitted(history, ends_with_best), *repeats_itself(kept)]
     # Underfitting's remedies are the opposite of the others'.
-    advice = surer or underfitted(history)
-    return advice + (cut_short(history, training) if training and history else [])
+    advice = surer or [*underfitted(history)]
+    return [*advice, *(cut_short(history, training) if training and history else ())]
 
 
-def cut_short(history: History, training: TrainingConfig) -> list[Advice]:
+def cut_short(history: History, training: TrainingConfig) -> Iterator[Advice]:
     """The warmup took the whole run, or it was less than a pass."""
     step, epoch = history[-1]["step"], history[-1].get("epoch", 1.0)
     warmup = training.warmup_steps or 0
-    advice = []
     if 1 < step <= warmup:
         reached = f"{training.peak * step / warmup:.2g} of {training.peak:.2g}"
         finding = f"the warmup of {warmup:,} steps was not over at step {step:,}, the last one"
         finding += f", and the learning rate reached {reached}"
         remedy = "train longer, or leave training.warmup_steps out, for a tenth of the run"
-        advice.append(Advice("warmup", finding, remedy))
+        yield Advice("warmup", finding, remedy)
     if epoch < 1 and training.max_steps is None:
         remedy = "set training.num_train_epochs=3"
-        advice.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
-    return advice
+        yield Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy)
 
 
-def diverged(history: History) -> list[Advice]:
+def diverged(history: History) -> Iterator[Advice]:
     """The loss of the last fifth is EXPLODED times that of the best fifth, or not finite."""
-    skipped = sum("skipped" in record for record in history)
-    if skipped:
+    fifths = _fifths(history)
+    if skipped := sum("skipped" in record for record in history):
         finding = f"steps skipped because their loss or gradient was not finite: {skipped}"
         remedy = "look at the rows named in metrics.jsonl, or lower training.learning_rate"
-        return [Advice("divergence", finding, remedy)]
-    fifths = _fifths(history)
-    if not fifths or fifths[-1] <= EXPLODED * min(fifths):
-        return []
-    finding = f"the loss rose from {min(fifths):.3f} at its best to {fifths[-1]:.3f} at the end"
-    remedy = "lower training.learning_rate (to a third), or raise training.warmup_steps"
-    return [Advice("divergence", finding, remedy)]
+        yield Advice("divergence", finding, remedy)
+    elif fifths and fifths[-1] > EXPLODED * min(fifths):
+        finding = f"the loss rose from {min(fifths):.3f} at its best to {fifths[-1]:.3f} at the end"
+        remedy = "lower training.learning_rate (to a third), or raise training.warmup_steps"
+        yield Advice("divergence", finding, remedy)
 
 
-def overfitted(history: History, ends_with_best: bool) -> list[Advice]:
+def overfitted(history: History, ends_with_best: bool) -> Iterator[Advice]:
     """The validation loss ends RISE above its best, while the training loss keeps falling."""
     evals = [(r["step"], r["eval_loss"]) for r in _validations(history)]
     if len(evals) < 3:
-        return []
+        return
     best_step, best = min(evals, key=lambda item: item[1])
     last_step, last = evals[-1]
     before = [r["loss"] for r in history if "loss" in r and r["step"] <= best_step]
     after = [r["loss"] for r in history if "loss" in r and r["step"] > best_step]
     if last <= best * (1 + RISE) or not before or not after:
-        return []
+        return
     if statistics.mean(after[-FEWEST:]) >= statistics.mean(before[-FEWEST:]):
-        return []
+        return
     remedy = "raise lora.lora_dropout, lower lora.r, or add data"
     if ends_with_best:
         remedy = f"the weights of step {best_step} are kept; for better ones {remedy}"
@@ -110,14 +106,14 @@ def overfitted(history: History, ends_with_best: bool) -> list[Advice]:
         f"the validation loss was best at step {best_step} ({best:.3f}) and is {last:.3f} at step "
         f"{last_step}, while the training loss kept falling"
     )
-    return [Advice("overfitting", finding, remedy)]
+    yield Advice("overfitting", finding, remedy)
 
 
-def underfitted(history: History) -> list[Advice]:
+def underfitted(history: History) -> Iterator[Advice]:
     """The training loss of the last fifth is less than LITTLE below that of the first."""
     fifths = _fifths(history)
     if not fifths or not fifths[0] * (1 - LITTLE) <= fifths[-1] <= EXPLODED * fifths[0]:
-        return []
+        return
     finding = f"the loss barely fell, from {fifths[0]:.3f} to {fifths[-1]:.3f}"
     remedy = (
         "raise training.learning_rate (to three times), train for more steps, or raise lora.r; and "
@@ -126,26 +122,21 @@ def underfitted(history: History) -> list[Advice]:
     if (epoch := max(record.get("epoch", 1.0) for record in history)) < 1:
         seen = f"as the run has seen {epoch:.0%} of the rows"
         remedy = f"train for a whole pass first (training.num_train_epochs=1), {seen}"
-    return [Advice("underfitting", finding, remedy)]
+    yield Advice("underfitting", finding, remedy)
 
 
-def repeats_itself(history: History) -> list[Advice]:
+def repeats_itself(history: History) -> Iterator[Advice]:
     """The model's first choices repeat the one before STUTTER more often than the references."""
-    evals = [r for r in _validations(history) if "eval_repetition" in r]
-    if not evals:
-        return []
-    ours, theirs = evals[-1]["eval_repetition"], evals[-1]["eval_reference_repetition"]
-    if ours <= theirs + STUTTER:
-        return []
-    finding = (
-        f"{ours:.0%} of the model's first choices repeat the token before them, where the "
-        f"references have {theirs:.0%}"
-    )
-    remedy = (
-        "train for fewer steps, lower training.learning_rate, and look for rows that repeat "
-        "themselves; when generating, raise generation.repetition_penalty"
-    )
-    return [Advice("repetition", finding, remedy)]
+    for last in [r for r in _validations(history) if "eval_repetition" in r][-1:]:
+        ours, theirs = last["eval_repetition"], last["eval_reference_repetition"]
+        if ours > theirs + STUTTER:
+            finding = (
+                f"{ours:.0%} of the model's first choices repeat the token before them, where "
+            )
+            finding += f"where the references have {theirs:.0%}"
+            remedy = "train for fewer steps, lower training.learning_rate, and look for rows that "
+            remedy += "repeat themselves; when generating, raise generation.repetition_penalty"
+            yield Advice("repetition", finding, remedy)
 
 
 def _validations(history: History) -> History:
