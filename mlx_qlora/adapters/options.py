@@ -35,7 +35,7 @@ FILTERS = ("exclude_modules", "layers_pattern")  # of the targets, and in no con
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 HINTS: dict[str, Any] = typing.get_type_hints(LoraConfig)
 HINTS |= dict.fromkeys(FILTERS, str | list[str]) | {"layers_to_transform": int | list[int]}
-READ = {*HINTS} - {"bias", "init_lora_weights", "loraplus_lr_ratio"}  # and the filters
+READ = [x for x in HINTS if x not in ("bias", "init_lora_weights", "loraplus_lr_ratio")]
 KNOWN = {*FIXED, *NEEDED, *READ, *HARMLESS, "init_lora_weights"}
 
 
