@@ -135,7 +135,7 @@ class Calibrated:
                 dense[PLAIN] = self.plain(path, W)
                 dense[WRITTEN] = mx.array(begin.dense).T
             for version, weight in dense.items():
-                members[version][name] = _linear(weight, linear.base_layer)
+                members[version][name] = dense_linear(weight, linear.base_layer)
         return {version: Linears(each, linears.cuts) for version, each in members.items()}
 
 
@@ -159,7 +159,8 @@ def packed_on(base: Linear, grid: Grid) -> Rounded | None:
     return Rounded(grid, np.ascontiguousarray(levels), grid.store(scales), grid.store(offsets))
 
 
-def _linear(weight: mx.array, like: Linear) -> Linear:
+def dense_linear(weight: mx.array, like: Linear) -> Linear:
+    """A linear with a weight (d_out, d_in) in the dtype of another, and its bias; evaluated."""
     linear = Linear(0, 0)
     linear.weight, linear.dtype = mx.contiguous(weight.astype(like.dtype)), like.dtype
     if "bias" in like:

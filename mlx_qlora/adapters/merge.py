@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import __version__
-from mlx_qlora.adapters.calibration import Calibrated
+from mlx_qlora.adapters.calibration import Calibrated, dense_linear
 from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.peft import layers_of
 from mlx_qlora.adapters.push import render
@@ -39,7 +39,7 @@ from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoRALinear
-from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack, unpack
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack, unpack
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.stored import tensors_in
 from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, open_checkpoint
@@ -71,15 +71,9 @@ def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
         AdapterError: the model has no LoRA layers.
     """
     for path, layer in layers_of(model):
-        base = layer.base_layer
-        d_out, d_in = base.shape
-        linear = Linear(d_in, d_out)
-        linear.weight = layer.merged().astype(base.dtype)
-        if "bias" in base:
-            linear.bias = base.bias
-        linear.dtype, linear.matmul = base.dtype, base.matmul
+        linear = dense_linear(layer.merged(), layer.base_layer)
+        linear.matmul = layer.base_layer.matmul
         linear.freeze()
-        mx.eval(linear.parameters())
         model.update_modules(nested({path: linear}))
     del model.lora_config
     model.is_merged = True

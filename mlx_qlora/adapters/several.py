@@ -91,26 +91,23 @@ def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
 @contextmanager
 def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
     """Lend the base alone; afterwards, also after an exception, what was on is on again."""
-    former = active(model)
-    layers = lora_layers(model)
-    if any(layer.initial_update for _, layer in layers):  # what was taken off the base is added
-        before = {
-            path: LoRALinear(layer.base_layer, *layer.initial_update, layer.scale, 0.0)
-            for path, layer in layers
-            if layer.initial_update
-        }
+    former, layers = active(model), lora_layers(model)
+    before = {  # what was taken off the base is added
+        path: LoRALinear(layer.base_layer, *layer.initial_update, layer.scale, 0.0)
+        for path, layer in layers
+        if layer.initial_update
+    }
+    if before:
         model.update_modules(nested(before))
-        try:
-            yield model
-        finally:
-            model.update_modules(nested(dict(layers)))
-        return
-    switch(model, None)
+    else:
+        switch(model, None)
     try:
         yield model
     finally:
-        # An adapter that was detached within cannot come back.
-        switch(model, former if former in _adapters(model) else None)
+        if before:
+            model.update_modules(nested(dict(layers)))
+        else:  # an adapter that was detached within cannot come back
+            switch(model, former if former in _adapters(model) else None)
 
 
 class Untrained:
