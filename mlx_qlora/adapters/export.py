@@ -1,6 +1,7 @@
 """The adapter for tools that read less than PEFT, and for llama.cpp."""
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from mlx_qlora.adapters.peft import (
     write_peft,
 )
 from mlx_qlora.adapters.push import render
-from mlx_qlora.errors import AdapterError, require
+from mlx_qlora.errors import AdapterError, WeightsError, require
 from mlx_qlora.folders import ADAPTER_FOLDER, card_text, check_writable, staged, user_path
+from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -196,13 +198,9 @@ def add_base(writer: Any, base: str | None) -> None:
 
 def gguf_field(file: Path, key: str) -> Any:
     """A value of a GGUF file's metadata; None if it has none, or is no such file."""
-    import gguf
-
-    try:
-        field = gguf.GGUFReader(file).get_field(key)
-        return None if field is None else field.contents()
-    except (ValueError, KeyError, IndexError, OSError):
-        return None
+    with suppress(WeightsError, OSError):
+        return read_header(file)[1].get(key)
+    return None
 
 
 # ---- Ollama --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_qlora import __version__
 from mlx_qlora.adapters.calibration import Calibrated
 from mlx_qlora.adapters.drift import Drift
-from mlx_qlora.adapters.export import add_base, keeps_modelfile, require_gguf
+from mlx_qlora.adapters.export import add_base, gguf_field, keeps_modelfile, require_gguf
 from mlx_qlora.adapters.merge import Tensors, check_disk, same_value, shapes_of
 from mlx_qlora.adapters.requantize import Grid, Rounded
 from mlx_qlora.data.examples import Examples
@@ -137,10 +137,7 @@ def check_type(type: str) -> None:
 
 def is_ours(file: Path) -> bool:
     """Whether a GGUF file is one that we have written."""
-    try:
-        return str(read_header(file)[1].get(OURS)).startswith("mlx-qlora ")
-    except WeightsError:
-        return False
+    return str(gguf_field(file, OURS)).startswith("mlx-qlora ")
 
 
 # ---- what the file will say ----------------------------------------------------------------------
