@@ -85,7 +85,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
-        flags = _options_of(parser, args.command)
+        assert parser._subparsers is not None
+        (commands,) = parser._subparsers._group_actions
+        assert isinstance(commands.choices, dict)
+        actions = commands.choices[args.command]._actions
+        shown = [x.option_strings for x in actions if x.help != argparse.SUPPRESS]
+        flags = [flag for flags in shown for flag in flags if flag.startswith("--")]
         hints = (
             f"{word.split('=')[0]}{_flag_meant(word, args.command, flags)}" for word in unknown
         )
@@ -95,16 +100,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.overrides = [*getattr(args, "named", []), *getattr(args, "overrides", []), *late]
     args.about = COMMANDS[args.command]
     return args
-
-
-def _options_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
-    """The flags in a command's help."""
-    assert parser._subparsers is not None
-    (commands,) = parser._subparsers._group_actions
-    assert isinstance(commands.choices, dict)
-    actions = commands.choices[command]._actions
-    shown = (action for action in actions if action.help != argparse.SUPPRESS)
-    return [flag for action in shown for flag in action.option_strings if flag.startswith("--")]
 
 
 def _flag_meant(flag: str, command: str, own: Sequence[str]) -> str:

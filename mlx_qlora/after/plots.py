@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx_qlora.adapters.push import templates
@@ -166,12 +165,6 @@ def _pages() -> Any:
 def svg_file(plot: Plot) -> str:
     """Draw a document of its own, with title, legend and colours."""
     return _pages().get_template("after/plot.html").module.document(plot)
-
-
-def write_plots(plots: Sequence[Plot], folder: Path) -> None:
-    """Draw a file of each plot."""
-    for plot in plots:
-        (folder / f"{plot.name}.svg").write_text(svg_file(plot), encoding="utf-8")
 
 
 def render(template: str, **values: Any) -> str:

@@ -15,7 +15,7 @@ from mlx_qlora.after import advice
 from mlx_qlora.after.advice import Advice, Answer
 from mlx_qlora.after.answer_metrics import Row
 from mlx_qlora.after.forgetting import Forgetting
-from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, write_plots
+from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, svg_file
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
@@ -29,7 +29,8 @@ def write_report(report: "Report") -> Path:
     path = folder / "report.html"
     with staged(folder) as staging:
         (staging / "plots").mkdir()
-        write_plots(report.plots, staging / "plots")
+        for plot in report.plots:
+            (staging / "plots" / f"{plot.name}.svg").write_text(svg_file(plot), "utf-8")
         (staging / path.name).write_text(report.page(), "utf-8", "backslashreplace")
     note = f"The whole report: {path}"
     plots = [] if in_kernel() else report.plots
