@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import textwrap
+import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,23 +23,6 @@ from mlx_qlora.errors import visible
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-# flag -> (field, what its value is called; None for a flag that says true)
-SHORTHANDS = {
-    "--model": ("model.source", "SOURCE"),
-    "--adapter": ("model.adapter", "DIR"),
-    "--data": ("data.path", "FILE"),
-    "--output-dir": ("checkpointing.output_dir", "DIR"),
-    "--epochs": ("training.num_train_epochs", "N"),
-    "--max-steps": ("training.max_steps", "N"),
-    "--learning-rate": ("training.learning_rate", "RATE"),
-    "--warmup-ratio": ("training.warmup_ratio", "SHARE"),
-    "--batch-size": ("training.per_device_train_batch_size", "N"),
-    "--lora-r": ("lora.r", "N"),
-    "--max-length": ("data.max_length", "N"),
-    "--resume": ("checkpointing.resume_from_checkpoint", "WHICH"),
-    "--strict": ("data.strict", None),
-    "--refused": ("data.refused_path", "FILE"),
-}
 ASSIGNMENT = "section.field=value"
 # What a value is called -> how shells complete it, as shtab reads it.
 COMPLETED = {
@@ -47,119 +31,47 @@ COMPLETED = {
     "FOLDER": {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"},
     ASSIGNMENT: {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"},
 }
-NOT_SWEPT = "--learning-rate", "--lora-r", "--adapter", "--resume"
-ALL = ""
-EVERY_SECTION = ("model", "lora", "data", "training", "checkpointing", "logging", "generation")
-EVERY_FIELD: Mapping[str, str] = dict.fromkeys(EVERY_SECTION, ALL)
-KEPT = "output_dir save_total_limit"
-# Decide what is loaded.
-LOADED = "source revision adapter bits group_size mode dtype frozen_matmul residency"
-ROWS = "path format columns system template history train_on max_length truncation strict "
-ROWS += "refused_path num_workers cache_dir"
-SHAPES = "r target_modules layers_to_transform rank_pattern use_dora"  # of LoRA matrices
-PARTS = "validation_path test_path split"
-LENGTH = "num_train_epochs max_steps warmup_ratio warmup_steps"
-STEPS = "per_device_train_batch_size gradient_accumulation_steps "
-MEMORY = STEPS + "gradient_checkpointing"
+ALL = "all"
+EVERY_SECTION = "model", "lora", "data", "training", "checkpointing", "logging", "generation"
+_TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text("utf-8"))
+_GROUPS = _TABLE.pop("groups")
+SHORTHANDS: dict[str, list[str]] = _TABLE.pop("flags")  # flag -> field, what its value is called
 
 
-@dataclasses.dataclass(frozen=True)
 class Command:
-    """What one command takes."""
+    """What one command takes, by its table in commands.toml."""
 
-    help: str
-    shorthands: Sequence[str] = ()  # flags that stand for fields
-    # Section -> its fields that change what the command does, or ALL; others are refused.
-    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    quiet: bool = False  # whether it can work without a word
-    json: bool = True  # whether it can end in a JSON object
+    def __init__(
+        self,
+        help: str,
+        shorthands: str = "",
+        reads: Mapping[str, str] | str = "",
+        quiet: bool = False,
+        json: bool = True,
+        own: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.help, self.own = help, own or {}
+        self.quiet = quiet  # whether it can work without a word
+        self.json = json  # whether it can end in a JSON object
+        self.shorthands = [*SHORTHANDS] if shorthands == ALL else shorthands.split()
+        self._reads = dict.fromkeys(EVERY_SECTION, ALL) if reads == ALL else dict(reads or {})
 
     @property
     def sections(self) -> Sequence[str]:
         """The sections of which it reads anything."""
-        return tuple(self.reads)
+        return [*self._reads]
 
     def fields(self, section: str) -> Sequence[str]:
-        """The fields of a section that it reads."""
+        """The fields of a section that change what it does; others are refused."""
         from mlx_qlora.config import SECTIONS
 
-        read = self.reads.get(section)
-        return (
-            tuple(SECTIONS[section].__dataclass_fields__) if read == ALL else (read or "").split()
-        )
+        read = self._reads.get(section, "")
+        if read == ALL:
+            return [*SECTIONS[section].__dataclass_fields__]
+        return [field for word in read.split() for field in _GROUPS.get(word, word).split()]
 
 
-COMMANDS = {
-    "train": Command(
-        "fine-tune a model and leave a PEFT adapter", tuple(SHORTHANDS), EVERY_FIELD, quiet=True
-    ),
-    "plan": Command(
-        "predict the memory and the speed of a run",
-        ("--model", "--batch-size", "--lora-r", "--max-length"),
-        {
-            "model": LOADED,
-            "lora": f"{SHAPES} alpha_pattern lora_dropout",
-            "data": "max_length train_on",
-            "training": f"{MEMORY} objective kl_weight",
-        },
-    ),
-    "inspect": Command(
-        "read rows as a run does, and show what would be trained",
-        ("--model", "--data", "--epochs", "--batch-size", "--max-length", "--strict", "--refused"),
-        {
-            "model": "source revision adapter",
-            "data": f"{ROWS} {PARTS} prompt_loss_weight shuffle max_refused",
-            "training": f"{STEPS}{LENGTH} seed objective",
-        },
-    ),
-    "generate": Command(
-        "answer a prompt, with an adapter or without",
-        ("--model", "--adapter"),
-        {"model": LOADED, "data": "system template", "generation": ALL},
-    ),
-    "chat": Command(
-        "chat with a model, with an adapter or without",
-        ("--model", "--adapter"),
-        {"model": LOADED, "data": "system template", "generation": ALL},
-        json=False,
-    ),
-    "evaluate": Command(
-        "score a model on rows, or its adapter against the base",
-        ("--model", "--adapter", "--data", "--max-length"),
-        {
-            "model": LOADED,
-            "data": ROWS,
-            "training": "seed objective",
-            "generation": "max_new_tokens",
-        },
-    ),
-    "sweep": Command(
-        "find a learning rate, rank and batch size by short runs",
-        tuple(flag for flag in SHORTHANDS if flag not in NOT_SWEPT),
-        EVERY_FIELD,
-        quiet=True,
-    ),
-    "merge": Command(
-        "merge an adapter into its model, as a folder that any tool opens",
-        ("--model", "--adapter", "--data"),
-        {"model": LOADED, "data": ROWS},
-        quiet=True,
-    ),
-    "export": Command(
-        "write an adapter in another format, or a copy in PEFT's if none is named",
-        ("--model", "--adapter", "--data"),
-        {"model": ALL, "data": ROWS},
-        quiet=True,
-    ),
-    "push": Command("upload an adapter or a merged model to the Hugging Face hub", quiet=True),
-    "doctor": Command(
-        "check this machine, its packages and the hub, and say what to fix",
-        ("--model", "--output-dir"),
-        {"model": "source revision", "lora": SHAPES, "checkpointing": KEPT},
-    ),
-    "cache": Command("list or clear what is kept on this disk for later runs", quiet=True),
-    "completion": Command("print a script that completes commands and fields", json=False),
-}
+COMMANDS = {name: Command(**table) for name, table in _TABLE.items()}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -173,7 +85,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse stops collecting section.field=value at the first flag that follows one.
     args, late = parser.parse_known_args(argv)
     if unknown := [word for word in late if word.startswith("-")]:
-        flags = _options_of(parser, args.command)
+        assert parser._subparsers is not None
+        (commands,) = parser._subparsers._group_actions
+        assert isinstance(commands.choices, dict)
+        actions = commands.choices[args.command]._actions
+        shown = [x.option_strings for x in actions if x.help != argparse.SUPPRESS]
+        flags = [flag for flags in shown for flag in flags if flag.startswith("--")]
         hints = (
             f"{word.split('=')[0]}{_flag_meant(word, args.command, flags)}" for word in unknown
         )
@@ -183,16 +100,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.overrides = [*getattr(args, "named", []), *getattr(args, "overrides", []), *late]
     args.about = COMMANDS[args.command]
     return args
-
-
-def _options_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
-    """The flags in a command's help."""
-    assert parser._subparsers is not None
-    (commands,) = parser._subparsers._group_actions
-    assert isinstance(commands.choices, dict)
-    actions = commands.choices[command]._actions
-    shown = (action for action in actions if action.help != argparse.SUPPRESS)
-    return [flag for action in shown for flag in action.option_strings if flag.startswith("--")]
 
 
 def _flag_meant(flag: str, command: str, own: Sequence[str]) -> str:
@@ -219,12 +126,7 @@ def _as_word(flag: str) -> str:
 def make_parser(
     all_fields: bool = False, needed: Sequence[str] = tuple(COMMANDS)
 ) -> argparse.ArgumentParser:
-    """The parser of all commands, of which those needed have their arguments.
-
-    Args:
-        all_fields: whether to have help on all of their fields.
-        needed: words; commands that are not among them are only named, as flags take time.
-    """
+    """The parser of all commands; those not `needed` are only named, as flags take time."""
     parser = _Parser(
         prog="mlx-qlora",
         description="Fine-tune Llama, Qwen, Gemma and other decoders with QLoRA, in pure MLX.",
@@ -242,7 +144,7 @@ def make_parser(
         )
         if name not in needed:
             continue
-        _add_own_arguments(name, command)
+        _add_own_arguments(about, command)
         if about.quiet:
             quiet = "print only warnings and errors"
             command.add_argument("--quiet", action="store_true", help=quiet)
@@ -307,88 +209,24 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
             command.add_argument(*sorted(flags), action=_Field, **how, **hidden)
 
 
-def _add_own_arguments(name: str, command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    if name == "train":
-        dry = "load, read, plan and show the first batch, but train nothing"
-        add("--dry-run", action="store_true", help=dry)
-    if name == "inspect":
-        add("file", nargs="?", metavar="FILE", help="the rows, as --data")
-        show = "print N examples as the model sees them"
-        add("--show", type=int, default=0, metavar="N", help=show)
-        page = "write the examples in colour to a page (50, if --show is not given)"
-        add("--html", metavar="FILE", help=page)
-    if name == "plan":
-        add("--machine", metavar="CHIP-GB", help="plan for another machine, like m4-max-64")
-        several = "plan for N processes that train together, each on its own machine"
-        add("--processes", type=int, metavar="N", help=several)
-    if name == "generate":
-        ask = command.add_mutually_exclusive_group()
-        ask.add_argument("--prompt", metavar="TEXT", help="what to answer, or - for standard input")
-        asked = "what to answer, written as an instruction row in training"
-        ask.add_argument("--instruction", metavar="TEXT", help=asked)
-        add("--input", metavar="TEXT", help="the input of that --instruction")
-        add("--raw", action="store_true", help="leave out the chat template")
-        add("--seed", type=int, help="the same seed gives the same text")
-    if name == "chat":
-        add("--system", metavar="TEXT", help="system message")
-        add("--seed", type=int, help="the same seed gives the same answers")
-    if name == "evaluate":
-        add("--limit", type=int, metavar="N", help="score N rows, drawn by training.seed")
-        asked = "compare answers to N questions (default 32); 0 asks none"
-        add("--answers", type=int, metavar="N", help=asked)
-        add("--general", metavar="FILE", help="text to measure on what was forgotten")
-        add("--output", metavar="FILE", help="write everything to this JSON file")
-    if name == "sweep":
-        for flag, what in (("learning-rates", "1e-4,2e-4,5e-4"), ("ranks", "8,16,32")):
-            add(f"--{flag}", metavar="LIST", help=f"values to try, such as {what}")
-        add("--batch-sizes", metavar="LIST", help="examples in a step to try, such as 8,16")
-        add("--steps", type=int, metavar="N", help="steps of a full trial")
-        halved = "how often the worse half is dropped (default 3)"
-        add("--rungs", type=int, default=3, metavar="N", help=halved)
-        add("--product", action="store_true", help="all combinations, not one field at a time")
-        add("--repeat-best", action="store_true", help="train the winner again, with another seed")
-    if name == "doctor":
-        tests = "compare kernels, losses, memory and speed with what they should be"
-        add("--self-test", action="store_true", help=tests)
-        add("--report", metavar="FILE", help="write FILE.json and FILE.md, for an issue")
-        times = "time a layer in each way, so that model.frozen_matmul=auto chooses the fastest"
-        add("--tune", action="store_true", help=times)
-    if name in ("merge", "export"):
-        needed = name == "merge"  # an export may go to LM Studio's folder
-        add("--output-dir", dest="folder", required=needed, metavar="DIR", help="folder to write")
-    if name == "merge":
-        original = "original 16-bit weights to merge into, instead of the dequantised ones"
-        add("--base", metavar="SOURCE", help=original)
-        kinds = ("bfloat16", "float16", "float32")
-        add("--save-dtype", default="bfloat16", choices=kinds, help="dtype of the written weights")
-        again = "quantise to 4, 5, 6, 8 or mxfp4, with what the run's rows make up for"
-        add("--requantize", metavar="BITS", help=again)
-    if name == "export":
-        form = command.add_mutually_exclusive_group()
-        forms = {
-            "portable": "with one rank and scale 1, for tools that ignore rsLoRA and patterns",
-            "mlx": "for mlx-lm",
-            "gguf": "the adapter for llama.cpp and Ollama, with a Modelfile",
-            "gguf-model": "the whole model for llama.cpp, Ollama and LM Studio",
-        }
-        for name, meaning in forms.items():
-            options: Any = {"action": "store_const", "const": name, "help": meaning}
-            form.add_argument(f"--{name}", dest="form", **options)
-        kinds = "of the model: q8_0 (default), q5_1, q5_0, q4_1, q4_0, bf16, f16; or q4_k_m "
-        add("--type", metavar="TYPE", help=f"{kinds}and the like, by llama-quantize")
-        add("--ollama", metavar="NAME", help="add the model to Ollama under this name")
-        place = "write the model where LM Studio finds it, instead of --output-dir"
-        add("--lmstudio", metavar="PUBLISHER/MODEL", help=place)
-    if name == "push":
-        add("folder", metavar="FOLDER", help="folder of a run, an export or a merged model")
-        add("repo_id", metavar="OWNER/NAME", help="repository, created if missing")
-        add("--public", action="store_true", help="create a public repository")
-        add("--dry-run", action="store_true", help="list the files, but upload nothing")
-    if name == "cache":
-        add("--clear", action="store_true", help="remove it; the next run makes it again")
-    if name == "completion":
-        add("shell", choices=("bash", "zsh"), help="your shell")
+def _add_own_arguments(about: Command, command: argparse.ArgumentParser) -> None:
+    groups: dict[str, Any] = {}
+    for key, given in about.own.items():
+        flag, _, called = key.partition(" ")
+        options = {"help": given} if isinstance(given, str) else {**given}
+        options |= {"type": int} if called in ("N", "SEED") else {}
+        place: Any = command
+        if (group := options.pop("one_of", None)) is not None:
+            if group not in groups:
+                groups[group] = command.add_mutually_exclusive_group()
+            place = groups[group]
+        if called:
+            options["metavar"] = called
+        elif group:  # which of them it is
+            options |= {"dest": group, "action": "store_const", "const": flag[2:]}
+        elif "choices" not in options:
+            options["action"] = "store_true"
+        place.add_argument(flag, **options)
 
 
 def _section_help(section: str, read: Sequence[str]) -> str:

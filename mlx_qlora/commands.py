@@ -64,40 +64,31 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
     """Build the config: the file, then the flags, then the overrides; later ones win.
 
     A preset fills in what none of them says. The messages about names are appended to `notes`.
-
-    Raises:
-        ConfigError: a field that does not exist, that the command does not read, or a wrong value.
     """
-    words: list[str] = []
+    notes, words = [] if notes is None else notes, list[str]()
     try:
-        return _config_of(args, [] if notes is None else notes, words)
+        file = getattr(args, "config", None)
+        values: dict[str, Any] = read_yaml(file, notes, words) if file else {}
+        typed: dict[str, Any] = {}
+        for assignment in _assignments(args):
+            set_override(typed, assignment, notes)
+        _refuse_unread(args, typed)
+        for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):
+            given = typed.get("training", {})
+            if one in given and other not in given and values.get("training", {}).pop(other, None):
+                notes.append(f"training.{one} replaces training.{other} of {file}")
+        values = {s: values.get(s, {}) | typed.get(s, {}) for s in (*values, *typed)}
+        if getattr(args, "preset", None):
+            fields, note = preset(args.preset, {f"{s}.{k}" for s in values for k in values[s]})
+            notes.append(note)
+            for field in fields:
+                set_override(values, field)
+        return build(_with_record(args, values))
     except ConfigError as error:
         raise ConfigError(f"{error}{whose(words)}") from None
 
 
-def _config_of(args: argparse.Namespace, notes: list[str], of_file: list[str]) -> RunConfig:
-    """As `config_of`; the names in the file are appended to `of_file`."""
-    words = _assignments(args)
-    file = getattr(args, "config", None)
-    values: dict[str, dict[str, Any]] = read_yaml(file, notes, of_file) if file else {}
-    typed: dict[str, dict[str, Any]] = {}
-    for assignment in words:
-        set_override(typed, assignment, notes)
-    _refuse_unread(args, typed)
-    for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):
-        given = typed.get("training", {})
-        if one in given and other not in given and values.get("training", {}).pop(other, None):
-            notes.append(f"training.{one} replaces training.{other} of {file}")
-    values = {s: values.get(s, {}) | typed.get(s, {}) for s in (*values, *typed)}
-    if getattr(args, "preset", None):
-        fields, note = preset(args.preset, {f"{s}.{k}" for s in values for k in values[s]})
-        notes.append(note)
-        for field in fields:
-            set_override(values, field)
-    return build(_with_record(args, values))
-
-
-def _refuse_unread(args: argparse.Namespace, typed: dict[str, dict[str, Any]]) -> None:
+def _refuse_unread(args: argparse.Namespace, typed: dict[str, Any]) -> None:
     """Raise a ConfigError for a field that could change nothing of what the command does."""
     for section in (name for name in typed if name in SECTIONS):
         read, known = args.about.fields(section), SECTIONS[section].__dataclass_fields__
@@ -109,11 +100,7 @@ def _refuse_unread(args: argparse.Namespace, typed: dict[str, dict[str, Any]]) -
 
 
 def _assignments(args: argparse.Namespace) -> list[str]:
-    """The words of a command that are not flags; `inspect` takes one of them for its FILE.
-
-    Raises:
-        ConfigError: a word that is no assignment, or a second source.
-    """
+    """The words of a command that are not flags; `inspect` takes one of them for its FILE."""
     words, takes_file = [*args.overrides], hasattr(args, "file")
     if takes_file and args.file is not None:  # argparse has it from anywhere among the words
         words.insert(len(getattr(args, "named", ())), args.file)
@@ -139,13 +126,8 @@ def _is_path(word: str) -> bool:
     return "/" in word.partition("=")[0] or os.path.exists(path) or bool(glob.glob(path))
 
 
-def _with_record(
-    args: argparse.Namespace, values: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Fill fields that are not set from the record of the run that made the adapter.
-
-    An adapter is used with its own model, as it was trained, unless another model is named.
-    """
+def _with_record(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
+    """Fill unset fields by an adapter's record: it is used with its own model, as trained."""
     chosen = values.get("model", {})
     adapter, read = chosen.get("adapter"), args.about.sections
     if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
@@ -343,7 +325,13 @@ def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     from mlx_qlora.sweep.search import sweep
 
     lists = {"learning_rate": args.learning_rates, "r": args.ranks, "batch_size": args.batch_sizes}
-    grid = {field: _numbers(field, text) for field, text in lists.items() if text is not None}
+    grid: dict[str, list[Any]] = {}
+    for field, text in lists.items():
+        kind = float if field == "learning_rate" else int
+        try:
+            grid |= {field: [kind(part) for part in text.split(",")]} if text is not None else {}
+        except ValueError:
+            raise ConfigError(f"{field} must be numbers between commas; got {text!r}") from None
     how = {"product": args.product, "repeat_best": args.repeat_best}
     return sweep(config, console, grid or None, args.steps, args.rungs, **how).record
 
@@ -362,14 +350,6 @@ def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
     findings = doctor(console, PlannedRun(config))
     fine = all(finding.state != "error" for finding in findings)
     return {"ok": fine, "findings": [asdict(finding) for finding in findings]}
-
-
-def _numbers(field: str, text: str) -> list[Any]:
-    kind = float if field == "learning_rate" else int
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{field} must be numbers between commas; got {text!r}") from None
 
 
 def _prompt(args: argparse.Namespace, can_chat: bool, config: RunConfig) -> "str | list[Message]":

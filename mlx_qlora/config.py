@@ -1,8 +1,7 @@
 """A run, written down: the sections, YAML, and `section.field=value`.
 
-Every section is a dataclass that lives beside the code that reads it; this file only puts them
-together. A field that does not exist, a value of the wrong type and a pair that excludes each
-other are errors before anything else happens.
+Every section is a dataclass that lives beside the code that reads it; this file puts them together,
+and what is wrong is an error before anything else happens.
 """
 
 import contextlib
@@ -34,6 +33,9 @@ from mlx_qlora.names import ADAPTER_KINDS, FIELD_OF, INSTEAD, MEANINGS, translat
 from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
+
+Values = dict[str, dict[str, Any]]  # section -> field -> value
+Notes = list[str] | None  # lines, to which more are appended
 
 
 @config_section("model")
@@ -112,13 +114,8 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def build(values: dict[str, dict[str, Any]]) -> RunConfig:
-    """A RunConfig from section -> field -> value; what is not given keeps its default.
-
-    Raises:
-        ConfigError: unknown sections and fields, each with the nearest real one, or a value of the
-            wrong type or out of range.
-    """
+def build(values: Values) -> RunConfig:
+    """A RunConfig from section -> field -> value; one ConfigError names all unknown names."""
     hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
     unknown: list[str] = []
     for name, fields in values.items():
@@ -146,16 +143,8 @@ def field_words(sections: Iterable[str] = SECTIONS) -> dict[str, str]:
     return usual | fields
 
 
-def read_yaml(
-    path: str | Path, notes: list[str] | None = None, words: list[str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value from a YAML file; other trainers' names are taken, with a note.
-
-    The file's own names are appended to `words`.
-
-    Raises:
-        ConfigError: no such file, or no YAML with sections in it, or a field is given twice.
-    """
+def read_yaml(path: str | Path, notes: Notes = None, words: Notes = None) -> Values:
+    """Section -> field -> value from a YAML file, whose own names are appended to `words`."""
     file = user_path(path)
     try:
         content = parse_yaml(read_text(file, MOST_YAML), _Loader)
@@ -169,7 +158,7 @@ def read_yaml(
         raise ConfigError(f"config file {path} must hold sections such as `training:`")
     if words is not None:
         words.extend(map(str, content))
-    values: dict[str, dict[str, Any]] = {}
+    values: Values = {}
     if (kind := content.get("adapter")) in ADAPTER_KINDS and not Path(kind).is_dir():
         raise ConfigError(
             f"adapter: {kind} is a kind of training, which lora.use_dora and model.bits decide "
@@ -219,18 +208,9 @@ for _kind, _form in NUMBERS.items():
 
 
 def put(
-    values: dict[str, dict[str, Any]],
-    section: str,
-    word: str,
-    value: Any,
-    notes: list[str] | None = None,
-    over: bool = False,
+    values: Values, section: str, word: str, value: Any, notes: Notes = None, over: bool = False
 ) -> None:
-    """Put a value where its name belongs, which may be another trainer's; an unknown one stays.
-
-    Raises:
-        ConfigError: the field has a value that this is not `over`, or no such value here.
-    """
+    """Put a value where its name, which may be another trainer's, belongs; not twice but `over`."""
     place = place_of(section, word)
     if place == FIELD_OF.get(word) and place != f"{section}.{word}":
         value, note = translate(word, value)
@@ -256,16 +236,11 @@ def place_of(section: str, word: str) -> str:
     return f"{section}.{word}" if section else field_words().get(word, word)
 
 
-def set_override(
-    values: dict[str, dict[str, Any]], assignment: str, notes: list[str] | None = None
-) -> None:
-    """Puts one `section.field=value` into section -> field -> value, over what is there.
+def set_override(values: Values, assignment: str, notes: Notes = None) -> None:
+    """Put one `section.field=value` into section -> field -> value, over what is there.
 
     The value is read as YAML, but plain text stays as it is typed: a folder may be called
     2026-11-22, and YAML would cut "rows #1.jsonl" short.
-
-    Raises:
-        ConfigError: not of that form.
     """
     place, equals, text = assignment.partition("=")
     section, dot, key = (part.strip() for part in place.partition("."))
@@ -295,7 +270,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     return True
 
 
-def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+def to_dict(config: RunConfig) -> Values:
     """Section -> field -> value of every field, resolved."""
     return dataclasses.asdict(config)
 
@@ -325,10 +300,7 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
 
 
 def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = None) -> RunConfig:
-    """Put numbers where the config leaves them to the data and the model.
-
-    Without examples, as for a plan of a model alone, what follows from their number stays open.
-    """
+    """Put numbers where the config leaves them to the model and, if they are known, the rows."""
     n = len(examples) if examples else None
     training = config.training.at_hidden_size(llama.hidden_size, llama.model_type)
     training = training.for_examples(n, processes().size)
@@ -379,14 +351,9 @@ def without_effect(
 ) -> list[str]:
     """The fields that somebody set and that this run has no use for, each with the reason.
 
-    A field that every run of a command ignores is refused before (`cli.Command.reads`). A limit
-    that nothing reaches, such as `data.max_refused`, has had its effect.
-
-    Args:
-        config: as it was asked for, before `settle`.
-        settled: the same after it.
-        packed: whether the model's files hold quantised weights.
-
+    A field that every run of a command ignores is refused before (commands.toml). A limit
+    that nothing reaches, such as `data.max_refused`, has had its effect. `settled` is the `config`
+    after `settle`; `packed` files hold quantised weights.
     """
     checkpointing, training = config.checkpointing, config.training
     files = "the weights are quantised in the files" * packed

@@ -1,7 +1,4 @@
-"""What a user can get wrong, and lines for a person.
-
-Everything imports this file, and it imports nothing of ours.
-"""
+"""What a user can get wrong, and lines for a person; everything imports this file."""
 
 import difflib
 import re

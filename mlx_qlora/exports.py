@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mlx_qlora.adapters import gguf_model
-from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import like_base, save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
@@ -49,7 +48,8 @@ def merge(config: RunConfig, console: Console, args: argparse.Namespace) -> dict
     with disk_errors(target):
         merged = save_merged(model, chats, target, **how)
     say(console, f"merged    {merged.bytes / 1e9:.2f} GB in {merged.folder}")
-    _say_drift(merged.drift, console)
+    if merged.drift is not None:
+        say(console, str(merged.drift))
     if not quantize:
         words = f"export --model {shlex.quote(str(merged.folder))} --output-dir gguf --gguf-model"
         say(console, f"for llama.cpp, Ollama and LM Studio: mlx-qlora {words}")
@@ -85,11 +85,6 @@ def _in_form_of_rows(config: RunConfig, tokenizer: "Tokenizer", console: Console
     if chats is not tokenizer:
         say(console, "template  chats are written as the rows were: '### Instruction:' and so on")
     return chats
-
-
-def _say_drift(drift: Drift | None, console: Console) -> None:
-    if drift is not None:
-        console.print(str(drift), markup=False, highlight=False)
 
 
 def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +136,8 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
         written = gguf_model.save_gguf_model(model, chats, target, base, type=kind, rows=rows)
     replaced = ", replaces an older one" if written.file in old else ""
     say(console, f"exported  {written.file}, {size(written.bytes)}{replaced}")
-    _say_drift(written.drift, console)
+    if written.drift is not None:
+        say(console, str(written.drift))
     if written.command is not None:
         say(console, f"for {kind}, with llama.cpp's program: {written.command}")
     if args.ollama is not None:
@@ -164,7 +160,5 @@ def push(config: RunConfig, console: Console, args: argparse.Namespace) -> dict[
     with waiting("the hub"):
         how = {"private": not args.public, "dry_run": args.dry_run}
         pushed = push_to_hub(args.folder, args.repo_id, **how)
-    for path, n_bytes in pushed.files:
-        say(console, f"{size(n_bytes):>13}  {path}")
-    say(console, f"pushed    {pushed.url}" if pushed.url else f"would be pushed to {args.repo_id}")
+    say(console, str(pushed) if pushed.url else f"{pushed}\nwould be pushed to {args.repo_id}")
     return asdict(pushed)

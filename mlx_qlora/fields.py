@@ -1,7 +1,6 @@
 """How a field of the config is declared, and what it may be; arguments of public functions.
 
-A section of the config is a class of fields. Whoever makes one, a YAML file or a line of Python,
-gets the same errors: for a name that it does not have, and for a value of another type.
+Whoever makes a section, a YAML file or a line of Python, gets the same errors.
 """
 
 import contextlib
@@ -97,7 +96,10 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     classes = {
         name: _members(parameter.annotation)
         for name, parameter in signature.parameters.items()
-        if all(_is_ours(member) for member in _members(parameter.annotation))
+        if all(
+            member is type(None) or getattr(member, "__module__", "").startswith("mlx_qlora")
+            for member in _members(parameter.annotation)
+        )
     }
 
     @functools.wraps(function)
@@ -117,22 +119,14 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def _is_ours(annotation: Any) -> bool:
-    is_class = isinstance(annotation, type) and annotation.__module__.startswith("mlx_qlora")
-    return is_class or annotation is type(None)
-
-
 # ---- types ---------------------------------------------------------------------------------------
 
 
 def coerce(value: Any, annotation: Any, name: str) -> Any:
-    """The value as its field's type.
+    """The value as its field's type; a ConfigError, naming the field, if it does not fit.
 
     YAML reads `2e-4` as a string (it wants 2.0e-4), so numbers may come as text; nothing else is
     converted.
-
-    Raises:
-        ConfigError: it does not fit, naming the field, the type and the value.
     """
     for member in _members(annotation):
         with contextlib.suppress(TypeError, ValueError, OverflowError):

@@ -36,14 +36,12 @@ def staged(
     """Lend an empty folder on the target's disk and, if the block succeeds, move it into place.
 
     A folder that did not exist appears whole, by one rename. Into an existing one the files are
-    moved one by one, each by a rename, and files of other names are left alone; or, with
-    `replace`, the old folder is set aside, and removed once the new one is in place. No link in
-    the folder is followed. If the block fails, nothing has changed; what a killed process has left
-    is removed by the next one that writes this folder.
+    moved one by one, each by a rename, and files of other names are left alone; or, with `replace`,
+    the old folder is set aside, and removed once the new one is in place. No link in the folder is
+    followed. If the block fails, nothing has changed; the next process that writes this folder
+    removes what a killed one has left.
 
     Args:
-        folder: where the files will be; missing parents are made.
-        replace: whether an existing folder is replaced as a whole.
         marks: files without which a reader finds nothing: old ones are removed before anything
             else is moved, new ones come last, so no reader ever has old and new files together.
         gone: files of an older export that are no longer written.
@@ -200,10 +198,7 @@ def _umask() -> int:
 
 @contextmanager
 def disk_errors(folder: Path, hint: Callable[[], str] = str) -> Iterator[None]:
-    """Turn what the system says about a folder into a TrainingError with a remedy.
-
-    `hint` makes the end of the message, and is called only when there is one.
-    """
+    """Turn what the system says of a folder into a TrainingError, which ends in `hint()`."""
     try:
         yield
     except BrokenPipeError:  # nobody reads what is printed: the disk has nothing to do with it
@@ -235,10 +230,7 @@ def in_words(error: Exception, place: str | Path = "") -> str:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other runs out of a folder; the system gives the lock back if a run dies.
-
-    Where another one is there, this is a ConfigError, or it is waited for.
-    """
+    """Keep other runs out of a folder, or wait for them; the system unlocks it if a run dies."""
     with disk_errors(folder):
         lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:
@@ -286,15 +278,11 @@ def check_writable(
     """Refuse a folder that cannot be written to, or in which a file of others would be lost.
 
     Args:
-        folder: that will be written to; it need not exist.
         names: of the files that will be written, relative to it; shell patterns with `whole`.
         field: what the user named the folder with.
         whole: whether the folder will be replaced as a whole: then all that is in it must be ours
             and have one of the names, and the shell must not be in it.
         is_ours: whether a file may be overwritten; by default our record or our card says so.
-
-    Raises:
-        ConfigError: naming what is in the way.
     """
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     check_name(folder, field)

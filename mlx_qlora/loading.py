@@ -11,7 +11,7 @@ from mlx_qlora import device
 from mlx_qlora.adapters.options import is_mlx_lm
 from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
-from mlx_qlora.config import ModelConfig, RunConfig, build, read_yaml
+from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
 from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.preferences import KIND_OF
@@ -37,7 +37,7 @@ def load(
     frozen_matmul: str = "auto",
     residency: str = "auto",
 ) -> tuple[LlamaForCausalLM, Tokenizer]:
-    """Loads a frozen model and its tokenizer.
+    """Load a frozen model and its tokenizer.
 
     Args:
         source: a hub id (`org/name`), a folder of Hugging Face safetensors (dense, or quantised
@@ -52,9 +52,6 @@ def load(
         residency: `resident` keeps all weights in memory, `streamed` reads each layer from the disk
             when its turn comes, and `auto` streams what would fill the memory by itself. Dense
             weights that are quantised, and a GGUF, are streamed from a copy, which is made once.
-
-    Returns:
-        The model, evaluated, and the tokenizer.
 
     Raises:
         SourceError: the source cannot be found or fetched.
@@ -94,10 +91,7 @@ def with_adapter(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokenizer]:
-    """Load the model of a config, which then writes rows as its adapter was taught with.
-
-    The tokenizer has the chat template of the file that `data.template` names, if it names one.
-    """
+    """Load the model of a config, which then writes rows as its adapter was taught with."""
     config = with_model(config)
     own = own_template(config.data)  # before a weight is read
     model, tokenizer = loaded(config)
@@ -108,11 +102,7 @@ def model_to_ask(config: RunConfig) -> tuple[RunConfig, LlamaForCausalLM, Tokeni
 
 
 def with_model(config: RunConfig) -> RunConfig:
-    """Fill in the model that an adapter of ours was trained on, if none is named.
-
-    Raises:
-        ConfigError: there is no such folder, or nothing says which model it is for.
-    """
+    """Fill in the model that an adapter was trained on; a ConfigError if nothing names it."""
     chosen = config.model
     if chosen.source is not None:
         return config
@@ -133,7 +123,7 @@ def with_model(config: RunConfig) -> RunConfig:
     return replace(config, model=chosen)
 
 
-def recorded(adapter: str, *sections: str) -> dict[str, dict[str, Any]]:
+def recorded(adapter: str, *sections: str) -> Values:
     """Section -> field -> value of some sections, from the record of our run, if there is one."""
     record = run_of(user_path(adapter)) / "run.yaml"
     values = read_yaml(record) if record.is_file() else {}
@@ -144,16 +134,9 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
     """Load the model that a config names, with its adapter if it names one."""
     chosen = config.model
     assert chosen.source is not None
-    asked = chosen.quantize()
-    model, tokenizer = load(
-        chosen.source,
-        asked,
-        chosen.adapter,
-        chosen.revision,
-        dtype=chosen.dtype,
-        frozen_matmul=chosen.frozen_matmul,
-        residency=chosen.residency,
-    )
+    asked, names = chosen.quantize(), ("dtype", "frozen_matmul", "residency")
+    settings = {name: getattr(chosen, name) for name in names}
+    model, tokenizer = load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
     packings = {m.quant for m in model.modules() if isinstance(m, FrozenMatrix)}
     if asked not in (None, QuantConfig(), *packings):
         words = ", ".join(f"model.{name}={value}" for name, value in asdict(asked).items())
@@ -203,10 +186,9 @@ def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
 def rows_of_run(
     config: RunConfig, tokenizer: Tokenizer
 ) -> tuple[tuple[Examples, Examples | None] | None, str]:
-    """The rows that an adapter's run was trained on, and those that it held out; or why none.
+    """The rows that an adapter's run, or `data.path`, trains on and holds out; or why none.
 
-    Those of `data.path`, split as a run would, if it names any. Test rows go before validation
-    rows, by which a run may have chosen its weights.
+    Test rows go before validation rows, by which a run may have chosen its weights.
     """
     adapter = config.model.adapter
     taught = build(recorded(adapter, "data", "training")) if adapter else RunConfig()
@@ -225,10 +207,7 @@ def rows_of_run(
 
 
 def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer and chat template beside an adapter, if they are not those of its base.
-
-    Whatever was trained with, a template or an end token of its own, is there.
-    """
+    """The tokenizer, template or end token of its own that an adapter was trained with, if any."""
     if adapter is None:
         return tokenizer
     folder = run_of(user_path(adapter))
@@ -252,12 +231,8 @@ def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Token
 def check_lora(asked: LoraConfig, trained: LoraConfig, adapter: str | None = None) -> None:
     """Refuse values for an adapter's shape that are not those of the adapter to train on.
 
-    That is one in a folder, or the one that the model has.
-
-    A value that is the default may be there because nobody set it, so it is passed over.
-
-    Raises:
-        ConfigError: naming the first field, its value in the adapter and the one asked for.
+    That is one in a folder, or the one that the model has. A value that is the default may be there
+    because nobody set it, so it is passed over.
     """
     default, unsaid = LoraConfig(), {"loraplus_lr_ratio", "init_lora_weights"}  # in no file
     where, instead = "that the model has", "load the model again"

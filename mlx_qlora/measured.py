@@ -1,7 +1,7 @@
 """What `mlx-qlora doctor --tune` measured of this machine, for what `auto` leaves to it.
 
 One file holds the seconds of a position in a decoder layer, by how its frozen matrices are
-multiplied. A run takes its choice from there before it begins, and records it.
+multiplied. A run takes its choice from there, and records it.
 """
 
 import json
@@ -62,10 +62,8 @@ def fastest(key: str, dense_numbers: int) -> tuple[str, str, str] | None:
     """The dtype, the fastest way to multiply, and the reason; None if nothing was measured.
 
     The dtype is the device's own: float16 may be faster where bfloat16 is emulated, but nobody
-    knows beforehand which models overflow in it (docs/log.md).
-
-    Args:
-        dense_numbers: of all packed matrices: `resident` needs room for a copy of them.
+    knows beforehand which models overflow in it (docs/log.md). `resident` needs room for a copy of
+    all `dense_numbers` of packed matrices.
     """
     machine = device.this_machine()
     dtype, dense_bytes = machine.device.dtype, dense_numbers * machine.device.compute_dtype.size
@@ -90,11 +88,8 @@ def as_measured(
 ) -> RunConfig:
     """With what `doctor --tune` measured in the place of `auto`, which a line says.
 
-    A run that goes on repeats its own choice, whatever has been measured since.
-
-    Args:
-        packing: of the layers' matrices.
-        dense_numbers: in all packed matrices.
+    A run that goes on repeats its own choice, whatever has been measured since. `packing` is that
+    of the layers' matrices, `dense_numbers` are in all packed ones.
     """
     model = config.model
     if before := values_before(config.checkpointing, "model"):

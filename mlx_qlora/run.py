@@ -1,17 +1,12 @@
 """One run, from a config to an output folder.
 
-`open_inputs` is the one door: everything that a command or a notebook starts from is opened there,
-and what is wrong with it is found before a weight is loaded. `run` and `fine_tune` then go the same
-way: `Inputs.prepare` gives the model its LoRA layers, `begun` takes the output folder, `train`
-trains, and `after` (the only import of what surrounds the core) writes the report.
+`open_inputs` is the one door of commands: what is wrong is found there, before a weight is loaded.
+`run` and `fine_tune` then go the same way: `Inputs.prepare` gives the model its LoRA layers,
+`begun` takes the output folder, `train` trains, and `after` writes the report.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
-import math
-import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,19 +18,10 @@ from rich.console import Console
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.options import read_adapter_config
-from mlx_qlora.adapters.origin import base_hash, original_base, seal
-from mlx_qlora.adapters.peft import adapter_tensors, load_adapter, write_adapter
+from mlx_qlora.adapters.origin import original_base, seal
+from mlx_qlora.adapters.peft import load_adapter, write_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
-from mlx_qlora.config import (
-    RunConfig,
-    check_needs,
-    explained,
-    settle,
-    to_dict,
-    to_yaml,
-    with_whole_paths,
-    without_effect,
-)
+from mlx_qlora.config import RunConfig, check_needs, explained, settle, without_effect
 from mlx_qlora.data.examples import DataReport, Examples
 from mlx_qlora.data.preferences import KIND_OF, check_kind
 from mlx_qlora.data.read import check_examples, read_examples, train_validation_test
@@ -58,19 +44,18 @@ from mlx_qlora.folders import (
 )
 from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
 from mlx_qlora.measured import as_measured, as_measured_for
-from mlx_qlora.model.hub import resolve, sample_of
+from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import (
     PLAIN,
     LoraConfig,
     LoRALinear,
     add_lora,
-    begins_with_base,
     drawn,
     lora_layers,
     trainable_count,
 )
-from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
+from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.model.weights import (
     Checkpoint,
     load_model,
@@ -78,6 +63,7 @@ from mlx_qlora.model.weights import (
     packed_size,
     read_config,
 )
+from mlx_qlora.record import deciding_values, fingerprint_of, write_record
 from mlx_qlora.train.checkpoint import (
     NAMES,
     RunState,
@@ -87,7 +73,6 @@ from mlx_qlora.train.checkpoint import (
     last_checkpoint,
     named_checkpoint,
 )
-from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.loop import TrainResult, train
 from mlx_qlora.train.metrics import require_trackers
 from mlx_qlora.tree import bound, flat, nested
@@ -161,11 +146,8 @@ class Inputs:
     def prepare(self, model: LlamaForCausalLM) -> "Inputs":
         """Give the model its LoRA layers, and hash what decides the weights.
 
-        Layers that were trained in this output folder before count as they were before that.
-
-        Raises:
-            AdapterError: nothing says what the original base is.
-            ConfigError: a target that matches nothing.
+        Layers that were trained in this output folder before count as they were before that. An
+        AdapterError if nothing says what the original base is.
         """
         config, source = self.config, getattr(model, "source", None)
         base = config.model.base_model_name_or_path or original_base(source)
@@ -193,11 +175,7 @@ class Inputs:
         return replace(self, config=config, base=base, state=state, begins=begins)
 
     def to_resume(self, console: Console) -> "Inputs":
-        """Find the checkpoint to go on from, and warn of damaged ones that are passed over.
-
-        Raises:
-            ConfigError: a checkpoint of another run, or none that is whole.
-        """
+        """Find the checkpoint to go on from, and warn of damaged ones that are passed over."""
         defaults = deciding_values(RunConfig())
         start = checkpoint_to_resume(self.config.checkpointing, self.state, defaults)
         for damage in start.damaged:
@@ -244,15 +222,7 @@ class Beginning:
 
 
 def open_files(config: RunConfig, weights: bool = True) -> Checkpoint:
-    """The files of the config's model, with what their headers say.
-
-    Without `weights`, those that are not here yet stay on the hub.
-
-    Raises:
-        ConfigError: no model is named.
-        SourceError: it cannot be found or fetched.
-        WeightsError: its files are damaged, or of an unsupported architecture.
-    """
+    """The files of the config's model; without `weights`, those not here yet stay on the hub."""
     return open_checkpoint(resolve(source_of(config), config.model.revision, weights=weights))
 
 
@@ -354,13 +324,7 @@ def packing_of(checkpoint: Checkpoint, quantize: QuantConfig | None) -> QuantCon
 
 
 def check_output(output: Path, adapter: str | None = None) -> None:
-    """Refuse an output folder that cannot be written to, or that holds files of others.
-
-    That of the `adapter` that training goes on from is one of these.
-
-    Raises:
-        ConfigError: naming the folder, and the file that a run would overwrite.
-    """
+    """Refuse an output folder that cannot be written to, or holds files of others or `adapter`."""
     check_writable(output, WRITTEN, OUTPUT)
     checkpoints = [path.name for path in output.glob("checkpoint-*")]
     check_writable(output, checkpoints, OUTPUT, is_ours=is_ours)
@@ -376,10 +340,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
 
 
 def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainResult:
-    """Train on opened inputs and leave an output folder, with answers and scores in the report.
-
-    The report compares the plan with what was measured.
-    """
+    """Train on opened inputs and leave an output folder; the report compares with the plan."""
     model = processes().agree(inputs.load)
     return _run(model, inputs, console, plan, N_QUESTIONS)
 
@@ -394,7 +355,7 @@ def fine_tune(
     *,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a LoRA adapter on a model and leave an output folder.
+    """Train a LoRA adapter on a model and leave an output folder; the model then holds it.
 
     Args:
         model: from `load`. Without LoRA layers it gets those of `config.lora`; with them (it was
@@ -404,11 +365,7 @@ def fine_tune(
         train_examples: from `read_examples`.
         validation: rows that are not trained, whose loss is measured at every
             `checkpointing.eval_steps`, and before and after for the result.
-        config: everything else; the defaults if not given.
         console: where progress goes; standard error if not given.
-
-    Returns:
-        What the run was; the model now holds the trained adapter.
 
     Raises:
         DataError: nothing to train on.
@@ -498,9 +455,6 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
     """Take the output folder: lock it, find the checkpoint to go on from, write the record.
 
     All of it in the first process; the others need not even see the folder.
-
-    Raises:
-        ConfigError: another run is writing there, or a checkpoint of another run.
     """
     if not processes().is_first:
         yield inputs
@@ -522,87 +476,3 @@ def _summary(result: TrainResult) -> str:
         f"{result.peak_memory_bytes / 1e9:.2f} GB, the process "
         f"{result.process_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
     )
-
-
-# ---- the record of a run -------------------------------------------------------------------------
-
-
-def fingerprint_of(
-    model: LlamaForCausalLM,
-    examples: Examples,
-    validation: Examples | None,
-    config: RunConfig,
-    base: str,
-) -> dict[str, str]:
-    """Hash what decides the weights: two runs with the same hashes end with the same bytes.
-
-    The model has its LoRA layers as they begin; the validation rows count because they decide early
-    stopping and the best weights.
-    """
-    digest = hashlib.sha256(base.encode())
-    for name, matrix in model.named_modules():
-        if isinstance(matrix, FrozenMatrix):
-            digest.update(f"{name} {matrix.shape} {matrix.quant} {matrix.dtype}".encode())
-    source = getattr(model, "source", None)
-    digest.update(sample_of(source.path) if source is not None else b"")
-    for weight in adapter_tensors(model).values():
-        digest.update(weight.tobytes())
-    packed = any(layer.base_layer.quant is not None for _, layer in lora_layers(model))
-    if packed and begins_with_base(model.lora_config.init_lora_weights):
-        digest.update(b"the base as it is")  # these runs once changed it
-    return {
-        "config": _hash(json.dumps(deciding_values(config), sort_keys=True)),
-        "data": _hash(examples.digest + (validation.digest if validation else "")),
-        "model": digest.hexdigest(),
-        "numerics": str(NUMERICS),
-        **base_hash(model),
-    }
-
-
-def write_record(
-    output: Path, config: RunConfig, fingerprint: dict[str, str], examples: Examples
-) -> None:
-    """Write `run.yaml` and `training_args.json`: what is needed to repeat the run."""
-    names = ("mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    config = with_whole_paths(config)
-    record = {
-        "config": to_dict(config),
-        "versions": {"mlx-qlora": __version__, "python": platform.python_version(), **versions},
-        "machine": device.facts(),
-        "fingerprint": fingerprint,
-        "data": {
-            "rows": len(examples),
-            "tokens": int(examples.lengths.sum()),
-            "format": examples.report.format,
-        },
-    }
-    # First: it marks the folder as ours.
-    write_whole(output / RECORD, json.dumps(record, indent=2) + "\n")
-    write_whole(output / "run.yaml", to_yaml(config))
-
-
-def deciding_values(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Section -> field -> value of what decides the weights.
-
-    Where files go and how often, and what only memory asks for, does not.
-    """
-    decides = {k: v for k, v in to_dict(config).items() if k in ("model", "lora", "training")}
-    training = decides["training"]
-    for name in ("gradient_checkpointing", "compile", "max_skipped_steps"):
-        del training[name]
-    # How a step's examples are divided among micro-batches and processes is not what it learns.
-    sizes = "per_device_train_batch_size", "gradient_accumulation_steps"
-    numbers = [training.pop(name) for name in sizes]
-    if "auto" not in numbers:
-        training[f"{' x '.join(sizes)} x processes"] = math.prod(numbers) * processes().size
-    del training["warmup_ratio"]  # warmup_steps is what it gives
-    # Where it is; its content is hashed.
-    for name in ("source", "revision", "adapter", "residency"):
-        del decides["model"][name]
-    # The rows themselves have a hash of their own.
-    return {**decides, "data": {"shuffle": config.data.shuffle}}
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -8,6 +8,7 @@ what becomes of them is the verdict. One layer is in memory at a time.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -48,29 +49,20 @@ class Flow:
         mx.eval(self.x)
 
 
+@dataclass
 class Calibrated:
-    """The rounded matrices of a model's layers by their paths; ask for them in their order.
+    """The rounded matrices of a model's layers by their paths; ask for them in their order."""
 
-    Args:
-        model: with an adapter, which it keeps.
-        dense: the merged matrix (n, m) float32 of a path.
-        grid: onto which a path's matrix is rounded; None for one that is not.
-        plain: a matrix (n, m) float32 rounded without rows, for the verdict.
-        rows: those to calibrate with, and those for the verdict, if there are any.
-    """
+    model: LlamaForCausalLM  # with an adapter, which it keeps
+    dense: Callable[[str], mx.array]  # the merged matrix (n, m) float32 of a path
+    grid: Callable[[str], Grid | None]  # onto which it is rounded; None if it is not
+    plain: Callable[[str, mx.array], mx.array]  # a matrix rounded without rows, for the verdict
+    rows: tuple[Examples, Examples | None]  # to calibrate with, and for the verdict
 
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        dense: Callable[[str], mx.array],
-        grid: Callable[[str], Grid | None],
-        plain: Callable[[str, mx.array], mx.array],
-        rows: tuple[Examples, Examples | None],
-    ) -> None:
-        self._model, self._dense, self._grid, self._plain = model, dense, grid, plain
+    def __post_init__(self) -> None:
         self._layer, self._rounded = 0, dict[str, Rounded]()
-        train, held_out = rows
-        tokens = int(np.clip(3 * model.config.intermediate_size, *TOKENS))
+        train, held_out = self.rows
+        tokens = int(np.clip(3 * self.model.config.intermediate_size, *TOKENS))
         self._train = [self._flows(b, (MERGED, WRITTEN)) for b in _batches(train, tokens)]
         self._labels = [*_batches(held_out, HELD_OUT)] if held_out is not None else []
         self._held_out = [self._flows(batch, VERSIONS) for batch in self._labels]
@@ -86,24 +78,24 @@ class Calibrated:
         if not self._held_out:
             return None
         hidden = [
-            {flow.version: self._model.model.normalised(flow.x) for flow in flows}
+            {flow.version: self.model.model.normalised(flow.x) for flow in flows}
             for flows in self._held_out
         ]
-        return measure(self._model, hidden, [*map(_answers, self._labels)], what)
+        return measure(self.model, hidden, [*map(_answers, self._labels)], what)
 
     def _flows(self, batch: Batch, versions: tuple[str, ...]) -> list[Flow]:
-        tokens = mx.array(np.array(batch.tokens).reshape(-1)[_real(batch)])
-        tree = self._model.model
+        tokens = mx.array(np.array(batch.tokens).reshape(-1)[batch.document_of >= 0])
+        tree = self.model.model
         documents, x = tree.documents(batch.spans), tree.embed(tokens)
         return [Flow(version, documents, x) for version in versions]
 
     def _go_through(self, i: int) -> None:
         """Round a layer's matrices, and take all rows through it."""
-        layer, reader = self._model.layers[i], self._model.model.reader
+        layer, reader = self.model.layers[i], self.model.model.reader
         flows = [*chain(*self._train, *self._held_out)]
         self._rounded = {}
         with nullcontext() if reader is None else reader.layer(i):
-            with disabled(self._model):
+            with disabled(self.model):
                 base = {name: layer.linears(name) for name in KEYS_OF}
             for flow in flows:
                 flow.enter(layer)
@@ -121,7 +113,7 @@ class Calibrated:
             x = written.x.astype(mx.float32)
             H, D = mx.addmm(H, x.T, x), mx.addmm(D, x.T, exact.x.astype(mx.float32) - x)
             mx.eval(H, D)
-        merged = {name: self._dense(f"model.layers.{i}.{name}") for name in linears.members}
+        merged = {name: self.dense(f"model.layers.{i}.{name}") for name in linears.members}
         missing = {name: np.array(D @ W.T) for name, W in merged.items()} if D.any() else {}
         del D  # of 14336 columns each is 0.8 GB
         inputs = damped(np.array(H))
@@ -130,7 +122,7 @@ class Calibrated:
         members: dict[str, dict[str, Any]] = {MERGED: {}, PLAIN: {}, WRITTEN: {}}
         for name, linear in linears.members.items():
             path = f"model.layers.{i}.{name}"
-            W, grid = merged[name], self._grid(path)
+            W, grid = merged[name], self.grid(path)
             dense = dict.fromkeys(members, W) | {MERGED: W.astype(mx.bfloat16)}
             if grid is not None:
                 begin = packed_on(linear.base_layer, grid)
@@ -140,10 +132,10 @@ class Calibrated:
                         wanted += np.linalg.solve(inputs.H, missing[name])
                     begin = round_matrix(wanted, inputs, grid, begin)
                 self._rounded[path] = begin
-                dense[PLAIN] = self._plain(path, W)
+                dense[PLAIN] = self.plain(path, W)
                 dense[WRITTEN] = mx.array(begin.dense).T
             for version, weight in dense.items():
-                members[version][name] = _linear(weight, linear.base_layer)
+                members[version][name] = dense_linear(weight, linear.base_layer)
         return {version: Linears(each, linears.cuts) for version, each in members.items()}
 
 
@@ -167,7 +159,8 @@ def packed_on(base: Linear, grid: Grid) -> Rounded | None:
     return Rounded(grid, np.ascontiguousarray(levels), grid.store(scales), grid.store(offsets))
 
 
-def _linear(weight: mx.array, like: Linear) -> Linear:
+def dense_linear(weight: mx.array, like: Linear) -> Linear:
+    """A linear with a weight (d_out, d_in) in the dtype of another, and its bias; evaluated."""
     linear = Linear(0, 0)
     linear.weight, linear.dtype = mx.contiguous(weight.astype(like.dtype)), like.dtype
     if "bias" in like:
@@ -183,14 +176,9 @@ def _batches(examples: Examples, tokens: int) -> list[Batch]:
     return [*evaluation_batches(examples[drawn[:n]])]
 
 
-def _real(batch: Batch) -> np.ndarray:
-    """(B * T,) bool: positions of documents, and not padding."""
-    return batch.document_of >= 0
-
-
 def _answers(batch: Batch) -> np.ndarray:
     """(N,): the token of an answer that follows each position of a document, or IGNORE."""
     labels = np.array(batch.labels).reshape(-1)
     if batch.answers is not None:
         labels = np.where(batch.answers.reshape(-1), labels, IGNORE)
-    return labels[_real(batch)]
+    return labels[batch.document_of >= 0]

@@ -1,17 +1,18 @@
 """Drift: what an export has changed, the written model against the model with its adapter.
 
-Re-quantising rounds W + s B A to steps that are often larger than s B A itself, and then the files
-hold little of what was learned. The weights do not show it; the next-token distributions on rows
-that were held out do.
+Re-quantising rounds W + s B A to steps that are often larger than s B A itself. The weights do not
+show what is lost then; the next-token distributions on rows that were held out do.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_qlora.adapters.push import render
 from mlx_qlora.data.batches import IGNORE
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
@@ -55,24 +56,8 @@ class Drift:
         return self.figures[WRITTEN].kept
 
     def __str__(self) -> str:
-        lines = [f"on {self.tokens:,} held-out tokens    loss  accuracy      KL    kept"]
-        for version, each in self.figures.items():
-            kept = "" if math.isnan(each.kept) else f"{each.kept:8.1%}"
-            lines.append(
-                f"{version:<24}{each.loss:8.4f}{each.token_accuracy:10.1%}{each.kl:8.4f}{kept}"
-            )
-        return "\n".join([*lines, self._verdict()])
-
-    def _verdict(self) -> str:
-        if math.isnan(self.kept):
-            return "on these rows the adapter gains nothing that could have been lost"
-        if self.kept >= WELL_KEPT:
-            return f"the files keep {self.kept:.0%} of what was learned"
-        if self.kept <= 0:
-            lost = "lost all of what was learned"
-        else:
-            lost = f"lost {1 - self.kept:.0%} of what was learned"
-        return f"rounding to {self.what} {lost}; take more bits, or keep the adapter separate"
+        text = render("adapters/drift.txt.jinja", drift=self, well_kept=WELL_KEPT)
+        return text.removesuffix("\n")
 
 
 def measure(
@@ -81,27 +66,19 @@ def measure(
     labels: list[np.ndarray],
     what: str,
 ) -> Drift | None:
-    """Compare versions of a model, by what they make of some rows.
+    """Compare VERSIONS of a model by what they make of some rows.
 
-    Args:
-        model: of which the head is used.
-        hidden: version -> (N, D), what the head reads, for some documents end to end.
-        labels: (N,) of each of these, what follows each position, or IGNORE.
-        what: the name of what was written.
+    `hidden` is what its head reads, version -> (N, D), for some documents end to end; `labels` (N,)
+    what follows each position, or IGNORE; `what` names what was written.
     """
     sums, n = np.zeros((len(VERSIONS), 3)), 0
     with model.head.dense_for_now():
         for states, targets in zip(hidden, labels):
             places = np.flatnonzero(targets != IGNORE)
-            for start in range(0, len(places), POSITIONS):
-                part = places[start : start + POSITIONS]
-                logs = {
-                    version: log_softmax(float64_of(model.logits(states[version][mx.array(part)])))
-                    for version in VERSIONS
-                }
-                exact, target = logs[ADAPTER], targets[part]
+            for part, logs in log_probabilities(model, [states[v] for v in VERSIONS], places):
+                exact, target = logs[VERSIONS.index(ADAPTER)], targets[part]
                 p = np.exp(exact)
-                for i, log in enumerate(logs.values()):
+                for i, log in enumerate(logs):
                     loss = -log[np.arange(len(part)), target].sum()
                     sums[i] += loss, (log.argmax(axis=1) == target).sum(), (p * (exact - log)).sum()
                 n += len(part)
@@ -118,10 +95,7 @@ def measure(
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int]]:
-    """The ids of each text, after a BOS if the model expects one; None means `TEXTS`.
-
-    A ConfigError if no text has a token to predict.
-    """
+    """The ids of each text, after a BOS if the model expects one; a ConfigError if none has two."""
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     encoded = tokenizer.encode_batch(texts if texts is not None else [*TEXTS])
     rows = [bos + ids for ids in encoded if len(bos + ids) > 1]
@@ -130,13 +104,17 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str] | None) -> list[list[int
     return rows
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logits (P, V) float64 -> log-probabilities."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def log_probabilities(
+    model: LlamaForCausalLM, hidden: list[mx.array], places: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """POSITIONS of some places at a time, and of each hidden (N, D) there log-probabilities (P, V).
 
-
-def float64_of(logits: mx.array) -> np.ndarray:
-    """Logits as float64 (P, V)."""
-    # A divergence of 1e-7 is a difference of numbers near 10: float32 cannot hold it.
-    return np.array(logits.astype(mx.float32)).astype(np.float64)
+    In float64: a divergence of 1e-7 is a difference of numbers near 10.
+    """
+    for start in range(0, len(places), POSITIONS):
+        part, logs = places[start : start + POSITIONS], []
+        for states in hidden:
+            logits = np.array(model.logits(states[mx.array(part)]).astype(mx.float32), np.float64)
+            shifted = logits - logits.max(axis=1, keepdims=True)
+            logs.append(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+        yield part, logs

@@ -1,6 +1,7 @@
 """The adapter for tools that read less than PEFT, and for llama.cpp."""
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ from mlx_qlora.adapters.peft import (
     layers_of,
     peft_config,
     same_tensors,
+    uniform_updates,
     write_peft,
 )
-from mlx_qlora.errors import AdapterError, require
+from mlx_qlora.adapters.push import render
+from mlx_qlora.errors import AdapterError, WeightsError, require
 from mlx_qlora.folders import ADAPTER_FOLDER, card_text, check_writable, staged, user_path
+from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
+from mlx_qlora.model.lora import LoRALinear
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 UNKNOWN_BASE = "./base.gguf"
-Update = tuple[np.ndarray, np.ndarray, float]  # A (r, d_in), B (d_out, r), both float32; scale
 
 # ---- plain LoRA ----------------------------------------------------------------------------------
 
@@ -37,23 +41,20 @@ def save_portable(
 
     Args:
         folder: made if it does not exist; an earlier export in it is replaced as a whole.
-        base_model_name_or_path: the original Hugging Face repository; by default what the model's
-            own files say they are a copy of.
+        base_model_name_or_path: as in `save_adapter`.
 
     Raises:
         AdapterError: the model has no LoRA layers or has DoRA's, or nothing says what the base is.
         ConfigError: the folder holds anything but an adapter of ours, or is the current folder.
     """
-    updates = _plain_updates(model, "vLLM and llama.cpp do not support DoRA")
+    _refuse_dora(model, "vLLM and llama.cpp do not support DoRA")
     base = base_model_name_or_path or original_base(getattr(model, "source", None))
     folder = user_path(folder)
     check_writable(folder, ADAPTER_FOLDER, whole=True)
-    rank = max(len(A) for A, _, _ in updates.values())
+    rank, updates = uniform_updates(model, 1.0)
     tensors = {}
-    for path, (A, B, scale) in updates.items():
-        missing = (0, rank - len(A))
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.pad(A, (missing, (0, 0)))
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.pad(B * np.float32(scale), ((0, 0), missing))
+    for path, (A, B) in updates.items():
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
     config = peft_config(model, base) | {"r": rank, "lora_alpha": rank, "use_rslora": False}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}
     if isinstance(config["target_modules"], str):  # a regex; not every reader has Python's
@@ -63,16 +64,12 @@ def save_portable(
     return folder
 
 
-def _plain_updates(model: LlamaForCausalLM, why: str) -> dict[str, Update]:
-    """Path -> update of the original base; DoRA is refused, and the message says why."""
+def _refuse_dora(model: LlamaForCausalLM, why: str) -> list[tuple[str, LoRALinear]]:
+    """The LoRA layers; an AdapterError if they are DoRA's, which says why."""
     layers = layers_of(model)
     if model.lora_config.use_dora:
         raise AdapterError(f"{why}; merge the adapter into its base instead (mlx-qlora merge)")
-    updates = {}
-    for path, layer in layers:
-        A, B = layer.factors()
-        updates[path] = np.array(A), np.array(B), layer.scale
-    return updates
+    return layers
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------
@@ -90,8 +87,7 @@ def save_gguf_adapter(
 
     Args:
         file: `*.gguf`; an older adapter of this name is replaced, any other file is not.
-        base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
-            what the model's own files say they are a copy of. It may stay unknown.
+        base_model_name_or_path: as in `save_adapter`, for the metadata; it may stay unknown.
         dtype: of the tensors, float16 or float32.
         ollama_base: what the Modelfile begins FROM, a GGUF file or a name in Ollama; by default
             the file that the model was loaded from, if it is a GGUF file.
@@ -103,17 +99,19 @@ def save_gguf_adapter(
     """
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
     require_gguf(model)
-    updates = _plain_updates(model, "llama.cpp does not support DoRA")
+    layers = _refuse_dora(model, "llama.cpp does not support DoRA")
     file = user_path(file)
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.
-    first_A, _, first_scale = next(iter(updates.values()))
-    alpha = float(np.float32(first_scale * len(first_A)))
-    tensors = _gguf_tensors(updates, alpha, model.config, DTYPES[dtype])
+    first = layers[0][1]
+    alpha = float(np.float32(first.scale * len(first.factors()[0])))
+    tensors = _gguf_tensors(layers, alpha, model.config, DTYPES[dtype])
     if file.suffix.lower() != ".gguf":
         raise AdapterError(f"{file} must end in .gguf; choose another name")
-    check_writable(file.parent, [file.name], "file", is_ours=_is_adapter)
+    # A base model has the same ending.
+    is_ours = lambda old: gguf_field(old, "general.type") == "adapter"  # noqa: E731
+    check_writable(file.parent, [file.name], "file", is_ours=is_ours)
     if ollama_base is None and source is not None and source.path.suffix.lower() == ".gguf":
         ollama_base = str(source.path.absolute())
     text = modelfile(ollama_base, file.name, base)
@@ -127,28 +125,29 @@ def save_gguf_adapter(
 
 
 def _gguf_tensors(
-    updates: dict[str, Update], alpha: float, config: LlamaConfig, dtype: type[np.floating]
+    layers: list[tuple[str, LoRALinear]],
+    alpha: float,
+    config: LlamaConfig,
+    dtype: type[np.floating],
 ) -> dict[str, np.ndarray]:
     """`blk.N.attn_q.weight.lora_a` (r, d_in) and `.lora_b` (d_out, r), in the model's order."""
     tensors = {}
-    for path, (A, B, scale) in updates.items():
-        factor = scale * len(A) / alpha
+    for path, layer in layers:
+        A, B = map(np.array, layer.factors())
+        factor = layer.scale * len(A) / alpha
         if not np.isclose(factor, 1, rtol=1e-6, atol=0):
             B = B * np.float32(factor)
         name = gguf_name(f"{path}.weight", config)
         tensors[f"{name}.lora_a"] = A.astype(np.float32)
         tensors[f"{name}.lora_b"] = permute(B, f"{path}.weight", config)
-    return {name: _cast(name, array, dtype) for name, array in tensors.items()}
-
-
-def _cast(name: str, array: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     limit = np.finfo(dtype).max
-    if not np.all(np.abs(array) <= limit):  # NaN is not, either
-        raise AdapterError(
-            f"{name} has values that are not finite, or too large for {dtype.__name__} "
-            f"({limit:g}); if the adapter is sound, write it with dtype='float32'"
-        )
-    return np.ascontiguousarray(array.astype(dtype))
+    for name, array in tensors.items():
+        if not np.all(np.abs(array) <= limit):  # NaN is not, either
+            raise AdapterError(
+                f"{name} has values that are not finite, or too large for {dtype.__name__} "
+                f"({limit:g}); if the adapter is sound, write it with dtype='float32'"
+            )
+    return {name: np.ascontiguousarray(array.astype(dtype)) for name, array in tensors.items()}
 
 
 def _write(
@@ -177,11 +176,6 @@ def _write(
         raise AdapterError(f"{file.name}: what was read back is not what was written")
 
 
-def _is_adapter(file: Path) -> bool:
-    """Whether a GGUF file says that it is an adapter: a base model has the same ending."""
-    return gguf_field(file, "general.type") == "adapter"
-
-
 def require_gguf(model: LlamaForCausalLM) -> None:
     """Raise an AdapterError unless the package is there, and llama.cpp knows the model's family."""
     if (kind := model.config.model_type) not in ARCHITECTURES:
@@ -204,33 +198,18 @@ def add_base(writer: Any, base: str | None) -> None:
 
 def gguf_field(file: Path, key: str) -> Any:
     """A value of a GGUF file's metadata; None if it has none, or is no such file."""
-    import gguf
-
-    try:
-        field = gguf.GGUFReader(file).get_field(key)
-        return None if field is None else field.contents()
-    except (ValueError, KeyError, IndexError, OSError):
-        return None
+    with suppress(WeightsError, OSError):
+        return read_header(file)[1].get(key)
+    return None
 
 
 # ---- Ollama --------------------------------------------------------------------------------------
 
 
 def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
-    """The text of an Ollama Modelfile.
-
-    It sets no TEMPLATE: Ollama's are Go templates, not the tokenizer's, and it takes the base's.
-    `base` is a GGUF file or a name in Ollama, `original` the Hugging Face repository.
-    """
-    lines = [
-        f"# A LoRA adapter of {original or 'its base'}. Use: ollama create NAME -f Modelfile",
-        "# Ollama is reported to refuse ADAPTER from 0.34.1 on; there, or where this fails, merge",
-        "# the adapter into its base and create from the merged model.",
-        "# FROM must be the model that was trained; its own chat template is used.",
-    ]
-    if base is None:
-        lines += ["# Replace what FROM says by the path of its GGUF, or by its name in Ollama."]
-    return "\n".join([*lines, f"FROM {base or UNKNOWN_BASE}", f"ADAPTER ./{adapter_file}", ""])
+    """An Ollama Modelfile of a `base`, a GGUF file or a name in Ollama; TEMPLATE is the base's."""
+    values = {"base": base, "file": adapter_file, "original": original, "unknown": UNKNOWN_BASE}
+    return render("adapters/Modelfile.adapter.jinja", **values)
 
 
 def keeps_modelfile(path: Path, text: str) -> bool:

@@ -1,8 +1,4 @@
-"""A whole model, its adapter folded in, as one GGUF file: for llama.cpp, Ollama and LM Studio.
-
-`save_gguf_model` tells the story: what llama.cpp could not compute is refused, then the weights go
-into the file one matrix at a time, then a Modelfile is put beside it.
-"""
+"""A whole model, its adapter folded in, as one GGUF file: for llama.cpp, Ollama and LM Studio."""
 
 import shlex
 import shutil
@@ -21,7 +17,7 @@ import numpy as np
 from mlx_qlora import __version__
 from mlx_qlora.adapters.calibration import Calibrated
 from mlx_qlora.adapters.drift import Drift
-from mlx_qlora.adapters.export import add_base, keeps_modelfile, require_gguf
+from mlx_qlora.adapters.export import add_base, gguf_field, keeps_modelfile, require_gguf
 from mlx_qlora.adapters.merge import Tensors, check_disk, same_value, shapes_of
 from mlx_qlora.adapters.requantize import Grid, Rounded
 from mlx_qlora.data.examples import Examples
@@ -87,9 +83,7 @@ def save_gguf_model(
 
     Args:
         tokenizer: the model's, which must have a `tokenizer.json` or come from a GGUF file.
-        folder: made if it does not exist.
-        base_model_name_or_path: the original Hugging Face repository, for the metadata; by default
-            what the model's own files say they are a copy of.
+        base_model_name_or_path: as in `save_adapter`, for the metadata.
         type: of the matrices: q8_0, q5_1, q5_0, q4_1, q4_0, bf16, f16 or f32, where those of 4
             and 5 bits keep embedding and head in q8_0; or a K-quant such as q4_k_m, which
             llama.cpp's `llama-quantize` makes. Where that is not on the PATH, the file is in
@@ -143,10 +137,7 @@ def check_type(type: str) -> None:
 
 def is_ours(file: Path) -> bool:
     """Whether a GGUF file is one that we have written."""
-    try:
-        return str(read_header(file)[1].get(OURS)).startswith("mlx-qlora ")
-    except WeightsError:
-        return False
+    return str(gguf_field(file, OURS)).startswith("mlx-qlora ")
 
 
 # ---- what the file will say ----------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The adapter folded into its base: in memory, or as a Hugging Face folder that any tool opens.
 
-`save_merged` tells the story: checks, then the weights one matrix at a time (never a second dense
-model in memory), then the files beside them, then the drift, measured on what was written.
+The weights are written one matrix at a time: there is never a second dense model in memory.
 """
 
 import json
@@ -18,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import __version__
-from mlx_qlora.adapters.calibration import Calibrated
+from mlx_qlora.adapters.calibration import Calibrated, dense_linear
 from mlx_qlora.adapters.drift import Drift
 from mlx_qlora.adapters.peft import layers_of
 from mlx_qlora.adapters.push import render
@@ -40,7 +39,7 @@ from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoRALinear
-from mlx_qlora.model.quantize import FrozenMatrix, Linear, QuantConfig, pack, unpack
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack, unpack
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.stored import tensors_in
 from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, open_checkpoint
@@ -65,23 +64,16 @@ DROPPED = ("quantization", "quantization_config", "_name_or_path")
 def merge(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Fold the adapter into dense weights of the compute dtype, in place.
 
-    Every LoRA layer becomes a plain frozen `Linear`, and takes the size of a dense one; other
-    matrices stay as they are, packed ones too. The model then has no LoRA layers, no `lora_config`
-    and nothing to train.
+    Every LoRA layer becomes a plain frozen `Linear` of a dense one's size; other matrices stay as
+    they are. The model then has no LoRA layers, no `lora_config` and nothing to train.
 
     Raises:
         AdapterError: the model has no LoRA layers.
     """
     for path, layer in layers_of(model):
-        base = layer.base_layer
-        d_out, d_in = base.shape
-        linear = Linear(d_in, d_out)
-        linear.weight = layer.merged().astype(base.dtype)
-        if "bias" in base:
-            linear.bias = base.bias
-        linear.dtype, linear.matmul = base.dtype, base.matmul
+        linear = dense_linear(layer.merged(), layer.base_layer)
+        linear.matmul = layer.base_layer.matmul
         linear.freeze()
-        mx.eval(linear.parameters())
         model.update_modules(nested({path: linear}))
     del model.lora_config
     model.is_merged = True
@@ -120,19 +112,18 @@ def save_merged(
         tokenizer: the model's; its files are written too.
         folder: does not exist, is empty, or holds an older export and nothing else.
         dtype: of the weights, or of the scales of quantised ones: bfloat16, float16 or float32.
-        base: where the original weights lie, not quantised: a source as `load` takes it, or its
-            files. Then all weights, config.json and generation_config.json come from there, and
-            only the update from the model. None takes the model's own, dequantised.
+        base: where the original 16-bit weights lie: a source as `load` takes it, or its files.
+            Only the update is then the model's own. None takes its weights, dequantised.
         quantize: packs every matrix in MLX's format. Packed ones of the base are copied as they
-            are if the adapter does not touch them: embedding and head, and others packed so.
+            are if the adapter does not touch them.
         max_shard_bytes: most bytes of tensors in one file; a larger matrix has a file of its own.
         rows: of training, for `quantize` to make up for its errors on, and held out, to measure
             the drift on (`read_examples` reads them). None rounds plainly.
 
     Raises:
         AdapterError: the model has no LoRA layers.
-        ConfigError: a dtype, size, group size or base that cannot be used; a folder that holds
-            anything but an older export, or that the weights are read from; too little disk.
+        ConfigError: a value or base that cannot be used; a folder that holds anything but an older
+            export, or that the weights are read from; too little disk.
         WeightsError: a base that is another model, or a number that `dtype` cannot hold.
         SourceError: the base cannot be found.
     """
@@ -182,7 +173,7 @@ def save_merged(
             drift = tensors.calibrated.verdict(f"{quantize.bits} bits")
         repo = (sources[0].hf_id if sources else None) or ""
         card = render(
-            "merged_card.md.jinja",
+            "adapters/merged_card.md.jinja",
             repo=repo if HUB_ID.fullmatch(repo) else None,
             mark=MERGED_MARK,
             version=__version__,
@@ -199,10 +190,7 @@ def save_merged(
 
 
 def check_disk(target: Path, needed: int) -> None:
-    """Raise a ConfigError unless so many bytes are free where a folder will be.
-
-    What a killed process has left of that folder goes first.
-    """
+    """Remove what a killed process left; a ConfigError unless so many bytes are free."""
     remove_leftovers(target)
     disk = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(disk).free
@@ -308,10 +296,7 @@ def _layout(
 
 
 def like_base(model: LlamaForCausalLM, quantize: QuantConfig) -> QuantConfig:
-    """With the base's own groups, if it is packed in as many bits: no larger, and near its numbers.
-
-    Groups that were asked for stay.
-    """
+    """With the base's groups, unless others were asked for, if it has as many bits: no larger."""
     own = model.layers[0].linears("o").members["self_attn.o_proj"].base_layer.quant
     if own is None or (own.bits, own.mode) != (quantize.bits, quantize.mode):
         return quantize
@@ -381,10 +366,7 @@ class Tensors:
         return self.make(f"{path}.weight")[0]
 
     def make(self, name: str) -> tuple[mx.array, ...]:
-        """The tensors that a weight becomes: itself, or what it is packed into; evaluated.
-
-        A WeightsError if the dtype cannot hold a number.
-        """
+        """The tensors that a weight becomes, evaluated; a WeightsError if one cannot be held."""
         path = name.rpartition(".")[0]
         module, quantize = self.modules[path], self.quantize
         is_matrix = name.endswith(".weight") and isinstance(module, (LoRALinear, FrozenMatrix))
@@ -403,7 +385,7 @@ class Tensors:
             dense = (self._dense(name, module).astype(mx.float32),)
             tensors = pack(dense[0], quantize)
         tensors = tuple(map(self._stored, tensors))
-        if not all(mx.isfinite(a).all().item() for a in (*dense, *tensors) if _is_float(a)):
+        if not all(mx.isfinite(array).all().item() for array in (*dense, *tensors)):
             raise WeightsError(
                 f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN; "
                 "export as bfloat16, or train again if the loss was NaN"
@@ -412,7 +394,7 @@ class Tensors:
 
     def _stored(self, array: mx.array) -> mx.array:
         """As it is written: floats in the dtype."""
-        return array.astype(self.dtype) if _is_float(array) else array
+        return array.astype(self.dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
     def _dense(self, name: str, module: Any) -> mx.array:
         """The merged weight, or another tensor of the base as it is."""
@@ -427,10 +409,6 @@ class Tensors:
         if isinstance(module, FrozenMatrix) and is_weight:
             return module.dense()
         return module[name.rpartition(".")[2]]
-
-
-def _is_float(array: mx.array) -> bool:
-    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def _write_shard(path: Path, entries: list[Entry], tensors: Tensors, task: Task) -> None:
@@ -475,8 +453,8 @@ def _hf_config(
 ) -> dict[str, Any]:
     """The source's config in every reader's spelling.
 
-    mlx-lm and old transformers read `rope_theta` and `rope_scaling` and ignore v5's
-    `rope_parameters`; without the former they would silently compute with theta 10000.
+    mlx-lm and old transformers ignore v5's `rope_parameters`; without the names before them they
+    would silently compute with theta 10000.
     """
     read = LlamaConfig.from_hf(config)
     family = FAMILIES[read.model_type]

@@ -1,11 +1,13 @@
 """What an adapter's config says, PEFT's or mlx-lm's: every key is used, harmless or refused."""
 
 import re
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import AdapterError, ConfigError, listing
+from mlx_qlora.errors import AdapterError, ConfigError, listing, require
+from mlx_qlora.fields import coerce, type_name
 from mlx_qlora.folders import MLX_LM, PEFT, is_run, parse_json, read_text, reading
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, check_patterns, is_named, matches_pattern, target_paths
@@ -31,16 +33,10 @@ HARMLESS = {
 FILTERS = ("exclude_modules", "layers_pattern")  # of the targets, and in no config of ours
 # Where an adapter began does not matter, unless the base was changed to begin there.
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-NUMBER = (int, float)
-RULES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("target_modules", *FILTERS), ((str, [str]), "text or a list of it")),
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (NUMBER, "a number")),
-    **dict.fromkeys(("use_rslora", "use_dora"), (bool, "true or false")),
-    "rank_pattern": ({"": int}, "a map of text to whole numbers"),
-    "alpha_pattern": ({"": NUMBER}, "a map of text to numbers"),
-    "layers_to_transform": ((int, [int]), "a list of whole numbers"),
-}
-KNOWN = {*FIXED, *NEEDED, *RULES, *HARMLESS, "init_lora_weights"}
+HINTS: dict[str, Any] = typing.get_type_hints(LoraConfig)
+HINTS |= dict.fromkeys(FILTERS, str | list[str]) | {"layers_to_transform": int | list[int]}
+READ = [x for x in HINTS if x not in ("bias", "init_lora_weights", "loraplus_lr_ratio")]
+KNOWN = {*FIXED, *NEEDED, *READ, *HARMLESS, "init_lora_weights"}
 
 
 def is_mlx_lm(folder: Path) -> bool:
@@ -50,22 +46,27 @@ def is_mlx_lm(folder: Path) -> bool:
 
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The LoraConfig of PEFT's or mlx-lm's folder; an AdapterError if we do not compute it."""
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
+    """The LoraConfig, and PEFT's filters of its targets."""
     with reading(folder / CONFIG, AdapterError):
-        return _read_mlx_lm_config(folder) if is_mlx_lm(folder) else _read_peft_config(folder)
+        try:
+            return _read_mlx_lm_config(folder) if is_mlx_lm(folder) else _read_peft_config(folder)
+        except ConfigError as error:
+            raise AdapterError(f"{folder / CONFIG}: {error}") from None
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of a type, or one of several, or a list or map of one."""
-    if isinstance(kind, tuple):
-        return any(_fits(value, each) for each in kind)
-    if isinstance(kind, (list, dict)):
-        values, kinds = (x.values() if isinstance(x, dict) else x for x in (value, kind))
-        return type(value) is type(kind) and all(_fits(x, *kinds) for x in values)
-    return type(value) is kind  # true and false are no numbers
+def _typed(value: Any, annotation: Any, name: str) -> Any:
+    """A value of JSON as a type, in which no text is a number; a ConfigError if it is another."""
+    typed = coerce(value, annotation, name)
+    require(typed == value, name, f"be {type_name(annotation)}", value)
+    return typed
 
 
-def _read_peft_config(folder: Path) -> LoraConfig:
-    """As `read_adapter_config`; the error lists every option that we do not compute."""
+def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
+    """As `_read`; the error lists every option that we do not compute."""
     path = folder / CONFIG
     for name in PEFT:
         if not (folder / name).is_file():
@@ -88,18 +89,12 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     unsupported += [f"{name} is {config[name]!r}, an unknown option" for name in unknown]
     if unsupported:
         raise AdapterError(f"{path} describes an unsupported adapter:\n{listing(unsupported)}")
-    values = {name: config[name] for name in RULES if config.get(name) is not None}
-    for name, value in values.items():
-        kind, rule = RULES[name]
-        if not _fits(value, kind):
-            raise AdapterError(f"{path}: {name} must be {rule}; got {value!r}")
+    given = {name: config[name] for name in READ if config.get(name) is not None}
+    values = {name: _typed(value, HINTS[name], name) for name, value in given.items()}
     if isinstance(layers := values.get("layers_to_transform"), int):
         values["layers_to_transform"] = [layers]
-    ours = {name: value for name, value in values.items() if name not in FILTERS}
-    try:
-        return LoraConfig(**{"lora_dropout": 0.0, **ours})
-    except ConfigError as error:
-        raise AdapterError(f"{path}: {error}") from None
+    filters = {name: values.pop(name) for name in FILTERS if name in values}
+    return LoraConfig(**{"lora_dropout": 0.0, **values}), filters
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -112,18 +107,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_mlx_lm_config(folder: Path) -> LoraConfig:
-    """As `read_adapter_config`; rank and targets are those that the tensors show."""
+def _read_mlx_lm_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
+    """As `_read`; rank and targets are those that the tensors show."""
     path, file = folder / CONFIG, folder / MLX_LM_WEIGHTS
     config = _read_object(path)
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     # Before mlx-lm had `fine_tune_type`, `use_dora` said it.
     kind = config.get("fine_tune_type") or ("dora" if config.get("use_dora") is True else "lora")
-    scale, dropout = parameters.get("scale"), parameters.get("dropout") or 0.0
-    for name, value in (("scale", scale), ("dropout", dropout)):
-        if not _fits(value, NUMBER):
-            raise AdapterError(f"{path}: lora_parameters.{name} must be a number; got {value!r}")
+    scale = _typed(parameters.get("scale"), float, "lora_parameters.scale")
+    dropout = _typed(parameters.get("dropout") or 0.0, float, "lora_parameters.dropout")
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{path}: fine_tune_type is {kind!r}; supported: lora, dora")
     header = tensors_in(file, AdapterError)
@@ -132,16 +125,9 @@ def _read_mlx_lm_config(folder: Path) -> LoraConfig:
         shown = ", ".join(map(str, sorted(ranks))) or "none"
         raise AdapterError(f"{file}: all lora_a must have the same rank; got {shown}")
     rank: Any = ranks.pop()
-    try:
-        return LoraConfig(
-            r=rank,
-            lora_alpha=scale * rank,
-            lora_dropout=dropout,
-            target_modules=sorted({name.rpartition(".")[0] for name in header}),
-            use_dora=kind == "dora",
-        )
-    except ConfigError as error:
-        raise AdapterError(f"{path}: {error}") from None
+    targets = sorted({name.rpartition(".")[0] for name in header})
+    shape = {"r": rank, "lora_alpha": scale * rank, "target_modules": targets}
+    return LoraConfig(**shape, lora_dropout=dropout, use_dora=kind == "dora"), {}
 
 
 # ---- on a model ----------------------------------------------------------------------------------
@@ -152,12 +138,10 @@ def for_this_model(
 ) -> tuple[LoraConfig, list[str], list[str]]:
     """An adapter's config without what a model does not have, its linears, what was passed over.
 
-    By PEFT's rules where it is PEFT's. An AdapterError if we do not compute it, or if it is for
-    another model.
+    By PEFT's rules where it is PEFT's; an AdapterError if it is for another model.
     """
-    lora, path = read_adapter_config(folder), folder / CONFIG
-    config = {} if is_mlx_lm(folder) else _read_object(path)
-    excluded, patterns = (config.get(name) or [] for name in FILTERS)
+    (lora, filters), path = _read(folder), folder / CONFIG
+    excluded, patterns = (filters.get(name) or [] for name in FILTERS)
     patterns = [patterns] if isinstance(patterns, str) else patterns
     targets, layers = lora.target_modules, lora.layers_to_transform or []
     beyond = [i for i in layers if not 0 <= i < len(model.layers)]
@@ -178,7 +162,7 @@ def for_this_model(
         check_patterns(
             [*layer.values(), *([excluded] if isinstance(excluded, str) else [])], modules
         )
-        if isinstance(targets, list) and config:
+        if isinstance(targets, list) and not is_mlx_lm(folder):
             named = {t: [m for m in modules if is_named(t, m)] for t in targets}
             absent["target_modules"] = [t for t, paths in named.items() if not paths]
             targets = [t for t in targets if not all(map(is_excluded, named[t]))] or targets

@@ -13,7 +13,7 @@ CONFIRM = "model.base_model_name_or_path=org/name"
 
 
 def original_base(source: ModelFiles | None) -> str:
-    """The Hugging Face repository that a model's files say they are a copy of, or their folder.
+    """The Hugging Face repository that a model's files are a copy of, or their folder.
 
     An AdapterError if they say nothing, an AdapterWarning if it may be the model's parent.
     """
@@ -47,10 +47,7 @@ def run_of(adapter: Path) -> Path:
 
 
 def base_hash(model: LlamaForCausalLM) -> dict[str, str]:
-    """The hash of the files that a model was loaded from; empty if it is not known.
-
-    It is not known of a model that an adapter was merged into, or whose files are gone.
-    """
+    """The hash of a model's files; empty of a merged model, or where they are gone."""
     source = getattr(model, "source", None)
     if source is None or getattr(model, "is_merged", False):
         return {}

@@ -1,6 +1,6 @@
 """An adapter on disk: PEFT's layout, and mlx-lm's in the folder `mlx/`; out and in.
 
-A LoRA weight is called in PEFT's file what it is called in our tree, after a prefix. mlx-lm has the
+A LoRA weight has in PEFT's file the name that it has in our tree, after a prefix. mlx-lm has the
 same two matrices transposed, and one rank and one scale for all of them.
 """
 
@@ -63,10 +63,9 @@ def save_adapter(
     """Write the adapter as a PEFT folder, with a copy for mlx-lm in its `mlx/`.
 
     The tensors are the float32 masters. What was written is read back and compared before it
-    replaces anything older.
+    replaces anything older. Files of other names in the folder are left alone.
 
     Args:
-        folder: made if it does not exist; files of other names in it are left alone.
         base_model_name_or_path: the original Hugging Face repository, which every PEFT user will
             load; by default what the model's own files say they are a copy of.
         mlx_lm: whether `mlx/` is written too.
@@ -118,6 +117,25 @@ def adapter_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     return {PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
+def uniform_updates(
+    model: LlamaForCausalLM, scale: float
+) -> tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The largest rank, and path -> A (r, d_in) and B (d_out, r), float32, of it and of one scale.
+
+    A smaller rank is padded with zeros, and B carries what another scale differs by: their product
+    stays the same.
+    """
+    layers = layers_of(model)
+    rank = max(len(layer.factors()[0]) for _, layer in layers)
+    updates = {}
+    for path, layer in layers:
+        A, B = map(np.array, layer.factors())
+        B = B if layer.scale == scale else B * np.float32(layer.scale / scale)
+        missing = 0, rank - len(A)
+        updates[path] = np.pad(A, (missing, (0, 0))), np.pad(B, ((0, 0), missing))
+    return rank, updates
+
+
 def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
     """The content of `adapter_config.json`: only keys that every PEFT since 0.8 knows.
 
@@ -154,11 +172,7 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
 
 
 def _config_of_tensors(lora: LoraConfig) -> LoraConfig:
-    """The config of what `adapter_tensors` returns.
-
-    Those of PiSSA and OLoRA are the trained matrices minus those of the beginning: twice the rank,
-    same scale.
-    """
+    """The config of `adapter_tensors`: PiSSA's and OLoRA's have twice the rank, at one scale."""
     if not begins_with_base(lora.init_lora_weights):
         return lora
     factor = math.sqrt(2) if lora.use_rslora else 2
@@ -219,14 +233,10 @@ def same_tensors(read: dict[str, np.ndarray], written: dict[str, np.ndarray]) ->
 
 
 def save_mlx_lm(model: LlamaForCausalLM, folder: str | Path) -> Path:
-    """Write the adapter for mlx-lm alone, into a folder that appears whole or not at all.
+    """Write the adapter for mlx-lm alone; files of other names in the folder are left alone.
 
-    Files of other names in the folder are left alone.
-
-    Raises:
-        AdapterError: the model has no LoRA layers, or files of PEFT's adapter are in the folder:
-            both have an `adapter_config.json`.
-        ConfigError: the folder holds an adapter that somebody else wrote.
+    An AdapterError without LoRA layers, or where PEFT's adapter is in the folder: both have an
+    `adapter_config.json`. A ConfigError where somebody else's is.
     """
     layers_of(model)
     folder = user_path(folder)
@@ -254,21 +264,13 @@ def note_on_mlx_lm(model: LlamaForCausalLM) -> str:
 
 
 def _write_mlx_lm(model: LlamaForCausalLM, folder: Path, known_by: dict[str, str]) -> None:
-    """Write `adapters.safetensors` and `adapter_config.json` and read them back.
-
-    Updates of smaller rank are padded with zeros, and those of another scale carry the
-    difference in lora_b: the product stays the same.
-    """
+    """Write `adapters.safetensors` and `adapter_config.json` and read them back."""
     lora: LoraConfig = model.lora_config
     layers = lora_layers(model)
-    updates = {path: tuple(map(np.array, layer.factors())) for path, layer in layers}
-    rank = max(len(A) for A, _ in updates.values())
-    scale = layers[0][1].scale
+    rank, updates = uniform_updates(model, scale := layers[0][1].scale)
     tensors = {}
     for path, layer in layers:
         A, B = updates[path]
-        A, B = np.pad(A, ((0, rank - len(A)), (0, 0))), np.pad(B, ((0, 0), (0, rank - len(A))))
-        B = B if layer.scale == scale else B * np.float32(layer.scale / scale)
         tensors[f"{path}.lora_a"] = np.ascontiguousarray(A.T)
         tensors[f"{path}.lora_b"] = np.ascontiguousarray(B.T)
         if lora.use_dora:
@@ -292,10 +294,7 @@ def _write_mlx_lm(model: LlamaForCausalLM, folder: Path, known_by: dict[str, str
 def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalLM:
     """Attach an adapter to a model without one: PEFT's, ours or another's, or mlx-lm's.
 
-    Args:
-        model: the base, frozen; it gets the LoRA layers, ready to generate or to be trained on.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`, or mlx-lm's
-            `adapters.safetensors`.
+    The base stays frozen, and gets LoRA layers that are ready to generate or to be trained on.
 
     Raises:
         AdapterError: files are missing or damaged, the adapter uses an option that we do not
@@ -341,7 +340,8 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
         note = f"ignored, because the model has none of these: {'; '.join(passed_over)}"
         warnings.warn(f"{folder / CONFIG}: {note}", AdapterWarning, stacklevel=2)
     if from_mlx_lm:
-        arrays = {_peft_name(name): mx.contiguous(array.T) for name, array in arrays.items()}
+        named = [(name.rpartition("."), array) for name, array in arrays.items()]
+        arrays = {f"{path}{LEAVES[leaf]}": mx.contiguous(x.T) for (path, _, leaf), x in named}
     add_lora(model, lora, begin=False)
     weights = {name.removeprefix(PREFIX): a.astype(mx.float32) for name, a in arrays.items()}
     model.update(nested(weights))
@@ -396,9 +396,3 @@ def _is_copy(array: mx.array, matrix: FrozenMatrix) -> bool:
         if not same.all().item():
             return False
     return True
-
-
-def _peft_name(name: str) -> str:
-    """PEFT's name for a tensor of mlx-lm's; any other name stays as it is."""
-    path, _, leaf = name.rpartition(".")
-    return f"{PREFIX}{path}{LEAVES[leaf]}" if leaf in LEAVES else name

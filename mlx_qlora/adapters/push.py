@@ -56,10 +56,7 @@ class Facts:
 
 
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
-    """The facts of an output folder, a checkpoint, or any folder with a PEFT adapter.
-
-    A SourceError if there is no `adapter_config.json`, or a file cannot be read.
-    """
+    """The facts of any folder with a PEFT adapter; a SourceError if a file cannot be read."""
     states = map(_read_object, folder.glob("checkpoint-*/trainer_state.json"))
     seen = [state.get("num_input_tokens_seen") or 0 for state in states]
     record = _read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
@@ -121,7 +118,7 @@ def model_card(facts: Facts) -> str:
     }
     versions = facts.record.get("versions", {})
     return render(
-        "card.md.jinja",
+        "adapters/card.md.jinja",
         facts=facts,
         adapter=adapter,
         config=config,
@@ -136,30 +133,44 @@ def model_card(facts: Facts) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template beside this file; values go in as they are: it is Markdown, not HTML."""
-    return _template(template).render(values)
+    """Fill a template of this package; a page's values are escaped, and none of Markdown's."""
+    return templates().get_template(template).render(values)
 
 
 @functools.cache
-def _template(name: str) -> Any:
-    """A template is compiled once: a run writes a card with every checkpoint."""
+def templates() -> Any:
+    """Jinja's environment, which compiles once: a run writes a card with every checkpoint."""
     import jinja2
 
-    return jinja2.Template(
-        Path(__file__).with_name(name).read_text(encoding="utf-8"),
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("mlx_qlora", ""),
+        autoescape=jinja2.select_autoescape(("html",)),
+        finalize=in_page,
         trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-        finalize=in_page,
     )
 
 
 # ---- the upload ----------------------------------------------------------------------------------
 
 MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
-WEIGHTS = re.compile(r"model[\w.-]*\.safetensors")
-PLOT = re.compile(r"plots/[\w-][\w.-]*\.(svg|png)")
-CHECKPOINT = re.compile(rf"checkpoint-\d+/({'|'.join(map(re.escape, PEFT))})")
+
+
+def _named(words: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(map(re.escape, names), words)
+
+
+# What is uploaded, by a regex of its path, and what that is: of an adapter, of its checkpoints, and
+# of a merged model.
+BOTH = _named("model card", CARD) | _named("tokenizer", *SHIPPED)
+ADAPTER = BOTH | _named("the adapter's config", PEFT[0]) | _named("the adapter's weights", PEFT[1])
+ADAPTER |= _named("copy for mlx-lm", *MLX_COPY) | _named("numbers of the run", "metrics.jsonl")
+ADAPTER |= {r"plots/[\w-][\w.-]*\.(svg|png)": "plot"}
+CHECKPOINTS = {rf"checkpoint-\d+/({'|'.join(map(re.escape, PEFT))})": "a checkpoint's adapter"}
+MERGED = BOTH | _named("the model's config", *MODEL)
+MERGED |= {r"model[\w.-]*\.safetensors": "the model's weights"}
 # Large, or tokens that may look like paths.
 WITHOUT_PATHS = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", MODEL[2])
 SYSTEM = (  # on any machine
@@ -179,19 +190,17 @@ class Pushed:
 
     def __str__(self) -> str:
         wide = max((len(name) for name, _ in self.files), default=0)
-        rows = [f"{size:>15,}  {name:<{wide}}  {_what_it_is(name)}" for name, size in self.files]
+        words = MERGED | CHECKPOINTS | ADAPTER
+        rows = [f"{n:>15,}  {name:<{wide}}  {_what_is(name, words)}" for name, n in self.files]
         rows.append(f"{sum(size for _, size in self.files):>15,}  bytes in all")
         stays = [f"{'stays here':>15}  {name}" for name in self.left_out]
         return "\n".join([*rows, *stays, *([self.url] if self.url else [])])
 
 
-def _what_it_is(name: str) -> str:
-    """What a file that is uploaded is, in a few words."""
-    words = {PEFT[0]: "the adapter's config", PEFT[1]: "the adapter's weights", CARD: "model card"}
-    words |= {"metrics.jsonl": "numbers of the run", **dict.fromkeys(MLX_COPY, "copy for mlx-lm")}
-    words |= {**dict.fromkeys(MODEL, "the model's config"), **dict.fromkeys(SHIPPED, "tokenizer")}
-    other = "a checkpoint's adapter" if CHECKPOINT.fullmatch(name) else "the model's weights"
-    return words.get(name) or ("plot" if PLOT.fullmatch(name) else other)
+def _what_is(name: str, uploaded: dict[str, str]) -> str:
+    """What a file is, in a few words; empty if it is not uploaded."""
+    fits = (words for path, words in uploaded.items() if re.fullmatch(path, name))
+    return next(fits, "")
 
 
 def push_to_hub(
@@ -208,9 +217,8 @@ def push_to_hub(
     """Upload an adapter or a merged model to the hub, in one commit; nothing changes here.
 
     An adapter is uploaded with its copy for mlx-lm, the tokenizer, `metrics.jsonl` (its numbers),
-    the plots and a new model card. A card that was written by hand, one that does not mention
-    mlx-qlora, is uploaded as it is. In small JSON files a path of this machine is cut to its last
-    part.
+    the plots and a new model card. A card that does not mention mlx-qlora is uploaded as it is. In
+    small JSON files a path of this machine is cut to its last part.
 
     Args:
         folder: what a run, `save_adapter` or a merge has left.
@@ -219,7 +227,6 @@ def push_to_hub(
             one that is private already stays so.
         token: that may write; by default the one of `hf auth login` or HF_TOKEN.
         revision: a branch, made if it does not exist; by default the main one.
-        commit_message: by default one that names mlx-qlora.
         include_checkpoints: also the adapters of `checkpoint-*`, never their optimiser state.
         dry_run: only say what would be uploaded; needs neither network nor token.
 
@@ -294,9 +301,7 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
     card = (folder / CARD).read_bytes() if CARD in present else b""
     rewritten: dict[str, bytes] = {}
     if all(name in present for name in PEFT):
-        known = {*PEFT, *MLX_COPY, *SHIPPED}
-        chosen = [name for name in present if name in known or PLOT.fullmatch(name)]
-        chosen += [name for name in present if checkpoints and CHECKPOINT.fullmatch(name)]
+        uploaded = ADAPTER | (CHECKPOINTS if checkpoints else {})
         check_whole(folder)
         _check_base(folder / PEFT[0])
         if not card or b"mlx-qlora" in card:
@@ -314,16 +319,17 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
                 "merge"
             )
         resolve(folder)  # names the shards that are missing
-        known = {*MODEL, *SHIPPED}
-        chosen = [name for name in present if name in known or WEIGHTS.fullmatch(name)]
+        uploaded = MERGED
     if card:
         paths = PATH_IN_TEXT.findall(card.decode("utf-8", "replace"))
         if problems := [*dict.fromkeys(path for path in paths if _is_private(path))]:
             names = "names paths of this machine; remove them"
             raise ConfigError(f"{folder / CARD} {names}:\n{listing(problems)}")
         rewritten[CARD] = card
-    uploads = {name: _public(folder, name) for name in chosen} | rewritten
-    return dict(sorted(uploads.items()))
+    chosen = {
+        n: _public(folder, n) for n in present if _what_is(n, uploaded) and n not in rewritten
+    }
+    return dict(sorted((chosen | rewritten).items()))
 
 
 def _names(folder: Path) -> list[str]:

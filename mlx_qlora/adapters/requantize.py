@@ -89,19 +89,18 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # codes 0 to 7; with 8
 
 def grid_of(quant: QuantConfig, dtype: mx.Dtype) -> Grid:
     """The numbers of a packing whose scales and biases are in a dtype."""
+
+    def nearest_power(numbers: np.ndarray) -> np.ndarray:  # by its logarithm, in 8 bits of exponent
+        log = np.rint(np.log2(np.maximum(np.abs(numbers), 2.0**-126)))
+        return np.exp2(np.minimum(log, 127)).astype(np.float32)
+
     if quant.mode == "mxfp4":
-        return Grid(np.unique([-FP4, FP4]), quant.group_size, False, _power_of_two)
+        return Grid(np.unique([-FP4, FP4]), quant.group_size, False, nearest_power)
 
     def store(numbers: np.ndarray) -> np.ndarray:
         return np.array(mx.array(numbers, mx.float32).astype(dtype).astype(mx.float32))
 
     return Grid(np.arange(2**quant.bits, dtype=np.float32), quant.group_size, True, store)
-
-
-def _power_of_two(numbers: np.ndarray) -> np.ndarray:
-    """The nearest by its logarithm, of those that 8 bits of exponent hold."""
-    log = np.rint(np.log2(np.maximum(np.abs(numbers), 2.0**-126)))
-    return np.exp2(np.minimum(log, 127)).astype(np.float32)
 
 
 def packed(rounded: Rounded, quant: QuantConfig) -> tuple[mx.array, ...]:
@@ -167,9 +166,8 @@ def round_matrix(
 ) -> Rounded:
     """Round W (m, n) onto a grid so that its inputs feel little of it.
 
-    Args:
-        begin: a matrix on the grid that W is near to, such as the one that it was before training;
-            None looks for scales and rounds with compensation first.
+    `begin` is a matrix on the grid that W is near to, such as the one before training; None rounds
+    with compensation first.
     """
     parts = []
     for start in range(0, W.shape[1], ROWS):
@@ -220,10 +218,7 @@ def compensated(
 
 
 def improved(begin: Rounded, W: np.ndarray, inputs: Inputs, sweeps: int = SWEEPS) -> Rounded:
-    """Coordinate descent from a matrix on a grid: no step makes a row's cost larger.
-
-    Of one group after the other, scale and offset by least squares, then each column's level.
-    """
+    """Coordinate descent from a matrix on a grid: no step makes a row's cost larger."""
     grid, levels, H = begin.grid, begin.levels.copy(), inputs.H
     scales, offsets, size = begin.scales.copy(), begin.offsets.copy(), begin.grid.group
     # What of the error the inputs of each column feel: half the cost's slope, with its sign.

@@ -7,9 +7,10 @@ is trained, saved, or costs time.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.errors import ConfigError, did_you_mean
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, LoRALinear, lora_layers
-from mlx_qlora.tree import nested
+from mlx_qlora.tree import bound, flat, nested
 
 COMBINATIONS = ("cat", "linear")
 UNNAMED = "default"  # PEFT's name for an adapter that was given none
@@ -90,26 +91,23 @@ def switch(model: LlamaForCausalLM, name: str | None) -> LlamaForCausalLM:
 @contextmanager
 def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
     """Lend the base alone; afterwards, also after an exception, what was on is on again."""
-    former = active(model)
-    layers = lora_layers(model)
-    if any(layer.initial_update for _, layer in layers):  # what was taken off the base is added
-        before = {
-            path: LoRALinear(layer.base_layer, *layer.initial_update, layer.scale, 0.0)
-            for path, layer in layers
-            if layer.initial_update
-        }
+    former, layers = active(model), lora_layers(model)
+    before = {  # what was taken off the base is added
+        path: LoRALinear(layer.base_layer, *layer.initial_update, layer.scale, 0.0)
+        for path, layer in layers
+        if layer.initial_update
+    }
+    if before:
         model.update_modules(nested(before))
-        try:
-            yield model
-        finally:
-            model.update_modules(nested(dict(layers)))
-        return
-    switch(model, None)
+    else:
+        switch(model, None)
     try:
         yield model
     finally:
-        # An adapter that was detached within cannot come back.
-        switch(model, former if former in _adapters(model) else None)
+        if before:
+            model.update_modules(nested(dict(layers)))
+        else:  # an adapter that was detached within cannot come back
+            switch(model, former if former in _adapters(model) else None)
 
 
 class Untrained:
@@ -119,21 +117,11 @@ class Untrained:
         self.model = model
         acts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
         # Of an adapter that does something from the start, which training replaces.
-        self.start = model.trainable_parameters() if any(acts) else None
+        self.start = flat(model.trainable_parameters()) if any(acts) else None
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> AbstractContextManager[Any]:
         """The model as it was, and afterwards as it is."""
-        if self.start is None:
-            with disabled(self.model):
-                yield
-            return
-        trained = self.model.trainable_parameters()
-        self.model.update(self.start)
-        try:
-            yield
-        finally:
-            self.model.update(trained)
+        return disabled(self.model) if self.start is None else bound(self.model, self.start)
 
 
 def combine(
@@ -148,10 +136,7 @@ def combine(
 
     A linear that only some adapters change gets their updates; dropout is that of the first. With
     rsLoRA, PEFT 0.21 multiplies the sum by the square root of the new rank once more; we do not.
-
-    Args:
-        weights: name -> factor; negative ones subtract.
-        combination_type: `cat` or `linear`.
+    `weights` are name -> factor; negative ones subtract.
 
     Raises:
         ConfigError: an unknown adapter or type, a name that is taken, weights that are not finite,
@@ -166,7 +151,13 @@ def combine(
     layers = {}
     for path in dict.fromkeys(path for part, _ in parts for path in part.layers):
         terms = [(part.layers[path], weight) for part, weight in parts if path in part.layers]
-        A, B = _cat(terms) if combination_type == "cat" else _linear(path, terms)
+        if combination_type == "linear":
+            A, B = _linear(path, terms)
+        else:
+            A = mx.concatenate(
+                [weight * layer.scale * layer.factors()[0] for layer, weight in terms]
+            )
+            B = mx.concatenate([layer.factors()[1] for layer, _ in terms], axis=1)
         missing = rank - len(A)
         A, B = mx.pad(A, [(0, missing), (0, 0)]), mx.pad(B, [(0, 0), (0, missing)])
         mx.eval(A, B)
@@ -189,13 +180,6 @@ def combine(
     adapters[name] = Adapter(config, layers)
     _put(model, name)
     return model
-
-
-def _cat(terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:
-    """A (sum of ranks, d_in) and B (d_out, sum of ranks), float32."""
-    updates = [(*layer.factors(), weight * layer.scale) for layer, weight in terms]
-    A = mx.concatenate([factor * A for A, _, factor in updates])
-    return A, mx.concatenate([B for _, B, _ in updates], axis=1)
 
 
 def _linear(path: str, terms: list[tuple[LoRALinear, float]]) -> tuple[mx.array, mx.array]:

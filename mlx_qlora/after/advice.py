@@ -1,24 +1,19 @@
 """What the figures of a run say: advice by stated rules, and answers to the questions people ask.
 
-The rules look at means over stretches and not at single steps, because the loss of one batch
-says little. Each is a function of the history, and of which of its weights the run ended with, so
-that it can be tried on recorded ones.
+The rules look at means over stretches: the loss of one batch says little.
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_qlora.after.answer_metrics import Row, style_similarity
 from mlx_qlora.after.forgetting import Forgetting
-from mlx_qlora.before.plan import Plan
-from mlx_qlora.errors import duration, size
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.train.checkpoint import best_eval
 from mlx_qlora.train.config import TrainingConfig
-from mlx_qlora.train.loop import TrainResult
 
 # ---- advice --------------------------------------------------------------------------------------
 
@@ -48,65 +43,59 @@ class Advice:
 def advise(
     history: History, ends_with_best: bool = False, training: TrainingConfig | None = None
 ) -> list[Advice]:
-    """Apply all rules to a history, and return the most urgent advice first.
+    """Apply all rules to a history of a run, and return the most urgent advice first.
 
-    Args:
-        ends_with_best: whether the run ended with the weights of its best validation.
-        training: how the run was asked to learn, with numbers; None leaves out what that tells.
+    `ends_with_best` says that the run ended with the weights of its best validation.
     """
     best = best_eval(history) if ends_with_best else None
     kept = [r for r in history if best is None or r["step"] <= best[0]]
     surer = [*diverged(history), *overfitted(history, ends_with_best), *repeats_itself(kept)]
     # Underfitting's remedies are the opposite of the others'.
-    advice = surer or underfitted(history)
-    return advice + (cut_short(history, training) if training and history else [])
+    advice = surer or [*underfitted(history)]
+    return [*advice, *(cut_short(history, training) if training and history else ())]
 
 
-def cut_short(history: History, training: TrainingConfig) -> list[Advice]:
+def cut_short(history: History, training: TrainingConfig) -> Iterator[Advice]:
     """The warmup took the whole run, or it was less than a pass."""
     step, epoch = history[-1]["step"], history[-1].get("epoch", 1.0)
     warmup = training.warmup_steps or 0
-    advice = []
     if 1 < step <= warmup:
         reached = f"{training.peak * step / warmup:.2g} of {training.peak:.2g}"
         finding = f"the warmup of {warmup:,} steps was not over at step {step:,}, the last one"
         finding += f", and the learning rate reached {reached}"
         remedy = "train longer, or leave training.warmup_steps out, for a tenth of the run"
-        advice.append(Advice("warmup", finding, remedy))
+        yield Advice("warmup", finding, remedy)
     if epoch < 1 and training.max_steps is None:
         remedy = "set training.num_train_epochs=3"
-        advice.append(Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy))
-    return advice
+        yield Advice("length", f"only {epoch:.0%} of the rows were trained on", remedy)
 
 
-def diverged(history: History) -> list[Advice]:
+def diverged(history: History) -> Iterator[Advice]:
     """The loss of the last fifth is EXPLODED times that of the best fifth, or not finite."""
-    skipped = sum("skipped" in record for record in history)
-    if skipped:
+    fifths = _fifths(history)
+    if skipped := sum("skipped" in record for record in history):
         finding = f"steps skipped because their loss or gradient was not finite: {skipped}"
         remedy = "look at the rows named in metrics.jsonl, or lower training.learning_rate"
-        return [Advice("divergence", finding, remedy)]
-    fifths = _fifths(history)
-    if not fifths or fifths[-1] <= EXPLODED * min(fifths):
-        return []
-    finding = f"the loss rose from {min(fifths):.3f} at its best to {fifths[-1]:.3f} at the end"
-    remedy = "lower training.learning_rate (to a third), or raise training.warmup_steps"
-    return [Advice("divergence", finding, remedy)]
+        yield Advice("divergence", finding, remedy)
+    elif fifths and fifths[-1] > EXPLODED * min(fifths):
+        finding = f"the loss rose from {min(fifths):.3f} at its best to {fifths[-1]:.3f} at the end"
+        remedy = "lower training.learning_rate (to a third), or raise training.warmup_steps"
+        yield Advice("divergence", finding, remedy)
 
 
-def overfitted(history: History, ends_with_best: bool) -> list[Advice]:
+def overfitted(history: History, ends_with_best: bool) -> Iterator[Advice]:
     """The validation loss ends RISE above its best, while the training loss keeps falling."""
     evals = [(r["step"], r["eval_loss"]) for r in _validations(history)]
     if len(evals) < 3:
-        return []
+        return
     best_step, best = min(evals, key=lambda item: item[1])
     last_step, last = evals[-1]
     before = [r["loss"] for r in history if "loss" in r and r["step"] <= best_step]
     after = [r["loss"] for r in history if "loss" in r and r["step"] > best_step]
     if last <= best * (1 + RISE) or not before or not after:
-        return []
+        return
     if statistics.mean(after[-FEWEST:]) >= statistics.mean(before[-FEWEST:]):
-        return []
+        return
     remedy = "raise lora.lora_dropout, lower lora.r, or add data"
     if ends_with_best:
         remedy = f"the weights of step {best_step} are kept; for better ones {remedy}"
@@ -117,14 +106,14 @@ def overfitted(history: History, ends_with_best: bool) -> list[Advice]:
         f"the validation loss was best at step {best_step} ({best:.3f}) and is {last:.3f} at step "
         f"{last_step}, while the training loss kept falling"
     )
-    return [Advice("overfitting", finding, remedy)]
+    yield Advice("overfitting", finding, remedy)
 
 
-def underfitted(history: History) -> list[Advice]:
+def underfitted(history: History) -> Iterator[Advice]:
     """The training loss of the last fifth is less than LITTLE below that of the first."""
     fifths = _fifths(history)
     if not fifths or not fifths[0] * (1 - LITTLE) <= fifths[-1] <= EXPLODED * fifths[0]:
-        return []
+        return
     finding = f"the loss barely fell, from {fifths[0]:.3f} to {fifths[-1]:.3f}"
     remedy = (
         "raise training.learning_rate (to three times), train for more steps, or raise lora.r; and "
@@ -133,26 +122,21 @@ def underfitted(history: History) -> list[Advice]:
     if (epoch := max(record.get("epoch", 1.0) for record in history)) < 1:
         seen = f"as the run has seen {epoch:.0%} of the rows"
         remedy = f"train for a whole pass first (training.num_train_epochs=1), {seen}"
-    return [Advice("underfitting", finding, remedy)]
+    yield Advice("underfitting", finding, remedy)
 
 
-def repeats_itself(history: History) -> list[Advice]:
+def repeats_itself(history: History) -> Iterator[Advice]:
     """The model's first choices repeat the one before STUTTER more often than the references."""
-    evals = [r for r in _validations(history) if "eval_repetition" in r]
-    if not evals:
-        return []
-    ours, theirs = evals[-1]["eval_repetition"], evals[-1]["eval_reference_repetition"]
-    if ours <= theirs + STUTTER:
-        return []
-    finding = (
-        f"{ours:.0%} of the model's first choices repeat the token before them, where the "
-        f"references have {theirs:.0%}"
-    )
-    remedy = (
-        "train for fewer steps, lower training.learning_rate, and look for rows that repeat "
-        "themselves; when generating, raise generation.repetition_penalty"
-    )
-    return [Advice("repetition", finding, remedy)]
+    for last in [r for r in _validations(history) if "eval_repetition" in r][-1:]:
+        ours, theirs = last["eval_repetition"], last["eval_reference_repetition"]
+        if ours > theirs + STUTTER:
+            finding = (
+                f"{ours:.0%} of the model's first choices repeat the token before them, where "
+            )
+            finding += f"where the references have {theirs:.0%}"
+            remedy = "train for fewer steps, lower training.learning_rate, and look for rows that "
+            remedy += "repeat themselves; when generating, raise generation.repetition_penalty"
+            yield Advice("repetition", finding, remedy)
 
 
 def _validations(history: History) -> History:
@@ -179,7 +163,6 @@ class Answer(NamedTuple):
     verdict: str
     why: str  # the figures behind it
     tone: str = ""  # good, bad, note, or nothing where there is nothing to judge
-    code: str = ""  # a command, if that is the answer
 
 
 def learned(
@@ -189,11 +172,11 @@ def learned(
     samples: Sequence[Mapping[str, str]] = (),
     loss: Row | None = None,
 ) -> Answer:
-    """Judge by the held-out rows if they were scored, else by validation, else by training.
+    """Whether `history`, which ends with the step whose weights the adapter has, shows learning.
 
-    That it learned takes two things: a loss on held-out rows (`loss`, row by row) that fell by more
-    than chance moves it, and answers nearer to the references. `history` ends with the step whose
-    weights the adapter has, `advice` is of the whole run.
+    By the held-out rows if they were scored, else by validation, else by training. It takes two
+    things: a held-out `loss` that fell by more than chance moves it, and answers nearer to the
+    references.
     """
     question = "Did it learn?"
     for item in advice:
@@ -295,24 +278,6 @@ def overfitting(history: History, best_step: int | None, advice: Sequence[Advice
     return Answer(question, "No sign of it", why, "good")
 
 
-def changed(samples: Sequence[Mapping[str, str]], scores: Mapping[str, Scores]) -> Answer:
-    """How many sampled answers differ, and how the token accuracy moved."""
-    question, why = "What changed in the answers?", ""
-    if {"before", "after"} <= scores.keys():
-        before, after = scores["before"].token_accuracy, scores["after"].token_accuracy
-        why = f"Held-out tokens that are the model's first choice: {before:.1%} → {after:.1%}."
-    if not samples:
-        return Answer(question, "No samples", why or "No row was held out to ask about.")
-    differ = sum(sample["before"] != sample["after"] for sample in samples)
-    before, after = (
-        sum(sample[key].strip() == sample["reference"].strip() for sample in samples)
-        for key in ("before", "after")
-    )
-    equal = f"Equal to the reference: {before} before, {after} after."
-    verdict = f"{differ} of {len(samples)} sampled answers differ"
-    return Answer(question, verdict, f"{equal} {why}".strip(), "" if differ else "note")
-
-
 def forgot(general: Forgetting, kl: Row) -> Answer:
     """How much of general text was forgotten, and how far the answers are from the base's."""
     _, _, estimate, ends, _ = kl.cells()
@@ -322,26 +287,6 @@ def forgot(general: Forgetting, kl: Row) -> Answer:
         why += " A lower rate, fewer steps or a higher training.kl_weight keep more."
         tone = "bad" if general.verdict.startswith("much") else "note"
     return Answer("What did it forget?", _sentence(general.verdict)[:-1], why, tone)
-
-
-def cost(result: TrainResult, plan: Plan | None) -> Answer:
-    """Time, speed, and memory beside the plan."""
-    peak = f"Peak memory {size(result.peak_memory_bytes)}"
-    process = f"of the process {size(result.process_memory_bytes)}"
-    if plan:
-        peak += f" (planned {size(plan.total_bytes)})"
-        process += f" (planned {size(plan.process_bytes)})" * bool(plan.process_bytes)
-    why = f"{peak}, {process}; {result.steps:,} steps at {speed(result):,.0f} tokens per second"
-    early = ", stopped early." if result.stopped_early else "."
-    return Answer("What did it cost?", duration(result.seconds), why + early)
-
-
-def speed(result: TrainResult) -> float:
-    """Tokens per second of the training itself, without validations, as a plan has it."""
-    key = "tokens_per_second"
-    return statistics.fmean(
-        [r[key] for r in result.log_history if key in r] or [getattr(result, key)]
-    )
 
 
 def _sentence(text: str) -> str:

@@ -1,8 +1,8 @@
 """How near generated answers are to the references, and how two models differ in it.
 
-A metric is a function (prediction, reference) -> float of two texts. It compares words, characters
-and form; none knows whether an answer is right. ROUGE-L and chrF are `rouge-score`'s and
-`sacrebleu`'s (both Apache-2.0), which papers report and the extra `evaluate` brings.
+A metric compares words, characters and form of two texts, prediction and reference; none knows
+whether an answer is right. ROUGE-L and chrF are `rouge-score`'s and `sacrebleu`'s (both
+Apache-2.0), which papers report and the extra `evaluate` brings.
 """
 
 import functools
@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,11 +37,10 @@ class Question:
 
 
 def questions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Question]:
-    """The examples that can be asked, in order.
+    """The examples that can be asked, in order; of a pair the chosen answer is the reference.
 
-    Left out are rows that are learned from their first token on (a plain text, or
-    `data.train_on=all`), as nothing is there to ask, rows whose answer was cut, and bad answers. Of
-    a pair the chosen answer is the reference.
+    Rows that are learned from their first token on have nothing to ask; rows whose answer was cut,
+    and bad answers, are left out, too.
     """
     return [asked for example in examples if (asked := _question(example, tokenizer))]
 
@@ -93,10 +92,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def chrf(prediction: str, reference: str) -> float:
-    """Character n-gram F2, n = 1 to 6 (Popović 2015, W15-3049), 0 to 1, by sacrebleu.
-
-    Two texts without a character are alike: 1.
-    """
+    """Character n-gram F2, n = 1 to 6 (Popović 2015, W15-3049), 0 to 1; 1 of two empty texts."""
     if not prediction.split() and not reference.split():
         return 1.0
     _, chrf_scorer = scorers()
@@ -120,22 +116,17 @@ def scorers() -> tuple[Any, Any]:
 
 # ---- form ----------------------------------------------------------------------------------------
 
-STYLE_GRAM = 3  # characters
-
 
 def relative_length(prediction: str, reference: str) -> float:
-    """Characters of the prediction over those of the reference, 0 and up; 1 is as long.
-
-    White space at the ends does not count, and an empty reference counts as one character.
-    """
+    """Characters of the prediction over the reference's, white space at the ends not counted."""
     return len(prediction.strip()) / max(len(reference.strip()), 1)
 
 
 def style_similarity(prediction: str, reference: str) -> float:
     """Cosine of the counts of character 3-grams, 0 to 1 (Damashek 1995, Science 267:843).
 
-    Spelling, register and punctuation show in it, and words that both have. Case counts, runs of
-    white space are one space. Two texts without characters give 1, one of them gives 0.
+    Case counts, runs of white space are one space. Two texts without characters give 1, one gives
+    0.
     """
     ours, theirs = _grams(prediction), _grams(reference)
     if not ours or not theirs:
@@ -148,10 +139,8 @@ def style_similarity(prediction: str, reference: str) -> float:
 def _grams(text: str) -> Counter[str]:
     text = " ".join(text.split())
     padded = f" {text} " if text else ""
-    return Counter(padded[i : i + STYLE_GRAM] for i in range(len(padded) - STYLE_GRAM + 1))
+    return Counter(padded[i : i + 3] for i in range(len(padded) - 2))
 
-
-# ---- repetition ---------------------------------------------------------------------------------
 
 REPEATED_GRAM = 4  # words
 
@@ -159,8 +148,7 @@ REPEATED_GRAM = 4  # words
 def repetition(text: str, n: int = REPEATED_GRAM) -> float:
     """The share of a text's word n-grams that occurred in it before, 0 to 1.
 
-    Seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319), with words split at white space; a text of
-    fewer than n words repeats nothing.
+    Seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319); a text of fewer words repeats nothing.
     """
     words = text.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
@@ -232,13 +220,8 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         intervals = {"base": self.base, "tuned": self.tuned, "change": self.change}
-        return {
-            "metric": self.metric,
-            "better": self.better,
-            "relative": self.relative,
-            **{name: each.to_dict() if each else None for name, each in intervals.items()},
-            "verdict": self.verdict,
-        }
+        intervals = {name: each and each.to_dict() for name, each in intervals.items()}
+        return asdict(self) | intervals | {"verdict": self.verdict}
 
 
 def _ends(interval: Interval, form: str, percent: bool = False) -> str:
@@ -250,16 +233,12 @@ def _ends(interval: Interval, form: str, percent: bool = False) -> str:
 def paired_row(
     metric: str, better: str, values: list[np.ndarray], weights: np.ndarray | None = None
 ) -> Row:
-    """The row of a metric, from its sums over each example.
+    """The row of a metric, from sums over each example: (n,) of the base, and of the tuned model.
 
-    `values` are (n,) of the base, and (n,) of the tuned model if there is one; `weights` (n,) the
-    tokens of each example, None counts examples alike.
+    `weights` (n,) are the tokens of each example; None counts examples alike.
     """
-    figures = [ratio_interval(each, weights) for each in values]
-    if len(values) == 1:
-        return Row(metric, better, figures[0])
-    change = ratio_interval(values[1] - values[0], weights)
-    return Row(metric, better, figures[0], figures[1], change)
+    changes = [tuned - values[0] for tuned in values[1:]]
+    return Row(metric, better, *(ratio_interval(each, weights) for each in (*values, *changes)))
 
 
 def perplexity_row(loss: Row) -> Row:

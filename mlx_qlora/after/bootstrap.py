@@ -81,19 +81,16 @@ def ratio_interval(
     """The interval of sum(values) / sum(weights), examples resampled; one seed, one interval.
 
     Studentised (Efron & Tibshirani 1993, ch. 12): of each resample (r* - r) / se*, with the
-    linearised standard error of a ratio, so that the skew of the data moves both ends; the error
-    of r itself is the jackknife's, which sees single examples of great weight. Where some resample
-    has next to no spread it is BCa (ch. 14), which divides by nothing, and stays within the range
-    of the examples.
+    linearised standard error of a ratio, so that the skew of the data moves both ends; the error of
+    r itself is the jackknife's, which sees single examples of great weight. Where some resample has
+    next to no spread it is BCa (ch. 14), which divides by nothing, and stays within the range of
+    the examples.
 
-    Args:
-        values: (n,) y of each example, for a paired difference tuned minus base.
-        weights: (n,) x of each example, above 0; None for a mean.
-        level: of confidence, in (0, 1).
+    `values` are (n,) y of each example, for a paired difference tuned minus base; `weights` (n,) x,
+    above 0, or None for a mean; `level` is in (0, 1).
 
     Raises:
         DataError: no examples, or values that are not finite.
-        ConfigError: a level out of range.
     """
     require(0 < level < 1, "level", "be in (0, 1)", level)
     y = np.asarray(values, np.float64)

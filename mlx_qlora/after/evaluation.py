@@ -1,8 +1,4 @@
-"""`mlx-qlora evaluate`: a base, or an adapter against its base, on rows that were held out.
-
-Whatever can be wrong with the input is found before a weight is loaded. Then each model is scored
-and asked, the two are compared example by example, and the adapter is tried on general text.
-"""
+"""`mlx-qlora evaluate`: a base, or an adapter against its base, on rows that were held out."""
 
 import json
 from collections.abc import Callable
@@ -58,26 +54,22 @@ def evaluate_run(
     general_text: str | None = None,
     output: str | None = None,
 ) -> "Evaluation":
-    """Scores a base, or an adapter against its base, on rows of a file.
+    """Score a base, or an adapter against its base, on rows of a file.
 
-    Args:
-        config: its model and adapter, the rows and how they are read, the seed of their choice, and
-            `generation.max_new_tokens`. An adapter of ours brings its model and its template.
-        limit: score so many rows, drawn by the seed; None scores all.
-        n_answers: let the models answer so many questions, drawn too; 0 asks none.
-        general_text: a text file for the check of what was forgotten; the built-in texts if not
-            given. Needs an adapter.
-        output: a JSON file for everything.
-
-    Raises:
-        UserError: any of its kinds, before a weight is loaded.
+    `limit` rows of them and `n_answers` questions are drawn by the config's seed. An adapter of
+    ours brings its model and its template, and is tried on general text, the built-in one if none
+    is named. `output` is a JSON file for everything.
     """
     find_files(config.data.path)
     data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
-    _warn_of_training_rows(config, data, console)
+    taught = recorded(config.model.adapter, "data") if config.model.adapter else {}
+    trained = taught.get("data", {}).get("path")
+    if trained and user_path(str(trained)).absolute() == user_path(data).absolute():
+        better = "it is better on them than on new ones"
+        warn(console, f"the adapter was trained on rows of {data}: {better}")
     seed, objective, n_rows = config.training.seed, config.training.objective, len(examples)
     drawn = _drawn_examples(examples, limit, seed, console)
     rejected = good_answers(drawn, 0) if drawn.report.kind == PAIRS else None
@@ -105,11 +97,11 @@ def evaluate_run(
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs |= {"objective": objective, "max_new_tokens": max_new_tokens}
-    samples = []
-    for i, question in enumerate(asked):
-        sample = {"place": question.place, "prompt": question.prompt}
-        sample |= {"reference": question.reference, "base": base.answers[i]}
-        samples.append(sample | ({"tuned": tuned.answers[i]} if tuned else {}))
+    names = "place", "prompt", "reference"
+    samples = [{name: getattr(question, name) for name in names} for question in asked]
+    for key, model_of in {"base": base, "tuned": tuned}.items():
+        for sample, answer in zip(samples, model_of.answers if model_of else ()):
+            sample[key] = answer
     evaluation = Evaluation(comparison, general, tuple(samples), inputs)
     console.print(comparison)
     if general is not None:
@@ -123,14 +115,6 @@ def evaluate_run(
             raise ConfigError(f"--output: {file} cannot be written: {error}") from None
         say(console, f"written   {file}")
     return evaluation
-
-
-def _warn_of_training_rows(config: RunConfig, data: str, console: Console) -> None:
-    adapter = config.model.adapter
-    trained = adapter and recorded(adapter, "data").get("data", {}).get("path")
-    if trained and user_path(str(trained)).absolute() == user_path(data).absolute():
-        better = "it is better on them than on new ones"
-        warn(console, f"the adapter was trained on rows of {data}: {better}")
 
 
 def _check_arguments(
@@ -211,10 +195,10 @@ def measure(
     base: Lend | None = None,
     rejected: Examples | None = None,
 ) -> Performance:
-    """Scores a model as it is on all examples, and lets it answer questions, if there are any.
+    """Score a model on all examples, and let it answer questions, if there are any.
 
-    Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition.
-    Of several processes each scores its share. The scores have the divergence from a `base`;
+    Answers are the likeliest ones: no luck in them, and no penalty that would hide a repetition. Of
+    several processes each scores its share. The scores have the divergence from a `base`;
     `rejected` are the other answers of pairs.
     """
     scores = score_examples(model, tokenizer, examples, processes, base)
@@ -244,11 +228,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
-        counts = ("n_examples", "n_tokens", "n_answers", "adapter")
-        return {
-            **{name: getattr(self, name) for name in counts},
-            "metrics": [row.to_dict() for row in self.rows],
-        }
+        counts = {name: value for name, value in vars(self).items() if name != "rows"}
+        return counts | {"metrics": [row.to_dict() for row in self.rows]}
 
     def __rich__(self) -> Table:
         """The table that a terminal shows; 80 columns hold it."""
@@ -290,13 +271,7 @@ def compare(
         for name, (better, metric) in ANSWER_METRICS.items():
             values = [np.array([*map(metric, each.answers, references)]) for each in models]
             rows.append(paired_row(name, better, values))
-    return Comparison(
-        tuple(rows),
-        n_examples=len(tokens),
-        n_tokens=int(tokens.sum()),
-        n_answers=len(asked),
-        adapter=tuned is not None,
-    )
+    return Comparison(tuple(rows), len(tokens), int(tokens.sum()), len(asked), tuned is not None)
 
 
 def kl_row(scores: RowScores) -> Row:
@@ -315,10 +290,6 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""
-        return {
-            "mlx_qlora": __version__,
-            **self.inputs,
-            "comparison": self.comparison.to_dict(),
-            "forgetting": self.forgetting.to_dict() if self.forgetting else None,
-            "samples": list(self.samples),
-        }
+        general = self.forgetting and self.forgetting.to_dict()
+        found = {"comparison": self.comparison.to_dict(), "forgetting": general}
+        return {"mlx_qlora": __version__, **self.inputs, **found, "samples": [*self.samples]}

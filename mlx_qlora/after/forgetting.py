@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_qlora.adapters.drift import POSITIONS, encode_texts, float64_of, log_softmax
+from mlx_qlora.adapters.drift import encode_texts, log_probabilities
 from mlx_qlora.adapters.several import active, disabled
 from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_row
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
@@ -40,9 +40,9 @@ MOST_CHARACTERS = 400_000  # of a file; some 100,000 tokens give intervals of un
 class Forgetting:
     """An adapter on general text.
 
-    Intervals come from drawing blocks of BLOCK neighbouring predictions (Künsch 1989, the block
-    bootstrap). Of the built-in texts there are some 16 blocks of six subjects: an interval then
-    covers chance within them, not other kinds of text.
+    Intervals come from drawing blocks of BLOCK neighbouring predictions (Künsch 1989). Of the
+    built-in texts there are some 16 of six subjects: they cover chance within them, not other kinds
+    of text.
     """
 
     loss: Row  # nats per token, as in a comparison
@@ -101,20 +101,16 @@ def degree(rise: float) -> str:
     return "little" if rise < LITTLE else "something" if rise < MUCH else "much"
 
 
-def read_texts(path: Path, max_characters: int = MOST_CHARACTERS) -> list[str]:
-    """The paragraphs of a text file, evenly spaced ones if there are more than are needed.
-
-    A ConfigError if it cannot be read as UTF-8, or holds no text.
-    """
+def read_texts(path: Path) -> list[str]:
+    """A text file's paragraphs, evenly spaced ones of many; a ConfigError if it has none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--general: {path} cannot be read as text: {error}") from None
-    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
-    paragraphs = [paragraph[:max_characters] for paragraph in paragraphs if paragraph]
+    paragraphs = [part.strip()[:MOST_CHARACTERS] for part in text.split("\n\n") if part.strip()]
     if not paragraphs:
         raise ConfigError(f"--general: {path} holds no text; name a file of plain text")
-    step = -(-sum(map(len, paragraphs)) // max_characters)
+    step = -(-sum(map(len, paragraphs)) // MOST_CHARACTERS)
     return paragraphs[::step]
 
 
@@ -125,15 +121,10 @@ def forgetting(
     source: str = "the built-in texts",
     base: Lend | None = None,
 ) -> Forgetting:
-    """Compares a model with its adapter, which is on and stays on, and without it.
+    """Compare a model with its adapter, which is on and stays on, and without it, or with a `base`.
 
-    Args:
-        texts: general ones; None means the six built-in ones.
-        source: what messages call the texts.
-        base: what it is compared with, if not with the model without its adapter.
-
-    Raises:
-        ConfigError: no adapter is on or it cannot be turned off, or no text has two tokens.
+    `texts` are the six built-in ones if not given; messages call them `source`. A ConfigError if no
+    adapter is on, or no text has two tokens.
     """
     if active(model) is None:
         raise ConfigError("the model has no adapter that is on: attach one, or switch to it")
@@ -153,11 +144,7 @@ def forgetting(
 
 
 def _blocks(model: LlamaForCausalLM, ids: list[int], lend: Lend) -> np.ndarray:
-    """(blocks, 5) float64 of one text: sums of two losses and two divergences, and how many.
-
-    Logits exist for POSITIONS tokens at once, in float64: a divergence of 1e-7 is a difference of
-    numbers near 10.
-    """
+    """(blocks, 5) float64 of one text: sums of two losses and two divergences, and how many."""
     tokens, labels = mx.array([ids[:-1]]), np.array(ids[1:])
     with lend():
         hidden_base = model.model(tokens)[0]
@@ -166,13 +153,9 @@ def _blocks(model: LlamaForCausalLM, ids: list[int], lend: Lend) -> np.ndarray:
     mx.eval(hidden_tuned)
     figures = np.empty((len(labels), 5))
     with model.head.dense_for_now():
-        for start in range(0, len(labels), POSITIONS):
-            part = slice(start, start + POSITIONS)
-            base, tuned = (
-                log_softmax(float64_of(model.logits(hidden[part])))
-                for hidden in (hidden_base, hidden_tuned)
-            )
-            at = np.arange(len(base)), labels[part]
+        hidden = [hidden_base, hidden_tuned]
+        for part, (base, tuned) in log_probabilities(model, hidden, np.arange(len(labels))):
+            at = np.arange(len(part)), labels[part]
             difference = base - tuned
             kl = -(np.exp(tuned) * difference).sum(axis=1)
             kl_reverse = (np.exp(base) * difference).sum(axis=1)

@@ -16,7 +16,7 @@ from mlx_qlora.adapters.peft import note_on_mlx_lm
 from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
-from mlx_qlora.after.evaluation import Performance, kl_row, measure
+from mlx_qlora.after.evaluation import kl_row, measure
 from mlx_qlora.after.forgetting import forgetting
 from mlx_qlora.after.plots import in_kernel, render
 from mlx_qlora.after.report import Report, next_commands, write_report
@@ -33,7 +33,6 @@ from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import last_checkpoint
 from mlx_qlora.train.loop import TrainResult
 from mlx_qlora.train.preferences import good_answers
-from mlx_qlora.train.score import Lend
 from mlx_qlora.train.signals import Interrupted
 
 PAGE_EVERY = 5.0  # seconds between two versions of the page
@@ -110,8 +109,13 @@ class Observer:
             self.task, task.beyond = task, self.beyond
         new = self.history[self.n_read :]
         self.n_read += len(new)
-        if self.console.is_terminal:
-            self._print_rows(new)
+        for record in new if self.console.is_terminal else ():
+            if record["step"] > self.first_step and {"loss", "eval_loss"} & record.keys():
+                if not self.has_head:
+                    say(self.console, HEAD)
+                    self.has_head = True
+                say(self.console, drawn(table_row(record, self.last_eval), self.console))
+            self.last_eval = record.get("eval_loss", self.last_eval)
         self.at = status = f"Step {self.task.done:,.0f} of {self.task.total:,.0f}"
         if (left := self.task.seconds_left) == left and self.task.done < self.task.total:
             status += f", about {duration(left)} to go"
@@ -140,15 +144,6 @@ class Observer:
         answers = ANSWERED * self.limit if self.questions else 0
         # Before and after, and without the training once more, to tell how far apart both are.
         return left + row * (3 * len(self.held_out or ()) + 2 * answers)
-
-    def _print_rows(self, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            if record["step"] > self.first_step and {"loss", "eval_loss"} & record.keys():
-                if not self.has_head:
-                    say(self.console, HEAD)
-                    self.has_head = True
-                say(self.console, drawn(table_row(record, self.last_eval), self.console))
-            self.last_eval = record.get("eval_loss", self.last_eval)
 
     def _so_far(self, status: str, reloads: bool) -> Report:
         assert self.task is not None
@@ -194,10 +189,14 @@ class Observer:
             if self.held_out and not console.is_terminal:  # which shows how far it is
                 answers = " and answers" * bool(self.questions)
                 say(console, f"scoring   held-out rows{answers}, before and after training")
-        with shown(console), self.untrained():
-            before = self._look()
-        with shown(console):
-            after = self._look(self.untrained)
+        asked = self.questions if self.processes.is_first else []
+        before = after = None
+        if rows := self.held_out:
+            of = self.model, tokenizer, rows, asked, self.limit, self.processes
+            with shown(console), self.untrained():
+                before = measure(*of)
+            with shown(console):
+                after = measure(*of, self.untrained)
         if not self.processes.is_first:
             return
         loss, samples, kl, general = None, [], None, None
@@ -215,8 +214,8 @@ class Observer:
             old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}
             name, change = "test" if self.inputs.test else "held out", new.loss / old.loss - 1
-            of = {"sft": "", "kto": " of good answers"}
-            of = of.get(config.training.objective, " of chosen answers")
+            good = {"sft": "", "kto": " of good answers"}
+            of = good.get(config.training.objective, " of chosen answers")
             of += " (unweighted)" * any(row.weights is not None for row in self.held_out or ())
             say(
                 console,
@@ -241,18 +240,8 @@ class Observer:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
 
-    def _look(self, base: Lend | None = None) -> Performance | None:
-        """Scores of the held-out rows and, in the first process, answers to the questions."""
-        model, tokenizer, rows = self.model, self.inputs.tokenizer, self.held_out
-        asked = self.questions if self.processes.is_first else []
-        more = asked, self.limit, self.processes, base
-        return measure(model, tokenizer, rows, *more) if rows else None
-
     def _own_prompt(self) -> tuple[str, list[str]]:
-        """One of the user's own prompts, short and best of one line, and `generate`'s flags for it.
-
-        The text is without the BOS, which is put before any.
-        """
+        """A prompt of the user's, short and best of one line, and `generate`'s flags for it."""
         inputs, tokenizer = self.inputs, self.inputs.tokenizer
         rows, bos = (self.held_out or inputs.train)[:CANDIDATES], tokenizer.bos_id
         system, bos = inputs.config.data.system, "" if bos is None else tokenizer.decode([bos])
@@ -270,10 +259,7 @@ ALPACA = re.compile(
 
 
 def prompt_flags(prompt: str, tokenizer: Tokenizer, system: str | None = None) -> list[str]:
-    """The flags by which `generate` writes a prompt, a row up to its answer, as the rows were.
-
-    `system` is the message that `generate` begins with by itself.
-    """
+    """`generate`'s flags for a row up to its answer; it begins with `system` by itself."""
     bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
     if found := ALPACA.fullmatch(prompt.removeprefix(bos)):
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]

@@ -1,7 +1,4 @@
-"""Figures over steps as plots: SVG files, in the report's page, live in a notebook.
-
-plot.html draws the SVG.
-"""
+"""Figures over steps as plots, which plot.html draws for files, pages and notebooks."""
 
 import functools
 import json
@@ -10,10 +7,10 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import in_page
+from mlx_qlora.adapters.push import templates
+from mlx_qlora.errors import duration, size
 
 # ---- what is drawn -------------------------------------------------------------------------------
 
@@ -82,11 +79,7 @@ def plots_of(
     best: int | None = None,
     planned_bytes: int | None = None,
 ) -> list[Plot]:
-    """Make the plots of a history (the records of `metrics.jsonl`), the loss first.
-
-    The last step of the warmup and that of the best validation are marked, and the predicted peak
-    of memory is drawn beside the measured one.
-    """
+    """The plots of a history (the records of `metrics.jsonl`), with warmup, best step and plan."""
 
     def line(key: str, label: str, scale: float = 1.0) -> Line:
         points = [(r["step"], r[key] * scale) for r in history if key in r]
@@ -112,9 +105,9 @@ def plots_of(
 
 
 def thin(points: Points, buckets: int = BUCKETS) -> Points:
-    """Keep the lowest and the highest finite point of each bucket of steps, and both ends.
+    """Keep the lowest and the highest point of each bucket of steps, and both ends.
 
-    So every extreme of the line stays: a spike of one step in 100,000 is still seen.
+    So a spike of one step in 100,000 is still seen.
     """
     if len(points) <= 2 * buckets:
         return points
@@ -159,37 +152,24 @@ def number(value: float) -> str:
 
 
 @functools.cache
-def _templates() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mlx_qlora.after", ""),
-        autoescape=True,
-        finalize=in_page,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+def _pages() -> Any:
+    """The package's templates, with what a page draws with."""
+    environment = templates()
     environment.globals |= {"scale": scale, "ticks": ticks, "number": number}
     environment.globals |= {"quote": shlex.quote, "to_json": json.dumps}
+    environment.globals |= {"size": size, "duration": duration}
     environment.filters |= {"percent": "{:.4g}%".format, "short": "{:.4g}".format}
     return environment
 
 
 def svg_file(plot: Plot) -> str:
     """Draw a document of its own, with title, legend and colours."""
-    return _templates().get_template("plot.html").module.document(plot)
-
-
-def write_plots(plots: Sequence[Plot], folder: Path) -> None:
-    """Draw a file of each plot."""
-    for plot in plots:
-        (folder / f"{plot.name}.svg").write_text(svg_file(plot), encoding="utf-8")
+    return _pages().get_template("after/plot.html").module.document(plot)
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this package, and escape every value."""
-    return _templates().get_template(template).render(values)
+    """Fill a page beside this file, and escape every value."""
+    return _pages().get_template(f"after/{template}").render(values)
 
 
 def in_kernel() -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,26 +15,22 @@ from mlx_qlora.after import advice
 from mlx_qlora.after.advice import Advice, Answer
 from mlx_qlora.after.answer_metrics import Row
 from mlx_qlora.after.forgetting import Forgetting
-from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, write_plots
+from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, svg_file
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
-from mlx_qlora.errors import size
 from mlx_qlora.folders import PEFT, RECORD, json_object, staged
 from mlx_qlora.train.loop import TrainResult
 
 
 def write_report(report: "Report") -> Path:
-    """Write `report.html` and `plots/` into the run's output folder; return the page's path.
-
-    A notebook that shows the result shows the summary, and the plots if it has not shown them while
-    the run went on.
-    """
+    """Write `report.html` and `plots/`, and what a notebook shows of the result."""
     folder = report.result.output_dir
     path = folder / "report.html"
     with staged(folder) as staging:
         (staging / "plots").mkdir()
-        write_plots(report.plots, staging / "plots")
+        for plot in report.plots:
+            (staging / "plots" / f"{plot.name}.svg").write_text(svg_file(plot), "utf-8")
         (staging / path.name).write_text(report.page(), "utf-8", "backslashreplace")
     note = f"The whole report: {path}"
     plots = [] if in_kernel() else report.plots
@@ -44,7 +41,8 @@ def write_report(report: "Report") -> Path:
 # ---- the report ----------------------------------------------------------------------------------
 
 RECORDS = 24  # of the history, as a table
-COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+SPEED = "tokens_per_second"
+COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", SPEED)
 COLUMNS += ("rewards/accuracies", "rewards/margins", "eval_rewards/accuracies")
 COLUMNS += ("eval_rewards/margins", "kl")
 
@@ -70,9 +68,8 @@ class Report:
 
     def page(self) -> str:
         """The HTML."""
-        formats = {"size": size, "figure": figure, "speed": advice.speed}
         more = {"yaml": to_yaml(self.config), "version": __version__, "vllm_ranks": VLLM_RANKS}
-        return render("page.html", report=self, **formats, **more)
+        return render("page.html", report=self, figure=figure, **more)
 
     @property
     def title(self) -> str:
@@ -109,20 +106,26 @@ class Report:
 
     @property
     def answers(self) -> list[Answer]:
-        """The answers, in the order in which people ask."""
+        """Whether it learned, and whether too much."""
         result, kept = self.result, self.result.log_history
         best = result.best_step
         if best is not None and self.config.checkpointing.load_best_model_at_end:
             kept = [record for record in kept if record["step"] <= best]
-        why = "The adapter is in PEFT's format. Other tools: see below."
         return [
             advice.learned(kept, result.test_scores, self.advice, self.samples, self.loss),
             advice.overfitting(result.log_history, best, self.advice),
-            advice.changed(self.samples, result.test_scores),
-            *([advice.forgot(self.forgetting, self.kl)] if self.forgetting and self.kl else []),
-            advice.cost(result, self.plan),
-            Answer("How do I use it?", "Ask it something", why, code=self.question),
         ]
+
+    @property
+    def forgot(self) -> Answer | None:
+        """How much of general text was forgotten, if that was measured."""
+        return advice.forgot(self.forgetting, self.kl) if self.forgetting and self.kl else None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of the training itself, without validations, as a plan has it."""
+        of_steps = [r[SPEED] for r in self.result.log_history if SPEED in r]
+        return statistics.fmean(of_steps or [self.result.tokens_per_second])
 
     @property
     def question(self) -> str:
@@ -180,8 +183,8 @@ def figure(value: object) -> str:
 def command(report: Report, name: str, folder: str) -> list[str]:
     """The beginning of a command of ours that opens the adapter.
 
-    The folder's own run.yaml says how the base was loaded: its revision, bits and dtype. A model
-    that is named would be loaded without them, so one is named only where no run.yaml names it.
+    A model that is named would be loaded without what run.yaml says of it: revision, bits and
+    dtype.
     """
     source = report.config.model.source
     named = source is not None and (report.result.output_dir / "run.yaml").is_file()

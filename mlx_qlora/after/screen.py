@@ -1,8 +1,4 @@
-"""A terminal that shows what is under way: a line for each task, below all that is printed.
-
-Where there is no terminal, a line on standard error says now and then how far it is. One thread
-does it, and whatever else follows a run: the table, the report, the notebook.
-"""
+"""A terminal that shows what is under way: a line for each task, below all that is printed."""
 
 import math
 import shlex
@@ -53,13 +49,6 @@ def task_line(task: Task, width: int) -> str:
     full = round(size * min(task.done / task.total, 1)) if task.total else 0
     bar = "━" * full + "─" * (size - full)
     return f"{task.what + ' ':<{LABEL}}{bar}  {'  '.join([*pieces, when])}"[: width - 1]
-
-
-def plain_line(task: Task) -> str:
-    """What, how many, and how long, for a file."""
-    count = f"{task.done:,.0f}{f' of {task.total:,.0f}' if task.total else ''} {task.unit}".rstrip()
-    left = "" if math.isnan(task.seconds_left) else f", about {duration(task.seconds_left)} left"
-    return f"mlx-qlora: {task.what} {count}{left}\n"
 
 
 COLUMNS = {"step": 8, "epoch": 6, "examples": 9, "train loss": 10, "val loss": 9}
@@ -140,7 +129,11 @@ class Screen:
             return
         if not console.is_terminal:
             if progress.now() >= self._next and not in_kernel():
-                sys.stderr.write(visible(plain_line(under_way[0])))
+                task = under_way[0]
+                of, left = f" of {task.total:,.0f}" * bool(task.total), task.seconds_left
+                count = f"{task.done:,.0f}{of} {task.unit}".rstrip()
+                left = "" if math.isnan(left) else f", about {duration(left)} left"
+                sys.stderr.write(visible(f"mlx-qlora: {task.what} {count}{left}\n"))
                 self._silence = min(2 * self._silence, LONGEST_SILENCE)
                 self._next = progress.now() + self._silence
             return

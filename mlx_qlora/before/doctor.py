@@ -1,7 +1,6 @@
 """`mlx-qlora doctor`: what this machine is, what it lacks for a run, and the command that fixes it.
 
-Each check yields findings, and whatever goes wrong in it becomes a finding, too. The network is
-asked for a few seconds at most; nothing is downloaded and nothing on disk is changed.
+Whatever goes wrong in a check becomes a finding, too. Nothing is downloaded or changed.
 """
 
 import importlib.metadata
@@ -30,9 +29,8 @@ from mlx_qlora.cpu import blas as cpu_blas
 from mlx_qlora.distributed import in_time
 from mlx_qlora.errors import SourceError, UserError, shown, visible
 from mlx_qlora.model import hub
-from mlx_qlora.model.gguf import GgufMatrix
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.weights import Checkpoint, open_checkpoint
+from mlx_qlora.model.weights import open_checkpoint
 from mlx_qlora.train.memory import adapter_bytes
 
 
@@ -271,19 +269,20 @@ class PlannedRun:
             headers = build_hf_headers()  # asks the hub itself, at times
             return get_session().get(f"{url}/api/whoami-v2", headers=headers, timeout=PATIENCE)
 
+        only = "only models on this disk can be used"
+        if constants.HF_HUB_OFFLINE:
+            self.away = errors.OfflineModeIsEnabled()
+            yield _warning("hub", f"HF_HUB_OFFLINE is set: {only}", "unset HF_HUB_OFFLINE")
+            return
         try:
-            if constants.HF_HUB_OFFLINE:
-                raise errors.OfflineModeIsEnabled()
             answer = _in_time(ask, PATIENCE)
             status = answer.status_code
             if status >= 500:
                 raise RuntimeError(f"it answered {status}")
         except Exception as cause:
             self.away = cause
-            why, fix = f"{url} cannot be reached ({cause})", f"curl --head {url}"
-            if constants.HF_HUB_OFFLINE:
-                why, fix = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
-            yield _warning("hub", f"{why}: only models on this disk can be used", fix)
+            text = f"{url} cannot be reached ({cause}): {only}"
+            yield _warning("hub", text, f"curl --head {url}")
             return
         yield _ok("hub", f"{url} answers")
         if status == 200:
@@ -309,7 +308,7 @@ class PlannedRun:
 
     def _examined(self, source: str) -> str:
         """Asks for no more than the headers of files here, and sizes and a config elsewhere."""
-        files, size, to_fetch, repacked = None, 0, 0, ""
+        files, size, to_fetch = None, 0, 0
         revision = self.config.model.revision
         if not hub.is_on_hub(source):
             files = hub.resolve(source, revision)
@@ -318,8 +317,7 @@ class PlannedRun:
         elif self.away:
             raise SourceError(hub.explain(self.away, source, revision))
         if files:
-            checkpoint = open_checkpoint(files)
-            config, repacked = checkpoint.config, _repacked(checkpoint)
+            config = open_checkpoint(files).config
         else:
             ask = partial(hub.on_offer, source, revision, PATIENCE)
             try:
@@ -332,7 +330,7 @@ class PlannedRun:
         family = f"{llama.model_type}, {llama.num_hidden_layers} layers"
         if files:
             whole = "; completely in the cache" if hub.is_on_hub(source) else ""
-            return f"{files.path}: {family}{whole}{repacked}"
+            return f"{files.path}: {family}{whole}"
         begun = "partly in the cache" if to_fetch < size else "not in the cache yet"
         begun += f"; {to_fetch / 1e9:,.2f} GB to fetch"
         return f"{source}: {family} that you may read, {begun}"
@@ -367,17 +365,6 @@ class PlannedRun:
         # Too small for the yardstick is perhaps not too small for the model.
         is_known = self.of == self.config.model.source
         return _error(name, text, fix) if is_known else _warning(name, text, fix)
-
-
-def _repacked(checkpoint: Checkpoint) -> str:
-    """What packing adds to K-quants whose groups are not MLX's, where there are such."""
-    tensors = [x for x in checkpoint.tensors.values() if isinstance(x, GgufMatrix)]
-    tensors = [x for x in tensors if x.is_packed and not x.is_mlx]
-    errors = {x.kind: 0.0 for x in tensors}
-    for tensor in tensors:
-        errors[tensor.kind] = max(errors[tensor.kind], tensor.added_error())
-    shown = ", ".join(f"{kind} {error:.1%}" for kind, error in sorted(errors.items()))
-    return f"; error added by quantisation: {shown}" if shown else ""
 
 
 def _existing(folder: Path) -> Path:

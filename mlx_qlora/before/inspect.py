@@ -105,12 +105,6 @@ def inspect_data(
 
     Then `show` examples as the model will see them; `html` is a page with the same in colour. No
     weight is loaded.
-
-    Returns:
-        Reports with every refusal, the split and the epoch, as JSON has it.
-
-    Raises:
-        ConfigError: the page cannot be written.
     """
     inputs = open_inputs(config, console, writes=False, weights=False)
     training = inputs.config.training
@@ -156,10 +150,7 @@ def inspect_data(
 
 
 def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
-    """Do all that a run does before its first step, and score its first batch.
-
-    Nothing is written but the cache of tokens.
-    """
+    """All that a run does before its first step, and the first batch scored; writes only tokens."""
     model = inputs.load()
     inputs = inputs.prepare(model).to_resume(console)
     batches = batches_of(inputs.train, inputs.config.data, inputs.config.training)

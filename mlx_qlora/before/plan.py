@@ -1,9 +1,8 @@
 """What a run will need, before it starts: bytes by part, how it will be computed, and how fast.
 
-The figures come from the headers of the model's files and from the config; no weight is loaded.
-The peak is the base plus the larger of two moments: the backward's beginning, when all that the
-forward kept is there, and the optimiser's update. `benchmarks/memory.py` compares with what a run
-then takes.
+By the files' headers and the config. The peak is the base plus the larger of two moments: the
+backward's beginning, when all that the forward kept is there, and the optimiser's update.
+`benchmarks/memory.py` compares with what a run then takes.
 """
 
 import math
@@ -15,6 +14,7 @@ import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.adapters.options import for_this_model
+from mlx_qlora.adapters.push import render
 from mlx_qlora.config import RunConfig, settle
 from mlx_qlora.data.batches import padded_width
 from mlx_qlora.data.examples import Examples
@@ -46,10 +46,9 @@ HIDDEN_MOVED, MLP_MOVED, DROPPED_MOVED, FORWARD_MOVED = 19, 54.5, 7, 0.36
 def flops_per_token(
     llama: LlamaConfig, levels: list[int], lengths: list[int], supervised: float
 ) -> float:
-    """Multiplications and additions of a step, per position.
+    """Multiplications and additions of a step, per position; the head at supervised ones alone.
 
-    Two for each weight forward and two back, two more where the backward computes it again; the
-    head at supervised positions alone; attention up to the diagonal.
+    Two for each weight forward and two back, two more where the backward computes it again.
     """
     attention, mlp = weights_of_layer(llama)
     typical = sum(n * n for n in lengths) / max(sum(lengths), 1)
@@ -64,10 +63,7 @@ def flops_per_token(
 
 
 def bytes_read(llama: LlamaConfig, levels: list[int], itemsize: int) -> int:
-    """Bytes of dense weights that a micro-batch takes from memory, however many rows it has.
-
-    All of them forward and back, those of a layer that is recomputed once more.
-    """
+    """Bytes of dense weights that a micro-batch takes from memory, forward, back and recomputed."""
     of_layer = sum(weights_of_layer(llama))
     passes = sum(3 if level == memory.LAYER else 2 for level in levels)
     return itemsize * (passes * of_layer + 2 * llama.vocab_size * llama.hidden_size)
@@ -93,10 +89,9 @@ def weights_of_layer(llama: LlamaConfig) -> tuple[int, int]:
 def documents_of(
     config: RunConfig, examples: Examples | None
 ) -> tuple[list[int], list[int], float]:
-    """Lengths of a micro-batch's documents, and which share of its positions is supervised.
+    """Lengths of the largest and of a usual micro-batch's documents, and the share of supervision.
 
-    First those of the largest micro-batch, which decides memory, then those of a usual one, which
-    decides speed.
+    The first decides memory, the second speed.
     """
     rows = config.training.rows
     supervised = 1.0 if config.data.train_on == "all" else 0.25
@@ -144,17 +139,9 @@ class Frozen:
 
 
 def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
-    """How many numbers a run trains; the model may be one without weights.
-
-    Raises:
-        ConfigError: a target that matches nothing.
-    """
-    try:
-        paths = target_paths(model, lora)
-    except ConfigError as error:
-        raise ConfigError(f"the plan cannot be made: {error}") from None
+    """How many numbers a run trains; the model may be one without weights."""
     modules, total = dict(model.named_modules()), 0
-    for path in paths:
+    for path in target_paths(model, lora):
         rows, columns = modules[path].shape
         total += lora.rank_of(path) * (rows + columns) + (rows if lora.use_dora else 0)
     return total
@@ -204,16 +191,6 @@ class Scaling:
         bucket = max(SMALLEST_BUCKET, handed // MOST_BUCKETS)
         messages = -(-handed // bucket) + SMALL_SUMS if handed else 0
         return cls(processes, 2 * handed, handed, wire, messages, processes * tokens, seconds)
-
-    def __str__(self) -> str:
-        handed, wire = self.handed_bytes / 1e9, self.wire_bytes / 1e9
-        return (
-            f"{'processes':<22}{self.processes}; each needs the memory above\n"
-            f"{'all-reduced':<22}{handed:.3f} GB a step; {wire:.3f} GB sent by each process in "
-            f"{self.messages} messages\n"
-            f"{'step':<22}{self.step_tokens:,} tokens of all processes, computed in "
-            f"{self.compute_seconds:,.2f} s"
-        )
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -265,39 +242,8 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        lines = [f"{name:<22}{size / 1e9:8.2f} GB" for name, size in self.parts.items()]
-        lines.append(f"{'predicted peak':<22}{self.total_bytes / 1e9:8.2f} GB")
-        if self.cache_bytes:
-            lines.append(f"{'cache':<22}{self.cache_bytes / 1e9:8.2f} GB more, if there is room")
-        if self.process_bytes:
-            lines.append(f"{'process':<22}{self.process_bytes / 1e9:8.2f} GB, Python included")
-        lines.append(f"{'memory':<22}{self.memory_bytes / 1e9:8.2f} GB, {self.machine}")
-        if self.residency == "streamed":
-            lines.append(f"{'weights':<22}streamed from the disk, two layers in memory")
-        for name, figures in self.residencies.items():
-            fits = "fits" if figures["fits"] else "does not fit"
-            speed = f"about {figures['tokens_per_second']:,.0f} tokens/s"
-            chosen = ", chosen" * (name == self.residency)
-            line = f"{figures['total_bytes'] / 1e9:8.2f} GB, {fits}, {speed}{chosen}"
-            lines.append(f"{name:<22}{line}")
-        if self.documents:
-            lines.append(f"{'rows, assumed':<22}{self.documents}")
-        lines.append(f"{'trainable parameters':<22}{self.trainable:,}")
-        counts = {name: self.schedule.levels.count(level) for level, name in LEVEL_NAMES.items()}
-        recomputed = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
-        lines.append(f"{'recomputed':<22}{recomputed or 'nothing'}")
-        if self.schedule.n_chunks > 1:
-            lines.append(f"{'micro-batch':<22}computed in {self.schedule.n_chunks} chunks")
-        longest = f"{self.longest_context:,} tokens" if self.longest_context else "none fits"
-        lines.append(f"{'longest context':<22}{longest}")
-        lines.append(f"{'expected speed':<22}about {self.tokens_per_second:,.0f} tokens/s")
-        seconds, what = self.run_seconds, "with validations"
-        if seconds is None:
-            seconds, what = 1e6 / self.tokens_per_second, "for each million tokens"
-        lines.append(f"{'expected time':<22}about {duration(seconds)} {what}")
-        if self.scaling is not None:
-            lines.append(str(self.scaling))
-        return "\n".join([*lines, self.advice] if self.advice else lines)
+        values = {"plan": self, "levels": LEVEL_NAMES, "duration": duration}
+        return render("before/plan.txt.jinja", **values).rstrip("\n")
 
 
 def plan(
@@ -359,10 +305,7 @@ def plan_checkpoint(
     where: Machine | None = None,
     processes: int | None = None,
 ) -> Plan:
-    """The plan for opened files, and for the examples of a run if they are known.
-
-    Where the weights may be streamed, they are if the run would fill more than `FULL` of memory.
-    """
+    """The plan for opened files and for rows, if they are known; full memory streams weights."""
     model, rest = config.model, (examples, where or this_machine(), processes)
     as_asked = _plan_as_it_is(checkpoint, config, *rest)
     is_full = as_asked.total_bytes > FULL * as_asked.memory_bytes

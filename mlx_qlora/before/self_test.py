@@ -1,8 +1,7 @@
 """`mlx-qlora doctor --self-test`: whether this machine computes what training needs, and how fast.
 
 Kernels are compared with their definitions, twenty steps of a tiny model with losses that are
-shipped, and a layer of a real size with the plan. It needs no file and no network, and runs in a
-process of its own, which a device that fails may end.
+shipped, and a layer of a real size with the plan, in a process that a failing device may end.
 """
 
 import json
@@ -135,10 +134,8 @@ EMULATED = "Apple M1", "Apple M2"  # chips without bfloat16, where float16 may b
 def layers(config: RunConfig, budget: float, keep: bool) -> Iterator[Finding]:
     """One layer, forward and back, in each way that this device could choose, against the plan.
 
-    Args:
-        config: names a model; without one it is Llama's of 8B, on a CPU of 1B.
-        budget: seconds of a line.
-        keep: whether the times are stored, for `auto` to choose by.
+    It is the model's that the `config` names, or Llama's of 8B, on a CPU of 1B. `budget` is seconds
+    of a line; `keep` stores the times, for `auto` to choose by.
     """
     here, machine, quant = device.current(), device.this_machine(), config.model.quantize()
     shape, name = (LLAMA_1B, "1B") if here.kind == "cpu" else (LLAMA_8B, "8B")
@@ -250,13 +247,12 @@ def self_test(
     config: RunConfig | None = None,
     keep: bool = False,
 ) -> dict[str, Any]:
-    """Tests whether this machine trains right and as fast as planned; prints line by line.
+    """Test whether this machine trains right and as fast as planned; print line by line.
 
     Args:
         source: the model whose layers are timed, as for `load`; its weights are not fetched.
         report: a JSON and a Markdown file to write, for an issue: without personal data.
         seconds: of each line that measures speed.
-        parts: what is done, of the default's.
         config: in the place of `source`.
         keep: stores the times, for `model.frozen_matmul: auto` to choose by.
 

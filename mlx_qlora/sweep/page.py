@@ -197,10 +197,7 @@ def table(trials: list[Trial], rungs: int) -> Table:
 
 
 def plot_of(trials: list[Trial]) -> Plot:
-    """Validation loss over the learning rate; bars are one standard error each way.
-
-    There is a line for each number of steps, rank, batch and seed. Failed trials have no place.
-    """
+    """Validation loss over the learning rate, with one standard error each way."""
     series: dict[tuple[int, int, int, int], list[tuple[float, float, float]]] = {}
     for trial in trials:
         point = trial.point

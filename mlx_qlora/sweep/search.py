@@ -1,9 +1,8 @@
 """A sweep, from a config and a grid to a winner.
 
 Each stage is one bracket of successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943): all
-candidates get a short budget, the better half goes on from its checkpoints to twice that, and so
-on to the full one. All of them share one loaded base, one tokenised data set, and one validation
-set. Everything known is on disk, so the same command goes on where a killed one ended.
+candidates get a short budget, the better half goes on from its checkpoints to twice that, and so on
+to the full one. Everything known is on disk, so the same command goes on where a killed one ended.
 """
 
 import hashlib
@@ -48,16 +47,11 @@ def sweep(
 
     Args:
         config: everything that is not varied; `checkpointing.output_dir` is the sweep's folder.
-        grid: any of `learning_rate`, `r` and `batch_size` (rows of an optimiser step) -> values;
-            three learning rates if not given.
+        grid: any of `learning_rate`, `r` and `batch_size` (rows of an optimiser step) -> values.
         steps: the full budget of a trial in optimiser steps; those of the config if not given.
         rungs: how often candidates are compared; the first budget is steps / 2**(rungs - 1).
         product: try all combinations at once, instead of field after field.
         repeat_best: train the winner once more with another seed, to see what chance does.
-
-    Returns:
-        Trials, comparisons and the winner; the same is in `sweep.json`, `sweep.svg` and
-        `best.yaml`, a config that `mlx-qlora train --config` takes.
 
     Raises:
         UserError: any of its kinds, before anything is trained; or TrainingError, if all
@@ -194,10 +188,7 @@ class _Search:
         return result
 
     def write(self, winner: Point | None = None, repeated: Point | None = None) -> SweepResult:
-        """Leave what is known so far in the folder; with a winner, the sweep is over.
-
-        Then print the table and the findings, too. `repeated` is the winner with another seed.
-        """
+        """Leave what is known in the folder; with a winner the sweep is over, and says so."""
         output, config, stages = self.inputs.output, self.inputs.config, self.done
         trials = [*self.trials.values()]
         findings = [line for stage in stages for line in page.stage_findings(stage, self.trials)]

@@ -24,7 +24,8 @@ from mlx_qlora.folders import parse_json, read_text, remove_leftovers, write_who
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import PLAIN
-from mlx_qlora.run import Inputs, deciding_values, write_record
+from mlx_qlora.record import deciding_values, write_record
+from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import NAMES, RunState
 from mlx_qlora.train.loop import Run
 from mlx_qlora.train.signals import Interrupted
@@ -57,11 +58,7 @@ class Point:
 
 
 def checked_grid(grid: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:
-    """The grid in the order of its stages, each value once, from low to high.
-
-    Raises:
-        ConfigError: an unknown field, a field without values, or a value of the wrong type.
-    """
+    """The grid in the order of its stages, from low to high; a ConfigError for a wrong value."""
     grid = grid or DEFAULT_GRID
     for name, values in grid.items():
         if name not in ORDER:
@@ -116,11 +113,10 @@ def candidates(start: Point, fields: Sequence[str], grid: dict[str, list[Any]]) 
 def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunConfig:
     """The run that a point stands for, in a folder below `output` that is named after it.
 
-    A larger batch takes fewer steps, so that all trials see as many rows: what is compared costs
-    the same. The schedule is that of the whole budget. A trial that is stopped early has taken the
-    first steps of its full run, and going on takes the next ones: nothing is restarted, and no
-    second warmup is needed. Its loss is then read while the rate is still high. That costs bold
-    rates more than cautious ones, but all candidates of a rung are read at the same place of it.
+    A larger batch takes fewer steps, so that all trials see as many rows. The schedule is that of
+    the whole budget: a trial that is stopped early has taken the first steps of its full run, and
+    its loss is read while the rate is still high. That costs bold rates more than cautious ones,
+    but all candidates of a rung are read at the same place of it.
     """
     training, start_rows = config.training, start_point(config).batch_size
     rows, micro_batches = training.rows, training.accumulation
@@ -199,9 +195,8 @@ class Measured:
 def difference(first: Measured, second: Measured) -> Interval:
     """First minus second, in nats per token of the same examples.
 
-    Examples are drawn again, the same ones for both, so that what both find hard or easy cancels
-    (paired: Koehn 2004, W04-3250). The interval is about the choice of validation examples. Of
-    the chance in training, the seed, it knows nothing.
+    Paired (Koehn 2004, W04-3250): what both find hard or easy cancels. The interval is about the
+    choice of validation examples; of the chance in training, the seed, it knows nothing.
     """
     return ratio_interval(np.subtract(first.nats, second.nats), np.array(first.tokens))
 
@@ -212,7 +207,7 @@ def is_clear(apart: Interval) -> bool:
 
 
 def standard_error(measured: Measured) -> float:
-    """Of the validation loss, over the choice of validation examples; nats per token.
+    """Of the validation loss, over the choice of examples; nats per token.
 
     That of a ratio of sums, to first order (Cochran 1977, Sampling Techniques, section 6.4).
     """
@@ -260,14 +255,8 @@ def measure(
 ) -> Measured:
     """Train a trial up to a step, from its newest checkpoint if it has one, and score it.
 
-    Args:
-        config: the trial's, whose output folder is its own.
-        model: the shared base; it is bare again afterwards, and unchanged.
-        inputs: the sweep's, with the hashes of its model and data in their state.
-
-    Raises:
-        Interrupted: a signal came, and what was done is saved.
-        OSError: the disk failed.
+    The `config` is the trial's; the model, the shared base, is bare again afterwards; `inputs` are
+    the sweep's. Interrupted by a signal, after what was done is saved.
     """
     output, began = Path(config.checkpointing.output_dir), time.perf_counter()
     assert inputs.validation is not None
@@ -303,11 +292,7 @@ def measure(
 def _advance(
     model: LlamaForCausalLM, trial: Inputs, until: int, console: Console
 ) -> tuple[Run, float | None]:
-    """Take the steps of `train.loop.train` up to one, and save them.
-
-    Returns the run, and real tokens per second if any were trained. Raises a StepError if a step
-    cannot be taken or too many in a row were skipped.
-    """
+    """Take the steps of `train.loop.train` up to one and save them: the run, and real tokens/s."""
     if trial.state.step > until:  # of a sweep with fewer rungs: the steps are taken again
         fresh = RunState(fingerprint=trial.state.fingerprint, config=trial.state.config)
         trial = replace(trial, state=fresh, resumed=None)

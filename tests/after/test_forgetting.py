@@ -94,7 +94,7 @@ def test_logits_exist_for_a_slice_of_the_positions_and_slices_change_nothing(mad
         return real(self, hidden)
 
     monkeypatch.setattr(type(model), "logits", seen)
-    monkeypatch.setattr("mlx_qlora.after.forgetting.POSITIONS", 16)
+    monkeypatch.setattr("mlx_qlora.adapters.drift.POSITIONS", 16)
     found = forgetting(model, tokenizer, [*TEXTS[:1]])
     assert max(widths) == 16
     assert found.kl.estimate == pytest.approx(wanted.kl.estimate, rel=1e-5)
@@ -167,11 +167,12 @@ def test_the_report_answers_what_was_forgotten(rise, verdict, tone):
     assert ("training.kl_weight" in answer.why) == (tone != "good")
 
 
-def test_a_file_s_paragraphs_are_its_texts(tmp_path):
+def test_a_file_s_paragraphs_are_its_texts(tmp_path, monkeypatch):
     file = tmp_path / "t.txt"
     file.write_text("one\ntwo\n\n\n\n three \n\n" + "\n\n".join("x" * 10 for _ in range(9)))
     assert read_texts(file)[:2] == ["one\ntwo", "three"]
-    kept = read_texts(file, max_characters=40)
+    monkeypatch.setattr("mlx_qlora.after.forgetting.MOST_CHARACTERS", 40)
+    kept = read_texts(file)
     assert len(kept) == 4 and kept[0] == "one\ntwo"
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(mq.ConfigError, match="cannot be read as text"):

@@ -236,7 +236,7 @@ def test_the_question_is_put_to_the_base_as_the_run_loaded_it(tmp_path, capsys):
     base = {"base_model_name_or_path": "org/base"}  # of a model that Python has loaded
     (tmp_path / "adapter_config.json").write_text(json.dumps(base))
     report = Report(result_in(tmp_path, []), RunConfig())
-    assert report.answers[-1].code == ask.replace("--adapter", "--model org/base --adapter")
+    assert report.question == ask.replace("--adapter", "--model org/base --adapter")
     assert cli([*shlex.split(ask)[1:], "--print-config"]) == 0
     assert f"adapter: {tmp_path}" in capsys.readouterr().out
     asked = with_model(build({"model": {"adapter": str(tmp_path)}}))

@@ -20,7 +20,7 @@ ORDER = [
     {"adapters"},
     {"train"},
     {"infer"},
-    {"config", "loading", "measured", "run"},
+    {"config", "loading", "measured", "record", "run"},
     {"before"},
     {"after"},
     {"sweep"},

@@ -485,7 +485,7 @@ def test_what_is_no_tracker_is_refused(fields, words):
 
 def test_a_tracker_does_not_make_it_another_run():
     """The same run may go on with another tracker: the fields decide no weights."""
-    from mlx_qlora.run import deciding_values
+    from mlx_qlora.record import deciding_values
 
     config = build({})
     other = dataclasses.replace(config, logging=LoggingConfig(5, BOTH, "n", "p"))
