@@ -94,7 +94,7 @@ class Calibrated:
     def _flows(self, batch: Batch, versions: tuple[str, ...]) -> list[Flow]:
         tokens = mx.array(np.array(batch.tokens).reshape(-1)[_real(batch)])
         tree = self._model.model
-        documents, x = tree.documents(batch.spans), tree.embed(tokens)
+        documents, x = Documents.of(batch.documents), tree.embed(tokens)
         return [Flow(version, documents, x) for version in versions]
 
     def _go_through(self, i: int) -> None:

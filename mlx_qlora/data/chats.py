@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_qlora.data.marks import is_harmless
-from mlx_qlora.data.rows import THOUGHTS, Chat, Instruction, Message, Pair, Said, as_chat
+from mlx_qlora.data.rows import THOUGHTS, Chat, Instruction, Message, Pair, Said, as_chat, n_alike
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError, TokenizerError
 
@@ -58,10 +58,6 @@ class Template:
                     return self._joint(chat, tokenizer)
             return _complete(chat, self.source, tokenizer, _as_asked)
         return self._joint(said, tokenizer)
-
-    def segments(self, said: Said, tokenizer: Tokenizer) -> Segments:
-        """One text for the row, cut where learned and unlearned text meet, or a DataError."""
-        return self._joint(said, tokenizer)[0][0]
 
     def _joint(self, said: Said, tokenizer: Tokenizer) -> tuple[list[Segments], set[str]]:
         if self._writes_chat(said):
@@ -155,12 +151,7 @@ def _before(chat: Chat, i: int, after: str, render: Render) -> str:
         return render(chat.messages[:i], add_generation_prompt=True)
     # Most templates refuse no messages: what two first answers have in common.
     other = "B" if chat.messages[0]["content"].lstrip().startswith("A") else "A"
-    return _common_start(after, render([{**chat.messages[0], "content": other}]))
-
-
-def _common_start(first: str, second: str) -> str:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second))
-    return "".join(letter for letter, _ in same)
+    return after[: n_alike(after, render([{**chat.messages[0], "content": other}]))]
 
 
 def _ended(text: str, message: Message, tokenizer: Tokenizer) -> str:

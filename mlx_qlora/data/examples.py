@@ -97,8 +97,7 @@ class DataReport:
         self.truncated = int(np.count_nonzero(rows["cut"]))
         self.longest = int(lengths.max(initial=0))
         if self.kind == JUDGEMENTS:
-            weighed = map(store.weights_of, np.flatnonzero(rows["weights"] >= 0).tolist())
-            self.bad = sum(weights is not None and weights.min() < 0 for weights in weighed)
+            self.bad = int(np.count_nonzero(rows["bad"]))
         step = max(1, -(-self.longest // BARS))
         counts = np.bincount((lengths - 1) // step).tolist()
         self.histogram = [(i * step + 1, (i + 1) * step, n) for i, n in enumerate(counts)]
@@ -208,8 +207,8 @@ class Examples(Sequence[Example]):
         files: dict[str, int] = {}
         store = TokenStore.of(
             (
-                *(e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None),
-                *(e.starts, e.weights),
+                *(e.tokens, e.learned, e.learned if e.weights is None else e.weights, e.starts),
+                *(0, files.setdefault(e.file, len(files)), e.line, None),
             )
             for e in examples
         )
@@ -234,11 +233,11 @@ class Examples(Sequence[Example]):
         if isinstance(index, (slice, np.ndarray)):
             return Examples(self._store, self.report, self._rows[index])
         row = int(self._rows[index])
-        tokens, learned, starts = self._store[row]
+        tokens, learned, weights, starts = self._store[row]
         about = self._store.rows[row]
         name = self.report.files[about["file"]].name
-        weights = self._store.weights_of(row)
-        return Example(tokens, learned, int(about["line"]), name, starts, weights)
+        unusual = None if np.array_equal(weights, learned) else weights
+        return Example(tokens, learned, int(about["line"]), name, starts, unusual)
 
     @property
     def lengths(self) -> np.ndarray:

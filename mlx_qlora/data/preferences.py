@@ -4,14 +4,13 @@ A pair is read as two rows, each of which says the same before its answer; the f
 and refusals of other rows apply to both.
 """
 
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from mlx_qlora.data.files import without_nulls
 from mlx_qlora.data.marks import as_value, is_harmless, is_mark, refuse_other_tasks, row_weight
-from mlx_qlora.data.rows import Said, columns_hint, read_row, renamed, unread_fields
+from mlx_qlora.data.rows import Said, columns_hint, n_alike, read_row, renamed, unread_fields
 from mlx_qlora.errors import DataError
 
 # What rows are -> the objectives that read them.
@@ -90,14 +89,14 @@ def _sides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if isinstance(context, str) and all(isinstance(answer, str) for answer in answers):
         return [{**rest, "prompt": context, "completion": answer} for answer in answers]
     if context is None and all(isinstance(answer, str) for answer in answers):
-        start = _common(*answers)  # two transcripts that begin alike
+        start = n_alike(*answers)  # two transcripts that begin alike
         openings = [*TURN.finditer(answers[0][:start])]
         place = openings[-1].end() if openings else answers[0][:start].rfind(" ") + 1
         texts = ({"prompt": x[:place], "completion": x[place:]} for x in answers)
         return [{**rest, **(text if place else {"text": text["completion"]})} for text in texts]
     turns = [_turns(answer) for answer in answers]
     if not isinstance(context, list):  # the question, or what is said of whole conversations
-        start = _common(*turns)
+        start = n_alike(*turns)
         shared = turns[0][: min(start, len(turns[0]) - 1, len(turns[1]) - 1)]
         if not all(isinstance(turn, Mapping) for turn in shared):
             raise DataError("fields 'chosen' and 'rejected' must hold messages, or texts")
@@ -117,11 +116,6 @@ def _turns(answer: Any) -> list[Any]:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     return [*answer] if isinstance(answer, (list, tuple)) else [answer]
-
-
-def _common(first: Any, second: Any) -> int:
-    """How many items two sequences have in common at their beginning."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
 def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Said, bool, set[str]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import re
@@ -430,6 +431,11 @@ def _chat(messages: list[Message], row: Mapping[str, Any]) -> Chat:
         raise DataError(f"no supervised token: {reason}")
     end = max(i for i, weight in enumerate(learned) if weight) + 1  # the rest would teach nothing
     return Chat(messages[:end], learned[:end], _tools_of(row), dict(options or {}) or None)
+
+
+def n_alike(first: Any, second: Any) -> int:
+    """How many items two sequences have in common at their beginning."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
 def chat_question(instruction: str, input: str = "") -> str:

@@ -10,8 +10,6 @@ Axes: B batch, T tokens, D hidden, H heads, K key-value heads, Hd head size, F M
 V vocabulary.
 """
 
-import functools
-import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,8 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.cpu.attention import Reach
-from mlx_qlora.cpu.exponentials import sigmoid
-from mlx_qlora.device import Device, current, mlx_lm
+from mlx_qlora.device import mlx_lm
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.dropout import position_words
@@ -31,91 +28,9 @@ from mlx_qlora.model.linears import Linears
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import Rope
 from mlx_qlora.model.streaming import LayerReader
+from mlx_qlora.model.swiglu import swiglu
 
 T = TypeVar("T")
-
-
-def swiglu(
-    gate: mx.array,
-    up: mx.array,
-    s: mx.array | None = None,
-    compiled: bool = False,
-    act: str = "silu",
-) -> mx.array:
-    """gate, up (..., F) -> act(gate) * up (..., F), in their dtype.
-
-    Both activations are gate * sigmoid(.): SiLU of the gate itself, GELU's approximation by tanh
-    (Hendrycks & Gimpel 2016, arXiv 1606.08415) of a cubic in it. `s` is that sigmoid, if it is
-    known; `compiled` computes in one kernel, whatever the shapes, and is for whoever takes the
-    derivative by `swiglu_vjp`.
-    """
-    if compiled:
-        return _compiled(current(), act)[0](gate, up)
-    # The sigmoid's share of the derivative is in the gate's: its own would count twice, and is
-    # not a number where an exponential has no end.
-    s = mx.stop_gradient(gate_sigmoid(gate, act)) if s is None else s
-    return _with_gradient(act)(gate, up, s)
-
-
-def swiglu_vjp(
-    gate: mx.array,
-    up: mx.array,
-    dy: mx.array,
-    s: mx.array | None = None,
-    compiled: bool = False,
-    act: str = "silu",
-) -> tuple[mx.array, mx.array]:
-    """The gradients of gate and up; arguments as in `swiglu`.
-
-    A function of its own because MLX compiles nothing within `mx.vjp`.
-    """
-    if compiled:
-        return _compiled(current(), act)[1](gate, up, dy)
-    return _backward(gate, up, dy, gate_sigmoid(gate, act) if s is None else s, act)
-
-
-GELU, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # x s(GELU (x + CUBIC x^3)) is GELU's tanh form
-
-
-def gate_sigmoid(gate: mx.array, act: str) -> mx.array:
-    """What the gate is multiplied with."""
-    return sigmoid(gate if act == "silu" else GELU * (gate + CUBIC * gate * gate * gate))
-
-
-def _forward(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
-    return gate * s * up
-
-
-def _backward(
-    gate: mx.array, up: mx.array, dy: mx.array, s: mx.array, act: str
-) -> tuple[mx.array, mx.array]:
-    dys = dy * s
-    inner = gate * (1 - s)
-    if act != "silu":
-        inner = inner * (GELU * (1 + 3 * CUBIC * gate * gate))
-    return dys * up * (1 + inner), dys * gate
-
-
-@functools.cache
-def _with_gradient(act: str) -> Any:
-    function: Any = mx.custom_function(_forward)
-    function.vjp(lambda xs, dy, _: (*_backward(xs[0], xs[1], dy, xs[2], act), mx.zeros_like(xs[2])))
-    return function
-
-
-@functools.cache
-def _compiled(here: Device, act: str) -> tuple[Any, Any]:
-    """SwiGLU and its backward, compiled; a trace keeps the exponentials of the device it met."""
-
-    def forward(gate: mx.array, up: mx.array) -> mx.array:
-        return _forward(gate, up, gate_sigmoid(gate, act))
-
-    def backward(gate: mx.array, up: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
-        return _backward(gate, up, dy, gate_sigmoid(gate, act), act)
-
-    # A trace for any shape broadcasts at every step, and becomes several kernels.
-    any_shape = not here.few_shapes
-    return mx.compile(forward, shapeless=any_shape), mx.compile(backward, shapeless=any_shape)
 
 
 # ---- the tree ------------------------------------------------------------------------------------
@@ -249,7 +164,7 @@ class DecoderLayer(nn.Module):
     def pieces(self, x: mx.array, context: Context) -> Pieces:
         """As a call, but asks for what linears make: their name and input are sent results."""
         q, k, v = yield "qkv", self.attention_norm(x)
-        q, k, v = self.rotate(q, k, v, context)
+        q, k, v = self.self_attn.rotate(q, k, v, context)
         heads = context.attend(q, k, v, self.self_attn.reach).flatten(-2)
         h = self.add_attention(x, *(yield "o", heads))
         gate, up = yield "gate_up", self.mlp_norm(h)
@@ -267,12 +182,6 @@ class DecoderLayer(nn.Module):
     def attention_norm(self, x: mx.array) -> mx.array:
         """x (..., D) -> what `qkv` reads (..., D)."""
         return self._normalised(0, x)
-
-    def rotate(
-        self, q: mx.array, k: mx.array, v: mx.array, context: Context
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """What `qkv` gives -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
-        return self.self_attn.rotate(q, k, v, context)
 
     def add_attention(self, x: mx.array, o: mx.array) -> mx.array:
         """x and what `o` gives (..., D) -> h (..., D)."""
@@ -363,7 +272,7 @@ class LlamaModel(nn.Module):
 
         if documents is None:  # each row is one
             documents = np.array([(b, 0, T) for b in range(B)], np.int32)
-        context = self.documents(documents, B * T, T)
+        context = Documents.of(documents, B * T, T)
         keys = self.dropout_keys(dropout_key, B, context)
         rows = rows if rows is None else rows.flatten(0, 1)
         return self.hidden(tokens.reshape(-1), context, keys, rows).reshape(B, T, -1)
@@ -436,12 +345,6 @@ class LlamaModel(nn.Module):
         """The last layer's output (..., D) as the head reads it."""
         h, scale = self.norm(h), self._config.logits_scale  # a factor of the logits, where D is
         return h if scale == 1 else h * scale
-
-    def documents(
-        self, documents: np.ndarray, N: int | None = None, T: int | None = None
-    ) -> Documents:
-        """What `Documents.of` makes of them, for this model."""
-        return Documents.of(documents, N, T)
 
     def dropout_keys(self, key: mx.array | None, B: int, documents: Documents) -> list[Keys]:
         """For each layer the words (N, 2) that its seven linears draw their dropout from.

@@ -32,17 +32,10 @@ from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.linears import Running
-from mlx_qlora.model.llama import (
-    KEYS_OF,
-    DecoderLayer,
-    Keys,
-    LlamaForCausalLM,
-    gate_sigmoid,
-    swiglu,
-    swiglu_vjp,
-)
+from mlx_qlora.model.llama import KEYS_OF, DecoderLayer, Keys, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.streaming import streamed
+from mlx_qlora.model.swiglu import gate_sigmoid, swiglu, swiglu_vjp
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.loss import Losses, Weigh, by_batch, losses_by_slice
@@ -210,10 +203,9 @@ class Tape:
 
     def _between(self, piece: Piece) -> Callable[..., Any]:
         """A piece without matrices, as a function of its inputs."""
-        function = getattr(self.layer, piece.name)
         if piece.name == "rotate":
-            return partial(function, context=self.shard.documents)
-        return function
+            return partial(self.layer.self_attn.rotate, context=self.shard.documents)
+        return getattr(self.layer, piece.name)
 
     def _value(self, name: str) -> Running[Any]:
         """A value, made again if it was not kept."""

@@ -251,7 +251,7 @@ class Shard:
 
 def supervised_documents(batch: Batch) -> np.ndarray:
     """(n, 3) of row, start and end: the documents of a batch in which something is learned."""
-    labels, documents = np.array(batch.labels), batch.spans
+    labels, documents = np.array(batch.labels), batch.documents
     learned = [bool((labels[row, start:end] != IGNORE).any()) for row, start, end in documents]
     return documents[np.array(learned, bool)]
 
@@ -278,7 +278,7 @@ def chunks_of(
         targets = np.concatenate([labels[row, span] for row, span in spans])
         places = np.concatenate([row * tokens.shape[1] + np.r_[span] for row, span in spans])
         padding = padded_width(len(ids)) - len(ids) if device.current().few_shapes else 0
-        context = model.model.documents(documents, len(ids) + padding)
+        context = Documents.of(documents, len(ids) + padding)
         keys = model.model.dropout_keys(dropout_key, len(tokens), context)
         positions = np.flatnonzero(targets != IGNORE).astype(np.int32)
         ids, targets = mx.array(np.pad(ids, (0, padding))), mx.array(targets[positions])

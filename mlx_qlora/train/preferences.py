@@ -55,13 +55,13 @@ class Answers:
             weights = batch.weights.reshape(-1)[labels].astype(np.float64)
 
         def last(values: np.ndarray) -> np.ndarray:
-            sums = np.bincount(document, values, minlength=len(batch.spans))
+            sums = np.bincount(document, values, minlength=len(batch.documents))
             return sums.reshape(-1, k)[:, -1:]
 
         def answers(values: np.ndarray) -> np.ndarray:
             return answers_of_documents(batch, labels, values).reshape(-1, k)
 
-        chosen = np.tile([False, True], (len(batch.spans) // k, 1))
+        chosen = np.tile([False, True], (len(batch.documents) // k, 1))
         good = answers(weights) > 0 if k == 1 else chosen
         lengths = answers(np.ones(len(labels)))
         columns = -answers(nats), lengths, good, last(weights * nats), last(weights)

@@ -100,7 +100,7 @@ def answers_of_documents(batch: Batch, labels: np.ndarray, values: np.ndarray) -
     """(N,) float64: sums over the answer of each document, of values at some labels (S,)."""
     if batch.answers is not None:
         values = values * batch.answers.reshape(-1)[labels]
-    return np.bincount(batch.document_of[labels], values, minlength=len(batch.spans))
+    return np.bincount(batch.document_of[labels], values, minlength=len(batch.documents))
 
 
 def _scored(

@@ -20,7 +20,7 @@ from support.models import load_folder, our_logits, random_tokens, randomise_lor
 from mlx_qlora import device
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model import llama
+from mlx_qlora.model import llama, swiglu
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
 from mlx_qlora.train import engine as engine_module
@@ -518,7 +518,7 @@ def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(
 
     monkeypatch.setattr(mx, "compile", counting)
     monkeypatch.setattr(mx, "vjp", vjp)
-    spec = importlib.util.spec_from_file_location("freshly_compiled", llama.__file__)
+    spec = importlib.util.spec_from_file_location("freshly_compiled", swiglu.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)  # the module itself may have met these shapes before
     for name in ("swiglu", "swiglu_vjp"):
