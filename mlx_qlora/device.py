@@ -167,18 +167,13 @@ def has_gpu_wheel() -> bool:
 
 
 def compute_dtype(name: str) -> "mx.Dtype":
-    """The dtype of activations by its name; `auto` leaves it to the device.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """The dtype of activations by its name; `auto` leaves it to the device."""
     import mlx.core as mx
 
-    if name == "auto":
-        return current().compute_dtype
-    known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-    require(name in known, "model.dtype", f"be one of auto, {', '.join(known)}", name)
-    return known[name]
+    known = "float32", "bfloat16", "float16"
+    rule = f"be one of auto, {', '.join(known)}"
+    require(name in ("auto", *known), "model.dtype", rule, name)
+    return current().compute_dtype if name == "auto" else getattr(mx, name)
 
 
 def frozen_matmul(
@@ -187,10 +182,7 @@ def frozen_matmul(
     """How frozen quantised weights are multiplied; a strategy's name is taken as it is.
 
     For `auto` it depends on the machine, this one if not given, and on the bytes of a copy of all
-    packed matrices in the compute dtype, which weights that are streamed have no place for.
-
-    Raises:
-        ConfigError: an unknown name, or a copy of what is not to be in memory.
+    packed matrices in the compute dtype, for which weights that are streamed have no place.
     """
     if name == "auto":
         machine = machine or this_machine()
@@ -218,7 +210,7 @@ _processes_here = 1
 
 
 def share_cores(processes: int) -> None:
-    """Set how many processes of this run are on this machine; each uses its share of the cores."""
+    """Set how many processes of this run are on this machine."""
     global _processes_here
     _processes_here = processes
 
@@ -267,14 +259,11 @@ def facts() -> dict[str, Any]:
 
 
 def limit_memory(temporary: int) -> None:
-    """Keep MLX's memory where the plan says; the one place that sets its limits for a run.
+    """Keep MLX's memory where the plan says, by which a step takes so many `temporary` bytes.
 
     On Metal the working set is wired, so that macOS does not page weights out between steps, and
     MLX waits for what is under way before it takes more: its own limit is 1.5 times that. The
     cache of freed buffers is bounded everywhere: batches of many shapes would fill memory with it.
-
-    Args:
-        temporary: bytes that a step takes and gives back.
     """
     import mlx.core as mx
 
@@ -442,11 +431,7 @@ def _chip_and_working_set() -> tuple[str, int]:
 
 
 def machine(name: str | None) -> Machine:
-    """A machine by its name, or this one.
-
-    Raises:
-        ConfigError: an unknown chip, or a name that is not CHIP-GB.
-    """
+    """A machine by its name, CHIP-GB, or this one; a ConfigError for an unknown name."""
     if name is None:
         return this_machine()
     plain = re.sub(r"[\s_-]+", "-", name.lower().strip().removeprefix("apple"))

@@ -24,8 +24,6 @@ from mlx_qlora import device
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import DataError, require
 
-# ---- batches -------------------------------------------------------------------------------------
-
 IGNORE = -100  # a label that is not learned; the value that Hugging Face and torch use
 AHEAD = 2  # batches that are laid out while the device works
 

@@ -46,10 +46,8 @@ class Template:
         """The texts of one row, each of which attends to itself alone, or a DataError.
 
         A template that rewrites what came before (drops thoughts, for instance) writes no text in
-        which every answer stands as the model was asked for it: then each answer gets a text.
-
-        Returns:
-            The texts, and the names of fields of messages that the template does not read.
+        which every answer stands as the model was asked for it: then each answer gets a text. The
+        second value is the names of fields of messages that the template does not read.
         """
         if self.history != "joint" and self._writes_chat(said):
             chat = as_chat(said)
@@ -195,11 +193,7 @@ def _as_asked(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segm
 def _answer_to_another(
     chat: Chat, i: int, before: str, after: str, render: Render, tokenizer: Tokenizer
 ) -> str:
-    """What message i is as the answer to fewer turns, where it decides how those are written.
-
-    Raises:
-        NotNestedError: that is not known either, or is not how the whole chat ends.
-    """
+    """What message i is as the answer to fewer turns, where it decides how those are written."""
     turns, message = chat.messages[:i], chat.messages[i]
     n_asked = next((n for n in range(i, 0, -1) if turns[n - 1]["role"] != "assistant"), 0)
     if 0 < n_asked < i:
@@ -322,10 +316,7 @@ def _complete(
 
     Many templates ignore tools, Llama 3.1's drops the text beside a call, R1's cuts thoughts: the
     row would teach other words than it says. What is written is decided by marks within each part:
-    the same words may stand elsewhere, too.
-
-    Raises:
-        NotNestedError: naming the first part of the chat that is written nowhere.
+    the same words may stand elsewhere, too. A NotNestedError names what is written nowhere.
     """
 
     def everything(chat: Chat) -> list[Segments]:

@@ -152,11 +152,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     """The row, cut to `max_length` if it is longer.
 
     "left-context" cuts what precedes the first answer, from its left but after the BOS, and never
-    an answer; "right" cuts the end.
-
-    Raises:
-        TooLong: it is longer, and `truncation` is "error".
-        DataError: nothing to learn is left, or the row is to be refused.
+    an answer; "right" cuts the end. A DataError if the row is refused, or nothing to learn is left.
     """
     n = len(row.ids)
     excess = n - max_length
@@ -241,10 +237,7 @@ class Encoder:
     def encode(self, chunk: Chunk) -> tuple[TokenStore, Refused, Counter[str]]:
         """The rows that are kept, the others, and how often a field is not used.
 
-        What is wrong with one row affects no other.
-
-        Raises:
-            DataError: a row is too long, and `truncation` is "error".
+        What is wrong with one row affects no other, unless `truncation` is "error".
         """
         written: list[tuple[int, int, list[Segments], set[str], float]] = []
         refused: Refused = []

@@ -278,11 +278,8 @@ class Examples(Sequence[Example]):
         """Divides by a hash of (seed, content) of each row.
 
         Adding rows to a file does not move the others between the parts, and copies of a row are
-        in the same part, the first one if there are more than `most_copies`; the shares are
-        therefore met only on average.
-
-        Raises:
-            ConfigError: the shares do not sum to 1.
+        in the same part, the first one if there are more than `most_copies`; the shares, which sum
+        to 1, are therefore met only on average.
         """
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from mlx_qlora.errors import DataError, did_you_mean, listing, waiting
 from mlx_qlora.folders import sha256, user_path
-from mlx_qlora.model.hub import check_environment
+from mlx_qlora.model.hub import check_environment, check_readable
 from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
@@ -46,7 +46,7 @@ class RowFile:
     @property
     def size(self) -> int:
         """Bytes on disk; 0 where that is not known."""
-        return Path(self.path).stat().st_size if self.kind in KINDS else 0
+        return self.path.stat().st_size if self.kind in KINDS else 0
 
     @property
     def unit(self) -> str:
@@ -78,10 +78,7 @@ def find_files(path: str | Path | None) -> dict[str, list[RowFile]]:
 
     All are "train" except in a folder whose file names say otherwise. A path is a file, a folder
     (searched through, hidden files left out), a glob, or a data set on the hub as `owner/name`,
-    `owner/name/config` or `owner/name/config:split`.
-
-    Raises:
-        DataError: there is nothing, nothing that holds rows, or a folder with several data sets.
+    `owner/name/config` or `owner/name/config:split`; for anything else there is a DataError.
     """
     text, place = str(path), user_path(path, "data.path")
     with readable(text):
@@ -117,15 +114,8 @@ def _row_file(path: Path, name: str) -> RowFile:
     if kind is None:
         ending = "".join(path.suffixes[-2:]) or "no"
         raise DataError(f"data file {name}: {ending} ending; supported: {ENDINGS}, each also .gz")
-    if not path.stat().st_size:
-        raise DataError(f"data file {name} is empty; write the rows to it again")
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            raise DataError(f"data file {name} is Git LFS's pointer to the rows; run: git lfs pull")
+    check_readable(path, DataError)
     return RowFile(name, kind, path, compressed=path.suffix.lower() == ".gz")
-
-
-LFS = b"version https://git-lfs"
 
 
 def _by_part(folder: Path) -> dict[str, list[RowFile]]:
@@ -210,9 +200,6 @@ def raw_rows(file: RowFile) -> Rows:
 
     Only JSON lines are raw, bytes that a worker process can parse. Where rows have no lines of
     their own they are counted; see `RowFile.unit`.
-
-    Raises:
-        DataError: the file is damaged, or a package that its kind needs is missing.
     """
     if file.kind == "memory":
         yield from enumerate(file.path, 1)

@@ -25,11 +25,7 @@ CONTEXTS = ("messages", "conversations")  # fields that may hold what precedes b
 
 
 def read_pair(row: Any, columns: Mapping[str, str]) -> tuple[list[Said], set[str]]:
-    """The rejected side of a pair and the chosen one, and the names of fields that are not used.
-
-    Raises:
-        DataError: it is no pair, or one of its sides cannot be read.
-    """
+    """The rejected side of a pair and the chosen one, and the names of fields that are not used."""
     row = _pair_of(_object(row), columns)
     sides, unread = [], set[str]()
     for name, side in zip(("rejected", "chosen"), _sides(row)):
@@ -119,11 +115,7 @@ def _turns(answer: Any) -> list[Any]:
 
 
 def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Said, bool, set[str]]:
-    """An answer, whether it is a good one, and the names of fields that are not used.
-
-    Raises:
-        DataError: nothing judges the answer, or it cannot be read.
-    """
+    """An answer, whether it is a good one, and the names of fields that are not used."""
     ours = renamed(_object(row), columns) if columns else _object(row)
     name = next((name for name in ("label", "kto_tag") if name in ours), "label")
     label = as_value(ours.get(name))
@@ -138,11 +130,7 @@ def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Sai
 
 
 def check_kind(kind: str, objective: str) -> None:
-    """Refuse rows that an objective does not read.
-
-    Raises:
-        DataError: naming the objectives that do.
-    """
+    """Raise a DataError for rows that an objective does not read, naming those that do."""
     if KIND_OF[objective] != kind:
         others = " or ".join(OBJECTIVES[kind])
         raise DataError(

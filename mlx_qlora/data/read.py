@@ -247,11 +247,7 @@ def _read_files(
 
 
 def _take_out_marks(report: DataReport) -> None:
-    """Takes options that are not used from among the fields of rows that are not.
-
-    Raises:
-        ConfigError: no row has an optional column: its name is misspelt.
-    """
+    """Takes options that are not used from among the fields of rows that are not."""
 
     def is_in_all(mark: str) -> bool:
         return sum(file.unread.pop(mark, 0) for file in report.files) == report.kept > 0
@@ -400,11 +396,7 @@ def train_validation_test(
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """The three parts of a run's data: files where they are named, `split` for the others.
 
-    Its rows are of the `kind` that the run's objective reads.
-
-    Raises:
-        ConfigError: no training file is named.
-        DataError: a file cannot be used, or nothing is left to train on.
+    Its rows are of the `kind` that the run's objective reads; errors as of `read_examples`.
     """
     files_of = find_files(config.path)
     sources = {part: (str(config.path), files) for part, files in files_of.items() if files}
@@ -450,12 +442,7 @@ def _split(
 
 
 def check_examples(tokenizer: Tokenizer, llama: LlamaConfig, *parts: Examples | None) -> None:
-    """Check that a model can read some rows.
-
-    Raises:
-        ConfigError: one is longer than the model has positions for.
-        DataError: one has a token without a row of the embedding; spare ids are no error.
-    """
+    """Refuse rows longer than the model's positions, or with a token that it has no row for."""
     longest = max(part.longest for part in parts if part)
     most = llama.max_position_embeddings
     if longest > most:

@@ -25,8 +25,6 @@ from mlx_qlora.data.marks import (
 )
 from mlx_qlora.errors import DataError, did_you_mean
 
-# ---- a row -> what it says -----------------------------------------------------------------------
-
 Message = dict[str, Any]
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
 ROLES = {"human": "user", "function": "tool", "observation": "tool"} | dict.fromkeys(

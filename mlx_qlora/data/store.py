@@ -18,8 +18,6 @@ from mlx_qlora import __version__
 from mlx_qlora.errors import DataError
 from mlx_qlora.folders import TAG, new_staging, remove, remove_leftovers, sha256
 
-# ---- tokens on disk ------------------------------------------------------------------------------
-
 # Of these files and of how rows are encoded; part of every cache key.
 VERSION = f"8, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
@@ -113,9 +111,7 @@ def on_disk(
     """Writes pieces as they come, then what `about` returns, and opens what was written.
 
     `folder` is the cache entry to write; None keeps the files as long as the store, without names.
-
-    Raises:
-        DataError: the disk is full, or cannot be written to.
+    A DataError if the disk is full, or cannot be written to.
     """
     try:
         home = folder.parent if folder else Path(tempfile.gettempdir())

@@ -47,10 +47,8 @@ def render_template(
 
     `mark` puts GENERATED on both sides of the text inside `{% generation %}`; `date` (year, month,
     day) is the template's today, None the clock's; `options` are what the template itself reads.
-
-    Raises:
-        TokenizerError: the template is damaged, refuses these messages, or makes too much of them.
-        EndlessTemplate: it takes too long, which the next chat would, too.
+    A TokenizerError if it is damaged, or refuses these messages, or makes too much of them; an
+    EndlessTemplate if it takes too long, which the next chat would, too.
     """
     try:
         template = compile_template(source, mark, date, threading.get_ident())

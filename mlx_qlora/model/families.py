@@ -69,11 +69,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
-        """Reads a `config.json`, and refuses what this tree would compute differently.
-
-        Raises:
-            WeightsError: another architecture, or missing or unsupported values; lists them all.
-        """
+        """Reads a `config.json`; a WeightsError lists all that this tree would do differently."""
         return _read(config)
 
     def window(self, layer: int) -> int | None:

@@ -33,8 +33,6 @@ from mlx_qlora.model.swiglu import swiglu
 T = TypeVar("T")
 
 
-# ---- the tree ------------------------------------------------------------------------------------
-
 Context = Documents | Cached  # what the tokens of a forward attend to
 Keys = Sequence[mx.array | None]  # of the seven linears of a layer
 NO_KEYS: Keys = [None] * 7

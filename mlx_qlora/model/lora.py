@@ -124,11 +124,7 @@ SECONDS = 3  # of one core, for all of them
 
 
 def check_patterns(regexes: Iterable[str], paths: Iterable[str]) -> None:
-    """Try regexes in a process that ends in time, before they are used on the same paths here.
-
-    Raises:
-        ConfigError: they take longer, or more memory, than any that is meant to name modules.
-    """
+    """Try regexes in a process that ends in time, before they are used on the same paths here."""
     risky = [regex for regex in regexes if re.search(r"[*+?{|]", regex.removeprefix(ANY_PARENT))]
     if not risky:
         return
@@ -311,9 +307,6 @@ class DoRALinear(LoRALinear):
         return (self.lora_magnitude_vector.astype(mx.float32) / lengths)[:, None] * W
 
 
-# ---- on a model ----------------------------------------------------------------------------------
-
-
 def add_lora(
     model: LlamaForCausalLM, config: LoraConfig, seed: int = 0, *, begin: bool = True
 ) -> LlamaForCausalLM:
@@ -424,10 +417,8 @@ def target_paths(
 
     A list matches names or path endings, a string is a regex on the whole path, and "all-linear"
     means every linear of the layers. A path named whole is taken whatever `layers_to_transform`
-    says, and one that is excluded never. The output head is not offered: it stays frozen.
-
-    Raises:
-        ConfigError: a target, or a layer index, that matches nothing.
+    says, and one that is excluded never. The output head is not offered: it stays frozen. A
+    ConfigError names a target, or a layer, that matches nothing.
     """
     wanted = for_model(model, config).target_modules
     paths = [path for path, _ in _linears(model)]

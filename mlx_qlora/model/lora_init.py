@@ -34,9 +34,6 @@ def initial(
                     as far as rank r can give it back.
 
     `original` is W before it was quantised; None where W is dense, or was packed in its files.
-
-    Raises:
-        ConfigError: what it starts from is not there.
     """
     d_out, d_in = linear.shape
     if name in PLAIN:

@@ -44,10 +44,7 @@ class StoredTensor:
     def read(self, rows: np.ndarray | None = None) -> mx.array:
         """The tensor, or the rows of some numbers; bfloat16 as the uint16 of its bits.
 
-        May be called in any thread.
-
-        Raises:
-            WeightsError: the file has changed since it was opened, or cannot be read.
+        May be called in any thread. A WeightsError if the file has changed since it was opened.
         """
         whole, rows = rows is None, np.arange(self.shape[0]) if rows is None else rows
         # Of pages that are not there yet, so that the only copy in memory is MLX's.
@@ -131,11 +128,7 @@ def check_finite(
 
 
 def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, from its header.
-
-    Raises:
-        `error`, a class from `mlx_qlora.errors`, if the file cannot be read, or is damaged.
-    """
+    """The tensors of a safetensors file by name, from its header; an `error` if it is damaged."""
     check_readable(path, error)
     tensors = {}
     try:

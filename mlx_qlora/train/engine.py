@@ -1,23 +1,17 @@
 """Loss and gradients of the LoRA weights: a tape of the pieces of each layer.
 
-The documents of a batch in which something is learned lie end to end on one axis of N positions,
-without padding. They are split into chunks that fit into memory, and on a CPU a chunk into a shard
-for each core; gradients are sums, so nothing is lost by that. A layer is eleven pieces (`PIECES`)
-with named values between them. The forward runs them and keeps the values that the layer's level
-names in `memory.KEPT`; the memory planner sums the same table. The head then computes loss and
-gradient of the supervised positions alone, a slice of the vocabulary at a time (`train.loss`).
-Where labels are weighed, or answers compared (`train.preferences`), each position's gradient is
-multiplied by a number then; with a `kl_weight` the head compares with hidden states that the model
-as it was before its training has computed first. The backward takes the VJP of each piece in
-reverse order, adds gradients by name, and runs those pieces again whose values it needs and were
-not kept. Frozen matrices are multiplied with and never differentiated. Dropout is a function of
-seed, row, column, layer and linear, so a piece that runs twice draws the same mask. What is
-evaluated when decides the peak of memory: a layer is finished before the next but one begins. The
-gradients of all chunks, micro-batches and processes are added up, and divided once by the step's
-supervised tokens (`train.step`).
+The documents in which something is learned lie end to end on one axis of N positions. They are
+split into chunks that fit into memory (`train.memory`), on a CPU each into a shard for every core.
+A layer is eleven pieces (`PIECES`) with named values between them. The forward runs them and keeps
+the values that the layer's level names in `memory.KEPT`. The head computes loss and gradient of the
+supervised positions (`train.loss`); where labels are weighed, or answers compared, each position's
+gradient is then multiplied by a number. The backward takes the VJP of each piece in reverse order,
+adds gradients by name, and runs those pieces again whose values were not kept; a piece that runs
+twice draws the same dropout mask. What is evaluated when decides the peak of memory: a layer is
+finished before the next but one begins.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -298,9 +292,6 @@ class Engine:
     `recompute` is as in `loss_and_grads`, or the level of each layer; if `compiled`, elementwise
     operations are fused with `mx.compile`. To the loss `kl_weight` times the divergence from what
     the model is when this is made is added, without that model's dropout.
-
-    Raises:
-        ConfigError: the model has nothing to train, or `recompute` is none of its words.
     """
 
     def __init__(
@@ -512,7 +503,7 @@ class Engine:
         side_by_side(tapes, stages)
         return weighed.n
 
-    def _head(self, tape: Tape) -> Generator[list[mx.array], None, Losses]:
+    def _head(self, tape: Tape) -> Running[Losses]:
         """What the head says of the last layer's output of a shard."""
         x, softcap = tape.values["y"], self.model.config.logits_softcap
         hidden = self.model.model.normalised(x[tape.shard.positions])

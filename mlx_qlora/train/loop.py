@@ -193,11 +193,7 @@ class Run:
         say(self.console, f"continuing from {checkpoint}")
 
     def begin(self) -> Metrics:
-        """Clears what a run that goes on from here will write again, and opens the metrics.
-
-        Raises:
-            ConfigError: a tracker of `logging.report_to` cannot begin.
-        """
+        """Clears what a run that goes on from here will write again, and opens the metrics."""
         state, path, trackers = self.state, Path(os.devnull), []
         if self.processes.is_first:
             path, logging = self.output / "metrics.jsonl", self.config.logging
@@ -226,11 +222,7 @@ class Run:
     # ---- steps -----------------------------------------------------------------------------------
 
     def take_steps(self, until: int) -> None:
-        """Takes steps up to this one, or until a signal comes or patience is at its end.
-
-        Raises:
-            StepError: one cannot be taken, or too many in a row were skipped.
-        """
+        """Takes steps up to this one, or until a signal comes or patience is at its end."""
         training, state, stop = self.config.training, self.state, self.stop
         accumulated = training.accumulation
         end = min(until * accumulated, training.micro_batches(self.batches))
@@ -245,11 +237,7 @@ class Run:
             self.after_step()
 
     def record(self, result: StepResult, rate: float) -> None:
-        """Counts a step, and writes what it was where that is due.
-
-        Raises:
-            StepError: too many steps in a row were skipped.
-        """
+        """Counts a step, and writes what it was where that is due."""
         state = self.state
         state.step += 1
         state.rows += result.rows
@@ -268,11 +256,7 @@ class Run:
         return self.state.rows / len(self.batches.examples)
 
     def _record_skipped(self, result: StepResult) -> None:
-        """Records which rows made a step that moved nothing.
-
-        Raises:
-            StepError: there were `max_skipped_steps` in a row.
-        """
+        """Records which rows made a step that moved nothing; a StepError if it is one too many."""
         state, rows = self.state, list(result.suspects)
         state.skipped_in_a_row += 1
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
@@ -341,18 +325,17 @@ class Run:
 
         started, preferences = now(), self.preferences
         if preferences is not None:
-            compared = self.retried(lambda: preferences.validate(self._until_stopped))
-            if self.stop.signum is not None:
-                return False
-            self.metrics.compared(self.epoch, *compared, now() - started)
+            loss, metrics = self.retried(lambda: preferences.validate(self._until_stopped))
+            signum = None
         else:
             ours = self.retried(lambda: score(self.model, pieces()))
-            if self.stop.signum is not None:
-                return False
             took, received = now() - started, self.stop.received
             total, signum = score_of_all(ours, self.processes, took, received)
-            self.stop.signum = self.stop.signum or signum
-            self.metrics.validation(self.epoch, total, now() - started)
+            loss, metrics = total.loss, total.metrics
+        if self.stop.signum is not None:
+            return False
+        self.stop.signum = signum
+        self.metrics.validation(self.epoch, loss, metrics, now() - started)
         best = best_eval(self.state.log_history)
         return best is not None and best[0] == self.state.step
 

@@ -145,11 +145,7 @@ class Footprint:
 
 
 def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
-    """The level of each layer, or "auto".
-
-    Raises:
-        ConfigError: neither a known word nor a number of layers that exists.
-    """
+    """The level of each layer, or "auto"; a ConfigError for what is no such word or number."""
     if isinstance(recompute, list):
         assert len(recompute) == n_layers and set(recompute) <= set(LEVELS)
         return recompute

@@ -17,14 +17,13 @@ Dropout is off: in a difference of two log-probabilities it would be noise.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.data.batches import IGNORE, Batch, Batches, evaluation_batches, mismatch
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.preferences import KIND_OF, PAIRS
-from mlx_qlora.distributed import TO_BEGIN, Processes
+from mlx_qlora.distributed import Processes
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
 from mlx_qlora.train.config import TrainingConfig
@@ -207,21 +206,11 @@ class Preferences:
                 answers = Answers.of(piece, *nats_of_labels(self.model, piece), k)
                 table[share[list(piece.rows)]] = answers.table
                 task.advance(len(piece.rows))
-        return Answers(self._sum(table))
+        return Answers(everyone.total(table))
 
     def _total(self, examples: Examples, pieces: Pieces) -> float:
         """The sum of log-probabilities of all answers."""
         return float(self.answers_of(examples, pieces, "mismatched").logps.sum())
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Sums over all processes; as two float32 numbers each, as there may be no float64."""
-        if self.processes.size == 1:
-            return values
-        high = values.astype(np.float32)
-        low = (values - high).astype(np.float32)
-        total = self.processes.all_sum(mx.array(np.stack([high, low])))
-        self.processes.wait(total, seconds=TO_BEGIN)
-        return np.array(total, np.float64).sum(axis=0)
 
     # ---- in a step -------------------------------------------------------------------------------
 
@@ -242,7 +231,7 @@ class Preferences:
 
     def begin(self, counts: np.ndarray) -> None:
         """A new step, of which each process has counted so much."""
-        n, weights, risen = self._sum(counts).tolist()
+        n, weights, risen = self.processes.total(counts).tolist()
         self.kl, self.per_weight = max(risen / max(n, 1), 0.0), self.alpha * n / max(weights, 1e-9)
         self.reset()
 
@@ -290,7 +279,7 @@ class Preferences:
 
     def metrics(self) -> dict[str, float]:
         """The metrics of a step of all processes, by TRL's names."""
-        return self._named(self._sum(self.sums), self.kl)
+        return self._named(self.processes.total(self.sums), self.kl)
 
     def _named(self, sums: np.ndarray, kl: float) -> dict[str, float]:
         figures, means = {}, {}

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.loss import Losses, cross_entropy
+from mlx_qlora.train.loss import cross_entropy
 from mlx_qlora.train.memory import Shard, chunks_of, default_chunks, supervised_documents
 
 
@@ -30,7 +30,15 @@ class Score:
     @property
     def loss(self) -> float:
         """Mean nats of the labels, by their weights."""
-        return self.nats / (self.tokens + self.excess)
+        return self.nats / ((self.tokens + self.excess) or 1)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a validation records besides, by its name there."""
+        pairs = max(self.pairs, 1)
+        repetition = {"repetition": self.repeated, "reference_repetition": self.repeated_targets}
+        shares = {name: n / pairs for name, n in repetition.items()}
+        return {"token_accuracy": self.hits / max(self.tokens, 1), **shares}
 
 
 def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
@@ -111,23 +119,18 @@ def _scored(
     n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
     for shards in chunks_of(model, batch, documents, n_chunks):
         with cores_shared(shards):
-            results = _losses(model, shards, of_base(model, shards, base))
+            bases = of_base(model, shards, base)
+            triples = zip(_in_streams(shards), hidden_states(model, shards), bases)
+            cap = model.config.logits_softcap
+            results = [
+                cross_entropy(model.head, x, shard.targets, False, cap, base_x)
+                for shard, x, base_x in triples
+            ]
             mx.eval([(losses.nats, losses.choices, losses.kl) for losses in results])
         for shard, losses in zip(shards, results):
             kl = np.zeros(len(shard.labels)) if losses.kl is None else np.array(losses.kl)
             target, nats = np.array(shard.targets), np.array(losses.nats)
             yield shard, np.array(losses.choices), target, nats, kl
-
-
-def _losses(
-    model: LlamaForCausalLM, shards: list[Shard], bases: list[mx.array | None]
-) -> list[Losses]:
-    """What the head says of each shard's supervised tokens."""
-    cap = model.config.logits_softcap
-    triples = zip(_in_streams(shards), hidden_states(model, shards), bases)
-    return [
-        cross_entropy(model.head, x, shard.targets, False, cap, base) for shard, x, base in triples
-    ]
 
 
 def of_base(

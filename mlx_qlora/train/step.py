@@ -81,9 +81,7 @@ class Step:
     def __call__(self, micro_batches: list[Batch], rate: float) -> StepResult | None:
         """One step at this learning rate; None if a signal abandoned it, and nothing has moved.
 
-        Raises:
-            StepError: a single row does not fit into memory, or the device gave up.
-            ProcessError: another process is gone, or did not answer in time.
+        A StepError if a single row does not fit into memory, or the device gives up.
         """
         optimizer, all_reduce, preferences = self.optimizer, self.all_reduce, self.preferences
         losses: list[tuple[Batch, mx.array]] = []
@@ -155,11 +153,7 @@ class Step:
         return split(batch, max(self.n_splits, -(-batch.real_tokens // at_once)))
 
     def split_more(self, micro_batches: list[Batch], reason: str) -> None:
-        """Halves the rows of these micro-batches that are computed at once.
-
-        Raises:
-            StepError: it is one row already.
-        """
+        """Halves the rows of these micro-batches that are computed at once, if they are several."""
         pieces = [self.split(batch) for batch in micro_batches]
         most = max(len(piece.tokens) for of_batch in pieces for piece in of_batch)
         if most == 1:
@@ -184,10 +178,7 @@ def retried(work: Callable[[], T], make_room: Callable[[str, int], None]) -> T:
     """Does some work, and does it again as often as memory ends and room can be made.
 
     The work leaves nothing behind if it fails. `make_room` is given the error's words and how often
-    that happened.
-
-    Raises:
-        StepError: from `make_room`, or for any other error of the device.
+    that happened. Any other error of the device is a StepError.
     """
     failures = 0
     while True:

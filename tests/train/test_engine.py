@@ -370,7 +370,8 @@ def test_a_call_and_an_exception_in_the_middle_of_one_leave_the_model_as_it_was(
     mx.eval(expected)
     assert all(before[name] is array for name, array in all_arrays(model).items())
     doubled = {n: 2 * w for n, w in tree_flatten(model.trainable_parameters())}
-    real, left = getattr(llama.DecoderLayer, piece), [calls]
+    owner = llama.Attention if piece == "rotate" else llama.DecoderLayer
+    real, left = getattr(owner, piece), [calls]
 
     def failing(self, *args, **kwargs):
         left[0] -= 1
@@ -379,7 +380,7 @@ def test_a_call_and_an_exception_in_the_middle_of_one_leave_the_model_as_it_was(
         return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
-        patch.setattr(llama.DecoderLayer, piece, failing)
+        patch.setattr(owner, piece, failing)
         loss_grads = Engine(model, "all", False)(doubled, batch, key)
         mx.eval(loss_grads)
     after = all_arrays(model)
