@@ -248,7 +248,7 @@ def collate(rows: list[list[Example]], numbers: Sequence[int] = ()) -> Batch:
     for b, row in enumerate(rows):
         start = 0
         for example in row:
-            for (ids, learned), of_labels in zip(example.documents, example.document_weights):
+            for ids, learned, of_labels in example.documents:
                 end = start + len(ids) - 1  # the last token is only a label
                 tokens[b, start:end] = ids[:-1]
                 weights[b, start:end], answers[b, start:end] = of_labels[1:], learned[1:]

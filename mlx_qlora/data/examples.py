@@ -170,15 +170,11 @@ class Example:
         return len(self.tokens)
 
     @property
-    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, learned) of each document: most rows are one."""
-        return list(zip(*(np.split(x, self.starts) for x in (self.tokens, self.learned))))
-
-    @property
-    def document_weights(self) -> list[np.ndarray]:
-        """(n,) float32 of each document: what its tokens weigh as labels."""
+    def documents(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(tokens, learned, float32 weights as labels) of each document: most rows are one."""
         weights = self.learned.astype(np.float32) if self.weights is None else self.weights
-        return np.split(weights, self.starts)
+        arrays = self.tokens, self.learned, weights
+        return list(zip(*(np.split(array, self.starts) for array in arrays)))
 
     @property
     def place(self) -> str:

@@ -32,7 +32,7 @@ from mlx_qlora.model.streaming import streamed
 from mlx_qlora.model.swiglu import gate_sigmoid, swiglu, swiglu_vjp
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
-from mlx_qlora.train.loss import Losses, Weigh, by_batch, losses_by_slice
+from mlx_qlora.train.loss import Weigh, by_batch, losses_by_slice
 from mlx_qlora.train.memory import EXPONENTIALS, KEPT, NOTHING, Recompute, Shard
 from mlx_qlora.train.score import of_base
 from mlx_qlora.tree import bound, flat, nested
@@ -314,6 +314,7 @@ class Engine:
         ]
         self.trainable = sum(weight.size for weight in trainable.values())
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
+        self._read_ahead = self.reader.ahead if self.reader else lambda i: None
         self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
         differentiated = {
             f"model.layers.{i}.{path}.{name}"
@@ -466,13 +467,10 @@ class Engine:
         with self.reader.layer(i):
             side_by_side(layer, computations, self.matrices[i] if self.one_by_one else ())
 
-    def _read_ahead(self, i: int) -> None:
-        if self.reader is not None:
-            self.reader.ahead(i)
-
     def _loss(self, tape: Tape, losses: list[mx.array]) -> Stages:
         """From the last layer's output of a shard to its loss sum and gradient."""
-        found = yield from self._head(tape)
+        yield from self._head(tape)
+        found = tape.values.pop("losses")
         losses.append(found.nats.sum())
         if found.kl is not None:
             losses[-1] = mx.stack([losses[-1], found.kl.sum()])
@@ -482,34 +480,29 @@ class Engine:
         self, tapes: list[Tape], losses: list[mx.array], batch: Batch, weigh: Weigh
     ) -> float:
         """As `_loss` for all shards of a chunk, whose labels are weighed when all are scored."""
-        found: dict[int, Losses] = {}
-
-        def head(i: int, tape: Tape) -> Stages:
-            found[i] = yield from self._head(tape)
-
-        side_by_side(tapes, [head(i, tape) for i, tape in enumerate(tapes)])
-        nats = [np.array(found[i].nats) for i in range(len(tapes))]
+        side_by_side(tapes, [self._head(tape) for tape in tapes])
+        found = [tape.values.pop("losses") for tape in tapes]
         labels = np.concatenate([tape.shard.labels for tape in tapes])
-        weighed = weigh(batch, labels, np.concatenate(nats))
+        weighed = weigh(batch, labels, np.concatenate([each.nats for each in found]))
         losses.append(mx.array(weighed.loss, mx.float32))
         if self.kl_weight:
-            kl = weighed.weights @ np.concatenate([found[i].kl for i in range(len(tapes))])
+            kl = weighed.weights @ np.concatenate([each.kl for each in found])
             losses[-1] = mx.array([weighed.loss, kl], mx.float32)
-        ends = np.cumsum([len(each) for each in nats])[:-1]
+        ends = np.cumsum([each.nats.size for each in found])[:-1]
         stages = []
-        for i, weights in enumerate(np.split(weighed.weights, ends)):
-            gradient = found.pop(i).gradient * mx.array(weights, mx.float32)[:, None]
-            stages.append(self._from_head(tapes[i], gradient, []))
+        for tape, weights in zip(tapes, np.split(weighed.weights, ends)):
+            gradient = found.pop(0).gradient * mx.array(weights, mx.float32)[:, None]
+            stages.append(self._from_head(tape, gradient, []))
         side_by_side(tapes, stages)
         return weighed.n
 
-    def _head(self, tape: Tape) -> Running[Losses]:
-        """What the head says of the last layer's output of a shard."""
+    def _head(self, tape: Tape) -> Stages:
+        """Leaves what the head says of the last layer's output of a shard."""
         x, softcap = tape.values["y"], self.model.config.logits_softcap
         hidden = self.model.model.normalised(x[tape.shard.positions])
         yield [hidden]
-        args = self.model.head, hidden, tape.shard.targets, True, softcap
-        return (yield from losses_by_slice(*args, tape.values.pop("base", None), self.kl_weight))
+        more = tape.shard.targets, True, softcap, tape.values.pop("base", None), self.kl_weight
+        tape.values["losses"] = yield from losses_by_slice(self.model.head, hidden, *more)
 
     def _from_head(self, tape: Tape, gradient: mx.array, more: list[mx.array]) -> Stages:
         """From the gradient of the supervised positions to that of the last layer's output."""

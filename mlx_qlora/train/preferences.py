@@ -95,7 +95,7 @@ def good_answers(examples: Examples, side: int = -1) -> Examples | None:
         return examples
     rows = []
     for row in examples:
-        (tokens, learned), weights = row.documents[side], row.document_weights[side]
+        tokens, learned, weights = row.documents[side]
         if weights.min() >= 0:
             rows.append(Example(tokens, learned, row.line, row.file))
     return Examples.of(rows, examples.report.source) if rows else None
