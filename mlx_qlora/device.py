@@ -24,8 +24,6 @@ from mlx_qlora.errors import ConfigError, did_you_mean, require
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# ---- the device ----------------------------------------------------------------------------------
-
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
 SMALL_CACHE = 16 << 20  # bytes of freed buffers, while weights come and go
 COPY_SHARE = 0.4  # of the memory that a dequantised copy may take; the rest is for training
@@ -130,10 +128,7 @@ def current() -> Device:
 
 @contextmanager
 def use(device: Device) -> Iterator[None]:
-    """Make the choices of another device, in all threads: a test runs a GPU's route on a CPU.
-
-    MLX goes on to compute where it did. `dataclasses.replace` mixes routes.
-    """
+    """Make the choices of another device, in all threads; MLX goes on to compute where it did."""
     global _in_use
     before, _in_use = _in_use, device
     try:
@@ -227,8 +222,7 @@ def own_cores() -> int:
     them on two cores took 2.4 times as long: whoever waits for a sum keeps a core busy, too.
     """
     of_machine = os.cpu_count() or 1
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    allowed = len(os.sched_getaffinity(0)) if has_affinity else of_machine
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else of_machine
     return max(1, min(allowed, of_machine // _processes_here))
 
 
@@ -276,23 +270,18 @@ def limit_memory(temporary: int) -> None:
 
 
 def free_at_once() -> None:
-    """Let Linux have the memory of large arrays when they are freed.
-
-    glibc soon takes arrays of up to 32 MB from a heap that it keeps: a streamed run was a third
-    larger than what MLX had. Fixing the threshold turns that off.
-    """
+    """Let Linux have the memory of large arrays when they are freed."""
+    # glibc soon takes arrays of up to 32 MB from a heap that it keeps, unless the threshold is set:
+    # a streamed run was a third larger than what MLX had.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 @contextmanager
-def small_cache(applies: bool = True) -> Iterator[None]:
+def small_cache() -> Iterator[None]:
     """Within it hardly any freed buffer is kept: weights that are dropped outweigh all else."""
     import mlx.core as mx
 
-    if not applies:
-        yield
-        return
     free_at_once()
     mx.clear_cache()
     before = mx.set_cache_limit(0)
@@ -481,9 +470,6 @@ def _median_seconds(compute: Callable[[], "mx.array"]) -> float:
         mx.eval(compute())
         times.append(time.perf_counter() - start)
     return sorted(times)[2]
-
-
-# ---- what others change of the process -----------------------------------------------------------
 
 
 def allow_files(n: int) -> None:

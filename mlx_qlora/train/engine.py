@@ -12,7 +12,7 @@ finished before the next but one begins.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -224,9 +224,7 @@ def arrays_of(values: dict[str, Any]) -> list[mx.array]:
 
 
 def side_by_side(
-    tapes: list[Tape],
-    computations: list[Stages],
-    copied: Sequence[FrozenMatrix] = (),
+    tapes: list[Tape], computations: list[Stages], copied: Sequence[FrozenMatrix] = ()
 ) -> None:
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
 
@@ -359,16 +357,10 @@ class Engine:
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
-        with bound(self.model, cast), device.small_cache(self.reader is not None):
-            groups, n_chunks = [documents], plan.n_chunks
-            if compare is not None:
-                group_of, n_chunks = memory.spread(lengths, n_chunks)[unit_of], 1
-                groups = [documents[group_of == group] for group in np.unique(group_of)]
-            chunks = [
-                shards
-                for group in groups
-                for shards in memory.chunks_of(self.model, batch, group, n_chunks, dropout_key)
-            ]
+        group_of = memory.spread(lengths, plan.n_chunks)[unit_of]
+        groups = [documents[group_of == group] for group in np.unique(group_of)]
+        with bound(self.model, cast), device.small_cache() if self.reader else nullcontext():
+            chunks = memory.chunks_of(self.model, batch, groups, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
                     hook = all_reduce if shards is chunks[-1] else None

@@ -255,14 +255,13 @@ def supervised_documents(batch: Batch) -> np.ndarray:
 def chunks_of(
     model: LlamaForCausalLM,
     batch: Batch,
-    documents: np.ndarray,
-    n_chunks: int,
+    groups: list[np.ndarray],
     dropout_key: mx.array | None = None,
 ) -> list[list[Shard]]:
-    """At most so many chunks of a batch; each as the shards that are computed side by side.
+    """Chunks of a batch, each as the shards that are computed side by side.
 
-    `documents` (n, 3) of row, start and end are those of the batch to be computed. `dropout_key` is
-    (2,) for the batch or (B, 2) for its rows; None turns dropout off.
+    `groups` are the documents (n, 3), row, start and end, of each chunk. `dropout_key` is (2,) for
+    the batch or (B, 2) for its rows; None turns dropout off.
     """
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
     for ids in (tokens, labels[labels != IGNORE]):
@@ -282,7 +281,7 @@ def chunks_of(
         return Shard(ids, context, keys, *of_targets, stream)
 
     chunks = []
-    for chunk in split_evenly(documents, n_chunks):
+    for chunk in groups:
         n_positions = int((chunk[:, 2] - chunk[:, 1]).sum())
         n_shards = max(1, min(device.cores(), len(chunk), n_positions // FEWEST_POSITIONS))
         shards = zip(split_evenly(chunk, n_shards), streams(n_shards))

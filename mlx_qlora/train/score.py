@@ -12,7 +12,13 @@ from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.loss import cross_entropy
-from mlx_qlora.train.memory import Shard, chunks_of, default_chunks, supervised_documents
+from mlx_qlora.train.memory import (
+    Shard,
+    chunks_of,
+    default_chunks,
+    split_evenly,
+    supervised_documents,
+)
 
 
 @dataclass
@@ -117,7 +123,7 @@ def _scored(
     """Of each shard's supervised tokens (S,) the first choice, the target, the loss, the KL."""
     documents = supervised_documents(batch)
     n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
-    for shards in chunks_of(model, batch, documents, n_chunks):
+    for shards in chunks_of(model, batch, split_evenly(documents, n_chunks)):
         with cores_shared(shards):
             bases = of_base(model, shards, base)
             triples = zip(_in_streams(shards), hidden_states(model, shards), bases)

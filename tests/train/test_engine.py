@@ -577,7 +577,7 @@ def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
     engine = Engine(model, [level] * len(model.layers), compiled)
     documents = memory.supervised_documents(batch)
     arrays: list[mx.array] = []
-    for shard in memory.chunks_of(model, batch, documents, 1)[0]:
+    for shard in memory.chunks_of(model, batch, [documents])[0]:
         x = model.model.embed_tokens(shard.tokens)
         for i, layer in enumerate(model.layers):
             tape = Tape(layer, shard, shard.keys[i], compiled)
