@@ -400,8 +400,7 @@ class Machine:
         """How long training takes for so many flops of matmuls and bytes that are moved.
 
         A CPU's cores wait for the `weights` that matmuls read, which is most of a small
-        micro-batch's time. A GPU reads them meanwhile, and waits for what `elementwise` operations
-        read and write.
+        micro-batch's time. A GPU reads them meanwhile, and waits for `elementwise` operations.
         """
         moved = weights if self.device.waits_for_weights else elementwise
         return flops / self.matmul_rate + moved / self.bytes_per_second

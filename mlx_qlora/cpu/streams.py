@@ -40,12 +40,7 @@ def cores_shared(shards: Sized) -> AbstractContextManager[None]:
 
 
 class OtherProcesses:
-    """What they do on this machine, which Linux counts.
-
-    Args:
-        stat: the kernel's count of what all cores did, in ticks.
-        own_ticks: those that this process took.
-    """
+    """What they do, by the kernel's count of all cores' ticks and those that this process took."""
 
     def __init__(self, stat: str, own_ticks: Callable[[], float]) -> None:
         self._stat, self._own_ticks = stat, own_ticks

@@ -186,11 +186,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
 
 
 def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> Said:
-    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell.
-
-    Args:
-        columns: our names of fields -> the row's.
-    """
+    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):

@@ -167,13 +167,8 @@ class GgufMatrix:
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Read a GGUF file, or the first of several parts that make one.
 
-    Returns:
-        What its `config.json` would say; the tensors, matrices as `GgufMatrix`; and the file's own
-        key-value pairs, tokenizer included.
-
-    Raises:
-        WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that
-            nobody can read (the message names types and tensors).
+    Returns what its `config.json` would say; the tensors, matrices as `GgufMatrix`; and the file's
+    own key-value pairs, tokenizer included. A WeightsError names what nobody can read.
     """
     parts = weight_files(path)
     headers = [read_header(part) for part in parts]

@@ -39,6 +39,13 @@ NO_KEYS: Keys = [None] * 7
 Pieces = Generator[tuple[str, mx.array], list[mx.array], mx.array]
 # The linears of a layer that read the same input, and their places among the keys.
 KEYS_OF = {"qkv": slice(0, 3), "o": slice(3, 4), "gate_up": slice(4, 6), "down": slice(6, 7)}
+# Where they are, their names, and that of the one that may stand for several.
+LINEARS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    "o": ("self_attn", ("o_proj",), ""),
+    "gate_up": ("mlp", ("gate_proj", "up_proj"), "gate_up_proj"),
+    "down": ("mlp", ("down_proj",), ""),
+}
 
 
 class RMSNorm(nn.Module):
@@ -82,17 +89,10 @@ class Attention(nn.Module):
             for name, size in zip(config.head_norm_names, sizes):
                 self[name] = RMSNorm(size, config)
 
-    @property
-    def qkv(self) -> Linears:
-        """x (..., D) -> q (..., H * Hd), k and v (..., K * Hd)."""
-        if self._config.fused_qkv:
-            return Linears({"self_attn.qkv_proj": self.qkv_proj}, self._ends)
-        return Linears({f"self_attn.{name}": self[name] for name in ("q_proj", "k_proj", "v_proj")})
-
     def rotate(
         self, q: mx.array, k: mx.array, v: mx.array, context: Context
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """What `qkv` gives -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
+        """q (..., H * Hd), k, v (..., K * Hd) -> q (..., H, Hd), k (..., K, Hd), rotated, and v."""
         kind = self._config.head_norms
         heads = *q.shape[:-1], -1, self._config.head_dim
         if kind == ALL_HEADS:
@@ -123,13 +123,6 @@ class MLP(nn.Module):
             self.gate_proj = Linear(D, F, config.mlp_bias)
             self.up_proj = Linear(D, F, config.mlp_bias)
         self.down_proj = Linear(F, D, config.mlp_bias)
-
-    @property
-    def gate_up(self) -> Linears:
-        """x (..., D) -> gate and up (..., F)."""
-        if "gate_up_proj" in self:
-            return Linears({"mlp.gate_up_proj": self.gate_up_proj}, 2)
-        return Linears({f"mlp.{name}": self[name] for name in ("gate_proj", "up_proj")})
 
 
 class DecoderLayer(nn.Module):
@@ -171,11 +164,11 @@ class DecoderLayer(nn.Module):
 
     def linears(self, name: str) -> Linears:
         """The linears of a piece, qkv, o, gate_up or down: they read the same input."""
-        if name in ("qkv", "gate_up"):
-            return self.self_attn.qkv if name == "qkv" else self.mlp.gate_up
-        if name == "o":
-            return Linears({"self_attn.o_proj": self.self_attn.o_proj})
-        return Linears({"mlp.down_proj": self.mlp.down_proj})
+        place, names, fused = LINEARS[name]
+        module, cuts = self[place], None
+        if fused in module:
+            names, cuts = (fused,), self.self_attn._ends if name == "qkv" else 2
+        return Linears({f"{place}.{leaf}": module[leaf] for leaf in names}, cuts)
 
     def attention_norm(self, x: mx.array) -> mx.array:
         """x (..., D) -> what `qkv` reads (..., D)."""
@@ -422,6 +415,16 @@ class LlamaForCausalLM(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         """The decoder layers, where mlx-lm looks for them."""
         return self.model.layers
+
+    @property
+    def linears(self) -> list[tuple[str, Any]]:
+        """(path, module) of every linear of the layers, in reading order."""
+        return [
+            (f"model.layers.{i}.{path}", module)
+            for i, layer in enumerate(self.layers)
+            for name in LINEARS
+            for path, module in layer.linears(name).members.items()
+        ]
 
     def make_cache(self) -> list[Any]:
         """One empty mlx-lm key-value cache per layer; those of windows hold no more than these."""

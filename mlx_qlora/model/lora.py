@@ -27,9 +27,6 @@ from mlx_qlora.model.weights import as_array, open_checkpoint
 from mlx_qlora.tree import bound, flat, nested
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Every linear of a layer in reading order; where one matrix stands for several, it has their place.
-ORDER = ["q_proj", "qkv_proj", "k_proj", "v_proj", "o_proj"]
-ORDER += ["gate_proj", "gate_up_proj", "up_proj", "down_proj"]
 
 
 @config_section("lora")
@@ -161,8 +158,7 @@ class LoRALinear(nn.Module):
     """y = base(x) + scale * B(A(dropout(x))), after Hu et al., equation 3 and section 4.1.
 
     A (r, d_in) and B (d_out, r) are float32 masters; the forward casts them to x's dtype, so that
-    the output's dtype is the input's and nothing downstream widens. The scale is applied to the
-    rank-r tensor, which is the smallest. Dropout acts only where a key is given.
+    nothing downstream widens. Dropout acts only where a key is given.
 
     Where the update begins with a part of W (PiSSA, OLoRA), that part is taken off again. A dense W
     is left without it. A packed one stays as it is, y = base(x) + scale * (B A - B0 A0) x: packed
@@ -328,7 +324,7 @@ def add_lora(
         raise ConfigError("the model already has LoRA layers; load it again to start over")
     config = for_model(model, config)
     targets = target_paths(model, config)
-    linears, wrapped, originals = dict(_linears(model)), {}, {}
+    linears, wrapped, originals = dict(model.linears), {}, {}
     init = config.init_lora_weights if begin else True
     if begin:  # PEFT lets a pattern match nothing, and so may what others have written
         _check(config, {path: linears[path] for path in targets})
@@ -401,7 +397,7 @@ def _originals(model: LlamaForCausalLM) -> dict[str, Any]:
 
 def for_model(model: LlamaForCausalLM, config: LoraConfig) -> LoraConfig:
     """With the names that a model has for all seven, where some of them are one matrix."""
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in _linears(model)))
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in model.linears))
     wanted = config.target_modules
     if isinstance(wanted, str) or set(wanted) != set(ALL_SEVEN) or set(names) == set(ALL_SEVEN):
         return config
@@ -421,7 +417,7 @@ def target_paths(
     ConfigError names a target, or a layer, that matches nothing.
     """
     wanted = for_model(model, config).target_modules
-    paths = [path for path, _ in _linears(model)]
+    paths = [path for path, _ in model.linears]
     names = sorted({path.split(".", 3)[3] for path in paths})
     exists = "the linears of each layer are " + ", ".join(names)
     # PEFT would adapt these too. In its tree a tied model has an lm_head as well.
@@ -460,32 +456,14 @@ def target_paths(
     return [path for path in matched if int(path.split(".")[2]) in layers or path in wanted]
 
 
-def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+def lora_layers(model: LlamaForCausalLM) -> list[tuple[str, LoRALinear]]:
     """(path, layer) of every LoRALinear, in the model's order."""
-    return [(p, m) for p, m in _in_order(model) if isinstance(m, LoRALinear)]
+    return [(path, module) for path, module in model.linears if isinstance(module, LoRALinear)]
 
 
 def trainable_count(model: nn.Module) -> int:
     """How many numbers training will change."""
     return sum(array.size for array in flat(model.trainable_parameters()).values())
-
-
-def _linears(model: LlamaForCausalLM) -> list[tuple[str, Linear]]:
-    """(path, linear) of every linear inside the decoder layers."""
-    linears = [(path, m) for path, m in _in_order(model) if isinstance(m, Linear)]
-    return [(path, linear) for path, linear in linears if path.startswith("model.layers.")]
-
-
-def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules in reading order (layer 2 before layer 10, q before k), not in a set's."""
-    rank = {name: i for i, name in enumerate(ORDER)}
-
-    def position(item: tuple[str, nn.Module]) -> tuple[int, int]:
-        parts = item[0].split(".")
-        layer = int(parts[2]) if len(parts) > 2 and parts[2].isdigit() else -1
-        return layer, rank.get(parts[-1], -1)
-
-    return sorted(model.named_modules(), key=position)
 
 
 def is_named(target: str, path: str) -> bool:

@@ -229,7 +229,6 @@ def side_by_side(
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
 
     Where matrices are `copied` each for a stage, the stage is finished before the next one begins.
-
     MLX hands at most some hundred operations to its streams in advance: all of one shard's first
     would leave the other streams without work. Those of one evaluation it hands over breadth first,
     so all shards' mixed.
@@ -314,13 +313,8 @@ class Engine:
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
         self._read_ahead = self.reader.ahead if self.reader else lambda i: None
         self.one_by_one = any(m.quant and m.matmul == "dequantize" for m in streamed(model))
-        differentiated = {
-            f"model.layers.{i}.{path}.{name}"
-            for i, layer in enumerate(model.layers)
-            for piece in KEYS_OF
-            for path in layer.linears(piece).members
-            for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-        }
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        differentiated = {f"{path}.{name}" for path, _ in model.linears for name in names}
         if missing := sorted(trainable.keys() - differentiated):
             raise ConfigError(
                 f"{missing[0]} is trainable, but only LoRA weights can be trained; freeze the "
@@ -408,8 +402,7 @@ class Engine:
         for i, layer in enumerate(tapes):
             kept = KEPT[levels[i]] if i >= self.first else ()
             x = [tape.values["x"] for tape in layer]
-            # The last layer is needed twice.
-            ahead = partial(self._read_ahead, min(i + 1, len(tapes) - 1))
+            ahead = partial(self._read_ahead, min(i + 1, len(tapes) - 1))  # the last one: twice
             self._start(i, layer, [tape.forward(kept, ahead) for tape in layer])
             # The layer before this one is finished before the next one begins: the device always
             # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).

@@ -8,12 +8,13 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from rich.console import Console
@@ -46,7 +47,7 @@ from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.score import score
 from mlx_qlora.train.signals import Interrupted, StopSignal
-from mlx_qlora.train.step import Step, StepError, StepResult, retried
+from mlx_qlora.train.step import Step, StepError, StepResult
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 # A step's loss this many times above the median of the last ones, and this far above their usual
 # spread, is a loss spike.
 SPIKE, SPREADS, REMEMBERED = 1.5, 8.0, 20
-T = TypeVar("T")
 
 
 # ---- the result ----------------------------------------------------------------------------------
@@ -124,7 +124,8 @@ def train(
     for warning in length.warnings:
         warn(console, warning)
     if (preferences := run.preferences) is not None:  # before what was trained is put back
-        run.retried(lambda: preferences.refer(run.step.pieces))
+        rows = run.held_out or run.batches
+        run.step.retried([rows[0]], lambda: preferences.refer(run.step.pieces))
     if inputs.resumed is not None:
         run.resume(inputs.resumed)
     run.state = broadcast_state(run.state, run.optimizer, run.processes)
@@ -304,11 +305,6 @@ class Run:
     def _is_due(self, every: int | str) -> bool:
         return self.state.step % int(every) == 0 or self.state.step == self.total_steps
 
-    def retried(self, work: Callable[[], T]) -> T:
-        """Scores held-out rows, fewer at once where memory ends."""
-        rows = self.held_out or self.batches
-        return retried(work, lambda reason, _: self.step.split_more([rows[0]], reason))
-
     def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return itertools.takewhile(lambda _: self.stop.signum is None, self.step.pieces(batches))
 
@@ -325,10 +321,11 @@ class Run:
 
         started, preferences = now(), self.preferences
         if preferences is not None:
-            loss, metrics = self.retried(lambda: preferences.validate(self._until_stopped))
+            work = partial(preferences.validate, self._until_stopped)
+            loss, metrics = self.step.retried([held_out[0]], work)
             signum = None
         else:
-            ours = self.retried(lambda: score(self.model, pieces()))
+            ours = self.step.retried([held_out[0]], lambda: score(self.model, pieces()))
             took, received = now() - started, self.stop.received
             total, signum = score_of_all(ours, self.processes, took, received)
             loss, metrics = total.loss, total.metrics

@@ -100,16 +100,15 @@ def tracked(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """One event file of `tensorboard`'s own records, which needs neither TensorFlow nor torch.
+    """One event file of `tensorboard`'s own records.
 
     Each record reaches the file before `write` returns. `tensorboard.summary.Writer` would write
     from a thread, where a full disk ends in a traceback, imports TensorFlow where there is one, and
-    knows neither session logs nor text; the `RecordWriter` under it has none of that.
+    knows neither session logs nor text.
 
-    All event files of a folder are one run to TensorBoard. The settings are shown under Text as
-    `args`, as the Trainer does. The history up to the last `step` that was done is written where
-    there is no event file yet; what another process wrote after it is purged from view by a
-    `SessionLog.START`, as TensorBoard does for its own restarts.
+    All event files of a folder are one run to TensorBoard. The history up to the last `step` is
+    written where there is no event file yet; what another process wrote after it is purged from
+    view by a `SessionLog.START`, as TensorBoard does for its own restarts.
     """
 
     name = "tensorboard"

@@ -104,15 +104,11 @@ def good_answers(examples: Examples, side: int = -1) -> Examples | None:
 def compared(
     config: TrainingConfig, answers: Answers, reference: np.ndarray, kl: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The losses of n examples.
+    """The losses (n,) of n examples.
 
-    Args:
-        reference: (n, k) log-probabilities before the training; not read by orpo and simpo.
-        kl: by how many nats the log-probabilities of mismatched answers have risen, for kto.
-
-    Returns:
-        (n,) losses; (n, k) their derivatives by the log-probabilities; (n, k) scores, of which
-        `beta` times are the rewards.
+    And their derivatives (n, k) by the log-probabilities, and the scores (n, k), of which `beta`
+    times are the rewards. The `reference` (n, k) is of log-probabilities before the training, which
+    orpo and simpo do not read; by `kl` nats those of mismatched answers have risen, for kto.
     """
     averages = config.objective in AVERAGED
     scale = answers.lengths if averages else np.ones_like(answers.lengths)

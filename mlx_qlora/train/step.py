@@ -4,6 +4,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import mlx.core as mx
@@ -88,11 +89,8 @@ class Step:
         weigh = None
         if preferences is not None:
             weigh = preferences.weigh
-            counts = retried(
-                lambda: preferences.count(micro_batches, self.pieces),
-                lambda error, _: self.split_more(micro_batches, error),
-            )
-            preferences.begin(counts)
+            count = partial(preferences.count, micro_batches, self.pieces)
+            preferences.begin(self.retried(micro_batches, count))
 
         def forward_backward() -> tuple[dict[str, mx.array], mx.array, float]:
             weights = optimizer.named(optimizer.weights)
@@ -114,9 +112,7 @@ class Step:
 
         if all_reduce is not None:
             all_reduce.begin()
-        grads, nats, n = retried(
-            forward_backward, lambda error, _: self.split_more(micro_batches, error)
-        )
+        grads, nats, n = self.retried(micro_batches, forward_backward)
         if self.stop.signum is not None:
             return None
         tokens = sum(batch.real_tokens for batch in micro_batches)
@@ -142,6 +138,10 @@ class Step:
                 give_up(f"the gradient of {n} tokens is exactly 0, at a loss of {result.loss:.3g}")
             warn(self.console, f"nothing to learn in a step: the gradient of {n} tokens is 0")
         return result if result.finite else replace(result, suspects=suspects(losses, elsewhere))
+
+    def retried(self, batches: list[Batch], work: Callable[[], T]) -> T:
+        """Computes something of some batches, fewer of their rows at once where memory ends."""
+        return retried(work, lambda reason, _: self.split_more(batches, reason))
 
     def pieces(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The pieces of some batches."""
