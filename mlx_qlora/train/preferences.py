@@ -15,7 +15,6 @@ Dropout is off: in a difference of two log-probabilities it would be noise.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,15 +34,19 @@ AVERAGED = ("orpo", "simpo")  # objectives that compare log-probabilities per to
 # ---- answers and their losses --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Answers:
     """The answers of n examples, k of each: the rejected and the chosen one, or one.
 
-    The columns are k log-probabilities, k lengths, k times whether the answer is chosen or good,
-    and of the last answer's document the weighted nats and the weights of all its labels.
+    The columns of the table (n, 3 k + 2) float64 are k log-probabilities, k lengths, k times
+    whether the answer is chosen or good, and of the last answer's document the weighted nats and
+    the weights of all its labels.
     """
 
-    table: np.ndarray  # (n, 3 k + 2) float64
+    def __init__(self, table: np.ndarray) -> None:
+        k = (table.shape[1] - 2) // 3
+        self.table = table
+        self.logps, self.lengths, good, _ = np.split(table, [k, 2 * k, 3 * k], axis=1)
+        self.good = good > 0
 
     @classmethod
     def of(cls, batch: Batch, labels: np.ndarray, nats: np.ndarray, k: int) -> "Answers":
@@ -68,25 +71,6 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def _columns(self, first: int) -> np.ndarray:
-        k = (self.table.shape[1] - 2) // 3
-        return self.table[:, first * k : (first + 1) * k]
-
-    @property
-    def logps(self) -> np.ndarray:
-        """(n, k): log-probabilities."""
-        return self._columns(0)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n, k): tokens."""
-        return self._columns(1)
-
-    @property
-    def good(self) -> np.ndarray:
-        """(n, k) bool: whether an answer is chosen, or judged to be good."""
-        return self._columns(2) > 0
 
 
 def good_answers(examples: Examples, side: int = -1) -> Examples | None:
