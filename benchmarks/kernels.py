@@ -102,7 +102,7 @@ def _counted(model: Any, batch: Batch) -> dict[str, Counter]:
     mx.eval(model.parameters())
     engine = Engine(model, "none", compiled=True)
     documents = memory.supervised_documents(batch)
-    [[shard]] = memory.chunks_of(model, batch, documents, 1, mx.random.key(0))
+    [[shard]] = memory.chunks_of(model, batch, [documents], mx.random.key(0))
     mx.eval(shard.tokens, shard.keys, shard.documents.positions)
     with bound(model, {path: leaf(w.astype(engine.dtype)) for path, w in trainable.items()}):
         tape = Tape(model.layers[1], shard, shard.keys[1], engine.compiled)

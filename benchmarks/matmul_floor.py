@@ -173,7 +173,8 @@ class Maker:
         """A batch's floor."""
         documents = supervised_documents(batch)
         chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
-        sizes = [len(chunk) for chunk in chunks_of(self.model, batch, documents, chunks)]
+        groups = split_evenly(documents, chunks)
+        sizes = [len(chunk) for chunk in chunks_of(self.model, batch, groups)]
         labels, lanes = np.array(batch.labels), streams(sizes[0])
         shares = [
             self.share(part, labels, lanes[i % sizes[0]])

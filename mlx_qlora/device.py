@@ -24,8 +24,6 @@ from mlx_qlora.errors import ConfigError, did_you_mean, require
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# ---- the device ----------------------------------------------------------------------------------
-
 FrozenMatmul = Literal["quantized", "dequantize", "resident"]
 SMALL_CACHE = 16 << 20  # bytes of freed buffers, while weights come and go
 COPY_SHARE = 0.4  # of the memory that a dequantised copy may take; the rest is for training
@@ -130,10 +128,7 @@ def current() -> Device:
 
 @contextmanager
 def use(device: Device) -> Iterator[None]:
-    """Make the choices of another device, in all threads: a test runs a GPU's route on a CPU.
-
-    MLX goes on to compute where it did. `dataclasses.replace` mixes routes.
-    """
+    """Make the choices of another device, in all threads; MLX goes on to compute where it did."""
     global _in_use
     before, _in_use = _in_use, device
     try:
@@ -167,18 +162,13 @@ def has_gpu_wheel() -> bool:
 
 
 def compute_dtype(name: str) -> "mx.Dtype":
-    """The dtype of activations by its name; `auto` leaves it to the device.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """The dtype of activations by its name; `auto` leaves it to the device."""
     import mlx.core as mx
 
-    if name == "auto":
-        return current().compute_dtype
-    known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-    require(name in known, "model.dtype", f"be one of auto, {', '.join(known)}", name)
-    return known[name]
+    known = "float32", "bfloat16", "float16"
+    rule = f"be one of auto, {', '.join(known)}"
+    require(name in ("auto", *known), "model.dtype", rule, name)
+    return current().compute_dtype if name == "auto" else getattr(mx, name)
 
 
 def frozen_matmul(
@@ -187,10 +177,7 @@ def frozen_matmul(
     """How frozen quantised weights are multiplied; a strategy's name is taken as it is.
 
     For `auto` it depends on the machine, this one if not given, and on the bytes of a copy of all
-    packed matrices in the compute dtype, which weights that are streamed have no place for.
-
-    Raises:
-        ConfigError: an unknown name, or a copy of what is not to be in memory.
+    packed matrices in the compute dtype, for which weights that are streamed have no place.
     """
     if name == "auto":
         machine = machine or this_machine()
@@ -218,7 +205,7 @@ _processes_here = 1
 
 
 def share_cores(processes: int) -> None:
-    """Set how many processes of this run are on this machine; each uses its share of the cores."""
+    """Set how many processes of this run are on this machine."""
     global _processes_here
     _processes_here = processes
 
@@ -235,8 +222,7 @@ def own_cores() -> int:
     them on two cores took 2.4 times as long: whoever waits for a sum keeps a core busy, too.
     """
     of_machine = os.cpu_count() or 1
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    allowed = len(os.sched_getaffinity(0)) if has_affinity else of_machine
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else of_machine
     return max(1, min(allowed, of_machine // _processes_here))
 
 
@@ -267,14 +253,11 @@ def facts() -> dict[str, Any]:
 
 
 def limit_memory(temporary: int) -> None:
-    """Keep MLX's memory where the plan says; the one place that sets its limits for a run.
+    """Keep MLX's memory where the plan says, by which a step takes so many `temporary` bytes.
 
     On Metal the working set is wired, so that macOS does not page weights out between steps, and
     MLX waits for what is under way before it takes more: its own limit is 1.5 times that. The
     cache of freed buffers is bounded everywhere: batches of many shapes would fill memory with it.
-
-    Args:
-        temporary: bytes that a step takes and gives back.
     """
     import mlx.core as mx
 
@@ -287,23 +270,18 @@ def limit_memory(temporary: int) -> None:
 
 
 def free_at_once() -> None:
-    """Let Linux have the memory of large arrays when they are freed.
-
-    glibc soon takes arrays of up to 32 MB from a heap that it keeps: a streamed run was a third
-    larger than what MLX had. Fixing the threshold turns that off.
-    """
+    """Let Linux have the memory of large arrays when they are freed."""
+    # glibc soon takes arrays of up to 32 MB from a heap that it keeps, unless the threshold is set:
+    # a streamed run was a third larger than what MLX had.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 @contextmanager
-def small_cache(applies: bool = True) -> Iterator[None]:
+def small_cache() -> Iterator[None]:
     """Within it hardly any freed buffer is kept: weights that are dropped outweigh all else."""
     import mlx.core as mx
 
-    if not applies:
-        yield
-        return
     free_at_once()
     mx.clear_cache()
     before = mx.set_cache_limit(0)
@@ -422,8 +400,7 @@ class Machine:
         """How long training takes for so many flops of matmuls and bytes that are moved.
 
         A CPU's cores wait for the `weights` that matmuls read, which is most of a small
-        micro-batch's time. A GPU reads them meanwhile, and waits for what `elementwise` operations
-        read and write.
+        micro-batch's time. A GPU reads them meanwhile, and waits for `elementwise` operations.
         """
         moved = weights if self.device.waits_for_weights else elementwise
         return flops / self.matmul_rate + moved / self.bytes_per_second
@@ -442,11 +419,7 @@ def _chip_and_working_set() -> tuple[str, int]:
 
 
 def machine(name: str | None) -> Machine:
-    """A machine by its name, or this one.
-
-    Raises:
-        ConfigError: an unknown chip, or a name that is not CHIP-GB.
-    """
+    """A machine by its name, CHIP-GB, or this one; a ConfigError for an unknown name."""
     if name is None:
         return this_machine()
     plain = re.sub(r"[\s_-]+", "-", name.lower().strip().removeprefix("apple"))
@@ -496,9 +469,6 @@ def _median_seconds(compute: Callable[[], "mx.array"]) -> float:
         mx.eval(compute())
         times.append(time.perf_counter() - start)
     return sorted(times)[2]
-
-
-# ---- what others change of the process -----------------------------------------------------------
 
 
 def allow_files(n: int) -> None:

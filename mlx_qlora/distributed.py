@@ -65,11 +65,8 @@ class Processes:
         """The sum over all processes, started but not waited for.
 
         The ring sends from the CPU, whatever the device, and unified memory needs nothing else;
-        NCCL sends from the GPU. All processes add in the same order, and so get the same bits.
-
-        Raises:
-            ProcessError: another process is gone.
-            RuntimeError: this process has no memory for the sum; nothing was sent.
+        NCCL sends from the GPU. All processes add in the same order, and so get the same bits. A
+        ProcessError if another process is gone; without memory a RuntimeError, and nothing is sent.
         """
         if self._group is None:
             return array
@@ -93,8 +90,7 @@ class Processes:
     def wait(self, *arrays: mx.array, seconds: float | None = None) -> None:
         """Waits for sums: so many seconds, else as long as this process's own work suggests.
 
-        Raises:
-            ProcessError: another process is gone, or did not answer in time.
+        A ProcessError if another process is gone, or does not answer in time.
         """
         limit = seconds or (AT_LEAST + TIMES * self.longest if self.longest else TO_BEGIN)
         who = f"another process, says {self.rank} of {self.size}, for at most {limit:.0f} s"
@@ -116,11 +112,7 @@ class Processes:
     # ---- agreement -----------------------------------------------------------------------------
 
     def agree(self, work: Callable[[], T]) -> T:
-        """Does some work in every process; an error in any of them is one in all.
-
-        Raises:
-            UserError: what went wrong here; or ProcessError with the words of another process.
-        """
+        """Does some work in every process; an error in any of them is one in all."""
         if self._group is None:
             return work()
         error, result = None, None
@@ -144,11 +136,7 @@ class Processes:
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self._sum_now(page)]
 
     def must_equal(self, facts: dict[str, Any]) -> None:
-        """Refuses processes whose facts (name -> value, as JSON has it) differ.
-
-        Raises:
-            ProcessError: naming the processes and what differs there.
-        """
+        """Refuses processes whose facts (name -> value, as JSON has it) differ, naming them."""
         if self._group is None:
             return
         text = json.dumps(facts).encode()
@@ -183,6 +171,14 @@ class Processes:
         self.wait(bits, seconds=TO_BEGIN)
         return bits.view(array.dtype)
 
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """Sums of float64 over all processes; as two float32 each, as there may be no float64."""
+        if self._group is None:
+            return values
+        high = values.astype(np.float32)
+        pair = np.stack([high, (values - high).astype(np.float32)])
+        return self._sum_now(pair).astype(np.float64).sum(axis=0)
+
     def _sum_now(self, numbers: np.ndarray) -> np.ndarray:
         total = self.all_sum(mx.array(numbers))
         self.wait(total, seconds=TO_BEGIN)
@@ -191,11 +187,7 @@ class Processes:
     # ---- lines ---------------------------------------------------------------------------------
 
     def console(self, output: Path, console: Console) -> Console:
-        """Where this process prints: rank 0 as asked, the others into their own file.
-
-        Raises:
-            ConfigError: that file cannot be made.
-        """
+        """Where this process prints: rank 0 as asked, the others into their own file."""
         if self.is_first:
             return console
         place = output / f"rank-{self.rank}.log"
@@ -286,11 +278,7 @@ def _said_by_another() -> Iterator[None]:
 
 @functools.cache
 def processes() -> Processes:
-    """The processes that this one was started with: itself alone, unless a launcher says more.
-
-    Raises:
-        ProcessError: the launcher's other processes cannot be reached.
-    """
+    """The processes that this one was started with: itself alone, unless a launcher says more."""
     if not launched() or _hosts() == []:
         return Processes(None)
     try:

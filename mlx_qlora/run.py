@@ -24,7 +24,7 @@ from mlx_qlora.adapters.push import model_card, read_facts
 from mlx_qlora.config import RunConfig, check_needs, explained, settle, without_effect
 from mlx_qlora.data.examples import DataReport, Examples
 from mlx_qlora.data.preferences import KIND_OF, check_kind
-from mlx_qlora.data.read import check_examples, read_examples, train_validation_test
+from mlx_qlora.data.read import check_examples, read_without_split, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn
@@ -279,18 +279,17 @@ def open_inputs(
         seed, kind = config.training.seed, KIND_OF[config.training.objective]
         if not config.training.learns_prompts:  # nor are they counted as if they were
             config = replace(config, data=replace(config.data, prompt_loss_weight=0.0))
-        parts = train_validation_test(config.data, tokenizer, seed, console, kind)
+        parts = train_validation_test(config.data, tokenizer, seed, kind)
         train, validation, test = parts
     else:
         plain, config = config.training, as_taught(config)
-        assert config.data.path is not None
-        read = partial(read_examples, config.data.path, tokenizer, config.data, console=console)
+        read = partial(read_without_split, config.data, tokenizer)
         try:  # as answers, unless the objective is given
-            train = read(objective=plain.objective)
+            train = read(KIND_OF[plain.objective])
         except DataError:
             if config.training == plain:
                 raise
-            train = read(objective=config.training.objective)
+            train = read(KIND_OF[config.training.objective])
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
     if checkpoint is not None and writes:

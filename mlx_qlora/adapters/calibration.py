@@ -86,7 +86,7 @@ class Calibrated:
     def _flows(self, batch: Batch, versions: tuple[str, ...]) -> list[Flow]:
         tokens = mx.array(np.array(batch.tokens).reshape(-1)[batch.document_of >= 0])
         tree = self.model.model
-        documents, x = tree.documents(batch.spans), tree.embed(tokens)
+        documents, x = Documents.of(batch.documents), tree.embed(tokens)
         return [Flow(version, documents, x) for version in versions]
 
     def _go_through(self, i: int) -> None:

@@ -31,7 +31,8 @@ from mlx_qlora.folders import (
     user_path,
 )
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, begins_with_base, lora_layers
+from mlx_qlora.model.lora import LoraConfig, LoRALinear, add_lora, lora_layers
+from mlx_qlora.model.lora_init import begins_with_base
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
 from mlx_qlora.model.rope import in_both_spellings
 from mlx_qlora.model.stored import StoredTensor, check_finite, tensors_in

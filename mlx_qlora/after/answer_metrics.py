@@ -48,7 +48,7 @@ def questions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Questio
 def _question(example: Example, tokenizer: Tokenizer) -> Question | None:
     if example.weights is not None and example.weights.min() < 0:
         return None  # a bad answer
-    tokens, is_learned = example.documents[-1]
+    tokens, is_learned, _ = example.documents[-1]
     learned = is_learned.tolist()
     end = len(learned) - learned[::-1].index(True)
     start = end - 1

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_qlora import device
 from mlx_qlora.before.doctor import Finding
 from mlx_qlora.cpu.attention import Reach
-from mlx_qlora.model import dropout, llama
+from mlx_qlora.model import dropout, llama, swiglu
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
@@ -150,8 +150,8 @@ def elementwise(dtype: mx.Dtype) -> Iterator[Case]:
     want = defined(lambda x: x * root(x) * mx.array(w, x.dtype), [x], dy)
     yield "RMSNorm", both(norm, [x], dy, dtype), want
     arrays, compiled = [mx.array(a, dtype) for a in (x, up, dy)], device.current().compiles
-    got = [llama.swiglu(*arrays[:2], compiled=compiled)]
-    got += llama.swiglu_vjp(*arrays, compiled=compiled)
+    got = [swiglu.swiglu(*arrays[:2], compiled=compiled)]
+    got += swiglu.swiglu_vjp(*arrays, compiled=compiled)
     yield "SwiGLU", got, defined(lambda x, up: x / (1 + mx.exp(-x)) * up, [x, up], dy)
     rows = np.arange(500) * 7 % 300
     want = defined(lambda x: mx.array(np.eye(500)[rows], x.dtype) @ x, [x], dy)

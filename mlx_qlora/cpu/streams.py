@@ -6,7 +6,7 @@ On a GPU `device.cores()` is 1, and all that is asked for here is the default st
 import os
 import threading
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from contextlib import AbstractContextManager
 
 import mlx.core as mx
@@ -35,40 +35,27 @@ def cores_shared(shards: Sized) -> AbstractContextManager[None]:
     processes (benchmarks/beside_others.py). So a matmul has no more threads than cores are idle,
     which changes no bit of it: each number is summed by one thread.
     """
-    left = _others.cores_left()  # even where it decides nothing: what was long ago is not known
+    left = cores_left()  # even where it decides nothing: what was long ago is not known
     return blas.threads(max(1, min(device.cores() // max(len(shards), 1), left)))
 
 
-class OtherProcesses:
-    """What they do on this machine, which Linux counts.
-
-    Args:
-        stat: the kernel's count of what all cores did, in ticks.
-        own_ticks: those that this process took.
-    """
-
-    def __init__(self, stat: str, own_ticks: Callable[[], float]) -> None:
-        self._stat, self._own_ticks = stat, own_ticks
-        self._before, self._used = (0.0, 0.0, 0.0), 0.0
-
-    def cores_left(self) -> int:
-        """Cores that they have left since this was last asked, at least 1; all if nobody counts."""
-        n = os.cpu_count() or 1
-        try:
-            with open(self._stat, encoding="ascii") as file:
-                ticks = [int(word) for word in file.readline().split()[1:9]]
-            idle = ticks[3] + ticks[4]  # which may wait for a disk
-        except (OSError, ValueError, IndexError):
-            return n
-        now = sum(ticks), sum(ticks) - idle, self._own_ticks()
-        everything, busy, own = (a - b for a, b in zip(now, self._before))
-        if everything >= SHORTEST * n:
-            self._before, self._used = now, n * (busy - own) / everything
-        return max(1, min(n, round(n - self._used)))
+STAT = "/proc/stat"  # Linux's count of what all cores did, in ticks
+_since: tuple[tuple[float, ...], float] = (0.0, 0.0, 0.0), 0.0  # ticks, and cores others used
 
 
-def _own_ticks() -> float:
-    return time.process_time() * os.sysconf("SC_CLK_TCK")
-
-
-_others = OtherProcesses("/proc/stat", _own_ticks)
+def cores_left() -> int:
+    """Cores that other processes have left since this was last asked; all if nobody counts."""
+    global _since
+    n, (before, used) = os.cpu_count() or 1, _since
+    try:
+        with open(STAT, encoding="ascii") as file:
+            ticks = [int(word) for word in file.readline().split()[1:9]]
+        idle = ticks[3] + ticks[4]  # which may wait for a disk
+    except (OSError, ValueError, IndexError):
+        return n
+    now = sum(ticks), sum(ticks) - idle, time.process_time() * os.sysconf("SC_CLK_TCK")
+    everything, busy, own = (a - b for a, b in zip(now, before))
+    if everything >= SHORTEST * n:
+        used = n * (busy - own) / everything
+        _since = now, used
+    return max(1, min(n, round(n - used)))

@@ -12,9 +12,9 @@ import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +23,6 @@ import numpy as np
 from mlx_qlora import device
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import DataError, require
-
-# ---- batches -------------------------------------------------------------------------------------
 
 IGNORE = -100  # a label that is not learned; the value that Hugging Face and torch use
 AHEAD = 2  # batches that are laid out while the device works
@@ -38,7 +36,7 @@ class Batch:
         tokens: (B, T) int32; right-padded.
         labels: (B, T) int32; labels[b, t] is the token to predict after tokens[b, t], or IGNORE.
         documents: (N, 3) int32 on the host: row, start and end of each document; positions
-            outside all of them are padding. Not given, every row is one document.
+            outside all of them are padding. None: every row is one.
         places: file and line of each document, for messages.
         rows: the number of each row in the run's stream, which its dropout is drawn from.
         weights: (B, T) float32 on the host, what each label weighs in the loss; None: all 1.
@@ -48,34 +46,30 @@ class Batch:
 
     tokens: mx.array
     labels: mx.array
-    documents: np.ndarray | None = None
+    documents: Any = None
     places: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
     weights: np.ndarray | None = None
     answers: np.ndarray | None = None
     mismatched: "Batch | None" = None
 
-    @functools.cached_property
-    def spans(self) -> np.ndarray:
-        """(N, 3) int32: row, start and end of each document."""
-        if self.documents is not None:
-            return self.documents
-        B, T = self.tokens.shape
-        return np.array([(b, 0, T) for b in range(B)], np.int32)
+    def __post_init__(self) -> None:
+        if self.documents is None:
+            B, T = self.tokens.shape
+            rows = np.array([(b, 0, T) for b in range(B)], np.int32)
+            object.__setattr__(self, "documents", rows)
 
     @functools.cached_property
     def document_of(self) -> np.ndarray:
         """(B * T,) int32: the number of the document that each position is in; -1 for padding."""
         numbers = np.full(self.tokens.shape, -1, np.int32)
-        for number, (row, start, end) in enumerate(self.spans.tolist()):
+        for number, (row, start, end) in enumerate(self.documents.tolist()):
             numbers[row, start:end] = number
         return numbers.reshape(-1)
 
     @functools.cached_property
     def real_tokens(self) -> int:
         """Positions that are not padding."""
-        if self.documents is None:
-            return self.tokens.size
         return int((self.documents[:, 2] - self.documents[:, 1]).sum())
 
 
@@ -156,14 +150,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields one pass over the examples, the last batch with the rows that are left."""
-        return (as_batch(self._layout(i, len(self.examples))) for i in range(len(self)))
+        return (self._batch(i, len(self.examples)) for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Batch:
         """The batch at an index of the stream."""
         if index < 0 or (self.stop is not None and index >= self.stop):
             last = "no end" if self.stop is None else f"{self.stop} batches"
             raise IndexError(f"the stream has {last}; got index {index}")
-        return as_batch(self._layout(index, self._end))
+        return self._batch(index, self._end)
 
     def epoch(self, index: int) -> float:
         """How many passes are done before the batch at an index."""
@@ -172,28 +166,27 @@ class Batches:
 
     def ahead(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches from `start` to `stop`, laid out while earlier ones are trained."""
-        # The second thread reads and copies; MLX belongs to the thread that computes.
         with ThreadPoolExecutor(1) as pool:
-            waiting: deque[Future[Layout]] = deque()
+            waiting: deque[Future[Batch]] = deque()
             for index in range(start, stop):
-                waiting.append(pool.submit(self._layout, index, self._end))
+                waiting.append(pool.submit(self._batch, index, self._end))
                 if len(waiting) > AHEAD:
-                    yield as_batch(waiting.popleft().result())
+                    yield waiting.popleft().result()
             while waiting:
-                yield as_batch(waiting.popleft().result())
+                yield waiting.popleft().result()
 
-    def _layout(self, index: int, end: int | None) -> "Layout":
+    def _batch(self, index: int, end: int | None) -> Batch:
         first = index * self.step
         last = first + self.step if end is None else min(first + self.step, end)
         numbers = range(first + self.rank, last, self.world_size)
         rows = [self.examples[i] for i in self.indices(numbers)]
-        layout = lay_out([[row] for row in rows], tuple(numbers))
+        batch = collate([[row] for row in rows], numbers)
         if self.mismatch_within:
             others = self.indices([self._before(number, end) for number in numbers])
             pairs = zip(rows, (self.examples[i] for i in others))
             mismatched = [[mismatch(row, other)] for row, other in pairs]
-            layout = *layout[:-1], lay_out(mismatched, tuple(numbers))
-        return layout
+            batch = replace(batch, mismatched=collate(mismatched, numbers))
+        return batch
 
     def _before(self, number: int, end: int | None) -> int:
         """The example before one in its step, or the step's last one."""
@@ -214,18 +207,6 @@ class Batches:
         return np.random.default_rng([self.seed, epoch]).permutation(n)
 
 
-# The fields of a Batch, in its order, as numpy arrays; the last one is a layout itself, or None.
-Layout = tuple[Any, ...]
-
-
-def as_batch(layout: Layout) -> Batch:
-    """Hands the arrays to MLX."""
-    tokens, labels, documents, places, rows, weights, answers, mismatched = layout
-    others = None if mismatched is None else as_batch(mismatched)
-    arrays = mx.array(tokens), mx.array(labels)
-    return Batch(*arrays, documents, places, rows, weights, answers, others)
-
-
 def mismatch(example: Example, other: Example) -> Example:
     """The prompt of an example with the answer of another, cut to the longer one's length."""
     prompt, answer = (int(each.learned.argmax()) for each in (example, other))
@@ -235,14 +216,9 @@ def mismatch(example: Example, other: Example) -> Example:
     return Example(tokens, learned, example.line, example.file)
 
 
-def collate(rows: list[list[Example]]) -> Batch:
-    """Puts documents side by side in rows, right-padded to the longest one."""
-    return as_batch(lay_out(rows))
-
-
 def halves(batch: Batch) -> list[Batch]:
     """The upper and the lower rows of a batch of at least two, as two batches."""
-    B, documents = len(batch.tokens), batch.spans
+    B, documents = len(batch.tokens), batch.documents
     parts = []
     for rows in (slice(0, B // 2), slice(B // 2, B)):
         inside = (documents[:, 0] >= rows.start) & (documents[:, 0] < rows.stop)
@@ -257,8 +233,11 @@ def halves(batch: Batch) -> list[Batch]:
     return parts
 
 
-def lay_out(rows: list[list[Example]], numbers: tuple[int, ...] = ()) -> Layout:
-    """As `collate`, on the host; `numbers` are those of the rows in the stream."""
+def collate(rows: list[list[Example]], numbers: Sequence[int] = ()) -> Batch:
+    """Puts documents side by side in rows, right-padded to the longest one.
+
+    `numbers` are those of the rows in the stream. May be called in any thread.
+    """
     used = [sum(len(example) - 1 - len(example.starts) for example in row) for row in rows]
     T = padded_width(max(used, default=1))
     # No rows make one row of padding: a process that has nothing to do still takes part.
@@ -269,7 +248,7 @@ def lay_out(rows: list[list[Example]], numbers: tuple[int, ...] = ()) -> Layout:
     for b, row in enumerate(rows):
         start = 0
         for example in row:
-            for (ids, learned), of_labels in zip(example.documents, example.document_weights):
+            for ids, learned, of_labels in example.documents:
                 end = start + len(ids) - 1  # the last token is only a label
                 tokens[b, start:end] = ids[:-1]
                 weights[b, start:end], answers[b, start:end] = of_labels[1:], learned[1:]
@@ -280,7 +259,8 @@ def lay_out(rows: list[list[Example]], numbers: tuple[int, ...] = ()) -> Layout:
     documents = np.array(documents, np.int32).reshape(-1, 3)
     weighted = any(example.weights is not None for row in rows for example in row)
     of_labels = (weights, answers) if weighted else (None, None)
-    return tokens, labels, documents, tuple(places), numbers, *of_labels, None
+    of_rows = documents, tuple(places), tuple(numbers)
+    return Batch(mx.array(tokens), mx.array(labels), *of_rows, *of_labels)
 
 
 def padded_width(n: int) -> int:

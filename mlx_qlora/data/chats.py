@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_qlora.data.marks import is_harmless
-from mlx_qlora.data.rows import THOUGHTS, Chat, Instruction, Message, Pair, Said, as_chat
+from mlx_qlora.data.rows import THOUGHTS, Chat, Instruction, Message, Pair, Said, as_chat, n_alike
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError, TokenizerError
 
@@ -46,10 +46,8 @@ class Template:
         """The texts of one row, each of which attends to itself alone, or a DataError.
 
         A template that rewrites what came before (drops thoughts, for instance) writes no text in
-        which every answer stands as the model was asked for it: then each answer gets a text.
-
-        Returns:
-            The texts, and the names of fields of messages that the template does not read.
+        which every answer stands as the model was asked for it: then each answer gets a text. The
+        second value is the names of fields of messages that the template does not read.
         """
         if self.history != "joint" and self._writes_chat(said):
             chat = as_chat(said)
@@ -58,10 +56,6 @@ class Template:
                     return self._joint(chat, tokenizer)
             return _complete(chat, self.source, tokenizer, _as_asked)
         return self._joint(said, tokenizer)
-
-    def segments(self, said: Said, tokenizer: Tokenizer) -> Segments:
-        """One text for the row, cut where learned and unlearned text meet, or a DataError."""
-        return self._joint(said, tokenizer)[0][0]
 
     def _joint(self, said: Said, tokenizer: Tokenizer) -> tuple[list[Segments], set[str]]:
         if self._writes_chat(said):
@@ -155,12 +149,7 @@ def _before(chat: Chat, i: int, after: str, render: Render) -> str:
         return render(chat.messages[:i], add_generation_prompt=True)
     # Most templates refuse no messages: what two first answers have in common.
     other = "B" if chat.messages[0]["content"].lstrip().startswith("A") else "A"
-    return _common_start(after, render([{**chat.messages[0], "content": other}]))
-
-
-def _common_start(first: str, second: str) -> str:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second))
-    return "".join(letter for letter, _ in same)
+    return after[: n_alike(after, render([{**chat.messages[0], "content": other}]))]
 
 
 def _ended(text: str, message: Message, tokenizer: Tokenizer) -> str:
@@ -204,11 +193,7 @@ def _as_asked(chat: Chat, source: str | None, tokenizer: Tokenizer) -> list[Segm
 def _answer_to_another(
     chat: Chat, i: int, before: str, after: str, render: Render, tokenizer: Tokenizer
 ) -> str:
-    """What message i is as the answer to fewer turns, where it decides how those are written.
-
-    Raises:
-        NotNestedError: that is not known either, or is not how the whole chat ends.
-    """
+    """What message i is as the answer to fewer turns, where it decides how those are written."""
     turns, message = chat.messages[:i], chat.messages[i]
     n_asked = next((n for n in range(i, 0, -1) if turns[n - 1]["role"] != "assistant"), 0)
     if 0 < n_asked < i:
@@ -331,10 +316,7 @@ def _complete(
 
     Many templates ignore tools, Llama 3.1's drops the text beside a call, R1's cuts thoughts: the
     row would teach other words than it says. What is written is decided by marks within each part:
-    the same words may stand elsewhere, too.
-
-    Raises:
-        NotNestedError: naming the first part of the chat that is written nowhere.
+    the same words may stand elsewhere, too. A NotNestedError names what is written nowhere.
     """
 
     def everything(chat: Chat) -> list[Segments]:

@@ -35,29 +35,24 @@ class TokenizersCodec:
     """A `tokenizers` backend: it matches special tokens itself."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
+        self.backend = backend
         self.size = 1 + max(backend.get_vocab().values(), default=-1)
         added = backend.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
 
-    @property
-    def backend(self) -> tokenizers.Tokenizer:
-        """The package's own tokenizer."""
-        return self._backend
-
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, special tokens in it matched whole, nothing added around it."""
         # Faster than `encode`, even for one text: no offsets are kept.
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Text of ids."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its text, or None."""
-        return self._backend.token_to_id(token)
+        return self.backend.token_to_id(token)
 
 
 class SplitCodec:

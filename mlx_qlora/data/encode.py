@@ -34,36 +34,23 @@ class Encoded:
     ids: np.ndarray  # (n,) int32
     learned: np.ndarray  # (n,) bool; whether an id is supervised as the next token
     context: int  # ids before the first answer
+    weights: np.ndarray  # (n,) float32, of the ids as labels
     cut: int = 0  # ids that truncation removed
     starts: tuple[int, ...] = ()  # of documents after the first, where a row is several
-    # (n,) float32, of the ids as labels; None: 1 for what is learned, 0 for what is not.
-    weights: np.ndarray | None = None
-
-    @property
-    def label_weights(self) -> np.ndarray:
-        """(n,) float32: what each id weighs as a label."""
-        return self.learned.astype(np.float32) if self.weights is None else self.weights
 
     def part(self, which: Any, context: int, cut: int) -> "Encoded":
         """Some of the ids, of which the first is never learned."""
-        learned, weights = self.learned[which], self.weights
-        learned[:1] = False
-        if weights is not None:
-            weights = weights[which]
-            weights[:1] = 0
-        return Encoded(self.ids[which], learned, context, cut, weights=weights)
+        learned, weights = self.learned[which], self.weights[which]
+        learned[:1], weights[:1] = False, 0
+        return Encoded(self.ids[which], learned, context, weights, cut)
 
 
 def joined(parts: list[Encoded]) -> Encoded:
     """Documents of one row, end to end."""
-    if len(parts) == 1:
-        return parts[0]
-    ids, learned = (np.concatenate(x) for x in zip(*((p.ids, p.learned) for p in parts)))
-    weights = None
-    if any(part.weights is not None for part in parts):
-        weights = np.concatenate([part.label_weights for part in parts])
+    arrays = zip(*((part.ids, part.learned, part.weights) for part in parts))
+    ids, learned, weights = map(np.concatenate, arrays)
     starts, cut = np.cumsum([len(part.ids) for part in parts[:-1]]), sum(p.cut for p in parts)
-    return Encoded(ids, learned, parts[0].context, cut, tuple(starts.tolist()), weights)
+    return Encoded(ids, learned, parts[0].context, weights, cut, tuple(starts.tolist()))
 
 
 def encode_rows(
@@ -113,9 +100,7 @@ def _assemble(
         learned[start:end], weights[start:end] = True, weight
     # There is nothing before the first token to predict it from.
     learned[:1], weights[:1] = False, 0
-    usual = not prompt_weight and all(weight == 1 for *_, weight in spans)
-    row = Encoded(np.array(ids, np.int32), learned, context)
-    return row if usual else replace(row, weights=weights)
+    return Encoded(np.array(ids, np.int32), learned, context, weights)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -167,11 +152,7 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
     """The row, cut to `max_length` if it is longer.
 
     "left-context" cuts what precedes the first answer, from its left but after the BOS, and never
-    an answer; "right" cuts the end.
-
-    Raises:
-        TooLong: it is longer, and `truncation` is "error".
-        DataError: nothing to learn is left, or the row is to be refused.
+    an answer; "right" cuts the end. A DataError if the row is refused, or nothing to learn is left.
     """
     n = len(row.ids)
     excess = n - max_length
@@ -256,10 +237,7 @@ class Encoder:
     def encode(self, chunk: Chunk) -> tuple[TokenStore, Refused, Counter[str]]:
         """The rows that are kept, the others, and how often a field is not used.
 
-        What is wrong with one row affects no other.
-
-        Raises:
-            DataError: a row is too long, and `truncation` is "error".
+        What is wrong with one row affects no other, unless `truncation` is "error".
         """
         written: list[tuple[int, int, list[Segments], set[str], float]] = []
         refused: Refused = []
@@ -289,13 +267,12 @@ class Encoder:
             except DataError as reason:
                 refused.append((line, _one_line(reason)))
             else:
-                weights = weight * row.label_weights
+                weights = weight * row.weights
                 if self.kind == PAIRS:  # of the rejected document the answer alone
                     rejected = np.arange(len(weights)) < row.starts[0]
                     weights = np.where(rejected & ~row.learned, 0, weights)
-                usual = np.array_equal(weights, row.learned)
-                fields = row.ids, row.learned, row.cut, chunk.file, line, content, row.starts
-                kept.append((*fields, None if usual else weights))
+                arrays = row.ids, row.learned, weights, row.starts
+                kept.append((*arrays, row.cut, chunk.file, line, content))
                 unused.update(unread)
         forget_several_systems(unused)
         return TokenStore.of(kept), sorted(refused), unused

@@ -97,8 +97,7 @@ class DataReport:
         self.truncated = int(np.count_nonzero(rows["cut"]))
         self.longest = int(lengths.max(initial=0))
         if self.kind == JUDGEMENTS:
-            weighed = map(store.weights_of, np.flatnonzero(rows["weights"] >= 0).tolist())
-            self.bad = sum(weights is not None and weights.min() < 0 for weights in weighed)
+            self.bad = int(np.count_nonzero(rows["bad"]))
         step = max(1, -(-self.longest // BARS))
         counts = np.bincount((lengths - 1) // step).tolist()
         self.histogram = [(i * step + 1, (i + 1) * step, n) for i, n in enumerate(counts)]
@@ -171,15 +170,11 @@ class Example:
         return len(self.tokens)
 
     @property
-    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, learned) of each document: most rows are one."""
-        return list(zip(*(np.split(x, self.starts) for x in (self.tokens, self.learned))))
-
-    @property
-    def document_weights(self) -> list[np.ndarray]:
-        """(n,) float32 of each document: what its tokens weigh as labels."""
+    def documents(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(tokens, learned, float32 weights as labels) of each document: most rows are one."""
         weights = self.learned.astype(np.float32) if self.weights is None else self.weights
-        return np.split(weights, self.starts)
+        arrays = self.tokens, self.learned, weights
+        return list(zip(*(np.split(array, self.starts) for array in arrays)))
 
     @property
     def place(self) -> str:
@@ -208,8 +203,8 @@ class Examples(Sequence[Example]):
         files: dict[str, int] = {}
         store = TokenStore.of(
             (
-                *(e.tokens, e.learned, 0, files.setdefault(e.file, len(files)), e.line, None),
-                *(e.starts, e.weights),
+                *(e.tokens, e.learned, e.learned if e.weights is None else e.weights, e.starts),
+                *(0, files.setdefault(e.file, len(files)), e.line, None),
             )
             for e in examples
         )
@@ -234,11 +229,11 @@ class Examples(Sequence[Example]):
         if isinstance(index, (slice, np.ndarray)):
             return Examples(self._store, self.report, self._rows[index])
         row = int(self._rows[index])
-        tokens, learned, starts = self._store[row]
+        tokens, learned, weights, starts = self._store[row]
         about = self._store.rows[row]
         name = self.report.files[about["file"]].name
-        weights = self._store.weights_of(row)
-        return Example(tokens, learned, int(about["line"]), name, starts, weights)
+        unusual = None if np.array_equal(weights, learned) else weights
+        return Example(tokens, learned, int(about["line"]), name, starts, unusual)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -279,11 +274,8 @@ class Examples(Sequence[Example]):
         """Divides by a hash of (seed, content) of each row.
 
         Adding rows to a file does not move the others between the parts, and copies of a row are
-        in the same part, the first one if there are more than `most_copies`; the shares are
-        therefore met only on average.
-
-        Raises:
-            ConfigError: the shares do not sum to 1.
+        in the same part, the first one if there are more than `most_copies`; the shares, which sum
+        to 1, are therefore met only on average.
         """
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")

@@ -4,7 +4,6 @@ import codecs
 import csv
 import glob
 import gzip
-import hashlib
 import itertools
 import json
 import re
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_qlora.errors import DataError, did_you_mean, listing, waiting
-from mlx_qlora.folders import user_path
-from mlx_qlora.model.hub import check_environment
+from mlx_qlora.folders import sha256, user_path
+from mlx_qlora.model.hub import check_environment, check_readable
 from mlx_qlora.progress import doing
 
 # ---- a path -> files -----------------------------------------------------------------------------
@@ -47,7 +46,7 @@ class RowFile:
     @property
     def size(self) -> int:
         """Bytes on disk; 0 where that is not known."""
-        return Path(self.path).stat().st_size if self.kind in KINDS else 0
+        return self.path.stat().st_size if self.kind in KINDS else 0
 
     @property
     def unit(self) -> str:
@@ -61,16 +60,8 @@ class RowFile:
         """A hash of every byte, and of the kind that decides how they are read; the hub's own."""
         if self.kind == "hub":
             return str(getattr(hub_dataset(self), "_fingerprint", self.path))
-        content = hashlib.blake2b(f"{self.kind} {self.compressed}".encode(), digest_size=16)
-        with (
-            readable(self.name),
-            open(self.path, "rb") as file,
-            doing("hashing", self.size, "bytes") as task,
-        ):
-            while piece := file.read(1 << 20):
-                content.update(piece)
-                task.advance(len(piece))
-        return content.hexdigest()
+        with readable(self.name), doing("hashing", 1, "file"):
+            return f"{self.kind} {self.compressed} {sha256(self.path)}"
 
 
 @contextmanager
@@ -87,10 +78,7 @@ def find_files(path: str | Path | None) -> dict[str, list[RowFile]]:
 
     All are "train" except in a folder whose file names say otherwise. A path is a file, a folder
     (searched through, hidden files left out), a glob, or a data set on the hub as `owner/name`,
-    `owner/name/config` or `owner/name/config:split`.
-
-    Raises:
-        DataError: there is nothing, nothing that holds rows, or a folder with several data sets.
+    `owner/name/config` or `owner/name/config:split`; for anything else there is a DataError.
     """
     text, place = str(path), user_path(path, "data.path")
     with readable(text):
@@ -126,15 +114,8 @@ def _row_file(path: Path, name: str) -> RowFile:
     if kind is None:
         ending = "".join(path.suffixes[-2:]) or "no"
         raise DataError(f"data file {name}: {ending} ending; supported: {ENDINGS}, each also .gz")
-    if not path.stat().st_size:
-        raise DataError(f"data file {name} is empty; write the rows to it again")
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            raise DataError(f"data file {name} is Git LFS's pointer to the rows; run: git lfs pull")
+    check_readable(path, DataError)
     return RowFile(name, kind, path, compressed=path.suffix.lower() == ".gz")
-
-
-LFS = b"version https://git-lfs"
 
 
 def _by_part(folder: Path) -> dict[str, list[RowFile]]:
@@ -219,9 +200,6 @@ def raw_rows(file: RowFile) -> Rows:
 
     Only JSON lines are raw, bytes that a worker process can parse. Where rows have no lines of
     their own they are counted; see `RowFile.unit`.
-
-    Raises:
-        DataError: the file is damaged, or a package that its kind needs is missing.
     """
     if file.kind == "memory":
         yield from enumerate(file.path, 1)
@@ -323,78 +301,70 @@ def _is_array(file: IO[bytes], kind: str) -> bool:
     return not more or isinstance(parse(line.removeprefix(BOM)), DataError)
 
 
-def _array_rows(file: IO[bytes]) -> Rows:
-    """The items of one JSON array, counted from 1; after text that is no JSON all is lost."""
-    text = _ArrayText(file)
-    text.take("[")
-    number = 1
-    while not text.take("]"):
-        item = text.item()
-        yield number, parse(item)
-        if isinstance(item, DataError):
-            return
-        number += 1
-        if not text.take(",") and text.peek() != "]":
-            reason = "a comma is missing" if text.peek() else "the file is cut short"
-            yield number, DataError(f"not JSON, so the rest of the file is lost: {reason}")
-            return
-    if text.peek():
-        yield number, DataError("not JSON: text after the end of the array, which is ignored")
-
-
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
 MOST_ROW = 1 << 24  # bytes; a text of JSON takes thirty times as much in memory at worst
+SIGN = re.compile(r"[^ \t\r\n]")
 # Only finds where a value ends. It takes what _STRICT refuses (numbers of any length, NaN, a name
 # twice), so that a refused item does not hide the ones after it, as a streaming parser would.
 _LENIENT = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
-class _ArrayText:
-    """The text of a JSON array, of which only the part from the current item on is in memory."""
+def _array_rows(file: IO[bytes]) -> Rows:
+    """The items of one JSON array, counted from 1; after text that is no JSON all is lost.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        # A byte that is no UTF-8 becomes a lone surrogate here, and that byte again in `item`.
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        self._text, self._at, self._ended = "", 0, False
+    Of its text only the part from the current item on is in memory.
+    """
+    # A byte that is no UTF-8 becomes a lone surrogate here, and that byte again in an item.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    text, at, has_ended, number = "", 0, False, 0
 
-    def _read(self, size: int) -> None:
-        piece = self._file.read(size)
-        self._ended = not piece
-        self._text, self._at = self._text[self._at :] + self._decode(piece, self._ended), 0
+    def read(size: int) -> None:
+        nonlocal text, at, has_ended
+        piece = file.read(size)
+        has_ended = not piece
+        text, at = text[at:] + decode(piece, has_ended), 0
 
-    def peek(self) -> str:
+    def sign() -> str:
         """The next character that is no space; empty at the end of the file."""
-        while self._at < len(self._text) or not self._ended:
-            if self._at == len(self._text):
-                self._read(PIECE)
-            elif self._text[self._at] in " \t\r\n":
-                self._at += 1
-            else:
-                return self._text[self._at]
-        return ""
+        nonlocal at
+        while not (found := SIGN.search(text, at)) and not has_ended:
+            at = len(text)
+            read(PIECE)
+        at = found.start() if found else len(text)
+        return found[0] if found else ""
 
-    def take(self, character: str) -> bool:
-        """Moves past the next character if it is this one."""
-        is_next = self.peek() == character
-        self._at += is_next
-        return is_next
-
-    def item(self) -> bytes | DataError:
-        """Takes the JSON value that begins where `peek` or `take` has stopped."""
+    def item() -> bytes | DataError:
+        nonlocal at
         while True:
             try:
-                _, end = _LENIENT.raw_decode(self._text, self._at)
+                first, (_, at) = at, _LENIENT.raw_decode(text, at)
                 # A number may go on with what is not read yet: "-7" of "-7.5" or of "-7e+5".
-                if self._text[end - 1] in '}]"' or end + 2 < len(self._text) or self._ended:
-                    item, self._at = self._text[self._at : end], end
-                    return item.encode("utf-8", "surrogateescape")
+                if text[at - 1] in '}]"' or at + 2 < len(text) or has_ended:
+                    return text[first:at].encode("utf-8", "surrogateescape")
+                at = first
             except RecursionError:
                 return DataError("not JSON, so the rest of the file is lost: nested too deeply")
             except json.JSONDecodeError as error:
-                if self._ended or len(self._text) > MOST_ROW:  # it may never end
+                if has_ended or len(text) > MOST_ROW:  # it may never end
                     return DataError(f"not JSON, so the rest of the file is lost: {error.msg}")
-            self._read(max(PIECE, len(self._text)))
+            read(max(PIECE, len(text)))
+
+    sign()
+    at += 1  # the bracket
+    while sign() != "]":
+        value, number = item(), number + 1
+        yield number, parse(value)
+        if isinstance(value, DataError):
+            return
+        if (after := sign()) == ",":
+            at += 1
+        elif after != "]":
+            reason = "a comma is missing" if after else "the file is cut short"
+            yield number + 1, DataError(f"not JSON, so the rest of the file is lost: {reason}")
+            return
+    at += 1
+    if sign():
+        yield number + 1, DataError("not JSON: text after the end of the array, which is ignored")
 
 
 def _csv_rows(file: IO[bytes], name: str) -> Rows:

@@ -90,11 +90,7 @@ class GgufTokenizer(NamedTuple):
 
 
 def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokenizer:
-    """Builds the tokenizer that a GGUF file embeds; `source` names it in messages.
-
-    Raises:
-        TokenizerError: a key is missing, or the tokenizer's model or pre-tokenizer is unknown.
-    """
+    """Builds the tokenizer that a GGUF file embeds; `source` names it in messages."""
     from tokenizers import AddedToken, processors
 
     kind = _required(metadata, "model", source)
@@ -255,8 +251,7 @@ _SPACE = "\u2581"  # how SentencePiece writes one
 def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The `tokenizer.*` pairs of a GGUF whose embedding has so many rows.
 
-    Raises:
-        TokenizerError: there is no `tokenizer.json`, or llama.cpp has no name for what it does.
+    A TokenizerError without a `tokenizer.json`, or if llama.cpp has no name for what it does.
     """
     backend, source = tokenizer.backend, tokenizer.source
     if backend is None:

@@ -95,11 +95,6 @@ OTHER_TASKS = dict.fromkeys(PREFERRED, PAIR) | dict.fromkeys(
 )
 
 
-def is_judgement(row: Mapping[str, Any], label: Any) -> bool:
-    """Whether a label says that an answer is good, or bad, as KTO's rows do."""
-    return isinstance(label, bool) or ("completion" in row and is_mark(label))
-
-
 def refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
     """A DataError for rows that teach something else than an answer.
 
@@ -116,11 +111,12 @@ def refuse_other_tasks(row: Mapping[str, Any], columns: Mapping[str, str]) -> No
         if not isinstance(row.get(name), (int, float)) and not is_harmless("", row.get(name))
     }
     label = row.get("label", row.get("kto_tag"))
+    is_judgement = isinstance(label, bool) or ("completion" in row and is_mark(label))  # KTO's
     if isinstance(row.get("reward_model"), Mapping):
         tasks["reward_model"] = "rewards for answers"
     elif "completions" in row and "labels" in row:
         tasks["labels"] = "rewards for steps"
-    elif "text" not in row and is_judgement(row, label):
+    elif "text" not in row and is_judgement:
         tasks["label" if "label" in row else "kto_tag"] = JUDGED
     elif label not in EMPTY and "text" in row and not {"instruction", "output"} & row.keys():
         tasks["label"] = "classification"

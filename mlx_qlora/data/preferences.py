@@ -4,14 +4,13 @@ A pair is read as two rows, each of which says the same before its answer; the f
 and refusals of other rows apply to both.
 """
 
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from mlx_qlora.data.files import without_nulls
 from mlx_qlora.data.marks import as_value, is_harmless, is_mark, refuse_other_tasks, row_weight
-from mlx_qlora.data.rows import Said, columns_hint, read_row, renamed, unread_fields
+from mlx_qlora.data.rows import Said, columns_hint, n_alike, read_row, renamed, unread_fields
 from mlx_qlora.errors import DataError
 
 # What rows are -> the objectives that read them.
@@ -26,11 +25,7 @@ CONTEXTS = ("messages", "conversations")  # fields that may hold what precedes b
 
 
 def read_pair(row: Any, columns: Mapping[str, str]) -> tuple[list[Said], set[str]]:
-    """The rejected side of a pair and the chosen one, and the names of fields that are not used.
-
-    Raises:
-        DataError: it is no pair, or one of its sides cannot be read.
-    """
+    """The rejected side of a pair and the chosen one, and the names of fields that are not used."""
     row = _pair_of(_object(row), columns)
     sides, unread = [], set[str]()
     for name, side in zip(("rejected", "chosen"), _sides(row)):
@@ -90,14 +85,14 @@ def _sides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if isinstance(context, str) and all(isinstance(answer, str) for answer in answers):
         return [{**rest, "prompt": context, "completion": answer} for answer in answers]
     if context is None and all(isinstance(answer, str) for answer in answers):
-        start = _common(*answers)  # two transcripts that begin alike
+        start = n_alike(*answers)  # two transcripts that begin alike
         openings = [*TURN.finditer(answers[0][:start])]
         place = openings[-1].end() if openings else answers[0][:start].rfind(" ") + 1
         texts = ({"prompt": x[:place], "completion": x[place:]} for x in answers)
         return [{**rest, **(text if place else {"text": text["completion"]})} for text in texts]
     turns = [_turns(answer) for answer in answers]
     if not isinstance(context, list):  # the question, or what is said of whole conversations
-        start = _common(*turns)
+        start = n_alike(*turns)
         shared = turns[0][: min(start, len(turns[0]) - 1, len(turns[1]) - 1)]
         if not all(isinstance(turn, Mapping) for turn in shared):
             raise DataError("fields 'chosen' and 'rejected' must hold messages, or texts")
@@ -119,17 +114,8 @@ def _turns(answer: Any) -> list[Any]:
     return [*answer] if isinstance(answer, (list, tuple)) else [answer]
 
 
-def _common(first: Any, second: Any) -> int:
-    """How many items two sequences have in common at their beginning."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
-
-
 def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Said, bool, set[str]]:
-    """An answer, whether it is a good one, and the names of fields that are not used.
-
-    Raises:
-        DataError: nothing judges the answer, or it cannot be read.
-    """
+    """An answer, whether it is a good one, and the names of fields that are not used."""
     ours = renamed(_object(row), columns) if columns else _object(row)
     name = next((name for name in ("label", "kto_tag") if name in ours), "label")
     label = as_value(ours.get(name))
@@ -144,11 +130,7 @@ def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Sai
 
 
 def check_kind(kind: str, objective: str) -> None:
-    """Refuse rows that an objective does not read.
-
-    Raises:
-        DataError: naming the objectives that do.
-    """
+    """Raise a DataError for rows that an objective does not read, naming those that do."""
     if KIND_OF[objective] != kind:
         others = " or ".join(OBJECTIVES[kind])
         raise DataError(

@@ -9,14 +9,12 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_qlora.data.chats import ALPACA, CANNOT_WRITE, NAMED, NO_TEMPLATE, ROW_DATE, Template
 from mlx_qlora.data.encode import (
@@ -32,19 +30,13 @@ from mlx_qlora.data.examples import DataReport, Examples, FileReport
 from mlx_qlora.data.files import RowFile, Rows, find_files, in_memory, parse, raw_rows
 from mlx_qlora.data.preferences import ANSWERS, KIND_OF, PAIRS
 from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, SYSTEM, detect_format
-from mlx_qlora.data.store import (
-    VERSION,
-    TokenStore,
-    cached,
-    forget_unused,
-    on_disk,
-    store_in_memory,
-)
+from mlx_qlora.data.store import VERSION, TokenStore, cached, forget_unused, on_disk
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, DataWarning, require
 from mlx_qlora.fields import checked, config_section, option
 from mlx_qlora.folders import read_text, staged, user_cache, user_path
 from mlx_qlora.model.llama import LlamaConfig, check_ids
+from mlx_qlora.progress import doing
 
 PEEKED = 100  # rows that are looked at to find a file's format
 # Held-out rows by default. Fewer say little, more take longer than they are worth; below
@@ -160,7 +152,6 @@ def read_examples(
     config: DataConfig | None = None,
     *,
     objective: str = "sft",
-    console: Console | None = None,
 ) -> Examples:
     """Reads, renders and tokenises all rows of one source.
 
@@ -170,8 +161,6 @@ def read_examples(
             parts the training files are read.
         config: template, lengths and what is learned; its own paths are not read.
         objective: of the training: dpo, orpo and simpo read pairs of answers, kto judged ones.
-        console: where a progress bar goes if there is much to do; none if not given, and what is
-            refused or not used is then a warning.
 
     Returns:
         The kept rows; `.report` says what was refused and why, by line, or by row from 1 on.
@@ -191,20 +180,22 @@ def read_examples(
         name, files = "rows", [in_memory(source)]
     rule = f"be one of {', '.join(map(repr, KIND_OF))}"
     require(objective in KIND_OF, "objective", rule, objective)
-    examples = _read_all([(name, files)], tokenizer, config, KIND_OF[objective], console)[0]
+    examples = _read_all([(name, files)], tokenizer, config, KIND_OF[objective])[0]
     report = examples.report
-    if console is None and (report.refused or report.unread):
+    if report.refused or report.unread:
         about = "\n  rows are counted from 1" * bool(report.refused)
         warnings.warn(f"{report}{about}", DataWarning, stacklevel=3)  # above `checked`
     return examples
 
 
+def read_without_split(config: DataConfig, tokenizer: Tokenizer, kind: str) -> Examples:
+    """All training rows of `data.path`, as rows of a kind; errors as of `read_examples`."""
+    files = find_files(config.path)["train"]
+    return _read_all([(str(config.path), files)], tokenizer, config, kind)[0]
+
+
 def _read_all(
-    sources: list[tuple[str, list[RowFile]]],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    kind: str,
-    console: Console | None,
+    sources: list[tuple[str, list[RowFile]]], tokenizer: Tokenizer, config: DataConfig, kind: str
 ) -> list[Examples]:
     """Examples of each (name, files); the refused rows of all of them are written to one file."""
     refused_path = None
@@ -217,7 +208,7 @@ def _read_all(
                     f"data.refused_path: {refused_path} is among the rows of {name}; name another "
                     "file"
                 )
-    read = [_read_files(name, files, tokenizer, config, kind, console) for name, files in sources]
+    read = [_read_files(name, files, tokenizer, config, kind) for name, files in sources]
     if refused_path is not None:
         _write_refused(refused_path, [(e.report, files) for e, (_, files) in zip(read, sources)])
     for report in (examples.report for examples in read):
@@ -235,27 +226,19 @@ def _read_all(
 
 
 def _read_files(
-    source: str,
-    files: list[RowFile],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    kind: str,
-    console: Console | None,
+    source: str, files: list[RowFile], tokenizer: Tokenizer, config: DataConfig, kind: str
 ) -> Examples:
     report = DataReport(source, template=config.template, columns=config.columns, kind=kind)
     encoder = _encoder(config, tokenizer, report)
-    in_files = all(file.kind != "memory" for file in files)
     entry = store = None
-    if config.cache_dir is not None and in_files:
+    if config.cache_dir is not None and all(file.kind != "memory" for file in files):
         entry = cache_folder(config.cache_dir) / "tokens" / _cache_key(files, encoder, config)
         store = cached(entry)
     if store is not None:
         report.cached = True
         report.restore(store.about, files)
     else:
-        with _progress(console, sum(file.size for file in files)) as advance:
-            pieces = _pieces(files, report, encoder, config, advance)
-            store = on_disk(entry, pieces, report.as_dict) if in_files else store_in_memory(pieces)
+        store = on_disk(entry, _pieces(files, report, encoder, config), report.as_dict)
         if entry is not None:
             forget_unused(entry.parent)
     report.measure(store)
@@ -264,11 +247,7 @@ def _read_files(
 
 
 def _take_out_marks(report: DataReport) -> None:
-    """Takes options that are not used from among the fields of rows that are not.
-
-    Raises:
-        ConfigError: no row has an optional column: its name is misspelt.
-    """
+    """Takes options that are not used from among the fields of rows that are not."""
 
     def is_in_all(mark: str) -> bool:
         return sum(file.unread.pop(mark, 0) for file in report.files) == report.kept > 0
@@ -337,11 +316,7 @@ def _cache_key(files: list[RowFile], encoder: Encoder, config: DataConfig) -> st
 
 
 def _pieces(
-    files: list[RowFile],
-    report: DataReport,
-    encoder: Encoder,
-    config: DataConfig,
-    advance: Callable[[int], None],
+    files: list[RowFile], report: DataReport, encoder: Encoder, config: DataConfig
 ) -> Iterator[TokenStore]:
     """The pieces of all files in order; the report is filled in on the way."""
 
@@ -359,16 +334,17 @@ def _pieces(
             yield from chunks(number, file.name, form, rows)
 
     n_workers = default_workers() if config.num_workers is None else config.num_workers
-    for chunk, piece, refused, unread in encode_chunks(all_chunks(), encoder, n_workers):
-        file = report.files[chunk.file]
-        unread += Counter(file.unread)
-        forget_several_systems(unread)
-        file.unread = dict(unread)
-        file.read += len(chunk.rows)
-        file.kept += len(piece.rows)
-        file.refused += refused
-        advance(chunk.size)
-        yield piece
+    with doing("tokenising", sum(file.size for file in files), "bytes") as task:
+        for chunk, piece, refused, unread in encode_chunks(all_chunks(), encoder, n_workers):
+            file = report.files[chunk.file]
+            unread += Counter(file.unread)
+            forget_several_systems(unread)
+            file.unread = dict(unread)
+            file.read += len(chunk.rows)
+            file.kept += len(piece.rows)
+            file.refused += refused
+            task.advance(chunk.size)
+            yield piece
 
 
 def _format_of(rows: Rows, columns: Mapping[str, str]) -> str:
@@ -378,16 +354,6 @@ def _format_of(rows: Rows, columns: Mapping[str, str]) -> str:
             with contextlib.suppress(DataError):
                 return detect_format(row)
     return "auto"
-
-
-@contextlib.contextmanager
-def _progress(console: Console | None, size: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar by bytes, for files that take longer than a moment."""
-    shown = console is not None and console.is_terminal and size >= 4 << 20
-    columns = (TextColumn("tokenising"), BarColumn(bar_width=20), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
-        task = progress.add_task("", total=size)
-        yield lambda done: progress.advance(task, done)
 
 
 # ---- refused rows in a file ----------------------------------------------------------------------
@@ -426,19 +392,11 @@ def _text(raw: Any) -> Any:
 
 
 def train_validation_test(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    seed: int,
-    console: Console | None = None,
-    kind: str = ANSWERS,
+    config: DataConfig, tokenizer: Tokenizer, seed: int, kind: str = ANSWERS
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """The three parts of a run's data: files where they are named, `split` for the others.
 
-    Its rows are of the `kind` that the run's objective reads.
-
-    Raises:
-        ConfigError: no training file is named.
-        DataError: a file cannot be used, or nothing is left to train on.
+    Its rows are of the `kind` that the run's objective reads; errors as of `read_examples`.
     """
     files_of = find_files(config.path)
     sources = {part: (str(config.path), files) for part, files in files_of.items() if files}
@@ -446,7 +404,7 @@ def train_validation_test(
     for part, path in named.items():
         if path is not None:
             sources[part] = path, find_files(path)["train"]
-    read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, kind, console)))
+    read = dict(zip(sources, _read_all(list(sources.values()), tokenizer, config, kind)))
     for report in (examples.report for examples in read.values()):
         if (share := len(report.refused) / report.read) > config.max_refused:
             raise DataError(
@@ -484,12 +442,7 @@ def _split(
 
 
 def check_examples(tokenizer: Tokenizer, llama: LlamaConfig, *parts: Examples | None) -> None:
-    """Check that a model can read some rows.
-
-    Raises:
-        ConfigError: one is longer than the model has positions for.
-        DataError: one has a token without a row of the embedding; spare ids are no error.
-    """
+    """Refuse rows longer than the model's positions, or with a token that it has no row for."""
     longest = max(part.longest for part in parts if part)
     most = llama.max_position_embeddings
     if longest > most:

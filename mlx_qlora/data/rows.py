@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import re
@@ -23,8 +24,6 @@ from mlx_qlora.data.marks import (
     refuse_other_tasks,
 )
 from mlx_qlora.errors import DataError, did_you_mean
-
-# ---- a row -> what it says -----------------------------------------------------------------------
 
 Message = dict[str, Any]
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
@@ -92,11 +91,12 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> Pair | Chat:
     return _chat([*({**m, "weight": 0} for m in prompt), *completion], row)
 
 
-# What each format reads, `system` besides; a chat reads CHAT_FIELDS, too.
+# What each format reads, `system` besides; a chat reads CHAT_FIELDS, too. The first two fields
+# tell the format, the surest one first: chats often carry a `prompt` or a `text` too.
 FIELDS = {
-    "alpaca": ("instruction", "input", "output", "history"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output", "input", "history"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
@@ -107,14 +107,6 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
     "sharegpt": lambda row: _chat(messages_of(row, "conversations"), row),
     "prompt_completion": _read_prompt_completion,
     "text": lambda row: Pair("", _text_of(row, "text")),  # no prompt: all of it is learned
-}
-# The fields that tell a format, the surest first: chats often carry a `prompt` or a `text` too.
-TELLING = {
-    "messages": {"messages"},
-    "sharegpt": {"conversations"},
-    "alpaca": {"instruction", "output"},
-    "prompt_completion": {"prompt", "completion"},
-    "text": {"text"},
 }
 # What `data.columns` may name -> what data sets often call it.
 COLUMNS = {
@@ -135,8 +127,8 @@ ABSENT = "data.columns."  # before the name of an optional one that a row does n
 
 def detect_format(row: Mapping[str, Any]) -> str:
     """The format whose fields a row has; a DataError if it has those of none."""
-    for name, fields in TELLING.items():
-        if fields & row.keys():
+    for name, fields in FIELDS.items():
+        if not row.keys().isdisjoint(fields[:2]):
             return name
     has = ", ".join(repr(name)[:40] for name in list(row)[:6]) or "none"
     raise DataError(
@@ -153,7 +145,7 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
 
 def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, str]:
     """A `data.columns` that reads a row of other names; an empty one if none is likely."""
-    if not is_pair and any(fields <= row.keys() for fields in TELLING.values()):
+    if not is_pair and any(row.keys() >= {*fields[:2]} for fields in FIELDS.values()):
         return {}
     names = {str(name).lower(): name for name in row}
     found = {}
@@ -187,11 +179,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
 
 
 def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> Said:
-    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell.
-
-    Args:
-        columns: our names of fields -> the row's.
-    """
+    """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):
@@ -430,6 +418,11 @@ def _chat(messages: list[Message], row: Mapping[str, Any]) -> Chat:
         raise DataError(f"no supervised token: {reason}")
     end = max(i for i, weight in enumerate(learned) if weight) + 1  # the rest would teach nothing
     return Chat(messages[:end], learned[:end], _tools_of(row), dict(options or {}) or None)
+
+
+def n_alike(first: Any, second: Any) -> int:
+    """How many items two sequences have in common at their beginning."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
 def chat_question(instruction: str, input: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: ids, labels and their weights, in a cache that any run may use again."""
+"""Tokenised rows on disk: ids, and what they weigh as labels, in a cache for any run."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,6 @@ import os
 import tempfile
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,14 @@ import numpy as np
 
 from mlx_qlora import __version__
 from mlx_qlora.errors import DataError
-from mlx_qlora.folders import TAG, new_staging, remove, remove_leftovers
-
-# ---- tokens on disk ------------------------------------------------------------------------------
+from mlx_qlora.folders import TAG, new_staging, remove, remove_leftovers, sha256
 
 # Of these files and of how rows are encoded; part of every cache key.
-VERSION = f"7, mlx-qlora {__version__}"
+VERSION = f"8, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
-FILES = ("tokens.bin", "weights.bin", "rows.npy")
+FILES = ("tokens.bin", "rows.npy")
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed
+TOKEN = np.dtype([("id", "<i4"), ("weight", "<f4")])  # the latter as a label
 ROW = np.dtype(
     [
         ("start", "<i8"),  # of its ids in tokens.bin
@@ -34,7 +32,7 @@ ROW = np.dtype(
         ("documents", "<i4"),  # that it became
         ("longest", "<i4"),  # ids of the longest of them
         ("cut", "<i4"),  # ids that truncation removed
-        ("weights", "<i8"),  # where those of its labels start in weights.bin; -1: 1 if learned
+        ("bad", "?"),  # whether it is an answer that is judged to be bad: weights are negative
         ("file", "<i4"),
         ("line", "<i8"),
         ("said", "<u8"),  # a hash of what the row says: for splitting, and for finding copies
@@ -48,52 +46,40 @@ def hash64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-# Ids, learned, cut, file, line, hash of what it says, starts, weights.
-Stored = tuple[
-    np.ndarray, np.ndarray, int, int, int, int | None, tuple[int, ...], np.ndarray | None
-]
+# Ids, learned, weights, starts, cut, file, line, hash of what it says.
+Stored = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...], int, int, int, int | None]
 
 
 class TokenFile:
     """`tokens.bin`, sliced like an array; read, as mapped pages count as the process's memory."""
 
-    def __init__(self, path: Path, dtype: type = np.int32) -> None:
-        self._file, self._dtype = os.open(path, os.O_RDONLY), dtype
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, place: slice) -> np.ndarray:
-        size = 4 * (place.stop - place.start)
-        return np.frombuffer(os.pread(self._file, size, 4 * place.start), self._dtype)
+        first, last = TOKEN.itemsize * place.start, TOKEN.itemsize * place.stop
+        return np.frombuffer(os.pread(self._file, last - first, first), TOKEN)
 
 
 @dataclass
 class TokenStore:
     """All rows of one source, or a piece of them: `rows["start"]` counts from its first id."""
 
-    # TokenFile or int32 array; a learned id is complemented, the first one of a further document
+    # TokenFile or array of TOKEN; a learned id is complemented, the first one of a further document
     # of the row has START added.
     tokens: Any
     rows: np.ndarray  # (n,) of dtype ROW, mapped if it is a file
     about: dict[str, Any] = field(default_factory=dict)  # what else was known, as JSON has it
-    weights: Any = field(default_factory=lambda: np.zeros(0, np.float32))  # of labels; or a file
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-        """(ids (n,) int32, learned (n,) bool, starts of further documents) of one row."""
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
+        """(ids int32, learned bool, weights float32; starts of further documents) of one row."""
         start, n = int(self.rows["start"][row]), int(self.rows["length"][row])
         stored = self.tokens[slice(start, start + n)]
-        learned = stored < 0
-        ids = np.where(learned, ~stored, stored)
-        return ids & ~START, learned, tuple(np.flatnonzero(ids & START).tolist())
-
-    def weights_of(self, row: int) -> np.ndarray | None:
-        """(n,) float32, of one row's ids as labels; None if those that are learned weigh 1."""
-        start, n = int(self.rows["weights"][row]), int(self.rows["length"][row])
-        return None if start < 0 else self.weights[slice(start, start + n)]
-
-    def shift(self, n_tokens: int, n_weights: int) -> None:
-        """Lets the rows count from ids and weights that come before these."""
-        self.rows["start"] += n_tokens
-        self.rows["weights"] += n_weights * (self.rows["weights"] >= 0)
+        learned = stored["id"] < 0
+        ids = np.where(learned, ~stored["id"], stored["id"])
+        starts = tuple(np.flatnonzero(ids & START).tolist())
+        return ids & ~START, learned, stored["weight"].copy(), starts
 
     @classmethod
     def of(cls, rows: Iterable[Stored]) -> "TokenStore":
@@ -102,39 +88,21 @@ class TokenStore:
         Without a hash of what they say it is of the ids; `starts` are those of documents after the
         first.
         """
-        tokens, table, start = [np.zeros(0, np.int32)], [], 0
-        of_labels, n_weights = [np.zeros(0, np.float32)], 0
-        for ids, learned, cut, file, line, said, starts, weights in rows:
-            if starts:
-                ids = ids.copy()
-                ids[list(starts)] += START
-            stored = np.where(learned, ~ids, ids).astype(np.int32)
-            labels, place = learned, -1
-            if weights is not None:
-                labels, place = weights, n_weights
-                of_labels.append(weights.astype(np.float32))
-                n_weights += len(weights)
-            made = hash64(stored.tobytes() + of_labels[-1].tobytes() * (place >= 0))
-            supervised, said = int(np.count_nonzero(labels)), made if said is None else said
+        tokens, table, start = [np.zeros(0, TOKEN)], [], 0
+        for ids, learned, weights, starts, cut, file, line, said in rows:
+            stored = np.zeros(len(ids), TOKEN)
+            stored["id"], stored["weight"] = ids, weights
+            stored["id"][list(starts)] += START
+            stored["id"] = np.where(learned, ~stored["id"], stored["id"])
+            is_usual = np.array_equal(weights, learned)
+            made = hash64(stored["id"].tobytes() + stored["weight"].tobytes() * (not is_usual))
+            supervised, said = int(np.count_nonzero(weights)), made if said is None else said
             longest = int(np.diff([0, *starts, len(stored)]).max())
             figures = (len(stored), supervised, 1 + len(starts), longest, cut)
-            table.append((start, *figures, place, file, line, said, made))
+            table.append((start, *figures, (weights < 0).any(), file, line, said, made))
             tokens.append(stored)
             start += len(stored)
-        rows_of = np.array(table, ROW)
-        return cls(np.concatenate(tokens), rows_of, weights=np.concatenate(of_labels))
-
-
-def store_in_memory(pieces: Iterable[TokenStore]) -> TokenStore:
-    """A store without files, for rows that are in memory anyway."""
-    tokens, rows, weights = [np.zeros(0, np.int32)], [np.zeros(0, ROW)], [np.zeros(0, np.float32)]
-    for piece in pieces:
-        piece.shift(sum(map(len, tokens)), sum(map(len, weights)))
-        tokens.append(piece.tokens)
-        rows.append(piece.rows)
-        weights.append(piece.weights)
-    arrays = np.concatenate(tokens), np.concatenate(rows)
-    return TokenStore(*arrays, weights=np.concatenate(weights))
+        return cls(np.concatenate(tokens), np.array(table, ROW))
 
 
 def on_disk(
@@ -143,9 +111,7 @@ def on_disk(
     """Writes pieces as they come, then what `about` returns, and opens what was written.
 
     `folder` is the cache entry to write; None keeps the files as long as the store, without names.
-
-    Raises:
-        DataError: the disk is full, or cannot be written to.
+    A DataError if the disk is full, or cannot be written to.
     """
     try:
         home = folder.parent if folder else Path(tempfile.gettempdir())
@@ -170,11 +136,10 @@ def on_disk(
 
 def _write(folder: Path, pieces: Iterable[TokenStore], about: Callable[[], dict[str, Any]]) -> None:
     rows = [np.zeros(0, ROW)]
-    with open(folder / "tokens.bin", "wb") as file, open(folder / "weights.bin", "wb") as weights:
+    with open(folder / "tokens.bin", "wb") as file:
         for piece in pieces:
-            piece.shift(file.tell() // 4, weights.tell() // 4)
+            piece.rows["start"] += file.tell() // TOKEN.itemsize
             file.write(piece.tokens.tobytes())
-            weights.write(piece.weights.tobytes())
             rows.append(piece.rows)
     np.save(folder / "rows.npy", np.concatenate(rows))
     text = json.dumps(about())
@@ -237,14 +202,9 @@ def forget_unused(folder: Path) -> None:
 def _open(folder: Path) -> TokenStore:
     about = json.loads(json.loads((folder / "about.json").read_text(encoding="utf-8"))["about"])
     rows = np.load(folder / "rows.npy", mmap_mode="r")
-    weights = TokenFile(folder / "weights.bin", np.float32)
-    return TokenStore(TokenFile(folder / "tokens.bin"), rows, about, weights)
+    return TokenStore(TokenFile(folder / "tokens.bin"), rows, about)
 
 
-def _checksums(folder: Path, about: str) -> dict[str, int]:
-    checksums = dict.fromkeys(FILES, 0)
-    for name in checksums:
-        with open(folder / name, "rb") as file:
-            while content := file.read(1 << 20):
-                checksums[name] = zlib.crc32(content, checksums[name])
-    return checksums | {"about": zlib.crc32(about.encode())}
+def _checksums(folder: Path, about: str) -> dict[str, str]:
+    checksums = {name: sha256(folder / name) for name in FILES}
+    return checksums | {"about": hashlib.sha256(about.encode()).hexdigest()}

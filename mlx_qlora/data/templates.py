@@ -14,7 +14,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -47,10 +47,8 @@ def render_template(
 
     `mark` puts GENERATED on both sides of the text inside `{% generation %}`; `date` (year, month,
     day) is the template's today, None the clock's; `options` are what the template itself reads.
-
-    Raises:
-        TokenizerError: the template is damaged, refuses these messages, or makes too much of them.
-        EndlessTemplate: it takes too long, which the next chat would, too.
+    A TokenizerError if it is damaged, or refuses these messages, or makes too much of them; an
+    EndlessTemplate if it takes too long, which the next chat would, too.
     """
     try:
         template = compile_template(source, mark, date, threading.get_ident())
@@ -277,6 +275,16 @@ def _written(value: Any, left: int = SIZE) -> int:
     return size
 
 
+# Expressions that make a value without a call, and whether one does.
+MAKERS: dict[type[nodes.Node], Callable[[Any], bool]] = {
+    nodes.List: lambda node: not all(isinstance(each, nodes.Const) for each in node.items),
+    nodes.Dict: lambda node: True,
+    nodes.Tuple: lambda node: node.ctx != "store",
+    nodes.Getitem: lambda node: isinstance(node.arg, nodes.Slice),  # which copies
+    nodes.Compare: lambda node: any(each.op in ("in", "notin") for each in node.ops),
+}
+
+
 class _Metered(NodeTransformer):
     """Puts the limit where a template repeats something or makes a value without a call."""
 
@@ -292,28 +300,10 @@ class _Metered(NodeTransformer):
         self.generic_visit(node)
         return _passed(nodes.List(node.nodes), "_joined", node)
 
-    def _made(self, node: Any) -> nodes.Node:
-        self.generic_visit(node)
-        return _passed(node, "_made", node)
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        is_constant = all(isinstance(each, nodes.Const) for each in node.items)
-        return node if is_constant else self._made(node)
-
-    visit_Dict = _made
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        return node if node.ctx == "store" else self._made(node)
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        is_copy = isinstance(node.arg, nodes.Slice)
-        return _passed(node, "_made", node) if is_copy else node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        looks_through = any(each.op in ("in", "notin") for each in node.ops)
-        return _passed(node, "_made", node) if looks_through else node
+    def generic_visit(self, node: Any, *args: Any, **options: Any) -> nodes.Node:
+        super().generic_visit(node, *args, **options)
+        makes = MAKERS.get(type(node))
+        return _passed(node, "_made", node) if makes and makes(node) else node
 
 
 def _passed(node: Any, name: str, at: nodes.Node) -> nodes.Node:

@@ -25,8 +25,6 @@ from mlx_qlora.model.hub import check_readable
 if TYPE_CHECKING:
     import tokenizers
 
-# ---- text <-> ids --------------------------------------------------------------------------------
-
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 SHIPPED = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -94,10 +92,7 @@ class Tokenizer:
         """Writes a conversation as text by the model's chat template.
 
         The text holds the special tokens, BOS included where the template writes it: encode it
-        without adding another.
-
-        Raises:
-            TokenizerError: there is no template, or it is damaged or refuses these messages.
+        without adding another. A TokenizerError if there is no template, or it fails.
         """
         from mlx_qlora.data.templates import render_template
 
@@ -175,10 +170,7 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     """Loads a model's tokenizer, whichever format it comes in.
 
     `source` is a model folder, or a GGUF file and `gguf_metadata` the second value of
-    `mx.load(source, return_metadata=True)`.
-
-    Raises:
-        TokenizerError: a file is missing or damaged, the format is unknown, or no EOS is known.
+    `mx.load(source, return_metadata=True)`. A TokenizerError says what cannot be used, and why.
     """
     source = Path(source)
     with reading(source, TokenizerError):

@@ -3,14 +3,13 @@
 import math
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.data.batches import evaluation_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import check_examples
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.distributed import TO_BEGIN, Processes
+from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.fields import checked
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -70,11 +69,8 @@ def score_examples(
     """Sums over the supervised tokens of each example, in order, without dropout.
 
     With a `base`, that the model is within it, the sums of KL(model || base) are among them.
-    Of several processes each scores its share; all have to call it.
-
-    Raises:
-        DataError: no examples, one that teaches nothing, or a token without an embedding.
-        ProcessError: another process is gone, or did not finish in time.
+    Of several processes each scores its share; all have to call it. A DataError without examples,
+    or for one that teaches nothing, or has a token without an embedding.
     """
     _check(model, tokenizer, examples)
     sums, several = np.zeros((4, len(examples))), processes or Processes(None)
@@ -84,10 +80,7 @@ def score_examples(
             rows = score_rows(model, batch, base)
             sums[:, share[list(batch.rows)]] = rows.nats, rows.hits, rows.tokens, rows.kl
             task.advance(len(batch.rows))
-    if several.size > 1:  # float32, like the loss of each token
-        total = several.all_sum(mx.array(sums, mx.float32))
-        several.wait(total, seconds=TO_BEGIN)
-        sums = np.array(total, np.float64)
+    sums = several.total(sums)
     nats, hits, tokens = sums[0], sums[1].astype(np.int64), sums[2].astype(np.int64)
     if not tokens.all():
         place = examples[int(tokens.argmin())].place

@@ -60,9 +60,7 @@ def room_for(
 ) -> int:
     """How many tokens fit into the model's context after these.
 
-    Raises:
-        ConfigError: there is no room for an answer; `what` is too long, and `remedy` helps.
-        DataError: the model's embedding has no row for a token.
+    A ConfigError if there is no room for an answer: `what` is too long, and `remedy` helps.
     """
     check_ids(ids, model.config.vocab_size, what, tokenizer.decode)
     limit, n = model.config.max_position_embeddings, len(ids)

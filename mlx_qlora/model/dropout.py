@@ -37,11 +37,7 @@ def position_words(
     """Two words (N, 2) uint32 for each of N positions, for each linear that drops inputs.
 
     The first is what columns draw from, the second draws how the position's threshold is rounded.
-
-    Args:
-        keys: (B, 2) uint32, one of each row.
-        row: (N,) int32, that each position is in.
-        position: (N,) int32, its place in that row.
+    The `keys` (B, 2) uint32 are the rows', and each of N positions has its row and place in it.
     """
     rows = mixed(mixed(keys[:, 0]) ^ keys[:, 1])
     positions = mixed(rows[row] + position.astype(mx.uint32))

@@ -69,11 +69,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
-        """Reads a `config.json`, and refuses what this tree would compute differently.
-
-        Raises:
-            WeightsError: another architecture, or missing or unsupported values; lists them all.
-        """
+        """Reads a `config.json`; a WeightsError lists all that this tree would do differently."""
         return _read(config)
 
     def window(self, layer: int) -> int | None:
@@ -269,31 +265,23 @@ def _llama(c: Fields) -> Facts:
     return {**_biases(c), "mlp_bias": c.flag("mlp_bias")}
 
 
-def _mistral(c: Fields, layer_types: bool = False) -> Facts:
-    size = c.config.get("sliding_window", 4096)
-    return {"windows": c.windows(lambda i: size is not None, size, layer_types)}
-
-
-def _ministral(c: Fields) -> Facts:
-    c.count("head_dim")
-    return _mistral(c, layer_types=True)
+def _mistral(c: Fields) -> Facts:
+    is_new, size = c.config["model_type"] == "ministral", c.config.get("sliding_window", 4096)
+    if is_new:
+        c.count("head_dim")
+    return {"windows": c.windows(lambda i: size is not None, size, layer_types=is_new)}
 
 
 def _qwen(c: Fields) -> Facts:
+    is_third = c.config["model_type"] == "qwen3"
     first = c.config.get("max_window_layers", 28)
     if type(first) is not int:
         c.problems.append(f"max_window_layers must be a whole number; got {first!r}")
         return {}
     size = c.config.get("sliding_window", 4096) if c.flag("use_sliding_window") else None
-    return {"windows": c.windows(lambda i: size is not None and i >= first, size)}
-
-
-def _qwen2(c: Fields) -> Facts:
-    return {"attention_bias": True, **_qwen(c)}
-
-
-def _qwen3(c: Fields) -> Facts:
-    return {"head_norms": HEAD, **_biases(c), **_qwen(c)}
+    windows = c.windows(lambda i: size is not None and i >= first, size)
+    own = {"head_norms": HEAD, **_biases(c)} if is_third else {"attention_bias": True}
+    return {**own, "windows": windows}
 
 
 def _smollm3(c: Fields) -> Facts:
@@ -442,9 +430,9 @@ LIKE_GEMMA |= {"activation": "hidden_activation", "act": "gelu_pytorch_tanh", "w
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _llama, whole_heads=True),
     "mistral": Family("MistralForCausalLM", _mistral, kv_heads=False),
-    "ministral": Family("MinistralForCausalLM", _ministral, kv_heads=False),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2, kv_heads=False),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, kv_heads=False, head_dim=128),
+    "ministral": Family("MinistralForCausalLM", _mistral, kv_heads=False),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen, kv_heads=False),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen, kv_heads=False, head_dim=128),
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, kv_heads=False, tied=True),
     "granite": Family("GraniteForCausalLM", _granite),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, 1e-5),

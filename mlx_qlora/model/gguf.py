@@ -26,7 +26,7 @@ import numpy as np
 
 from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.families import LlamaConfig
-from mlx_qlora.model.gguf_terms import ARCHITECTURES, FACTORS, TOP_NAMES, config_of, module_names
+from mlx_qlora.model.gguf_terms import FACTORS, TOP_NAMES, config_of, module_names, permute
 from mlx_qlora.model.hub import check_readable, weight_files
 from mlx_qlora.model.quantize import QuantConfig, pack, unpack
 from mlx_qlora.model.stored import StoredTensor, stamp_of
@@ -167,13 +167,8 @@ class GgufMatrix:
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Read a GGUF file, or the first of several parts that make one.
 
-    Returns:
-        What its `config.json` would say; the tensors, matrices as `GgufMatrix`; and the file's own
-        key-value pairs, tokenizer included.
-
-    Raises:
-        WeightsError: not a GGUF file, truncated, another architecture, or a tensor type that
-            nobody can read (the message names types and tensors).
+    Returns what its `config.json` would say; the tensors, matrices as `GgufMatrix`; and the file's
+    own key-value pairs, tokenizer included. A WeightsError names what nobody can read.
     """
     parts = weight_files(path)
     headers = [read_header(part) for part in parts]
@@ -211,14 +206,14 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     if last not in loaded:
         raise WeightsError(f"{path} is incomplete: {last} is missing; download it again")
 
-    heads = {"q_proj": llama.num_attention_heads, "k_proj": llama.num_key_value_heads}
-    permuted = ARCHITECTURES[llama.model_type][1]
     tensors = {}
     for name in list(loaded):
         hf_name, array = _hf_name(path, name, llama), loaded.pop(name)
-        module = hf_name.split(".")[-2]
-        if module in heads and permuted:
-            array = _undo_permute(array, heads[module])
+        order = np.argsort(permute(np.arange(array.shape[0]), hf_name, llama))
+        if isinstance(array, GgufMatrix):
+            array.order = order
+        elif name.endswith(".bias"):
+            array = array[mx.array(order)]
         if llama.norm_offset and hf_name.endswith("norm.weight") and name in vectors:
             array = array - llama.norm_offset
         tensors[hf_name] = array
@@ -329,18 +324,6 @@ def _hf_name(path: Path, name: str, llama: LlamaConfig) -> str:
     if layer and layer[2] in names:
         return f"model.layers.{layer[1]}.{names[layer[2]]}.{leaf}"
     raise WeightsError(f"{path}: tensor {name!r} belongs to no {llama.model_type} model")
-
-
-def _undo_permute(rows: Any, heads: int) -> Any:
-    """Rows (2i, 2i + 1) of each head go back to (i, i + Hd / 2); whole, be they packed or not."""
-    n = rows.shape[0]
-    if n % (2 * heads):
-        return rows  # no shape of this model, as the loader is about to say
-    if isinstance(rows, GgufMatrix):
-        rows.order = np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        return rows
-    pairs = rows.reshape(heads, n // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def source_repository(metadata: dict[str, Any]) -> str | None:

@@ -302,7 +302,7 @@ def permute(rows: np.ndarray, name: str, llama: LlamaConfig) -> np.ndarray:
     """
     heads = {"q_proj": llama.num_attention_heads, "k_proj": llama.num_key_value_heads}
     n = heads.get(name.split(".")[-2])
-    if n is None or not ARCHITECTURES[llama.model_type][1]:
-        return rows
+    if n is None or not ARCHITECTURES[llama.model_type][1] or len(rows) % (2 * n):
+        return rows  # the latter is no shape of this model
     halves = rows.reshape(n, 2, len(rows) // n // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)

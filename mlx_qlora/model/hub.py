@@ -71,10 +71,7 @@ def resolve(source: str | Path, revision: str | None = None, weights: bool = Tru
 
     A source is a folder, a `.gguf` file, a built-in name, or a hub repository as `org/name`, tried
     in this order; a `Path` is only ever looked for on this disk. `weights=False` leaves weights
-    that are not here yet on the hub.
-
-    Raises:
-        SourceError: there is no such model, it cannot be fetched, or we do not read its format.
+    that are not here yet on the hub. A SourceError says why there is no model, and what to do.
     """
     typed, is_path = str(source), isinstance(source, Path)
     path = Path(os.path.abspath(os.path.expanduser(typed)))
@@ -212,9 +209,6 @@ def on_offer(
 
     Leaves the cache as it is, unlike huggingface_hub's `dry_run`, which moves `refs/main` to the
     hub's newest commit: an older copy that is whole would not be found any more without a network.
-
-    Raises:
-        SourceError: no access, no such repository or revision, no model in it, or no network.
     """
     check_environment()
     from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
@@ -315,8 +309,7 @@ def _disk_full(cache: Path, repo: str, revision: str | None) -> str:
 def weight_files(path: Path) -> list[Path]:
     """The files with the weights of a model's folder, or of a GGUF file that may be one of several.
 
-    Raises:
-        WeightsError: one of them is missing, or the index of the folder is damaged.
+    A WeightsError if one of them is missing, or the index of the folder is damaged.
     """
     if path.is_file():
         parts = [path.with_name(name) for name in _all_parts([path.name])]

@@ -10,8 +10,6 @@ Axes: B batch, T tokens, D hidden, H heads, K key-value heads, Hd head size, F M
 V vocabulary.
 """
 
-import functools
-import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,8 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.cpu.attention import Reach
-from mlx_qlora.cpu.exponentials import sigmoid
-from mlx_qlora.device import Device, current, mlx_lm
+from mlx_qlora.device import mlx_lm
 from mlx_qlora.errors import DataError
 from mlx_qlora.model.attention import Cached, Documents
 from mlx_qlora.model.dropout import position_words
@@ -31,94 +28,10 @@ from mlx_qlora.model.linears import Linears
 from mlx_qlora.model.quantize import Embedding, Linear
 from mlx_qlora.model.rope import Rope
 from mlx_qlora.model.streaming import LayerReader
+from mlx_qlora.model.swiglu import swiglu
 
 T = TypeVar("T")
 
-
-def swiglu(
-    gate: mx.array,
-    up: mx.array,
-    s: mx.array | None = None,
-    compiled: bool = False,
-    act: str = "silu",
-) -> mx.array:
-    """gate, up (..., F) -> act(gate) * up (..., F), in their dtype.
-
-    Both activations are gate * sigmoid(.): SiLU of the gate itself, GELU's approximation by tanh
-    (Hendrycks & Gimpel 2016, arXiv 1606.08415) of a cubic in it. `s` is that sigmoid, if it is
-    known; `compiled` computes in one kernel, whatever the shapes, and is for whoever takes the
-    derivative by `swiglu_vjp`.
-    """
-    if compiled:
-        return _compiled(current(), act)[0](gate, up)
-    # The sigmoid's share of the derivative is in the gate's: its own would count twice, and is
-    # not a number where an exponential has no end.
-    s = mx.stop_gradient(gate_sigmoid(gate, act)) if s is None else s
-    return _with_gradient(act)(gate, up, s)
-
-
-def swiglu_vjp(
-    gate: mx.array,
-    up: mx.array,
-    dy: mx.array,
-    s: mx.array | None = None,
-    compiled: bool = False,
-    act: str = "silu",
-) -> tuple[mx.array, mx.array]:
-    """The gradients of gate and up; arguments as in `swiglu`.
-
-    A function of its own because MLX compiles nothing within `mx.vjp`.
-    """
-    if compiled:
-        return _compiled(current(), act)[1](gate, up, dy)
-    return _backward(gate, up, dy, gate_sigmoid(gate, act) if s is None else s, act)
-
-
-GELU, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # x s(GELU (x + CUBIC x^3)) is GELU's tanh form
-
-
-def gate_sigmoid(gate: mx.array, act: str) -> mx.array:
-    """What the gate is multiplied with."""
-    return sigmoid(gate if act == "silu" else GELU * (gate + CUBIC * gate * gate * gate))
-
-
-def _forward(gate: mx.array, up: mx.array, s: mx.array) -> mx.array:
-    return gate * s * up
-
-
-def _backward(
-    gate: mx.array, up: mx.array, dy: mx.array, s: mx.array, act: str
-) -> tuple[mx.array, mx.array]:
-    dys = dy * s
-    inner = gate * (1 - s)
-    if act != "silu":
-        inner = inner * (GELU * (1 + 3 * CUBIC * gate * gate))
-    return dys * up * (1 + inner), dys * gate
-
-
-@functools.cache
-def _with_gradient(act: str) -> Any:
-    function: Any = mx.custom_function(_forward)
-    function.vjp(lambda xs, dy, _: (*_backward(xs[0], xs[1], dy, xs[2], act), mx.zeros_like(xs[2])))
-    return function
-
-
-@functools.cache
-def _compiled(here: Device, act: str) -> tuple[Any, Any]:
-    """SwiGLU and its backward, compiled; a trace keeps the exponentials of the device it met."""
-
-    def forward(gate: mx.array, up: mx.array) -> mx.array:
-        return _forward(gate, up, gate_sigmoid(gate, act))
-
-    def backward(gate: mx.array, up: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
-        return _backward(gate, up, dy, gate_sigmoid(gate, act), act)
-
-    # A trace for any shape broadcasts at every step, and becomes several kernels.
-    any_shape = not here.few_shapes
-    return mx.compile(forward, shapeless=any_shape), mx.compile(backward, shapeless=any_shape)
-
-
-# ---- the tree ------------------------------------------------------------------------------------
 
 Context = Documents | Cached  # what the tokens of a forward attend to
 Keys = Sequence[mx.array | None]  # of the seven linears of a layer
@@ -126,6 +39,13 @@ NO_KEYS: Keys = [None] * 7
 Pieces = Generator[tuple[str, mx.array], list[mx.array], mx.array]
 # The linears of a layer that read the same input, and their places among the keys.
 KEYS_OF = {"qkv": slice(0, 3), "o": slice(3, 4), "gate_up": slice(4, 6), "down": slice(6, 7)}
+# Where they are, their names, and that of the one that may stand for several.
+LINEARS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    "o": ("self_attn", ("o_proj",), ""),
+    "gate_up": ("mlp", ("gate_proj", "up_proj"), "gate_up_proj"),
+    "down": ("mlp", ("down_proj",), ""),
+}
 
 
 class RMSNorm(nn.Module):
@@ -169,17 +89,10 @@ class Attention(nn.Module):
             for name, size in zip(config.head_norm_names, sizes):
                 self[name] = RMSNorm(size, config)
 
-    @property
-    def qkv(self) -> Linears:
-        """x (..., D) -> q (..., H * Hd), k and v (..., K * Hd)."""
-        if self._config.fused_qkv:
-            return Linears({"self_attn.qkv_proj": self.qkv_proj}, self._ends)
-        return Linears({f"self_attn.{name}": self[name] for name in ("q_proj", "k_proj", "v_proj")})
-
     def rotate(
         self, q: mx.array, k: mx.array, v: mx.array, context: Context
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """What `qkv` gives -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
+        """q (..., H * Hd), k, v (..., K * Hd) -> q (..., H, Hd), k (..., K, Hd), rotated, and v."""
         kind = self._config.head_norms
         heads = *q.shape[:-1], -1, self._config.head_dim
         if kind == ALL_HEADS:
@@ -210,13 +123,6 @@ class MLP(nn.Module):
             self.gate_proj = Linear(D, F, config.mlp_bias)
             self.up_proj = Linear(D, F, config.mlp_bias)
         self.down_proj = Linear(F, D, config.mlp_bias)
-
-    @property
-    def gate_up(self) -> Linears:
-        """x (..., D) -> gate and up (..., F)."""
-        if "gate_up_proj" in self:
-            return Linears({"mlp.gate_up_proj": self.gate_up_proj}, 2)
-        return Linears({f"mlp.{name}": self[name] for name in ("gate_proj", "up_proj")})
 
 
 class DecoderLayer(nn.Module):
@@ -249,7 +155,7 @@ class DecoderLayer(nn.Module):
     def pieces(self, x: mx.array, context: Context) -> Pieces:
         """As a call, but asks for what linears make: their name and input are sent results."""
         q, k, v = yield "qkv", self.attention_norm(x)
-        q, k, v = self.rotate(q, k, v, context)
+        q, k, v = self.self_attn.rotate(q, k, v, context)
         heads = context.attend(q, k, v, self.self_attn.reach).flatten(-2)
         h = self.add_attention(x, *(yield "o", heads))
         gate, up = yield "gate_up", self.mlp_norm(h)
@@ -258,21 +164,15 @@ class DecoderLayer(nn.Module):
 
     def linears(self, name: str) -> Linears:
         """The linears of a piece, qkv, o, gate_up or down: they read the same input."""
-        if name in ("qkv", "gate_up"):
-            return self.self_attn.qkv if name == "qkv" else self.mlp.gate_up
-        if name == "o":
-            return Linears({"self_attn.o_proj": self.self_attn.o_proj})
-        return Linears({"mlp.down_proj": self.mlp.down_proj})
+        place, names, fused = LINEARS[name]
+        module, cuts = self[place], None
+        if fused in module:
+            names, cuts = (fused,), self.self_attn._ends if name == "qkv" else 2
+        return Linears({f"{place}.{leaf}": module[leaf] for leaf in names}, cuts)
 
     def attention_norm(self, x: mx.array) -> mx.array:
         """x (..., D) -> what `qkv` reads (..., D)."""
         return self._normalised(0, x)
-
-    def rotate(
-        self, q: mx.array, k: mx.array, v: mx.array, context: Context
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """What `qkv` gives -> q (..., H, Hd) and k (..., K, Hd), rotated, and v (..., K, Hd)."""
-        return self.self_attn.rotate(q, k, v, context)
 
     def add_attention(self, x: mx.array, o: mx.array) -> mx.array:
         """x and what `o` gives (..., D) -> h (..., D)."""
@@ -363,7 +263,7 @@ class LlamaModel(nn.Module):
 
         if documents is None:  # each row is one
             documents = np.array([(b, 0, T) for b in range(B)], np.int32)
-        context = self.documents(documents, B * T, T)
+        context = Documents.of(documents, B * T, T)
         keys = self.dropout_keys(dropout_key, B, context)
         rows = rows if rows is None else rows.flatten(0, 1)
         return self.hidden(tokens.reshape(-1), context, keys, rows).reshape(B, T, -1)
@@ -436,12 +336,6 @@ class LlamaModel(nn.Module):
         """The last layer's output (..., D) as the head reads it."""
         h, scale = self.norm(h), self._config.logits_scale  # a factor of the logits, where D is
         return h if scale == 1 else h * scale
-
-    def documents(
-        self, documents: np.ndarray, N: int | None = None, T: int | None = None
-    ) -> Documents:
-        """What `Documents.of` makes of them, for this model."""
-        return Documents.of(documents, N, T)
 
     def dropout_keys(self, key: mx.array | None, B: int, documents: Documents) -> list[Keys]:
         """For each layer the words (N, 2) that its seven linears draw their dropout from.
@@ -521,6 +415,16 @@ class LlamaForCausalLM(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         """The decoder layers, where mlx-lm looks for them."""
         return self.model.layers
+
+    @property
+    def linears(self) -> list[tuple[str, Any]]:
+        """(path, module) of every linear of the layers, in reading order."""
+        return [
+            (f"model.layers.{i}.{path}", module)
+            for i, layer in enumerate(self.layers)
+            for name in LINEARS
+            for path, module in layer.linears(name).members.items()
+        ]
 
     def make_cache(self) -> list[Any]:
         """One empty mlx-lm key-value cache per layer; those of windows hold no more than these."""

@@ -16,22 +16,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_qlora.errors import ConfigError, did_you_mean, require
 from mlx_qlora.fields import config_section, option
 from mlx_qlora.model.dropout import Mask, position_words
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.model.lora_init import INITS, PLAIN, begins_with_base, initial, take_off
 from mlx_qlora.model.quantize import Given, Gradients, Linear, plus
 from mlx_qlora.model.weights import as_array, open_checkpoint
 from mlx_qlora.tree import bound, flat, nested
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Every linear of a layer in reading order; where one matrix stands for several, it has their place.
-ORDER = ["q_proj", "qkv_proj", "k_proj", "v_proj", "o_proj"]
-ORDER += ["gate_proj", "gate_up_proj", "up_proj", "down_proj"]
-PLAIN = (True, "gaussian")  # initial weights that need nothing of the base
-INITS = re.compile(r"gaussian|olora|loftq|pissa(_niter_[1-9]\d*)?")
 
 
 @config_section("lora")
@@ -95,14 +90,10 @@ class LoraConfig:
         """The rank of the update of a linear."""
         return _first_match(self.rank_pattern, path, self.r)
 
-    def alpha_of(self, path: str) -> float:
-        """The lora_alpha of the update of a linear."""
-        return _first_match(self.alpha_pattern, path, self.lora_alpha)
-
     def scale_of(self, path: str) -> float:
         """The factor of a linear's update: alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        r = self.rank_of(path)
-        return self.alpha_of(path) / (math.sqrt(r) if self.use_rslora else r)
+        r, alpha = self.rank_of(path), _first_match(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 def _first_match(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
@@ -130,11 +121,7 @@ SECONDS = 3  # of one core, for all of them
 
 
 def check_patterns(regexes: Iterable[str], paths: Iterable[str]) -> None:
-    """Try regexes in a process that ends in time, before they are used on the same paths here.
-
-    Raises:
-        ConfigError: they take longer, or more memory, than any that is meant to name modules.
-    """
+    """Try regexes in a process that ends in time, before they are used on the same paths here."""
     risky = [regex for regex in regexes if re.search(r"[*+?{|]", regex.removeprefix(ANY_PARENT))]
     if not risky:
         return
@@ -171,8 +158,7 @@ class LoRALinear(nn.Module):
     """y = base(x) + scale * B(A(dropout(x))), after Hu et al., equation 3 and section 4.1.
 
     A (r, d_in) and B (d_out, r) are float32 masters; the forward casts them to x's dtype, so that
-    the output's dtype is the input's and nothing downstream widens. The scale is applied to the
-    rank-r tensor, which is the smallest. Dropout acts only where a key is given.
+    nothing downstream widens. Dropout acts only where a key is given.
 
     Where the update begins with a part of W (PiSSA, OLoRA), that part is taken off again. A dense W
     is left without it. A packed one stays as it is, y = base(x) + scale * (B A - B0 A0) x: packed
@@ -317,88 +303,6 @@ class DoRALinear(LoRALinear):
         return (self.lora_magnitude_vector.astype(mx.float32) / lengths)[:, None] * W
 
 
-# ---- where the update begins ---------------------------------------------------------------------
-
-OVERSAMPLED = 6  # columns that a randomised SVD draws beyond r, as torch.svd_lowrank does
-Factors = tuple[mx.array, mx.array]  # A (r, d_in) and B (d_out, r), float32
-
-
-def begins_with_base(name: Any) -> bool:
-    """Whether what is trained begins with a part of the frozen matrices."""
-    return isinstance(name, str) and name.startswith(("pissa", "olora"))
-
-
-def initial(
-    name: Any, linear: Linear, r: int, scale: float, key: mx.array, original: mx.array | None
-) -> Factors:
-    """A and B of the update of W (d_out, d_in), by the name of the initialisation.
-
-    true            Hu et al. 2021: A uniform, B zero; the update begins at nothing.
-    gaussian        the same with A normal (Diffusers' way).
-    pissa           Meng et al. 2024 (arXiv 2404.02948): the r principal components of W.
-    pissa_niter_N   the same components by N rounds of a randomised SVD (Halko et al. 2011).
-    olora           Büyükakyüz 2024 (arXiv 2406.01775): the first r columns of W's QR.
-    loftq           Li et al. 2023 (arXiv 2310.08659), one round: what quantisation lost of W,
-                    as far as rank r can give it back.
-
-    `original` is W before it was quantised; None where W is dense, or was packed in its files.
-
-    Raises:
-        ConfigError: what it starts from is not there.
-    """
-    d_out, d_in = linear.shape
-    if name in PLAIN:
-        B = mx.zeros((d_out, r), mx.float32)
-        if name == "gaussian":
-            return mx.random.normal((r, d_in), mx.float32, scale=1 / r, key=key), B
-        bound = d_in**-0.5  # PEFT's kaiming_uniform(a=sqrt(5))
-        return mx.random.uniform(-bound, bound, (r, d_in), mx.float32, key), B
-    if linear.quant is not None and original is None:
-        raise ConfigError(
-            f"lora.init_lora_weights: {name} needs the weights from before quantisation; use a "
-            "16-bit model, to be quantised while it is loaded (model.bits)"
-        )
-    W = np.array((linear.dense() if original is None else original).astype(mx.float32))
-    if name == "loftq":
-        if linear.quant is None:
-            raise ConfigError(
-                "lora.init_lora_weights: loftq corrects for quantisation, and this model is not "
-                "quantised; set model.bits"
-            )
-        W = W - np.array(linear.dense().astype(mx.float32))
-    elif name == "olora":
-        Q, R = np.linalg.qr(W)
-        return mx.array(R[:r]), mx.array(Q[:, :r])
-    if name.startswith("pissa_niter"):
-        U, S, V = _randomised_svd(W, r, int(name.rpartition("_")[2]), key)
-    else:
-        U, S, V = np.linalg.svd(W, full_matrices=False)
-    root = np.sqrt(S[:r] / scale)  # shared evenly by A and B
-    return mx.array(root[:, None] * V[:r]), mx.array(U[:, :r] * root)
-
-
-def take_off(linear: Linear, update: mx.array) -> None:
-    """Take an update (d_out, d_in) float32 off a dense matrix."""
-    linear.weight = (linear.weight.astype(mx.float32) - update).astype(linear.weight.dtype)
-    linear.stack = None
-    linear.freeze()
-    mx.eval(linear.parameters())
-
-
-def _randomised_svd(W: np.ndarray, r: int, rounds: int, key: mx.array) -> tuple[np.ndarray, ...]:
-    """The first singular vectors and values (Halko et al. 2011, algorithms 4.4 and 5.1)."""
-    columns = min(r + OVERSAMPLED, *W.shape)
-    Q = np.linalg.qr(W @ np.array(mx.random.normal((W.shape[1], columns), key=key)))[0]
-    for _ in range(rounds):
-        Q = np.linalg.qr(W.T @ Q)[0]
-        Q = np.linalg.qr(W @ Q)[0]
-    U, S, V = np.linalg.svd(Q.T @ W, full_matrices=False)
-    return Q @ U, S, V
-
-
-# ---- on a model ----------------------------------------------------------------------------------
-
-
 def add_lora(
     model: LlamaForCausalLM, config: LoraConfig, seed: int = 0, *, begin: bool = True
 ) -> LlamaForCausalLM:
@@ -420,7 +324,7 @@ def add_lora(
         raise ConfigError("the model already has LoRA layers; load it again to start over")
     config = for_model(model, config)
     targets = target_paths(model, config)
-    linears, wrapped, originals = dict(_linears(model)), {}, {}
+    linears, wrapped, originals = dict(model.linears), {}, {}
     init = config.init_lora_weights if begin else True
     if begin:  # PEFT lets a pattern match nothing, and so may what others have written
         _check(config, {path: linears[path] for path in targets})
@@ -493,7 +397,7 @@ def _originals(model: LlamaForCausalLM) -> dict[str, Any]:
 
 def for_model(model: LlamaForCausalLM, config: LoraConfig) -> LoraConfig:
     """With the names that a model has for all seven, where some of them are one matrix."""
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in _linears(model)))
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path, _ in model.linears))
     wanted = config.target_modules
     if isinstance(wanted, str) or set(wanted) != set(ALL_SEVEN) or set(names) == set(ALL_SEVEN):
         return config
@@ -509,13 +413,11 @@ def target_paths(
 
     A list matches names or path endings, a string is a regex on the whole path, and "all-linear"
     means every linear of the layers. A path named whole is taken whatever `layers_to_transform`
-    says, and one that is excluded never. The output head is not offered: it stays frozen.
-
-    Raises:
-        ConfigError: a target, or a layer index, that matches nothing.
+    says, and one that is excluded never. The output head is not offered: it stays frozen. A
+    ConfigError names a target, or a layer, that matches nothing.
     """
     wanted = for_model(model, config).target_modules
-    paths = [path for path, _ in _linears(model)]
+    paths = [path for path, _ in model.linears]
     names = sorted({path.split(".", 3)[3] for path in paths})
     exists = "the linears of each layer are " + ", ".join(names)
     # PEFT would adapt these too. In its tree a tied model has an lm_head as well.
@@ -554,32 +456,14 @@ def target_paths(
     return [path for path in matched if int(path.split(".")[2]) in layers or path in wanted]
 
 
-def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+def lora_layers(model: LlamaForCausalLM) -> list[tuple[str, LoRALinear]]:
     """(path, layer) of every LoRALinear, in the model's order."""
-    return [(p, m) for p, m in _in_order(model) if isinstance(m, LoRALinear)]
+    return [(path, module) for path, module in model.linears if isinstance(module, LoRALinear)]
 
 
 def trainable_count(model: nn.Module) -> int:
     """How many numbers training will change."""
     return sum(array.size for array in flat(model.trainable_parameters()).values())
-
-
-def _linears(model: LlamaForCausalLM) -> list[tuple[str, Linear]]:
-    """(path, linear) of every linear inside the decoder layers."""
-    linears = [(path, m) for path, m in _in_order(model) if isinstance(m, Linear)]
-    return [(path, linear) for path, linear in linears if path.startswith("model.layers.")]
-
-
-def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules in reading order (layer 2 before layer 10, q before k), not in a set's."""
-    rank = {name: i for i, name in enumerate(ORDER)}
-
-    def position(item: tuple[str, nn.Module]) -> tuple[int, int]:
-        parts = item[0].split(".")
-        layer = int(parts[2]) if len(parts) > 2 and parts[2].isdigit() else -1
-        return layer, rank.get(parts[-1], -1)
-
-    return sorted(model.named_modules(), key=position)
 
 
 def is_named(target: str, path: str) -> bool:

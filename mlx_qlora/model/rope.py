@@ -132,7 +132,7 @@ def rope_from_hf(
         several = [None] if name in LISTS and not isinstance(value, list) else several
         for number in several:
             legal = name == "truncate" and isinstance(number, bool)
-            if not (legal or (_is_number(number) and 0 < number < math.inf)):
+            if not (legal or (type(number) in (int, float) and 0 < number < math.inf)):
                 raise WeightsError(f"config.json: {name} must be a positive number; got {value!r}")
     if theta <= 1:
         raise WeightsError(f"config.json: rope_theta must be above 1; got {theta!r}")
@@ -242,10 +242,6 @@ def _with_attention_factor(kind: str, given: dict[str, Any], positions: Any) -> 
     else:
         return given
     return {"attention_factor": usual} | given
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # ---- periods -------------------------------------------------------------------------------------

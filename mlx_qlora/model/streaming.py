@@ -47,11 +47,7 @@ class LayerReader:
 
     @contextmanager
     def layer(self, i: int) -> Iterator[None]:
-        """Within it the matrices of a layer are there; a graph that was built keeps its own.
-
-        Raises:
-            WeightsError: a file has changed since it was opened, or cannot be read.
-        """
+        """Within it the matrices of a layer are there; a graph that was built keeps its own."""
         self.ahead(i)
         assert self._ahead is not None
         reading, self._ahead = self._ahead[1], None
@@ -122,8 +118,7 @@ class PackedCopy:
     def there(self, n_bytes: int) -> Iterator[bool]:
         """Lends whether the copy has to be written within, by `take`; after it, it is there.
 
-        Raises:
-            ConfigError: the disk has no room for `n_bytes`, or cannot be written to.
+        A ConfigError if the disk has no room for `n_bytes`, or cannot be written to.
         """
         try:
             self._copies.mkdir(parents=True, exist_ok=True)

@@ -58,11 +58,7 @@ class Checkpoint:
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
-    """Open a folder of safetensors or a GGUF file.
-
-    Raises:
-        WeightsError: files that are damaged, incomplete, or quantised in a way we cannot read.
-    """
+    """Open a folder of safetensors or a GGUF file; a WeightsError if they cannot be read."""
     with reading(files.path, WeightsError):
         return _open(files)
 
@@ -235,11 +231,9 @@ def frozen_bytes(
     itemsize: int,
     streamed: bool = False,
 ) -> int:
-    """Bytes of the frozen matrices in memory; streamed, those of two layers.
+    """Bytes of the frozen matrices in memory, with `itemsize` bytes of each dense number.
 
-    Args:
-        model: without weights.
-        itemsize: bytes of a number in the compute dtype.
+    Streamed, those of two layers. The model needs no weights.
     """
     total = 0
     for path, matrix in _matrices(model).items():

@@ -69,9 +69,6 @@ class GradientAllReduce:
             nats: the loss sum.
             counts: the weights of the supervised tokens, real tokens, and rows.
             received: a signal; the one returned is one that any process received.
-
-        Raises:
-            ProcessError: another process is gone, or did not answer in time.
         """
         self.reduce(grads, set(grads))
         counts = round(counts[0] * FIXED), *counts[1:]
@@ -94,9 +91,6 @@ def score_of_all(
     """The sums over all processes of what each has scored, and a signal that any received.
 
     This process `took` so many seconds for its share of the score.
-
-    Raises:
-        ProcessError: another process is gone, or did not answer in time.
     """
     if processes.size == 1:
         return score, None

@@ -144,9 +144,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoint-<step>` and removes what `save_total_limit` no longer covers.
 
-    Raises:
-        TrainingError: the disk is full, read-only, or the output folder is gone; what was there
-            before is as it was.
+    A TrainingError if the disk does not take it; what was there before is then as it was.
     """
     output = Path(config.checkpointing.output_dir)
     folder = output / f"checkpoint-{state.step}"
@@ -312,12 +310,8 @@ def checkpoint_to_resume(
     """The checkpoint that the config asks for, every file of it hashed once, and its state.
 
     `state` is that of the run that is to begin; `defaults` are those of the fields that decide the
-    weights, as `state.config` has them.
-
-    Raises:
-        ConfigError: a named folder that is no checkpoint or a damaged one, no whole checkpoint
-            where there are some, or one that was made from another config, data or model, or with
-            other numerics.
+    weights, as `state.config` has them. A ConfigError for a checkpoint that is damaged, if no other
+    is whole, or of another config, data, model or numerics.
     """
     if config.resume_from_checkpoint == "none":
         return Start(None, state, [])
@@ -386,8 +380,7 @@ def _differences(
 def read_state(path: Path) -> dict[str, Any]:
     """The content of `resume_state.json`, after every checksum of the checkpoint was compared.
 
-    Raises:
-        ConfigError: naming the file that is damaged or missing.
+    A ConfigError names the file that is damaged or missing.
     """
     try:
         text = (path / STATE).read_bytes().decode()
@@ -419,11 +412,7 @@ def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates:
 
 
 def load_weights(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> None:
-    """Puts a checkpoint's weights alone back into the model and the optimizer.
-
-    Raises:
-        ConfigError: naming the file that is damaged or missing.
-    """
+    """Puts a checkpoint's weights alone back into the model and the optimizer."""
     read_state(path)
     optimizer.weights = _concatenate(_weights(path, optimizer))
     model.update(optimizer.tree())

@@ -188,20 +188,17 @@ class TrainingConfig:
     @property
     def peak(self) -> float:
         """`learning_rate`, once it is a number."""
-        assert not isinstance(self.learning_rate, str), "at_hidden_size() first"
-        return self.learning_rate
+        return float(self.learning_rate)
 
     @property
     def rows(self) -> int:
         """`per_device_train_batch_size`, once it is a number."""
-        assert isinstance(self.per_device_train_batch_size, int), "for_examples() first"
-        return self.per_device_train_batch_size
+        return int(self.per_device_train_batch_size)
 
     @property
     def accumulation(self) -> int:
         """`gradient_accumulation_steps`, once it is a number."""
-        assert isinstance(self.gradient_accumulation_steps, int), "for_examples() first"
-        return self.gradient_accumulation_steps
+        return int(self.gradient_accumulation_steps)
 
     def warmup_of(self, total_steps: int) -> int:
         """Steps over which the learning rate grows, of so many in all."""

@@ -1,23 +1,17 @@
 """Loss and gradients of the LoRA weights: a tape of the pieces of each layer.
 
-The documents of a batch in which something is learned lie end to end on one axis of N positions,
-without padding. They are split into chunks that fit into memory, and on a CPU a chunk into a shard
-for each core; gradients are sums, so nothing is lost by that. A layer is eleven pieces (`PIECES`)
-with named values between them. The forward runs them and keeps the values that the layer's level
-names in `memory.KEPT`; the memory planner sums the same table. The head then computes loss and
-gradient of the supervised positions alone, a slice of the vocabulary at a time (`train.loss`).
-Where labels are weighed, or answers compared (`train.preferences`), each position's gradient is
-multiplied by a number then; with a `kl_weight` the head compares with hidden states that the model
-as it was before its training has computed first. The backward takes the VJP of each piece in
-reverse order, adds gradients by name, and runs those pieces again whose values it needs and were
-not kept. Frozen matrices are multiplied with and never differentiated. Dropout is a function of
-seed, row, column, layer and linear, so a piece that runs twice draws the same mask. What is
-evaluated when decides the peak of memory: a layer is finished before the next but one begins. The
-gradients of all chunks, micro-batches and processes are added up, and divided once by the step's
-supervised tokens (`train.step`).
+The documents in which something is learned lie end to end on one axis of N positions. They are
+split into chunks that fit into memory (`train.memory`), on a CPU each into a shard for every core.
+A layer is eleven pieces (`PIECES`) with named values between them. The forward runs them and keeps
+the values that the layer's level names in `memory.KEPT`. The head computes loss and gradient of the
+supervised positions (`train.loss`); where labels are weighed, or answers compared, each position's
+gradient is then multiplied by a number. The backward takes the VJP of each piece in reverse order,
+adds gradients by name, and runs those pieces again whose values were not kept; a piece that runs
+twice draws the same dropout mask. What is evaluated when decides the peak of memory: a layer is
+finished before the next but one begins.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -32,19 +26,12 @@ from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.linears import Running
-from mlx_qlora.model.llama import (
-    KEYS_OF,
-    DecoderLayer,
-    Keys,
-    LlamaForCausalLM,
-    gate_sigmoid,
-    swiglu,
-    swiglu_vjp,
-)
+from mlx_qlora.model.llama import KEYS_OF, DecoderLayer, Keys, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix
+from mlx_qlora.model.swiglu import gate_sigmoid, swiglu, swiglu_vjp
 from mlx_qlora.train import memory
 from mlx_qlora.train.allreduce import GradientAllReduce
-from mlx_qlora.train.loss import Losses, Weigh, by_batch, losses_by_slice
+from mlx_qlora.train.loss import Weigh, by_batch, losses_by_slice
 from mlx_qlora.train.memory import EXPONENTIALS, KEPT, NOTHING, Recompute, Shard
 from mlx_qlora.train.score import of_base
 from mlx_qlora.tree import bound, flat, nested
@@ -210,10 +197,9 @@ class Tape:
 
     def _between(self, piece: Piece) -> Callable[..., Any]:
         """A piece without matrices, as a function of its inputs."""
-        function = getattr(self.layer, piece.name)
         if piece.name == "rotate":
-            return partial(function, context=self.shard.documents)
-        return function
+            return partial(self.layer.self_attn.rotate, context=self.shard.documents)
+        return getattr(self.layer, piece.name)
 
     def _value(self, name: str) -> Running[Any]:
         """A value, made again if it was not kept."""
@@ -238,14 +224,11 @@ def arrays_of(values: dict[str, Any]) -> list[mx.array]:
 
 
 def side_by_side(
-    tapes: list[Tape],
-    computations: list[Stages],
-    copied: Sequence[FrozenMatrix] = (),
+    tapes: list[Tape], computations: list[Stages], copied: Sequence[FrozenMatrix] = ()
 ) -> None:
     """Starts the computations of several shards, each in its stream, a stage of each at a time.
 
     Where matrices are `copied` each for a stage, the stage is finished before the next one begins.
-
     MLX hands at most some hundred operations to its streams in advance: all of one shard's first
     would leave the other streams without work. Those of one evaluation it hands over breadth first,
     so all shards' mixed.
@@ -306,9 +289,6 @@ class Engine:
     `recompute` is as in `loss_and_grads`, or the level of each layer; if `compiled`, elementwise
     operations are fused with `mx.compile`. To the loss `kl_weight` times the divergence from what
     the model is when this is made is added, without that model's dropout.
-
-    Raises:
-        ConfigError: the model has nothing to train, or `recompute` is none of its words.
     """
 
     def __init__(
@@ -331,16 +311,12 @@ class Engine:
         ]
         self.trainable = sum(weight.size for weight in trainable.values())
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
+        self._read_ahead = self.reader.ahead if self.reader else lambda i: None
         self.one_by_one = any(
             m.quant and m.matmul == "dequantize" for layer in self.matrices for m in layer
         )
-        differentiated = {
-            f"model.layers.{i}.{path}.{name}"
-            for i, layer in enumerate(model.layers)
-            for piece in KEYS_OF
-            for path in layer.linears(piece).members
-            for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-        }
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        differentiated = {f"{path}.{name}" for path, _ in model.linears for name in names}
         if missing := sorted(trainable.keys() - differentiated):
             raise ConfigError(
                 f"{missing[0]} is trainable, but only LoRA weights can be trained; freeze the "
@@ -377,16 +353,10 @@ class Engine:
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
         cast = {path: w.astype(self.dtype) if w.ndim > 1 else w for path, w in weights.items()}
-        with bound(self.model, cast), device.small_cache(self.reader is not None):
-            groups, n_chunks = [documents], plan.n_chunks
-            if compare is not None:
-                group_of, n_chunks = memory.spread(lengths, n_chunks)[unit_of], 1
-                groups = [documents[group_of == group] for group in np.unique(group_of)]
-            chunks = [
-                shards
-                for group in groups
-                for shards in memory.chunks_of(self.model, batch, group, n_chunks, dropout_key)
-            ]
+        group_of = memory.spread(lengths, plan.n_chunks)[unit_of]
+        groups = [documents[group_of == group] for group in np.unique(group_of)]
+        with bound(self.model, cast), device.small_cache() if self.reader else nullcontext():
+            chunks = memory.chunks_of(self.model, batch, groups, dropout_key)
             for shards in chunks:
                 with cores_shared(shards):
                     hook = all_reduce if shards is chunks[-1] else None
@@ -434,8 +404,7 @@ class Engine:
         for i, layer in enumerate(tapes):
             kept = KEPT[levels[i]] if i >= self.first else ()
             x = [tape.values["x"] for tape in layer]
-            # The last layer is needed twice.
-            ahead = partial(self._read_ahead, min(i + 1, len(tapes) - 1))
+            ahead = partial(self._read_ahead, min(i + 1, len(tapes) - 1))  # the last one: twice
             self._start(i, layer, [tape.forward(kept, ahead) for tape in layer])
             # The layer before this one is finished before the next one begins: the device always
             # has work at hand, and at most two layers' temporary arrays exist (docs/log.md).
@@ -485,13 +454,10 @@ class Engine:
                 for matrix in copied:
                     matrix.drop_copy()
 
-    def _read_ahead(self, i: int) -> None:
-        if self.reader is not None:
-            self.reader.ahead(i)
-
     def _loss(self, tape: Tape, losses: list[mx.array]) -> Stages:
         """From the last layer's output of a shard to its loss sum and gradient."""
-        found = yield from self._head(tape)
+        yield from self._head(tape)
+        found = tape.values.pop("losses")
         losses.append(found.nats.sum())
         if found.kl is not None:
             losses[-1] = mx.stack([losses[-1], found.kl.sum()])
@@ -501,34 +467,29 @@ class Engine:
         self, tapes: list[Tape], losses: list[mx.array], batch: Batch, weigh: Weigh
     ) -> float:
         """As `_loss` for all shards of a chunk, whose labels are weighed when all are scored."""
-        found: dict[int, Losses] = {}
-
-        def head(i: int, tape: Tape) -> Stages:
-            found[i] = yield from self._head(tape)
-
-        side_by_side(tapes, [head(i, tape) for i, tape in enumerate(tapes)])
-        nats = [np.array(found[i].nats) for i in range(len(tapes))]
+        side_by_side(tapes, [self._head(tape) for tape in tapes])
+        found = [tape.values.pop("losses") for tape in tapes]
         labels = np.concatenate([tape.shard.labels for tape in tapes])
-        weighed = weigh(batch, labels, np.concatenate(nats))
+        weighed = weigh(batch, labels, np.concatenate([each.nats for each in found]))
         losses.append(mx.array(weighed.loss, mx.float32))
         if self.kl_weight:
-            kl = weighed.weights @ np.concatenate([found[i].kl for i in range(len(tapes))])
+            kl = weighed.weights @ np.concatenate([each.kl for each in found])
             losses[-1] = mx.array([weighed.loss, kl], mx.float32)
-        ends = np.cumsum([len(each) for each in nats])[:-1]
+        ends = np.cumsum([each.nats.size for each in found])[:-1]
         stages = []
-        for i, weights in enumerate(np.split(weighed.weights, ends)):
-            gradient = found.pop(i).gradient * mx.array(weights, mx.float32)[:, None]
-            stages.append(self._from_head(tapes[i], gradient, []))
+        for tape, weights in zip(tapes, np.split(weighed.weights, ends)):
+            gradient = found.pop(0).gradient * mx.array(weights, mx.float32)[:, None]
+            stages.append(self._from_head(tape, gradient, []))
         side_by_side(tapes, stages)
         return weighed.n
 
-    def _head(self, tape: Tape) -> Generator[list[mx.array], None, Losses]:
-        """What the head says of the last layer's output of a shard."""
+    def _head(self, tape: Tape) -> Stages:
+        """Leaves what the head says of the last layer's output of a shard."""
         x, softcap = tape.values["y"], self.model.config.logits_softcap
         hidden = self.model.model.normalised(x[tape.shard.positions])
         yield [hidden]
-        args = self.model.head, hidden, tape.shard.targets, True, softcap
-        return (yield from losses_by_slice(*args, tape.values.pop("base", None), self.kl_weight))
+        more = tape.shard.targets, True, softcap, tape.values.pop("base", None), self.kl_weight
+        tape.values["losses"] = yield from losses_by_slice(self.model.head, hidden, *more)
 
     def _from_head(self, tape: Tape, gradient: mx.array, more: list[mx.array]) -> Stages:
         """From the gradient of the supervised positions to that of the last layer's output."""

@@ -8,12 +8,13 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from rich.console import Console
@@ -46,7 +47,7 @@ from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.score import score
 from mlx_qlora.train.signals import Interrupted, StopSignal
-from mlx_qlora.train.step import Step, StepError, StepResult, retried
+from mlx_qlora.train.step import Step, StepError, StepResult
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 # A step's loss this many times above the median of the last ones, and this far above their usual
 # spread, is a loss spike.
 SPIKE, SPREADS, REMEMBERED = 1.5, 8.0, 20
-T = TypeVar("T")
 
 
 # ---- the result ----------------------------------------------------------------------------------
@@ -124,7 +124,8 @@ def train(
     for warning in length.warnings:
         warn(console, warning)
     if (preferences := run.preferences) is not None:  # before what was trained is put back
-        run.retried(lambda: preferences.refer(run.step.pieces))
+        rows = run.held_out or run.batches
+        run.step.retried([rows[0]], lambda: preferences.refer(run.step.pieces))
     if inputs.resumed is not None:
         run.resume(inputs.resumed)
     run.state = broadcast_state(run.state, run.optimizer, run.processes)
@@ -193,11 +194,7 @@ class Run:
         say(self.console, f"continuing from {checkpoint}")
 
     def begin(self) -> Metrics:
-        """Clears what a run that goes on from here will write again, and opens the metrics.
-
-        Raises:
-            ConfigError: a tracker of `logging.report_to` cannot begin.
-        """
+        """Clears what a run that goes on from here will write again, and opens the metrics."""
         state, path, trackers = self.state, Path(os.devnull), []
         if self.processes.is_first:
             path, logging = self.output / "metrics.jsonl", self.config.logging
@@ -226,11 +223,7 @@ class Run:
     # ---- steps -----------------------------------------------------------------------------------
 
     def take_steps(self, until: int) -> None:
-        """Takes steps up to this one, or until a signal comes or patience is at its end.
-
-        Raises:
-            StepError: one cannot be taken, or too many in a row were skipped.
-        """
+        """Takes steps up to this one, or until a signal comes or patience is at its end."""
         training, state, stop = self.config.training, self.state, self.stop
         accumulated = training.accumulation
         end = min(until * accumulated, training.micro_batches(self.batches))
@@ -245,11 +238,7 @@ class Run:
             self.after_step()
 
     def record(self, result: StepResult, rate: float) -> None:
-        """Counts a step, and writes what it was where that is due.
-
-        Raises:
-            StepError: too many steps in a row were skipped.
-        """
+        """Counts a step, and writes what it was where that is due."""
         state = self.state
         state.step += 1
         state.rows += result.rows
@@ -268,11 +257,7 @@ class Run:
         return self.state.rows / len(self.batches.examples)
 
     def _record_skipped(self, result: StepResult) -> None:
-        """Records which rows made a step that moved nothing.
-
-        Raises:
-            StepError: there were `max_skipped_steps` in a row.
-        """
+        """Records which rows made a step that moved nothing; a StepError if it is one too many."""
         state, rows = self.state, list(result.suspects)
         state.skipped_in_a_row += 1
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
@@ -320,11 +305,6 @@ class Run:
     def _is_due(self, every: int | str) -> bool:
         return self.state.step % int(every) == 0 or self.state.step == self.total_steps
 
-    def retried(self, work: Callable[[], T]) -> T:
-        """Scores held-out rows, fewer at once where memory ends."""
-        rows = self.held_out or self.batches
-        return retried(work, lambda reason, _: self.step.split_more([rows[0]], reason))
-
     def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return itertools.takewhile(lambda _: self.stop.signum is None, self.step.pieces(batches))
 
@@ -341,18 +321,18 @@ class Run:
 
         started, preferences = now(), self.preferences
         if preferences is not None:
-            compared = self.retried(lambda: preferences.validate(self._until_stopped))
-            if self.stop.signum is not None:
-                return False
-            self.metrics.compared(self.epoch, *compared, now() - started)
+            work = partial(preferences.validate, self._until_stopped)
+            loss, metrics = self.step.retried([held_out[0]], work)
+            signum = None
         else:
-            ours = self.retried(lambda: score(self.model, pieces()))
-            if self.stop.signum is not None:
-                return False
+            ours = self.step.retried([held_out[0]], lambda: score(self.model, pieces()))
             took, received = now() - started, self.stop.received
             total, signum = score_of_all(ours, self.processes, took, received)
-            self.stop.signum = self.stop.signum or signum
-            self.metrics.validation(self.epoch, total, now() - started)
+            loss, metrics = total.loss, total.metrics
+        if self.stop.signum is not None:
+            return False
+        self.stop.signum = signum
+        self.metrics.validation(self.epoch, loss, metrics, now() - started)
         best = best_eval(self.state.log_history)
         return best is not None and best[0] == self.state.step
 

@@ -16,7 +16,7 @@ The divergence of these probabilities p from those of the base, q, is summed up 
     KL(p || q) = sum of p_i log(p_i / q_i),    d KL / d logit_i = p_i (log(p_i / q_i) - KL).
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ import numpy as np
 from mlx_qlora import device
 from mlx_qlora.cpu.exponentials import exp
 from mlx_qlora.data.batches import Batch
+from mlx_qlora.model.linears import Running, result_of
 from mlx_qlora.model.quantize import FrozenMatrix
 
 NARROWEST = 1024  # rows of the head in a slice
@@ -61,12 +62,8 @@ def cross_entropy(
         base: (S, D), hidden states of a model to measure the divergence from.
         kl_weight: so much of the divergence is in the nats and in their gradient.
     """
-    slices = losses_by_slice(head, hidden, targets, differentiate, softcap, base, kl_weight)
-    while True:
-        try:
-            next(slices)
-        except StopIteration as done:
-            return done.value
+    args = head, hidden, targets, differentiate, softcap, base, kl_weight
+    return result_of(losses_by_slice(*args))
 
 
 def losses_by_slice(
@@ -77,7 +74,7 @@ def losses_by_slice(
     softcap: float | None = None,
     base: mx.array | None = None,
     kl_weight: float = 0.0,
-) -> Generator[list[mx.array], None, Losses]:
+) -> Running[Losses]:
     """As `cross_entropy`; yields after each slice what has to be computed before the next."""
     S, D = hidden.shape
     top, total, wanted = mx.full((S, 1), -mx.inf), mx.zeros((S, 1)), mx.zeros((S, 1))

@@ -145,11 +145,7 @@ class Footprint:
 
 
 def check_recompute(recompute: Recompute, n_layers: int) -> list[int] | str:
-    """The level of each layer, or "auto".
-
-    Raises:
-        ConfigError: neither a known word nor a number of layers that exists.
-    """
+    """The level of each layer, or "auto"; a ConfigError for what is no such word or number."""
     if isinstance(recompute, list):
         assert len(recompute) == n_layers and set(recompute) <= set(LEVELS)
         return recompute
@@ -243,7 +239,7 @@ class Shard:
 
 def supervised_documents(batch: Batch) -> np.ndarray:
     """(n, 3) of row, start and end: the documents of a batch in which something is learned."""
-    labels, documents = np.array(batch.labels), batch.spans
+    labels, documents = np.array(batch.labels), batch.documents
     learned = [bool((labels[row, start:end] != IGNORE).any()) for row, start, end in documents]
     return documents[np.array(learned, bool)]
 
@@ -251,14 +247,13 @@ def supervised_documents(batch: Batch) -> np.ndarray:
 def chunks_of(
     model: LlamaForCausalLM,
     batch: Batch,
-    documents: np.ndarray,
-    n_chunks: int,
+    groups: list[np.ndarray],
     dropout_key: mx.array | None = None,
 ) -> list[list[Shard]]:
-    """At most so many chunks of a batch; each as the shards that are computed side by side.
+    """Chunks of a batch, each as the shards that are computed side by side.
 
-    `documents` (n, 3) of row, start and end are those of the batch to be computed. `dropout_key` is
-    (2,) for the batch or (B, 2) for its rows; None turns dropout off.
+    `groups` are the documents (n, 3), row, start and end, of each chunk. `dropout_key` is (2,) for
+    the batch or (B, 2) for its rows; None turns dropout off.
     """
     tokens, labels = np.array(batch.tokens), np.array(batch.labels)
     for ids in (tokens, labels[labels != IGNORE]):
@@ -270,7 +265,7 @@ def chunks_of(
         targets = np.concatenate([labels[row, span] for row, span in spans])
         places = np.concatenate([row * tokens.shape[1] + np.r_[span] for row, span in spans])
         padding = padded_width(len(ids)) - len(ids) if device.current().few_shapes else 0
-        context = model.model.documents(documents, len(ids) + padding)
+        context = Documents.of(documents, len(ids) + padding)
         keys = model.model.dropout_keys(dropout_key, len(tokens), context)
         positions = np.flatnonzero(targets != IGNORE).astype(np.int32)
         ids, targets = mx.array(np.pad(ids, (0, padding))), mx.array(targets[positions])
@@ -278,7 +273,7 @@ def chunks_of(
         return Shard(ids, context, keys, *of_targets, stream)
 
     chunks = []
-    for chunk in split_evenly(documents, n_chunks):
+    for chunk in groups:
         n_positions = int((chunk[:, 2] - chunk[:, 1]).sum())
         n_shards = max(1, min(device.cores(), len(chunk), n_positions // FEWEST_POSITIONS))
         shards = zip(split_evenly(chunk, n_shards), streams(n_shards))

@@ -20,7 +20,6 @@ from mlx_qlora.fields import config_section, option
 from mlx_qlora.folders import write_whole
 from mlx_qlora.progress import doing
 from mlx_qlora.train.checkpoint import RunState
-from mlx_qlora.train.score import Score
 from mlx_qlora.train.step import StepResult
 
 NAMES = ("tensorboard", "wandb")
@@ -60,11 +59,7 @@ class LoggingConfig:
 
 
 def require_trackers(report_to: list[str]) -> None:
-    """Refuses a tracker that could not begin; nothing is written, nobody is asked anything.
-
-    Raises:
-        ConfigError: a package is missing, or wandb has no key and was not told to stay offline.
-    """
+    """Refuses a tracker that could not begin; nothing is written, nobody is asked anything."""
     for name in report_to:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # no origin: a folder `wandb` of offline runs
@@ -105,16 +100,15 @@ def tracked(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """One event file of `tensorboard`'s own records, which needs neither TensorFlow nor torch.
+    """One event file of `tensorboard`'s own records.
 
     Each record reaches the file before `write` returns. `tensorboard.summary.Writer` would write
     from a thread, where a full disk ends in a traceback, imports TensorFlow where there is one, and
-    knows neither session logs nor text; the `RecordWriter` under it has none of that.
+    knows neither session logs nor text.
 
-    All event files of a folder are one run to TensorBoard. The settings are shown under Text as
-    `args`, as the Trainer does. The history up to the last `step` that was done is written where
-    there is no event file yet; what another process wrote after it is purged from view by a
-    `SessionLog.START`, as TensorBoard does for its own restarts.
+    All event files of a folder are one run to TensorBoard. The history up to the last `step` is
+    written where there is no event file yet; what another process wrote after it is purged from
+    view by a `SessionLog.START`, as TensorBoard does for its own restarts.
     """
 
     name = "tensorboard"
@@ -140,11 +134,7 @@ class TensorBoard:
                 self.write(record["step"], tracked(record))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one point per name, in float32.
-
-        Raises:
-            OSError: the disk is full, or the folder is gone.
-        """
+        """Appends one point per name, in float32."""
         points = [{"tag": tag, "simple_value": value} for tag, value in values.items()]
         self._event(step, summary={"value": points})
 
@@ -164,9 +154,6 @@ class Wandb:
     wandb takes no step twice and none backwards. So what it lacks of the history is written when
     the run begins (all of it when offline: each folder of an offline run is whole), and what a
     killed process has sent already is left out. Step 0 begins a new run.
-
-    Raises:
-        ConfigError: wandb refuses or cannot be reached.
     """
 
     name = "wandb"
@@ -223,12 +210,7 @@ Tracker: TypeAlias = TensorBoard | Wandb
 def open_trackers(
     config: LoggingConfig, output: Path, settings: dict[str, Any], state: RunState
 ) -> list[Tracker]:
-    """Opens what `report_to` names.
-
-    Raises:
-        ConfigError: a package is missing, or wandb cannot begin.
-        OSError: the output folder cannot be written to.
-    """
+    """Opens what `report_to` names; a ConfigError if a package is missing, or wandb refuses."""
     require_trackers(list(config.report_to))
     name = config.run_name or output.resolve().name
     opened: list[Tracker] = []
@@ -325,25 +307,10 @@ class Metrics:
         self.tokens, self.started = 0, time.perf_counter()
         self.event(epoch, **record)
 
-    def validation(self, epoch: float, total: Score, seconds: float) -> None:
-        """Records one pass over the validation set, and keeps its time out of tokens/s."""
-        self.started += seconds
-        loss, pairs = total.loss, max(total.pairs, 1)
-        if self.in_lines:
-            say(self.console, f"step {self.state.step}: validation loss {loss:.4f}")
-        self.event(
-            epoch,
-            eval_loss=loss,
-            eval_token_accuracy=total.hits / total.tokens,
-            eval_repetition=total.repeated / pairs,
-            eval_reference_repetition=total.repeated_targets / pairs,
-            eval_runtime=round(seconds, 3),
-        )
-
-    def compared(
+    def validation(
         self, epoch: float, loss: float, metrics: dict[str, float], seconds: float
     ) -> None:
-        """As `validation`, for an objective that compares answers."""
+        """Records one pass over the validation set, and keeps its time out of tokens/s."""
         self.started += seconds
         if self.in_lines:
             figures = "  ".join([f"validation loss {loss:.4f}", *_compared(metrics)])

@@ -89,16 +89,14 @@ class AdamW:
         """Moves the weights by one step: one division, clipping, AdamW.
 
         Nothing moves if the gradient or the loss is not finite, if the gradient of supervised
-        tokens is exactly 0, or if an error is raised.
+        tokens is exactly 0, or if an error is raised. Returns the gradient's global norm before
+        clipping, a float32 scalar.
 
         Args:
             grads: tree of gradients of the loss sum over all micro-batches of the step.
             n_tokens: supervised tokens of the step, or their weights; the only division is here.
             rate: the learning rate.
             nats: the loss sum, and what else has to be finite.
-
-        Returns:
-            The gradient's global norm before clipping, a float32 scalar.
         """
         step, grad = self.step + 1, flatten(grads)
         n = n_tokens or 1

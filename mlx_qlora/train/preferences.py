@@ -15,16 +15,14 @@ Dropout is off: in a difference of two log-probabilities it would be noise.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.adapters.several import Untrained
 from mlx_qlora.data.batches import IGNORE, Batch, Batches, evaluation_batches, mismatch
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.preferences import KIND_OF, PAIRS
-from mlx_qlora.distributed import TO_BEGIN, Processes
+from mlx_qlora.distributed import Processes
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
 from mlx_qlora.train.config import TrainingConfig
@@ -36,15 +34,19 @@ AVERAGED = ("orpo", "simpo")  # objectives that compare log-probabilities per to
 # ---- answers and their losses --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Answers:
     """The answers of n examples, k of each: the rejected and the chosen one, or one.
 
-    The columns are k log-probabilities, k lengths, k times whether the answer is chosen or good,
-    and of the last answer's document the weighted nats and the weights of all its labels.
+    The columns of the table (n, 3 k + 2) float64 are k log-probabilities, k lengths, k times
+    whether the answer is chosen or good, and of the last answer's document the weighted nats and
+    the weights of all its labels.
     """
 
-    table: np.ndarray  # (n, 3 k + 2) float64
+    def __init__(self, table: np.ndarray) -> None:
+        k = (table.shape[1] - 2) // 3
+        self.table = table
+        self.logps, self.lengths, good, _ = np.split(table, [k, 2 * k, 3 * k], axis=1)
+        self.good = good > 0
 
     @classmethod
     def of(cls, batch: Batch, labels: np.ndarray, nats: np.ndarray, k: int) -> "Answers":
@@ -55,13 +57,13 @@ class Answers:
             weights = batch.weights.reshape(-1)[labels].astype(np.float64)
 
         def last(values: np.ndarray) -> np.ndarray:
-            sums = np.bincount(document, values, minlength=len(batch.spans))
+            sums = np.bincount(document, values, minlength=len(batch.documents))
             return sums.reshape(-1, k)[:, -1:]
 
         def answers(values: np.ndarray) -> np.ndarray:
             return answers_of_documents(batch, labels, values).reshape(-1, k)
 
-        chosen = np.tile([False, True], (len(batch.spans) // k, 1))
+        chosen = np.tile([False, True], (len(batch.documents) // k, 1))
         good = answers(weights) > 0 if k == 1 else chosen
         lengths = answers(np.ones(len(labels)))
         columns = -answers(nats), lengths, good, last(weights * nats), last(weights)
@@ -70,25 +72,6 @@ class Answers:
     def __len__(self) -> int:
         return len(self.table)
 
-    def _columns(self, first: int) -> np.ndarray:
-        k = (self.table.shape[1] - 2) // 3
-        return self.table[:, first * k : (first + 1) * k]
-
-    @property
-    def logps(self) -> np.ndarray:
-        """(n, k): log-probabilities."""
-        return self._columns(0)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n, k): tokens."""
-        return self._columns(1)
-
-    @property
-    def good(self) -> np.ndarray:
-        """(n, k) bool: whether an answer is chosen, or judged to be good."""
-        return self._columns(2) > 0
-
 
 def good_answers(examples: Examples, side: int = -1) -> Examples | None:
     """Chosen answers (rejected ones: `side` 0) and good ones, as rows of one; None without any."""
@@ -96,7 +79,7 @@ def good_answers(examples: Examples, side: int = -1) -> Examples | None:
         return examples
     rows = []
     for row in examples:
-        (tokens, learned), weights = row.documents[side], row.document_weights[side]
+        tokens, learned, weights = row.documents[side]
         if weights.min() >= 0:
             rows.append(Example(tokens, learned, row.line, row.file))
     return Examples.of(rows, examples.report.source) if rows else None
@@ -105,15 +88,11 @@ def good_answers(examples: Examples, side: int = -1) -> Examples | None:
 def compared(
     config: TrainingConfig, answers: Answers, reference: np.ndarray, kl: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The losses of n examples.
+    """The losses (n,) of n examples.
 
-    Args:
-        reference: (n, k) log-probabilities before the training; not read by orpo and simpo.
-        kl: by how many nats the log-probabilities of mismatched answers have risen, for kto.
-
-    Returns:
-        (n,) losses; (n, k) their derivatives by the log-probabilities; (n, k) scores, of which
-        `beta` times are the rewards.
+    And their derivatives (n, k) by the log-probabilities, and the scores (n, k), of which `beta`
+    times are the rewards. The `reference` (n, k) is of log-probabilities before the training, which
+    orpo and simpo do not read; by `kl` nats those of mismatched answers have risen, for kto.
     """
     averages = config.objective in AVERAGED
     scale = answers.lengths if averages else np.ones_like(answers.lengths)
@@ -207,21 +186,11 @@ class Preferences:
                 answers = Answers.of(piece, *nats_of_labels(self.model, piece), k)
                 table[share[list(piece.rows)]] = answers.table
                 task.advance(len(piece.rows))
-        return Answers(self._sum(table))
+        return Answers(everyone.total(table))
 
     def _total(self, examples: Examples, pieces: Pieces) -> float:
         """The sum of log-probabilities of all answers."""
         return float(self.answers_of(examples, pieces, "mismatched").logps.sum())
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Sums over all processes; as two float32 numbers each, as there may be no float64."""
-        if self.processes.size == 1:
-            return values
-        high = values.astype(np.float32)
-        low = (values - high).astype(np.float32)
-        total = self.processes.all_sum(mx.array(np.stack([high, low])))
-        self.processes.wait(total, seconds=TO_BEGIN)
-        return np.array(total, np.float64).sum(axis=0)
 
     # ---- in a step -------------------------------------------------------------------------------
 
@@ -242,7 +211,7 @@ class Preferences:
 
     def begin(self, counts: np.ndarray) -> None:
         """A new step, of which each process has counted so much."""
-        n, weights, risen = self._sum(counts).tolist()
+        n, weights, risen = self.processes.total(counts).tolist()
         self.kl, self.per_weight = max(risen / max(n, 1), 0.0), self.alpha * n / max(weights, 1e-9)
         self.reset()
 
@@ -290,7 +259,7 @@ class Preferences:
 
     def metrics(self) -> dict[str, float]:
         """The metrics of a step of all processes, by TRL's names."""
-        return self._named(self._sum(self.sums), self.kl)
+        return self._named(self.processes.total(self.sums), self.kl)
 
     def _named(self, sums: np.ndarray, kl: float) -> dict[str, float]:
         figures, means = {}, {}

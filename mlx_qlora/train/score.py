@@ -11,8 +11,14 @@ import numpy as np
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.loss import Losses, cross_entropy
-from mlx_qlora.train.memory import Shard, chunks_of, default_chunks, supervised_documents
+from mlx_qlora.train.loss import cross_entropy
+from mlx_qlora.train.memory import (
+    Shard,
+    chunks_of,
+    default_chunks,
+    split_evenly,
+    supervised_documents,
+)
 
 
 @dataclass
@@ -30,7 +36,15 @@ class Score:
     @property
     def loss(self) -> float:
         """Mean nats of the labels, by their weights."""
-        return self.nats / (self.tokens + self.excess)
+        return self.nats / ((self.tokens + self.excess) or 1)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a validation records besides, by its name there."""
+        pairs = max(self.pairs, 1)
+        repetition = {"repetition": self.repeated, "reference_repetition": self.repeated_targets}
+        shares = {name: n / pairs for name, n in repetition.items()}
+        return {"token_accuracy": self.hits / max(self.tokens, 1), **shares}
 
 
 def score(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Score:
@@ -100,7 +114,7 @@ def answers_of_documents(batch: Batch, labels: np.ndarray, values: np.ndarray) -
     """(N,) float64: sums over the answer of each document, of values at some labels (S,)."""
     if batch.answers is not None:
         values = values * batch.answers.reshape(-1)[labels]
-    return np.bincount(batch.document_of[labels], values, minlength=len(batch.spans))
+    return np.bincount(batch.document_of[labels], values, minlength=len(batch.documents))
 
 
 def _scored(
@@ -109,25 +123,20 @@ def _scored(
     """Of each shard's supervised tokens (S,) the first choice, the target, the loss, the KL."""
     documents = supervised_documents(batch)
     n_chunks = default_chunks((documents[:, 2] - documents[:, 1]).tolist())
-    for shards in chunks_of(model, batch, documents, n_chunks):
+    for shards in chunks_of(model, batch, split_evenly(documents, n_chunks)):
         with cores_shared(shards):
-            results = _losses(model, shards, of_base(model, shards, base))
+            bases = of_base(model, shards, base)
+            triples = zip(_in_streams(shards), hidden_states(model, shards), bases)
+            cap = model.config.logits_softcap
+            results = [
+                cross_entropy(model.head, x, shard.targets, False, cap, base_x)
+                for shard, x, base_x in triples
+            ]
             mx.eval([(losses.nats, losses.choices, losses.kl) for losses in results])
         for shard, losses in zip(shards, results):
             kl = np.zeros(len(shard.labels)) if losses.kl is None else np.array(losses.kl)
             target, nats = np.array(shard.targets), np.array(losses.nats)
             yield shard, np.array(losses.choices), target, nats, kl
-
-
-def _losses(
-    model: LlamaForCausalLM, shards: list[Shard], bases: list[mx.array | None]
-) -> list[Losses]:
-    """What the head says of each shard's supervised tokens."""
-    cap = model.config.logits_softcap
-    triples = zip(_in_streams(shards), hidden_states(model, shards), bases)
-    return [
-        cross_entropy(model.head, x, shard.targets, False, cap, base) for shard, x, base in triples
-    ]
 
 
 def of_base(

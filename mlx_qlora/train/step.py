@@ -4,6 +4,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import mlx.core as mx
@@ -81,20 +82,15 @@ class Step:
     def __call__(self, micro_batches: list[Batch], rate: float) -> StepResult | None:
         """One step at this learning rate; None if a signal abandoned it, and nothing has moved.
 
-        Raises:
-            StepError: a single row does not fit into memory, or the device gave up.
-            ProcessError: another process is gone, or did not answer in time.
+        A StepError if a single row does not fit into memory, or the device gives up.
         """
         optimizer, all_reduce, preferences = self.optimizer, self.all_reduce, self.preferences
         losses: list[tuple[Batch, mx.array]] = []
         weigh = None
         if preferences is not None:
             weigh = preferences.weigh
-            counts = retried(
-                lambda: preferences.count(micro_batches, self.pieces),
-                lambda error, _: self.split_more(micro_batches, error),
-            )
-            preferences.begin(counts)
+            count = partial(preferences.count, micro_batches, self.pieces)
+            preferences.begin(self.retried(micro_batches, count))
 
         def forward_backward() -> tuple[dict[str, mx.array], mx.array, float]:
             weights = optimizer.named(optimizer.weights)
@@ -116,9 +112,7 @@ class Step:
 
         if all_reduce is not None:
             all_reduce.begin()
-        grads, nats, n = retried(
-            forward_backward, lambda error, _: self.split_more(micro_batches, error)
-        )
+        grads, nats, n = self.retried(micro_batches, forward_backward)
         if self.stop.signum is not None:
             return None
         tokens = sum(batch.real_tokens for batch in micro_batches)
@@ -145,6 +139,10 @@ class Step:
             warn(self.console, f"nothing to learn in a step: the gradient of {n} tokens is 0")
         return result if result.finite else replace(result, suspects=suspects(losses, elsewhere))
 
+    def retried(self, batches: list[Batch], work: Callable[[], T]) -> T:
+        """Computes something of some batches, fewer of their rows at once where memory ends."""
+        return retried(work, lambda reason, _: self.split_more(batches, reason))
+
     def pieces(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The pieces of some batches."""
         return (piece for batch in batches for piece in self.split(batch))
@@ -155,11 +153,7 @@ class Step:
         return split(batch, max(self.n_splits, -(-batch.real_tokens // at_once)))
 
     def split_more(self, micro_batches: list[Batch], reason: str) -> None:
-        """Halves the rows of these micro-batches that are computed at once.
-
-        Raises:
-            StepError: it is one row already.
-        """
+        """Halves the rows of these micro-batches that are computed at once, if they are several."""
         pieces = [self.split(batch) for batch in micro_batches]
         most = max(len(piece.tokens) for of_batch in pieces for piece in of_batch)
         if most == 1:
@@ -184,10 +178,7 @@ def retried(work: Callable[[], T], make_room: Callable[[str, int], None]) -> T:
     """Does some work, and does it again as often as memory ends and room can be made.
 
     The work leaves nothing behind if it fails. `make_room` is given the error's words and how often
-    that happened.
-
-    Raises:
-        StepError: from `make_room`, or for any other error of the device.
+    that happened. Any other error of the device is a StepError.
     """
     failures = 0
     while True:

@@ -332,7 +332,8 @@ def test_a_row_is_cut_as_one_would_by_hand(
     context = len(learned) - len(behind) - 1
     ids = [0 if has_bos and not i else 10 + i for i in range(len(learned))]
     wanted = cut_slowly(list(zip(ids, learned)), context, most, truncation)
-    row = Encoded(np.array(ids, np.int32), np.array(learned), context)
+    weights = np.array(learned, np.float32)
+    row = Encoded(np.array(ids, np.int32), np.array(learned), context, weights)
     if wanted is None:
         with pytest.raises(DataError) as caught:
             fit(row, tiny, most, truncation)
@@ -347,7 +348,8 @@ def test_a_row_is_cut_as_one_would_by_hand(
 
 def row_of(context: int, answer: int) -> Encoded:
     n = context + answer
-    return Encoded(np.arange(10, 10 + n, dtype=np.int32), np.arange(n) >= context, context)
+    learned = np.arange(n) >= context
+    return Encoded(np.arange(10, 10 + n, dtype=np.int32), learned, context, learned * 1.0)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +469,7 @@ def test_a_file_that_breaks_off_stops_the_workers(tiny: Tokenizer) -> None:
 def test_all_of_a_row_but_its_first_id_is_learned_if_asked(tiny: Tokenizer) -> None:
     everything = encoder(tiny, train_on="all")
     ((_, piece, *_),) = encode_chunks(chunks(0, "a", "auto", raw_rows(1)), everything, 0)
-    stored = piece.tokens
+    stored = piece.tokens["id"]
     assert [bool(i < 0) for i in stored] == [False] + [True] * (len(stored) - 1)
     assert tiny.decode(np.where(stored < 0, ~stored, stored)) == "<|bos|>the fox 1is<|eos|>"
 

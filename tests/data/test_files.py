@@ -128,7 +128,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, ending: st
 
 def test_an_empty_and_a_missing_file_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", content=b"") / "a.jsonl"
-    reason = f"data file {path} is empty; write the rows to it again"
+    reason = f"{path} is empty; fetch or write it again"
     assert refusal(path) == refusal(tmp_path) == reason
     path = tmp_path / "b.jsonl"
     reason = f"data file {path} is missing; give the path of a file or folder of rows"

@@ -224,7 +224,7 @@ def test_the_two_answers_are_documents_of_one_example(chatty: Tokenizer, tmp_pat
     alone = mq.read_examples(write(tmp_path / "sides.jsonl", sides), chatty)
     for config in (DataConfig(), DataConfig(cache_dir=None)):
         (pair,) = mq.read_examples(path, chatty, config, objective="dpo")
-        for (tokens, learned), side in zip(pair.documents, alone):
+        for (tokens, learned, _), side in zip(pair.documents, alone):
             assert tokens.tolist() == side.tokens.tolist()
             assert learned.tolist() == side.learned.tolist()
         assert len(pair.documents) == 2 and pair.weights is None

@@ -25,18 +25,18 @@ from mlx_qlora.data import read
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.store import (
     ROW,
+    TOKEN,
     VERSION,
     TokenStore,
     cached,
     forget_unused,
     on_disk,
-    store_in_memory,
 )
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.folders import TAG, new_staging
 
-FILES = ["about.json", "rows.npy", "tokens.bin", "weights.bin"]
+FILES = ["about.json", "rows.npy", "tokens.bin"]
 
 Row = list[tuple[int, bool]]  # ids, and whether each is learned
 ids = st.one_of(st.integers(0, 3), st.integers(0, 2**30 - 1))
@@ -53,22 +53,23 @@ def pieces_of(content: list[list[Row]]) -> Iterator[TokenStore]:
             line += 1
             about["start"], about["length"], about["line"] = start, len(row), line
             about["said"] = about["made"] = 2**64 - line
-            about["weights"] = start if line % 2 else -1
             start += len(row)
-        yield TokenStore(np.array(tokens, np.int32), rows, weights=weights_of(tokens))
+        yield TokenStore(np.array(list(zip(tokens, weights_of(tokens))), TOKEN), rows)
 
 
-def weights_of(ids: list[int]) -> np.ndarray:
-    """What ids weigh as labels, where their row has weights."""
+def weights_of(ids: Any) -> np.ndarray:
+    """What ids weigh as labels."""
     return (np.array(ids) % 7).astype(np.float32)
 
 
 def content_of(store: TokenStore) -> list[Row]:
     made = []
     for row in range(len(store.rows)):
-        tokens, learned, starts = store[row]
+        tokens, learned, weights, starts = store[row]
         assert starts == ()
-        assert tokens.dtype == np.int32 and learned.dtype == bool
+        assert tokens.dtype == np.int32 and learned.dtype == bool and weights.dtype == np.float32
+        stored = np.where(learned, ~tokens, tokens)
+        assert weights.tolist() == weights_of(stored).tolist()
         made.append(list(zip(tokens.tolist(), learned.tolist())))
     return made
 
@@ -86,13 +87,10 @@ SOME_ROWS = [row for piece in SOME for row in piece]
 
 @settings(deadline=None)
 @given(some_pieces)
-def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[Row]]) -> None:
+def test_what_is_stored_comes_back(content: list[list[Row]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         entry = Path(folder) / "new" / "entry"
-        stores = [
-            store_in_memory(pieces_of(content)),
-            on_disk(None, pieces_of(content), lambda: {"a": [1]}),
-        ]
+        stores = [on_disk(None, pieces_of(content), lambda: {"a": [1]})]
         stores += [write(entry, content, a=[1]), cached(entry)]
         assert sorted(os.listdir(entry)) == FILES and os.listdir(entry.parent) == ["entry"]
     rows = [row for piece in content for row in piece]
@@ -101,12 +99,8 @@ def test_what_is_stored_comes_back_from_memory_and_from_disk(content: list[list[
         assert store is not None and content_of(store) == rows
         assert store.rows["line"].tolist() == [i + 1 for i in range(len(rows))]
         assert store.rows["start"].tolist() == starts
-        for i, row in enumerate(rows):
-            weights, ids = store.weights_of(i), [~t if learned else t for t, learned in row]
-            wanted = None if i % 2 else weights_of(ids).tolist()
-            assert (weights if weights is None else weights.tolist()) == wanted
         assert store.rows["said"].tolist() == [2**64 - i - 1 for i in range(len(rows))]
-    assert [store.about for store in stores if store] == [{}, {"a": [1]}, {"a": [1]}, {"a": [1]}]
+    assert [store.about for store in stores if store] == 3 * [{"a": [1]}]
 
 
 def test_what_is_known_of_the_pieces_is_asked_when_all_are_written(tmp_path: Path) -> None:

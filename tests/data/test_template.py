@@ -1,6 +1,7 @@
 """What a row says as text, byte for byte, and which stretches of it are learned."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,6 +42,11 @@ def chat(*turns: tuple[str, str], learned: list[bool] | None = None, tools: Any 
     return Chat(messages, learned or [role == "assistant" for role, _ in turns], tools)
 
 
+def segments_of(template: Template, said: Any, tokenizer: Tokenizer) -> Segments:
+    """The one text of a row."""
+    return replace(template, history="joint").documents(said, tokenizer)[0][0]
+
+
 def merged(segments: Segments) -> Segments:
     """Neighbours of one kind joined, empty ones left out."""
     joined: Segments = []
@@ -56,7 +62,7 @@ def merged(segments: Segments) -> Segments:
 
 
 def alpaca(row: dict[str, Any], chatty: Tokenizer) -> Segments:
-    return Template("auto", None).segments(read_row(row, "alpaca"), chatty)
+    return segments_of(Template("auto", None), read_row(row, "alpaca"), chatty)
 
 
 def fill(form: str, **texts: str) -> str:
@@ -92,7 +98,7 @@ def test_braces_and_other_marks_are_text(chatty: Tokenizer, text: str) -> None:
         (f"### Instruction:\n{text}\n\n### Input:\n{text}\n\n### Response:\n", False),
         (text, True),
     ]
-    assert merged(Template("chat", CHAT).segments(Pair(text, text), chatty)) == [
+    assert merged(segments_of(Template("chat", CHAT), Pair(text, text), chatty)) == [
         (f"<|user|>{text}<|eos|><|assistant|>", False),
         (f"{text}<|eos|>", True),
     ]
@@ -120,18 +126,18 @@ def test_instructions_and_texts_are_written_without_the_chat_template(
     chatty: Tokenizer, name: str
 ) -> None:
     plain = Template(name, CHAT)
-    assert plain.segments(Instruction("a", "", "b"), chatty) == [
+    assert segments_of(plain, Instruction("a", "", "b"), chatty) == [
         (alpaca_prompt("a"), False),
         ("b", True),
     ]
-    assert plain.segments(Pair(" a ", "b\n"), chatty) == [(" a ", False), ("b\n", True)]
-    assert plain.segments(Pair("", "all of it"), chatty) == [("", False), ("all of it", True)]
+    assert segments_of(plain, Pair(" a ", "b\n"), chatty) == [(" a ", False), ("b\n", True)]
+    assert segments_of(plain, Pair("", "all of it"), chatty) == [("", False), ("all of it", True)]
 
 
 @pytest.mark.parametrize("name", ["auto", "chat"])
 def test_messages_are_written_by_the_chat_template(chatty: Tokenizer, name: str) -> None:
     said = chat(("user", "a"), ("assistant", "b"))
-    assert merged(Template(name, CHAT).segments(said, chatty)) == [
+    assert merged(segments_of(Template(name, CHAT), said, chatty)) == [
         ("<|user|>a<|eos|><|assistant|>", False),
         ("b<|eos|>", True),
     ]
@@ -148,7 +154,7 @@ def test_messages_are_written_by_the_chat_template(chatty: Tokenizer, name: str)
 def test_a_named_chat_template_writes_a_question_and_its_answer(
     chatty: Tokenizer, said: Instruction | Pair, question: str, answer: str
 ) -> None:
-    assert merged(Template("chat", CHAT).segments(said, chatty)) == [
+    assert merged(segments_of(Template("chat", CHAT), said, chatty)) == [
         (f"<|user|>{question}<|eos|><|assistant|>", False),
         (f"{answer}<|eos|>", True),
     ]
@@ -156,20 +162,20 @@ def test_a_named_chat_template_writes_a_question_and_its_answer(
 
 def test_a_plain_text_stays_plain_under_a_chat_template(chatty: Tokenizer) -> None:
     said = Pair("", "all of it")
-    assert Template("chat", CHAT).segments(said, chatty) == [("", False), ("all of it", True)]
+    assert segments_of(Template("chat", CHAT), said, chatty) == [("", False), ("all of it", True)]
 
 
 def test_the_template_of_the_recipe_counts_and_not_the_model_s(chatty: Tokenizer) -> None:
     assert chatty.chat_template == CHAT
     own = CHAT.replace("<|", "<").replace("|>", ">")
-    assert merged(Template("chat", own).segments(Pair("a", "b"), chatty)) == [
+    assert merged(segments_of(Template("chat", own), Pair("a", "b"), chatty)) == [
         ("<user>a<|eos|><assistant>", False),
         ("b<|eos|>", True),
     ]
     with pytest.raises(DataError, match="the model has no chat template"):
-        Template("auto", None).segments(chat(("user", "a"), ("assistant", "b")), chatty)
+        segments_of(Template("auto", None), chat(("user", "a"), ("assistant", "b")), chatty)
     with pytest.raises(DataError, match="alpaca cannot write messages; leave it out, or name"):
-        Template("alpaca", CHAT).segments(chat(("user", "a"), ("assistant", "b")), chatty)
+        segments_of(Template("alpaca", CHAT), chat(("user", "a"), ("assistant", "b")), chatty)
 
 
 # ---- chats -------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def test_answers_and_the_ends_of_their_turns_are_learned_and_nothing_else(
     for message, learned in zip(said.messages, said.learned):
         head, body = f"<|{message['role']}|>", message["content"] + "<|eos|>"
         expected += [(head, False), (body, learned)]
-    segments = Template("chat", CHAT).segments(said, chatty)
+    segments = segments_of(Template("chat", CHAT), said, chatty)
     assert merged(segments) == merged(expected)
     whole = chatty.render_chat(said.messages)
     assert "".join(text for text, _ in segments) == whole
@@ -203,7 +209,7 @@ def test_answers_and_the_ends_of_their_turns_are_learned_and_nothing_else(
 def test_a_chat_may_begin_with_an_answer(chatty: Tokenizer, answer: str) -> None:
     source = "{{ raise_exception('no message') if not messages }}" + CHAT
     said = chat(("assistant", answer), ("user", "go on"), ("assistant", "c"))
-    assert merged(Template("chat", source).segments(said, chatty)) == [
+    assert merged(segments_of(Template("chat", source), said, chatty)) == [
         ("<|assistant|>", False),
         (f"{answer}<|eos|>", True),
         ("<|user|>go on<|eos|><|assistant|>", False),
@@ -215,7 +221,7 @@ def test_what_a_template_writes_behind_the_last_answer_is_no_part_of_the_row(
     chatty: Tokenizer,
 ) -> None:
     marked = MARKED + "(end)"
-    segments = merged(Template("chat", marked).segments(chat(*TURNS), chatty))
+    segments = merged(segments_of(Template("chat", marked), chat(*TURNS), chatty))
     assert segments[-1] == ("w\nb;", True)
 
 
@@ -251,7 +257,7 @@ def test_a_template_that_rewrites_earlier_turns_is_followed_by_its_markers(
     answers = iter(learned)
     said = chat(*turns, learned=[role == "assistant" and next(answers) for role, _ in turns])
     for source in (MARKED, MARKED.replace("{% generation", "{%- generation")):
-        assert merged(Template("chat", source).segments(said, chatty)) == expected
+        assert merged(segments_of(Template("chat", source), said, chatty)) == expected
 
 
 def test_without_markers_such_a_template_is_refused_but_for_single_answers(
@@ -259,20 +265,20 @@ def test_without_markers_such_a_template_is_refused_but_for_single_answers(
 ) -> None:
     template = Template("chat", FORGETFUL)
     with pytest.raises(DataError, match="it is not known where answers begin"):
-        template.segments(chat(*TURNS), chatty)
-    assert merged(template.segments(chat(*TURNS[:3]), chatty)) == [
+        segments_of(template, chat(*TURNS), chatty)
+    assert merged(segments_of(template, chat(*TURNS[:3]), chatty)) == [
         ("[system]s;[user]u;[assistant]", False),
         ("t\na;", True),
     ]
     last_alone = chat(*TURNS, learned=[False] * 4 + [True])
-    assert merged(template.segments(last_alone, chatty))[-1] == ("w\nb;", True)
+    assert merged(segments_of(template, last_alone, chatty))[-1] == ("w\nb;", True)
 
 
 def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused(chatty: Tokenizer) -> None:
     source = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     with pytest.raises(DataError, match="it is not known where answers begin"):
-        Template("chat", source).segments(Pair("a", "b"), chatty)
-    segments = Template("chat", source).segments(Pair("a", "<think>b"), chatty)
+        segments_of(Template("chat", source), Pair("a", "b"), chatty)
+    segments = segments_of(Template("chat", source), Pair("a", "<think>b"), chatty)
     assert segments[-1] == ("b<|eos|>", True)
 
 
@@ -281,12 +287,12 @@ def test_markers_for_another_number_of_answers_are_refused(chatty: Tokenizer) ->
         "{% endgeneration %}", "{% endgeneration %}{% else %}{{ m.content[-1] }};{% endif %}"
     )
     with pytest.raises(DataError, match="marks 1 answers, and the row has 2"):
-        Template("chat", once).segments(chat(*TURNS), chatty)
+        segments_of(Template("chat", once), chat(*TURNS), chatty)
 
 
 def test_a_template_that_asks_for_the_day_always_gets_the_same(chatty: Tokenizer) -> None:
     source = "{{ strftime_now('%d %b %Y') }}" + CHAT
-    segments = merged(Template("chat", source).segments(Pair("a", "b"), chatty))
+    segments = merged(segments_of(Template("chat", source), Pair("a", "b"), chatty))
     assert segments[0] == ("26 Jul 2024<|user|>a<|eos|><|assistant|>", False)
 
 
@@ -319,15 +325,15 @@ def test_a_row_of_which_the_template_leaves_something_out_is_refused(
         "{% for m in messages if m['role'] in ('user', 'assistant') %}",
     )
     with pytest.raises(DataError) as caught:
-        Template("chat", deaf).segments(read_row(row, "auto"), chatty)
+        segments_of(Template("chat", deaf), read_row(row, "auto"), chatty)
     assert str(caught.value) == f"the chat template {words}"
-    assert Template("chat", deaf).segments(read_row({"messages": MESSAGES}, "auto"), chatty)
+    assert segments_of(Template("chat", deaf), read_row({"messages": MESSAGES}, "auto"), chatty)
 
 
 def test_a_chat_with_tools_that_begins_with_the_assistant_is_refused(chatty: Tokenizer) -> None:
     said = chat(("assistant", "a"), tools=[{"name": "add"}])
     with pytest.raises(DataError) as caught:
-        Template("chat", CHAT).segments(said, chatty)
+        segments_of(Template("chat", CHAT), said, chatty)
     assert str(caught.value) == (
         "has tools but begins with the assistant; put the user's question first"
     )
@@ -337,6 +343,6 @@ def test_what_a_template_trims_or_writes_as_json_is_not_left_out(chatty: Tokeniz
     said = chat(("user", " a\n"), ("assistant", 'thought\n"é"\n'))
     for written, text in (("content.strip()", 'thought\n"é"'), ("content | tojson", None)):
         source = CHAT.replace("m['content']", f"m.{written}")
-        segments = merged(Template("chat", source).segments(said, chatty))
+        segments = merged(segments_of(Template("chat", source), said, chatty))
         expected = text or json.dumps(said.messages[1]["content"], ensure_ascii=False)
         assert segments[-1] == (f"{expected}<|eos|>", True)

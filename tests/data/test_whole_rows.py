@@ -579,7 +579,7 @@ MISTAKEN: dict[str, tuple[str, bytes, str]] = {
     "a pointer of Git LFS": (
         "a.parquet",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-        "is Git LFS's pointer to the rows; run: git lfs pull",
+        "is Git LFS's pointer to the file; run `git lfs pull`",
     ),
     "another format in between": (
         "a.jsonl",

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from support.models import load_folder, randomise_lora
 
 from mlx_qlora import device
 from mlx_qlora.cpu import blas, streams
-from mlx_qlora.cpu.streams import OtherProcesses
 from mlx_qlora.device import CPU, CUDA, METAL, Machine, compute_dtype, facts, frozen_matmul
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -357,22 +357,28 @@ def test_cores_that_other_processes_take_are_counted(
     """Of four cores for a second, in which this process keeps one and a half busy."""
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     stat, own = tmp_path / "stat", [700.0]
-    counted = OtherProcesses(str(stat), lambda: own[0])
+    monkeypatch.setattr(streams, "STAT", str(stat))
+    monkeypatch.setattr(streams, "_since", ((0.0, 0.0, 0.0), 0.0))
+    monkeypatch.setattr(os, "sysconf", lambda _: 1)
+    monkeypatch.setattr(time, "process_time", lambda: own[0])
     for busy in (0, 150 + round(100 * others)):
         stat.write_text(f"cpu  {1000 + busy} 0 10 {9000 + 400 * (busy > 0) - busy} 5 0 3 0 0 0\n")
-        seen = counted.cores_left()
+        seen = streams.cores_left()
         own[0] += 150
     assert seen == left
     stat.write_text(stat.read_text().replace(" 5 0 3 ", " 6 0 3 "))  # a tick tells nothing
-    assert counted.cores_left() == left
+    assert streams.cores_left() == left
 
 
 @pytest.mark.parametrize("text", ["", "cpu", "cpu a b c d e", "intr 1 2"])
-def test_where_nobody_counts_all_cores_are_there(text: str, tmp_path: Path) -> None:
+def test_where_nobody_counts_all_cores_are_there(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stat = tmp_path / "stat"
-    assert OtherProcesses(str(stat), lambda: 0.0).cores_left() == os.cpu_count()
+    monkeypatch.setattr(streams, "STAT", str(stat))
+    assert streams.cores_left() == os.cpu_count()
     stat.write_text(text)
-    assert OtherProcesses(str(stat), lambda: 0.0).cores_left() == os.cpu_count()
+    assert streams.cores_left() == os.cpu_count()
 
 
 def test_a_matmul_has_no_more_threads_than_cores_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,11 +386,11 @@ def test_a_matmul_has_no_more_threads_than_cores_are_idle(monkeypatch: pytest.Mo
     monkeypatch.setattr(blas, "threads", lambda n: asked.append(n) or contextlib.nullcontext())
     monkeypatch.setattr(device, "cores", lambda: 4)
     for left, shards, n in ((4, 1, 4), (1, 1, 1), (3, 2, 2), (1, 2, 1), (4, 4, 1)):
-        monkeypatch.setattr(OtherProcesses, "cores_left", lambda _, left=left: left)
+        monkeypatch.setattr(streams, "cores_left", lambda left=left: left)
         with streams.cores_shared(range(shards)):
             assert asked[-1] == n
     # What others took is known of the time since this was last asked: long ago is no answer.
-    monkeypatch.setattr(OtherProcesses, "cores_left", lambda _: asked.append(-1) or 4)
+    monkeypatch.setattr(streams, "cores_left", lambda: asked.append(-1) or 4)
     with streams.cores_shared(range(4)):
         assert asked[-2:] == [-1, 1]
 

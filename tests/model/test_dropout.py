@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import dropout_bits
 
 from mlx_qlora.data.batches import IGNORE, Batch, halves
+from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.dropout import mask, mixed, position_words
 from mlx_qlora.train.engine import Engine, loss_and_grads
 from mlx_qlora.train.step import dropout_keys
@@ -72,8 +73,8 @@ def test_a_row_s_mask_does_not_depend_on_how_wide_it_is_padded_or_who_is_beside_
 
 def test_a_position_has_its_mask_wherever_it_stands_among_the_documents(model):
     """The engine lays documents end to end, in chunks, and leaves others out."""
-    whole_rows = model.model.documents(DOCUMENTS, 4 * T, T)
-    shuffled = model.model.documents(DOCUMENTS[[5, 1, 3]])
+    whole_rows = Documents.of(DOCUMENTS, 4 * T, T)
+    shuffled = Documents.of(DOCUMENTS[[5, 1, 3]])
     of_rows = model.model.dropout_keys(KEYS, 4, whole_rows)
     of_some = model.model.dropout_keys(KEYS, 4, shuffled)
     here = np.array(shuffled.row) * T + np.array(shuffled.column)
@@ -84,7 +85,7 @@ def test_a_position_has_its_mask_wherever_it_stands_among_the_documents(model):
 
 
 def test_one_key_becomes_a_key_for_each_row_and_every_linear_has_words_of_its_own(model):
-    documents = model.model.documents(DOCUMENTS, 4 * T, T)
+    documents = Documents.of(DOCUMENTS, 4 * T, T)
     key = mx.random.key(1)
     one, each = (
         [np.array(w) for layer in model.model.dropout_keys(given, 4, documents) for w in layer]
@@ -152,7 +153,7 @@ def test_recomputing_and_compiling_change_no_gradient(
 def test_a_checkpoint_that_draws_its_own_masks_is_wrong(model):
     """The control: the same comparison, with keys from the global state within the layer."""
     h, layer = mx.random.normal((4 * T, 64)), model.layers[0]
-    documents = model.model.documents(DOCUMENTS, 4 * T, T)
+    documents = Documents.of(DOCUMENTS, 4 * T, T)
     given = model.model.dropout_keys(KEYS, 4, documents)[0]
     before = layer.trainable_parameters()
 

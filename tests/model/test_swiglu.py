@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_qlora.cpu.exponentials import exp, sigmoid
-from mlx_qlora.model.llama import swiglu, swiglu_vjp
+from mlx_qlora.model.swiglu import swiglu, swiglu_vjp
 
 
 def ours(gate, up, dy, s=None, compiled=False):

@@ -101,7 +101,7 @@ def documents(batch: Batch) -> Iterator[tuple[list[int], list[bool]]]:
     tokens: Any = np.array(batch.tokens)
     labels: Any = np.array(batch.labels)
     answers = labels != IGNORE if batch.answers is None else batch.answers
-    for row, start, end in batch.spans.tolist():
+    for row, start, end in batch.documents.tolist():
         ids = [*tokens[row, start:end], labels[row, end - 1]]
         yield list(map(int, ids)), [False, *answers[row, start:end].tolist()]
 

@@ -35,6 +35,7 @@ from support.models import load_folder
 
 from mlx_qlora import device
 from mlx_qlora.device import CUDA, METAL, Device, Machine
+from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.llama import LlamaForCausalLM, LlamaModel
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.train.engine import Engine
@@ -351,7 +352,7 @@ class Contract:
         return read
 
     def _wrap_package(self, patch: pytest.MonkeyPatch) -> None:
-        engine, documents, schedule = Engine.__call__, LlamaModel.documents, Footprint.schedule
+        engine, documents, schedule = Engine.__call__, Documents.of, Footprint.schedule
         forward = LlamaModel.__call__
 
         @contextmanager
@@ -382,8 +383,8 @@ class Contract:
                 self._axes |= {tokens.size}
                 return forward(of, tokens, *args, **settings)
 
-        def made_documents(of: LlamaModel, *args: Any) -> Any:
-            context = documents(of, *args)
+        def made_documents(*args: Any) -> Any:
+            context = documents(*args)
             groups = {group.n * group.T for group in context.groups}
             self._axes |= {context.positions.size, *groups}
             return context
@@ -395,7 +396,7 @@ class Contract:
 
         patch.setattr(Engine, "__call__", call_engine)
         patch.setattr(LlamaModel, "__call__", call_model)
-        patch.setattr(LlamaModel, "documents", made_documents)
+        patch.setattr(Documents, "of", made_documents)
         patch.setattr(Footprint, "schedule", made_schedule)
         for kind, name in ((Engine, "__call__"), (AdamW, "update"), (Step, "__call__")):
             patch.setattr(kind, name, self._counted(kind, getattr(kind, name)))

@@ -20,7 +20,7 @@ from support.models import load_folder, our_logits, random_tokens, randomise_lor
 from mlx_qlora import device
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model import llama, quantize
+from mlx_qlora.model import llama, quantize, swiglu
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
 from mlx_qlora.train import engine as engine_module
@@ -370,7 +370,8 @@ def test_a_call_and_an_exception_in_the_middle_of_one_leave_the_model_as_it_was(
     mx.eval(expected)
     assert all(before[name] is array for name, array in all_arrays(model).items())
     doubled = {n: 2 * w for n, w in tree_flatten(model.trainable_parameters())}
-    real, left = getattr(llama.DecoderLayer, piece), [calls]
+    owner = llama.Attention if piece == "rotate" else llama.DecoderLayer
+    real, left = getattr(owner, piece), [calls]
 
     def failing(self, *args, **kwargs):
         left[0] -= 1
@@ -379,7 +380,7 @@ def test_a_call_and_an_exception_in_the_middle_of_one_leave_the_model_as_it_was(
         return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
-        patch.setattr(llama.DecoderLayer, piece, failing)
+        patch.setattr(owner, piece, failing)
         loss_grads = Engine(model, "all", False)(doubled, batch, key)
         mx.eval(loss_grads)
     after = all_arrays(model)
@@ -540,7 +541,7 @@ def test_200_steps_of_mixed_lengths_trace_a_few_graphs_and_keep_their_memory(
 
     monkeypatch.setattr(mx, "compile", counting)
     monkeypatch.setattr(mx, "vjp", vjp)
-    spec = importlib.util.spec_from_file_location("freshly_compiled", llama.__file__)
+    spec = importlib.util.spec_from_file_location("freshly_compiled", swiglu.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)  # the module itself may have met these shapes before
     for name in ("swiglu", "swiglu_vjp"):
@@ -598,7 +599,7 @@ def test_what_the_forward_keeps_is_what_the_schedule_counts(model, level):
     engine = Engine(model, [level] * len(model.layers), compiled)
     documents = memory.supervised_documents(batch)
     arrays: list[mx.array] = []
-    for shard in memory.chunks_of(model, batch, documents, 1)[0]:
+    for shard in memory.chunks_of(model, batch, [documents])[0]:
         x = model.model.embed_tokens(shard.tokens)
         for i, layer in enumerate(model.layers):
             tape = Tape(layer, shard, shard.keys[i], compiled)

@@ -16,6 +16,7 @@ from support.models import LLAMA_31_8B, randomise_lora
 from mlx_qlora import device
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.model import attention, lora, quantize
+from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, add_lora
@@ -225,7 +226,7 @@ def test_no_dispatch_of_a_layer_of_8b_keeps_a_display_waiting(name, lengths, fou
         config = dataclasses.replace(LlamaConfig.from_hf(LLAMA_31_8B), num_hidden_layers=1)
         model, N = LlamaForCausalLM(config), sum(lengths)
         table = np.array([(0, end - n, end) for n, end in zip(lengths, np.cumsum(lengths))])
-        context = model.model.documents(table.astype(np.int32), N)
+        context = Documents.of(table.astype(np.int32), N)
         model.layers[0](mx.zeros((N, 4096), route.dtype), context)
 
     assert found in broken(name, run) if found else broken(name, run) == ""

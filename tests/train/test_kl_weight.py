@@ -74,7 +74,7 @@ def torch_s(model: Any, folder: Path, home: Path, batch: Batch):
     theirs = PeftModel.from_pretrained(hf, adapter, is_trainable=True).double().eval()
     loss, divergence = torch.zeros(()), torch.zeros(())
     labels: Any = np.array(batch.labels)
-    for row, start, end in batch.spans.tolist():
+    for row, start, end in batch.documents.tolist():
         tokens = torch.tensor(np.array(batch.tokens)[row, start:end][None].astype(np.int64))
         targets = torch.tensor(labels[row, start:end].astype(np.int64))
         here = targets != IGNORE

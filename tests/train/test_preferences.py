@@ -220,7 +220,9 @@ def test_each_prompt_gets_the_answer_before_it_in_its_step():
                 batch = batches[i]
                 assert batch.mismatched is not None
                 tokens: Any = np.array(batch.mismatched.tokens)
-                for number, (row, start, end) in zip(batch.rows, batch.mismatched.spans.tolist()):
+                for number, (row, start, end) in zip(
+                    batch.rows, batch.mismatched.documents.tolist()
+                ):
                     found[number] = tokens[row, start:end].tolist()
         return [found[number] for number in range(10)]
 
