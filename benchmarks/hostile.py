@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a thread is not forked
+import forked
 
-SECONDS, MEGABYTES, WALL = 8, 500, 120
+SECONDS, MEGABYTES = 8, 500
+STILL = 120  # seconds without any CPU time after which a command waits for ever
 ROWS = 200  # malformed ones of a trial
 # Of each hundred trials of files.
 SHARES = {
@@ -86,18 +88,11 @@ def try_all(malformed: int, files: int, seed: int, state: Path | None) -> dict[s
 def make_seeds(place: Path) -> Path:
     """A model in one file and one in two, an adapter, a GGUF and a config, to be changed."""
     os.environ.update(OPENBLAS_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    import gguf
     import numpy as np
     from safetensors.numpy import load_file, save_file
     from support.tiny_folder import write_random_model, write_rows
 
-    # Warm: what a command imports, but nothing computed, as threads do not survive a fork.
-    import mlx_qlora.commands
-    import mlx_qlora.data.templates
-    import mlx_qlora.infer.generate
-    import mlx_qlora.run  # noqa: F401
-
-    assert gguf, "for what is read with it in the forks"
+    forked.warm()
     model = place / "model"
     model.mkdir()
     write_random_model(model)
@@ -135,7 +130,6 @@ def make_seeds(place: Path) -> Path:
         f"  rank_pattern: {{q_proj: 4}}\ndata:\n  path: {place / 'rows.jsonl'}\n  split: [0.8, 0.1,"
         " 0.1]\ntraining:\n  learning_rate: 1.0e-4\n  num_train_epochs: 2\n"
     )
-    assert len(os.listdir("/proc/self/task")) == 1 if os.path.exists("/proc/self") else True
     return place
 
 
@@ -193,6 +187,12 @@ def resident_kilobytes() -> int:
     return (int(resident) - int(shared)) * resource.getpagesize() // 1024
 
 
+def cpu_ticks(pid: int) -> int:
+    """What a living process has used of the CPU; where no system file says so, the wait decides."""
+    stat = Path(f"/proc/{pid}/stat")
+    return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13])) if stat.exists() else -1
+
+
 def in_a_fork(work: Callable[[], str], place: Path) -> tuple[str, str]:
     """How a piece of work ends in a process of its own, and what it printed.
 
@@ -221,12 +221,15 @@ def in_a_fork(work: Callable[[], str], place: Path) -> tuple[str, str]:
             traceback.print_exc()
         finally:
             os._exit(code)
-    end = time.monotonic() + WALL
+    # On a busy machine a trial may take any time, but not without a tick of the CPU.
+    used, since = -1, time.monotonic()
     while (waited := os.wait4(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            return "hang", out.read_text(errors="replace")
+        if time.monotonic() > since + STILL:
+            if (ticks := cpu_ticks(child)) == used:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                return "hang", out.read_text(errors="replace")
+            used, since = ticks, time.monotonic()
         time.sleep(0.002)
     status, used = waited[1:]
     said = out.read_bytes().decode("utf-8", "replace") if out.exists() else ""

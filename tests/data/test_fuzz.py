@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_how_a_fork_ends_is_seen(outcome, tmp_path, monkeypatch):
     if outcome == "hang":
         monkeypatch.setattr(hostile, "SECONDS", 1)
     assert hostile.in_a_fork(ENDS[outcome], tmp_path)[0] == outcome
+
+
+def test_a_wait_is_a_hang_only_without_cpu_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(hostile, "STILL", 0.4)
+    assert hostile.in_a_fork(lambda: time.sleep(60) or "0", tmp_path)[0] == "hang"
+    if sys.platform == "linux":
+        assert hostile.in_a_fork(busy_for_a_second, tmp_path)[0] == "done"
+
+
+def busy_for_a_second() -> str:
+    until = time.process_time() + 1
+    while time.process_time() < until:
+        pass
+    return "0"
 
 
 def test_trials_go_on_where_a_state_file_ends(tmp_path, monkeypatch):
