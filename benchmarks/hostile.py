@@ -189,8 +189,9 @@ def resident_kilobytes() -> int:
 
 def cpu_ticks(pid: int) -> int:
     """What a living process has used of the CPU; where no system file says so, the wait decides."""
-    stat = Path(f"/proc/{pid}/stat")
-    return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13])) if stat.exists() else -1
+    if not (stat := Path(f"/proc/{pid}/stat")).exists():
+        return -1
+    return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
 
 
 def in_a_fork(work: Callable[[], str], place: Path) -> tuple[str, str]:
