@@ -79,10 +79,16 @@ def try_all(malformed: int, files: int, seed: int, state: Path | None) -> dict[s
                 done["bad"].append([kind, n, name, outcome, said[-1500:]])
             done |= {"trials": number, "counts": dict(counts)}
             if state is not None and number % 4 == 0:
-                state.write_text(json.dumps(done))
+                write_state(state, done)
     if state is not None:
-        state.write_text(json.dumps(done))
+        write_state(state, done)
     return done
+
+
+def write_state(path: Path, done: dict[str, Any]) -> None:
+    """In place of the one before, whole at any moment."""
+    path.with_suffix(".tmp").write_text(json.dumps(done))
+    path.with_suffix(".tmp").replace(path)
 
 
 def make_seeds(place: Path) -> Path:
