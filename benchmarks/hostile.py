@@ -62,24 +62,28 @@ POISON: list[Any] = [
 
 
 def try_all(malformed: int, files: int, seed: int, state: Path | None) -> dict[str, Any]:
-    """Counts by outcome; those of a state file are not tried again, and what is bad is kept."""
+    """Counts by outcome; of those in a state file only what was bad is tried again."""
     done: dict[str, Any] = {"seed": seed, "trials": 0, "counts": {}, "bad": []}
     if state is not None and state.exists():
         done = json.loads(state.read_text())
         assert done["seed"] == seed, "the state is of another seed"
     trials = [("rows", n) for n in range(-(-malformed // ROWS))]
     trials += [("files", n) for n in range(files)]
-    counts = Counter(done["counts"])
+    again, counts = [(kind, n) for kind, n, *_ in done["bad"]], Counter(done["counts"])
+    counts -= Counter(f"{name}: {outcome}" for _, _, name, outcome, _ in done["bad"])
+    done["bad"], trials = [], again + trials[done["trials"] :]
     with tempfile.TemporaryDirectory() as place:
         seeds = make_seeds(Path(place))
-        for number, (kind, n) in enumerate(trials[done["trials"] :], done["trials"] + 1):
+        for number, (kind, n) in enumerate(trials, done["trials"] - len(again) + 1):
             name, outcome, said = trial(kind, random.Random(f"{kind} {seed} {n}"), seeds)
             counts[f"{name}: {outcome}"] += 1
             if outcome not in ("done", "refused"):
                 done["bad"].append([kind, n, name, outcome, said[-1500:]])
-            done |= {"trials": number, "counts": dict(counts)}
-            if state is not None and number % 4 == 0:
-                write_state(state, done)
+            done["counts"] = dict(counts)
+            if number >= done["trials"]:  # not while some of the bad ones are untried
+                done["trials"] = number
+                if state is not None and number % 4 == 0:
+                    write_state(state, done)
     if state is not None:
         write_state(state, done)
     return done

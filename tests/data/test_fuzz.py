@@ -83,10 +83,12 @@ def busy_for_a_second() -> str:
 
 
 def test_trials_go_on_where_a_state_file_ends(tmp_path, monkeypatch):
-    tried = []
+    tried, outcome = [], "hang"
     monkeypatch.setattr(hostile, "make_seeds", lambda place: place)
-    monkeypatch.setattr(hostile, "trial", lambda kind, *_: tried.append(kind) or ("x", "done", ""))
+    monkeypatch.setattr(hostile, "trial", lambda kind, *_: tried.append(kind) or ("x", outcome, ""))
     state = tmp_path / "state.json"
-    hostile.try_all(2 * hostile.ROWS, 3, 0, state)
+    assert len(hostile.try_all(2 * hostile.ROWS, 3, 0, state)["bad"]) == 5
+    outcome = "done"  # as of mended code: what was bad is tried again
     done = hostile.try_all(2 * hostile.ROWS, 9, 0, state)
-    assert tried == ["rows"] * 2 + ["files"] * 9 and done["counts"] == {"x: done": 11}
+    assert tried == (["rows"] * 2 + ["files"] * 3) * 2 + ["files"] * 6
+    assert done["counts"] == {"x: done": 11} and not done["bad"] and done["trials"] == 11
