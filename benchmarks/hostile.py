@@ -405,7 +405,10 @@ def changed_json(content: bytes, draw: random.Random) -> bytes:
         value = None
     if not isinstance(value, (dict, list)) or draw.random() < 0.2:
         return changed_bytes(content, draw)
-    return json.dumps(changed_value(value, draw)).encode()
+    try:
+        return json.dumps(changed_value(value, draw)).encode()
+    except RecursionError:  # of changes within changes
+        return changed_bytes(content, draw)
 
 
 def changed_safetensors(content: bytes, draw: random.Random) -> bytes:
