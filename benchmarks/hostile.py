@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a thread is not forked
+import forked
 
-SECONDS, MEGABYTES, WALL = 8, 500, 120
+SECONDS, MEGABYTES = 8, 500
+STILL = 120  # seconds without any CPU time after which a command waits for ever
 ROWS = 200  # malformed ones of a trial
 # Of each hundred trials of files.
 SHARES = {
@@ -60,44 +62,47 @@ POISON: list[Any] = [
 
 
 def try_all(malformed: int, files: int, seed: int, state: Path | None) -> dict[str, Any]:
-    """Counts by outcome; those of a state file are not tried again, and what is bad is kept."""
+    """Counts by outcome; of those in a state file only what was bad is tried again."""
     done: dict[str, Any] = {"seed": seed, "trials": 0, "counts": {}, "bad": []}
     if state is not None and state.exists():
         done = json.loads(state.read_text())
         assert done["seed"] == seed, "the state is of another seed"
     trials = [("rows", n) for n in range(-(-malformed // ROWS))]
     trials += [("files", n) for n in range(files)]
-    counts = Counter(done["counts"])
+    again, counts = [(kind, n) for kind, n, *_ in done["bad"]], Counter(done["counts"])
+    counts -= Counter(f"{name}: {outcome}" for _, _, name, outcome, _ in done["bad"])
+    done["bad"], trials = [], again + trials[done["trials"] :]
     with tempfile.TemporaryDirectory() as place:
         seeds = make_seeds(Path(place))
-        for number, (kind, n) in enumerate(trials[done["trials"] :], done["trials"] + 1):
+        for number, (kind, n) in enumerate(trials, done["trials"] - len(again) + 1):
             name, outcome, said = trial(kind, random.Random(f"{kind} {seed} {n}"), seeds)
             counts[f"{name}: {outcome}"] += 1
             if outcome not in ("done", "refused"):
                 done["bad"].append([kind, n, name, outcome, said[-1500:]])
-            done |= {"trials": number, "counts": dict(counts)}
-            if state is not None and number % 4 == 0:
-                state.write_text(json.dumps(done))
+            done["counts"] = dict(counts)
+            if number >= done["trials"]:  # not while some of the bad ones are untried
+                done["trials"] = number
+                if state is not None and number % 4 == 0:
+                    write_state(state, done)
     if state is not None:
-        state.write_text(json.dumps(done))
+        write_state(state, done)
     return done
+
+
+def write_state(path: Path, done: dict[str, Any]) -> None:
+    """In place of the one before, whole at any moment."""
+    path.with_suffix(".tmp").write_text(json.dumps(done))
+    path.with_suffix(".tmp").replace(path)
 
 
 def make_seeds(place: Path) -> Path:
     """A model in one file and one in two, an adapter, a GGUF and a config, to be changed."""
     os.environ.update(OPENBLAS_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    import gguf
     import numpy as np
     from safetensors.numpy import load_file, save_file
     from support.tiny_folder import write_random_model, write_rows
 
-    # Warm: what a command imports, but nothing computed, as threads do not survive a fork.
-    import mlx_qlora.commands
-    import mlx_qlora.data.templates
-    import mlx_qlora.infer.generate
-    import mlx_qlora.run  # noqa: F401
-
-    assert gguf, "for what is read with it in the forks"
+    forked.warm()
     model = place / "model"
     model.mkdir()
     write_random_model(model)
@@ -135,7 +140,6 @@ def make_seeds(place: Path) -> Path:
         f"  rank_pattern: {{q_proj: 4}}\ndata:\n  path: {place / 'rows.jsonl'}\n  split: [0.8, 0.1,"
         " 0.1]\ntraining:\n  learning_rate: 1.0e-4\n  num_train_epochs: 2\n"
     )
-    assert len(os.listdir("/proc/self/task")) == 1 if os.path.exists("/proc/self") else True
     return place
 
 
@@ -193,6 +197,13 @@ def resident_kilobytes() -> int:
     return (int(resident) - int(shared)) * resource.getpagesize() // 1024
 
 
+def cpu_ticks(pid: int) -> int:
+    """What a living process has used of the CPU; where no system file says so, the wait decides."""
+    if not (stat := Path(f"/proc/{pid}/stat")).exists():
+        return -1
+    return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+
+
 def in_a_fork(work: Callable[[], str], place: Path) -> tuple[str, str]:
     """How a piece of work ends in a process of its own, and what it printed.
 
@@ -221,12 +232,15 @@ def in_a_fork(work: Callable[[], str], place: Path) -> tuple[str, str]:
             traceback.print_exc()
         finally:
             os._exit(code)
-    end = time.monotonic() + WALL
+    # On a busy machine a trial may take any time, but not without a tick of the CPU.
+    used, since = -1, time.monotonic()
     while (waited := os.wait4(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            return "hang", out.read_text(errors="replace")
+        if time.monotonic() > since + STILL:
+            if (ticks := cpu_ticks(child)) == used:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                return "hang", out.read_text(errors="replace")
+            used, since = ticks, time.monotonic()
         time.sleep(0.002)
     status, used = waited[1:]
     said = out.read_bytes().decode("utf-8", "replace") if out.exists() else ""
@@ -391,7 +405,10 @@ def changed_json(content: bytes, draw: random.Random) -> bytes:
         value = None
     if not isinstance(value, (dict, list)) or draw.random() < 0.2:
         return changed_bytes(content, draw)
-    return json.dumps(changed_value(value, draw)).encode()
+    try:
+        return json.dumps(changed_value(value, draw)).encode()
+    except RecursionError:  # of changes within changes
+        return changed_bytes(content, draw)
 
 
 def changed_safetensors(content: bytes, draw: random.Random) -> bytes:

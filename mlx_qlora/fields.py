@@ -12,7 +12,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar, dataclass_transform
 
 from mlx_qlora.errors import ConfigError, did_you_mean, require
@@ -134,6 +134,16 @@ def coerce(value: Any, annotation: Any, name: str) -> Any:
     raise ConfigError(f"{name} must be {type_name(annotation)}; got {value!r}")
 
 
+def typed(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of values that a file holds, each of its field's type.
+
+    Raises:
+        TypeError, LookupError: a field is missing, or is none of the class.
+        ConfigError: a value does not fit.
+    """
+    return cls(**{name: coerce(value, _hints(cls)[name], name) for name, value in values.items()})
+
+
 def type_name(annotation: Any) -> str:
     """A type as `--help` and messages show it."""
     if len(members := _members(annotation)) > 1:
@@ -161,6 +171,8 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 def _convert(value: Any, kind: Any) -> Any:
     """The value as a type that is no union; an error of Python's if it does not fit."""
     base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if base is Any:
+        return value
     if base is list and isinstance(value, (list, tuple)):
         return [_convert(item, inner[0]) for item in value]
     if base is dict and isinstance(value, dict):

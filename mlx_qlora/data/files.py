@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import functools
 import glob
 import gzip
 import itertools
@@ -56,10 +57,15 @@ class RowFile:
                 return "row" if _is_array(stream, self.kind) else "line"
         return "line" if self.kind == "csv" else "row"
 
+    @functools.cached_property
+    def data_set(self) -> Any:
+        """Of the hub, loaded once."""
+        return hub_dataset(self)
+
     def content_hash(self) -> str:
         """A hash of every byte, and of the kind that decides how they are read; the hub's own."""
         if self.kind == "hub":
-            return str(getattr(hub_dataset(self), "_fingerprint", self.path))
+            return str(getattr(self.data_set, "_fingerprint", self.path))
         with readable(self.name), doing("hashing", 1, "file"):
             return f"{self.kind} {self.compressed} {sha256(self.path)}"
 
@@ -204,7 +210,7 @@ def raw_rows(file: RowFile) -> Rows:
     if file.kind == "memory":
         yield from enumerate(file.path, 1)
     elif file.kind == "hub":
-        yield from enumerate(hub_dataset(file), 1)
+        yield from enumerate(file.data_set, 1)
     else:
         with _opened(file) as stream:
             if file.kind in ("parquet", "arrow"):
@@ -302,6 +308,7 @@ def _is_array(file: IO[bytes], kind: str) -> bool:
 
 
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
+FEW = 16  # rows of a table that are unpacked at a time: a small file may hold large ones
 MOST_ROW = 1 << 24  # bytes; a text of JSON takes thirty times as much in memory at worst
 SIGN = re.compile(r"[^ \t\r\n]")
 # Only finds where a value ends. It takes what _STRICT refuses (numbers of any length, NaN, a name
@@ -418,20 +425,44 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     number = 0
     try:
         if about.kind == "parquet":
-            # Few rows, as a small file may unpack to large ones.
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=16)
+            opened = pyarrow.parquet.ParquetFile(file)
+            _check_dictionaries(file, opened.metadata)
+            batches = opened.iter_batches(batch_size=FEW)
         else:
             batches = pyarrow.ipc.open_stream(file)
         for batch in batches:
             if twice := repeated(batch.schema.names):
                 raise ValueError(f"it names column {twice[0]!r} twice")
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+            start = 0
+            while few := batch.slice(start, FEW):
+                if is_long := few.nbytes > MOST_ROW:  # then one is unpacked at a time
+                    few = few.slice(0, 1)
+                start += len(few)
+                for row in few.to_pylist():
+                    number += 1
+                    if is_long and len(repr(row)) > MOST_ROW:
+                        raise ValueError(f"row {number} is longer than {MOST_ROW:,} bytes")
+                    yield number, row
     except Exception as error:  # pyarrow's, and Python's for a day or a text that it cannot hold
         after = f" after row {number}" if number else ""
         said = str(error) or repr(error)
         raise DataError(f"data file {about.name} is damaged{after}: {said}") from None
+
+
+def _check_dictionaries(file: IO[bytes], about: Any) -> None:
+    """A ValueError for a Parquet file of whose values one is too long, however often it is used."""
+    for group, column in itertools.product(range(about.num_row_groups), range(about.num_columns)):
+        chunk = about.row_group(group).column(column)
+        pages = chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset
+        file.seek(min(pages))
+        # The page's kind, of which 2 is a dictionary, and its size unpacked, as Thrift writes them.
+        head, size = file.read(16), 0
+        for i, byte in enumerate(head[3:] if head[:3] == b"\x15\4\x15" else b""):
+            size |= (byte & 127) << 7 * i
+            if byte < 128:
+                break
+        if size // 2 > MOST_ROW:
+            raise ValueError(f"it has a dictionary of {size // 2:,} bytes")
 
 
 def without_nulls(value: Any) -> Any:

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice, tee
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -322,16 +322,15 @@ def _pieces(
 
     def all_chunks() -> Iterator[Chunk]:
         for number, file in enumerate(files):
-            (rows, ahead), form = tee(raw_rows(file)), config.format
-            if form == "auto":
-                form = _format_of(islice(ahead, PEEKED), config.columns)
-            del ahead  # or all rows would be kept for it
+            form = config.format
+            if form == "auto":  # its first rows are read twice, as they may be too large to keep
+                form = _format_of(islice(raw_rows(file), PEEKED), config.columns)
             if report.kind == PAIRS:
                 form = "pairs"
             if (name := encoder.template.name) in ALPACA and form in ("messages", "sharegpt"):
                 raise ConfigError(f"{file.name} holds {form}; data.template={name} {CANNOT_WRITE}")
             report.files.append(FileReport(file.name, form, file.unit))
-            yield from chunks(number, file.name, form, rows)
+            yield from chunks(number, file.name, form, raw_rows(file))
 
     n_workers = default_workers() if config.num_workers is None else config.num_workers
     with doing("tokenising", sum(file.size for file in files), "bytes") as task:

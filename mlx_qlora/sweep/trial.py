@@ -20,6 +20,7 @@ from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
+from mlx_qlora.fields import typed
 from mlx_qlora.folders import parse_json, read_text, remove_leftovers, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -239,14 +240,18 @@ def in_words(first: str, second: str, apart: Interval) -> str:
 
 
 def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
-    """What an earlier sweep has measured of this very trial at this step, or None."""
-    path = _record(config, step)
+    """What an earlier sweep has measured of this very trial at this step, or None.
+
+    What a killed one has left in the trial's folder is removed.
+    """
+    path, n = _record(config, step), len(inputs.validation or ())
+    remove_leftovers(path.parent, NAMES)
     try:
-        measured = Measured(**parse_json(read_text(path)))
-    except (OSError, ValueError, TypeError):  # none, or a damaged one: it is measured again
+        measured = typed(Measured, parse_json(read_text(path)))
+    except (OSError, ValueError, TypeError, LookupError):  # none, or a damaged one
         return None
     same = measured.key == _key(config, inputs)
-    whole = measured.failed or len(measured.nats) == len(inputs.validation or ())
+    whole = measured.failed or len(measured.nats) == len(measured.tokens) == n
     return measured if same and whole else None
 
 
@@ -261,7 +266,6 @@ def measure(
     output, began = Path(config.checkpointing.output_dir), time.perf_counter()
     assert inputs.validation is not None
     output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output, NAMES)
     mx.reset_peak_memory()
     failed, may_pass, train_loss, speed = "", False, math.nan, None
     nats, tokens = np.zeros(0), np.zeros(0, int)

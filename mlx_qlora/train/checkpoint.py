@@ -22,8 +22,17 @@ from safetensors.numpy import load_file, save_file
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, require
-from mlx_qlora.fields import config_section, option
-from mlx_qlora.folders import disk_errors, json_object, parse_json, remove, sha256, staged
+from mlx_qlora.fields import config_section, option, typed
+from mlx_qlora.folders import (
+    disk_errors,
+    json_object,
+    parse_json,
+    read_text,
+    reading,
+    remove,
+    sha256,
+    staged,
+)
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS, THEN
 from mlx_qlora.train.optim import AdamW
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
 STATE = "resume_state.json"
 NAMES = r"checkpoint-\d+"
+MOST_STATE = 1 << 28  # bytes; a record in its history has some 300
 # Of `trainer_state.json`'s records, as transformers writes them.
 TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
@@ -100,7 +110,7 @@ class RunState:
     # Name -> hash of the config, the data and the model, and the version of the numerics; a run
     # goes on only from its own. Then the values behind the config's hash, to show what differs.
     fingerprint: dict[str, str] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)  # of `metrics.jsonl`
     # Of the steps since the last logged record, whose mean is the next one's.
     open_losses: list[float] = field(default_factory=list)
@@ -275,7 +285,8 @@ def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
     wanted = str(config.resume_from_checkpoint)
     saved = checkpoints(Path(config.output_dir)) if wanted == "auto" else [Path(wanted)]
     configs = (json_object(path / STATE).get("config") for path in reversed(saved))
-    return next((config.get(section, {}) for config in configs if isinstance(config, dict)), {})
+    found = (config.get(section) for config in configs if isinstance(config, dict))
+    return next((values for values in found if isinstance(values, dict)), {})
 
 
 # ---- which one to go on from ---------------------------------------------------------------------
@@ -383,39 +394,46 @@ def read_state(path: Path) -> dict[str, Any]:
     A ConfigError names the file that is damaged or missing.
     """
     try:
-        text = (path / STATE).read_bytes().decode()
+        text = read_text(path / STATE, MOST_STATE)
         first = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
         if first is None or hashlib.sha256(text[first.end() :].encode()).hexdigest() != first[1]:
             raise ConfigError(f"{path / STATE} is damaged")
         saved = parse_json(text)
-        for name, checksum in saved["checksums"].items():
-            if sha256(path / name) != checksum:
+        for name, checksum in saved.pop("checksums").items():
+            if os.sep in name or sha256(path / name) != checksum:
                 raise ConfigError(f"{path / name} is damaged")
-    except ConfigError:
-        raise
+        del saved["sha256"]
+        state = typed(RunState, saved)
+        best_eval(state.log_history)
+        return vars(state)
+    except ConfigError as error:
+        at_fault = "" if str(error).startswith(f"{path}") else f"{path / STATE} is damaged: "
+        raise ConfigError(f"{at_fault}{error}") from None
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} is missing") from None
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path / STATE} cannot be read: {error}") from None
-    return {name: value for name, value in saved.items() if name not in ("sha256", "checksums")}
 
 
 def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates: int) -> None:
     """Puts a checkpoint's weights and moments back, bit for bit; its files were hashed before."""
-    moments = load_file(path / "optimizer.safetensors")
-    optimizer.weights = _concatenate(_weights(path, optimizer))
-    for theirs, ours in MOMENTS.items():
-        arrays = (moments[f"{name}.{theirs}"] for name in optimizer.shapes)
-        setattr(optimizer, ours, _concatenate(arrays))
-    optimizer.step = updates
-    model.update(optimizer.tree())
+    with reading(path, ConfigError):
+        moments = load_file(path / "optimizer.safetensors")
+        optimizer.weights = _concatenate(_weights(path, optimizer))
+        for theirs, ours in MOMENTS.items():
+            shapes = optimizer.shapes.items()
+            arrays = (moments[f"{name}.{theirs}"].reshape(shape) for name, shape in shapes)
+            setattr(optimizer, ours, _concatenate(arrays))
+        optimizer.step = updates
+        model.update(optimizer.tree())
 
 
 def load_weights(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> None:
     """Puts a checkpoint's weights alone back into the model and the optimizer."""
     read_state(path)
-    optimizer.weights = _concatenate(_weights(path, optimizer))
-    model.update(optimizer.tree())
+    with reading(path, ConfigError):
+        optimizer.weights = _concatenate(_weights(path, optimizer))
+        model.update(optimizer.tree())
 
 
 def _weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
@@ -423,7 +441,7 @@ def _weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
     weights = load_file(path / "adapter_model.safetensors")
     # Adapters of PiSSA and OLoRA have twice the rank, and what is trained is the first half.
     return (
-        weights[f"base_model.model.{name}"][tuple(slice(n) for n in shape)]
+        weights[f"base_model.model.{name}"][tuple(slice(n) for n in shape)].reshape(shape)
         for name, shape in optimizer.shapes.items()
     )
 

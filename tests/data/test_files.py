@@ -660,6 +660,32 @@ def struct_of_two(pyarrow: Any) -> Any:
 
 
 LONG = 2**24 + 1
+
+
+def of_no_format(path: Path) -> None:
+    with gzip.open(path, "wb", 1) as file:
+        for _ in range(60):
+            file.write(b'{"a": "' + b"x" * (10 << 20) + b'"}\n')
+
+
+def repeated_value(path: Path, size: int = LONG) -> None:
+    """A value that is there once, for a thousand rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000), ["x" * size])
+    write = {"dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, **write)
+
+
+def long_text(path: Path) -> None:
+    import pyarrow
+
+    table = pyarrow.table({"text": ["a", "x" * LONG]})
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+
+
 # What a file holds that unpacks to gigabytes, or to what Python has no value for -> what is said.
 STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "an endless line": ("r.jsonl.gz", packed, "line 1: longer than 16,777,216 bytes"),
@@ -668,6 +694,7 @@ STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda path: path.write_bytes(b'{"text": "b"}\n{"text": "' + b"a" * LONG + b'"}\n'),
         "line 2: longer than 16,777,216 bytes",
     ),
+    "long rows of no format": ("r.jsonl.gz", of_no_format, "no usable row in"),
     "a long header": ("r.csv", lambda path: path.write_bytes(b"a" * LONG), "line 1: longer than"),
     "a long item": (
         "r.json",
@@ -704,6 +731,12 @@ STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         table(other=lambda a: a.array([b"\xff"], a.binary()).view(a.string())),
         "r.parquet is damaged: 'utf-8' codec",
     ),
+    "a long value, often": (
+        "r.parquet",
+        repeated_value,
+        "r.parquet is damaged: it has a dictionary of 16,777,221 bytes",
+    ),
+    "a long text of a table": ("r.arrow", long_text, "row 2 is longer than 16,777,216 bytes"),
     "fields of one name": ("r.parquet", table(s=struct_of_two), "r.parquet is damaged: "),
     "columns of one name": (
         "r.parquet",
@@ -716,7 +749,7 @@ STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("name", STRANGE)
 def test_what_no_row_can_hold_is_one_error(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     file, write, said = STRANGE[name]
-    if file.endswith("parquet"):
+    if file.endswith(("parquet", "arrow")):
         pytest.importorskip("pyarrow")
     write(tmp_path / file)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

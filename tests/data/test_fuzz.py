@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,27 @@ def test_how_a_fork_ends_is_seen(outcome, tmp_path, monkeypatch):
     assert hostile.in_a_fork(ENDS[outcome], tmp_path)[0] == outcome
 
 
+def test_a_wait_is_a_hang_only_without_cpu_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(hostile, "STILL", 0.4)
+    assert hostile.in_a_fork(lambda: time.sleep(60) or "0", tmp_path)[0] == "hang"
+    if sys.platform == "linux":
+        assert hostile.in_a_fork(busy_for_a_second, tmp_path)[0] == "done"
+
+
+def busy_for_a_second() -> str:
+    until = time.process_time() + 1
+    while time.process_time() < until:
+        pass
+    return "0"
+
+
 def test_trials_go_on_where_a_state_file_ends(tmp_path, monkeypatch):
-    tried = []
+    tried, outcome = [], "hang"
     monkeypatch.setattr(hostile, "make_seeds", lambda place: place)
-    monkeypatch.setattr(hostile, "trial", lambda kind, *_: tried.append(kind) or ("x", "done", ""))
+    monkeypatch.setattr(hostile, "trial", lambda kind, *_: tried.append(kind) or ("x", outcome, ""))
     state = tmp_path / "state.json"
-    hostile.try_all(2 * hostile.ROWS, 3, 0, state)
+    assert len(hostile.try_all(2 * hostile.ROWS, 3, 0, state)["bad"]) == 5
+    outcome = "done"  # as of mended code: what was bad is tried again
     done = hostile.try_all(2 * hostile.ROWS, 9, 0, state)
-    assert tried == ["rows"] * 2 + ["files"] * 9 and done["counts"] == {"x: done": 11}
+    assert tried == (["rows"] * 2 + ["files"] * 3) * 2 + ["files"] * 6
+    assert done["counts"] == {"x: done": 11} and not done["bad"] and done["trials"] == 11

@@ -96,6 +96,16 @@ def in_decoder(said: dict[str, Any]) -> None:
     said["decoder"] = {"type": "Sequence", "decoders": [said["decoder"], *grows]}
 
 
+PIECES = ("SpecialToken", "<|x|>"), ("Sequence", "A")
+
+
+def unknown_piece(said: dict[str, Any]) -> None:
+    piece, text = ({kind: {"id": x, "type_id": 0}} for kind, x in PIECES)
+    inner = {"single": [piece, text], "pair": [text, text], "special_tokens": {}}
+    inner["type"] = "TemplateProcessing"
+    said["post_processor"] = {"type": "Sequence", "processors": [inner]}
+
+
 def distant_id(said: dict[str, Any]) -> None:
     vocabulary = said["model"]["vocab"]
     vocabulary[[*vocabulary][-1]] = 2**32 - 2
@@ -182,6 +192,7 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "tokenizer.json makes a text 1,004,006,004,001 times as long",
     ),
     "an answer that grows": (tokenizer(in_decoder), "times as long; get it again"),
+    "a token of no id": (tokenizer(unknown_piece), "tokenizer.json adds '<|x|>', which has no id"),
     "an id beyond all": (tokenizer(distant_id), "no model has the id 4,294,967,294"),
     "an end by a word": (config(eos_token_id="x"), "eos_token_id must be an id or a list of ids"),
 }

@@ -448,6 +448,36 @@ def test_a_damaged_record_is_measured_again_and_another_trials_is_not_taken(plac
     assert without_times(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"nats": "x"},
+        {"nats": [[1]]},
+        {"tokens": 3},
+        {"train_loss": "x"},
+        {"seconds": [1]},
+        {"b": 1},
+    ],
+)
+def test_a_strangers_record_is_measured_again(place, tmp_path, wrong):
+    asked = config(place, tmp_path / "out")
+    swept(asked, {"r": [2]}, steps=1, rungs=1)
+    before = without_times(tmp_path / "out")
+    (record,) = (tmp_path / "out").glob("trials/*/validation-1.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | wrong))
+    _, _, printed = swept(asked, {"r": [2]}, steps=1, rungs=1)
+    assert "reused" not in printed and without_times(tmp_path / "out") == before
+
+
+def test_what_a_kill_left_in_a_finished_trial_is_removed(place, tmp_path):
+    asked = config(place, tmp_path / "out")
+    swept(asked, {"r": [2]}, steps=1, rungs=1)
+    (trial,) = (tmp_path / "out" / "trials").iterdir()
+    (trial / ".mlx-qlora-abcdefgh.tmp").mkdir()
+    swept(asked, {"r": [2]}, steps=1, rungs=1)
+    assert not [*trial.glob(".mlx-qlora*")]
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 

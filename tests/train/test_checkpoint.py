@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.gpu_route import routes
 from support.limits import files_of_at_most
 from support.tiny_folder import write_model
@@ -504,7 +505,8 @@ def test_another_config_or_data_is_refused_and_nothing_is_touched(
 
 def rewrite_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Changes what a checkpoint's state holds, as another version would have written it."""
-    saved = read_state(path)
+    saved = json.loads((path / "resume_state.json").read_text())
+    del saved["sha256"], saved["checksums"]
     change(saved)
     (path / "resume_state.json").unlink()
     checkpoint._write_state(path, RunState(**saved))
@@ -533,6 +535,44 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder, copy):
 
     rewrite_state(copy / "checkpoint-8", older)
     with pytest.raises(ConfigError, match=r"another config:\n  lora\.lora_dropout: 0\.1 -> 0\.3\n"):
+        fine_tune(folder, copy)
+
+
+# What a stranger's checkpoint says, with right checksums.
+WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a step by a word": lambda saved: saved.update(step="x"),
+    "a list as its config": lambda saved: saved.update(config=[1]),
+    "a section that is none": lambda saved: saved["config"].update(model=[1]),
+    "no object as fingerprint": lambda saved: saved.update(fingerprint="x"),
+    "a record without a step": lambda saved: saved.update(log_history=[{"eval_loss": 1.0}]),
+    "a loss by a word": lambda saved: saved["log_history"].append({"eval_loss": "x", "step": 1}),
+    "an unknown field": lambda saved: saved.update(unknown=1),
+    "losses that are none": lambda saved: saved.update(recent_losses=[None]),
+    "a pipe among its files": lambda saved: saved["checksums"].update(pipe="x"),
+    "a file elsewhere": lambda saved: saved["checksums"].update({"/proc/self/mem": "x"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_strangers_checkpoint_says_is_not_believed(folder, copy, name):
+    path = copy / "checkpoint-8"
+    saved = json.loads((path / "resume_state.json").read_text())
+    del saved["sha256"]
+    WRONG[name](saved)
+    body = json.dumps(saved, indent=2)[1:]
+    first = hashlib.sha256(body.encode()).hexdigest()
+    (path / "resume_state.json").write_text(f'{{"sha256": "{first}",{body}')
+    os.mkfifo(path / "pipe")
+    with pytest.raises(ConfigError, match=r"json (cannot be read|is damaged): |/mem is"):
+        fine_tune(folder, copy, resume_from_checkpoint=str(path))
+
+
+def test_tensors_of_other_shapes_in_a_strangers_checkpoint_are_refused(folder, copy):
+    path = copy / "checkpoint-8"
+    moments = load_file(path / "optimizer.safetensors")
+    save_file({k: v[..., :1] for k, v in moments.items()}, path / "optimizer.safetensors")
+    rewrite_state(path, lambda saved: None)
+    with pytest.raises(ConfigError, match=r"checkpoint-8 cannot be read"):
         fine_tune(folder, copy)
 
 

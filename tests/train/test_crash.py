@@ -26,11 +26,11 @@ def test_four_of_four_killed_runs_end_identically_and_leave_nothing_behind(warm,
         [Moment(RANDOM, 0.5), Moment(RANDOM, 0.5)],
         [  # with half of a checkpoint's moments on disk; then before a checkpoint gets its name
             Moment("half a file", "out/.checkpoint-8.tmp/optimizer.safetensors"),
-            Moment("rename", "out/checkpoint-20"),
+            Moment("rename", "out/checkpoint-10"),
         ],
         [Moment("remove", 7)],  # the six files of an old checkpoint are gone, its folder is not
         [  # the last checkpoint has its name, the oldest is not removed; then amid the adapter
-            alone.moment("rename", "out/checkpoint-36", then=1),
+            alone.moment("rename", "out/checkpoint-18", then=1),
             Moment("rename", "out/adapter_model.safetensors"),
         ],
     ]
@@ -63,16 +63,16 @@ def test_the_comparison_sees_one_bit_one_loss_and_one_file(alone, tmp_path):
     for path in other.glob("checkpoint-*/trainer_state.json"):
         path.write_text(path.read_text().replace(str(alone.place), str(tmp_path)))
     assert crash.differences(alone.out, other) == []
-    weights = other / "checkpoint-36" / "adapter_model.safetensors"
+    weights = other / "checkpoint-18" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     records = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
-    records[4]["loss"] += 1e-12
+    records[3]["loss"] += 1e-12
     (other / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (other / "mlx" / "adapters.safetensors").unlink()
     assert crash.differences(alone.out, other) == [
-        "checkpoint-36/adapter_model.safetensors differs",
+        "checkpoint-18/adapter_model.safetensors differs",
         "metrics.jsonl differs",
         "mlx/adapters.safetensors is missing",
     ]
