@@ -16,11 +16,12 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import mlx.core as mx
 from support.cores import on_core
 
 ROOT = Path(__file__).parents[2]
@@ -267,20 +268,44 @@ def acknowledged() -> int:
     What other programs send over the same device is not in it. 0 on other systems.
     """
     total = 0
-    for link in Path("/proc/self/fd").iterdir() if sys.platform.startswith("linux") else ():
-        try:
-            if not os.readlink(link).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(link.name))) as own:
-                info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    for connection in tcp_sockets():
+        with contextlib.suppress(OSError):  # a listener
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
-        except OSError:
-            continue  # a listener, or closed meanwhile
     return total
+
+
+def tcp_sockets() -> Iterator[socket.socket]:
+    """Those of this process, on Linux; each is closed here, not there, once the next is asked."""
+    for link in Path("/proc/self/fd").iterdir() if sys.platform.startswith("linux") else ():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(link).startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(link.name))) as own:
+                    yield own
+
+
+def wait_in_the_kernel() -> None:
+    """Lets MLX's ring sleep until something arrives, for at most 4 ms; else it asks all the time.
+
+    Its sockets are set not to wait, and a thread of each asks again at once, on a core that others
+    need. What is sent, and when, stays as it is.
+    """
+    init = mx.distributed.init
+
+    def init_and_wait(*words: Any, **more: Any) -> Any:
+        group = init(*words, **more)
+        for connection in tcp_sockets():
+            connection.setblocking(True)
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, 4000))
+        return group
+
+    mx.distributed.init = init_and_wait
 
 
 def main() -> None:
     """Runs what `prepare` has written down; what is found is written after each run."""
+    wait_in_the_kernel()
     # A shell may have told the tests, and so their children, to ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, rank = Path(sys.argv[1]), os.environ.get("MLX_RANK", "0")
