@@ -350,7 +350,7 @@ class Oracle:
         answers = self.answers if len(documents) > 1 else self.answers[-1:]
         if len(documents) not in (1, len(self.answers)):
             return f"{len(documents)} texts for {len(self.answers)} answers"
-        for i, (ids, learned) in zip(answers, documents):
+        for i, (ids, learned, _) in zip(answers, documents):
             context = int(learned.argmax())
             first = self.answers[0] if len(documents) == 1 else i
             prompt = self.text(first, True)
