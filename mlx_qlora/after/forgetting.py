@@ -80,7 +80,7 @@ class Forgetting:
         assert change is not None
         low, high = degree(change.low), degree(change.high)  # without an interval both the same
         if low != high:
-            return f"{low} to {high} was forgotten; more text would tell"
+            return f"{low}, perhaps {high}, was forgotten; more text would tell"
         sure = "" if change.known else ", but the text is too short to be sure"
         return f"{low} was forgotten{sure}"
 
