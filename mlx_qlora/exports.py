@@ -40,7 +40,7 @@ def merge(config: RunConfig, console: Console, args: argparse.Namespace) -> dict
     check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
     quantize = args.requantize and _packing(config, args.requantize)
     model, tokenizer = with_adapter(config)
-    chats = _in_form_of_rows(config, tokenizer, console)
+    chats = in_form_of_rows(config, tokenizer, console)
     rows = None
     if quantize:
         quantize, rows = like_base(model, quantize), _rows_of_run(config, tokenizer, console)
@@ -93,14 +93,6 @@ def _rows_of_run(
     return None
 
 
-def _in_form_of_rows(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Tokenizer:
-    """A tokenizer that writes chats as the rows were; a line if these were no chats."""
-    chats = in_form_of_rows(config, tokenizer)
-    if chats is not tokenizer:
-        say(console, "template  chats are written as the rows were: '### Instruction:' and so on")
-    return chats
-
-
 def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dict[str, Any]:
     """Write an adapter in another format, or the whole model as a GGUF."""
     flags = {"--type": args.type, "--ollama": args.ollama, "--lmstudio": args.lmstudio}
@@ -141,7 +133,7 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     if config.model.adapter is None:  # nothing was learned over packed weights
         config = replace(config, model=replace(config.model, bits=None))
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
-    chats = _in_form_of_rows(config, tokenizer, console)
+    chats = in_form_of_rows(config, tokenizer, console)
     rows = None
     # Of 8 bits plain rounding keeps all that was learned.
     if config.model.adapter is not None and kind in ("q4_0", "q4_1", "q5_0", "q5_1"):

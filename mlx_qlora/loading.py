@@ -7,6 +7,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from mlx_qlora import device
 from mlx_qlora.adapters.options import is_mlx_lm
 from mlx_qlora.adapters.origin import run_of
@@ -15,7 +17,7 @@ from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
 from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
 from mlx_qlora.data.read import own_template
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer, read_configs
-from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, size
+from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, say, size
 from mlx_qlora.folders import RECORD, json_object, reading, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -170,7 +172,9 @@ def form_of_rows(config: RunConfig) -> str:
     return str(data.get("format", "")) if isinstance(data, dict) else ""
 
 
-def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
+def in_form_of_rows(
+    config: RunConfig, tokenizer: Tokenizer, console: Console | None = None
+) -> Tokenizer:
     """A tokenizer that writes a chat as an adapter's rows were, if all were instructions.
 
     The model has never seen what it was taught in the form of its own chats.
@@ -178,6 +182,8 @@ def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
     data = as_taught(config).data
     if form_of_rows(config) != "alpaca" or data.system or data.template not in ("auto", *ALPACA):
         return tokenizer
+    if console is not None:
+        say(console, "template  chats are written as the rows were: '### Instruction:' and so on")
     return tokenizer.with_chat_template(alpaca_template(tokenizer.adds_bos, data.template))
 
 
