@@ -85,7 +85,6 @@ PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
 WRITTEN += tuple(f"plots/{name}.svg" for name in PLOTS)
-N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the report
 
 # ---- what a run starts from ----------------------------------------------------------------------
 
@@ -342,7 +341,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
 def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainResult:
     """Train on opened inputs and leave an output folder; the report compares with the plan."""
     model = processes().agree(inputs.load)
-    return _run(model, inputs, console, plan, N_QUESTIONS)
+    return _run(model, inputs, console, plan)
 
 
 @checked
@@ -397,15 +396,11 @@ def fine_tune(
             warn(console, line)
         return Inputs(settled, tokenizer, model.config, train_examples, validation)
 
-    return _run(model, everyone.agree(opened), console, None, 0)
+    return _run(model, everyone.agree(opened), console)
 
 
 def _run(
-    model: LlamaForCausalLM,
-    inputs: Inputs,
-    console: Console,
-    plan: "Plan | None",
-    n_questions: int,
+    model: LlamaForCausalLM, inputs: Inputs, console: Console, plan: "Plan | None" = None
 ) -> TrainResult:
     """Prepare, train, save, report. Processes other than the first one only train and score."""
     from mlx_qlora.after.observer import Observer
@@ -421,7 +416,7 @@ def _run(
             say(console, "model     begins as it did before it was trained in this folder")
         assert inputs.begins is not None
         model.update(nested(inputs.begins.weights(model)))
-        observer = Observer(model, inputs, console, n_questions, plan)
+        observer = Observer(model, inputs, console, plan)
         stack.push(observer.ended)
         others = f", process {everyone.rank} of {everyone.size}" if everyone.size > 1 else ""
         say(
