@@ -169,7 +169,7 @@ class Inputs:
         start = flat(model.trainable_parameters()) if start is None else start
         begins = Beginning(self.output.absolute(), config.lora, lora_layers(model)[0][1], start)
         with bound(model, begins.weights(model)):
-            fingerprint = fingerprint_of(model, self.train, self.validation, config, base)
+            fingerprint = fingerprint_of(model, self, config, base)
         state = RunState(fingerprint=fingerprint, config=deciding_values(config))
         return replace(self, config=config, base=base, state=state, begins=begins)
 
@@ -459,7 +459,7 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
     with locked(output):
         remove_leftovers(output, NAMES)
         inputs = inputs.to_resume(console)
-        write_record(output, inputs.config, inputs.state.fingerprint, inputs.train)
+        write_record(inputs)
         yield inputs
 
 
