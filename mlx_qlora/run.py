@@ -301,12 +301,11 @@ def open_inputs(
     inputs = Inputs(settled, tokenizer, llama, train, validation, test, checkpoint)
     for report in inputs.reports:
         say(console, f"data      {report}")
-    packed = checkpoint is not None and bool(checkpoint.packing)
     if writes:
         check_needs(config, validation)
     # Who only looks at rows, or at a model, may give a run's whole config file.
     matters = ("",) if writes else ("data.", "training.", *["model."] * weights)
-    for line in without_effect(asked, settled, train, validation, packed):
+    for line in without_effect(asked, inputs):
         if line.startswith(matters):
             warn(console, line)
     if split:
@@ -392,9 +391,10 @@ def fine_tune(
         for line in explained(config, settled, train_examples, validation):
             say(console, line)
         check_needs(config, validation)
-        for line in without_effect(config, settled, train_examples, validation):
+        inputs = Inputs(settled, tokenizer, model.config, train_examples, validation)
+        for line in without_effect(config, inputs):
             warn(console, line)
-        return Inputs(settled, tokenizer, model.config, train_examples, validation)
+        return inputs
 
     return _run(model, everyone.agree(opened), console)
 
