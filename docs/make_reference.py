@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import mlx_qlora as mq
-from mlx_qlora.cli import COMMANDS, make_parser
+from mlx_qlora.cli import ALL, COMMANDS, make_parser
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -74,7 +74,7 @@ def cli_page() -> str:
         lines += ["", f"## mlx-qlora {name}", "", parser.description or helps[name]]
         about = COMMANDS[name]
         if about.sections:
-            read = [f"{'some of ' if about.reads[s] else ''}`{s}`" for s in about.sections]
+            read = [f"{'' if about.reads[s] == ALL else 'some of '}`{s}`" for s in about.sections]
             lines += ["", f"Reads the fields of {', '.join(read)}; `--help-all` lists them."]
         actions = [_row(action) for action in _actions(parser)]
         alone = [action for action in _actions(parser) if _row(action) not in shared]

@@ -32,7 +32,7 @@ COMPLETED = {
     ASSIGNMENT: {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"},
 }
 ALL = "all"
-EVERY_SECTION = "model", "lora", "data", "training", "checkpointing", "logging", "generation"
+EVERY_SECTION = "model lora data training checkpointing logging generation".split()
 _TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text("utf-8"))
 _GROUPS = _TABLE.pop("groups")
 SHORTHANDS: dict[str, list[str]] = _TABLE.pop("flags")  # flag -> field, what its value is called
@@ -54,18 +54,19 @@ class Command:
         self.quiet = quiet  # whether it can work without a word
         self.json = json  # whether it can end in a JSON object
         self.shorthands = [*SHORTHANDS] if shorthands == ALL else shorthands.split()
-        self._reads = dict.fromkeys(EVERY_SECTION, ALL) if reads == ALL else dict(reads or {})
+        every = dict.fromkeys(EVERY_SECTION, ALL) if reads == ALL else {}
+        self.reads: dict[str, str] = every if isinstance(reads, str) else {**reads}
 
     @property
     def sections(self) -> Sequence[str]:
         """The sections of which it reads anything."""
-        return [*self._reads]
+        return [*self.reads]
 
     def fields(self, section: str) -> Sequence[str]:
         """The fields of a section that change what it does; others are refused."""
         from mlx_qlora.config import SECTIONS
 
-        read = self._reads.get(section, "")
+        read = self.reads.get(section, "")
         if read == ALL:
             return [*SECTIONS[section].__dataclass_fields__]
         return [field for word in read.split() for field in _GROUPS.get(word, word).split()]

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -33,6 +33,9 @@ from mlx_qlora.names import ADAPTER_KINDS, FIELD_OF, INSTEAD, MEANINGS, translat
 from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig
+
+if TYPE_CHECKING:
+    from mlx_qlora.run import Inputs
 
 Values = dict[str, dict[str, Any]]  # section -> field -> value
 Notes = list[str] | None  # lines, to which more are appended
@@ -342,20 +345,15 @@ def check_needs(config: RunConfig, validation: Examples | None) -> None:
             )
 
 
-def without_effect(
-    config: RunConfig,
-    settled: RunConfig,
-    train: Examples,
-    validation: Examples | None = None,
-    packed: bool = False,
-) -> list[str]:
-    """The fields that somebody set and that this run has no use for, each with the reason.
+def without_effect(config: RunConfig, inputs: "Inputs") -> list[str]:
+    """The fields that somebody set and that a run has no use for, each with the reason.
 
-    A field that every run of a command ignores is refused before (commands.toml). A limit
-    that nothing reaches, such as `data.max_refused`, has had its effect. `settled` is the `config`
-    after `settle`; `packed` files hold quantised weights.
+    A field that every run of a command ignores is refused before (commands.toml). A limit that
+    nothing reaches, such as `data.max_refused`, has had its effect.
     """
     checkpointing, training = config.checkpointing, config.training
+    settled, train, validation = inputs.config, inputs.train, inputs.validation
+    packed = inputs.checkpoint is not None and bool(inputs.checkpoint.packing)
     files = "the weights are quantised in the files" * packed
     adapter = "training continues from an adapter" * (config.model.adapter is not None)
     named = [name for name in ("validation", "test") if getattr(config.data, f"{name}_path")]

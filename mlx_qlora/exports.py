@@ -4,7 +4,7 @@ import argparse
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -13,8 +13,12 @@ from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import like_base, save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
-from mlx_qlora.config import RunConfig
-from mlx_qlora.errors import ConfigError, require, say, size, waiting, warn
+from mlx_qlora.config import RunConfig, build
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.preferences import KIND_OF
+from mlx_qlora.data.read import train_validation_test
+from mlx_qlora.data.tokenizer import Tokenizer
+from mlx_qlora.errors import ConfigError, UserError, require, say, size, waiting, warn
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
     MERGED_FOLDER,
@@ -24,12 +28,8 @@ from mlx_qlora.folders import (
     is_merged,
     user_path,
 )
-from mlx_qlora.loading import in_form_of_rows, loaded, rows_of_run, with_adapter, with_model
+from mlx_qlora.loading import as_taught, in_form_of_rows, loaded, recorded, with_adapter, with_model
 from mlx_qlora.model.quantize import FLOAT_MODES, QuantConfig
-
-if TYPE_CHECKING:
-    from mlx_qlora.data.examples import Examples
-    from mlx_qlora.data.tokenizer import Tokenizer
 
 OUTPUT = "--output-dir"  # of merge and export
 
@@ -40,7 +40,7 @@ def merge(config: RunConfig, console: Console, args: argparse.Namespace) -> dict
     check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
     quantize = args.requantize and _packing(config, args.requantize)
     model, tokenizer = with_adapter(config)
-    chats = _in_form_of_rows(config, tokenizer, console)
+    chats = in_form_of_rows(config, tokenizer, console)
     rows = None
     if quantize:
         quantize, rows = like_base(model, quantize), _rows_of_run(config, tokenizer, console)
@@ -65,26 +65,32 @@ def _packing(config: RunConfig, text: str) -> QuantConfig:
 
 
 def _rows_of_run(
-    config: RunConfig, tokenizer: "Tokenizer", console: Console
-) -> "tuple[Examples, Examples | None] | None":
-    """What to calibrate a rounding with, and to measure it on; a line if there is nothing."""
-    rows, why = rows_of_run(config, tokenizer)
-    if rows is None:
-        warn(console, f"rounded plainly, and not measured: {why}; name rows with --data FILE")
-    else:
-        say(console, "rounding  layer by layer, so that the run's rows lose least, and measured on")
-        say(
-            console, "          held-out rows; on two CPU cores a minute for 100 million parameters"
-        )
-    return rows
+    config: RunConfig, tokenizer: Tokenizer, console: Console
+) -> tuple[Examples, Examples | None] | None:
+    """The rows to calibrate a rounding with, and to measure it on; a line if there are none.
 
-
-def _in_form_of_rows(config: RunConfig, tokenizer: "Tokenizer", console: Console) -> "Tokenizer":
-    """A tokenizer that writes chats as the rows were; a line if these were no chats."""
-    chats = in_form_of_rows(config, tokenizer)
-    if chats is not tokenizer:
-        say(console, "template  chats are written as the rows were: '### Instruction:' and so on")
-    return chats
+    Test rows go before validation rows, by which a run may have chosen its weights.
+    """
+    adapter = config.model.adapter
+    taught = build(recorded(adapter, "data", "training")) if adapter else RunConfig()
+    data, why = config.data, f"{adapter} has no run.yaml that names rows"
+    try:
+        if (data := data if data.path else taught.data).path is not None:
+            data, kind = as_taught(replace(config, data=data)).data, taught.training.objective
+            seed = taught.training.seed
+            parts = train_validation_test(data, tokenizer, seed, kind=KIND_OF[kind])
+            say(
+                console,
+                "rounding  layer by layer, so that the run's rows lose least, and measured on\n"
+                "          held-out rows; on two CPU cores a minute for 100 million parameters",
+            )
+            return parts[0], parts[2] or parts[1]
+    except UserError as error:
+        if config.data.path:
+            raise
+        why = f"the run's rows cannot be read ({error})"
+    warn(console, f"rounded plainly, and not measured: {why}; name rows with --data FILE")
+    return None
 
 
 def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +133,7 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
     if config.model.adapter is None:  # nothing was learned over packed weights
         config = replace(config, model=replace(config.model, bits=None))
     (model, tokenizer), base = loaded(with_model(config)), config.model.base_model_name_or_path
-    chats = _in_form_of_rows(config, tokenizer, console)
+    chats = in_form_of_rows(config, tokenizer, console)
     rows = None
     # Of 8 bits plain rounding keeps all that was learned.
     if config.model.adapter is not None and kind in ("q4_0", "q4_1", "q5_0", "q5_1"):

@@ -7,17 +7,17 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from mlx_qlora import device
 from mlx_qlora.adapters.options import is_mlx_lm
 from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
 from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
-from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.preferences import KIND_OF
-from mlx_qlora.data.read import own_template, train_validation_test
+from mlx_qlora.data.read import own_template
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer, read_configs
-from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, size
+from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, say, size
 from mlx_qlora.folders import RECORD, json_object, reading, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -172,7 +172,9 @@ def form_of_rows(config: RunConfig) -> str:
     return str(data.get("format", "")) if isinstance(data, dict) else ""
 
 
-def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
+def in_form_of_rows(
+    config: RunConfig, tokenizer: Tokenizer, console: Console | None = None
+) -> Tokenizer:
     """A tokenizer that writes a chat as an adapter's rows were, if all were instructions.
 
     The model has never seen what it was taught in the form of its own chats.
@@ -180,30 +182,9 @@ def in_form_of_rows(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
     data = as_taught(config).data
     if form_of_rows(config) != "alpaca" or data.system or data.template not in ("auto", *ALPACA):
         return tokenizer
+    if console is not None:
+        say(console, "template  chats are written as the rows were: '### Instruction:' and so on")
     return tokenizer.with_chat_template(alpaca_template(tokenizer.adds_bos, data.template))
-
-
-def rows_of_run(
-    config: RunConfig, tokenizer: Tokenizer
-) -> tuple[tuple[Examples, Examples | None] | None, str]:
-    """The rows that an adapter's run, or `data.path`, trains on and holds out; or why none.
-
-    Test rows go before validation rows, by which a run may have chosen its weights.
-    """
-    adapter = config.model.adapter
-    taught = build(recorded(adapter, "data", "training")) if adapter else RunConfig()
-    data = config.data if config.data.path else taught.data
-    if data.path is None:
-        return None, f"{adapter} has no run.yaml that names rows"
-    try:
-        data = as_taught(replace(config, data=data)).data
-        kind = KIND_OF[taught.training.objective]
-        parts = train_validation_test(data, tokenizer, taught.training.seed, kind=kind)
-    except UserError as error:
-        if config.data.path:
-            raise
-        return None, f"the run's rows cannot be read ({error})"
-    return (parts[0], parts[2] or parts[1]), ""
 
 
 def with_tokenizer_of(adapter: str | Path | None, tokenizer: Tokenizer) -> Tokenizer:

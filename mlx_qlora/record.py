@@ -5,13 +5,12 @@ import importlib.metadata
 import json
 import math
 import platform
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_qlora import __version__, device
 from mlx_qlora.adapters.origin import base_hash
 from mlx_qlora.adapters.peft import adapter_tensors
 from mlx_qlora.config import RunConfig, Values, to_dict, to_yaml, with_whole_paths
-from mlx_qlora.data.examples import Examples
 from mlx_qlora.distributed import processes
 from mlx_qlora.folders import RECORD, write_whole
 from mlx_qlora.model.hub import sample_of
@@ -20,13 +19,12 @@ from mlx_qlora.model.lora import begins_with_base, lora_layers
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.train.config import NUMERICS
 
+if TYPE_CHECKING:
+    from mlx_qlora.run import Inputs
+
 
 def fingerprint_of(
-    model: LlamaForCausalLM,
-    examples: Examples,
-    validation: Examples | None,
-    config: RunConfig,
-    base: str,
+    model: LlamaForCausalLM, inputs: "Inputs", config: RunConfig, base: str
 ) -> dict[str, str]:
     """Hash what decides the weights: two runs with the same hashes end with the same bytes.
 
@@ -45,7 +43,7 @@ def fingerprint_of(
     if packed and begins_with_base(model.lora_config.init_lora_weights):
         digest.update(b"the base as it is")  # these runs once changed it
     decides = json.dumps(deciding_values(config), sort_keys=True)
-    rows = examples.digest + (validation.digest if validation else "")
+    rows = inputs.train.digest + (inputs.validation.digest if inputs.validation else "")
     return {
         "config": hashlib.sha256(decides.encode()).hexdigest(),
         "data": hashlib.sha256(rows.encode()).hexdigest(),
@@ -55,18 +53,16 @@ def fingerprint_of(
     }
 
 
-def write_record(
-    output: Path, config: RunConfig, fingerprint: dict[str, str], examples: Examples
-) -> None:
+def write_record(inputs: "Inputs") -> None:
     """Write `run.yaml` and `training_args.json`: what is needed to repeat the run."""
     names = ("mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
     versions = {name: importlib.metadata.version(name) for name in names}
-    config = with_whole_paths(config)
+    config, examples, output = with_whole_paths(inputs.config), inputs.train, inputs.output
     record = {
         "config": to_dict(config),
         "versions": {"mlx-qlora": __version__, "python": platform.python_version(), **versions},
         "machine": device.facts(),
-        "fingerprint": fingerprint,
+        "fingerprint": inputs.state.fingerprint,
         "data": {
             "rows": len(examples),
             "tokens": int(examples.lengths.sum()),

@@ -85,7 +85,6 @@ PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
 WRITTEN += tuple(f"plots/{name}.svg" for name in PLOTS)
-N_QUESTIONS = 3  # held-out rows that a run answers before and after, for the report
 
 # ---- what a run starts from ----------------------------------------------------------------------
 
@@ -170,7 +169,7 @@ class Inputs:
         start = flat(model.trainable_parameters()) if start is None else start
         begins = Beginning(self.output.absolute(), config.lora, lora_layers(model)[0][1], start)
         with bound(model, begins.weights(model)):
-            fingerprint = fingerprint_of(model, self.train, self.validation, config, base)
+            fingerprint = fingerprint_of(model, self, config, base)
         state = RunState(fingerprint=fingerprint, config=deciding_values(config))
         return replace(self, config=config, base=base, state=state, begins=begins)
 
@@ -301,12 +300,11 @@ def open_inputs(
     inputs = Inputs(settled, tokenizer, llama, train, validation, test, checkpoint)
     for report in inputs.reports:
         say(console, f"data      {report}")
-    packed = checkpoint is not None and bool(checkpoint.packing)
     if writes:
         check_needs(config, validation)
     # Who only looks at rows, or at a model, may give a run's whole config file.
     matters = ("",) if writes else ("data.", "training.", *["model."] * weights)
-    for line in without_effect(asked, settled, train, validation, packed):
+    for line in without_effect(asked, inputs):
         if line.startswith(matters):
             warn(console, line)
     if split:
@@ -341,7 +339,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
 def run(inputs: Inputs, console: Console, plan: "Plan | None" = None) -> TrainResult:
     """Train on opened inputs and leave an output folder; the report compares with the plan."""
     model = processes().agree(inputs.load)
-    return _run(model, inputs, console, plan, N_QUESTIONS)
+    return _run(model, inputs, console, plan)
 
 
 @checked
@@ -392,19 +390,16 @@ def fine_tune(
         for line in explained(config, settled, train_examples, validation):
             say(console, line)
         check_needs(config, validation)
-        for line in without_effect(config, settled, train_examples, validation):
+        inputs = Inputs(settled, tokenizer, model.config, train_examples, validation)
+        for line in without_effect(config, inputs):
             warn(console, line)
-        return Inputs(settled, tokenizer, model.config, train_examples, validation)
+        return inputs
 
-    return _run(model, everyone.agree(opened), console, None, 0)
+    return _run(model, everyone.agree(opened), console)
 
 
 def _run(
-    model: LlamaForCausalLM,
-    inputs: Inputs,
-    console: Console,
-    plan: "Plan | None",
-    n_questions: int,
+    model: LlamaForCausalLM, inputs: Inputs, console: Console, plan: "Plan | None" = None
 ) -> TrainResult:
     """Prepare, train, save, report. Processes other than the first one only train and score."""
     from mlx_qlora.after.observer import Observer
@@ -420,7 +415,7 @@ def _run(
             say(console, "model     begins as it did before it was trained in this folder")
         assert inputs.begins is not None
         model.update(nested(inputs.begins.weights(model)))
-        observer = Observer(model, inputs, console, n_questions, plan)
+        observer = Observer(model, inputs, console, plan)
         stack.push(observer.ended)
         others = f", process {everyone.rank} of {everyone.size}" if everyone.size > 1 else ""
         say(
@@ -463,7 +458,7 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
     with locked(output):
         remove_leftovers(output, NAMES)
         inputs = inputs.to_resume(console)
-        write_record(output, inputs.config, inputs.state.fingerprint, inputs.train)
+        write_record(inputs)
         yield inputs
 
 

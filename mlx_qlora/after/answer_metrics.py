@@ -238,7 +238,8 @@ def paired_row(
     `weights` (n,) are the tokens of each example; None counts examples alike.
     """
     changes = [tuned - values[0] for tuned in values[1:]]
-    return Row(metric, better, *(ratio_interval(each, weights) for each in (*values, *changes)))
+    intervals: Any = [ratio_interval(each, weights) for each in (*values, *changes)]
+    return Row(metric, better, *intervals)
 
 
 def perplexity_row(loss: Row) -> Row:

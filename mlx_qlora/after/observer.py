@@ -39,6 +39,7 @@ PAGE_EVERY = 5.0  # seconds between two versions of the page
 CELL_EVERY = 1.0  # and of a notebook's cell, which shows each step of a slow run
 ANSWERED = 0.5  # of the time in which a row is scored: a token of all answers
 ROWS = 12  # of the table in a notebook
+N_QUESTIONS = 3  # held-out rows that are answered before and after
 CANDIDATES = 20  # held-out rows, of which some are answered, and one's prompt is in a command
 MOST_TOKENS = 1536  # of a row that is answered; longer ones take too long to read
 
@@ -48,24 +49,20 @@ class Observer:
 
     The base is frozen, so that what the model said and scored before its training is found after
     it, without the adapter. The first process asks and writes; the held-out rows are scored by all.
-    `n_questions` of them are answered; 0, of a run in Python, asks none, nor what was forgotten.
+    A run in Python answers none of them, and does not ask what was forgotten.
     """
 
     def __init__(
-        self,
-        model: LlamaForCausalLM,
-        inputs: Inputs,
-        console: Console,
-        n_questions: int,
-        plan: Plan | None,
+        self, model: LlamaForCausalLM, inputs: Inputs, console: Console, plan: Plan | None
     ) -> None:
         self.model, self.inputs, self.console, self.plan = model, inputs, console, plan
         self.processes = processes()
         held_out = inputs.test or inputs.validation
         self.held_out = good_answers(held_out) if held_out else None
-        rows = (self.held_out or ())[:CANDIDATES] if n_questions else []
+        self.in_python = inputs.checkpoint is None  # and the model was there already
+        rows = [] if self.in_python else (self.held_out or ())[:CANDIDATES]
         rows = [row for row in rows if len(row) <= MOST_TOKENS]
-        self.questions = questions(rows, inputs.tokenizer)[:n_questions]
+        self.questions = questions(rows, inputs.tokenizer)[:N_QUESTIONS]
         # Beyond twice the longest reference an answer is wrong however it ends.
         longest = max((question.tokens for question in self.questions), default=0)
         self.limit = min(inputs.config.generation.max_new_tokens, 2 * longest + 16)
@@ -76,7 +73,7 @@ class Observer:
         self.first_step, self.next_page = inputs.state.step, 0.0
         self.n_read, self.has_head, self.last_eval = 0, False, math.nan  # of the history
         self.cell: Any = None  # of a notebook
-        self.next_cell, self.in_python = 0.0, not n_questions
+        self.next_cell = 0.0
         self.at, self.began = "", 0.0  # the step, in words; when the watching did
 
     # ---- while it trains -------------------------------------------------------------------------

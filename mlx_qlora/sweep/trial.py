@@ -271,7 +271,7 @@ def measure(
     nats, tokens = np.zeros(0), np.zeros(0, int)
     try:
         trial = replace(inputs, config=config).prepare(model).to_resume(console)
-        write_record(output, trial.config, trial.state.fingerprint, trial.train)
+        write_record(trial)
         run, speed = _advance(model, trial, step, console)
         train_loss = statistics.fmean(run.state.recent_losses or [math.nan])
         scores = score_examples(model, inputs.tokenizer, inputs.validation)
