@@ -214,7 +214,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
             array.order = order
         elif name.endswith(".bias"):
             array = array[mx.array(order)]
-        if llama.norm_offset and hf_name.endswith("norm.weight") and name in vectors:
+        elif llama.norm_offset and hf_name.endswith("norm.weight"):
             array = array - llama.norm_offset
         tensors[hf_name] = array
     return config, tensors, metadata

@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from mlx_qlora.errors import ConfigError, did_you_mean, require
 from mlx_qlora.fields import config_section, option
-from mlx_qlora.model.dropout import Mask, position_words
+from mlx_qlora.model.dropout import Mask
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora_init import INITS, PLAIN, begins_with_base, initial, take_off
 from mlx_qlora.model.quantize import Given, Gradients, Linear, plus
@@ -187,19 +187,19 @@ class LoRALinear(nn.Module):
         return f"r={len(self.lora_A.weight)}, scale={self.scale:g}, dropout={self.dropout:g}"
 
     def __call__(self, x: mx.array, dropout_key: mx.array | None = None) -> mx.array:
-        """x (..., d_in) -> (..., d_out); dropout by a key (2,), or words (..., 2) per position."""
+        """x (..., d_in) -> (..., d_out); dropout by words (..., 2), two of each position."""
         return self.complete(self.base_layer.multiply(x), x, dropout_key)
 
     def complete(self, product: mx.array, x: mx.array, key: Given = None) -> mx.array:
         """The result for x (..., d_in), from its product with the base's W (..., d_out)."""
-        y, mask = self.base_layer.complete(product, x), self._mask(x, key)
+        y, mask = self.base_layer.complete(product, x), Mask(key, self.dropout)
         A, B = (factor.astype(x.dtype) for factor in self._beside_base())
         # The rank-r tensor is divided by the share that is kept: it is the smallest.
         return mx.addmm(y, (self.scale / mask.share) * (mask(x) @ A.T), B.T)
 
     def vjp(self, x: mx.array, dy: mx.array, key: Given, others: Given) -> Gradients:
         """As `Linear.vjp`, with A and B."""
-        mask, r = self._mask(x, key), len(self.lora_A.weight)
+        mask, r = Mask(key, self.dropout), len(self.lora_A.weight)
         A, B = (factor.astype(x.dtype) for factor in self._beside_base())
         scale, dropped = self.scale / mask.share, mask(x)
         down = scale * (dy @ B)  # (N, r), the gradient of dropped @ A.T
@@ -209,13 +209,6 @@ class LoRALinear(nn.Module):
         }
         dx = plus(others, self.base_layer.multiply_back(dy))
         return mask.add_to(dx, down @ A), gradients
-
-    def _mask(self, x: mx.array, key: mx.array | None) -> Mask:
-        if key is not None and key.ndim == 1:
-            position = mx.arange(math.prod(x.shape[:-1]), dtype=mx.int32)
-            (key,) = position_words(key[None], mx.zeros_like(position), position, 1)
-            key = key.reshape(*x.shape[:-1], 2)
-        return Mask(key, self.dropout)
 
     @property
     def initial_update(self) -> tuple[mx.array, mx.array] | None:
@@ -263,7 +256,7 @@ class DoRALinear(LoRALinear):
         PEFT's formula: with dropout, what the new lengths change of the base's output is dropped
         as the update is, and the base's own output is not.
         """
-        base, mask = self.base_layer, self._mask(x, key)
+        base, mask = self.base_layer, Mask(key, self.dropout)
         y, through_base = base.complete(product, x), product
         if mask.share < 1:
             x = mask(x) / mask.share

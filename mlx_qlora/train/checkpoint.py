@@ -34,7 +34,7 @@ from mlx_qlora.folders import (
     staged,
 )
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.train.config import NUMERICS, THEN
+from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.optim import AdamW
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def named_checkpoint(config: CheckpointingConfig) -> Path | None:
 def checkpoint_to_resume(
     config: CheckpointingConfig,
     state: RunState,
-    defaults: dict[str, Any] | None = None,
+    defaults: dict[str, Any],
 ) -> Start:
     """The checkpoint that the config asks for, every file of it hashed once, and its state.
 
@@ -326,16 +326,16 @@ def checkpoint_to_resume(
     """
     if config.resume_from_checkpoint == "none":
         return Start(None, state, [])
-    if (path := named_checkpoint(config)) is not None:
-        return Start(path, _same_run(path, read_state(path), state, defaults or {}), [])
-    damaged = []
-    for path in reversed(checkpoints(Path(config.output_dir))):
+    damaged, named = [], named_checkpoint(config)
+    for path in [named] if named else reversed(checkpoints(Path(config.output_dir))):
         try:
             saved = read_state(path)
         except ConfigError as error:
+            if named:
+                raise
             damaged.append(str(error))
             continue
-        return Start(path, _same_run(path, saved, state, defaults or {}), damaged)
+        return Start(path, _same_run(path, saved, state, defaults), damaged)
     if damaged:
         raise ConfigError(
             f"every checkpoint of {config.output_dir} is damaged:\n{listing(damaged)}\n"
@@ -375,12 +375,11 @@ def _same_run(
 def _differences(
     theirs: dict[str, Any], ours: dict[str, Any], defaults: dict[str, Any]
 ) -> Iterator[str]:
-    """Deciding fields whose values differ; one that a checkpoint lacks has its value of then."""
+    """Deciding fields whose values differ; one that a checkpoint lacks has today's default."""
     for section, fields in ours.items():
-        saved = theirs.get(section, {})
+        saved, then = theirs.get(section, {}), defaults.get(section, {})
         for name in {**fields, **saved}:
-            then = THEN.get(f"{section}.{name}", defaults.get(section, {}).get(name))
-            before, now = saved.get(name, then), fields.get(name)
+            before, now = saved.get(name, then.get(name)), fields.get(name)
             if before != now:
                 yield f"{section}.{name}: {before} -> {now}"
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
@@ -19,9 +18,6 @@ from mlx_qlora.train.optim import SCHEDULES, learning_rate
 # what a checkpoint without a number has. Whoever changes a trained bit raises it, records the
 # golden run again and says why in docs/log.md; a run is not continued under another number.
 NUMERICS = 2
-# A deciding field that a checkpoint is too old to have counts as its default of today. Where runs
-# did something else before there was the field, it stands here: "training.warmup_ratio": 0.0
-THEN: dict[str, Any] = {}
 USUAL_PASSES, MANY_PASSES = 3, 20  # that are a start, and that learn examples by heart
 # Examples in a step: 18 keep its gradient calm; a small data set rather has more steps, LEAST_STEPS
 # of them, but fewer than 4 examples make each step depend on which ones they are.

@@ -42,7 +42,12 @@ class Losses:
     kl: Any = None  # (S,) float32, KL(p || q), where the hidden states of q are given
 
 
-def cross_entropy(
+def cross_entropy(*args: Any, **named: Any) -> Losses:
+    """What `losses_by_slice` returns in the end."""
+    return result_of(losses_by_slice(*args, **named))
+
+
+def losses_by_slice(
     head: FrozenMatrix,
     hidden: mx.array,
     targets: mx.array,
@@ -50,8 +55,10 @@ def cross_entropy(
     softcap: float | None = None,
     base: mx.array | None = None,
     kl_weight: float = 0.0,
-) -> Losses:
+) -> Running[Losses]:
     """The losses of some tokens, and their gradient, or else the head's first choices.
+
+    Yields after each slice of the vocabulary what has to be computed before the next.
 
     Args:
         head: W (V, D), of whatever packing.
@@ -62,20 +69,6 @@ def cross_entropy(
         base: (S, D), hidden states of a model to measure the divergence from.
         kl_weight: so much of the divergence is in the nats and in their gradient.
     """
-    args = head, hidden, targets, differentiate, softcap, base, kl_weight
-    return result_of(losses_by_slice(*args))
-
-
-def losses_by_slice(
-    head: FrozenMatrix,
-    hidden: mx.array,
-    targets: mx.array,
-    differentiate: bool,
-    softcap: float | None = None,
-    base: mx.array | None = None,
-    kl_weight: float = 0.0,
-) -> Running[Losses]:
-    """As `cross_entropy`; yields after each slice what has to be computed before the next."""
     S, D = hidden.shape
     top, total, wanted = mx.full((S, 1), -mx.inf), mx.zeros((S, 1)), mx.zeros((S, 1))
     choices, mean_row = mx.zeros((S, 1), mx.uint32), mx.zeros((S, D))  # the latter not yet divided

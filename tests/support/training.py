@@ -114,7 +114,7 @@ def start(
     output.mkdir(exist_ok=True)
     config = settings(output, **fields)
     fresh = RunState(fingerprint=FINGERPRINT)
-    begin = checkpoint_to_resume(config.checkpointing, fresh)
+    begin = checkpoint_to_resume(config.checkpointing, fresh, {})
     made = inputs(
         make_examples() if examples is None else examples,
         make_examples(6, seed=9) if validation is None else validation,
