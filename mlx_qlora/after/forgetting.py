@@ -22,6 +22,7 @@ from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_ro
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.folders import read_text
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import each
 from mlx_qlora.train.score import Lend
@@ -107,8 +108,8 @@ def read_texts(path: Path, max_characters: int = MOST_CHARACTERS) -> list[str]:
     A ConfigError if it cannot be read as UTF-8, or holds no text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, most=1 << 30)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--general: {path} cannot be read as text: {error}") from None
     paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
     paragraphs = [paragraph[:max_characters] for paragraph in paragraphs if paragraph]
