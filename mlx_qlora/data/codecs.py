@@ -47,17 +47,29 @@ class TokenizersCodec:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, special tokens in it matched whole, nothing added around it."""
-        # Faster than `encode`, even for one text: no offsets are kept.
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:  # faster than `encode`, even for one text: no offsets are kept
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            raise _of_rust(error) from None
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Text of ids."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _of_rust(error) from None
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its text, or None."""
         return self._backend.token_to_id(token)
+
+
+def _of_rust(error: BaseException) -> BaseException:
+    """A panic, such as of a regex that takes too long, as an error of ours; another as it is."""
+    if type(error).__name__ != "PanicException":
+        return error
+    return TokenizerError(f"tokenizer.json fails on a text ({error}); download it again")
 
 
 class SplitCodec:
