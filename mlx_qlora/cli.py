@@ -166,7 +166,11 @@ def make_parser(
 class _Parser(argparse.ArgumentParser):
     # Python's neither spells out what it quotes nor says that it could not be written.
     def _print_message(self, message: str, file: Any = None) -> None:
-        print(visible(message), end="", file=file or sys.stderr, flush=True)
+        try:
+            print(visible(message), end="", file=file or sys.stderr, flush=True)
+        except OSError:
+            if file is sys.stdout:  # whose reader waits for an answer
+                raise
 
 
 class _Field(argparse.Action):
@@ -287,9 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, and not when Python ends: it may be a pipe that has broken
         return code
     except KeyboardInterrupt as stop:
-        with suppress(OSError):  # the terminal may be gone
-            if str(stop):  # a run that saved what it had says so
-                print(f"mlx-qlora: {stop}", file=sys.stderr, flush=True)
+        if str(stop):  # a run that saved what it had says so
+            _tell(str(stop))
         return 128 + getattr(stop, "signum", signal.SIGINT)
     except OSError as error:  # of what is printed: files have errors of their own
         if not _output_fails():
@@ -297,8 +300,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # whoever read us has seen enough, as `head` has
             return 128 + signal.SIGPIPE
-        print(f"mlx-qlora: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        _tell(f"standard output cannot be written: {error.strerror}")
         return 1
+
+
+def _tell(text: str) -> None:
+    """On standard error, which may be a terminal that is gone, or a full disk."""
+    with suppress(OSError):
+        print(f"mlx-qlora: {text}", file=sys.stderr, flush=True)
 
 
 def _output_fails() -> bool:
@@ -319,7 +328,7 @@ def _command(argv: Sequence[str]) -> int:
         if (error.name or "").partition(".")[0] != "mlx":
             raise
         fix = "pip install --upgrade --force-reinstall mlx mlx-lm"
-        print(f"mlx-qlora: MLX cannot be loaded ({error}); run: {fix}", file=sys.stderr)
+        _tell(f"MLX cannot be loaded ({error}); run: {fix}")
         return 2
     as_json = getattr(args, "json", False)
     if args.command == "completion":
@@ -339,7 +348,7 @@ def _command(argv: Sequence[str]) -> int:
         # What the system refuses, wherever that is, is no fault of ours.
         told = error if isinstance(error, UserError) else UserError(in_words(error))
         if prints(told):
-            print(f"mlx-qlora: {told}", file=sys.stderr)
+            _tell(str(told))
         if as_json and prints(told):
             _print_json({"error": str(told), "kind": type(error).__name__})
         return 2

@@ -30,6 +30,7 @@ from mlx_qlora.folders import (
     parse_json,
     parse_yaml,
     read_text,
+    reading,
     user_path,
 )
 from mlx_qlora.model.hub import HUB_ID, check_environment, hub_errors, resolve, token_refused
@@ -80,7 +81,8 @@ def read_facts(folder: Path, name: str = Facts.name) -> Facts:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, their numbers alone; none if there is no such file."""
     records = []
-    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    with reading(path, SourceError):
+        lines = read_text(path, 1 << 28, "replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             record = dict(parse_json(line))
@@ -298,7 +300,10 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
     if not folder.is_dir():
         raise SourceError(f"no such folder: {folder}; give the output folder of a run or a merge")
     present = [name for name in _names(folder) if (folder / name).stat().st_size]
-    card = (folder / CARD).read_bytes() if CARD in present else b""
+    card, keep = b"", "surrogateescape"  # whatever its bytes are
+    if CARD in present:
+        with reading(folder / CARD, ConfigError):
+            card = read_text(folder / CARD, errors=keep).encode(errors=keep)
     rewritten: dict[str, bytes] = {}
     if all(name in present for name in PEFT):
         uploaded = ADAPTER | (CHECKPOINTS if checkpoints else {})

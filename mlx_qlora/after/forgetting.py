@@ -22,6 +22,7 @@ from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_ro
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
+from mlx_qlora.folders import read_text
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import each
 from mlx_qlora.train.score import Lend
@@ -104,8 +105,8 @@ def degree(rise: float) -> str:
 def read_texts(path: Path) -> list[str]:
     """A text file's paragraphs, evenly spaced ones of many; a ConfigError if it has none."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, most=1 << 30)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--general: {path} cannot be read as text: {error}") from None
     paragraphs = [part.strip()[:MOST_CHARACTERS] for part in text.split("\n\n") if part.strip()]
     if not paragraphs:

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,17 +42,29 @@ class TokenizersCodec:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, special tokens in it matched whole, nothing added around it."""
-        # Faster than `encode`, even for one text: no offsets are kept.
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:  # faster than `encode`, even for one text: no offsets are kept
+            encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            raise _of_rust(error) from None
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Text of ids."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _of_rust(error) from None
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its text, or None."""
         return self.backend.token_to_id(token)
+
+
+def _of_rust(error: BaseException) -> BaseException:
+    """A panic, such as of a regex that takes too long, as an error of ours; another as it is."""
+    if type(error).__name__ != "PanicException":
+        return error
+    return TokenizerError(f"tokenizer.json fails on a text ({error}); download it again")
 
 
 class SplitCodec:
@@ -128,14 +140,9 @@ def open_tokenizers(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[
     backend.no_padding()
     if getattr(backend.model, "dropout", None):  # of BPE, for whoever trained with it
         backend.model.dropout = None
-    for part in filter(None, (backend.normalizer, backend.decoder, backend.post_processor)):
-        steps = [*_steps(json.loads(part.__getstate__()))]
-        if (times := math.prod(map(_growth, steps))) > 64:  # real ones: 2
+    for part in filter(None, (backend.normalizer, backend.decoder)):
+        if (times := _growth(json.loads(part.__getstate__()))) > 64:  # real ones: 2
             raise TokenizerError(f"{path} makes a text {times:,.0f} times as long; get it again")
-        for step in steps:  # `tokenizers` prints a traceback of its own when it encodes
-            pieces = {piece.get("SpecialToken", {}).get("id") for piece in step.get("single", ())}
-            if unknown := pieces - {None, *step.get("special_tokens", ())}:
-                raise TokenizerError(f"{path} adds {min(unknown)!r}, which has no id; get it again")
     known = backend.get_added_tokens_decoder()
     missing = [(i, token) for i, token in _added_tokens(config) if i not in known]
     backend.add_tokens([AddedToken(**token) for _, token in missing])
@@ -159,17 +166,10 @@ def open_tokenizers(path: Path, config: Mapping[str, Any]) -> tuple[Codec, dict[
     return TokenizersCodec(backend), {"add_bos_token": bos and prefix == [token_text(bos)]}
 
 
-def _steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parts of a normalizer, decoder or post-processor, one after another."""
-    if part["type"] == "Sequence":
-        for inner in next(value for key, value in part.items() if key != "type"):
-            yield from _steps(inner)
-    else:
-        yield part
-
-
 def _growth(part: dict[str, Any]) -> float:
     """How many times as long a text may become, by what a `tokenizer.json` has it replaced with."""
+    if part["type"] == "Sequence":
+        return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or ()))
     old, new = part.get("pattern", {}).get("String"), part.get("content", part.get("prepend", ""))
     return max(1.0, len(new) / len(old) if old else 1.0 + len(new))
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,7 @@ SHIPPED = [
     *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
     TOOL_TEMPLATE,
 ]
+_HIDING = threading.Lock()  # of what a process has once
 CONFIGS = ["generation_config.json", "config.json"]  # which name tokens that end a text
 TYPES: dict[str, Any] = dict.fromkeys(codecs.NAMED_TOKENS, str | dict | None)
 TYPES |= {"chat_template": str | list | None, "add_bos_token": bool | None}
@@ -166,6 +170,19 @@ def _whole_characters(text: str) -> str:
     return text
 
 
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """Hide standard error, where `tokenizers` writes of a panic that is an exception besides."""
+    with _HIDING, open(os.devnull, "w") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer:
     """Loads a model's tokenizer, whichever format it comes in.
 
@@ -173,7 +190,7 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     `mx.load(source, return_metadata=True)`. A TokenizerError says what cannot be used, and why.
     """
     source = Path(source)
-    with reading(source, TokenizerError):
+    with reading(source, TokenizerError), _without_panics():
         if gguf_metadata is not None:
             gguf = build_gguf_tokenizer(gguf_metadata, source.name)
             codec = codecs.TokenizersCodec(gguf.backend)

@@ -64,6 +64,7 @@ class LoraConfig:
         ranks = {f"rank_pattern.{key}": r for key, r in self.rank_pattern.items()}
         for name, r in {"r": self.r, **ranks}.items():
             require(r >= 1, f"lora.{name}", "be at least 1", r)
+            require(r <= 1 << 16, f"lora.{name}", f"be at most {1 << 16:,}", r)
         factors = {f"alpha_pattern.{key}": alpha for key, alpha in self.alpha_pattern.items()}
         factors |= {"lora_alpha": self.lora_alpha, "loraplus_lr_ratio": self.loraplus_lr_ratio}
         for name, factor in factors.items():

@@ -116,6 +116,7 @@ class TrainingConfig:
         check((*sizes, "max_steps", "max_skipped_steps"), "be at least 1", lambda n: n >= 1)
         positive = ("learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs", "beta")
         check(positive, "be above 0 and finite", lambda x: 0 < x < math.inf)
+        check(("num_train_epochs",), "be at most 1,000,000", lambda x: x <= 1e6)
         check(("warmup_steps", "weight_decay", "seed"), "be at least 0", lambda x: 0 <= x < 2**63)
         check(("warmup_ratio",), "be in [0, 1]", lambda x: 0 <= x <= 1)
         check(("label_smoothing",), "be in [0, 0.5)", lambda x: 0 <= x < 0.5)

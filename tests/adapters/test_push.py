@@ -244,6 +244,13 @@ def test_a_link_out_of_the_folder_is_not_followed(name, out, tmp_path):
         mq.push_to_hub(out, "me/mine", dry_run=True)
 
 
+@pytest.mark.parametrize("name", ["README.md", "metrics.jsonl"])
+def test_two_gigabytes_for_a_person_to_read_are_refused(name, out):
+    os.truncate(out / name, 2 << 30)
+    with pytest.raises(mq.errors.UserError, match=f"{name} cannot be read .it is larger than"):
+        mq.push_to_hub(out, "me/mine", dry_run=True)
+
+
 def test_a_link_within_the_folder_is_as_good_as_its_file(out):
     (out / "plots" / "loss.svg").rename(out / "loss.svg")
     (out / "plots" / "loss.svg").symlink_to(out / "loss.svg")

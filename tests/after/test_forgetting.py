@@ -1,6 +1,7 @@
 """Divergence and perplexity on general text against torch in float64."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,6 @@ def test_a_file_s_paragraphs_are_its_texts(tmp_path, monkeypatch):
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(mq.ConfigError, match="cannot be read as text"):
         read_texts(tmp_path / "b")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(mq.ConfigError, match="cannot be read as text: it is no file"):
+        read_texts(tmp_path / "pipe")

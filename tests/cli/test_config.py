@@ -222,6 +222,10 @@ def test_a_rate_may_be_written_in_any_way(tmp_path, text):
         ({"training": {"per_device_train_batch_size": 0}}, ["_batch_size must be at least 1"]),
         ({"training": {"per_device_train_batch_size": "most"}}, ["must be a number or auto"]),
         ({"training": {"num_train_epochs": -1.0}}, ["training.num_train_epochs must be above 0"]),
+        (
+            {"training": {"num_train_epochs": 1e300}},
+            ["num_train_epochs must be at most 1,000,000"],
+        ),
         ({"training": {"learning_rate": True}}, ["training.learning_rate must be number"]),
         ({"training": {"learning_rate": 10**400}}, ["training.learning_rate must be number"]),
         ({"training": {"learning_rate": 0}}, ["training.learning_rate must be above 0"]),

@@ -254,6 +254,14 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str], base: Path)
     assert (ended.returncode, ended.stderr) == (1, said)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("words", [["generate", "--model", "nowhere", "--prompt", "x"], ["--no"]])
+def test_an_error_that_cannot_be_written_is_an_error_all_the_same(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-m", "mlx_qlora", *words], stderr=full)
+    assert ended.returncode == 2
+
+
 @pytest.mark.parametrize("closed", [">&-", ">&- <&-", "2>&-"])
 @pytest.mark.parametrize("words", ["plan", "plan --json", "train --print-config"])
 def test_a_stream_that_is_closed_is_as_one_that_nobody_reads(

@@ -601,6 +601,17 @@ def test_dropout_left_in_the_file_changes_no_id(tmp_path):
     assert load_tokenizer(folder).encode(CORPUS[2]) == plain
 
 
+def test_a_regex_that_blows_up_is_an_error(tmp_path):
+    path = bpe_folder(tmp_path, **SPELLINGS["strings"]) / "tokenizer.json"
+    said = json.loads(path.read_text())
+    said["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+    path.write_text(json.dumps(said))
+    tokenizer = load_tokenizer(path.parent)
+    assert tokenizer.encode("count") and tokenizer.encode("aaa") == []
+    with pytest.raises(TokenizerError, match=r"fails on a text .*retry-limit"):
+        tokenizer.encode("a" * 40 + "b")
+
+
 def test_save_copies_what_the_folder_has(tmp_path):
     folder = bpe_folder(tmp_path / "base", **SPELLINGS["map of dicts"])
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -192,7 +192,11 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "tokenizer.json makes a text 1,004,006,004,001 times as long",
     ),
     "an answer that grows": (tokenizer(in_decoder), "times as long; get it again"),
-    "a token of no id": (tokenizer(unknown_piece), "tokenizer.json adds '<|x|>', which has no id"),
+    "a token of no id": (tokenizer(unknown_piece), "cannot be read (no entry found for key)"),
+    "a prefix longer than a token": (
+        tokenizer(lambda said: said["model"].update(continuing_subword_prefix="y" * 50)),
+        "cannot be read (range end index",
+    ),
     "an id beyond all": (tokenizer(distant_id), "no model has the id 4,294,967,294"),
     "an end by a word": (config(eos_token_id="x"), "eos_token_id must be an id or a list of ids"),
 }
@@ -200,13 +204,13 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_what_is_wrong_is_one_line(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spoil, said = MEMBERS[name]
     write_random_model(tmp_path)
     spoil(tmp_path)
     assert call("generate", "--model", tmp_path, "--prompt", "x") == 2
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert said in err and err.startswith("mlx-qlora: ") and not out, err
 
 
