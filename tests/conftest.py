@@ -79,6 +79,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
 
 
+def pytest_collection_finish() -> None:
+    """What files import lives as long as the process: it is not looked at again for garbage."""
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what is of a CPU's route, where another one is taken."""
     marker, route = item.get_closest_marker("cpu_route"), item.config.getoption("route")

@@ -235,7 +235,7 @@ def test_a_call_ends_with_the_header_of_its_result_where_that_is_an_end_token(na
 
 def test_what_a_template_adds_after_the_last_answer_is_not_learned():
     """Llama 3's first template always ends in the assistant's header."""
-    llama3 = load_tokenizer(npm_tokenizers.folder("llama3"))
+    llama3 = npm_tokenizers.opened("llama3")
     whole = llama3.render_chat(ROWS["several turns"]["messages"])
     assert whole.endswith("assistant<|end_header_id|>\n\n"), "the template is the first one"
     ((*_, (text, is_learned)),) = documents(ROWS["several turns"], llama3)
@@ -255,7 +255,7 @@ def test_history_decides_how_a_chat_is_written(tokenizer):
 
 def test_a_row_stays_one_example_whatever_it_becomes():
     """Its documents lie in one row of a batch, one after another, and count once."""
-    qwen = load_tokenizer(npm_tokenizers.folder("qwen3"))
+    qwen = npm_tokenizers.opened("qwen3")
     rows = [ROWS["several turns"], ROWS["one turn"], ROWS["thoughts"]]
     examples = mq.read_examples(rows, qwen, mq.DataConfig(cache_dir=None))
     assert len(examples) == examples.report.kept == 3
@@ -288,7 +288,7 @@ def test_marks_of_a_message_take_it_out_and_fractions_are_refused():
 
 
 def test_a_row_may_say_what_the_template_reads():
-    qwen = load_tokenizer(npm_tokenizers.folder("qwen3"))
+    qwen = npm_tokenizers.opened("qwen3")
     row = {**ROWS["one turn"], "chat_template_kwargs": {"enable_thinking": False}}
     (((context, _), (text, _)),) = documents(row, qwen)
     assert context.endswith("assistant\n<think>\n\n</think>\n\n") and text == "Hello.<|im_end|>\n"
@@ -330,7 +330,7 @@ def test_what_is_shown_of_a_row_is_each_of_its_documents():
 
     from mlx_qlora.before.inspect import print_rows
 
-    qwen = load_tokenizer(npm_tokenizers.folder("qwen3"))
+    qwen = npm_tokenizers.opened("qwen3")
     rows = [ROWS["several turns"], ROWS["one turn"], ROWS["thoughts"]]
     examples = mq.read_examples(rows, qwen, mq.DataConfig(cache_dir=None))
     shown = io.StringIO()

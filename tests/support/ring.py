@@ -134,7 +134,7 @@ def found_by(rank: int, folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / f"found-{rank}.json").read_text())
 
 
-def commands(n: int, runs: list[Any], folder: Path, seconds: float = 240) -> list[Any]:
+def commands(n: int, runs: list[Any], folder: Path, seconds: float = 600) -> list[Any]:
     """Runs several commands, each in the same n processes; arguments as of `prepare`.
 
     Returns:

@@ -32,6 +32,7 @@ from mlx_qlora.train.allreduce import MOST_BUCKETS, SMALLEST_BUCKET, GradientAll
 from mlx_qlora.train.checkpoint import checkpoints, read_state
 
 STEPS, CLOSE = 15, 1e-5
+SHORT = "training.max_steps=8"  # with a validation, a checkpoint, and a step after them
 LORA = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))  # weights of the tiny model, for r=1
 # What is sent in a step besides the gradients: three counts and three signals, and the loss sum.
 BESIDES = 6 * 8 + 4
@@ -45,12 +46,12 @@ KINDS = {
         *("training.learning_rate=0.02", "checkpointing.eval_steps=1"),
         *("checkpointing.early_stopping_patience=1", "checkpointing.load_best_model_at_end=true"),
     ),
-    "poisoned": (),
+    "poisoned": (SHORT,),
     "epoch": ("training.max_steps=null", "training.num_train_epochs=1.02"),
     "large": ("lora.r=512", "training.max_steps=4", "checkpointing.save_steps=9"),
     "wide": (
         *("training.per_device_train_batch_size=3", "data.prompt_loss_weight=0.1"),
-        "training.kl_weight=0.5",
+        *("training.kl_weight=0.5", SHORT),
     ),
     "judged": ("training.objective=kto", "training.max_steps=12"),
     "tested": SPLIT,
@@ -173,10 +174,10 @@ def eventful(place: Place) -> dict[str, Any]:
         return {"words": place.words(name, 2, *more), **event}
 
     return {
-        "slow": one("slow", "training.max_steps=8", slow_save=2.0, patience=1.5),
+        "slow": one("slow", SHORT, slow_save=2.0, patience=1.5),
         "signalled": [one("signalled"), one("signalled", signalled=STEPS // 5)],
-        "hungry": [one("hungry"), one("hungry", starved=(4, 4))],
-        "full": one("full"),
+        "hungry": [one("hungry", SHORT), one("hungry", SHORT, starved=(4, 4))],
+        "full": one("full", SHORT),
         "starved": [one("starved"), one("starved", starved=(9, 10))],
     }
 
