@@ -54,8 +54,9 @@ class Command:
         self.quiet = quiet  # whether it can work without a word
         self.json = json  # whether it can end in a JSON object
         self.shorthands = [*SHORTHANDS] if shorthands == ALL else shorthands.split()
-        every = dict.fromkeys(EVERY_SECTION, ALL) if reads == ALL else {}
-        self.reads: dict[str, str] = every if isinstance(reads, str) else {**reads}
+        if isinstance(reads, str):
+            reads = dict.fromkeys(EVERY_SECTION if reads == ALL else (), ALL)
+        self.reads = reads  # section -> its fields, and groups of them
 
     @property
     def sections(self) -> Sequence[str]:
