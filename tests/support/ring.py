@@ -268,15 +268,15 @@ def acknowledged() -> int:
     What other programs send over the same device is not in it. 0 on other systems.
     """
     total = 0
-    for connection in tcp_sockets():
+    for connection in open_sockets():
         with contextlib.suppress(OSError):  # a listener
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
     return total
 
 
-def tcp_sockets() -> Iterator[socket.socket]:
-    """Those of this process, on Linux; each is closed here, not there, once the next is asked."""
+def open_sockets() -> Iterator[socket.socket]:
+    """This process's sockets, on Linux, each a copy that is closed when the next is taken."""
     for link in Path("/proc/self/fd").iterdir() if sys.platform.startswith("linux") else ():
         with contextlib.suppress(OSError):  # closed meanwhile
             if os.readlink(link).startswith("socket:"):
@@ -294,7 +294,7 @@ def wait_in_the_kernel() -> None:
 
     def init_and_wait(*words: Any, **more: Any) -> Any:
         group = init(*words, **more)
-        for connection in tcp_sockets():
+        for connection in open_sockets():
             connection.setblocking(True)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, 4000))
