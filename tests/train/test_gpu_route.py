@@ -15,7 +15,7 @@ from support.models import LLAMA_31_8B, randomise_lora
 
 from mlx_qlora import device
 from mlx_qlora.data.batches import Batch
-from mlx_qlora.model import attention, lora, quantize
+from mlx_qlora.model import attention, lora_init, quantize
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.llama import DecoderLayer, LlamaForCausalLM
@@ -173,7 +173,7 @@ def test_loss_and_grads_keeps_the_contract(hf_tiny, name):
 
 
 def test_a_factorisation_on_the_gpu_s_stream_is_found(hf_tiny, monkeypatch):
-    monkeypatch.setattr(lora, "_randomised_svd", svd_by_mlx)
+    monkeypatch.setattr(lora_init, "_randomised_svd", svd_by_mlx)
     init = {"init_lora_weights": "pissa_niter_2"}
 
     def run(route: Route) -> None:
