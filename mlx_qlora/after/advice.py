@@ -130,9 +130,7 @@ def repeats_itself(history: History) -> Iterator[Advice]:
     for last in [r for r in _validations(history) if "eval_repetition" in r][-1:]:
         ours, theirs = last["eval_repetition"], last["eval_reference_repetition"]
         if ours > theirs + STUTTER:
-            finding = (
-                f"{ours:.0%} of the model's first choices repeat the token before them, where "
-            )
+            finding = f"{ours:.0%} of the model's first choices repeat the token before them, "
             finding += f"where the references have {theirs:.0%}"
             remedy = "train for fewer steps, lower training.learning_rate, and look for rows that "
             remedy += "repeat themselves; when generating, raise generation.repetition_penalty"
