@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from mlx_qlora.data.chats import ALPACA, CANNOT_WRITE, NAMED, NO_TEMPLATE, ROW_DATE, Template
 from mlx_qlora.data.encode import (
@@ -152,6 +153,7 @@ def read_examples(
     config: DataConfig | None = None,
     *,
     objective: str = "sft",
+    console: Console | None = None,
 ) -> Examples:
     """Reads, renders and tokenises all rows of one source.
 
@@ -161,6 +163,7 @@ def read_examples(
             parts the training files are read.
         config: template, lengths and what is learned; its own paths are not read.
         objective: of the training: dpo, orpo and simpo read pairs of answers, kto judged ones.
+        console: says what is done while it is done; what is refused or not used is no warning then.
 
     Returns:
         The kept rows; `.report` says what was refused and why, by line, or by row from 1 on.
@@ -180,9 +183,10 @@ def read_examples(
         name, files = "rows", [in_memory(source)]
     rule = f"be one of {', '.join(map(repr, KIND_OF))}"
     require(objective in KIND_OF, "objective", rule, objective)
-    examples = _read_all([(name, files)], tokenizer, config, KIND_OF[objective])[0]
+    with console.status("tokenising") if console else contextlib.nullcontext():
+        examples = _read_all([(name, files)], tokenizer, config, KIND_OF[objective])[0]
     report = examples.report
-    if report.refused or report.unread:
+    if console is None and (report.refused or report.unread):
         about = "\n  rows are counted from 1" * bool(report.refused)
         warnings.warn(f"{report}{about}", DataWarning, stacklevel=3)  # above `checked`
     return examples

@@ -3,13 +3,16 @@
 import datetime
 import errno
 import gzip
+import io
 import json
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from support.limits import files_of_at_most, small_chunks
 from support.tiny_folder import CHAT, write_tokenizer
 
@@ -793,3 +796,12 @@ def test_columns_that_no_format_has_are_refused() -> None:
         DataConfig(columns={"ouput": "answer"})
     with pytest.raises(ConfigError, match=r"data\.system must not be empty"):
         DataConfig(system="")
+
+
+def test_a_console_says_what_is_done_and_refused_rows_are_no_warning_then(tokenizer) -> None:
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        examples = read_examples([{"text": "one"}, {"text": 1}], tokenizer, console=console)
+    assert len(examples.report.refused) == 1 and "tokenising" in said.getvalue()
