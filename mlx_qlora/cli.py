@@ -32,7 +32,7 @@ COMPLETED = {
     ASSIGNMENT: {"bash": "_mlx_qlora_fields", "zsh": "_mlx_qlora_fields"},
 }
 ALL = "all"
-EVERY_SECTION: list[str] = "model lora data training checkpointing logging generation".split()
+EVERY_SECTION: Sequence[str] = "model lora data training checkpointing logging generation".split()
 _TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text("utf-8"))
 _GROUPS = _TABLE.pop("groups")
 SHORTHANDS: dict[str, list[str]] = _TABLE.pop("flags")  # flag -> field, what its value is called
