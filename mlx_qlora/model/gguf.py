@@ -28,7 +28,7 @@ from mlx_qlora.errors import WeightsError, listing
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.gguf_terms import FACTORS, TOP_NAMES, config_of, module_names, permute
 from mlx_qlora.model.hub import check_readable, weight_files
-from mlx_qlora.model.quantize import QuantConfig, pack, unpack
+from mlx_qlora.model.quantize import QuantConfig, pack
 from mlx_qlora.model.stored import StoredTensor, stamp_of
 
 # ggml's type numbers -> (name, bytes per block, weights per block); the ones that MLX has, too.
@@ -65,7 +65,6 @@ STRING, ARRAY = 8, 9  # metadata types; the scalars with their struct codes:
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
 
-LOOKED_AT = 256  # rows of a matrix, to estimate an error
 BLOCK = 1 << 22  # weights that are packed at once
 Parts = tuple[mx.array, ...]  # of a packed matrix
 
@@ -154,14 +153,6 @@ class GgufMatrix:
         if zero is not None:
             return half[..., 0], zero * half[..., 0]
         return (half[..., 0], half[..., 1]) if self.kind in ("Q4_1", "Q5_1") else None
-
-    def added_error(self) -> float:
-        """What packing adds, relative to the matrix, by its first rows."""
-        rows = min(LOOKED_AT, self.shape[0])
-        parts, quant = self.pack(rows)
-        dense = self.dense(slice(rows))
-        gap = np.array(unpack(parts, quant, mx.float32)) - dense
-        return float(np.linalg.norm(gap) / max(np.linalg.norm(dense), 1e-30))
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
