@@ -59,7 +59,7 @@ class Facts:
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
     """The facts of any folder with a PEFT adapter; a SourceError if a file cannot be read."""
     states = map(_read_object, folder.glob("checkpoint-*/trainer_state.json"))
-    seen = [state.get("num_input_tokens_seen") or 0 for state in states]
+    seen = [n for state in states if type(n := state.get("num_input_tokens_seen")) is int]
     record = _read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
     if not record and (folder / "run.yaml").is_file():
         record = {"config": _read_object(folder / "run.yaml")}

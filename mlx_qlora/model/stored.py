@@ -32,6 +32,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     kind: str  # safetensors' name of its dtype
     stamp: Stamp = (0, 0, 0)  # of the file when it was opened
+    name: str = ""
     # The checksum of all its bytes, and the file's ctime (ns) when it was last computed.
     checked: dict[str, int] = field(default_factory=dict, compare=False)
 
@@ -43,7 +44,8 @@ class StoredTensor:
     def read(self, rows: np.ndarray | None = None) -> mx.array:
         """The tensor, or the rows of some numbers; bfloat16 as the uint16 of its bits.
 
-        May be called in any thread. A WeightsError if the file has changed since it was opened.
+        May be called in any thread. A WeightsError if the file has changed since it was opened, or
+        if a number is NaN or infinite, which is looked for once.
         """
         whole, rows = rows is None, np.arange(self.shape[0]) if rows is None else rows
         # Of pages that are not there yet, so that the only copy in memory is MLX's.
@@ -78,9 +80,26 @@ class StoredTensor:
         """
         if self.checked.get("ctime") != ctime:
             checksum = zlib.crc32(content.data)
+            if "checksum" not in self.checked and not _is_finite(content, self.kind):
+                raise _not_finite(self.name, self.path)
             if self.checked.setdefault("checksum", checksum) != checksum:
                 raise EOFError("its content has changed")
             self.checked["ctime"] = ctime
+
+
+def _is_finite(content: np.ndarray, kind: str) -> bool:
+    """Whether no number is NaN or infinite, seen piece by piece, as the whole may be large."""
+    flat = content.reshape(-1)
+    for piece in (flat[at : at + (1 << 20)] for at in range(0, flat.size, 1 << 20)):
+        if kind == "BF16":
+            piece = (piece.astype(np.uint32) << 16).view(np.float32)
+        if piece.dtype.kind == "f" and not np.isfinite(piece).all():
+            return False
+    return True
+
+
+def _not_finite(name: str, path: Path, error: type[UserError] = WeightsError) -> UserError:
+    return error(f"{name} in {path} holds NaN or infinite numbers; fetch or write it again")
 
 
 def _read_into(file: int, offset: int, into: np.ndarray) -> None:
@@ -123,7 +142,7 @@ def check_finite(
             mx.eval(array)
         # Both keep NaN, and need no array of the same size.
         elif array.size and not mx.isfinite(mx.stack([array.max(), array.min()])).all().item():
-            raise error(f"{name} in {path} holds NaN or infinite numbers; fetch or write it again")
+            raise _not_finite(name, path, error)
 
 
 def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
@@ -148,7 +167,7 @@ def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
         raise error(f"{path} is truncated: {stamp[1]:,} of {end:,} bytes; fetch or write it again")
     return {
         name: StoredTensor(
-            path, start + n, tuple(header[name]["shape"]), header[name]["dtype"], stamp
+            path, start + n, tuple(header[name]["shape"]), header[name]["dtype"], stamp, name
         )
         for n, _, name in entries
     }

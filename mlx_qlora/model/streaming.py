@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.errors import ConfigError, size
-from mlx_qlora.folders import json_object, locked, staged, user_cache
+from mlx_qlora.folders import json_object, locked, remove, staged, user_cache
 from mlx_qlora.model.hub import ModelFiles, sample_of
 from mlx_qlora.model.quantize import PARTS, FrozenMatrix, QuantConfig
 
@@ -128,7 +128,7 @@ class PackedCopy:
                     yield False
                     return
                 for leftover in self._copies.glob(".*"):  # of processes that were killed
-                    shutil.rmtree(leftover)
+                    remove(leftover)
                 free = shutil.disk_usage(self._copies).free
                 if free < n_bytes:
                     raise ConfigError(

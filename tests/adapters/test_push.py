@@ -251,6 +251,12 @@ def test_two_gigabytes_for_a_person_to_read_are_refused(name, out):
         mq.push_to_hub(out, "me/mine", dry_run=True)
 
 
+def test_tokens_by_a_word_are_not_counted(out):
+    (out / "checkpoint-9").mkdir()
+    (out / "checkpoint-9" / "trainer_state.json").write_text('{"num_input_tokens_seen": "x"}')
+    assert mq.push_to_hub(out, "me/mine", dry_run=True).files
+
+
 def test_a_link_within_the_folder_is_as_good_as_its_file(out):
     (out / "plots" / "loss.svg").rename(out / "loss.svg")
     (out / "plots" / "loss.svg").symlink_to(out / "loss.svg")

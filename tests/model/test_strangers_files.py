@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -212,6 +213,20 @@ def test_what_is_wrong_is_one_line(
     assert call("generate", "--model", tmp_path, "--prompt", "x") == 2
     out, err = capfd.readouterr()
     assert said in err and err.startswith("mlx-qlora: ") and not out, err
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_nan_in_a_matrix_that_is_streamed_is_named(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_random_model(tmp_path)
+    number(UP, np.nan)(tmp_path)
+    path = str(tmp_path / "model.safetensors")
+    tensors = {k: v.astype(getattr(mx, kind)) for k, v in mx.load(path).items()}
+    mx.save_safetensors(path, tensors)
+    words = ["--prompt", "x", "model.residency=streamed", "model.bits=null"]
+    assert call("generate", "--model", tmp_path, *words) == 2
+    assert f"{UP} in {path} holds NaN or infinite numbers" in capfd.readouterr().err
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------

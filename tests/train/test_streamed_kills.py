@@ -110,6 +110,7 @@ def test_whoever_needs_a_copy_waits_for_the_process_that_writes_it(
     source: Path, cache: Path
 ) -> None:
     cache.mkdir(parents=True)
+    (cache / ".DS_Store").touch()  # which a Mac leaves wherever somebody looks
     written = "import sys; from pathlib import Path; from mlx_qlora.folders import locked\n"
     written += "with locked(Path(sys.argv[1]), wait=True): pass"
     words = [sys.executable, "-c", written, str(cache)]
