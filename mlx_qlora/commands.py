@@ -67,10 +67,10 @@ def config_of(args: argparse.Namespace, notes: list[str] | None = None) -> RunCo
     """
     notes, words = [] if notes is None else notes, list[str]()
     try:
-        file = getattr(args, "config", None)
+        file, assignments = getattr(args, "config", None), _assignments(args)
         values: dict[str, Any] = read_yaml(file, notes, words) if file else {}
         typed: dict[str, Any] = {}
-        for assignment in _assignments(args):
+        for assignment in assignments:
             set_override(typed, assignment, notes)
         _refuse_unread(args, typed)
         for one, other in (RUN_LENGTH, RUN_LENGTH[::-1]):

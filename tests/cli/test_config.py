@@ -544,3 +544,16 @@ def test_a_mistake_in_a_config_of_ours_is_nobody_else_s(
     (tmp_path / "ours.yaml").write_text(text)
     assert main(["train", "--config", str(tmp_path / "ours.yaml"), "--print-config"]) == 2
     assert "looks like" not in capsys.readouterr().err
+
+
+def test_a_wrong_word_of_the_command_is_not_blamed_on_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text(FOREIGN["mlx-lm"][0])
+    for file in (theirs, tmp_path / "missing.yaml"):
+        assert main(["train", "--config", str(file), "rows.jsonl"]) == 2
+        assert capsys.readouterr().err == (
+            "mlx-qlora: expected section.field=value; got 'rows.jsonl'; for a file of rows pass "
+            "--data rows.jsonl\n"
+        )
