@@ -17,7 +17,15 @@ from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
 from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
 from mlx_qlora.data.read import own_template
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer, read_configs
-from mlx_qlora.errors import AdapterWarning, ConfigError, StreamedWarning, UserError, say, size
+from mlx_qlora.errors import (
+    AdapterWarning,
+    ConfigError,
+    StreamedWarning,
+    UserError,
+    did_you_mean,
+    say,
+    size,
+)
 from mlx_qlora.folders import RECORD, json_object, reading, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -109,8 +117,11 @@ def with_model(config: RunConfig) -> RunConfig:
     if chosen.adapter is None:
         raise ConfigError("model.source is missing; name a model with --model SOURCE")
     if not user_path(chosen.adapter).is_dir():
+        near = [path.name for path in user_path(chosen.adapter).absolute().parent.glob("*/")]
+        hint = did_you_mean(Path(chosen.adapter).name, near)
         raise ConfigError(
-            f"model.adapter: there is no folder {chosen.adapter}; name the output folder of a run"
+            f"model.adapter: there is no folder {chosen.adapter}{hint}; name the output folder "
+            "of a run"
         )
     default = asdict(ModelConfig())
     given = {k: v for k, v in asdict(chosen).items() if v != default[k]}

@@ -185,7 +185,8 @@ class Observer:
                 say(console, f"advice    {advice}")
             if self.held_out and not console.is_terminal:  # which shows how far it is
                 answers = " and answers" * bool(self.questions)
-                say(console, f"scoring   held-out rows{answers}, before and after training")
+                when = "before and after training; Ctrl-C leaves it for later"
+                say(console, f"scoring   held-out rows{answers}, {when}")
         asked = self.questions if self.processes.is_first else []
         before = after = None
         if rows := self.held_out:

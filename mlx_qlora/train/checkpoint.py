@@ -366,6 +366,7 @@ def _same_run(
         raise ConfigError(
             f"{path} was made from another {' and '.join(changed)}"
             + (f":\n{listing(differences)}\n" if differences else ". ")
+            + "To continue it, give the values at the left. " * bool(differences)
             + "To start from the beginning pass checkpointing.resume_from_checkpoint=none, or "
             "choose another --output-dir"
         )

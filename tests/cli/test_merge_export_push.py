@@ -312,6 +312,13 @@ def test_push_lists_what_it_would_upload(run, capsys):
     assert "resume_state" not in shown
 
 
+def test_the_folder_that_was_meant_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    assert call("generate", "--adapter", "output", "--prompt", "x") == 2
+    assert "there is no folder output; did you mean 'outputs'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

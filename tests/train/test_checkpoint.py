@@ -499,6 +499,7 @@ def test_another_config_or_data_is_refused_and_nothing_is_touched(
     text = str(error.value)
     assert text.startswith(f"{path} was made from another {what}{':' if shown else '.'}")
     assert [line[2:] for line in text.splitlines() if line.startswith("  ")] == shown
+    assert ("To continue it, give the values at the left." in text) == bool(shown)
     assert "To start from the beginning pass checkpointing.resume_from_checkpoint=none" in text
     assert everything(copy) == before
 
