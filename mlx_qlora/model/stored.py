@@ -4,6 +4,7 @@ By plain reads and not by a mapping: a mapped file that gets shorter ends the pr
 count as the process's memory.
 """
 
+import math
 import os
 import struct
 import zlib
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from safetensors import safe_open
 
 from mlx_qlora.errors import UserError, WeightsError
 from mlx_qlora.folders import parse_json
@@ -20,6 +20,7 @@ from mlx_qlora.model.hub import check_readable
 
 # safetensors' names of dtypes -> NumPy's, which has no bfloat16.
 NUMPY = {"U32": np.uint32, "U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+BYTES = {kind: np.dtype(dtype).itemsize for kind, dtype in NUMPY.items()}
 Stamp = tuple[int, int, int]  # a file's number, size in bytes and time of the last change in ns
 
 
@@ -44,8 +45,11 @@ class StoredTensor:
     def read(self, rows: np.ndarray | None = None) -> mx.array:
         """The tensor, or the rows of some numbers; bfloat16 as the uint16 of its bits.
 
-        May be called in any thread. A WeightsError if the file has changed since it was opened, or
-        if a number is NaN or infinite, which is looked for once.
+        May be called in any thread.
+
+        Raises:
+            WeightsError: the file has changed since it was opened, or cannot be read; or a number
+                is NaN or infinite, which is looked for once.
         """
         whole, rows = rows is None, np.arange(self.shape[0]) if rows is None else rows
         # Of pages that are not there yet, so that the only copy in memory is MLX's.
@@ -146,28 +150,40 @@ def check_finite(
 
 
 def tensors_in(path: Path, error: type[Exception]) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, from its header; an `error` if it is damaged."""
+    """The tensors of a safetensors file by name, from its header.
+
+    Raises:
+        `error`, a class from `mlx_qlora.errors`, if the file cannot be read, or is damaged.
+    """
     check_readable(path, error)
+    tensors = {}
     try:
         stamp = stamp_of(path)
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > stamp[1]:
                 raise ValueError("the header is longer than the file")
-            header, start = parse_json(file.read(length)), 8 + length
-        header.pop("__metadata__", None)
-        entries = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        end = start + (entries[-1][1] if entries else 0)
-        if stamp[1] >= end:
-            with safe_open(path, "numpy"):  # compares shapes and places: no hole, no byte twice
-                pass
-    except Exception as problem:  # of a stranger's file, whatever its header holds
+            header = parse_json(file.read(length))
+        about = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("its __metadata__ is no map of texts")
+        end = start = 8 + length
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            shape, kind = tuple(entry["shape"]), str(entry["dtype"])
+            if any(type(n) is not int or n < 0 for n in (first, last, *shape)):
+                raise ValueError(f"{name} has the shape {shape} at {first} to {last}")
+            if start + first != end:  # as the format demands: no holes, and no byte twice
+                raise ValueError(f"{name} overlaps another tensor, or does not follow it")
+            n_bytes = math.prod(shape) * BYTES.get(kind, 0)
+            if last - first != n_bytes and kind in BYTES:
+                raise ValueError(f"{name} has {last - first:,} bytes, and its shape {n_bytes:,}")
+            end = start + last
+            tensors[name] = StoredTensor(path, start + first, shape, kind, stamp, name)
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise error(f"{path} is damaged ({problem}); fetch or write it again") from None
     if stamp[1] < end:
         raise error(f"{path} is truncated: {stamp[1]:,} of {end:,} bytes; fetch or write it again")
-    return {
-        name: StoredTensor(
-            path, start + n, tuple(header[name]["shape"]), header[name]["dtype"], stamp, name
-        )
-        for n, _, name in entries
-    }
+    if stamp[1] > end:  # which safetensors refuses, too
+        raise error(f"{path} has {stamp[1] - end:,} bytes too many; fetch or write it again")
+    return tensors

@@ -22,7 +22,7 @@ from mlx_qlora.cli import main
 from mlx_qlora.config import RunConfig, to_dict
 from mlx_qlora.cpu import attention as cpu_attention
 from mlx_qlora.folders import user_cache
-from mlx_qlora.model import dropout, llama
+from mlx_qlora.model import dropout, swiglu
 from mlx_qlora.model.rope import Rope
 from mlx_qlora.train import loop, loss
 from mlx_qlora.train.optim import AdamW
@@ -100,7 +100,7 @@ PLANTED = {
         "elementwise, bfloat16: RMSNorm",
     ),
     "SwiGLU's gradient": (
-        *(llama, "_backward"),
+        *(swiglu, "_backward"),
         lambda real: lambda *a: [x * 1.001 for x in real(*a)],
         "elementwise, float32: SwiGLU",
     ),

@@ -414,6 +414,7 @@ READ_WHOLE = {
     *("mlx_qlora/folders.py", "mlx_qlora/__init__.py", "mlx_qlora/adapters/drift.py"),
     *("mlx_qlora/adapters/peft.py", "mlx_qlora/adapters/push.py", "mlx_qlora/after/forgetting.py"),
     *("mlx_qlora/before/self_test.py", "mlx_qlora/cpu/blas.py", "mlx_qlora/data/store.py"),
+    *("mlx_qlora/cli.py", "mlx_qlora/names.py"),  # tables of the package
     *("mlx_qlora/device.py", "mlx_qlora/distributed.py", "mlx_qlora/train/metrics.py"),
 }
 

@@ -530,7 +530,7 @@ def test_dora_with_dropout_is_peft_s_formula_with_our_mask() -> None:
     mask = np.array(dropout.mask(words, 0.3, 40, mx.float32))
     assert 0.5 < mask.mean() < 0.9
     kept = x * mask / (1 - 0.3)
-    assert largest(np.array(layer(single, key)), peft(kept)) < 1e-4
+    assert largest(np.array(layer(single, words)), peft(kept)) < 1e-4
     dense = np.array(layer.merged())
     assert largest(dense, longer[:, None] * (W + scale * B @ A)) < 1e-4
 

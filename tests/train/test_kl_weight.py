@@ -146,7 +146,7 @@ def test_a_model_that_was_not_moved_is_no_distance_from_itself(hf_tiny, starts):
     untrained = engines["none"].base
     assert untrained is not None and (untrained.start is not None) == starts
     if starts:
-        model.update(untrained.start)
+        model.update(nested(untrained.start))
     else:
         weights = flat(model.trainable_parameters())
         model.update(nested({path: 0 * w for path, w in weights.items() if "lora_B" in path}))

@@ -227,10 +227,10 @@ def test_a_second_signal_stops_at_once(name, alone, tmp_path):
     process.send_signal(signal.Signals[name])
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == {"SIGINT": 130, "SIGTERM": -signal.SIGTERM}[name]
-    kept = f"{tmp_path}/out/checkpoint-8 is complete, and the same command continues from it"
+    kept = f"{tmp_path}/out/checkpoint-10 is complete, and the same command continues from it"
     assert said == ("" if name == "SIGTERM" else f"mlx-qlora: stopped by SIGINT; {kept}\n")
     there = sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*"))
-    assert there == ["checkpoint-6", "checkpoint-8"]
+    assert there == ["checkpoint-10", "checkpoint-9"]
 
 
 def test_a_signal_during_validation_leaves_it_to_the_next_process(warm, alone, resumes, tmp_path):
@@ -239,17 +239,17 @@ def test_a_signal_during_validation_leaves_it_to_the_next_process(warm, alone, r
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
-    assert f"saved {tmp_path / 'out' / 'checkpoint-12'}. " in said
+    assert f"saved {tmp_path / 'out' / 'checkpoint-6'}. " in said
     evals = [r["step"] for r in crash.figures(tmp_path / "out") if "eval_loss" in r]
-    assert evals == [6]
+    assert evals == [3]
 
     words = crash.command(alone.inputs, tmp_path)
-    moment = crash.Moment("rename", "out/checkpoint-12")
+    moment = crash.Moment("rename", "out/checkpoint-6")
     killed = warm.submit(crash.end_of, words, tmp_path, moment).result()
     assert killed.code == -signal.SIGKILL
-    assert "step 12: validation loss" in killed.out
-    assert not (tmp_path / "out" / "checkpoint-12").exists(), "the kill is between the renames"
-    resumes(tmp_path, 12)
+    assert "step 6: validation loss" in killed.out
+    assert not (tmp_path / "out" / "checkpoint-6").exists(), "the kill is between the renames"
+    resumes(tmp_path, 6)
 
 
 # ---- in Python ---------------------------------------------------------------------------------
