@@ -162,13 +162,10 @@ MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a pipe": (pipe("config.json"), "config.json is no file: put the file itself there"),
     "a pipe beside it": (pipe("generation_config.json"), "generation_config.json is no file"),
-    "two tensors in one place": (entries(overlap), "invalid offset for tensor"),
-    "a negative shape": (entries(lambda h: h[NORM].update(shape=[-64])), "is damaged (Error while"),
-    "a shape by a word": (entries(lambda h: h[NORM].update(shape="x")), "is damaged (Error while"),
-    "a shape of more": (
-        entries(lambda h: h[NORM].update(shape=[65])),
-        "invalid shape, data type, or",
-    ),
+    "two tensors in one place": (entries(overlap), "overlaps another tensor, or does not follow"),
+    "a negative shape": (entries(lambda h: h[NORM].update(shape=[-64])), f"{NORM} has the shape"),
+    "a shape by a word": (entries(lambda h: h[NORM].update(shape="x")), f"{NORM} has the shape"),
+    "a shape of more": (entries(lambda h: h[NORM].update(shape=[65])), "bytes, and its shape 260"),
     "an entry that is none": (
         entries(lambda h: h.update({NORM: 7})),
         "model.safetensors is damaged",
