@@ -347,11 +347,11 @@ def _command(argv: Sequence[str]) -> int:
         if getattr(error, "filename", "a user's") is None and _output_fails():
             raise
         # What the system refuses, wherever that is, is no fault of ours.
-        told = error if isinstance(error, UserError) else UserError(in_words(error))
-        if prints(told):
-            _tell(str(told))
-        if as_json and prints(told):
-            _print_json({"error": str(told), "kind": type(error).__name__})
+        shown = error if isinstance(error, UserError) else UserError(in_words(error))
+        if prints(shown):
+            _tell(str(shown))
+        if as_json and prints(shown):
+            _print_json({"error": str(shown), "kind": type(error).__name__})
         return 2
     if as_json and result is not None:
         _print_json(result)

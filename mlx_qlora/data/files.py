@@ -434,11 +434,11 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
             if twice := repeated(batch.schema.names):
                 raise ValueError(f"it names column {twice[0]!r} twice")
             start = 0
-            while few := batch.slice(start, FEW):
-                if is_long := few.nbytes > MOST_ROW:  # then one is unpacked at a time
-                    few = few.slice(0, 1)
-                start += len(few)
-                for row in few.to_pylist():
+            while piece := batch.slice(start, FEW):
+                if is_long := piece.nbytes > MOST_ROW:  # then one is unpacked at a time
+                    piece = piece.slice(0, 1)
+                start += len(piece)
+                for row in piece.to_pylist():
                     number += 1
                     if is_long and len(repr(row)) > MOST_ROW:
                         raise ValueError(f"row {number} is longer than {MOST_ROW:,} bytes")

@@ -132,8 +132,8 @@ class Tape:
         inputs = yield from self._values(piece.inputs)
         if piece.name == "attend":
             (q, k, v), reach = inputs, self.layer.self_attn.reach
-            found = self.shard.documents.attend_with_residuals(q, k, v, reach, "weights" in kept)
-            return dict(zip(piece.residuals, found))
+            outputs = self.shard.documents.attend_with_residuals(q, k, v, reach, "weights" in kept)
+            return dict(zip(piece.residuals, outputs))
         if piece.name == "swiglu":
             act = self.layer.act
             if self.compiled:
@@ -457,28 +457,28 @@ class Engine:
     def _loss(self, tape: Tape, losses: list[mx.array]) -> Stages:
         """From the last layer's output of a shard to its loss sum and gradient."""
         yield from self._head(tape)
-        found = tape.values.pop("losses")
-        losses.append(found.nats.sum())
-        if found.kl is not None:
-            losses[-1] = mx.stack([losses[-1], found.kl.sum()])
-        yield from self._from_head(tape, found.gradient, losses[-1:])
+        scored = tape.values.pop("losses")
+        losses.append(scored.nats.sum())
+        if scored.kl is not None:
+            losses[-1] = mx.stack([losses[-1], scored.kl.sum()])
+        yield from self._from_head(tape, scored.gradient, losses[-1:])
 
     def _weighed_loss(
         self, tapes: list[Tape], losses: list[mx.array], batch: Batch, weigh: Weigh
     ) -> float:
         """As `_loss` for all shards of a chunk, whose labels are weighed when all are scored."""
         side_by_side(tapes, [self._head(tape) for tape in tapes])
-        found = [tape.values.pop("losses") for tape in tapes]
+        scored = [tape.values.pop("losses") for tape in tapes]
         labels = np.concatenate([tape.shard.labels for tape in tapes])
-        weighed = weigh(batch, labels, np.concatenate([each.nats for each in found]))
+        weighed = weigh(batch, labels, np.concatenate([each.nats for each in scored]))
         losses.append(mx.array(weighed.loss, mx.float32))
         if self.kl_weight:
-            kl = weighed.weights @ np.concatenate([each.kl for each in found])
+            kl = weighed.weights @ np.concatenate([each.kl for each in scored])
             losses[-1] = mx.array([weighed.loss, kl], mx.float32)
-        ends = np.cumsum([each.nats.size for each in found])[:-1]
+        ends = np.cumsum([each.nats.size for each in scored])[:-1]
         stages = []
         for tape, weights in zip(tapes, np.split(weighed.weights, ends)):
-            gradient = found.pop(0).gradient * mx.array(weights, mx.float32)[:, None]
+            gradient = scored.pop(0).gradient * mx.array(weights, mx.float32)[:, None]
             stages.append(self._from_head(tape, gradient, []))
         side_by_side(tapes, stages)
         return weighed.n
