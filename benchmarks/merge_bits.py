@@ -106,6 +106,7 @@ def trained(runs: Path, seed: int, args: argparse.Namespace) -> tuple[Any, Any, 
     """A model with an adapter, its tokenizer, and the rows of training and those held out."""
     import docstring_data
 
+    runs.mkdir(parents=True, exist_ok=True)
     data, folder = runs / "docstrings.jsonl", runs / f"run{seed}"
     if not data.exists():
         docstring_data.write(data)
