@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 JsonObject = dict[str, Any] | None
 RUN_LENGTH = "max_steps", "num_train_epochs"  # exclude each other
+# Fields that a plan reads only if it has rows, besides those of `data`; and those it always reads.
+OF_RUNS = *RUN_LENGTH, "warmup_ratio", "warmup_steps", "seed", "eval_steps"
+ANY = "max_length", "train_on"
 
 
 class Terminal(Console):
@@ -247,10 +250,20 @@ def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]"
 
 
 def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
-    from mlx_qlora.before.plan import plan
-    from mlx_qlora.run import source_of
+    from mlx_qlora.before.plan import plan, plan_inputs
+    from mlx_qlora.run import open_files, open_inputs, source_of
 
-    prediction = plan(source_of(config), config, args.machine, args.processes)
+    where = args.machine, args.processes
+    prediction = plan(source_of(config), config, *where)
+    if config.data.path is not None:
+        inputs = open_inputs(config, console, writes=False, weights=False)
+        checkpoint = open_files(config, weights=False)
+        prediction = plan_inputs(replace(inputs, config=config, checkpoint=checkpoint), *where)
+    else:
+        fields = ((s, name) for s in args.about.sections for name in args.about.fields(s))
+        of_rows = [f"{s}.{n}" for s, n in fields if (s == "data" or n in OF_RUNS) and n not in ANY]
+        for line in unused_fields(config, dict.fromkeys(of_rows, "there are no rows; pass --data")):
+            warn(console, line)
     if not args.json:
         write_out(str(prediction))
     return prediction.to_dict()

@@ -302,16 +302,21 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
 # ---- what is left to the data and the model ------------------------------------------------------
 
 
-def settle(config: RunConfig, llama: LlamaConfig, examples: Examples | None = None) -> RunConfig:
+def settle(
+    config: RunConfig,
+    llama: LlamaConfig,
+    examples: Examples | None = None,
+    n_processes: int | None = None,
+) -> RunConfig:
     """Put numbers where the config leaves them to the model and, if they are known, the rows."""
-    n = len(examples) if examples else None
+    n, n_processes = len(examples) if examples else None, n_processes or processes().size
     training = config.training.at_hidden_size(llama.hidden_size, llama.model_type)
-    training = training.for_examples(n, processes().size)
+    training = training.for_examples(n, n_processes)
     if training.objective != "sft":
         training = replace(training, beta=training.reward_scale)
     if not examples:
         return replace(config, training=training)
-    steps = training.total_steps(batches_of(examples, config.data, training, processes()))
+    steps = training.total_steps(batches_of(examples, config.data, training, n_processes))
     # Whoever asks the adapter something begins as all rows did, if the record can hold it.
     shared = examples.report.shared_system
     with contextlib.suppress(ValueError):
@@ -363,7 +368,7 @@ def without_effect(config: RunConfig, inputs: "Inputs") -> list[str]:
     no_bits = "no weight is quantised" * (config.model.bits is None and not packed)
     trackers = config.logging.report_to
     steps = settled.training.total_steps(
-        batches_of(train, settled.data, settled.training, processes())
+        batches_of(train, settled.data, settled.training, processes().size)
     )
     n_validations = -(-steps // int(settled.checkpointing.eval_steps))
     objective = training.objective
@@ -435,7 +440,7 @@ def explained(
 ) -> list[str]:
     """A line for each thing that `settle` has put a number to, with the reason."""
     asked, training, checkpointing = config.training, settled.training, settled.checkpointing
-    batches = batches_of(examples, settled.data, training, processes())
+    batches = batches_of(examples, settled.data, training, processes().size)
     steps, passes = training.total_steps(batches), batches.epoch(training.micro_batches(batches))
     lines = []
     if asked.per_device_train_batch_size == "auto" or asked.gradient_accumulation_steps == "auto":

@@ -278,14 +278,17 @@ def plan(
     return plan_checkpoint(checkpoint, config, None, machine(machine_name), processes)
 
 
-def plan_inputs(inputs: Inputs) -> Plan:
-    """The plan of a run whose rows are known, on this machine."""
+def plan_inputs(
+    inputs: Inputs, machine_name: str | None = None, processes: int | None = None
+) -> Plan:
+    """The plan of a run whose rows are known; `machine_name` and `processes` as for `plan`."""
     assert inputs.checkpoint is not None
-    config, everyone = inputs.config, processes_of_run()
-    several = everyone.size if everyone.size > 1 else None
-    made = plan_checkpoint(inputs.checkpoint, config, inputs.train, processes=several)
+    n = processes or processes_of_run().size
+    config = settle(inputs.config, inputs.llama, inputs.train, n)
+    known = inputs.train, machine(machine_name), processes or (n if n > 1 else None)
+    made = plan_checkpoint(inputs.checkpoint, config, *known)
     training, checkpointing = config.training, config.checkpointing
-    batches = batches_of(inputs.train, config.data, training, everyone)
+    batches = batches_of(inputs.train, config.data, training, n)
     length = RunLength.of(training, batches, len(inputs.train))
     n_validations = -(-length.steps // int(checkpointing.eval_steps))
     before = FORWARD * min(length.passes, 1) * (training.objective in REFERRED)
@@ -294,8 +297,8 @@ def plan_inputs(inputs: Inputs) -> Plan:
         inputs.validation: n_validations * FORWARD,
         inputs.test: 3 * FORWARD,  # before, after, and how far apart both are
     }
-    work = sum(rows.positions * n for rows, n in times.items() if rows)
-    return replace(made, run_seconds=work / (made.tokens_per_second * everyone.size))
+    work = sum(rows.positions * times_read for rows, times_read in times.items() if rows)
+    return replace(made, run_seconds=work / (made.tokens_per_second * n))
 
 
 def plan_checkpoint(
@@ -333,7 +336,7 @@ def _plan_as_it_is(
     processes: int | None,
 ) -> Plan:
     llama = LlamaConfig.from_hf(checkpoint.config)
-    config = settle(config, llama, examples)
+    config = settle(config, llama, examples, processes)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
     itemsize = itemsize_of(config, where)
     frozen = Frozen.of(model, checkpoint, config, where)
@@ -389,7 +392,7 @@ def _plan_as_it_is(
     about = trained, chosen, longest, speed, advice, scaling, process, cache
     plan = Plan(parts, limit, where.name, *about)
     if examples is None:
-        each = f"each of {config.data.max_length:,} tokens (data.max_length)"
+        each = f"each of {config.data.max_length:,} tokens (data.max_length); --data: yours"
         plan = replace(plan, documents=f"{training.rows} in a micro-batch, {each}")
     return replace(plan, residency="streamed") if streamed else plan
 

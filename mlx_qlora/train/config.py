@@ -9,7 +9,6 @@ from mlx_qlora.data.batches import Batches, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.preferences import KIND_OF
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, require
 from mlx_qlora.fields import config_section, option
 from mlx_qlora.train.optim import SCHEDULES, learning_rate
@@ -224,13 +223,14 @@ def batches_of(
     examples: Examples,
     data: DataConfig,
     training: TrainingConfig,
-    processes: Processes | None = None,
+    processes: int = 1,
+    rank: int = 0,
 ) -> Batches:
-    """The batches of a run; of several processes, those of this one."""
-    share = {"rank": processes.rank, "world_size": processes.size} if processes else {}
+    """The batches of a run; of several processes, those of one."""
+    share = {"rank": rank, "world_size": processes}
     size, epochs = training.rows, training.num_train_epochs
     if training.objective == "kto":
-        in_step = size * training.accumulation * share.get("world_size", 1)
+        in_step = size * training.accumulation * processes
         if min(in_step, len(examples)) < 2:
             raise ConfigError(
                 "training.objective=kto compares each answer with others of its step, and a step "

@@ -165,10 +165,10 @@ class Run:
     ) -> None:
         training = config.training
         self.model, self.base, self.config, self.console = model, inputs.base, config, console
-        self.processes = processes()
+        self.processes = everyone = processes()
         self.state = inputs.state  # up to the last step that was taken
         self.output = Path(config.checkpointing.output_dir)
-        self.batches = batches_of(inputs.train, config.data, training, self.processes)
+        self.batches = batches_of(inputs.train, config.data, training, everyone.size, everyone.rank)
         validation = inputs.validation
         self.held_out = evaluation_batches(validation) if validation else None
         self.total_steps = training.total_steps(self.batches)

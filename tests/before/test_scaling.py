@@ -101,7 +101,8 @@ def test_one_process_hands_over_nothing():
 def test_a_plan_of_several_processes_adds_the_sums_and_nothing_else():
     name = "meta-llama/Llama-3.1-8B"
     checkpoint = Checkpoint(ModelFiles(Path(), name, None, name), LLAMA_31_8B, {}, {}, [])
-    config, where = build({}), machine("m4-pro-24")  # whose memory bounds the context
+    config = build({"training": {"per_device_train_batch_size": 18}})
+    where = machine("m4-pro-24")  # whose memory bounds the context
     alone = plan_checkpoint(checkpoint, config, where=where)
     one, four = (plan_checkpoint(checkpoint, config, where=where, processes=n) for n in (1, 4))
     assert alone.scaling is None and alone.to_dict()["scaling"] is None
@@ -112,8 +113,8 @@ def test_a_plan_of_several_processes_adds_the_sums_and_nothing_else():
     assert four.longest_context < alone.longest_context
     told = four.to_dict()["scaling"]
     assert told["wire_bytes"] == 1.5 * told["handed_bytes"] == 1.5 * 4 * 41_943_040
-    # 2,048 positions in each of 6 rows, 3 micro-batches, 4 processes.
-    assert told["step_tokens"] == 2048 * 6 * 3 * 4
+    # 2,048 positions in each of 18 rows, 4 processes.
+    assert told["step_tokens"] == 2048 * 18 * 4
     assert told["compute_seconds"] == pytest.approx(2048 * 18 / alone.tokens_per_second)
 
 

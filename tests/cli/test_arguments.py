@@ -206,8 +206,8 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
             "learning_rate=1e-4: inspect does not read it; it reads training.",
         ),
         ("inspect model.bits=8", "model.bits=8: inspect does not read it; it reads model.so"),
-        ("plan data.path=x", "data.path=x: plan does not read it; it reads data.max_length"),
-        ("plan --max-steps 9", "training.max_steps=9: plan does not read it; it reads training."),
+        ("plan --save-steps 2", "save_steps=2: plan does not read it; it reads checkpointing.ev"),
+        ("plan --lr 9", "training.learning_rate=9: plan does not read it; it reads training."),
         ("doctor lora.lora_alpha=8", "lora.lora_alpha=8: doctor does not read it; it reads lora."),
         (
             "merge --output-dir m model.base_model_name_or_path=a/b",

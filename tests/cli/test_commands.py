@@ -190,6 +190,32 @@ def test_plan_prints_the_trainable_parameters(model, capsys):
     assert f"trainable parameters  {trainable_count(adapted):,}" in capsys.readouterr().out
 
 
+def test_a_plan_of_rows_is_that_of_their_run(train, model, capsys):
+    of_run = ["--model", str(model), "--data", "rows.jsonl", "--max-steps", "4", "model.bits=null"]
+    assert main(["plan", *of_run, "--json"]) == 0
+    planned = printed_json(capsys)
+    assert main(["train", *of_run, "--dry-run", "--output-dir", "o", "--json"]) == 0
+    of_run_itself = printed_json(capsys)["plan"]
+    assert planned["parts"] == of_run_itself["parts"] and planned["documents"] == ""
+    assert planned["run_seconds"] > 0
+
+
+def test_a_plan_of_several_processes_divides_a_step_that_is_left_to_it(train, model, capsys):
+    of_run = ["plan", "--model", str(model), "--data", "rows.jsonl", "--processes", "2", "--json"]
+    plans = []
+    for size in ([], ["--batch-size", "2"]):
+        assert main([*of_run, *size]) == 0
+        plans.append(printed_json(capsys))
+    assert plans[0]["parts"] == plans[1]["parts"], "4 examples in a step, 2 in each process"
+
+
+def test_a_plan_without_rows_says_what_it_has_no_use_for(model, capsys):
+    assert main(["plan", "--model", str(model), "--epochs", "7", "data.max_length=64"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "training.num_train_epochs=7 is not used: there are no rows; pass --data" in printed
+    assert "data.max_length=64 is not used" not in printed and "64 tokens" in printed
+
+
 def test_generate_asks_an_instruction_as_training_did(chat_folder, capsys):
     folder = str(chat_folder)
     settings = ["generation.temperature=0", "generation.max_new_tokens=6", "model.bits=null"]

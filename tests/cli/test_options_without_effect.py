@@ -236,7 +236,7 @@ GROUPS = "model.group_size=32"
 OWN_ROWS = ["--data", "rows.jsonl", "data.cache_dir=null"]
 GGUF = ["--gguf-model", "--type", "q4_0"]
 USES: dict[str, list[str]] = {
-    "plan": [GROUPS],
+    "plan": [GROUPS, "--data", "rows.jsonl", "data.cache_dir=null"],
     "inspect": ["rows.jsonl", "data.cache_dir=null"],
     "generate": [GROUPS, "--instruction", "Say", "generation.max_new_tokens=2"],
     "chat": [GROUPS, "generation.max_new_tokens=2"],
