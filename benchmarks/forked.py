@@ -102,6 +102,10 @@ class Forked:
         if not self.ended():
             os.kill(self.pid, signum)
 
+    def said(self) -> str:
+        """What it has written to standard error so far; the place where it writes stays."""
+        return os.pread(self.files[1].fileno(), 1 << 20, 0).decode()
+
     def wait(self, seconds: float = 300) -> Done:
         """Waits for its end; after so many seconds it is killed, with an AssertionError."""
         until = time.monotonic() + seconds
