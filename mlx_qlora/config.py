@@ -327,6 +327,7 @@ def settle(
         config,
         training=replace(training, warmup_steps=training.warmup_of(steps)),
         checkpointing=config.checkpointing.for_steps(steps),
+        logging=config.logging.for_steps(steps),
     )
 
 
@@ -399,7 +400,8 @@ def without_effect(config: RunConfig, inputs: "Inputs") -> list[str]:
         "data.history": "no row is a chat" * (forms <= {"text"}),
         "data.split": f"{' and '.join(named)} rows have separate files" * bool(named),
         "data.system": "every row has a system message"
-        * (train.report.own_system and config.data.system != train.report.shared_system),
+        * (train.report.own_systems == train.report.kept)
+        * (config.data.system != train.report.shared_system),
         "data.train_on": "no row has a prompt" * (forms <= {"text"}),
         "data.max_refused": "data.strict allows no row to be refused" * config.data.strict,
         "data.packing": "rows are always computed end to end, without padding",
@@ -449,8 +451,8 @@ def explained(
         read = f"{len(examples):,} rows, read {often}"
         lines.append(f"batch     {in_step} examples in a step: {read}, make {steps:,} steps")
     if asked.warmup_steps is None:
-        share = f"warmup_ratio {asked.warmup_ratio:g} of {steps:,}"
-        lines.append(f"warmup    {training.warmup_steps} steps: {share}")
+        share = f"warmup_ratio {asked.warmup_ratio:g}"
+        lines.append(f"warmup    {training.warmup_steps} of {steps:,} steps: {share}")
     if asked.learning_rate == "auto":
         lines.append(f"rate      {training.peak:.3g}: by the model's width")
     if asked.objective != "sft":

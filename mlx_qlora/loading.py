@@ -115,7 +115,8 @@ def with_model(config: RunConfig) -> RunConfig:
     if chosen.source is not None:
         return config
     if chosen.adapter is None:
-        raise ConfigError("model.source is missing; name a model with --model SOURCE")
+        fix = "name a model with --model SOURCE, or an adapter with --adapter DIR"
+        raise ConfigError(f"model.source is missing; {fix}")
     if not user_path(chosen.adapter).is_dir():
         near = [path.name for path in user_path(chosen.adapter).absolute().parent.glob("*/")]
         hint = did_you_mean(Path(chosen.adapter).name, near)

@@ -86,14 +86,17 @@ def evaluate_run(
     max_new_tokens = min(config.generation.max_new_tokens, 2 * longest + 16)
 
     model = inputs.load()
-    tuned, general = None, None
+    tuned = general = None
     with disabled(model):  # the adapter, if there is one
         base = measure(model, tokenizer, examples, asked, max_new_tokens, rejected=rejected)
     if config.model.adapter is not None:
         both: Any = {"base": partial(disabled, model), "rejected": rejected}
         tuned = measure(model, tokenizer, examples, asked, max_new_tokens, **both)
-        general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
     comparison = compare(base, tuned, asked, objective)
+    console.print(comparison)
+    if tuned is not None:
+        general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
+        say(console, f"general   {general.sentence}")
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
     inputs |= {"objective": objective, "max_new_tokens": max_new_tokens}
@@ -103,9 +106,6 @@ def evaluate_run(
         for sample, answer in zip(samples, model_of.answers if model_of else ()):
             sample[key] = answer
     evaluation = Evaluation(comparison, general, tuple(samples), inputs)
-    console.print(comparison)
-    if general is not None:
-        say(console, f"general   {general.sentence}")
     if output is not None:
         file = user_path(output)
         record = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)

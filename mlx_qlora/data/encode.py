@@ -299,10 +299,8 @@ class Encoder:
             if self.train_on == "all":
                 _refuse_marks(said)
             if isinstance(said, Chat) and said.messages[0]["role"] == "system":
-                unread.add(SYSTEM + said.messages[0]["content"])
+                unread |= {"data.system", SYSTEM + said.messages[0]["content"]}
             said_to = with_system(said, self.system)
-            if self.system and said_to is said:
-                unread.add("data.system")
             texts, of_messages = self.template.documents(said_to, self.tokenizer)
             if isinstance(said_to, Pair) and self.template.source and self.template.name != "chat":
                 ends = said_to.prompt[-1:], said_to.completion[:1]

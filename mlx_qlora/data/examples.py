@@ -49,7 +49,8 @@ class DataReport:
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # shortest, longest, rows
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
-    own_system: bool = False  # whether no row needed `data.system`
+    system: str | None = field(default=None, repr=False)  # for the others
+    own_systems: int = 0  # rows with a system message of their own
     shared_system: str | None = field(default=None, repr=False)  # the rows' own, all the same
     # Whether all prompts and answers meet without a space, though the model has a chat template.
     is_joined: bool = False
@@ -134,6 +135,9 @@ class DataReport:
             text += f"; {self.leaked:,} are also training rows"
         if self.unread:
             text += f"\n  {self.unread_fields()}"
+        if 0 < self.own_systems < self.kept and not self.system:
+            text += f"\n  {self.own_systems:,} rows have a system message, the others have none; "
+            text += "data.system=TEXT gives them one"
         if self.is_joined:
             text += "\n  prompt and answer are joined as they are, without a space; "
             text += "for questions set data.template=chat"

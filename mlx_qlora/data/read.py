@@ -233,6 +233,7 @@ def _read_files(
     source: str, files: list[RowFile], tokenizer: Tokenizer, config: DataConfig, kind: str
 ) -> Examples:
     report = DataReport(source, template=config.template, columns=config.columns, kind=kind)
+    report.system = config.system
     encoder = _encoder(config, tokenizer, report)
     entry = store = None
     if config.cache_dir is not None and all(file.kind != "memory" for file in files):
@@ -253,14 +254,17 @@ def _read_files(
 def _take_out_marks(report: DataReport) -> None:
     """Takes options that are not used from among the fields of rows that are not."""
 
+    def count(mark: str) -> int:
+        return sum(file.unread.pop(mark, 0) for file in report.files)
+
     def is_in_all(mark: str) -> bool:
-        return sum(file.unread.pop(mark, 0) for file in report.files) == report.kept > 0
+        return count(mark) == report.kept > 0
 
     systems = {m for file in report.files for m in file.unread if m.startswith(SYSTEM)}
     for mark in systems:
         if is_in_all(mark):
             report.shared_system = mark.removeprefix(SYSTEM)
-    report.own_system = is_in_all("data.system")
+    report.own_systems = count("data.system")
     report.is_joined = is_in_all("data.template")
     for name in OPTIONAL_COLUMNS:
         if is_in_all(ABSENT + name):

@@ -203,7 +203,7 @@ class Run:
             discard_after(self.output, state.step)
             rotate(self.output, state, self.config.checkpointing.save_total_limit)
             rewrite_metrics(path, state.log_history)
-        every = self.config.logging.logging_steps
+        every = int(self.config.logging.logging_steps)
         self.metrics = Metrics(path, self.total_steps, state, every, self.console, trackers)
         return self.metrics
 

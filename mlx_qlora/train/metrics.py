@@ -8,6 +8,7 @@ import secrets
 import socket
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,13 +25,18 @@ from mlx_qlora.train.step import StepResult
 
 NAMES = ("tensorboard", "wandb")
 RUN_ID = "wandb_run_id"
+PARTS, MOST_STEPS = 20, 10  # so often figures are written, and at least that often
 
 
 @config_section("logging")
 class LoggingConfig:
     """How often figures are written, and where besides `metrics.jsonl`."""
 
-    logging_steps: int = option(10, "steps between written figures; the last step has them, too")
+    logging_steps: int | str = option(
+        "auto",
+        "steps between written figures; the last step has them, too. auto: a twentieth of the "
+        f"run, at most {MOST_STEPS}",
+    )
     report_to: list[str] | str = option(
         [], "tensorboard, wandb or both, besides metrics.jsonl, which is always written"
     )
@@ -41,7 +47,8 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         steps, name = self.logging_steps, self.run_name
-        require(steps >= 1, "logging.logging_steps", "be at least 1", steps)
+        legal = steps == "auto" or (isinstance(steps, int) and steps >= 1)
+        require(legal, "logging.logging_steps", "be at least 1, or auto", steps)
         chosen = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         for word in chosen:
             if word not in NAMES:
@@ -53,6 +60,11 @@ class LoggingConfig:
         is_name = name is None or (name.strip(".") and "/" not in name and "\0" not in name)
         require(bool(is_name), "logging.run_name", "name a folder, without a /", name)
         require(bool(self.project), "logging.project", "name a project", "nothing")
+
+    def for_steps(self, steps: int) -> "LoggingConfig":
+        """With a number in the place of `auto`, for a run of so many steps."""
+        every = min(-(-steps // PARTS), MOST_STEPS)
+        return replace(self, logging_steps=every) if self.logging_steps == "auto" else self
 
 
 # ---- trackers ------------------------------------------------------------------------------------

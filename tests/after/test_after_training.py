@@ -65,7 +65,7 @@ def test_chat_answers_and_ends(run, monkeypatch, capsys):
             ["sweep", "--learning-rates", "fast"],
             "must be numbers between commas; got 'fast'",
         ),
-        (["evaluate", "--data", "x.jsonl"], "model.source is missing"),
+        (["evaluate", "--data", "x.jsonl"], "--model SOURCE, or an adapter with --adapter DIR"),
         (["chat"], "model.source is missing"),
     ],
 )

@@ -439,8 +439,10 @@ def test_a_page_says_that_the_scoring_was_stopped(tmp_path, monkeypatch):
     }
     with pytest.raises(KeyboardInterrupt):
         train_run(values)
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
     said = f"of 4: stopped while the run was scored; the adapter in {tmp_path / 'out'} is complete"
-    assert said in Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
+    assert said in page
+    assert "Did it learn?" in page and "Validation loss: " in page, "by what is known so far"
 
 
 # ---- notebooks ---------------------------------------------------------------------------------

@@ -790,6 +790,13 @@ def test_the_system_message_that_all_rows_share_is_known(chatty: Tokenizer, tmp_
     asked = [{"instruction": "q", "output": "a", "system": brief}]
     assert read_examples(asked, chatty).report.shared_system == brief
 
+    said = "\n  2 rows have a system message, the others have none; data.system=TEXT gives them one"
+    for rows in (chats(brief, brief, ""), chats(brief, "Be kind.", "")):
+        assert str(read_examples(rows, chatty).report).endswith(said)
+        assert said not in str(read_examples(rows, chatty, DataConfig(system="Be fair.")).report)
+    for rows in (chats(brief, "Be kind."), chats("", "")):
+        assert said[4:] not in str(read_examples(rows, chatty).report)
+
 
 def test_columns_that_no_format_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.columns must name some of messages.*'ouput'"):

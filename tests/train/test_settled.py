@@ -91,7 +91,7 @@ def test_what_is_settled_is_in_the_config_and_said_with_its_reason():
     lines = explained(config, settled, examples, examples)
     assert lines == [
         "batch     9 examples in a step: 90 rows, read 3 times, make 30 steps",
-        "warmup    3 steps: warmup_ratio 0.1 of 30",
+        "warmup    3 of 30 steps: warmup_ratio 0.1",
         "rate      0.000286: by the model's width",
         "every     5 steps a validation and a checkpoint: a sixth of the run, at most 500 steps",
     ]
@@ -110,6 +110,12 @@ def test_a_run_is_validated_and_saved_six_times_or_every_500_steps(steps, every)
     made = mq.CheckpointingConfig().for_steps(steps)
     assert (made.eval_steps, made.save_steps) == (every, every)
     assert mq.CheckpointingConfig(eval_steps=7).for_steps(steps).eval_steps == 7
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (20, 1), (31, 2), (181, 10), (10**6, 10)])
+def test_a_run_has_twenty_figures_or_one_for_ten_steps(steps, every):
+    assert mq.LoggingConfig().for_steps(steps).logging_steps == every
+    assert mq.LoggingConfig(logging_steps=7).for_steps(steps).logging_steps == 7
 
 
 def test_a_config_of_steps_or_warmup_is_refused_where_it_makes_no_sense():
