@@ -281,7 +281,7 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         return f"{found} the hub's client does not connect ({reason}); {fix}"
     if cause is error and isinstance(error, OSError):
         return f"cannot fetch {repo} into {cache} ({error}); {again}"
-    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}); {again}; {WITHOUT_HUB}"
+    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}); once it can, {again}; {WITHOUT_HUB}"
 
 
 def token_refused(asked: str) -> str:
