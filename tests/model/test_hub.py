@@ -548,7 +548,7 @@ def test_a_connection_lost_for_good(away):
     if not hasattr(__import__("huggingface_hub.file_download").file_download, "httpx2"):
         lost = lost.replace("httpx2", "httpx")
     message = away.refused(REPO, before=BREAK_DISK.format(error=lost))
-    assert f"{away.hub.url} cannot be reached (Connection reset by peer); run the same" in message
+    assert f"{away.hub.url} cannot be reached (Connection reset by peer); once it can, run the same" in message
 
 
 # ---- the original repository
