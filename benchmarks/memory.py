@@ -227,10 +227,10 @@ def against_plan(folder: Path, case: Case) -> dict[str, Any]:
         base, config = mx.get_active_memory(), settle(config, loaded.config, examples)
         mq.add_lora(loaded, config.lora)
         inputs: Any = SimpleNamespace(train=examples, validation=None, base="", resumed=None)
-        inputs.state = RunState()
+        inputs.state, inputs.config = RunState(), config
         mx.reset_peak_memory()
         with open(os.devnull, "w") as nothing:
-            result = train(loaded, inputs, config, Console(file=nothing))
+            result = train(loaded, inputs, Console(file=nothing))
     return {
         **{"case": str(case), "residency": case.residency, "parts": plan.parts},
         "mlx_planned": plan.total_bytes,

@@ -424,7 +424,7 @@ def _run(
             f"{device.facts()['chip']} ({device.current().kind}){others}",
         )
         with observer.watching():
-            result = train(model, inputs, inputs.config, console)
+            result = train(model, inputs, console)
         if everyone.is_first:
             check_is_there(output)
             write_adapter(model, output, inputs.base, {})

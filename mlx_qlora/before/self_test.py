@@ -100,7 +100,7 @@ def _run(base: Path, golden: Any, output: Path, dtype: str, **more: Any) -> tupl
     no_tokenizer: Any = None
     inputs = Inputs(config, no_tokenizer, model.config, Examples.of(rows)).prepare(model)
     inputs = inputs.to_resume(quiet)
-    history = train(model, inputs, inputs.config, quiet).log_history
+    history = train(model, inputs, quiet).log_history
     losses = np.array([step["loss"] for step in history if "loss" in step])
     return losses, [array.tobytes() for array in adapter_tensors(model).values()]
 

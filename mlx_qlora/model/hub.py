@@ -281,7 +281,8 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
         return f"{found} the hub's client does not connect ({reason}); {fix}"
     if cause is error and isinstance(error, OSError):
         return f"cannot fetch {repo} into {cache} ({error}); {again}"
-    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}); once it can, {again}; {WITHOUT_HUB}"
+    again = f"once it can, {again}; {WITHOUT_HUB}"
+    return f"{found} {constants.ENDPOINT} cannot be reached ({cause}); {again}"
 
 
 def token_refused(asked: str) -> str:

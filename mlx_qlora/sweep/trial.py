@@ -300,7 +300,7 @@ def _advance(
     if trial.state.step > until:  # of a sweep with fewer rungs: the steps are taken again
         fresh = RunState(fingerprint=trial.state.fingerprint, config=trial.state.config)
         trial = replace(trial, state=fresh, resumed=None)
-    run = Run(model, replace(trial, validation=None), trial.config, console)
+    run = Run(model, replace(trial, validation=None), console)
     if trial.resumed is not None:
         run.resume(trial.resumed)
     before, began = run.state.tokens, time.perf_counter()

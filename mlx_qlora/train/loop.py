@@ -50,7 +50,6 @@ from mlx_qlora.train.signals import Interrupted, StopSignal
 from mlx_qlora.train.step import Step, StepError, StepResult
 
 if TYPE_CHECKING:
-    from mlx_qlora.config import RunConfig
     from mlx_qlora.run import Inputs
 
 # A step's loss this many times above the median of the last ones, and this far above their usual
@@ -108,9 +107,7 @@ class TrainResult:
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def train(
-    model: LlamaForCausalLM, inputs: "Inputs", config: "RunConfig", console: Console
-) -> TrainResult:
+def train(model: LlamaForCausalLM, inputs: "Inputs", console: Console) -> TrainResult:
     """Trains the model's LoRA weights in place, from the inputs' state on.
 
     Raises:
@@ -118,8 +115,8 @@ def train(
         Interrupted: a signal came, and what was done is saved.
     """
     started = time.perf_counter()
-    run = Run(model, inputs, config, console)
-    length = RunLength.of(config.training, run.batches, len(inputs.train))
+    run = Run(model, inputs, console)
+    length = RunLength.of(inputs.config.training, run.batches, len(inputs.train))
     say(console, f"          {length}")
     for warning in length.warnings:
         warn(console, warning)
@@ -160,11 +157,10 @@ def train(
 class Run:
     """The parts of a run, and what happens between its steps."""
 
-    def __init__(
-        self, model: LlamaForCausalLM, inputs: "Inputs", config: "RunConfig", console: Console
-    ) -> None:
+    def __init__(self, model: LlamaForCausalLM, inputs: "Inputs", console: Console) -> None:
+        self.config = config = inputs.config
+        self.model, self.base, self.console = model, inputs.base, console
         training = config.training
-        self.model, self.base, self.config, self.console = model, inputs.base, config, console
         self.processes = everyone = processes()
         self.state = inputs.state  # up to the last step that was taken
         self.output = Path(config.checkpointing.output_dir)

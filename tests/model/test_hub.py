@@ -350,7 +350,7 @@ def test_no_network_and_no_copy(hub, away):
     port = closed_port()
     unreachable = away.refused(REPO, HF_ENDPOINT=port)
     assert unreachable.startswith(f"{nothing}{port} cannot be reached (")
-    assert unreachable.endswith(f"); {again}")
+    assert unreachable.endswith(f"); once it can, {again}")
     hub.down = True
     assert away.refused(REPO) == f"{nothing}{hub.url} answered 503; {again}"
 
@@ -548,7 +548,10 @@ def test_a_connection_lost_for_good(away):
     if not hasattr(__import__("huggingface_hub.file_download").file_download, "httpx2"):
         lost = lost.replace("httpx2", "httpx")
     message = away.refused(REPO, before=BREAK_DISK.format(error=lost))
-    assert f"{away.hub.url} cannot be reached (Connection reset by peer); once it can, run the same" in message
+    assert (
+        f"{away.hub.url} cannot be reached (Connection reset by peer); once it can, run the same"
+        in message
+    )
 
 
 # ---- the original repository

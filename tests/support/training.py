@@ -118,10 +118,11 @@ def start(
     made = inputs(
         make_examples() if examples is None else examples,
         make_examples(6, seed=9) if validation is None else validation,
+        config=config,
         state=begin.state,
         resumed=begin.path,
     )
-    return model, train(model, made, config, console or Console(file=io.StringIO()))
+    return model, train(model, made, console or Console(file=io.StringIO()))
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def test_a_run_moves_lora_b_at_its_own_rate(hf_tiny, tmp_path):
     model, rate = adapted(hf_tiny[1]), 2e-3
     how = {"max_steps": 1, "learning_rate": rate, "warmup_steps": 0, "weight_decay": 0.0}
     config = settings(tmp_path, lr_scheduler_type="constant_with_warmup", **how)
-    train(model, inputs(make_examples()), config, Console(file=io.StringIO()))
+    train(model, inputs(make_examples(), config=config), Console(file=io.StringIO()))
     moved = [weight for name, weight in flat(model.trainable_parameters()).items() if "_B." in name]
     assert len(moved) == 2 * 7
     for weight in moved:
