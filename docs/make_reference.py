@@ -100,8 +100,8 @@ def python_page() -> str:
     lines = [
         "# Python",
         "",
-        "After this page you know every public name of `import mlx_qlora as mq`. Names load on",
-        "first use, so the import itself costs next to nothing.",
+        "After this page you know every public name of `import mlx_qlora as mq`. The arguments of",
+        "each are in the built page, and in `help(mq.load)`.",
         "Made by `make docs`; do not edit.",
     ]
     for chapter, names in CHAPTERS.items():

@@ -368,7 +368,7 @@ def _doctor(config: RunConfig, console: Console, args: argparse.Namespace) -> Js
 def _prompt(args: argparse.Namespace, can_chat: bool, config: RunConfig) -> "str | list[Message]":
     """The question in the form that the model was taught."""
     from mlx_qlora.data.chats import ALPACA, alpaca_prompt
-    from mlx_qlora.data.rows import chat_question
+    from mlx_qlora.data.rows import chat_question, system_message
 
     if args.instruction is None and (args.raw or not can_chat):
         return args.prompt
@@ -379,8 +379,7 @@ def _prompt(args: argparse.Namespace, can_chat: bool, config: RunConfig) -> "str
         if data.template in ALPACA or (data.template == "auto" and not (data.system or of_chats)):
             return alpaca_prompt(*asked, data.template == ALPACA[1])
         question = chat_question(*asked)
-    system = [{"role": "system", "content": data.system}] if data.system else []
-    return [*system, {"role": "user", "content": question}]
+    return [*system_message(data.system), {"role": "user", "content": question}]
 
 
 def _standard_input() -> str:

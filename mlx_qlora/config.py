@@ -301,6 +301,8 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
 
 # ---- what is left to the data and the model ------------------------------------------------------
 
+FEW_HELD_OUT = 4  # rows, whose loss says nothing of others
+
 
 def settle(
     config: RunConfig,
@@ -449,6 +451,8 @@ def explained(
         in_step = training.rows * training.accumulation * processes().size
         often = "once" if round(passes, 2) == 1 else f"{passes:.3g} times"
         read = f"{len(examples):,} rows, read {often}"
+        if asked.per_device_train_batch_size != "auto":
+            read = f"gradient_accumulation_steps={training.accumulation}; {read}"
         lines.append(f"batch     {in_step} examples in a step: {read}, make {steps:,} steps")
     if asked.warmup_steps is None:
         share = f"warmup_ratio {asked.warmup_ratio:g}"
@@ -465,6 +469,9 @@ def explained(
         lines.append(f"system    {shown!r} begins every row; generate and chat begin with it, too")
     elif (examples.report.shared_system or settled.data.system) != settled.data.system:
         lines.append("system    the message of every row is not kept: no record can hold it")
+    if validation and len(validation) < FEW_HELD_OUT:
+        rows = "1 row is" if len(validation) == 1 else f"{len(validation)} rows are"
+        lines.append(f"held out  {rows} too few to tell how good the run is; split off more")
     every = {"eval_steps": "a validation"} if validation else {}
     every["save_steps"] = "a checkpoint"
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]

@@ -7,10 +7,10 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.origin import original_base, seal
 from mlx_qlora.adapters.peft import load_adapter, write_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
-from mlx_qlora.config import RunConfig, check_needs, explained, settle, without_effect
+from mlx_qlora.config import RunConfig, build, check_needs, explained, settle, without_effect
 from mlx_qlora.data.examples import DataReport, Examples
 from mlx_qlora.data.preferences import KIND_OF, check_kind
 from mlx_qlora.data.read import check_examples, read_without_split, train_validation_test
@@ -42,7 +42,14 @@ from mlx_qlora.folders import (
     user_path,
     write_whole,
 )
-from mlx_qlora.loading import as_loaded, as_taught, check_lora, with_model, with_tokenizer_of
+from mlx_qlora.loading import (
+    as_loaded,
+    as_taught,
+    check_lora,
+    recorded,
+    with_model,
+    with_tokenizer_of,
+)
 from mlx_qlora.measured import as_measured, as_measured_for
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -282,13 +289,22 @@ def open_inputs(
         train, validation, test = parts
     else:
         plain, config = config.training, as_taught(config)
-        read = partial(read_without_split, config.data, tokenizer)
-        try:  # as answers, unless the objective is given
-            train = read(KIND_OF[plain.objective])
-        except DataError:
-            if config.training == plain:
-                raise
-            train = read(KIND_OF[config.training.objective])
+        # As answers, unless the objective is given; then as what the adapter was taught.
+        kinds = dict.fromkeys(KIND_OF[each.objective] for each in (plain, config.training))
+        ways = [config.data]
+        if config.model.adapter is not None and not config.data.columns:
+            taught = build(recorded(config.model.adapter, "data")).data.columns
+            ways += [replace(config.data, columns=taught)] * bool(taught)
+        error = None
+        for data, kind in itertools.product(ways, kinds):
+            try:
+                train = read_without_split(data, tokenizer, kind)
+                break
+            except DataError as failed:
+                error = failed if data is config.data else error
+        else:
+            assert error is not None
+            raise error
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
     if checkpoint is not None and writes:

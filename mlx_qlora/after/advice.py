@@ -208,6 +208,7 @@ def learned(
     )
     why += f" Similarity of the answers to the references: {before:.0%} → {after:.0%}."
     if after < before + LITTLE_NEARER:
+        why += " More steps, or more rows, may bring them nearer."
         return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
     return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
 

@@ -60,6 +60,11 @@ def evaluate_run(
     ours brings its model and its template, and is tried on general text, the built-in one if none
     is named. `output` is a JSON file for everything.
     """
+    if config.data.path is None:
+        raise ConfigError(
+            "data.path is missing; name rows that were held out with --data FILE, or look into the "
+            "report of a run, which scores its own"
+        )
     find_files(config.data.path)
     data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)

@@ -23,11 +23,13 @@ from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.after.screen import HEAD, LABEL, drawn, folded, shown, table_row
 from mlx_qlora.before.plan import FORWARD, Plan
 from mlx_qlora.data.chats import MARK
+from mlx_qlora.data.rows import system_message
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import duration, say, visible
 from mlx_qlora.folders import write_whole
 from mlx_qlora.infer.evaluate import Scores
+from mlx_qlora.infer.generate import Prompt
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import last_checkpoint
@@ -183,7 +185,7 @@ class Observer:
         if self.processes.is_first:
             for advice in advise(result.log_history, ends_with_best, config.training):
                 say(console, f"advice    {advice}")
-            if self.held_out and not console.is_terminal:  # which shows how far it is
+            if self.held_out:
                 answers = " and answers" * bool(self.questions)
                 when = "before and after training; Ctrl-C leaves it for later"
                 say(console, f"scoring   held-out rows{answers}, {when}")
@@ -238,15 +240,16 @@ class Observer:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             label = ""
 
-    def _own_prompt(self) -> tuple[str, list[str]]:
+    def _own_prompt(self) -> tuple[Prompt, list[str]]:
         """A prompt of the user's, short and best of one line, and `generate`'s flags for it."""
-        inputs, tokenizer = self.inputs, self.inputs.tokenizer
-        rows, bos = (self.held_out or inputs.train)[:CANDIDATES], tokenizer.bos_id
-        system, bos = inputs.config.data.system, "" if bos is None else tokenizer.decode([bos])
-        prompts = [question.prompt.removeprefix(bos) for question in questions(rows, tokenizer)]
-        asks = [(prompt, prompt_flags(prompt, tokenizer, system)) for prompt in prompts]
-        asks = asks or [("Hello", ["--prompt", "Hello"])]
-        return min(asks, key=lambda ask: (any("\n" in flag for flag in ask[1]), len(str(ask[1]))))
+        tokenizer, system = self.inputs.tokenizer, self.inputs.config.data.system
+        rows = (self.held_out or self.inputs.train)[:CANDIDATES]
+        prompts = [question.prompt for question in questions(rows, tokenizer)] or ["Hello"]
+        asks = [(prompt_flags(prompt, tokenizer, system), prompt) for prompt in prompts]
+        ask, prompt = min(asks, key=lambda ask: (any("\n" in x for x in ask[0]), len(str(ask[0]))))
+        if ask[0] == "--prompt" and tokenizer.chat_template is not None:
+            return [*system_message(system), {"role": "user", "content": ask[1]}], ask
+        return prompt, ask
 
 
 # ---- a prompt on the command line ----------------------------------------------------------------
@@ -262,8 +265,7 @@ def prompt_flags(prompt: str, tokenizer: Tokenizer, system: str | None = None) -
     if found := ALPACA.fullmatch(prompt.removeprefix(bos)):
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]
     if tokenizer.chat_template is not None:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": MARK})
+        messages = [*system_message(system), {"role": "user", "content": MARK}]
         start, _, end = tokenizer.render_chat(messages, add_generation_prompt=True).partition(MARK)
         if prompt.startswith(start) and prompt.endswith(end):
             return ["--prompt", prompt[len(start) : len(prompt) - len(end)]]

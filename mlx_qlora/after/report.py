@@ -20,6 +20,7 @@ from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
 from mlx_qlora.folders import PEFT, RECORD, json_object, staged
+from mlx_qlora.infer.generate import Prompt
 from mlx_qlora.train.loop import TrainResult
 
 
@@ -59,7 +60,7 @@ class Report:
     plan: Plan | None = None
     loss: Row | None = None  # of the held-out rows, before and after
     ask: Sequence[str] = ("--prompt", "Hello")  # flags of `generate` for a prompt like the rows'
-    text: str = ""  # that prompt itself, of a run in Python
+    text: Prompt = ""  # that prompt itself, of a run in Python
     status: str = ""  # of a run under way or broken off; empty at its end
     mlx_lm: str = ""  # what mlx-lm would misread
     forgetting: Forgetting | None = None  # of general text

@@ -392,7 +392,7 @@ def _plan_as_it_is(
     about = trained, chosen, longest, speed, advice, scaling, process, cache
     plan = Plan(parts, limit, where.name, *about)
     if examples is None:
-        each = f"each of {config.data.max_length:,} tokens (data.max_length); --data: yours"
+        each = f"each of {config.data.max_length:,} tokens (data.max_length); --data FILE for yours"
         plan = replace(plan, documents=f"{training.rows} in a micro-batch, {each}")
     return replace(plan, residency="streamed") if streamed else plan
 

@@ -406,7 +406,7 @@ def _csv_rows(file: IO[bytes], name: str) -> Rows:
         if values and len(values) != len(header):
             yield line, DataError(f"{len(values)} fields, where the header has {len(header)}")
         elif any("\udc80" <= character <= "\udcff" for value in values for character in value):
-            yield line, DataError("not UTF-8")
+            yield line, DataError("not UTF-8; save it as CSV UTF-8")
         elif values:
             yield line, dict(zip(header, values))
 

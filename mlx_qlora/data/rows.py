@@ -139,8 +139,19 @@ def detect_format(row: Mapping[str, Any]) -> str:
 
 def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
     """The remedy `data.columns=...` for a row of other names; empty if none is likely."""
-    pairs = json.dumps(likely_columns(row, is_pair), ensure_ascii=False).replace('"', "")
-    return "" if pairs == "{}" else f"; data.columns={shlex.quote(pairs)} would read it"
+
+    def field(columns: Mapping[str, str]) -> str:
+        pairs = json.dumps(columns, ensure_ascii=False).replace('"', "")
+        return f"data.columns={shlex.quote(pairs)}"
+
+    if columns := likely_columns(row, is_pair):
+        return f"; {field(columns)} would read it"
+    texts = [str(name) for name, value in row.items() if isinstance(value, str)]
+    known = {name for fields in FIELDS.values() for name in fields[:2]}
+    if is_pair or len(texts) < 2 or known & row.keys():
+        return ""
+    both = field(dict(zip(("prompt", "completion"), texts)))
+    return f"; if {texts[1]!r} answers {texts[0]!r}, {both} data.template=chat would read it"
 
 
 def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, str]:
@@ -237,8 +248,14 @@ def with_system(said: Said, system: str | None) -> Said:
         return said
     if isinstance(said, Pair) and not said.prompt:
         raise DataError("a text has no place for a system message")
-    chat, first = as_chat(said), {"role": "system", "content": system}
-    return replace(chat, messages=[first, *chat.messages], learned=[False, *chat.learned])
+    chat = as_chat(said)
+    messages = [*system_message(system), *chat.messages]
+    return replace(chat, messages=messages, learned=[False, *chat.learned])
+
+
+def system_message(text: str | None) -> list[Message]:
+    """A chat's first message, if there is a text for it."""
+    return [{"role": "system", "content": text}] if text else []
 
 
 def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:

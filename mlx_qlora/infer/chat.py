@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from mlx_qlora.adapters.several import active, adapter_names, switch
+from mlx_qlora.data.rows import system_message
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, UserError, visible
 from mlx_qlora.folders import staged, user_path
@@ -93,8 +94,7 @@ class _Conversation:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as the template takes it."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + self.turns
+        return [*system_message(self.system), *self.turns]
 
     def answer(self, question: str) -> None:
         """One turn: the answer is shown as it comes, and then how fast it was."""

@@ -34,8 +34,7 @@ class LoggingConfig:
 
     logging_steps: int | str = option(
         "auto",
-        "steps between written figures; the last step has them, too. auto: a twentieth of the "
-        f"run, at most {MOST_STEPS}",
+        f"steps between written figures. auto: a twentieth of the run, at most {MOST_STEPS}",
     )
     report_to: list[str] | str = option(
         [], "tensorboard, wandb or both, besides metrics.jsonl, which is always written"

@@ -11,9 +11,12 @@ import re
 import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from support.report import HOSTILE, SCORES, Page, history, result_in, written
 from support.tiny_folder import write_model, write_random_model, write_rows, write_tokenizer
 from support.training import at_step, fine_tune, stop, train_run
@@ -28,9 +31,11 @@ from mlx_qlora.after.report import Report, next_commands, write_report
 from mlx_qlora.cli import main as cli
 from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.chats import alpaca_prompt
+from mlx_qlora.data.read import read_examples
 from mlx_qlora.data.tokenizer import load_tokenizer
 from mlx_qlora.errors import ProcessError
 from mlx_qlora.loading import with_model
+from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.signals import Interrupted
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -282,6 +287,19 @@ def test_a_prompt_becomes_the_flags_that_write_it_as_the_rows_were_written(tmp_p
         messages = [{"role": "user", "content": "Hello there"}]
         prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
         assert prompt_flags(prompt, tokenizer) == ["--prompt", "Hello there"]
+
+
+def test_a_chat_whose_form_begins_with_the_bos_becomes_a_short_prompt(smollm2):
+    """Of SmolLM2 `<|im_start|>` is both, and the template writes a system message of its own."""
+    model, tokenizer = smollm2
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    rows = read_examples([{"messages": turns}], tokenizer)
+    inputs = SimpleNamespace(
+        **{"config": build({}), "tokenizer": tokenizer, "train": rows, "checkpoint": None},
+        **{"validation": None, "test": None, "state": RunState()},
+    )
+    seen: Any = observer.Observer(model, inputs, Console(quiet=True), None)
+    assert seen._own_prompt() == (turns[:1], ["--prompt", "Hello?"])
 
 
 def test_verdicts_are_earned_by_a_loss_beyond_noise_and_by_nearer_answers():

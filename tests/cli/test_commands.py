@@ -316,6 +316,19 @@ def test_a_merged_model_chats_as_the_rows_were(form, taught, tmp_path, capsys):
     assert ("### Response:" in (tmp_path / "gguf" / "Modelfile").read_text()) == is_text
 
 
+def test_rows_are_read_by_the_names_that_an_adapters_rows_had(chat_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"own": {"q": "Say ", "a": "b"}, "usual": {"text": "b"}, "other": {"frage": "b"}}
+    for name, row in rows.items():
+        Path(f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    own = ["--data", "own.jsonl", "data.columns={prompt: q, completion: a}", "model.bits=null"]
+    words = ["train", "--model", str(chat_folder), *own, "--max-steps", "1", "--quiet"]
+    assert main([*words, "--output-dir", "out"]) == 0
+    for name, code in (("own", 0), ("usual", 0), ("other", 2)):
+        words = ["evaluate", "--adapter", "out", "--data", f"{name}.jsonl", "--answers", "0"]
+        assert main([*words, "data.cache_dir=null"]) == code, name
+
+
 def test_a_run_keeps_the_system_message_that_its_rows_share(chat_folder, tmp_path, capsys):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say"}]
     row = json.dumps({"messages": [*turns, {"role": "assistant", "content": "a"}]})

@@ -556,7 +556,7 @@ def test_csv_rows_may_span_lines_and_are_checked_against_the_header(tmp_path: Pa
     assert read(tmp_path / "rows.csv", content) == [
         (2, {"instruction": "say", "output": "one\r\ntwo, three"}),
         (4, "1 fields, where the header has 2"),
-        (5, "not UTF-8"),
+        (5, "not UTF-8; save it as CSV UTF-8"),
         (6, {"instruction": "last", "output": "row"}),
     ]
 

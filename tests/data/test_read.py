@@ -790,7 +790,8 @@ def test_the_system_message_that_all_rows_share_is_known(chatty: Tokenizer, tmp_
     asked = [{"instruction": "q", "output": "a", "system": brief}]
     assert read_examples(asked, chatty).report.shared_system == brief
 
-    said = "\n  2 rows have a system message, the others have none; data.system=TEXT gives them one"
+    said = "\n  2 rows have a system message; the others begin as the chat template does, or with "
+    said += "that of data.system"
     for rows in (chats(brief, brief, ""), chats(brief, "Be kind.", "")):
         assert str(read_examples(rows, chatty).report).endswith(said)
         assert said not in str(read_examples(rows, chatty, DataConfig(system="Be fair.")).report)
@@ -801,6 +802,10 @@ def test_the_system_message_that_all_rows_share_is_known(chatty: Tokenizer, tmp_
 def test_columns_that_no_format_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.columns must name some of messages.*'ouput'"):
         DataConfig(columns={"ouput": "answer"})
+    with pytest.raises(ConfigError, match="have our names first, .'prompt': 'a', 'completion': 'b'"):
+        ConfigError, match="have our names first, {'prompt': 'a', 'completion': 'b'}"
+    ):
+        DataConfig(columns={"a": "prompt", "b": "completion"})
     with pytest.raises(ConfigError, match=r"data\.system must not be empty"):
         DataConfig(system="")
 

@@ -52,6 +52,10 @@ def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
     formats = "messages; conversations; instruction, output; prompt, completion; text"
     said = f"has the fields of no format: {formats} (it has: "
     assert refusal({"question": 1, "answer": 2}) == said + "'question', 'answer')"
+    fix = "; if 'wir sagen' answers 'sie', data.columns='{prompt: sie, completion: wir sagen}' "
+    fix += "data.template=chat would read it"
+    assert refusal({"id": 1, "sie": "?", "wir sagen": ""}).endswith(fix)
+    assert fix[:5] not in refusal({"sie": "?"})
     assert refusal({}) == said + "none)"
     assert refusal({i: i for i in range(9)}) == said + "0, 1, 2, 3, 4, 5)"
     keys = {"a\nb": 1, "\ud800": 1, "\x1b[2J": 1, "\u2028": 1, "k" * 1_000_000: 1}

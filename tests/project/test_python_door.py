@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda: mq.DataConfig(max_lenght=8), "data.max_lenght; did you mean data.max_length?"),
         (lambda: mq.LoraConfig(num_layers=8), "did you mean lora.layers_to_transform?"),
         (lambda: mq.RunConfig(trainig=None), "unknown field trainig; did you mean training?"),
+        (lambda: mq.RunConfig(max_steps=4), "field max_steps; did you mean training.max_steps?"),
         (lambda: mq.LoggingConfig(zzz=1), "logging.zzz; LoggingConfig has logging_steps, report"),
     ],
 )
