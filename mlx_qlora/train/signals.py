@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+STOPPING = b"\nstopping: what is under way is finished and saved; a second Ctrl-C would lose it\n"
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -83,6 +84,8 @@ class StopSignal:
             self.signum = self.received
         if signum != signal.SIGHUP:
             self._restore(but=signal.SIGHUP)
+            if os.isatty(2):  # somebody waits; as bytes, since a handler may come within a print
+                os.write(2, STOPPING)
             return
         # The terminal is gone, or who read our pipe: writing there would fail before the
         # checkpoint is written. What ssh and launchers send after it is no second Ctrl-C.

@@ -367,3 +367,14 @@ def test_a_second_signal_has_the_effect_that_it_had_before(usual_signals):
             signal.raise_signal(signal.SIGINT)
         assert not isinstance(caught.value, Interrupted)
     assert handlers() == usual_signals
+
+
+def test_whoever_presses_ctrl_c_at_a_terminal_is_told_at_once_that_it_was_heard(monkeypatch, capfd):
+    monkeypatch.setattr(os, "isatty", lambda descriptor: descriptor == 2)
+    with StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        assert "stopping: what is under way is finished and saved" in capfd.readouterr().err
+    monkeypatch.undo()
+    with StopSignal():
+        signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == ""
