@@ -17,7 +17,7 @@ import numpy as np
 from mlx_qlora.adapters.drift import ADAPTER, BASE, MERGED, PLAIN, VERSIONS, WRITTEN, Drift, measure
 from mlx_qlora.adapters.requantize import Grid, Rounded, damped, products, round_matrix
 from mlx_qlora.adapters.several import disabled
-from mlx_qlora.data.batches import IGNORE, Batch, evaluation_batches
+from mlx_qlora.data.batches import IGNORE, evaluation_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.linears import Linears
@@ -27,7 +27,10 @@ from mlx_qlora.model.quantize import Linear
 TOKENS = 4_096, 16_384  # of training rows: 3 for each column of the widest matrix, within these
 HELD_OUT = 4_096  # tokens of rows that the result is measured on, each in five versions
 HALVES = ("qkv", "o"), ("gate_up", "down")  # of a layer
-States = tuple[Documents, dict[str, mx.array]]  # of a batch: version -> what a half reads (N, D)
+AT_ONCE = 1_024  # tokens whose inputs of the widest matrix are in memory
+# Of a batch what attends to what, the tokens (N,) of answers or IGNORE, and what each version of
+# a half of a layer reads (N, D).
+Rows = tuple[Documents, np.ndarray, dict[str, mx.array]]
 
 
 @dataclass
@@ -44,9 +47,8 @@ class Calibrated:
         self._layer, self._rounded = 0, dict[str, Rounded]()
         train, held_out = self.rows
         tokens = int(np.clip(3 * self.model.config.intermediate_size, *TOKENS))
-        self._train = [self._begun(b, (MERGED, WRITTEN)) for b in _batches(train, tokens)]
-        self._labels = [*_batches(held_out, HELD_OUT)] if held_out is not None else []
-        self._held_out = [self._begun(batch, VERSIONS) for batch in self._labels]
+        self._train = self._drawn(train, tokens, (MERGED, WRITTEN))
+        self._held_out = [] if held_out is None else self._drawn(held_out, HELD_OUT, VERSIONS)
 
     def __getitem__(self, path: str) -> Rounded:
         while self._layer <= int(path.split(".")[2]):
@@ -56,18 +58,26 @@ class Calibrated:
 
     def verdict(self, what: str) -> Drift | None:
         """What rounding cost on the held-out rows, once all layers are rounded."""
-        if not self._held_out:
-            return None
-        hidden = [
-            {version: self.model.model.normalised(x) for version, x in states.items()}
-            for _, states in self._held_out
-        ]
-        return measure(self.model, hidden, [*map(_answers, self._labels)], what)
+        normalised = self.model.model.normalised
+        hidden = (
+            ({version: normalised(x) for version, x in states.items()}, labels)
+            for _, labels, states in self._held_out
+        )
+        return measure(self.model, hidden, what)
 
-    def _begun(self, batch: Batch, versions: tuple[str, ...]) -> States:
-        tokens = mx.array(np.array(batch.tokens).reshape(-1)[batch.document_of >= 0])
-        x = self.model.model.embed(tokens)
-        return Documents.of(batch.documents), dict.fromkeys(versions, x)
+    def _drawn(self, examples: Examples, tokens: int, versions: tuple[str, ...]) -> list[Rows]:
+        """Batches of some rows, drawn at random, of so many tokens in all."""
+        order = np.random.default_rng(0).permutation(len(examples))
+        n = int(np.searchsorted(np.cumsum(examples.lengths[order]), tokens)) + 1
+        rows, drawn = [], examples[order[:n]]
+        for batch in evaluation_batches(drawn, max(1, AT_ONCE // int(drawn.lengths.mean()))):
+            labels = np.array(batch.labels).reshape(-1)
+            if batch.answers is not None:
+                labels = np.where(batch.answers.reshape(-1), labels, IGNORE)
+            real = batch.document_of >= 0
+            x = self.model.model.embed(mx.array(np.array(batch.tokens).reshape(-1)[real]))
+            rows.append((Documents.of(batch.documents), labels[real], dict.fromkeys(versions, x)))
+        return rows
 
     def _go_through(self, i: int) -> None:
         """Round a layer's matrices, and take all rows through it, half by half.
@@ -87,12 +97,12 @@ class Calibrated:
                         states[version] = x
 
     def _walk(
-        self, i: int, half: tuple[str, ...], version: str, batches: list[States], until: str = ""
+        self, i: int, half: tuple[str, ...], version: str, batches: list[Rows], until: str = ""
     ) -> Iterator[tuple[dict[str, mx.array], mx.array]]:
         """Of each batch what a version of some linears reads, or what leaves the half (N, D)."""
         layer, names = self.model.layers[i], [*half, until]
         linears = {name: self._linears(i, name, version) for name in names[: names.index(until)]}
-        for documents, states in batches:
+        for documents, _, states in batches:
             if version in states:
                 x = states[version]
                 pieces = layer.attend(x, documents) if half is HALVES[0] else layer.mix(x)
@@ -144,6 +154,8 @@ class Calibrated:
             if version == PLAIN and rounded is not None:
                 W = self.plain(path, W)
             members[leaf] = dense_linear(W, linear.base_layer)
+            del W
+            mx.clear_cache()  # of what it was made from
         return Linears(members, linears.cuts)
 
 
@@ -173,18 +185,3 @@ def dense_linear(weight: mx.array, like: Linear) -> Linear:
         linear.bias = like.bias
     mx.eval(linear.parameters())
     return linear
-
-
-def _batches(examples: Examples, tokens: int) -> list[Batch]:
-    """Batches of some rows, drawn at random, of so many tokens in all."""
-    drawn = np.random.default_rng(0).permutation(len(examples))
-    n = int(np.searchsorted(np.cumsum(examples.lengths[drawn]), tokens)) + 1
-    return [*evaluation_batches(examples[drawn[:n]])]
-
-
-def _answers(batch: Batch) -> np.ndarray:
-    """(N,): the token of an answer that follows each position of a document, or IGNORE."""
-    labels = np.array(batch.labels).reshape(-1)
-    if batch.answers is not None:
-        labels = np.where(batch.answers.reshape(-1), labels, IGNORE)
-    return labels[batch.document_of >= 0]

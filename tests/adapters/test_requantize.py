@@ -19,7 +19,7 @@ from support.tiny_folder import write_random_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora import progress
-from mlx_qlora.adapters import requantize
+from mlx_qlora.adapters import calibration, requantize
 from mlx_qlora.adapters.drift import ADAPTER, BASE, MERGED, PLAIN, VERSIONS, WRITTEN
 from mlx_qlora.adapters.gguf_model import LEVELS, OFFSET, blocks, save_gguf_model
 from mlx_qlora.adapters.requantize import (
@@ -240,6 +240,18 @@ def test_each_format_is_nearer_to_the_tuned_model_than_rounded_plainly(
         assert scores.token_accuracy == pytest.approx(wanted.token_accuracy, abs=0.01)
     else:
         assert scores.loss == pytest.approx(wanted.loss, abs=0.02)
+
+
+def test_of_all_rows_no_more_is_there_than_what_a_half_of_a_layer_reads(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "AT_ONCE", 90)  # tokens: three rows
+    model, tokenizer = tuned(home)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    as_mlx(QuantConfig(4, 32))(model, tokenizer, tmp_path / "out", (rows(40, 0), rows(40, 1)))
+    read = (2 + 5) * 40 * 30 * 4 * 64  # bytes, training rows in two versions, held-out ones in five
+    assert mx.get_peak_memory() - before < 2 * read
 
 
 def test_the_verdict_is_what_torch_computes(home: Path, tmp_path: Path) -> None:
