@@ -92,8 +92,8 @@ class Calibrated:
                 for name in half:
                     self._round(i, half, name)
                 for version in VERSIONS:
-                    batches = [*self._train, *self._held_out]
-                    for states, x in self._walk(i, half, version, batches):
+                    batches = [x for x in (*self._train, *self._held_out) if version in x[2]]
+                    for states, x in self._walk(i, half, version, batches) if batches else ():
                         states[version] = x
 
     def _walk(
@@ -103,12 +103,11 @@ class Calibrated:
         layer, names = self.model.layers[i], [*half, until]
         linears = {name: self._linears(i, name, version) for name in names[: names.index(until)]}
         for documents, _, states in batches:
-            if version in states:
-                x = states[version]
-                pieces = layer.attend(x, documents) if half is HALVES[0] else layer.mix(x)
-                x = go_through(pieces, lambda name, x: linears[name](x, NO_KEYS), until)
-                mx.eval(x)
-                yield states, x
+            x = states[version]
+            pieces = layer.attend(x, documents) if half is HALVES[0] else layer.mix(x)
+            x = go_through(pieces, lambda name, x: linears[name](x, NO_KEYS), until)
+            mx.eval(x)
+            yield states, x
         mx.clear_cache()
 
     def _round(self, i: int, half: tuple[str, ...], name: str) -> None:
