@@ -242,6 +242,19 @@ def test_each_format_is_nearer_to_the_tuned_model_than_rounded_plainly(
         assert scores.loss == pytest.approx(wanted.loss, abs=0.02)
 
 
+def test_the_original_weights_are_read_as_often_as_they_are_needed(
+    home: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = tuned(home)
+    how: dict[str, Any] = {"base": home / "dense", "quantize": QuantConfig(4, 32)}
+    both, held_out = (rows(10, 0), rows(3, 1)), rows(3, 1)
+    drift = mq.save_merged(model, tokenizer, tmp_path / "out", rows=both, **how).drift
+    assert drift is not None
+    again, _ = mq.load(tmp_path / "out")
+    scores = mq.evaluate(again, tokenizer, held_out)
+    assert scores.loss == pytest.approx(drift.figures[WRITTEN].loss, abs=0.01)
+
+
 def test_of_all_rows_no_more_is_there_than_what_a_half_of_a_layer_reads(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
