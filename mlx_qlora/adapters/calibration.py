@@ -6,47 +6,31 @@ Held-out rows go along as the base, with the adapter, merged, rounded plainly an
 what becomes of them is the verdict. One layer is in memory at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.adapters.drift import ADAPTER, BASE, MERGED, PLAIN, VERSIONS, WRITTEN, Drift, measure
-from mlx_qlora.adapters.requantize import Grid, Rounded, damped, round_matrix
+from mlx_qlora.adapters.requantize import Grid, Rounded, damped, products, round_matrix
 from mlx_qlora.adapters.several import disabled
-from mlx_qlora.data.batches import IGNORE, Batch, evaluation_batches
+from mlx_qlora.data.batches import IGNORE, evaluation_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.linears import Linears
-from mlx_qlora.model.llama import KEYS_OF, NO_KEYS, DecoderLayer, LlamaForCausalLM
+from mlx_qlora.model.llama import NO_KEYS, LlamaForCausalLM, go_through
 from mlx_qlora.model.quantize import Linear
 
 TOKENS = 4_096, 16_384  # of training rows: 3 for each column of the widest matrix, within these
 HELD_OUT = 4_096  # tokens of rows that the result is measured on, each in five versions
-
-
-class Flow:
-    """Documents end to end, on their way through layers of one version of the weights."""
-
-    def __init__(self, version: str, documents: Documents, x: mx.array) -> None:
-        self.version, self._documents, self.x = version, documents, x
-
-    def enter(self, layer: DecoderLayer) -> None:
-        """Go to the first linears of a layer: `x` (N, d_in) is what they read."""
-        self._running = layer.pieces(self.x, self._documents)
-        self.x = next(self._running)[1]
-
-    def go_on(self, linears: Linears) -> None:
-        """Through these to the next ones, or to the layer's end: `x` (N, D) is its output."""
-        try:
-            self.x = self._running.send(linears(self.x, NO_KEYS))[1]
-        except StopIteration as done:
-            self.x = done.value
-        mx.eval(self.x)
+HALVES = ("qkv", "o"), ("gate_up", "down")  # of a layer
+AT_ONCE = 1_024  # tokens whose inputs of the widest matrix are in memory
+# Of a batch what attends to what, the tokens (N,) of answers or IGNORE, and what each version of
+# a half of a layer reads (N, D).
+Rows = tuple[Documents, np.ndarray, dict[str, mx.array]]
 
 
 @dataclass
@@ -63,9 +47,8 @@ class Calibrated:
         self._layer, self._rounded = 0, dict[str, Rounded]()
         train, held_out = self.rows
         tokens = int(np.clip(3 * self.model.config.intermediate_size, *TOKENS))
-        self._train = [self._flows(b, (MERGED, WRITTEN)) for b in _batches(train, tokens)]
-        self._labels = [*_batches(held_out, HELD_OUT)] if held_out is not None else []
-        self._held_out = [self._flows(batch, VERSIONS) for batch in self._labels]
+        self._train = self._drawn(train, tokens, (MERGED, WRITTEN))
+        self._held_out = [] if held_out is None else self._drawn(held_out, HELD_OUT, VERSIONS)
 
     def __getitem__(self, path: str) -> Rounded:
         while self._layer <= int(path.split(".")[2]):
@@ -75,68 +58,104 @@ class Calibrated:
 
     def verdict(self, what: str) -> Drift | None:
         """What rounding cost on the held-out rows, once all layers are rounded."""
-        if not self._held_out:
-            return None
-        hidden = [
-            {flow.version: self.model.model.normalised(flow.x) for flow in flows}
-            for flows in self._held_out
-        ]
-        return measure(self.model, hidden, [*map(_answers, self._labels)], what)
+        normalised = self.model.model.normalised
+        hidden = (
+            ({version: normalised(x) for version, x in states.items()}, labels)
+            for _, labels, states in self._held_out
+        )
+        return measure(self.model, hidden, what)
 
-    def _flows(self, batch: Batch, versions: tuple[str, ...]) -> list[Flow]:
-        tokens = mx.array(np.array(batch.tokens).reshape(-1)[batch.document_of >= 0])
-        tree = self.model.model
-        documents, x = Documents.of(batch.documents), tree.embed(tokens)
-        return [Flow(version, documents, x) for version in versions]
+    def _drawn(self, examples: Examples, tokens: int, versions: tuple[str, ...]) -> list[Rows]:
+        """Batches of some rows, drawn at random, of so many tokens in all."""
+        order = np.random.default_rng(0).permutation(len(examples))
+        n = int(np.searchsorted(np.cumsum(examples.lengths[order]), tokens)) + 1
+        rows, drawn = [], examples[order[:n]]
+        for batch in evaluation_batches(drawn, max(1, AT_ONCE // int(drawn.lengths.mean()))):
+            labels = np.array(batch.labels).reshape(-1)
+            if batch.answers is not None:
+                labels = np.where(batch.answers.reshape(-1), labels, IGNORE)
+            real = batch.document_of >= 0
+            x = self.model.model.embed(mx.array(np.array(batch.tokens).reshape(-1)[real]))
+            rows.append((Documents.of(batch.documents), labels[real], dict.fromkeys(versions, x)))
+        return rows
 
     def _go_through(self, i: int) -> None:
-        """Round a layer's matrices, and take all rows through it."""
-        layer, reader = self.model.layers[i], self.model.model.reader
-        flows = [*chain(*self._train, *self._held_out)]
+        """Round a layer's matrices, and take all rows through it, half by half.
+
+        The rows' inputs of a half are kept, and what is between is computed again where it is read:
+        of 16,384 tokens what 8B's `down` reads would be 0.9 GB, twice.
+        """
+        reader = self.model.model.reader
         self._rounded = {}
         with nullcontext() if reader is None else reader.layer(i):
-            with disabled(self.model):
-                base = {name: layer.linears(name) for name in KEYS_OF}
-            for flow in flows:
-                flow.enter(layer)
-            for name in KEYS_OF:
-                linears = layer.linears(name)
-                versions = {BASE: base[name], ADAPTER: linears, **self._versions(i, linears)}
-                for flow in flows:
-                    flow.go_on(versions[flow.version])
-                mx.clear_cache()
+            for half in HALVES:
+                for name in half:
+                    self._round(i, half, name)
+                for version in VERSIONS:
+                    batches = [x for x in (*self._train, *self._held_out) if version in x[2]]
+                    for states, x in self._walk(i, half, version, batches) if batches else ():
+                        states[version] = x
 
-    def _versions(self, i: int, linears: Linears) -> dict[str, Linears]:
-        """Linears of a layer that read the same: merged, rounded plainly, and as written."""
-        H = D = mx.zeros((1, 1))
-        for exact, written in self._train:
-            x = written.x.astype(mx.float32)
-            H, D = mx.addmm(H, x.T, x), mx.addmm(D, x.T, exact.x.astype(mx.float32) - x)
-            mx.eval(H, D)
-        merged = {name: self.dense(f"model.layers.{i}.{name}") for name in linears.members}
-        missing = {name: np.array(D @ W.T) for name, W in merged.items()} if D.any() else {}
-        del D  # of 14336 columns each is 0.8 GB
-        inputs = damped(np.array(H))
-        del H
+    def _walk(
+        self, i: int, half: tuple[str, ...], version: str, batches: list[Rows], until: str = ""
+    ) -> Iterator[tuple[dict[str, mx.array], mx.array]]:
+        """Of each batch what a version of some linears reads, or what leaves the half (N, D)."""
+        layer, names = self.model.layers[i], [*half, until]
+        linears = {name: self._linears(i, name, version) for name in names[: names.index(until)]}
+        for documents, _, states in batches:
+            x = states[version]
+            pieces = layer.attend(x, documents) if half is HALVES[0] else layer.mix(x)
+            x = go_through(pieces, lambda name, x: linears[name](x, NO_KEYS), until)
+            mx.eval(x)
+            yield states, x
         mx.clear_cache()
-        members: dict[str, dict[str, Any]] = {MERGED: {}, PLAIN: {}, WRITTEN: {}}
-        for name, linear in linears.members.items():
-            path = f"model.layers.{i}.{name}"
-            W, grid = merged[name], self.grid(path)
-            dense = dict.fromkeys(members, W) | {MERGED: W.astype(mx.bfloat16)}
-            if grid is not None:
+
+    def _round(self, i: int, half: tuple[str, ...], name: str) -> None:
+        """Round those linears that read the same by what training rows bring to them."""
+
+        def read(version: str) -> Iterator[mx.array]:
+            walk = self._walk(i, half, version, self._train, name)
+            return (x.astype(mx.float32) for _, x in walk)
+
+        members = self.model.layers[i].linears(name).members
+        paths = {f"model.layers.{i}.{leaf}": linear for leaf, linear in members.items()}
+        m = next(iter(members.values())).base_layer.shape[1]
+        # What brings the results of these inputs nearest to the merged model's. Before H, as of
+        # 14,336 inputs each has 0.8 GB.
+        D = products(m, ((x, exact - x) for exact, x in zip(read(MERGED), read(WRITTEN))))
+        missing = {path: D @ np.array(self.dense(path), copy=False).T for path in paths}
+        del D
+        H = damped(products(m, ((x, x) for x in read(WRITTEN))))
+        for path, linear in paths.items():
+            if (grid := self.grid(path)) is not None:
                 begin = packed_on(linear.base_layer, grid)
                 if begin is None or linear is not linear.base_layer:
-                    wanted = np.array(W.T, order="C")
-                    if missing:  # what brings the results of these inputs nearest to the merged
-                        wanted += np.linalg.solve(inputs.H, missing[name])
-                    begin = round_matrix(wanted, inputs, grid, begin)
+                    W = np.array(self.dense(path).T, order="C")
+                    begin = round_matrix(W, H, missing.pop(path), grid, begin)
                 self._rounded[path] = begin
-                dense[PLAIN] = self.plain(path, W)
-                dense[WRITTEN] = mx.array(begin.dense).T
-            for version, weight in dense.items():
-                members[version][name] = dense_linear(weight, linear.base_layer)
-        return {version: Linears(each, linears.cuts) for version, each in members.items()}
+
+    def _linears(self, i: int, name: str, version: str) -> Linears:
+        """Linears of a layer that read the same, in a version of their weights."""
+        with disabled(self.model) if version == BASE else nullcontext():
+            linears = self.model.layers[i].linears(name)
+        if version in (BASE, ADAPTER):
+            return linears
+        members = {}
+        for leaf, linear in linears.members.items():
+            path = f"model.layers.{i}.{leaf}"
+            rounded = self._rounded.get(path)
+            if version == WRITTEN and rounded is not None:
+                W = mx.array(rounded.dense).T
+            else:
+                W = self.dense(path)
+            if version == MERGED:
+                W = W.astype(mx.bfloat16)
+            if version == PLAIN and rounded is not None:
+                W = self.plain(path, W)
+            members[leaf] = dense_linear(W, linear.base_layer)
+            del W
+            mx.clear_cache()  # of what it was made from
+        return Linears(members, linears.cuts)
 
 
 def packed_on(base: Linear, grid: Grid) -> Rounded | None:
@@ -149,14 +168,12 @@ def packed_on(base: Linear, grid: Grid) -> Rounded | None:
     weight, scales, biases = base.packed()
     ones = mx.ones_like(scales)
     how: dict[str, Any] = {"group_size": quant.group_size, "bits": quant.bits}
-    levels = mx.dequantize(weight, ones, mx.zeros_like(ones), **how).astype(mx.float32)
-    first = grid.levels[0]
+    codes = mx.dequantize(weight, ones, mx.zeros_like(ones), **how).astype(mx.uint8)
     scales, biases = (np.array(x.astype(mx.float32)).T.copy() for x in (scales, biases))
-    offsets = biases - first * scales
+    offsets = biases - grid.levels[0] * scales
     if (scales == 0).any() or not (grid.offset or (offsets == 0).all()):
         return None
-    levels = np.array(levels).T + first
-    return Rounded(grid, np.ascontiguousarray(levels), grid.store(scales), grid.store(offsets))
+    return Rounded(grid, np.array(codes.T, order="C"), grid.store(scales), grid.store(offsets))
 
 
 def dense_linear(weight: mx.array, like: Linear) -> Linear:
@@ -167,18 +184,3 @@ def dense_linear(weight: mx.array, like: Linear) -> Linear:
         linear.bias = like.bias
     mx.eval(linear.parameters())
     return linear
-
-
-def _batches(examples: Examples, tokens: int) -> list[Batch]:
-    """Batches of some rows, drawn at random, of so many tokens in all."""
-    drawn = np.random.default_rng(0).permutation(len(examples))
-    n = int(np.searchsorted(np.cumsum(examples.lengths[drawn]), tokens)) + 1
-    return [*evaluation_batches(examples[drawn[:n]])]
-
-
-def _answers(batch: Batch) -> np.ndarray:
-    """(N,): the token of an answer that follows each position of a document, or IGNORE."""
-    labels = np.array(batch.labels).reshape(-1)
-    if batch.answers is not None:
-        labels = np.where(batch.answers.reshape(-1), labels, IGNORE)
-    return labels[batch.document_of >= 0]

@@ -5,7 +5,7 @@ show what is lost then; the next-token distributions on rows that were held out 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,19 +61,16 @@ class Drift:
 
 
 def measure(
-    model: LlamaForCausalLM,
-    hidden: list[dict[str, mx.array]],
-    labels: list[np.ndarray],
-    what: str,
+    model: LlamaForCausalLM, rows: Iterable[tuple[dict[str, mx.array], np.ndarray]], what: str
 ) -> Drift | None:
-    """Compare VERSIONS of a model by what they make of some rows.
+    """Compare VERSIONS of a model by what they make of some rows; None if nothing is predicted.
 
-    `hidden` is what its head reads, version -> (N, D), for some documents end to end; `labels` (N,)
-    what follows each position, or IGNORE; `what` names what was written.
+    Of documents end to end `rows` have what its head reads, version -> (N, D), and what follows
+    each position (N,), or IGNORE; `what` names what was written.
     """
     sums, n = np.zeros((len(VERSIONS), 3)), 0
     with model.head.dense_for_now():
-        for states, targets in zip(hidden, labels):
+        for states, targets in rows:
             places = np.flatnonzero(targets != IGNORE)
             for part, logs in log_probabilities(model, [states[v] for v in VERSIONS], places):
                 exact, target = logs[VERSIONS.index(ADAPTER)], targets[part]

@@ -1,7 +1,9 @@
 """The adapter for tools that read less than PEFT, and for llama.cpp."""
 
 import importlib.util
-from contextlib import suppress
+import zlib
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ from mlx_qlora.adapters.peft import (
     PREFIX,
     layers_of,
     peft_config,
-    same_tensors,
     uniform_updates,
     write_peft,
 )
@@ -117,8 +118,10 @@ def save_gguf_adapter(
     text = modelfile(ollama_base, file.name, base)
     keeps = keeps_modelfile(file.parent / "Modelfile", text)
     with staged(file.parent) as staging:
-        architecture = ARCHITECTURES[model.config.model_type][0]
-        _write(staging / file.name, architecture, tensors, alpha, base)
+        pairs = {"general.type": "adapter", "general.name": file.stem}
+        pairs |= {"adapter.type": "lora", "adapter.lora.alpha": alpha}
+        infos = [(name, x.shape, x.dtype, x.nbytes, None) for name, x in tensors.items()]
+        write_gguf(staging / file.name, model, base, pairs, infos, tensors.values())
         if not keeps:
             (staging / "Modelfile").write_text(text, encoding="utf-8")
     return file
@@ -150,30 +153,47 @@ def _gguf_tensors(
     return {name: np.ascontiguousarray(array.astype(dtype)) for name, array in tensors.items()}
 
 
-def _write(
-    file: Path, architecture: str, tensors: dict[str, np.ndarray], alpha: float, base: str | None
+def write_gguf(
+    file: Path,
+    model: LlamaForCausalLM,
+    base: str | None,
+    pairs: dict[str, Any],
+    infos: list[tuple[Any, ...]],
+    arrays: Iterable[np.ndarray],
 ) -> None:
-    """Write what llama.cpp's converter writes, in its order, and read it back."""
+    """Write what llama.cpp's converter writes, tensor by tensor, and read it back.
+
+    `infos` are name, shape, dtype, bytes and GGML's type of each of `arrays`.
+    """
     import gguf
 
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_name(file.stem)
-    add_base(writer, base)
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer = gguf.GGUFWriter(file, ARCHITECTURES[model.config.model_type][0])
+    if base is not None:
+        organisation, _, title = base.rpartition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, title)
+        if HUB_ID.fullmatch(base):
+            writer.add_base_model_organization(0, organisation)
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, array in tensors.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-    reader = gguf.GGUFReader(file)
-    same = same_tensors({tensor.name: tensor.data for tensor in reader.tensors}, tensors)
-    if not same or gguf_field(file, gguf.Keys.Adapter.LORA_ALPHA) != alpha:
-        raise AdapterError(f"{file.name}: what was read back is not what was written")
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    add |= {str: writer.add_string, list: writer.add_array}
+    for key, value in pairs.items():
+        add[value.__class__](key, value)
+    for info in infos:
+        writer.add_tensor_info(*info)
+    checksums = []
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in arrays:
+            writer.write_tensor_data(array)
+            checksums.append((array.nbytes, zlib.crc32(array.data)))
+    (read, _, start), data = read_header(file), np.memmap(file, np.uint8, "r")
+    for (name, *_, offset), (n_bytes, checksum) in zip(read, checksums, strict=True):
+        if zlib.crc32(data[start + offset :][:n_bytes].data) != checksum:
+            raise WeightsError(f"{file.name}: what was read back of {name} is not what was written")
 
 
 def require_gguf(model: LlamaForCausalLM) -> None:
@@ -182,18 +202,6 @@ def require_gguf(model: LlamaForCausalLM) -> None:
         raise AdapterError(f"no GGUF can be written of model_type {kind!r}; merge the adapter")
     if importlib.util.find_spec("gguf") is None:
         raise AdapterError("a GGUF needs the package gguf; run: pip install 'mlx-qlora[gguf]'")
-
-
-def add_base(writer: Any, base: str | None) -> None:
-    """Say in a file's metadata which repository it was made from, if that is known."""
-    if base is None:
-        return
-    organisation, _, name = base.rpartition("/")
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, name)
-    if HUB_ID.fullmatch(base):
-        writer.add_base_model_organization(0, organisation)
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
 
 
 def gguf_field(file: Path, key: str) -> Any:

@@ -3,9 +3,7 @@
 import shlex
 import shutil
 import subprocess
-import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 from mlx_qlora import __version__
 from mlx_qlora.adapters.calibration import Calibrated
 from mlx_qlora.adapters.drift import Drift
-from mlx_qlora.adapters.export import add_base, gguf_field, keeps_modelfile, require_gguf
+from mlx_qlora.adapters.export import gguf_field, keeps_modelfile, require_gguf, write_gguf
 from mlx_qlora.adapters.merge import Tensors, check_disk, same_value, shapes_of
 from mlx_qlora.adapters.requantize import Grid, Rounded
 from mlx_qlora.data.examples import Examples
@@ -34,7 +32,6 @@ from mlx_qlora.errors import (
 )
 from mlx_qlora.folders import card_text, check_writable, json_object, staged, user_path
 from mlx_qlora.model.families import LlamaConfig
-from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import (
     ARCHITECTURES,
     FACTORS,
@@ -99,6 +96,8 @@ def save_gguf_model(
     """
     check_type(type)
     require_gguf(model)
+    from gguf import LlamaFileType as kinds
+
     folder, written = user_path(folder), type if type in TYPES else "bf16"
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
@@ -118,7 +117,15 @@ def save_gguf_model(
         calibrated = None
         if rows is not None and written in TYPES[:5] and lora_layers(model):
             calibrated = _calibrated(model, tensors, rows)
-        _write(plain, model, tensors, pairs | of_model, factors, written, base, calibrated)
+        infos = [(f"{n}.weight", x.shape, x.dtype, x.nbytes, None) for n, x in factors.items()]
+        infos += [(x.name, x.shape, x.dtype, x.nbytes, x.kind) for x in tensors]
+        arrays = chain(factors.values(), _arrays(model, tensors, calibrated))
+        type_of_most = kinds.ALL_F32 if written == "f32" else kinds[f"MOSTLY_{written.upper()}"]
+        pairs |= {OURS: f"mlx-qlora {__version__}", "general.file_type": int(type_of_most)}
+        # Some readers look for a family's name in it.
+        name = (base or "").rpartition("/")[2] or plain.stem
+        pairs |= of_model | {"general.type": "model", "general.name": name}
+        write_gguf(plain, model, base, pairs, infos, arrays)
         drift = calibrated.verdict(written) if calibrated else None
         if quantizer:
             _run([quantizer, plain.name, file.name, type.upper()], staging)
@@ -150,6 +157,7 @@ class _Tensor:
     shape: tuple[int, ...]  # in the file: of a packed matrix (rows, bytes of a row)
     kind: Any  # of gguf.GGMLQuantizationType
     nbytes: int
+    dtype: Any  # of its arrays; of packed ones bytes
 
 
 def _layout(model: LlamaForCausalLM, type: str) -> list[_Tensor]:
@@ -168,7 +176,8 @@ def _layout(model: LlamaForCausalLM, type: str) -> list[_Tensor]:
         packed = kind not in (kinds.F32, kinds.F16)
         name = gguf_name(weight, model.config)
         n = int(np.prod(in_bytes, dtype=np.int64))
-        tensors.append(_Tensor(name, weight, in_bytes if packed else shape, kind, n))
+        dtype = np.dtype(np.uint8 if packed else np.float32)
+        tensors.append(_Tensor(name, weight, in_bytes if packed else shape, kind, n, dtype))
     return tensors
 
 
@@ -202,53 +211,6 @@ def _checked_pairs(
 # ---- the file ------------------------------------------------------------------------------------
 
 
-def _write(
-    file: Path,
-    model: LlamaForCausalLM,
-    tensors: list[_Tensor],
-    pairs: dict[str, Any],
-    factors: dict[str, np.ndarray],
-    type: str,
-    base: str | None,
-    calibrated: Calibrated | None,
-) -> None:
-    """Write what llama.cpp's converter writes, tensor by tensor, and read it back."""
-    import gguf
-
-    writer = gguf.GGUFWriter(file, ARCHITECTURES[model.config.model_type][0])
-    writer.add_type(gguf.GGUFType.MODEL)
-    # Some readers look for a family's name in it.
-    writer.add_name((base or "").rpartition("/")[2] or file.stem)
-    writer.add_string(OURS, f"mlx-qlora {__version__}")
-    add_base(writer, base)
-    types = gguf.LlamaFileType
-    writer.add_file_type(types.ALL_F32 if type == "f32" else types[f"MOSTLY_{type.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-    add |= {str: writer.add_string, list: writer.add_array}
-    for key, value in pairs.items():
-        add[value.__class__](key, value)
-    for name, array in factors.items():
-        writer.add_tensor_info(f"{name}.weight", array.shape, array.dtype, array.nbytes)
-    dtypes = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
-    for tensor in tensors:
-        dtype = np.dtype(dtypes.get(tensor.kind, np.uint8))
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, tensor.kind)
-    checksums = []
-    with closing(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for array in chain(factors.values(), _arrays(model, tensors, calibrated)):
-            writer.write_tensor_data(array)
-            checksums.append((array.nbytes, zlib.crc32(array.data)))
-            mx.clear_cache()
-    (read, _, start), data = read_header(file), np.memmap(file, np.uint8, "r")
-    for (name, *_, offset), (n_bytes, checksum) in zip(read, checksums, strict=True):
-        if zlib.crc32(data[start + offset :][:n_bytes].data) != checksum:
-            raise WeightsError(f"{file.name}: what was read back of {name} is not what was written")
-
-
 def _arrays(
     model: LlamaForCausalLM, tensors: list[_Tensor], calibrated: Calibrated | None
 ) -> Iterator[np.ndarray]:
@@ -257,6 +219,7 @@ def _arrays(
 
     merged = Tensors(dict(model.named_modules()), None, None, mx.float32)
     for tensor in each(tensors, "writing", "weights"):
+        mx.clear_cache()
         path = tensor.weight.removesuffix(".weight")
         if calibrated is not None and path.startswith("model.layers.") and tensor.kind in LEVELS:
             yield permute(blocks(calibrated[path], tensor.kind), tensor.weight, model.config)
@@ -310,7 +273,7 @@ def blocks(rounded: Rounded, kind: Any) -> np.ndarray:
 
     A block is scale, offset, the fifth bits, and codes: of 32 weights the last 16 above the others.
     """
-    codes = rounded.codes.reshape(-1, len(rounded.scales), 32)
+    codes = rounded.codes.T.reshape(-1, len(rounded.scales), 32)
     numbers = [rounded.scales, rounded.offsets] if kind in OFFSET else [rounded.scales]
     parts: list[Any] = [x.T.astype("<f2")[..., None].view(np.uint8) for x in numbers]
     if kind == 8:  # signed

@@ -145,7 +145,8 @@ def save_merged(
 
     drift = None
     with staged(target, replace=True) as staging:
-        originals = original.tensors if original else None
+        # Of safetensors what is on the disk: an array would stay in memory once it was used.
+        originals = original and (original.tensors if original.metadata else original.found)
         tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
         if quantize is not None and rows is not None:
             tensors.calibrate(model, rows)
@@ -344,7 +345,7 @@ class Tensors:
     """Makes the weights of the merged model, each when it is asked for."""
 
     modules: dict[str, Any]  # of the model with LoRA layers
-    originals: dict[str, Any] | None  # where W comes from; used up. None: the model itself
+    originals: dict[str, Any] | None  # where W comes from. None: the model itself
     quantize: QuantConfig | None  # how matrices are packed
     dtype: mx.Dtype  # of everything that is not packed
 
@@ -399,7 +400,7 @@ class Tensors:
     def _dense(self, name: str, module: Any) -> mx.array:
         """The merged weight, or another tensor of the base as it is."""
         is_weight = name.endswith(".weight")
-        original = None if self.originals is None else as_array(self.originals.pop(name))
+        original = None if self.originals is None else as_array(self.originals[name])
         if isinstance(module, LoRALinear) and is_weight:
             return module.merged(original)
         if original is not None:

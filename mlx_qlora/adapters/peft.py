@@ -217,17 +217,10 @@ def _write_checked(
         stream.seek(8)
         stream.write(json.dumps(header, separators=(",", ":")).encode().ljust(length))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    is_same = same_tensors(load_file(file), tensors)
+    read = {name: (x.shape, x.tobytes()) for name, x in load_file(file).items()}
+    is_same = read == {name: (x.shape, x.tobytes()) for name, x in tensors.items()}
     if not is_same or json.loads((folder / CONFIG).read_text()) != config:
         raise AdapterError(f"{folder}: what was read back is not what was written; nothing changed")
-
-
-def same_tensors(read: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> bool:
-    """Whether names, shapes and bytes are equal."""
-    return read.keys() == written.keys() and all(
-        read[name].shape == array.shape and read[name].tobytes() == array.tobytes()
-        for name, array in written.items()
-    )
 
 
 # ---- out: mlx-lm's layout ------------------------------------------------------------------------

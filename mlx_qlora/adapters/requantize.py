@@ -13,7 +13,8 @@ Axes: n rows of a matrix, m columns, G groups of a row. Here matrices are (m, n)
 weights, which is rounded at once, is contiguous.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +28,7 @@ ROWS = 1024  # of a matrix at a time: what they need beside H has to be small
 BLOCK = 512  # rows and columns of a triangular factor's that are computed at a time
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that were not seen count, too
 SWEEPS = 4  # of the coordinate descent
+Blocks = Callable[[slice, slice], np.ndarray]  # of a matrix, by its rows and columns
 
 
 @dataclass(frozen=True)
@@ -54,32 +56,37 @@ class Grid:
             return np.clip(np.rint(x), self.levels[0], self.levels[-1])
         return self.levels[np.searchsorted(self._between, x)]
 
+    def codes(self, levels: np.ndarray) -> np.ndarray:
+        """The places of some levels, uint8."""
+        return np.searchsorted(self.levels, levels).astype(np.uint8)
+
 
 @dataclass
 class Rounded:
-    """A matrix on a grid: levels (m, n), scales and offsets (G, n), all float32."""
+    """A matrix on a grid: the places of its levels (m, n) uint8; scales and offsets (G, n)."""
 
     grid: Grid
-    levels: np.ndarray
+    codes: np.ndarray
     scales: np.ndarray
     offsets: np.ndarray
 
     @property
-    def numbers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Levels, scales and offsets."""
-        return self.levels, self.scales, self.offsets
+    def levels(self) -> np.ndarray:
+        """(m, n) float32."""
+        return self.grid.levels[self.codes]
 
     @property
     def dense(self) -> np.ndarray:
-        """The matrix (m, n)."""
-        m, n = self.levels.shape
+        """The matrix (m, n) float32."""
+        m, n = self.codes.shape
         by_group = self.levels.reshape(-1, self.grid.group, n)
-        return (by_group * self.scales[:, None] + self.offsets[:, None]).reshape(m, n)
+        by_group *= self.scales[:, None]
+        by_group += self.offsets[:, None]
+        return by_group.reshape(m, n)
 
-    @property
-    def codes(self) -> np.ndarray:
-        """(n, m) uint8: the place of each level among the grid's."""
-        return np.searchsorted(self.grid.levels, self.levels).astype(np.uint8).T
+    def of_rows(self, rows: slice) -> "Rounded":
+        """Some of a matrix's rows, which are columns here; a view."""
+        return Rounded(self.grid, self.codes[:, rows], self.scales[:, rows], self.offsets[:, rows])
 
 
 # ---- MLX's formats -------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def grid_of(quant: QuantConfig, dtype: mx.Dtype) -> Grid:
 
 def packed(rounded: Rounded, quant: QuantConfig) -> tuple[mx.array, ...]:
     """As `mx.quantize` packs it: weight, scales and, for affine, biases; exactly these numbers."""
-    codes = rounded.codes
+    codes = rounded.codes.T
     if quant.mode == "mxfp4":
         value = rounded.grid.levels
         codes = (np.searchsorted(FP4, np.abs(value)) + 8 * (value < 0)).astype(np.uint8)[codes]
@@ -120,65 +127,73 @@ def packed(rounded: Rounded, quant: QuantConfig) -> tuple[mx.array, ...]:
 # ---- rounding ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Inputs:
-    """What matrices read: H = X^T X (m, m) float32, positive definite (`damped`)."""
+@contextmanager
+def factored(H: np.ndarray) -> Iterator[tuple[np.ndarray, Blocks]]:
+    """Lend an order of inputs, the smallest first, and blocks of C, lower triangular: H = C C^T.
 
-    H: np.ndarray
+    C is in H's place, as of two equal numbers of H one can make room: another matrix of this size
+    would be 0.8 GB for 14,336 inputs. Afterwards H is back. Blocks are computed in float64: each
+    of C's rounded numbers is off by its own 6e-8, what many products add up to by much more.
+    """
+    order, diagonal = np.argsort(np.diag(H), kind="stable"), np.diag(H).copy()
+    parts = [slice(start, min(start + BLOCK, len(H))) for start in range(0, len(H), BLOCK)]
 
-    @cached_property
-    def order(self) -> np.ndarray:
-        """(m,): the smallest inputs first."""
-        return np.argsort(np.diag(self.H), kind="stable")
+    def block(rows: slice, columns: slice) -> np.ndarray:  # with what C has on its diagonal
+        found = H[np.ix_(order[rows], order[columns])]
+        if rows == columns:
+            np.fill_diagonal(found, diagonal[order[rows]])
+        return found
 
-    @cached_property
-    def factor(self) -> np.ndarray:
-        """L (m, m) float32, in this order: lower triangular, H = L diag(d) L^T, with ones in it.
-
-        Beside H and L there are only blocks: those are in float64, because each of L's rounded
-        numbers is off by its own 6e-8, but what many products add up to would be by much more.
-        """
-        H, order, m = self.H, self.order, len(self.H)
-        L = np.zeros_like(H)
-
-        def remaining(rows: slice, here: slice) -> np.ndarray:
-            known = L[rows, : here.start] @ L[here, : here.start].astype(np.float64).T
-            return H[np.ix_(order[rows], order[here])] - known
-
-        for start in range(0, m, BLOCK):
-            here = slice(start, start + BLOCK)
-            L[here, here] = diagonal = np.linalg.cholesky(remaining(here, here))
-            for below in range(start + BLOCK, m, BLOCK):
-                rows = slice(below, below + BLOCK)
-                L[rows, here] = np.linalg.solve(diagonal, remaining(rows, here).T).T
-        L /= np.diag(L).copy()
-        return L
+    for i, here in enumerate(parts):
+        before, symmetric = slice(here.start), block(here, here)
+        known = block(here, before).astype(np.float64).T
+        factor = np.linalg.cholesky(symmetric - block(here, before) @ known)
+        H[np.ix_(order[here], order[here])] = np.triu(symmetric) + np.tril(factor, -1)
+        diagonal[order[here]] = np.diag(factor)
+        for rows in parts[i + 1 :]:
+            remaining = block(rows, here) - block(rows, before) @ known
+            H[np.ix_(order[rows], order[here])] = np.linalg.solve(factor, remaining.T).T
+    yield order, block
+    for i, here in enumerate(parts):
+        upper = np.triu(H[np.ix_(order[here], order[here])])
+        H[np.ix_(order[here], order[here])] = upper + np.triu(upper, 1).T
+        for rows in parts[i + 1 :]:
+            H[np.ix_(order[rows], order[here])] = block(here, rows).T
 
 
-def damped(H: np.ndarray) -> Inputs:
-    """Of H, to whose diagonal a small multiple of its mean is added in place."""
+def products(m: int, pairs: Iterable[tuple[mx.array, mx.array]]) -> np.ndarray:
+    """The sum of X^T Y (m, m) float32, of pairs of X and Y (N, m)."""
+    total = np.zeros((m, m), np.float32)
+    for x, y in pairs:
+        for start in range(0, m, BLOCK):  # in place: all at once there would be two of them
+            rows = slice(start, start + BLOCK)
+            total[rows] = np.array(mx.addmm(mx.array(total[rows]), x[:, rows].T, y))
+    return total
+
+
+def damped(H: np.ndarray) -> np.ndarray:
+    """H, to whose diagonal a small multiple of its mean is added in place: positive definite."""
     H[np.diag_indices_from(H)] += DAMPING * np.diag(H).mean() + 1e-12
-    return Inputs(H)
+    return H
 
 
 def round_matrix(
-    W: np.ndarray, inputs: Inputs, grid: Grid, begin: Rounded | None = None
+    W: np.ndarray, H: np.ndarray, missing: np.ndarray, grid: Grid, begin: Rounded | None = None
 ) -> Rounded:
-    """Round W (m, n) onto a grid so that its inputs feel little of it.
+    """Round W (m, n) onto a grid so that its inputs, of H (m, m), feel little of it.
 
-    `begin` is a matrix on the grid that W is near to, such as the one before training; None rounds
-    with compensation first.
+    What is wanted is W and H^-1 `missing` (m, n). `begin` is a matrix on the grid that W is near
+    to, such as the one before training, and is used up; None rounds with compensation first.
     """
-    parts = []
-    for start in range(0, W.shape[1], ROWS):
-        rows = slice(start, start + ROWS)
-        block = np.ascontiguousarray(W[:, rows])
-        if begin is None:
-            first = compensated(block, inputs, grid, *scales_of(block, grid))
-        else:
-            first = Rounded(grid, *(x[:, rows] for x in begin.numbers))
-        parts.append(improved(first, block, inputs).numbers)
-    return Rounded(grid, *(np.concatenate(x, axis=1) for x in zip(*parts)))
+    every = [slice(start, start + ROWS) for start in range(0, W.shape[1], ROWS)]
+    if begin is None:
+        begin = Rounded(grid, np.empty(W.shape, np.uint8), *scales_of(W, grid))
+        with factored(H) as (order, C):
+            for rows in every:
+                compensate(begin.of_rows(rows), W[:, rows], missing[:, rows], order, C)
+    for rows in every:
+        improve(begin.of_rows(rows), W[:, rows], missing[:, rows], H)
+    return begin
 
 
 def scales_of(W: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -194,35 +209,46 @@ def scales_of(W: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     return np.where(scale == 0, 1, scale), offset
 
 
-def compensated(
-    W: np.ndarray, inputs: Inputs, grid: Grid, scales: np.ndarray, offsets: np.ndarray
-) -> Rounded:
+def compensate(
+    rounded: Rounded, W: np.ndarray, missing: np.ndarray, order: np.ndarray, C: Blocks
+) -> None:
     """Round column after column, those with the largest inputs first; each takes over errors.
 
-    With H = L d L^T, L lower triangular, a row's cost is that of L^T E. From the last column to the
+    With H = C C^T, C lower triangular, a row's cost is that of C^T E. From the last column to the
     first each is rounded to what brings its own term of it nearest to 0.
     """
-    order, L = inputs.order, inputs.factor
+    grid, scales, offsets, m = rounded.grid, rounded.scales, rounded.offsets, len(W)
+    lacks = missing[order]  # becomes C^T (wanted - W)
+    for start in range(0, m, STEP):
+        here = slice(start, min(start + STEP, m))
+        rest = lacks[here] - C(here, slice(start)) @ lacks[:start]
+        lacks[here] = np.linalg.solve(np.tril(C(here, here)), rest)
     levels, E = np.empty_like(W), np.zeros_like(W)  # E in this order
-    for end in range(len(W), 0, -STEP):
+    for end in range(m, 0, -STEP):
         start = max(end - STEP, 0)
-        carried = L[end:, start:end].T @ E[end:]
-        A = L[start:end, start:end].T.copy()
+        here = slice(start, end)
+        A = C(here, here).T
+        length = np.diag(A).copy()[:, None]
+        carried = (C(slice(end, m), here).T @ E[end:] + lacks[here]) / length
+        A = A / length
         for i in range(end - 1, start - 1, -1):
             j, column = i - start, order[i]
             scale, offset = scales[column // grid.group], offsets[column // grid.group]
             wanted = W[column] + carried[j] + A[j, j + 1 :] @ E[i + 1 : end]
             levels[column] = grid.nearest((wanted - offset) / scale)
             E[i] = W[column] - (levels[column] * scale + offset)
-    return Rounded(grid, levels, scales, offsets)
+    rounded.codes[:] = grid.codes(levels)
 
 
-def improved(begin: Rounded, W: np.ndarray, inputs: Inputs, sweeps: int = SWEEPS) -> Rounded:
+def improve(
+    rounded: Rounded, W: np.ndarray, missing: np.ndarray, H: np.ndarray, sweeps: int = SWEEPS
+) -> None:
     """Coordinate descent from a matrix on a grid: no step makes a row's cost larger."""
-    grid, levels, H = begin.grid, begin.levels.copy(), inputs.H
-    scales, offsets, size = begin.scales.copy(), begin.offsets.copy(), begin.grid.group
+    grid, levels, size = rounded.grid, rounded.levels, rounded.grid.group
+    scales, offsets = rounded.scales, rounded.offsets
     # What of the error the inputs of each column feel: half the cost's slope, with its sign.
-    R = H @ (W - begin.dense)
+    R = H @ (W - rounded.dense)
+    R += missing
     step = size * max(STEP // size, 1)
     added = np.empty((step, W.shape[1]), np.float32)
     for first in [*range(0, len(W), step)] * sweeps:
@@ -232,7 +258,7 @@ def improved(begin: Rounded, W: np.ndarray, inputs: Inputs, sweeps: int = SWEEPS
             within, q = H[part, part], levels[part]
             r = R[part] - H[part, before] @ added[: start - first]
             old = q * scales[g] + offsets[g]
-            change = _fitted(grid, r, within, q, scales[g], offsets[g])
+            change = _fitted(rounded, g, r, within, q)
             scales[g] += change[0]
             offsets[g] += change[1]
             r -= within @ (q * change[0] + change[1])
@@ -244,32 +270,22 @@ def improved(begin: Rounded, W: np.ndarray, inputs: Inputs, sweeps: int = SWEEPS
                 q[i] = new
             added[start - first :][:size] = q * scales[g] + offsets[g] - old
         R -= H[:, first:last] @ added[: last - first]
-    return Rounded(grid, levels, scales, offsets)
+    rounded.codes[:] = grid.codes(levels)
 
 
-def _fitted(
-    grid: Grid,
-    r: np.ndarray,
-    H: np.ndarray,
-    q: np.ndarray,
-    scale: np.ndarray,
-    offset: np.ndarray,
-) -> np.ndarray:
+def _fitted(rounded: Rounded, g: int, r: np.ndarray, H: np.ndarray, q: np.ndarray) -> np.ndarray:
     """(2, n): what to add to scale and offset (n,) of a group, as the format can store them.
 
     The least squares of r (g, n) on the levels q (g, n) and 1, within H (g, g); 0 for a row where
     rounding to what can be stored leaves no gain.
     """
-    Hq = H @ q
-    qq, q1, rq = (Hq * q).sum(axis=0), Hq.sum(axis=0), (r * q).sum(axis=0)
-    if grid.offset:
-        ones, r1 = H.sum(), r.sum(axis=0)
-        determinant = qq * ones - q1 * q1
-        sound = determinant > 1e-6 * qq * ones
-        determinant = np.where(sound, determinant, np.inf)
-        wanted = (ones * rq - q1 * r1) / determinant, (qq * r1 - q1 * rq) / determinant
-    else:
-        wanted = rq / np.where(qq > 0, qq, np.inf), np.zeros_like(rq)
+    grid, scale, offset = rounded.grid, rounded.scales[g], rounded.offsets[g]
+    Hq, ones = H @ q, H.sum()
+    qq, rq = (Hq * q).sum(axis=0), (r * q).sum(axis=0)
+    q1, r1 = (Hq.sum(axis=0), r.sum(axis=0)) if grid.offset else (0 * qq, 0 * qq)
+    determinant = qq * ones - q1 * q1
+    determinant = np.where(determinant > 1e-6 * qq * ones, determinant, np.inf)
+    wanted = (ones * rq - q1 * r1) / determinant, (qq * r1 - q1 * rq) / determinant
     new = grid.store(scale + wanted[0])
     change = np.stack([new - scale, grid.store(offset + wanted[1]) - offset])
     added = q * change[0] + change[1]

@@ -144,20 +144,21 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, context: Context, keys: Keys = NO_KEYS) -> mx.array:
         """x (..., D) -> (..., D)."""
-        running = self.pieces(x, context)
-        name, read = next(running)
-        while True:
-            try:
-                name, read = running.send(self.linears(name)(read, keys[KEYS_OF[name]]))
-            except StopIteration as done:
-                return done.value
 
-    def pieces(self, x: mx.array, context: Context) -> Pieces:
-        """As a call, but asks for what linears make: their name and input are sent results."""
+        def linears(name: str, read: mx.array) -> list[mx.array]:
+            return self.linears(name)(read, keys[KEYS_OF[name]])
+
+        return go_through(self.mix(go_through(self.attend(x, context), linears)), linears)
+
+    def attend(self, x: mx.array, context: Context) -> Pieces:
+        """x -> h (..., D), but asks for what linears make: to name and input results are sent."""
         q, k, v = yield "qkv", self.attention_norm(x)
         q, k, v = self.self_attn.rotate(q, k, v, context)
         heads = context.attend(q, k, v, self.self_attn.reach).flatten(-2)
-        h = self.add_attention(x, *(yield "o", heads))
+        return self.add_attention(x, *(yield "o", heads))
+
+    def mix(self, h: mx.array) -> Pieces:
+        """h -> the layer's output (..., D); asks as `attend` does."""
         gate, up = yield "gate_up", self.mlp_norm(h)
         gated = swiglu(gate, up, act=self.act)
         return self.add_mlp(h, *(yield "down", gated))
@@ -193,6 +194,19 @@ class DecoderLayer(nn.Module):
 
     def _added(self, x: mx.array, new: mx.array) -> mx.array:
         return x + (new if self._scale == 1 else new * self._scale)
+
+
+def go_through(
+    pieces: Pieces, linears: Callable[[str, mx.array], list[mx.array]], until: str = ""
+) -> mx.array:
+    """What a half of a layer ends with, or what its linears called `until` read (..., D)."""
+    try:
+        name, read = next(pieces)
+        while name != until:
+            name, read = pieces.send(linears(name, read))
+    except StopIteration as done:
+        return done.value
+    return read
 
 
 def check_ids(

@@ -220,7 +220,10 @@ def _stream(
 
 
 def as_array(tensor: Any) -> mx.array:
-    """A tensor of a checkpoint as an array; a GGUF's matrix is read, and dense in float32."""
+    """A tensor of a checkpoint as an array, read if need be; a GGUF's matrix dense in float32."""
+    if isinstance(tensor, StoredTensor):
+        array = tensor.read()
+        return array.view(mx.bfloat16) if tensor.kind == "BF16" else array
     return mx.array(tensor.dense()) if isinstance(tensor, GgufMatrix) else tensor
 
 

@@ -1,5 +1,6 @@
 """Rounding that compensates: against the textbook, in every format, and on whole models."""
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -18,16 +19,17 @@ from support.tiny_folder import write_random_model, write_rows
 
 import mlx_qlora as mq
 from mlx_qlora import progress
-from mlx_qlora.adapters import requantize
+from mlx_qlora.adapters import calibration, requantize
 from mlx_qlora.adapters.drift import ADAPTER, BASE, MERGED, PLAIN, VERSIONS, WRITTEN
 from mlx_qlora.adapters.gguf_model import LEVELS, OFFSET, blocks, save_gguf_model
 from mlx_qlora.adapters.requantize import (
     Grid,
-    Inputs,
-    compensated,
+    Rounded,
+    compensate,
     damped,
+    factored,
     grid_of,
-    improved,
+    improve,
     packed,
     round_matrix,
     scales_of,
@@ -75,22 +77,33 @@ def plainly(W: np.ndarray, grid: Grid) -> np.ndarray:
     return np.take_along_axis(values, np.abs(values - W).argmin(0)[None], 0)[0]
 
 
+def compensated(W: np.ndarray, H: np.ndarray, grid: Grid) -> Rounded:
+    rounded = Rounded(grid, np.empty(W.shape, np.uint8), *scales_of(W, grid))
+    with factored(H) as (order, C):
+        compensate(rounded, W, 0 * W, order, C)
+    return rounded
+
+
+def improved(begin: Rounded, W: np.ndarray, H: np.ndarray, sweeps: int = 4) -> np.ndarray:
+    rounded = copy.deepcopy(begin)
+    improve(rounded, W, 0 * W, H, sweeps)
+    return rounded.dense
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_output_is_nearer_than_that_of_plain_rounding(name: str) -> None:
     (W, X), grid = problem(), GRIDS[name]
-    inputs = damped(X.T @ X)
-    first = compensated(W, inputs, grid, *scales_of(W, grid))
-    lost = [
-        float(np.square(X @ (Q - W)).sum())
-        for Q in (plainly(W, grid), first.dense, improved(first, W, inputs).dense)
-    ]
+    H = damped(X.T @ X)
+    first = compensated(W, H, grid)
+    after = improved(first, W, H)
+    lost = [float(np.square(X @ (Q - W)).sum()) for Q in (plainly(W, grid), first.dense, after)]
     assert lost[2] < lost[1] < 0.5 * lost[0]
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_inputs_that_do_not_depend_on_each_other_leave_plain_rounding(name: str) -> None:
     (W, _), grid, eye = problem(), GRIDS[name], np.eye(M, dtype=np.float32)
-    rounded = compensated(W, Inputs(eye), grid, *scales_of(W, grid))
+    rounded = compensated(W, eye, grid)
     np.testing.assert_allclose(rounded.dense, plainly(W, grid), atol=1e-6)
 
 
@@ -99,8 +112,7 @@ def test_compensation_is_the_textbook_s(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(requantize, "BLOCK", 40)
     monkeypatch.setattr(requantize, "STEP", 30)
     (W, X), grid = problem(), GRIDS["4 affine"]
-    inputs = damped(X.T @ X)
-    H, (scales, offsets) = inputs.H, scales_of(W, grid)
+    H, (scales, offsets) = damped(X.T @ X), scales_of(W, grid)
     order = np.argsort(-np.diag(H), kind="stable")
     U = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)].astype(np.float64))).T
     left, wanted = W[order].astype(np.float64), np.empty(W.shape)
@@ -109,31 +121,32 @@ def test_compensation_is_the_textbook_s(monkeypatch: pytest.MonkeyPatch) -> None
         q = np.clip(np.rint((left[i] - offset) / scale), 0, 15)
         wanted[column] = q
         left[i:] -= U[i, i:, None] * ((left[i] - q * scale - offset) / U[i, i])
-    levels = compensated(W, inputs, grid, scales, offsets).levels
+    before = H.copy()
+    levels = compensated(W, H, grid).levels
+    np.testing.assert_array_equal(H, before)
     rows = (levels == wanted).all(axis=0)
     assert rows.mean() > 0.9, "of a number between two levels float32 may take the other"
 
 
 def test_coordinate_descent_never_makes_a_row_worse_and_finds_the_base_again() -> None:
     (W, X), grid = problem(), GRIDS["4 affine"]
-    inputs = damped(X.T @ X)
-    begin = compensated(W, inputs, grid, *scales_of(W, grid))
+    H = damped(X.T @ X)
+    begin = compensated(W, H, grid)
     costs = []
     for sweeps in range(4):
-        E = improved(begin, W, inputs, sweeps).dense - W
-        costs.append(((inputs.H @ E) * E).sum(axis=0))
+        E = improved(begin, W, H, sweeps) - W
+        costs.append(((H @ E) * E).sum(axis=0))
     for before, after in itertools.pairwise(costs):
         assert (after <= before * (1 + 1e-4)).all()
-    same = improved(begin, begin.dense, inputs)
-    np.testing.assert_array_equal(same.levels, begin.levels)
-    np.testing.assert_array_equal(same.dense, begin.dense)
+    same = improved(begin, begin.dense, H)
+    np.testing.assert_array_equal(same, begin.dense)
 
 
 @pytest.mark.parametrize("quant", MLX, ids=lambda q: f"{q.bits} {q.mode}")
 def test_mlx_decodes_what_was_promised(quant: QuantConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     W, X = problem()
     monkeypatch.setattr(requantize, "ROWS", 16)
-    rounded = round_matrix(W, damped(X.T @ X), grid_of(quant, mx.float32))
+    rounded = round_matrix(W, damped(X.T @ X), 0 * W, grid_of(quant, mx.float32))
     dense = unpack(packed(rounded, quant), quant, mx.float32)
     np.testing.assert_allclose(np.array(dense).T, rounded.dense, atol=1e-6)
 
@@ -141,7 +154,7 @@ def test_mlx_decodes_what_was_promised(quant: QuantConfig, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", [Type(kind) for kind in LEVELS], ids=lambda kind: kind.name)
 def test_ggml_decodes_what_was_promised(kind: Type) -> None:
     W, X = problem()
-    rounded = round_matrix(W, damped(X.T @ X), of_ggml(kind))
+    rounded = round_matrix(W, damped(X.T @ X), 0 * W, of_ggml(kind))
     np.testing.assert_array_equal(dequantize(blocks(rounded, kind), kind).T, rounded.dense)
 
 
@@ -149,7 +162,7 @@ def test_a_group_of_zeros_and_inputs_that_are_never_there() -> None:
     for name, grid in GRIDS.items():
         W, X = problem()
         W[:32], X[:, 40:50] = 0, 0
-        rounded = round_matrix(W, damped(X.T @ X), grid)
+        rounded = round_matrix(W, damped(X.T @ X), 0 * W, grid)
         lost = np.square(X @ (rounded.dense - W)).sum()
         assert lost < 0.5 * np.square(X @ (plainly(W, grid) - W)).sum(), name
         assert np.isfinite(rounded.dense).all() and (rounded.scales != 0).all()
@@ -227,6 +240,31 @@ def test_each_format_is_nearer_to_the_tuned_model_than_rounded_plainly(
         assert scores.token_accuracy == pytest.approx(wanted.token_accuracy, abs=0.01)
     else:
         assert scores.loss == pytest.approx(wanted.loss, abs=0.02)
+
+
+def test_the_original_weights_are_read_as_often_as_they_are_needed(
+    home: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = tuned(home)
+    how: dict[str, Any] = {"base": home / "dense", "quantize": QuantConfig(4, 32)}
+    both, held_out = (rows(10, 0), rows(3, 1)), rows(3, 1)
+    drift = mq.save_merged(model, tokenizer, tmp_path / "out", rows=both, **how).drift
+    assert drift is not None
+    again, _ = mq.load(tmp_path / "out")
+    scores = mq.evaluate(again, tokenizer, held_out)
+    assert scores.loss == pytest.approx(drift.figures[WRITTEN].loss, abs=0.01)
+
+
+def test_of_all_rows_no_more_is_there_than_what_a_half_of_a_layer_reads(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "AT_ONCE", 90)  # tokens: three rows
+    model, tokenizer = tuned(home)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    as_mlx(QuantConfig(4, 32))(model, tokenizer, tmp_path / "out", (rows(40, 0), rows(40, 1)))
+    read = (2 + 5) * 40 * 30 * 4 * 64  # bytes, training rows in two versions, held-out ones in five
+    assert mx.get_peak_memory() - before < 2 * read
 
 
 def test_the_verdict_is_what_torch_computes(home: Path, tmp_path: Path) -> None:
