@@ -343,10 +343,10 @@ def check_name(folder: Path, field: str) -> None:
         )
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the record of one of our runs is in a folder."""
+def written_by(folder: Path) -> str:
+    """The version that a run's record in a folder names; empty if there is no record of ours."""
     versions = json_object(folder / RECORD).get("versions")
-    return isinstance(versions, dict) and "mlx-qlora" in versions
+    return str(versions.get("mlx-qlora", "")) if isinstance(versions, dict) else ""
 
 
 def is_merged(path: Path) -> bool:
@@ -360,7 +360,7 @@ def _is_vouched_for(folder: Path, path: Path) -> bool:
         return False
     if name == CARD:  # people write one by hand into the folder of a run, too
         return _is_our_card(folder / CARD)
-    if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
+    if written_by(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
         return True
     if name == MLX_LM[1] and not os.path.lexists(folder / MLX_LM[0]):  # an export was killed
         with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, listing, require
 from mlx_qlora.fields import coerce, type_name
-from mlx_qlora.folders import MLX_LM, PEFT, is_run, parse_json, read_text, reading
+from mlx_qlora.folders import MLX_LM, PEFT, parse_json, read_text, reading, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, check_patterns, is_named, matches_pattern, target_paths
 from mlx_qlora.model.stored import tensors_in
@@ -72,7 +72,7 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
         if not (folder / name).is_file():
             what = f"{name} is missing" if folder.is_dir() else "there is no such folder"
             saved = [str(path.parent) for path in folder.glob(f"checkpoint-*/{CONFIG}")]
-            if saved and is_run(folder):
+            if saved and written_by(folder):
                 last = max(saved, key=lambda path: (len(path), path))
                 what = f"its run has not finished; run its command again, or name {last}"
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
