@@ -381,7 +381,7 @@ def _is_our_card(path: Path) -> bool:
 
 # A JSON text takes thirty times as much in memory at worst, and the reader of YAML takes seconds.
 MOST_JSON, MOST_YAML = 1 << 24, 1 << 18
-MOST_LEVELS, MOST_VALUES, MOST_DIGITS = 64, 1 << 20, 100
+MOST_LEVELS, BYTES_PER_VALUE, MOST_DIGITS = 64, 16, 100
 
 
 @contextmanager
@@ -418,11 +418,14 @@ def card_text(path: Path) -> str:
     return ""
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; a ValueError if it is none, or beyond any real file's limits."""
+def parse_json(text: str | bytes, most: int = MOST_JSON) -> Any:
+    """The value of a JSON text; a ValueError if it is none, or beyond any real file's limits.
+
+    A text of `most` bytes has few values for its length.
+    """
     try:
         value = json.loads(text, parse_int=lambda digits: int(_check_digits(digits)))
-        _check_size(value)
+        _check_size(value, most=most // BYTES_PER_VALUE)
         return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -458,7 +461,7 @@ def _check_digits(digits: str) -> str:
     return digits
 
 
-def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) -> int:
+def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = 1 << 20) -> int:
     """How many values a value of JSON, or a node of YAML, holds."""
     inner = getattr(value, "value", value)
     if str(getattr(value, "tag", "")).endswith(":int"):
@@ -472,7 +475,7 @@ def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) 
     for each in inner if isinstance(inner, Iterable) else ():
         n += _check_size(each, levels - 1, most - n)
         if n > most:
-            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+            raise ValueError("it holds too many values")
     return n
 
 
@@ -485,9 +488,9 @@ def card_header(path: Path) -> dict[str, Any]:
         return {}
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        return dict(parse_json(read_text(path)))
+        return dict(parse_json(read_text(path, most), most))
     except (OSError, TypeError, ValueError):
         return {}

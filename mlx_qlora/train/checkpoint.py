@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
 STATE = "resume_state.json"
 NAMES = r"checkpoint-\d+"
-MOST_STATE = 1 << 28  # bytes; a record in its history has some 300
+MOST_STATE = 1 << 28  # bytes; a record in its history has some 300, in 13 values
 # Of `trainer_state.json`'s records, as transformers writes them.
 TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
@@ -287,7 +287,7 @@ def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
     """The deciding values of a section in the run that is to go on; not yet verified, or empty."""
     wanted = str(config.resume_from_checkpoint)
     saved = checkpoints(Path(config.output_dir)) if wanted == "auto" else [Path(wanted)]
-    configs = (json_object(path / STATE).get("config") for path in reversed(saved))
+    configs = (json_object(path / STATE, MOST_STATE).get("config") for path in reversed(saved))
     found = (config.get(section) for config in configs if isinstance(config, dict))
     return next((values for values in found if isinstance(values, dict)), {})
 
@@ -415,7 +415,7 @@ def read_state(path: Path) -> dict[str, Any]:
         first = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
         if first is None or hashlib.sha256(text[first.end() :].encode()).hexdigest() != first[1]:
             raise ConfigError(f"{path / STATE} is damaged")
-        saved = parse_json(text)
+        saved = parse_json(text, MOST_STATE)
         for name, checksum in saved.pop("checksums").items():
             if os.sep in name or sha256(path / name) != checksum:
                 raise ConfigError(f"{path / name} is damaged")

@@ -302,8 +302,8 @@ MERGED = "a: &a {x: 1, y: 2}\n" + "".join(
     for old, new in zip("abcdefgh", "bcdefghi")
 )
 YAMLS = {
-    "aliases": (BOMB, "it holds more than 1,048,576 values"),
-    "merged aliases": (MERGED, "it holds more than 1,048,576 values"),
+    "aliases": (BOMB, "it holds too many values"),
+    "merged aliases": (MERGED, "it holds too many values"),
     "an alias of itself": ("lora: &a [*a]\n", "nested too deeply"),
     "brackets": ("lora: " + "[" * 3000, "nested too deeply"),
     "braces within limits": ("lora: " + "{a: " * 70 + "1" + "}" * 70, "nested too deeply"),

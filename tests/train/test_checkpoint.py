@@ -540,6 +540,15 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder, copy):
         fine_tune(folder, copy)
 
 
+def test_a_run_of_a_hundred_thousand_records_goes_on(copy, monkeypatch):
+    """They are more than a stranger's file may hold; here it may hold less."""
+    monkeypatch.setattr("mlx_qlora.folders.BYTES_PER_VALUE", 1 << 14)
+    records = {"step": 8, "figures": [0] * (1 << 10)}
+    rewrite_state(copy / "checkpoint-8", lambda saved: saved["log_history"].append(records))
+    assert asked(copy) == (copy / "checkpoint-8", [])
+    assert checkpoint.values_before(CheckpointingConfig(output_dir=str(copy)), "model")
+
+
 # What a stranger's checkpoint says, with right checksums.
 WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a step by a word": lambda saved: saved.update(step="x"),
