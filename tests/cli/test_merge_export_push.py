@@ -237,6 +237,21 @@ def test_a_model_of_others_in_lm_studio_is_kept(run, tmp_path, monkeypatch, caps
     assert file.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "name", ["a\x1b[31mb.gguf", "a\nFROM b.gguf", "a\u202eb.gguf", "in/a\rb.gguf"]
+)
+@pytest.mark.usefixtures("without_loading")
+def test_a_modelfile_cannot_name_every_base(run, tmp_path, capsys, name):
+    base, out = tmp_path / name, tmp_path / "g"
+    base.parent.mkdir(exist_ok=True)
+    base.touch()
+    words = ["export", "--gguf", "--adapter", run[0], "--output-dir", out, "--model"]
+    assert call(*words, base.parent if "/" in name else base) == 2
+    error = capsys.readouterr().err
+    assert f"{str(base)!r} has characters that cannot stand in a Modelfile; rename it" in error
+    assert not out.exists() and error.count("\n") == 1
+
+
 def test_what_ollama_says_is_told_and_the_file_stays(run, tmp_path, monkeypatch, capsys):
     script = "echo pulling >&2; echo Error: no server >&2; exit 3"
     program(tmp_path / "bin", "ollama", script, monkeypatch)
