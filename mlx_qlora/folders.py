@@ -25,6 +25,8 @@ BASE = "base"  # the name of its hash, in a file's metadata and in a run's recor
 
 # ---- written whole -------------------------------------------------------------------------------
 
+moved_into: list[Path] = []  # folders that have new files, for whom a signal stops
+
 
 @contextmanager
 def staged(
@@ -58,6 +60,7 @@ def staged(
             if path.is_file():  # safetensors makes files that only their owner may read
                 path.chmod(0o666 & ~_umask())
             _flush(path)
+        moved_into.append(folder)
         if replace and folder.exists():
             aside = staging.with_suffix(".old")
             folder.rename(aside)
