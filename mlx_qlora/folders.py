@@ -217,6 +217,7 @@ SPACE = "free some space or choose another --output-dir"
 REMEDIES = {
     errno.EMFILE: "raise this shell's limit of open files, as with `ulimit -n 4096`",
     errno.ENFILE: "close other programs: the whole system has too many files open",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "remove the file that is in its place"),
     errno.ENAMETOOLONG: "choose a shorter name or path",
     errno.ENOENT: "put it back, or start from a folder that is there",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another --output-dir"),
