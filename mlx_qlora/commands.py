@@ -38,7 +38,7 @@ from mlx_qlora.folders import json_object, moved_into, parse_json, remove, user_
 from mlx_qlora.loading import form_of_rows, model_to_ask, recorded
 from mlx_qlora.names import preset, whose
 from mlx_qlora.train.checkpoint import last_checkpoint
-from mlx_qlora.train.signals import Stopped, raised
+from mlx_qlora.train.signals import Stopped
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
@@ -173,7 +173,7 @@ def run_command(args: argparse.Namespace) -> JsonObject:
         say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
     moved_into.clear()
     try:
-        with raised(), shown(console):
+        with shown(console):
             return RUN[args.command](config, console, args)
     except KeyboardInterrupt as stop:
         _say_what_is_kept(stop, config, args)
