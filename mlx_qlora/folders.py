@@ -349,8 +349,7 @@ def check_name(folder: Path, field: str) -> None:
 
 def written_by(folder: Path) -> str:
     """The version that a run's record in a folder names; empty if there is no record of ours."""
-    versions = json_object(folder / RECORD).get("versions")
-    return str(versions.get("mlx-qlora", "")) if isinstance(versions, dict) else ""
+    return str(json_value(folder / RECORD, "versions", "mlx-qlora") or "")
 
 
 def is_merged(path: Path) -> bool:
@@ -498,3 +497,11 @@ def json_object(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
         return dict(parse_json(read_text(path, most), most))
     except (OSError, TypeError, ValueError):
         return {}
+
+
+def json_value(path: Path, *names: str) -> Any:
+    """What a JSON file says within objects of these names; None if it says nothing there."""
+    value: Any = json_object(path)
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -5,7 +5,16 @@ import warnings
 from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
-from mlx_qlora.folders import BASE, PEFT, RECORD, card_text, json_object, sha256, write_whole
+from mlx_qlora.folders import (
+    BASE,
+    PEFT,
+    RECORD,
+    card_text,
+    json_object,
+    json_value,
+    sha256,
+    write_whole,
+)
 from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 
@@ -78,10 +87,10 @@ def check_whole(folder: Path) -> None:
 
 def check_base(source: ModelFiles | None, adapter: Path, metadata: dict[str, str]) -> None:
     """Warn if an adapter's file, or the record of its run, says that it is of other weights."""
-    record = json_object(run_of(adapter) / RECORD)
-    trained_on = metadata.get(BASE) or (record.get("fingerprint") or {}).get(BASE)
+    record = run_of(adapter) / RECORD
+    trained_on = metadata.get(BASE) or json_value(record, "fingerprint", BASE)
     if source and trained_on and trained_on != sample_of(source.path, names=False).hex():
-        named = ((record.get("config") or {}).get("model") or {}).get("source")
+        named = json_value(record, "config", "model", "source")
         named = named or json_object(adapter / PEFT[0]).get("base_model_name_or_path", "not named")
         warnings.warn(
             f"{adapter} was trained on other weights ({named}) than those of {source.source}; use "

@@ -310,7 +310,9 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
         check_whole(folder)
         _check_base(folder / PEFT[0])
         if not card or b"mlx-qlora" in card:
-            card = model_card(read_facts(folder, repo_id)).encode()
+            facts = read_facts(folder, repo_id)
+            with reading(folder / RECORD, SourceError):
+                card = model_card(facts).encode()
         if "metrics.jsonl" in present:
             records = read_metrics(folder / "metrics.jsonl")
             rewritten["metrics.jsonl"] = "".join(json.dumps(r) + "\n" for r in records).encode()
