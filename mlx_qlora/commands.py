@@ -34,7 +34,7 @@ from mlx_qlora.errors import (
     warn,
     write_out,
 )
-from mlx_qlora.folders import json_object, moved_into, parse_json, remove, user_cache
+from mlx_qlora.folders import json_value, moved_into, parse_json, remove, user_cache
 from mlx_qlora.loading import form_of_rows, model_to_ask, recorded
 from mlx_qlora.names import preset, whose
 from mlx_qlora.train.checkpoint import last_checkpoint
@@ -394,7 +394,7 @@ def _cache(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     for kind in ("tokens", "weights"):  # of rows, and packed to be streamed
         for folder in sorted((user_cache() / kind).glob("*")):
             sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
-            about = json_object(folder / "about.json")
+            about = json_value(folder / "about.json")
             with suppress(KeyError, TypeError, ValueError):  # of tokens it is text with a checksum
                 about = dict(parse_json(about["about"]))
             of = about.get("source", folder.name)

@@ -369,7 +369,7 @@ def _is_vouched_for(folder: Path, path: Path) -> bool:
         with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
             return BASE in (file.metadata() or {})
     # mlx-lm's own trainer adds every argument that it had.
-    return name in MLX_LM and json_object(folder / MLX_LM[0]).keys() - {NOTE} == OUR_MLX_LM_CONFIG
+    return name in MLX_LM and json_value(folder / MLX_LM[0]).keys() - {NOTE} == OUR_MLX_LM_CONFIG
 
 
 def _is_our_card(path: Path) -> bool:
@@ -491,17 +491,24 @@ def card_header(path: Path) -> dict[str, Any]:
         return {}
 
 
-def json_object(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or damaged."""
+def json_value(path: Path, *names: str, most: int = MOST_JSON) -> Any:
+    """The object in a JSON file, or what it says within objects of these names.
+
+    Without names {} if the file is missing or damaged, with names None if it says nothing there.
+    """
     try:
-        return dict(parse_json(read_text(path, most), most))
+        value: Any = dict(parse_json(read_text(path, most), most))
     except (OSError, TypeError, ValueError):
-        return {}
-
-
-def json_value(path: Path, *names: str) -> Any:
-    """What a JSON file says within objects of these names; None if it says nothing there."""
-    value: Any = json_object(path)
+        value = {}
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def read_object(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """The object in a stranger's JSON or YAML file; an `error` names a file that holds none."""
+    with reading(path, error):
+        value = (parse_yaml if path.suffix == ".yaml" else parse_json)(read_text(path))
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds no names with values, but a {type(value).__name__}")
+        return value

@@ -33,7 +33,7 @@ from mlx_qlora.errors import (
     require,
     waiting,
 )
-from mlx_qlora.folders import card_text, check_writable, json_object, staged, user_path
+from mlx_qlora.folders import card_text, check_writable, json_value, staged, user_path
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import (
@@ -429,5 +429,5 @@ def lm_studio_folder(name: str) -> Path:
         raise ConfigError(f"--lmstudio must name PUBLISHER/MODEL; got {name!r}")
     home, pointer = Path.home() / ".lmstudio", Path.home() / ".lmstudio-home-pointer"
     home = Path(card_text(pointer).strip() or home)
-    models = json_object(home / "settings.json").get("downloadsFolder")
+    models = json_value(home / "settings.json", "downloadsFolder")
     return (Path(models) if isinstance(models, str) else home / "models") / name

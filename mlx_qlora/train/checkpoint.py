@@ -27,7 +27,7 @@ from mlx_qlora.fields import config_section, option, typed
 from mlx_qlora.folders import (
     RECORD,
     disk_errors,
-    json_object,
+    json_value,
     parse_json,
     read_text,
     reading,
@@ -287,7 +287,7 @@ def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
     """The deciding values of a section in the run that is to go on; not yet verified, or empty."""
     wanted = str(config.resume_from_checkpoint)
     saved = checkpoints(Path(config.output_dir)) if wanted == "auto" else [Path(wanted)]
-    configs = (json_object(path / STATE, MOST_STATE).get("config") for path in reversed(saved))
+    configs = (json_value(path / STATE, "config", most=MOST_STATE) for path in reversed(saved))
     found = (config.get(section) for config in configs if isinstance(config, dict))
     return next((values for values in found if isinstance(values, dict)), {})
 

@@ -123,10 +123,10 @@ def pipe(name: str) -> Callable[[Path], Any]:
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 # What is done to a model's folder -> what is said.
 MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "config nests": (text("config.json", DEEP), "config.json cannot be read: it is nested too"),
+    "config nests": (text("config.json", DEEP), "config.json cannot be read (it is nested too"),
     "config of digits": (
         text("config.json", DIGITS),
-        "config.json cannot be read: it has a number",
+        "config.json cannot be read (it has a number",
     ),
     "header nests": (header(DEEP.encode()), "model.safetensors is damaged (it is nested too"),
     "header of digits": (header(DIGITS.encode()), "model.safetensors is damaged (it has a number"),
