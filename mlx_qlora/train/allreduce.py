@@ -108,7 +108,7 @@ def score_of_all(
     are_finite = all(map(math.isfinite, every))
     nats = sum(round(x * FIXED) for x in every) / FIXED if are_finite else sum(every)
     *whole, excess = numbers[:n].tolist()
-    return Score(nats, *whole, excess / FIXED), _signal(numbers[n:].tolist())
+    return Score(nats, *whole, excess=excess / FIXED), _signal(numbers[n:].tolist())
 
 
 def _one_hot(received: int | None) -> list[int]:
