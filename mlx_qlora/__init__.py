@@ -5,6 +5,14 @@ once, in `__init__.pyi`, which type checkers and editors read instead of this fi
 that happens at import is the choice of BLAS on Linux; see `mlx_qlora.cpu.blas`.
 """
 
+import signal
+import sys
+
+# Ctrl-C in what is imported here ends the command line without a traceback; see `signals.raised`.
+if sys.orig_argv[1:3] == ["-m", "mlx_qlora"] or "".join(sys.orig_argv[1:2]).endswith("/mlx-qlora"):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import importlib
 import re
 from pathlib import Path

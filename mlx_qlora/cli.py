@@ -287,8 +287,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that it cannot show ends no command
             stream.reconfigure(errors="backslashreplace")
+    from mlx_qlora.train.signals import raised
+
     try:
-        code = _command(sys.argv[1:] if argv is None else argv)
+        with raised():
+            code = _command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, and not when Python ends: it may be a pipe that has broken
         return code
     except KeyboardInterrupt as stop:

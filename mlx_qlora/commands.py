@@ -34,11 +34,11 @@ from mlx_qlora.errors import (
     warn,
     write_out,
 )
-from mlx_qlora.folders import json_object, parse_json, remove, user_cache
+from mlx_qlora.folders import json_value, moved_into, parse_json, remove, user_cache
 from mlx_qlora.loading import form_of_rows, model_to_ask, recorded
 from mlx_qlora.names import preset, whose
 from mlx_qlora.train.checkpoint import last_checkpoint
-from mlx_qlora.train.signals import Stopped, raised
+from mlx_qlora.train.signals import Stopped
 
 if TYPE_CHECKING:
     from mlx_qlora.before.plan import Plan
@@ -174,8 +174,9 @@ def run_command(args: argparse.Namespace) -> JsonObject:
         return None
     for note in notes:  # beside what the command prints, which may be an answer
         say(Terminal(stderr=True, quiet=console.quiet), f"note      {note}")
+    moved_into.clear()
     try:
-        with raised(), shown(console):
+        with shown(console):
             return RUN[args.command](config, console, args)
     except KeyboardInterrupt as stop:
         _say_what_is_kept(stop, config, args)
@@ -184,11 +185,14 @@ def run_command(args: argparse.Namespace) -> JsonObject:
 
 def _say_what_is_kept(stop: KeyboardInterrupt, config: RunConfig, args: argparse.Namespace) -> None:
     """Let a signal say what there is of a command that writes, unless it does so already."""
+    files = "nothing was written; what was there is as it was"
+    if new := [folder for folder in moved_into if not folder.is_relative_to(user_cache())]:
+        files = f"new files are in {new[-1]}; the same command completes them"
     kept = {
         "train": last_checkpoint(Path(config.checkpointing.output_dir)),
         "sweep": "what its trials have saved is kept, and the same command continues from it",
         "push": "nothing of it is in the repository unless all is; the same command continues",
-        **dict.fromkeys(("merge", "export"), "nothing was written; what was there is as it was"),
+        **dict.fromkeys(("merge", "export"), files),
     }
     if args.command in kept and not stop.args and processes().is_first:
         signum = getattr(stop, "signum", signal.SIGINT)
@@ -402,7 +406,7 @@ def _cache(config: RunConfig, console: Console, args: argparse.Namespace) -> Jso
     for kind in ("tokens", "weights"):  # of rows, and packed to be streamed
         for folder in sorted((user_cache() / kind).glob("*")):
             sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
-            about = json_object(folder / "about.json")
+            about = json_value(folder / "about.json")
             with suppress(KeyError, TypeError, ValueError):  # of tokens it is text with a checksum
                 about = dict(parse_json(about["about"]))
             of = about.get("source", folder.name)

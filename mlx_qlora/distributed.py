@@ -175,8 +175,10 @@ class Processes:
         """Sums of float64 over all processes; as two float32 each, as there may be no float64."""
         if self._group is None:
             return values
-        high = values.astype(np.float32)
-        pair = np.stack([high, (values - high).astype(np.float32)])
+        with np.errstate(over="ignore"):
+            high = values.astype(np.float32)
+        rest = np.subtract(values, high, where=np.isfinite(high), out=np.zeros_like(values))
+        pair = np.stack([high, rest.astype(np.float32)])
         return self._sum_now(pair).astype(np.float64).sum(axis=0)
 
     def _sum_now(self, numbers: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from mlx_qlora.adapters import gguf_model
-from mlx_qlora.adapters.export import save_gguf_adapter, save_portable
+from mlx_qlora.adapters.export import modelfile, save_gguf_adapter, save_portable
 from mlx_qlora.adapters.merge import like_base, save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
@@ -29,6 +29,7 @@ from mlx_qlora.folders import (
     user_path,
 )
 from mlx_qlora.loading import as_taught, in_form_of_rows, loaded, recorded, with_adapter, with_model
+from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.quantize import FLOAT_MODES, QuantConfig
 
 OUTPUT = "--output-dir"  # of merge and export
@@ -106,11 +107,15 @@ def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dic
     form, target = args.form or "peft", _target(args.folder)
     names = {"peft": ADAPTER_FOLDER, "portable": ADAPTER_FOLDER, "mlx": MLX_LM, "gguf": ()}[form]
     check_writable(target, names, OUTPUT, whole=form == "portable")
+    base, file = config.model.base_model_name_or_path, target / "adapter.gguf"
+    if form == "gguf" and config.model.adapter is not None:  # before a weight is read
+        config = with_model(config)
+        source, revision = str(config.model.source), config.model.revision
+        modelfile(file, resolve(source, revision, weights=False), base)
     model, _ = with_adapter(config)
-    base = config.model.base_model_name_or_path
     with disk_errors(target):
         if form == "gguf":
-            path = save_gguf_adapter(model, target / "adapter.gguf", base)
+            path = save_gguf_adapter(model, file, base)
         elif form == "mlx":
             path = save_mlx_lm(model, target)
             if note := note_on_mlx_lm(model):

@@ -141,10 +141,11 @@ def typed(cls: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass of values that a file holds, each of its field's type.
 
     Raises:
-        TypeError, LookupError: a field is missing, or is none of the class.
+        TypeError, LookupError: a field is missing, or is none of the class; or it is no mapping.
         ConfigError: a value does not fit.
     """
-    return cls(**{name: coerce(value, _hints(cls)[name], name) for name, value in values.items()})
+    pairs = dict(values).items()
+    return cls(**{name: coerce(value, _hints(cls)[name], name) for name, value in pairs})
 
 
 def type_name(annotation: Any) -> str:

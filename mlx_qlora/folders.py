@@ -25,6 +25,8 @@ BASE = "base"  # the name of its hash, in a file's metadata and in a run's recor
 
 # ---- written whole -------------------------------------------------------------------------------
 
+moved_into: list[Path] = []  # folders that have new files, for whom a signal stops
+
 
 @contextmanager
 def staged(
@@ -58,6 +60,7 @@ def staged(
             if path.is_file():  # safetensors makes files that only their owner may read
                 path.chmod(0o666 & ~_umask())
             _flush(path)
+        moved_into.append(folder)
         if replace and folder.exists():
             aside = staging.with_suffix(".old")
             folder.rename(aside)
@@ -214,6 +217,7 @@ SPACE = "free some space or choose another --output-dir"
 REMEDIES = {
     errno.EMFILE: "raise this shell's limit of open files, as with `ulimit -n 4096`",
     errno.ENFILE: "close other programs: the whole system has too many files open",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "remove the file that is in its place"),
     errno.ENAMETOOLONG: "choose a shorter name or path",
     errno.ENOENT: "put it back, or start from a folder that is there",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another --output-dir"),
@@ -343,10 +347,9 @@ def check_name(folder: Path, field: str) -> None:
         )
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the record of one of our runs is in a folder."""
-    versions = json_object(folder / RECORD).get("versions")
-    return isinstance(versions, dict) and "mlx-qlora" in versions
+def written_by(folder: Path) -> str:
+    """The version that a run's record in a folder names; empty if there is no record of ours."""
+    return str(json_value(folder / RECORD, "versions", "mlx-qlora") or "")
 
 
 def is_merged(path: Path) -> bool:
@@ -360,13 +363,13 @@ def _is_vouched_for(folder: Path, path: Path) -> bool:
         return False
     if name == CARD:  # people write one by hand into the folder of a run, too
         return _is_our_card(folder / CARD)
-    if is_run(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
+    if written_by(folder) or (name in ADAPTER_FOLDER and _is_our_card(folder / CARD)):
         return True
     if name == MLX_LM[1] and not os.path.lexists(folder / MLX_LM[0]):  # an export was killed
         with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
             return BASE in (file.metadata() or {})
     # mlx-lm's own trainer adds every argument that it had.
-    return name in MLX_LM and json_object(folder / MLX_LM[0]).keys() - {NOTE} == OUR_MLX_LM_CONFIG
+    return name in MLX_LM and json_value(folder / MLX_LM[0]).keys() - {NOTE} == OUR_MLX_LM_CONFIG
 
 
 def _is_our_card(path: Path) -> bool:
@@ -381,7 +384,7 @@ def _is_our_card(path: Path) -> bool:
 
 # A JSON text takes thirty times as much in memory at worst, and the reader of YAML takes seconds.
 MOST_JSON, MOST_YAML = 1 << 24, 1 << 18
-MOST_LEVELS, MOST_VALUES, MOST_DIGITS = 64, 1 << 20, 100
+MOST_LEVELS, BYTES_PER_VALUE, MOST_DIGITS = 64, 16, 100
 
 
 @contextmanager
@@ -418,11 +421,14 @@ def card_text(path: Path) -> str:
     return ""
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; a ValueError if it is none, or beyond any real file's limits."""
+def parse_json(text: str | bytes, most: int = MOST_JSON) -> Any:
+    """The value of a JSON text; a ValueError if it is none, or beyond any real file's limits.
+
+    A text of `most` bytes has few values for its length.
+    """
     try:
         value = json.loads(text, parse_int=lambda digits: int(_check_digits(digits)))
-        _check_size(value)
+        _check_size(value, most=most // BYTES_PER_VALUE)
         return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -458,7 +464,7 @@ def _check_digits(digits: str) -> str:
     return digits
 
 
-def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) -> int:
+def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = 1 << 20) -> int:
     """How many values a value of JSON, or a node of YAML, holds."""
     inner = getattr(value, "value", value)
     if str(getattr(value, "tag", "")).endswith(":int"):
@@ -472,7 +478,7 @@ def _check_size(value: Any, levels: int = MOST_LEVELS, most: int = MOST_VALUES) 
     for each in inner if isinstance(inner, Iterable) else ():
         n += _check_size(each, levels - 1, most - n)
         if n > most:
-            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+            raise ValueError("it holds too many values")
     return n
 
 
@@ -485,9 +491,24 @@ def card_header(path: Path) -> dict[str, Any]:
         return {}
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or damaged."""
+def json_value(path: Path, *names: str, most: int = MOST_JSON) -> Any:
+    """The object in a JSON file, or what it says within objects of these names.
+
+    Without names {} if the file is missing or damaged, with names None if it says nothing there.
+    """
     try:
-        return dict(parse_json(read_text(path)))
+        value: Any = dict(parse_json(read_text(path, most), most))
     except (OSError, TypeError, ValueError):
-        return {}
+        value = {}
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def read_object(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """The object in a stranger's JSON or YAML file; an `error` names a file that holds none."""
+    with reading(path, error):
+        value = (parse_yaml if path.suffix == ".yaml" else parse_json)(read_text(path))
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds no names with values, but a {type(value).__name__}")
+        return value

@@ -26,7 +26,7 @@ from mlx_qlora.errors import (
     say,
     size,
 )
-from mlx_qlora.folders import RECORD, json_object, reading, user_path
+from mlx_qlora.folders import RECORD, json_value, reading, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
@@ -180,8 +180,8 @@ def form_of_rows(config: RunConfig) -> str:
     """The format of the rows that an adapter of ours was trained on; empty if it is not known."""
     if config.model.adapter is None:
         return ""
-    data = json_object(run_of(user_path(config.model.adapter)) / RECORD).get("data")
-    return str(data.get("format", "")) if isinstance(data, dict) else ""
+    record = run_of(user_path(config.model.adapter)) / RECORD
+    return str(json_value(record, "data", "format") or "")
 
 
 def in_form_of_rows(

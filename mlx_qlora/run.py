@@ -35,12 +35,12 @@ from mlx_qlora.folders import (
     RECORD,
     check_writable,
     disk_errors,
-    is_run,
     locked,
     remove_leftovers,
     staged,
     user_path,
     write_whole,
+    written_by,
 )
 from mlx_qlora.loading import (
     as_loaded,
@@ -342,7 +342,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     checkpoints = [path.name for path in output.glob("checkpoint-*")]
     check_writable(output, checkpoints, OUTPUT, is_ours=is_ours)
     same = adapter is not None and output.resolve() == user_path(adapter).resolve()
-    if same and not is_run(output):
+    if same and not written_by(output):
         raise ConfigError(
             f"{OUTPUT}: {output} holds the adapter that training continues from, which would be "
             "overwritten; choose another folder with --output-dir"

@@ -18,7 +18,7 @@ from mlx_qlora.adapters.peft import (
     write_peft,
 )
 from mlx_qlora.adapters.push import render
-from mlx_qlora.errors import AdapterError, WeightsError, require
+from mlx_qlora.errors import AdapterError, WeightsError, require, visible
 from mlx_qlora.folders import ADAPTER_FOLDER, card_text, check_writable, staged, user_path
 from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
@@ -95,7 +95,7 @@ def save_gguf_adapter(
 
     Raises:
         AdapterError: the model has no LoRA layers or has DoRA's, a weight is beyond float16, the
-            Modelfile says something else, or the `gguf` package is missing.
+            Modelfile says something else or cannot name the base, or the package `gguf` is missing.
         ConfigError: another dtype, or a file would be overwritten that is no adapter.
     """
     require(dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", dtype)
@@ -104,6 +104,7 @@ def save_gguf_adapter(
     file = user_path(file)
     source: ModelFiles | None = getattr(model, "source", None)
     base = base_model_name_or_path or (source.hf_id if source else None)
+    text = modelfile(file, source, base, ollama_base)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.
     first = layers[0][1]
     alpha = float(np.float32(first.scale * len(first.factors()[0])))
@@ -113,16 +114,12 @@ def save_gguf_adapter(
     # A base model has the same ending.
     is_ours = lambda old: gguf_field(old, "general.type") == "adapter"  # noqa: E731
     check_writable(file.parent, [file.name], "file", is_ours=is_ours)
-    if ollama_base is None and source is not None and source.path.suffix.lower() == ".gguf":
-        ollama_base = str(source.path.absolute())
-    text = modelfile(ollama_base, file.name, base)
-    keeps = keeps_modelfile(file.parent / "Modelfile", text)
     with staged(file.parent) as staging:
         pairs = {"general.type": "adapter", "general.name": file.stem}
         pairs |= {"adapter.type": "lora", "adapter.lora.alpha": alpha}
         infos = [(name, x.shape, x.dtype, x.nbytes, None) for name, x in tensors.items()]
         write_gguf(staging / file.name, model, base, pairs, infos, tensors.values())
-        if not keeps:
+        if text is not None:
             (staging / "Modelfile").write_text(text, encoding="utf-8")
     return file
 
@@ -214,10 +211,23 @@ def gguf_field(file: Path, key: str) -> Any:
 # ---- Ollama --------------------------------------------------------------------------------------
 
 
-def modelfile(base: str | None, adapter_file: str, original: str | None = None) -> str:
-    """An Ollama Modelfile of a `base`, a GGUF file or a name in Ollama; TEMPLATE is the base's."""
-    values = {"base": base, "file": adapter_file, "original": original, "unknown": UNKNOWN_BASE}
-    return render("adapters/Modelfile.adapter.jinja", **values)
+def modelfile(
+    file: Path, source: ModelFiles | None, original: str | None, base: str | None = None
+) -> str | None:
+    """The Ollama Modelfile beside an adapter's `file`; None if one of the user's says all of it.
+
+    It begins FROM a `base`, by default the GGUF file that is the source. TEMPLATE is the base's. An
+    AdapterError for one of the user's that says something else, or a name that no line can hold.
+    """
+    if base is None and source is not None and source.path.suffix.lower() == ".gguf":
+        base = str(source.path.absolute())
+    for name in filter(None, (base, file.name, original)):
+        if visible(name) != name or "\n" in name:
+            what = "has characters that cannot stand in a Modelfile"
+            raise AdapterError(f"{name!r} {what}; rename it, or export with --gguf-model")
+    values = {"base": base, "file": file.name, "original": original, "unknown": UNKNOWN_BASE}
+    text = render("adapters/Modelfile.adapter.jinja", **values)
+    return None if keeps_modelfile(file.parent / "Modelfile", text) else text
 
 
 def keeps_modelfile(path: Path, text: str) -> bool:

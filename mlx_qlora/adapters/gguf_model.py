@@ -1,5 +1,6 @@
 """A whole model, its adapter folded in, as one GGUF file: for llama.cpp, Ollama and LM Studio."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ from mlx_qlora.errors import (
     require,
     waiting,
 )
-from mlx_qlora.folders import card_text, check_writable, json_object, staged, user_path
+from mlx_qlora.folders import card_text, check_writable, json_value, staged, user_path
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.gguf_terms import (
     ARCHITECTURES,
@@ -286,10 +287,22 @@ def blocks(rounded: Rounded, kind: Any) -> np.ndarray:
     return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
 
 
+# Ends a program when standard input does, which the death of the process that asks for it closes.
+WATCHED = 'exec 3<&0; "$@" </dev/null & child=$!; (read _ <&3; kill $child) & '
+WATCHED += "wait $child; code=$?; kill $!; exit $code"
+
+
 def _run(command: list[str], folder: Path) -> None:
     """Run a program in a folder; an AdapterError with its last words if it fails."""
-    with waiting(Path(command[0]).name):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    end, ours = os.pipe()
+    try:
+        with waiting(Path(command[0]).name):
+            words = ["sh", "-c", WATCHED, "sh", *command]
+            kept = {"capture_output": True, "text": True, "errors": "replace"}
+            done = subprocess.run(words, cwd=folder, stdin=end, **kept)
+    finally:
+        os.close(end)
+        os.close(ours)
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
         what = f"{Path(command[0]).name} failed ({done.returncode}): {' '.join(words[-1:])}"
@@ -379,5 +392,5 @@ def lm_studio_folder(name: str) -> Path:
         raise ConfigError(f"--lmstudio must name PUBLISHER/MODEL; got {name!r}")
     home, pointer = Path.home() / ".lmstudio", Path.home() / ".lmstudio-home-pointer"
     home = Path(card_text(pointer).strip() or home)
-    models = json_object(home / "settings.json").get("downloadsFolder")
+    models = json_value(home / "settings.json", "downloadsFolder")
     return (Path(models) if isinstance(models, str) else home / "models") / name

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, listing, require
 from mlx_qlora.fields import coerce, type_name
-from mlx_qlora.folders import MLX_LM, PEFT, is_run, parse_json, read_text, reading
+from mlx_qlora.folders import MLX_LM, PEFT, read_object, reading, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, check_patterns, is_named, matches_pattern, target_paths
 from mlx_qlora.model.stored import tensors_in
@@ -72,11 +72,11 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
         if not (folder / name).is_file():
             what = f"{name} is missing" if folder.is_dir() else "there is no such folder"
             saved = [str(path.parent) for path in folder.glob(f"checkpoint-*/{CONFIG}")]
-            if saved and is_run(folder):
+            if saved and written_by(folder):
                 last = max(saved, key=lambda path: (len(path), path))
                 what = f"its run has not finished; run its command again, or name {last}"
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
-    config = _read_object(path)
+    config = read_object(path, AdapterError)
     unsupported = [
         f"{name} is {config[name]!r}; supported: {value!r}"
         for name, value in FIXED.items()
@@ -97,20 +97,10 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
     return LoraConfig(**{"lora_dropout": 0.0, **values}), filters
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(read_text(path))
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    return config
-
-
 def _read_mlx_lm_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
     """As `_read`; rank and targets are those that the tensors show."""
     path, file = folder / CONFIG, folder / MLX_LM_WEIGHTS
-    config = _read_object(path)
+    config = read_object(path, AdapterError)
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     # Before mlx-lm had `fine_tune_type`, `use_dora` said it.

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
-from mlx_qlora.folders import BASE, PEFT, RECORD, card_text, json_object, sha256, write_whole
+from mlx_qlora.folders import BASE, PEFT, RECORD, card_text, json_value, sha256, write_whole
 from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 
@@ -23,7 +23,7 @@ def original_base(source: ModelFiles | None) -> str:
             f"the Hugging Face repository of {what} is unknown, and a PEFT adapter names it; pass "
             f"{CONFIRM} (in Python: save_adapter(model, folder, base_model_name_or_path=...))"
         )
-    base, hint = source.hf_id, json_object(source.path / "config.json").get("_name_or_path")
+    base, hint = source.hf_id, json_value(source.path / "config.json", "_name_or_path")
     card, is_gguf = source.path / "README.md", source.path.suffix.lower() == ".gguf"
     is_hint = base == hint != source.source  # and no card says so, too
     is_hint = is_hint and base not in card_text(card)
@@ -62,13 +62,13 @@ SUM = "sha256"  # of the adapter's tensors, in the record of the run that wrote 
 
 def seal(folder: Path) -> None:
     """Add the checksum of a run's finished adapter to its record, which PEFT does not read."""
-    record = json_object(folder / RECORD) | {SUM: sha256(folder / PEFT[1])}
+    record = json_value(folder / RECORD) | {SUM: sha256(folder / PEFT[1])}
     write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def check_whole(folder: Path) -> None:
     """Raise an AdapterError if the tensors of a run's adapter are not those that it wrote."""
-    file, written = folder / PEFT[1], json_object(folder / RECORD).get(SUM)
+    file, written = folder / PEFT[1], json_value(folder / RECORD, SUM)
     if written and file.is_file() and sha256(file) != written:
         raise AdapterError(
             f"{file} has changed since the run wrote it (another checksum); copy it again, or that "
@@ -78,11 +78,11 @@ def check_whole(folder: Path) -> None:
 
 def check_base(source: ModelFiles | None, adapter: Path, metadata: dict[str, str]) -> None:
     """Warn if an adapter's file, or the record of its run, says that it is of other weights."""
-    record = json_object(run_of(adapter) / RECORD)
-    trained_on = metadata.get(BASE) or (record.get("fingerprint") or {}).get(BASE)
+    record = run_of(adapter) / RECORD
+    trained_on = metadata.get(BASE) or json_value(record, "fingerprint", BASE)
     if source and trained_on and trained_on != sample_of(source.path, names=False).hex():
-        named = ((record.get("config") or {}).get("model") or {}).get("source")
-        named = named or json_object(adapter / PEFT[0]).get("base_model_name_or_path", "not named")
+        named = json_value(record, "config", "model", "source")
+        named = named or json_value(adapter / PEFT[0], "base_model_name_or_path") or "not named"
         warnings.warn(
             f"{adapter} was trained on other weights ({named}) than those of {source.source}; use "
             "it only if they are the same model in another precision or format",

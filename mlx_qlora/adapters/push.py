@@ -26,9 +26,9 @@ from mlx_qlora.folders import (
     RECORD,
     TAG,
     card_header,
-    json_object,
+    json_value,
     parse_json,
-    parse_yaml,
+    read_object,
     read_text,
     reading,
     user_path,
@@ -58,21 +58,21 @@ class Facts:
 
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
     """The facts of any folder with a PEFT adapter; a SourceError if a file cannot be read."""
-    states = map(_read_object, folder.glob("checkpoint-*/trainer_state.json"))
+    states = (read_object(p, SourceError) for p in folder.glob("checkpoint-*/trainer_state.json"))
     seen = [n for state in states if type(n := state.get("num_input_tokens_seen")) is int]
-    record = _read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    record = read_object(folder / RECORD, SourceError) if (folder / RECORD).is_file() else {}
     if not record and (folder / "run.yaml").is_file():
-        record = {"config": _read_object(folder / "run.yaml")}
+        record = {"config": read_object(folder / "run.yaml", SourceError)}
     license = card_header(folder / CARD).get("license")
     return Facts(
-        adapter=_read_object(folder / PEFT[0]),
+        adapter=read_object(folder / PEFT[0], SourceError),
         record=record,
         metrics=read_metrics(folder / "metrics.jsonl"),
         tokens_seen=max(seen, default=0) or None,
         plots=sorted(f"plots/{path.name}" for path in folder.glob("plots/[!.]*.svg")),
         tokenizer=any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")),
         mlx=(folder / MLX_COPY[1]).is_file(),
-        mlx_note=str(json_object(folder / MLX_COPY[0]).get(NOTE, "")),
+        mlx_note=str(json_value(folder / MLX_COPY[0], NOTE) or ""),
         license=license if isinstance(license, str) else None,
         name=name,
     )
@@ -93,15 +93,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         # The record of a skipped step names rows of the data.
         records.append({k: v for k, v in record.items() if isinstance(v, int | float)})
     return records
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    is_yaml = path.suffix == ".yaml"
-    try:
-        return dict((parse_yaml if is_yaml else parse_json)(read_text(path)))
-    except (TypeError, ValueError, OSError) as error:
-        kind = "YAML" if is_yaml else "a JSON object"
-        raise SourceError(f"{path} cannot be read as {kind}: {error}") from None
 
 
 def model_card(facts: Facts) -> str:
@@ -310,7 +301,9 @@ def _collect(folder: Path, repo_id: str, checkpoints: bool) -> dict[str, Path | 
         check_whole(folder)
         _check_base(folder / PEFT[0])
         if not card or b"mlx-qlora" in card:
-            card = model_card(read_facts(folder, repo_id)).encode()
+            facts = read_facts(folder, repo_id)
+            with reading(folder / RECORD, SourceError):
+                card = model_card(facts).encode()
         if "metrics.jsonl" in present:
             records = read_metrics(folder / "metrics.jsonl")
             rewritten["metrics.jsonl"] = "".join(json.dumps(r) + "\n" for r in records).encode()
@@ -342,7 +335,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _check_base(path: Path) -> None:
-    base = _read_object(path).get("base_model_name_or_path")
+    base = read_object(path, SourceError).get("base_model_name_or_path")
     if base is None:
         raise SourceError(f"{path} does not name a base model; save the adapter again")
     if not isinstance(base, str) or not HUB_ID.fullmatch(base):

@@ -19,7 +19,7 @@ from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, svg
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
-from mlx_qlora.folders import PEFT, RECORD, json_object, staged
+from mlx_qlora.folders import PEFT, RECORD, json_value, staged
 from mlx_qlora.infer.generate import Prompt
 from mlx_qlora.train.loop import TrainResult
 
@@ -81,12 +81,12 @@ class Report:
     @cached_property
     def record(self) -> dict[str, Any]:
         """Of `training_args.json`; empty if the folder has none."""
-        return json_object(self.result.output_dir / RECORD)
+        return json_value(self.result.output_dir / RECORD)
 
     @cached_property
     def adapter(self) -> dict[str, Any]:
         """Of `adapter_config.json`; empty if the folder has none."""
-        return json_object(self.result.output_dir / PEFT[0])
+        return json_value(self.result.output_dir / PEFT[0])
 
     @property
     def base(self) -> str:

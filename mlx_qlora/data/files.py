@@ -309,6 +309,7 @@ def _is_array(file: IO[bytes], kind: str) -> bool:
 
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
 FEW = 16  # rows of a table that are unpacked at a time: a small file may hold large ones
+MOST_GROUP = 1 << 28  # bytes of a column, unless the disk has a thousandth of them
 MOST_ROW = 1 << 24  # bytes; a text of JSON takes thirty times as much in memory at worst
 SIGN = re.compile(r"[^ \t\r\n]")
 # Only finds where a value ends. It takes what _STRICT refuses (numbers of any length, NaN, a name
@@ -450,9 +451,15 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
 
 
 def _check_dictionaries(file: IO[bytes], about: Any) -> None:
-    """A ValueError for a Parquet file of whose values one is too long, however often it is used."""
+    """A ValueError for a Parquet file of whose values one is too long, however often it is used.
+
+    And for a group of rows that takes far more memory than disk: its pages are unpacked as a whole.
+    """
     for group, column in itertools.product(range(about.num_row_groups), range(about.num_columns)):
         chunk = about.row_group(group).column(column)
+        size = chunk.total_uncompressed_size
+        if size > max(MOST_GROUP, 1000 * chunk.total_compressed_size):
+            raise ValueError(f"{size:,} bytes are packed a thousandfold; write smaller row groups")
         pages = chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset
         file.seek(min(pages))
         # The page's kind, of which 2 is a dictionary, and its size unpacked, as Thrift writes them.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size, waiting
-from mlx_qlora.folders import card_header, card_text, json_object, parse_json, read_text
+from mlx_qlora.folders import card_header, card_text, json_value, parse_json, read_text
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -451,7 +451,7 @@ def original_repository(files_path: Path, hub_id: str | None) -> str | None:
     quantised copy, which PEFT could not open: its original, or None if it names none. A dense
     local folder is its own original: what its config.json names is often its parent.
     """
-    config = json_object(files_path / "config.json")
+    config = json_value(files_path / "config.json")
     is_quantised = "quantization" in config or "quantization_config" in config
     if hub_id and not is_quantised:
         return hub_id

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.errors import ConfigError, size
-from mlx_qlora.folders import json_object, locked, remove, staged, user_cache
+from mlx_qlora.folders import json_value, locked, remove, staged, user_cache
 from mlx_qlora.model.hub import ModelFiles, sample_of
 from mlx_qlora.model.quantize import PARTS, FrozenMatrix, QuantConfig
 
@@ -105,13 +105,13 @@ class PackedCopy:
     @property
     def is_whole(self) -> bool:
         """Whether it is there, all of it."""
-        n_bytes = json_object(self.folder / ABOUT).get("bytes")
+        n_bytes = json_value(self.folder / ABOUT, "bytes")
         return n_bytes == sum(file.stat().st_size for file in self.files)
 
     @property
     def packing(self) -> dict[str, QuantConfig]:
         """How matrices are packed in it, by their paths; those that it lacks are dense."""
-        packing = json_object(self.folder / ABOUT)["packing"]
+        packing = json_value(self.folder / ABOUT)["packing"]
         return {path: QuantConfig(**how) for path, how in packing.items()}
 
     @contextmanager

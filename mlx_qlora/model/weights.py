@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from mlx_qlora.device import allow_files, free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
-from mlx_qlora.folders import in_words, parse_json, read_text, reading
+from mlx_qlora.folders import in_words, read_object, reading
 from mlx_qlora.model.families import LAYERS
 from mlx_qlora.model.gguf import BITS, GgufMatrix, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
@@ -266,12 +266,7 @@ def packed_size(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     check_readable(path, WeightsError)
-    try:
-        config = parse_json(read_text(path))
-    except ValueError as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} cannot be read: it holds no JSON object")
+    config = read_object(path, WeightsError)
     for name in ("quantization", "quantization_config"):
         if not isinstance(config.get(name), dict | None):
             raise WeightsError(f"{path}: {name} must be an object; got {config[name]!r}")

@@ -64,6 +64,9 @@ def sweep(
     output = Path(config.checkpointing.output_dir)
     is_sweep = page.read_fingerprint(output) is not None
     check_writable(output, (page.BEST, page.PLOT), OUTPUT, is_ours=lambda _: is_sweep)
+    trials = output / trial.TRIALS
+    for link in (path for path in (trials, *trials.glob("*")) if path.is_symlink()):
+        raise ConfigError(f"{link} is a link, which a sweep does not follow; remove it")
     inputs = _open(config, console)
     config = inputs.config
     if steps is None:

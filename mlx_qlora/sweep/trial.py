@@ -36,6 +36,7 @@ from mlx_qlora.train.step import StepError
 
 ORDER = ("learning_rate", "r", "batch_size")
 WORDS = {"learning_rate": "learning rate", "r": "rank", "batch_size": "batch"}
+TRIALS = "trials"  # their folder, below the sweep's
 DEFAULT_GRID: dict[str, list[Any]] = {"learning_rate": [1e-4, 2e-4, 5e-4]}
 WARMUP_SHARE = 10  # a trial warms up for at most a tenth of its steps
 
@@ -142,7 +143,7 @@ def config_of(config: RunConfig, point: Point, steps: int, output: Path) -> RunC
     )
     name = f"lr{point.learning_rate:g}_r{point.r}_b{point.batch_size}_s{point.seed}"
     decides = json.dumps(deciding_values(trial), sort_keys=True)
-    folder = output / "trials" / f"{name}_{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
+    folder = output / TRIALS / f"{name}_{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
     # The newest checkpoint is all that a trial goes on from; which one is best the sweep decides.
     checkpointing = replace(
         config.checkpointing,
@@ -250,9 +251,10 @@ def recorded(config: RunConfig, step: int, inputs: Inputs) -> Measured | None:
         measured = typed(Measured, parse_json(read_text(path)))
     except (OSError, ValueError, TypeError, LookupError):  # none, or a damaged one
         return None
-    same = measured.key == _key(config, inputs)
-    whole = measured.failed or len(measured.nats) == len(measured.tokens) == n
-    return measured if same and whole else None
+    same = measured.key == _key(config, inputs) and measured.step == step
+    whole = len(measured.nats) == len(measured.tokens) == n and min(measured.tokens) > 0
+    whole = whole and all(abs(nats) < 1e99 for nats in measured.nats)  # and is a number
+    return measured if same and (whole or measured.failed) else None
 
 
 def measure(

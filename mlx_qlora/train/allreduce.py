@@ -96,16 +96,19 @@ def score_of_all(
         return score, None
     nats, *counts, excess = asdict(score).values()
     counts.append(round(excess * FIXED))
-    whole = [round(nats * FIXED), 0] if math.isfinite(nats) else [0, 1]
-    sums = processes.all_sum(mx.array([*whole, *counts, *_one_hot(received)], mx.int64))
+    bits = np.zeros(processes.size)  # everyone's nats, which may be too large for whole numbers
+    bits[processes.rank] = nats
+    numbers = [*bits.view(np.int64).tolist(), *counts, *_one_hot(received)]
+    sums = processes.all_sum(mx.array(numbers, mx.int64))
     if score.tokens:
         processes.worked(took)
     processes.wait(sums)
-    nats, not_finite, *numbers = map(int, np.array(sums))
-    n, nats = len(counts), math.nan if not_finite else nats / FIXED
-    total = Score(nats, *numbers[: n - 1])
-    total.excess = numbers[n - 1] / FIXED
-    return total, _signal(numbers[n:])
+    bits, numbers = np.split(np.array(sums), [processes.size])
+    every, n = bits.view(np.float64).tolist(), len(counts)
+    are_finite = all(map(math.isfinite, every))
+    nats = sum(round(x * FIXED) for x in every) / FIXED if are_finite else sum(every)
+    *whole, excess = numbers[:n].tolist()
+    return Score(nats, *whole, excess=excess / FIXED), _signal(numbers[n:].tolist())
 
 
 def _one_hot(received: int | None) -> list[int]:

@@ -19,19 +19,22 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mlx_qlora import __version__
 from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, require
 from mlx_qlora.fields import config_section, option, typed
 from mlx_qlora.folders import (
+    RECORD,
     disk_errors,
-    json_object,
+    json_value,
     parse_json,
     read_text,
     reading,
     remove,
     sha256,
     staged,
+    written_by,
 )
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.train.config import NUMERICS
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}  # torch's names -> ours
 STATE = "resume_state.json"
 NAMES = r"checkpoint-\d+"
-MOST_STATE = 1 << 28  # bytes; a record in its history has some 300
+MOST_STATE = 1 << 28  # bytes; a record in its history has some 300, in 13 values
 # Of `trainer_state.json`'s records, as transformers writes them.
 TRAIN_KEYS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 EVAL_KEYS = ("eval_loss", "eval_runtime", "epoch", "step")
@@ -284,7 +287,7 @@ def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
     """The deciding values of a section in the run that is to go on; not yet verified, or empty."""
     wanted = str(config.resume_from_checkpoint)
     saved = checkpoints(Path(config.output_dir)) if wanted == "auto" else [Path(wanted)]
-    configs = (json_object(path / STATE).get("config") for path in reversed(saved))
+    configs = (json_value(path / STATE, "config", most=MOST_STATE) for path in reversed(saved))
     found = (config.get(section) for config in configs if isinstance(config, dict))
     return next((values for values in found if isinstance(values, dict)), {})
 
@@ -349,13 +352,18 @@ def _same_run(
 ) -> RunState:
     """The state of a checkpoint, if it is of the run that is to begin."""
     theirs = saved["fingerprint"]
-    numerics = theirs.get("numerics", "1")
+    numerics, reason = theirs.get("numerics", "1"), ""
     if numerics != str(NUMERICS):
+        reason = f"was trained with version {numerics} of the numerics, and this mlx-qlora has "
+        reason += f"version {NUMERICS}, whose results differ"
+    elif unknown := list(_unknown(saved, state)):
+        reason = f"is of a later mlx-qlora: {__version__} does not know its {', '.join(unknown)}"
+    if reason:
+        record = path.parent / RECORD
         raise ConfigError(
-            f"{path} was trained with version {numerics} of the numerics, and this mlx-qlora has "
-            f"version {NUMERICS}, whose results differ; finish the run with the mlx-qlora that "
-            f"began it ({path.parent / 'training_args.json'} names it), or begin a new run with "
-            f"its adapter: --adapter {path} and another --output-dir"
+            f"{path} {reason}; finish the run with the mlx-qlora that began it "
+            f"({written_by(path.parent) or 'named'} in {record}), or begin a new run with its "
+            f"adapter: --adapter {path} and another --output-dir"
         )
     differences = list(_differences(saved["config"], state.config, defaults))
     changed = [name for name in state.fingerprint if name not in ("numerics", "base")]
@@ -371,6 +379,14 @@ def _same_run(
             "choose another --output-dir"
         )
     return replace(RunState(**saved), fingerprint=state.fingerprint, config=state.config)
+
+
+def _unknown(saved: dict[str, Any], ours: RunState) -> Iterator[str]:
+    """What a later version has put into its state, and into the config that decides the weights."""
+    yield from saved.keys() - vars(ours).keys()
+    for section, fields in saved["config"].items():
+        known = ours.config.get(section, {})
+        yield from (f"{section}.{k}" for k, v in fields.items() if k not in known and v is not None)
 
 
 def _differences(
@@ -391,21 +407,23 @@ def _differences(
 def read_state(path: Path) -> dict[str, Any]:
     """The content of `resume_state.json`, after every checksum of the checkpoint was compared.
 
-    A ConfigError names the file that is damaged or missing.
+    Fields of a later version are in it as they are. A ConfigError names the file that is damaged or
+    missing.
     """
     try:
         text = read_text(path / STATE, MOST_STATE)
         first = re.match(r'\{"sha256": "([0-9a-f]{64})",', text)
         if first is None or hashlib.sha256(text[first.end() :].encode()).hexdigest() != first[1]:
             raise ConfigError(f"{path / STATE} is damaged")
-        saved = parse_json(text)
+        saved = parse_json(text, MOST_STATE)
         for name, checksum in saved.pop("checksums").items():
             if os.sep in name or sha256(path / name) != checksum:
                 raise ConfigError(f"{path / name} is damaged")
         del saved["sha256"]
+        later = {name: saved.pop(name) for name in saved.keys() - vars(RunState()).keys()}
         state = typed(RunState, saved)
         best_eval(state.log_history)
-        return vars(state)
+        return vars(state) | later
     except ConfigError as error:
         at_fault = "" if str(error).startswith(f"{path}") else f"{path / STATE} is damaged: "
         raise ConfigError(f"{at_fault}{error}") from None

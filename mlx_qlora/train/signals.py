@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,17 +39,35 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP are exceptions, as Ctrl-C is: nothing half-written is left."""
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # and not `nohup`
-                before[number] = signal.signal(number, _stop)
+    """Within it SIGTERM and SIGHUP are exceptions, as Ctrl-C is: nothing half-written is left.
+
+    An exception that Python swallows, as in a `__del__`, is raised again a moment later. As long as
+    the command line has not begun, Ctrl-C ends the process; so it does after its end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _stop, signal.SIGHUP: _stop}
+    # And not what `nohup` ignores.
+    before = [number for number in usual if signal.getsignal(number) is signal.SIG_DFL]
+
+    def again(lost: Any) -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            return ignored(lost)
+        number = getattr(lost.exc_value, "signum", signal.SIGINT)
+        if number in before:
+            signal.signal(number, usual[number])
+        threading.Timer(0.01, signal.pthread_kill, [threading.get_ident(), number]).start()
+
+    ignored, sys.unraisablehook = sys.unraisablehook, again
+    for number in before:
+        signal.signal(number, usual[number])
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        sys.unraisablehook = ignored
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class StopSignal:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from support.hub_uploads import READER, REPO, away, hub  # noqa: F401
 from support.tiny_folder import write_model, write_rows
 
 import mlx_qlora as mq
+from mlx_qlora.adapters.origin import check_base
 from mlx_qlora.adapters.peft import same_tensors
 from mlx_qlora.adapters.push import Facts, model_card, push_to_hub, read_facts
-from mlx_qlora.errors import ConfigError, SourceError
+from mlx_qlora.config import ModelConfig
+from mlx_qlora.errors import AdapterWarning, ConfigError, SourceError
+from mlx_qlora.loading import form_of_rows
+from mlx_qlora.model.hub import resolve
 
 BASE = "some-org/Tiny-Llama"
 SECRET = "xyzzy"  # in every row of the data, and in every path
@@ -261,6 +266,25 @@ def test_a_link_within_the_folder_is_as_good_as_its_file(out):
     (out / "plots" / "loss.svg").rename(out / "loss.svg")
     (out / "plots" / "loss.svg").symlink_to(out / "loss.svg")
     assert "plots/loss.svg" in dict(mq.push_to_hub(out, "me/mine", dry_run=True).files)
+
+
+# Of a stranger's record; nothing of it is used but for the card.
+RECORDS = [{"config": [1]}, {"versions": [1]}, {"data": [1]}, {"fingerprint": "x"}, [1]]
+
+
+@pytest.mark.parametrize("wrong", RECORDS)
+def test_a_record_that_no_run_wrote_is_named_or_not_used(wrong, out):
+    file = out / "training_args.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | wrong if isinstance(wrong, dict) else wrong))
+    with warnings.catch_warnings(action="ignore", category=AdapterWarning):  # other weights
+        check_base(resolve("smollm2-135m"), out, {})
+    assert isinstance(form_of_rows(mq.RunConfig(model=ModelConfig(adapter=str(out)))), str)
+    if "fingerprint" in wrong:
+        push_to_hub(out, REPO, dry_run=True)
+        return
+    with pytest.raises(SourceError, match=f"{file} cannot be read"):
+        push_to_hub(out, REPO, dry_run=True)
 
 
 def test_a_damaged_history_is_named(out):

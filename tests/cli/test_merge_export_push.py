@@ -1,14 +1,19 @@
 """`merge`, `export` and `push` on the command line, from nothing but a run's own folder."""
 
+import contextlib
 import json
 import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.command_line import call, contents
+from support.command_line import ROOT, call, contents
 from support.models import our_logits, random_tokens, randomise_lora
 
 import mlx_qlora as mq
@@ -237,6 +242,21 @@ def test_a_model_of_others_in_lm_studio_is_kept(run, tmp_path, monkeypatch, caps
     assert file.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "name", ["a\x1b[31mb.gguf", "a\nFROM b.gguf", "a\u202eb.gguf", "in/a\rb.gguf"]
+)
+@pytest.mark.usefixtures("without_loading")
+def test_a_modelfile_cannot_name_every_base(run, tmp_path, capsys, name):
+    base, out = tmp_path / name, tmp_path / "g"
+    base.parent.mkdir(exist_ok=True)
+    base.touch()
+    words = ["export", "--gguf", "--adapter", run[0], "--output-dir", out, "--model"]
+    assert call(*words, base.parent if "/" in name else base) == 2
+    error = capsys.readouterr().err
+    assert f"{str(base)!r} has characters that cannot stand in a Modelfile; rename it" in error
+    assert not out.exists() and error.count("\n") == 1
+
+
 def test_what_ollama_says_is_told_and_the_file_stays(run, tmp_path, monkeypatch, capsys):
     script = "echo pulling >&2; echo Error: no server >&2; exit 3"
     program(tmp_path / "bin", "ollama", script, monkeypatch)
@@ -245,6 +265,38 @@ def test_what_ollama_says_is_told_and_the_file_stays(run, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert "ollama failed (3): Error: no server; the command was" in error
     assert (tmp_path / "g" / "model-q8_0.gguf").is_file()
+
+
+def test_a_signal_while_ollama_works_says_what_is_written(run, tmp_path, monkeypatch, capsys):
+    script = f"kill -TERM {os.getpid()}; sleep 60"
+    program(tmp_path / "bin", "ollama", script, monkeypatch)
+    words = ["export", "--adapter", run[0], "--output-dir", tmp_path / "g"]
+    assert call(*words, "--ollama", "mine") == 143
+    said = f"SIGTERM; new files are in {tmp_path}/g; the same command completes them\n"
+    assert said in capsys.readouterr().err
+    (tmp_path / "bin" / "ollama").write_text("")
+    monkeypatch.setattr("mlx_qlora.exports.loaded", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert call(*words, "--ollama", "mine") == 143
+    assert "SIGTERM; nothing was written; what was there is as" in capsys.readouterr().err
+
+
+def test_a_program_ends_with_the_process_that_asked_for_it(tmp_path):
+    script = "import sys; from mlx_qlora.adapters.gguf_model import _run\n"
+    script += "_run(sys.argv[2:], sys.argv[1])"
+    program = "echo $$ > made; mv made pid; exec sleep 60"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), "sh", "-c", program], cwd=ROOT
+    )
+    while not (tmp_path / "pid").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(1000):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.01)
+        pytest.fail("it goes on")
 
 
 @pytest.mark.parametrize(

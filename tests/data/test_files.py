@@ -1032,3 +1032,17 @@ def test_without_datasets_the_hub_says_what_to_install(monkeypatch: pytest.Monke
         "data owner/name is neither a file nor a folder; if it is a data set on the hub, "
         "run: pip install 'mlx-qlora[datasets]'"
     )
+
+
+def test_a_group_of_rows_that_takes_far_more_memory_than_disk_is_refused(tmp_path, monkeypatch):
+    """Of values that differ, which no dictionary holds."""
+    monkeypatch.setattr("mlx_qlora.data.files.MOST_GROUP", 1 << 20)
+    pa, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    texts = pa.table({"text": [f"{i}{'a' * 1_000_000}" for i in range(3)]})
+    path = tmp_path / "r.parquet"
+    parquet.write_table(texts, path, compression="zstd", use_dictionary=False)
+    (file,) = find_files(path)["train"]
+    with pytest.raises(DataError, match=r"r.parquet is damaged: 3,000,\d+ bytes are packed"):
+        next(raw_rows(file))
+    monkeypatch.setattr("mlx_qlora.data.files.MOST_GROUP", 1 << 28)
+    assert len(list(raw_rows(file))) == 3

@@ -123,10 +123,10 @@ def pipe(name: str) -> Callable[[Path], Any]:
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 # What is done to a model's folder -> what is said.
 MEMBERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "config nests": (text("config.json", DEEP), "config.json cannot be read: it is nested too"),
+    "config nests": (text("config.json", DEEP), "config.json cannot be read (it is nested too"),
     "config of digits": (
         text("config.json", DIGITS),
-        "config.json cannot be read: it has a number",
+        "config.json cannot be read (it has a number",
     ),
     "header nests": (header(DEEP.encode()), "model.safetensors is damaged (it is nested too"),
     "header of digits": (header(DIGITS.encode()), "model.safetensors is damaged (it has a number"),
@@ -302,8 +302,8 @@ MERGED = "a: &a {x: 1, y: 2}\n" + "".join(
     for old, new in zip("abcdefgh", "bcdefghi")
 )
 YAMLS = {
-    "aliases": (BOMB, "it holds more than 1,048,576 values"),
-    "merged aliases": (MERGED, "it holds more than 1,048,576 values"),
+    "aliases": (BOMB, "it holds too many values"),
+    "merged aliases": (MERGED, "it holds too many values"),
     "an alias of itself": ("lora: &a [*a]\n", "nested too deeply"),
     "brackets": ("lora: " + "[" * 3000, "nested too deeply"),
     "braces within limits": ("lora: " + "{a: " * 70 + "1" + "}" * 70, "nested too deeply"),

@@ -399,7 +399,7 @@ def test_all_problems_of_a_config_are_reported_at_once(folder: Path) -> None:
 def test_a_config_that_is_no_json_object_is_refused(text: str, folder: Path) -> None:
     path = folder / "config.json"
     path.write_bytes(text.encode("latin-1"))
-    assert refusal(folder).startswith(f"{path} cannot be read: ")
+    assert refusal(folder).startswith(f"{path} cannot be read (")
 
 
 def test_a_folder_without_a_config_is_refused(folder: Path) -> None:

@@ -448,25 +448,38 @@ def test_a_damaged_record_is_measured_again_and_another_trials_is_not_taken(plac
     assert without_times(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"nats": "x"},
-        {"nats": [[1]]},
-        {"tokens": 3},
-        {"train_loss": "x"},
-        {"seconds": [1]},
-        {"b": 1},
-    ],
-)
-def test_a_strangers_record_is_measured_again(place, tmp_path, wrong):
+# A field of a record that no sweep writes, or all of another record.
+STRANGERS: list[Any] = [
+    *({"nats": "x"}, {"nats": [[1]]}, {"tokens": 3}, {"train_loss": "x"}, {"seconds": [1]}),
+    *({"b": 1}, [1], {"step": 2}, {"key": "../x"}),
+    *({"nats": ["nan"]}, {"nats": [1e308]}, {"tokens": [0]}, {"tokens": [-1]}),  # of each row
+]
+
+
+def test_a_strangers_record_is_measured_again(place, tmp_path):
     asked = config(place, tmp_path / "out")
     swept(asked, {"r": [2]}, steps=1, rungs=1)
     before = without_times(tmp_path / "out")
     (record,) = (tmp_path / "out").glob("trials/*/validation-1.json")
-    record.write_text(json.dumps(json.loads(record.read_text()) | wrong))
-    _, _, printed = swept(asked, {"r": [2]}, steps=1, rungs=1)
-    assert "reused" not in printed and without_times(tmp_path / "out") == before
+    kept = json.loads(record.read_text())
+    for wrong in STRANGERS:
+        if isinstance(wrong, dict):
+            (name, value), n = *wrong.items(), len(kept["nats"])
+            of_rows = name in ("nats", "tokens") and isinstance(value, list)
+            wrong = kept | {name: value * n if of_rows else value}
+        record.write_text(json.dumps(wrong))
+        _, _, printed = swept(asked, {"r": [2]}, steps=1, rungs=1)
+        assert "reused" not in printed and without_times(tmp_path / "out") == before, wrong
+
+
+@pytest.mark.parametrize("name", ["trials", "trials/mine"])
+def test_a_link_in_the_place_of_a_trial_is_not_followed(place, tmp_path, name):
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path)
+    with pytest.raises(mq.ConfigError, match=f"{link} is a link, which a sweep does not follow"):
+        swept(config(place, tmp_path / "out"), {"r": [2]}, steps=1, rungs=1)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_what_a_kill_left_in_a_finished_trial_is_removed(place, tmp_path):

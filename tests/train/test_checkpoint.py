@@ -510,7 +510,8 @@ def rewrite_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     del saved["sha256"], saved["checksums"]
     change(saved)
     (path / "resume_state.json").unlink()
-    checkpoint._write_state(path, RunState(**saved))
+    theirs: Any = dataclasses.make_dataclass("RunState", saved)
+    checkpoint._write_state(path, theirs(**saved))
 
 
 def test_a_checkpoint_that_lacks_a_later_field_is_continued(folder, whole, copy):
@@ -539,6 +540,15 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder, copy):
         fine_tune(folder, copy)
 
 
+def test_a_run_of_a_hundred_thousand_records_goes_on(copy, monkeypatch):
+    """They are more than a stranger's file may hold; here it may hold less."""
+    monkeypatch.setattr("mlx_qlora.folders.BYTES_PER_VALUE", 1 << 14)
+    records = {"step": 8, "figures": [0] * (1 << 10)}
+    rewrite_state(copy / "checkpoint-8", lambda saved: saved["log_history"].append(records))
+    assert asked(copy) == (copy / "checkpoint-8", [])
+    assert checkpoint.values_before(CheckpointingConfig(output_dir=str(copy)), "model")
+
+
 # What a stranger's checkpoint says, with right checksums.
 WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a step by a word": lambda saved: saved.update(step="x"),
@@ -547,7 +557,6 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no object as fingerprint": lambda saved: saved.update(fingerprint="x"),
     "a record without a step": lambda saved: saved.update(log_history=[{"eval_loss": 1.0}]),
     "a loss by a word": lambda saved: saved["log_history"].append({"eval_loss": "x", "step": 1}),
-    "an unknown field": lambda saved: saved.update(unknown=1),
     "losses that are none": lambda saved: saved.update(recent_losses=[None]),
     "a pipe among its files": lambda saved: saved["checksums"].update(pipe="x"),
     "a file elsewhere": lambda saved: saved["checksums"].update({"/proc/self/mem": "x"}),
@@ -577,23 +586,34 @@ def test_tensors_of_other_shapes_in_a_strangers_checkpoint_are_refused(folder, c
         fine_tune(folder, copy)
 
 
-@pytest.mark.parametrize("version", [1, 7])
-def test_other_numerics_are_refused_with_the_ways_out(folder, copy, version):
-    """Version 1 wrote no number."""
+OTHER_NUMERICS = "was trained with version {} of the numerics, and this mlx-qlora has version 2, "
+OTHER_NUMERICS += "whose results differ"
+LATER = f"is of a later mlx-qlora: {mq.__version__} does not know its "
+# How another version's state differs from ours, and what is said of it.
+VERSIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "without a number": (lambda s: s["fingerprint"].pop("numerics"), OTHER_NUMERICS.format(1)),
+    "7": (lambda s: s["fingerprint"].update(numerics="7"), OTHER_NUMERICS.format(7)),
+    "a field": (lambda s: s.update(ema=[1]), LATER + "ema"),
+    "a setting": (lambda s: s["config"]["lora"].update(rings=3), LATER + "lora.rings"),
+    "a section": (lambda s: s["config"].update(ema={"rate": 1}), LATER + "ema.rate"),
+}
+
+
+@pytest.mark.parametrize("what", VERSIONS)
+def test_another_versions_checkpoint_is_refused_with_the_ways_out(folder, copy, what):
+    """It is not passed over for an older one, which would lose what was done since."""
     path = copy / "checkpoint-8"
-
-    def other(saved: dict[str, Any]) -> None:
-        del saved["fingerprint"]["numerics"]
-        saved["fingerprint"] |= {"numerics": "7"} if version == 7 else {}
-
-    rewrite_state(path, other)
+    change, reason = VERSIONS[what]
+    rewrite_state(path, change)
+    record = json.loads((copy / "training_args.json").read_text())
+    record["versions"]["mlx-qlora"] = "9.9.9"
+    (copy / "training_args.json").write_text(json.dumps(record))
     before = everything(copy)
     with pytest.raises(ConfigError) as error:
         fine_tune(folder, copy)
     assert str(error.value) == (
-        f"{path} was trained with version {version} of the numerics, and this mlx-qlora has "
-        "version 2, whose results differ; finish the run with the mlx-qlora that began it "
-        f"({copy}/training_args.json names it), or begin a new run with its adapter: --adapter "
+        f"{path} {reason}; finish the run with the mlx-qlora that began it "
+        f"(9.9.9 in {copy}/training_args.json), or begin a new run with its adapter: --adapter "
         f"{path} and another --output-dir"
     )
     assert everything(copy) == before

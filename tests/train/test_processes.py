@@ -405,6 +405,7 @@ SCORED_AND_LOST = """
 import os, sys, time
 import mlx_qlora
 import mlx.core as mx
+import numpy as np
 from mlx_qlora.errors import ProcessError
 from mlx_qlora.distributed import processes
 from mlx_qlora.train.score import Score
@@ -412,7 +413,9 @@ from mlx_qlora.train.allreduce import score_of_all
 
 own = processes()
 received = [None, 15][own.rank]
-for nats in (4.5, float("nan"), float("inf")):
+for nats in (4.5, float("nan"), float("inf"), 2.0**60):
+    each = np.array([[2.5, 0.5], [nats, 0.25]][own.rank])
+    print(*own.total(each))
     total, signum = score_of_all(Score([2.5, nats][own.rank], 1, 2, 3, 4, 5), own, 0.1, received)
     print(total.nats, total.hits, total.tokens, total.repeated_targets, signum, flush=True)
 own.gather("ready")
@@ -428,12 +431,13 @@ except ProcessError as error:
 """
 
 
-def test_a_validation_that_is_no_number_is_one_in_all_and_a_lost_process_is_told_by_the_next_sum(
+def test_sums_that_are_no_numbers_are_the_same_in_all_and_a_lost_process_is_told_by_the_next_sum(
     tmp_path,
 ):
     script = ["-c", SCORED_AND_LOST]
     (_, first, _), (code, second, err) = ring.ends(ring.start(2, lambda rank: script, tmp_path))
-    scores = "".join(f"{nats} 2 4 10 {int(signal.SIGTERM)}\n" for nats in (7.0, "nan", "nan"))
+    sums = (7.0, "nan", "inf", 2.0**60)
+    scores = "".join(f"{x} 0.75\n{x} 2 4 10 {int(signal.SIGTERM)}\n" for x in sums)
     assert first == scores and second.startswith(scores)
     assert code == 1, "MLX would have waited at the end of the process"
     said = second.removeprefix(scores)

@@ -28,7 +28,7 @@ import crash
 
 import mlx_qlora as mq
 from mlx_qlora.train.engine import Engine
-from mlx_qlora.train.signals import Interrupted, StopSignal
+from mlx_qlora.train.signals import Interrupted, StopSignal, raised
 
 pytestmark = pytest.mark.usefixtures("usual_signals")
 PATIENCE = 300  # seconds for a process that needs a few, on a machine that is busy
@@ -378,3 +378,36 @@ def test_whoever_presses_ctrl_c_at_a_terminal_is_told_at_once_that_it_was_heard(
     with StopSignal():
         signal.raise_signal(signal.SIGINT)
     assert capfd.readouterr().err == ""
+
+
+# ---- where an exception cannot be caught -------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["-m", "mlx_qlora"], ["mlx-qlora"], ["program.py"]])
+def test_ctrl_c_before_the_command_line_begins_shows_no_traceback(tmp_path, words):
+    """The program of another keeps its own."""
+    (tmp_path / "tomllib.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    if words[0] != "-m":
+        words = [str(tmp_path / words[0])]
+        Path(words[0]).write_text("from mlx_qlora.cli import main; main()")
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, *words]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == -signal.SIGINT  # which a shell calls 130
+    assert ("KeyboardInterrupt" in ended.stderr) == words[0].endswith(".py")
+    assert not ended.stderr or words[0].endswith(".py")
+
+
+@BOTH
+def test_a_signal_that_python_swallows_is_raised_again(name, usual_signals):
+    number = getattr(signal, name)
+
+    class Swallows:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt) as caught, raised():
+        Swallows()
+        time.sleep(30)
+    assert getattr(caught.value, "signum", signal.SIGINT) == number
+    assert handlers() == usual_signals
