@@ -9,8 +9,9 @@ import signal
 import sys
 
 # Ctrl-C in what is imported here ends the command line without a traceback; see `signals.raised`.
-_program = "".join(sys.orig_argv[2:3] if sys.orig_argv[1:2] == ["-m"] else sys.orig_argv[1:2])
-if _program.partition(".")[0] == "mlx_qlora" or _program.endswith("/mlx-qlora"):
+if (sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].split(".")[0] == "mlx_qlora") or (
+    "".join(sys.orig_argv[1:2]).endswith("/mlx-qlora")
+):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
