@@ -112,6 +112,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         except TypeError as error:
             words = (word for word in named if word not in signature.parameters)
             hint = did_you_mean(next(words, ""), signature.parameters, ARGUMENTS)
+            hint = hint or f"; it takes {', '.join(signature.parameters)}"
             raise TypeError(f"{function.__name__}: {error}{hint}") from None
         for name, value in given.items():
             if not isinstance(value, classes.get(name, object)):

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from mlx_qlora import device
-from mlx_qlora.adapters.options import is_mlx_lm
+from mlx_qlora.adapters.options import is_mlx_lm, read_adapter_config
 from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
@@ -22,7 +22,6 @@ from mlx_qlora.errors import (
     ConfigError,
     StreamedWarning,
     UserError,
-    did_you_mean,
     say,
     size,
 )
@@ -72,6 +71,8 @@ def load(
     chosen_dtype = device.compute_dtype(dtype)
     # Unknown ones are refused before anything is read.
     ModelConfig(frozen_matmul=frozen_matmul, residency=residency)
+    if adapter is not None:
+        read_adapter_config(user_path(adapter))
     checkpoint = open_checkpoint(resolve(source, revision))
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul, residency)
@@ -117,13 +118,7 @@ def with_model(config: RunConfig) -> RunConfig:
     if chosen.adapter is None:
         fix = "name a model with --model SOURCE, or an adapter with --adapter DIR"
         raise ConfigError(f"model.source is missing; {fix}")
-    if not user_path(chosen.adapter).is_dir():
-        near = [path.name for path in user_path(chosen.adapter).absolute().parent.glob("*/")]
-        hint = did_you_mean(Path(chosen.adapter).name, near)
-        raise ConfigError(
-            f"model.adapter: there is no folder {chosen.adapter}{hint}; name the output folder "
-            "of a run"
-        )
+    read_adapter_config(user_path(chosen.adapter))
     default = asdict(ModelConfig())
     given = {k: v for k, v in asdict(chosen).items() if v != default[k]}
     chosen = replace(build(recorded(chosen.adapter, "model")).model, **given)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.errors import AdapterError, ConfigError, listing, require
+from mlx_qlora.errors import AdapterError, ConfigError, did_you_mean, listing, require
 from mlx_qlora.fields import coerce, type_name
 from mlx_qlora.folders import MLX_LM, PEFT, read_object, reading, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -70,7 +70,9 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
     path = folder / CONFIG
     for name in PEFT:
         if not (folder / name).is_file():
-            what = f"{name} is missing" if folder.is_dir() else "there is no such folder"
+            beside = (path.name for path in folder.absolute().parent.glob("*/"))
+            near = did_you_mean(folder.name, beside)
+            what = f"{name} is missing" if folder.is_dir() else f"there is no such folder{near}"
             saved = [str(path.parent) for path in folder.glob(f"checkpoint-*/{CONFIG}")]
             if saved and written_by(folder):
                 last = max(saved, key=lambda path: (len(path), path))

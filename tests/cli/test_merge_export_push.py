@@ -368,17 +368,24 @@ def test_the_folder_that_was_meant_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     assert call("generate", "--adapter", "output", "--prompt", "x") == 2
-    assert "there is no folder output; did you mean 'outputs'?" in capsys.readouterr().err
+    said = "output is no PEFT adapter: there is no such folder; did you mean 'outputs'?"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["merge", "--output-dir", "m"], "model.adapter is missing"),
-        (["export", "--output-dir", "m", "--adapter", "nowhere"], "there is no folder nowhere"),
+        (
+            ["export", "--output-dir", "m", "--adapter", "nowhere"],
+            "nowhere is no PEFT adapter: there is no such folder",
+        ),
         (["export", "--output-dir", "m", "--gguf", "--mlx"], "not allowed with argument --gguf"),
         (["push", "nowhere", "me/x", "--dry-run"], "nowhere"),
-        (["merge", "--output-dir", "m", "--adapter", "a", "--model", "no/such/place"], "no/such"),
+        (
+            ["merge", "--output-dir", "m", "--adapter", "a", "--model", "no/such/place"],
+            "a is no PEFT",
+        ),
     ],
 )
 def test_what_is_missing_or_too_much_is_named_and_nothing_is_written(

@@ -383,7 +383,9 @@ def test_whoever_presses_ctrl_c_at_a_terminal_is_told_at_once_that_it_was_heard(
 # ---- where an exception cannot be caught -------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["-m", "mlx_qlora"], ["-m", "mlx_qlora.train"], ["mlx-qlora"], ["program.py"]])
+@pytest.mark.parametrize(
+    "words", [["-m", "mlx_qlora"], ["-m", "mlx_qlora.train"], ["mlx-qlora"], ["program.py"]]
+)
 def test_ctrl_c_before_the_command_line_begins_shows_no_traceback(tmp_path, words):
     """The program of another keeps its own."""
     (tmp_path / "tomllib.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
