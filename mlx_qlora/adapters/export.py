@@ -223,7 +223,7 @@ def modelfile(
         base = str(source.path.absolute())
     for name in filter(None, (base, file.name, original)):
         if visible(name) != name or "\n" in name:
-            what = "has characters that cannot stand in a Modelfile"
+            what = "has characters that no Modelfile can hold"
             raise AdapterError(f"{name!r} {what}; rename it, or export with --gguf-model")
     values = {"base": base, "file": file.name, "original": original, "unknown": UNKNOWN_BASE}
     text = render("adapters/Modelfile.adapter.jinja", **values)

@@ -122,7 +122,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         rule, turned = f"name some of {', '.join(COLUMNS)}", {v: k for k, v in self.columns.items()}
         if turned.keys() <= COLUMNS.keys():
-            rule = f"have our names first, {turned}"
+            rule = f"name fields first: {turned}"
         require(self.columns.keys() <= COLUMNS.keys(), "data.columns", rule, self.columns)
         require(self.system != "", "data.system", "not be empty", self.system)
         require(self.max_length >= 2, "data.max_length", "be at least 2", self.max_length)

@@ -253,7 +253,7 @@ def test_a_modelfile_cannot_name_every_base(run, tmp_path, capsys, name):
     words = ["export", "--gguf", "--adapter", run[0], "--output-dir", out, "--model"]
     assert call(*words, base.parent if "/" in name else base) == 2
     error = capsys.readouterr().err
-    assert f"{str(base)!r} has characters that cannot stand in a Modelfile; rename it" in error
+    assert f"{str(base)!r} has characters that no Modelfile can hold; rename it" in error
     assert not out.exists() and error.count("\n") == 1
 
 

@@ -802,7 +802,7 @@ def test_the_system_message_that_all_rows_share_is_known(chatty: Tokenizer, tmp_
 def test_columns_that_no_format_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.columns must name some of messages.*'ouput'"):
         DataConfig(columns={"ouput": "answer"})
-    turned = r"have our names first, \{'prompt': 'a', 'completion': 'b'\}"
+    turned = r"name fields first: \{'prompt': 'a', 'completion': 'b'\}"
     with pytest.raises(ConfigError, match=turned):
         DataConfig(columns={"a": "prompt", "b": "completion"})
     with pytest.raises(ConfigError, match=r"data\.system must not be empty"):
