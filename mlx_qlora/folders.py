@@ -97,12 +97,14 @@ LEFTOVER = re.compile(r"\.(.*)-[a-z0-9_]{8}\.(tmp|old)")
 def new_staging(home: Path, name: str) -> tuple[Path, int]:
     """A new folder, and the descriptor that locks it as long as this process lives."""
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=home))
-    lock = os.open(staging, os.O_RDONLY)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    if staging.exists():
-        return staging, lock
-    os.close(lock)  # another process took it for a dead one's, before it was locked
+    # Another process takes it for a dead one's, and removes it, before it is locked.
+    with suppress(FileNotFoundError):
+        lock = os.open(staging, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if staging.exists():
+            return staging, lock
+        os.close(lock)
     return new_staging(home, name)
 
 
@@ -116,28 +118,33 @@ def remove_leftovers(folder: Path, parts: str = TAG) -> None:
     within = [(path, f"{TAG}|{parts}") for path in folder.glob(".*-*.*")]
     for path, names in sorted([*beside, *within]):  # .old comes before .tmp
         match = LEFTOVER.fullmatch(path.name)
-        if match and re.fullmatch(names, match[1]) and not _in_use(path.with_suffix(".tmp")):
-            if path.suffix == ".old" and not os.path.lexists(path.with_name(match[1])):
+        if match is None or not re.fullmatch(names, match[1]):
+            continue
+        with _dead(path.with_suffix(".tmp")) as is_dead:
+            if is_dead and path.suffix == ".old" and not os.path.lexists(path.with_name(match[1])):
                 path.rename(path.with_name(match[1]))
-            else:
+            elif is_dead:
                 remove(path)
 
 
-def _in_use(staging: Path) -> bool:
-    """Whether the process that made it lives, or may do so where there are no locks."""
-    if not staging.is_dir():
-        return False
+@contextmanager
+def _dead(staging: Path) -> Iterator[bool]:
+    """Whether the process that made it is dead; it may live where there are no locks.
+
+    Within, the lock is held: who has just made the folder waits for it, and finds it gone.
+    """
+    lock, is_dead = None, True
     try:
-        lock = os.open(staging, os.O_RDONLY)
-    except OSError:  # another user's, in a folder of all
-        return True
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        if staging.is_dir():
+            try:
+                lock = os.open(staging, os.O_RDONLY)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # a living one's, or another user's in a folder of all
+                is_dead = False
+        yield is_dead
     finally:
-        os.close(lock)
-    return False
+        if lock is not None:
+            os.close(lock)
 
 
 def remove(path: Path) -> None:

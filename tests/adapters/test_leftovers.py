@@ -1,8 +1,10 @@
 """What a killed process leaves of a folder is removed by the next one, and nothing else is."""
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,9 +13,18 @@ import pytest
 from safetensors.numpy import save_file
 from support.command_line import ROOT, contents
 
+from mlx_qlora import folders
 from mlx_qlora.adapters.merge import check_disk
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.folders import MLX_LM, check_writable, remove_leftovers, staged, write_whole
+from mlx_qlora.folders import (
+    MLX_LM,
+    TAG,
+    check_writable,
+    new_staging,
+    remove_leftovers,
+    staged,
+    write_whole,
+)
 
 # Another process, in the middle of writing a folder.
 WRITING = """
@@ -163,3 +174,37 @@ def test_tensors_whose_config_a_kill_took_are_ours_if_they_say_so(tmp_path, meta
     else:
         with pytest.raises(ConfigError, match=r"adapters\.safetensors is not known to be from"):
             check_writable(out, MLX_LM)
+
+
+def test_whoever_removes_a_leftover_holds_its_lock_so_that_its_maker_notices(tmp_path, monkeypatch):
+    """Two processes that begin at the same time: one has made its folder, and not yet locked it."""
+    made = tempfile.mkdtemp(prefix=f".{TAG}-", suffix=".tmp", dir=tmp_path)
+    remove, held = folders.remove, []
+
+    def watched(path: Path) -> None:
+        lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held.append(str(path))
+        os.close(lock)
+        remove(path)
+
+    monkeypatch.setattr(folders, "remove", watched)
+    remove_leftovers(tmp_path)
+    assert held == [made] and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_removed_before_it_is_opened_is_made_again(tmp_path, monkeypatch):
+    mkdtemp, made = tempfile.mkdtemp, []
+
+    def removed_at_once(**where: str) -> str:
+        made.append(mkdtemp(**where))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_at_once)
+    staging, lock = new_staging(tmp_path, TAG)
+    os.close(lock)
+    assert [str(staging)] == made[1:] and staging.is_dir()
