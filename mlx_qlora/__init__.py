@@ -1,8 +1,9 @@
 """mlx-qlora: fine-tune dense language models with QLoRA on a Mac, in pure MLX.
 
 Names load on first use (PEP 562), so importing the package costs next to nothing. They are listed
-once, in `__init__.pyi`, which type checkers and editors read instead of this file. The one thing
-that happens at import is the choice of BLAS on Linux; see `mlx_qlora.cpu.blas`.
+once, in `__init__.pyi`, which type checkers and editors read instead of this file. What happens at
+import is the choice of BLAS on Linux (`mlx_qlora.cpu.blas`) and, for our own command line, what
+Ctrl-C does.
 """
 
 import signal

@@ -26,6 +26,7 @@ from mlx_qlora.distributed import launched, processes
 from mlx_qlora.errors import (
     AdapterWarning,
     ConfigError,
+    DataError,
     UserError,
     require,
     say,
@@ -260,7 +261,11 @@ def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
     where = args.machine, args.processes
     prediction = plan(source_of(config), config, *where)
     if config.data.path is not None:
-        inputs = open_inputs(config, console, writes=False, weights=False)
+        config = replace(config, data=replace(config.data, refused_path=None))  # it is the run's
+        try:
+            inputs = open_inputs(config, console, writes=False, weights=False)
+        except DataError as error:
+            raise DataError(f"{error}; data.path=null plans without rows") from None
         checkpoint = open_files(config, weights=False)
         prediction = plan_inputs(replace(inputs, config=config, checkpoint=checkpoint), *where)
     else:

@@ -301,7 +301,7 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
 
 # ---- what is left to the data and the model ------------------------------------------------------
 
-FEW_HELD_OUT = 4  # rows, whose loss says nothing of others
+FEW_HELD_OUT = 4  # rows: the loss of fewer says nothing of others
 
 
 def settle(
@@ -471,7 +471,7 @@ def explained(
         lines.append("system    the message of every row is not kept: no record can hold it")
     if validation and len(validation) < FEW_HELD_OUT:
         rows = "1 row is" if len(validation) == 1 else f"{len(validation)} rows are"
-        lines.append(f"held out  {rows} too few to tell how good the run is; split off more")
+        lines.append(f"held out  {rows} too few to tell how good the run is; hold out more")
     every = {"eval_steps": "a validation"} if validation else {}
     every["save_steps"] = "a checkpoint"
     auto = [name for name in every if getattr(config.checkpointing, name) == "auto"]

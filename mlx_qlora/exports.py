@@ -28,7 +28,15 @@ from mlx_qlora.folders import (
     is_merged,
     user_path,
 )
-from mlx_qlora.loading import as_taught, in_form_of_rows, loaded, recorded, with_adapter, with_model
+from mlx_qlora.loading import (
+    as_taught,
+    by_taught_columns,
+    in_form_of_rows,
+    loaded,
+    recorded,
+    with_adapter,
+    with_model,
+)
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.quantize import FLOAT_MODES, QuantConfig
 
@@ -77,9 +85,12 @@ def _rows_of_run(
     data, why = config.data, f"{adapter} has no run.yaml that names rows"
     try:
         if (data := data if data.path else taught.data).path is not None:
+            data = replace(data, refused_path=None)  # the file is the run's
             data, kind = as_taught(replace(config, data=data)).data, taught.training.objective
             seed = taught.training.seed
-            parts = train_validation_test(data, tokenizer, seed, kind=KIND_OF[kind])
+            how = {"tokenizer": tokenizer, "seed": seed, "kind": KIND_OF[kind]}
+            read = lambda data: train_validation_test(data, **how)  # noqa: E731
+            parts = by_taught_columns(replace(config, data=data), read)
             say(
                 console,
                 "rounding  layer by layer, so that the run's rows lose least, and measured on\n"

@@ -1,11 +1,13 @@
 """A source, or a config, becomes a model and its tokenizer."""
 
+import contextlib
 import filecmp
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -15,11 +17,12 @@ from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
 from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
-from mlx_qlora.data.read import own_template
+from mlx_qlora.data.read import DataConfig, own_template
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer, read_configs
 from mlx_qlora.errors import (
     AdapterWarning,
     ConfigError,
+    DataError,
     StreamedWarning,
     UserError,
     say,
@@ -32,6 +35,8 @@ from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
 from mlx_qlora.model.streaming import streamed_bytes
 from mlx_qlora.model.weights import load_model, open_checkpoint
+
+T = TypeVar("T")
 
 
 def load(
@@ -118,7 +123,8 @@ def with_model(config: RunConfig) -> RunConfig:
     if chosen.adapter is None:
         fix = "name a model with --model SOURCE, or an adapter with --adapter DIR"
         raise ConfigError(f"model.source is missing; {fix}")
-    read_adapter_config(user_path(chosen.adapter))
+    if not user_path(chosen.adapter).is_dir():
+        read_adapter_config(user_path(chosen.adapter))  # which says what is near
     default = asdict(ModelConfig())
     given = {k: v for k, v in asdict(chosen).items() if v != default[k]}
     chosen = replace(build(recorded(chosen.adapter, "model")).model, **given)
@@ -169,6 +175,16 @@ def as_taught(config: RunConfig) -> RunConfig:
         training = replace(training, objective=record.get("objective", "sft"))
     data = replace(data, system=system, history=history, template=template)
     return replace(config, data=data, training=training)
+
+
+def by_taught_columns(config: RunConfig, read: Callable[[DataConfig], T]) -> T:
+    """What is read by the names that the adapter's own rows had, else by the usual ones."""
+    if config.model.adapter is not None and not config.data.columns:
+        taught = build(recorded(config.model.adapter, "data")).data.columns
+        with contextlib.suppress(DataError):
+            if taught:
+                return read(replace(config.data, columns=taught))
+    return read(config.data)
 
 
 def form_of_rows(config: RunConfig) -> str:

@@ -7,9 +7,8 @@
 
 import dataclasses
 import importlib.metadata
-import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,15 @@ from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.origin import original_base, seal
 from mlx_qlora.adapters.peft import load_adapter, write_adapter
 from mlx_qlora.adapters.push import model_card, read_facts
-from mlx_qlora.config import RunConfig, build, check_needs, explained, settle, without_effect
+from mlx_qlora.config import RunConfig, check_needs, explained, settle, without_effect
 from mlx_qlora.data.examples import DataReport, Examples
 from mlx_qlora.data.preferences import KIND_OF, check_kind
-from mlx_qlora.data.read import check_examples, read_without_split, train_validation_test
+from mlx_qlora.data.read import (
+    DataConfig,
+    check_examples,
+    read_without_split,
+    train_validation_test,
+)
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, DataError, say, warn
@@ -45,8 +49,8 @@ from mlx_qlora.folders import (
 from mlx_qlora.loading import (
     as_loaded,
     as_taught,
+    by_taught_columns,
     check_lora,
-    recorded,
     with_model,
     with_tokenizer_of,
 )
@@ -291,20 +295,14 @@ def open_inputs(
         plain, config = config.training, as_taught(config)
         # As answers, unless the objective is given; then as what the adapter was taught.
         kinds = dict.fromkeys(KIND_OF[each.objective] for each in (plain, config.training))
-        ways = [config.data]
-        if config.model.adapter is not None and not config.data.columns:
-            taught = build(recorded(config.model.adapter, "data")).data.columns
-            ways += [replace(config.data, columns=taught)] * bool(taught)
-        error = None
-        for data, kind in itertools.product(ways, kinds):
-            try:
-                train = read_without_split(data, tokenizer, kind)
-                break
-            except DataError as failed:
-                error = failed if data is config.data else error
-        else:
-            assert error is not None
-            raise error
+
+        def read(data: DataConfig) -> Examples:
+            for kind in [*kinds][:-1]:
+                with suppress(DataError):
+                    return read_without_split(data, tokenizer, kind)
+            return read_without_split(data, tokenizer, [*kinds][-1])
+
+        train = by_taught_columns(config, read)
     llama = LlamaConfig.from_hf(hf_config)
     check_examples(tokenizer, llama, train, validation, test)
     if checkpoint is not None and writes:

@@ -123,7 +123,8 @@ class Calibrated:
         # What brings the results of these inputs nearest to the merged model's. Before H, as of
         # 14,336 inputs each has 0.8 GB.
         D = products(m, ((x, exact - x) for exact, x in zip(read(MERGED), read(WRITTEN))))
-        missing = {path: D @ np.array(self.dense(path), copy=False).T for path in paths}
+        rounded = [path for path in paths if self.grid(path)]
+        missing = {path: D @ np.array(self.dense(path), copy=False).T for path in rounded}
         del D
         H = damped(products(m, ((x, x) for x in read(WRITTEN))))
         for path, linear in paths.items():

@@ -71,8 +71,8 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
     for name in PEFT:
         if not (folder / name).is_file():
             beside = (path.name for path in folder.absolute().parent.glob("*/"))
-            near = did_you_mean(folder.name, beside)
-            what = f"{name} is missing" if folder.is_dir() else f"there is no such folder{near}"
+            near = did_you_mean(folder.name, beside) or "; name the output folder of a run"
+            what = f"{name} is missing" if folder.is_dir() else f"no such folder{near}"
             saved = [str(path.parent) for path in folder.glob(f"checkpoint-*/{CONFIG}")]
             if saved and written_by(folder):
                 last = max(saved, key=lambda path: (len(path), path))

@@ -262,12 +262,14 @@ ALPACA = re.compile(
 def prompt_flags(prompt: str, tokenizer: Tokenizer, system: str | None = None) -> list[str]:
     """`generate`'s flags for a row up to its answer; it begins with `system` by itself."""
     bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
-    if found := ALPACA.fullmatch(prompt.removeprefix(bos)):
+    text = prompt.removeprefix(bos)  # which the model may want, the chat template write, or both
+    if found := ALPACA.fullmatch(text):
         return ["--instruction", found[1], *(["--input", found[2]] if found[2] else [])]
     if tokenizer.chat_template is not None:
         messages = [*system_message(system), {"role": "user", "content": MARK}]
         start, _, end = tokenizer.render_chat(messages, add_generation_prompt=True).partition(MARK)
-        if prompt.startswith(start) and prompt.endswith(end):
-            return ["--prompt", prompt[len(start) : len(prompt) - len(end)]]
+        start = start.removeprefix(bos)
+        if text.startswith(start) and text.endswith(end):
+            return ["--prompt", text[len(start) : len(text) - len(end)]]
     raw = [] if tokenizer.chat_template is None else ["--raw"]
-    return [*raw, "--prompt", prompt.removeprefix(bos)]
+    return [*raw, "--prompt", text if tokenizer.adds_bos else prompt]

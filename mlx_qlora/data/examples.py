@@ -136,8 +136,8 @@ class DataReport:
         if self.unread:
             text += f"\n  {self.unread_fields()}"
         if 0 < self.own_systems < self.kept and not self.system:
-            text += f"\n  {self.own_systems:,} rows have a system message; the others begin as the "
-            text += "chat template does, or with that of data.system"
+            text += f"\n  with a system message: {self.own_systems:,} rows; the others begin as "
+            text += "the chat template does, or with that of data.system"
         if self.is_joined:
             text += "\n  prompt and answer are joined as they are, without a space; "
             text += "for questions set data.template=chat"

@@ -141,7 +141,9 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
     """The remedy `data.columns=...` for a row of other names; empty if none is likely."""
 
     def field(columns: Mapping[str, str]) -> str:
-        pairs = json.dumps(columns, ensure_ascii=False).replace('"', "")
+        pairs = json.dumps(columns, ensure_ascii=False)
+        if all(re.fullmatch(r"[^\W\d][\w -]*", name) for name in columns.values()):
+            pairs = pairs.replace('"', "")  # which YAML reads alike
         return f"data.columns={shlex.quote(pairs)}"
 
     if columns := likely_columns(row, is_pair):

@@ -19,7 +19,7 @@ from mlx_qlora.errors import DataError
 from mlx_qlora.folders import TAG, new_staging, remove, remove_leftovers, sha256
 
 # Of these files and of how rows are encoded; part of every cache key.
-VERSION = f"8, mlx-qlora {__version__}"
+VERSION = f"9, mlx-qlora {__version__}"
 START = 1 << 30  # no vocabulary has so many tokens
 FILES = ("tokens.bin", "rows.npy")
 KEPT_DAYS = 30  # an entry that no run has used for longer is removed

@@ -287,6 +287,7 @@ def test_a_prompt_becomes_the_flags_that_write_it_as_the_rows_were_written(tmp_p
         messages = [{"role": "user", "content": "Hello there"}]
         prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
         assert prompt_flags(prompt, tokenizer) == ["--prompt", "Hello there"]
+        assert prompt_flags(f"<|bos|>{prompt}", tokenizer) == ["--prompt", "Hello there"]
 
 
 def test_a_chat_whose_form_begins_with_the_bos_becomes_a_short_prompt(smollm2):

@@ -200,6 +200,19 @@ def test_a_plan_of_rows_is_that_of_their_run(train, model, capsys):
     assert planned["run_seconds"] > 0
 
 
+def test_a_plan_leaves_the_file_of_refused_rows_to_the_run(train, model, capsys):
+    Path("refused.jsonl").write_text("kept\n")
+    Path("run.yaml").write_text("data: {path: rows.jsonl, refused_path: refused.jsonl}\n")
+    with open("rows.jsonl", "a") as file:
+        file.write("{}\n")
+    assert main(["plan", "--model", str(model), "--config", "run.yaml"]) == 0
+    assert Path("refused.jsonl").read_text() == "kept\n"
+    Path("rows.jsonl").unlink()
+    assert main(["plan", "--model", str(model), "--config", "run.yaml"]) == 2
+    assert "; data.path=null plans without rows" in capsys.readouterr().err
+    assert main(["plan", "--model", str(model), "--config", "run.yaml", "data.path=null"]) == 0
+
+
 def test_a_plan_of_several_processes_divides_a_step_that_is_left_to_it(train, model, capsys):
     of_run = ["plan", "--model", str(model), "--data", "rows.jsonl", "--processes", "2", "--json"]
     plans = []
@@ -319,6 +332,7 @@ def test_a_merged_model_chats_as_the_rows_were(form, taught, tmp_path, capsys):
 def test_rows_are_read_by_the_names_that_an_adapters_rows_had(chat_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = {"own": {"q": "Say ", "a": "b"}, "usual": {"text": "b"}, "other": {"frage": "b"}}
+    rows["own"] |= {"prompt": "no", "completion": "no"}
     for name, row in rows.items():
         Path(f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
     own = ["--data", "own.jsonl", "data.columns={prompt: q, completion: a}", "model.bits=null"]
@@ -327,6 +341,9 @@ def test_rows_are_read_by_the_names_that_an_adapters_rows_had(chat_folder, tmp_p
     for name, code in (("own", 0), ("usual", 0), ("other", 2)):
         words = ["evaluate", "--adapter", "out", "--data", f"{name}.jsonl", "--answers", "0"]
         assert main([*words, "data.cache_dir=null"]) == code, name
+    merge = ["merge", "--adapter", "out", "--requantize", "4", "model.group_size=32"]
+    for name in ("own", "usual"):
+        assert main([*merge, "--data", f"{name}.jsonl", "--output-dir", f"m-{name}"]) == 0
 
 
 def test_a_run_keeps_the_system_message_that_its_rows_share(chat_folder, tmp_path, capsys):

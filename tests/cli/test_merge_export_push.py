@@ -368,7 +368,7 @@ def test_the_folder_that_was_meant_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     assert call("generate", "--adapter", "output", "--prompt", "x") == 2
-    said = "output is no PEFT adapter: there is no such folder; did you mean 'outputs'?"
+    said = "output is no PEFT adapter: no such folder; did you mean 'outputs'?"
     assert said in capsys.readouterr().err
 
 
@@ -378,7 +378,7 @@ def test_the_folder_that_was_meant_is_named(tmp_path, monkeypatch, capsys):
         (["merge", "--output-dir", "m"], "model.adapter is missing"),
         (
             ["export", "--output-dir", "m", "--adapter", "nowhere"],
-            "nowhere is no PEFT adapter: there is no such folder",
+            "nowhere is no PEFT adapter: no such folder",
         ),
         (["export", "--output-dir", "m", "--gguf", "--mlx"], "not allowed with argument --gguf"),
         (["push", "nowhere", "me/x", "--dry-run"], "nowhere"),

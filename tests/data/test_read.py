@@ -790,7 +790,7 @@ def test_the_system_message_that_all_rows_share_is_known(chatty: Tokenizer, tmp_
     asked = [{"instruction": "q", "output": "a", "system": brief}]
     assert read_examples(asked, chatty).report.shared_system == brief
 
-    said = "\n  2 rows have a system message; the others begin as the chat template does, or with "
+    said = "\n  with a system message: 2 rows; the others begin as the chat template does, or with "
     said += "that of data.system"
     for rows in (chats(brief, brief, ""), chats(brief, "Be kind.", "")):
         assert str(read_examples(rows, chatty).report).endswith(said)

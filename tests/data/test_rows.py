@@ -1,6 +1,7 @@
 """Rows of every format, and every reason to refuse one."""
 
 import json
+import shlex
 from collections import UserDict
 from typing import Any
 
@@ -56,6 +57,10 @@ def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
     fix += "data.template=chat would read it"
     assert refusal({"id": 1, "sie": "?", "wir sagen": ""}).endswith(fix)
     assert fix[:5] not in refusal({"sie": "?"})
+    for names in (("x,y", "z"), ("c: d", "e"), ("1", "2"), ("[a", "b")):
+        word = refusal(dict.fromkeys(names, "x")).partition("data.columns=")[2]
+        (value,) = shlex.split(word.partition(" data.template")[0])
+        assert yaml.safe_load(value) == dict(zip(("prompt", "completion"), names))
     assert refusal({}) == said + "none)"
     assert refusal({i: i for i in range(9)}) == said + "0, 1, 2, 3, 4, 5)"
     keys = {"a\nb": 1, "\ud800": 1, "\x1b[2J": 1, "\u2028": 1, "k" * 1_000_000: 1}
