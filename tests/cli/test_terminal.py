@@ -56,6 +56,9 @@ def strange_shard(base: Path) -> list[Any]:
 def strange_record(base: Path) -> list[Any]:
     adapter = base.parent / "adapter"
     adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").touch()
     (adapter / "run.yaml").write_text(f"model:\n  source: {json.dumps(HOSTILE + '/nope')}\n")
     return ["generate", "--adapter", adapter, "--prompt", "x"]
 
