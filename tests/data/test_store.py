@@ -400,14 +400,14 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for folder in (tmp_path / "entry", None):
-        if not os.fork():
+        if not (writer := os.fork()):
 
             def pieces() -> Any:
                 yield from pieces_of(SOME)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             on_disk(folder, pieces(), dict)
-        os.wait()
+        os.waitpid(writer, 0)  # and not another child of this process
         (dead,) = tmp_path.iterdir()
         living, lock = new_staging(tmp_path, TAG)
         on_disk(tmp_path / "entry", pieces_of(SOME), dict)
