@@ -52,7 +52,9 @@ def merge(config: RunConfig, console: Console, args: argparse.Namespace) -> dict
     chats = in_form_of_rows(config, tokenizer, console)
     rows = None
     if quantize:
-        quantize, rows = like_base(model, quantize), _rows_of_run(config, tokenizer, console)
+        if not any(word.startswith("model.group_size=") for word in args.overrides):
+            quantize = like_base(model, quantize)
+        rows = _rows_of_run(config, tokenizer, console)
     how = {"dtype": args.save_dtype, "base": args.base, "quantize": quantize, "rows": rows}
     with disk_errors(target):
         merged = save_merged(model, chats, target, **how)

@@ -58,8 +58,8 @@ def config_section(name: str) -> Callable[[type[T]], type[T]]:
             for word in (word for word in given if word not in fields):
                 places = {each: f"{name}.{each}".lstrip(".") for each in fields}
                 for section in () if name else fields:  # it may be meant for one of its sections
-                    own = dataclasses.fields(_hints(config)[section])
-                    places |= {each.name: f"{section}.{each.name}" for each in own}
+                    inner = dataclasses.fields(_hints(config)[section])
+                    places |= {field.name: f"{section}.{field.name}" for field in inner}
                 hint = did_you_mean(word, (), FIELD_OF | INSTEAD | places)
                 known = f"; {cls.__name__} has {', '.join(fields)}"
                 raise ConfigError(f"unknown field {f'{name}.' * bool(name)}{word}{hint or known}")

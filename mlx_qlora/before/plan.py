@@ -285,8 +285,9 @@ def plan_inputs(
     assert inputs.checkpoint is not None
     n = processes or processes_of_run().size
     config = settle(inputs.config, inputs.llama, inputs.train, n)
-    known = inputs.train, machine(machine_name), processes or (n if n > 1 else None)
-    made = plan_checkpoint(inputs.checkpoint, config, *known)
+    several = processes or (n if n > 1 else None)
+    where = machine(machine_name)
+    predicted = plan_checkpoint(inputs.checkpoint, config, inputs.train, where, several)
     training, checkpointing = config.training, config.checkpointing
     batches = batches_of(inputs.train, config.data, training, n)
     length = RunLength.of(training, batches, len(inputs.train))
@@ -298,7 +299,7 @@ def plan_inputs(
         inputs.test: 3 * FORWARD,  # before, after, and how far apart both are
     }
     work = sum(rows.positions * times_read for rows, times_read in times.items() if rows)
-    return replace(made, run_seconds=work / (made.tokens_per_second * n))
+    return replace(predicted, run_seconds=work / (predicted.tokens_per_second * n))
 
 
 def plan_checkpoint(

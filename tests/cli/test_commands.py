@@ -344,6 +344,11 @@ def test_rows_are_read_by_the_names_that_an_adapters_rows_had(chat_folder, tmp_p
     merge = ["merge", "--adapter", "out", "--requantize", "4", "model.group_size=32"]
     for name in ("own", "usual"):
         assert main([*merge, "--data", f"{name}.jsonl", "--output-dir", f"m-{name}"]) == 0
+    # Over a base in groups of 32 those are taken, unless others are typed; 64 does not fit here.
+    again = [*merge[:-1], "--model", "m-own", "--data", "own.jsonl", "--output-dir", "n"]
+    assert main(again) == 0
+    assert json.loads(Path("n/config.json").read_text())["quantization"]["group_size"] == 32
+    assert main([*again, "model.group_size=64"]) == 2
 
 
 def test_a_run_keeps_the_system_message_that_its_rows_share(chat_folder, tmp_path, capsys):
