@@ -35,9 +35,10 @@ from mlx_qlora.errors import (
     warn,
     write_out,
 )
-from mlx_qlora.folders import json_value, moved_into, parse_json, remove, user_cache
+from mlx_qlora.folders import moved_into, remove, user_cache
 from mlx_qlora.loading import form_of_rows, model_to_ask, recorded
 from mlx_qlora.names import preset, whose
+from mlx_qlora.readers import json_value, parse_json
 from mlx_qlora.train.checkpoint import last_checkpoint
 from mlx_qlora.train.signals import Stopped
 

@@ -24,12 +24,13 @@ from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, did_you_mean, listing
 from mlx_qlora.fields import coerce, config_section, option
-from mlx_qlora.folders import MOST_YAML, parse_yaml, read_text, user_path
+from mlx_qlora.folders import user_path
 from mlx_qlora.infer.tokens import GenerationConfig
 from mlx_qlora.model.llama import LlamaConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.quantize import QuantConfig
 from mlx_qlora.names import ADAPTER_KINDS, FIELD_OF, INSTEAD, MEANINGS, translate
+from mlx_qlora.readers import MOST_YAML, parse_yaml, read_text
 from mlx_qlora.train.checkpoint import AUTO_EVERY, CheckpointingConfig
 from mlx_qlora.train.config import TrainingConfig, batches_of
 from mlx_qlora.train.metrics import LoggingConfig

@@ -28,13 +28,14 @@ from mlx_qlora.errors import (
     say,
     size,
 )
-from mlx_qlora.folders import RECORD, json_value, reading, user_path
+from mlx_qlora.folders import RECORD, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
 from mlx_qlora.model.streaming import streamed_bytes
 from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.readers import json_value, reading
 
 T = TypeVar("T")
 

@@ -16,9 +16,10 @@ from mlx_qlora import device
 from mlx_qlora.config import RunConfig
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import say
-from mlx_qlora.folders import disk_errors, parse_json, read_text, user_cache, write_whole
+from mlx_qlora.folders import disk_errors, user_cache, write_whole
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
+from mlx_qlora.readers import parse_json, read_text
 from mlx_qlora.train.checkpoint import values_before
 
 FASTER = 0.97  # of the time of the table's choice; a smaller difference is noise

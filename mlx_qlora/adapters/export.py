@@ -19,12 +19,13 @@ from mlx_qlora.adapters.peft import (
 )
 from mlx_qlora.adapters.push import render
 from mlx_qlora.errors import AdapterError, WeightsError, require, visible
-from mlx_qlora.folders import ADAPTER_FOLDER, card_text, check_writable, staged, user_path
+from mlx_qlora.folders import ADAPTER_FOLDER, check_writable, staged, user_path
 from mlx_qlora.model.gguf import read_header
 from mlx_qlora.model.gguf_terms import ARCHITECTURES, gguf_name, permute
 from mlx_qlora.model.hub import HUB_ID, ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoRALinear
+from mlx_qlora.readers import card_text
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 UNKNOWN_BASE = "./base.gguf"

@@ -31,7 +31,7 @@ from mlx_qlora.errors import (
     require,
     waiting,
 )
-from mlx_qlora.folders import card_text, check_writable, json_value, staged, user_path
+from mlx_qlora.folders import check_writable, staged, user_path
 from mlx_qlora.model.families import LlamaConfig
 from mlx_qlora.model.gguf_terms import (
     ARCHITECTURES,
@@ -46,6 +46,7 @@ from mlx_qlora.model.hub import HUB_ID
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import lora_layers
 from mlx_qlora.progress import each
+from mlx_qlora.readers import card_text, json_value
 
 TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "bf16", "f16", "f32")  # those that we write
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")

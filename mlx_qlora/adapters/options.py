@@ -8,10 +8,11 @@ from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, did_you_mean, listing, require
 from mlx_qlora.fields import coerce, type_name
-from mlx_qlora.folders import MLX_LM, PEFT, read_object, reading, written_by
+from mlx_qlora.folders import MLX_LM, PEFT, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, check_patterns, is_named, matches_pattern, target_paths
 from mlx_qlora.model.stored import tensors_in
+from mlx_qlora.readers import read_object, reading
 
 CONFIG, WEIGHTS = PEFT
 MLX_LM_WEIGHTS = MLX_LM[1]

@@ -5,9 +5,10 @@ import warnings
 from pathlib import Path
 
 from mlx_qlora.errors import AdapterError, AdapterWarning, UserError
-from mlx_qlora.folders import BASE, PEFT, RECORD, card_text, json_value, sha256, write_whole
+from mlx_qlora.folders import BASE, PEFT, RECORD, sha256, write_whole
 from mlx_qlora.model.hub import BUILT_IN, HUB_ID, ModelFiles, sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.readers import card_text, json_value
 
 CONFIRM = "model.base_model_name_or_path=org/name"
 

@@ -26,7 +26,6 @@ from mlx_qlora.folders import (
     MLX_LM,
     NOTE,
     check_writable,
-    reading,
     staged,
     user_path,
 )
@@ -36,6 +35,7 @@ from mlx_qlora.model.lora_init import begins_with_base
 from mlx_qlora.model.quantize import FrozenMatrix, pack, unpack
 from mlx_qlora.model.rope import in_both_spellings
 from mlx_qlora.model.stored import StoredTensor, check_finite, tensors_in
+from mlx_qlora.readers import reading
 from mlx_qlora.tree import flat, nested
 
 PREFIX = "base_model.model."

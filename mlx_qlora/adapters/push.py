@@ -18,22 +18,9 @@ from mlx_qlora import __version__
 from mlx_qlora.adapters.origin import check_whole
 from mlx_qlora.data.tokenizer import SHIPPED
 from mlx_qlora.errors import ConfigError, SourceError, in_page, listing
-from mlx_qlora.folders import (
-    CARD,
-    MLX_COPY,
-    NOTE,
-    PEFT,
-    RECORD,
-    TAG,
-    card_header,
-    json_value,
-    parse_json,
-    read_object,
-    read_text,
-    reading,
-    user_path,
-)
+from mlx_qlora.folders import CARD, MLX_COPY, NOTE, PEFT, RECORD, TAG, user_path
 from mlx_qlora.model.hub import HUB_ID, check_environment, hub_errors, resolve, token_refused
+from mlx_qlora.readers import card_header, json_value, parse_json, read_object, read_text, reading
 
 # ---- the model card ------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,17 +17,18 @@ from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after import answer_metrics as metrics
 from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
-from mlx_qlora.config import RunConfig
+from mlx_qlora.config import ModelConfig, RunConfig, build
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files
-from mlx_qlora.data.preferences import PAIRS
+from mlx_qlora.data.preferences import KIND_OF, PAIRS
+from mlx_qlora.data.read import DataConfig, train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import Processes
-from mlx_qlora.errors import ConfigError, DataError, require, say, warn
+from mlx_qlora.errors import ConfigError, DataError, UserError, require, say, warn
 from mlx_qlora.folders import check_name, user_path, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
-from mlx_qlora.loading import recorded
+from mlx_qlora.loading import recorded, with_model
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
 from mlx_qlora.train.preferences import AVERAGED, good_answers
@@ -57,25 +59,27 @@ def evaluate_run(
     """Score a base, or an adapter against its base, on rows of a file.
 
     `limit` rows of them and `n_answers` questions are drawn by the config's seed. An adapter of
-    ours brings its model and its template, and is tried on general text, the built-in one if none
-    is named. `output` is a JSON file for everything.
+    ours brings its model and its template, the rows that its run held out where none are named, and
+    is tried on general text, the built-in one if none is named. `output` is a JSON file for
+    everything.
     """
-    if config.data.path is None:
-        raise ConfigError(
-            "data.path is missing; name rows that were held out with --data FILE, or look into the "
-            "report of a run, which scores its own"
-        )
+    seed, is_own = config.training.seed, config.data.path is None
+    config = _of_its_run(with_model(config)) if is_own else config
     find_files(config.data.path)
     data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
-    inputs = open_inputs(config, console, writes=False, split=False)
+    inputs = open_inputs(config, console, writes=False, split=is_own)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
-    taught = recorded(config.model.adapter, "data") if config.model.adapter else {}
-    trained = taught.get("data", {}).get("path")
-    if trained and user_path(str(trained)).absolute() == user_path(data).absolute():
-        better = "it is better on them than on new ones"
-        warn(console, f"the adapter was trained on rows of {data}: {better}")
-    seed, objective, n_rows = config.training.seed, config.training.objective, len(examples)
+    if is_own:
+        name, held_out = ("test", inputs.test) if inputs.test else ("validation", inputs.validation)
+        if held_out is None:
+            raise DataError(f"the run held out no row of {data}; name others with --data FILE")
+        examples = held_out
+        say(console, f"rows      its {name} rows, {len(examples):,}, in which it was not trained")
+    elif copies := np.isin(examples.contents, _trained_on(config.model.adapter, tokenizer)).sum():
+        share = f"{copies:,} of these {len(examples):,} rows"
+        warn(console, f"the adapter was trained on {share}: it is better on them than on new ones")
+    objective, n_rows = config.training.objective, len(examples)
     drawn = _drawn_examples(examples, limit, seed, console)
     rejected = good_answers(drawn, 0) if drawn.report.kind == PAIRS else None
     if (examples := good_answers(drawn)) is None:
@@ -120,6 +124,30 @@ def evaluate_run(
             raise ConfigError(f"--output: {file} cannot be written: {error}") from None
         say(console, f"written   {file}")
     return evaluation
+
+
+def _of_its_run(config: RunConfig) -> RunConfig:
+    """With the rows of the run that made the adapter, divided as they were."""
+    adapter = config.model.adapter
+    taught = build(recorded(adapter, "data", "training") if adapter else {})
+    if taught.data.path is None:
+        raise ConfigError("data.path is missing; name rows that were held out with --data FILE")
+    asked, default = asdict(config.data), asdict(DataConfig())
+    given = {name: value for name, value in asked.items() if value != default[name]}
+    data = replace(taught.data, refused_path=None, **given)
+    objective = config.training.objective
+    objective = taught.training.objective if objective == "sft" else objective
+    training = replace(taught.training, objective=objective)
+    return replace(config, data=data, training=training)
+
+
+def _trained_on(adapter: str | None, tokenizer: Tokenizer) -> np.ndarray:
+    """Hashes of the rows that the run of an adapter trained on, if they are where they were."""
+    with suppress(UserError):
+        taught = _of_its_run(RunConfig(model=ModelConfig(adapter=adapter)))
+        kind = KIND_OF[taught.training.objective]
+        return train_validation_test(taught.data, tokenizer, taught.training.seed, kind)[0].contents
+    return np.zeros(0, np.uint64)
 
 
 def _check_arguments(

@@ -22,9 +22,9 @@ from mlx_qlora.after.answer_metrics import LOWER, Row, paired_row, perplexity_ro
 from mlx_qlora.after.bootstrap import Interval, ratio_interval
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.folders import read_text
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import each
+from mlx_qlora.readers import read_text
 from mlx_qlora.train.score import Lend
 
 # How much a rise of perplexity is, by what people accept knowingly. Rounding Llama 2 7B to 4 bits

@@ -19,8 +19,9 @@ from mlx_qlora.after.plots import Plot, in_kernel, number, plots_of, render, svg
 from mlx_qlora.before.plan import Plan
 from mlx_qlora.config import RunConfig, to_yaml
 from mlx_qlora.data.examples import DataReport
-from mlx_qlora.folders import PEFT, RECORD, json_value, staged
+from mlx_qlora.folders import PEFT, RECORD, staged
 from mlx_qlora.infer.generate import Prompt
+from mlx_qlora.readers import json_value
 from mlx_qlora.train.loop import TrainResult
 
 

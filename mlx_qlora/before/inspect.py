@@ -17,8 +17,9 @@ from mlx_qlora.data.preferences import JUDGEMENTS, PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, duration, say, visible, warn
-from mlx_qlora.folders import card_text, user_path, write_whole
+from mlx_qlora.folders import user_path, write_whole
 from mlx_qlora.model.lora import trainable_count
+from mlx_qlora.readers import card_text
 from mlx_qlora.run import Inputs, open_inputs
 from mlx_qlora.train.config import RunLength, batches_of
 from mlx_qlora.train.score import score

@@ -42,7 +42,7 @@ from mlx_qlora.config import ModelConfig, RunConfig, build, to_dict
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.folders import card_text, disk_errors, user_path, write_whole
+from mlx_qlora.folders import disk_errors, user_path, write_whole
 from mlx_qlora.measured import fastest, key_of, store
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
@@ -50,6 +50,7 @@ from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
 from mlx_qlora.model.rope import RopeConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
+from mlx_qlora.readers import card_text
 from mlx_qlora.run import Inputs, open_files, packing_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.loop import train

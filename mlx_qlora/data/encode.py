@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_qlora import device
 from mlx_qlora.data.chats import Segments, Template
-from mlx_qlora.data.files import parse
+from mlx_qlora.data.formats import parse
 from mlx_qlora.data.marks import row_weight, with_marks
 from mlx_qlora.data.preferences import ANSWERS, JUDGEMENTS, PAIRS, read_judgement, read_pair
 from mlx_qlora.data.rows import SYSTEM, Chat, Pair, Said, read_row, unread_fields, with_system

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qlora.data.files import RowFile
+from mlx_qlora.data.formats import RowFile
 from mlx_qlora.data.preferences import JUDGEMENTS
 from mlx_qlora.data.store import TokenStore, hash64
 from mlx_qlora.errors import ConfigError, listing

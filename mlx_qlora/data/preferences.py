@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_qlora.data.files import without_nulls
+from mlx_qlora.data.formats import without_nulls
 from mlx_qlora.data.marks import as_value, is_harmless, is_mark, refuse_other_tasks, row_weight
 from mlx_qlora.data.rows import Said, columns_hint, n_alike, read_row, renamed, unread_fields
 from mlx_qlora.errors import DataError

@@ -28,16 +28,18 @@ from mlx_qlora.data.encode import (
     forget_several_systems,
 )
 from mlx_qlora.data.examples import DataReport, Examples, FileReport
-from mlx_qlora.data.files import RowFile, Rows, find_files, in_memory, parse, raw_rows
+from mlx_qlora.data.files import find_files
+from mlx_qlora.data.formats import RowFile, Rows, in_memory, parse, raw_rows
 from mlx_qlora.data.preferences import ANSWERS, KIND_OF, PAIRS
 from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, SYSTEM, detect_format
 from mlx_qlora.data.store import VERSION, TokenStore, cached, forget_unused, on_disk
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, DataError, DataWarning, require
 from mlx_qlora.fields import checked, config_section, option
-from mlx_qlora.folders import read_text, staged, user_cache, user_path
+from mlx_qlora.folders import staged, user_cache, user_path
 from mlx_qlora.model.llama import LlamaConfig, check_ids
 from mlx_qlora.progress import doing
+from mlx_qlora.readers import read_text
 
 PEEKED = 100  # rows that are looked at to find a file's format
 # Held-out rows by default. Fewer say little, more take longer than they are worth; below

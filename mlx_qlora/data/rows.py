@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_qlora.data.files import parse_json, without_nulls
+from mlx_qlora.data.formats import parse_json, without_nulls
 from mlx_qlora.data.marks import (
     EMPTY,
     HARMLESS,

@@ -124,8 +124,9 @@ def compile_template(
 # ---- the limit -----------------------------------------------------------------------------------
 
 SECONDS = 3  # of one core, for one chat
-SIZE = 1 << 26  # characters that are made for one chat, and 16 for each entry of a list
-LOOK_EVERY = 64  # of these, at the clock
+SIZE = 1 << 26  # characters that are made for one chat, and as many as these for the rest:
+ENTRY = TURN = 16  # each entry of a list, each turn of a loop and each operation
+LOOK_EVERY = 64 * TURN  # of all these, at the clock
 LONGEST_SOURCE = 1 << 17  # the longest of real ones has 30,000 characters
 # Filters and methods that no chat template has been seen to use, and whose work is hard to foresee.
 LEFT_OUT = {"urlize", "urlencode", "striptags", "xmlattr", "pprint", "filesizeformat", "wordwrap"}
@@ -150,7 +151,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
     def turn(self, size: int) -> str:
         """Pay for one turn of a loop, or for what was made."""
-        self.left = left = self.left - size - 1
+        self.left = left = self.left - size - TURN
         if left < self.look_below:
             self._look()
         return ""
@@ -173,7 +174,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         elif kind is bool or value is None:
             self.turn(0)
         elif isinstance(value, (list, tuple, dict)):
-            self.turn(16 * len(value))
+            self.turn(ENTRY * len(value))
             _written(value)
         else:
             self.turn(len(value) if isinstance(value, str) else 0)
@@ -208,7 +209,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         elif name in PADDING:
             size = math.prod(max(1, abs(x) if isinstance(x, int) else _written(x)) for x in values)
         if name in SPLITTING and isinstance(first, str):
-            size = max(size, 16 * len(first))
+            size = max(size, ENTRY * len(first))
         if size > self.left:
             raise jinja2.TemplateError(TOO_MUCH)
 
@@ -231,6 +232,9 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return attr not in UNSAFE and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if type(left) is type(right) is str and operator == "+":  # what templates do most
+            self.turn(len(left) + len(right))
+            return left + right
         if operator == "%":
             self.may_make("%", [left, *(right if isinstance(right, tuple) else (right,))])
         elif operator != "+":

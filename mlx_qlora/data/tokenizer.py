@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_qlora.data import codecs
 from mlx_qlora.data.gguf_tokenizer import build_gguf_tokenizer
 from mlx_qlora.errors import TokenizerError
-from mlx_qlora.folders import parse_json, read_text, reading
 from mlx_qlora.model.hub import check_readable
+from mlx_qlora.readers import parse_json, read_text, reading
 
 if TYPE_CHECKING:
     import tokenizers

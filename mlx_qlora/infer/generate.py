@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.data.encode import encode_prompt
-from mlx_qlora.data.files import without_nulls
+from mlx_qlora.data.formats import without_nulls
 from mlx_qlora.data.rows import messages_of
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, did_you_mean, require

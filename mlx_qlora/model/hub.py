@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size, waiting
-from mlx_qlora.folders import card_header, card_text, json_value, parse_json, read_text
+from mlx_qlora.readers import card_header, card_text, json_value, parse_json, read_text
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")

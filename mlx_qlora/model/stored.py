@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora.errors import UserError, WeightsError
-from mlx_qlora.folders import parse_json
 from mlx_qlora.model.hub import check_readable
+from mlx_qlora.readers import parse_json
 
 # safetensors' names of dtypes -> NumPy's, which has no bfloat16.
 NUMPY = {"U32": np.uint32, "U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}

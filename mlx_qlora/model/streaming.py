@@ -19,9 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.errors import ConfigError, size
-from mlx_qlora.folders import json_value, locked, remove, staged, user_cache
+from mlx_qlora.folders import locked, remove, staged, user_cache
 from mlx_qlora.model.hub import ModelFiles, sample_of
 from mlx_qlora.model.quantize import PARTS, FrozenMatrix, QuantConfig
+from mlx_qlora.readers import json_value
 
 # ---- one layer after the other -------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from mlx_qlora.device import allow_files, free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
-from mlx_qlora.folders import in_words, read_object, reading
+from mlx_qlora.folders import in_words
 from mlx_qlora.model.families import LAYERS
 from mlx_qlora.model.gguf import BITS, GgufMatrix, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
@@ -29,6 +29,7 @@ from mlx_qlora.model.quantize import FLOAT_MODES, PARTS, FrozenMatrix, QuantConf
 from mlx_qlora.model.stored import StoredMatrix, StoredTensor, check_finite, tensors_in
 from mlx_qlora.model.streaming import LayerReader, PackedCopy
 from mlx_qlora.progress import doing, each
+from mlx_qlora.readers import read_object, reading
 from mlx_qlora.tree import flat
 
 # ---- from files to a frozen model ----------------------------------------------------------------

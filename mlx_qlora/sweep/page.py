@@ -10,7 +10,7 @@ from rich.table import Table
 from mlx_qlora.after.plots import Line, Plot
 from mlx_qlora.config import RunConfig
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.folders import parse_json, read_text
+from mlx_qlora.readers import parse_json, read_text
 from mlx_qlora.sweep import trial as of_trial
 from mlx_qlora.sweep.trial import Measured, Point, standard_error
 

@@ -21,10 +21,11 @@ from mlx_qlora.config import RunConfig
 from mlx_qlora.cpu import blas
 from mlx_qlora.errors import ConfigError, did_you_mean, require
 from mlx_qlora.fields import typed
-from mlx_qlora.folders import parse_json, read_text, remove_leftovers, write_whole
+from mlx_qlora.folders import remove_leftovers, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora_init import PLAIN
+from mlx_qlora.readers import parse_json, read_text
 from mlx_qlora.record import deciding_values, write_record
 from mlx_qlora.run import Inputs
 from mlx_qlora.train.checkpoint import NAMES, RunState

@@ -24,19 +24,9 @@ from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, require
 from mlx_qlora.fields import config_section, option, typed
-from mlx_qlora.folders import (
-    RECORD,
-    disk_errors,
-    json_value,
-    parse_json,
-    read_text,
-    reading,
-    remove,
-    sha256,
-    staged,
-    written_by,
-)
+from mlx_qlora.folders import RECORD, disk_errors, remove, sha256, staged, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
+from mlx_qlora.readers import json_value, parse_json, read_text, reading
 from mlx_qlora.train.config import NUMERICS
 from mlx_qlora.train.optim import AdamW
 

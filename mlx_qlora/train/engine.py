@@ -347,8 +347,7 @@ class Engine:
             unit_of = np.unique(documents[:, 0], return_inverse=True)[1]
         lengths = np.bincount(unit_of, documents[:, 2] - documents[:, 1]).astype(int).tolist()
         plan = self.planned(lengths)[1]
-        grads, n_tokens = dict(before or {}), 0
-        loss = mx.zeros(2) if self.kl_weight else mx.array(0.0)
+        grads, n_tokens, loss = dict(before or {}), 0, mx.zeros([2] if self.kl_weight else [])
         weigh = by_batch if compare is None and batch.weights is not None else compare
         # Cast once, not in each linear of each chunk. DoRA's magnitudes stay float32: 16 bits would
         # swallow what they have moved.
@@ -360,8 +359,7 @@ class Engine:
             for shards in chunks:
                 with cores_shared(shards):
                     hook = all_reduce if shards is chunks[-1] else None
-                    rest = grads, hook, batch, weigh
-                    of_chunk, n = self._chunk(shards, plan.levels, *rest)
+                    of_chunk, n = self._chunk(shards, plan.levels, grads, hook, batch, weigh)
                 loss, n_tokens = loss + of_chunk, n_tokens + n
         # In the weights' order, and none left out.
         return loss, n_tokens, {p: grads.get(p, mx.zeros(w.shape)) for p, w in weights.items()}

@@ -29,6 +29,7 @@ from mlx_qlora.after.evaluation import (
 )
 from mlx_qlora.cli import main
 from mlx_qlora.config import RunConfig, build, to_yaml
+from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.train.score import RowScores
 
@@ -253,15 +254,33 @@ def test_a_base_alone_has_figures_and_no_change(folder, rows, tmp_path):
     assert found.comparison.n_answers == 0 and found.samples == ()
 
 
-def test_rows_that_were_trained_on_are_pointed_out(adapter, rows, tmp_path):
+def test_rows_that_were_trained_on_are_counted_and_those_held_out_are_the_default(
+    adapter, rows, tmp_path
+):
     record = build({"model": {"source": str(adapter)}, "data": {"path": str(rows)}})
     taught = shutil.copytree(adapter, tmp_path / "adapter")
     (taught / "run.yaml").write_text(to_yaml(record))
     source = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     config = config_of(source=source, adapter=str(taught))
+    tokenizer = mq.load(source)[1]
+    train, held_out, _ = train_validation_test(record.data, tokenizer, record.training.seed)
+    lines, new = rows.read_text().splitlines(keepends=True), '{"instruction": "?", "output": "!"}'
+    copies = tmp_path / "copies.jsonl"  # under another name, in another order
+    copies.write_text("".join(reversed(lines)) + new)
+    for path, n in ((rows, len(lines)), (copies, len(lines) + 1)):
+        console = quiet()
+        evaluated(config, console, limit=8, n_answers=0, data=str(path))
+        assert f"was trained on {len(train)} of these {n} rows" in said_to(console)
+
     console = quiet()
-    evaluated(config, console, limit=8, n_answers=0, data=str(rows))
-    assert "the adapter was trained on rows of" in said_to(console)
+    found = evaluated(config, console, n_answers=0)
+    assert f"its validation rows, {len(held_out)}" in said_to(console)
+    assert "was trained on" not in said_to(console)
+    assert found.comparison.n_examples == len(held_out) == found.inputs["rows"]
+    record = replace(record, data=replace(record.data, split=[1, 0, 0]))
+    (taught / "run.yaml").write_text(to_yaml(record))
+    with pytest.raises(mq.DataError, match="the run held out no row of"):
+        evaluated(config, quiet(), n_answers=0)
 
 
 def test_what_is_wrong_is_found_before_a_weight_is_loaded(

@@ -21,15 +21,9 @@ from hypothesis import strategies as st
 from support.dataset_server import DatasetHub
 from support.tiny_folder import write_tokenizer
 
-from mlx_qlora.data import files
-from mlx_qlora.data.files import (
-    RowFile,
-    find_files,
-    hub_dataset,
-    parse,
-    raw_rows,
-    without_nulls,
-)
+from mlx_qlora.data import formats
+from mlx_qlora.data.files import find_files
+from mlx_qlora.data.formats import RowFile, hub_dataset, parse, raw_rows, without_nulls
 from mlx_qlora.data.read import DataConfig, read_examples
 from mlx_qlora.data.rows import detect_format
 from mlx_qlora.data.tokenizer import Tokenizer
@@ -507,7 +501,7 @@ MIXED = [
 def test_an_item_that_is_no_row_hides_no_other_however_the_file_is_cut_into_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    monkeypatch.setattr(files, "PIECE", piece)
+    monkeypatch.setattr(formats, "PIECE", piece)
     draw = random.Random(piece)
     for _ in range(3):
         mixed = draw.sample(MIXED, len(MIXED))
@@ -527,12 +521,12 @@ def test_any_array_comes_back_however_it_is_cut_into_pieces(
         indent = data.draw(st.sampled_from([None, 1]))
         text += json.dumps(row, ensure_ascii=data.draw(st.booleans()), indent=indent) + after
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE", data.draw(st.integers(1, 60)))
+        patch.setattr(formats, "PIECE", data.draw(st.integers(1, 60)))
         assert read(tmp_path / "rows.json", text + "]") == list(enumerate(rows, 1))
 
 
 def test_an_item_longer_than_a_piece_is_read(tmp_path: Path) -> None:
-    rows = [{"a": "é" * files.PIECE}, {"a": "x" * 3 * files.PIECE}, {"a": 1}]
+    rows = [{"a": "é" * formats.PIECE}, {"a": "x" * 3 * formats.PIECE}, {"a": 1}]
     content = json.dumps(rows, ensure_ascii=False, indent=0)
     assert read(tmp_path / "a.json", content) == list(enumerate(rows, 1))
 
@@ -1036,7 +1030,7 @@ def test_without_datasets_the_hub_says_what_to_install(monkeypatch: pytest.Monke
 
 def test_a_group_of_rows_that_takes_far_more_memory_than_disk_is_refused(tmp_path, monkeypatch):
     """Of values that differ, which no dictionary holds."""
-    monkeypatch.setattr("mlx_qlora.data.files.MOST_GROUP", 1 << 20)
+    monkeypatch.setattr("mlx_qlora.data.formats.MOST_GROUP", 1 << 20)
     pa, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     texts = pa.table({"text": [f"{i}{'a' * 1_000_000}" for i in range(3)]})
     path = tmp_path / "r.parquet"
@@ -1044,5 +1038,5 @@ def test_a_group_of_rows_that_takes_far_more_memory_than_disk_is_refused(tmp_pat
     (file,) = find_files(path)["train"]
     with pytest.raises(DataError, match=r"r.parquet is damaged: 3,000,\d+ bytes are packed"):
         next(raw_rows(file))
-    monkeypatch.setattr("mlx_qlora.data.files.MOST_GROUP", 1 << 28)
+    monkeypatch.setattr("mlx_qlora.data.formats.MOST_GROUP", 1 << 28)
     assert len(list(raw_rows(file))) == 3

@@ -15,8 +15,8 @@ from support.command_line import ROOT, call
 from support.tiny_folder import write_random_model
 from support.tiny_gguf import write_tiny_gguf
 
-from mlx_qlora.folders import MOST_JSON, MOST_YAML
 from mlx_qlora.model import lora
+from mlx_qlora.readers import MOST_JSON, MOST_YAML
 
 DEEP, DIGITS = "[" * 100_000, '{"a": ' + "1" * 6000 + "}"
 INDEX = "model.safetensors.index.json"
@@ -408,7 +408,7 @@ def test_a_card_of_gigabytes_is_none_of_ours(
 
 # What reads a whole file: our own, or one that has been found to be small or is a model's.
 READ_WHOLE = {
-    *("mlx_qlora/folders.py", "mlx_qlora/__init__.py", "mlx_qlora/adapters/drift.py"),
+    *("mlx_qlora/readers.py", "mlx_qlora/__init__.py", "mlx_qlora/adapters/drift.py"),
     *("mlx_qlora/adapters/peft.py", "mlx_qlora/adapters/push.py", "mlx_qlora/after/forgetting.py"),
     *("mlx_qlora/before/self_test.py", "mlx_qlora/cpu/blas.py", "mlx_qlora/data/store.py"),
     *("mlx_qlora/cli.py", "mlx_qlora/names.py"),  # tables of the package

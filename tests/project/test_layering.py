@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mlx_qlora"
 
 # From the ground up. Modules of one group may import each other, but not in a circle.
 ORDER = [
-    {"errors", "progress", "tree", "folders", "names", "fields"},
+    {"errors", "progress", "tree", "readers", "folders", "names", "fields"},
     {"device", "distributed"},
     {"cpu"},
     {"model"},

@@ -542,7 +542,7 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder, copy):
 
 def test_a_run_of_a_hundred_thousand_records_goes_on(copy, monkeypatch):
     """They are more than a stranger's file may hold; here it may hold less."""
-    monkeypatch.setattr("mlx_qlora.folders.BYTES_PER_VALUE", 1 << 14)
+    monkeypatch.setattr("mlx_qlora.readers.BYTES_PER_VALUE", 1 << 14)
     records = {"step": 8, "figures": [0] * (1 << 10)}
     rewrite_state(copy / "checkpoint-8", lambda saved: saved["log_history"].append(records))
     assert asked(copy) == (copy / "checkpoint-8", [])
