@@ -17,7 +17,7 @@ from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after import answer_metrics as metrics
 from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
-from mlx_qlora.config import ModelConfig, RunConfig, build
+from mlx_qlora.config import RunConfig, build
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files
 from mlx_qlora.data.preferences import KIND_OF, PAIRS
@@ -68,15 +68,15 @@ def evaluate_run(
     find_files(config.data.path)
     data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
-    inputs = open_inputs(config, console, writes=False, split=is_own)
+    inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
+    trained, validation, test = _parts_of_its_run(config, tokenizer)
     if is_own:
-        name, held_out = ("test", inputs.test) if inputs.test else ("validation", inputs.validation)
-        if held_out is None:
+        if (held_out := test or validation) is None:
             raise DataError(f"the run held out no row of {data}; name others with --data FILE")
-        examples = held_out
+        examples, name = held_out, "test" if test else "validation"
         say(console, f"rows      its {name} rows, {len(examples):,}, in which it was not trained")
-    elif copies := np.isin(examples.contents, _trained_on(config.model.adapter, tokenizer)).sum():
+    elif copies := trained and np.isin(examples.contents, trained.contents).sum():
         share = f"{copies:,} of these {len(examples):,} rows"
         warn(console, f"the adapter was trained on {share}: it is better on them than on new ones")
     objective, n_rows = config.training.objective, len(examples)
@@ -141,13 +141,15 @@ def _of_its_run(config: RunConfig) -> RunConfig:
     return replace(config, data=data, training=training)
 
 
-def _trained_on(adapter: str | None, tokenizer: Tokenizer) -> np.ndarray:
-    """Hashes of the rows that the run of an adapter trained on, if they are where they were."""
+def _parts_of_its_run(
+    config: RunConfig, tokenizer: Tokenizer
+) -> tuple[Examples | None, Examples | None, Examples | None]:
+    """What the adapter's run trained, validated and tested on, if that is where it was."""
     with suppress(UserError):
-        taught = _of_its_run(RunConfig(model=ModelConfig(adapter=adapter)))
-        kind = KIND_OF[taught.training.objective]
-        return train_validation_test(taught.data, tokenizer, taught.training.seed, kind)[0].contents
-    return np.zeros(0, np.uint64)
+        run = _of_its_run(RunConfig(model=config.model))
+        kind = KIND_OF[run.training.objective]
+        return train_validation_test(run.data, tokenizer, run.training.seed, kind)
+    return None, None, None
 
 
 def _check_arguments(
