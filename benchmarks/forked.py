@@ -38,6 +38,8 @@ def warm() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     mlx_qlora.device.mlx_lm("generate")
+    # How fast the machine is decides nothing but what is said, and takes a third of a short run.
+    mlx_qlora.device._median_seconds = lambda compute: 1e-3
     threads = Path("/proc/self/task")
     assert not threads.is_dir() or len([*threads.iterdir()]) == 1, "a thread would not be forked"
 
