@@ -70,7 +70,7 @@ def evaluate_run(
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
-    trained, validation, test = _parts_of_its_run(config, tokenizer)
+    trained, validation, test = _parts_of_its_run(config, tokenizer, is_own)
     if is_own:
         if (held_out := test or validation) is None:
             raise DataError(f"the run held out no row of {data}; name others with --data FILE")
@@ -142,13 +142,15 @@ def _of_its_run(config: RunConfig) -> RunConfig:
 
 
 def _parts_of_its_run(
-    config: RunConfig, tokenizer: Tokenizer
+    config: RunConfig, tokenizer: Tokenizer, from_hub: bool
 ) -> tuple[Examples | None, Examples | None, Examples | None]:
     """What the adapter's run trained, validated and tested on, if that is where it was."""
     with suppress(UserError):
         run = _of_its_run(RunConfig(model=config.model))
-        kind = KIND_OF[run.training.objective]
-        return train_validation_test(run.data, tokenizer, run.training.seed, kind)
+        kinds = {file.kind for files in find_files(run.data.path).values() for file in files}
+        if from_hub or "hub" not in kinds:
+            kind, seed = KIND_OF[run.training.objective], run.training.seed
+            return train_validation_test(run.data, tokenizer, seed, kind)
     return None, None, None
 
 
