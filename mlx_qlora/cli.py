@@ -63,6 +63,11 @@ class Command:
         """The sections of which it reads anything."""
         return [*self.reads]
 
+    @staticmethod
+    def flag(field: str) -> str:
+        """The flag that a field has besides its own name, in brackets; empty without one."""
+        return "".join(f" ({flag})" for flag, (name, _) in SHORTHANDS.items() if name == field)
+
     def fields(self, section: str) -> Sequence[str]:
         """The fields of a section that change what it does; others are refused."""
         from mlx_qlora.config import SECTIONS

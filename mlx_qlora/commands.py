@@ -100,8 +100,9 @@ def _refuse_unread(args: argparse.Namespace, typed: dict[str, Any]) -> None:
         others = ", ".join(f"{section}.{name}" for name in read)
         others = others or f"fields of {', '.join(args.about.sections)}"
         for name in (name for name in typed[section] if name in known and name not in read):
-            place = f"{section}.{name}={typed[section][name]}"
-            raise ConfigError(f"{place}: {args.command} does not read it; it reads {others}")
+            place = f"{section}.{name}={typed[section][name]}{args.about.flag(f'{section}.{name}')}"
+            unread = f"{place}: {args.command} does not read it"
+            raise ConfigError(f"{unread}; it reads {others}; leave it out")
 
 
 def _assignments(args: argparse.Namespace) -> list[str]:

@@ -47,6 +47,7 @@ def merge(config: RunConfig, console: Console, args: argparse.Namespace) -> dict
     """Merge an adapter into its base, packed again if asked for."""
     target = _target(args.folder)
     check_writable(target, MERGED_FOLDER, OUTPUT, whole=True, is_ours=is_merged)
+    is_new = not target.exists()
     quantize = args.requantize and _packing(config, args.requantize)
     model, tokenizer = with_adapter(config)
     chats = in_form_of_rows(config, tokenizer, console)
@@ -58,7 +59,8 @@ def merge(config: RunConfig, console: Console, args: argparse.Namespace) -> dict
     how = {"dtype": args.save_dtype, "base": args.base, "quantize": quantize, "rows": rows}
     with disk_errors(target):
         merged = save_merged(model, chats, target, **how)
-    say(console, f"merged    {merged.bytes / 1e9:.2f} GB in {merged.folder}")
+    replaced = "" if is_new else ", replaces an older one"
+    say(console, f"merged    {merged.bytes / 1e9:.2f} GB in {merged.folder}{replaced}")
     if merged.drift is not None:
         say(console, str(merged.drift))
     if not quantize:
@@ -168,6 +170,7 @@ def _export_model(config: RunConfig, console: Console, args: argparse.Namespace)
         gguf_model.create_in_ollama(target, args.ollama)
         say(console, f"ollama    has the model as {args.ollama}")
     onward = f"ollama create NAME -f {shlex.quote(str(target / 'Modelfile'))}"
+    onward += "; for LM Studio export with --lmstudio PUBLISHER/MODEL"
     onward = f"open {args.lmstudio} in LM Studio" if args.lmstudio else onward
     say(console, f"next      {f'ollama run {args.ollama}' if args.ollama else onward}")
     return {"format": "gguf-model", **asdict(written)}

@@ -116,7 +116,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             raise TypeError(f"{function.__name__}: {error}{hint}") from None
         for name, value in given.items():
             if not isinstance(value, classes.get(name, object)):
-                what = f"{function.__name__}: {name} must be {type_name(classes[name][0])}"
+                what = f"{function.__name__}: {name} must be {a_value_of(classes[name][0])}"
                 raise ConfigError(f"{what}; got {type(value).__name__}")
         return function(*args, **named)
 
@@ -135,7 +135,7 @@ def coerce(value: Any, annotation: Any, name: str) -> Any:
     for member in _members(annotation):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return _convert(value, member)
-    raise ConfigError(f"{name} must be {type_name(annotation)}; got {value!r}")
+    raise ConfigError(f"{name} must be {a_value_of(annotation)}; got {value!r}")
 
 
 def typed(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -147,6 +147,12 @@ def typed(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     pairs = dict(values).items()
     return cls(**{name: coerce(value, _hints(cls)[name], name) for name, value in pairs})
+
+
+def a_value_of(annotation: Any) -> str:
+    """A type as messages say what a value must be."""
+    kind = type_name(annotation)
+    return {"int": "an ", "number": "a ", "list": "a ", "map": "a "}.get(kind.split()[0], "") + kind
 
 
 def type_name(annotation: Any) -> str:

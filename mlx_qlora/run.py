@@ -262,7 +262,7 @@ def open_inputs(
         split: False reads all of `data.path` as `train`, written as the adapter was taught.
     """
     asked = config
-    if not split:
+    if not split or config.model.adapter is not None:
         config = with_model(config)
     source_of(config)  # before anything is read
     if not processes().is_first:  # one of them writes the refused rows
@@ -478,7 +478,9 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
 
 def _summary(result: TrainResult) -> str:
     if not result.tokens_per_second:  # a finished run was started again
-        return f"done      step {result.steps} was the last one; adapter in {result.output_dir}"
+        folder = result.output_dir
+        longer = f"to train it longer pass --adapter {folder}, and another --output-dir"
+        return f"done      step {result.steps} was the last one; adapter in {folder}; {longer}"
     return (
         f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
         f"{result.peak_memory_bytes / 1e9:.2f} GB, the process "

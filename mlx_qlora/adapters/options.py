@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.errors import AdapterError, ConfigError, did_you_mean, listing, require
-from mlx_qlora.fields import coerce, type_name
+from mlx_qlora.fields import a_value_of, coerce
 from mlx_qlora.folders import MLX_LM, PEFT, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import LoraConfig, check_patterns, is_named, matches_pattern, target_paths
@@ -62,7 +62,7 @@ def _read(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
 def _typed(value: Any, annotation: Any, name: str) -> Any:
     """A value of JSON as a type, in which no text is a number; a ConfigError if it is another."""
     typed = coerce(value, annotation, name)
-    require(typed == value, name, f"be {type_name(annotation)}", value)
+    require(typed == value, name, f"be {a_value_of(annotation)}", value)
     return typed
 
 
@@ -78,6 +78,7 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
             if saved and written_by(folder):
                 last = max(saved, key=lambda path: (len(path), path))
                 what = f"its run has not finished; run its command again, or name {last}"
+                raise AdapterError(f"{folder} has no adapter yet: {what}")
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
     config = read_object(path, AdapterError)
     unsupported = [

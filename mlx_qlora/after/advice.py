@@ -24,6 +24,8 @@ RISE = 0.02  # of the validation loss above its best, while the training loss fa
 LITTLE = 0.03  # fall of the loss over a whole run
 LITTLE_NEARER = 0.005  # likeness of the answers: less would show as the same percentage
 EXPLODED = 1.5  # times the best stretch
+FALLS, STEEP = 0.03, 0.25  # of the validation loss, and of its whole fall, in a run's second half
+FAR = 0.5  # likeness of the answers to the references
 PREFERS = 0.6  # share of held-out pairs in which the chosen answer has the higher reward
 STUTTER = 0.10  # more repeated first choices than the references have
 
@@ -51,7 +53,7 @@ def advise(
     kept = [r for r in history if best is None or r["step"] <= best[0]]
     surer = [*diverged(history), *overfitted(history, ends_with_best), *repeats_itself(kept)]
     # Underfitting's remedies are the opposite of the others'.
-    advice = surer or [*underfitted(history)]
+    advice = surer or [*underfitted(history)] or [*unfinished(history)]
     return [*advice, *(cut_short(history, training) if training and history else ())]
 
 
@@ -123,6 +125,19 @@ def underfitted(history: History) -> Iterator[Advice]:
         seen = f"as the run has seen {epoch:.0%} of the rows"
         remedy = f"train for a whole pass first (training.num_train_epochs=1), {seen}"
     yield Advice("underfitting", finding, remedy)
+
+
+def unfinished(history: History) -> Iterator[Advice]:
+    """The validation loss, which ends at its best, fell by FALLS and STEEP in the second half."""
+    evals = [(record["step"], record["eval_loss"]) for record in _validations(history)]
+    if len(evals) < 3 or evals[-1][1] > min(loss for _, loss in evals):
+        return
+    (_, first), (step, middle), (last_step, last) = evals[0], evals[len(evals) // 2], evals[-1]
+    if middle - last > max(FALLS * middle, STEEP * (first - last)):
+        finding = f"the validation loss was still falling, from {middle:.3f} at step {step} to "
+        finding += f"{last:.3f} at step {last_step}, the last one"
+        remedy = "train for more steps, or raise training.learning_rate (to three times)"
+        yield Advice("length", finding, remedy)
 
 
 def repeats_itself(history: History) -> Iterator[Advice]:
@@ -210,6 +225,11 @@ def learned(
     if after < before + LITTLE_NEARER:
         why += " More steps, or more rows, may bring them nearer."
         return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
+    for item in advice if after < FAR else ():
+        if item.kind in ("underfitting", "length"):
+            why += f" {_sentence(item.finding)} {_sentence(item.remedy)}"
+            nearer = "the answers are nearer, and far from the references yet"
+            return Answer(question, f"In part: {fell}, {nearer}", why, "note")
     return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,13 @@ def chrf(prediction: str, reference: str) -> float:
     return chrf_scorer.sentence_score(prediction, [reference]).score / 100
 
 
+def has_scorers() -> bool:
+    """Whether what ROUGE-L and chrF need is installed."""
+    with suppress(ConfigError):
+        return bool(scorers())
+    return False
+
+
 @functools.cache
 def scorers() -> tuple[Any, Any]:
     """rouge-score's scorer and sacrebleu's; a ConfigError if one is not installed."""
@@ -108,7 +116,7 @@ def scorers() -> tuple[Any, Any]:
     except ImportError as error:
         raise ConfigError(
             f"ROUGE-L and chrF need rouge-score and sacrebleu ({error}); run: "
-            "pip install 'mlx-qlora[evaluate]', or ask no questions (--answers 0)"
+            "pip install 'mlx-qlora[evaluate]'"
         ) from None
     words = SimpleNamespace(tokenize=lambda text: WORD.findall(text.lower()))
     return RougeScorer(["rougeL"], tokenizer=words), CHRF()

@@ -90,6 +90,8 @@ def evaluate_run(
     elif len(examples) < len(drawn):
         say(console, f"answers   {len(examples):,} of {len(drawn):,} are labelled true and scored")
     asked = _drawn_questions(examples, tokenizer, n_answers, seed, console)
+    if asked and not metrics.has_scorers():
+        say(console, "answers   without ROUGE-L and chrF; run: pip install 'mlx-qlora[evaluate]'")
     # Twice the longest reference: an answer beyond that is wrong however it ends.
     longest = max((question.tokens for question in asked), default=0)
     max_new_tokens = min(config.generation.max_new_tokens, 2 * longest + 16)
@@ -176,8 +178,6 @@ def _check_arguments(
         above = next(path for path in file.absolute().parents if path.exists())
         if file.is_dir() or not above.is_dir():
             raise ConfigError(f"--output: {file} cannot be a file; name another")
-    if n_answers:
-        metrics.scorers()
     return None if general_text is None else read_texts(user_path(general_text, "--general"))
 
 
@@ -305,7 +305,9 @@ def compare(
         rows.append(kl_row(tuned.scores))
     references = [question.reference for question in asked]
     if asked:
-        for name, (better, metric) in ANSWER_METRICS.items():
+        missing = () if metrics.has_scorers() else ("rouge_l", "chrf")
+        for name in (name for name in ANSWER_METRICS if name not in missing):
+            better, metric = ANSWER_METRICS[name]
             values = [np.array([*map(metric, each.answers, references)]) for each in models]
             rows.append(paired_row(name, better, values))
     return Comparison(tuple(rows), len(tokens), int(tokens.sum()), len(asked), tuned is not None)

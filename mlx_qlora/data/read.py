@@ -34,7 +34,7 @@ from mlx_qlora.data.preferences import ANSWERS, KIND_OF, PAIRS
 from mlx_qlora.data.rows import ABSENT, COLUMNS, FORMATS, OPTIONAL_COLUMNS, SYSTEM, detect_format
 from mlx_qlora.data.store import VERSION, TokenStore, cached, forget_unused, on_disk
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError, DataError, DataWarning, require
+from mlx_qlora.errors import ConfigError, DataError, DataWarning, did_you_mean, require
 from mlx_qlora.fields import checked, config_section, option
 from mlx_qlora.folders import staged, user_cache, user_path
 from mlx_qlora.model.llama import LlamaConfig, check_ids
@@ -294,7 +294,8 @@ def own_template(config: DataConfig) -> str | None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"data.template must be auto, {', '.join(ALPACA)}, chat or a file with a template; "
-            f"{config.template!r} cannot be read: {error}"
+            f"{config.template!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+            f"{did_you_mean(config.template, NAMED)}"
         ) from None
 
 

@@ -130,11 +130,15 @@ def detect_format(row: Mapping[str, Any]) -> str:
     for name, fields in FIELDS.items():
         if not row.keys().isdisjoint(fields[:2]):
             return name
-    has = ", ".join(repr(name)[:40] for name in list(row)[:6]) or "none"
     raise DataError(
-        "has the fields of no format: messages; conversations; instruction, output; "
-        f"prompt, completion; text (it has: {has})"
+        "its fields are those of no format that is known: messages; conversations; instruction, "
+        f"output; prompt, completion; text (it has: {names_of(row)})"
     )
+
+
+def names_of(row: Mapping[str, Any]) -> str:
+    """The first of a row's fields, for a message."""
+    return ", ".join(repr(name)[:40] for name in list(row)[:6]) or "none"
 
 
 def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
@@ -152,8 +156,20 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
     known = {name for fields in FIELDS.values() for name in fields[:2]}
     if is_pair or len(texts) < 2 or known & row.keys():
         return ""
-    both = field(dict(zip(("prompt", "completion"), texts)))
-    return f"; if {texts[1]!r} answers {texts[0]!r}, {both} data.template=chat would read it"
+    by_length = sorted(texts, key=lambda name: -len(row[name]))[:2]
+    asked, answer = (
+        next((name for name in texts if _words(name) & _words(f"{field} {COLUMNS[field]}")), None)
+        for field in ("instruction", "output")
+    )
+    if not asked or not answer or asked == answer:
+        asked, answer = sorted(by_length, key=texts.index)
+    both = field({"prompt": asked, "completion": answer})
+    return f"; if {answer!r} answers {asked!r}, {both} data.template=chat would read it"
+
+
+def _words(name: str) -> set[str]:
+    """The words of a field's name, each as if it were one alone: `Customer questions`."""
+    return {word.removesuffix("s") for word in re.findall(r"[^\W_]+", name.lower())}
 
 
 def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, str]:
@@ -183,7 +199,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
     """A row whose fields have our names; a DataError if one that must be there is not."""
     for field, column in columns.items():
         if column not in row and field not in OPTIONAL_COLUMNS:
-            near = did_you_mean(column, map(str, row))
+            near = did_you_mean(column, map(str, row)) or f"; the row has {names_of(row)}"
             raise DataError(
                 f"field {column!r}, which data.columns takes as {field}, is missing{near}"
             )

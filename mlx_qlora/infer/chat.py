@@ -169,7 +169,8 @@ class _Conversation:
             self.adapter = active(self.model) or self.adapter or names[0]
             switch(self.model, self.adapter if rest == "on" else None)
             self.cache.reset()
-            say(f"the adapter is {rest}", style="dim")
+            also = "; what was said stays, until /reset" * bool(self.turns)
+            say(f"the adapter is {rest}{also}", style="dim")
         elif name == "/save":
             self._save(rest)
             say(f"saved in {rest}", style="dim", markup=False)

@@ -365,8 +365,8 @@ def _same_run(
             f"{path} was made from another {' and '.join(changed)}"
             + (f":\n{listing(differences)}\n" if differences else ". ")
             + "To continue it, give the values at the left. " * bool(differences)
-            + "To train its adapter further pass --adapter DIR, and another --output-dir. To start "
-            "from the beginning pass checkpointing.resume_from_checkpoint=none"
+            + f"To train its adapter further pass --adapter {path}, and another --output-dir. To "
+            "start from the beginning pass checkpointing.resume_from_checkpoint=none"
         )
     return replace(RunState(**saved), fingerprint=state.fingerprint, config=state.config)
 

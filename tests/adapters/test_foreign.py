@@ -225,10 +225,10 @@ def test_a_copy_is_known_beside_a_base_that_mlx_lm_packed(base: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scale": "20"}, "lora_parameters.scale must be number; got '20'"),
-        ({"scale": True}, "lora_parameters.scale must be number; got True"),
-        ({"scale": None}, "lora_parameters.scale must be number; got None"),
-        ({"dropout": "0.1"}, "lora_parameters.dropout must be number; got '0.1'"),
+        ({"scale": "20"}, "lora_parameters.scale must be a number; got '20'"),
+        ({"scale": True}, "lora_parameters.scale must be a number; got True"),
+        ({"scale": None}, "lora_parameters.scale must be a number; got None"),
+        ({"dropout": "0.1"}, "lora_parameters.dropout must be a number; got '0.1'"),
         ({"dropout": 1.5}, "lora_dropout must be in"),
     ],
 )

@@ -199,21 +199,24 @@ def test_what_goes_together_is_not_taken_from_a_preset_by_halves(capsys):
         ("evaluate generation.top_k=5", "top_k=5: evaluate does not read it; it reads generation."),
         (
             "evaluate --epochs 2",
-            "num_train_epochs=2: evaluate does not read it; it reads training.",
+            "num_train_epochs=2 (--epochs): evaluate does not read it; it reads training.",
         ),
         (
             "inspect --lr 1e-4",
-            "learning_rate=1e-4: inspect does not read it; it reads training.",
+            "learning_rate=1e-4 (--learning-rate): inspect does not read it; it reads training.",
         ),
         ("inspect model.bits=8", "model.bits=8: inspect does not read it; it reads model.so"),
         ("plan --save-steps 2", "save_steps=2: plan does not read it; it reads checkpointing.ev"),
-        ("plan --lr 9", "training.learning_rate=9: plan does not read it; it reads training."),
+        ("plan --lr 9", "learning_rate=9 (--learning-rate): plan does not read it; it"),
         ("doctor lora.lora_alpha=8", "lora.lora_alpha=8: doctor does not read it; it reads lora."),
         (
             "merge --output-dir m model.base_model_name_or_path=a/b",
             "model.base_model_name_or_path=a/b: merge does not read it; it reads model.source",
         ),
-        ("inspect lora.r=3", "lora.r=3: inspect does not read it; it reads fields of model"),
+        (
+            "inspect lora.r=3",
+            "(--lora-r): inspect does not read it; it reads fields of model",
+        ),
         (
             "plan generation.top_k=3",
             "generation.top_k=3: plan does not read it; it reads fields of",

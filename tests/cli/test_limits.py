@@ -195,4 +195,4 @@ def test_a_whole_number_beyond_all_is_refused(field, number, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("{}: {{{}: {}}}".format(*field.split("."), number))
     for words in (["--config", tmp_path / "c.yaml"], [f"{field}={number}"]):
         assert call("train", "--model", "x", *words, "--print-config") == 2
-        assert f"{field} must be int" in capsys.readouterr().err
+        assert f"{field} must be an int" in capsys.readouterr().err

@@ -141,22 +141,22 @@ SAID: dict[str, tuple[list[str], str, bool]] = {
     ),
     "a number of another base": (
         ["--config", "octal.yaml"],
-        "training.seed must be int; got '010'",
+        "training.seed must be an int; got '010'",
         False,
     ),
     "a time for a number": (
         ["--config", "time.yaml"],
-        "training.seed must be int; got '1:30'",
+        "training.seed must be an int; got '1:30'",
         False,
     ),
     "a typed number of another base": (
         ["training.seed=010"],
-        "training.seed must be int; got '010'",
+        "training.seed must be an int; got '010'",
         False,
     ),
     "a typed name twice": (
         ["lora.rank_pattern={q_proj: 8, q_proj: 4}"],
-        "lora.rank_pattern must be map of text to int",
+        "lora.rank_pattern must be a map of text to int",
         False,
     ),
     "a run's name without a tracker": (

@@ -617,7 +617,7 @@ def test_a_csv_file_without_a_proper_header_is_named(
 
 def test_a_csv_header_in_another_encoding_names_the_fields_that_it_lacks(tmp_path: Path) -> None:
     ((line, row),) = read(tmp_path / "a.csv", b"t\xe9xt\na\n")
-    with pytest.raises(DataError, match=r"has the fields of no format: .* has: 't\\udce9xt'"):
+    with pytest.raises(DataError, match=r"of no format that is known: .* has: 't\\udce9xt'"):
         detect_format(row)
     assert line == 2
 

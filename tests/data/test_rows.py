@@ -51,7 +51,7 @@ def test_the_surest_field_of_a_row_tells_its_format(fields: set[str]) -> None:
 
 def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
     formats = "messages; conversations; instruction, output; prompt, completion; text"
-    said = f"has the fields of no format: {formats} (it has: "
+    said = f"its fields are those of no format that is known: {formats} (it has: "
     assert refusal({"question": 1, "answer": 2}) == said + "'question', 'answer')"
     fix = "; if 'wir sagen' answers 'sie', data.columns='{prompt: sie, completion: wir sagen}' "
     fix += "data.template=chat would read it"

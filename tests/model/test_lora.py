@@ -245,9 +245,9 @@ def test_a_target_that_cannot_be_met_says_what_exists(
         ({"r": 0}, "lora.r must be at least 1; got 0"),
         ({"r": -3}, "lora.r must be at least 1; got -3"),
         ({"r": 2**53 - 1}, "lora.r must be at most 65,536; got 9007199254740991"),
-        ({"r": 2.5}, "lora.r must be int; got 2.5"),
+        ({"r": 2.5}, "lora.r must be an int; got 2.5"),
         *(
-            ({"rank_pattern": {"q_proj": r}}, "lora.rank_pattern must be map of text to int; got")
+            ({"rank_pattern": {"q_proj": r}}, "lora.rank_pattern must be a map of text to int; got")
             for r in (2.5, "8")
         ),
         ({"lora_alpha": 0}, "lora.lora_alpha must be above 0 and finite; got 0"),

@@ -32,10 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: mq.DataConfig(max_length="256"), "data.max_length must be int; got '256'"),
+        (lambda: mq.DataConfig(max_length="256"), "data.max_length must be an int; got '256'"),
         (lambda: mq.DataConfig(packing=1), "data.packing must be true/false; got 1"),
-        (lambda: mq.TrainingConfig(max_steps=4.0), "training.max_steps must be int or null"),
-        (lambda: mq.GenerationConfig(top_k=True), "generation.top_k must be int; got True"),
+        (lambda: mq.TrainingConfig(max_steps=4.0), "training.max_steps must be an int or null"),
+        (lambda: mq.GenerationConfig(top_k=True), "generation.top_k must be an int; got True"),
         (
             lambda: mq.RunConfig(training={"max_steps": 4}),
             "training must be TrainingConfig(...); got {'max_steps': 4}",
