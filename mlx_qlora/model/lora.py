@@ -4,6 +4,7 @@ A linear W gets an update, y = W x + scale * B A x. DoRA (Liu et al. 2024, arXiv
 the length of each row as well. Names and definitions are PEFT's.
 """
 
+import functools
 import json
 import math
 import re
@@ -26,6 +27,7 @@ from mlx_qlora.model.quantize import Given, Gradients, Linear, plus
 from mlx_qlora.model.weights import as_array, open_checkpoint
 from mlx_qlora.tree import bound, flat, nested
 
+NO_REGEX = (re.error, RecursionError, OverflowError)  # what `re` makes of a text that is none
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -79,7 +81,7 @@ class LoraConfig:
         for key in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(key)
-            except (re.error, RecursionError, OverflowError) as error:
+            except NO_REGEX as error:
                 raise ConfigError(f"lora: {key!r} is no regex: {error}") from None
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError(
@@ -113,7 +115,7 @@ if sys.platform == "linux":
 for regex in regexes:
     try:
         pattern = re.compile(regex)
-    except re.error:  # which whoever uses it says
+    except (re.error, RecursionError, OverflowError):  # which whoever uses it says
         continue
     for text in texts:
         pattern.match(text), pattern.fullmatch(text)
@@ -139,7 +141,12 @@ ANY_PARENT = r"(.*\.)?"
 
 def matches_pattern(key: str, path: str) -> bool:
     """Whether a key of a pattern is the path of a linear, its ending or a regex for it."""
-    return re.match(as_regex(key), path) is not None
+    return _compiled(key).match(path) is not None
+
+
+@functools.cache  # that of `re` forgets more than 512, and each is tried on each path
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(as_regex(key))
 
 
 def as_regex(key: str) -> str:
@@ -424,7 +431,7 @@ def target_paths(
     elif isinstance(wanted, str):
         try:
             matched = [path for path in paths if re.fullmatch(wanted, path)]
-        except re.error as error:
+        except NO_REGEX as error:
             raise ConfigError(f"lora.target_modules: {wanted!r} is no regex: {error}") from None
         if not matched:
             raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")

@@ -430,10 +430,16 @@ def _is_possible(state: RunState) -> bool:
     counts = state.updates, state.step - state.updates, state.rows, state.tokens
     windows = state.open_losses, state.recent_losses, *state.open_metrics.values()
     are_whole = all(state.open_metrics.values()) and max(map(len, windows)) <= state.step
-    return are_whole and min(*counts, state.skipped_in_a_row) >= 0 and all(
-        record["step"] in range(state.step + 1)
-        and all(isinstance(record[k], (int, float)) for k in record.keys() - {"skipped", "rows"})
-        for record in state.log_history
+    return (
+        are_whole
+        and min(*counts, state.skipped_in_a_row) >= 0
+        and all(
+            record["step"] in range(state.step + 1)
+            and all(
+                isinstance(record[k], (int, float)) for k in record.keys() - {"skipped", "rows"}
+            )
+            for record in state.log_history
+        )
     )
 
 
