@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from mlx_qlora.data.marks import (
     is_weight,
     refuse_other_tasks,
 )
-from mlx_qlora.errors import DataError, did_you_mean
+from mlx_qlora.errors import MOST_NAMES, DataError, did_you_mean
 
 Message = dict[str, Any]
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
@@ -156,6 +157,11 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
     return f"; if {texts[1]!r} answers {texts[0]!r}, {both} data.template=chat would read it"
 
 
+@functools.lru_cache(1024)  # all rows of a file may be refused, and have the same names
+def _near(field: str, names: tuple[str, ...]) -> list[str]:
+    return difflib.get_close_matches(field, names, 1, NEAR)
+
+
 def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, str]:
     """A `data.columns` that reads a row of other names; an empty one if none is likely."""
     if not is_pair and any(row.keys() >= {*fields[:2]} for fields in FIELDS.values()):
@@ -163,7 +169,7 @@ def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, s
     names = {str(name).lower(): name for name in row}
     found = {}
     for field, likely in COLUMNS.items():
-        near = difflib.get_close_matches(field, names, 1, NEAR)
+        near = _near(field, tuple(itertools.islice(names, MOST_NAMES)))
         column = next((names[n] for n in (field, *likely.split(), *near) if n in names), None)
         kind: Any = (list, tuple) if field == "messages" else str
         kind = (str, list, tuple, Mapping) if field in ("chosen", "rejected") else kind
@@ -209,8 +215,8 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
         return said
     except DataError as error:
         text = re.sub(r"field '(\w+)'", lambda m: f"field {columns.get(m[1], m[1])!r}", str(error))
-        hint = "" if columns else columns_hint(row)
-        if hint and re.search("no format|is missing", text):
+        is_unknown = not columns and re.search("no format|is missing", text)
+        if is_unknown and (hint := columns_hint(row)):
             text += hint
         elif form != "auto" and "is missing" in text:
             with contextlib.suppress(DataError):
