@@ -23,7 +23,7 @@ from mlx_qlora.data.formats import repeated
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import MOST_LINES, ConfigError, did_you_mean, listing
+from mlx_qlora.errors import ConfigError, did_you_mean, listing
 from mlx_qlora.fields import coerce, config_section, option
 from mlx_qlora.folders import user_path
 from mlx_qlora.infer.tokens import GenerationConfig
@@ -133,7 +133,7 @@ def build(values: Values) -> RunConfig:
         own = {key: f"{name}.{key}" for key in hints.get(name, {})}
         for key in (key for key in map(str, fields) if key not in own):
             # People forget in which section a field is. To look for each name takes milliseconds.
-            words = field_words() | INSTEAD | own if len(unknown) < MOST_LINES else {}
+            words = field_words() | INSTEAD | own if len(unknown) < 20 else {}
             hint = did_you_mean(key, (), words) or "; see --help-all"
             unknown.append(f"unknown field {f'{name}.' * bool(name)}{key}{hint}")
     if unknown:

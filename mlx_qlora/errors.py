@@ -70,24 +70,18 @@ class StreamedWarning(AdapterWarning):
     """A model is loaded that is not in memory, and is slow at something."""
 
 
-MOST_NAMES = 500  # that a word is compared with: a stranger's file may have a million
-
-
 def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
     """Return `"; did you mean X?"` for the known name that is most like a word, or an empty string.
 
     `others` are other spellings, each with what it stands for, which is shown in its place.
     """
     shown = {**(others or {}), **{name: repr(name) for name in known}}
-    some = [*shown][:MOST_NAMES]
+    some = [*shown][:1000]  # a stranger's file may have a million
     nearest = [word] if word in shown else difflib.get_close_matches(word, some, n=1)
     return f"; did you mean {shown[nearest[0]]}?" if nearest else ""
 
 
-MOST_LINES = 20  # of a listing
-
-
-def listing(problems: list[str], most: int = MOST_LINES) -> str:
+def listing(problems: list[str], most: int = 20) -> str:
     """Join problems into indented lines, so that one error reports all of them."""
     lines = [f"  {problem}" for problem in problems[:most]]
     if len(problems) > most:

@@ -10,14 +10,7 @@ from mlx_qlora.errors import AdapterError, ConfigError, did_you_mean, listing, r
 from mlx_qlora.fields import coerce, type_name
 from mlx_qlora.folders import MLX_LM, PEFT, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
-from mlx_qlora.model.lora import (
-    NO_REGEX,
-    LoraConfig,
-    check_patterns,
-    is_named,
-    matches_pattern,
-    target_paths,
-)
+from mlx_qlora.model.lora import LoraConfig, check_patterns, is_named, matches_pattern, target_paths
 from mlx_qlora.model.stored import tensors_in
 from mlx_qlora.readers import read_object, reading
 
@@ -171,7 +164,7 @@ def for_this_model(
         paths = target_paths(model, fitted, is_excluded)
         if not paths:
             raise ConfigError("exclude_modules and layers_pattern leave no linear of a layer")
-    except (ConfigError, *NO_REGEX) as error:
+    except (ConfigError, re.error, RecursionError) as error:
         raise AdapterError(f"{path} is for another model: {error}") from None
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(lora, name)

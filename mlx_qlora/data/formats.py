@@ -292,7 +292,7 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     except ImportError:
         needs = f"{about.name} needs pyarrow"
         raise DataError(f"{needs}; run: pip install 'mlx-qlora[parquet]'") from None
-    number = 0
+    number, most = 0, MOST_ROWS * about.size
     try:
         if about.kind == "parquet":
             opened = pyarrow.parquet.ParquetFile(file)
@@ -317,7 +317,7 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
                 start += len(piece)
                 for row in piece.to_pylist():
                     number += 1
-                    if number > MOST_ROWS * about.size:
+                    if number > most:
                         raise ValueError(f"it has more than {MOST_ROWS} rows for each byte")
                     if is_long and sum(len(repr(value)) for value in row.values()) > MOST_ROW:
                         raise ValueError(f"row {number} is longer than {MOST_ROW:,} bytes")

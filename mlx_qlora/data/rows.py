@@ -24,7 +24,7 @@ from mlx_qlora.data.marks import (
     is_weight,
     refuse_other_tasks,
 )
-from mlx_qlora.errors import MOST_NAMES, DataError, did_you_mean
+from mlx_qlora.errors import DataError, did_you_mean
 
 Message = dict[str, Any]
 # ShareGPT's names, and those of its descendants, for the roles that templates know.
@@ -120,6 +120,8 @@ COLUMNS = {
     "chosen": "better preferred winner accepted",
     "rejected": "worse dispreferred loser declined",
 } | dict.fromkeys(("prompt", "completion", "conversations", "tools", "label"), "")
+# All rows of a file may be refused, and have the same names.
+close_matches = functools.lru_cache(1024)(difflib.get_close_matches)
 NEAR = 0.85  # likeness of a misspelt name to the one that is meant
 OPTIONAL_COLUMNS = ("input", "system", "tools")
 SYSTEM = "data.system: "  # before the system message that a row has itself
@@ -157,11 +159,6 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
     return f"; if {texts[1]!r} answers {texts[0]!r}, {both} data.template=chat would read it"
 
 
-@functools.lru_cache(1024)  # all rows of a file may be refused, and have the same names
-def _near(field: str, names: tuple[str, ...]) -> list[str]:
-    return difflib.get_close_matches(field, names, 1, NEAR)
-
-
 def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, str]:
     """A `data.columns` that reads a row of other names; an empty one if none is likely."""
     if not is_pair and any(row.keys() >= {*fields[:2]} for fields in FIELDS.values()):
@@ -169,7 +166,7 @@ def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, s
     names = {str(name).lower(): name for name in row}
     found = {}
     for field, likely in COLUMNS.items():
-        near = _near(field, tuple(itertools.islice(names, MOST_NAMES)))
+        near = close_matches(field, tuple(itertools.islice(names, 1000)), 1, NEAR)
         column = next((names[n] for n in (field, *likely.split(), *near) if n in names), None)
         kind: Any = (list, tuple) if field == "messages" else str
         kind = (str, list, tuple, Mapping) if field in ("chosen", "rejected") else kind

@@ -27,7 +27,6 @@ from mlx_qlora.model.quantize import Given, Gradients, Linear, plus
 from mlx_qlora.model.weights import as_array, open_checkpoint
 from mlx_qlora.tree import bound, flat, nested
 
-NO_REGEX = (re.error, RecursionError, OverflowError)  # what `re` makes of a text that is none
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -81,7 +80,7 @@ class LoraConfig:
         for key in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(key)
-            except NO_REGEX as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ConfigError(f"lora: {key!r} is no regex: {error}") from None
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError(
@@ -136,17 +135,13 @@ def check_patterns(regexes: Iterable[str], paths: Iterable[str]) -> None:
         raise ConfigError(f"lora: to match {shown} {reason}: list the modules' names")
 
 
+compiled = functools.cache(re.compile)  # whose own forgets more than 512
 ANY_PARENT = r"(.*\.)?"
 
 
 def matches_pattern(key: str, path: str) -> bool:
     """Whether a key of a pattern is the path of a linear, its ending or a regex for it."""
-    return _compiled(key).match(path) is not None
-
-
-@functools.cache  # that of `re` forgets more than 512, and each is tried on each path
-def _compiled(key: str) -> re.Pattern[str]:
-    return re.compile(as_regex(key))
+    return compiled(as_regex(key)).match(path) is not None
 
 
 def as_regex(key: str) -> str:
@@ -431,7 +426,7 @@ def target_paths(
     elif isinstance(wanted, str):
         try:
             matched = [path for path in paths if re.fullmatch(wanted, path)]
-        except NO_REGEX as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"lora.target_modules: {wanted!r} is no regex: {error}") from None
         if not matched:
             raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")

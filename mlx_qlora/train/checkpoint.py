@@ -429,18 +429,11 @@ def _is_possible(state: RunState) -> bool:
     """Whether a run could have counted and logged so; all that reads a history relies on it."""
     counts = state.updates, state.step - state.updates, state.rows, state.tokens
     windows = state.open_losses, state.recent_losses, *state.open_metrics.values()
+    figures = [r[name] for r in state.log_history for name in r.keys() - {"skipped", "rows"}]
     are_whole = all(state.open_metrics.values()) and max(map(len, windows)) <= state.step
-    return (
-        are_whole
-        and min(*counts, state.skipped_in_a_row) >= 0
-        and all(
-            record["step"] in range(state.step + 1)
-            and all(
-                isinstance(record[k], (int, float)) for k in record.keys() - {"skipped", "rows"}
-            )
-            for record in state.log_history
-        )
-    )
+    are_whole = are_whole and min(*counts, state.skipped_in_a_row) >= 0
+    are_whole = are_whole and all(isinstance(figure, (int, float)) for figure in figures)
+    return are_whole and all(0 <= record["step"] <= state.step for record in state.log_history)
 
 
 def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates: int) -> None:
