@@ -19,6 +19,7 @@ import yaml
 
 from mlx_qlora.data.chats import ALPACA
 from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.formats import repeated
 from mlx_qlora.data.read import DataConfig
 from mlx_qlora.device import frozen_matmul
 from mlx_qlora.distributed import processes
@@ -131,8 +132,9 @@ def build(values: Values) -> RunConfig:
             raise ConfigError(f"section {name} must hold fields; got {fields!r}")
         own = {key: f"{name}.{key}" for key in hints.get(name, {})}
         for key in (key for key in map(str, fields) if key not in own):
-            # People forget in which section a field is.
-            hint = did_you_mean(key, (), field_words() | INSTEAD | own) or "; see --help-all"
+            # People forget in which section a field is. To look for each name takes milliseconds.
+            words = field_words() | INSTEAD | own if len(unknown) < 20 else {}
+            hint = did_you_mean(key, (), words) or "; see --help-all"
             unknown.append(f"unknown field {f'{name}.' * bool(name)}{key}{hint}")
     if unknown:
         several = f"{len(unknown)} names are unknown:\n{listing(unknown)}"
@@ -191,7 +193,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [name for i, name in enumerate(names) if name in names[:i] and name != "<<"]:
+        if twice := [name for name in repeated(map(str, names)) if name != "<<"]:
             line = node.start_mark.line + 1
             raise yaml.YAMLError(f"{twice[0]!r} is given twice in the section of line {line}")
         return super().construct_mapping(node, deep)

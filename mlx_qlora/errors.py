@@ -76,7 +76,8 @@ def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | No
     `others` are other spellings, each with what it stands for, which is shown in its place.
     """
     shown = {**(others or {}), **{name: repr(name) for name in known}}
-    nearest = [word] if word in shown else difflib.get_close_matches(word, shown, n=1)
+    some = [*shown][:1000]  # a stranger's file may have a million
+    nearest = [word] if word in shown else difflib.get_close_matches(word, some, n=1)
     return f"; did you mean {shown[nearest[0]]}?" if nearest else ""
 
 

@@ -132,10 +132,11 @@ def json_value(path: Path, *names: str, most: int = MOST_JSON) -> Any:
     return value
 
 
-def read_object(path: Path, error: type[UserError]) -> dict[str, Any]:
+def read_object(path: Path, error: type[UserError], most: int = MOST_JSON) -> dict[str, Any]:
     """The object in a stranger's JSON or YAML file; an `error` names a file that holds none."""
     with reading(path, error):
-        value = (parse_yaml if path.suffix == ".yaml" else parse_json)(read_text(path))
+        text = read_text(path, most)
+        value = parse_yaml(text) if path.suffix == ".yaml" else parse_json(text, most)
         if not isinstance(value, dict):
             raise TypeError(f"it holds no names with values, but a {type(value).__name__}")
         return value

@@ -15,6 +15,7 @@ from mlx_qlora.model.stored import tensors_in
 from mlx_qlora.readers import read_object, reading
 
 CONFIG, WEIGHTS = PEFT
+MOST_CONFIG = 1 << 17  # bytes; with a rank and an alpha for each linear of 80 layers it has half
 MLX_LM_WEIGHTS = MLX_LM[1]
 # PEFT's options that change the arithmetic, with the one value that we compute. Absent is fine too.
 OFF = ("fan_in_fan_out", "use_qalora", "use_bdlora", "lora_bias")
@@ -80,7 +81,7 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
                 what = f"its run has not finished; run its command again, or name {last}"
                 raise AdapterError(f"{folder} has no adapter yet: {what}")
             raise AdapterError(f"{folder} is no PEFT adapter: {what}")
-    config = read_object(path, AdapterError)
+    config = read_object(path, AdapterError, MOST_CONFIG)
     unsupported = [
         f"{name} is {config[name]!r}; supported: {value!r}"
         for name, value in FIXED.items()
@@ -104,7 +105,7 @@ def _read_peft_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
 def _read_mlx_lm_config(folder: Path) -> tuple[LoraConfig, dict[str, Any]]:
     """As `_read`; rank and targets are those that the tensors show."""
     path, file = folder / CONFIG, folder / MLX_LM_WEIGHTS
-    config = read_object(path, AdapterError)
+    config = read_object(path, AdapterError, MOST_CONFIG)
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     # Before mlx-lm had `fine_tune_type`, `use_dora` said it.
@@ -139,7 +140,7 @@ def for_this_model(
     patterns = [patterns] if isinstance(patterns, str) else patterns
     targets, layers = lora.target_modules, lora.layers_to_transform or []
     beyond = [i for i in layers if not 0 <= i < len(model.layers)]
-    layers = [i for i in layers if i not in beyond] or layers
+    layers = [i for i in layers if 0 <= i < len(model.layers)] or layers
 
     def is_excluded(path: str) -> bool:
         if isinstance(excluded, str) and re.fullmatch(excluded, path):
@@ -164,7 +165,7 @@ def for_this_model(
         paths = target_paths(model, fitted, is_excluded)
         if not paths:
             raise ConfigError("exclude_modules and layers_pattern leave no linear of a layer")
-    except (ConfigError, re.error) as error:
+    except (ConfigError, re.error, RecursionError) as error:
         raise AdapterError(f"{path} is for another model: {error}") from None
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(lora, name)

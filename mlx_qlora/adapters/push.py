@@ -24,6 +24,7 @@ from mlx_qlora.readers import card_header, json_value, parse_json, read_object, 
 
 # ---- the model card ------------------------------------------------------------------------------
 
+MOST_STATE = 1 << 26  # bytes of a trainer_state.json; a record in its history has some 170
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -45,7 +46,8 @@ class Facts:
 
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
     """The facts of any folder with a PEFT adapter; a SourceError if a file cannot be read."""
-    states = (read_object(p, SourceError) for p in folder.glob("checkpoint-*/trainer_state.json"))
+    found = folder.glob("checkpoint-*/trainer_state.json")
+    states = (read_object(path, SourceError, MOST_STATE) for path in found)
     seen = [n for state in states if type(n := state.get("num_input_tokens_seen")) is int]
     record = read_object(folder / RECORD, SourceError) if (folder / RECORD).is_file() else {}
     if not record and (folder / "run.yaml").is_file():

@@ -24,7 +24,9 @@ Rows = Iterator[tuple[int, Any]]
 BOM = b"\xef\xbb\xbf"
 PIECE = 1 << 20  # characters of a JSON array that are read at a time
 FEW = 16  # rows of a table that are unpacked at a time: a small file may hold large ones
-MOST_GROUP = 1 << 28  # bytes of a column, unless the disk has a thousandth of them
+PACKED, MOST_GROUP = 1000, 1 << 28  # bytes of a group of which the disk has less than a thousandth
+MOST_DICTIONARY = 1 << 26  # bytes; pyarrow's has up to 1,024 rows of whatever length
+MOST_ROWS = 100  # for each byte of a table: no rows say so little
 MOST_ROW = 1 << 24  # bytes; a text of JSON takes thirty times as much in memory at worst
 SIGN = re.compile(r"[^ \t\r\n]")
 
@@ -290,25 +292,34 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
     except ImportError:
         needs = f"{about.name} needs pyarrow"
         raise DataError(f"{needs}; run: pip install 'mlx-qlora[parquet]'") from None
-    number = 0
+    number, most = 0, MOST_ROWS * about.size
     try:
         if about.kind == "parquet":
             opened = pyarrow.parquet.ParquetFile(file)
-            _check_dictionaries(file, opened.metadata)
-            batches = opened.iter_batches(batch_size=FEW)
+            longest = _longest_dictionary(file, opened.metadata)
+            batches = opened.iter_batches(batch_size=FEW if longest <= MOST_ROW else 1)
+        elif file.read(6) == b"ARROW1":  # the format with an index at its end, Feather's
+            opened = pyarrow.ipc.open_file(file)
+            batches = map(opened.get_batch, range(opened.num_record_batches))
         else:
+            file.seek(0)
             batches = pyarrow.ipc.open_stream(file)
         for batch in batches:
+            if about.kind == "arrow":
+                batch.validate(full=True)  # or an offset beyond its end would be followed
             if twice := repeated(batch.schema.names):
                 raise ValueError(f"it names column {twice[0]!r} twice")
             start = 0
             while piece := batch.slice(start, FEW):
-                if is_long := piece.nbytes > MOST_ROW:  # then one is unpacked at a time
+                # Then one is unpacked at a time: each may say what a dictionary holds once.
+                if is_long := piece.nbytes > MOST_ROW // FEW:
                     piece = piece.slice(0, 1)
                 start += len(piece)
                 for row in piece.to_pylist():
                     number += 1
-                    if is_long and len(repr(row)) > MOST_ROW:
+                    if number > most:
+                        raise ValueError(f"it has more than {MOST_ROWS} rows for each byte")
+                    if is_long and sum(len(repr(value)) for value in row.values()) > MOST_ROW:
                         raise ValueError(f"row {number} is longer than {MOST_ROW:,} bytes")
                     yield number, row
     except Exception as error:  # pyarrow's, and Python's for a day or a text that it cannot hold
@@ -317,16 +328,21 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
         raise DataError(f"data file {about.name} is damaged{after}: {said}") from None
 
 
-def _check_dictionaries(file: IO[bytes], about: Any) -> None:
-    """A ValueError for a Parquet file of whose values one is too long, however often it is used.
+def _longest_dictionary(file: IO[bytes], about: Any) -> int:
+    """The bytes of a Parquet file's longest dictionary, of which each row may repeat a value.
 
-    And for a group of rows that takes far more memory than disk: its pages are unpacked as a whole.
+    A ValueError if it is too long, or for a group of rows that takes far more memory than disk: its
+    pages are unpacked as a whole.
     """
-    for group, column in itertools.product(range(about.num_row_groups), range(about.num_columns)):
-        chunk = about.row_group(group).column(column)
-        size = chunk.total_uncompressed_size
-        if size > max(MOST_GROUP, 1000 * chunk.total_compressed_size):
-            raise ValueError(f"{size:,} bytes are packed a thousandfold; write smaller row groups")
+    longest = 0
+    groups = map(about.row_group, range(about.num_row_groups))
+    packed = 0  # bytes of the columns of a group that takes far more memory than disk
+    for group, column in itertools.product(groups, range(about.num_columns)):
+        chunk, packed = group.column(column), packed * (column > 0)
+        if (size := chunk.total_uncompressed_size) > PACKED * chunk.total_compressed_size:
+            packed += size
+        if packed > MOST_GROUP:
+            raise ValueError(f"{packed:,} bytes are packed {PACKED}-fold; write smaller row groups")
         pages = chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset
         file.seek(min(pages))
         # The page's kind, of which 2 is a dictionary, and its size unpacked, as Thrift writes them.
@@ -335,8 +351,9 @@ def _check_dictionaries(file: IO[bytes], about: Any) -> None:
             size |= (byte & 127) << 7 * i
             if byte < 128:
                 break
-        if size // 2 > MOST_ROW:
-            raise ValueError(f"it has a dictionary of {size // 2:,} bytes")
+        if (longest := max(longest, size // 2)) > MOST_DICTIONARY:
+            raise ValueError(f"it has a dictionary of {longest:,} bytes; write it without any")
+    return longest
 
 
 def without_nulls(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -119,6 +120,8 @@ COLUMNS = {
     "chosen": "better preferred winner accepted",
     "rejected": "worse dispreferred loser declined",
 } | dict.fromkeys(("prompt", "completion", "conversations", "tools", "label"), "")
+# All rows of a file may be refused, and have the same names.
+close_matches = functools.lru_cache(1024)(difflib.get_close_matches)
 NEAR = 0.85  # likeness of a misspelt name to the one that is meant
 OPTIONAL_COLUMNS = ("input", "system", "tools")
 SYSTEM = "data.system: "  # before the system message that a row has itself
@@ -179,7 +182,7 @@ def likely_columns(row: Mapping[str, Any], is_pair: bool = False) -> dict[str, s
     names = {str(name).lower(): name for name in row}
     found = {}
     for field, likely in COLUMNS.items():
-        near = difflib.get_close_matches(field, names, 1, NEAR)
+        near = close_matches(field, tuple(itertools.islice(names, 1000)), 1, NEAR)
         column = next((names[n] for n in (field, *likely.split(), *near) if n in names), None)
         kind: Any = (list, tuple) if field == "messages" else str
         kind = (str, list, tuple, Mapping) if field in ("chosen", "rejected") else kind
@@ -225,8 +228,8 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
         return said
     except DataError as error:
         text = re.sub(r"field '(\w+)'", lambda m: f"field {columns.get(m[1], m[1])!r}", str(error))
-        hint = "" if columns else columns_hint(row)
-        if hint and re.search("no format|is missing", text):
+        is_unknown = not columns and re.search("no format|is missing", text)
+        if is_unknown and (hint := columns_hint(row)):
             text += hint
         elif form != "auto" and "is missing" in text:
             with contextlib.suppress(DataError):

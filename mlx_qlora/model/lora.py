@@ -4,6 +4,7 @@ A linear W gets an update, y = W x + scale * B A x. DoRA (Liu et al. 2024, arXiv
 the length of each row as well. Names and definitions are PEFT's.
 """
 
+import functools
 import json
 import math
 import re
@@ -113,7 +114,7 @@ if sys.platform == "linux":
 for regex in regexes:
     try:
         pattern = re.compile(regex)
-    except re.error:  # which whoever uses it says
+    except (re.error, RecursionError, OverflowError):  # which whoever uses it says
         continue
     for text in texts:
         pattern.match(text), pattern.fullmatch(text)
@@ -134,12 +135,13 @@ def check_patterns(regexes: Iterable[str], paths: Iterable[str]) -> None:
         raise ConfigError(f"lora: to match {shown} {reason}: list the modules' names")
 
 
+compiled = functools.cache(re.compile)  # whose own forgets more than 512
 ANY_PARENT = r"(.*\.)?"
 
 
 def matches_pattern(key: str, path: str) -> bool:
     """Whether a key of a pattern is the path of a linear, its ending or a regex for it."""
-    return re.match(as_regex(key), path) is not None
+    return compiled(as_regex(key)).match(path) is not None
 
 
 def as_regex(key: str) -> str:
@@ -424,7 +426,7 @@ def target_paths(
     elif isinstance(wanted, str):
         try:
             matched = [path for path in paths if re.fullmatch(wanted, path)]
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"lora.target_modules: {wanted!r} is no regex: {error}") from None
         if not matched:
             raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")

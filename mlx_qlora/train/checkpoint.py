@@ -412,7 +412,9 @@ def read_state(path: Path) -> dict[str, Any]:
         del saved["sha256"]
         later = {name: saved.pop(name) for name in saved.keys() - vars(RunState()).keys()}
         state = typed(RunState, saved)
-        best_eval(state.log_history)
+        is_named = re.fullmatch(NAMES, path.name) is not None
+        if not _is_possible(state) or (is_named and step_of(path) != state.step):
+            raise ValueError("its numbers are not those of a run")
         return vars(state) | later
     except ConfigError as error:
         at_fault = "" if str(error).startswith(f"{path}") else f"{path / STATE} is damaged: "
@@ -423,6 +425,17 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path / STATE} cannot be read: {error}") from None
 
 
+def _is_possible(state: RunState) -> bool:
+    """Whether a run could have counted and logged so; all that reads a history relies on it."""
+    counts = state.updates, state.step - state.updates, state.rows, state.tokens
+    windows = state.open_losses, state.recent_losses, *state.open_metrics.values()
+    figures = [r[name] for r in state.log_history for name in r.keys() - {"skipped", "rows"}]
+    are_whole = all(state.open_metrics.values()) and max(map(len, windows)) <= state.step
+    are_whole = are_whole and min(*counts, state.skipped_in_a_row) >= 0
+    are_whole = are_whole and all(isinstance(figure, (int, float)) for figure in figures)
+    return are_whole and all(0 <= record["step"] <= state.step for record in state.log_history)
+
+
 def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates: int) -> None:
     """Puts a checkpoint's weights and moments back, bit for bit; its files were hashed before."""
     with reading(path, ConfigError):
@@ -430,7 +443,7 @@ def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates:
         optimizer.weights = _concatenate(_weights(path, optimizer))
         for theirs, ours in MOMENTS.items():
             shapes = optimizer.shapes.items()
-            arrays = (moments[f"{name}.{theirs}"].reshape(shape) for name, shape in shapes)
+            arrays = (_checked(moments, f"{name}.{theirs}", shape) for name, shape in shapes)
             setattr(optimizer, ours, _concatenate(arrays))
         optimizer.step = updates
         model.update(optimizer.tree())
@@ -448,10 +461,18 @@ def _weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
     """The weights of a checkpoint, in the optimiser's order."""
     weights = load_file(path / "adapter_model.safetensors")
     # Adapters of PiSSA and OLoRA have twice the rank, and what is trained is the first half.
-    return (
-        weights[f"base_model.model.{name}"][tuple(slice(n) for n in shape)].reshape(shape)
-        for name, shape in optimizer.shapes.items()
-    )
+    shapes = optimizer.shapes.items()
+    return (_checked(weights, f"base_model.model.{name}", shape) for name, shape in shapes)
+
+
+def _checked(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor, or its first part of this shape; a ValueError if no run has such numbers."""
+    array = tensors[name][tuple(slice(n) for n in shape)]
+    least = 0 if name.endswith(".exp_avg_sq") else -math.inf
+    are_numbers = bool((array >= least).all() and np.isfinite(array).all())
+    if array.dtype != np.float32 or array.shape != shape or not are_numbers:
+        raise ValueError(f"{name} is not what a run keeps in it")
+    return array
 
 
 def _concatenate(arrays: Iterable[np.ndarray]) -> mx.array:

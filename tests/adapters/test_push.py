@@ -418,3 +418,12 @@ def test_a_card_of_what_vllm_does_not_compute_of_a_local_base_and_of_odd_values(
     for r, enough in ((1, 8), (9, 16), (300, 320), (512, 512)):
         text = model_card(Facts({"base_model_name_or_path": BASE, "r": r}))
         assert f"--max-lora-rank {enough} " in text
+
+
+def test_a_run_of_a_hundred_thousand_records_has_a_card(tmp_path: Path) -> None:
+    """Its history is longer than any other JSON may be."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "checkpoint-9").mkdir()
+    state = '{"num_input_tokens_seen": 7}' + " " * (1 << 24)
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text(state)
+    assert read_facts(tmp_path).tokens_seen == 7

@@ -1,6 +1,7 @@
 """YAML, overrides and the dataclasses say the same thing, and what is wrong is named."""
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -481,6 +482,16 @@ def test_all_unknown_names_are_told_at_once_each_with_its_nearest(tmp_path):
         "  unknown section 'trainng'; did you mean 'training'?; supported: model, lora, data, "
         "training, checkpointing, logging, generation",
     ]
+
+
+def test_a_nearest_name_is_looked_for_only_where_it_is_shown(tmp_path, monkeypatch):
+    looked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *a, **_: looked.append(a) or [])
+    with pytest.raises(
+        ConfigError, match=r"(?s)20000 names are unknown:\n  .*and 19980 more"
+    ) as caught:
+        written(tmp_path, "lora:\n" + "".join(f"  k{i}: 1\n" for i in range(20_000)))
+    assert len(str(caught.value)) < 2000 and sum(bool(words[1]) for words in looked) == 20
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -672,12 +673,40 @@ def repeated_value(path: Path, size: int = LONG) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, **write)
 
 
-def long_text(path: Path) -> None:
+def packed_columns(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({name: ["x" * 1_000_000] * 150 for name in ("text", "other")})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+
+
+def write_arrow(path: Path, columns: Callable[[Any], dict[str, Any]], form: str = "stream") -> None:
     import pyarrow
 
-    table = pyarrow.table({"text": ["a", "x" * LONG]})
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+    table = pyarrow.table(columns(pyarrow))
+    new = getattr(pyarrow.ipc, f"new_{form}")
+    with pyarrow.OSFile(str(path), "wb") as file, new(file, table.schema) as out:
         out.write_table(table)
+
+
+def long_text(path: Path) -> None:
+    write_arrow(path, lambda _: {"text": ["a", "x" * LONG]})
+
+
+def long_values(path: Path) -> None:
+    def column(a: Any) -> Any:
+        return a.DictionaryArray.from_arrays(a.array([0] * 100), ["x" * (LONG - 100)])
+
+    write_arrow(path, lambda a: {"text": column(a), "a": column(a), "b": column(a)})
+
+
+def beyond_the_end(path: Path) -> None:
+    write_arrow(path, lambda _: {"text": ["abc"] * 3}, form="file")
+    offsets = struct.pack("<4i", 0, 3, 6, 9)
+    content = path.read_bytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, struct.pack("<4i", 0, 3, 6, 2**30)))
 
 
 # What a file holds that unpacks to gigabytes, or to what Python has no value for -> what is said.
@@ -725,11 +754,20 @@ STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         table(other=lambda a: a.array([b"\xff"], a.binary()).view(a.string())),
         "r.parquet is damaged: 'utf-8' codec",
     ),
-    "a long value, often": (
+    "a long value, often": ("r.parquet", repeated_value, "row 1 is longer than 16,777,216 bytes"),
+    "a very long value, often": (
         "r.parquet",
-        repeated_value,
-        "r.parquet is damaged: it has a dictionary of 16,777,221 bytes",
+        lambda path: repeated_value(path, 1 << 26),
+        "r.parquet is damaged: it has a dictionary of 67,108,868 bytes",
     ),
+    "columns of one long value": ("r.arrow", long_values, "row 1 is longer than 16,777,216 bytes"),
+    "columns that are packed": ("r.parquet", packed_columns, "are packed 1000-fold; write smaller"),
+    "rows of nothing": (
+        "r.arrow",
+        lambda path: write_arrow(path, lambda a: {"text": a.nulls(10**9)}),
+        "it has more than 100 rows for each byte",
+    ),
+    "an offset beyond the end": ("r.arrow", beyond_the_end, "r.arrow is damaged: In column 0"),
     "a long text of a table": ("r.arrow", long_text, "row 2 is longer than 16,777,216 bytes"),
     "fields of one name": ("r.parquet", table(s=struct_of_two), "r.parquet is damaged: "),
     "columns of one name": (
@@ -738,6 +776,22 @@ STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "r.parquet is damaged: it names column 'text' twice",
     ),
 }
+
+
+def test_long_rows_as_pyarrow_writes_them_are_read(tmp_path: Path) -> None:
+    """Its dictionary of a column has 1,024 rows, however long they are, before it gives it up."""
+    pytest.importorskip("pyarrow")
+    rows = [{"text": f"{i} " + "x" * 20_000} for i in range(1000)]
+    assert [row for _, row in raw_rows(write_parquet(tmp_path / "a.parquet", rows))] == rows
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_both_formats_of_arrow_are_read(tmp_path: Path, form: str) -> None:
+    """A stream is what `datasets` writes, and a file what pyarrow and pandas call Feather."""
+    pytest.importorskip("pyarrow")
+    write_arrow(tmp_path / "a.arrow", lambda _: {"text": [f"{i}" for i in range(40)]}, form)
+    rows = raw_rows(RowFile("a.arrow", "arrow", tmp_path / "a.arrow"))
+    assert [row["text"] for _, row in rows] == [f"{i}" for i in range(40)]
 
 
 @pytest.mark.parametrize("name", STRANGE)

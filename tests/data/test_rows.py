@@ -1,5 +1,6 @@
 """Rows of every format, and every reason to refuse one."""
 
+import functools
 import json
 import shlex
 from collections import UserDict
@@ -10,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_qlora.data import rows
 from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row, with_system
 from mlx_qlora.errors import DataError
 
@@ -515,3 +517,15 @@ def test_a_row_of_other_names_is_refused_with_the_columns_that_would_read_it(
 def test_no_columns_are_proposed_for_what_no_columns_would_mend() -> None:
     for row in ({"a": "b"}, {"prompt": "a", "completion": " "}, {"question": "a", "answer": 2}):
         assert "data.columns" not in refusal(row)
+
+
+def test_names_that_many_rows_share_are_compared_once(monkeypatch):
+    """And not all of a million: what is unknown is said all the same."""
+    compared: list[int] = []
+    find = functools.cache(lambda *given: compared.append(len(given[1])) or [])
+    monkeypatch.setattr(rows, "close_matches", find)
+    row = {f"shared {i}": "a" for i in range(5000)}
+    for _ in range(100):
+        with pytest.raises(DataError, match="has the fields of no format"):
+            read_row(row, "auto")
+    assert 0 < len(compared) < 20 and max(compared) <= 1000

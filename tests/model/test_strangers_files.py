@@ -16,6 +16,7 @@ from support.tiny_folder import write_random_model
 from support.tiny_gguf import write_tiny_gguf
 
 from mlx_qlora.model import lora
+from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.readers import MOST_JSON, MOST_YAML
 
 DEEP, DIGITS = "[" * 100_000, '{"a": ' + "1" * 6000 + "}"
@@ -452,3 +453,38 @@ def test_a_pattern_that_would_never_end_is_refused(
     assert call("generate", "--model", model, "--adapter", adapter, "--prompt", "x") == 2
     err = capsys.readouterr().err
     assert "takes more than 1 seconds, or all memory: list the modules' names" in err
+
+
+NESTED = "(" * 5000 + "a" + ")" * 5000
+# What an adapter's config says -> what is said of it.
+BEYOND: dict[str, tuple[dict[str, Any], str]] = {
+    "deep targets": ({"target_modules": NESTED}, "is no regex: maximum recursion depth"),
+    "deep exclusions": ({"exclude_modules": NESTED}, "maximum recursion depth exceeded"),
+    "alternatives": (
+        {"target_modules": "|".join(f"a{i}" for i in range(1 << 17))},
+        "it is larger than 131,072 bytes",
+    ),
+    "many layers": ({"layers_to_transform": [9] * (1 << 14)}, "it holds too many values"),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_patterns_beyond_what_a_model_needs_are_refused_at_once(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model := tmp_path / "model").mkdir()
+    write_random_model(model)
+    adapter = write_adapter(tmp_path / "adapter", model)
+    changes, reason = BEYOND[name]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+    assert call("generate", "--model", model, "--adapter", adapter, "--prompt", "x") == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_pattern_is_compiled_once_for_all_paths() -> None:
+    """An adapter may name a rank for each of its linears, more than `re` keeps."""
+    config = LoraConfig(rank_pattern={f"layers.{i}.x": 2 for i in range(600)})
+    before = lora.compiled.cache_info().misses
+    assert {config.rank_of(f"model.layers.{i}.y") for i in range(5)} == {16}
+    assert lora.compiled.cache_info().misses - before <= 600

@@ -543,7 +543,7 @@ def test_a_later_field_with_another_value_than_then_is_refused(folder, copy):
 def test_a_run_of_a_hundred_thousand_records_goes_on(copy, monkeypatch):
     """They are more than a stranger's file may hold; here it may hold less."""
     monkeypatch.setattr("mlx_qlora.readers.BYTES_PER_VALUE", 1 << 14)
-    records = {"step": 8, "figures": [0] * (1 << 10)}
+    records = {"step": 8} | {f"figure {i}": 0 for i in range(1 << 10)}
     rewrite_state(copy / "checkpoint-8", lambda saved: saved["log_history"].append(records))
     assert asked(copy) == (copy / "checkpoint-8", [])
     assert checkpoint.values_before(CheckpointingConfig(output_dir=str(copy)), "model")
@@ -557,6 +557,12 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no object as fingerprint": lambda saved: saved.update(fingerprint="x"),
     "a record without a step": lambda saved: saved.update(log_history=[{"eval_loss": 1.0}]),
     "a loss by a word": lambda saved: saved["log_history"].append({"eval_loss": "x", "step": 1}),
+    "no loss": lambda saved: saved["log_history"].append({"loss": None, "step": 1}),
+    "a record of no step": lambda saved: saved["log_history"].append({"loss": 1.0}),
+    "a record of a later step": lambda saved: saved["log_history"].append({"step": 9}),
+    "another step than its folder's": lambda saved: saved.update(step=9),
+    "fewer updates than none": lambda saved: saved.update(updates=-1),
+    "a metric without a value": lambda saved: saved.update(open_metrics={"kl": []}),
     "losses that are none": lambda saved: saved.update(recent_losses=[None]),
     "a pipe among its files": lambda saved: saved["checksums"].update(pipe="x"),
     "a file elsewhere": lambda saved: saved["checksums"].update({"/proc/self/mem": "x"}),
@@ -577,10 +583,20 @@ def test_what_a_strangers_checkpoint_says_is_not_believed(folder, copy, name):
         fine_tune(folder, copy, resume_from_checkpoint=str(path))
 
 
-def test_tensors_of_other_shapes_in_a_strangers_checkpoint_are_refused(folder, copy):
-    path = copy / "checkpoint-8"
+WRONG_TENSORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "of other shapes": lambda x: x[..., :1],
+    "as many, in another shape": lambda x: np.ascontiguousarray(x.T),
+    "no numbers": lambda x: x * np.float32(np.nan),
+    "squares below zero": lambda x: x - 1,
+    "rounded": lambda x: x.astype(np.float16),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TENSORS)
+def test_tensors_that_no_run_keeps_in_a_strangers_checkpoint_are_refused(folder, copy, what):
+    path, change = copy / "checkpoint-8", WRONG_TENSORS[what]
     moments = load_file(path / "optimizer.safetensors")
-    save_file({k: v[..., :1] for k, v in moments.items()}, path / "optimizer.safetensors")
+    save_file({k: change(v) for k, v in moments.items()}, path / "optimizer.safetensors")
     rewrite_state(path, lambda saved: None)
     with pytest.raises(ConfigError, match=r"checkpoint-8 cannot be read"):
         fine_tune(folder, copy)
