@@ -93,6 +93,7 @@ if TYPE_CHECKING:
 
 OUTPUT = "checkpointing.output_dir"
 PLOTS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "rewards")
+MOST_SHOWN = 200  # tokens of a row that may be its system message
 # What a run writes into its folder; docs/reference/output-folder.md explains it.
 WRITTEN = (*ADAPTER_FOLDER, *SHIPPED, "run.yaml", RECORD, "metrics.jsonl", "report.html")
 WRITTEN += tuple(f"plots/{name}.svg" for name in PLOTS)
@@ -326,6 +327,9 @@ def open_inputs(
         say(console, parts.format(**inputs.sizes))
         for line in explained(config, settled, train, validation):
             say(console, line)
+        own = tokenizer.own_system if train.report.own_systems == 0 else ""
+        if own and own in tokenizer.decode(train[0].tokens[:MOST_SHOWN].tolist()):
+            say(console, f"system    {own!r}, by the chat template; data.system=TEXT replaces it")
     return inputs
 
 

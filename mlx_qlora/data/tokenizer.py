@@ -14,7 +14,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +114,18 @@ class Tokenizer:
                 f"{self.source}: the chat template fails on these messages: {error}; give it the "
                 "roles and fields that it expects, or correct the template"
             ) from error
+
+    @functools.cached_property
+    def own_system(self) -> str:
+        """The system message that the chat template writes of itself; empty if it writes none."""
+        asked, mark = [{"role": "user", "content": "?"}], "\U000f1a2b"
+        with suppress(TokenizerError):
+            bare = self.render_chat(asked)
+            given = self.render_chat([{"role": "system", "content": mark}, *asked])
+            before, _, after = given.partition(mark)
+            if bare.startswith(before) and bare.endswith(after):
+                return bare[len(before) : len(bare) - len(after)].strip()
+        return ""
 
     def template_for(self, source: str | None, tools: Any) -> str | None:
         """The template that writes a chat: another one where there are tools, if it has one."""

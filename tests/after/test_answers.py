@@ -86,7 +86,9 @@ def test_a_missing_library_is_named(monkeypatch):
         on.scorers.cache_clear()
         with monkeypatch.context() as patch, pytest.raises(mq.ConfigError, match=message):
             patch.setitem(sys.modules, name, None)
+            assert not on.has_scorers()
             metric("a", "b")
+    on.scorers.cache_clear()
 
 
 # ---- questions ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,19 @@ def test_answers_are_compared_by_every_metric():
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
     assert re.search(r"answers word for word +0 +0.9167 +\+0\.\d+ to \+\d\S* +better", shown)
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
+
+
+def test_answers_are_compared_without_the_extra_packages_by_what_is_there(
+    folder, rows, monkeypatch
+):
+    on.scorers.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    console = quiet()
+    found = evaluated(config_of(source=str(folder)), console, str(rows), 2, 2).comparison
+    on.scorers.cache_clear()
+    names = {row.metric for row in found.rows}
+    assert "exact_match" in names and not names & {"rouge_l", "chrf"}
+    assert "without ROUGE-L and chrF; run: pip install 'mlx-qlora[evaluate]'" in said_to(console)
 
 
 def compared(model: Any, *how: Any) -> tuple[Comparison, Performance, Performance]:

@@ -23,7 +23,7 @@ from support.training import at_step, fine_tune, stop, train_run
 
 import mlx_qlora as mq
 from mlx_qlora.after import observer, screen
-from mlx_qlora.after.advice import learned
+from mlx_qlora.after.advice import Advice, learned
 from mlx_qlora.after.answer_metrics import LOWER, paired_row
 from mlx_qlora.after.observer import prompt_flags
 from mlx_qlora.after.plots import Line, Plot, in_kernel, plots_of, svg_file, thin, ticks
@@ -311,8 +311,15 @@ def test_verdicts_are_earned_by_a_loss_beyond_noise_and_by_nearer_answers():
     near = [{"reference": "a red car", "before": "who knows", "after": "a red cat"}]
     far = [{"reference": "a red car", "before": "a red cat", "after": "who knows"}]
 
-    def verdict(loss, samples):
-        return learned(history(40), SCORES, [], samples, loss)
+    def verdict(loss, samples, *advice):
+        return learned(history(40), SCORES, advice, samples, loss)
+
+    falls = Advice("length", "it was still falling", "train for more steps")
+    yet = [{"reference": "a red car", "before": "who knows", "after": "I read of red wine"}]
+    unfinished = verdict(sure, yet, falls)
+    assert unfinished.verdict.endswith("the answers are nearer, and far from the references yet")
+    assert unfinished.tone == "note" and unfinished.why.endswith("Train for more steps.")
+    assert verdict(sure, yet).tone == verdict(sure, near, falls).tone == "good"
 
     assert verdict(sure, near).verdict.startswith("Yes: the loss fell by 33%")
     assert (verdict(sure, near).tone, verdict(sure, far).tone) == ("good", "note")

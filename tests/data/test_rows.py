@@ -59,6 +59,10 @@ def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
     fix += "data.template=chat would read it"
     assert refusal({"id": 1, "sie": "?", "wir sagen": ""}).endswith(fix)
     assert fix[:5] not in refusal({"sie": "?"})
+    shop = {"Date": "1 May", "Topic": "gift", "Customer questions": "?", "Our reply": "Yes."}
+    assert "'Our reply' answers 'Customer questions', data.columns=" in refusal(shop)
+    long = {"id": "7", "q": "How long is it?", "kind": "size", "a": "It is a metre long."}
+    assert "if 'a' answers 'q', data.columns=" in refusal(long)  # the longest ones
     for names in (("x,y", "z"), ("c: d", "e"), ("1", "2"), ("[a", "b")):
         word = refusal(dict.fromkeys(names, "x")).partition("data.columns=")[2]
         (value,) = shlex.split(word.partition(" data.template")[0])
@@ -526,6 +530,6 @@ def test_names_that_many_rows_share_are_compared_once(monkeypatch):
     monkeypatch.setattr(rows, "close_matches", find)
     row = {f"shared {i}": "a" for i in range(5000)}
     for _ in range(100):
-        with pytest.raises(DataError, match="has the fields of no format"):
+        with pytest.raises(DataError, match="of no format that is known"):
             read_row(row, "auto")
     assert 0 < len(compared) < 20 and max(compared) <= 1000
