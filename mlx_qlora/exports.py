@@ -13,10 +13,8 @@ from mlx_qlora.adapters.export import modelfile, save_gguf_adapter, save_portabl
 from mlx_qlora.adapters.merge import like_base, save_merged
 from mlx_qlora.adapters.peft import note_on_mlx_lm, save_adapter, save_mlx_lm
 from mlx_qlora.adapters.push import push_to_hub
-from mlx_qlora.config import RunConfig, build
+from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
-from mlx_qlora.data.preferences import KIND_OF
-from mlx_qlora.data.read import train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.errors import ConfigError, UserError, require, say, size, waiting, warn
 from mlx_qlora.folders import (
@@ -28,15 +26,7 @@ from mlx_qlora.folders import (
     is_merged,
     user_path,
 )
-from mlx_qlora.loading import (
-    as_taught,
-    by_taught_columns,
-    in_form_of_rows,
-    loaded,
-    recorded,
-    with_adapter,
-    with_model,
-)
+from mlx_qlora.loading import in_form_of_rows, loaded, parts_of_run, with_adapter, with_model
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.quantize import FLOAT_MODES, QuantConfig
 
@@ -84,29 +74,19 @@ def _rows_of_run(
 
     Test rows go before validation rows, by which a run may have chosen its weights.
     """
-    adapter = config.model.adapter
-    taught = build(recorded(adapter, "data", "training")) if adapter else RunConfig()
-    data, why = config.data, f"{adapter} has no run.yaml that names rows"
     try:
-        if (data := data if data.path else taught.data).path is not None:
-            data = replace(data, refused_path=None)  # the file is the run's
-            data, kind = as_taught(replace(config, data=data)).data, taught.training.objective
-            seed = taught.training.seed
-            how = {"tokenizer": tokenizer, "seed": seed, "kind": KIND_OF[kind]}
-            read = lambda data: train_validation_test(data, **how)  # noqa: E731
-            parts = by_taught_columns(replace(config, data=data), read)
-            say(
-                console,
-                "rounding  layer by layer, so that the run's rows lose least, and measured on\n"
-                "          held-out rows; on two CPU cores a minute for 100 million parameters",
-            )
-            return parts[0], parts[2] or parts[1]
+        train, validation, test = parts_of_run(config, tokenizer)
     except UserError as error:
         if config.data.path:
             raise
-        why = f"the run's rows cannot be read ({error})"
-    warn(console, f"rounded plainly, and not measured: {why}; name rows with --data FILE")
-    return None
+        warn(console, f"rounded plainly, and not measured: {error}")
+        return None
+    say(
+        console,
+        "rounding  layer by layer, so that the run's rows lose least, and measured on\n"
+        "          held-out rows; on two CPU cores a minute for 100 million parameters",
+    )
+    return train, test or validation
 
 
 def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dict[str, Any]:

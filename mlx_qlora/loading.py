@@ -17,7 +17,9 @@ from mlx_qlora.adapters.origin import run_of
 from mlx_qlora.adapters.peft import load_adapter
 from mlx_qlora.config import ModelConfig, RunConfig, Values, build, read_yaml
 from mlx_qlora.data.chats import ALPACA, NAMED, alpaca_template
-from mlx_qlora.data.read import DataConfig, own_template
+from mlx_qlora.data.examples import Examples
+from mlx_qlora.data.preferences import KIND_OF
+from mlx_qlora.data.read import DataConfig, own_template, train_validation_test
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer, read_configs
 from mlx_qlora.errors import (
     AdapterWarning,
@@ -186,6 +188,35 @@ def by_taught_columns(config: RunConfig, read: Callable[[DataConfig], T]) -> T:
             if taught:
                 return read(replace(config.data, columns=taught))
     return read(config.data)
+
+
+def of_its_run(config: RunConfig) -> RunConfig:
+    """With the rows of the run that made the adapter, if none are named, and divided as they were.
+
+    A ConfigError if no record of ours names rows.
+    """
+    adapter, data, objective = config.model.adapter, config.data, config.training.objective
+    taught = build(recorded(adapter, "data", "training") if adapter else {})
+    if data.path is None:
+        if taught.data.path is None:
+            of = "" if adapter is None else f", and {adapter} has no run.yaml that names rows"
+            raise ConfigError(f"data.path is missing{of}; name rows with --data FILE")
+        default = asdict(DataConfig())
+        given = {name: value for name, value in asdict(data).items() if value != default[name]}
+        data = replace(taught.data, refused_path=None, **given)  # the file is the run's
+    objective = taught.training.objective if objective == "sft" else objective
+    return replace(config, data=data, training=replace(taught.training, objective=objective))
+
+
+def parts_of_run(
+    config: RunConfig, tokenizer: Tokenizer
+) -> tuple[Examples, Examples | None, Examples | None]:
+    """The rows of `of_its_run` in parts: trained on, to validate and to test; errors as of both."""
+    config = as_taught(of_its_run(config))
+    kind, seed = KIND_OF[config.training.objective], config.training.seed
+    return by_taught_columns(
+        config, lambda data: train_validation_test(data, tokenizer, seed, kind)
+    )
 
 
 def form_of_rows(config: RunConfig) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,17 @@ from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after import answer_metrics as metrics
 from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row
 from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
-from mlx_qlora.config import RunConfig, build
+from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files
-from mlx_qlora.data.preferences import KIND_OF, PAIRS
-from mlx_qlora.data.read import DataConfig, train_validation_test
+from mlx_qlora.data.preferences import PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
 from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, DataError, UserError, require, say, warn
 from mlx_qlora.folders import check_name, user_path, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
-from mlx_qlora.loading import recorded, with_model
+from mlx_qlora.loading import of_its_run, parts_of_run, with_model
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
 from mlx_qlora.train.preferences import AVERAGED, good_answers
@@ -64,13 +63,13 @@ def evaluate_run(
     everything.
     """
     seed, is_own = config.training.seed, config.data.path is None
-    config = _of_its_run(with_model(config)) if is_own else config
+    config = of_its_run(with_model(config)) if is_own else config
     find_files(config.data.path)
     data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
     inputs = open_inputs(config, console, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
-    trained, validation, test = _parts_of_its_run(config, tokenizer, is_own)
+    trained, validation, test = _parts(config, tokenizer, is_own)
     if is_own:
         if (held_out := test or validation) is None:
             raise DataError(f"the run held out no row of {data}; name others with --data FILE")
@@ -128,31 +127,15 @@ def evaluate_run(
     return evaluation
 
 
-def _of_its_run(config: RunConfig) -> RunConfig:
-    """With the rows of the run that made the adapter, divided as they were."""
-    adapter = config.model.adapter
-    taught = build(recorded(adapter, "data", "training") if adapter else {})
-    if taught.data.path is None:
-        raise ConfigError("data.path is missing; name rows that were held out with --data FILE")
-    asked, default = asdict(config.data), asdict(DataConfig())
-    given = {name: value for name, value in asked.items() if value != default[name]}
-    data = replace(taught.data, refused_path=None, **given)
-    objective = config.training.objective
-    objective = taught.training.objective if objective == "sft" else objective
-    training = replace(taught.training, objective=objective)
-    return replace(config, data=data, training=training)
-
-
-def _parts_of_its_run(
-    config: RunConfig, tokenizer: Tokenizer, from_hub: bool
+def _parts(
+    config: RunConfig, tokenizer: Tokenizer, is_own: bool
 ) -> tuple[Examples | None, Examples | None, Examples | None]:
     """What the adapter's run trained, validated and tested on, if that is where it was."""
     with suppress(UserError):
-        run = _of_its_run(RunConfig(model=config.model))
+        run = config if is_own else of_its_run(RunConfig(model=config.model))
         kinds = {file.kind for files in find_files(run.data.path).values() for file in files}
-        if from_hub or "hub" not in kinds:
-            kind, seed = KIND_OF[run.training.objective], run.training.seed
-            return train_validation_test(run.data, tokenizer, seed, kind)
+        if is_own or "hub" not in kinds:
+            return parts_of_run(run, tokenizer)
     return None, None, None
 
 
