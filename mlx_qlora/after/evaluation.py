@@ -74,7 +74,7 @@ def evaluate_run(
         if (held_out := test or validation) is None:
             raise DataError(f"the run held out no row of {data}; name others with --data FILE")
         examples, name = held_out, "test" if test else "validation"
-        say(console, f"rows      its {name} rows, {len(examples):,}, in which it was not trained")
+        say(console, f"rows      {len(examples):,} {name} rows, on which its run did not train")
     elif copies := trained and np.isin(examples.contents, trained.contents).sum():
         share = f"{copies:,} of these {len(examples):,} rows"
         warn(console, f"the adapter was trained on {share}: it is better on them than on new ones")

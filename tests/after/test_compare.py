@@ -288,7 +288,7 @@ def test_rows_that_were_trained_on_are_counted_and_those_held_out_are_the_defaul
 
     console = quiet()
     found = evaluated(config, console, n_answers=0)
-    assert f"its validation rows, {len(held_out)}" in said_to(console)
+    assert f"rows      {len(held_out)} validation rows, on which" in said_to(console)
     assert "was trained on" not in said_to(console)
     assert found.comparison.n_examples == len(held_out) == found.inputs["rows"]
     record = replace(record, data=replace(record.data, split=[1, 0, 0]))
