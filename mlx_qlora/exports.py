@@ -96,7 +96,7 @@ def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dic
     if given and args.form not in (None, "gguf-model"):
         raise ConfigError(f"{given[0]} needs --gguf-model; got --{args.form}")
     if (args.folder is None) == (args.lmstudio is None):
-        raise ConfigError(f"pass one of {OUTPUT} and --lmstudio PUBLISHER/MODEL, and not both")
+        raise ConfigError(f"pass either {OUTPUT} DIR or --lmstudio PUBLISHER/MODEL")
     if args.form == "gguf-model" or given:
         return _export_model(config, console, args)
     form, target = args.form or "peft", _target(args.folder)
@@ -119,7 +119,7 @@ def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dic
             path = save_portable(model, target, base)
         else:
             path = save_adapter(model, target, base)
-    say(console, f"exported  {path}")
+    say(console, f"exported  {path} ({form})")
     return {"format": form, "path": path}
 
 

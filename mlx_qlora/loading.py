@@ -30,6 +30,7 @@ from mlx_qlora.errors import (
     say,
     size,
 )
+from mlx_qlora.fields import checked
 from mlx_qlora.folders import RECORD, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -42,8 +43,9 @@ from mlx_qlora.readers import json_value, reading
 T = TypeVar("T")
 
 
+@checked
 def load(
-    source: str | Path,
+    source: str | Path | None = None,
     quantize: QuantConfig | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
@@ -56,7 +58,8 @@ def load(
 
     Args:
         source: a hub id (`org/name`), a folder of Hugging Face safetensors (dense, or quantised
-            by MLX), a `*.gguf` file, or the built-in name `smollm2-135m`.
+            by MLX), a `*.gguf` file, or the built-in name `smollm2-135m`. Left out, the model that
+            the adapter's run names.
         quantize: quantises dense weights while loading, tensor by tensor; None keeps the files'
             own precision. Weights that are quantised already stay as they are.
         adapter: a PEFT folder to attach.
@@ -81,6 +84,11 @@ def load(
     ModelConfig(frozen_matmul=frozen_matmul, residency=residency)
     if adapter is not None:
         read_adapter_config(user_path(adapter))
+    if source is None:
+        adapted = ModelConfig(adapter=None if adapter is None else str(adapter))
+        named = with_model(RunConfig(model=adapted)).model
+        source, revision = str(named.source), revision or named.revision
+        quantize = quantize or named.quantize()
     checkpoint = open_checkpoint(resolve(source, revision))
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
     model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul, residency)
@@ -90,8 +98,13 @@ def load(
             f"{source} is streamed from the disk, so every generated token reads all of its "
             f"weights, {size(streamed_bytes(model))}, which is slow",
             StreamedWarning,
-            stacklevel=2,
+            stacklevel=3,  # above `checked`
         )
+    packings = {m.quant for m in model.modules() if isinstance(m, FrozenMatrix)}
+    if quantize not in (None, QuantConfig(), *packings):
+        words = ", ".join(f"{name}={value}" for name, value in asdict(quantize).items())
+        message = f"{words} is not used: the weights are quantised in the files"
+        warnings.warn(message, AdapterWarning, stacklevel=3)
     if adapter is not None:
         load_adapter(model, adapter)
     return model, with_tokenizer_of(adapter, tokenizer)
@@ -152,13 +165,7 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
     assert chosen.source is not None
     asked, names = chosen.quantize(), ("dtype", "frozen_matmul", "residency")
     settings = {name: getattr(chosen, name) for name in names}
-    model, tokenizer = load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
-    packings = {m.quant for m in model.modules() if isinstance(m, FrozenMatrix)}
-    if asked not in (None, QuantConfig(), *packings):
-        words = ", ".join(f"model.{name}={value}" for name, value in asdict(asked).items())
-        message = f"{words} is not used: the weights are quantised in the files"
-        warnings.warn(message, AdapterWarning, stacklevel=2)
-    return model, tokenizer
+    return load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
 
 
 def as_taught(config: RunConfig) -> RunConfig:

@@ -223,8 +223,12 @@ class Observer:
                 f"perplexity {old.perplexity:.2f} -> {new.perplexity:.2f}, token accuracy "
                 f"{old.token_accuracy:.1%} -> {new.token_accuracy:.1%} ({new.n_tokens:,} tokens)",
             )
-        result.peak_memory_bytes = mx.get_peak_memory()  # scores and answers included
-        result.process_memory_bytes = device.process_memory_bytes()
+        # Scores and answers included, and what was trained in earlier processes.
+        peaks = {"peak_memory_bytes": mx.get_peak_memory()}
+        peaks["process_memory_bytes"] = device.process_memory_bytes()
+        for name, peak in peaks.items():
+            earlier = (record.get(name, 0) for record in result.log_history)
+            setattr(result, name, max([peak, *earlier]))
         about = self.inputs.reports, self.inputs.sizes, self.plan, loss
         prompt, ask = self._own_prompt()
         more: Any = {"mlx_lm": note_on_mlx_lm(self.model), "forgetting": general, "kl": kl}

@@ -165,8 +165,9 @@ def fit(row: Encoded, tokenizer: Tokenizer, max_length: int, truncation: str) ->
         start = int(row.ids[0] == tokenizer.bos_id)
         if row.context - excess < max(start, 1):  # the first token of all is never learned
             raise DataError(
-                f"{n} tokens, {n - row.context} of them from the first answer on, longer than "
-                f"data.max_length={max_length}; raise it, or cut the end with data.truncation=right"
+                f"{n} tokens, {n - row.context} of them from the first answer on, which leaves no "
+                f"room in data.max_length={max_length}; raise it, or cut the end with "
+                "data.truncation=right"
             )
         kept = np.r_[:start, start + excess : n]
         row = row.part(kept, row.context - excess, excess)

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_qlora.data.formats import RowFile
 from mlx_qlora.data.preferences import JUDGEMENTS
 from mlx_qlora.data.store import TokenStore, hash64
-from mlx_qlora.errors import ConfigError, listing
+from mlx_qlora.errors import listing, require
 
 # ---- the report ----------------------------------------------------------------------------------
 
@@ -32,6 +32,9 @@ class FileReport:
     unread: dict[str, int] = field(default_factory=dict)  # field that is not used -> rows with it
 
 
+CUT = {"left-context": "before their answers", "right": "at their ends"}
+
+
 @dataclass
 class DataReport:
     """What became of the rows of one source."""
@@ -45,11 +48,13 @@ class DataReport:
     duplicates: int = 0  # rows that say the same as an earlier one
     leaked: int = 0  # rows of a validation or test file that are trained, too
     truncated: int = 0  # rows that were cut to `max_length`
+    truncation: str = "left-context"
     longest: int = 0
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # shortest, longest, rows
     cached: bool = False  # whether the tokens came from the cache
     chat_template: str | None = field(default=None, repr=False)  # text of a template's file
     system: str | None = field(default=None, repr=False)  # for the others
+    vocabulary: str = field(default="", repr=False)  # a hash of it
     own_systems: int = 0  # rows with a system message of their own
     shared_system: str | None = field(default=None, repr=False)  # the rows' own, all the same
     # Whether all prompts and answers meet without a space, though the model has a chat template.
@@ -128,7 +133,7 @@ class DataReport:
         if self.kind == JUDGEMENTS:
             text += f"; {self.kept - self.bad:,} labelled true, {self.bad:,} false"
         if self.truncated:
-            text += f"; {self.truncated:,} cut to data.max_length"
+            text += f"; {self.truncated:,} cut to data.max_length, {CUT[self.truncation]}"
         if self.duplicates:
             text += f"; {self.duplicates:,} repeat an earlier row"
         if self.leaked:
@@ -136,8 +141,8 @@ class DataReport:
         if self.unread:
             text += f"\n  {self.unread_fields()}"
         if 0 < self.own_systems < self.kept and not self.system:
-            text += f"\n  with a system message: {self.own_systems:,} rows; the others begin as "
-            text += "the chat template does, or with that of data.system"
+            text += f"\n  with a system message: {self.own_systems:,} rows; the others have none, "
+            text += "unless the chat template writes one; data.system gives them one"
         if self.is_joined:
             text += "\n  prompt and answer are joined as they are, without a space; "
             text += "for questions set data.template=chat"
@@ -281,8 +286,11 @@ class Examples(Sequence[Example]):
         in the same part, the first one if there are more than `most_copies`; the shares, which sum
         to 1, are therefore met only on average.
         """
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ConfigError(f"shares of a split must sum to 1; got {list(shares)}")
+        rule = "be shares that sum to 1, such as [0.8, 0.1, 0.1]"
+        are_numbers = isinstance(shares, (list, tuple)) and all(
+            isinstance(share, (int, float)) and share >= 0 for share in shares
+        )
+        require(are_numbers and abs(sum(shares) - 1) <= 1e-6, "shares", rule, shares)
         places, copies = self._places(seed)
         if most_copies is not None:
             places = np.where(copies > most_copies, 0.0, places)

@@ -237,7 +237,8 @@ def _read_files(
     source: str, files: list[RowFile], tokenizer: Tokenizer, config: DataConfig, kind: str
 ) -> Examples:
     report = DataReport(source, template=config.template, columns=config.columns, kind=kind)
-    report.system = config.system
+    report.system, report.vocabulary = config.system, tokenizer.vocabulary
+    report.truncation = config.truncation
     encoder = _encoder(config, tokenizer, report)
     entry = store = None
     if config.cache_dir is not None and all(file.kind != "memory" for file in files):
@@ -455,6 +456,12 @@ def _split(
 
 def check_examples(tokenizer: Tokenizer, llama: LlamaConfig, *parts: Examples | None) -> None:
     """Refuse rows longer than the model's positions, or with a token that it has no row for."""
+    for part in parts:
+        if part and part.report.vocabulary not in ("", tokenizer.vocabulary):
+            raise ConfigError(
+                f"{part.report.source} was read with the tokenizer of another model; read it again "
+                "with this one's"
+            )
     longest = max(part.longest for part in parts if part)
     most = llama.max_position_embeddings
     if longest > most:

@@ -151,6 +151,11 @@ class Tokenizer:
         deciding = (self._codec, self.bos_id, self.eos_id, sorted(self.eos_ids), self.adds_bos)
         return hashlib.blake2b(pickle.dumps(deciding), digest_size=16).hexdigest()
 
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """A hash of its tokens, and of how a text is cut into them."""
+        return hashlib.blake2b(pickle.dumps(self._codec), digest_size=16).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Writes what the base ships, so that `folder` encodes alike here and in transformers.
 

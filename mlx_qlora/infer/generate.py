@@ -34,6 +34,8 @@ Prompt = str | list[dict[str, Any]] | list[int]
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, of chat messages that await the assistant's answer, or as they are."""
+    if isinstance(prompt, Mapping):
+        raise ConfigError("a prompt must be text, messages or token ids; put the message in a list")
     if isinstance(prompt, str):
         ids = encode_prompt(tokenizer, prompt)
     elif len(prompt) and isinstance(prompt[0], Mapping):

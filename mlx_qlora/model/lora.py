@@ -429,7 +429,9 @@ def target_paths(
         except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"lora.target_modules: {wanted!r} is no regex: {error}") from None
         if not matched:
-            raise ConfigError(f"lora.target_modules: no path matches {wanted!r}; {exists}")
+            hint = f"as a text it is a pattern of whole paths, and none matches; write [{wanted}]"
+            hint = hint if re.fullmatch(r"\w+", wanted) else f"no path matches {wanted!r}"
+            raise ConfigError(f"lora.target_modules: {wanted!r}: {hint}; {exists}")
         if beyond := sorted(p for p in others if re.fullmatch(wanted, p) and not is_excluded(p)):
             raise ConfigError(
                 f"lora.target_modules: {wanted!r} also matches {beyond[-1]}, which cannot be "

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -97,7 +97,8 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, without the history, as JSON has them."""
-        return {k: v for k, v in asdict(self).items() if k not in ("log_history", "html")}
+        short = asdict(replace(self, log_history=[]))
+        return {k: v for k, v in short.items() if k not in ("log_history", "html")}
 
     def _repr_html_(self) -> str | None:
         """The summary and the plots in a notebook; None lets it show the text."""
