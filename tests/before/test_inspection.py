@@ -109,7 +109,8 @@ def test_the_report_counts_the_rows_and_names_what_is_wrong_with_the_others(
     share = sum(int(example.learned.sum()) for example in examples) / tokens
     assert line_of(out, "data") == (
         f"{data} (alpaca): 46 rows read, 43 kept, 3 refused; {tokens:,} tokens, "
-        f"{share:.0%} supervised; 1 cut to data.max_length; 2 repeat an earlier row"
+        f"{share:.0%} supervised; 1 cut to data.max_length, before their answers; 2 repeat an "
+        "earlier row"
     )
     n = len(tokenizer.encode("fox " * 100)) + 1
     whole = n + len(tokenizer.encode("### Instruction:\ncount\n\n### Response:\n")) + 1

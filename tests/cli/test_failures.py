@@ -81,7 +81,7 @@ BROKEN = {
     "file for output": (
         Path("file").touch, "--output-dir file", "file is a file; choose another with --output-dir"
     ),
-    "long rows": (None, "data.max_length=5", "longer than data.max_length=5"),
+    "long rows": (None, "data.max_length=5", "no room in data.max_length=5"),
 }  # fmt: skip
 
 

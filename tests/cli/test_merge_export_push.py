@@ -306,7 +306,7 @@ def test_a_program_ends_with_the_process_that_asked_for_it(tmp_path):
         (["--mlx", "--ollama", "x"], "--ollama needs --gguf-model; got --mlx"),
         (["--type", "q9"], "type must be one of q8_0, "),
         (["--ollama", "x"], "--ollama: the program ollama is not on the PATH"),
-        (["--lmstudio", "me/mine"], "pass one of --output-dir and --lmstudio"),
+        (["--lmstudio", "me/mine"], "pass either --output-dir DIR or --lmstudio"),
     ],
 )
 @pytest.mark.usefixtures("without_loading")
@@ -323,7 +323,7 @@ def test_what_cannot_be_is_told_before_the_model_is_loaded(
 def test_a_place_is_needed(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert call("export", "--adapter", run[0]) == 2
-    assert "pass one of --output-dir and --lmstudio" in capsys.readouterr().err
+    assert "pass either --output-dir DIR or --lmstudio" in capsys.readouterr().err
     assert call("export", "--adapter", run[0], "--lmstudio", "mine") == 2
     assert "--lmstudio must name PUBLISHER/MODEL; got 'mine'" in capsys.readouterr().err
 

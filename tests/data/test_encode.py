@@ -358,8 +358,8 @@ def row_of(context: int, answer: int) -> Encoded:
         (
             "left-context",
             DataError,
-            "9 tokens, 6 of them from the first answer on, longer than data.max_length=5; raise "
-            "it, or cut the end with data.truncation=right",
+            "9 tokens, 6 of them from the first answer on, which leaves no room in "
+            "data.max_length=5; raise it, or cut the end with data.truncation=right",
         ),
         ("drop", DataError, "9 tokens, longer than data.max_length=5"),
         (

@@ -170,10 +170,10 @@ def test_a_slice_is_split_as_the_whole_is(tokenizer: Tokenizer) -> None:
         assert [e.line for e in part] == [e.line for e in whole if e.line > 30]
 
 
-@pytest.mark.parametrize("shares", [[0.5, 0.4], [1.5, -0.5], [0.9, 0.2]])
-def test_shares_that_are_none_are_refused(shares: list[float]) -> None:
+@pytest.mark.parametrize("shares", [[0.5, 0.4], [1.5, -0.5], [0.9, 0.2], 0.9, "0.9,0.1"])
+def test_shares_that_are_none_are_refused(shares: Any) -> None:
     examples = Examples.of([Example(np.arange(3, dtype=np.int32), np.arange(3) > 0)])
-    with pytest.raises(ConfigError, match="shares of a split must sum to 1"):
+    with pytest.raises(ConfigError, match="shares must be shares that sum to 1, such as"):
         examples.split(shares)
 
 

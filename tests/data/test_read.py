@@ -92,7 +92,7 @@ def test_copies_and_cuts_are_counted(tokenizer: Tokenizer) -> None:
     report = examples.report
     assert same(examples[-1], examples[-2])
     assert (report.kept, report.duplicates, report.truncated) == (10, 4, 3)
-    assert "; 3 cut to data.max_length; 4 repeat an earlier row" in str(report)
+    assert "; 3 cut to data.max_length, before their answers; 4 repeat an" in str(report)
     assert str(read_examples([first, second], tokenizer).report).endswith("% supervised")
 
 
@@ -790,8 +790,8 @@ def test_the_system_message_that_all_rows_share_is_known(chatty: Tokenizer, tmp_
     asked = [{"instruction": "q", "output": "a", "system": brief}]
     assert read_examples(asked, chatty).report.shared_system == brief
 
-    said = "\n  with a system message: 2 rows; the others begin as the chat template does, or with "
-    said += "that of data.system"
+    said = "\n  with a system message: 2 rows; the others have none, unless the chat template "
+    said += "writes one; data.system gives them one"
     for rows in (chats(brief, brief, ""), chats(brief, "Be kind.", "")):
         assert str(read_examples(rows, chatty).report).endswith(said)
         assert said not in str(read_examples(rows, chatty, DataConfig(system="Be fair.")).report)

@@ -220,6 +220,7 @@ def test_targets_select_what_peft_selects(
         ({"target_modules": ["q_proj", "W_pack"]}, ["'W_pack'", "mlp.down_proj", "self_attn"]),
         ({"target_modules": ["lm_head"]}, ["'lm_head' matches nothing"]),
         ({"target_modules": "model.nothing"}, ["no path matches 'model.nothing'", "mlp.up_proj"]),
+        ({"target_modules": "q_proj"}, ["'q_proj': as a text it is a pattern", "write [q_proj]"]),
         ({"target_modules": "(q_proj"}, ["is no regex", "'(q_proj'"]),
         # PEFT would adapt these modules too, or refuse them: the file would not mean this model.
         ({"target_modules": ".*proj|lm_head"}, ["also matches lm_head"]),

@@ -15,7 +15,7 @@ from support.training import make_examples
 import mlx_qlora
 from mlx_qlora.config import SECTIONS, build, to_dict
 from mlx_qlora.data.tokenizer import load_tokenizer
-from mlx_qlora.errors import ConfigError, DataWarning
+from mlx_qlora.errors import AdapterWarning, ConfigError, DataWarning
 
 mq: Any = mlx_qlora  # a type checker would say before what these tests are of
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(10)]
@@ -121,3 +121,57 @@ def test_rows_that_are_refused_are_a_warning_and_in_the_repr(folder: Path) -> No
         mq.read_examples([ROWS[0] | {"mood": "x"}], tokenizer)
     assert caught[0].filename == __file__
     assert "refused" not in repr(mq.read_examples(ROWS, tokenizer))
+
+
+# ---- mistakes of a day -------------------------------------------------------------------------
+
+
+def test_what_load_is_given_wrongly_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quantize must be QuantConfig\(\.\.\.\); got str"):
+        mq.load(folder, quantize="4bit")
+    with pytest.raises(TypeError, match=r"'bits'; did you mean quantize=mlx_qlora.QuantConfig"):
+        mq.load(folder, bits=4)
+    with pytest.raises(ConfigError, match=r"model\.source is missing; name a model"):
+        mq.load()
+    model, tokenizer = mq.load(folder)
+    mq.save_merged(
+        mq.add_lora(model, mq.LoraConfig(r=2)),
+        tokenizer,
+        packed := tmp_path / "packed",
+        quantize=mq.QuantConfig(bits=4, group_size=32),
+    )
+    with pytest.warns(AdapterWarning, match="bits=8, .* is not used: the weights are quantised"):
+        model, _ = mq.load(packed, quantize=mq.QuantConfig(bits=8, group_size=32))
+    assert model.quantized_to is None  # nor does a record say so
+
+
+def test_an_adapter_s_run_names_the_model_to_load(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = mq.load(folder)
+    output = tmp_path / "outputs"
+    config = mq.RunConfig(
+        training=mq.TrainingConfig(max_steps=1),
+        checkpointing=mq.CheckpointingConfig(output_dir=str(output)),
+    )
+    examples = mq.read_examples(ROWS, tokenizer)
+    mq.fine_tune(model, tokenizer, examples, config=config)
+    again, _ = mq.load(adapter=output)
+    assert again.lora_config == model.lora_config
+    assert str(again.source.source) == str(folder)
+
+
+def test_rows_that_another_model_s_tokenizer_read_are_refused(
+    folder: Path, smollm2: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = mq.load(folder)
+    examples = mq.read_examples(ROWS, smollm2[1])
+    words = "rows was read with the tokenizer of another model; read it again"
+    with pytest.raises(ConfigError, match=words):
+        mq.fine_tune(model, tokenizer, examples)
+    with pytest.raises(ConfigError, match=words):
+        mq.evaluate(model, tokenizer, examples)
+
+
+def test_one_message_is_put_into_a_list(folder: Path) -> None:
+    model, tokenizer = mq.load(folder)
+    with pytest.raises(ConfigError, match="put the message in a list"):
+        mq.generate(model, tokenizer, {"role": "user", "content": "hi"})
