@@ -62,6 +62,10 @@ class DataWarning(UserWarning):
     """Rows that were refused, or fields of them that are not used."""
 
 
+class PromptWarning(UserWarning):
+    """A chat model is given a text that is no chat, and goes on with it."""
+
+
 class AdapterWarning(UserWarning):
     """What a user should know of an adapter that is loaded all the same."""
 

@@ -1,6 +1,7 @@
 """Text from a prompt: `generate`, `stream` and `generate_batch`."""
 
 import time
+import warnings
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -13,7 +14,7 @@ from mlx_qlora.data.encode import encode_prompt
 from mlx_qlora.data.formats import without_nulls
 from mlx_qlora.data.rows import messages_of
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.errors import ConfigError, did_you_mean, require
+from mlx_qlora.errors import ConfigError, PromptWarning, did_you_mean, require
 from mlx_qlora.fields import checked
 from mlx_qlora.infer.tokens import (
     GenerationConfig,
@@ -202,7 +203,15 @@ def generate(
             fills the model's context.
         DataError: a token that the model's embedding has no row for.
         TokenizerError: messages were given but the model has no chat template.
+
+    Warns:
+        PromptWarning: the prompt of a chat model is a text in no form of a chat.
     """
+    if isinstance(prompt, str) and tokenizer.chat_template is not None:
+        if not any(mark in prompt for mark in ("###", *tokenizer.special_tokens.values())):
+            asked = "[{'role': 'user', 'content': PROMPT}]"
+            how = f"the prompt is continued as it is; to ask a chat model pass {asked}"
+            warnings.warn(how, PromptWarning, stacklevel=3)  # above `checked`
     return "".join(Stream(model, tokenizer, prompt, settings))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.training import make_examples
 import mlx_qlora
 from mlx_qlora.config import SECTIONS, build, to_dict
 from mlx_qlora.data.tokenizer import load_tokenizer
-from mlx_qlora.errors import AdapterWarning, ConfigError, DataWarning
+from mlx_qlora.errors import AdapterWarning, ConfigError, DataWarning, PromptWarning
 
 mq: Any = mlx_qlora  # a type checker would say before what these tests are of
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(10)]
@@ -175,3 +176,16 @@ def test_one_message_is_put_into_a_list(folder: Path) -> None:
     model, tokenizer = mq.load(folder)
     with pytest.raises(ConfigError, match="put the message in a list"):
         mq.generate(model, tokenizer, {"role": "user", "content": "hi"})
+
+
+def test_a_text_for_a_chat_model_is_said_to_be_no_chat(tmp_path: Path) -> None:
+    model, tokenizer = mq.load(write_model(tmp_path / "model", chat=True, num_hidden_layers=1))
+    with pytest.warns(PromptWarning, match="to ask a chat model pass") as caught:
+        mq.generate(model, tokenizer, "Hello?", max_new_tokens=1)
+    assert Path(caught[0].filename).samefile(__file__)
+    asked = [{"role": "user", "content": "Hello?"}]
+    rendered = tokenizer.render_chat(asked, add_generation_prompt=True) + "<|eos|>"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt in (asked, rendered, "### Instruction:\nHello?\n\n### Response:\n"):
+            mq.generate(model, tokenizer, prompt, max_new_tokens=1)
