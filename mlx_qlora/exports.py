@@ -79,7 +79,7 @@ def _rows_of_run(
     except UserError as error:
         if config.data.path:
             raise
-        warn(console, f"rounded plainly, and not measured: {error}")
+        warn(console, f"rounded plainly, and not measured: the run's rows cannot be read ({error})")
         return None
     say(
         console,

@@ -84,6 +84,8 @@ def load(
     ModelConfig(frozen_matmul=frozen_matmul, residency=residency)
     if adapter is not None:
         read_adapter_config(user_path(adapter))
+    if source is None and adapter is None:
+        raise ConfigError("load: name a model, or the adapter of a run, which names its own")
     if source is None:
         adapted = ModelConfig(adapter=None if adapter is None else str(adapter))
         named = with_model(RunConfig(model=adapted)).model

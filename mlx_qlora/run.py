@@ -265,6 +265,9 @@ def open_inputs(
     asked = config
     if not split or config.model.adapter is not None:
         config = with_model(config)
+    if asked.model.source is None and writes:
+        packed = f"bits={config.model.bits}, group_size={config.model.group_size}"
+        say(console, f"model     {source_of(config)}, {packed}: as in the adapter's run")
     source_of(config)  # before anything is read
     if not processes().is_first:  # one of them writes the refused rows
         config = replace(config, data=replace(config.data, refused_path=None))
@@ -327,7 +330,8 @@ def open_inputs(
         say(console, parts.format(**inputs.sizes))
         for line in explained(config, settled, train, validation):
             say(console, line)
-        own = tokenizer.own_system if train.report.own_systems == 0 else ""
+        is_asked = train.report.own_systems == 0 and train.report.format != "alpaca"
+        own = tokenizer.own_system if is_asked else ""
         if own and own in tokenizer.decode(train[0].tokens[:MOST_SHOWN].tolist()):
             say(console, f"system    {own!r}, by the chat template; data.system=TEXT replaces it")
     return inputs

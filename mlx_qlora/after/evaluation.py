@@ -27,7 +27,7 @@ from mlx_qlora.errors import ConfigError, DataError, UserError, require, say, wa
 from mlx_qlora.folders import check_name, user_path, write_whole
 from mlx_qlora.infer.evaluate import score_examples
 from mlx_qlora.infer.generate import generate_batch
-from mlx_qlora.loading import of_its_run, parts_of_run, with_model
+from mlx_qlora.loading import of_its_run, parts_of_run, recorded, with_model
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import open_inputs
 from mlx_qlora.train.preferences import AVERAGED, good_answers
@@ -67,7 +67,8 @@ def evaluate_run(
     find_files(config.data.path)
     data = str(config.data.path)
     texts = _check_arguments(config, limit, n_answers, general_text, output)
-    inputs = open_inputs(config, console, writes=False, split=False)
+    of_rows = Console(quiet=True) if is_own else console  # of which some are scored
+    inputs = open_inputs(config, of_rows, writes=False, split=False)
     config, tokenizer, examples = inputs.config, inputs.tokenizer, inputs.train
     trained, validation, test = _parts(config, tokenizer, is_own)
     if is_own:
@@ -78,6 +79,8 @@ def evaluate_run(
     elif copies := trained and np.isin(examples.contents, trained.contents).sum():
         share = f"{copies:,} of these {len(examples):,} rows"
         warn(console, f"the adapter was trained on {share}: it is better on them than on new ones")
+    elif trained is None and _is_path_of_run(config):
+        warn(console, f"the adapter was trained on rows of {data}: it is better on them")
     objective, n_rows = config.training.objective, len(examples)
     drawn = _drawn_examples(examples, limit, seed, console)
     rejected = good_answers(drawn, 0) if drawn.report.kind == PAIRS else None
@@ -127,14 +130,23 @@ def evaluate_run(
     return evaluation
 
 
+def _is_path_of_run(config: RunConfig) -> bool:
+    """Whether `data.path` is that of the adapter's run."""
+    record = recorded(config.model.adapter, "data") if config.model.adapter else {}
+    path, theirs = config.data.path, record.get("data", {}).get("path")
+    return bool(theirs) and user_path(str(theirs)).absolute() == user_path(path).absolute()
+
+
 def _parts(
     config: RunConfig, tokenizer: Tokenizer, is_own: bool
 ) -> tuple[Examples | None, Examples | None, Examples | None]:
     """What the adapter's run trained, validated and tested on, if that is where it was."""
+    if is_own:
+        return parts_of_run(config, tokenizer)
     with suppress(UserError):
-        run = config if is_own else of_its_run(RunConfig(model=config.model))
+        run = of_its_run(RunConfig(model=config.model))
         kinds = {file.kind for files in find_files(run.data.path).values() for file in files}
-        if is_own or "hub" not in kinds:
+        if "hub" not in kinds:
             return parts_of_run(run, tokenizer)
     return None, None, None
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -286,11 +287,10 @@ class Examples(Sequence[Example]):
         in the same part, the first one if there are more than `most_copies`; the shares, which sum
         to 1, are therefore met only on average.
         """
-        rule = "be shares that sum to 1, such as [0.8, 0.1, 0.1]"
-        are_numbers = isinstance(shares, (list, tuple)) and all(
-            isinstance(share, (int, float)) and share >= 0 for share in shares
-        )
-        require(are_numbers and abs(sum(shares) - 1) <= 1e-6, "shares", rule, shares)
+        rule, numbers = "be a list that sums to 1, such as [0.8, 0.1, 0.1]", [-1.0]
+        with suppress(TypeError, ValueError):
+            numbers = [float(share) for share in shares]
+        require(min(numbers) >= 0 and abs(sum(numbers) - 1) <= 1e-6, "shares", rule, shares)
         places, copies = self._places(seed)
         if most_copies is not None:
             places = np.where(copies > most_copies, 0.0, places)

@@ -318,7 +318,7 @@ def _table_rows(file: IO[bytes], about: RowFile) -> Rows:
                 for row in piece.to_pylist():
                     number += 1
                     if number > most:
-                        raise ValueError(f"it has more than {MOST_ROWS} rows for each byte")
+                        raise ValueError(f"more than {MOST_ROWS} rows a byte; write it as JSONL")
                     if is_long and sum(len(repr(value)) for value in row.values()) > MOST_ROW:
                         raise ValueError(f"row {number} is longer than {MOST_ROW:,} bytes")
                     yield number, row

@@ -208,7 +208,7 @@ def generate(
         PromptWarning: the prompt of a chat model is a text in no form of a chat.
     """
     if isinstance(prompt, str) and tokenizer.chat_template is not None:
-        if not any(mark in prompt for mark in ("###", *tokenizer.special_tokens.values())):
+        if not any(mark in prompt for mark in ("###", "[INST]", *tokenizer._codec.specials)):
             asked = "[{'role': 'user', 'content': PROMPT}]"
             how = f"the prompt is continued as it is; to ask a chat model pass {asked}"
             warnings.warn(how, PromptWarning, stacklevel=3)  # above `checked`

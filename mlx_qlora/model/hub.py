@@ -426,7 +426,8 @@ def _not_a_model(where: str, names: list[str], missing: list[str], use_gguf: str
     ggufs = _ggufs(names)
     others = sorted(name for name in names if name.endswith((*OTHER_FORMATS,)))
     if "adapter_config.json" in names:
-        return f"{where} holds an adapter, not a model; pass it as --adapter"
+        of = "name it as the adapter, and its base as the model"
+        return f"{where} holds an adapter, not a model; {of}"
     if WEIGHTS in missing and ggufs:
         return (
             f"{where} holds its weights only as GGUF ({', '.join(ggufs)}); {use_gguf or PASS_ONE}"

@@ -120,7 +120,7 @@ def load_model(
     model = LlamaForCausalLM(LlamaConfig.from_hf(checkpoint.config))
     model.hf_config = checkpoint.config
     model.source = checkpoint.files
-    model.quantized_to = None if checkpoint.packing else quantize
+    model.quantized_to = quantize
     _check_tensors(model, checkpoint, quantize)
     if model.config.tie_word_embeddings:
         _check_head(checkpoint)

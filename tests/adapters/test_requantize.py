@@ -361,7 +361,7 @@ def test_the_command_takes_the_run_s_own_rows_or_says_why_not(
         assert call(*command) == 0
         said = capsys.readouterr().out
         assert "held-out tokens" not in said
-        assert "rounded plainly, and not measured: data file" in said
+        assert "rounded plainly, and not measured: the run's rows cannot be read" in said
         assert call(*command, "--data", tmp_path / "moved.jsonl") == 0
         assert "held-out tokens" in capsys.readouterr().out
     assert call(*merge, "--requantize", "many") == 2

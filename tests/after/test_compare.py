@@ -291,6 +291,13 @@ def test_rows_that_were_trained_on_are_counted_and_those_held_out_are_the_defaul
     assert f"rows      {len(held_out)} validation rows, on which" in said_to(console)
     assert "was trained on" not in said_to(console)
     assert found.comparison.n_examples == len(held_out) == found.inputs["rows"]
+    gone = replace(record, data=replace(record.data, validation_path=str(tmp_path / "gone.jsonl")))
+    (taught / "run.yaml").write_text(to_yaml(gone))  # which rows were trained on is not known
+    with pytest.raises(mq.DataError, match=r"gone\.jsonl is missing"):
+        evaluated(config, quiet(), n_answers=0)
+    console = quiet()
+    evaluated(config, console, limit=8, n_answers=0, data=str(rows))
+    assert f"the adapter was trained on rows of {rows}" in said_to(console)
     record = replace(record, data=replace(record.data, split=[1, 0, 0]))
     (taught / "run.yaml").write_text(to_yaml(record))
     with pytest.raises(mq.DataError, match="the run held out no row of"):

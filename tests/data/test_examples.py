@@ -173,7 +173,7 @@ def test_a_slice_is_split_as_the_whole_is(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("shares", [[0.5, 0.4], [1.5, -0.5], [0.9, 0.2], 0.9, "0.9,0.1"])
 def test_shares_that_are_none_are_refused(shares: Any) -> None:
     examples = Examples.of([Example(np.arange(3, dtype=np.int32), np.arange(3) > 0)])
-    with pytest.raises(ConfigError, match="shares must be shares that sum to 1, such as"):
+    with pytest.raises(ConfigError, match="shares must be a list that sums to 1, such as"):
         examples.split(shares)
 
 

@@ -132,7 +132,7 @@ def test_a_broken_index_is_refused(tmp_path, index):
         (["config.json", "consolidated.safetensors"], "{} is not a complete model; missing: *"),
         (
             ["adapter_config.json", "adapter_model.safetensors"],
-            "{} holds an adapter, not a model; pass it as --adapter",
+            "{} holds an adapter, not a model; name it as the adapter, and its base",
         ),
         (
             ["b.gguf", "a.gguf"],
