@@ -63,7 +63,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (TOKENIZER, {"eos_token": 5}, r"eos_token must be str \| dict \| None; got 5"),
     (TOKENIZER, {"eos_token": {"text": "a"}}, "eos_token is .*, which is not in the vocabulary"),
     (TOKENIZER, {"added_tokens_decoder": ["a"]}, r"added_tokens_decoder must be dict \| None"),
-    (TOKENIZER, {"additional_special_tokens": "abc"}, "additional_special_tokens must be a list"),
+    (TOKENIZER, {"additional_special_tokens": "abc"}, "additional_special_tokens must be list"),
     (TOKENIZER, {"chat_template": 5}, r"chat_template must be str \| list \| None; got 5"),
 ]
 
