@@ -85,7 +85,7 @@ def load(
     if adapter is not None:
         read_adapter_config(user_path(adapter))
     if source is None and adapter is None:
-        raise ConfigError("load: name a model, or the adapter of a run, which names its own")
+        raise ConfigError("load: neither a model nor an adapter is named; name one of them")
     if source is None:
         adapted = ModelConfig(adapter=None if adapter is None else str(adapter))
         named = with_model(RunConfig(model=adapted)).model

@@ -765,7 +765,7 @@ STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "rows of nothing": (
         "r.arrow",
         lambda path: write_arrow(path, lambda a: {"text": a.nulls(10**9)}),
-        "it has more than 100 rows for each byte",
+        "more than 100 rows a byte; write it as JSONL",
     ),
     "an offset beyond the end": ("r.arrow", beyond_the_end, "r.arrow is damaged: In column 0"),
     "a long text of a table": ("r.arrow", long_text, "row 2 is longer than 16,777,216 bytes"),

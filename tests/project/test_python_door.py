@@ -134,7 +134,7 @@ def test_what_load_is_given_wrongly_is_named(folder: Path, tmp_path: Path) -> No
         mq.load(folder, quantize="4bit")
     with pytest.raises(TypeError, match=r"'bits'; did you mean quantize=mlx_qlora.QuantConfig"):
         mq.load(folder, bits=4)
-    with pytest.raises(ConfigError, match="name a model, or the adapter of a run"):
+    with pytest.raises(ConfigError, match="neither a model nor an adapter is named"):
         mq.load()
     model, tokenizer = mq.load(folder)
     mq.save_merged(
