@@ -330,8 +330,8 @@ def open_inputs(
         say(console, parts.format(**inputs.sizes))
         for line in explained(config, settled, train, validation):
             say(console, line)
-        is_asked = train.report.own_systems == 0 and train.report.format != "alpaca"
-        own = tokenizer.own_system if is_asked else ""
+        are_chats = train.report.own_systems == 0 and train.report.format != "alpaca"
+        own = tokenizer.own_system if are_chats else ""
         if own and own in tokenizer.decode(train[0].tokens[:MOST_SHOWN].tolist()):
             say(console, f"system    {own!r}, by the chat template; data.system=TEXT replaces it")
     return inputs

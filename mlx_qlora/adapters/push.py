@@ -46,8 +46,8 @@ class Facts:
 
 def read_facts(folder: Path, name: str = Facts.name) -> Facts:
     """The facts of any folder with a PEFT adapter; a SourceError if a file cannot be read."""
-    found = folder.glob("checkpoint-*/trainer_state.json")
-    states = (read_object(path, SourceError, MOST_STATE) for path in found)
+    paths = folder.glob("checkpoint-*/trainer_state.json")
+    states = (read_object(path, SourceError, MOST_STATE) for path in paths)
     seen = [n for state in states if type(n := state.get("num_input_tokens_seen")) is int]
     record = read_object(folder / RECORD, SourceError) if (folder / RECORD).is_file() else {}
     if not record and (folder / "run.yaml").is_file():

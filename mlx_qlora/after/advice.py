@@ -142,10 +142,11 @@ def unfinished(history: History) -> Iterator[Advice]:
 
 def repeats_itself(history: History) -> Iterator[Advice]:
     """The model's first choices repeat the one before STUTTER more often than the references."""
-    found = [r for r in _validations(history) if "eval_repetition" in r]
-    for last in found[-1:]:
+    validations = [r for r in _validations(history) if "eval_repetition" in r]
+    for last in validations[-1:]:
         ours, theirs = last["eval_repetition"], last["eval_reference_repetition"]
-        if ours > theirs + STUTTER and ours >= found[0]["eval_repetition"]:  # or it was so before
+        # Where it repeated itself more at the first validation, training is not the cause.
+        if ours > theirs + STUTTER and ours >= validations[0]["eval_repetition"]:
             finding = f"{ours:.0%} of the model's first choices repeat the token before them, "
             finding += f"where the references have {theirs:.0%}"
             remedy = "train for fewer steps, lower training.learning_rate, and look for rows that "

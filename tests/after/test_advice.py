@@ -215,6 +215,12 @@ def test_a_tenth_more_repetition_than_in_the_references_is_too_much(ours, said):
     assert kinds([*HEALTHY, validation(151, 1.69, ours=ours, theirs=0.21)]) == said
 
 
+def test_repetition_that_the_training_made_less_is_not_its_fault():
+    falling = [validation(10, 2.0, ours=0.9), *HEALTHY, validation(151, 1.69, ours=0.5)]
+    assert kinds(falling) == []
+    assert kinds([*falling[1:-1], falling[-1]]) == ["repetition"]
+
+
 def test_the_last_validation_decides_whether_a_model_repeats_itself():
     assert kinds([validation(10, 2.0, ours=0.9), *HEALTHY]) == []
 

@@ -346,3 +346,13 @@ def test_what_a_template_trims_or_writes_as_json_is_not_left_out(chatty: Tokeniz
         segments = merged(segments_of(Template("chat", source), said, chatty))
         expected = text or json.dumps(said.messages[1]["content"], ensure_ascii=False)
         assert segments[-1] == (f"{expected}<|eos|>", True)
+
+
+def test_the_system_message_that_a_template_writes_of_itself_is_known(smollm2) -> None:
+    tokenizer = smollm2[1]
+    own = tokenizer.own_system
+    assert own.startswith("You are a helpful AI assistant named SmolLM")
+    assert own in tokenizer.render_chat([{"role": "user", "content": "Hello?"}])
+    silent = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert tokenizer.with_chat_template(silent).own_system == ""
+    assert tokenizer.with_chat_template("{{ raise_exception('no') }}").own_system == ""
