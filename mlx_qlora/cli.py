@@ -292,8 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that it cannot show ends no command
             stream.reconfigure(errors="backslashreplace")
+    from mlx_qlora.errors import UserError
     from mlx_qlora.train.signals import raised
 
+    UserError.in_command = True
     try:
         with raised():
             code = _command(sys.argv[1:] if argv is None else argv)
@@ -311,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         _tell(f"standard output cannot be written: {error.strerror}")
         return 1
+    finally:
+        UserError.in_command = False
 
 
 def _tell(text: str) -> None:

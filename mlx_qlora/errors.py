@@ -13,13 +13,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+# The flags of remedies, as the Python functions call them.
+IN_PYTHON = {"--model ": "source=", "--adapter ": "adapter=", "--adapter": "adapter"}
+IN_PYTHON |= {"--output-dir": "output_dir"}
+
+
 class UserError(ValueError):
     """The root of all errors that the user's input, and not our code, has caused."""
 
     is_shared = False  # whether all processes have it, so that only the first one prints it
+    in_command = False  # whether a command line shows them
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        text = shown(super().__str__())
+        for flag, name in () if UserError.in_command else IN_PYTHON.items():
+            text = text.replace(flag, name)
+        return text
 
 
 class ConfigError(UserError):
@@ -85,11 +94,11 @@ def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | No
     return f"; did you mean {shown[nearest[0]]}?" if nearest else ""
 
 
-def listing(problems: list[str], most: int = 20) -> str:
+def listing(problems: list[str], most: int = 20, unit: str = "") -> str:
     """Join problems into indented lines, so that one error reports all of them."""
     lines = [f"  {problem}" for problem in problems[:most]]
     if len(problems) > most:
-        lines.append(f"  ... and {len(problems) - most} more")
+        lines.append(f"  ... and {len(problems) - most} more {unit}".rstrip())
     return "\n".join(lines)
 
 

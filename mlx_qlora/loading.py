@@ -208,8 +208,11 @@ def of_its_run(config: RunConfig) -> RunConfig:
     taught = build(recorded(adapter, "data", "training") if adapter else {})
     if data.path is None:
         if taught.data.path is None:
-            of = "" if adapter is None else f", and {adapter} has no run.yaml that names rows"
-            raise ConfigError(f"data.path is missing{of}; name rows with --data FILE")
+            of = f", and {adapter} has no run.yaml that names rows (a run in Python has none)"
+            also = ", or call mq.evaluate there" * bool(adapter)
+            raise ConfigError(
+                f"data.path is missing{of * bool(adapter)}; name rows with --data FILE{also}"
+            )
         default = asdict(DataConfig())
         given = {name: value for name, value in asdict(data).items() if value != default[name]}
         data = replace(taught.data, refused_path=None, **given)  # the file is the run's

@@ -332,8 +332,12 @@ def open_inputs(
             say(console, line)
         are_chats = train.report.own_systems == 0 and train.report.format != "alpaca"
         own = tokenizer.own_system if are_chats else ""
-        if own and own in tokenizer.decode(train[0].tokens[:MOST_SHOWN].tolist()):
+        first = tokenizer.decode(train[0].tokens[:MOST_SHOWN].tolist())
+        if own and own in first:
             say(console, f"system    {own!r}, by the chat template; data.system=TEXT replaces it")
+        if "<think>\n\n</think>" in first:
+            text = "an empty <think> is learned before answers, as the chat template writes it"
+            say(console, f"thinking  {text}")
     return inputs
 
 

@@ -178,12 +178,12 @@ WORDS = {
     "prefers_chosen": "chosen answer likelier",
     "margin": "margin of the chosen",
     "reward_accuracy": "reward of chosen higher",
-    "kl": "KL(tuned || base)",
+    "kl": "KL from the base",
     "exact_match": "answers word for word",
     "rouge_l": "same words (ROUGE-L)",
     "chrf": "same letters (chrF)",
     "relative_length": "length (1: as long)",
-    "style_similarity": "same style",
+    "style_similarity": "like in style",
     "excess_repetition": "repeats itself more",
 }
 
@@ -210,7 +210,8 @@ class Row:
         if self.change is None:
             return ""
         if not self.change.known:
-            return "too few rows" if self.change.n < FEWEST else "all alike"
+            same = "no difference" if self.change.estimate == 0 else "alike in all"
+            return "too few rows" if self.change.n < FEWEST else same
         if self.change.includes_zero:
             return "no change shown"
         if self.better == NEITHER:

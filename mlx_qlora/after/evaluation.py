@@ -109,6 +109,7 @@ def evaluate_run(
     console.print(comparison)
     if tuned is not None:
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
+        say(console, f"verdict   {comparison.sentence}")
         say(console, f"general   {general.sentence}")
     inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
     inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
@@ -257,6 +258,17 @@ class Comparison:
     def __getitem__(self, metric: str) -> Row:
         """The row of a metric, by its name."""
         return next(row for row in self.rows if row.metric == metric)
+
+    @property
+    def sentence(self) -> str:
+        """Whether the adapter is better on these rows, by their loss."""
+        loss = self["loss"]
+        assert loss.tuned is not None
+        change = loss.tuned.estimate / loss.base.estimate - 1
+        figure = f"its loss is {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+        if loss.verdict in ("better", "worse"):
+            return f"on these rows the adapter is {loss.verdict} than its base: {figure}"
+        return f"no difference shown on these rows: {figure}, which may be chance"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""

@@ -120,7 +120,7 @@ class DataReport:
             for why, (first, *others) in rows.items():
                 more = f" and {len(others):,} more" if others else ""
                 lines.append(f"{where} {first}{more}: {why}")
-        return listing(lines, most)
+        return listing(lines, most, "reasons")
 
     def __str__(self) -> str:
         refused, share = len(self.refused), self.supervised / max(self.tokens, 1)

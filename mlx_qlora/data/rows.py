@@ -334,7 +334,8 @@ def _message(value: Any, where: str, asked: bool = False) -> Message:
         rest["tool_calls"], content = _calls_in(content, where), None
     role = ROLES.get(role.lower(), role if asked else role.lower())
     if role not in KNOWN_ROLES and not asked:
-        raise DataError(f"{where} has the role {role[:40]!r}; supported: {', '.join(KNOWN_ROLES)}")
+        fix = f"rename it to one of {', '.join(KNOWN_ROLES)}"
+        raise DataError(f"{where} has the unknown role {role[:40]!r}; {fix}")
     if isinstance(content, (list, tuple)):
         content = _text_of_parts(content, rest, where)
     if calls := rest.pop("tool_calls", None):

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -18,6 +19,9 @@ from typing import Any
 
 from mlx_qlora.errors import SourceError, WeightsError, did_you_mean, size, waiting
 from mlx_qlora.readers import card_header, card_text, json_value, parse_json, read_text
+
+# In a notebook tqdm asks for ipywidgets, which nothing here needs.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 # name -> (package, its exact version, the file in it, the original repository)
 SMOLLM2 = ("SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")

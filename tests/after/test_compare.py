@@ -90,19 +90,23 @@ def test_figures_are_weighted_by_tokens_and_paired():
     assert kl.base.estimate == 0 and kl.tuned == kl.change == ratio_interval(
         tuned.scores.kl, tokens
     )
-    assert kl.verdict == "rose" and kl.cells()[0] == "KL(tuned || base)"
+    assert kl.verdict == "rose" and kl.cells()[0] == "KL from the base"
     assert (found.n_examples, found.n_tokens, found.n_answers) == (60, tokens.sum(), 0)
 
 
 def test_a_verdict_says_better_only_where_the_interval_leaves_out_0():
     base, tuned = made_up()
-    assert compare(base, tuned, [])["loss"].verdict == "better"
-    assert compare(tuned, base, [])["loss"].verdict == "worse"
+    better = compare(base, tuned, [])
+    assert better["loss"].verdict == "better"
+    assert re.fullmatch(r"on these .* is better than its base: .* \d+\.\d% lower", better.sentence)
+    worse = compare(tuned, base, [])
+    assert worse["loss"].verdict == "worse" and worse.sentence.endswith("% higher")
     noise = np.random.default_rng(0).normal(0, 1, 60)
     shaken = replace(base.scores, nats=base.scores.nats + noise)
     found = compare(base, Performance(shaken), [])
     assert found["loss"].verdict == "no change shown"
-    assert found["token_accuracy"].verdict == "all alike"
+    assert found.sentence.startswith("no difference shown on these rows: its loss is ")
+    assert found["token_accuracy"].verdict == "no difference"
     assert compare(*made_up(n=5), [])["loss"].verdict == "too few rows"
 
 

@@ -46,9 +46,11 @@ CHILD = """
 import io, json, sys
 from dataclasses import asdict
 from rich.console import Console
+from mlx_qlora import errors
 from mlx_qlora.before import doctor
 from mlx_qlora.config import build
 doctor.MACHINE = ()
+errors.UserError.in_command = True
 {before}
 answers = []
 for planned in json.loads(sys.argv[1]):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 from safetensors.numpy import load_file, save_file
-from support.tiny_folder import write_model, write_rows
+from support.tiny_folder import CHAT, write_model, write_rows
 
 from mlx_qlora.before.inspect import PICTURES, inspect_data, print_rows
 from mlx_qlora.cli import main
@@ -98,6 +99,19 @@ def line_of(out: str, word: str) -> str:
 
 
 # ---- the report --------------------------------------------------------------------------------
+
+
+def test_what_a_template_says_of_itself_is_told(folder, chats, tmp_path, capsys):
+    thinks = "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}{{ m['content'] }}"
+    own = "{{ '<|system|>You are Qwen.' ~ eos_token if messages[0].role != 'system' }}"
+    template = own + CHAT
+    qwen = Path(shutil.copytree(folder, tmp_path / "qwen"))
+    (qwen / "chat_template.jinja").write_text(template.replace("{{ m['content'] }}", thinks))
+    out = inspect(capsys, chats, "--model", qwen)
+    assert line_of(out, "system").startswith("'You are Qwen.', by the chat template")
+    assert line_of(out, "thinking").startswith("an empty <think> is learned before answers")
+    out = inspect(capsys, chats, "--model", folder)
+    assert "system  " not in out and "thinking" not in out
 
 
 def test_the_report_counts_the_rows_and_names_what_is_wrong_with_the_others(

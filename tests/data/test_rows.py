@@ -369,8 +369,8 @@ def test_the_names_of_sharegpt_become_roles(name: str, role: str) -> None:
 
 @pytest.mark.parametrize("role", ["narrator", "Critic", "users", "r" * 50])
 def test_a_role_that_no_template_knows_is_refused(role: str) -> None:
-    known = "system, developer, user, assistant, tool, ipython"
-    reason = f"has the role {role.lower()[:40]!r}; supported: {known}"
+    known = "rename it to one of system, developer, user, assistant, tool, ipython"
+    reason = f"has the unknown role {role.lower()[:40]!r}; {known}"
     turn = {"role": role, "content": "a"}
     assert refusal({"messages": [USER, turn, ANSWER]}) == f"messages[1] {reason}"
     turn = {"from": role, "value": "a"}

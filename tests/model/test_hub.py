@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,17 +17,18 @@ from support.tiny_folder import write_model, write_rows
 import mlx_qlora as mq
 from mlx_qlora.adapters.merge import save_merged
 from mlx_qlora.errors import SourceError, WeightsError
+from mlx_qlora.model import hub as our_hub
 from mlx_qlora.model.hub import (
     BUILT_IN,
     ENVIRONMENT,
     SOCKS,
-    WITHOUT_HUB,
     ModelFiles,
     is_on_hub,
     original_repository,
     resolve,
 )
 
+WITHOUT_HUB = our_hub.WITHOUT_HUB.replace("--model ", "source=")  # as Python has it
 INDEX = b'{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
 CLUTTER = {
     "pytorch_model.bin": b"x",
@@ -310,11 +312,22 @@ def test_a_gated_repository_says_how_to_get_access(hub, away):
     assert away.refused(REPO) == f"{told}then run `hf auth login`; {WITHOUT_HUB}"
     stranger = away.refused(REPO, HF_TOKEN=STRANGERS_TOKEN)
     assert stranger == f"{told}as your token has none; {WITHOUT_HUB}"
-    assert all(way in WITHOUT_HUB for way in ("--model smollm2-135m", "folder", ".gguf file"))
+    assert all(way in WITHOUT_HUB for way in ("source=smollm2-135m", "folder", ".gguf file"))
     assert away.refused(REPO, HF_TOKEN=NARROW_TOKEN).startswith(f"your token may not read {REPO}")
     # A token that `hf auth login` has left in HF_HOME.
     (away.home / "token").write_text(GOOD_TOKEN)
     assert away.resolve(REPO).hf_id == REPO
+
+
+def test_a_notebook_is_not_asked_for_ipywidgets():
+    """As tqdm asks, where it is imported within a kernel."""
+    kernel = "import sys, types; sys.modules['ipykernel.zmqshell'] = types"
+    kernel += "; sys.modules['IPython'] = types.SimpleNamespace(get_ipython=object)"
+    kernel += "; sys.modules['ipywidgets'] = None"
+    for first, asked in (("", True), ("import mlx_qlora.model.hub; ", False)):
+        code = f"{kernel}; {first}import tqdm.auto"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0 and ("IProgress" in done.stderr) == asked, done.stderr
 
 
 def test_no_such_repository(hub, away):

@@ -483,6 +483,8 @@ def test_the_metrics_file_is_made_what_it_was(folder, whole, copy, harm):
             ["lora.r: 2 -> 4", "lora.lora_dropout: 0.3 -> 0.0", "training.seed: 0 -> 7"],
         ),
         ("auto", {"max_steps": 9}, "config", ["training.max_steps: 8 -> 9"]),
+        # A share of all steps, which would hide the reason.
+        ("auto", {"max_steps": 9, "warmup_steps": 1}, "config", ["training.max_steps: 8 -> 9"]),
         ("auto", {"warmup_steps": 1}, "config", ["training.warmup_steps: 2 -> 1"]),
         ("auto", {"examples": make_examples(23)}, "data", []),
         ("checkpoint-6", {"held_out": make_examples(6, seed=8)}, "data", []),
@@ -629,8 +631,8 @@ def test_another_versions_checkpoint_is_refused_with_the_ways_out(folder, copy, 
         fine_tune(folder, copy)
     assert str(error.value) == (
         f"{path} {reason}; finish the run with the mlx-qlora that began it "
-        f"(9.9.9 in {copy}/training_args.json), or begin a new run with its adapter: --adapter "
-        f"{path} and another --output-dir"
+        f"(9.9.9 in {copy}/training_args.json), or begin a new run with its adapter: adapter="
+        f"{path} and another output_dir"
     )
     assert everything(copy) == before
     model, _ = mq.load(folder, adapter=path)
@@ -733,7 +735,7 @@ def assert_explained(error: str, out: Path, reason: str, last: int) -> None:
     assert error.startswith(f"cannot write to {out}"), error
     assert error.count(reason) == 1, error
     full = "free some space or " * (reason not in ("Permission denied", "Read-only file system"))
-    remedy = f"{full}choose another --output-dir. "
+    remedy = f"{full}choose another output_dir. "
     assert error.endswith(
         f"; {remedy}{out / f'checkpoint-{last}'} is complete, and the same command continues "
         "from it"
@@ -876,7 +878,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(folder, wh
 
     with at_step(5, second):
         run = fine_tune(folder, out)
-    expected = f"another run is writing to {out}; choose another --output-dir, or wait for it"
+    expected = f"another run is writing to {out}; choose another output_dir, or wait for it"
     assert refusals == [expected] * 2
     assert_same(run, whole)
 
