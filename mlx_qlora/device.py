@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_qlora.errors import ConfigError, did_you_mean, require
+from mlx_qlora.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -165,9 +165,6 @@ def compute_dtype(name: str) -> "mx.Dtype":
     """The dtype of activations by its name; `auto` leaves it to the device."""
     import mlx.core as mx
 
-    known = "float32", "bfloat16", "float16"
-    rule = f"be one of auto, {', '.join(known)}"
-    require(name in ("auto", *known), "model.dtype", rule, name)
     return current().compute_dtype if name == "auto" else getattr(mx, name)
 
 
@@ -189,8 +186,6 @@ def frozen_matmul(
             "model.frozen_matmul=resident keeps a dense copy of all weights in memory, and "
             "model.residency=streamed none; choose auto, quantized or dequantize"
         )
-    legal = "quantized", "dequantize", "resident"
-    require(name in legal, "model.frozen_matmul", f"be one of auto, {', '.join(legal)}", name)
     return name  # pyright: ignore[reportReturnType]
 
 
@@ -469,14 +464,6 @@ def _median_seconds(compute: Callable[[], "mx.array"]) -> float:
         mx.eval(compute())
         times.append(time.perf_counter() - start)
     return sorted(times)[2]
-
-
-def allow_files(n: int) -> None:
-    """Raise the soft limit of open files, as far as the hard one lets us, where so many need it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = n + 100 if hard == resource.RLIM_INFINITY else min(n + 100, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 _importing = threading.Lock()

@@ -79,9 +79,8 @@ def load(
         ConfigError: an unknown dtype, strategy or residency, a group size that does not fit, or
             no room on the disk for a copy.
     """
-    chosen_dtype = device.compute_dtype(dtype)
     # Unknown ones are refused before anything is read.
-    ModelConfig(frozen_matmul=frozen_matmul, residency=residency)
+    ModelConfig(dtype=dtype, frozen_matmul=frozen_matmul, residency=residency)
     if adapter is not None:
         read_adapter_config(user_path(adapter))
     if source is None and adapter is None:
@@ -93,7 +92,8 @@ def load(
         quantize = quantize or named.quantize()
     checkpoint = open_checkpoint(resolve(source, revision))
     tokenizer = load_tokenizer(checkpoint.files.path, checkpoint.metadata)
-    model = load_model(checkpoint, quantize, chosen_dtype, frozen_matmul, residency)
+    dtype_of_model = device.compute_dtype(dtype)
+    model = load_model(checkpoint, quantize, dtype_of_model, frozen_matmul, residency)
     model.frozen_matmul = frozen_matmul
     if model.model.reader is not None:
         warnings.warn(

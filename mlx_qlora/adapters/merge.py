@@ -145,8 +145,7 @@ def save_merged(
 
     drift = None
     with staged(target, replace=True) as staging:
-        # Of safetensors what is on the disk: an array would stay in memory once it was used.
-        originals = original and (original.tensors if original.metadata else original.found)
+        originals = original and original.tensors
         tensors = Tensors(dict(model.named_modules()), originals, quantize, getattr(mx, dtype))
         if quantize is not None and rows is not None:
             tensors.calibrate(model, rows)
@@ -241,12 +240,12 @@ def same_value(theirs: Any, ours: Any) -> bool:
 
 def _different_norms(model: LlamaForCausalLM, original: Checkpoint) -> list[str]:
     """Norms are never quantised, so they tell two models of the same sizes apart."""
-    arrays = original.tensors
+    theirs = original.tensors
     norms = {n: w for n, w in flat(model.parameters()).items() if n.endswith("norm.weight")}
     return [
         f"{name} has other values"
         for name, ours in norms.items()
-        if not mx.allclose(ours.astype(mx.float32), arrays[name].astype(mx.float32), 1e-2, 1e-3)
+        if not mx.allclose(ours.astype(mx.float32), as_array(theirs[name]), 1e-2, 1e-3)
     ]
 
 

@@ -167,7 +167,7 @@ class FrozenMatrix(nn.Module):
         if self.quant is None:
             return self.packed()[0]
         if self.is_away:
-            return unpack_by_blocks(self.packed(), self.quant, self.dtype, self.shape)
+            return self.unpacked_by_blocks()
         return unpack(self.packed(), self.quant, self.dtype)
 
     @property
@@ -241,23 +241,47 @@ class FrozenMatrix(nn.Module):
     @contextmanager
     def dense_for_now(self) -> Iterator[None]:
         """Share one dequantised copy among the graphs that are built within."""
-        shares = self.quant is not None and self.matmul != "quantized" and self._resident is None
-        if shares:
-            self._resident = self.dense()
+        is_lent = self._resident is None
+        self.make_copy()
         try:
             yield
         finally:
-            if shares:
-                self._resident = None
+            if is_lent:
+                self.drop_copy()
 
     def make_copy(self) -> None:
         """Dequantise W now, in little memory, for all until `drop_copy`."""
         if self._resident is None and self.quant is not None and self.matmul != "quantized":
-            self._resident = unpack_by_blocks(self.packed(), self.quant, self.dtype, self.shape)
+            self._resident = self.unpacked_by_blocks()
 
     def drop_copy(self) -> None:
         """Forget what `make_copy` made."""
         self._resident = None
+
+    def unpacked_by_blocks(self) -> mx.array:
+        """W, dequantised and evaluated; on a CPU a block on each core at a time.
+
+        MLX's temporary arrays are as large as its result there.
+        """
+        assert self.quant is not None
+        packed, (rows, columns) = self.packed(), self.shape
+        if not device.current().side_by_side:
+            mx.eval(W := unpack(packed, self.quant, self.dtype))
+            return W
+        cores, W = streams(device.cores()), mx.zeros((rows, columns), self.dtype)
+        height = max(1, BLOCK // columns)
+        for first in range(0, rows, height * len(cores)):
+            starts = [*range(first, min(first + height * len(cores), rows), height)]
+            blocks = []
+            for start, stream in zip(starts, cores):
+                with mx.stream(stream):
+                    part = tuple(array[start : start + height] for array in packed)
+                    blocks.append(unpack(part, self.quant, self.dtype))
+            mx.async_eval(blocks)
+            for start in starts:
+                W[start : start + height] = blocks.pop(0)
+            mx.eval(W)  # in its place
+        return W
 
 
 @dataclass(frozen=True)
@@ -362,32 +386,6 @@ def pack(dense: mx.array, quant: QuantConfig) -> tuple[mx.array, ...]:
 def unpack(packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype) -> mx.array:
     """Dequantise to `dtype`."""
     return mx.dequantize(*packed, **vars(quant), dtype=dtype)
-
-
-def unpack_by_blocks(
-    packed: tuple[Any, ...], quant: QuantConfig, dtype: mx.Dtype, shape: tuple[int, int]
-) -> mx.array:
-    """As `unpack`, evaluated; on a CPU a block on each core at a time.
-
-    MLX's temporary arrays are as large as its result there.
-    """
-    if not device.current().side_by_side:
-        mx.eval(W := unpack(packed, quant, dtype))
-        return W
-    (rows, columns), cores = shape, streams(device.cores())
-    W, height = mx.zeros(shape, dtype), max(1, BLOCK // columns)
-    for first in range(0, rows, height * len(cores)):
-        starts = [*range(first, min(first + height * len(cores), rows), height)]
-        blocks = []
-        for start, stream in zip(starts, cores):
-            with mx.stream(stream):
-                part = tuple(array[start : start + height] for array in packed)
-                blocks.append(unpack(part, quant, dtype))
-        mx.async_eval(blocks)
-        for start in starts:
-            W[start : start + height] = blocks.pop(0)
-        mx.eval(W)  # in its place
-    return W
 
 
 def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -5,8 +5,6 @@ once. Then each tensor is read, cast or quantised, and put in its place before t
 so the peak is the finished model plus one tensor, not the whole dense checkpoint.
 """
 
-import errno
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,10 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlx_qlora.device import allow_files, free_at_once, frozen_matmul, this_machine
+from mlx_qlora.device import free_at_once, frozen_matmul, this_machine
 from mlx_qlora.errors import ConfigError, SourceError, StreamedWarning, WeightsError, listing, size
-from mlx_qlora.folders import in_words
 from mlx_qlora.model.families import LAYERS
 from mlx_qlora.model.gguf import BITS, GgufMatrix, read_gguf, source_repository
 from mlx_qlora.model.hub import ModelFiles, check_readable, explain, hub_errors, weight_files
@@ -46,15 +44,15 @@ IGNORED_ENDING = "rotary_emb.inv_freq"
 class Checkpoint:
     """A model's files, opened: what they hold is known, but no tensor is in its place.
 
-    Tensors are not read until they are used. Without them, as the weights were left on the hub, it
-    is enough for a plan.
+    Tensors are not read until they are used (`as_array`). Without them, as the weights were left on
+    the hub, it is enough for a plan.
     """
 
     files: ModelFiles
     config: dict[str, Any]  # a Hugging Face `config.json`
     found: dict[str, StoredTensor]  # by tensor name
     packing: dict[str, QuantConfig]  # by the path of each matrix that the files hold quantised
-    tensors: dict[str, Any]  # by name: an array, or a GGUF's `GgufMatrix`
+    tensors: dict[str, Any]  # by name: a `StoredTensor`; of a GGUF a `GgufMatrix`, or an array
     metadata: dict[str, Any] | None = None  # a GGUF's key-value pairs, its tokenizer among them
 
 
@@ -78,12 +76,7 @@ def _open(files: ModelFiles) -> Checkpoint:
     found = _read_headers(weight_files(files.path))
     _check_layers(files, config, found)
     packing = _packing_in_config(config, found)
-    shards = sorted({info.path for info in found.values()})
-    allow_files(len(shards))
-    opened = map(_open_safetensors, shards)
-    return Checkpoint(
-        files, config, found, packing, {n: x for file in opened for n, x in file.items()}
-    )
+    return Checkpoint(files, config, found, packing, dict(found))
 
 
 def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -223,7 +216,8 @@ def _stream(
 def as_array(tensor: Any) -> mx.array:
     """A tensor of a checkpoint as an array, read if need be; a GGUF's matrix dense in float32."""
     if isinstance(tensor, StoredTensor):
-        array = tensor.read()
+        # By numbers: unlike one that is streamed, whoever loads it looks for what is not finite.
+        array = tensor.read(np.arange(tensor.shape[0]))
         return array.view(mx.bfloat16) if tensor.kind == "BF16" else array
     return mx.array(tensor.dense()) if isinstance(tensor, GgufMatrix) else tensor
 
@@ -338,17 +332,6 @@ def _headers_on_hub(files: ModelFiles) -> dict[str, StoredTensor]:
     )
 
 
-def _open_safetensors(path: Path) -> dict[str, mx.array]:
-    """Name -> array, which is not read until it is used."""
-    try:
-        return mx.load(str(path))  # pyright: ignore[reportReturnType]
-    except RuntimeError as error:  # sizes that contradict each other, or a dtype MLX lacks
-        if "Failed to open" in str(error):  # its header was read a moment ago
-            too_many = OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
-            raise WeightsError(in_words(too_many)) from None
-        raise WeightsError(f"{path} cannot be read: {error}; fetch or write it again") from None
-
-
 def _packing_in_config(
     config: dict[str, Any], found: dict[str, StoredTensor]
 ) -> dict[str, QuantConfig]:
@@ -413,10 +396,10 @@ def _check_tensors(
 
 def _check_head(checkpoint: Checkpoint) -> None:
     """Refuse a head beside the embedding that it is tied to, unless both are the same."""
-    arrays = checkpoint.tensors
-    for name in [name for name in arrays if name.startswith(HEAD)]:
-        embedding = arrays.get(name.replace(HEAD, "model.embed_tokens."))
-        if embedding is None or not mx.array_equal(arrays[name], embedding):
+    tensors = checkpoint.tensors
+    for name in [name for name in tensors if name.startswith(HEAD)]:
+        embedding = tensors.get(name.replace(HEAD, "model.embed_tokens."))
+        if embedding is None or not mx.array_equal(as_array(tensors[name]), as_array(embedding)):
             raise WeightsError(
                 f"{name} in {checkpoint.found[name].path} differs from the embedding, though tied "
                 "to it; set tie_word_embeddings to false in config.json, or remove the tensor"

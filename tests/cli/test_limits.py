@@ -1,7 +1,6 @@
 """What the system does not grant is one message: open files, a home, a cache, a folder."""
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -35,16 +34,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-@pytest.mark.parametrize(("soft", "hard", "code"), [(20, 4096, 0), (20, 20, 2)])
-def test_more_files_than_a_process_may_open(soft, hard, code, shards):
-    """The soft limit is raised as far as the hard one lets us."""
+def test_a_model_of_more_files_than_a_process_may_open(shards):
+    """Each is open while something is read from it, and no longer."""
     words = ["generate", "--model", shards, "--prompt", "a", "generation.max_new_tokens=1"]
-    done = python(MAIN.format(soft, hard), *words, "model.bits=null")
-    assert done.returncode == code, done.stderr
-    lines = done.stderr.splitlines()
-    if code:
-        assert lines[-1].startswith("mlx-qlora: ") and "ulimit -n" in lines[-1], lines
-        assert "Traceback" not in done.stderr and "fetch" not in done.stderr
+    done = python(MAIN.format(20, 20), *words, "model.bits=null")
+    assert done.returncode == 0, done.stderr
 
 
 def test_mlx_lm_is_imported_below_the_limit_that_it_asks_for():
@@ -176,17 +170,6 @@ def test_the_home_of_nobody_is_refused_at_once(words, capsys, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert error.startswith("mlx-qlora: ") and error.count("\n") == 1, error
     assert NOBODY in error and not os.listdir(tmp_path)
-
-
-def test_the_limit_is_raised_no_further_than_needed(monkeypatch):
-    from mlx_qlora.device import allow_files
-
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1000))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
-    for n in (10, 500, 5000):
-        allow_files(n)
-    assert asked == [(600, 1000), (1000, 1000)]
 
 
 @pytest.mark.parametrize("field", ["lora.r", "data.max_length", "training.max_steps"])

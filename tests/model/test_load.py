@@ -68,8 +68,8 @@ def test_the_format_and_the_way_to_multiply_are_those_asked_for(folder: Path) ->
 
 def test_wrong_requests_are_the_user_s_errors(folder: Path, tmp_path: Path) -> None:
     for how, words in (
-        ({"dtype": "float8"}, "model.dtype must be one of auto"),
-        ({"frozen_matmul": "fast"}, "model.frozen_matmul must be one of '?auto"),
+        ({"dtype": "float8"}, "model.dtype must be one of 'auto'"),
+        ({"frozen_matmul": "fast"}, "model.frozen_matmul must be one of 'auto'"),
         ({"quantize": mq.QuantConfig(4, 128)}, "group_size 128 does not divide the 64 columns"),
     ):
         with pytest.raises(mq.ConfigError, match=words):

@@ -20,7 +20,7 @@ from support.models import load_folder, our_logits, random_tokens, randomise_lor
 from mlx_qlora import device
 from mlx_qlora.data.batches import IGNORE, Batch
 from mlx_qlora.errors import ConfigError
-from mlx_qlora.model import llama, quantize, swiglu
+from mlx_qlora.model import llama, swiglu
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.model.quantize import Embedding, FrozenMatrix, QuantConfig
 from mlx_qlora.train import engine as engine_module
@@ -395,7 +395,7 @@ def test_one_dense_copy_at_a_time_is_in_memory(hf_tiny, monkeypatch):
     model = load_folder(hf_tiny[1], QuantConfig(4, 32), "dequantize")
     add_lora(model, LoraConfig(r=4), seed=5)
     layers = [m for layer in model.layers for m in layer.modules() if isinstance(m, FrozenMatrix)]
-    copies, fails, real = [], [], quantize.unpack_by_blocks
+    copies, fails, real = [], [], FrozenMatrix.unpacked_by_blocks
 
     def counted(*args):
         copies.append([m for m in layers if m.resident_bytes])
@@ -403,7 +403,7 @@ def test_one_dense_copy_at_a_time_is_in_memory(hf_tiny, monkeypatch):
             raise RuntimeError("in the middle")
         return real(*args)
 
-    monkeypatch.setattr(quantize, "unpack_by_blocks", counted)
+    monkeypatch.setattr(FrozenMatrix, "unpacked_by_blocks", counted)
     mx.eval(loss_and_grads(model, packed_batch(ROWS), None, "all"))
     assert len(copies) > 2 * len(layers) and not any(copies)  # forward, again, and back
     fails += [len(copies) + 3, 2 * len(copies)]
