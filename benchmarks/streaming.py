@@ -46,7 +46,7 @@ from mlx_qlora.errors import StreamedWarning
 from mlx_qlora.model import streaming
 from mlx_qlora.model.hub import ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.weights import load_model, open_checkpoint, read_config
+from mlx_qlora.model.weights import load_model, open_checkpoint
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.tree import flat
@@ -290,7 +290,7 @@ def drop(file: Path) -> None:
 def merge(args: argparse.Namespace) -> dict[str, Any]:
     """Merge the adapter into dense bfloat16, with little memory allowed by the system."""
     built_in = resolve("smollm2-135m")
-    tokenizer = load_tokenizer(built_in.path, read_config(built_in)[1])
+    tokenizer = load_tokenizer(built_in.path, open_checkpoint(built_in).metadata)
     mx.eval(mx.zeros((64, 64)) @ mx.zeros((64, 64)))
     before = process_bytes("VmData")
     resource.setrlimit(resource.RLIMIT_DATA, (before + int(ALLOWED),) * 2)

@@ -258,7 +258,7 @@ def open_with_plan(config: RunConfig, console: Console) -> "tuple[Inputs, Plan]"
 
 def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
     from mlx_qlora.before.plan import plan, plan_inputs
-    from mlx_qlora.run import open_files, open_inputs, source_of
+    from mlx_qlora.run import open_inputs, source_of
 
     where = args.machine, args.processes
     prediction = plan(source_of(config), config, *where)
@@ -268,8 +268,7 @@ def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
             inputs = open_inputs(config, console, writes=False, weights=False)
         except DataError as error:
             raise DataError(f"{error}; data.path=null plans without rows") from None
-        checkpoint = open_files(config, weights=False)
-        prediction = plan_inputs(replace(inputs, config=config, checkpoint=checkpoint), *where)
+        prediction = plan_inputs(replace(inputs, config=config), *where)
     else:
         fields = ((s, name) for s in args.about.sections for name in args.about.fields(s))
         of_rows = [f"{s}.{n}" for s, n in fields if (s == "data" or n in OF_RUNS) and n not in ANY]

@@ -9,9 +9,10 @@ import os
 import platform
 import re
 import resource
+import statistics
 import sys
 import threading
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -343,15 +344,6 @@ BANDWIDTH = {
 }
 BANDWIDTH_SHARE = 0.85  # that elementwise kernels reach
 EMULATED = 0.9  # of their matmul rate that m1 and m2 reach in bfloat16, which they lack
-# GB that each is sold with, for those who name a chip alone.
-MEMORY = {
-    **{"m1": "8, 16", "m1-pro": "16, 32", "m1-max": "32, 64", "m1-ultra": "64, 128"},
-    **{"m2": "8, 16, 24", "m2-pro": "16, 32", "m2-max": "32, 64, 96", "m2-ultra": "64, 128, 192"},
-    **{"m3": "8, 16, 24", "m3-pro": "18, 36", "m3-max": "36, 48, 64, 96, 128"},
-    **{"m3-ultra": "96, 256, 512", "m4": "16, 24, 32", "m4-pro": "24, 48, 64"},
-    **{"m4-max": "36, 48, 64, 128", "m5": "16, 24, 32", "m5-max": "36, 48, 64, 128"},
-    **{"a100": "40, 80", "h100": "80", "h200": "141"},
-}
 SMALL_MAC = 36e9  # macOS gives a process 2/3 of so little memory, else 3/4 (iogpu.wired_limit_mb)
 PROBE = 1024  # rows and columns of the product that measures this machine
 UNCACHED = 1 << 24  # numbers of an array that no cache holds
@@ -426,13 +418,10 @@ def machine(name: str | None) -> Machine:
         return Machine(f"{chip}-{gigabytes}", METAL, int(memory * share), 1)
     if chip in NVIDIA and gigabytes:
         return Machine(f"{chip}-{gigabytes}", CUDA, int(memory * 0.95), 1)
-    if sizes := MEMORY.get(name.lower()):
-        first = f"{name.lower()}-{sizes.partition(',')[0]}"
-        raise ConfigError(f"--machine: {name!r} has no size ({sizes} GB); write it as {first}")
     chips = [*APPLE, *NVIDIA]
+    hint = did_you_mean(chip.lower(), (), {each: f"{each}-GB" for each in chips})
     raise ConfigError(
-        f"--machine: {name!r} is not CHIP-GB, like m4-max-64{did_you_mean(chip, chips)}; "
-        f"chips: {', '.join(chips)}"
+        f"--machine: {name!r} is not CHIP-GB, like m4-max-64{hint}; chips: {', '.join(chips)}"
     )
 
 
@@ -458,12 +447,7 @@ def _median_seconds(compute: Callable[[], "mx.array"]) -> float:
     import mlx.core as mx
 
     mx.eval(compute())
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        mx.eval(compute())
-        times.append(time.perf_counter() - start)
-    return sorted(times)[2]
+    return statistics.median(timeit.repeat(lambda: mx.eval(compute()), number=1, repeat=5))
 
 
 _importing = threading.Lock()

@@ -163,13 +163,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex; an OSError if it is missing, or a pipe."""
-    digest = hashlib.sha256()
     if not path.is_file() and path.exists():
         raise OSError(22, "it is no file", str(path))
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def user_cache() -> Path:

@@ -72,7 +72,6 @@ from mlx_qlora.model.weights import (
     load_model,
     open_checkpoint,
     packed_size,
-    read_config,
 )
 from mlx_qlora.record import deciding_values, fingerprint_of, write_record
 from mlx_qlora.train.checkpoint import (
@@ -259,7 +258,7 @@ def open_inputs(
 
     Args:
         writes: whether a run will write to the output folder, which is then checked.
-        weights: False for a look at the rows alone: the weights stay where they are.
+        weights: False for a look at the rows alone: those on the hub stay there.
         split: False reads all of `data.path` as `train`, written as the adapter was taught.
     """
     asked = config
@@ -275,19 +274,15 @@ def open_inputs(
         check_output(Path(config.checkpointing.output_dir), config.model.adapter)
         named_checkpoint(config.checkpointing)
         require_trackers([*config.logging.report_to])
-    checkpoint = None
-    if weights:
-        checkpoint = open_files(config)
-        files, hf_config, metadata = checkpoint.files, checkpoint.config, checkpoint.metadata
-    else:
-        files = resolve(source_of(config), config.model.revision, weights=False)
-        hf_config, metadata = read_config(files)
+    checkpoint = open_files(config, weights)
+    files = checkpoint.files
     if writes and config.model.base_model_name_or_path is None:
         original_base(files)
     if writes and config.model.adapter is not None:
         trained = read_adapter_config(user_path(config.model.adapter))
         check_lora(config.lora, trained, config.model.adapter)
-    tokenizer = with_tokenizer_of(config.model.adapter, load_tokenizer(files.path, metadata))
+    tokenizer = load_tokenizer(files.path, checkpoint.metadata)
+    tokenizer = with_tokenizer_of(config.model.adapter, tokenizer)
     validation = test = None
     if split:
         seed, kind = config.training.seed, KIND_OF[config.training.objective]
@@ -307,9 +302,9 @@ def open_inputs(
             return read_without_split(data, tokenizer, [*kinds][-1])
 
         train = by_taught_columns(config, read)
-    llama = LlamaConfig.from_hf(hf_config)
+    llama = LlamaConfig.from_hf(checkpoint.config)
     check_examples(tokenizer, llama, train, validation, test)
-    if checkpoint is not None and writes:
+    if writes:
         quantize = config.model.quantize()
         numbers = packed_size(LlamaForCausalLM(llama), checkpoint, quantize)
         packing = packing_of(checkpoint, quantize)

@@ -132,11 +132,9 @@ class Report:
     @property
     def question(self) -> str:
         """The command, or the call, that asks the adapter something."""
-        return (
-            self.calls[0]
-            if self.text
-            else shlex.join([*command(self, "generate", self.folder), *self.ask])
-        )
+        if self.text:
+            return self.calls[0]
+        return shlex.join([*command(self, "generate", self.folder), *self.ask])
 
     @property
     def calls(self) -> list[str]:

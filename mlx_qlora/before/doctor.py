@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -210,21 +210,15 @@ def matmul() -> Iterator[Finding]:
         yield _ok("matmul", text)
 
 
-def matmul_rate(
-    side: int, seconds: float = 1.0, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """FLOP/s of square products in the compute dtype: 2 side^3 over the shortest of `seconds`."""
+def matmul_rate(side: int) -> float:
+    """FLOP/s of square products in the compute dtype, by the shortest in about a second."""
     import mlx.core as mx
 
     x = mx.random.normal((side, side)).astype(device.current().compute_dtype)
     mx.eval(x, x @ x)  # the first one pays for the kernel
-    end, now, times = clock() + seconds, 0.0, list[float]()
-    while not times or now < end:
-        start = clock()
-        mx.eval(x @ x)
-        now = clock()
-        times.append(now - start)
-    return 2 * side**3 / min(times)
+    timer = timeit.Timer(lambda: mx.eval(x @ x))
+    n, _ = timer.autorange()  # in a fifth of a second
+    return 2 * side**3 / min(timer.repeat(5 * n, number=1))
 
 
 def _macos() -> int:

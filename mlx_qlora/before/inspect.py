@@ -54,7 +54,6 @@ def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Cons
     colour = console.color_system is not None and not console.no_color
     each = ((batch, b) for batch in batches for b in range(len(batch.rows)))
     for batch, b in islice(each, count):
-        assert batch.documents is not None
         tokens: Any = np.array(batch.tokens)
         labels: Any = np.array(batch.labels)
         documents = [*zip(batch.places, batch.documents.tolist())]

@@ -112,32 +112,6 @@ def itemsize_of(config: RunConfig, where: Machine) -> int:
     return device.compute_dtype(config.model.dtype).size
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """Bytes of the frozen weights: where they are, and what is made of them."""
-
-    base: int  # in memory, as they are packed; streamed, two layers
-    copy: int  # of a dequantised copy of all
-    copy_for_now: int  # of the largest matrix, if each is dequantised while it is multiplied
-    read: int  # from the disk, forward or back; 0 of weights in memory
-
-    @classmethod
-    def of(
-        cls, model: LlamaForCausalLM, checkpoint: Checkpoint, config: RunConfig, where: Machine
-    ) -> "Frozen":
-        """Of a run's base, by the headers of its files."""
-        itemsize, quantize = itemsize_of(config, where), config.model.quantize()
-        streamed = config.model.residency == "streamed"
-        dense = itemsize * packed_size(model, checkpoint, quantize)
-        way = device.frozen_matmul(config.model.frozen_matmul, dense, where, streamed)
-        sizes = model, checkpoint, quantize, itemsize
-        base, layers = frozen_bytes(*sizes, streamed), model.config.num_hidden_layers
-        now = itemsize * weights_of_layer(model.config)[1] // 3
-        now *= way == "dequantize" and dense > 0
-        read = base * layers // min(layers, 2) if streamed else 0
-        return cls(base, dense if way == "resident" else 0, now, read)
-
-
 def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
     """How many numbers a run trains; the model may be one without weights."""
     modules, total = dict(model.named_modules()), 0
@@ -339,20 +313,26 @@ def _plan_as_it_is(
     llama = LlamaConfig.from_hf(checkpoint.config)
     config = settle(config, llama, examples, processes)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
-    itemsize = itemsize_of(config, where)
-    frozen = Frozen.of(model, checkpoint, config, where)
+    itemsize, quantize = itemsize_of(config, where), config.model.quantize()
+    streamed, n_layers = config.model.residency == "streamed", llama.num_hidden_layers
+    # Bytes of the frozen weights as they are packed (streamed, of two layers), and of what is made
+    # of them: a dense copy of all, or of the largest matrix while it is multiplied.
+    base = frozen_bytes(model, checkpoint, quantize, itemsize, streamed)
+    dense_bytes = itemsize * packed_size(model, checkpoint, quantize)
+    way = device.frozen_matmul(config.model.frozen_matmul, dense_bytes, where, streamed)
+    copy = dense_bytes if way == "resident" else 0
+    copy_for_now = itemsize * weights_of_layer(llama)[1] // 3
+    copy_for_now *= way == "dequantize" and dense_bytes > 0
     adapter = config.model.adapter
     lora = for_this_model(model, user_path(adapter))[0] if adapter else config.lora
     trained = trainable(model, lora)
 
     training = config.training
-    levels = memory.check_recompute(training.recompute, llama.num_hidden_layers)
+    levels = memory.check_recompute(training.recompute, n_layers)
     largest, usual, supervised = documents_of(config, examples)
-    standing = frozen.base + frozen.copy + memory.adapter_bytes(trained)
-
-    streamed = frozen.read > 0
+    standing = base + copy + memory.adapter_bytes(trained)
     has_base = training.kl_weight > 0
-    sizes = itemsize, where, streamed, frozen.copy_for_now > 0, has_base
+    sizes = itemsize, where, streamed, copy_for_now > 0, has_base
     batches = [memory.Footprint(llama, lengths, *sizes) for lengths in (largest, usual)]
     chosen, usually = (b.schedule(levels, b.budget(standing), trained) for b in batches)
     kept, work = batches[0].highest(chosen)
@@ -363,20 +343,21 @@ def _plan_as_it_is(
     read = usually.n_chunks * bytes_read(llama, usually.levels, itemsize)
     moved = tokens * elementwise_bytes(llama, usually.levels, itemsize, lora.lora_dropout > 0)
     seconds = where.seconds(flops, read, moved)  # of a micro-batch
-    seconds = max(seconds, usually.n_chunks * 2 * frozen.read / device.DISK)  # read meanwhile
+    from_disk = base * n_layers // min(n_layers, 2) if streamed else 0  # meanwhile, each way
+    seconds = max(seconds, usually.n_chunks * 2 * from_disk / device.DISK)
     seconds *= 1 + FORWARD * FORWARDS_OF_STEP.get(training.objective, int(has_base))
     of_step = tokens * accumulation, seconds * accumulation
     scaling = Scaling.of(processes, trained, *of_step) if processes else None
     sums = scaling.added_bytes if scaling else 0
     update = memory.update_bytes(trained, where)
-    parts = {"base weights": frozen.base}
-    parts |= {"dequantised copy": frozen.copy} if frozen.copy else {}
+    parts = {"base weights": base}
+    parts |= {"dequantised copy": copy} if copy else {}
     parts["adapter and AdamW"] = memory.adapter_bytes(trained)
     backward = {"gradients": step, "activations": kept, "working arrays": work}
     backward |= {"all-reduce": sums} if sums else {}
     # Streamed, the next layer is not read before the widest matrices of this one are gone.
-    copy = max(0, frozen.copy_for_now - streamed * frozen.base // 2)
-    backward |= {"dequantised in use": copy} if copy else {}
+    in_use = max(0, copy_for_now - streamed * base // 2)
+    backward |= {"dequantised in use": in_use} if in_use else {}
     parts |= backward if sum(backward.values()) >= update else {"optimiser's update": update}
     dense = config.model.bits is None and not checkpoint.packing
     longest = longest_context(llama, itemsize, standing + step + sums, where)
@@ -387,7 +368,7 @@ def _plan_as_it_is(
     if total > limit:
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
     # Fitted (benchmarks/memory.py): where most is in use, half of the cache is.
-    in_turn = streamed or frozen.copy_for_now > 0
+    in_turn = streamed or copy_for_now > 0
     process = device.PROCESS_BYTES + device.HEAP_BYTES * in_turn + total + cache // 2
     process *= where.device.kind != "cuda"
     about = trained, chosen, longest, speed, advice, scaling, process, cache

@@ -109,17 +109,13 @@ def _run(base: Path, golden: Any, output: Path, dtype: str, **more: Any) -> tupl
 def write_base(folder: Path, config: dict[str, Any]) -> Path:
     """A model's files but for the tokenizer's, with weights that follow from their names."""
     folder.mkdir()
-    shapes = flat(LlamaForCausalLM(LlamaConfig.from_hf(config)).parameters())
-    weights = {name: weight(name, array.shape) for name, array in shapes.items()}
+    weights = {}
+    for name, array in flat(LlamaForCausalLM(LlamaConfig.from_hf(config)).parameters()).items():
+        drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(array.shape)
+        weights[name] = (0.08 * drawn + (array.ndim == 1)).astype(np.float32)  # a norm is near 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 numbers that follow from a name: near 1 for a norm, near 0 for a matrix."""
-    drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    return (0.08 * drawn + (len(shape) == 1)).astype(np.float32)
 
 
 # ---- a layer of a real size ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from mlx_qlora.data import codecs
 from mlx_qlora.data.gguf_tokenizer import build_gguf_tokenizer
 from mlx_qlora.errors import TokenizerError
 from mlx_qlora.model.hub import check_readable
-from mlx_qlora.readers import parse_json, read_text, reading
+from mlx_qlora.readers import read_object, read_text, reading
 
 if TYPE_CHECKING:
     import tokenizers
@@ -306,21 +306,16 @@ def read_configs(folder: Path) -> dict[str, Any]:
         template, config["tool_template"] = several.get("default"), several.get("tool_use")
     template = template or _read_json(folder / "chat_template.json").get("chat_template")
     if (beside := folder / TOOL_TEMPLATE).exists():
-        config["tool_template"] = _read(beside, str)
+        config["tool_template"] = _read_text(beside)
     jinja_file = folder / "chat_template.jinja"
-    config["chat_template"] = _read(jinja_file, str) if jinja_file.exists() else template
+    config["chat_template"] = _read_text(jinja_file) if jinja_file.exists() else template
     return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    value = _read(path, parse_json) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+    return read_object(path, TokenizerError) if path.exists() else {}
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(read_text(path))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise TokenizerError(f"{path} is damaged: {error}; download it again") from error
+def _read_text(path: Path) -> str:
+    with reading(path, TokenizerError):
+        return read_text(path)

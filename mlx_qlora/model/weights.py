@@ -79,15 +79,6 @@ def _open(files: ModelFiles) -> Checkpoint:
     return Checkpoint(files, config, found, packing, dict(found))
 
 
-def read_config(files: ModelFiles) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What a `Checkpoint` has as `config` and `metadata`; a folder's weights may be missing."""
-    with reading(files.path, WeightsError):
-        if files.path.is_file():
-            config, _, metadata = read_gguf(files.path)
-            return config, metadata
-        return _read_config(files.path), None
-
-
 def load_model(
     checkpoint: Checkpoint,
     quantize: QuantConfig | None,

@@ -414,13 +414,6 @@ def test_the_blas(mac, monkeypatch):
     assert [*doctor.blas()] == [Finding("ok", "blas", "the GPU multiplies")]
 
 
-def test_a_rate_is_two_n_cubed_over_the_shortest_product():
-    # The end; then begin and end of products of 4, 2 and 3 seconds, with pauses between them.
-    ticks = iter([0.0, 1.0, 5.0, 6.0, 8.0, 9.0, 12.0])
-    assert doctor.matmul_rate(7, seconds=10.0, clock=lambda: next(ticks)) == 2 * 7**3 / 2.0
-    assert next(ticks, None) is None
-
-
 @pytest.mark.parametrize(
     ("kind", "chip", "rate", "state", "said"),
     [

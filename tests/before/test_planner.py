@@ -201,15 +201,10 @@ def test_a_machine_that_is_none_is_refused(name):
         machine(name)
 
 
-def test_a_chip_without_its_memory_is_told_the_sizes_it_is_sold_with():
-    with pytest.raises(ConfigError) as refused:
+def test_a_chip_without_its_memory_is_told_how_to_write_it():
+    with pytest.raises(ConfigError, match=r"did you mean m4-max-GB\?; chips: m1, "):
         machine("M4-max")
-    told = "--machine: 'M4-max' has no size (36, 48, 64, 128 GB); write it as m4-max-36"
-    assert str(refused.value) == told
-    chips = {**device.APPLE, **device.NVIDIA}.keys()
-    assert device.MEMORY.keys() == device.BANDWIDTH.keys() == chips
-    for chip, sizes in device.MEMORY.items():
-        assert all(machine(f"{chip}-{size}").flops for size in sizes.split(", "))
+    assert {**device.APPLE, **device.NVIDIA}.keys() == device.BANDWIDTH.keys()
 
 
 def test_flops_of_llama_8b_are_those_counted_by_hand():
