@@ -187,10 +187,10 @@ class Inputs:
     def to_resume(self, console: Console) -> "Inputs":
         """Find the checkpoint to go on from, and warn of damaged ones that are passed over."""
         defaults = deciding_values(RunConfig())
-        start = checkpoint_to_resume(self.config.checkpointing, self.state, defaults)
-        for damage in start.damaged:
+        path, state, damaged = checkpoint_to_resume(self.config.checkpointing, self.state, defaults)
+        for damage in damaged:
             warn(console, f"{damage}; the checkpoint before it is used")
-        return replace(self, resumed=start.path, state=start.state)
+        return replace(self, resumed=path, state=state)
 
     def shared_facts(self) -> dict[str, Any]:
         """What all processes of a run must have alike: what they learn, and when they meet."""

@@ -22,7 +22,6 @@ from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files
 from mlx_qlora.data.preferences import PAIRS
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, DataError, UserError, require, say, warn
 from mlx_qlora.folders import check_name, user_path, write_whole
 from mlx_qlora.infer.evaluate import score_examples
@@ -224,7 +223,6 @@ def measure(
     examples: Examples,
     asked: list[Question],
     max_new_tokens: int = 512,
-    processes: Processes | None = None,
     base: Lend | None = None,
     rejected: Examples | None = None,
 ) -> Performance:
@@ -234,8 +232,8 @@ def measure(
     several processes each scores its share. The scores have the divergence from a `base`;
     `rejected` are the other answers of pairs.
     """
-    scores = score_examples(model, tokenizer, examples, processes, base)
-    others = score_examples(model, tokenizer, rejected, processes) if rejected else None
+    scores = score_examples(model, tokenizer, examples, base)
+    others = score_examples(model, tokenizer, rejected) if rejected else None
     if not asked:
         return Performance(scores, (), others)
     prompts = [question.prompt for question in asked]

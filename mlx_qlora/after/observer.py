@@ -192,7 +192,7 @@ class Observer:
         asked = self.questions if self.processes.is_first else []
         before = after = None
         if rows := self.held_out:
-            of = self.model, tokenizer, rows, asked, self.limit, self.processes
+            of = self.model, tokenizer, rows, asked, self.limit
             with shown(console), self.untrained():
                 before = measure(*of)
             with shown(console):

@@ -110,7 +110,7 @@ def inspect_data(
     training = inputs.config.training
     batches = batches_of(inputs.train, inputs.config.data, training)
     tokens = inputs.train.positions
-    length = RunLength.of(training, batches, len(inputs.train))
+    length = RunLength.of(training, batches)
 
     def describe(console: Console, show: int) -> None:
         for report in inputs.reports:
@@ -168,7 +168,7 @@ def dry_run(inputs: Inputs, plan: Plan, console: Console) -> dict[str, Any]:
         "the model's loss on them is {loss:.4f}".format(**figures),
     )
     training = inputs.config.training
-    length = RunLength.of(training, batches, len(inputs.train))
+    length = RunLength.of(training, batches)
     seconds = plan.run_seconds or 0.0
     say(console, f"length    {length}, about {duration(seconds)} at the planned speed")
     for warning in length.warnings:

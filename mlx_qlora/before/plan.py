@@ -264,7 +264,7 @@ def plan_inputs(
     predicted = plan_checkpoint(inputs.checkpoint, config, inputs.train, where, several)
     training, checkpointing = config.training, config.checkpointing
     batches = batches_of(inputs.train, config.data, training, n)
-    length = RunLength.of(training, batches, len(inputs.train))
+    length = RunLength.of(training, batches)
     n_validations = -(-length.steps // int(checkpointing.eval_steps))
     before = FORWARD * min(length.passes, 1) * (training.objective in REFERRED)
     times = {

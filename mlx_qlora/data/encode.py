@@ -207,12 +207,18 @@ def chunks(file: int, name: str, form: str, rows: Iterable[tuple[int, Any]]) -> 
     chunk = Chunk(file, name, form)
     for line, raw in rows:
         chunk.rows.append((line, raw))
-        chunk.size += len(raw if isinstance(raw, bytes) else repr(raw))
+        chunk.size += len(raw) if isinstance(raw, bytes) else _rough_size(raw)
         if chunk.size >= CHUNK_BYTES or len(chunk.rows) >= CHUNK_ROWS:
             yield chunk
             chunk = Chunk(file, name, form)
     if chunk.rows:
         yield chunk
+
+
+def _rough_size(row: Any) -> int:
+    if isinstance(row, (dict, list)):
+        return sum(map(_rough_size, row.values() if isinstance(row, dict) else row))
+    return len(row) if isinstance(row, str) else 8
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mlx_qlora.data.batches import evaluation_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import check_examples
 from mlx_qlora.data.tokenizer import Tokenizer
-from mlx_qlora.distributed import Processes
+from mlx_qlora.distributed import processes
 from mlx_qlora.errors import DataError
 from mlx_qlora.fields import checked
 from mlx_qlora.model.llama import LlamaForCausalLM
@@ -63,7 +63,6 @@ def score_examples(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
     examples: Examples,
-    processes: Processes | None = None,
     base: Lend | None = None,
 ) -> RowScores:
     """Sums over the supervised tokens of each example, in order, without dropout.
@@ -73,14 +72,14 @@ def score_examples(
     or for one that teaches nothing, or has a token without an embedding.
     """
     _check(model, tokenizer, examples)
-    sums, several = np.zeros((4, len(examples))), processes or Processes(None)
-    share = np.arange(several.rank, len(examples), several.size)
+    sums, everyone = np.zeros((4, len(examples))), processes()
+    share = np.arange(everyone.rank, len(examples), everyone.size)
     with doing("scoring", len(share), "rows") as task:
         for batch in evaluation_batches(examples[share]) if len(share) else ():
             rows = score_rows(model, batch, base)
             sums[:, share[list(batch.rows)]] = rows.nats, rows.hits, rows.tokens, rows.kl
             task.advance(len(batch.rows))
-    sums = several.total(sums)
+    sums = everyone.total(sums)
     nats, hits, tokens = sums[0], sums[1].astype(np.int64), sums[2].astype(np.int64)
     if not tokens.all():
         place = examples[int(tokens.argmin())].place

@@ -1,7 +1,7 @@
 """The findings of a sweep: what its record holds, sentences, a table and a plot."""
 
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,6 @@ class Stage:
             for began, on in self.rungs
         ]
         return {"varied": self.fields, "rungs": rungs, "winner": trials[self.winner].name}
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """The outcome of a sweep."""
-
-    output_dir: Path
-    trials: list[Trial]  # in the order in which they began
-    stages: list[Stage]
-    winner: Trial | None  # to go on with; None while the sweep is under way
-    best: RunConfig | None  # in `best.yaml`: the winner's, into a folder of its own
-    findings: list[str]  # what is better than what, and what is within chance
-    command: str  # trains the winner for as long as the sweep's config says
-    record: dict[str, Any] = field(repr=False)  # all of that as it stands in `sweep.json`
 
 
 def read_fingerprint(output: Path) -> dict[str, str] | None:

@@ -25,7 +25,7 @@ from mlx_qlora.model.hub import sample_of
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.run import OUTPUT, Inputs, open_inputs
 from mlx_qlora.sweep import page, trial
-from mlx_qlora.sweep.page import Stage, SweepResult, Trial
+from mlx_qlora.sweep.page import Stage, Trial
 from mlx_qlora.sweep.trial import Measured, Point
 from mlx_qlora.train.checkpoint import RunState
 from mlx_qlora.train.config import batches_of
@@ -42,7 +42,7 @@ def sweep(
     *,
     product: bool = False,
     repeat_best: bool = False,
-) -> SweepResult:
+) -> "Sweep":
     """Find a learning rate, a rank and a batch size by short runs.
 
     Args:
@@ -88,8 +88,9 @@ def sweep(
                     f"{output} holds a sweep of another {' and '.join(others)}, whose losses "
                     "cannot be compared with these; choose another --output-dir"
                 )
-            search = _Search(inputs, inputs.load(), console, values, steps, rungs)
-            return search.run(product, repeat_best)
+            found = Sweep(inputs, inputs.load(), console, values, steps, rungs)
+            found.run(product, repeat_best)
+            return found
 
 
 def _open(config: RunConfig, console: Console) -> Inputs:
@@ -122,17 +123,20 @@ def _open(config: RunConfig, console: Console) -> Inputs:
 
 
 @dataclass
-class _Search:
+class Sweep:
+    """A sweep, and what is known of it so far."""
+
     inputs: Inputs  # what all trials share, with a config of what is not varied
     model: LlamaForCausalLM  # the base, which they share, too
     console: Console
     grid: dict[str, list[Any]]
     steps: int  # the full budget, at the rows of a step that the config has
     rungs: int  # how many budgets there are
-    trials: dict[Point, Trial] = field(default_factory=dict)
+    trials: dict[Point, Trial] = field(default_factory=dict)  # in the order in which they began
     done: list[Stage] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)  # as it stands in `sweep.json`
 
-    def run(self, product: bool, repeat_best: bool) -> SweepResult:
+    def run(self, product: bool, repeat_best: bool) -> None:
         """Run all stages, and the winner once more with another seed if that is asked for."""
         self.write()
         best = trial.start_point(self.inputs.config)
@@ -144,7 +148,7 @@ class _Search:
             for rung in range(self.rungs):
                 if self.measure(repeated, rung).failed:
                     break
-        return self.write(best, repeated)
+        self.write(best, repeated)
 
     def stage(self, fields: tuple[str, ...], points: list[Point]) -> Point:
         """Halve the points rung by rung; returns the winner."""
@@ -190,20 +194,18 @@ class _Search:
         tried.measured.append(result)
         return result
 
-    def write(self, winner: Point | None = None, repeated: Point | None = None) -> SweepResult:
+    def write(self, winner: Point | None = None, repeated: Point | None = None) -> None:
         """Leave what is known in the folder; with a winner the sweep is over, and says so."""
         output, config, stages = self.inputs.output, self.inputs.config, self.done
         trials = [*self.trials.values()]
         findings = [line for stage in stages for line in page.stage_findings(stage, self.trials)]
-        best, best_config, command = None, None, ""
+        best, command = None, ""
         if winner is not None:
             best = self.trials[winner]
-            asked = replace(config.checkpointing, output_dir=str(output / "best"))
-            best_config = replace(best.config, checkpointing=asked)
             command = page.ready_command(output, config, best)
             if repeated is not None:
                 findings += page.seed_findings(best, self.trials[repeated], stages, self.trials)
-        record = {
+        self.record = {
             "fingerprint": self.inputs.state.fingerprint,
             "grid": self.grid,
             "steps": self.steps,
@@ -216,14 +218,15 @@ class _Search:
             "command": command,
         }
         with staged(output) as staging:
-            text = json.dumps(record, indent=2) + "\n"
+            text = json.dumps(self.record, indent=2) + "\n"
             (staging / page.RECORD).write_text(text, encoding="utf-8")
-            if best_config is not None:
-                (staging / page.BEST).write_text(to_yaml(best_config), encoding="utf-8")
+            if best is not None:  # into a folder of its own
+                asked = replace(config.checkpointing, output_dir=str(output / "best"))
+                text = to_yaml(replace(best.config, checkpointing=asked))
+                (staging / page.BEST).write_text(text, encoding="utf-8")
                 (staging / page.PLOT).write_text(svg_file(page.plot_of(trials)), encoding="utf-8")
         if best is not None:
             self.console.print(page.table(trials, self.rungs))
             for line in findings:
                 say(self.console, f"finding   {line}")
             say(self.console, f"winner    {best.name}; {output / page.BEST}\n          {command}")
-        return SweepResult(output, trials, stages, best, best_config, findings, command, record)

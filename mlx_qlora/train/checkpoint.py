@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -285,14 +285,6 @@ def values_before(config: CheckpointingConfig, section: str) -> dict[str, Any]:
 # ---- which one to go on from ---------------------------------------------------------------------
 
 
-class Start(NamedTuple):
-    """Where a run begins."""
-
-    path: Path | None  # the checkpoint that it goes on from; None for step 0
-    state: RunState  # of the run at that step
-    damaged: list[str]  # what is wrong with newer checkpoints, which were passed over
-
-
 def named_checkpoint(config: CheckpointingConfig) -> Path | None:
     """The folder that a config names to go on from, if any; a ConfigError if that is none."""
     wanted = str(config.resume_from_checkpoint)
@@ -307,18 +299,17 @@ def named_checkpoint(config: CheckpointingConfig) -> Path | None:
 
 
 def checkpoint_to_resume(
-    config: CheckpointingConfig,
-    state: RunState,
-    defaults: dict[str, Any],
-) -> Start:
+    config: CheckpointingConfig, state: RunState, defaults: dict[str, Any]
+) -> tuple[Path | None, RunState, list[str]]:
     """The checkpoint that the config asks for, every file of it hashed once, and its state.
 
-    `state` is that of the run that is to begin; `defaults` are those of the fields that decide the
+    None is step 0; the last value is what is wrong with newer ones, which are passed over. `state`
+    is that of the run that is to begin; `defaults` are those of the fields that decide the
     weights, as `state.config` has them. A ConfigError for a checkpoint that is damaged, if no other
     is whole, or of another config, data, model or numerics.
     """
     if config.resume_from_checkpoint == "none":
-        return Start(None, state, [])
+        return None, state, []
     damaged, named = [], named_checkpoint(config)
     for path in [named] if named else reversed(checkpoints(Path(config.output_dir))):
         try:
@@ -328,13 +319,13 @@ def checkpoint_to_resume(
                 raise
             damaged.append(str(error))
             continue
-        return Start(path, _same_run(path, saved, state, defaults), damaged)
+        return path, _same_run(path, saved, state, defaults), damaged
     if damaged:
         raise ConfigError(
             f"every checkpoint of {config.output_dir} is damaged:\n{listing(damaged)}\n"
             "to start from the beginning pass checkpointing.resume_from_checkpoint=none"
         )
-    return Start(None, state, [])
+    return None, state, []
 
 
 def _same_run(

@@ -251,11 +251,12 @@ class RunLength:
     by_passes: bool = False  # whether the config gives the passes, and not the steps
 
     @classmethod
-    def of(cls, training: TrainingConfig, batches: Batches, examples: int) -> "RunLength":
-        """The length of a run on these batches of so many examples."""
+    def of(cls, training: TrainingConfig, batches: Batches) -> "RunLength":
+        """The length of a run on these batches."""
         steps, by_passes = training.total_steps(batches), training.max_steps is None
         passes = batches.epoch(training.micro_batches(batches))
-        return cls(steps, examples, passes, training.warmup_of(steps), by_passes)
+        n = len(batches.examples)
+        return cls(steps, n, passes, training.warmup_of(steps), by_passes)
 
     def __str__(self) -> str:
         passes = f"{self.passes:,.0f}" if self.passes >= 10 else f"{self.passes:.2f}"

@@ -117,7 +117,7 @@ def train(model: LlamaForCausalLM, inputs: "Inputs", console: Console) -> TrainR
     """
     started = time.perf_counter()
     run = Run(model, inputs, console)
-    length = RunLength.of(inputs.config.training, run.batches, len(inputs.train))
+    length = RunLength.of(inputs.config.training, run.batches)
     say(console, f"          {length}")
     for warning in length.warnings:
         warn(console, warning)

@@ -61,7 +61,7 @@ BROKEN = {
     ),
     "missing tensor": (lose_a_weight, "", "model.norm.weight is missing"),
     "cut file": (
-        lambda: WEIGHTS.write_bytes(WEIGHTS.read_bytes()[:-1000]), "", "safetensors is truncated"
+        lambda: WEIGHTS.write_bytes(WEIGHTS.read_bytes()[:-1000]), "", "safetensors is damaged"
     ),
     "other architecture": (
         lambda: change_config(model_type="mamba"), "", "model_type is 'mamba'"

@@ -177,7 +177,7 @@ def test_a_truncated_file_is_refused(kept: int, folder: Path) -> None:
     message = refusal(folder)
     assert str(path) in message and "fetch or write it again" in message
     if kept < 0:
-        assert f"truncated: {len(whole) + kept:,} of {len(whole):,} bytes" in message
+        assert "file not fully covered" in message
 
 
 GARBAGE = {
@@ -222,7 +222,7 @@ def test_offsets_that_do_not_fit_the_shape_are_refused(folder: Path) -> None:
 
     edited_header(folder, halve)
     message = refusal(folder)
-    assert "model.safetensors" in message and "lm_head.weight" in message
+    assert "model.safetensors is damaged" in message and "invalid shape" in message
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("F64", 8), ("F8_E4M3", 1)])

@@ -114,13 +114,13 @@ def start(
     output.mkdir(exist_ok=True)
     config = settings(output, **fields)
     fresh = RunState(fingerprint=FINGERPRINT)
-    begin = checkpoint_to_resume(config.checkpointing, fresh, {})
+    path, state, _ = checkpoint_to_resume(config.checkpointing, fresh, {})
     made = inputs(
         make_examples() if examples is None else examples,
         make_examples(6, seed=9) if validation is None else validation,
         config=config,
-        state=begin.state,
-        resumed=begin.path,
+        state=state,
+        resumed=path,
     )
     return model, train(model, made, console or Console(file=io.StringIO()))
 

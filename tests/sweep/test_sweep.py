@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -83,9 +84,16 @@ def config(place: Path, out: Path, **changes: dict[str, Any]) -> mq.RunConfig:
 def swept(config: mq.RunConfig, grid: Any, steps: int = STEPS, rungs: int = 3, **how: Any):
     """(result, its winner, what was printed)."""
     printed = io.StringIO()
-    result = sweep(config, Console(file=printed, width=200), grid, steps, rungs, **how)
-    assert result.winner is not None
-    return result, result.winner, printed.getvalue()
+    found = sweep(config, Console(file=printed, width=200), grid, steps, rungs, **how)
+    trials, record, output = [*found.trials.values()], found.record, found.inputs.output
+    (winner,) = (each for each in trials if each.name == record["winner"])
+    asked = replace(found.inputs.config.checkpointing, output_dir=str(output / "best"))
+    result = SimpleNamespace(
+        **{"trials": trials, "stages": found.done, "output_dir": output, "winner": winner},
+        **{"findings": record["findings"], "command": record["command"]},
+        best=replace(winner.config, checkpointing=asked),
+    )
+    return result, winner, printed.getvalue()
 
 
 def without_times(out: Path) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def asked(out: Path, wanted: str = "auto") -> tuple[Path | None, list[str]]:
     saved = read_state(out / "checkpoint-3")
     state = RunState(fingerprint=saved["fingerprint"], config=saved["config"])
     config = CheckpointingConfig(output_dir=str(out), resume_from_checkpoint=wanted)
-    found = checkpoint_to_resume(config, state, {})
-    return found.path, found.damaged
+    path, _, damaged = checkpoint_to_resume(config, state, {})
+    return path, damaged
 
 
 # ---- damage ------------------------------------------------------------------------------------

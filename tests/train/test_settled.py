@@ -36,7 +36,7 @@ class Many:
 def length_of(n: int, training: TrainingConfig) -> RunLength:
     settled = training.for_examples(n)
     batches = make_batches(Many(n), settled.rows, epochs=settled.num_train_epochs)
-    return RunLength.of(settled, batches, n)
+    return RunLength.of(settled, batches)
 
 
 @pytest.mark.parametrize("n", [50, 200, 1_000, 20_000, 500_000])
