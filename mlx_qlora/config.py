@@ -449,19 +449,27 @@ def explained(
     asked, training, checkpointing = config.training, settled.training, settled.checkpointing
     batches = batches_of(examples, settled.data, training, processes().size)
     steps, passes = training.total_steps(batches), batches.epoch(training.micro_batches(batches))
-    lines = []
+    lines, usual = [], LoraConfig()
     if asked.per_device_train_batch_size == "auto" or asked.gradient_accumulation_steps == "auto":
         in_step = training.rows * training.accumulation * processes().size
         often = "once" if round(passes, 2) == 1 else f"{passes:.3g} times"
         read = f"{len(examples):,} rows, read {often}"
         if asked.per_device_train_batch_size != "auto":
             read = f"gradient_accumulation_steps={training.accumulation}; {read}"
-        lines.append(f"batch     {in_step} examples in a step: {read}, make {steps:,} steps")
+        more = f"batch     {in_step} examples in a step: {read}, make {steps:,} steps"
+        if asked.num_train_epochs not in (None, TrainingConfig().num_train_epochs) and in_step > 1:
+            more += f"; for more set per_device_train_batch_size={in_step // 2} and "
+            more += "gradient_accumulation_steps=1"
+        lines.append(more)
     if asked.warmup_steps is None:
         share = f"warmup_ratio {asked.warmup_ratio:g}"
         lines.append(f"warmup    {training.warmup_steps} of {steps:,} steps: {share}")
     if asked.learning_rate == "auto":
         lines.append(f"rate      {training.peak:.3g}: by the model's width")
+    if config.lora.r != usual.r and config.lora.lora_alpha == usual.lora_alpha:
+        alpha = usual.lora_alpha // usual.r * config.lora.r
+        text = f"alpha stays {usual.lora_alpha} with r {config.lora.r}; lora_alpha={alpha} keeps"
+        lines.append(f"scale     {text} the usual ratio")
     if asked.objective != "sft":
         settings = f"beta {training.reward_scale:g}, no dropout"
         if asked.learning_rate == SFT_RATE:

@@ -31,7 +31,7 @@ from mlx_qlora.errors import (
     size,
 )
 from mlx_qlora.fields import checked
-from mlx_qlora.folders import RECORD, user_path
+from mlx_qlora.folders import CARD, RECORD, is_merged, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
@@ -108,6 +108,11 @@ def load(
         message = f"{words} is not used: the weights are quantised in the files"
         warnings.warn(message, AdapterWarning, stacklevel=3)
     if adapter is not None:
+        bits = recorded(str(adapter), "model").get("model", {}).get("bits")
+        if bits is not None and quantize is None and not checkpoint.packing:
+            text = f"{adapter} was trained over weights of {bits} bits, and these are not packed"
+            text += f"; quantize=mq.QuantConfig({bits}) packs them"
+            warnings.warn(text, AdapterWarning, stacklevel=3)
         load_adapter(model, adapter)
     return model, with_tokenizer_of(adapter, tokenizer)
 
@@ -167,7 +172,12 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
     assert chosen.source is not None
     asked, names = chosen.quantize(), ("dtype", "frozen_matmul", "residency")
     settings = {name: getattr(chosen, name) for name in names}
-    return load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
+    model, tokenizer = load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
+    packed = "quantization" in model.hf_config
+    if chosen.bits == ModelConfig().bits and not packed and is_merged(model.source.path / CARD):
+        text = f"{chosen.source} is rounded to {chosen.bits} bits while it is loaded"
+        warnings.warn(f"{text}; model.bits=null keeps it as merged", AdapterWarning, stacklevel=2)
+    return model, tokenizer
 
 
 def as_taught(config: RunConfig) -> RunConfig:
@@ -208,10 +218,9 @@ def of_its_run(config: RunConfig) -> RunConfig:
     taught = build(recorded(adapter, "data", "training") if adapter else {})
     if data.path is None:
         if taught.data.path is None:
-            of = f", and {adapter} has no run.yaml that names rows (a run in Python has none)"
-            also = ", or call mq.evaluate there" * bool(adapter)
+            of = f", and no run.yaml of {adapter} names rows, as after a run in Python"
             raise ConfigError(
-                f"data.path is missing{of * bool(adapter)}; name rows with --data FILE{also}"
+                f"data.path is missing{of * bool(adapter)}; name rows with --data FILE"
             )
         default = asdict(DataConfig())
         given = {name: value for name, value in asdict(data).items() if value != default[name]}

@@ -44,7 +44,6 @@ from mlx_qlora.folders import (
     staged,
     user_path,
     write_whole,
-    written_by,
 )
 from mlx_qlora.loading import (
     as_loaded,
@@ -347,7 +346,7 @@ def check_output(output: Path, adapter: str | None = None) -> None:
     checkpoints = [path.name for path in output.glob("checkpoint-*")]
     check_writable(output, checkpoints, OUTPUT, is_ours=is_ours)
     same = adapter is not None and output.resolve() == user_path(adapter).resolve()
-    if same and not written_by(output):
+    if same:
         raise ConfigError(
             f"{OUTPUT}: {output} holds the adapter that training continues from, which would be "
             "overwritten; choose another folder with --output-dir"

@@ -128,16 +128,24 @@ def underfitted(history: History) -> Iterator[Advice]:
 
 
 def unfinished(history: History) -> Iterator[Advice]:
-    """The validation loss, which ends at its best, fell by FALLS and STEEP in the second half."""
+    """The validation loss falls on, and fell by FALLS in the second half."""
     evals = [(record["step"], record["eval_loss"]) for record in _validations(history)]
-    if len(evals) < 3 or evals[-1][1] > min(loss for _, loss in evals):
+    if not _falls_on(history):
         return
-    (_, first), (step, middle), (last_step, last) = evals[0], evals[len(evals) // 2], evals[-1]
-    if middle - last > max(FALLS * middle, STEEP * (first - last)):
+    (step, middle), (last_step, last) = evals[len(evals) // 2], evals[-1]
+    if middle - last > FALLS * middle:
         finding = f"the validation loss was still falling, from {middle:.3f} at step {step} to "
         finding += f"{last:.3f} at step {last_step}, the last one"
         remedy = "train for more steps, or raise training.learning_rate (to three times)"
         yield Advice("length", finding, remedy)
+
+
+def _falls_on(history: History) -> bool:
+    """Whether the validation loss ends at its best, and STEEP of its fall is in the second half."""
+    losses = [record["eval_loss"] for record in _validations(history)]
+    if len(losses) < 3 or losses[-1] > min(losses):
+        return False
+    return losses[len(losses) // 2] - losses[-1] > STEEP * (losses[0] - losses[-1])
 
 
 def repeats_itself(history: History) -> Iterator[Advice]:
@@ -145,8 +153,10 @@ def repeats_itself(history: History) -> Iterator[Advice]:
     validations = [r for r in _validations(history) if "eval_repetition" in r]
     for last in validations[-1:]:
         ours, theirs = last["eval_repetition"], last["eval_reference_repetition"]
-        # Where it repeated itself more at the first validation, training is not the cause.
-        if ours > theirs + STUTTER and ours >= validations[0]["eval_repetition"]:
+        # Where it repeated itself more at the first validation, training is not the cause; nor was
+        # it trained for too long while it still learns.
+        rose = ours >= validations[0]["eval_repetition"] and not _falls_on(history)
+        if ours > theirs + STUTTER and rose:
             finding = f"{ours:.0%} of the model's first choices repeat the token before them, "
             finding += f"where the references have {theirs:.0%}"
             remedy = "train for fewer steps, lower training.learning_rate, and look for rows that "
@@ -223,7 +233,8 @@ def learned(
         statistics.fmean(style_similarity(sample[key], sample["reference"]) for sample in samples)
         for key in ("before", "after")
     )
-    why += f" Similarity of the answers to the references: {before:.0%} → {after:.0%}."
+    n = f"{len(samples)} sampled answers" if len(samples) > 1 else "the sampled answer"
+    why += f" Likeness in letters of {n} to the references: {before:.0%} → {after:.0%}."
     if after < before + LITTLE_NEARER:
         why += " More steps, or more rows, may bring them nearer."
         return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")

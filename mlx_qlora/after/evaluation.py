@@ -80,6 +80,9 @@ def evaluate_run(
         warn(console, f"the adapter was trained on {share}: it is better on them than on new ones")
     elif trained is None and _is_path_of_run(config):
         warn(console, f"the adapter was trained on rows of {data}: it is better on them")
+    elif trained is None and config.model.adapter is not None:
+        text = "which rows the adapter was trained on is not known here; it is better on those"
+        say(console, f"rows      {text}")
     objective, n_rows = config.training.objective, len(examples)
     drawn = _drawn_examples(examples, limit, seed, console)
     rejected = good_answers(drawn, 0) if drawn.report.kind == PAIRS else None
@@ -277,7 +280,8 @@ class Comparison:
         """The table that a terminal shows; 80 columns hold it."""
         title = f"{self.n_examples:,} examples, {self.n_tokens:,} tokens, {self.n_answers} answers"
         heads = ["adapter", "change, 95 % sure", ""] if self.adapter else ["95 % sure"]
-        table = Table("", "base", *heads, title=title, title_justify="left", box=None)
+        first = "base" if self.adapter else "model"
+        table = Table("", first, *heads, title=title, title_justify="left", box=None)
         for row in self.rows:
             table.add_row(*row.cells())
         return table

@@ -57,9 +57,12 @@ def print_rows(batches: Batches, tokenizer: Tokenizer, count: int, console: Cons
         tokens: Any = np.array(batch.tokens)
         labels: Any = np.array(batch.labels)
         documents = [*zip(batch.places, batch.documents.tolist())]
+        of_row = [i for i, (_, (row, _, _)) in enumerate(documents) if row == b]
         for i in range(len(documents)):
             place, (row, start, end) = documents[i ^ 1 if kind == PAIRS else i]
             if row == b:  # a row of several answers may be several documents
+                if len(of_row) > 1 and kind not in (PAIRS, JUDGEMENTS):
+                    place += f", answer {of_row.index(i) + 1} of {len(of_row)}"
                 here = b, slice(start, end)
                 weights = np.ones(1) if batch.weights is None else batch.weights[here]
                 weights = weights[weights != 0].tolist()

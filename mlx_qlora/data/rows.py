@@ -329,7 +329,11 @@ def _message(value: Any, where: str, asked: bool = False) -> Message:
     content = rest.pop("content", None)
     content = rest.pop("value", None) if content is None else content
     if not isinstance(role, str) or not role:
-        raise DataError(f"{where} has no role (field 'role', or 'from')")
+        there = ", ".join(repr(name[:40]) for name in [*value][:5])
+        fix = f"; rename its fields ({there}) to 'role' and 'content'" * (
+            {"role", "from"}.isdisjoint(value)
+        )
+        raise DataError(f"{where} has no role (field 'role', or 'from'){fix}")
     if role.lower() == "function_call":  # ShareGPT's: the message is the call
         rest["tool_calls"], content = _calls_in(content, where), None
     role = ROLES.get(role.lower(), role if asked else role.lower())

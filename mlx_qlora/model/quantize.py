@@ -178,9 +178,8 @@ class FrozenMatrix(nn.Module):
     def make_resident(self) -> None:
         """Keep a dequantised copy, if the strategy asks for one."""
         self._resident = self.stack = None
-        if self.quant is not None and self.matmul == "resident":
-            self._resident = unpack(self.packed(), self.quant, self.dtype)
-            mx.eval(self._resident)
+        if self.matmul == "resident":
+            self.make_copy()
 
     def multiply(self, x: mx.array) -> mx.array:
         """x (..., columns) -> x @ W.T (..., rows), in x's dtype."""

@@ -358,9 +358,9 @@ def _same_run(
         raise ConfigError(
             f"{path} was made from another {' and '.join(changed)}"
             + (f":\n{listing(differences)}\n" if differences else ". ")
-            + "To continue it, give the values at the left. " * bool(differences)
-            + f"To train its adapter further pass --adapter {path}, and another --output-dir. To "
-            "start from the beginning pass checkpointing.resume_from_checkpoint=none"
+            + "To continue it, give the values at the left. " * (changed == ["config"])
+            + f"To train its adapter further pass --adapter {path}, and another --output-dir; for "
+            "a new run another --output-dir, or checkpointing.resume_from_checkpoint=none"
         )
     return replace(RunState(**saved), fingerprint=state.fingerprint, config=state.config)
 

@@ -485,7 +485,7 @@ def test_folders_of_others_are_refused_and_untouched(
         ("own", model, r"config\.json \(and \d+ more\) is not known to be"),
         ("extra", model, r"model\.gguf is not known to be from mlx-qlora and would be deleted"),
         ("adapter", model, r"adapter/README\.md \(and 4 more\)"),
-        ("notes", model, "choose another folder with --output-dir"),
+        ("notes", model, "choose another folder with output_dir"),
         ("file", model, "is a file"),
         ("own", trained, "holds the weights that are read"),
     ):

@@ -269,6 +269,7 @@ def test_a_base_alone_has_figures_and_no_change(folder, rows, tmp_path):
     loss = found.comparison["loss"]
     assert loss.base.estimate == pytest.approx(wanted.loss, abs=1e-5)
     assert loss.tuned is None and found.forgetting is None and not found.comparison.adapter
+    assert [column.header for column in found.comparison.__rich__().columns][:2] == ["", "model"]
     assert found.comparison.n_answers == 0 and found.samples == ()
 
 

@@ -102,12 +102,17 @@ def line_of(out: str, word: str) -> str:
 
 
 def test_what_a_template_says_of_itself_is_told(folder, chats, tmp_path, capsys):
-    thinks = "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}{{ m['content'] }}"
+    last = "m.role == 'assistant' and loop.last"  # so each answer of a row is read alone
+    thinks = f"{{{{ '<think>\n\n</think>\n\n' if {last} }}}}{{{{ m['content'] }}}}"
     own = "{{ '<|system|>You are Qwen.' ~ eos_token if messages[0].role != 'system' }}"
     template = own + CHAT
     qwen = Path(shutil.copytree(folder, tmp_path / "qwen"))
     (qwen / "chat_template.jinja").write_text(template.replace("{{ m['content'] }}", thinks))
-    out = inspect(capsys, chats, "--model", qwen)
+    out = inspect(capsys, chats, "--model", qwen, "--show", 100)
+    assert {*re.findall(r"jsonl:\d+(, answer.*?)?:", out)} == {
+        "",
+        *(f", answer {i + 1} of {n}" for n in (2, 3) for i in range(n)),
+    }
     assert line_of(out, "system").startswith("'You are Qwen.', by the chat template")
     assert line_of(out, "thinking").startswith("an empty <think> is learned before answers")
     out = inspect(capsys, chats, "--model", folder)

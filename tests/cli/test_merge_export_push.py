@@ -18,6 +18,7 @@ from support.models import our_logits, random_tokens, randomise_lora
 
 import mlx_qlora as mq
 from mlx_qlora.config import build, to_yaml
+from mlx_qlora.errors import AdapterWarning
 
 TOKENS = random_tokens(2, 17)
 
@@ -53,13 +54,19 @@ def test_merge_needs_the_run_s_folder_alone(run, tmp_path, capsys):
     assert "merged" in capsys.readouterr().out
     model, _ = mq.load(merged)
     assert np.abs(our_logits(model, TOKENS) - logits).max() < 1e-4
+    said = "is rounded to 4 bits while it is loaded; model.bits=null keeps it as merged"
+    for bits, is_told in (([], True), (["model.bits=null"], False), (["model.bits=8"], False)):
+        words = ["--model", merged, "--prompt", "a", "--max-new-tokens", 1, "model.group_size=32"]
+        call("generate", *words, *bits)
+        assert (said in capsys.readouterr().err) == is_told
 
 
 def test_merge_into_the_original_weights_is_another_model(run, model, tmp_path):
     out, logits = run
     words = ["merge", "--adapter", out, "--output-dir", tmp_path / "m", "--save-dtype", "float32"]
     assert call(*words, "--base", model) == 0
-    wanted, _ = mq.load(model, adapter=out)
+    with pytest.warns(AdapterWarning, match="trained over weights of 8 bits"):
+        wanted, _ = mq.load(model, adapter=out)
     found = our_logits(mq.load(tmp_path / "m")[0], TOKENS)
     assert np.abs(found - our_logits(wanted, TOKENS)).max() < 1e-4
     assert np.abs(found - logits).max() > 1e-3  # 8 bits are not 32
@@ -68,7 +75,7 @@ def test_merge_into_the_original_weights_is_another_model(run, model, tmp_path):
 def test_requantising_without_the_run_s_rows_says_that_it_measures_nothing(run, tmp_path, capsys):
     words = ["merge", "--adapter", run[0], "--output-dir", tmp_path / "m", "--requantize", "4"]
     assert call(*words, "model.group_size=32") == 0
-    assert "has no run.yaml that names rows; name rows with --data" in capsys.readouterr().out
+    assert "names rows, as after a run in Python; name rows with --data" in capsys.readouterr().out
     model, _ = mq.load(tmp_path / "m")
     assert model.layers[0].mlp.up_proj.quant == mq.QuantConfig(4, 32)
 

@@ -15,6 +15,7 @@ from support.training import train_run
 import mlx_qlora as mq
 from mlx_qlora.cli import main
 from mlx_qlora.config import build, read_yaml
+from mlx_qlora.errors import AdapterWarning
 from mlx_qlora.run import open_inputs
 
 PLOTS = ["grad_norm", "learning_rate", "loss", "peak_memory_bytes", "tokens_per_second"]
@@ -97,7 +98,8 @@ def test_the_adapter_on_disk_is_the_trained_one(finished):
 
     folder, *_ = finished
     tokens = random_tokens(2, 20)
-    model, _ = mq.load(folder / "model", adapter=folder / "out")
+    with pytest.warns(AdapterWarning, match="trained over weights of 4 bits, and these are not"):
+        model, _ = mq.load(folder / "model", adapter=folder / "out")
     base, _ = mq.load(folder / "model")
     ours = np.array(model(mx.array(tokens)))
     assert np.abs(ours - np.array(base(mx.array(tokens)))).max() > 1e-2
@@ -115,8 +117,8 @@ def test_an_adapter_can_be_trained_on_and_its_own_config_stands(finished, tmp_pa
     assert read_yaml(tmp_path / "more" / "run.yaml")["lora"]["r"] == 4
     config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
-    first, _ = mq.load(folder / "model", adapter=folder / "out")
-    second, _ = mq.load(folder / "model", adapter=tmp_path / "more")
+    first, _ = mq.load(adapter=folder / "out")
+    second, _ = mq.load(adapter=tmp_path / "more")
     tokens = mx.array(random_tokens(1, 12))
     assert mx.abs(first(tokens) - second(tokens)).max().item() < 1e-2
 
@@ -199,13 +201,15 @@ def test_files_of_others_are_never_overwritten(finished, tmp_path, name, text):
 
 def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp_path):
     folder, *_ = finished
-    mq.save_adapter(
-        mq.load(folder / "model", adapter=folder / "out")[0], tmp_path / "a", "org/base"
-    )
+    mq.save_adapter(mq.load(adapter=folder / "out")[0], tmp_path / "a", "org/base")
     before = contents(tmp_path / "a")
     with pytest.raises(mq.ConfigError, match="holds the adapter that training continues from"):
         train_run(into(tmp_path / "a", finished, adapter=str(tmp_path / "a")))
     assert contents(tmp_path / "a") == before
+    before = contents(folder / "out")  # a run's own
+    with pytest.raises(mq.ConfigError, match="holds the adapter that training continues from"):
+        train_run(into(folder / "out", finished, adapter=str(folder / "out")))
+    assert contents(folder / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,11 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ("Hi", "messages[1] is not an object but str"),
         (None, "messages[1] is not an object but NoneType"),
         ({1: "a", **USER}, "messages[1] has a field whose name is not text"),
-        ({"content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
+        (
+            {"content": "a", "who": "b"},
+            "messages[1] has no role (field 'role', or 'from'); rename its fields ('content', "
+            "'who') to 'role' and 'content'",
+        ),
         ({"role": "", "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": ["user"], "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": "user"}, "messages[1] has no content (field 'content', or 'value')"),

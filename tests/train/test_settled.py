@@ -100,6 +100,11 @@ def test_what_is_settled_is_in_the_config_and_said_with_its_reason():
     assert without[:3] == lines[:3]
     assert without[3].startswith("every     5 steps a checkpoint: a sixth")
     assert explained(settled, settled, examples, examples) == []
+    more = {"training": {"num_train_epochs": 6}, "lora": {"r": 64}}
+    lines = explained(build(more), settle(build(more), LLAMA, examples), examples, examples)
+    fewer = "for more set per_device_train_batch_size=9 and gradient_accumulation_steps=1"
+    assert lines[0].endswith(f"read 6 times, make 30 steps; {fewer}")
+    assert "scale     alpha stays 32 with r 64; lora_alpha=128 keeps the usual ratio" in lines
     assert settle(config, LLAMA).checkpointing.eval_steps == "auto", "without data it stays open"
 
 
