@@ -25,10 +25,14 @@ class UserError(ValueError):
     in_command = False  # whether a command line shows them
 
     def __str__(self) -> str:
-        text = shown(super().__str__())
-        for flag, name in () if UserError.in_command else IN_PYTHON.items():
-            text = text.replace(flag, name)
-        return text
+        return as_called(shown(super().__str__()))
+
+
+def as_called(text: str) -> str:
+    """A remedy with flags, which a caller in Python knows as arguments."""
+    for flag, name in () if UserError.in_command else IN_PYTHON.items():
+        text = text.replace(flag, name)
+    return text
 
 
 class ConfigError(UserError):

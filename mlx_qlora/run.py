@@ -31,7 +31,7 @@ from mlx_qlora.data.read import (
 )
 from mlx_qlora.data.tokenizer import SHIPPED, Tokenizer, load_tokenizer
 from mlx_qlora.distributed import processes
-from mlx_qlora.errors import ConfigError, DataError, say, warn
+from mlx_qlora.errors import ConfigError, DataError, as_called, say, warn
 from mlx_qlora.fields import checked
 from mlx_qlora.folders import (
     ADAPTER_FOLDER,
@@ -485,7 +485,7 @@ def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
 def _summary(result: TrainResult) -> str:
     if not result.tokens_per_second:  # a finished run was started again
         folder = result.output_dir
-        longer = f"to train it longer pass --adapter {folder}, and another --output-dir"
+        longer = as_called(f"to train it longer pass --adapter {folder}, and another --output-dir")
         return f"done      step {result.steps} was the last one; adapter in {folder}; {longer}"
     return (
         f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
