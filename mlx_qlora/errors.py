@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# The flags of remedies, as the Python functions call them.
-IN_PYTHON = {"--model ": "source=", "--adapter ": "adapter=", "--adapter": "adapter"}
-IN_PYTHON |= {"--output-dir": "output_dir"}
+# The flags of remedies, as one writes them in Python.
+IN_PYTHON = {r"--adapter (\S+?)(?=[,;.]?(?:\s|$))": r"mq.load(adapter='\1')"}
+IN_PYTHON |= {r"--model (\S+)": r"source=\1", "--adapter": "adapter", "--output-dir": "output_dir"}
 
 
 class UserError(ValueError):
@@ -31,7 +31,7 @@ class UserError(ValueError):
 def as_called(text: str) -> str:
     """A remedy with flags, which a caller in Python knows as arguments."""
     for flag, name in () if UserError.in_command else IN_PYTHON.items():
-        text = text.replace(flag, name)
+        text = re.sub(flag, name, text)
     return text
 
 

@@ -50,6 +50,7 @@ from mlx_qlora.loading import (
     as_taught,
     by_taught_columns,
     check_lora,
+    of_its_run,
     with_model,
     with_tokenizer_of,
 )
@@ -266,6 +267,9 @@ def open_inputs(
     if asked.model.source is None and writes:
         packed = f"bits={config.model.bits}, group_size={config.model.group_size}"
         say(console, f"model     {source_of(config)}, {packed}: as in the adapter's run")
+    if writes and config.model.adapter is not None and config.data.path is None:
+        config = replace(config, data=of_its_run(config).data)
+        say(console, f"rows      {config.data.path}: as in the adapter's run")
     source_of(config)  # before anything is read
     if not processes().is_first:  # one of them writes the refused rows
         config = replace(config, data=replace(config.data, refused_path=None))
@@ -488,7 +492,8 @@ def _summary(result: TrainResult) -> str:
         longer = as_called(f"to train it longer pass --adapter {folder}, and another --output-dir")
         return f"done      step {result.steps} was the last one; adapter in {folder}; {longer}"
     return (
-        f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
+        f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s with "
+        f"validations, peak "
         f"{result.peak_memory_bytes / 1e9:.2f} GB, the process "
         f"{result.process_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
     )

@@ -243,6 +243,9 @@ def learned(
             why += f" {_sentence(item.finding)} {_sentence(item.remedy)}"
             nearer = "the answers are nearer, and far from the references yet"
             return Answer(question, f"In part: {fell}, {nearer}", why, "note")
+    if not any(sample["after"].strip() == sample["reference"].strip() for sample in samples):
+        nearer = f"Yes, in form: {fell}, the answers are nearer, none is the reference"
+        return Answer(question, nearer, f"{why} Check the facts in them.", "good")
     return Answer(question, f"Yes: {fell}, the answers are nearer", why, "good")
 
 
@@ -313,7 +316,7 @@ def overfitting(history: History, best_step: int | None, advice: Sequence[Advice
 def forgot(general: Forgetting, kl: Row) -> Answer:
     """How much of general text was forgotten, and how far the answers are from the base's."""
     _, _, estimate, ends, _ = kl.cells()
-    answers = ", ".join(filter(None, (f"on the held-out answers it is {estimate}", ends)))
+    answers = ", ".join(filter(None, (f"on the held-out answers KL is {estimate}", ends)))
     why, tone = f"{_sentence(general.figures)} {_sentence(answers)}", "good"
     if not general.verdict.startswith("little was"):
         why += " A lower rate, fewer steps or a higher training.kl_weight keep more."

@@ -235,7 +235,8 @@ class Row:
 
 def _ends(interval: Interval, form: str, percent: bool = False) -> str:
     scale, unit = (100, " %") if percent else (1, "")
-    low, high = (f"{scale * value:{form}}" for value in (interval.low, interval.high))
+    ends = (round(scale * value, 12) for value in (interval.low, interval.high))  # -1e-17 is 0
+    low, high = (f"{value:{form}}" for value in ends)
     return f"{low} to {high}{unit}" if interval.known else ""
 
 

@@ -81,7 +81,8 @@ class Forgetting:
         assert change is not None
         low, high = degree(change.low), degree(change.high)  # without an interval both the same
         if low != high:
-            return f"{low}, perhaps {high}, was forgotten; more text would tell"
+            longer = "a longer text would tell (evaluate --general FILE)"
+            return f"{low}, perhaps {high}, was forgotten; {longer}"
         sure = "" if change.known else ", but the text is too short to be sure"
         return f"{low} was forgotten{sure}"
 

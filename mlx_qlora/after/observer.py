@@ -208,8 +208,11 @@ class Observer:
                 for row, old, new in zip(self.questions, before.answers, after.answers)
             ]
             if not self.in_python:
+                went_on = self.untrained.start is not None
                 with shown(console):
-                    general = forgetting(self.model, self.inputs.tokenizer, base=self.untrained)
+                    on = "the built-in texts" + ", since the adapter it began with," * went_on
+                    how: Any = {"source": on, "base": self.untrained}
+                    general = forgetting(self.model, self.inputs.tokenizer, **how)
             kl = kl_row(after.scores)
             old, new = Scores.of(before.scores), Scores.of(after.scores)
             result.test_scores = {"before": old, "after": new}

@@ -187,7 +187,7 @@ CHUNK_BYTES = 1 << 20  # raw rows that a worker gets at once
 CHUNK_ROWS = 4096
 # This much is encoded here first: starting workers for less would take longer than the work.
 BEFORE_WORKERS = 4 * CHUNK_BYTES
-LONGEST_REASON = 300  # characters
+LONGEST_REASON = 600  # characters; what to do stands at the end
 Refused = list[tuple[int, str]]  # (line, reason)
 
 

@@ -191,7 +191,8 @@ def read_examples(
         examples = _read_all([(name, files)], tokenizer, config, KIND_OF[objective])[0]
     report = examples.report
     if console is None and (report.refused or report.unread):
-        about = "\n  rows are counted from 1" * bool(report.refused)
+        in_memory_too = any(file.unit == "row" and file.refused for file in report.files)
+        about = "\n  rows are counted from 1" * in_memory_too
         warnings.warn(f"{report}{about}", DataWarning, stacklevel=3)  # above `checked`
     return examples
 

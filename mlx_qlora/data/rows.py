@@ -112,8 +112,8 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
 # What `data.columns` may name -> what data sets often call it.
 COLUMNS = {
     "messages": "conversation dialog dialogue chat turns",
-    "instruction": "question query problem prompt user user_input",
-    "output": "answer response solution completion reply target assistant",
+    "instruction": "question query problem prompt user user_input asked wrote",
+    "output": "answer response solution completion reply target assistant answered replied",
     "input": "context",
     "system": "system_prompt system_message",
     "text": "content body document article",
@@ -160,11 +160,15 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
     if is_pair or len(texts) < 2 or known & row.keys():
         return ""
     by_length = sorted(texts, key=lambda name: -len(row[name]))[:2]
+    if not all(" " in row[name].strip() for name in by_length):  # dates and topics ask nothing
+        by_length = []
     asked, answer = (
         next((name for name in texts if _words(name) & _words(f"{field} {COLUMNS[field]}")), None)
         for field in ("instruction", "output")
     )
     if not asked or not answer or asked == answer:
+        if not by_length:
+            return ""
         asked, answer = sorted(by_length, key=texts.index)
     both = field({"prompt": asked, "completion": answer})
     return f"; if {answer!r} answers {asked!r}, {both} data.template=chat would read it"

@@ -347,9 +347,10 @@ def _same_run(
             f"adapter: --adapter {path} and another --output-dir"
         )
     differences = list(_differences(saved["config"], state.config, defaults))
-    if any(line.startswith("training.max_steps") for line in differences):
-        # A share of it, which nobody typed.
-        differences = [line for line in differences if "training.warmup_steps" not in line]
+    if any(re.match(r"training\.(max_steps|num_train_epochs)", line) for line in differences):
+        # What follows from it, and nobody typed.
+        derived = r"training\.(warmup_steps|per_device_train_batch_size x)"
+        differences = [line for line in differences if not re.match(derived, line)]
     changed = [name for name in state.fingerprint if name not in ("numerics", "base")]
     changed = [name for name in changed if theirs.get(name) != state.fingerprint[name]]
     if "config" in changed and saved["config"] and not differences:
