@@ -110,8 +110,7 @@ def as_measured(
 def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console) -> RunConfig:
     """As `as_measured`, for a loaded model, which is multiplied with that way from then on."""
     matrices = [m for m in model.modules() if isinstance(m, FrozenMatrix) and m.quant]
-    told = getattr(model, "frozen_matmul", None) != "auto"
-    if not matrices or told or model.model.reader is not None:
+    if not matrices or model.frozen_matmul != "auto" or model.model.reader is not None:
         return config
     numbers = sum(math.prod(matrix.shape) for matrix in matrices)
     chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)

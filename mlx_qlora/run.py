@@ -158,9 +158,9 @@ class Inputs:
         Layers that were trained in this output folder before count as they were before that. An
         AdapterError if nothing says what the original base is.
         """
-        config, source = self.config, getattr(model, "source", None)
+        config, source = self.config, model.source
         base = config.model.base_model_name_or_path or original_base(source)
-        seed, former = config.training.seed, getattr(model, "beginning", None)
+        seed, former = config.training.seed, model.beginning
         start: dict[str, Any] | int | None = None
         if former is not None and former.is_of(model, self.output):
             ratio = config.lora.loraplus_lr_ratio
@@ -430,7 +430,7 @@ def _run(
     output = inputs.output
     with disk_errors(output, lambda: last_checkpoint(output)), ExitStack() as stack:
         inputs = everyone.agree(lambda: stack.enter_context(begun(inputs, console)))
-        former, model.beginning = getattr(model, "beginning", None), inputs.begins
+        former, model.beginning = model.beginning, inputs.begins
         if inputs.resumed is None and former is not None and former.is_of(model, output):
             say(console, "model     begins as it did before it was trained in this folder")
         assert inputs.begins is not None

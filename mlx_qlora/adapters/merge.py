@@ -136,7 +136,7 @@ def save_merged(
         original = open_checkpoint(base if isinstance(base, ModelFiles) else resolve(base))
         _check_base(model, original)
     sources: list[ModelFiles] = [original.files] if original else []
-    sources += [model.source] if getattr(model, "source", None) else []
+    sources += [model.source] if model.source else []
     if any(target == files.path.resolve() for files in sources):
         raise ConfigError(f"{target} holds the weights that are read; choose another folder")
     check_writable(target, MERGED_FOLDER, whole=True, is_ours=is_merged)

@@ -75,7 +75,7 @@ def save_adapter(
         AdapterError: the model has no LoRA layers, or nothing says what the base is.
         ConfigError: the folder holds somebody else's adapter or README.md.
     """
-    base = base_model_name_or_path or original_base(getattr(model, "source", None))
+    base = base_model_name_or_path or original_base(model.source)
     return write_adapter(model, folder, base, base_hash(model), mlx_lm)
 
 
@@ -147,7 +147,7 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
     targets = lora.target_modules
     if targets == "all-linear":  # PEFT would expand this again, and may know other linears
         targets = sorted({path.rpartition(".")[2] for path, _ in lora_layers(model)})
-    source = getattr(model, "source", None)
+    source = model.source
     # A copy's commit is none of the original's, and AutoPeftModel would look for it there.
     revision = source.revision if source is not None and source.source == base else None
     return {
@@ -317,7 +317,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
     arrays, metadata = loaded
     for name, array in arrays.items():
         check_finite(name, file, array, error=AdapterError)
-    check_base(getattr(model, "source", None), folder, metadata)
+    check_base(model.source, folder, metadata)
     carried = " and ".join(COPIES[name] for name in copies)
     if not all(
         _is_copy(arrays.pop(name), model.head if "lm_head" in name else model.model.embed_tokens)

@@ -5,6 +5,7 @@ run that is stopped and continued takes the same steps as one that was not.
 """
 
 import itertools
+import json
 import os
 import statistics
 import time
@@ -24,7 +25,7 @@ from mlx_qlora.cpu import blas
 from mlx_qlora.data.batches import Batch, Batches, evaluation_batches
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, ProcessError, TrainingError, say, warn
-from mlx_qlora.folders import disk_errors
+from mlx_qlora.folders import disk_errors, write_whole
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing, now
 from mlx_qlora.train.allreduce import broadcast_state, score_of_all
@@ -42,7 +43,7 @@ from mlx_qlora.train.checkpoint import (
 from mlx_qlora.train.config import RunLength, batches_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.memory import largest_micro_batch
-from mlx_qlora.train.metrics import Metrics, open_trackers, rewrite_metrics
+from mlx_qlora.train.metrics import Metrics, open_trackers
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.score import score
@@ -199,7 +200,8 @@ class Run:
             trackers = open_trackers(logging, self.output, self.settings(), state)
             discard_after(self.output, state.step)
             rotate(self.output, state, self.config.checkpointing.save_total_limit)
-            rewrite_metrics(path, state.log_history)
+            # As at the checkpoint: lines may be too many, cut, or lost.
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in state.log_history))
         every = int(self.config.logging.logging_steps)
         self.metrics = Metrics(path, self.total_steps, state, every, self.console, trackers)
         return self.metrics
