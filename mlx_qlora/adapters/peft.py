@@ -150,25 +150,19 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
     source = model.source
     # A copy's commit is none of the original's, and AutoPeftModel would look for it there.
     revision = source.revision if source is not None and source.source == base else None
-    return {
+    own = {name: value for name, value in vars(lora).items() if name != "loraplus_lr_ratio"}
+    return own | {
         "alpha_pattern": {key: _whole(alpha) for key, alpha in lora.alpha_pattern.items()},
         "base_model_name_or_path": base,
-        "bias": lora.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "layers_to_transform": lora.layers_to_transform,
         "lora_alpha": _whole(lora.lora_alpha),
-        "lora_dropout": lora.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": lora.r,
-        "rank_pattern": lora.rank_pattern,
         "revision": revision,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
     }
 
 

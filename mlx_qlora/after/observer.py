@@ -84,9 +84,14 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Show what is trained within, in the first process."""
         self.began = progress.now()
-        follower = self.follow if self.processes.is_first else lambda: None
-        with shown(self.console) as screen, screen.following(follower):
-            yield
+        with shown(self.console) as screen:
+            screen.follower = self.follow if self.processes.is_first else screen.follower
+            try:
+                yield
+            finally:
+                screen.tick()
+                screen.follower = lambda: None
+                screen.clear()  # waits for what its thread may be showing
 
     def ended(self, _: object, error: BaseException | None, __: object) -> None:
         """Leave no page that loads itself again where the run has ended without its report."""
