@@ -252,7 +252,6 @@ def note_on_mlx_lm(model: LlamaForCausalLM) -> str:
 
 
 def _write_mlx_lm(model: LlamaForCausalLM, folder: Path, known_by: dict[str, str]) -> None:
-    """Write `adapters.safetensors` and `adapter_config.json` and read them back."""
     lora: LoraConfig = model.lora_config
     layers = lora_layers(model)
     rank, updates = uniform_updates(model, scale := layers[0][1].scale)

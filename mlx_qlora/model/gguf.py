@@ -254,10 +254,7 @@ def read_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
 
 
 def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
-    """Every tensor, the key-value pairs, and where the data begins.
-
-    Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-    """
+    # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     size = os.fstat(file.fileno()).st_size
 
     def take(n: int) -> bytes:

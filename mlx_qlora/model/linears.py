@@ -81,7 +81,6 @@ class Linears:
         return [*others, mx.contiguous(last) if len(others) > 1 else last]
 
     def _products(self, x: mx.array) -> list[mx.array]:
-        """x times each frozen matrix."""
         matrices = [linear.base_layer for linear in self.members.values()]
         if len(matrices) > 1 and device.current().stacks_matrices:
             if (stack := stacked(matrices)) is not None:

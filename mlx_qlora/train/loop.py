@@ -34,7 +34,7 @@ from mlx_qlora.train.checkpoint import (
     discard_after,
     last_checkpoint,
     load_tensors,
-    load_weights,
+    read_state,
     rotate,
     save_checkpoint,
     validations_since_best,
@@ -367,7 +367,8 @@ class Run:
             return
         try:
             if best[0] != self.state.step and self.processes.is_first:
-                load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
+                read_state(folder := self.output / f"checkpoint-{best[0]}")
+                load_tensors(folder, self.model, self.optimizer)
             say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
         except ConfigError as error:  # it was not saved by this run, or damaged since
             warn(self.console, f"step {best[0]} was best, but {error}; the last weights are kept")
