@@ -7,8 +7,7 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -429,7 +428,7 @@ def _run(
     everyone.must_equal(inputs.shared_facts())
     output = inputs.output
     with disk_errors(output, lambda: last_checkpoint(output)), ExitStack() as stack:
-        inputs = everyone.agree(lambda: stack.enter_context(begun(inputs, console)))
+        inputs = everyone.agree(lambda: begun(inputs, console, stack))
         former, model.beginning = model.beginning, inputs.begins
         if inputs.resumed is None and former is not None and former.is_of(model, output):
             say(console, "model     begins as it did before it was trained in this folder")
@@ -464,22 +463,18 @@ def _run(
     return result
 
 
-@contextmanager
-def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
+def begun(inputs: Inputs, console: Console, stack: ExitStack) -> Inputs:
     """Take the output folder: lock it, find the checkpoint to go on from, write the record.
 
     All of it in the first process; the others need not even see the folder.
     """
-    if not processes().is_first:
-        yield inputs
-        return
-    output = inputs.output
-    output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        remove_leftovers(output, NAMES)
+    if processes().is_first:
+        inputs.output.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(inputs.output))
+        remove_leftovers(inputs.output, NAMES)
         inputs = inputs.to_resume(console)
         write_record(inputs)
-        yield inputs
+    return inputs
 
 
 def _summary(result: TrainResult) -> str:
