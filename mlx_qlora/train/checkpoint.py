@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -440,7 +440,8 @@ def load_tensors(
 
     def whole(file: str, form: str) -> mx.array:
         tensors, shapes = load_file(path / file), optimizer.shapes.items()
-        return _concatenate(_checked(tensors, form.format(name), shape) for name, shape in shapes)
+        parts = (_checked(tensors, form.format(name), shape) for name, shape in shapes)
+        return mx.array(np.concatenate([part.reshape(-1) for part in parts]))
 
     with reading(path, ConfigError):
         # Adapters of PiSSA and OLoRA have twice the rank, and what is trained is the first half.
@@ -460,7 +461,3 @@ def _checked(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) 
     if array.dtype != np.float32 or array.shape != shape or not are_numbers:
         raise ValueError(f"{name} is not what a run keeps in it")
     return array
-
-
-def _concatenate(arrays: Iterable[np.ndarray]) -> mx.array:
-    return mx.array(np.concatenate([array.reshape(-1) for array in arrays]))

@@ -179,9 +179,8 @@ class Run:
         engine.limit_memory(largest_micro_batch(inputs.train, training.rows))
         self.preferences = None
         if training.objective != "sft":
-            about = model, self.batches, self.held_out, self.processes
-            self.preferences = Preferences(training, *about)
-        rest = self.stop, console, self.processes, self.preferences
+            self.preferences = Preferences(training, model, self.batches, self.held_out)
+        rest = self.stop, console, self.preferences
         self.step = Step(engine, self.optimizer, training.seed, *rest)
 
     # ---- before the first step -------------------------------------------------------------------
