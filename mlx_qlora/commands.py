@@ -341,7 +341,7 @@ def _evaluate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     from mlx_qlora.after.evaluation import ANSWERS, evaluate_run
 
     answers = ANSWERS if args.answers is None else args.answers
-    return evaluate_run(config, console, args.limit, answers, args.general, args.output).to_dict()
+    return evaluate_run(config, console, args.limit, answers, args.general, args.output)
 
 
 def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:
