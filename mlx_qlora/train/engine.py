@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import device
-from mlx_qlora.adapters.several import Untrained
+from mlx_qlora.adapters.several import untrained
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
@@ -300,7 +300,7 @@ class Engine:
         if not trainable:
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
         self.model, self.compiled, self.kl_weight = model, compiled, kl_weight
-        self.base = Untrained(model) if kl_weight else None
+        self.base = untrained(model) if kl_weight else None
         self.dtype = model.model.embed_tokens.dtype
         self.recompute = memory.check_recompute(recompute, len(model.layers))
         self.matrices = [

@@ -15,7 +15,7 @@ from support.training import assert_same, at_step, fine_tune, recorded, stop
 
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import save_adapter
-from mlx_qlora.adapters.several import Untrained
+from mlx_qlora.adapters.several import untrained
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import Batch, Batches, evaluation_batches, halves, make_batches
@@ -186,10 +186,10 @@ def test_an_adapter_that_is_trained_on_is_its_own_reference(hf_tiny):
     add_lora(model, LoraConfig(r=4), seed=1)
     randomise_lora(model)
     batch = next(iter(make_batches(make_pairs(4), 4, shuffle=False)))
-    before, untrained = log_probabilities(model, batch), Untrained(model)
+    before, lend = log_probabilities(model, batch), untrained(model)
     randomise_lora(model, seed=7)
     now = log_probabilities(model, batch)
-    with untrained():
+    with lend():
         assert np.array_equal(log_probabilities(model, batch), before)
     assert np.array_equal(log_probabilities(model, batch), now) and not np.array_equal(now, before)
 
