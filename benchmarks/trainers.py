@@ -95,7 +95,7 @@ def own_rows(batches: Batches) -> list[Any]:
     """Each document in a row of its own."""
     from mlx_qlora.data.batches import collate
 
-    return [collate([[example(document)] for document in batch]) for batch in batches]
+    return [collate([example(document) for document in batch]) for batch in batches]
 
 
 def example(document: Document) -> Any:

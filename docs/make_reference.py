@@ -73,8 +73,8 @@ def cli_page() -> str:
     for name, parser in commands().items():
         lines += ["", f"## mlx-qlora {name}", "", parser.description or helps[name]]
         about = COMMANDS[name]
-        if about.sections:
-            read = [f"{'' if about.reads[s] == ALL else 'some of '}`{s}`" for s in about.sections]
+        if about.reads:
+            read = [f"{'' if about.reads[s] == ALL else 'some of '}`{s}`" for s in about.reads]
             lines += ["", f"Reads the fields of {', '.join(read)}; `--help-all` lists them."]
         actions = [_row(action) for action in _actions(parser)]
         alone = [action for action in _actions(parser) if _row(action) not in shared]

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,30 +38,20 @@ _GROUPS = _TABLE.pop("groups")
 SHORTHANDS: dict[str, list[str]] = _TABLE.pop("flags")  # flag -> field, what its value is called
 
 
+@dataclasses.dataclass
 class Command:
     """What one command takes, by its table in commands.toml."""
 
-    def __init__(
-        self,
-        help: str,
-        shorthands: str = "",
-        reads: Mapping[str, str] | str = "",
-        quiet: bool = False,
-        json: bool = True,
-        own: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.help, self.own = help, own or {}
-        self.quiet = quiet  # whether it can work without a word
-        self.json = json  # whether it can end in a JSON object
-        self.shorthands = [*SHORTHANDS] if shorthands == ALL else shorthands.split()
-        if isinstance(reads, str):
-            reads = dict.fromkeys(EVERY_SECTION if reads == ALL else (), ALL)
-        self.reads = reads  # section -> its fields, and groups of them
+    help: str
+    shorthands: Any = ""  # flags, in one text; or ALL
+    reads: Any = dataclasses.field(default_factory=dict)  # section -> fields and groups; or ALL
+    quiet: bool = False  # whether it can work without a word
+    json: bool = True  # whether it can end in a JSON object
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    @property
-    def sections(self) -> Sequence[str]:
-        """The sections of which it reads anything."""
-        return [*self.reads]
+    def __post_init__(self) -> None:
+        self.shorthands = [*SHORTHANDS] if self.shorthands == ALL else self.shorthands.split()
+        self.reads = dict.fromkeys(EVERY_SECTION, ALL) if self.reads == ALL else self.reads
 
     @staticmethod
     def flag(field: str) -> str:
@@ -102,7 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"{word.split('=')[0]}{_flag_meant(word, args.command, flags)}" for word in unknown
         )
         parser.error(f"unknown arguments: {', '.join(hints)}")
-    if late and not COMMANDS[args.command].sections:
+    if late and not COMMANDS[args.command].reads:
         parser.error(f"{args.command} takes no fields; leave out {' '.join(late)}")
     args.overrides = [*getattr(args, "named", []), *getattr(args, "overrides", []), *late]
     args.about = COMMANDS[args.command]
@@ -116,13 +106,13 @@ def _flag_meant(flag: str, command: str, own: Sequence[str]) -> str:
     from mlx_qlora.names import COMPARE, INSTEAD
 
     about = COMMANDS[command]
-    if about.sections and _as_word(flag) in ("set", "override", "config_override"):
+    if about.reads and _as_word(flag) in ("set", "override", "config_override"):
         return "; fields are written without it, as training.max_steps=100"
-    words = map(_as_word, (*own, *field_words(about.sections)))
+    words = map(_as_word, (*own, *field_words(about.reads)))
     meant = {word: f"--{word.replace('_', '-')}" for word in words}
-    if "training" in about.sections:
+    if "training" in about.reads:
         meant |= {name: f"--objective {name}" for name in COMPARE}
-    hint = did_you_mean(_as_word(flag), (), (INSTEAD if about.sections else {}) | meant)
+    hint = did_you_mean(_as_word(flag), (), (INSTEAD if about.reads else {}) | meant)
     return hint or f"; see mlx-qlora {command} --help"
 
 
@@ -158,10 +148,10 @@ def make_parser(
         if about.json:
             ends = "print one JSON object at the end, and all else to standard error"
             command.add_argument("--json", action="store_true", help=ends)
-        if about.sections:
+        if about.reads:
             _add_fields(about, command)
             if all_fields:
-                texts = (_section_help(name, about.fields(name)) for name in about.sections)
+                texts = (_section_help(name, about.fields(name)) for name in about.reads)
                 command.epilog = "fields:" + "\n".join(texts)
         for action in command._actions:
             if ways := COMPLETED.get(str(action.metavar)):
@@ -203,7 +193,7 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
         options |= {"metavar": value} if value else {"nargs": 0, "const": "true"}
         options |= {"nargs": "?", "const": "auto"} if flag == "--resume" else {}
         group.add_argument(flag, action=_Field, default=argparse.SUPPRESS, **options)
-    if {"lora", "training"} <= {*about.sections}:
+    if {"lora", "training"} <= {*about.reads}:
         purpose = f"fields for a purpose: {', '.join(PRESETS)}"
         group.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help=purpose)
     group.add_argument("--config", metavar="FILE", help="YAML file with fields")
@@ -212,7 +202,7 @@ def _add_fields(about: Command, command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--print-config", action="store_true", help="print the resolved YAML and stop"
     )
-    for word, field in field_words(about.sections).items():
+    for word, field in field_words(about.reads).items():
         flags = {f"--{word}", f"--{word.replace('_', '-')}"} - {*command._option_string_actions}
         if flags:
             how: dict[str, Any] = {"nargs": "?", "const": "true", "dest": field.partition(".")[0]}

@@ -98,7 +98,7 @@ def _refuse_unread(args: argparse.Namespace, typed: dict[str, Any]) -> None:
     for section in (name for name in typed if name in SECTIONS):
         read, known = args.about.fields(section), SECTIONS[section].__dataclass_fields__
         others = ", ".join(f"{section}.{name}" for name in read)
-        others = others or f"fields of {', '.join(args.about.sections)}"
+        others = others or f"fields of {', '.join(args.about.reads)}"
         for name in (name for name in typed[section] if name in known and name not in read):
             place = f"{section}.{name}={typed[section][name]}{args.about.flag(f'{section}.{name}')}"
             unread = f"{place}: {args.command} does not read it"
@@ -135,7 +135,7 @@ def _is_path(word: str) -> bool:
 def _with_record(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Fill unset fields by an adapter's record: it is used with its own model, as trained."""
     chosen = values.get("model", {})
-    adapter, read = chosen.get("adapter"), args.about.sections
+    adapter, read = chosen.get("adapter"), args.about.reads
     if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
         return values
     record = recorded(adapter, *{"model", "generation"}.intersection(read))
@@ -270,7 +270,7 @@ def _plan(config: RunConfig, console: Console, args: argparse.Namespace) -> Json
             raise DataError(f"{error}; data.path=null plans without rows") from None
         prediction = plan_inputs(replace(inputs, config=config), *where)
     else:
-        fields = ((s, name) for s in args.about.sections for name in args.about.fields(s))
+        fields = ((s, name) for s in args.about.reads for name in args.about.fields(s))
         of_rows = [f"{s}.{n}" for s, n in fields if (s == "data" or n in OF_RUNS) and n not in ANY]
         for line in unused_fields(config, dict.fromkeys(of_rows, "there are no rows; pass --data")):
             warn(console, line)
@@ -341,7 +341,7 @@ def _evaluate(config: RunConfig, console: Console, args: argparse.Namespace) -> 
     from mlx_qlora.after.evaluation import ANSWERS, evaluate_run
 
     answers = ANSWERS if args.answers is None else args.answers
-    return evaluate_run(config, console, args.limit, answers, args.general, args.output).to_dict()
+    return evaluate_run(config, console, args.limit, answers, args.general, args.output)
 
 
 def _sweep(config: RunConfig, console: Console, args: argparse.Namespace) -> JsonObject:

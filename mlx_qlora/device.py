@@ -140,7 +140,6 @@ def use(device: Device) -> Iterator[None]:
 
 @functools.cache
 def _found() -> Device:
-    """The device that MLX computes on in this process."""
     import mlx.core as mx
 
     if mx.default_device() != mx.Device(mx.cpu):

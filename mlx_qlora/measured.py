@@ -7,6 +7,7 @@ multiplied. A run takes its choice from there, and records it.
 import json
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mlx_qlora.errors import say
 from mlx_qlora.folders import disk_errors, user_cache, write_whole
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig
-from mlx_qlora.readers import parse_json, read_text
+from mlx_qlora.readers import json_value
 from mlx_qlora.train.checkpoint import values_before
 
 FASTER = 0.97  # of the time of the table's choice; a smaller difference is noise
@@ -37,16 +38,13 @@ def key_of(llama: LlamaConfig, quant: QuantConfig) -> str:
 def stored() -> dict[str, Seconds]:
     """What the file holds, by key; a file that is not ours is ignored with a warning."""
     path = user_cache() / "machine.json"
-    try:
-        layers = parse_json(read_text(path))["layers"]
+    layers = json_value(path, "layers")
+    with suppress(TypeError, AttributeError):
         numbers = [s for of in layers.values() for ways in of.values() for s in ways.values()]
         if all(type(seconds) is float and seconds > 0 for seconds in numbers):
             return layers
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass
-    warnings.warn(f"{path} is damaged, and ignored; run: mlx-qlora doctor --tune", stacklevel=2)
+    if path.exists():
+        warnings.warn(f"{path} is damaged, and ignored; run: mlx-qlora doctor --tune", stacklevel=2)
     return {}
 
 
@@ -110,8 +108,7 @@ def as_measured(
 def as_measured_for(model: LlamaForCausalLM, config: RunConfig, console: Console) -> RunConfig:
     """As `as_measured`, for a loaded model, which is multiplied with that way from then on."""
     matrices = [m for m in model.modules() if isinstance(m, FrozenMatrix) and m.quant]
-    told = getattr(model, "frozen_matmul", None) != "auto"
-    if not matrices or told or model.model.reader is not None:
+    if not matrices or model.frozen_matmul != "auto" or model.model.reader is not None:
         return config
     numbers = sum(math.prod(matrix.shape) for matrix in matrices)
     chosen = as_measured(config, model.config, matrices[0].quant, numbers, console)

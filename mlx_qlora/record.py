@@ -35,8 +35,7 @@ def fingerprint_of(
     for name, matrix in model.named_modules():
         if isinstance(matrix, FrozenMatrix):
             digest.update(f"{name} {matrix.shape} {matrix.quant} {matrix.dtype}".encode())
-    source = getattr(model, "source", None)
-    digest.update(sample_of(source.path) if source is not None else b"")
+    digest.update(sample_of(model.source.path) if model.source is not None else b"")
     for weight in adapter_tensors(model).values():
         digest.update(weight.tobytes())
     packed = any(layer.base_layer.quant is not None for _, layer in lora_layers(model))

@@ -7,8 +7,7 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,9 +158,9 @@ class Inputs:
         Layers that were trained in this output folder before count as they were before that. An
         AdapterError if nothing says what the original base is.
         """
-        config, source = self.config, getattr(model, "source", None)
+        config, source = self.config, model.source
         base = config.model.base_model_name_or_path or original_base(source)
-        seed, former = config.training.seed, getattr(model, "beginning", None)
+        seed, former = config.training.seed, model.beginning
         start: dict[str, Any] | int | None = None
         if former is not None and former.is_of(model, self.output):
             ratio = config.lora.loraplus_lr_ratio
@@ -433,8 +432,8 @@ def _run(
     everyone.must_equal(inputs.shared_facts())
     output = inputs.output
     with disk_errors(output, lambda: last_checkpoint(output)), ExitStack() as stack:
-        inputs = everyone.agree(lambda: stack.enter_context(begun(inputs, console)))
-        former, model.beginning = getattr(model, "beginning", None), inputs.begins
+        inputs = everyone.agree(lambda: begun(inputs, console, stack))
+        former, model.beginning = model.beginning, inputs.begins
         if inputs.resumed is None and former is not None and former.is_of(model, output):
             say(console, "model     begins as it did before it was trained in this folder")
         assert inputs.begins is not None
@@ -468,22 +467,18 @@ def _run(
     return result
 
 
-@contextmanager
-def begun(inputs: Inputs, console: Console) -> Iterator[Inputs]:
+def begun(inputs: Inputs, console: Console, stack: ExitStack) -> Inputs:
     """Take the output folder: lock it, find the checkpoint to go on from, write the record.
 
     All of it in the first process; the others need not even see the folder.
     """
-    if not processes().is_first:
-        yield inputs
-        return
-    output = inputs.output
-    output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        remove_leftovers(output, NAMES)
+    if processes().is_first:
+        inputs.output.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(inputs.output))
+        remove_leftovers(inputs.output, NAMES)
         inputs = inputs.to_resume(console)
         write_record(inputs)
-        yield inputs
+    return inputs
 
 
 def _summary(result: TrainResult) -> str:

@@ -50,7 +50,7 @@ def save_portable(
         ConfigError: the folder holds anything but an adapter of ours, or is the current folder.
     """
     _refuse_dora(model, "vLLM and llama.cpp do not support DoRA")
-    base = base_model_name_or_path or original_base(getattr(model, "source", None))
+    base = base_model_name_or_path or original_base(model.source)
     folder = user_path(folder)
     check_writable(folder, ADAPTER_FOLDER, whole=True)
     rank, updates = uniform_updates(model, 1.0)
@@ -103,7 +103,7 @@ def save_gguf_adapter(
     require_gguf(model)
     layers = _refuse_dora(model, "llama.cpp does not support DoRA")
     file = user_path(file)
-    source: ModelFiles | None = getattr(model, "source", None)
+    source: ModelFiles | None = model.source
     base = base_model_name_or_path or (source.hf_id if source else None)
     text = modelfile(file, source, base, ollama_base)
     # The file has one alpha, the first layer's; zero would mean a scale of 1.

@@ -104,8 +104,7 @@ def save_gguf_model(
     quantizer = shutil.which(QUANTIZE) if written != type else None
     file = folder / f"model-{type if quantizer else written}.gguf"
     check_writable(folder, [file.name], is_ours=is_ours)
-    source = getattr(model, "source", None)
-    base = base_model_name_or_path or (source.hf_id if source else None)
+    base = base_model_name_or_path or (model.source.hf_id if model.source else None)
     tensors = _layout(model, written)
     pairs = gguf_tokenizer(tokenizer, model.config.vocab_size)
     of_model, factors = _checked_pairs(model.config, pairs, [tensor.name for tensor in tensors])

@@ -39,7 +39,7 @@ from mlx_qlora.model.families import FAMILIES
 from mlx_qlora.model.hub import HUB_ID, ModelFiles, resolve
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
 from mlx_qlora.model.lora import LoRALinear
-from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack, unpack
+from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, cast, pack, unpack
 from mlx_qlora.model.rope import RopeConfig, in_both_spellings
 from mlx_qlora.model.stored import tensors_in
 from mlx_qlora.model.weights import FLOATS, Checkpoint, as_array, open_checkpoint
@@ -136,7 +136,7 @@ def save_merged(
         original = open_checkpoint(base if isinstance(base, ModelFiles) else resolve(base))
         _check_base(model, original)
     sources: list[ModelFiles] = [original.files] if original else []
-    sources += [model.source] if getattr(model, "source", None) else []
+    sources += [model.source] if model.source else []
     if any(target == files.path.resolve() for files in sources):
         raise ConfigError(f"{target} holds the weights that are read; choose another folder")
     check_writable(target, MERGED_FOLDER, whole=True, is_ours=is_merged)
@@ -357,7 +357,8 @@ class Tensors:
         grid, whole = grid_of(quantize, self.dtype), replace(self, quantize=None, dtype=mx.float32)
 
         def plain(path: str, W: mx.array) -> mx.array:
-            return unpack(tuple(map(self._stored, pack(W, quantize))), quantize, mx.float32)
+            parts = tuple(cast(part, self.dtype) for part in pack(W, quantize))
+            return unpack(parts, quantize, mx.float32)
 
         self.calibrated = Calibrated(model, whole.matrix, lambda path: grid, plain, rows)
 
@@ -384,17 +385,13 @@ class Tensors:
         else:  # scales and biases are found in float32, as they are while loading
             dense = (self._dense(name, module).astype(mx.float32),)
             tensors = pack(dense[0], quantize)
-        tensors = tuple(map(self._stored, tensors))
+        tensors = tuple(cast(array, self.dtype) for array in tensors)
         if not all(mx.isfinite(array).all().item() for array in (*dense, *tensors)):
             raise WeightsError(
                 f"{name} of the merged model has numbers that {self.dtype} cannot hold, or NaN; "
                 "export as bfloat16, or train again if the loss was NaN"
             )
         return tensors
-
-    def _stored(self, array: mx.array) -> mx.array:
-        """As it is written: floats in the dtype."""
-        return array.astype(self.dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
     def _dense(self, name: str, module: Any) -> mx.array:
         """The merged weight, or another tensor of the base as it is."""

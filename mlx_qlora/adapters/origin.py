@@ -49,11 +49,10 @@ def run_of(adapter: Path) -> Path:
 
 def base_hash(model: LlamaForCausalLM) -> dict[str, str]:
     """The hash of a model's files; empty of a merged model, or where they are gone."""
-    source = getattr(model, "source", None)
-    if source is None or getattr(model, "is_merged", False):
+    if model.source is None or model.is_merged:
         return {}
     try:
-        return {BASE: sample_of(source.path, names=False).hex()}
+        return {BASE: sample_of(model.source.path, names=False).hex()}
     except (OSError, UserError):
         return {}
 

@@ -75,7 +75,7 @@ def save_adapter(
         AdapterError: the model has no LoRA layers, or nothing says what the base is.
         ConfigError: the folder holds somebody else's adapter or README.md.
     """
-    base = base_model_name_or_path or original_base(getattr(model, "source", None))
+    base = base_model_name_or_path or original_base(model.source)
     return write_adapter(model, folder, base, base_hash(model), mlx_lm)
 
 
@@ -147,28 +147,22 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
     targets = lora.target_modules
     if targets == "all-linear":  # PEFT would expand this again, and may know other linears
         targets = sorted({path.rpartition(".")[2] for path, _ in lora_layers(model)})
-    source = getattr(model, "source", None)
+    source = model.source
     # A copy's commit is none of the original's, and AutoPeftModel would look for it there.
     revision = source.revision if source is not None and source.source == base else None
-    return {
+    own = {name: value for name, value in vars(lora).items() if name != "loraplus_lr_ratio"}
+    return own | {
         "alpha_pattern": {key: _whole(alpha) for key, alpha in lora.alpha_pattern.items()},
         "base_model_name_or_path": base,
-        "bias": lora.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "layers_to_transform": lora.layers_to_transform,
         "lora_alpha": _whole(lora.lora_alpha),
-        "lora_dropout": lora.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": lora.r,
-        "rank_pattern": lora.rank_pattern,
         "revision": revision,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
     }
 
 
@@ -258,7 +252,6 @@ def note_on_mlx_lm(model: LlamaForCausalLM) -> str:
 
 
 def _write_mlx_lm(model: LlamaForCausalLM, folder: Path, known_by: dict[str, str]) -> None:
-    """Write `adapters.safetensors` and `adapter_config.json` and read them back."""
     lora: LoraConfig = model.lora_config
     layers = lora_layers(model)
     rank, updates = uniform_updates(model, scale := layers[0][1].scale)
@@ -317,7 +310,7 @@ def load_adapter(model: LlamaForCausalLM, folder: str | Path) -> LlamaForCausalL
     arrays, metadata = loaded
     for name, array in arrays.items():
         check_finite(name, file, array, error=AdapterError)
-    check_base(getattr(model, "source", None), folder, metadata)
+    check_base(model.source, folder, metadata)
     carried = " and ".join(COPIES[name] for name in copies)
     if not all(
         _is_copy(arrays.pop(name), model.head if "lm_head" in name else model.model.embed_tokens)

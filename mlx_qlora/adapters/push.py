@@ -263,10 +263,7 @@ def push_to_hub(
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        operations = [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in uploads.items()
-        ]
+        operations = [CommitOperationAdd(name, content) for name, content in uploads.items()]
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
     except ConfigError:
         raise

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +111,12 @@ def disabled(model: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
             switch(model, former if former in _adapters(model) else None)
 
 
-class Untrained:
-    """Lends a model as it is when this is made, before its training."""
-
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        self.model = model
-        acts = [bool(mx.any(layer.lora_B.weight != 0)) for _, layer in lora_layers(model)]
-        # Of an adapter that does something from the start, which training replaces.
-        self.start = flat(model.trainable_parameters()) if any(acts) else None
-
-    def __call__(self) -> AbstractContextManager[Any]:
-        """The model as it was, and afterwards as it is."""
-        return disabled(self.model) if self.start is None else bound(self.model, self.start)
+def untrained(model: LlamaForCausalLM) -> partial[AbstractContextManager[Any]]:
+    """What lends a model, once it is trained, as it is now."""
+    if any(mx.any(layer.lora_B.weight != 0).item() for _, layer in lora_layers(model)):
+        # An adapter that does something from the start, which training replaces.
+        return partial(bound, model, flat(model.trainable_parameters()))
+    return partial(disabled, model)
 
 
 def combine(

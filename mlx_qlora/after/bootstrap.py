@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_qlora.errors import DataError, require
+from mlx_qlora.errors import DataError
 
 RESAMPLES = 4000  # the ends of an interval then vary by a few percent of its width with the seed
 FEWEST = 8  # examples; below this quantiles of resamples mean nothing
 DRAWS_AT_ONCE = 1 << 21
+LEVEL = 0.95
 # The least error of a resample over the greatest, for studentised intervals. Where a few examples
 # carry the change, a resample without them has next to no spread, and what is divided by that
 # reaches far beyond every example. In 2,000 sets each of n = 20, 6 % of log-normal ones are below
@@ -48,8 +49,8 @@ class Interval:
     low: float  # as `high`, the estimate where nothing could be said
     high: float
     n: int  # examples
-    level: float  # the share of such intervals that hold the true value, 0 to 1
     method: str
+    level: float = LEVEL  # the share of such intervals that hold the true value, 0 to 1
 
     @property
     def known(self) -> bool:
@@ -64,7 +65,7 @@ class Interval:
     def mapped(self, function: Callable[[float], float]) -> "Interval":
         """The same interval of an increasing function of the figure (exp of a loss)."""
         estimate, low, high = (function(x) for x in (self.estimate, self.low, self.high))
-        return Interval(estimate, low, high, self.n, self.level, self.method)
+        return Interval(estimate, low, high, self.n, self.method)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; the ends are null where no interval is known."""
@@ -74,7 +75,6 @@ class Interval:
 def ratio_interval(
     values: np.ndarray,
     weights: np.ndarray | None = None,
-    level: float = 0.95,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Interval:
@@ -87,12 +87,11 @@ def ratio_interval(
     the examples.
 
     `values` are (n,) y of each example, for a paired difference tuned minus base; `weights` (n,) x,
-    above 0, or None for a mean; `level` is in (0, 1).
+    above 0, or None for a mean.
 
     Raises:
         DataError: no examples, or values that are not finite.
     """
-    require(0 < level < 1, "level", "be in (0, 1)", level)
     y = np.asarray(values, np.float64)
     x = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
     if not len(y):
@@ -102,12 +101,12 @@ def ratio_interval(
     n, ratio = len(y), float(y.sum() / x.sum())
     residuals = y - ratio * x  # all 0 where every example has the same ratio
     if n < FEWEST or np.abs(residuals).max() <= 1e-12 * max(1.0, np.abs(y).max()):
-        return Interval(ratio, ratio, ratio, n, level, NONE)
+        return Interval(ratio, ratio, ratio, n, NONE)
 
     shifts, errors = _resampled(residuals, x, resamples, np.random.default_rng(seed))
     # r of all examples but one, less r.
     jackknife = -residuals / (x.sum() - x)
-    tail = _expanded((1 - level) / 2, n)
+    tail = _expanded((1 - LEVEL) / 2, n)
     if errors.min() > LEAST_SPREAD * errors.max():
         error = math.sqrt(((jackknife - jackknife.mean()) ** 2).sum() * (n - 1) / n)
         lower, upper = np.quantile(shifts / errors, (tail, 1 - tail)) * error
@@ -115,7 +114,7 @@ def ratio_interval(
     else:
         low, high = np.quantile(shifts, _bca_tails(shifts, jackknife, tail)) + ratio
         method = BCA
-    return Interval(ratio, float(low), float(high), n, level, method)
+    return Interval(ratio, float(low), float(high), n, method)
 
 
 def _resampled(

@@ -16,7 +16,7 @@ from mlx_qlora.adapters.options import read_adapter_config
 from mlx_qlora.adapters.several import disabled
 from mlx_qlora.after import answer_metrics as metrics
 from mlx_qlora.after.answer_metrics import HIGHER, LOWER, NEITHER, Question, Row, paired_row
-from mlx_qlora.after.forgetting import Forgetting, forgetting, read_texts
+from mlx_qlora.after.forgetting import forgetting, read_texts
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.files import find_files
@@ -53,13 +53,13 @@ def evaluate_run(
     n_answers: int = ANSWERS,
     general_text: str | None = None,
     output: str | None = None,
-) -> "Evaluation":
+) -> dict[str, Any]:
     """Score a base, or an adapter against its base, on rows of a file.
 
     `limit` rows of them and `n_answers` questions are drawn by the config's seed. An adapter of
     ours brings its model and its template, the rows that its run held out where none are named, and
-    is tried on general text, the built-in one if none is named. `output` is a JSON file for
-    everything.
+    is tried on general text, the built-in one if none is named. Returns everything found, as JSON
+    has it; `output` is a file for it.
     """
     seed, is_own = config.training.seed, config.data.path is None
     config = of_its_run(with_model(config)) if is_own else config
@@ -113,24 +113,34 @@ def evaluate_run(
         general = forgetting(model, tokenizer, texts, general_text or "the built-in texts")
         say(console, f"verdict   {comparison.sentence}")
         say(console, f"general   {general.sentence}")
-    inputs = {"model": str(config.model.source), "adapter": config.model.adapter, "data": data}
-    inputs |= {"seed": seed, "rows": n_rows, "rows_scored": len(examples)}
-    inputs |= {"objective": objective, "max_new_tokens": max_new_tokens}
     names = "place", "prompt", "reference"
     samples = [{name: getattr(question, name) for name in names} for question in asked]
     for key, model_of in {"base": base, "tuned": tuned}.items():
         for sample, answer in zip(samples, model_of.answers if model_of else ()):
             sample[key] = answer
-    evaluation = Evaluation(comparison, general, tuple(samples), inputs)
+    found = {
+        "mlx_qlora": __version__,
+        "model": str(config.model.source),
+        "adapter": config.model.adapter,
+        "data": data,
+        "seed": seed,
+        "rows": n_rows,
+        "rows_scored": len(examples),
+        "objective": objective,
+        "max_new_tokens": max_new_tokens,
+        "comparison": comparison.to_dict(),
+        "forgetting": general and general.to_dict(),
+        "samples": samples,
+    }
     if output is not None:
         file = user_path(output)
-        record = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        record = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
         try:
             write_whole(file.absolute(), record + "\n")
         except OSError as error:
             raise ConfigError(f"--output: {file} cannot be written: {error}") from None
         say(console, f"written   {file}")
-    return evaluation
+    return found
 
 
 def _is_path_of_run(config: RunConfig) -> bool:
@@ -325,19 +335,3 @@ def compare(
 def kl_row(scores: RowScores) -> Row:
     """KL(tuned || base) of rows' answers, nats per token; that of the base is 0."""
     return paired_row("kl", NEITHER, [0 * scores.kl, scores.kl], scores.tokens)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that `evaluate_run` found."""
-
-    comparison: Comparison
-    forgetting: Forgetting | None  # None if there is no adapter
-    samples: tuple[dict[str, str], ...]  # each question: place, prompt, reference, base and tuned
-    inputs: dict[str, Any]  # model, adapter, data, seed and how many rows of how many
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
-        general = self.forgetting and self.forgetting.to_dict()
-        found = {"comparison": self.comparison.to_dict(), "forgetting": general}
-        return {"mlx_qlora": __version__, **self.inputs, **found, "samples": [*self.samples]}

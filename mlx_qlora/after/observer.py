@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mlx_qlora import device, progress
 from mlx_qlora.adapters.peft import note_on_mlx_lm
-from mlx_qlora.adapters.several import Untrained
+from mlx_qlora.adapters.several import untrained
 from mlx_qlora.after.advice import advise
 from mlx_qlora.after.answer_metrics import LOWER, paired_row, questions
 from mlx_qlora.after.evaluation import kl_row, measure
@@ -68,7 +68,7 @@ class Observer:
         # Beyond twice the longest reference an answer is wrong however it ends.
         longest = max((question.tokens for question in self.questions), default=0)
         self.limit = min(inputs.config.generation.max_new_tokens, 2 * longest + 16)
-        self.untrained = Untrained(model)
+        self.untrained = untrained(model)
 
         self.history = inputs.state.log_history  # grows while the run goes on
         self.task: progress.Task | None = None  # the training, once it has begun
@@ -84,9 +84,14 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Show what is trained within, in the first process."""
         self.began = progress.now()
-        follower = self.follow if self.processes.is_first else lambda: None
-        with shown(self.console) as screen, screen.following(follower):
-            yield
+        with shown(self.console) as screen:
+            screen.follower = self.follow if self.processes.is_first else screen.follower
+            try:
+                yield
+            finally:
+                screen.tick()
+                screen.follower = lambda: None
+                screen.clear()  # waits for what its thread may be showing
 
     def ended(self, _: object, error: BaseException | None, __: object) -> None:
         """Leave no page that loads itself again where the run has ended without its report."""

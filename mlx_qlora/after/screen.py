@@ -96,7 +96,7 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._follower: Callable[[], None] = lambda: None
+        self.follower: Callable[[], None] = lambda: None
         self._live: Live | None = None
         self._lock, self._failed = threading.Lock(), False
         self._silence, self._next = SILENCE, progress.now() + SILENCE
@@ -123,7 +123,7 @@ class Screen:
                     warn(self.console, f"progress is not shown any more: {error!r}")
 
     def _look(self) -> None:
-        self._follower()
+        self.follower()
         console, under_way = self.console, progress.tasks()
         if not under_way or console.quiet:
             return
@@ -149,17 +149,6 @@ class Screen:
         live, self._live = self._live, None
         if live is not None:
             live.stop()
-
-    @contextmanager
-    def following(self, follower: Callable[[], None]) -> Iterator[None]:
-        """Call a function at each look, and once more at the end."""
-        self._follower = follower
-        try:
-            yield
-        finally:
-            self.tick()
-            with self._lock:
-                self._follower = lambda: None
 
 
 _shown: list[Screen] = []

@@ -105,13 +105,6 @@ def documents_of(
     return largest, [round(float(part.mean())) for part in parts], supervised
 
 
-def itemsize_of(config: RunConfig, where: Machine) -> int:
-    """Bytes of a number in the dtype that the run computes in."""
-    if config.model.dtype == "auto":
-        return where.device.compute_dtype.size
-    return device.compute_dtype(config.model.dtype).size
-
-
 def trainable(model: LlamaForCausalLM, lora: LoraConfig) -> int:
     """How many numbers a run trains; the model may be one without weights."""
     modules, total = dict(model.named_modules()), 0
@@ -313,7 +306,9 @@ def _plan_as_it_is(
     llama = LlamaConfig.from_hf(checkpoint.config)
     config = settle(config, llama, examples, processes)
     model = LlamaForCausalLM(llama)  # lazy zeros: shapes without memory
-    itemsize, quantize = itemsize_of(config, where), config.model.quantize()
+    with device.use(where.device):
+        itemsize = device.compute_dtype(config.model.dtype).size
+    quantize = config.model.quantize()
     streamed, n_layers = config.model.residency == "streamed", llama.num_hidden_layers
     # Bytes of the frozen weights as they are packed (streamed, of two layers), and of what is made
     # of them: a dense copy of all, or of the largest matrix while it is multiplied.

@@ -46,7 +46,7 @@ from mlx_qlora.folders import disk_errors, user_path, write_whole
 from mlx_qlora.measured import fastest, key_of, store
 from mlx_qlora.model.hub import ModelFiles
 from mlx_qlora.model.llama import LlamaConfig, LlamaForCausalLM
-from mlx_qlora.model.lora import LoraConfig, add_lora
+from mlx_qlora.model.lora import LoraConfig, add_lora, trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix, QuantConfig, pack
 from mlx_qlora.model.rope import RopeConfig
 from mlx_qlora.model.weights import load_model, open_checkpoint
@@ -159,7 +159,7 @@ def layers(config: RunConfig, budget: float, keep: bool) -> Iterator[Finding]:
         read = plan.n_chunks * bytes_read(model.config, plan.levels, engine.dtype.size)
         moved = elementwise_bytes(model.config, plan.levels, engine.dtype.size, rate > 0)
         speed = machine.seconds(flops, read, moved * sum(lengths)) / seconds
-        trained = sum(array.size for array in flat(model.trainable_parameters()).values())
+        trained = trainable_count(model)
         planned = persistent_bytes(model) - 2 * adapter_bytes(trained) // 3  # there is no AdamW
         planned += sum(footprint.highest(plan)) + step_bytes(trained, plan.n_chunks, False)
         state = "slower" if speed < SLOWER and way == usual else "pass"

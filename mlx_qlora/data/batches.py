@@ -180,11 +180,11 @@ class Batches:
         last = first + self.step if end is None else min(first + self.step, end)
         numbers = range(first + self.rank, last, self.world_size)
         rows = [self.examples[i] for i in self.indices(numbers)]
-        batch = collate([[row] for row in rows], numbers)
+        batch = collate(rows, numbers)
         if self.mismatch_within:
             others = self.indices([self._before(number, end) for number in numbers])
             pairs = zip(rows, (self.examples[i] for i in others))
-            mismatched = [[mismatch(row, other)] for row, other in pairs]
+            mismatched = [mismatch(row, other) for row, other in pairs]
             batch = replace(batch, mismatched=collate(mismatched, numbers))
         return batch
 
@@ -233,13 +233,12 @@ def halves(batch: Batch) -> list[Batch]:
     return parts
 
 
-def collate(rows: list[list[Example]], numbers: Sequence[int] = ()) -> Batch:
-    """Puts documents side by side in rows, right-padded to the longest one.
+def collate(rows: list[Example], numbers: Sequence[int] = ()) -> Batch:
+    """Puts examples into rows, right-padded to the longest one; a row may be several documents.
 
     `numbers` are those of the rows in the stream. May be called in any thread.
     """
-    used = [sum(len(example) - 1 - len(example.starts) for example in row) for row in rows]
-    T = padded_width(max(used, default=1))
+    T = padded_width(max((len(row) - 1 - len(row.starts) for row in rows), default=1))
     # No rows make one row of padding: a process that has nothing to do still takes part.
     tokens = np.zeros((max(1, len(rows)), T), np.int32)
     labels = np.full(tokens.shape, IGNORE, np.int32)
@@ -247,17 +246,16 @@ def collate(rows: list[list[Example]], numbers: Sequence[int] = ()) -> Batch:
     weights, answers = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
     for b, row in enumerate(rows):
         start = 0
-        for example in row:
-            for ids, learned, of_labels in example.documents:
-                end = start + len(ids) - 1  # the last token is only a label
-                tokens[b, start:end] = ids[:-1]
-                weights[b, start:end], answers[b, start:end] = of_labels[1:], learned[1:]
-                labels[b, start:end] = np.where(of_labels[1:] != 0, ids[1:], IGNORE)
-                documents.append((b, start, end))
-                places.append(example.place)
-                start = end
+        for ids, learned, of_labels in row.documents:
+            end = start + len(ids) - 1  # the last token is only a label
+            tokens[b, start:end] = ids[:-1]
+            weights[b, start:end], answers[b, start:end] = of_labels[1:], learned[1:]
+            labels[b, start:end] = np.where(of_labels[1:] != 0, ids[1:], IGNORE)
+            documents.append((b, start, end))
+            places.append(row.place)
+            start = end
     documents = np.array(documents, np.int32).reshape(-1, 3)
-    weighted = any(example.weights is not None for row in rows for example in row)
+    weighted = any(row.weights is not None for row in rows)
     of_labels = (weights, answers) if weighted else (None, None)
     of_rows = documents, tuple(places), tuple(numbers)
     return Batch(mx.array(tokens), mx.array(labels), *of_rows, *of_labels)

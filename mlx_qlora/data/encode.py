@@ -297,8 +297,11 @@ class Encoder:
             weight = row_weight({k: v for k, v in row.items() if k not in named})
         documents: list[Segments] = []
         for said in sides:
-            if self.train_on == "all":
-                _refuse_marks(said)
+            if self.train_on == "all" and isinstance(said, Chat):
+                turns = zip(said.messages, said.learned)
+                if any(m["role"] == "assistant" and not learned for m, learned in turns):
+                    why = "an answer is marked not to be learned; leave out data.train_on=all"
+                    raise DataError(why)
             if isinstance(said, Chat) and said.messages[0]["role"] == "system":
                 unread |= {"data.system", SYSTEM + said.messages[0]["content"]}
             said_to = with_system(said, self.system)
@@ -324,13 +327,6 @@ def forget_several_systems(counted: Counter[str]) -> None:
     if len(systems) > 1:
         for mark in systems:
             del counted[mark]
-
-
-def _refuse_marks(said: Said) -> None:
-    """Raises a DataError for an answer that is marked not to be learned, where everything is."""
-    roles = zip(said.messages, said.learned) if isinstance(said, Chat) else ()
-    if any(message["role"] == "assistant" and not learned for message, learned in roles):
-        raise DataError("an answer is marked not to be learned; leave out data.train_on=all")
 
 
 _JSON = json.JSONEncoder(sort_keys=True, default=str)

@@ -371,6 +371,15 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def object_of(row: Any) -> Mapping[str, Any]:
+    """A row without what is null; a DataError for what is none, or was none when it was parsed."""
+    if isinstance(row, DataError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise DataError(f"not an object but {type(row).__name__}")
+    return without_nulls(row)
+
+
 def in_memory(rows: Any) -> RowFile:
     """Rows that are dicts, columns of equal length, or a table of pyarrow, pandas or polars."""
     if hasattr(rows, "to_pylist"):  # pyarrow

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.data.codecs import LLAMA3_SPLIT, NAMED_TOKENS
 from mlx_qlora.errors import TokenizerError
@@ -68,29 +68,27 @@ _NAMED = dict(zip(("bos", "eos", "unknown", "padding"), NAMED_TOKENS))
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
-class GgufTokenizer(NamedTuple):
-    """What a GGUF says about its tokenizer, in Hugging Face's terms."""
-
-    backend: tokenizers.Tokenizer  # `backend.to_str()` is a complete `tokenizer.json`
-    config: dict[str, Any]  # the content of `tokenizer_config.json`
-    end_ids: list[int]  # what ends a turn or a message, besides the EOS that `config` names
-
-    def files(self) -> dict[str, str]:
-        """Name -> text of the files that transformers opens."""
-        named = {key: self.config[key] for key in NAMED_TOKENS if key in self.config}
-        config = dict(self.config)
-        if tool_template := config.pop("tool_template", None):
-            templates = {"default": config["chat_template"], "tool_use": tool_template}
-            config["chat_template"] = [{"name": k, "template": v} for k, v in templates.items()]
-        return {
-            "tokenizer.json": self.backend.to_str(),
-            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
-            "special_tokens_map.json": json.dumps(named, indent=2, ensure_ascii=False) + "\n",
-        }
+def files_of(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, str]:
+    """Name -> text of the files that transformers opens, of what `build_gguf_tokenizer` made."""
+    named = {key: config[key] for key in NAMED_TOKENS if key in config}
+    config = dict(config)
+    if tool_template := config.pop("tool_template", None):
+        templates = {"default": config["chat_template"], "tool_use": tool_template}
+        config["chat_template"] = [{"name": k, "template": v} for k, v in templates.items()]
+    return {
+        "tokenizer.json": backend.to_str(),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        "special_tokens_map.json": json.dumps(named, indent=2, ensure_ascii=False) + "\n",
+    }
 
 
-def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokenizer:
-    """Builds the tokenizer that a GGUF file embeds; `source` names it in messages."""
+def build_gguf_tokenizer(
+    metadata: Mapping[str, Any], source: str
+) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[int]]:
+    """Builds the tokenizer that a GGUF file embeds; `source` names it in messages.
+
+    Also what its `tokenizer_config.json` would say, and ids that end a turn besides its EOS.
+    """
     from tokenizers import AddedToken, processors
 
     kind = _required(metadata, "model", source)
@@ -137,7 +135,7 @@ def build_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> GgufTokeni
         if with_tools := metadata.get("tokenizer.chat_template.tool_use"):
             config["tool_template"] = with_tools
     ends = [_scalar(metadata, f"{key}_token_id") for key in ("eot", "eom")]
-    return GgufTokenizer(backend, config, [i for i in ends if i is not None])
+    return backend, config, [i for i in ends if i is not None]
 
 
 def _byte_level(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_qlora.data.formats import without_nulls
+from mlx_qlora.data.formats import object_of
 from mlx_qlora.data.marks import as_value, is_harmless, is_mark, refuse_other_tasks, row_weight
 from mlx_qlora.data.rows import Said, columns_hint, n_alike, read_row, renamed, unread_fields
 from mlx_qlora.errors import DataError
@@ -26,7 +26,7 @@ CONTEXTS = ("messages", "conversations")  # fields that may hold what precedes b
 
 def read_pair(row: Any, columns: Mapping[str, str]) -> tuple[list[Said], set[str]]:
     """The rejected side of a pair and the chosen one, and the names of fields that are not used."""
-    row = _pair_of(_object(row), columns)
+    row = _pair_of(renamed(object_of(row), columns), columns)
     sides, unread = [], set[str]()
     for name, side in zip(("rejected", "chosen"), _sides(row)):
         try:
@@ -46,17 +46,8 @@ def read_pair(row: Any, columns: Mapping[str, str]) -> tuple[list[Said], set[str
     return sides, unread
 
 
-def _object(row: Any) -> Mapping[str, Any]:
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise DataError(f"not an object but {type(row).__name__}")
-    return without_nulls(row)
-
-
 def _pair_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     """A pair with our names of its fields; a DataError for a row that is none."""
-    row = renamed(row, columns) if columns else row
     if OPENAI.keys() <= row.keys():
         rest = {k: v for k, v in row.items() if k not in (*OPENAI, "input")}
         asked = row.get("input")
@@ -116,7 +107,7 @@ def _turns(answer: Any) -> list[Any]:
 
 def read_judgement(row: Any, form: str, columns: Mapping[str, str]) -> tuple[Said, bool, set[str]]:
     """An answer, whether it is a good one, and the names of fields that are not used."""
-    ours = renamed(_object(row), columns) if columns else _object(row)
+    ours = renamed(object_of(row), columns)
     name = next((name for name in ("label", "kto_tag") if name in ours), "label")
     label = as_value(ours.get(name))
     if not is_mark(label):

@@ -243,7 +243,9 @@ def _read_files(
     encoder = _encoder(config, tokenizer, report)
     entry = store = None
     if config.cache_dir is not None and all(file.kind != "memory" for file in files):
-        entry = cache_folder(config.cache_dir) / "tokens" / _cache_key(files, encoder, config)
+        folder = user_path(config.cache_dir, "data.cache_dir")
+        folder = user_cache() if config.cache_dir == "auto" else folder
+        entry = folder / "tokens" / _cache_key(files, encoder, config)
         store = cached(entry)
     if store is not None:
         report.cached = True
@@ -278,13 +280,6 @@ def _take_out_marks(report: DataReport) -> None:
                 f"data.columns: no row of {report.source} has {report.columns[name]!r}, given "
                 f"as {name}; correct the name, or leave it out"
             )
-
-
-def cache_folder(name: str) -> Path:
-    """The folder that `data.cache_dir` names."""
-    if name != "auto":
-        return user_path(name, "data.cache_dir")
-    return user_cache()
 
 
 def own_template(config: DataConfig) -> str | None:

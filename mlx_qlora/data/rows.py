@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_qlora.data.formats import parse_json, without_nulls
+from mlx_qlora.data.formats import object_of, parse_json
 from mlx_qlora.data.marks import (
     EMPTY,
     HARMLESS,
@@ -216,12 +216,8 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
 
 def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> Said:
     """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell."""
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise DataError(f"not an object but {type(row).__name__}")
-    columns, row = columns or {}, without_nulls(row)
-    ours = renamed(row, columns) if columns else row
+    columns, row = columns or {}, object_of(row)
+    ours = renamed(row, columns)
     try:
         refuse_other_tasks(ours, columns)
         said = FORMATS[detect_format(ours) if form == "auto" else form](ours)
@@ -250,7 +246,7 @@ def unread_fields(
 ) -> set[str]:
     """Fields of a row that hold something, and of which `read_row` made nothing."""
     columns = columns or {}
-    ours = renamed(row, columns) if columns else row
+    ours = renamed(row, columns)
     # One of our names for another column of the row.
     hidden = [k for k in columns if k not in columns.values() and not is_harmless("", row.get(k))]
     read = {"system", *FIELDS[detect_format(ours) if form == "auto" else form]}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.data import codecs
-from mlx_qlora.data.gguf_tokenizer import build_gguf_tokenizer
+from mlx_qlora.data.gguf_tokenizer import build_gguf_tokenizer, files_of
 from mlx_qlora.errors import TokenizerError
 from mlx_qlora.model.hub import check_readable
 from mlx_qlora.readers import read_object, read_text, reading
@@ -210,9 +210,9 @@ def load_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None = None)
     source = Path(source)
     with reading(source, TokenizerError), _without_panics():
         if gguf_metadata is not None:
-            gguf = build_gguf_tokenizer(gguf_metadata, source.name)
-            codec = codecs.TokenizersCodec(gguf.backend)
-            return _assemble(source, codec, gguf.config, gguf.end_ids, gguf.files)
+            backend, config, end_ids = build_gguf_tokenizer(gguf_metadata, source.name)
+            files = functools.partial(files_of, backend, config)
+            return _assemble(source, codecs.TokenizersCodec(backend), config, end_ids, files)
         for path in (source / name for name in (*SHIPPED, *CONFIGS)):
             if path.exists():
                 check_readable(path, TokenizerError)

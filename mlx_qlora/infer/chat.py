@@ -153,12 +153,11 @@ class _Conversation:
         if name == "/help":
             say(HELP, markup=False, highlight=False)
         elif name == "/reset":
-            self.turns = []
-            self._recompute()
+            self.turns, self.text = [], ""
+            self.cache.reset()
             say("the conversation is forgotten", style="dim")
         elif name == "/system":
             self.system = rest or None
-            self._recompute()
             say(f"the system message is {'set' if rest else 'removed'}", style="dim")
         elif name == "/adapter":
             if rest not in ("on", "off"):
@@ -176,11 +175,6 @@ class _Conversation:
             say(f"saved in {rest}", style="dim", markup=False)
         else:
             raise ConfigError(f"unknown command {name}; /help lists the commands")
-
-    def _recompute(self) -> None:
-        """Drops text, tokens and cache; the turns stay."""
-        self.text, self.ids = "", []
-        self.cache.reset()
 
     def _save(self, name: str) -> None:
         """Adds the conversation to a file of rows; a full disk leaves the file as it was."""

@@ -105,15 +105,16 @@ class GgufMatrix:
 
         return dequantize(data, GGMLQuantizationType[self.kind])
 
-    def pack(self, n: int | None = None) -> tuple[Parts, QuantConfig]:
-        """Weight, scales and biases of all rows, or of n, in MLX's affine layout, and what it is.
+    def pack(self) -> tuple[Parts, QuantConfig]:
+        """Weight, scales and biases in MLX's affine layout, and what it is.
 
         Exact where ggml's groups are MLX's; else rounded again. Some rows at a time: what is made
         on the way is several times as large.
         """
         (rows, columns), quant = self.shape, QuantConfig(BITS[self.kind], 32)
-        n, height = n or rows, max(1, BLOCK // columns)
-        blocks = [self._pack(slice(i, min(i + height, n)), quant) for i in range(0, n, height)]
+        height = max(1, BLOCK // columns)
+        parts = (slice(i, min(i + height, rows)) for i in range(0, rows, height))
+        blocks = [self._pack(part, quant) for part in parts]
         return tuple(mx.concatenate([*parts]) for parts in zip(*blocks)), quant
 
     def _pack(self, rows: slice, quant: QuantConfig) -> Parts:
@@ -254,10 +255,7 @@ def read_header(path: Path) -> tuple[Tensors, dict[str, Any], int]:
 
 
 def _read_header(file: BinaryIO) -> tuple[Tensors | None, dict[str, Any], int]:
-    """Every tensor, the key-value pairs, and where the data begins.
-
-    Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-    """
+    # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     size = os.fstat(file.fileno()).st_size
 
     def take(n: int) -> bytes:

@@ -348,7 +348,8 @@ def check_readable(path: Path, error: type[Exception] = SourceError) -> None:
     """Raise an `error` for a folder or file that nobody could read, or that holds no byte."""
     try:
         if path.is_dir():
-            return os.scandir(path).close()
+            os.scandir(path).close()
+            return
         if not path.is_file() and path.exists():  # a pipe, for instance, that nobody writes into
             raise error(f"{path} is no file: put the file itself there")
         with path.open("rb") as file:
@@ -361,7 +362,6 @@ def check_readable(path: Path, error: type[Exception] = SourceError) -> None:
         raise error(f"{path} is Git LFS's pointer to the file; run `git lfs pull` in its folder")
     if not start:
         raise error(f"{path} is empty; fetch or write it again")
-    return None
 
 
 def _names_in(folder: Path) -> list[str]:

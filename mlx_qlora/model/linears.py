@@ -55,21 +55,11 @@ class Linears:
         return self._cut(results)
 
     def vjp(
-        self, x: mx.array, dys: list[mx.array], keys: Sequence[mx.array | None]
-    ) -> tuple[Any, dict[str, mx.array]]:
-        """From the results' gradients that of x (N, d_in), and those of weights by their paths."""
-        return result_of(self.vjp_one_by_one(x, [*dys], keys, copies=False))
-
-    def vjp_one_by_one(
-        self,
-        x: mx.array,
-        dys: list[mx.array],
-        keys: Sequence[mx.array | None],
-        copies: bool = True,
+        self, x: mx.array, dys: list[mx.array], keys: Sequence[mx.array | None], copies: bool
     ) -> Running[tuple[Any, dict[str, mx.array]]]:
-        """As `vjp`, but yields as `one_by_one` does, and uses `dys` up.
+        """From the results' gradients that of x (N, d_in), and those of weights by their paths.
 
-        `copies` says whether dense copies are made for each matrix in its turn.
+        With `copies` it makes and yields as `one_by_one` does. It uses `dys` up.
         """
         if self.cuts is not None:
             dys = [mx.concatenate(dys, axis=-1)]
@@ -79,7 +69,8 @@ class Linears:
                 linear.base_layer.make_copy()
             dx, of_weights = linear.vjp(x, dys.pop(), key, dx)
             gradients |= {f"{path}.{name}": gradient for name, gradient in of_weights.items()}
-            yield [dx, *of_weights.values()]
+            if copies:
+                yield [dx, *of_weights.values()]
         return dx, gradients
 
     def _cut(self, results: list[mx.array]) -> list[mx.array]:
@@ -90,7 +81,6 @@ class Linears:
         return [*others, mx.contiguous(last) if len(others) > 1 else last]
 
     def _products(self, x: mx.array) -> list[mx.array]:
-        """x times each frozen matrix."""
         matrices = [linear.base_layer for linear in self.members.values()]
         if len(matrices) > 1 and device.current().stacks_matrices:
             if (stack := stacked(matrices)) is not None:

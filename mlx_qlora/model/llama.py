@@ -279,23 +279,9 @@ class LlamaModel(nn.Module):
             documents = np.array([(b, 0, T) for b in range(B)], np.int32)
         context = Documents.of(documents, B * T, T)
         keys = self.dropout_keys(dropout_key, B, context)
-        rows = rows if rows is None else rows.flatten(0, 1)
-        return self.hidden(tokens.reshape(-1), context, keys, rows).reshape(B, T, -1)
-
-    def hidden(
-        self,
-        tokens: mx.array,
-        documents: Documents,
-        keys: list[Keys] | None = None,
-        rows: mx.array | None = None,
-    ) -> mx.array:
-        """Tokens (N,) of documents, end to end -> (N, D); no keys mean no dropout."""
-        of_layers = keys or [NO_KEYS] * len(self.layers)
-
-        def step(i: int, h: mx.array) -> mx.array:
-            return self.layers[i](h, documents, of_layers[i])
-
-        return self.normalised(self.through(step, self.embed(tokens, rows)))
+        h = self.embed(tokens.reshape(-1), rows if rows is None else rows.flatten(0, 1))
+        h = self.through(lambda i, h: self.layers[i](h, context, keys[i]), h)
+        return self.normalised(h).reshape(B, T, -1)
 
     def through(self, step: Callable[[int, T], T], x: T) -> T:
         """What the last layer leaves, by a step that takes a layer's number and its input.
@@ -371,12 +357,14 @@ class LlamaForCausalLM(nn.Module):
     """
 
     hf_config: dict[str, Any]  # the `config.json` that the loader read
-    source: Any  # where the weights came from, a `hub.ModelFiles`
+    source: Any = None  # where the weights came from, a `hub.ModelFiles`
     quantized_to: Any  # the `QuantConfig` by which dense files were packed while loading, or None
-    is_merged: bool  # set where an adapter was folded into the weights, which left their files
-    frozen_matmul: str  # as `load` was asked for it
+    is_merged: bool = (
+        False  # set where an adapter was folded into the weights, which left their files
+    )
+    frozen_matmul: str = ""  # as `load` was asked for it
     lora_config: Any  # the `LoraConfig` of the LoRA layers, once `add_lora` has put them in
-    beginning: Any  # the `Beginning` of the last run that trained them
+    beginning: Any = None  # the `Beginning` of the last run that trained them
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -387,7 +375,7 @@ class LlamaForCausalLM(nn.Module):
         self.freeze()
 
     def __repr__(self) -> str:  # of MLX's own, a notebook would show every module
-        source = getattr(getattr(self, "source", None), "source", self.config.model_type)
+        source = self.source.source if self.source else self.config.model_type
         return f"LlamaForCausalLM({source}, {len(self.layers)} layers)"
 
     def __call__(

@@ -383,10 +383,9 @@ def _check(config: LoraConfig, targets: dict[str, Linear]) -> None:
 
 def _originals(model: LlamaForCausalLM) -> dict[str, Any]:
     """The tensors of the model's own files, as they were before they were packed; lazy."""
-    source = getattr(model, "source", None)
-    if source is None or not source.path.exists():
+    if model.source is None or not model.source.path.exists():
         return {}
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(model.source)
     of, packing = checkpoint.tensors, checkpoint.packing
     return {name: x for name, x in of.items() if name.rpartition(".")[0] not in packing}
 

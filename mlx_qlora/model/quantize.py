@@ -393,7 +393,6 @@ def cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _dense_product(x: mx.array, W: mx.array) -> mx.array:
-    """x (..., columns) -> x @ W.T."""
     is_row = x.size == x.shape[-1]
     return row_product(x, W) if is_row and device.current().row_as_column else x @ W.T
 

@@ -312,20 +312,14 @@ class Rope:
         elif factor != 1:
             x, rest = mx.split(x, [self.d], axis=-1)
             x = mx.concatenate([x * factor, rest], axis=-1)
-        return mx.fast.rope(
-            x,
-            self.d,
-            traditional=self.config.interleaved,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=periods,
-        )
+        how: Any = {"base": None, "scale": 1.0, "offset": offset, "freqs": periods}
+        return mx.fast.rope(x, self.d, traditional=self.config.interleaved, **how)
 
 
 def rope_periods(d: int, rope: RopeConfig, length: int = 0) -> mx.array:
     """The periods of all feature pairs (d / 2,) float32, for a document of so many tokens."""
     theta, exponents = rope.theta, mx.arange(0, d, 2, dtype=mx.float32) / d
+    old = rope.original_max_position_embeddings
     if rope.rope_type == "alpha":
         theta *= rope.factor ** (d / (d - 2))
     elif rope.rope_type == "dynamic":
@@ -335,18 +329,18 @@ def rope_periods(d: int, rope: RopeConfig, length: int = 0) -> mx.array:
     if rope.rope_type == "linear":
         return periods * rope.factor
     if rope.rope_type == "longrope":
-        is_long = length > rope.original_max_position_embeddings
-        return mx.array(rope.long_factor if is_long else rope.short_factor) * periods
+        return mx.array(rope.long_factor if length > old else rope.short_factor) * periods
     if rope.rope_type == "llama3":
         # Fast pairs stay, slow ones grow by `factor`; between them Llama 3.1 interpolates
         # frequencies, not periods, by how often a pair turns within the old context.
-        turns = rope.original_max_position_embeddings / (2 * math.pi * periods)
+        turns = old / (2 * math.pi * periods)
         spread = rope.high_freq_factor - rope.low_freq_factor
         kept = mx.clip((turns - rope.low_freq_factor) / spread, 0, 1)
         return periods * (1 / (kept + (1 - kept) / rope.factor))
     if rope.rope_type == "yarn":
-        ends = (rope.beta_fast, rope.beta_slow)
-        low, high = (_pair_that_turns(often, d, rope) for often in ends)
+        # The pairs, as real numbers, that turn so often within the old context.
+        turned = (old / (often * 2 * math.pi) for often in (rope.beta_fast, rope.beta_slow))
+        low, high = (d * math.log(each) / (2 * math.log(rope.theta)) for each in turned)
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, d - 1)
@@ -354,9 +348,3 @@ def rope_periods(d: int, rope: RopeConfig, length: int = 0) -> mx.array:
         kept = 1 - mx.clip((mx.arange(d // 2, dtype=mx.float32) - low) / (high - low), 0, 1)
         return 1 / (1 / (rope.factor * periods) * (1 - kept) + 1 / periods * kept)
     return periods
-
-
-def _pair_that_turns(often: float, d: int, rope: RopeConfig) -> float:
-    """The pair that turns so often within the old context, as a real number."""
-    turned = rope.original_max_position_embeddings / (often * 2 * math.pi)
-    return d * math.log(turned) / (2 * math.log(rope.theta))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -431,33 +431,27 @@ def _is_possible(state: RunState) -> bool:
     return are_whole and all(0 <= record["step"] <= state.step for record in state.log_history)
 
 
-def load_tensors(path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates: int) -> None:
-    """Puts a checkpoint's weights and moments back, bit for bit; its files were hashed before."""
+def load_tensors(
+    path: Path, model: LlamaForCausalLM, optimizer: AdamW, updates: int | None = None
+) -> None:
+    """Puts a checkpoint's weights back, bit for bit; its files were hashed before (`read_state`).
+
+    After so many `updates` its moments, too.
+    """
+
+    def whole(file: str, form: str) -> mx.array:
+        tensors, shapes = load_file(path / file), optimizer.shapes.items()
+        parts = (_checked(tensors, form.format(name), shape) for name, shape in shapes)
+        return mx.array(np.concatenate([part.reshape(-1) for part in parts]))
+
     with reading(path, ConfigError):
-        moments = load_file(path / "optimizer.safetensors")
-        optimizer.weights = _concatenate(_weights(path, optimizer))
-        for theirs, ours in MOMENTS.items():
-            shapes = optimizer.shapes.items()
-            arrays = (_checked(moments, f"{name}.{theirs}", shape) for name, shape in shapes)
-            setattr(optimizer, ours, _concatenate(arrays))
-        optimizer.step = updates
+        # Adapters of PiSSA and OLoRA have twice the rank, and what is trained is the first half.
+        optimizer.weights = whole("adapter_model.safetensors", "base_model.model.{}")
+        if updates is not None:
+            for theirs, ours in MOMENTS.items():
+                setattr(optimizer, ours, whole("optimizer.safetensors", f"{{}}.{theirs}"))
+            optimizer.step = updates
         model.update(optimizer.tree())
-
-
-def load_weights(path: Path, model: LlamaForCausalLM, optimizer: AdamW) -> None:
-    """Puts a checkpoint's weights alone back into the model and the optimizer."""
-    read_state(path)
-    with reading(path, ConfigError):
-        optimizer.weights = _concatenate(_weights(path, optimizer))
-        model.update(optimizer.tree())
-
-
-def _weights(path: Path, optimizer: AdamW) -> Iterator[np.ndarray]:
-    """The weights of a checkpoint, in the optimiser's order."""
-    weights = load_file(path / "adapter_model.safetensors")
-    # Adapters of PiSSA and OLoRA have twice the rank, and what is trained is the first half.
-    shapes = optimizer.shapes.items()
-    return (_checked(weights, f"base_model.model.{name}", shape) for name, shape in shapes)
 
 
 def _checked(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -468,7 +462,3 @@ def _checked(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) 
     if array.dtype != np.float32 or array.shape != shape or not are_numbers:
         raise ValueError(f"{name} is not what a run keeps in it")
     return array
-
-
-def _concatenate(arrays: Iterable[np.ndarray]) -> mx.array:
-    return mx.array(np.concatenate([array.reshape(-1) for array in arrays]))

@@ -21,12 +21,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_qlora import device
-from mlx_qlora.adapters.several import Untrained
+from mlx_qlora.adapters.several import untrained
 from mlx_qlora.cpu.streams import cores_shared
 from mlx_qlora.data.batches import Batch
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.linears import Running
 from mlx_qlora.model.llama import KEYS_OF, DecoderLayer, Keys, LlamaForCausalLM
+from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.model.swiglu import gate_sigmoid, swiglu, swiglu_vjp
 from mlx_qlora.train import memory
@@ -171,10 +172,7 @@ class Tape:
         elif piece.name in KEYS_OF:
             linears, x = self.layer.linears(piece.name), inputs[0]
             given = x.flatten(1), gradients, self.keys[KEYS_OF[piece.name]]
-            if self.one_by_one:
-                dx, of_weights = yield from linears.vjp_one_by_one(*given)
-            else:
-                dx, of_weights = linears.vjp(*given)
+            dx, of_weights = yield from linears.vjp(*given, self.one_by_one)
             gradients = [dx.reshape(x.shape)]
             self.gradients |= of_weights
         else:
@@ -302,14 +300,14 @@ class Engine:
         if not trainable:
             raise ConfigError("the model has nothing to train; call add_lora(model, ...) first")
         self.model, self.compiled, self.kl_weight = model, compiled, kl_weight
-        self.base = Untrained(model) if kl_weight else None
+        self.base = untrained(model) if kl_weight else None
         self.dtype = model.model.embed_tokens.dtype
         self.recompute = memory.check_recompute(recompute, len(model.layers))
         self.matrices = [
             [module for module in layer.modules() if isinstance(module, FrozenMatrix)]
             for layer in model.layers
         ]
-        self.trainable = sum(weight.size for weight in trainable.values())
+        self.trainable = trainable_count(model)
         self.persistent, self.reader = memory.persistent_bytes(model), model.model.reader
         self._read_ahead = self.reader.ahead if self.reader else lambda i: None
         self.one_by_one = any(

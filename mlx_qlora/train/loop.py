@@ -5,6 +5,7 @@ run that is stopped and continued takes the same steps as one that was not.
 """
 
 import itertools
+import json
 import os
 import statistics
 import time
@@ -24,7 +25,7 @@ from mlx_qlora.cpu import blas
 from mlx_qlora.data.batches import Batch, Batches, evaluation_batches
 from mlx_qlora.distributed import processes
 from mlx_qlora.errors import ConfigError, ProcessError, TrainingError, say, warn
-from mlx_qlora.folders import disk_errors
+from mlx_qlora.folders import disk_errors, write_whole
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing, now
 from mlx_qlora.train.allreduce import broadcast_state, score_of_all
@@ -33,7 +34,7 @@ from mlx_qlora.train.checkpoint import (
     discard_after,
     last_checkpoint,
     load_tensors,
-    load_weights,
+    read_state,
     rotate,
     save_checkpoint,
     validations_since_best,
@@ -42,7 +43,7 @@ from mlx_qlora.train.checkpoint import (
 from mlx_qlora.train.config import RunLength, batches_of
 from mlx_qlora.train.engine import Engine
 from mlx_qlora.train.memory import largest_micro_batch
-from mlx_qlora.train.metrics import Metrics, open_trackers, rewrite_metrics
+from mlx_qlora.train.metrics import Metrics, open_trackers
 from mlx_qlora.train.optim import AdamW
 from mlx_qlora.train.preferences import Preferences
 from mlx_qlora.train.score import score
@@ -178,9 +179,8 @@ class Run:
         engine.limit_memory(largest_micro_batch(inputs.train, training.rows))
         self.preferences = None
         if training.objective != "sft":
-            about = model, self.batches, self.held_out, self.processes
-            self.preferences = Preferences(training, *about)
-        rest = self.stop, console, self.processes, self.preferences
+            self.preferences = Preferences(training, model, self.batches, self.held_out)
+        rest = self.stop, console, self.preferences
         self.step = Step(engine, self.optimizer, training.seed, *rest)
 
     # ---- before the first step -------------------------------------------------------------------
@@ -199,7 +199,8 @@ class Run:
             trackers = open_trackers(logging, self.output, self.settings(), state)
             discard_after(self.output, state.step)
             rotate(self.output, state, self.config.checkpointing.save_total_limit)
-            rewrite_metrics(path, state.log_history)
+            # As at the checkpoint: lines may be too many, cut, or lost.
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in state.log_history))
         every = int(self.config.logging.logging_steps)
         self.metrics = Metrics(path, self.total_steps, state, every, self.console, trackers)
         return self.metrics
@@ -365,7 +366,8 @@ class Run:
             return
         try:
             if best[0] != self.state.step and self.processes.is_first:
-                load_weights(self.output / f"checkpoint-{best[0]}", self.model, self.optimizer)
+                read_state(folder := self.output / f"checkpoint-{best[0]}")
+                load_tensors(folder, self.model, self.optimizer)
             say(self.console, f"best      step {best[0]}, validation loss {best[1]:.4f}")
         except ConfigError as error:  # it was not saved by this run, or damaged since
             warn(self.console, f"step {best[0]} was best, but {error}; the last weights are kept")

@@ -15,6 +15,7 @@ from mlx_qlora.device import Device, Machine, this_machine
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model.attention import Documents
 from mlx_qlora.model.llama import Keys, LlamaConfig, LlamaForCausalLM, check_ids
+from mlx_qlora.model.lora import trainable_count
 from mlx_qlora.model.quantize import FrozenMatrix
 from mlx_qlora.tree import flat
 
@@ -194,13 +195,12 @@ def adapter_bytes(trainable: int) -> int:
 
 def persistent_bytes(model: LlamaForCausalLM) -> int:
     """What a run keeps in memory from its first step to its last."""
-    trainable = sum(weight.size for weight in flat(model.trainable_parameters()).values())
     parameters = sum(array.nbytes for array in flat(model.parameters()).values())
     matrices = (m for m in model.modules() if isinstance(m, FrozenMatrix))
     parameters += sum(m.resident_bytes for m in matrices)
     if (reader := model.model.reader) is not None:
         parameters += reader.resident_bytes
-    return parameters + adapter_bytes(trainable)
+    return parameters + adapter_bytes(trainable_count(model))
 
 
 def step_bytes(trainable: int, n_chunks: int, accumulates: bool) -> int:

@@ -357,8 +357,3 @@ def _compared(metrics: dict[str, float]) -> list[str]:
     words = {"rewards/accuracies": "accuracy {:.0%}", "rewards/margins": "margin {:.3f}"}
     words["kl"] = "KL {:.3f}"
     return [text.format(metrics[name]) for name, text in words.items() if name in metrics]
-
-
-def rewrite_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """Makes `metrics.jsonl` what it was at a checkpoint: lines may be too many, cut, or lost."""
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in history))

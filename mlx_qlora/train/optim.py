@@ -189,9 +189,6 @@ def flatten(tree: dict[str, Any]) -> mx.array:
 
 def unflatten(buffer: mx.array, shapes: dict[str, tuple[int, ...]]) -> dict[str, mx.array]:
     """Name -> its part of a flat buffer, in its own shape."""
-    parts, start = {}, 0
-    for name, shape in shapes.items():
-        size = math.prod(shape)
-        parts[name] = buffer[start : start + size].reshape(shape)
-        start += size
-    return parts
+    ends = itertools.accumulate(map(math.prod, shapes.values()))
+    parts = mx.split(buffer, [*ends][:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts)}

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from mlx_qlora.adapters.several import Untrained
+from mlx_qlora.adapters.several import untrained
 from mlx_qlora.data.batches import IGNORE, Batch, Batches, evaluation_batches, mismatch
 from mlx_qlora.data.examples import Example, Examples
 from mlx_qlora.data.preferences import KIND_OF, PAIRS
-from mlx_qlora.distributed import Processes
+from mlx_qlora.distributed import processes
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.progress import doing
 from mlx_qlora.train.config import TrainingConfig
@@ -146,13 +146,12 @@ class Preferences:
         model: LlamaForCausalLM,
         batches: Batches,
         held_out: Batches | None,
-        processes: Processes,
     ) -> None:
-        self.config, self.model, self.batches, self.processes = config, model, batches, processes
+        self.config, self.model, self.batches, self.processes = config, model, batches, processes()
         self.k = 2 if KIND_OF[config.objective] == PAIRS else 1
         # The likelihood of the chosen answer, of which so much is added to the loss.
         self.alpha = 1.0 if config.objective == "orpo" else config.rpo_alpha * (self.k == 2)
-        self.untrained = Untrained(model)
+        self.untrained = untrained(model)
         self.held_out, self.mismatched = held_out, None
         if held_out is not None and config.objective == "kto":
             rows = [*held_out.examples]

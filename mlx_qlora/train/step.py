@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mlx_qlora import device
 from mlx_qlora.data.batches import Batch, halves
-from mlx_qlora.distributed import Processes
+from mlx_qlora.distributed import processes
 from mlx_qlora.errors import TrainingError, warn
 from mlx_qlora.train.allreduce import GradientAllReduce
 from mlx_qlora.train.engine import Engine
@@ -68,15 +68,14 @@ class Step:
         seed: int,
         stop: StopSignal,
         console: Console,
-        processes: Processes | None = None,
         preferences: Preferences | None = None,
     ) -> None:
         self.preferences = preferences
         self.engine, self.optimizer, self.seed = engine, optimizer, seed
         self.stop, self.console = stop, console
         self.all_reduce = None
-        if processes is not None and processes.size > 1:
-            self.all_reduce = GradientAllReduce(optimizer.shapes, processes)
+        if processes().size > 1:
+            self.all_reduce = GradientAllReduce(optimizer.shapes, processes())
         self.n_splits = 1  # a micro-batch is computed in at least so many pieces
 
     def __call__(self, micro_batches: list[Batch], rate: float) -> StepResult | None:

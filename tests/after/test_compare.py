@@ -138,9 +138,9 @@ def test_answers_are_compared_without_the_extra_packages_by_what_is_there(
     on.scorers.cache_clear()
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     console = quiet()
-    found = evaluated(config_of(source=str(folder)), console, str(rows), 2, 2).comparison
+    found = evaluated(config_of(source=str(folder)), console, str(rows), 2, 2)
     on.scorers.cache_clear()
-    names = {row.metric for row in found.rows}
+    names = {row["metric"] for row in found["comparison"]["metrics"]}
     assert "exact_match" in names and not names & {"rouge_l", "chrf"}
     assert "without ROUGE-L and chrF; run: pip install 'mlx-qlora[evaluate]'" in said_to(console)
 
@@ -201,12 +201,12 @@ def test_a_run_s_adapter_is_evaluated_by_its_folder_alone(adapter, rows, tmp_pat
     assert "12 of 24, drawn with seed 0" in said and "3 questions of 12" in said
     assert "answers word for word" in said and said.count("was forgotten") == 1
     written = json.loads(out.read_text())
-    assert written == json.loads(json.dumps(found.to_dict()))
+    assert written == json.loads(json.dumps(found))
     assert written["rows_scored"] == 12 and len(written["samples"]) == 3
     assert set(written["samples"][0]) == {"place", "prompt", "reference", "base", "tuned"}
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
     again = evaluated(config, quiet(), limit=12, n_answers=3, data=str(rows))
-    assert again.to_dict() == found.to_dict()
+    assert again == found
 
 
 @pytest.mark.parametrize("objective", ["dpo", "simpo", "kto"])
@@ -263,14 +263,16 @@ def test_an_adapter_is_scored_on_rows_as_its_run_read_them(
 
 
 def test_a_base_alone_has_figures_and_no_change(folder, rows, tmp_path):
-    found = evaluated(config_of(source=str(folder)), quiet(), data=str(rows), n_answers=0)
+    console = quiet()
+    found = evaluated(config_of(source=str(folder)), console, data=str(rows), n_answers=0)
     model, tokenizer = mq.load(folder)
     wanted = mq.evaluate(model, tokenizer, mq.read_examples(rows, tokenizer))
-    loss = found.comparison["loss"]
-    assert loss.base.estimate == pytest.approx(wanted.loss, abs=1e-5)
-    assert loss.tuned is None and found.forgetting is None and not found.comparison.adapter
-    assert [column.header for column in found.comparison.__rich__().columns][:2] == ["", "model"]
-    assert found.comparison.n_answers == 0 and found.samples == ()
+    comparison = found["comparison"]
+    loss = next(row for row in comparison["metrics"] if row["metric"] == "loss")
+    assert loss["base"]["estimate"] == pytest.approx(wanted.loss, abs=1e-5)
+    assert loss["tuned"] is None and found["forgetting"] is None and not comparison["adapter"]
+    assert re.search(r"^ +model +95 % sure *$", said_to(console), re.MULTILINE)
+    assert comparison["n_answers"] == 0 and found["samples"] == []
 
 
 def test_rows_that_were_trained_on_are_counted_and_those_held_out_are_the_default(
@@ -295,7 +297,7 @@ def test_rows_that_were_trained_on_are_counted_and_those_held_out_are_the_defaul
     found = evaluated(config, console, n_answers=0)
     assert f"rows      {len(held_out)} validation rows, on which" in said_to(console)
     assert "was trained on" not in said_to(console)
-    assert found.comparison.n_examples == len(held_out) == found.inputs["rows"]
+    assert found["comparison"]["n_examples"] == len(held_out) == found["rows"]
     gone = replace(record, data=replace(record.data, validation_path=str(tmp_path / "gone.jsonl")))
     (taught / "run.yaml").write_text(to_yaml(gone))  # which rows were trained on is not known
     with pytest.raises(mq.DataError, match=r"gone\.jsonl is missing"):

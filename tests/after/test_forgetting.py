@@ -122,7 +122,7 @@ def test_an_adapter_that_does_nothing_forgets_nothing(made):
 
 def made_up(rise: float, half: float, method: str = STUDENTISED) -> Forgetting:
     def interval(x: float, half: float) -> Interval:
-        return Interval(x, x - half, x + half, 40, 0.95, method)
+        return Interval(x, x - half, x + half, 40, method)
 
     base, after = float(np.log(12.1)), float(np.log(12.1 * (1 + rise)))
     change = interval(after - base, half)

@@ -278,7 +278,8 @@ def test_what_cannot_be_shown_is_said_once_and_neither_ends_a_run_nor_hides_its_
     console = Console(file=(printed := io.StringIO()), force_terminal=True, width=200)
     follower = fails if failing == "follower" else lambda: None
     with pytest.raises(KeyboardInterrupt), shown(console) as watched:
-        with watched.following(follower), progress.doing("training", 3):
+        watched.follower = follower
+        with progress.doing("training", 3):
             watched.tick()
             watched.tick()
             raise KeyboardInterrupt

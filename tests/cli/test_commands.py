@@ -20,7 +20,7 @@ from mlx_qlora.model.lora import trainable_count
 
 def test_every_command_runs_something():
     assert {*COMMANDS} == {*RUN, "completion"}
-    assert {section for command in COMMANDS.values() for section in command.sections} == {*SECTIONS}
+    assert {section for command in COMMANDS.values() for section in command.reads} == {*SECTIONS}
 
 
 # ---- train -------------------------------------------------------------------------------------

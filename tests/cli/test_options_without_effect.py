@@ -305,7 +305,7 @@ def test_a_command_declares_the_fields_that_it_reads(
     folder = chat_folder if command == "chat" else model
     assert call(command, "--model", folder, *USES[command]) in (0, 1)  # 1: doctor found something
     about = COMMANDS[command]
-    declared = {f"{section}.{name}" for section in about.sections for name in about.fields(section)}
+    declared = {f"{section}.{name}" for section in about.reads for name in about.fields(section)}
     assert declared - read == set()
     # An adapter has a LoraConfig of its own.
     others = {name for name in read - declared if command == "plan" or "lora." not in name}

@@ -295,7 +295,12 @@ def laid_out(draw: Any) -> list[list[Example]]:
 @quick
 @given(laid_out())
 def test_a_batch_is_what_its_definition_says(rows: list[list[Example]]) -> None:
-    batch = collate(rows)
+    whole = []
+    for row in rows:
+        tokens, learned = (np.concatenate(x) for x in zip(*((e.tokens, e.learned) for e in row)))
+        starts = np.cumsum([len(e) for e in row[:-1]], dtype=int).tolist()
+        whole.append(Example(tokens, learned, row[0].line, starts=tuple(starts)))
+    batch = collate(whole)
     T = padded_width(max(sum(len(e) - 1 for e in row) for row in rows))
     tokens = np.zeros((len(rows), T), int)
     labels = np.full((len(rows), T), IGNORE)
@@ -314,7 +319,7 @@ def test_a_batch_is_what_its_definition_says(rows: list[list[Example]]) -> None:
     assert np.array(batch.tokens).tolist() == tokens.tolist()
     assert np.array(batch.labels).tolist() == labels.tolist()
     assert batch.documents is not None and batch.documents.tolist() == spans
-    assert batch.places == tuple(e.place for row in rows for e in row)
+    assert batch.places == tuple(row[0].place for row in rows for _ in row)
     assert batch.real_tokens == sum(len(e) - 1 for row in rows for e in row)
 
 

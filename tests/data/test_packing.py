@@ -50,6 +50,16 @@ def documents_of(rows: Rows, seed: int) -> list[list[Example]]:
     return made
 
 
+def in_rows(rows: list[list[Example]]) -> Batch:
+    """Each list of documents as one row."""
+    made = []
+    for row in rows:
+        tokens, learned = (np.concatenate(x) for x in zip(*((e.tokens, e.learned) for e in row)))
+        starts = np.cumsum([len(e) for e in row[:-1]], dtype=int).tolist()
+        made.append(Example(tokens, learned, row[0].line, starts=tuple(starts)))
+    return collate(made)
+
+
 def alone(document: Example) -> Batch:
     """A batch of one document, without padding, made without the library's own `collate`."""
     labels = np.where(document.learned[1:], document.tokens[1:], IGNORE)
@@ -116,7 +126,7 @@ def test_packed_loss_and_gradients_are_the_sums_of_the_documents_alone(
     model: Any, recompute: str, rows: Rows, seed: int
 ) -> None:
     documents = documents_of(rows, seed)
-    batch = collate(documents)
+    batch = in_rows(documents)
     loss, n_tokens, grads = loss_and_grads(model, batch, recompute=recompute)
     nats, count, total = one_by_one(model, chain(*documents))
     assert n_tokens == count
@@ -129,7 +139,7 @@ def test_packed_loss_and_gradients_are_the_sums_of_the_documents_alone(
 @given(rows=packed_rows(), seed=st.integers(0, 9))
 def test_packed_logits_are_those_of_each_document_alone(model: Any, rows: Rows, seed: int) -> None:
     documents = documents_of(rows, seed)
-    batch = collate(documents)
+    batch = in_rows(documents)
     packed = np.array(model(batch.tokens, documents=batch.documents))
     assert np.isfinite(packed).all()
     for document, (row, start, end) in zip(chain(*documents), batch.documents.tolist()):
@@ -140,7 +150,7 @@ def test_packed_logits_are_those_of_each_document_alone(model: Any, rows: Rows, 
 def test_a_row_taken_for_one_document_is_something_else(model: Any) -> None:
     """The control: where the borders are not told, the documents see each other."""
     documents = documents_of([[20, 28]], 0)
-    batch = collate(documents)
+    batch = in_rows(documents)
     whole = Batch(batch.tokens, batch.labels)
     nats, _, total = one_by_one(model, documents[0])
     loss, _, grads = loss_and_grads(model, whole)
@@ -152,7 +162,7 @@ def test_a_row_taken_for_one_document_is_something_else(model: Any) -> None:
 @extremes
 @given(rows=packed_rows(), seed=st.integers(0, 9))
 def test_whatever_stands_in_the_padding_changes_nothing(model: Any, rows: Rows, seed: int) -> None:
-    batch = collate(documents_of(rows, seed))
+    batch = in_rows(documents_of(rows, seed))
     junk = random_tokens(*batch.tokens.shape, seed=seed)
     filled = np.where(is_real(batch), np.array(batch.tokens), junk)
     other = Batch(mx.array(filled), batch.labels, batch.documents)
@@ -202,7 +212,7 @@ def test_packed_docstrings_train_the_real_model_as_one_by_one(monkeypatch, short
     rows = list(islice(docstring_data.rows(), 60))
     examples = mq.read_examples(rows, tokenizer, mq.DataConfig(cache_dir=None))
     chosen = sorted(examples, key=len)[:16:2]
-    batch = collate([chosen[:3], chosen[3:]])
+    batch = in_rows([chosen[:3], chosen[3:]])
     assert batch.documents[:, 1].any() and batch.real_tokens < batch.tokens.size
     loss, n_tokens, grads = loss_and_grads(real, batch, recompute="none")
     nats, count, total = one_by_one(real, chosen)

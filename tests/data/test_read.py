@@ -18,9 +18,10 @@ from support.tiny_folder import CHAT, write_tokenizer
 
 from mlx_qlora.data.chats import CANNOT_WRITE, NO_TEMPLATE, alpaca_prompt
 from mlx_qlora.data.examples import Example
-from mlx_qlora.data.read import DataConfig, cache_folder, read_examples, train_validation_test
+from mlx_qlora.data.read import DataConfig, read_examples, train_validation_test
 from mlx_qlora.data.tokenizer import Tokenizer, load_tokenizer
 from mlx_qlora.errors import ConfigError, DataError
+from mlx_qlora.folders import user_cache, user_path
 
 TURNS = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
@@ -596,11 +597,11 @@ def test_the_second_time_examples_come_from_the_cache_and_are_the_same(
 
 def test_without_a_cache_nothing_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", rows(3))
-    before = sorted(cache_folder("auto").rglob("*"))
+    before = sorted(user_cache().rglob("*"))
     for _ in range(2):
         examples = read_examples(path, tokenizer, DataConfig(cache_dir=None))
         assert not examples.report.cached and len(examples) == 3
-    assert sorted(cache_folder("auto").rglob("*")) == before
+    assert sorted(user_cache().rglob("*")) == before
     assert [place.name for place in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -614,14 +615,14 @@ def test_auto_is_the_user_s_cache(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
-    assert cache_folder("auto") == tmp_path / "here" / "mlx-qlora"
+    assert user_cache() == tmp_path / "here" / "mlx-qlora"
     path = write_rows(tmp_path / "a.jsonl", rows(3))
     assert [read_examples(path, tokenizer).report.cached for _ in range(2)] == [False, True]
     assert any((tmp_path / "here" / "mlx-qlora").rglob("*"))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder("auto") == tmp_path / ".cache" / "mlx-qlora"
-    assert cache_folder("~/mine") == tmp_path / "mine"
+    assert user_cache() == tmp_path / ".cache" / "mlx-qlora"
+    assert user_path("~/mine", "data.cache_dir") == tmp_path / "mine"
 
 
 @pytest.mark.parametrize(

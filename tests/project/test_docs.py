@@ -343,7 +343,7 @@ class Reader:
 
 
 def takes_fields(words: list[str]) -> bool:
-    return words[0] in COMMANDS and bool(COMMANDS[words[0]].sections)
+    return words[0] in COMMANDS and bool(COMMANDS[words[0]].reads)
 
 
 def call(words: list[str], stdin: str) -> str | None:

@@ -321,7 +321,7 @@ def test_equals_are_called_so_and_clear_winners_too():
         rf"b is better than a by {number} \({number} to {number}\) nats per token", said
     )
     assert in_words("b", "a", difference(first, far)) == said
-    lopsided = Interval(-0.03, -0.17, 0.001, 80, 0.95, "bca")
+    lopsided = Interval(-0.03, -0.17, 0.001, 80, "bca")
     assert in_words("a", "b", lopsided).endswith("(difference 0.0300, interval -0.0010 to 0.1700)")
     few = measured(first.nats[:7], tokens[:7]), measured(far.nats[:7], tokens[:7])
     assert not is_clear(difference(*few)), "of seven examples nothing is said"

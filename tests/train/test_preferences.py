@@ -15,13 +15,12 @@ from support.training import assert_same, at_step, fine_tune, recorded, stop
 
 from mlx_qlora import device
 from mlx_qlora.adapters.peft import save_adapter
-from mlx_qlora.adapters.several import Untrained
+from mlx_qlora.adapters.several import untrained
 from mlx_qlora.cli import main
 from mlx_qlora.config import build
 from mlx_qlora.data.batches import Batch, Batches, evaluation_batches, halves, make_batches
 from mlx_qlora.data.examples import Examples
 from mlx_qlora.data.read import DataConfig
-from mlx_qlora.distributed import Processes
 from mlx_qlora.errors import ConfigError, DataError
 from mlx_qlora.model.lora import LoraConfig, add_lora
 from mlx_qlora.train.config import TrainingConfig, batches_of
@@ -87,7 +86,7 @@ class Compared:
         self.examples = make_judged(n) if kto else make_pairs(n, prompt_weight=weight)
         self.batches = batches_of(self.examples, DataConfig(shuffle=False), self.config)
         self.batch = self.batches[0]
-        self.preferences = Preferences(self.config, self.model, self.batches, None, Processes(None))
+        self.preferences = Preferences(self.config, self.model, self.batches, None)
         self.preferences.refer(whole)
         randomise_lora(self.model, seed=4, scale=0.1)
 
@@ -187,10 +186,10 @@ def test_an_adapter_that_is_trained_on_is_its_own_reference(hf_tiny):
     add_lora(model, LoraConfig(r=4), seed=1)
     randomise_lora(model)
     batch = next(iter(make_batches(make_pairs(4), 4, shuffle=False)))
-    before, untrained = log_probabilities(model, batch), Untrained(model)
+    before, lend = log_probabilities(model, batch), untrained(model)
     randomise_lora(model, seed=7)
     now = log_probabilities(model, batch)
-    with untrained():
+    with lend():
         assert np.array_equal(log_probabilities(model, batch), before)
     assert np.array_equal(log_probabilities(model, batch), now) and not np.array_equal(now, before)
 
@@ -200,7 +199,7 @@ def test_only_examples_that_a_run_sees_are_scored_before_it(hf_tiny):
     add_lora(model, LoraConfig(r=4), seed=1)
     config = TrainingConfig(objective="dpo", max_steps=2, per_device_train_batch_size=3)
     batches = batches_of(make_pairs(20), DataConfig(), config.for_examples(20))
-    preferences = Preferences(config.for_examples(20), model, batches, None, Processes(None))
+    preferences = Preferences(config.for_examples(20), model, batches, None)
     preferences.refer(whole)
     seen = {i for batch in (batches[0], batches[1]) for i in batches.indices(batch.rows)}
     assert set(np.flatnonzero(preferences.reference[:, 0]).tolist()) == seen and len(seen) == 6
