@@ -109,7 +109,8 @@ def load(
         warnings.warn(message, AdapterWarning, stacklevel=3)
     if adapter is not None:
         bits = recorded(str(adapter), "model").get("model", {}).get("bits")
-        if bits is not None and quantize is None and not checkpoint.packing:
+        is_dense = checkpoint.files.path.is_dir() and not checkpoint.packing  # a GGUF is packed
+        if bits is not None and quantize is None and is_dense:
             text = f"{adapter} was trained over weights of {bits} bits, and these are not packed"
             text += f"; quantize=mq.QuantConfig({bits}) packs them"
             warnings.warn(text, AdapterWarning, stacklevel=3)

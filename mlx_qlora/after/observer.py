@@ -213,7 +213,7 @@ class Observer:
                 for row, old, new in zip(self.questions, before.answers, after.answers)
             ]
             if not self.in_python:
-                went_on = self.untrained.start is not None
+                went_on = config.model.adapter is not None
                 with shown(console):
                     on = "the built-in texts" + ", since the adapter it began with," * went_on
                     how: Any = {"source": on, "base": self.untrained}

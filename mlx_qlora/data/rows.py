@@ -160,8 +160,8 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
     if is_pair or len(texts) < 2 or known & row.keys():
         return ""
     by_length = sorted(texts, key=lambda name: -len(row[name]))[:2]
-    if not all(" " in row[name].strip() for name in by_length):  # dates and topics ask nothing
-        by_length = []
+    if len(texts) > 2 and not all(" " in row[name].strip() for name in by_length):
+        by_length = []  # dates and topics ask nothing
     asked, answer = (
         next((name for name in texts if _words(name) & _words(f"{field} {COLUMNS[field]}")), None)
         for field in ("instruction", "output")

@@ -321,7 +321,10 @@ def test_verdicts_are_earned_by_a_loss_beyond_noise_and_by_nearer_answers():
     assert unfinished.tone == "note" and unfinished.why.endswith("Train for more steps.")
     assert verdict(sure, yet).tone == verdict(sure, near, falls).tone == "good"
 
-    assert verdict(sure, near).verdict.startswith("Yes: the loss fell by 33%")
+    assert verdict(sure, near).verdict.startswith("Yes, in form: the loss fell by 33%")
+    assert verdict(sure, near).why.endswith("Check the facts in them.")
+    equal = [{**near[0], "after": "a red car\n"}]
+    assert verdict(sure, [*near, *equal]).verdict.startswith("Yes: the loss fell by 33%")
     assert (verdict(sure, near).tone, verdict(sure, far).tone) == ("good", "note")
     assert verdict(sure, far).verdict.endswith("the answers are no nearer")
     assert verdict(noise, near).verdict.startswith("Perhaps:")

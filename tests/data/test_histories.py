@@ -337,7 +337,12 @@ def test_what_is_shown_of_a_row_is_each_of_its_documents():
     print_rows(make_batches(examples, 2, shuffle=False), qwen, 3, Console(file=shown, width=200))
     text = shown.getvalue()
     places = [line.split(": ")[0] for line in text.splitlines() if line.startswith("rows:")]
-    assert places == ["rows:1", "rows:1", "rows:2", "rows:3", "rows:3"]
+    of_two = (", answer 1 of 2", ", answer 2 of 2")
+    assert places == [
+        *(f"rows:1{of}" for of in of_two),
+        "rows:2",
+        *(f"rows:3{of}" for of in of_two),
+    ]
     for learned in ("Hello.<|im_end|>⟧", "More.<|im_end|>⟧", "⟦<think>\nhm", "⟦<think>\nso"):
         assert learned in text
     assert examples.longest < examples.lengths.max()

@@ -158,12 +158,12 @@ PREFIX = "the chat template refuses it: "
         ("one\u2028two\x85three\x0bfour ", "one two three four"),
         ("\x1b[2J\x07\x00", r"\x1b[2J\x07\x00"),
         ("\ud800 \u202e", r"\ud800 \u202e"),
-        ("y" * 270, "y" * 270),
-        ("y" * 271, "y" * 267 + "..."),
-        ("\x1b" * 1_000_000, r"\x1b" * 66 + r"\x1" + "..."),
+        ("y" * 570, "y" * 570),
+        ("y" * 571, "y" * 567 + "..."),
+        ("\x1b" * 1_000_000, r"\x1b" * 141 + r"\x1" + "..."),
     ],
 )
-def test_a_reason_is_one_line_of_at_most_300_characters_whatever_a_template_says(
+def test_a_reason_is_one_line_of_at_most_600_characters_whatever_a_template_says(
     chatty: Tokenizer, told: str, reason: str, tmp_path: Path
 ) -> None:
     template = tmp_path / "t.jinja"
@@ -171,7 +171,7 @@ def test_a_reason_is_one_line_of_at_most_300_characters_whatever_a_template_says
     template.write_text(raised + CHAT)
     rows = [TURNS, {"messages": [{"role": "user", "content": told}, TURNS["messages"][1]]}]
     report = read_examples(rows, chatty, DataConfig(template=str(template))).report
-    assert report.refused == [(2, PREFIX + reason)] and len(PREFIX + reason) <= 300
+    assert report.refused == [(2, PREFIX + reason)] and len(PREFIX + reason) <= 600
 
 
 # ---- refused rows in a file ----------------------------------------------------------------------

@@ -61,6 +61,7 @@ def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
     assert fix[:5] not in refusal({"sie": "?"})
     shop = {"Date": "1 May", "Topic": "gift", "Customer questions": "?", "Our reply": "Yes."}
     assert "'Our reply' answers 'Customer questions', data.columns=" in refusal(shop)
+    assert "data.columns" not in refusal({**shop, "Our reply": None})  # whose answer is missing
     long = {"id": "7", "q": "How long is it?", "kind": "size", "a": "It is a metre long."}
     assert "if 'a' answers 'q', data.columns=" in refusal(long)  # the longest ones
     for names in (("x,y", "z"), ("c: d", "e"), ("1", "2"), ("[a", "b")):

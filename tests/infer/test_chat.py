@@ -108,7 +108,7 @@ def test_the_adapter_goes_off_and_on_and_is_as_before_afterwards(model, asked):
 def test_no_adapter_and_wrong_words_are_one_message(model):
     out = play(model, "/adapter off", "/adapter", "/nonsense", "/save", "/save x.jsonl", "/help")
     for words in (
-        "the model has no adapter; start the chat with adapter=DIR",
+        "the model has no adapter; start the chat with mq.load(adapter='DIR')",
         "/adapter needs on or off",
         "unknown command /nonsense; /help lists the commands",
         "/save needs the name of a file",

@@ -632,8 +632,8 @@ def test_another_versions_checkpoint_is_refused_with_the_ways_out(folder, copy, 
         fine_tune(folder, copy)
     assert str(error.value) == (
         f"{path} {reason}; finish the run with the mlx-qlora that began it "
-        f"(9.9.9 in {copy}/training_args.json), or begin a new run with its adapter: adapter="
-        f"{path} and another output_dir"
+        f"(9.9.9 in {copy}/training_args.json), or begin a new run with its adapter: mq.load("
+        f"adapter='{path}') and another output_dir"
     )
     assert everything(copy) == before
     model, _ = mq.load(folder, adapter=path)

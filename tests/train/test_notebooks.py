@@ -67,7 +67,7 @@ def test_a_cell_that_is_run_again_finds_the_run_finished(folder, tmp_path, field
     adapter, weights = (first.out / ADAPTER).read_bytes(), notebook.weights()
     again = notebook.run(first.out, **fields)
     assert f"step {first.result.steps} was the last one" in again.printed
-    assert "pass adapter=" in again.printed and "--adapter" not in again.printed
+    assert "pass mq.load(adapter=" in again.printed and "--adapter" not in again.printed
     assert (again.out / ADAPTER).read_bytes() == adapter
     assert notebook.weights() == weights
     assert again.result.eval_loss == first.result.eval_loss
