@@ -487,8 +487,7 @@ def _summary(result: TrainResult) -> str:
         longer = as_called(f"to train it longer pass --adapter {folder}, and another --output-dir")
         return f"done      step {result.steps} was the last one; adapter in {folder}; {longer}"
     return (
-        f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s with "
-        f"validations, peak "
+        f"done      {result.seconds / 60:.1f} min, {result.tokens_per_second:,.0f} tokens/s, peak "
         f"{result.peak_memory_bytes / 1e9:.2f} GB, the process "
         f"{result.process_memory_bytes / 1e9:.2f} GB; adapter in {result.output_dir}"
     )
