@@ -1,10 +1,13 @@
 """What a user can get wrong, and lines for a person; everything imports this file."""
 
 import difflib
+import itertools
+import os
 import re
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,14 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return as_called(shown(super().__str__()))
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows, by IPython's protocol: the caller's line and the message."""
+        frames, ours = traceback.extract_tb(self.__traceback__), os.path.dirname(__file__)
+        outside = itertools.takewhile(lambda frame: not frame.filename.startswith(ours), frames)
+        *_, call = (None, *outside)
+        line = [f"line {call.lineno}: {call.line}"] if call else []
+        return [*line, f"{type(self).__name__}: {self}"]
 
 
 def as_called(text: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_qlora.after.answer_metrics import Row, style_similarity
+from mlx_qlora.after.bootstrap import FEWEST as FEWEST_ROWS
 from mlx_qlora.after.forgetting import Forgetting
 from mlx_qlora.infer.evaluate import Scores
 from mlx_qlora.train.checkpoint import best_eval
@@ -225,7 +226,8 @@ def learned(
     if not is_before:
         return Answer(question, f"Perhaps: {fell} {where}", why, "note")
     if loss is not None and loss.verdict != "better":
-        few = f"with {loss.base.n} rows that may be chance"
+        few = f"with {(n := loss.base.n)} rows that may be chance"
+        few += f"; hold out {FEWEST_ROWS} or more to be told" * (n < FEWEST_ROWS)
         return Answer(question, f"Perhaps: {fell}", f"{why} {_sentence(few)}", "note")
     if loss is None or not samples:
         return Answer(question, f"Perhaps: {fell}", f"{why} No answers were compared.", "note")

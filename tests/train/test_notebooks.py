@@ -175,3 +175,14 @@ def test_what_to_do_next_is_said_in_python_and_can_be_run(folder, tmp_path):
     assert isinstance(eval(ask, names), str)
     weights = [flat(model.trainable_parameters()) for model in (run.model, names["model"])]
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_mistake_is_the_line_of_the_cell_and_one_message(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.run_cell("import mlx_qlora as mq\n\nx = mq.load('nowhere/at/all')")
+    assert capsys.readouterr().out.splitlines() == [
+        "line 3: x = mq.load('nowhere/at/all')",
+        "SourceError: no such file or folder: nowhere/at/all",
+    ]
