@@ -347,6 +347,7 @@ SMALL_MAC = 36e9  # macOS gives a process 2/3 of so little memory, else 3/4 (iog
 PROBE = 1024  # rows and columns of the product that measures this machine
 UNCACHED = 1 << 24  # numbers of an array that no cache holds
 PROCESS_BYTES = 57 << 20  # of Python, its packages and libraries, imported
+TOKEN_BYTES = 750  # of a token of the vocabulary, in the tokenizer: SmolLM2's has 40 MB, Qwen's 108
 HEAP_BYTES = 23 << 20  # that stay with the heap where matrices are read or dequantised in turn
 DISK = 1.5e9  # bytes per second of the slowest SSD that these Macs are sold with
 

@@ -364,7 +364,8 @@ def _plan_as_it_is(
         advice = _advice(parts, dense, chosen.levels, longest, max(largest))
     # Fitted (benchmarks/memory.py): where most is in use, half of the cache is.
     in_turn = streamed or copy_for_now > 0
-    process = device.PROCESS_BYTES + device.HEAP_BYTES * in_turn + total + cache // 2
+    besides = device.PROCESS_BYTES + device.TOKEN_BYTES * llama.vocab_size
+    process = besides + device.HEAP_BYTES * in_turn + total + cache // 2
     process *= where.device.kind != "cuda"
     about = trained, chosen, longest, speed, advice, scaling, process, cache
     plan = Plan(parts, limit, where.name, *about)
