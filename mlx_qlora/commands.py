@@ -35,7 +35,7 @@ from mlx_qlora.errors import (
     warn,
     write_out,
 )
-from mlx_qlora.folders import moved_into, remove, user_cache
+from mlx_qlora.folders import CARD, is_merged, moved_into, remove, user_cache, user_path
 from mlx_qlora.loading import form_of_rows, model_to_ask, recorded
 from mlx_qlora.names import preset, whose
 from mlx_qlora.readers import json_value, parse_json
@@ -135,7 +135,10 @@ def _is_path(word: str) -> bool:
 def _with_record(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Fill unset fields by an adapter's record: it is used with its own model, as trained."""
     chosen = values.get("model", {})
-    adapter, read = chosen.get("adapter"), args.about.reads
+    adapter, read, source = chosen.get("adapter"), args.about.reads, chosen.get("source")
+    if args.command in ("generate", "chat", "evaluate") and isinstance(source, str):
+        if is_merged(user_path(source) / CARD):  # all that was learned is in its full precision
+            return values | {"model": {"bits": None} | chosen}
     if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
         return values
     record = recorded(adapter, *{"model", "generation"}.intersection(read))

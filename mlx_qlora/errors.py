@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # The flags of remedies, as one writes them in Python.
 IN_PYTHON = {r"--adapter (\S+?)(?=[,;.]?(?:\s|$))": r"mq.load(adapter='\1')"}
 IN_PYTHON |= {r"--model (\S+)": r"source=\1", "--adapter": "adapter", "--output-dir": "output_dir"}
+COLUMNS = re.compile(r"data\.columns='\{((?:[\w ]+: [\w -]+(?:, )?)+)\}' data\.template=chat")
 
 
 class UserError(ValueError):
@@ -41,9 +42,16 @@ class UserError(ValueError):
 
 def as_called(text: str) -> str:
     """A remedy with flags, which a caller in Python knows as arguments."""
-    for flag, name in () if UserError.in_command else IN_PYTHON.items():
+    if UserError.in_command:
+        return text
+    for flag, name in IN_PYTHON.items():
         text = re.sub(flag, name, text)
-    return text
+    return COLUMNS.sub(_columns, text)
+
+
+def _columns(found: re.Match[str]) -> str:
+    columns = dict(pair.split(": ") for pair in found[1].split(", "))
+    return f"mq.DataConfig(columns={columns}, template='chat')"
 
 
 class ConfigError(UserError):

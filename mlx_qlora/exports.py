@@ -55,8 +55,6 @@ def merge(config: RunConfig, console: Console, args: argparse.Namespace) -> dict
         say(console, str(merged.drift))
     if not quantize:
         words = f"export --model {shlex.quote(str(merged.folder))} --output-dir gguf --gguf-model"
-        ask = f"generate --model {shlex.quote(str(merged.folder))} model.bits=null --prompt Hello"
-        say(console, f"to ask it: mlx-qlora {ask}")
         say(console, f"for llama.cpp, Ollama and LM Studio: mlx-qlora {words}")
     return asdict(merged)
 

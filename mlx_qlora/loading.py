@@ -31,7 +31,7 @@ from mlx_qlora.errors import (
     size,
 )
 from mlx_qlora.fields import checked
-from mlx_qlora.folders import CARD, RECORD, is_merged, user_path
+from mlx_qlora.folders import RECORD, user_path
 from mlx_qlora.model.hub import resolve
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.model.lora import ALL_SEVEN, LoraConfig
@@ -173,12 +173,7 @@ def loaded(config: RunConfig) -> tuple[LlamaForCausalLM, Tokenizer]:
     assert chosen.source is not None
     asked, names = chosen.quantize(), ("dtype", "frozen_matmul", "residency")
     settings = {name: getattr(chosen, name) for name in names}
-    model, tokenizer = load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
-    packed = "quantization" in model.hf_config
-    if chosen.bits == ModelConfig().bits and not packed and is_merged(model.source.path / CARD):
-        text = f"{chosen.source} is rounded to {chosen.bits} bits while it is loaded"
-        warnings.warn(f"{text}; model.bits=null keeps it as merged", AdapterWarning, stacklevel=2)
-    return model, tokenizer
+    return load(chosen.source, asked, chosen.adapter, chosen.revision, **settings)
 
 
 def as_taught(config: RunConfig) -> RunConfig:

@@ -22,8 +22,9 @@ History = list[dict[str, Any]]  # the records of `metrics.jsonl`
 FEWEST = 5  # logged losses, or 3 validations, before anything is said
 SHORT = 30  # steps: before that, a stretch of losses says more of its rows than of the run
 RISE = 0.02  # of the validation loss above its best, while the training loss falls
+LEAST_RISE = 0.03  # of it, nats: a loss near 0 moves by its half from one batch to the next
 LITTLE = 0.03  # fall of the loss over a whole run
-LITTLE_NEARER = 0.005  # likeness of the answers: less would show as the same percentage
+LITTLE_NEARER = 0.05  # likeness of the answers: a word in common gives a few percent
 EXPLODED = 1.5  # times the best stretch
 FALLS, STEEP = 0.03, 0.25  # of the validation loss, and of its whole fall, in a run's second half
 FAR = 0.5  # likeness of the answers to the references
@@ -95,7 +96,7 @@ def overfitted(history: History, ends_with_best: bool) -> Iterator[Advice]:
     last_step, last = evals[-1]
     before = [r["loss"] for r in history if "loss" in r and r["step"] <= best_step]
     after = [r["loss"] for r in history if "loss" in r and r["step"] > best_step]
-    if last <= best * (1 + RISE) or not before or not after:
+    if last <= max(best * (1 + RISE), best + LEAST_RISE) or not before or not after:
         return
     if statistics.mean(after[-FEWEST:]) >= statistics.mean(before[-FEWEST:]):
         return
@@ -130,10 +131,9 @@ def underfitted(history: History) -> Iterator[Advice]:
 
 def unfinished(history: History) -> Iterator[Advice]:
     """The validation loss falls on, and fell by FALLS in the second half."""
-    evals = [(record["step"], record["eval_loss"]) for record in _validations(history)]
     if not _falls_on(history):
         return
-    (step, middle), (last_step, last) = evals[len(evals) // 2], evals[-1]
+    _, (step, middle), (last_step, last) = _halves(history)
     if middle - last > FALLS * middle:
         finding = f"the validation loss was still falling, from {middle:.3f} at step {step} to "
         finding += f"{last:.3f} at step {last_step}, the last one"
@@ -142,11 +142,18 @@ def unfinished(history: History) -> Iterator[Advice]:
 
 
 def _falls_on(history: History) -> bool:
-    """Whether the validation loss ends at its best, and STEEP of its fall is in the second half."""
-    losses = [record["eval_loss"] for record in _validations(history)]
-    if len(losses) < 3 or losses[-1] > min(losses):
-        return False
-    return losses[len(losses) // 2] - losses[-1] > STEEP * (losses[0] - losses[-1])
+    """Whether STEEP of the validation loss's fall, which has not ended, is in the second half."""
+    losses = [loss for _, loss in _halves(history)]
+    return bool(losses) and losses[1] - losses[2] > STEEP * (losses[0] - losses[2])
+
+
+def _halves(history: History) -> list[tuple[int, float]]:
+    """Step and loss of the first, middle and last validation, where the last is the best of 3."""
+    evals = [(record["step"], record["eval_loss"]) for record in _validations(history)]
+    if len(evals) < 3 or evals[-1][1] > min(loss for _, loss in evals):
+        return []
+    middle = min(evals, key=lambda each: (abs(2 * each[0] - evals[-1][0]), -each[0]))
+    return [evals[0], middle, evals[-1]]
 
 
 def repeats_itself(history: History) -> Iterator[Advice]:
@@ -230,7 +237,8 @@ def learned(
         few += f"; hold out {FEWEST_ROWS} or more to be told" * (n < FEWEST_ROWS)
         return Answer(question, f"Perhaps: {fell}", f"{why} {_sentence(few)}", "note")
     if loss is None or not samples:
-        return Answer(question, f"Perhaps: {fell}", f"{why} No answers were compared.", "note")
+        verdict = f"By the loss, yes: it fell by {min(-change, 0.99):.0%}"
+        return Answer(question, verdict, f"{why} No answers were compared.", "note")
     before, after = (
         statistics.fmean(style_similarity(sample[key], sample["reference"]) for sample in samples)
         for key in ("before", "after")

@@ -208,7 +208,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
         if column not in row and field not in OPTIONAL_COLUMNS:
             near = did_you_mean(column, map(str, row)) or f"; the row has {names_of(row)}"
             raise DataError(
-                f"field {column!r}, which data.columns takes as {field}, is missing{near}"
+                f"field {column!r}, which data.columns takes as {field}, is missing or null{near}"
             )
     rest = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
     return rest | {field: row[column] for field, column in columns.items() if column in row}

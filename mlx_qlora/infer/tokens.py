@@ -26,7 +26,7 @@ from mlx_qlora.model.lora import lora_layers
 class GenerationConfig:
     """How the next token is chosen; names and order of operations are Hugging Face's."""
 
-    temperature: float = option(0.7, "divides the logits. 0 always takes the likeliest token")
+    temperature: float = option(0.7, "chance in an answer; 0 takes the likeliest token")
     top_p: float = option(0.9, "sample from the likeliest tokens that make up this probability")
     top_k: int = option(50, "sample from this many likeliest tokens. 0 means all")
     repetition_penalty: float = option(1.1, "divides positive logits of tokens already seen")

@@ -24,7 +24,7 @@ from mlx_qlora.adapters.peft import adapter_tensors, peft_config, write_peft
 from mlx_qlora.data.batches import Batches
 from mlx_qlora.errors import ConfigError, listing, require
 from mlx_qlora.fields import config_section, option, typed
-from mlx_qlora.folders import RECORD, disk_errors, remove, sha256, staged, written_by
+from mlx_qlora.folders import PEFT, RECORD, disk_errors, remove, sha256, staged, written_by
 from mlx_qlora.model.llama import LlamaForCausalLM
 from mlx_qlora.readers import json_value, parse_json, read_text, reading
 from mlx_qlora.train.config import NUMERICS
@@ -360,8 +360,9 @@ def _same_run(
             f"{path} was made from another {' and '.join(changed)}"
             + (f":\n{listing(differences)}\n" if differences else ". ")
             + "To continue it, give the values at the left. " * (changed == ["config"])
-            + f"To train its adapter further pass --adapter {path}, and another --output-dir; for "
-            "a new run another --output-dir, or checkpointing.resume_from_checkpoint=none"
+            + "With another --output-dir a new run begins, or, with --adapter "
+            f"{path.parent if (path.parent / PEFT[0]).exists() else path} besides, that adapter is "
+            "trained further; checkpointing.resume_from_checkpoint=none begins again here"
         )
     return replace(RunState(**saved), fingerprint=state.fingerprint, config=state.config)
 

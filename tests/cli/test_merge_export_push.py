@@ -17,6 +17,8 @@ from support.command_line import ROOT, call, contents
 from support.models import our_logits, random_tokens, randomise_lora
 
 import mlx_qlora as mq
+from mlx_qlora.cli import parse
+from mlx_qlora.commands import config_of
 from mlx_qlora.config import build, to_yaml
 from mlx_qlora.errors import AdapterWarning
 
@@ -54,11 +56,10 @@ def test_merge_needs_the_run_s_folder_alone(run, tmp_path, capsys):
     assert "merged" in capsys.readouterr().out
     model, _ = mq.load(merged)
     assert np.abs(our_logits(model, TOKENS) - logits).max() < 1e-4
-    said = "is rounded to 4 bits while it is loaded; model.bits=null keeps it as merged"
-    for bits, is_told in (([], True), (["model.bits=null"], False), (["model.bits=8"], False)):
-        words = ["--model", merged, "--prompt", "a", "--max-new-tokens", 1, "model.group_size=32"]
-        call("generate", *words, *bits)
-        assert (said in capsys.readouterr().err) == is_told
+    words = ["--model", merged, "--prompt", "a", "--max-new-tokens", 1]
+    parsed = {name: parse([name, *map(str, words[:2])]) for name in ("generate", "train")}
+    assert [config_of(args).model.bits for args in parsed.values()] == [None, 4]
+    assert config_of(parse(["chat", "--model", str(merged), "model.bits=8"])).model.bits == 8
 
 
 def test_merge_into_the_original_weights_is_another_model(run, model, tmp_path):

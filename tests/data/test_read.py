@@ -724,7 +724,7 @@ def test_columns_of_other_names_read_what_the_formats_own_names_say(
     assert list(examples.contents) == list(read_examples(rows(20), tokenizer).contents)
     assert str(examples.report).startswith(f"{path} (alpaca, q as instruction, a as output): 20 ")
     misspelt = replace(config, columns={"instruction": "q", "output": "texd"})
-    with pytest.raises(DataError, match=r"field 'texd', .* is missing; did you mean 'text'\?"):
+    with pytest.raises(DataError, match=r"'texd', .* is missing or null; did you mean 'text'\?"):
         read_examples(path, tokenizer, misspelt)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_qlora.data import rows
 from mlx_qlora.data.rows import Chat, Instruction, Pair, detect_format, read_row, with_system
-from mlx_qlora.errors import DataError
+from mlx_qlora.errors import DataError, UserError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": [1, "é"]}}}
@@ -51,7 +51,10 @@ def test_the_surest_field_of_a_row_tells_its_format(fields: set[str]) -> None:
     assert detect_format({field: None for field in fields} | {"id": 7}) == wanted
 
 
-def test_a_row_of_no_format_says_which_there_are_and_what_it_has() -> None:
+def test_a_row_of_no_format_says_which_there_are_and_what_it_has(monkeypatch) -> None:
+    in_python = "mq.DataConfig(columns={'prompt': 'q 1', 'completion': 'a'}, template='chat') would"
+    assert in_python in refusal({"q 1": "?", "a": ""})
+    monkeypatch.setattr(UserError, "in_command", True)
     formats = "messages; conversations; instruction, output; prompt, completion; text"
     said = f"its fields are those of no format that is known: {formats} (it has: "
     assert refusal({"question": 1, "answer": 2}) == said + "'question', 'answer')"

@@ -503,7 +503,8 @@ def test_another_config_or_data_is_refused_and_nothing_is_touched(
     assert [line[2:] for line in text.splitlines() if line.startswith("  ")] == shown
     # Of another model, or other rows, they are not enough.
     assert ("To continue it, give the values at the left." in text) == (what == "config")
-    assert text.endswith("another output_dir, or checkpointing.resume_from_checkpoint=none")
+    on = f"With another output_dir a new run begins, or, with mq.load(adapter='{copy}') besides,"
+    assert on in text and text.endswith("resume_from_checkpoint=none begins again here")
     assert everything(copy) == before
 
 
