@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mlx_qlora.errors import UserError
     from mlx_qlora.train.signals import raised
 
-    UserError.in_command = True
+    before, UserError.in_command = UserError.in_command, True
     try:
         with raised():
             code = _command(sys.argv[1:] if argv is None else argv)
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(f"standard output cannot be written: {error.strerror}")
         return 1
     finally:
-        UserError.in_command = False
+        UserError.in_command = before
 
 
 def _tell(text: str) -> None:

@@ -20,7 +20,16 @@ from rich.console import Console
 
 from mlx_qlora import exports
 from mlx_qlora.after.screen import shown
-from mlx_qlora.config import SECTIONS, RunConfig, build, read_yaml, set_override, to_dict, to_yaml
+from mlx_qlora.config import (
+    READ_BY,
+    SECTIONS,
+    RunConfig,
+    build,
+    read_yaml,
+    set_override,
+    to_dict,
+    to_yaml,
+)
 from mlx_qlora.config import unused as unused_fields
 from mlx_qlora.distributed import launched, processes
 from mlx_qlora.errors import (
@@ -48,6 +57,7 @@ if TYPE_CHECKING:
     from mlx_qlora.run import Inputs
 
 JsonObject = dict[str, Any] | None
+OF_ROWS = ("seed", "objective", *READ_BY)  # fields of training that say how rows are read
 RUN_LENGTH = "max_steps", "num_train_epochs"  # exclude each other
 # Fields that a plan reads only if it has rows, besides those of `data`; and those it always reads.
 OF_RUNS = *RUN_LENGTH, "warmup_ratio", "warmup_steps", "seed", "eval_steps"
@@ -136,13 +146,26 @@ def _with_record(args: argparse.Namespace, values: dict[str, Any]) -> dict[str, 
     """Fill unset fields by an adapter's record: it is used with its own model, as trained."""
     chosen = values.get("model", {})
     adapter, read, source = chosen.get("adapter"), args.about.reads, chosen.get("source")
-    if args.command in ("generate", "chat", "evaluate") and isinstance(source, str):
+    if args.command in ("generate", "chat", "evaluate") and isinstance(source, str) and not adapter:
         if is_merged(user_path(source) / CARD):  # all that was learned is in its full precision
             return values | {"model": {"bits": None} | chosen}
-    if args.command in ("train", "sweep") or not isinstance(adapter, str) or chosen.get("source"):
+    if args.command in ("train", "plan", "inspect") and isinstance(adapter, str):
+        if not values.get("data", {}).get("path"):
+            return _with_rows(values, recorded(adapter, "data", "training"))
+    if args.command in ("train", "sweep") or not isinstance(adapter, str) or source:
         return values
     record = recorded(adapter, *{"model", "generation"}.intersection(read))
     return values | {name: fields | values.get(name, {}) for name, fields in record.items()}
+
+
+def _with_rows(values: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an adapter's run, divided and compared as there; what is typed counts."""
+    if not record.get("data", {}).get("path"):
+        return values
+    rows = record["data"] | {"refused_path": None}
+    training = {k: v for k, v in record.get("training", {}).items() if k in OF_ROWS}
+    data, asked = values.get("data", {}), values.get("training", {})
+    return values | {"data": rows | data, "training": training | asked}
 
 
 # ---- a command runs ------------------------------------------------------------------------------

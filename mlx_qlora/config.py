@@ -457,8 +457,11 @@ def explained(
         if asked.per_device_train_batch_size != "auto":
             read = f"gradient_accumulation_steps={training.accumulation}; {read}"
         more = f"batch     {in_step} examples in a step: {read}, make {steps:,} steps"
-        if asked.num_train_epochs not in (None, TrainingConfig().num_train_epochs) and in_step > 1:
-            more += f"; for more set per_device_train_batch_size={in_step // 2} and "
+        if asked.num_train_epochs not in (None, TrainingConfig().num_train_epochs) and (
+            training.rows * training.accumulation > 1
+        ):
+            half = max(1, training.rows * training.accumulation // 2)
+            more += f"; for more set per_device_train_batch_size={half} and "
             more += "gradient_accumulation_steps=1"
         lines.append(more)
     if asked.warmup_steps is None:
@@ -466,7 +469,9 @@ def explained(
         lines.append(f"warmup    {training.warmup_steps} of {steps:,} steps: {share}")
     if asked.learning_rate == "auto":
         lines.append(f"rate      {training.peak:.3g}: by the model's width")
-    if config.lora.r != usual.r and config.lora.lora_alpha == usual.lora_alpha:
+    lora = replace(config.lora, r=usual.r, lora_alpha=usual.lora_alpha)
+    is_new = config.model.adapter is None and not (lora.use_rslora or lora.alpha_pattern)
+    if is_new and config.lora.r != usual.r and config.lora.lora_alpha == usual.lora_alpha:
         alpha = usual.lora_alpha // usual.r * config.lora.r
         text = f"alpha stays {usual.lora_alpha} with r {config.lora.r}; lora_alpha={alpha} keeps"
         lines.append(f"scale     {text} the usual ratio")

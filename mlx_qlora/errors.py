@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# The flags of remedies, as one writes them in Python.
-IN_PYTHON = {r"--adapter (\S+?)(?=[,;.]?(?:\s|$))": r"mq.load(adapter='\1')"}
-IN_PYTHON |= {r"--model (\S+)": r"source=\1", "--adapter": "adapter", "--output-dir": "output_dir"}
+# Our own phrases with a flag, and what the flag is in Python; a path among them may hold anything.
+IN_PYTHON = {
+    r"\b(another|with|With another) --output-dir\b": r"\1 output_dir",
+    r"\b(with|the hub:) --model (?=SOURCE|smollm2)": r"\1 source=",
+    r"\b(with|pass|its adapter:) --adapter (DIR|.+?)(?= besides,|,? and another|, or|$)": (
+        lambda found: f"{found[1]} mq.load(adapter={found[2]!r})"
+    ),
+    r"\bwithout --adapter$": "without adapter",
+}
 COLUMNS = re.compile(r"data\.columns='\{((?:[\w ]+: [\w -]+(?:, )?)+)\}' data\.template=chat")
 
 

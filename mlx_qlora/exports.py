@@ -102,6 +102,9 @@ def export(config: RunConfig, console: Console, args: argparse.Namespace) -> dic
     form, target = args.form or "peft", _target(args.folder)
     names = {"peft": ADAPTER_FOLDER, "portable": ADAPTER_FOLDER, "mlx": MLX_LM, "gguf": ()}[form]
     check_writable(target, names, OUTPUT, whole=form == "portable")
+    adapter = config.model.adapter
+    if adapter is not None and target.resolve() == user_path(adapter).resolve():
+        raise ConfigError(f"{OUTPUT}: {target} holds the adapter itself; choose another folder")
     base, file = config.model.base_model_name_or_path, target / "adapter.gguf"
     if form == "gguf" and config.model.adapter is not None:  # before a weight is read
         config = with_model(config)

@@ -108,12 +108,15 @@ def load(
         message = f"{words} is not used: the weights are quantised in the files"
         warnings.warn(message, AdapterWarning, stacklevel=3)
     if adapter is not None:
-        bits = recorded(str(adapter), "model").get("model", {}).get("bits")
         is_dense = checkpoint.files.path.is_dir() and not checkpoint.packing  # a GGUF is packed
-        if bits is not None and quantize is None and is_dense:
-            text = f"{adapter} was trained over weights of {bits} bits, and these are not packed"
-            text += f"; quantize=mq.QuantConfig({bits}) packs them"
-            warnings.warn(text, AdapterWarning, stacklevel=3)
+        if is_dense and quantize is None and not UserError.in_command:
+            with contextlib.suppress(UserError):  # nothing depends on the record
+                record = recorded(str(adapter), "model")
+                packed = build(record).model.quantize() if record else None
+                if packed is not None:
+                    text = f"{adapter} was trained over weights of {packed.bits} bits, and these "
+                    text += f"are not packed; quantize=mq.{packed} packs them"
+                    warnings.warn(text, AdapterWarning, stacklevel=3)
         load_adapter(model, adapter)
     return model, with_tokenizer_of(adapter, tokenizer)
 

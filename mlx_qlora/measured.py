@@ -6,6 +6,7 @@ multiplied. A run takes its choice from there, and records it.
 
 import json
 import math
+import os
 import warnings
 from contextlib import suppress
 from dataclasses import replace
@@ -43,7 +44,7 @@ def stored() -> dict[str, Seconds]:
         numbers = [s for of in layers.values() for ways in of.values() for s in ways.values()]
         if all(type(seconds) is float and seconds > 0 for seconds in numbers):
             return layers
-    if path.exists():
+    if os.path.exists(path):  # False where nothing can be asked
         warnings.warn(f"{path} is damaged, and ignored; run: mlx-qlora doctor --tune", stacklevel=2)
     return {}
 

@@ -49,7 +49,6 @@ from mlx_qlora.loading import (
     as_taught,
     by_taught_columns,
     check_lora,
-    of_its_run,
     with_model,
     with_tokenizer_of,
 )
@@ -266,9 +265,6 @@ def open_inputs(
     if asked.model.source is None and writes:
         packed = f"bits={config.model.bits}, group_size={config.model.group_size}"
         say(console, f"model     {source_of(config)}, {packed}: as in the adapter's run")
-    if writes and config.model.adapter is not None and config.data.path is None:
-        config = replace(config, data=of_its_run(config).data)
-        say(console, f"rows      {config.data.path}: as in the adapter's run")
     source_of(config)  # before anything is read
     if not processes().is_first:  # one of them writes the refused rows
         config = replace(config, data=replace(config.data, refused_path=None))
@@ -332,7 +328,8 @@ def open_inputs(
         first = tokenizer.decode(train[0].tokens[:MOST_SHOWN].tolist())
         if own and own in first:
             say(console, f"system    {own!r}, by the chat template; data.system=TEXT replaces it")
-        if "<think>\n\n</think>" in first:
+        learned = train[0].tokens[train[0].learned][:MOST_SHOWN].tolist()
+        if "<think>\n\n</think>" in tokenizer.decode(learned):
             text = "an empty <think> is learned before answers, as the chat template writes it"
             say(console, f"thinking  {text}")
     return inputs

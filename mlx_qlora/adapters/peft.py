@@ -363,7 +363,7 @@ def _check_tensors(
         elif entry.kind not in ("F32", "F16", "BF16"):
             problems.append(f"{name} has dtype {entry.kind}")
     if problems:
-        raise AdapterError(f"{file} is damaged, or for another model:\n{listing(problems, most=3)}")
+        raise AdapterError(f"{file} is damaged, or for another model:\n{listing(problems)}")
 
 
 def _is_copy(array: mx.array, matrix: FrozenMatrix) -> bool:

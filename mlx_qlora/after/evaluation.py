@@ -275,11 +275,13 @@ class Comparison:
         """Whether the adapter is better on these rows, by their loss."""
         loss = self["loss"]
         assert loss.tuned is not None
-        change = loss.tuned.estimate / loss.base.estimate - 1
-        figure = f"its loss is {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+        before, after = loss.base.estimate, loss.tuned.estimate
+        share = f"{abs(after / before - 1):.1%} " if before > 0 else ""
+        figure = f"its loss is {share}{'higher' if after > before else 'lower'}"
+        figure = "its loss is the same" if after == before else figure
         if loss.verdict in ("better", "worse"):
             return f"on these rows the adapter is {loss.verdict} than its base: {figure}"
-        return f"no difference shown on these rows: {figure}, which may be chance"
+        return f"no difference shown on these {self.n_examples:,} rows: {figure}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it."""

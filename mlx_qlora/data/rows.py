@@ -112,8 +112,8 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], Said]] = {
 # What `data.columns` may name -> what data sets often call it.
 COLUMNS = {
     "messages": "conversation dialog dialogue chat turns",
-    "instruction": "question query problem prompt user user_input asked wrote",
-    "output": "answer response solution completion reply target assistant answered replied",
+    "instruction": "question query problem prompt user user_input wrote",
+    "output": "answer response solution completion reply target assistant replied",
     "input": "context",
     "system": "system_prompt system_message",
     "text": "content body document article",
@@ -144,8 +144,11 @@ def names_of(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(name)[:40] for name in list(row)[:6]) or "none"
 
 
-def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
-    """The remedy `data.columns=...` for a row of other names; empty if none is likely."""
+def columns_hint(row: Mapping[str, Any], is_pair: bool = False, is_whole: bool = True) -> str:
+    """The remedy `data.columns=...` for a row of other names; empty if none is likely.
+
+    Of a row that is not whole, as some of its values are null or empty, one may be the answer.
+    """
 
     def field(columns: Mapping[str, str]) -> str:
         pairs = json.dumps(columns, ensure_ascii=False)
@@ -155,12 +158,14 @@ def columns_hint(row: Mapping[str, Any], is_pair: bool = False) -> str:
 
     if columns := likely_columns(row, is_pair):
         return f"; {field(columns)} would read it"
-    texts = [str(name) for name, value in row.items() if isinstance(value, str)]
+    strings = ((name, value) for name, value in row.items() if isinstance(name, str))
+    texts = [name for name, value in strings if isinstance(value, str)]
     known = {name for fields in FIELDS.values() for name in fields[:2]}
     if is_pair or len(texts) < 2 or known & row.keys():
         return ""
     by_length = sorted(texts, key=lambda name: -len(row[name]))[:2]
-    if len(texts) > 2 and not all(" " in row[name].strip() for name in by_length):
+    has_gap = not is_whole and len(texts) > 2
+    if has_gap and not all(" " in row[name].strip() for name in by_length):
         by_length = []  # dates and topics ask nothing
     asked, answer = (
         next((name for name in texts if _words(name) & _words(f"{field} {COLUMNS[field]}")), None)
@@ -216,7 +221,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
 
 def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> Said:
     """What a row says, in one of FORMATS or, for "auto", in the one that its fields tell."""
-    columns, row = columns or {}, object_of(row)
+    columns, given, row = columns or {}, row, object_of(row)
     ours = renamed(row, columns)
     try:
         refuse_other_tasks(ours, columns)
@@ -229,7 +234,9 @@ def read_row(row: Any, form: str, columns: Mapping[str, str] | None = None) -> S
     except DataError as error:
         text = re.sub(r"field '(\w+)'", lambda m: f"field {columns.get(m[1], m[1])!r}", str(error))
         is_unknown = not columns and re.search("no format|is missing", text)
-        if is_unknown and (hint := columns_hint(row)):
+        if is_unknown and (
+            hint := columns_hint(row, is_whole=len(row) == len(given) and "" not in row.values())
+        ):
             text += hint
         elif form != "auto" and "is missing" in text:
             with contextlib.suppress(DataError):
@@ -330,10 +337,9 @@ def _message(value: Any, where: str, asked: bool = False) -> Message:
     content = rest.pop("value", None) if content is None else content
     if not isinstance(role, str) or not role:
         there = ", ".join(repr(name[:40]) for name in [*value][:5])
-        fix = f"; rename its fields ({there}) to 'role' and 'content'" * (
-            {"role", "from"}.isdisjoint(value)
-        )
-        raise DataError(f"{where} has no role (field 'role', or 'from'){fix}")
+        fix = f"; rename its fields ({there}) to 'role' and 'content'"
+        is_named = not value or not {"role", "from"}.isdisjoint(value)
+        raise DataError(f"{where} has no role (field 'role', or 'from'){'' if is_named else fix}")
     if role.lower() == "function_call":  # ShareGPT's: the message is the call
         rest["tool_calls"], content = _calls_in(content, where), None
     role = ROLES.get(role.lower(), role if asked else role.lower())

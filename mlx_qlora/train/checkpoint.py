@@ -348,9 +348,11 @@ def _same_run(
         )
     differences = list(_differences(saved["config"], state.config, defaults))
     if any(re.match(r"training\.(max_steps|num_train_epochs)", line) for line in differences):
-        # What follows from it, and nobody typed.
         derived = r"training\.(warmup_steps|per_device_train_batch_size x)"
-        differences = [line for line in differences if not re.match(derived, line)]
+        differences = [
+            line + ", which follows unless it was set" * bool(re.match(derived, line))
+            for line in sorted(differences, key=lambda line: bool(re.match(derived, line)))
+        ]
     changed = [name for name in state.fingerprint if name not in ("numerics", "base")]
     changed = [name for name in changed if theirs.get(name) != state.fingerprint[name]]
     if "config" in changed and saved["config"] and not differences:

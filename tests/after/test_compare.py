@@ -105,7 +105,10 @@ def test_a_verdict_says_better_only_where_the_interval_leaves_out_0():
     shaken = replace(base.scores, nats=base.scores.nats + noise)
     found = compare(base, Performance(shaken), [])
     assert found["loss"].verdict == "no change shown"
-    assert found.sentence.startswith("no difference shown on these rows: its loss is ")
+    assert found.sentence.startswith("no difference shown on these 60 rows: its loss is ")
+    assert compare(base, base, []).sentence.endswith("its loss is the same")
+    nothing = replace(base, scores=replace(base.scores, nats=0 * base.scores.nats))
+    assert compare(nothing, tuned, []).sentence.endswith("its loss is higher")
     assert found["token_accuracy"].verdict == "no difference"
     assert compare(*made_up(n=5), [])["loss"].verdict == "too few rows"
 

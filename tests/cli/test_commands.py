@@ -16,6 +16,7 @@ from mlx_qlora.config import SECTIONS, build, read_yaml
 from mlx_qlora.data.chats import alpaca_prompt
 from mlx_qlora.loading import as_taught
 from mlx_qlora.model.lora import trainable_count
+from mlx_qlora.train.config import TrainingConfig
 
 
 def test_every_command_runs_something():
@@ -263,6 +264,39 @@ def test_an_adapter_is_used_with_the_settings_of_its_run_but_for_what_is_typed(
     assert main([*use, "--model", "org/other"]) == 0
     config = printed_json(capsys)
     assert (config["model"]["source"], config["generation"]["top_k"]) == ("org/other", 50)
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "inspect"])
+def test_an_adapters_rows_are_trained_on_as_its_run_divided_and_read_them(
+    finished, capsys, command
+):
+    record = Path("out/run.yaml")
+    values = read_yaml(record)
+    values["training"] |= {"seed": 7, "objective": "dpo", "beta": 0.3, "learning_rate": 0.5}
+    values["data"] |= {"max_length": 12, "train_on": "all", "refused_path": "r.jsonl"}
+    record.write_text(json.dumps(values))
+    words = [command, "--adapter", "out", "--print-config", "--json"]
+    assert main(words) == 0
+    config = printed_json(capsys)
+    data, training = config["data"], config["training"]
+    assert (data["path"], data["max_length"]) == (values["data"]["path"], 12)
+    assert (data["refused_path"], data["split"]) == (None, values["data"]["split"])
+    assert (training["seed"], training["objective"], training["beta"]) == (7, "dpo", 0.3)
+    assert training["learning_rate"] == TrainingConfig().learning_rate
+    assert main([*words, "--max-length", "2048", "training.seed=0"]) == 0  # defaults, but typed
+    config = printed_json(capsys)
+    assert (config["data"]["max_length"], config["training"]["seed"]) == (2048, 0)
+    assert main([*words, "--data", "other.jsonl"]) == 0
+    config = printed_json(capsys)
+    assert (config["data"]["max_length"], config["training"]["seed"]) == (2048, 0)
+
+
+def test_an_adapter_is_trained_on_with_nothing_but_a_new_folder(finished, capsys):
+    assert main(["train", "--adapter", "out", "--output-dir", "more", "--max-steps", "1"]) == 0
+    first, second = (read_yaml(f"{folder}/run.yaml")["data"] for folder in ("out", "more"))
+    assert second == first
+    assert main(["export", "--adapter", "more", "--output-dir", "more"]) == 2
+    assert "holds the adapter itself" in capsys.readouterr().err
 
 
 # ---- a system message of the data ----------------------------------------------------------------

@@ -199,6 +199,16 @@ def test_files_of_others_are_never_overwritten(finished, tmp_path, name, text):
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
 
 
+@pytest.mark.parametrize("run", ["model: [", "- a", "model: {bits: foo}"])
+def test_a_strange_record_beside_an_adapter_does_not_keep_it_from_being_loaded(
+    finished, tmp_path, run
+):
+    folder, *_ = finished
+    adapter = shutil.copytree(folder / "out", tmp_path / "a")
+    (adapter / "run.yaml").write_text(run)
+    mq.load(folder / "model", adapter=adapter)
+
+
 def test_the_adapter_that_training_goes_on_from_is_not_overwritten(finished, tmp_path):
     folder, *_ = finished
     mq.save_adapter(mq.load(adapter=folder / "out")[0], tmp_path / "a", "org/base")

@@ -483,8 +483,15 @@ def test_the_metrics_file_is_made_what_it_was(folder, whole, copy, harm):
             ["lora.r: 2 -> 4", "lora.lora_dropout: 0.3 -> 0.0", "training.seed: 0 -> 7"],
         ),
         ("auto", {"max_steps": 9}, "config", ["training.max_steps: 8 -> 9"]),
-        # A share of all steps, which would hide the reason.
-        ("auto", {"max_steps": 9, "warmup_steps": 1}, "config", ["training.max_steps: 8 -> 9"]),
+        (  # the reason first, and what it may have changed by itself
+            "auto",
+            {"max_steps": 9, "warmup_steps": 1},
+            "config",
+            [
+                "training.max_steps: 8 -> 9",
+                "training.warmup_steps: 2 -> 1, which follows unless it was set",
+            ],
+        ),
         ("auto", {"warmup_steps": 1}, "config", ["training.warmup_steps: 2 -> 1"]),
         ("auto", {"examples": make_examples(23)}, "data", []),
         ("checkpoint-6", {"held_out": make_examples(6, seed=8)}, "data", []),

@@ -186,3 +186,13 @@ def test_a_mistake_is_the_line_of_the_cell_and_one_message(capsys):
         "line 3: x = mq.load('nowhere/at/all')",
         "SourceError: no such file or folder: nowhere/at/all",
     ]
+
+
+def test_remedies_in_python_leave_paths_and_rows_as_they_are():
+    """Of a message only our own phrases are Python's; whatever a path holds, it stays."""
+    for text in ("no such file: a--adapter /b", "unknown role '--model x'", "my--output-dir/x"):
+        assert str(ConfigError(text)) == text
+    told = "To train it longer pass --adapter my run's, and another --output-dir"
+    wanted = 'To train it longer pass mq.load(adapter="my run\'s"), and another output_dir'
+    assert str(ConfigError(told)) == wanted
+    assert str(ConfigError("name an adapter with --adapter DIR")).endswith("mq.load(adapter='DIR')")

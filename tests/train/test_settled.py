@@ -102,6 +102,8 @@ def test_what_is_settled_is_in_the_config_and_said_with_its_reason():
     assert explained(settled, settled, examples, examples) == []
     more = {"training": {"num_train_epochs": 6}, "lora": {"r": 64}}
     lines = explained(build(more), settle(build(more), LLAMA, examples), examples, examples)
+    goes_on = build(more | {"model": {"adapter": "a"}})
+    assert not any("alpha" in x for x in explained(goes_on, settled, examples, examples))
     fewer = "for more set per_device_train_batch_size=9 and gradient_accumulation_steps=1"
     assert lines[0].endswith(f"read 6 times, make 30 steps; {fewer}")
     assert "scale     alpha stays 32 with r 64; lora_alpha=128 keeps the usual ratio" in lines
