@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 # Our own phrases with a flag, and what the flag is in Python; a path among them may hold anything.
 IN_PYTHON = {
-    r"\b(another|with|With another) --output-dir\b": r"\1 output_dir",
+    r"\b(another|with) --output-dir\b": r"\1 output_dir",
     r"\b(with|the hub:) --model (?=SOURCE|smollm2)": r"\1 source=",
     r"\b(with|pass|its adapter:) --adapter (DIR|.+?)(?= besides,|,? and another|, or|$)": (
         lambda found: f"{found[1]} mq.load(adapter={found[2]!r})"
     ),
     r"\bwithout --adapter$": "without adapter",
 }
-COLUMNS = re.compile(r"data\.columns='\{((?:[\w ]+: [\w -]+(?:, )?)+)\}' data\.template=chat")
+PAIR = r"[\w ]+: [\w -]+"
+COLUMNS = re.compile(rf"data\.columns='\{{({PAIR}(?:, {PAIR})*)\}}' data\.template=chat")
 
 
 class UserError(ValueError):
