@@ -320,6 +320,8 @@ def open_inputs(
             warn(console, line)
     if split:
         parts = "split     {train:,} train, {validation:,} validation, {test:,} test"
+        if train.report.duplicates and not (config.data.validation_path or config.data.test_path):
+            parts += "; copies of a row stay together"
         say(console, parts.format(**inputs.sizes))
         for line in explained(config, settled, train, validation):
             say(console, line)

@@ -27,7 +27,7 @@ LITTLE = 0.03  # fall of the loss over a whole run
 LITTLE_NEARER = 0.05  # likeness of the answers: a word in common gives a few percent
 EXPLODED = 1.5  # times the best stretch
 FALLS, STEEP = 0.03, 0.25  # of the validation loss, and of its whole fall, in a run's second half
-FAR = 0.5  # likeness of the answers to the references
+FAR, NEAR = 0.5, 0.85  # likeness of the answers to the references
 PREFERS = 0.6  # share of held-out pairs in which the chosen answer has the higher reward
 STUTTER = 0.10  # more repeated first choices than the references have
 
@@ -246,6 +246,8 @@ def learned(
     n = f"{len(samples)} sampled answers" if len(samples) > 1 else "the sampled answer"
     why += f" Likeness in letters of {n} to the references: {before:.0%} → {after:.0%}."
     if after < before + LITTLE_NEARER:
+        if before > NEAR:
+            return Answer(question, f"In part: {fell}, the answers were near before", why, "note")
         why += " More steps, or more rows, may bring them nearer."
         return Answer(question, f"In part: {fell}, the answers are no nearer", why, "note")
     for item in advice if after < FAR else ():

@@ -134,7 +134,7 @@ class Report:
         """The command, or the call, that asks the adapter something."""
         if self.text:
             return self.calls[0]
-        return shlex.join([*command(self, "generate", self.folder), *self.ask])
+        return shlex.join([*command(self, "generate", self.folder), *GREEDY, *self.ask])
 
     @property
     def calls(self) -> list[str]:
@@ -177,6 +177,9 @@ def figure(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else number(value)
 
 
+GREEDY = ("--temperature", "0")  # as the report's own answers
+
+
 # ---- use the adapter -----------------------------------------------------------------------------
 
 
@@ -197,7 +200,7 @@ def next_commands(report: Report, chats: bool) -> list[list[str]]:
     folder = str(report.result.output_dir)
     export = ["--output-dir", f"{folder}-gguf", "--gguf-model"]
     return [
-        [*command(report, "generate", folder), *report.ask],
+        [*command(report, "generate", folder), *GREEDY, *report.ask],
         *([command(report, "chat", folder)] if chats else []),
         [*command(report, "export", folder), *export],
     ]

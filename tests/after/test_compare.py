@@ -312,6 +312,11 @@ def test_rows_that_were_trained_on_are_counted_and_those_held_out_are_the_defaul
     (taught / "run.yaml").write_text(to_yaml(record))
     with pytest.raises(mq.DataError, match="the run held out no row of"):
         evaluated(config, quiet(), n_answers=0)
+    (taught / "run.yaml").unlink()  # as of PEFT, and of a run in Python
+    console = quiet()
+    evaluated(config, console, limit=8, n_answers=0, data=str(rows))
+    assert "which rows the adapter was trained on is not known here" in said_to(console)
+    assert re.search(r"verdict   (on these rows|no difference shown)", said_to(console))
 
 
 def test_what_is_wrong_is_found_before_a_weight_is_loaded(

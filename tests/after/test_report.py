@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from support.report import HOSTILE, SCORES, Page, history, result_in, written
+from support.report import HOSTILE, SAMPLE, SCORES, Page, history, result_in, written
 from support.tiny_folder import write_model, write_random_model, write_rows, write_tokenizer
 from support.training import at_step, fine_tune, stop, train_run
 
@@ -98,6 +98,10 @@ def test_verdicts_follow_the_history(tmp_path):
     assert "Yes, since step 20" in over and "load_best_model_at_end=true" in over
     assert "Perhaps: the loss fell by 17%" in over and "No row was held out" in over
     best = {"checkpointing": {"load_best_model_at_end": True}}
+    in_python = Page(written(tmp_path, text="Hi", **alone)).text
+    assert "A run in Python answers none: call mq.generate" in in_python
+    silent = written(tmp_path, samples=[{**SAMPLE, "after": " \n"}])
+    assert "(nothing)" in Page(silent).text and "(nothing)" not in Page(written(tmp_path)).text
     kept = said([(10, 3.0), (20, 2.0), (30, 2.2), (40, 3.5)], config=build(best))
     assert "3.0000 → 2.0000 (-33.3%), from step 10 to step 20" in kept
     assert "Yes, since step 20" in kept and "load_best_model_at_end=true" not in kept
@@ -327,6 +331,8 @@ def test_verdicts_are_earned_by_a_loss_beyond_noise_and_by_nearer_answers():
     assert verdict(sure, [*near, *equal]).verdict.startswith("Yes: the loss fell by 33%")
     assert (verdict(sure, near).tone, verdict(sure, far).tone) == ("good", "note")
     assert verdict(sure, far).verdict.endswith("the answers are no nearer")
+    as_near = verdict(sure, [{key: "a red car" for key in near[0]}])
+    assert as_near.verdict.endswith("the answers were near before") and "More" not in as_near.why
     assert verdict(noise, near).verdict.startswith("Perhaps:")
     assert verdict(noise, near).why.endswith("With 20 rows that may be chance.")
     seven = paired_row("loss", LOWER, [rows[:7], rows[:7] - 20], np.full(7, 20))

@@ -168,7 +168,9 @@ def test_the_split_and_the_cost_are_those_of_the_run(folder, tokenizer, data, ca
     train, *held_out = as_read(data, tokenizer).split([0.8, 0.1, 0.1], seed=0)
     sizes = [len(train), *map(len, held_out)]
     assert sum(sizes) == 43 and min(sizes) > 0
-    assert line_of(out, "split") == "{} train, {} validation, {} test".format(*sizes)
+    assert line_of(out, "split") == (
+        "{} train, {} validation, {} test; copies of a row stay together".format(*sizes)
+    )
     tokens = 2 * sum(len(example) - 1 for example in train)
     assert line_of(out, "cost") == (
         f"{-(-2 * len(train) // 4)} steps: 2.00 passes over {len(train)} examples, "
