@@ -469,11 +469,11 @@ def explained(
         lines.append(f"warmup    {training.warmup_steps} of {steps:,} steps: {share}")
     if asked.learning_rate == "auto":
         lines.append(f"rate      {training.peak:.3g}: by the model's width")
-    lora = replace(config.lora, r=usual.r, lora_alpha=usual.lora_alpha)
+    lora = config.lora
     is_new = config.model.adapter is None and not (lora.use_rslora or lora.alpha_pattern)
-    if is_new and config.lora.r != usual.r and config.lora.lora_alpha == usual.lora_alpha:
-        alpha = usual.lora_alpha // usual.r * config.lora.r
-        text = f"alpha stays {usual.lora_alpha} with r {config.lora.r}; lora_alpha={alpha} keeps"
+    if is_new and lora.r != usual.r and lora.lora_alpha == usual.lora_alpha:
+        alpha = usual.lora_alpha // usual.r * lora.r
+        text = f"alpha stays {lora.lora_alpha} with r {lora.r}; lora_alpha={alpha} keeps"
         lines.append(f"scale     {text} the usual ratio")
     if asked.objective != "sft":
         settings = f"beta {training.reward_scale:g}, no dropout"
