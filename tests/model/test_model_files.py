@@ -105,11 +105,15 @@ def content(name: str, data: bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes(data)
 
 
-def retyped(dtype: str) -> Callable[[Path], Any]:
+def retyped(dtype: str, itemsize: int) -> Callable[[Path], Any]:
     def write(folder: Path) -> None:
         whole = (folder / WHOLE).read_bytes()
         (length,) = struct.unpack("<Q", whole[:8])
-        header = whole[8 : 8 + length].replace(b'"F32"', f'"{dtype}"'.encode(), 1)
+        entries = json.loads(whole[8 : 8 + length])
+        entry = next(entry for entry in entries.values() if "dtype" in entry)
+        first, end = entry["data_offsets"]
+        entry |= {"dtype": dtype, "shape": [(end - first) // itemsize]}
+        header = json.dumps(entries).encode()
         (folder / WHOLE).write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
 
     return write
@@ -148,9 +152,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "only MLX's old format": (only("weights.npz"), r"only as weights.npz; convert the original ag"),
     "only Flax's format": (only("flax_model.msgpack"), r"only as flax.*; use the model's copy for"),
     "only ONNX": (only("model.onnx"), r"only as model.onnx; use the model's copy for PyTorch"),
-    "64 bits": (retyped("F64"), r"dtype F64; save the model in bfloat16"),
-    "8 bits": (retyped("F8_E4M3"), r"dtype F8_E4M3; use the original 16-bit repository"),
-    "8 bits of range": (retyped("F8_E5M2"), r"dtype F8_E5M2; use the original 16-bit repository"),
+    "64 bits": (retyped("F64", 8), r"dtype F64; save the model in bfloat16"),
+    "8 bits": (retyped("F8_E4M3", 1), r"dtype F8_E4M3; use the original 16-bit repository"),
+    "8 bits of range": (
+        retyped("F8_E5M2", 1),
+        r"dtype F8_E5M2; use the original 16-bit repository",
+    ),
     "empty weights": (content(WHOLE, b""), r"model.safetensors is empty"),
     "an empty config": (content("config.json", b""), r"config.json is empty"),
     "an empty tokenizer": (content("tokenizer.json", b""), r"tokenizer.json is empty"),

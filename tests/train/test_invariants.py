@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from support.gpu_route import ROUTES
 from support.tiny_folder import write_model
 from support.training import recorded
 
-from mlx_qlora.before.self_test import GOLDEN, weight
+from mlx_qlora.before.self_test import GOLDEN
 from mlx_qlora.cli import main
 from mlx_qlora.config import build, read_yaml
 from mlx_qlora.data.tokenizer import load_tokenizer
@@ -33,6 +34,14 @@ from mlx_qlora.run import open_inputs
 
 HERE = Path(__file__).parent
 TRAJECTORY = json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What the self-test writes for a weight of this name."""
+    drawn = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    return (0.08 * drawn + (len(shape) == 1)).astype(np.float32)
+
+
 STEPS = 20
 WORDS = "one two three four five six seven eight nine ten".split()
 QUIET = ["data.split=[1, 0, 0]", "data.cache_dir=null", "logging.logging_steps=1"]
