@@ -409,8 +409,8 @@ def fine_tune(
         check_examples(tokenizer, model.config, train_examples, validation)
         chosen = as_measured_for(model, config, console)
         settled = settle(chosen, model.config, train_examples)
-        own = replace(config, lora=model.lora_config) if lora_layers(model) else config
-        for line in explained(own, settled, train_examples, validation):
+        as_built = replace(config, lora=model.lora_config) if lora_layers(model) else config
+        for line in explained(as_built, settled, train_examples, validation):
             say(console, line)
         check_needs(config, validation)
         inputs = Inputs(settled, tokenizer, model.config, train_examples, validation)

@@ -118,7 +118,7 @@ def evaluate_run(
     for key, model_of in {"base": base, "tuned": tuned}.items():
         for sample, answer in zip(samples, model_of.answers if model_of else ()):
             sample[key] = answer
-    found = {
+    evaluation = {
         "mlx_qlora": __version__,
         "model": str(config.model.source),
         "adapter": config.model.adapter,
@@ -134,13 +134,13 @@ def evaluate_run(
     }
     if output is not None:
         file = user_path(output)
-        record = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
+        record = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
         try:
             write_whole(file.absolute(), record + "\n")
         except OSError as error:
             raise ConfigError(f"--output: {file} cannot be written: {error}") from None
         say(console, f"written   {file}")
-    return found
+    return evaluation
 
 
 def _is_path_of_run(config: RunConfig) -> bool:
