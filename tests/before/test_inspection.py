@@ -115,6 +115,9 @@ def test_what_a_template_says_of_itself_is_told(folder, chats, tmp_path, capsys)
     }
     assert line_of(out, "system").startswith("'You are Qwen.', by the chat template")
     assert line_of(out, "thinking").startswith("an empty <think> is learned before answers")
+    turns = [("user", "What is <think>\n\n</think>?"), ("assistant", "Nothing.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    chats.write_text(f"{json.dumps(row)}\n" * 12)  # where it is asked about, and not learned
     out = inspect(capsys, chats, "--model", folder)
     assert "system  " not in out and "thinking" not in out
 

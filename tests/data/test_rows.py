@@ -293,6 +293,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
             "messages[1] has no role (field 'role', or 'from'); rename its fields ('content', "
             "'who') to 'role' and 'content'",
         ),
+        ({}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": "", "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": ["user"], "content": "a"}, "messages[1] has no role (field 'role', or 'from')"),
         ({"role": "user"}, "messages[1] has no content (field 'content', or 'value')"),

@@ -136,6 +136,11 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_user(base, tmp_path, mo
 # ---- a run
 
 
+def test_a_cache_whose_path_is_longer_than_any_holds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("x" * 300)))
+    assert measured.stored() == {}
+
+
 def test_without_a_file_auto_stays_auto(base, tmp_path, capsys):
     assert train(base, tmp_path / "out", "--max-steps", "2") == 0
     assert chosen(tmp_path / "out") == ("auto", "auto")
