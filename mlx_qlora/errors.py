@@ -56,8 +56,8 @@ def as_called(text: str) -> str:
     return COLUMNS.sub(_columns, text)
 
 
-def _columns(found: re.Match[str]) -> str:
-    columns = dict(pair.split(": ") for pair in found[1].split(", "))
+def _columns(proposal: re.Match[str]) -> str:
+    columns = dict(pair.split(": ") for pair in proposal[1].split(", "))
     return f"mq.DataConfig(columns={columns}, template='chat')"
 
 

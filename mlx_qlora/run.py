@@ -326,10 +326,12 @@ def open_inputs(
         for line in explained(config, settled, train, validation):
             say(console, line)
         are_chats = train.report.own_systems == 0 and train.report.format != "alpaca"
-        own = tokenizer.own_system if are_chats else ""
+        system = tokenizer.own_system if are_chats else ""
         first = tokenizer.decode(train[0].tokens[:MOST_SHOWN].tolist())
-        if own and own in first:
-            say(console, f"system    {own!r}, by the chat template; data.system=TEXT replaces it")
+        if system and system in first:
+            say(
+                console, f"system    {system!r}, by the chat template; data.system=TEXT replaces it"
+            )
         learned = train[0].tokens[train[0].learned][:MOST_SHOWN].tolist()
         if "<think>\n\n</think>" in tokenizer.decode(learned):
             text = "an empty <think> is learned before answers, as the chat template writes it"

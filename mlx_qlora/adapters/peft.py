@@ -150,8 +150,8 @@ def peft_config(model: LlamaForCausalLM, base: str) -> dict[str, Any]:
     source = model.source
     # A copy's commit is none of the original's, and AutoPeftModel would look for it there.
     revision = source.revision if source is not None and source.source == base else None
-    own = {name: value for name, value in vars(lora).items() if name != "loraplus_lr_ratio"}
-    return own | {
+    options = {name: value for name, value in vars(lora).items() if name != "loraplus_lr_ratio"}
+    return options | {
         "alpha_pattern": {key: _whole(alpha) for key, alpha in lora.alpha_pattern.items()},
         "base_model_name_or_path": base,
         "fan_in_fan_out": False,

@@ -234,7 +234,7 @@ def learned(
         return Answer(question, f"Perhaps: {fell} {where}", why, "note")
     if loss is not None and loss.verdict != "better":
         few = f"with {(n := loss.base.n)} rows that may be chance"
-        few += f"; hold out {FEWEST_ROWS} or more to be told" * (n < FEWEST_ROWS)
+        few += f"; an interval needs {FEWEST_ROWS} or more" * (n < FEWEST_ROWS)
         return Answer(question, f"Perhaps: {fell}", f"{why} {_sentence(few)}", "note")
     if loss is None or not samples:
         verdict = f"By the loss, yes: it fell by {min(-change, 0.99):.0%}"

@@ -88,9 +88,9 @@ def sweep(
                     f"{output} holds a sweep of another {' and '.join(others)}, whose losses "
                     "cannot be compared with these; choose another --output-dir"
                 )
-            found = Sweep(inputs, inputs.load(), console, values, steps, rungs)
-            found.run(product, repeat_best)
-            return found
+            sweep = Sweep(inputs, inputs.load(), console, values, steps, rungs)
+            sweep.run(product, repeat_best)
+            return sweep
 
 
 def _open(config: RunConfig, console: Console) -> Inputs:

@@ -225,9 +225,9 @@ def test_repetition_that_the_training_made_less_is_not_its_fault():
 def test_a_model_that_still_learns_is_not_told_to_train_less():
     """One of random weights says the same word again and again, and its loss falls and falls."""
     evals = [(step, 11.9 - 0.02 * step) for step in (6, 12, 18, 24, 30)]
-    found = [validation(step, loss, ours=0.97) for step, loss in evals]
-    assert kinds(found) == []
-    assert kinds([*found, validation(36, 11.5, ours=0.97)]) == ["repetition"]
+    history = [validation(step, loss, ours=0.97) for step, loss in evals]
+    assert kinds(history) == []
+    assert kinds([*history, validation(36, 11.5, ours=0.97)]) == ["repetition"]
 
 
 def test_the_last_validation_decides_whether_a_model_repeats_itself():

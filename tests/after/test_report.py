@@ -336,7 +336,7 @@ def test_verdicts_are_earned_by_a_loss_beyond_noise_and_by_nearer_answers():
     assert verdict(noise, near).verdict.startswith("Perhaps:")
     assert verdict(noise, near).why.endswith("With 20 rows that may be chance.")
     seven = paired_row("loss", LOWER, [rows[:7], rows[:7] - 20], np.full(7, 20))
-    assert verdict(seven, near).why.endswith("chance; hold out 8 or more to be told.")
+    assert verdict(seven, near).why.endswith("chance; an interval needs 8 or more.")
     assert verdict(sure, []).verdict == "By the loss, yes: it fell by 33%"
     assert "No answers were compared" in verdict(sure, []).why
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.training import joined
 
 from mlx_qlora.data.batches import (
     IGNORE,
@@ -295,12 +296,7 @@ def laid_out(draw: Any) -> list[list[Example]]:
 @quick
 @given(laid_out())
 def test_a_batch_is_what_its_definition_says(rows: list[list[Example]]) -> None:
-    whole = []
-    for row in rows:
-        tokens, learned = (np.concatenate(x) for x in zip(*((e.tokens, e.learned) for e in row)))
-        starts = np.cumsum([len(e) for e in row[:-1]], dtype=int).tolist()
-        whole.append(Example(tokens, learned, row[0].line, starts=tuple(starts)))
-    batch = collate(whole)
+    batch = collate(joined(rows))
     T = padded_width(max(sum(len(e) - 1 for e in row) for row in rows))
     tokens = np.zeros((len(rows), T), int)
     labels = np.full((len(rows), T), IGNORE)

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from support.gradients import add_grads, gap
 from support.models import TINY, load_folder, our_logits, random_tokens, randomise_lora
 from support.tiny_folder import write_model
+from support.training import joined
 
 import mlx_qlora as mq
 from mlx_qlora.data.batches import IGNORE, Batch, collate
@@ -52,12 +53,7 @@ def documents_of(rows: Rows, seed: int) -> list[list[Example]]:
 
 def in_rows(rows: list[list[Example]]) -> Batch:
     """Each list of documents as one row."""
-    made = []
-    for row in rows:
-        tokens, learned = (np.concatenate(x) for x in zip(*((e.tokens, e.learned) for e in row)))
-        starts = np.cumsum([len(e) for e in row[:-1]], dtype=int).tolist()
-        made.append(Example(tokens, learned, row[0].line, starts=tuple(starts)))
-    return collate(made)
+    return collate(joined(rows))
 
 
 def alone(document: Example) -> Batch:

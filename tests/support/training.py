@@ -57,6 +57,16 @@ CLOCKS = {"tokens_per_second", "peak_memory_bytes", "process_memory_bytes", "eva
 NAN_TOKEN = 319  # whose embedding is no number in a model that `start` was asked to poison
 
 
+def joined(rows: list[list[Example]]) -> list[Example]:
+    """Each list of documents as one example, which has them end to end."""
+    examples = []
+    for row in rows:
+        tokens, learned = (np.concatenate(x) for x in zip(*((e.tokens, e.learned) for e in row)))
+        starts = np.cumsum([len(e) for e in row[:-1]], dtype=int).tolist()
+        examples.append(Example(tokens, learned, row[0].line, starts=tuple(starts)))
+    return examples
+
+
 def make_examples(n: int = 22, seed: int = 0) -> Examples:
     """Counting by threes from a few starts; the second half of each row is learned."""
     random = np.random.default_rng(seed)
